@@ -1,0 +1,1 @@
+"""regrow changes the shape of trained networks, exactly."""

@@ -1,0 +1,245 @@
+"""Axes: which dimensions of which tensors of a network belong to one another.
+
+A network is a set of parameters and buffers. Some of their dimensions always change together: the output of one
+layer is the input of the next. An :class:`Axis` is one such set of dimensions, a *unit* is one index of it (a neuron,
+a filter, a group of attention heads), and an :class:`AxisGraph` holds the axes of a whole network together with every
+tensor's shape written in them. Everything here is plain data; tracing makes it, surgery follows it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Role(StrEnum):
+    """What a tensor's dimension does with the axis: makes its units, reads them, or scales them one by one."""
+
+    PRODUCES = "produces"
+    CONSUMES = "consumes"
+    SCALES = "scales"
+
+
+class Mark(StrEnum):
+    """What happens to the network's function when units of an axis are taken out.
+
+    * ``NEUTRAL``: only sums read the axis; dropped units count as 0.
+    * ``COMPETED``: a softmax or a maximum reads it; dropped units count as −∞.
+    * ``FOLDED``: its size stands in a divisor, and surgery folds the change into neighbouring numbers.
+    * ``RESTATED``: a norm over the axis is taken over the kept units; no fold makes that equal to masking with 0.
+    * ``FROZEN``: it cannot be cut, and the axis says why.
+    """
+
+    NEUTRAL = "neutral"
+    COMPETED = "competed"
+    FOLDED = "folded"
+    RESTATED = "restated"
+    FROZEN = "frozen"
+
+
+@dataclass(frozen=True)
+class Product:
+    """A dimension that is a product of dimensions, outermost first: ``heads × head_dim``."""
+
+    parts: tuple["Dim", ...]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """A dimension that is a concatenation of dimensions: ``query ‖ key ‖ value``."""
+
+    parts: tuple["Dim", ...]
+
+
+Dim = int | str | Product | Sum
+"""A dimension: a fixed size, the key of an axis, or a product or sum of dimensions."""
+
+
+def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
+    """The number of entries of a dimension, given the size of each axis.
+
+    >>> size_of(Product(("kv", Sum((2, "d")))), {"kv": 3, "d": 5})
+    21
+    """
+    match dim:
+        case int():
+            return dim
+        case str():
+            return sizes[dim]
+        case Product(parts):
+            return prod(size_of(part, sizes) for part in parts)
+        case Sum(parts):
+            return sum(size_of(part, sizes) for part in parts)
+
+
+def axes_in(dim: Dim) -> Iterator[str]:
+    """The keys of the axes that a dimension is made of, with repetitions, outermost and leftmost first."""
+    match dim:
+        case str():
+            yield dim
+        case Product(parts) | Sum(parts):
+            for part in parts:
+                yield from axes_in(part)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where the units of an axis lie in one dimension of one tensor.
+
+    Unit ``i`` owns the entries ``offset + o * stride + i * inner + r`` for ``o < outer`` and ``r < inner``. With
+    ``outer = inner = 1`` and ``offset = 0`` that is simply entry ``i``.
+    """
+
+    name: str
+    dim: int
+    outer: int
+    stride: int
+    inner: int
+    offset: int
+    role: Role
+
+    def positions(self, size: int) -> Tensor:
+        """The entries of each unit, ``[size, outer * inner]`` (int64), for an axis of ``size`` units.
+
+        >>> Slot("w", 0, outer=2, stride=6, inner=1, offset=0, role=Role.PRODUCES).positions(3).tolist()
+        [[0, 6], [1, 7], [2, 8]]
+        """
+        units = self.offset + torch.arange(size)[:, None, None] * self.inner
+        blocks = torch.arange(self.outer)[None, :, None] * self.stride
+        return (units + blocks + torch.arange(self.inner)[None, None, :]).reshape(size, -1)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One set of indices shared by dimensions of several parameters and buffers.
+
+    Args:
+        key: The name of its first slot: ``"layers.0.up_proj.weight:0"``, with ``+offset`` or ``/inner`` where several
+            axes lie in the same dimension.
+        size: How many units it has.
+        slots: Where the units lie, in the order of the network's state.
+        mark: What cutting it means.
+        reason: Why it is frozen, or what made its mark; empty for a neutral axis.
+        count: Axes with the same ``count`` must keep equally many units, though not the same ones; empty if free.
+        inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
+        ids: The birth numbers of its units; they survive cuts, so a ledger can name a unit for life.
+    """
+
+    key: str
+    size: int
+    slots: tuple[Slot, ...]
+    mark: Mark = Mark.NEUTRAL
+    reason: str = ""
+    count: str = ""
+    inside: str = ""
+    ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.ids:
+            object.__setattr__(self, "ids", tuple(range(self.size)))
+
+    @property
+    def free(self) -> bool:
+        """Whether units of it can be cut."""
+        return self.mark is not Mark.FROZEN
+
+    def consumers(self) -> tuple[Slot, ...]:
+        """The slots that read the units."""
+        return tuple(slot for slot in self.slots if slot.role is Role.CONSUMES)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply–accumulates of one operation: the product of ``dims``, done in ``module``."""
+
+    module: str
+    op: str
+    dims: tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Example:
+    """The input a network was traced with: what it is called with, positional and by name."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AxisGraph:
+    """All axes of a network, and the shape of each of its tensors written in them.
+
+    Args:
+        axes: Every axis by key, frozen ones too.
+        shapes: Parameter or buffer name → its dimensions. Tied tensors appear under each of their names.
+        ties: Name → the first name of the same tensor, for every further name.
+        parameters: The names in ``shapes`` that are parameters (the others are buffers).
+        work: The multiply–accumulates of the traced example, per contraction.
+        unreached: Parameters that the example did not use.
+        notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
+        example: The traced input, for verifying.
+    """
+
+    axes: Mapping[str, Axis]
+    shapes: Mapping[str, tuple[Dim, ...]]
+    parameters: frozenset[str]
+    ties: Mapping[str, str] = field(default_factory=dict)
+    work: tuple[Work, ...] = ()
+    unreached: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    example: Example = field(default_factory=Example, compare=False, repr=False)
+
+    def __getitem__(self, key: str) -> Axis:
+        return self.axes[key]
+
+    def __iter__(self) -> Iterator[Axis]:
+        return iter(self.axes.values())
+
+    def __len__(self) -> int:
+        return len(self.axes)
+
+    def sizes(self) -> dict[str, int]:
+        """The present size of each axis."""
+        return {axis.key: axis.size for axis in self}
+
+    def free(self) -> tuple[Axis, ...]:
+        """The axes that can be cut."""
+        return tuple(axis for axis in self if axis.free)
+
+    def units(
+        self, only: tuple[str, ...] = (), exclude: tuple[str, ...] = (), marks: frozenset[Mark] = frozenset({Mark.NEUTRAL})
+    ) -> tuple[Axis, ...]:
+        """The axes a pruning method works on: free, of the given marks, and not inside one another.
+
+        Args:
+            only: Patterns (``fnmatch``, or a plain part of a dotted name); each tensor of the axis must match one.
+            exclude: Patterns; an axis is left out as soon as one of its tensors matches.
+            marks: Which marks to work on. Neutral ones alone, unless asked.
+        """
+        chosen = tuple(
+            axis
+            for axis in self.free()
+            if axis.mark in marks
+            and (not only or all(any(matches(slot.name, p) for p in only) for slot in axis.slots))
+            and not any(matches(slot.name, p) for p in exclude for slot in axis.slots)
+        )
+        keys = {axis.key for axis in chosen}
+        return tuple(axis for axis in chosen if axis.inside not in keys)
+
+    def with_axes(self, axes: Mapping[str, Axis]) -> "AxisGraph":
+        """The same graph with other axes (after a cut)."""
+        return replace(self, axes=axes)
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a dotted tensor name fits a pattern: an ``fnmatch`` of the whole, or a run of its dotted parts.
+
+    >>> matches("layers.0.mlp.up_proj.weight", "mlp"), matches("layers.0.mlp.up_proj.weight", "layers.1*")
+    (True, False)
+    """
+    return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."

@@ -1,0 +1,49 @@
+"""Sources: named streams of batches. Importance is always importance *on some sources*."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a network is called with, and what it should answer.
+
+    Args:
+        args: Positional inputs.
+        kwargs: Inputs by name.
+        labels: Class per position, int64, −100 where none is asked: ``[batch]`` for images, ``[batch, tokens]`` for
+            text (already shifted: ``labels[:, t]`` is the token after ``input[:, t]``).
+    """
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named sequence of batches: ``"wiki"``, ``"code"``, ``"task-3"``.
+
+    Args:
+        name: How results refer to it.
+        batches: The batches, in order; the same each time it is read.
+        origin: Where it came from, in words a reader of a report understands (path, package, half).
+    """
+
+    name: str
+    batches: Sequence[Batch]
+    origin: str = ""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @property
+    def tokens(self) -> int:
+        """How many positions carry a label (tokens of text, or images)."""
+        return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
