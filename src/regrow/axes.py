@@ -179,6 +179,9 @@ class AxisGraph:
         shapes: Parameter or buffer name → its dimensions. Tied tensors appear under each of their names.
         ties: Name → the first name of the same tensor, for every further name.
         parameters: The names in ``shapes`` that are parameters (the others are buffers).
+        counted: The weights a ``keep`` fraction is a fraction of: those of linear layers and convolutions; where the
+            network looks its input up in an embedding, the embedding and the head that mirrors it are left out.
+        itemsize: Name → bytes per entry.
         work: The multiply–accumulates of the traced example, per contraction.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
@@ -188,6 +191,8 @@ class AxisGraph:
     axes: Mapping[str, Axis]
     shapes: Mapping[str, tuple[Dim, ...]]
     parameters: frozenset[str]
+    counted: tuple[str, ...] = ()
+    itemsize: Mapping[str, int] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     work: tuple[Work, ...] = ()
     unreached: tuple[str, ...] = ()
@@ -212,7 +217,10 @@ class AxisGraph:
         return tuple(axis for axis in self if axis.free)
 
     def units(
-        self, only: tuple[str, ...] = (), exclude: tuple[str, ...] = (), marks: frozenset[Mark] = frozenset({Mark.NEUTRAL})
+        self,
+        only: tuple[str, ...] = (),
+        exclude: tuple[str, ...] = (),
+        marks: frozenset[Mark] = frozenset({Mark.NEUTRAL}),
     ) -> tuple[Axis, ...]:
         """The axes a pruning method works on: free, of the given marks, and not inside one another.
 

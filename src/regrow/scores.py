@@ -25,3 +25,80 @@ class Scores:
 
     def __getitem__(self, key: str) -> Tensor:
         return self.values[key]
+
+
+@dataclass
+class Moments:
+    """Running sums over the inputs of one weight, per position of its contracted dimension (``[C]``, float64).
+
+    A *position* is a token of a text or a pixel of a picture; a *sequence* is one text window or one picture.
+
+    Args:
+        count: How many positions were seen.
+        total: Σ x.
+        square: Σ x².
+        sequences: How many sequences were seen.
+        mean_total: Σ over sequences of the sequence's mean.
+        mean_square: Σ over sequences of the squared mean of the sequence.
+    """
+
+    count: int
+    total: Tensor
+    square: Tensor
+    sequences: int
+    mean_total: Tensor
+    mean_square: Tensor
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(
+            self.count + other.count,
+            self.total + other.total,
+            self.square + other.square,
+            self.sequences + other.sequences,
+            self.mean_total + other.mean_total,
+            self.mean_square + other.mean_square,
+        )
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x] over positions."""
+        return self.total / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        """Var[x] over positions (population form, never negative)."""
+        return (self.square / self.count - self.mean**2).clamp_min(0)
+
+    @property
+    def sequence_variance(self) -> Tensor:
+        """Variance of the per-sequence means (population form, never negative)."""
+        return (self.mean_square / self.sequences - (self.mean_total / self.sequences) ** 2).clamp_min(0)
+
+
+@dataclass
+class Statistics:
+    """What one pass over a source (or a shard of it) saw, as sums that can be merged.
+
+    Args:
+        source: The name of the source.
+        tokens: Labelled positions seen.
+        moments: Name of a consuming weight → running sums of its inputs.
+        gradients: Name of a parameter → sum over the batches of the loss's gradient; empty unless asked for.
+    """
+
+    source: str
+    tokens: int = 0
+    moments: dict[str, Moments] = field(default_factory=dict)
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    def __add__(self, other: "Statistics") -> "Statistics":
+        return Statistics(
+            self.source if self.source == other.source else f"{self.source}+{other.source}",
+            self.tokens + other.tokens,
+            _merged(self.moments, other.moments),
+            _merged(self.gradients, other.gradients),
+        )
+
+
+def _merged(a: dict, b: dict) -> dict:
+    return {key: a[key] + b[key] if key in a and key in b else a.get(key, b.get(key)) for key in (*a, *(b.keys() - a))}
