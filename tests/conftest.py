@@ -1,0 +1,25 @@
+"""Set-up shared by all tests: the same threads and seed everywhere, no hub, no screen."""
+
+import os
+
+# Before torch is imported, and inherited by the processes that tests start: bit-equality needs equal threads.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+_threads = max(1, (os.cpu_count() or 1) // _workers)
+os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+# Machines in CI stall now and then: no deadlines; and a failure there must be one that can be had again.
+settings.register_profile("regrow", deadline=None, derandomize="CI" in os.environ, print_blob=True)
+settings.load_profile("regrow")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random state, whatever ran before it."""
+    torch.manual_seed(0)

@@ -1,0 +1,231 @@
+"""The house rules, as ratchets: each notices one kind of slip while it is still cheap to put right.
+
+The reasons are in CONTRIBUTING.md. Exceptions are listed here by name, with the size they have; the lists only shrink.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+HOUSE = ROOT / "src" / "regrow"
+SOURCES = sorted(HOUSE.rglob("*.py"))
+TREES = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES}
+
+FILE_LINES = 400
+FUNCTION_LINES = 80
+LONG_FILES: dict[str, int] = {}
+LONG_FUNCTIONS: dict[str, int] = {}
+
+VAGUE = {"utils", "util", "common", "misc", "helper", "helpers", "tools", "stuff"}
+PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+HEAVY = ("transformers", "torchvision", "matplotlib", "accelerate", "gguf", "onnx", "onnxruntime", "ray", "sklearn")
+PUBLIC = {"trace", "apply", "verify", "load", "prune", "Plan"}
+
+BLIND = ("tracing", "allocation", "scoring", "surgery")
+FAMILIES = (
+    "llama qwen gpt gptj neox mistral mixtral gemma opt bloom falcon olmo mamba smollm starcoder bert deberta vit swin "
+    "maxvit resnet resnext densenet mobilenet efficientnet shufflenet googlenet convnext regnet alexnet squeezenet"
+)
+FAMILY = re.compile(rf"(?<![a-z])({'|'.join(FAMILIES.split())})(?![a-z])", re.IGNORECASE)
+
+
+def inside(path):
+    """A file's name as seen from the house."""
+    return path.relative_to(HOUSE).as_posix()
+
+
+def functions(tree, prefix=""):
+    """Every function and method with its dotted name."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield f"{prefix}{node.name}", node
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield from functions(node, f"{prefix}{node.name}.")
+
+
+def public(tree, prefix=""):
+    """Every public class, function and method that a reader can import, with its dotted name."""
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield f"{prefix}{node.name}", node
+            if isinstance(node, ast.ClassDef):
+                yield from public(node, f"{prefix}{node.name}.")
+
+
+def drawn_tree():
+    """The paths in README's file tree, folders with a slash at the end, each with its remark."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    block = re.search(r"^```\nregrow/\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert block, "README.md has no file tree (a code block whose first line is `regrow/`)"
+    paths, parents = {}, []
+    for line in block[1].splitlines():
+        branch = re.fullmatch(r"((?:│   |    )*)[├└]── (\S+)(?: +(.*))?", line)
+        if branch:
+            depth = len(branch[1]) // 4
+            parents[depth:] = [branch[2]]
+            paths["".join(parents)] = branch[3] or ""
+    return paths
+
+
+def on_disk():
+    """What the tree must show: the top of the repository as git knows it, and the whole of src/regrow."""
+    known = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if known.returncode:
+        pytest.skip("not a git checkout")
+    paths = {"src/regrow/"}
+    for name in known.stdout.splitlines():
+        if not (ROOT / name).exists():
+            continue
+        top, *rest = name.split("/")
+        paths.add(f"{top}/" if rest else top)
+        if name.startswith("src/regrow/") and name.endswith(".py") and (ROOT / name).read_text("utf-8").strip():
+            folder = name.rpartition("/")[0]
+            paths |= {name, f"{folder}/"}
+    # `__init__.py` is shown where the tree says what it holds, and may be left out of folders.
+    return {path for path in paths if not re.fullmatch(r"src/regrow/.+/__init__\.py", path)}
+
+
+def test_the_readme_draws_the_tree_that_is_on_disk():
+    drawn, disk = set(drawn_tree()), on_disk()
+    assert not disk - drawn, "on disk, not in README's file tree"
+    assert not {path for path in drawn - disk if not (ROOT / path).exists()}, "in README's file tree, not on disk"
+
+
+def test_every_file_in_the_tree_has_a_remark():
+    assert not [path for path, remark in drawn_tree().items() if not path.endswith("/") and not remark]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=inside)
+def test_nothing_is_printed_outside_the_cli(path):
+    if inside(path).startswith("cli/"):
+        return
+    calls = [n.lineno for n in ast.walk(TREES[path]) if isinstance(n, ast.Call) and ast.unparse(n.func) == "print"]
+    assert not calls, f"print in lines {calls}: return data, and let cli/ say it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=inside)
+def test_nothing_is_pickled(path):
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Import):
+            names = {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names = {(node.module or "").split(".")[0]}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "torch.save", "numpy.load"):
+            names = {"pickle"}
+        else:
+            continue
+        assert not names & PICKLES, f"line {node.lineno}: safetensors and JSON only; a pickle runs code when it is read"
+
+
+def test_no_file_has_a_name_that_says_nothing():
+    assert not [inside(path) for path in SOURCES if path.stem in VAGUE or path.parent.name in VAGUE]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if inside(p).startswith(BLIND)], ids=inside)
+def test_the_core_knows_no_model_family(path):
+    if inside(path) == "surgery/attributes.py":
+        return
+    lines = path.read_text("utf-8").splitlines()
+    named = {n: line.strip() for n, line in enumerate(lines, 1) if FAMILY.search(line)}
+    assert not named, f"special cases belong in the axes: {named}"
+
+
+def test_importing_regrow_loads_nothing_heavy():
+    code = f"import sys, regrow; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not run.stdout.split(), "imported with regrow; import it inside the function that needs it"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=inside)
+def test_every_public_name_says_what_it_is(path):
+    assert not path.read_text("utf-8").strip() or ast.get_docstring(TREES[path]), "the module has no docstring"
+    assert not [name for name, node in public(TREES[path]) if not ast.get_docstring(node)], "no docstring"
+
+
+def test_files_stay_short():
+    lengths = {inside(path): len(path.read_text("utf-8").splitlines()) for path in SOURCES}
+    shrinking({name: n for name, n in lengths.items() if n > FILE_LINES}, LONG_FILES, FILE_LINES)
+
+
+def test_functions_stay_short():
+    lengths = {
+        f"{inside(path)}:{name}": node.end_lineno - node.lineno + 1
+        for path in SOURCES
+        for name, node in functions(TREES[path])
+    }
+    shrinking({name: n for name, n in lengths.items() if n > FUNCTION_LINES}, LONG_FUNCTIONS, FUNCTION_LINES)
+
+
+def shrinking(found, allowed, limit):
+    """Too long ones must be listed, at no more than the listed length; whoever shortens one takes it off the list."""
+    assert not {name: n for name, n in found.items() if n > allowed.get(name, limit)}, f"longer than {limit} lines"
+    assert not allowed.keys() - found.keys(), "short now: take it off the list in tests/test_house.py"
+
+
+def test_the_names_of_the_public_interface_are_kept():
+    import regrow
+
+    assert set(regrow.__all__) >= PUBLIC
+    assert not [name for name in regrow.__all__ if not hasattr(regrow, name)]
+
+
+def test_the_public_interface_is_documented():
+    import regrow
+
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    text = "\n".join(page.read_text("utf-8") for page in pages)
+    assert not [name for name in regrow.__all__ if not re.search(rf"(regrow\.|`){name}\b", text)]
+
+
+def test_no_file_names_a_place_on_one_machine():
+    places = re.compile(r"(?<![\w.])/(root|home|Users|work)/|pythonhosted\.org|download\.pytorch\.org")
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("*.toml"), ROOT / "Makefile", *ROOT.glob("docs/*"), *SOURCES]
+    named = [path.name for path in pages if path.is_file() and places.search(path.read_text("utf-8"))]
+    assert not named
+
+
+@pytest.mark.parametrize(
+    ("where", "line"),
+    [
+        ("tracing/planted.py", "import regrow.methods"),
+        ("evaluation/planted.py", "import regrow.surgery"),
+        ("reports/planted.py", "import torch"),
+        ("methods/planted.py", "import regrow.methods.other"),
+    ],
+)
+def test_the_import_floors_catch_a_planted_violation(where, line, tmp_path):
+    pytest.importorskip("importlinter")
+    package = tmp_path / "regrow"
+    for name in ("axes", "sources", "scores", "plan", "method", *(f"methods/{n}" for n in ("other", "third"))):
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / f"{name}.py").write_text("")
+    for folder in ("", "methods", "tracing", "evaluation", "surgery", "reports"):
+        (package / folder).mkdir(exist_ok=True)
+        (package / folder / "__init__.py").write_text("")
+
+    options = ("--no-cache", "--config", str(ROOT / "pyproject.toml"))
+
+    def lint():
+        return subprocess.run(
+            [sys.executable, "-c", "from importlinter.cli import lint_imports_command as lint; lint()", *options],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    assert lint().returncode == 0, lint().stdout
+    (package / where).write_text(line)
+    assert lint().returncode == 1
