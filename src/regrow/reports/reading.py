@@ -1,0 +1,194 @@
+"""Read a run folder: every value is checked, since a folder may come from anybody and a run may have been cut short."""
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+RUN_FORMAT = "regrow-run/1"
+LEDGER_FORMAT = "regrow-ledger/1"
+PLAN_FORMAT = "regrow-plan/1"
+
+MAX_BYTES = {"run.json": 2**24, "ledger.json": 2**30, "axes.json": 2**28, "scores.json": 2**28, "metrics.jsonl": 2**27}
+MAX_ITEMS = 20_000
+MAX_SIZE = 10**15
+
+ABSENT = {
+    "ledger.json": "the plan: which units stayed",
+    "axes.json": "the widths before and after",
+    "scores.json": "the scores and the massive-activation units",
+    "metrics.jsonl": "every measurement: perplexity, size, speed, proof",
+}
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+")
+
+
+class ReportError(ValueError):
+    """A folder that is not a run folder, or a page that cannot be written."""
+
+
+@dataclass
+class RunFolder:
+    """What the files of a run folder hold, checked only down to "an object" and "a list of objects".
+
+    Args:
+        path: The folder.
+        run: ``run.json``.
+        plans: The plans of ``ledger.json``, in order.
+        axes: ``axes.json``: ``"before"`` and ``"after"`` → one object per axis.
+        scores: ``scores.json``.
+        metrics: The lines of ``metrics.jsonl``.
+        missing: Files that are not there, with what the page lacks for it.
+        problems: What could not be read, in words.
+    """
+
+    path: Path
+    run: dict[str, Any]
+    plans: list[dict[str, Any]] = field(default_factory=list)
+    axes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    missing: list[dict[str, str]] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_run(path: Path) -> RunFolder:
+    """Read a run folder.
+
+    Args:
+        path: The folder; it must hold a ``run.json``, any other file may be missing.
+
+    Returns:
+        What its files hold.
+
+    Raises:
+        ReportError: If there is no readable ``run.json`` of the expected format.
+    """
+    if not (path / "run.json").is_file():
+        raise ReportError(f"{path} is not a run folder: it has no run.json")
+    problems: list[str] = []
+    run = _json(path / "run.json", problems)
+    if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
+        why = problems[0] if problems else f"expected the format {RUN_FORMAT!r}"
+        raise ReportError(f"{path / 'run.json'} cannot be read: {why}")
+    folder = RunFolder(path, run, problems=problems)
+    for name, meaning in ABSENT.items():
+        if not (path / name).is_file():
+            folder.missing.append({"file": name, "means": meaning})
+    ledger = _object(path / "ledger.json", problems)
+    if ledger and ledger.get("format") != LEDGER_FORMAT:
+        problems.append(f"ledger.json: expected the format {LEDGER_FORMAT!r}; left out")
+        ledger = {}
+    folder.plans = [plan for plan in objects(ledger.get("plans")) if plan.get("format", PLAN_FORMAT) == PLAN_FORMAT]
+    axes = _object(path / "axes.json", problems)
+    folder.axes = {when: objects(axes.get(when)) for when in ("before", "after")}
+    folder.scores = _object(path / "scores.json", problems)
+    folder.metrics = _lines(path / "metrics.jsonl", problems)
+    return folder
+
+
+def objects(value: Any) -> list[dict[str, Any]]:
+    """The objects of a list, at most ``MAX_ITEMS``; none if it is no list.
+
+    >>> objects([{"a": 1}, 2, None]), objects("abc")
+    ([{'a': 1}], [])
+    """
+    return [item for item in value[:MAX_ITEMS] if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """The value if it is an object, with at most ``MAX_ITEMS`` entries; else an empty one."""
+    return dict(list(value.items())[:MAX_ITEMS]) if isinstance(value, dict) else {}
+
+
+def number(value: Any, low: float = -1e30, high: float = 1e30) -> float | None:
+    """The value if it is a finite number within the bounds, else ``None``.
+
+    >>> number(1.5), number(True), number("3"), number(float("nan")), number(-1, low=0)
+    (1.5, None, None, None, None)
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        result = float(value)
+    except OverflowError:
+        return None
+    return result if math.isfinite(result) and low <= result <= high else None
+
+
+def size(value: Any, high: int = MAX_SIZE) -> int | None:
+    """The value if it is a whole number from 0 to ``high``, else ``None``.
+
+    >>> size(3), size(3.0), size(-1), size(10**99)
+    (3, 3, None, None)
+    """
+    result = number(value, 0, high)
+    return int(result) if result is not None and result == int(result) else None
+
+
+def text(value: Any, limit: int = 120) -> str:
+    """The value as one printable line of at most ``limit`` characters; empty if it is neither text nor a number.
+
+    >>> text("a\\n\\x00b"), text(["a"]), text("abcdef", limit=4)
+    ('a b', '', 'abc…')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        value = format(value, ".6g") if isinstance(value, float) or abs(value) > MAX_SIZE else str(value)
+    if not isinstance(value, str):
+        return ""
+    line = _CONTROL.sub(" ", value[: 4 * limit]).strip()
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    data = _json(path, problems)
+    if data is not None and not isinstance(data, dict):
+        problems.append(f"{path.name}: not a JSON object; left out")
+    return data if isinstance(data, dict) else {}
+
+
+def _json(path: Path, problems: list[str]) -> Any:
+    raw = _content(path, problems)
+    try:
+        return None if raw is None else json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        problems.append(f"{path.name}: not JSON ({text(str(error), 80)}); left out")
+        return None
+
+
+def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    raw = _content(path, problems) if path.is_file() else None
+    rows: list[dict[str, Any]] = []
+    unread = 0
+    for line in (raw or "").split("\n")[: 5 * MAX_ITEMS]:
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            unread += 1
+    if unread:
+        problems.append(f"{path.name}: {unread} line{'s' * (unread > 1)} could not be read; left out")
+    return rows
+
+
+def _content(path: Path, problems: list[str]) -> str | None:
+    try:
+        length = path.stat().st_size
+        if length > MAX_BYTES[path.name]:
+            problems.append(f"{path.name}: {length:,} bytes, more than a report reads; left out")
+            return None
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror}); left out")
+        return None

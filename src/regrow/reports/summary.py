@@ -1,0 +1,217 @@
+"""A run folder, or several, as one plain dictionary: everything a page shows, checked, without a model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from regrow.reports.reading import ReportError, RunFolder, mapping, number, objects, read_run, size, text
+from regrow.reports.widths import scores, widths
+
+FORMAT = "regrow-summary/1"
+MAX_RUNS = 64
+MAX_KINDS = 200
+
+_MODELS = {"dense": "before", "before": "before", "pruned": "after", "after": "after"}
+_SIZES = ("params_all", "params_counted", "macs", "bytes")
+_SPEEDS = ("tokens_per_s", "spread", "latency_ms", "peak_bytes")
+
+
+def summarise(folders: list[Path]) -> dict[str, Any]:
+    """Read run folders into one dictionary that can be written as JSON.
+
+    Args:
+        folders: The run folders, in the order of a comparison. Only ``run.json`` must exist in each.
+
+    Returns:
+        ``format``, ``runs`` (one dictionary per folder; what is not known is ``None`` or empty, and ``missing`` and
+        ``problems`` say so in words) and ``kinds`` (the kinds of text that all runs were evaluated on).
+
+    Raises:
+        ReportError: If there is no folder, more than 64, or one without a readable ``run.json``.
+    """
+    if not 0 < len(folders) <= MAX_RUNS:
+        raise ReportError(f"a report is made of 1 to {MAX_RUNS} run folders; got {len(folders)}")
+    runs = [_run(read_run(Path(folder))) for folder in folders]
+    _name(runs)
+    measured = [[row["source"] for row in run["perplexity"] if row["after"]] for run in runs]
+    shared = [kind for kind in measured[0] if all(kind in kinds for kinds in measured)]
+    for run in runs:
+        run["means"]["shared"] = _mean([row for row in run["perplexity"] if row["source"] in shared])
+    return {"format": FORMAT, "runs": runs, "kinds": shared}
+
+
+def _run(folder: RunFolder) -> dict[str, Any]:
+    run, settings = folder.run, mapping(folder.run.get("settings"))
+    kinds, frozen = widths(folder)
+    metrics: dict[str, list[dict[str, Any]]] = {}
+    for row in folder.metrics:
+        metrics.setdefault(text(row.get("what")), []).append(row)
+    perplexity = _perplexity(metrics, settings)
+    if not run.get("finished"):
+        folder.problems.append("the run has no finishing time: it was interrupted, or is still going on")
+    return {
+        "name": text(folder.path.resolve().name) or "run",
+        "verb": text(run.get("verb")) or "prune",
+        "command": text(run.get("command"), 8000),
+        "model": _short(text(settings.get("model"), 300)) or "the model",
+        "method": text(settings.get("method")),
+        "keep": number(settings.get("keep"), 0, 1),
+        "settings": _pairs(settings, skip=("sources", "method_settings")),
+        "method_settings": _pairs(mapping(settings.get("method_settings"))),
+        "sources": _sources(settings),
+        "versions": _pairs(mapping(run.get("versions"))),
+        "started": text(run.get("started"), 40),
+        "finished": text(run.get("finished"), 40),
+        "seconds": [
+            {"stage": text(stage, 40), "seconds": seconds}
+            for stage, value in list(mapping(run.get("seconds")).items())[:40]
+            if (seconds := number(value, 0, 1e10)) is not None
+        ],
+        "notes": [line for note in _list(run.get("notes")) if (line := text(note, 1000))],
+        "perplexity": perplexity,
+        "means": {
+            "seen": _mean([row for row in perplexity if row["seen"]]),
+            "unseen": _mean([row for row in perplexity if row["seen"] is False]),
+            "all": _mean(perplexity),
+        },
+        "choice": _choice(metrics.get("choice", [])),
+        "size": _sides(metrics.get("size", []), _SIZES),
+        "speed": _sides(metrics.get("speed", []), _SPEEDS),
+        "verify": [_verify(row) for row in metrics.get("verify", [])[-8:]],
+        "widths": kinds,
+        "frozen": frozen,
+        "scores": scores(folder, kinds),
+        "missing": folder.missing,
+        "problems": folder.problems[:20],
+    }
+
+
+def _perplexity(metrics: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per kind of text: what it was before and after, and how many times larger it became."""
+    calibrated = {row["name"]: bool(row["calibration_tokens"]) for row in _sources(settings)}
+    rows: dict[str, dict[str, Any]] = {}
+    for line in metrics.get("perplexity", []):
+        source, side = text(line.get("source"), 60), _MODELS.get(text(line.get("model")))
+        if not source or not side or (source not in rows and len(rows) >= MAX_KINDS):
+            continue
+        row = rows.setdefault(source, {"source": source, "seen": calibrated.get(source), "before": None, "after": None})
+        row["seen"] = line["seen"] if isinstance(line.get("seen"), bool) else row["seen"]
+        row[side] = _measured(line)
+    paired = {text(line.get("source"), 60): line for line in metrics.get("paired", [])}
+    for source, row in rows.items():
+        delta = number(mapping(paired.get(source)).get("delta_nll"), -60, 60)
+        before, after = ((row[side] or {}).get("ppl") for side in ("before", "after"))
+        row["delta_nll"], row["delta_se"] = delta, number(mapping(paired.get(source)).get("se"), 0, 60)
+        row["ratio"] = math.exp(delta) if delta is not None else after / before if before and after else None
+    return list(rows.values())
+
+
+def _measured(line: dict[str, Any]) -> dict[str, Any]:
+    """One perplexity, with the 95 % interval of its mean negative log-likelihood."""
+    ppl, se = number(line.get("ppl"), 1e-3), number(line.get("se"), 0, 60)
+    spread = math.exp(min(1.96 * se, 60)) if se is not None else None
+    return {
+        "ppl": ppl,
+        "low": ppl / spread if ppl and spread else None,
+        "high": ppl * spread if ppl and spread else None,
+        "nll": number(line.get("nll")),
+        "se": se,
+        "tokens": size(line.get("tokens")),
+        "bits_per_byte": number(line.get("bits_per_byte"), 0),
+    }
+
+
+def _mean(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Geometric means over the kinds measured on both sides, or after alone where nothing was measured before."""
+    sides = [((row["before"] or {}).get("ppl"), (row["after"] or {}).get("ppl")) for row in rows]
+    both = [(math.log(before), math.log(after)) for before, after in sides if before and after]
+    after = [math.log(ppl) for _, ppl in sides if ppl]
+    if both:
+        a, b = (sum(column) / len(both) for column in zip(*both, strict=True))
+        return {"count": len(both), "before": math.exp(a), "after": math.exp(b), "ratio": math.exp(b - a)}
+    return (
+        {"count": len(after), "before": None, "after": math.exp(sum(after) / len(after)), "ratio": None}
+        if after
+        else None
+    )
+
+
+def _choice(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for line in lines:
+        task, side = text(line.get("task"), 60), _MODELS.get(text(line.get("model")))
+        if task and side and (task in rows or len(rows) < MAX_KINDS):
+            row = rows.setdefault(task, {"task": task, "before": None, "after": None})
+            row[side] = {name: number(line.get(name), 0, 1) for name in ("acc", "acc_se", "acc_norm")}
+            row[side]["n"] = size(line.get("n"))
+    return list(rows.values())
+
+
+def _sides(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, dict[str, Any] | None]:
+    sides: dict[str, dict[str, Any] | None] = {"before": None, "after": None}
+    for line in lines:
+        if side := _MODELS.get(text(line.get("model"))):
+            sides[side] = {name: number(line.get(name), 0) for name in names} | {"dtype": text(line.get("dtype"), 20)}
+    return sides
+
+
+def _verify(line: dict[str, Any]) -> dict[str, Any]:
+    difference, bound = number(line.get("max_abs_diff"), 0), number(line.get("bound"), 0)
+    return {
+        "max_abs_diff": difference,
+        "bound": bound,
+        "dtype": text(line.get("dtype"), 20),
+        "argmax_flips": size(line.get("argmax_flips")),
+        "holds": None if difference is None or bound is None else difference <= bound,
+    }
+
+
+def _sources(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "origin": text(source.get("origin"), 300),
+            "calibration_tokens": size(source.get("calibration_tokens")),
+            "evaluation_tokens": size(source.get("evaluation_tokens")),
+        }
+        for source in objects(settings.get("sources"))[:MAX_KINDS]
+        if (name := text(source.get("name"), 60))
+    ]
+
+
+def _pairs(values: dict[str, Any], skip: tuple[str, ...] = ()) -> list[dict[str, str]]:
+    """Settings as names and words; empty ones are left out."""
+    pairs = []
+    for name, value in list(values.items())[:60]:
+        parts = [text(part, 80) for part in value[:20]] if isinstance(value, list) else [text(value, 300)]
+        if name not in skip and any(parts):
+            pairs.append({"name": text(name, 40), "value": ", ".join(part for part in parts if part)})
+    return pairs
+
+
+def _list(value: Any) -> list[Any]:
+    return value[:100] if isinstance(value, list) else []
+
+
+def _short(model: str) -> str:
+    """A model's name without the folders before it."""
+    return model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
+
+
+def _name(runs: list[dict[str, Any]]) -> None:
+    """Give each run a short label that tells it from the others: method and keep, then seed, then its folder."""
+    for run in runs:
+        seed = next((pair["value"] for pair in run["settings"] if pair["name"] == "seed"), "")
+        kept = "" if run["keep"] is None else f" {run['keep']:g}"
+        run["label"], run["_seed"] = f"{run['method'] or run['name']}{kept}", seed
+    for suffix in (
+        lambda run, i: f" seed {run['_seed']}",
+        lambda run, i: f" {run['name']}",
+        lambda run, i: f" #{i + 1}",
+    ):
+        labels = [run["label"] for run in runs]
+        for i, run in enumerate(runs):
+            if labels.count(labels[i]) > 1:
+                run["label"] = text(labels[i] + suffix(run, i), 60)
+    for run in runs:
+        del run["_seed"]

@@ -1,0 +1,145 @@
+"""What a run did to the axes: widths before and after, scores, and the units that must not be cut."""
+
+import re
+from typing import Any
+
+from regrow.reports.reading import RunFolder, mapping, number, objects, size, text
+
+QUANTILES = 21
+
+
+def widths(folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The widths of the axes that can change, per kind of axis in the order of depth, and the frozen ones by reason.
+
+    Args:
+        folder: A run folder; without its ``axes.json`` the plans alone are read.
+
+    Returns:
+        One entry per kind: ``kind``, ``before`` and ``after`` (sums), ``changed`` (how many axes) and ``rows`` (one
+        per axis: ``key``, ``block``, ``depth``, ``before``, ``after``); and ``reason``, ``count`` per reason.
+    """
+    first, last = _planned(folder.plans)
+    after = {text(axis.get("key")): size(axis.get("size")) for axis in folder.axes["after"]}
+    rows, frozen = [], {}
+    for axis in folder.axes["before"] or [{"key": key, "size": n} for key, n in first.items()]:
+        key, width = text(axis.get("key"), 300), size(axis.get("size"))
+        if not key or not width:
+            folder.problems.append(f"axes.json: the axis {key or 'without a key'!r} has no usable size; left out")
+        elif axis.get("mark") == "frozen" and key not in last:
+            reason = text(axis.get("reason"), 200) or "no reason given"
+            frozen[reason] = frozen.get(reason, 0) + 1
+        else:
+            left = last.get(key, after.get(key))
+            rows.append(
+                {"key": key, "kind": _kind(axis, key), "block": _block(axis, key), "before": width}
+                | {"after": width if left is None else left}
+            )
+    return _by_kind(rows), [{"reason": reason, "count": n} for reason, n in sorted(frozen.items(), key=_most)]
+
+
+def scores(folder: RunFolder, kinds: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The spread of the scores per axis, where each was cut, and the massive-activation units.
+
+    Args:
+        folder: A run folder.
+        kinds: Its :func:`widths`, for the kind and the depth of each axis.
+
+    Returns:
+        ``metric``, ``kinds`` (as in :func:`widths`, with ``quantiles``, ``kept_min`` and ``dropped_max`` per row), and
+        ``massive`` (``key``, ``block``, ``kind``, ``unit``, ``z`` and whether it was ``kept``); ``None`` without any.
+    """
+    axes = mapping(folder.scores.get("axes"))
+    survivors = _survivors(folder.plans)
+    found, massive = [], []
+    for row, kind in ((row, group["kind"]) for group in kinds for row in group["rows"]):
+        entry = mapping(axes.get(row["key"]))
+        quantiles = entry.get("quantiles")
+        levels = [number(q) for q in quantiles[: 2 * QUANTILES]] if isinstance(quantiles, list) else []
+        bounds = {name: number(entry.get(name)) for name in ("kept_min", "dropped_max")}
+        if len(levels) == QUANTILES and None not in levels and levels == sorted(levels, key=lambda q: q or 0.0):
+            found.append(row | {"kind": kind, "quantiles": levels} | bounds)
+        elif quantiles is not None:
+            folder.problems.append(f"scores.json: axis {row['key']!r} has no {QUANTILES} ascending numbers; left out")
+        for unit in objects(entry.get("massive")):
+            index, z = size(unit.get("unit")), number(unit.get("z"))
+            if index is not None and index < row["before"] and z is not None:
+                kept = index in survivors[row["key"]] if row["key"] in survivors else row["after"] == row["before"]
+                massive.append(
+                    {name: row[name] for name in ("key", "block")} | {"kind": kind, "unit": index, "z": z, "kept": kept}
+                )
+    if not found and not massive:
+        return None
+    massive.sort(key=lambda unit: -abs(unit["z"]))
+    return {"metric": text(folder.scores.get("metric")), "kinds": _grouped(found), "massive": massive}
+
+
+def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+    """Axis → size before the first and after the last plan that changes it."""
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
+    for plan in plans:
+        for key, change in mapping(plan.get("changes")).items():
+            before, keep = size(mapping(change).get("size")), mapping(change).get("keep")
+            if before and isinstance(keep, list) and 0 < len(keep) <= before:
+                first.setdefault(text(key, 300), before)
+                last[text(key, 300)] = len(keep)
+    return first, last
+
+
+def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
+    """Axis → the birth numbers of the units that every plan kept."""
+    left: dict[str, set[int]] = {}
+    for plan in plans:
+        for key, change in mapping(plan.get("changes")).items():
+            entry = mapping(change)
+            total, keep, ids = size(entry.get("size"), 10**8), entry.get("keep"), entry.get("ids")
+            if not total or not isinstance(keep, list):
+                continue
+            units = (size(unit) for unit in keep)
+            kept = {unit for unit in units if unit is not None and unit < total}
+            if isinstance(ids, list) and len(ids) == total:
+                kept = {i for i in (size(ids[unit]) for unit in kept) if i is not None}
+            name = text(key, 300)
+            left[name] = left[name] & kept if name in left else kept
+    return left
+
+
+def _kind(axis: dict[str, Any], key: str) -> str:
+    """What axes of the same sort in all blocks share: the label, or the key with block numbers left open."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text(axis.get("label"), 60) or text(key, 60))
+
+
+def _block(axis: dict[str, Any], key: str) -> str:
+    found = re.match(r".*?\.\d+(?=\.)", key)
+    return text(axis.get("block"), 80) or (found.group() if found else key.rpartition(".")[0] or key)
+
+
+def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    kinds = _grouped(rows)
+    for kind in kinds:
+        kind["before"] = sum(row["before"] for row in kind["rows"])
+        kind["after"] = sum(row["after"] for row in kind["rows"])
+        kind["changed"] = sum(row["before"] != row["after"] for row in kind["rows"])
+    return kinds
+
+
+def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by kind; each row gets its depth: the number of its block, or its place where that is not unique."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["kind"], []).append(row)
+    kinds = []
+    for kind, members in groups.items():
+        numbers = [re.search(r"\d+", row["block"]) for row in members]
+        depths = [int(found.group()[:9]) for found in numbers if found]
+        numbered = len(set(depths)) == len(members) and max(depths) < 10 * len(members) + 10
+        depths = depths if numbered else list(range(len(members)))
+        rows_of = [
+            {k: v for k, v in row.items() if k != "kind"} | {"depth": d} for row, d in zip(members, depths, strict=True)
+        ]
+        kinds.append({"kind": kind, "numbered": numbered, "rows": sorted(rows_of, key=lambda row: row["depth"])})
+    return kinds
+
+
+def _most(item: tuple[str, int]) -> tuple[int, str]:
+    return -item[1], item[0]
