@@ -1,0 +1,7 @@
+"""Loading real networks, and building their architectures again."""
+
+from regrow.nets.errors import ModelError
+from regrow.nets.load import build, load
+from regrow.nets.loaded import Loaded, Origin
+
+__all__ = ["Loaded", "ModelError", "Origin", "build", "load"]

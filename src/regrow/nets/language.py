@@ -1,0 +1,229 @@
+"""Language models (and whatever else transformers loads): a folder, a hub id or a GGUF file."""
+
+import importlib
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.axes import Example
+from regrow.nets.errors import ModelError, first_line, needs
+from regrow.nets.examples import PIXELS, image_example, text_example
+from regrow.nets.files import check_safetensors
+from regrow.nets.loaded import Loaded, Origin
+
+HUB_TIMEOUT = 10.0
+
+
+def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
+    """A model and its tokenizer from a transformers folder whose weights are safetensors.
+
+    Raises:
+        ModelError: If the folder holds no model, only pickled weights, or files that are damaged.
+    """
+    _check_folder(folder, name)
+    return _load(str(folder), name=name, dtype=dtype, trust=trust)
+
+
+def load_hub(name: str, *, dtype: torch.dtype | None, trust: bool) -> Loaded:
+    """A model from the Hugging Face hub, or from its local cache without a word to the network.
+
+    Raises:
+        ModelError: If it is not cached and the hub does not answer or does not know it.
+    """
+    require_transformers()
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not cached:
+        # One quick question first: transformers alone would retry for half a minute without a network.
+        try:
+            HfApi().model_info(name, timeout=HUB_TIMEOUT)
+        except Exception as error:
+            raise ModelError(
+                f"{name!r} is no folder here, and the hub does not give it ({first_line(error)}); "
+                "check the name and the network, or give the folder of a downloaded model"
+            ) from None
+    return _load(name, name=name, dtype=dtype, trust=trust, local_files_only=cached)
+
+
+def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None, trust: bool = False) -> Loaded:
+    """A model from a GGUF file, its quantised weights turned into dense ones.
+
+    Raises:
+        ModelError: If the file is not GGUF or holds an architecture that transformers cannot read from one.
+    """
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise ModelError(f"{name}: not a GGUF file (its first bytes are not 'GGUF'); download it again")
+    for package in ("gguf", "accelerate"):
+        _require(package)
+    loaded = _load(str(path.parent), name=name, dtype=dtype or torch.float32, trust=trust, gguf_file=path.name)
+    model: Any = loaded.model
+    # save_pretrained refuses a model that still calls itself quantised.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    note = f"{path.name}: quantised weights, turned into dense {str(model.dtype).removeprefix('torch.')}"
+    return Loaded(model, loaded.tokenizer, loaded.example, origin_of(model, name), (note, *loaded.notes))
+
+
+def origin_of(model: Any, name: str) -> Origin:
+    """How to build a transformers model again."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    for path_like in ("_name_or_path", "quantization_config"):
+        config.pop(path_like, None)
+    return Origin("transformers", type(model).__name__, config, name)
+
+
+def build_transformers(origin: Origin) -> nn.Module:
+    """The architecture on CPU in its own dtype; parameters are *not* initialised, buffers are right.
+
+    Raises:
+        ModelError: If transformers does not know the class or the configuration.
+    """
+    transformers = require_transformers()
+    from transformers.initialization import no_init_weights
+
+    architecture = getattr(transformers, origin.reference, None)
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+        raise ModelError(f"transformers {transformers.__version__} has no model class {origin.reference!r}")
+    settings = dict(origin.config)
+    try:
+        config = transformers.AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+        with quiet(), no_init_weights():
+            model = architecture._from_config(config)
+    except Exception as error:
+        raise ModelError(f"cannot build {origin.reference} from its configuration: {first_line(error)}") from None
+    # no_init_weights also skips the tying that initialisation would do.
+    model.tie_weights()
+    return model.eval()
+
+
+def require_transformers() -> Any:
+    """The transformers package.
+
+    Raises:
+        ModelError: If it is not installed.
+    """
+    return _require("transformers")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars, warnings or log lines from transformers inside; its settings come back afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        # One bar (the de-quantising of GGUF) obeys no setting, so what is written to stderr is dropped as well.
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _load(where: str, *, name: str, dtype: torch.dtype | None, trust: bool, **files: Any) -> Loaded:
+    require_transformers()
+    try:
+        with quiet():
+            auto = _class_for(where, trust, files)
+            model, info = auto.from_pretrained(
+                where,
+                dtype=dtype or "auto",
+                use_safetensors=None if "gguf_file" in files else True,
+                trust_remote_code=trust,
+                output_loading_info=True,
+                **files,
+            )
+    except ModelError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {name}: {_explained(error)}") from None
+    if info["missing_keys"]:
+        first = sorted(info["missing_keys"])[0]
+        raise ModelError(
+            f"{name}: the weights lack {len(info['missing_keys'])} parameters, {first!r} first; "
+            "the file is incomplete or belongs to another configuration: download it again"
+        )
+    model.eval()
+    tokenizer = None if not _is_text(model) else _tokenizer(where, trust, files)
+    return Loaded(model, tokenizer, _example(model), origin_of(model, name))
+
+
+def _class_for(where: str, trust: bool, files: dict[str, Any]) -> Any:
+    transformers = require_transformers()
+    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust, **files)
+    names = getattr(config, "architectures", None) or ()
+    known = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    return known or transformers.AutoModelForCausalLM
+
+
+def _tokenizer(where: str, trust: bool, files: dict[str, Any]) -> Any | None:
+    transformers = require_transformers()
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **files)
+    except Exception:
+        # A model without a tokenizer still has a shape to change; whoever needs text will ask for one.
+        return None
+
+
+def _is_text(model: Any) -> bool:
+    return model.main_input_name == "input_ids"
+
+
+def _example(model: Any) -> Example:
+    if _is_text(model):
+        return text_example(model, model.config.get_text_config().vocab_size)
+    size = getattr(model.config, "image_size", PIXELS)
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return image_example(model, getattr(model.config, "num_channels", 3), height, width)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
+    try:
+        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelError(f"{name}: config.json is not JSON ({first_line(error)}); restore it") from None
+    files = sorted(folder.glob("*.safetensors"))
+    if not files and any(folder.glob("*.bin")):
+        raise ModelError(
+            f"{name}: its weights are a pickle, which could run code; convert it once: python -c "
+            f'"from transformers import AutoModelForCausalLM as A; '
+            f"A.from_pretrained('{name}').save_pretrained('{name}-safe')\""
+        )
+    if not files:
+        raise ModelError(f"{name}: the folder has no .safetensors weights; download the model again")
+    for file in files:
+        check_safetensors(file)
+
+
+def _explained(error: Exception) -> str:
+    text = str(error)
+    if "trust_remote_code" in text:
+        return "it brings its own Python code; if you trust it, say so with --trust (trust=True)"
+    if "mismatch" in text:
+        return "its weights have other shapes than config.json says; a folder made by regrow opens with regrow.load"
+    return first_line(error)
+
+
+def _require(package: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise needs("llm", package) from None

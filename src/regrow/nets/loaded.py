@@ -1,0 +1,74 @@
+"""What loading a model gives: the network, how to call it, and how to build its architecture again."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from regrow.axes import Example
+from regrow.nets.errors import ModelError
+
+KINDS = ("transformers", "torchvision", "callable")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """How to build an architecture again, as plain data: no weights, no code, no paths of this machine.
+
+    Args:
+        kind: ``"transformers"``, ``"torchvision"`` or ``"callable"``.
+        reference: The class (transformers), the model's name (torchvision) or ``pkg.mod:fn`` (callable).
+        config: What it is built with: a transformers configuration, the builder's arguments, or nothing.
+        name: What the user called the model; informative.
+    """
+
+    kind: str
+    reference: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+    def to_json(self) -> str:
+        """The origin as JSON text."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Origin":
+        """Read an origin back.
+
+        >>> Origin.from_json(Origin("torchvision", "resnet18", {"num_classes": 10}).to_json()).config
+        {'num_classes': 10}
+
+        Raises:
+            ModelError: If the text is not an origin.
+        """
+        try:
+            data = json.loads(text)
+            kind, reference, config = data["kind"], data["reference"], data["config"]
+            name = data.get("name", "")
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"not the origin of a model: {error!r}; restore the run's origin file") from None
+        texts = all(isinstance(value, str) for value in (kind, reference, name))
+        if kind not in KINDS or not texts or not isinstance(config, dict):
+            raise ModelError(f"not the origin of a model: kind {kind!r}; known kinds: {', '.join(KINDS)}")
+        return cls(kind, reference, config, name)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, ready to be traced.
+
+    Args:
+        model: The network, in eval mode.
+        tokenizer: Its tokenizer, for a language model that has one.
+        example: An input to trace it with, on the model's device.
+        origin: How to build the architecture again.
+        notes: What a reader of a report must know about these weights (de-quantised, random).
+    """
+
+    model: nn.Module
+    tokenizer: Any | None
+    example: Example
+    origin: Origin
+    notes: tuple[str, ...] = ()

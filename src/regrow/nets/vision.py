@@ -1,0 +1,127 @@
+"""torchvision networks, by name."""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import Example
+from regrow.nets.errors import ModelError, first_line, needs
+from regrow.nets.examples import PIXELS, image_example
+from regrow.nets.files import check_safetensors
+from regrow.nets.loaded import Loaded, Origin
+
+# Builders that would otherwise draw their weights from scipy, one warning and many seconds each.
+_SLOW_START = frozenset({"googlenet", "inception_v3"})
+
+
+def known_names() -> list[str]:
+    """The names of torchvision's networks, empty where it is not installed; quantised ones left out."""
+    try:
+        from torchvision.models import list_models
+    except ImportError:
+        return []
+    return [name for name in list_models() if not name.startswith("quantized_")]
+
+
+def load_torchvision(name: str, weights: Path | None = None) -> Loaded:
+    """A torchvision network with weights from a safetensors file, or else with random ones, the same each time.
+
+    Args:
+        name: ``"resnet18"``.
+        weights: A state dict in safetensors form; the number of classes is taken from its last layer.
+
+    Raises:
+        ModelError: If torchvision has no such network, or the file does not fit it.
+    """
+    arguments: dict[str, Any] = {}
+    model = _build(name, arguments)
+    notes: tuple[str, ...] = ()
+    if weights is None:
+        notes = (f"{name}: random weights; for trained ones give torchvision:{name}:FILE.safetensors",)
+    else:
+        state = _read(weights)
+        arguments = _classes(model, state)
+        if arguments:
+            model = _build(name, arguments)
+        _fill(model, state, name, weights)
+    return Loaded(model.eval(), None, _example(name, model), Origin("torchvision", name, arguments, name), notes)
+
+
+def build_torchvision(origin: Origin) -> nn.Module:
+    """The network on CPU, in float32 and eval mode.
+
+    Raises:
+        ModelError: If torchvision has no such network or refuses the arguments.
+    """
+    return _build(origin.reference, origin.config).eval()
+
+
+def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        from torchvision.models import get_model
+    except ImportError:
+        raise needs("vision", "torchvision") from None
+    if name not in known_names():
+        near = difflib.get_close_matches(name, known_names(), n=1)
+        hint = f"; did you mean torchvision:{near[0]}?" if near else ""
+        raise ModelError(f"torchvision has no model {name!r}{hint}")
+    more: dict[str, Any] = {"init_weights": False} if name in _SLOW_START else {}
+    if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):
+        more["weights_backbone"] = None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return get_model(name, weights=None, **(more | dict(arguments)))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"torchvision cannot build {name} with {dict(arguments)}: {first_line(error)}") from None
+
+
+def _read(weights: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    if not weights.is_file():
+        raise ModelError(f"{weights}: no such file of weights; check the path")
+    check_safetensors(weights)
+    return load_file(weights)
+
+
+def _classes(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, int]:
+    last = [key for key, value in model.state_dict().items() if key.endswith("weight") and value.dim() >= 2][-1]
+    if last in state and state[last].shape[0] != model.state_dict()[last].shape[0]:
+        return {"num_classes": int(state[last].shape[0])}
+    return {}
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], name: str, weights: Path) -> None:
+    try:
+        model.load_state_dict(dict(state))
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:160]
+        raise ModelError(f"{weights} does not fit torchvision's {name}: {detail}") from None
+
+
+def _example(name: str, model: nn.Module) -> Example:
+    from torchvision.models import get_model_builder, get_model_weights
+
+    family = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")
+    chosen = getattr(get_model_weights(name), "DEFAULT", None)
+    settings = getattr(getattr(chosen, "transforms", None), "keywords", {})
+    size = settings.get("crop_size", PIXELS)
+    match family[0] if len(family) > 1 else "classification":
+        case "detection":
+            return Example(([image_example(model, 3, PIXELS, PIXELS).args[0][0]],))
+        case "video":
+            height, width = size if isinstance(size, tuple) else (size, size)
+            return image_example(model, 3, 16, height, width)
+        case "optical_flow":
+            image = image_example(model, 3, 128, 128).args[0]
+            return Example((image, image.flip(-1)))
+        case "segmentation":
+            return image_example(model, 3, PIXELS, PIXELS)
+    # A vision transformer holds its own image size; published weights may have been made for another.
+    side = int(getattr(model, "image_size", size))
+    return image_example(model, 3, side, side)
