@@ -1,0 +1,10 @@
+"""Reports: a run folder, or several, as one self-contained page. Needs no model, and reads nothing but the folder.
+
+:func:`summarise` makes one plain dictionary; :func:`to_html`, :func:`write_page` and :func:`to_markdown` show it.
+"""
+
+from regrow.reports.page import to_html, to_markdown, write_page
+from regrow.reports.reading import ReportError
+from regrow.reports.summary import summarise
+
+__all__ = ["ReportError", "summarise", "to_html", "to_markdown", "write_page"]

@@ -1,0 +1,129 @@
+"""The figures of a page that compares runs."""
+
+import math
+from typing import Any
+
+from regrow.reports import quantities as q
+from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, Canvas, Drawing, draw
+from regrow.reports.figures import SMALL, log_axis, log_ticks
+from regrow.reports.words import same_dense
+
+MAX_KINDS = 12
+
+
+def perplexity(summary: dict[str, Any]) -> Drawing | None:
+    """Perplexity of each run, one panel per kind of text; the best run of each is marked."""
+    runs, kinds = summary["runs"], summary["kinds"][:MAX_KINDS]
+    table = [(kind, [_value(run, kind) for run in runs]) for kind in kinds]
+    table = [(kind, values) for kind, values in table if all(values)]
+    if not table:
+        return None
+    dense = same_dense(summary) or {}
+    labels = [run["label"] for run in runs]
+    told = "; ".join(
+        f"{kind}: " + ", ".join(f"{label} {q.significant(v)}" for label, v in zip(labels, values, strict=True))
+        for kind, values in table[:6]
+    )
+
+    def paint(canvas: Canvas) -> None:
+        columns = 1 if canvas.narrow else 2
+        gap, step, head, foot = 44, 25, 40, 44
+        width = (canvas.width - gap * (columns - 1)) / columns
+        height = step * len(runs)
+        canvas.start(math.ceil(len(table) / columns) * (head + height + foot) + 8)
+        for i, (kind, values) in enumerate(table):
+            x, top = (i % columns) * (width + gap), (i // columns) * (head + height + foot)
+            canvas.text(x, top + 18, kind[:30])
+            left = 112
+            axes = canvas.panel(top + head, height, left=x + left, width=width - left)
+            axes.set_ylim(len(runs) - 0.5, -0.5)
+            known = [*values, dense[kind]] if kind in dense else values
+            log_axis(axes, known, width - left, 36, "")
+            if kind in dense:
+                axes.axvline(dense[kind], color=MUTED, linewidth=1.2, linestyle=(0, (3, 3)))
+                canvas.text(x + width, top + 18, f"before {q.significant(dense[kind])}", color=MUTED, ha="right")
+            for place, value in enumerate(values):
+                best = value == min(values)
+                face = ACCENT if best else FAINT
+                axes.plot([value], [place], "o", markersize=9, markerfacecolor=face, markeredgecolor=PAPER)
+                axes.annotate(
+                    q.significant(value),
+                    (value, place),
+                    xytext=(8, 0),
+                    textcoords="offset points",
+                    va="center",
+                    color=INK if best else MUTED,
+                    fontsize=SMALL,
+                    annotation_clip=False,
+                )
+                label = runs[place]["label"]
+                label = label if len(label) < 16 else label[:14] + "…"
+                canvas.text(x, top + head + (place + 0.5) * step, label, fontsize=SMALL, color=INK if best else MUTED)
+
+    return draw("fig-kinds", "Perplexity per kind of text and run", told, paint)
+
+
+def front(summary: dict[str, Any]) -> Drawing | None:
+    """Quality against size: the geometric mean of perplexity over the shared kinds, against the fraction kept."""
+    points = [(run["label"], kept(run), (run["means"]["shared"] or {}).get("after")) for run in summary["runs"]]
+    known = [(label, x, y) for label, x, y in points if x and y]
+    if len({x for _, x, _ in known}) < 2:
+        return None
+    told = "; ".join(f"{label}: {q.percent(x)} kept, perplexity {q.significant(y)}" for label, x, y in known)
+    best = [p for p in known if not any(o[1] <= p[1] and o[2] <= p[2] and o[1:] != p[1:] for o in known)]
+    best.sort(key=lambda point: point[1])
+
+    def paint(canvas: Canvas) -> None:
+        canvas.start(340)
+        axes = canvas.panel(34, 254, left=58, right=8)
+        axes.set_yscale("log")
+        low, high = (math.log10(pick(p[2] for p in known)) for pick in (min, max))
+        room = max(high - low, 0.1) * 0.18
+        axes.set_ylim(10 ** (low - room), 10 ** (high + room))
+        log_ticks(axes.yaxis, *axes.get_ylim(), 6)
+        xs = [x for _, x, _ in known]
+        edge = (max(xs) - min(xs)) * 0.2
+        axes.set_xlim(min(xs) - edge, max(xs) + edge)
+        axes.xaxis.set_major_locator(_locator(4 if canvas.narrow else 8))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
+        axes.grid(color=LINE, linewidth=1)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("weights kept", color=MUTED, fontsize=SMALL, labelpad=6)
+        canvas.text(0, 12, "perplexity, geometric mean (log scale)", color=MUTED, fontsize=SMALL)
+        axes.plot([p[1] for p in best], [p[2] for p in best], color=ACCENT, linewidth=1.5)
+        for label, x, y in known:
+            on = any(point[0] == label for point in best)
+            face = ACCENT if on else FAINT
+            axes.plot([x], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=PAPER)
+            right = x > (min(xs) + max(xs)) / 2
+            axes.annotate(
+                label[:24],
+                (x, y),
+                xytext=(-9 if right else 9, 3),
+                textcoords="offset points",
+                ha="right" if right else "left",
+                va="bottom",
+                color=INK if on else MUTED,
+                fontsize=SMALL,
+                annotation_clip=False,
+            )
+
+    return draw("fig-front", "Perplexity against the fraction of weights kept", told, paint)
+
+
+def kept(run: dict[str, Any]) -> float | None:
+    """The fraction of counted weights that a run kept, as measured or else as asked for."""
+    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
+    if before.get("params_counted") and after.get("params_counted"):
+        return float(after["params_counted"] / before["params_counted"])
+    return run["keep"]
+
+
+def _value(run: dict[str, Any], kind: str) -> float | None:
+    return next((row["after"]["ppl"] for row in run["perplexity"] if row["source"] == kind and row["after"]), None)
+
+
+def _locator(most: int) -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(most)

@@ -1,0 +1,283 @@
+"""The figures of a page: each takes a run of the summary and gives a drawing, or ``None`` where data is missing."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from regrow.reports import quantities as q
+from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, Canvas, Drawing, draw
+
+Run = dict[str, Any]
+MAX_ROWS = 40
+MAX_PANELS = 6
+SMALL = 11.5
+
+
+def perplexity(run: Run) -> Drawing | None:
+    """Perplexity per kind of text before and after, seen kinds apart from unseen ones, with 95 % intervals."""
+    rows = [row for row in run["perplexity"] if (row["after"] or row["before"] or {}).get("ppl")][:MAX_ROWS]
+    if not rows:
+        return None
+    groups = [
+        (words, [row for row in rows if row["seen"] is seen])
+        for words, seen in (("Seen in calibration", True), ("Unseen", False), ("Kinds of text", None))
+    ]
+    groups = [(words, members) for words, members in groups if members]
+    told = "; ".join(
+        f"{row['source']} {' to '.join(q.significant(side['ppl']) for side in _sides(row))}" for row in rows[:12]
+    )
+
+    def paint(canvas: Canvas) -> None:
+        step, head, top = (52 if canvas.narrow else 38), 40, 30
+        places, y = [], 0.0
+        headings = []
+        for words, members in groups:
+            headings.append((words, top + y + head / 2 + 4))
+            y += head
+            for row in members:
+                places.append((row, y + step * (0.66 if canvas.narrow else 0.5)))
+                y += step
+            y += 8
+        canvas.start(top + y + 44)
+        left = 12 if canvas.narrow else 130
+        axes = canvas.panel(top, y, left=left, right=12)
+        axes.set_ylim(y, 0)
+        values = [v for row in rows for side in _sides(row) for v in (side["ppl"], side["low"], side["high"]) if v]
+        log_axis(axes, values, canvas.width - left - 12, 58, "perplexity (log scale), lower is better")
+        for words, at in headings:
+            canvas.text(0, at, words, color=MUTED, fontsize=SMALL)
+        for row, at in places:
+            _dumbbell(axes, row, at)
+            canvas.text(0, top + at - (24 if canvas.narrow else 0), _cut(row["source"], 40 if canvas.narrow else 17))
+        legend(canvas, 12, [("before", FAINT, MUTED), ("after", ACCENT, ACCENT)])
+
+    return draw("fig-perplexity", "Perplexity per kind of text, before and after", told, paint)
+
+
+def widths(run: Run) -> Drawing | None:
+    """Units left per layer, one panel per kind of axis, over depth."""
+    kinds = [kind for kind in run["widths"] if kind["changed"]][:MAX_PANELS]
+    if not kinds:
+        return None
+    told = "; ".join(f"{kind['kind']}: {kind['before']:,} units before, {kind['after']:,} after" for kind in kinds)
+
+    def panel(axes: Any, kind: dict[str, Any]) -> None:
+        depth = [row["depth"] for row in kind["rows"]]
+        before, after = ([row[side] for row in kind["rows"]] for side in ("before", "after"))
+        axes.bar(depth, before, width=0.74, color=FAINT)
+        axes.bar(depth, after, width=0.74, color=ACCENT)
+        top = max(*before, *after)
+        axes.set_ylim(0, top * 1.02)
+        axes.set_yticks(sorted({0, top / 2 if top % 2 == 0 or top > 20 else 0, top}))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+    def heading(kind: dict[str, Any]) -> str:
+        return f"{kind['before']:,} → {kind['after']:,} units, {q.percent(kind['after'] / kind['before'])} kept"
+
+    legend_of = [("kept", ACCENT, ACCENT), ("cut", FAINT, FAINT)]
+    return draw("fig-widths", "Units per layer, before and after", told, _stack(kinds, 128, panel, heading, legend_of))
+
+
+def spectra(run: Run) -> Drawing | None:
+    """How the scores of the units spread in each layer, and where the cut lies."""
+    kinds = (run["scores"] or {"kinds": []})["kinds"]
+    changed = {kind["kind"] for kind in run["widths"] if kind["changed"]}
+    kinds = sorted(kinds, key=lambda kind: kind["kind"] not in changed)[: min(MAX_PANELS, max(1, len(changed)))]
+    if not kinds:
+        return None
+    told = "; ".join(
+        f"{kind['kind']}: median score {q.significant(min(row['quantiles'][10] for row in kind['rows']))} to "
+        f"{q.significant(max(row['quantiles'][10] for row in kind['rows']))} over {len(kind['rows'])} axes"
+        for kind in kinds
+    )
+
+    def panel(axes: Any, kind: dict[str, Any]) -> None:
+        depth = [row["depth"] for row in kind["rows"]]
+        positive = [v for row in kind["rows"] for v in row["quantiles"] if v > 0]
+        logarithmic = bool(positive) and min(v for row in kind["rows"] for v in row["quantiles"]) >= 0
+        floor = min(positive) if logarithmic else -math.inf
+        for low, high, strength in ((0, 20, 0.14), (1, 19, 0.16), (5, 15, 0.26)):
+            bottom, top = ([max(row["quantiles"][at], floor) for row in kind["rows"]] for at in (low, high))
+            heights = [b - a for a, b in zip(bottom, top, strict=True)]
+            axes.bar(depth, heights, bottom=bottom, width=0.74, color=MUTED, alpha=strength, linewidth=0)
+        medians = [max(row["quantiles"][10], floor) for row in kind["rows"]]
+        axes.hlines(medians, [d - 0.37 for d in depth], [d + 0.37 for d in depth], color=INK, linewidth=1.3)
+        if logarithmic:
+            axes.set_yscale("log")
+            log_ticks(axes.yaxis, *axes.get_ylim(), 4)
+        cuts = [(row["depth"], [max(v, floor) for v in _bounds(row)]) for row in kind["rows"] if _bounds(row)]
+        for d, bounds in cuts:
+            axes.vlines([d], min(bounds), max(bounds), color=ACCENT, linewidth=1.2)
+            middle = math.sqrt(bounds[0] * bounds[-1]) if logarithmic else (bounds[0] + bounds[-1]) / 2
+            axes.hlines([middle], d - 0.48, d + 0.48, color=ACCENT, linewidth=2.4)
+
+    metric = run["scores"]["metric"] or "score"
+    entries = [("cut", ACCENT, ACCENT), ("median", INK, INK), ("middle half, 90 %, all units", FAINT, FAINT)]
+    drawn = _stack(kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
+    return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", told, drawn)
+
+
+def cost(run: Run) -> Drawing | None:
+    """Parameters, multiply–accumulates and bytes, before and after."""
+    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
+    measures = (
+        ("Counted parameters (what keep refers to)", "params_counted", q.count),
+        ("All parameters", "params_all", q.count),
+        ("Multiply–accumulates (MACs)", "macs", q.count),
+        ("Bytes on disk", "bytes", q.octets),
+    )
+    rows = [(w, before[n], after[n], unit) for w, n, unit in measures if before.get(n) and after.get(n) is not None]
+    if not rows:
+        return None
+    told = "; ".join(f"{words}: {unit(a)} before, {unit(b)} after" for words, a, b, unit in rows)
+
+    def paint(canvas: Canvas) -> None:
+        step = 72 if canvas.narrow else 54
+        canvas.start(step * len(rows))
+        for i, (words, a, b, unit) in enumerate(rows):
+            top = i * step + 12
+            figures = f"{unit(a)} → {unit(b)}, {q.percent(b / a)}"
+            canvas.text(0, top, words)
+            where = {"x": 0, "y": top + 19} if canvas.narrow else {"x": canvas.width, "y": top, "ha": "right"}
+            canvas.text(words=figures, color=MUTED, **where)
+            axes = canvas.panel(top + (33 if canvas.narrow else 14), 12)
+            axes.set_axis_off()
+            axes.set_xlim(0, max(a, b))
+            axes.barh([0, 0], [a, b], color=[FAINT, ACCENT], height=1)
+            axes.set_ylim(-0.5, 0.5)
+
+    return draw("fig-cost", "Size before and after", told, paint)
+
+
+def times(run: Run) -> Drawing | None:
+    """Where the time went."""
+    rows = run["seconds"][:20]
+    if not rows or not any(row["seconds"] for row in rows):
+        return None
+    told = "; ".join(f"{row['stage']} {q.duration(row['seconds'])}" for row in rows)
+
+    def paint(canvas: Canvas) -> None:
+        step, left, right = 26, 104, 96
+        canvas.start(step * len(rows) + 4)
+        axes = canvas.panel(0, step * len(rows), left=left, right=right)
+        axes.set_axis_off()
+        axes.barh(range(len(rows)), [row["seconds"] for row in rows], height=0.42, color=FAINT)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(0, max(row["seconds"] for row in rows))
+        for i, row in enumerate(rows):
+            canvas.text(0, (i + 0.5) * step, _cut(row["stage"], 13))
+            canvas.text(canvas.width, (i + 0.5) * step, q.duration(row["seconds"]), ha="right", color=MUTED)
+
+    return draw("fig-times", "Time spent per stage", told, paint)
+
+
+def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, label: str) -> None:
+    """Make the horizontal axis logarithmic, with room of ``margin`` pixels for words at both ends."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    span = max(high - low, 0.12)
+    middle, reach = (low + high) / 2, span / 2 * width / max(width - 2 * margin, 1)
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** (middle - reach), 10 ** (middle + reach))
+    log_ticks(axes.xaxis, 10 ** (middle - reach), 10 ** (middle + reach), max(3, width // 95))
+    axes.grid(axis="x", color=LINE, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.set_yticks([])
+    axes.set_xlabel(label, color=MUTED, fontsize=SMALL, labelpad=6)
+
+
+def legend(canvas: Canvas, y: float, entries: Sequence[tuple[str, str, str]]) -> None:
+    """Draw a row of dots with their meaning: (words, fill, edge)."""
+    x = 6.0
+    for words, fill, edge in entries:
+        canvas.dot(x, y, marker="o", markerfacecolor=fill, markeredgecolor=edge)
+        canvas.text(x + 11, y, words, color=MUTED, fontsize=SMALL)
+        x += 30 + 6.9 * len(words)
+
+
+def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:
+    sides = {side: row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")}
+    points = [side["ppl"] for side in sides.values()]
+    axes.plot(points, [y] * len(points), color=FAINT, linewidth=2.5, zorder=2)
+    for name, side in sides.items():
+        colour = ACCENT if name == "after" else MUTED
+        if side["low"] and side["high"]:
+            axes.plot([side["low"], side["high"]], [y, y], color=colour, linewidth=1.3, zorder=3)
+        face = ACCENT if name == "after" else FAINT
+        axes.plot([side["ppl"]], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=PAPER, zorder=4)
+        outer = side["ppl"] == max(points) and (len(points) == 1 or name == "after" or points[0] > points[-1])
+        at = (side["high"] or side["ppl"]) if outer else (side["low"] or side["ppl"])
+        axes.annotate(
+            q.significant(side["ppl"]),
+            (at, y),
+            xytext=(9 if outer else -9, 0),
+            textcoords="offset points",
+            ha="left" if outer else "right",
+            va="center",
+            color=INK if name == "after" else MUTED,
+            annotation_clip=False,
+        )
+
+
+def _stack(
+    kinds: Sequence[dict[str, Any]],
+    height: int,
+    panel: Callable[[Any, dict[str, Any]], None],
+    heading: Callable[[dict[str, Any]], str],
+    entries: Sequence[tuple[str, str, str]],
+) -> Callable[[Canvas], None]:
+    """One panel per kind of axis, above each other, over depth."""
+
+    def paint(canvas: Canvas) -> None:
+        head = 62 if canvas.narrow else 42
+        step = head + height + 58
+        canvas.start(28 + step * len(kinds))
+        legend(canvas, 12, entries)
+        for i, kind in enumerate(kinds):
+            top = 28 + i * step
+            canvas.text(0, top + 20, _cut(kind["kind"], 44 if canvas.narrow else 60))
+            where = {"x": 0, "y": top + 40} if canvas.narrow else {"x": canvas.width, "y": top + 20, "ha": "right"}
+            canvas.text(words=heading(kind), color=MUTED, fontsize=SMALL, **where)
+            axes = canvas.panel(top + head, height, left=58, right=2)
+            panel(axes, kind)
+            depth = [row["depth"] for row in kind["rows"]]
+            axes.set_xlim(min(depth) - 0.6, max(depth) + 0.6)
+            axes.set_xticks(_steps(min(depth), max(depth), 7 if canvas.narrow else 16))
+            axes.grid(axis="y", color=LINE, linewidth=1)
+            axes.set_axisbelow(True)
+            axes.set_xlabel(
+                "layer" if kind["numbered"] else "place in the network", color=MUTED, fontsize=SMALL, labelpad=4
+            )
+
+    return paint
+
+
+def _steps(first: int, last: int, most: int) -> list[int]:
+    step = next(step * 10**k for k in range(10) for step in (1, 2, 5) if (last - first) / (step * 10**k) <= most)
+    return list(range(-(-first // step) * step, last + 1, step))
+
+
+def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
+    """Put at most ``most`` ticks on a logarithmic axis, at round numbers."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**p for p in powers for digit in digits if low <= digit * 10.0**p <= high]
+        if len(ticks) <= most:
+            break
+    ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
+    axis.set_ticks(ticks, labels=[q.tick(tick) for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
+def _sides(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")]
+
+
+def _bounds(row: dict[str, Any]) -> list[float]:
+    """The scores on both sides of the cut; none where nothing was cut."""
+    if row["dropped_max"] is None or row["before"] == row["after"]:
+        return []
+    return [v for v in (row["dropped_max"], row["kept_min"]) if v is not None]
+
+
+def _cut(words: str, most: int) -> str:
+    return words if len(words) <= most else words[: most - 1] + "…"

@@ -1,0 +1,221 @@
+"""Run folders → one page: a single HTML file that needs no network and no script, or Markdown."""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from regrow.reports import comparison, figures, quantities, words
+from regrow.reports.canvas import Drawing
+from regrow.reports.reading import ReportError
+from regrow.reports.summary import summarise
+
+Summary = dict[str, Any]
+
+# A section is one file in templates/sections, which finds its drawings in FIGURES under the names used there.
+SECTIONS = {
+    "perplexity": "Perplexity",
+    "widths": "Widths",
+    "scores": "Scores",
+    "cost": "Cost",
+    "proof": "Proof",
+    "ran": "What was run",
+    "notes": "Notes and limits",
+}
+FIGURES = {
+    "perplexity": figures.perplexity,
+    "widths": figures.widths,
+    "spectra": figures.spectra,
+    "cost": figures.cost,
+    "times": figures.times,
+}
+COMPARED_SECTIONS = {
+    "runs": "Perplexity",
+    "front": "Quality against size",
+    "sizes": "Cost",
+    "setup": "What was run",
+    "remarks": "Notes and limits",
+}
+COMPARED_FIGURES = {"kinds": comparison.perplexity, "front": comparison.front}
+
+
+def write_page(folders: list[Path], out: Path) -> Path:
+    """Write the page of one run, or of a comparison of several.
+
+    Args:
+        folders: The run folders; two or more make a comparison.
+        out: The HTML file to write; its folder is made if need be. It is replaced only once the page is complete.
+
+    Returns:
+        The file written.
+
+    Raises:
+        ReportError: If a folder is not a run folder, if jinja2 or matplotlib is not installed, or if the file cannot
+            be written.
+    """
+    page = to_html(summarise(folders))
+    out = Path(out)
+    temporary = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
+        temporary = Path(name)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(out)
+    except OSError as error:
+        raise ReportError(f"cannot write {out}: {error.strerror}") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+    return out
+
+
+def to_html(summary: Summary) -> str:
+    """The page of a summary, as HTML.
+
+    Args:
+        summary: What :func:`regrow.reports.summarise` gives.
+
+    Returns:
+        The whole file.
+
+    Raises:
+        ReportError: If jinja2 or matplotlib is not installed.
+    """
+    several = len(summary["runs"]) > 1
+    drawings: dict[str, Drawing | None]
+    if several:
+        drawings = {name: make(summary) for name, make in COMPARED_FIGURES.items()}
+    else:
+        drawings = {name: make(summary["runs"][0]) for name, make in FIGURES.items()}
+    sections = list((COMPARED_SECTIONS if several else SECTIONS).items())
+    context = _context(summary) | {"figures": drawings, "sections": sections}
+    return _environment(html=True).get_template("page.html").render(context)
+
+
+def to_markdown(summary: Summary) -> str:
+    """The same summary as Markdown, without figures.
+
+    Args:
+        summary: What :func:`regrow.reports.summarise` gives.
+
+    Returns:
+        The text.
+
+    Raises:
+        ReportError: If jinja2 is not installed.
+    """
+    return _environment(html=False).get_template("report.md").render(_context(summary)).strip() + "\n"
+
+
+def _context(summary: Summary) -> dict[str, Any]:
+    runs = summary["runs"]
+    run = runs[0]
+    if len(runs) == 1:
+        return {
+            "title": f"{run['model']}: {run['label']}",
+            "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],
+            "headline": words.headline(run),
+            "details": words.details(run),
+            "alarms": _alarms(run),
+            "keys": words.key_numbers(run),
+            "massive": words.massive(run),
+            "proof": words.proof(run),
+            "run": run,
+            "runs": runs,
+        }
+    dense = words.same_dense(summary) or {}
+    known = [math.log(dense[kind]) for kind in summary["kinds"] if kind in dense]
+    whole = bool(known) and len(known) == len(summary["kinds"])
+    return {
+        "title": words.comparison(summary),
+        "brand": ["comparison"],
+        "headline": words.comparison(summary),
+        "details": [],
+        "alarms": [f"{run['label']}: {alarm}" for run in runs for alarm in _alarms(run)],
+        "keys": [],
+        "dense": dense if whole else {},
+        "dense_mean": math.exp(sum(known) / len(known)) if whole else None,
+        "kinds": summary["kinds"],
+        "table": _table(summary),
+        "differences": _differences(runs),
+        "runs": runs,
+    }
+
+
+def _alarms(run: dict[str, Any]) -> list[str]:
+    """What must not be overlooked."""
+    found = []
+    if any(row["holds"] is False for row in run["verify"]):
+        found.append(words.proof(run))
+    if any(not unit["kept"] for unit in (run["scores"] or {"massive": []})["massive"]):
+        found.append(words.massive(run))
+    if not run["finished"]:
+        found.append("The run has no finishing time: what follows is what it had written so far.")
+    return found
+
+
+def _table(summary: Summary) -> list[dict[str, Any]]:
+    """Runs × kinds: one row per run, its mean first."""
+    rows = []
+    for run in summary["runs"]:
+        mean = run["means"]["shared"] or {}
+        cells = [{"ppl": mean.get("after"), "ratio": mean.get("ratio"), "error": None, "unseen": False}]
+        found = {row["source"]: row for row in run["perplexity"]}
+        for kind in summary["kinds"]:
+            row = found[kind]
+            error = 1.96 * row["ratio"] * row["delta_se"] if row["ratio"] and row["delta_se"] is not None else None
+            cells.append(
+                {"ppl": row["after"]["ppl"], "ratio": row["ratio"], "error": error, "unseen": row["seen"] is False}
+            )
+        rows.append({"label": run["label"], "kept": comparison.kept(run), "cells": cells})
+    for column in zip(*(row["cells"] for row in rows), strict=True):
+        known = [cell["ppl"] for cell in column if cell["ppl"]]
+        for cell in column:
+            cell["best"] = bool(known) and cell["ppl"] == min(known)
+    return rows
+
+
+def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Settings in which the runs differ: name → one value per run."""
+    tables = [{pair["name"]: pair["value"] for pair in run["settings"] + run["method_settings"]} for run in runs]
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    columns = {name: [table.get(name, quantities.NONE) for table in tables] for name in names}
+    return {name: values for name, values in columns.items() if len(set(values)) > 1}
+
+
+def _environment(html: bool) -> Any:
+    try:
+        import jinja2
+        from markupsafe import Markup
+    except ImportError:
+        raise ReportError("a page needs jinja2: pip install 'regrow[report]'") from None
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("regrow.reports", "templates"),
+        autoescape=html,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    plain = ("significant", "count", "octets", "percent", "factor", "duration", "power")
+    environment.filters |= {name: getattr(quantities, name) for name in plain}
+    environment.filters |= {
+        "quantity": lambda value, unit: environment.filters[unit](value),
+        "hundredths": lambda value: f"{value:.2f}" if value < 1e6 else quantities.power(value),
+        "tenths": lambda value: f"{value:.1f}",
+        "md": _markdown,
+        "svg": Markup,  # the drawings escape every word themselves
+    }
+    return environment
+
+
+def _markdown(value: Any) -> str:
+    """Words that Markdown takes as nothing but words."""
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#!|~&" else letter for letter in str(value))

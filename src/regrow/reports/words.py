@@ -1,0 +1,176 @@
+"""The sentences and key numbers of a page, made from a summary: what was done, and what it cost."""
+
+from typing import Any
+
+from regrow.reports import quantities as q
+
+Run = dict[str, Any]
+
+_DONE = {"prune": "removed", "apply": "removed"}
+
+
+def headline(run: Run) -> str:
+    """One sentence: what was done to the model, and what it cost in perplexity.
+
+    Args:
+        run: A run of the summary.
+
+    Returns:
+        The sentence; without measurements it says only what was asked for.
+    """
+    return f"{_deed(run)} {_price(run)}"
+
+
+def details(run: Run) -> list[str]:
+    """Sentences with the figures behind the headline."""
+    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
+    lines = []
+    if _both(before, after, "params_all"):
+        dtype = f" at {after['dtype']}" if after["dtype"] and after["dtype"] == before["dtype"] else ""
+        disk = (
+            f", and {q.octets(before['bytes'])} on disk to {q.octets(after['bytes'])}{dtype}"
+            if _both(before, after, "bytes")
+            else ""
+        )
+        share = q.percent(after["params_all"] / before["params_all"])
+        lines.append(
+            f"Counting everything, {q.count(before['params_all'])} parameters became "
+            f"{q.count(after['params_all'])} ({share}){disk}."
+        )
+    for which, words in (("seen", "seen in calibration"), ("unseen", "never seen in calibration")):
+        mean = run["means"][which]
+        if mean and mean["before"]:
+            over = f"{_kinds(mean['count'])} {words}"
+            lead = "The geometric mean of perplexity over" if mean["count"] > 1 else "Perplexity on"
+            lines.append(f"{lead} {over} went from {q.significant(mean['before'])} to {q.significant(mean['after'])}.")
+    return lines
+
+
+def key_numbers(run: Run) -> list[dict[str, str]]:
+    """The numbers at the head of the page: ``label``, ``value`` and a line ``below`` each."""
+    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
+    found = []
+
+    def add(label: str, value: str, below: str) -> None:
+        found.append({"label": label, "value": value, "below": below})
+
+    if _both(before, after, "params_counted"):
+        share = after["params_counted"] / before["params_counted"]
+        figures = f"{q.count(after['params_counted'])} of {q.count(before['params_counted'])}"
+        add("Counted weights kept", q.percent(share), figures)
+    elif run["keep"] is not None:
+        add("Asked to keep", q.percent(run["keep"]), "of the counted weights")
+    named = [(which, run["means"][which]) for which in ("seen", "unseen") if run["means"][which]]
+    for which, mean in named or [("all kinds", run["means"]["all"])]:
+        if mean and mean["ratio"]:
+            figures = f"{q.significant(mean['before'])} → {q.significant(mean['after'])}, {_kinds(mean['count'])}"
+            add(f"Perplexity, {which}", q.factor(mean["ratio"]), figures)
+        elif mean:
+            add(f"Perplexity, {which}", q.significant(mean["after"]), _kinds(mean["count"]))
+    if _both(before, after, "macs"):
+        figures = f"{q.count(after['macs'])} of {q.count(before['macs'])}"
+        add("MACs left", q.percent(after["macs"] / before["macs"]), figures)
+    fast, slow = run["speed"]["after"] or {}, run["speed"]["before"] or {}
+    if fast.get("tokens_per_s"):
+        rate = f"{q.significant(fast['tokens_per_s'])} tokens/s"
+        if slow.get("tokens_per_s"):
+            ratio = q.factor(fast["tokens_per_s"] / slow["tokens_per_s"])
+            add("Throughput", ratio, f"{q.significant(slow['tokens_per_s'])} → {rate}")
+        else:
+            add("Throughput", rate, "after")
+    proof = next((row for row in run["verify"] if row["holds"] is not None), None)
+    if proof:
+        figures = f"max difference {q.power(proof['max_abs_diff'])}, {proof['dtype']}"
+        add("Masked = shrunk", "holds" if proof["holds"] else "broken", figures)
+    return found
+
+
+def massive(run: Run) -> str:
+    """What to know of the massive-activation units; empty where none were found."""
+    units = (run["scores"] or {"massive": []})["massive"]
+    if not units:
+        return ""
+    cut = [unit for unit in units if not unit["kept"]]
+    which = "1 unit stands" if len(units) == 1 else f"{len(units)} units stand"
+    fate = (
+        ("It was kept." if len(units) == 1 else f"All {len(units)} were kept.")
+        if not cut
+        else f"{len(cut)} of them {'was' if len(cut) == 1 else 'were'} cut, which alone may explain the loss."
+    )
+    return f"{which} far above the rest of the layer: massive activations. One wrong cut wrecks the model. {fate}"
+
+
+def proof(run: Run) -> str:
+    """What the masked = shrunk check found."""
+    rows = [row for row in run["verify"] if row["holds"] is not None]
+    if not rows:
+        return "It was not checked in this run that the shrunk model computes what the masked model computes."
+    if all(row["holds"] for row in rows):
+        return (
+            "The shrunk model computes what the full-size model computes with the dropped units masked: "
+            "the outputs differ by no more than rounding."
+        )
+    return "The shrunk model does not compute what the masked model computes: this cut is not exact. Do not use it."
+
+
+def comparison(summary: dict[str, Any]) -> str:
+    """The headline of a page that compares runs."""
+    runs, kinds = summary["runs"], summary["kinds"]
+    models = sorted({run["model"] for run in runs})
+    what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} models"
+    if not kinds:
+        return f"{what}, which share no kind of text they were all evaluated on."
+    best = min(runs, key=lambda run: run["means"]["shared"]["after"] if run["means"]["shared"] else float("inf"))
+    if not best["means"]["shared"]:
+        return f"{what}, compared on {_kinds(len(kinds))}."
+    value = q.significant(best["means"]["shared"]["after"])
+    return f"{what}, compared on {_kinds(len(kinds))}. The lowest perplexity is {value}, by {best['label']}."
+
+
+def same_dense(summary: dict[str, Any]) -> dict[str, float] | None:
+    """Kind → perplexity of the model before, if all runs measured the same; else ``None``."""
+    found: dict[str, float] = {}
+    for run in summary["runs"]:
+        for row in run["perplexity"]:
+            value = (row["before"] or {}).get("ppl")
+            if value and abs(found.setdefault(row["source"], value) / value - 1) > 1e-3:
+                return None
+    return found
+
+
+def _deed(run: Run) -> str:
+    before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
+    who = run["method"] or f"regrow {run['verb']}"
+    if _both(before, after, "params_counted"):
+        left = after["params_counted"] / before["params_counted"]
+        deed = _DONE.get(run["verb"], "removed") if left <= 1 else "added"
+        preposition = "of" if left <= 1 else "to"
+        share = q.percent(abs(1 - left))
+        return f"{who} {deed} {share} {preposition} the linear and convolution weights of {run['model']}."
+    if run["keep"] is not None:
+        return f"{who} was asked to keep {q.percent(run['keep'])} of the weights of {run['model']}."
+    return f"{who} on {run['model']}."
+
+
+def _price(run: Run) -> str:
+    seen, unseen, every = (run["means"][which] for which in ("seen", "unseen", "all"))
+    parts = [
+        f"{q.factor(mean['ratio'])} on {words}"
+        for mean, words in ((seen, "kinds of text seen in calibration"), (unseen, "kinds never seen"))
+        if mean and mean["ratio"]
+    ]
+    if parts:
+        return f"Perplexity changed {' and '.join(parts)}."
+    if every and every["ratio"]:
+        return f"Perplexity changed {q.factor(every['ratio'])}."
+    if every:
+        return f"Perplexity is now {q.significant(every['after'])}."
+    return "What it cost was not measured."
+
+
+def _kinds(count: int) -> str:
+    return f"{count} kind{'s' * (count != 1)} of text"
+
+
+def _both(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
+    return bool(before.get(name)) and after.get(name) is not None
