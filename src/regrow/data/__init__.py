@@ -1,0 +1,8 @@
+"""Text and images as named sources, in disjoint halves for calibration and evaluation."""
+
+from regrow.data.errors import SourceError
+from regrow.data.halves import Half
+from regrow.data.text import KINDS, Text, text
+from regrow.data.windows import windows
+
+__all__ = ["KINDS", "Half", "SourceError", "Text", "text", "windows"]

