@@ -1,1 +1,7 @@
-"""regrow changes the shape of trained networks, exactly."""
+"""regrow changes the shape of trained networks, exactly: it prunes them, grows them and searches them."""
+
+from regrow.plan import Plan
+from regrow.surgery import apply, verify
+from regrow.tracing import trace
+
+__all__ = ["Plan", "apply", "trace", "verify"]

@@ -163,6 +163,34 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """A size that stands in a divisor, and the numbers that take up its change.
+
+    A root-mean-square norm divides by the number of units it runs over. When that number goes from ``n_old`` to
+    ``n_new``, the kept units stay as if the others were 0 if the gain becomes γ′ = γ·√(n_old / n_new) and the
+    constant under the root ε′ = ε·n_old / n_new. An attention that scales by its query size takes √(n_new / n_old)
+    into the rows that make the query.
+
+    Args:
+        over: The dimension whose size is divided by.
+        weight: The parameter that takes up √(n_old / n_new), or √(n_new / n_old) for ``"scale"``.
+        kind: ``"norm"`` or ``"scale"``.
+        plus: What the network adds to the parameter before it multiplies (1 where the gain is ``1 + γ``).
+        epsilon: ``module:attribute`` of the constant under the root; empty for ``"scale"``.
+        value: The constant under the root.
+        rows: For ``"scale"``: the first and the past-the-last row of the parameter, before the cut.
+    """
+
+    over: tuple[Dim, ...]
+    weight: str
+    kind: str = "norm"
+    plus: float = 0.0
+    epsilon: str = ""
+    value: float = 0.0
+    rows: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
 class Example:
     """The input a network was traced with: what it is called with, positional and by name."""
 
@@ -183,6 +211,8 @@ class AxisGraph:
             network looks its input up in an embedding, the embedding and the head that mirrors it are left out.
         itemsize: Name → bytes per entry.
         work: The multiply–accumulates of the traced example, per contraction.
+        integers: ``module:attribute`` → the dimension whose size the attribute holds (``out_features``, ``head_dim``).
+        folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
         example: The traced input, for verifying.
@@ -195,6 +225,8 @@ class AxisGraph:
     itemsize: Mapping[str, int] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     work: tuple[Work, ...] = ()
+    integers: Mapping[str, Dim] = field(default_factory=dict)
+    folds: tuple[Fold, ...] = ()
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     example: Example = field(default_factory=Example, compare=False, repr=False)

@@ -1,0 +1,6 @@
+"""Surgery: the only place that changes a model."""
+
+from regrow.surgery.apply import apply
+from regrow.surgery.verify import Verification, verify
+
+__all__ = ["Verification", "apply", "verify"]

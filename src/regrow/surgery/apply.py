@@ -1,0 +1,131 @@
+"""The only function that changes a model."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import Axis, AxisGraph, size_of
+from regrow.plan import Plan, PlanError
+from regrow.surgery.compensate import offsets
+from regrow.surgery.fold import folded, ratio
+from regrow.surgery.shrink import kept_entries, moved, taken
+from regrow.tracing.capture import faked
+from regrow.tracing.trial import planned_integers, resized
+
+
+def apply(model: nn.Module, axes: AxisGraph, plan: Plan) -> tuple[nn.Module, AxisGraph]:
+    """Change a model's shape as planned: all of it, or nothing.
+
+    Parameters, buffers and the integers that modules hold are cut; sizes that stand in divisors are folded into the
+    numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a bias.
+    Everything is worked out and tried on a copy without numbers first; only then is the model touched, in place.
+
+    Args:
+        model: The traced model.
+        axes: Its axes, as :func:`regrow.trace` gave them.
+        plan: What to keep.
+
+    Returns:
+        The same model, and its axes as they are now.
+
+    Raises:
+        PlanError: If the plan does not fit the model, or the model does not run as planned. It is then unchanged.
+
+    >>> from regrow.tracing import trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> axes = trace(net, torch.ones(1, 4))
+    >>> net, axes = apply(net, axes, Plan.keeping(axes, {"0.weight:0": range(3)}))
+    >>> net[0].weight.shape, net[2].in_features, axes["0.weight:0"].size
+    (torch.Size([3, 4]), 3, 3)
+    """
+    plan.check(axes)
+    _check_state(model, axes)
+    sizes = plan.sizes(axes)
+    entries = kept_entries(axes, plan)
+    _rehearse(model, axes, sizes)
+    with torch.no_grad():
+        values = {
+            name: taken(tensor.detach(), entries[name]) for name, tensor in _state(model).items() if name in entries
+        }
+        values |= offsets(model, axes, plan, entries, values)
+        values, epsilons = folded(model, axes, sizes, values)
+    for name, value in values.items():
+        if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
+            raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
+    _commit(model, axes, values, {**planned_integers(axes, sizes), **epsilons})
+    return model, _after(axes, plan, entries, sizes, values)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _check_state(model: nn.Module, axes: AxisGraph) -> None:
+    sizes, state = axes.sizes(), _state(model)
+    for name, dims in axes.shapes.items():
+        expected = tuple(size_of(dim, sizes) for dim in dims)
+        if name not in state:
+            raise PlanError(f"the model has no tensor {name!r}; trace it again")
+        if tuple(state[name].shape) != expected:
+            raise PlanError(
+                f"{name} has shape {tuple(state[name].shape)}, its axes say {expected}; trace the model again"
+            )
+
+
+def _rehearse(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> None:
+    copy, mode = resized(model, axes, sizes)
+    example = faked(axes.example, mode)
+    copy.eval()
+    try:
+        with mode, torch.no_grad():
+            copy(*example.args, **example.kwargs)
+    except Exception as error:
+        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise PlanError(f"the model does not run as planned: {line[:200]}") from error
+
+
+def _commit(model: nn.Module, axes: AxisGraph, values: Mapping[str, Tensor], attributes: Mapping[str, float]) -> None:
+    made: dict[str, nn.Parameter | Tensor] = {}
+    for name, value in values.items():
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        first = axes.ties.get(name, name)
+        if leaf in module._buffers:
+            made.setdefault(first, value)
+            module._buffers[leaf] = made[first]  # type: ignore[assignment]
+        else:
+            old = module._parameters.get(leaf)
+            trains = old.requires_grad if old is not None else next(model.parameters()).requires_grad
+            made.setdefault(first, nn.Parameter(value, requires_grad=trains))
+            module._parameters[leaf] = made[first]  # type: ignore[assignment]
+    for place, number in attributes.items():
+        path, name = place.split(":")
+        module = model.get_submodule(path)
+        old_value = getattr(module, name)
+        setattr(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
+
+
+def _after(
+    axes: AxisGraph,
+    plan: Plan,
+    entries: Mapping[str, Mapping[int, Tensor]],
+    sizes: Mapping[str, int],
+    values: Mapping[str, Tensor],
+) -> AxisGraph:
+    def cut(axis: Axis) -> Axis:
+        change = plan.changes.get(axis.key)
+        ids = axis.ids if change is None else tuple(axis.ids[unit] for unit in change.keep)
+        slots = tuple(moved(slot, entries, sizes[axis.key]) for slot in axis.slots)
+        return replace(axis, size=sizes[axis.key], slots=slots, ids=ids)
+
+    added = {name: tuple(value.shape) for name, value in values.items() if name not in axes.shapes}
+    return replace(
+        axes,
+        axes={key: cut(axis) for key, axis in axes.axes.items()},
+        shapes={**axes.shapes, **added},
+        parameters=axes.parameters | added.keys(),
+        itemsize={**axes.itemsize, **{name: values[name].element_size() for name in added}},
+        folds=tuple(replace(fold, value=fold.value * ratio(fold, axes.sizes(), sizes)) for fold in axes.folds),
+    )

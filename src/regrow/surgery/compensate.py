@@ -1,0 +1,56 @@
+"""Bias compensation: what dropped inputs contributed on average goes into the bias of the layer that read them."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, Role
+from regrow.plan import Plan, PlanError
+
+
+def offsets(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    entries: Mapping[str, Mapping[int, Tensor]],
+    values: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The biases of layers whose dropped inputs have means: b′ = b + Σ_dropped W[:, i] · E[x_i].
+
+    Args:
+        model: The model before the cut.
+        axes: Its axes before the cut.
+        plan: Its ``means`` say what stands in for each dropped input of a weight.
+        entries: What stays of each tensor.
+        values: The tensors that the cut replaces; a bias that is itself cut is taken from here.
+
+    Returns:
+        Name of a bias → its new value; a layer without one gets one.
+
+    Raises:
+        PlanError: If means are given for something that is not a layer's weight, or for inputs that stay.
+    """
+    result: dict[str, Tensor] = {}
+    for name, means in plan.means.items():
+        path, _, leaf = name.rpartition(".")
+        reads = {slot.dim for axis in axes for slot in axis.slots if slot.name == name and slot.role is Role.CONSUMES}
+        if leaf != "weight" or len(reads) != 1 or "bias" not in model.get_submodule(path)._parameters:
+            raise PlanError(f"{name} has no bias that could take up the means of dropped inputs")
+        (dim,) = reads
+        weight = model.get_parameter(name).detach()
+        positions = torch.tensor(sorted(means), device=weight.device)
+        stays = entries.get(name, {}).get(dim)
+        if stays is None or bool(torch.isin(positions.cpu(), stays).any()) or int(positions.max()) >= weight.shape[dim]:
+            raise PlanError(f"the plan gives means for inputs of {name} that it does not drop")
+        constants = torch.tensor([means[int(i)] for i in positions], dtype=torch.float64, device=weight.device)
+        columns = weight.index_select(dim, positions).double().movedim(dim, 0)
+        lost = torch.einsum("i...,i->...", columns, constants)
+        lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
+        rest = {0: index for d, index in entries.get(name, {}).items() if d != dim}
+        for index in rest.values():
+            lost = lost.index_select(0, index.to(lost.device))
+        bias = f"{path}.bias" if path else "bias"
+        old = values.get(bias, model.get_submodule(path)._parameters["bias"])
+        result[bias] = (lost if old is None else old.detach().double() + lost).to(weight.dtype)
+    return result

@@ -1,0 +1,43 @@
+"""Tracing: from a model and an example input to its axes."""
+
+from typing import Any
+
+from torch import nn
+
+from regrow.axes import AxisGraph
+from regrow.tracing.capture import TraceError, capture, example_of
+from regrow.tracing.graph import assemble
+from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.trial import proved
+from regrow.tracing.walk import walk
+
+__all__ = ["TraceError", "trace"]
+
+
+def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
+    """The axes of a network, found by running it once on an example.
+
+    The model is recorded with ``torch.export`` on fake data (its weights are not touched), every dimension of every
+    tensor gets an expression, and one unit of each axis is cut on trial: an axis that the network does not survive as
+    planned is frozen, with the reason.
+
+    Args:
+        model: Any network that ``torch.export`` can read. It is traced in evaluation mode.
+        *args: Positional inputs, as for ``model(...)``.
+        **kwargs: Inputs by name.
+
+    Returns:
+        The axes, with every tensor's shape and all work written in them.
+
+    Raises:
+        TraceError: If the network cannot be recorded; says what stood in the way.
+
+    >>> import torch
+    >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+    >>> [(axis.key, axis.size) for axis in trace(net, torch.ones(1, 4)).free()]
+    [('0.weight:0', 8)]
+    """
+    example = example_of(model, args, kwargs)
+    w = walk(capture(model, example), RULES, POINTWISE)
+    axes, names = assemble(model, w, example)
+    return proved(model, axes, w, names)

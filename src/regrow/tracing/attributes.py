@@ -1,0 +1,129 @@
+"""Integers that live in Python: which attribute of which module holds the size of which dimension.
+
+A network reads some sizes from its tensors and others from attributes (``out_features``, ``groups``, ``head_dim``).
+The tables here are the only place that knows names. What they suggest is proved by the trial cut; a wrong guess
+freezes an axis, it never makes a wrong one.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+
+from regrow.tracing import dimensions as d
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.walk import Dims, Walk
+
+OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
+    "in_features": (("weight", 1),),
+    "out_features": (("weight", 0),),
+    "num_features": (("weight", 0), ("running_mean", 0)),
+    "num_channels": (("weight", 0),),
+    "num_embeddings": (("weight", 0),),
+    "embedding_dim": (("weight", 1),),
+    "nf": (("weight", 1),),
+    "nx": (("weight", 0),),
+    "normalized_shape": (("weight", 0),),
+}
+"""Attributes that restate the shape of a tensor of the same module: name → (tensor, dimension), the first that exists."""
+
+WIDTHS = frozenset(
+    ["head_dim", "head_size", "attention_head_size", "d_head", "d_kv", "dim_head", "hidden_size", "hidden_dim", "embed_dim", "split_size", "all_head_size", "inner_dim", "inner_size", "d_model", "dim", "width", "channels", "intermediate_size", "kv_dim", "q_dim", "num_hidden", "v_head_dim", "rotary_ndims", "key_value_proj_dim", "out_channels", "in_channels", "proj_size", "n_embd", "c"]
+)
+COUNTS = frozenset(
+    ["num_heads", "n_head", "n_heads", "heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head", "n_kv_heads", "kv_heads", "num_q_heads", "nhead", "n_group", "num_groups"]
+)
+REPEATS = frozenset(
+    ["num_key_value_groups", "n_rep", "num_kv_groups", "kv_groups", "n_repeat", "num_queries_per_kv", "num_key_value_group"]
+)
+"""Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated."""
+
+EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
+"""Names of the constant under the root of a norm."""
+
+
+def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> dict[str, Expr]:
+    """``module:attribute`` → the dimension whose size it holds.
+
+    Args:
+        model: The traced network.
+        w: The walk; says which numbers stood in reshapes, and where.
+        dims: Name of a parameter or buffer → its dimensions.
+    """
+    found: dict[str, Expr] = {}
+    for path, module in model.named_modules():
+        for name, places in OF_WEIGHT.items():
+            if name in vars(module) and (expr := _of_weight(path, places, dims)) is not None:
+                found[f"{path}:{name}"] = expr
+    for path, expr in w.groups:
+        for name in ("groups", "num_groups"):
+            if vars(_module(model, path)).get(name) == d.size(expr):
+                found[f"{path}:{name}"] = expr
+    for path, module in model.named_modules():
+        for name, value in _numbers(module):
+            if f"{path}:{name}" not in found and (expr := _of_literal(w, path, name, value)) is not None:
+                found[f"{path}:{name}"] = expr
+    for path, module in model.named_modules():
+        _channels(path, module, found, dims)
+    return found
+
+
+def repeats(model: nn.Module, path: str, size: int) -> bool:
+    """Whether an attribute of the module, or of one it lies in, says how often something is repeated ``size`` times."""
+    parts = path.split(".")
+    owners = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
+    return any(vars(_module(model, owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
+
+
+def epsilon(model: nn.Module, path: str, value: float | None) -> str:
+    """``module:attribute`` of the constant under a norm's root; empty if no attribute holds it."""
+    held = vars(_module(model, path))
+    return next((f"{path}:{name}" for name in EPSILONS if name in held and held[name] == value), "")
+
+
+def _module(model: nn.Module, path: str) -> nn.Module:
+    return model.get_submodule(path) if path != "." else model
+
+
+def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    for name, value in vars(module).items():
+        if name in WIDTHS | COUNTS | REPEATS and isinstance(value, int) and not isinstance(value, bool) and value > 1:
+            yield name, value
+
+
+def _of_weight(path: str, places: Iterable[tuple[str, int]], dims: Mapping[str, Dims]) -> Expr | None:
+    for tensor, dim in places:
+        own = dims.get(f"{path}.{tensor}" if path else tensor)
+        if own is not None and dim < len(own):
+            return own[dim]
+    return None
+
+
+def _of_literal(w: Walk, path: str, name: str, value: int) -> Expr | None:
+    """The dimension that the number stood for where the module used it; widths are innermost, counts outermost."""
+    seen = [expr for where, number, expr in w.literals if where == path and number == value and d.is_free(expr)]
+    repeated = [expr for expr in seen if _is_repeat(expr)]
+    pool = repeated if name in REPEATS else [expr for expr in seen if not _is_repeat(expr)] or seen
+    distinct: list[Expr] = []
+    for expr in pool:
+        if not any(d.identical(expr, other) for other in distinct):
+            distinct.append(expr)
+    if len(distinct) > 1:  # as many heads as each is wide: a reshape names the number of heads first
+        distinct = distinct[:1] if name in COUNTS else distinct[-1:]
+    return distinct[0] if distinct else None
+
+
+def _is_repeat(expr: Expr) -> bool:
+    whole = d.resolve(expr)
+    return isinstance(whole, d.Leaf) and bool(whole.integer)
+
+
+def _channels(path: str, module: nn.Module, found: dict[str, Expr], dims: Mapping[str, Dims]) -> None:
+    """Convolutions state both channel counts; inputs are counted over all groups."""
+    own = dims.get(f"{path}.weight" if path else "weight")
+    if own is None or not isinstance(module, nn.modules.conv._ConvNd):
+        return
+    group: Any = found.get(f"{path}:groups", d.frozen(module.groups, "a fixed number of groups"))
+    first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+    found[f"{path}:{first}"] = own[0]
+    found[f"{path}:{second}"] = d.times(group, own[1])

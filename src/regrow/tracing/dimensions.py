@@ -1,0 +1,333 @@
+"""The algebra of dimensions: expressions over leaves, and what it means that two are equal.
+
+While a graph is walked, every dimension of every tensor is a leaf, a product (a reshaped dimension) or a sum (a
+concatenation). Saying that two dimensions are the same one refines leaves until both have the same form; where no
+common form exists, both are frozen with the reason. Nothing here knows an operation or a network.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import count
+from math import prod
+
+from regrow.axes import Mark
+
+_numbers = count()
+
+
+@dataclass(eq=False)
+class Leaf:
+    """A dimension that is not made of others, until it is found to be.
+
+    Args:
+        size: Its number of entries.
+        frozen: Why it cannot change; empty while it can.
+        mark: The strongest thing that reads it, and in ``why`` who that is.
+        counts: Labels it shares with leaves that must keep equally many entries.
+        integer: For a dimension made by ``expand``: the module whose attribute must hold its size.
+    """
+
+    size: int
+    frozen: str = ""
+    mark: Mark = Mark.NEUTRAL
+    why: str = ""
+    counts: set[str] = field(default_factory=set)
+    integer: str = ""
+    link: "Expr | None" = None
+    number: int = field(default_factory=lambda: next(_numbers))
+
+
+@dataclass(frozen=True, eq=False)
+class Times:
+    """A product, outermost first. Holds no factor of size 1; without factors it is the dimension of size 1."""
+
+    parts: tuple["Expr", ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Plus:
+    """A concatenation, first part first."""
+
+    parts: tuple["Expr", ...]
+
+
+Expr = Leaf | Times | Plus
+ONE = Times(())
+
+_STRENGTH = {mark: rank for rank, mark in enumerate((Mark.NEUTRAL, Mark.COMPETED, Mark.FOLDED, Mark.RESTATED))}
+
+
+def resolve(expr: Expr) -> Expr:
+    """The expression in its present, fullest form."""
+    match expr:
+        case Leaf(link=None):
+            return ONE if expr.size == 1 else expr
+        case Leaf(link=link):
+            assert link is not None
+            expr.link = resolve(link)
+            return expr.link
+        case Times(parts):
+            return times(*parts)
+        case Plus(parts):
+            return plus(*parts)
+
+
+def times(*parts: Expr) -> Expr:
+    """The product of dimensions, flattened."""
+    flat: list[Expr] = []
+    for part in map(resolve, parts):
+        flat.extend(part.parts if isinstance(part, Times) else (part,))
+    return flat[0] if len(flat) == 1 else Times(tuple(flat))
+
+
+def plus(*parts: Expr) -> Expr:
+    """The concatenation of dimensions, flattened."""
+    flat: list[Expr] = []
+    for part in map(resolve, parts):
+        flat.extend(part.parts if isinstance(part, Plus) else (part,))
+    return flat[0] if len(flat) == 1 else Plus(tuple(flat))
+
+
+def size(expr: Expr) -> int:
+    """How many entries a dimension has."""
+    match resolve(expr):
+        case Leaf(size=n):
+            return n
+        case Times(parts):
+            return prod(map(size, parts))
+        case Plus(parts):
+            return sum(map(size, parts))
+
+
+def leaves(expr: Expr) -> Iterator[Leaf]:
+    """The leaves of a dimension, with repetitions."""
+    expr = resolve(expr)
+    if isinstance(expr, Leaf):
+        yield expr
+    else:
+        for part in expr.parts:
+            yield from leaves(part)
+
+
+def frozen(n: int, reason: str) -> Expr:
+    """A new dimension that cannot change."""
+    return ONE if n == 1 else Leaf(n, frozen=reason)
+
+
+def freeze(expr: Expr, reason: str) -> None:
+    """Say of every leaf of a dimension that it cannot change; the first reason stays."""
+    for leaf in leaves(expr):
+        leaf.frozen = leaf.frozen or reason
+
+
+def is_free(expr: Expr) -> bool:
+    """Whether any part of a dimension can change."""
+    return any(not leaf.frozen for leaf in leaves(expr))
+
+
+def mark(expr: Expr, kind: Mark, why: str) -> None:
+    """Note what reads a dimension; the strongest reader counts."""
+    for leaf in leaves(expr):
+        if _STRENGTH[kind] > _STRENGTH[leaf.mark]:
+            leaf.mark, leaf.why = kind, why
+
+
+def same_count(a: Expr, b: Expr, why: str) -> None:
+    """Say that two dimensions must keep equally many entries, though not the same ones.
+
+    Only two leaves can be held together like this; anything else is frozen.
+    """
+    a, b = resolve(a), resolve(b)
+    if a is b:
+        return
+    if isinstance(a, Leaf) and isinstance(b, Leaf):
+        label = f"count{next(_numbers)}"
+        a.counts.add(label)
+        b.counts.add(label)
+    elif not identical(a, b):
+        freeze(a, why)
+        freeze(b, why)
+
+
+def identical(a: Expr, b: Expr) -> bool:
+    """Whether two dimensions are the same expression already."""
+    a, b = resolve(a), resolve(b)
+    if a is b:
+        return True
+    if type(a) is not type(b) or isinstance(a, Leaf):
+        return False
+    assert not isinstance(b, Leaf)
+    return len(a.parts) == len(b.parts) and all(map(identical, a.parts, b.parts))
+
+
+def unify(a: Expr, b: Expr, why: str) -> None:
+    """Say that two dimensions are the same, entry by entry. Where their forms cannot agree, both are frozen."""
+    a, b = resolve(a), resolve(b)
+    if identical(a, b):
+        return
+    if size(a) != size(b):
+        _clash(a, b, why)
+    elif isinstance(a, Leaf):
+        _bind(a, b, why)
+    elif isinstance(b, Leaf):
+        _bind(b, a, why)
+    elif isinstance(a, Times) and isinstance(b, Times):
+        _align_products(list(a.parts), list(b.parts), why)
+    elif isinstance(a, Plus) and isinstance(b, Plus):
+        _align_sums(list(a.parts), list(b.parts), why)
+    elif isinstance(a, Times):
+        assert isinstance(b, Plus)
+        _distribute(a, b, why)
+    else:
+        assert isinstance(b, Times)
+        _distribute(b, a, why)
+
+
+def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
+    """Cut a dimension into its first ``at`` entries and the rest; frozen parts where it cannot be cut there."""
+    pieces = _cut(expr, at)
+    if pieces is None:
+        freeze(expr, why)
+        return frozen(at, why), frozen(size(expr) - at, why)
+    return pieces
+
+
+def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
+    """Read one dimension as a product of new ones of the given sizes."""
+    parts: list[Expr] = [ONE if n == 1 else Leaf(n) for n in sizes]
+    unify(expr, times(*parts), why)
+    return parts
+
+
+def _clash(a: Expr, b: Expr, why: str) -> None:
+    freeze(a, why)
+    freeze(b, why)
+
+
+def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
+    if any(part is leaf for part in leaves(expr)):
+        _clash(leaf, expr, f"{why}: the dimension would have to contain itself")
+        return
+    if leaf.frozen:
+        freeze(expr, leaf.frozen)
+    mark(expr, leaf.mark, leaf.why)
+    if isinstance(expr, Leaf):
+        if expr.frozen and not leaf.frozen:
+            leaf.frozen = expr.frozen
+        expr.counts |= leaf.counts
+        expr.integer = expr.integer or leaf.integer
+    elif leaf.counts:
+        freeze(expr, f"{why}: its halves must keep equally many units, and one of them is made of parts")
+    leaf.link = expr
+
+
+def _share(leaf: Leaf, parts: tuple[Leaf, ...]) -> None:
+    """Let a leaf be made of new parts that inherit what is known of it."""
+    for part in parts:
+        part.frozen, part.mark, part.why, part.integer = leaf.frozen, leaf.mark, leaf.why, leaf.integer
+        if leaf.counts:
+            part.frozen = part.frozen or "it must keep as many units as another axis, and is itself made of parts"
+
+
+def _align_products(a: list[Expr], b: list[Expr], why: str) -> None:
+    while a and b:
+        left, right = a[0], b[0]
+        small, large = (a, b) if size(left) <= size(right) else (b, a)
+        n, m = size(small[0]), size(large[0])
+        if n == m:
+            unify(small.pop(0), large.pop(0), why)
+        elif m % n == 0 and isinstance(whole := resolve(large[0]), Leaf) and not _holds(small, whole):
+            parts = (Leaf(n), Leaf(m // n))
+            _share(whole, parts)
+            whole.link = Times(parts)
+            large[:1] = parts
+        elif (taken := _prefix(small, m)) is not None:
+            unify(times(*small[:taken]), large.pop(0), why)
+            del small[:taken]
+        else:
+            _clash(times(*a), times(*b), why)
+            return
+        a[:] = _flat(a, Times)
+        b[:] = _flat(b, Times)
+
+
+def _align_sums(a: list[Expr], b: list[Expr], why: str) -> None:
+    while a and b:
+        small, large = (a, b) if size(a[0]) <= size(b[0]) else (b, a)
+        n, m = size(small[0]), size(large[0])
+        if n == m:
+            unify(small.pop(0), large.pop(0), why)
+        elif any(_holds(small, leaf) for leaf in leaves(large[0])) or (pieces := _cut(large[0], n)) is None:
+            _clash(plus(*a), plus(*b), why)
+            return
+        else:
+            large[:1] = pieces
+        a[:] = _flat(a, Plus)
+        b[:] = _flat(b, Plus)
+
+
+def _flat(parts: list[Expr], kind: type[Times] | type[Plus]) -> list[Expr]:
+    flat: list[Expr] = []
+    for part in map(resolve, parts):
+        flat.extend(part.parts if isinstance(part, kind) else (part,))
+    return flat
+
+
+def _holds(parts: list[Expr], leaf: Leaf) -> bool:
+    return any(part is leaf for expr in parts for part in leaves(expr))
+
+
+def _prefix(parts: list[Expr], n: int) -> int | None:
+    """How many leading factors multiply to ``n``."""
+    total = 1
+    for taken, part in enumerate(parts, 1):
+        total *= size(part)
+        if total == n:
+            return taken
+    return None
+
+
+def _distribute(product: Times, sum_: Plus, why: str) -> None:
+    """A product equals a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``."""
+    first, inner = product.parts[0], times(*product.parts[1:])
+    if isinstance(first, Plus):
+        unify(plus(*(times(part, inner) for part in first.parts)), sum_, why)
+        return
+    n = size(inner)
+    assert isinstance(first, Leaf)
+    if any(size(part) % n for part in sum_.parts) or any(_holds([sum_], leaf) for leaf in leaves(product)):
+        _clash(product, sum_, why)
+        return
+    pieces = tuple(Leaf(size(part) // n) for part in sum_.parts)
+    _share(first, pieces)
+    first.link = Plus(pieces)
+    for piece, part in zip(pieces, sum_.parts, strict=True):
+        unify(times(piece, inner), part, why)
+
+
+def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
+    expr = resolve(expr)
+    match expr:
+        case Leaf(size=n):
+            pieces = (Leaf(at), Leaf(n - at))
+            _share(expr, pieces)
+            expr.link = Plus(pieces)
+            return pieces
+        case Plus(parts):
+            before = 0
+            for i, part in enumerate(parts):
+                if before == at:
+                    return plus(*parts[:i]), plus(*parts[i:])
+                if before < at < before + size(part):
+                    pieces = _cut(part, at - before)
+                    if pieces is None:
+                        return None
+                    return plus(*parts[:i], pieces[0]), plus(pieces[1], *parts[i + 1 :])
+                before += size(part)
+            return None
+        case Times(parts):
+            inner = times(*parts[1:])
+            if at % size(inner):
+                return None
+            pieces = _cut(parts[0], at // size(inner))
+            return None if pieces is None else (times(pieces[0], inner), times(pieces[1], inner))

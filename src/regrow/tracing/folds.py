@@ -1,0 +1,137 @@
+"""Sizes that stand in divisors: which parameter and which constant take up their change."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from regrow.axes import Mark
+from regrow.tracing import attributes
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import module_of
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
+
+
+@dataclass(frozen=True)
+class Found:
+    """A fold before its dimensions are written as axes; the fields are those of :class:`regrow.axes.Fold`."""
+
+    over: Dims
+    weight: str
+    kind: str = "norm"
+    plus: float = 0.0
+    epsilon: str = ""
+    value: float = 0.0
+
+
+def folds(model: nn.Module, w: Walk) -> list[Found]:
+    """The folds of a network; a mean without one freezes what it runs over."""
+    found: list[Found] = []
+    for node, kind in w.norms:
+        over = _over(w, node, kind)
+        if not any(map(d.is_free, over)):
+            continue
+        fold = None
+        if kind == "mean":
+            fold = _spelled_out(model, w, node, over)
+        elif kind == "rms_norm":
+            fold = _one_operation(model, w, node, over)
+        if fold is None or any(fold.weight == other.weight for other in found):
+            for expr in over:
+                d.freeze(expr, w.why(node, _REASONS[kind]))
+        else:
+            for expr in over:
+                d.mark(expr, Mark.FOLDED, w.why(node, "a root-mean-square norm runs over it"))
+            found.append(fold)
+    return found
+
+
+_REASONS = {
+    "mean": "a mean runs over it, and no gain and constant take up its size",
+    "rms_norm": "a norm without a gain of its own runs over it",
+    "scale": "attention is scaled by its size; give the scale as a number to free it",
+}
+
+
+def _over(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    dims = w.of(operand)
+    if kind == "scale":
+        return dims[-1:]
+    if kind == "rms_norm":
+        return dims[len(dims) - len(node.args[1]) :]  # type: ignore[arg-type]
+    given: Any = node.args[1] if len(node.args) > 1 else range(len(dims))
+    return tuple(dims[int(i) % len(dims)] for i in given)
+
+
+def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> Found | None:
+    weight = w.source(node.args[2]) if len(node.args) > 2 else ""
+    value: Any = node.args[3] if len(node.args) > 3 else None
+    epsilon = attributes.epsilon(model, module_of(node), value)
+    if not weight or not epsilon or len(over) != 1:
+        return None
+    if value is None:
+        value = torch.finfo(node.meta["val"].dtype).eps
+    return Found(over, weight, epsilon=epsilon, value=float(value))
+
+
+def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> Found | None:
+    """``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, with casts in between."""
+    squared = node.args[0]
+    assert isinstance(squared, Node)
+    if len(over) != 1 or not _is_square(squared):
+        return None
+    added = _only_user(node, "add")
+    value = added.args[1] if added is not None else None
+    root = _only_user(added, "rsqrt") if added is not None else None
+    if root is None and added is not None and (power := _only_user(added, "pow")) is not None and power.args[1] == -0.5:
+        root = power
+    if root is None or not isinstance(value, float):
+        return None
+    scaled = _only_user(root, "mul")
+    gained = _only_user(scaled, "mul") if scaled is not None else None
+    epsilon = attributes.epsilon(model, module_of(node), value)
+    if scaled is None or gained is None or not epsilon or _bare(squared.args[0]) not in map(_bare, scaled.args):
+        return None
+    gain = next((arg for arg in gained.all_input_nodes if _bare(arg) is not scaled), None)
+    weight, plus = _gain(w, gain)
+    return Found(over, weight, plus=plus, epsilon=epsilon, value=value) if weight else None
+
+
+def _gain(w: Walk, node: Node | None) -> tuple[str, float]:
+    if node is None:
+        return "", 0.0
+    if name := w.source(node):
+        return name, 0.0
+    bare = _bare(node)
+    if bare is not None and op_name(bare) == "add":
+        terms = [arg for arg in bare.args if isinstance(arg, Node)]
+        numbers = [arg for arg in bare.args if isinstance(arg, int | float)]
+        if len(terms) == len(numbers) == 1:
+            return w.source(terms[0]), float(numbers[0])
+    return "", 0.0
+
+
+def _is_square(node: Node) -> bool:
+    name = op_name(node)
+    return (name == "pow" and node.args[1] == 2) or name == "square" or (name == "mul" and node.args[0] is node.args[1])
+
+
+def _bare(node: Any) -> Node | None:
+    """The node behind casts and copies."""
+    while isinstance(node, Node) and node.op == "call_function" and op_name(node) in ALIASES:
+        node = node.args[0]
+    return node if isinstance(node, Node) else None
+
+
+def _only_user(node: Node, name: str) -> Node | None:
+    """The one operation of that name that uses a node's value, through casts; ``None`` if anything else uses it."""
+    users = [user for user in node.users if op_name(user) != "_assert_tensor_metadata"]
+    if len(users) != 1:
+        return None
+    user = users[0]
+    return _only_user(user, name) if op_name(user) in ALIASES else user if op_name(user) == name else None

@@ -1,0 +1,112 @@
+"""Where a network reads its axes: the recorded operations, ready to be run with dropped units replaced."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from regrow.axes import AxisGraph, Dim, Example, Product, Sum
+from regrow.tracing.capture import Capture, capture
+from regrow.tracing.graph import assemble
+from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.walk import walk
+
+
+@dataclass(frozen=True)
+class ReadDim:
+    """A dimension that an operation sums or compares over.
+
+    Args:
+        node: The operation.
+        operand: Which of its arguments.
+        axis: Which dimension of the argument.
+        dim: That dimension written in axes.
+        fill: What dropped units count as; ``None`` where the operation runs over the kept units.
+        weight: The parameter it is multiplied with, if it is one.
+        groups: The number of groups written in axes, for a norm inside groups.
+    """
+
+    node: Node
+    operand: Node
+    axis: int
+    dim: Dim
+    fill: float | None
+    weight: str
+    groups: Dim
+
+
+@dataclass(frozen=True)
+class Readings:
+    """A recorded network with the places that read its axes.
+
+    Args:
+        module: The operations, to be run one by one.
+        inputs: The value of each placeholder.
+        readings: The places.
+        sizes: The size of each axis that occurs in them.
+    """
+
+    module: GraphModule
+    inputs: tuple[Any, ...]
+    readings: tuple[ReadDim, ...]
+    sizes: Mapping[str, int]
+
+
+def readings(model: nn.Module, axes: AxisGraph, example: Example) -> Readings:
+    """Record a network anew and say where it reads the axes of ``axes``.
+
+    Args:
+        model: The network.
+        axes: Its axes; names of axes are theirs, also where a cut has moved them since they were traced.
+        example: The input to record with, and to run on.
+    """
+    recorded = capture(model, example)
+    w = walk(recorded, RULES, POINTWISE)
+    fresh, names = assemble(model, w, example)
+    known = {axis.slots: axis.key for axis in axes}
+    renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}
+
+    def written(expr: Any) -> Dim:
+        return 1 if expr is None else _renamed(names.dim(expr), renamed)
+
+    return Readings(
+        module=recorded.program.graph_module,
+        inputs=tuple(_inputs(model, recorded, example)),
+        readings=tuple(
+            ReadDim(r.node, r.operand, r.dim, written(w.of(r.operand)[r.dim]), r.fill, r.weight, written(r.groups))
+            for r in w.readings
+        ),
+        sizes={renamed[axis.key]: axis.size for axis in fresh},
+    )
+
+
+def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
+    match dim:
+        case str():
+            return names[dim]
+        case Product(parts):
+            return Product(tuple(_renamed(part, names) for part in parts))
+        case Sum(parts):
+            return Sum(tuple(_renamed(part, names) for part in parts))
+    return dim
+
+
+def _inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[Any]:
+    state: dict[str, Any] = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    constants = recorded.program.graph_signature.inputs_to_lifted_tensor_constants
+    given = iter(tree_leaves((example.args, dict(example.kwargs))))
+    for node in recorded.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        if node in recorded.states:
+            yield state[recorded.states[node]]
+        elif node.name in constants:
+            yield recorded.program.constants[constants[node.name]]
+        else:
+            yield next(given)

@@ -1,0 +1,9 @@
+"""How a dimension passes an operation: one small function per operation, in one explicit table."""
+
+from regrow.tracing.rules import contract, entries, norms, reduce, shapes
+from regrow.tracing.walk import Rule
+
+POINTWISE: Rule = entries.pointwise
+
+RULES: dict[str, Rule] = {**entries.RULES, **contract.RULES, **norms.RULES, **reduce.RULES, **shapes.RULES}
+"""Operation name → rule. Operations tagged as pointwise need no entry."""

@@ -1,0 +1,213 @@
+"""Operations that multiply and sum: linear layers, matrix products, convolutions, attention, look-ups."""
+
+from typing import Any
+
+from torch.fx import Node
+
+from regrow.axes import Mark, Role
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import module_of
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.walk import Dims, Walk, op_name
+
+
+def linear(w: Walk, node: Node) -> Dims:
+    """``y[…, o] = Σᵢ x[…, i] W[o, i] + b[o]``."""
+    x, weight, bias = _args(node, 3)
+    _contract(w, node, (x, len(w.of(x)) - 1), (weight, 1))
+    w.role(weight, 0, Role.PRODUCES)
+    out = (*w.of(x)[:-1], w.of(weight)[0])
+    _add_bias(w, node, bias, out)
+    _count(w, node, (*out, w.of(x)[-1]))
+    return out
+
+
+def addmm(w: Walk, node: Node) -> Dims:
+    """``y = b + x W`` with ``W[i, o]``."""
+    bias, x, weight = _args(node, 3)
+    out = _product(w, node, x, weight)
+    _add_bias(w, node, bias, out)
+    return out
+
+
+def matmul(w: Walk, node: Node) -> Dims:
+    """``y[…, i, j] = Σₖ a[…, i, k] b[…, k, j]``; batch dimensions broadcast."""
+    a, b = _args(node, 2)
+    return _product(w, node, a, b)
+
+
+def baddbmm(w: Walk, node: Node) -> Dims:
+    """``y = c + a b``, batched."""
+    addend, a, b = _args(node, 3)
+    out = _product(w, node, a, b)
+    _add_bias(w, node, addend, out)
+    return out
+
+
+def _product(w: Walk, node: Node, a: Node, b: Node) -> Dims:
+    left, right = w.of(a), w.of(b)
+    inner = max(len(right) - 2, 0)
+    _contract(w, node, (a, len(left) - 1), (b, inner))
+    if len(right) > 1:
+        w.role(b, len(right) - 1, Role.PRODUCES)
+    out: list[Expr] = []
+    batch_a, batch_b = left[:-2], right[:-2]
+    rank = max(len(batch_a), len(batch_b))
+    for i in range(-rank, 0):
+        pair = [batch[i] for batch in (batch_a, batch_b) if len(batch) >= -i and d.size(batch[i]) != 1]
+        if len(pair) == 2:
+            d.unify(pair[0], pair[1], w.why(node, "batch dimensions of a product have no common form"))
+        out.append(pair[0] if pair else d.ONE)
+    out += left[-2:-1] if len(left) > 1 else ()
+    out += right[-1:] if len(right) > 1 else ()
+    _count(w, node, (*out, left[-1]))
+    return tuple(out)
+
+
+def _contract(w: Walk, node: Node, read: tuple[Node, int], weight: tuple[Node, int]) -> None:
+    (x, i), (other, k) = read, weight
+    d.unify(w.of(x)[i], w.of(other)[k], w.why(node, "the two sides of a sum have no common form"))
+    w.reads(node, x, i, weight=w.source(other))
+    for operand, dim in (read, weight):
+        w.role(operand, dim, Role.CONSUMES)
+    for operand in (x, other):
+        if (name := w.source(operand)) and name not in w.weights:
+            w.weights.append(name)
+
+
+def _add_bias(w: Walk, node: Node, bias: Any, out: Dims) -> None:
+    if not isinstance(bias, Node):
+        return
+    dims = w.of(bias)
+    for i, expr in enumerate(dims):
+        w.role(bias, i, Role.SCALES)
+        if d.size(expr) > 1:
+            d.unify(out[len(out) - len(dims) + i], expr, w.why(node, "a bias has another form than its layer's output"))
+
+
+def convolution(w: Walk, node: Node) -> Dims:
+    """``y[n, o, …] = Σ_{c, taps} x[n, c, …] W[o, c, …] + b[o]``, per group."""
+    x, weight, bias = _args(node, 3)
+    dims, kernel = w.of(x), w.of(weight)
+    space = len(kernel) - 2
+    batch, channels = dims[: len(dims) - space - 1], dims[len(dims) - space - 1]
+    for expr in kernel[2:]:
+        d.freeze(expr, "it is a kernel's extent")
+    for expr in dims[len(dims) - space :]:
+        d.freeze(expr, w.why(node, "a convolution runs along it"))
+    transposed = "transpose" in op_name(node)
+    position = 6 if not transposed else 6
+    groups = int(_argument(node, "groups", position, 1))
+    made = _grouped(w, node, channels, kernel, groups, transposed)
+    w.role(weight, 0, Role.CONSUMES if transposed and groups == 1 else Role.PRODUCES)
+    w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
+    if not (groups > 1 and d.size(kernel[1]) == 1 and d.size(kernel[0]) == groups):
+        w.reads(node, x, len(dims) - space - 1, weight=w.source(weight))
+    if (name := w.source(weight)) and name not in w.weights:
+        w.weights.append(name)
+    space_out = tuple(d.frozen(n, w.why(node, "made by a convolution")) for n in node.meta["val"].shape[-space:])
+    out = (*batch, made, *space_out)
+    if isinstance(bias, Node):
+        w.role(bias, 0, Role.SCALES)
+        d.unify(made, w.of(bias)[0], w.why(node, "a bias has another form than its layer's output"))
+    _count(w, node, (*out, kernel[0] if transposed else kernel[1], *kernel[2:]))
+    return out
+
+
+def _grouped(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, transposed: bool) -> Expr:
+    """Tie the input channels to the kernel and return the output channels."""
+    why = w.why(node, "a convolution's channels have no common form with its input's")
+    first, second = (kernel[1], kernel[0]) if transposed else (kernel[0], kernel[1])
+    if groups == 1:
+        d.unify(channels, second, why)
+        return first
+    if transposed:
+        for expr in (channels, *kernel[:2]):
+            d.freeze(expr, w.why(node, "a grouped transposed convolution reads it"))
+        return d.frozen(d.size(kernel[1]) * groups, w.why(node, "made by a grouped transposed convolution"))
+    group = d.Leaf(groups)
+    inner = d.Leaf(d.size(channels) // groups) if d.size(channels) > groups else d.ONE
+    outer = d.Leaf(d.size(first) // groups) if d.size(first) > groups else d.ONE
+    d.unify(channels, d.times(group, inner), why)
+    d.unify(first, d.times(group, outer), why)
+    d.unify(inner, second, why)
+    w.groups.append((module_of(node), group))
+    return first
+
+
+def attention(w: Walk, node: Node) -> Dims:
+    """``softmax(q kᵀ · scale + mask) v`` per head."""
+    query, key, value, mask = _args(node, 4)
+    q, k, v = w.of(query), w.of(key), w.of(value)
+    why = w.why(node, "query, key and value have no common form")
+    d.unify(q[-1], k[-1], why)
+    d.unify(k[-2], v[-2], why)
+    d.mark(k[-2], Mark.COMPETED, why)
+    if d.is_free(k[-2]):
+        d.freeze(k[-2], w.why(node, "attention is taken over it"))
+    grouped = bool(_argument(node, "enable_gqa", 7, False))
+    for i in range(len(q) - 2):
+        d.unify(k[i], v[i], why)
+        if grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i]):
+            d.unify(q[i], d.times(k[i], d.Leaf(d.size(q[i]) // d.size(k[i]))), why)
+        else:
+            d.unify(q[i], k[i], why)
+    out = (*q[:-1], v[-1])
+    _mask(w, node, mask, (*q[:-1], k[-2]))
+    w.reads(node, query, len(q) - 1)
+    if _argument(node, "scale", 6, None) is None:
+        w.norms.append((node, "scale"))
+    _count(w, node, (*q, k[-2]))
+    _count(w, node, (*out, k[-2]))
+    return out
+
+
+def _mask(w: Walk, node: Node, mask: Any, dims: Dims) -> None:
+    if isinstance(mask, Node):
+        own = w.of(mask)
+        for i, expr in enumerate(own):
+            if d.size(expr) > 1:
+                other = dims[len(dims) - len(own) + i]
+                d.unify(other, expr, w.why(node, "a mask has another form than the attention"))
+
+
+def embedding(w: Walk, node: Node) -> Dims:
+    """``y = W[index]``."""
+    table, index = _args(node, 2)
+    d.freeze(w.of(table)[0], w.why(node, "it is a vocabulary, looked up by number"))
+    w.role(table, 1, Role.PRODUCES)
+    if name := w.source(table):
+        w.tables.append(name)
+    return (*w.of(index), *w.of(table)[1:])
+
+
+def _args(node: Node, n: int) -> list[Any]:
+    """The first arguments of a call, ``None`` where there are fewer."""
+    named = [node.kwargs.get(key) for key in ("input", "weight", "bias")] if not node.args else []
+    args = [*node.args, *named][:n]
+    return [*args, *[None] * (n - len(args))]
+
+
+def _argument(node: Node, name: str, position: int, default: Any) -> Any:
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    place = next((i for i, arg in enumerate(schema) if arg.name == name), position)
+    if name in node.kwargs:
+        return node.kwargs[name]
+    return node.args[place] if len(node.args) > place else default
+
+
+def _count(w: Walk, node: Node, dims: Dims) -> None:
+    w.work.append((module_of(node), op_name(node), dims))
+
+
+_CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"
+
+RULES = {
+    "linear": linear,
+    "addmm": addmm,
+    "baddbmm": baddbmm,
+    **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), matmul),
+    **dict.fromkeys(_CONVOLUTIONS.split(), convolution),
+    "scaled_dot_product_attention": attention,
+    "embedding": embedding,
+}

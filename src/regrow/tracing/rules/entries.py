@@ -1,0 +1,55 @@
+"""Operations that work entry by entry: operands are aligned from the right, as broadcasting does."""
+
+from torch.fx import Node
+
+from regrow.axes import Role
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import shape_of
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.walk import ALIASES, Dims, Walk
+
+
+def pointwise(w: Walk, node: Node) -> Dims:
+    """Dimensions at the same place are the same one; where one has size 1, the other stands."""
+    operands = [arg for arg in node.all_input_nodes if isinstance(shape_of(arg), tuple)]
+    return broadcast(w, node, operands)
+
+
+def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
+    """Align operands from the right and tie what meets."""
+    rank = max((len(w.of(arg)) for arg in operands), default=0)
+    out: list[Expr] = [d.ONE] * rank
+    for arg in operands:
+        dims = w.of(arg)
+        for i, expr in enumerate(dims):
+            place = rank - len(dims) + i
+            w.role(arg, i, Role.SCALES)
+            if d.size(expr) == 1:
+                continue
+            if d.size(out[place]) == 1:
+                out[place] = expr
+            else:
+                d.unify(out[place], expr, w.why(node, "two dimensions meet that have no common form"))
+    return tuple(out)
+
+
+def identity(w: Walk, node: Node) -> Dims:
+    """The same dimensions."""
+    arg = node.args[0]
+    assert isinstance(arg, Node)
+    return w.of(arg)
+
+
+_IDENTITIES = (
+    "dropout feature_dropout alpha_dropout native_dropout zeros_like ones_like empty_like full_like rand_like randn_like "
+    "bernoulli"
+)
+_MORE_POINTWISE = (
+    "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "
+    "log_sigmoid logsigmoid threshold prelu_ where masked_fill"
+)
+
+RULES = {
+    **dict.fromkeys((*ALIASES, *_IDENTITIES.split()), identity),
+    **dict.fromkeys(_MORE_POINTWISE.split(), pointwise),
+}

@@ -1,0 +1,86 @@
+"""Normalisations, as one operation or spelled out."""
+
+from torch.fx import Node
+
+from regrow.axes import Mark, Role
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import module_of
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.walk import Dims, Walk
+
+
+def batch_norm(w: Walk, node: Node) -> Dims:
+    """Per channel, by running statistics: each channel is scaled and shifted by itself."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    dims = w.of(x)
+    for arg in node.args[1:5]:
+        if isinstance(arg, Node):
+            w.role(arg, 0, Role.SCALES)
+            d.unify(dims[1], w.of(arg)[0], w.why(node, "a norm's channels have another form than its input's"))
+    return dims
+
+
+def layer_norm(w: Walk, node: Node) -> Dims:
+    """Over the last dimensions: mean and variance are taken again over what is kept."""
+    dims = _affine(w, node, Mark.RESTATED, "a layer norm runs over it")
+    x = node.args[0]
+    for i in range(len(dims) - len(node.args[1]), len(dims)):  # type: ignore[arg-type]
+        w.reads(node, x, i, None)
+    return dims
+
+
+def rms_norm(w: Walk, node: Node) -> Dims:
+    """Over the last dimensions: the number of units stands in a divisor, and a fold takes up its change."""
+    dims = _affine(w, node, Mark.FOLDED, "a root-mean-square norm runs over it")
+    for i in range(len(dims) - len(node.args[1]), len(dims)):  # type: ignore[arg-type]
+        w.reads(node, node.args[0], i)
+    w.norms.append((node, "rms_norm"))
+    return dims
+
+
+def _affine(w: Walk, node: Node, kind: Mark, what: str) -> Dims:
+    x = node.args[0]
+    assert isinstance(x, Node)
+    dims, rank = w.of(x), len(node.args[1])  # type: ignore[arg-type]
+    over = dims[len(dims) - rank :]
+    for arg in node.args[2:4]:
+        if isinstance(arg, Node):
+            for i, (expr, own) in enumerate(zip(over, w.of(arg), strict=True)):
+                w.role(arg, i, Role.SCALES)
+                d.unify(expr, own, w.why(node, "a norm's gain has another form than its input"))
+    if rank > 1:
+        for expr in over:
+            d.freeze(expr, w.why(node, "a norm runs over several dimensions at once"))
+    for expr in over:
+        d.mark(expr, kind, w.why(node, what))
+    return dims
+
+
+def group_norm(w: Walk, node: Node) -> Dims:
+    """Per group of channels: whole groups are independent, inside a group the norm is taken over what is kept."""
+    x, groups = node.args[0], int(node.args[1])  # type: ignore[arg-type]
+    assert isinstance(x, Node)
+    dims = w.of(x)
+    group: Expr = d.Leaf(groups) if groups > 1 else d.ONE
+    inner: Expr = d.Leaf(d.size(dims[1]) // groups) if d.size(dims[1]) > groups else d.ONE
+    channels = d.times(group, inner)
+    d.unify(dims[1], channels, w.why(node, "a norm's groups do not divide its input"))
+    for arg in node.args[2:4]:
+        if isinstance(arg, Node):
+            w.role(arg, 0, Role.SCALES)
+            d.unify(channels, w.of(arg)[0], w.why(node, "a norm's gain has another form than its input"))
+    d.mark(inner, Mark.RESTATED, w.why(node, "a group norm runs over it inside each group"))
+    if groups > 1:
+        w.groups.append((module_of(node), group))
+    w.reads(node, x, 1, None, groups=group)
+    return dims
+
+
+RULES = {
+    "batch_norm": batch_norm,
+    "layer_norm": layer_norm,
+    "rms_norm": rms_norm,
+    "group_norm": group_norm,
+    "instance_norm": batch_norm,
+}

@@ -1,0 +1,143 @@
+"""Operations that sum, compare or order the entries of a dimension."""
+
+from dataclasses import replace
+from math import inf
+from typing import Any
+
+from torch.fx import Node
+
+from regrow.axes import Mark
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import shape_of
+from regrow.tracing.rules.entries import pointwise
+from regrow.tracing.walk import Dims, Walk, op_name
+
+
+def _input(node: Node) -> Node:
+    arg = node.args[0]
+    assert isinstance(arg, Node)
+    return arg
+
+
+def _over(w: Walk, node: Node, position: int = 1) -> list[int]:
+    """The dimensions an operation runs over; all of them if it names none."""
+    rank = len(w.of(_input(node)))
+    given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    if given is None or given == []:
+        return list(range(rank))
+    return [int(axis) % rank for axis in (given if isinstance(given, list | tuple) else [given])]
+
+
+def _left(w: Walk, node: Node, over: list[int]) -> Dims:
+    dims = w.of(_input(node))
+    kept = len(shape_of(node) or ()) == len(dims)
+    return tuple(d.ONE if i in over else expr for i, expr in enumerate(dims) if kept or i not in over)
+
+
+def total(w: Walk, node: Node) -> Dims:
+    """A sum, or a Euclidean norm: dropped units count as 0."""
+    over = _over(w, node)
+    for i in over:
+        w.reads(node, _input(node), i)
+    return _left(w, node, over)
+
+
+def vector_norm(w: Walk, node: Node) -> Dims:
+    """A norm of order 2 reads dropped units as 0; other orders are left frozen."""
+    order = node.args[1] if len(node.args) > 1 else 2
+    over = _over(w, node, 2)
+    for i in over:
+        if order in (1, 2):
+            w.reads(node, _input(node), i)
+        else:
+            d.freeze(w.of(_input(node))[i], w.why(node, f"a norm of order {order} runs over it"))
+    return _left(w, node, over)
+
+
+def mean(w: Walk, node: Node) -> Dims:
+    """A mean divides by the size: exact only where a fold takes it up, which is looked for later."""
+    over = _over(w, node)
+    free = [i for i in over if d.is_free(w.of(_input(node))[i])]
+    for i in free:
+        w.reads(node, _input(node), i)
+    if free:
+        w.norms.append((node, "mean"))
+    return _left(w, node, over)
+
+
+def softmax(w: Walk, node: Node) -> Dims:
+    """Entries compete: dropped units count as −∞."""
+    over = _over(w, node)
+    for i in over:
+        d.mark(w.of(_input(node))[i], Mark.COMPETED, w.why(node, "a softmax runs over it"))
+        w.reads(node, _input(node), i, -inf)
+    return w.of(_input(node))
+
+
+def largest(w: Walk, node: Node) -> Any:
+    """A maximum: dropped units count as −∞. Where its position is used, the dimension is frozen."""
+    if len(node.args) > 1 and isinstance(node.args[1], Node):
+        return pointwise(w, node)
+    over = _over(w, node)
+    several = isinstance(shape_of(node), list)
+    named = several and any(user.args[1] == 1 and user.users for user in node.users)
+    dims = w.of(_input(node))
+    for i in over:
+        if named:
+            d.freeze(dims[i], w.why(node, "the position of the maximum in it is used"))
+        d.mark(dims[i], Mark.COMPETED, w.why(node, "a maximum is taken over it"))
+        w.reads(node, _input(node), i, -inf)
+    if not several:
+        return _left(w, node, over)
+    kept = len(shape_of(node)[0]) == len(dims)
+    left = tuple(d.ONE if i in over else expr for i, expr in enumerate(dims) if kept or i not in over)
+    return [left, left]
+
+
+def smallest(w: Walk, node: Node) -> Any:
+    """A minimum is a maximum of the negative: dropped units count as +∞."""
+    before = len(w.readings)
+    out = largest(w, node)
+    for i in range(before, len(w.readings)):
+        w.readings[i] = replace(w.readings[i], fill=inf)
+    return out
+
+
+def ordered(w: Walk, node: Node) -> Any:
+    """Operations for which the order or number of entries matters: the dimension is frozen."""
+    dims = w.of(_input(node))
+    position = {"topk": 2, "kthvalue": 2}.get(op_name(node), 1)
+    named = len(node.args) > position or "dim" in node.kwargs
+    over = _over(w, node, position) if named or op_name(node) not in _LAST else [len(dims) - 1]
+    for i in over:
+        d.freeze(dims[i], w.why(node, f"`{op_name(node)}` runs along it"))
+    return w.fresh(node, w.why(node, "made by an ordering")) if _reshapes(w, node) else _same(node, dims)
+
+
+def _reshapes(w: Walk, node: Node) -> bool:
+    shape = shape_of(node)
+    first = shape[0] if isinstance(shape, list) else shape
+    return first != tuple(map(d.size, w.of(_input(node))))
+
+
+def _same(node: Node, dims: Dims) -> Any:
+    shape = shape_of(node)
+    return [dims for _ in shape] if isinstance(shape, list) else dims
+
+
+_LAST = frozenset(["sort", "argsort", "topk", "kthvalue", "median", "mode"])
+_ORDERED = (
+    "cumsum cumprod logcumsumexp cummax cummin flip roll sort argsort topk kthvalue median mode var std var_mean "
+    "std_mean argmax argmin prod any all nanmean diff renorm"
+)
+
+RULES = {
+    "sum": total,
+    "linalg_vector_norm": vector_norm,
+    "norm": vector_norm,
+    "mean": mean,
+    **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), softmax),
+    **dict.fromkeys(("amax", "max", "logsumexp"), largest),
+    **dict.fromkeys(("amin", "min"), smallest),
+    **dict.fromkeys(_ORDERED.split(), ordered),
+}

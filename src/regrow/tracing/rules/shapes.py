@@ -1,0 +1,374 @@
+"""Operations that move entries about: reshaping, transposing, joining, cutting, repeating, padding."""
+
+from math import prod
+from typing import Any
+
+from torch.fx import Node
+
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import module_of, shape_of
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.rules.entries import broadcast
+from regrow.tracing.walk import Dims, Walk, op_name
+
+
+def _input(node: Node) -> Node:
+    arg = node.args[0]
+    assert isinstance(arg, Node)
+    return arg
+
+
+def _axis(node: Node, position: int, rank: int, default: int = 0) -> int:
+    given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
+    return int(given) % max(rank, 1)
+
+
+def reshape(w: Walk, node: Node) -> Dims:
+    """Neighbouring dimensions whose sizes multiply to the same number are the same product."""
+    dims = w.of(_input(node))
+    shape: tuple[int, ...] = shape_of(node)
+    why = w.why(node, "a reshape mixes it with its neighbours")
+    out = _regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why)
+    filled = iter(out)
+    result = tuple(d.ONE if n == 1 else next(filled) for n in shape)
+    for literal, expr in zip(_literals(node, dims), result, strict=False):
+        if literal > 1:
+            w.literals.append((module_of(node), literal, expr))
+    return result
+
+
+def _literals(node: Node, dims: Dims) -> list[int]:
+    if op_name(node) == "unflatten":
+        axis = _axis(node, 1, len(dims))
+        return [0] * axis + [int(n) for n in node.args[2]]  # type: ignore[union-attr]
+    given = node.args[1] if len(node.args) > 1 else ()
+    return [int(n) for n in given] if isinstance(given, list | tuple) else []
+
+
+def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
+    if 0 in shape or not all(map(d.size, dims)):
+        return [d.frozen(n, why) for n in shape]
+    out: list[Expr] = []
+    dims, shape = list(dims), list(shape)
+    while dims or shape:
+        left, right = [dims.pop(0)], [shape.pop(0)]
+        while (n := prod(map(d.size, left))) != (m := prod(right)):
+            if n < m:
+                left.append(dims.pop(0))
+            else:
+                right.append(shape.pop(0))
+        whole = d.times(*left)
+        out += [whole] if len(right) == 1 else d.split_product(whole, right, why)
+    return out
+
+
+def transpose(w: Walk, node: Node) -> Dims:
+    """Two dimensions change places."""
+    dims = list(w.of(_input(node)))
+    a, b = _axis(node, 1, len(dims)), _axis(node, 2, len(dims))
+    dims[a], dims[b] = dims[b], dims[a]
+    return tuple(dims)
+
+
+def reverse(w: Walk, node: Node) -> Dims:
+    """The dimensions in opposite order."""
+    return w.of(_input(node))[::-1]
+
+
+def permute(w: Walk, node: Node) -> Dims:
+    """The dimensions in another order."""
+    dims = w.of(_input(node))
+    return tuple(dims[int(i) % len(dims)] for i in node.args[1])  # type: ignore[union-attr]
+
+
+def movedim(w: Walk, node: Node) -> Dims:
+    """Some dimensions move, the others keep their order."""
+    dims = w.of(_input(node))
+    source, target = ([int(i) % len(dims) for i in _listed(arg)] for arg in node.args[1:3])
+    rest = [i for i in range(len(dims)) if i not in source]
+    placed = dict(zip(target, source, strict=True))
+    order = [placed[i] if i in placed else rest.pop(0) for i in range(len(dims))]
+    return tuple(dims[i] for i in order)
+
+
+def _listed(arg: Any) -> list[int]:
+    return list(arg) if isinstance(arg, list | tuple) else [arg]
+
+
+def unsqueeze(w: Walk, node: Node) -> Dims:
+    """A new dimension of size 1."""
+    dims = list(w.of(_input(node)))
+    dims.insert(int(node.args[1]) % (len(dims) + 1), d.ONE)  # type: ignore[arg-type]
+    return tuple(dims)
+
+
+def squeeze(w: Walk, node: Node) -> Dims:
+    """Dimensions of size 1 go."""
+    dims = w.of(_input(node))
+    named = [int(i) % len(dims) for i in _listed(node.args[1])] if len(node.args) > 1 else list(range(len(dims)))
+    return tuple(expr for i, expr in enumerate(dims) if not (i in named and d.size(expr) == 1))
+
+
+def concatenate(w: Walk, node: Node) -> Dims:
+    """The joined dimension is a sum; the others are tied."""
+    parts = [arg for arg in node.args[0] if isinstance(arg, Node) and shape_of(arg) != (0,)]  # type: ignore[union-attr]
+    dims = [w.of(part) for part in parts]
+    axis = _axis(node, 1, len(dims[0]))
+    out = list(dims[0])
+    for other in dims[1:]:
+        for i, expr in enumerate(other):
+            if i != axis and d.size(expr) > 1:
+                d.unify(out[i], expr, w.why(node, "joined tensors have no common form"))
+    out[axis] = d.plus(*(one[axis] for one in dims))
+    return tuple(out)
+
+
+def stack(w: Walk, node: Node) -> Dims:
+    """Tensors of one shape along a new dimension."""
+    parts = [arg for arg in node.args[0] if isinstance(arg, Node)]  # type: ignore[union-attr]
+    out = list(w.of(parts[0]))
+    for part in parts[1:]:
+        for a, b in zip(out, w.of(part), strict=True):
+            d.unify(a, b, w.why(node, "stacked tensors have no common form"))
+    out.insert(_axis(node, 1, len(out) + 1), d.frozen(len(parts), w.why(node, "made by stacking")))
+    return tuple(out)
+
+
+def split(w: Walk, node: Node) -> Any:
+    """A dimension is cut into pieces; pieces of one size, cut by one number, keep equally many units."""
+    dims = w.of(_input(node))
+    sizes = shape_of(node)
+    axis = _axis(node, 2, len(dims))
+    why = w.why(node, "it is cut into pieces at a place that is inside a unit")
+    pieces, rest = [], dims[axis]
+    for shape in sizes[:-1]:
+        piece, rest = d.halves(rest, shape[axis], why)
+        pieces.append(piece)
+    pieces.append(rest)
+    lengths = [shape[axis] for shape in sizes]
+    for a, b in zip(pieces, pieces[1:], strict=False):
+        if op_name(node) != "split_with_sizes" and d.size(a) == d.size(b):
+            d.same_count(a, b, w.why(node, "its equal pieces must keep equally many units"))
+        elif op_name(node) != "split_with_sizes":
+            d.freeze(dims[axis], w.why(node, "it is cut into pieces of unequal size"))
+    for length, piece in zip(lengths, pieces, strict=True):
+        w.literals.append((module_of(node), length, piece))
+    return [(*dims[:axis], piece, *dims[axis + 1 :]) for piece in pieces]
+
+
+def piece(w: Walk, node: Node) -> Dims:
+    """A run of entries of one dimension."""
+    dims = w.of(_input(node))
+    axis = _axis(node, 1, len(dims))
+    n = d.size(dims[axis])
+    start, end = _bounds(node, n)
+    step = int(node.args[4]) if len(node.args) > 4 else 1  # type: ignore[arg-type]
+    if start == 0 and end == n and step == 1:
+        return dims
+    if step != 1 or start >= end or not d.is_free(dims[axis]):
+        why = w.why(node, "some of its entries are picked by number")
+        d.freeze(dims[axis], why)
+        return (*dims[:axis], d.frozen(shape_of(node)[axis], why), *dims[axis + 1 :])
+    why = w.why(node, "it is cut at a place that is inside a unit")
+    before, rest = d.halves(dims[axis], start, why) if start else (d.ONE, dims[axis])
+    middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
+    if n == 2 * (end - start) and (start == 0 or end == n):
+        d.same_count(middle, after if start == 0 else before, w.why(node, "its halves must keep equally many units"))
+    for number in (start, end, end - start):
+        if number > 1:
+            w.literals.append((module_of(node), number, middle if number == end - start else before))
+    return (*dims[:axis], middle, *dims[axis + 1 :])
+
+
+def _bounds(node: Node, n: int) -> tuple[int, int]:
+    given = [node.args[i] if len(node.args) > i else None for i in (2, 3)]
+    if op_name(node) == "narrow":
+        start, length = int(node.args[2]), int(node.args[3])  # type: ignore[arg-type]
+        return start % n, start % n + length
+    start, end = (default if value is None else int(value) for value, default in zip(given, (0, n), strict=True))  # type: ignore[arg-type]
+    start, end = (max(value + n, 0) if value < 0 else min(value, n) for value in (start, end))
+    return start, end
+
+
+def select(w: Walk, node: Node) -> Dims:
+    """One entry of a dimension: which one it is counts, so the dimension is frozen."""
+    dims = w.of(_input(node))
+    axis = _axis(node, 1, len(dims))
+    d.freeze(dims[axis], w.why(node, "one of its entries is picked by number"))
+    return (*dims[:axis], *dims[axis + 1 :])
+
+
+def unbind(w: Walk, node: Node) -> Any:
+    """All entries of a dimension, one by one."""
+    dims = w.of(_input(node))
+    axis = _axis(node, 1, len(dims))
+    d.freeze(dims[axis], w.why(node, "its entries are picked one by one"))
+    return [(*dims[:axis], *dims[axis + 1 :]) for _ in shape_of(node)]
+
+
+def expand(w: Walk, node: Node) -> Dims:
+    """A dimension of size 1 is repeated: a new factor, free only if an attribute of the module can set its size."""
+    dims, shape = w.of(_input(node)), shape_of(node)
+    dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
+    return tuple(
+        _repeated(w, node, n) if d.size(expr) == 1 and n > 1 else expr for expr, n in zip(dims, shape, strict=True)
+    )
+
+
+def repeat(w: Walk, node: Node) -> Dims:
+    """Whole dimensions are repeated one after another: a new outer factor."""
+    dims, shape = w.of(_input(node)), shape_of(node)
+    dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
+    return tuple(
+        expr if d.size(expr) == n else d.times(_repeated(w, node, n // d.size(expr)), expr)
+        for expr, n in zip(dims, shape, strict=True)
+    )
+
+
+def repeat_interleave(w: Walk, node: Node) -> Dims:
+    """Each entry is repeated in place: a new inner factor."""
+    dims, shape = w.of(_input(node)), shape_of(node)
+    if len(dims) != len(shape) or isinstance(node.args[1], Node):
+        return _frozen(w, node)
+    return tuple(
+        expr if d.size(expr) == n else d.times(expr, _repeated(w, node, n // d.size(expr)))
+        for expr, n in zip(dims, shape, strict=True)
+    )
+
+
+def _repeated(w: Walk, node: Node, n: int) -> Expr:
+    leaf = d.Leaf(n, integer=module_of(node) or ".")
+    w.literals.append((module_of(node), n, leaf))
+    return leaf
+
+
+def pad(w: Walk, node: Node) -> Dims:
+    """Padded dimensions are new ones; the others pass."""
+    dims, shape = w.of(_input(node)), shape_of(node)
+    why = w.why(node, "it is padded")
+    for expr, n in zip(dims, shape, strict=True):
+        if d.size(expr) != n:
+            d.freeze(expr, why)
+    return tuple(expr if d.size(expr) == n else d.frozen(n, why) for expr, n in zip(dims, shape, strict=True))
+
+
+def pixel_shuffle(w: Walk, node: Node) -> Dims:
+    """``C·r²`` channels become ``C`` channels on a finer grid."""
+    dims, shape = w.of(_input(node)), shape_of(node)
+    why = w.why(node, "a pixel shuffle lays it out in space")
+    channels, _ = d.split_product(dims[-3], [shape[-3], d.size(dims[-3]) // shape[-3]], why)
+    d.freeze(_, why)
+    return (*dims[:-3], channels, *(d.frozen(n, why) for n in shape[-2:]))
+
+
+def per_channel(w: Walk, node: Node) -> Any:
+    """Pooling and resizing: batch and channels pass, space is made anew."""
+    dims, shapes = w.of(_input(node)), shape_of(node)
+    several = isinstance(shapes, list)
+    rank = _SPACE.get(op_name(node)[-2:], 2)
+    for expr in dims[len(dims) - rank :]:
+        d.freeze(expr, w.why(node, "a window slides along it"))
+    out = [
+        (
+            *dims[: len(dims) - rank],
+            *(d.frozen(n, w.why(node, "made by a sliding window")) for n in shape[len(dims) - rank :]),
+        )
+        for shape in (shapes if several else [shapes])
+    ]
+    return out if several else out[0]
+
+
+def index(w: Walk, node: Node) -> Any:
+    """Entries picked by a tensor of numbers: the dimensions picked from are frozen, the others pass."""
+    dims = w.of(_input(node))
+    picks: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    picked = [i for i, pick in enumerate(picks) if pick is not None]
+    for i in picked:
+        d.freeze(dims[i], w.why(node, "its entries are picked by a tensor of numbers"))
+    if picked != list(range(picked[0], picked[-1] + 1)) or any(
+        pick.meta["val"].dtype.is_floating_point for pick in picks if pick
+    ):
+        return _frozen(w, node)
+    made = broadcast(w, node, [picks[i] for i in picked])
+    if len(dims) - len(picked) + len(made) != len(shape_of(node)):
+        return _frozen(w, node)
+    return (*dims[: picked[0]], *made, *dims[picked[-1] + 1 :])
+
+
+def pick(w: Walk, node: Node) -> Dims:
+    """``index_select`` and ``gather``: the dimension picked from is frozen."""
+    dims = w.of(_input(node))
+    axis = _axis(node, 1, len(dims))
+    why = w.why(node, "its entries are picked by a tensor of numbers")
+    d.freeze(dims[axis], why)
+    if op_name(node) == "index_select":
+        return (*dims[:axis], d.frozen(shape_of(node)[axis], why), *dims[axis + 1 :])
+    return _frozen(w, node)
+
+
+def triangle(w: Walk, node: Node) -> Dims:
+    """Entries above or below the diagonal go: both dimensions are frozen."""
+    dims = w.of(_input(node))
+    for expr in dims[-2:]:
+        d.freeze(expr, w.why(node, "a diagonal runs through it"))
+    return dims
+
+
+def glu(w: Walk, node: Node) -> Dims:
+    """The first half, gated by the second: halves of equal size, unit by unit."""
+    dims = w.of(_input(node))
+    axis = _axis(node, 1, len(dims), -1)
+    first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node, "its halves are cut inside a unit"))
+    d.unify(first, second, w.why(node, "its halves have no common form"))
+    return (*dims[:axis], first, *dims[axis + 1 :])
+
+
+def _frozen(w: Walk, node: Node) -> Any:
+    for expr in w.of(_input(node)):
+        d.freeze(expr, w.why(node, "its entries are picked or moved by number"))
+    return w.fresh(node, w.why(node, "made by picking entries"))
+
+
+_SPACE = {"1d": 1, "2d": 2, "3d": 3}
+_WINDOWS = (
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices "
+    "_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest3d "
+    "upsample_trilinear3d _upsample_bilinear2d_aa"
+)
+
+RULES = {
+    **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), reshape),
+    "transpose": transpose,
+    "swapaxes": transpose,
+    "t": reverse,
+    "numpy_T": reverse,
+    "permute": permute,
+    "movedim": movedim,
+    "unsqueeze": unsqueeze,
+    "squeeze": squeeze,
+    "cat": concatenate,
+    "concat": concatenate,
+    "concatenate": concatenate,
+    "stack": stack,
+    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), split),
+    "slice": piece,
+    "narrow": piece,
+    "select": select,
+    "unbind": unbind,
+    "expand": expand,
+    "expand_as": expand,
+    "broadcast_to": expand,
+    "repeat": repeat,
+    "tile": repeat,
+    "repeat_interleave": repeat_interleave,
+    **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"), pad),
+    "pixel_shuffle": pixel_shuffle,
+    **dict.fromkeys(_WINDOWS.split(), per_channel),
+    "index": index,
+    "index_select": pick,
+    "gather": pick,
+    "tril": triangle,
+    "triu": triangle,
+    "glu": glu,
+}

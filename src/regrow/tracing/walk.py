@@ -1,0 +1,189 @@
+"""One walk over a recorded graph: every dimension of every tensor gets an expression."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from regrow.axes import Role
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import Capture, module_of, shape_of
+from regrow.tracing.dimensions import Expr
+
+Dims = tuple[Expr, ...]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """An operation that sums or compares over a dimension, so that dropped units must be replaced before it.
+
+    Args:
+        node: The operation.
+        operand: The node whose value is read.
+        dim: The dimension of it that is read.
+        fill: What a dropped unit counts as (0 or −∞), or ``None`` where the operation runs over the kept units.
+        weight: The parameter it is multiplied with, if it is one.
+        groups: The dimension of groups, where the operation runs inside each group.
+    """
+
+    node: Node
+    operand: Node
+    dim: int
+    fill: float | None
+    weight: str = ""
+    groups: Expr | None = None
+
+
+@dataclass
+class Walk:
+    """What a walk knows and finds out. Rules call its methods; nothing else changes it."""
+
+    capture: Capture
+    dims: dict[Node, Any] = field(default_factory=dict)
+    roles: dict[tuple[str, int], set[Role]] = field(default_factory=dict)
+    readings: list[Reading] = field(default_factory=list)
+    work: list[tuple[str, str, Dims]] = field(default_factory=list)
+    literals: list[tuple[str, int, Expr]] = field(default_factory=list)
+    groups: list[tuple[str, Expr]] = field(default_factory=list)
+    norms: list[tuple[Node, Any]] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def of(self, node: Node) -> Dims:
+        """The dimensions of a node's tensor."""
+        return self.dims[node]
+
+    def source(self, node: Any) -> str:
+        """The parameter or buffer that a node is, possibly recast or transposed; empty if it is computed."""
+        place = self.place(node, 0)
+        return place[0] if place else ""
+
+    def place(self, node: Any, dim: int) -> tuple[str, int] | None:
+        """Which dimension of which parameter or buffer a dimension of a node is; ``None`` if it is computed."""
+        if not isinstance(node, Node):
+            return None
+        if node in self.capture.states:
+            return self.capture.states[node], dim
+        if node.op != "call_function":
+            return None
+        name = op_name(node)
+        operand = node.args[0] if node.args else None
+        if name in ALIASES:
+            return self.place(operand, dim)
+        rank = len(self.dims[node])
+        if name in ("t", "numpy_T"):
+            return self.place(operand, rank - 1 - dim)
+        if name in ("transpose", "swapaxes"):
+            a, b = (int(axis) % rank for axis in node.args[1:3])
+            return self.place(operand, {a: b, b: a}.get(dim, dim))
+        if name == "permute":
+            return self.place(operand, int(node.args[1][dim]) % rank)
+        return None
+
+    def role(self, node: Any, dim: int, role: Role) -> None:
+        """Note what a dimension of a parameter does, if the node is one."""
+        if isinstance(node, Node) and (place := self.place(node, dim)):
+            self.roles.setdefault(place, set()).add(role)
+
+    def reads(self, node: Node, operand: Any, dim: int, fill: float | None = 0.0, **more: Any) -> None:
+        """Note that the operation sums or compares over a dimension of the operand."""
+        self.readings.append(Reading(node, operand, dim, fill, **more))
+
+    def why(self, node: Node, what: str) -> str:
+        """A reason that names the operation and the module."""
+        module = module_of(node)
+        return f"{what} ({op_name(node)} in {module or 'the model'})"
+
+    def fresh(self, node: Node, what: str) -> Any:
+        """New frozen dimensions in the shape of the node's value."""
+        shape = shape_of(node)
+        if isinstance(shape, list):
+            return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
+        return None if shape is None else tuple(d.frozen(n, what) for n in shape)
+
+
+def op_name(node: Node) -> str:
+    """The plain name of an operation: ``linear``, ``add``; in-place forms count as the plain ones."""
+    target = node.target
+    name = (
+        target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
+    )
+    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
+
+
+ALIASES = frozenset(["to", "_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "type_as", "detach_copy"])
+
+Rule = Callable[[Walk, Node], Any]
+
+
+def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule) -> Walk:
+    """Give every dimension in the graph an expression.
+
+    Args:
+        capture: The recorded graph.
+        rules: Operation name → its rule.
+        pointwise: The rule of all operations that work entry by entry.
+    """
+    w = Walk(capture)
+    for node in capture.graph.nodes:
+        if node.op == "placeholder":
+            w.dims[node] = _placeholder(w, node)
+        elif node.op == "output":
+            for out in node.all_input_nodes:
+                for dims in w.dims[out] if isinstance(w.dims[out], list) else [w.dims[out]]:
+                    for expr in dims or ():
+                        d.freeze(expr, "it is an output of the model")
+        elif node.op == "call_function":
+            w.dims[node] = _call(w, node, rules, pointwise)
+        else:
+            w.dims[node] = w.fresh(node, f"made by {node.op}")
+    return w
+
+
+def _placeholder(w: Walk, node: Node) -> Any:
+    shape = shape_of(node)
+    if shape is None or isinstance(shape, list):
+        return None
+    if node in w.capture.states:
+        return tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
+    return tuple(d.frozen(n, "it is a dimension of the model's input") for n in shape)
+
+
+def _call(w: Walk, node: Node, rules: dict[str, Rule], pointwise: Rule) -> Any:
+    name = op_name(node)
+    if name == "getitem":
+        value = w.dims[node.args[0]]
+        return value[node.args[1]] if isinstance(value, list) else None
+    rule = rules.get(name)
+    if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
+        rule = pointwise
+    if rule is not None and shape_of(node) is not None:
+        dims = rule(w, node)
+        _assert_sizes(node, dims)
+        return dims
+    if name.startswith("_assert"):
+        return None
+    free = [expr for arg in node.all_input_nodes for expr in _all_dims(w.dims[arg]) if d.is_free(expr)]
+    if free:
+        reason = w.why(node, "an operation without a rule reads it")
+        for expr in free:
+            d.freeze(expr, reason)
+        w.notes.append(f"no rule for {node.target} in {module_of(node) or 'the model'}: what it reads is frozen")
+    return w.fresh(node, f"made by {name}")
+
+
+def _all_dims(dims: Any) -> list[Expr]:
+    if dims is None:
+        return []
+    return [expr for one in dims for expr in (one or ())] if isinstance(dims, list) else list(dims)
+
+
+def _assert_sizes(node: Node, dims: Any) -> None:
+    shape = shape_of(node)
+    pairs = zip(shape, dims, strict=True) if isinstance(shape, list) else [(shape, dims)]
+    for expected, found in pairs:
+        sizes = None if found is None else tuple(map(d.size, found))
+        assert expected is None or sizes == expected, f"{node.target}: dimensions {sizes} for shape {expected}"
