@@ -1,0 +1,61 @@
+"""How much each unit matters: one pass over the sources → statistics → scores.
+
+Every metric is called with (weights, axes, statistics, *, units) and gives its weight-only factor for
+``statistics=None``, so that a method can take any of them as its base.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from regrow.axes import Axis, AxisGraph
+from regrow.method import Need
+from regrow.scores import Scores, Statistics
+from regrow.scoring.activations import wanda_sp, wifv
+from regrow.scoring.collect import collect
+from regrow.scoring.combine import normalise, over_sources
+from regrow.scoring.compensate import means
+from regrow.scoring.gradients import taylor
+from regrow.scoring.weights import magnitude, random, readers, scorable, weights_of
+
+
+class Metric(Protocol):
+    """A measure of units, from weights and (if there are any) statistics."""
+
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor],
+        axes: AxisGraph,
+        statistics: Statistics | None,
+        *,
+        units: Sequence[Axis] | None = None,
+    ) -> Scores:
+        """Score the units of some axes."""
+        ...
+
+
+METRICS: Mapping[str, tuple[Metric, Need]] = {
+    "wifv": (wifv, Need.ACTIVATIONS),
+    "wanda_sp": (wanda_sp, Need.ACTIVATIONS),
+    "taylor": (taylor, Need.GRADIENTS),
+    "magnitude": (magnitude, Need.WEIGHTS),
+}
+"""Name → (metric, what it has to be given)."""
+
+__all__ = [
+    "METRICS",
+    "Metric",
+    "collect",
+    "magnitude",
+    "means",
+    "normalise",
+    "over_sources",
+    "random",
+    "readers",
+    "scorable",
+    "taylor",
+    "wanda_sp",
+    "weights_of",
+    "wifv",
+]

@@ -1,0 +1,213 @@
+"""One pass over each source: running sums of what every consuming weight is fed, and of the loss's gradients.
+
+The sums are taken where a weight is contracted (a linear map, a convolution, a matrix product), not in module hooks:
+the weight is recognised by identity in a torch-function mode, so a module that never calls its children is seen too.
+Nothing but sums is kept. One (source, shard) is the unit that can be merged, saved and resumed.
+"""
+
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import Axis, AxisGraph
+from regrow.method import Need
+from regrow.scores import Moments, Statistics
+from regrow.scoring.gradients import add_gradients
+from regrow.scoring.watch import Watch
+from regrow.scoring.weights import readers, scorable, tensors
+from regrow.sources import Batch, Source
+
+Key = tuple[str, int]
+
+
+def collect(
+    model: nn.Module,
+    axes: AxisGraph,
+    sources: Sequence[Source],
+    needs: Collection[Need],
+    *,
+    shards: int = 1,
+    units: Sequence[Axis] | None = None,
+    done: Mapping[Key, Statistics] | None = None,
+    on_done: Callable[[str, int, Statistics], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, list[Statistics]]:
+    """Measure a network on some sources, in eval mode, one pass per source.
+
+    Args:
+        model: The network; its parameters, buffers and modes are left as they were.
+        axes: Its axes.
+        sources: What to run it on. Positions that a two-dimensional ``attention_mask`` hides are not counted.
+        needs: ``ACTIVATIONS`` fills ``moments``, ``GRADIENTS`` fills ``gradients``; ``WEIGHTS`` needs no pass.
+        shards: Into how many disjoint parts each source is split, batch ``i`` into part ``i % shards``.
+        units: The axes asked for; ``axes.units()`` if none are named.
+        done: What an earlier, interrupted call finished: (source, shard) → its statistics; these are not run again.
+        on_done: Called with (source, shard, statistics) as soon as one is finished.
+        progress: Called with (source, batches finished, batches in all) after every batch.
+
+    Returns:
+        Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU.
+
+    Raises:
+        ValueError: If a source has fewer batches than shards, two have one name, gradients are asked for without
+            labels, or a weight is fed NaN or infinity (the first such weight, in the order of execution).
+    """
+    _check_sources(sources, shards)
+    if not {Need.ACTIVATIONS, Need.GRADIENTS} & set(needs):
+        return {}
+    walk = _Walk(model, axes, scorable(axes, units), frozenset(needs))
+    total, finished = sum(len(source) for source in sources), 0
+    result: dict[str, list[Statistics]] = {}
+    with _evaluating(model, walk.differentiated):
+        for source in sources:
+            for shard in range(shards):
+                batches = list(source.batches[shard::shards])
+                statistics = (done or {}).get((source.name, shard))
+                if statistics is None:
+                    statistics = Statistics(source.name)
+                    for batch in batches:
+                        walk.step(batch, statistics)
+                        finished += 1
+                        if progress:
+                            progress(source.name, finished, total)
+                    _settle(statistics)
+                    if on_done:
+                        on_done(source.name, shard, statistics)
+                else:
+                    finished += len(batches)
+                result.setdefault(source.name, []).append(statistics)
+    return result
+
+
+class _Walk:
+    """Runs batches through the network and adds what it sees to some statistics."""
+
+    def __init__(self, model: nn.Module, axes: AxisGraph, units: Sequence[Axis], needs: frozenset[Need]) -> None:
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        reads = readers(axes, units)
+        self.model, self.run = model, model
+        self.watched = {id(parameters[r.weight]): r.weight for r in reads} if Need.ACTIVATIONS in needs else {}
+        self.names = [r.slot.name for r in reads]
+        self.differentiated: list[str] = []
+        if Need.GRADIENTS in needs:
+            own = dict(model.named_parameters())
+            self.differentiated = list(dict.fromkeys(name for a in units for name, _, _ in tensors(axes, a, own)))
+        self.device = next((p.device for p in parameters.values() if p.device.type != "meta"), torch.device("cpu"))
+        self.first = not self.differentiated
+
+    def step(self, batch: Batch, statistics: Statistics) -> None:
+        """Run one batch and add it."""
+        batch = _moved(batch, self.device)
+        if self.first:
+            self.first, self.run = False, self._trunk(batch)
+        watch = self._watch(batch, self.run, statistics)
+        if self.run is not self.model and len(watch.sums) < len(set(self.watched.values())):
+            # The trunk may leave out weights that the whole network uses (an encoder, a head): look once, then decide.
+            whole = self._watch(batch, self.model, statistics)
+            if len(whole.sums) > len(watch.sums):
+                self.run, watch = self.model, whole
+        for name, moments in watch.sums.items():
+            if not bool(torch.isfinite(moments.square).all()):
+                raise ValueError(
+                    f"the input of {name!r} holds NaN or infinity on source {statistics.source!r}; the weights before "
+                    "it are damaged, or overflow in this dtype (try float32 or bfloat16)"
+                )
+            known = statistics.moments.get(name)
+            statistics.moments[name] = moments if known is None else known + moments
+        statistics.tokens += _positions(batch)
+
+    def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> Watch:
+        mask = batch.kwargs.get("attention_mask")
+        with Watch(self.watched, _leading(batch), mask if isinstance(mask, Tensor) else None) as watch:
+            if self.differentiated:
+                add_gradients(self.model, batch, self.differentiated, statistics.gradients)
+            else:
+                with torch.no_grad():
+                    run(*batch.args, **batch.kwargs)
+        return watch
+
+    def _trunk(self, batch: Batch) -> nn.Module:
+        """The part of the network that has to run: without the head, where there is a seam and nothing is read past it.
+
+        The seam is transformers' ``base_model``: a submodule that takes the same inputs.
+        """
+        base = getattr(self.model, "base_model", None)
+        prefix = next((name for name, module in self.model.named_modules() if module is base), "")
+        if not isinstance(base, nn.Module) or not prefix:
+            return self.model
+        try:
+            inspect.signature(base.forward).bind(*batch.args, **batch.kwargs)
+        except TypeError:
+            return self.model
+        return base if all(name.startswith(f"{prefix}.") for name in self.names) else self.model
+
+
+@contextmanager
+def _evaluating(model: nn.Module, differentiated: Sequence[str]) -> Iterator[None]:
+    """The network in eval mode, with gradients for the named parameters alone; afterwards everything as before."""
+    modes = {module: module.training for module in model.modules()}
+    asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    wanted = set(differentiated)
+    model.eval()
+    if differentiated:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in wanted)
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        for parameter, ask in asks.items():
+            parameter.requires_grad_(ask)
+
+
+def _check_sources(sources: Sequence[Source], shards: int) -> None:
+    if shards < 1:
+        raise ValueError(f"a source is split into at least 1 shard; got {shards}")
+    names = [source.name for source in sources]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two sources are called {sorted(twice)[0]!r}; give each its own name")
+    for source in sources:
+        if len(source) < shards:
+            raise ValueError(
+                f"source {source.name!r} has {len(source)} batches and cannot be split into {shards}; give it more "
+                "text or smaller batches"
+            )
+
+
+def _settle(statistics: Statistics) -> None:
+    """Bring the sums to the CPU once a shard is finished (not per batch: that would make a GPU wait)."""
+    for name, m in statistics.moments.items():
+        sums = (m.total.cpu(), m.square.cpu(), m.sequences, m.mean_total.cpu(), m.mean_square.cpu())
+        statistics.moments[name] = Moments(m.count, *sums)
+    for name, gradient in statistics.gradients.items():
+        statistics.gradients[name] = gradient.cpu()
+
+
+def _inputs(batch: Batch) -> Iterator[Tensor]:
+    yield from (value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, Tensor))
+
+
+def _leading(batch: Batch) -> int:
+    """How many sequences (texts, pictures) a batch has."""
+    return next((len(value) for value in _inputs(batch) if value.dim()), 1)
+
+
+def _positions(batch: Batch) -> int:
+    """Labelled positions; without labels, token ids, or else sequences."""
+    if batch.labels is not None:
+        return int((batch.labels != -100).sum())
+    ids = next((value for value in _inputs(batch) if value.dim() == 2 and not value.is_floating_point()), None)
+    return _leading(batch) if ids is None else ids.numel()
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    kwargs = {name: move(value) for name, value in batch.kwargs.items()}
+    return Batch(tuple(move(value) for value in batch.args), kwargs, move(batch.labels))

@@ -1,0 +1,110 @@
+"""From channels to units, from axis to axis, from source to source: making scores comparable and combining them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from regrow.scores import Scores
+from regrow.scoring.weights import Reader
+
+
+def standardised(values: Tensor) -> Tensor:
+    """(v − mean) / sd, with ``ddof = 1``; zeros where all are equal.
+
+    >>> standardised(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    [-1.0, 0.0, 1.0]
+    """
+    if len(values) < 2 or bool((values == values[0]).all()):
+        return torch.zeros_like(values)
+    return (values - values.mean()) / values.std()
+
+
+def percentile(values: Tensor) -> Tensor:
+    """The percentile rank of each value, (rank + ½) / n, equal values in order of their index.
+
+    >>> percentile(torch.tensor([5.0, 1.0, 3.0, 9.0])).tolist()
+    [0.625, 0.125, 0.375, 0.875]
+    """
+    ranks = torch.empty(len(values), dtype=torch.float64)
+    ranks[torch.argsort(values, stable=True)] = torch.arange(len(values), dtype=torch.float64)
+    return (ranks + 0.5) / len(values)
+
+
+def to_units(
+    channels: Mapping[str, Tensor],
+    widths: Mapping[str, int],
+    reads: Sequence[Reader],
+    pool: str = "sum",
+    *,
+    square_blocks: bool = False,
+) -> dict[str, Tensor]:
+    """One number per unit from one number per input channel of the weights that read it.
+
+    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardised`` (FLAP's AL-AM): each
+    weight's channels are first z-scored among themselves, then averaged over the unit's channels and its weights, so
+    that units of different layers and kinds can stand in one ranking.
+
+    Args:
+        channels: Weight → score per input channel, ``[C]`` float64.
+        widths: Weight → its size in the contracted dimension.
+        reads: Which weights read which axis.
+        pool: ``"sum"`` or ``"standardised"``.
+        square_blocks: Square the channel scores of units with several channels before they are standardised.
+
+    Returns:
+        Axis key → ``[size]`` float64.
+    """
+    if pool not in ("sum", "standardised"):
+        raise ValueError(f"channels are pooled by 'sum' or 'standardised'; got {pool!r}")
+    parts: dict[str, list[Tensor]] = {}
+    for reader in reads:
+        scores = channels[reader.weight]
+        where = reader.positions(len(scores), widths[reader.weight])
+        if pool == "sum":
+            parts.setdefault(reader.axis, []).append(scores[where].sum(1))
+        else:
+            scores = standardised(scores.square() if square_blocks and where.shape[1] > 1 else scores)
+            parts.setdefault(reader.axis, []).append(scores[where].mean(1))
+    stacked = {key: torch.stack(values) for key, values in parts.items()}
+    return {key: values.sum(0) if pool == "sum" else values.mean(0) for key, values in stacked.items()}
+
+
+def normalise(scores: Scores, how: str) -> Scores:
+    """Make the scores of different axes comparable: ``"zscore"``, ``"rank"`` (percentile) or ``"none"``.
+
+    Args:
+        scores: Any scores.
+        how: ``zscore``: (s − mean) / sd within the axis. ``rank``: percentile within the axis. ``none``: as they are.
+    """
+    kinds = {"zscore": standardised, "rank": percentile, "none": lambda values: values}
+    if how not in kinds:
+        raise ValueError(f"scores are normalised by {', '.join(kinds)}; got {how!r}")
+    return Scores(
+        {key: kinds[how](values) for key, values in scores.values.items()},
+        scores.metric if how == "none" else f"{scores.metric}/{how}",
+        scores.sources,
+        scores.tokens,
+        scores.notes,
+    )
+
+
+def over_sources(scores: Sequence[Scores], how: str = "mean") -> Scores:
+    """One set of scores from several sources' (to pool their *moments* instead, add the ``Statistics``).
+
+    Args:
+        scores: The same metric on different sources, made comparable first (``normalise``).
+        how: ``mean``; ``max``: a unit is worth what it is worth where it matters most (worst-case loss); ``min``: a
+            unit counts only if every source needs it.
+
+    Raises:
+        ValueError: If there are none, if they score different axes, or for an unknown ``how``.
+    """
+    kinds = {"mean": lambda s: s.mean(0), "max": lambda s: s.amax(0), "min": lambda s: s.amin(0)}
+    if how not in kinds:
+        raise ValueError(f"sources are combined by {', '.join(kinds)}; got {how!r}")
+    if not scores or any(s.values.keys() != scores[0].values.keys() for s in scores):
+        raise ValueError("sources can be combined only if there are some, and all score the same axes")
+    values = {key: kinds[how](torch.stack([s[key] for s in scores])) for key in scores[0].values}
+    names = tuple(dict.fromkeys(name for s in scores for name in s.sources))
+    return Scores(values, f"{scores[0].metric}/{how}", names, sum(s.tokens for s in scores), scores[0].notes)

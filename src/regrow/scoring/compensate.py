@@ -1,0 +1,63 @@
+"""Bias compensation: the constants that stand in for dropped inputs."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import nn
+
+from regrow.axes import Axis, AxisGraph
+from regrow.scores import Statistics
+from regrow.scoring.weights import readers
+
+
+def means(
+    model: nn.Module,
+    axes: AxisGraph,
+    kept: Mapping[str, Iterable[int]],
+    statistics: Statistics,
+    units: Sequence[Axis] | None = None,
+) -> dict[str, dict[int, float]]:
+    """The mean of every dropped input, for weights where a constant input can be moved into a bias exactly.
+
+    b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
+    padding. A padded convolution sees zeros at its borders, not the mean: it is left out.
+
+    Args:
+        model: The network, to see which convolutions are padded.
+        axes: Its axes.
+        kept: Axis key → the units kept; other axes are not compensated.
+        statistics: Input moments, usually of all sources pooled. Weights they do not name are left out.
+        units: The axes to look at; those in ``kept`` if none are named.
+
+    Returns:
+        Consuming weight → position in its contracted dimension → E[x], as ``Plan.means`` wants it.
+
+    Source: An et al., FLAP (arXiv 2312.11983), section "Baseline bias compensation".
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    chosen = [axes[key] for key in kept] if units is None else [axis for axis in units if axis.key in kept]
+    result: dict[str, dict[int, float]] = {}
+    for reader in readers(axes, chosen):
+        name = reader.slot.name
+        moments = statistics.moments.get(reader.weight)
+        width = parameters[name].shape[reader.slot.dim]
+        if moments is None or len(moments.total) != width or not _exact(model, name, parameters[name].dim()):
+            continue
+        staying = set(kept[reader.axis])
+        dropped = [unit for unit in range(reader.size) if unit not in staying]
+        mean = moments.mean.tolist()
+        where = reader.positions(width, width)[dropped].flatten().tolist()
+        if where:
+            result.setdefault(name, {}).update({position: mean[position] for position in where})
+    return {name: dict(sorted(row.items())) for name, row in result.items()}
+
+
+def _exact(model: nn.Module, name: str, dims: int) -> bool:
+    """Whether a constant input of this weight is the same as a bias."""
+    if dims == 2:
+        return True
+    owner = model.get_submodule(name.rpartition(".")[0])
+    plain = isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) and owner.groups == 1
+    if not plain:
+        return False
+    padding = owner.padding
+    return padding == "valid" if isinstance(padding, str) else all(p == 0 for p in padding)

@@ -1,0 +1,101 @@
+"""Scores from the loss's gradient: LLM-Pruner's Taylor importance, and the gradients it needs."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regrow.axes import Axis, AxisGraph
+from regrow.scores import Scores, Statistics
+from regrow.scoring.weights import checked, scorable, tensors
+from regrow.sources import Batch
+
+
+def taylor(
+    weights: Mapping[str, Tensor],
+    axes: AxisGraph,
+    statistics: Statistics | None,
+    *,
+    units: Sequence[Axis] | None = None,
+    form: str = "element1",
+) -> Scores:
+    """First-order Taylor importance of a unit: what the loss would change by if its weights were zero.
+
+    ``element1``: Σ over the parameters the unit runs through of Σ abs(w · g). ``vector``: Σ over the parameters and
+    over the unit's channels in each of abs(Σ w · g). g is the gradient of the mean loss.
+
+    Args:
+        weights: Parameter name → tensor.
+        axes: The network's axes.
+        statistics: Gradient sums; ``None`` gives the weight-only factor Σ w².
+        units: The axes to score; ``axes.units()`` if none are named.
+        form: ``"element1"`` or ``"vector"``.
+
+    Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code (``param_first`` and ``vectorize``).
+    """
+    if form not in ("element1", "vector"):
+        raise ValueError(f"taylor has the forms 'element1' and 'vector'; got {form!r}")
+    values: dict[str, Tensor] = {}
+    for axis in scorable(axes, units):
+        total = torch.zeros(axis.size, dtype=torch.float64)
+        for name, slot, where in tensors(axes, axis, weights):
+            weight = weights[name].detach().double()
+            if statistics is None:
+                product = weight.square()
+            elif name in statistics.gradients:
+                product = weight * statistics.gradients[name].to(weight) / max(statistics.tokens, 1)
+            else:
+                raise ValueError(f"source {statistics.source!r} gave no gradient for the parameter {name!r}")
+            rest = [d for d in range(weight.dim()) if d != slot.dim]
+            product = product.abs() if form == "element1" else product
+            channels = (product.sum(rest) if rest else product).abs().cpu()
+            total += channels[where].sum(1)
+        values[axis.key] = total
+    if statistics is None:
+        return checked(Scores(values, f"taylor/{form}/weight-only"))
+    sources = tuple(dict.fromkeys(statistics.source.split("+")))
+    return checked(Scores(values, f"taylor/{form}", sources, statistics.tokens))
+
+
+def cross_entropy(output: Any, labels: Tensor) -> Tensor:
+    """The mean cross entropy of a network's answer, over the positions with a label (−100 has none).
+
+    Args:
+        output: Logits ``[..., classes]`` (or ``[batch, classes, ...]``), or an object with ``.logits``, or a tuple that
+            starts with them.
+        labels: Class per position, int64.
+    """
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None:
+        logits = output[0]
+    if logits.shape[:-1] == labels.shape:
+        logits, labels = logits.flatten(0, -2), labels.flatten()
+    return F.cross_entropy(logits.float(), labels, ignore_index=-100)
+
+
+def add_gradients(model: nn.Module, batch: Batch, names: Sequence[str], sums: dict[str, Tensor]) -> None:
+    """Run the network on a batch, and add the gradient of its *summed* loss to ``sums`` (float32).
+
+    Summed, so that batches of different sizes can be merged. The backward pass itself runs on the mean, which half
+    precision can hold.
+
+    Raises:
+        ValueError: If the batch has no labels, or the loss is not finite.
+    """
+    if batch.labels is None:
+        raise ValueError("gradients need labels: a Batch with labels=…, −100 where none is asked")
+    parameters = dict(model.named_parameters())
+    loss = cross_entropy(model(*batch.args, **batch.kwargs), batch.labels)
+    if not torch.isfinite(loss):
+        raise ValueError(
+            f"the loss is {loss.item()}: the weights or inputs hold NaN or infinity, or nothing is labelled"
+        )
+    count = int((batch.labels != -100).sum())
+    found = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
+    for name, gradient in zip(names, found, strict=True):
+        if gradient is None:
+            gradient = torch.zeros_like(parameters[name])
+        scaled = gradient.float() * count
+        sums[name] = sums[name].add_(scaled) if name in sums else scaled

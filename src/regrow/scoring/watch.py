@@ -1,0 +1,135 @@
+"""Seeing what a weight is fed: a torch-function mode that sums the inputs of the weights it is told to watch."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from regrow.scores import Moments
+
+CHUNK = 1 << 18
+"""Entries summed at a time on a CPU: a chunk in float32 stays in the cache, so half precision costs no extra memory."""
+
+Operands = tuple[Any, Any, int]
+"""A weight, the input it is contracted with, and which dimension of the input that is."""
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterator[Operands]:
+    yield weight, input, -1
+
+
+def _matmul(a: Tensor, b: Tensor, **more: Any) -> Iterator[Operands]:
+    yield b, a, -1
+    yield a, b, -2 if b.dim() > 1 else -1
+
+
+def _right_matmul(b: Tensor, a: Tensor) -> Iterator[Operands]:
+    yield from _matmul(a, b)
+
+
+def _addmm(bias: Tensor, mat1: Tensor, mat2: Tensor, **more: Any) -> Iterator[Operands]:
+    yield from _matmul(mat1, mat2)
+
+
+def _conv(input: Tensor, weight: Tensor, *more: Any, **named: Any) -> Iterator[Operands]:
+    yield weight, input, 1 - weight.dim()
+
+
+CONTRACTIONS: Mapping[Callable[..., Any], Callable[..., Iterator[Operands]]] = {
+    F.linear: _linear,
+    torch.matmul: _matmul,
+    torch.mm: _matmul,
+    torch.Tensor.matmul: _matmul,
+    torch.Tensor.mm: _matmul,
+    torch.Tensor.__matmul__: _matmul,
+    torch.Tensor.__rmatmul__: _right_matmul,
+    torch.addmm: _addmm,
+    torch.Tensor.addmm: _addmm,
+    torch.conv1d: _conv,
+    torch.conv2d: _conv,
+    torch.conv3d: _conv,
+    torch.conv_transpose1d: _conv,
+    torch.conv_transpose2d: _conv,
+    torch.conv_transpose3d: _conv,
+}
+"""Which argument of which function is contracted with which."""
+
+
+class Watch(TorchFunctionMode):
+    """Sums the inputs of watched weights while it is active.
+
+    Args:
+        watched: ``id`` of a weight → its name.
+        sequences: How many sequences the batch has: rows of an input belong to them in equal, consecutive shares.
+        mask: ``[sequences, tokens]``, zero at positions that do not count (padding).
+    """
+
+    def __init__(self, watched: Mapping[int, str], sequences: int, mask: Tensor | None = None) -> None:
+        super().__init__()
+        self.watched, self.sequences = watched, sequences
+        self.mask = mask.bool() if mask is not None and mask.dim() == 2 and not bool((mask != 0).all()) else None
+        self.sums: dict[str, Moments] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Sum the input if a watched weight is contracted, then do what was asked."""
+        kwargs = kwargs or {}
+        read = CONTRACTIONS.get(func)
+        if read is not None and self.watched:
+            for weight, value, dim in read(*args, **kwargs):
+                name = self._name(weight)
+                if name is not None:
+                    with torch.no_grad():
+                        self._add(name, value.detach(), dim)
+        return func(*args, **kwargs)
+
+    def _name(self, weight: Any) -> str | None:
+        """The watched weight that an operand is, or is the transpose of (``x @ weight.T``)."""
+        name = self.watched.get(id(weight))
+        if name is None and isinstance(weight, Tensor) and weight._base is not None:
+            base = weight._base
+            if weight.dim() == 2 and weight.shape == base.shape[::-1] and weight.stride() == base.stride()[::-1]:
+                name = self.watched.get(id(base))
+        return name
+
+    def _add(self, name: str, value: Tensor, dim: int) -> None:
+        moments = _moments(*self._rows(value, dim))
+        if moments.count:
+            self.sums[name] = self.sums[name] + moments if name in self.sums else moments
+
+    def _rows(self, value: Tensor, dim: int) -> tuple[Tensor, int, Tensor | None]:
+        """The input as sequences of positions: ``[sequences, positions, channels]`` or channels before positions."""
+        if dim != -1:
+            return value.reshape(-1, *value.shape[dim:]).flatten(2), 1, None
+        n = self.sequences
+        if value.dim() > 2 and value.shape[0] != n and value.shape[1] == n:
+            value = value.transpose(0, 1)  # positions first, as nn.MultiheadAttention has it
+        share = n if value.shape[:-1].numel() % n == 0 else 1
+        rows = value.reshape(share, -1, value.shape[-1])
+        masked = self.mask is not None and rows.shape[:2] == self.mask.shape
+        return rows, 2, self.mask.to(rows.device) if masked and self.mask is not None else None
+
+
+def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
+    """Sums over the sequences and positions of ``rows``; float32 within a chunk, float64 between chunks."""
+    positions = 3 - channels
+    home = torch.device("cpu") if rows.device.type == "mps" else rows.device
+    step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))
+    totals, square = [], torch.zeros(rows.shape[channels], dtype=torch.float64, device=home)
+    for index, part in enumerate(rows.split(step)):
+        part = part if part.dtype == torch.float64 else part.float()
+        if mask is not None:
+            part = part.masked_fill(~mask[index * step : index * step + len(part), :, None], 0)
+        totals.append(part.sum(positions).to(home, torch.float64))
+        square += (part * part).sum((0, positions)).to(home, torch.float64)
+    total = torch.cat(totals)
+    if mask is None:
+        means, count, sequences = total / max(1, rows.shape[positions]), len(rows) * rows.shape[positions], len(rows)
+    else:
+        lengths = mask.sum(1).to(home, torch.float64)
+        means, count, sequences = total / lengths.clamp_min(1)[:, None], int(lengths.sum()), int((lengths > 0).sum())
+    return Moments(count, total.sum(0), square, sequences, means.sum(0), means.square().sum(0))

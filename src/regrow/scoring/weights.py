@@ -1,0 +1,168 @@
+"""Which weights read an axis, and what can be said of its units from weights alone."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import Axis, AxisGraph, Slot
+from regrow.scores import Scores, Statistics
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One weight that contracts an axis.
+
+    Args:
+        axis: The axis's key.
+        size: How many units it has.
+        weight: The first name of the weight (the one the statistics use), also where the slot names a tied alias.
+        slot: Where the units lie in the contracted dimension.
+    """
+
+    axis: str
+    size: int
+    weight: str
+    slot: Slot
+
+    def positions(self, channels: int, width: int) -> Tensor:
+        """The input channels of each unit, ``[size, k]`` int64.
+
+        Args:
+            channels: How many input channels the operation sees.
+            width: The weight's size in the contracted dimension; a grouped convolution sees ``groups × width``.
+        """
+        inside = self.slot.positions(self.size)
+        groups = torch.arange(channels // width) * width
+        return (inside[:, None, :] + groups[None, :, None]).reshape(self.size, -1)
+
+
+def readers(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Reader, ...]:
+    """The weights that read each axis, tied ones once.
+
+    Args:
+        axes: The network's axes.
+        units: The axes asked for; ``axes.units()`` if none are named.
+    """
+    found: dict[tuple[object, ...], Reader] = {}
+    for axis in axes.units() if units is None else units:
+        for slot in axis.consumers():
+            weight = axes.ties.get(slot.name, slot.name)
+            place = (axis.key, weight, slot.dim, slot.outer, slot.stride, slot.inner, slot.offset)
+            found.setdefault(place, Reader(axis.key, axis.size, weight, slot))
+    return tuple(found.values())
+
+
+def scorable(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:
+    """The axes that some weight reads; no input of a weight says anything about the others."""
+    read = {reader.axis for reader in readers(axes, units)}
+    return tuple(axis for axis in (axes.units() if units is None else units) if axis.key in read)
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter under each of its names, detached, not copied."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
+
+
+def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
+    """One number per input channel of a weight, ``[groups * weight.shape[dim]]`` float64.
+
+    ``square``: ‖W_j‖². ``norm``: ‖W_j‖. ``mean``: mean over i of abs(W_ij).
+
+    >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
+    [25.0, 4.0]
+    """
+    parts = weight.detach().double().unflatten(0, (groups, -1)) if groups > 1 else weight.detach().double()[None]
+    rest = [d for d in range(1, parts.dim()) if d != dim + 1]
+    if form == "mean":
+        return (parts.abs().mean(rest) if rest else parts.abs()).flatten().cpu()
+    square = (parts.square().sum(rest) if rest else parts.square()).flatten().cpu()
+    return square.sqrt() if form == "norm" else square
+
+
+def magnitude(
+    weights: Mapping[str, Tensor],
+    axes: AxisGraph,
+    statistics: Statistics | None = None,
+    *,
+    units: Sequence[Axis] | None = None,
+    form: str = "columns",
+) -> Scores:
+    """How long the weights of a unit are; ``statistics`` are not looked at (it is its own weight-only factor).
+
+    ``columns`` (FLAP's repository, "mag-sp"): Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read
+    it. ``group`` (DepGraph): the root of Σ w² over every parameter entry the unit owns.
+
+    Args:
+        weights: Parameter name → tensor.
+        axes: The network's axes.
+        statistics: Ignored.
+        units: The axes to score; ``axes.units()`` if none are named.
+        form: ``"columns"`` or ``"group"``.
+
+    Returns:
+        One number per unit, ``[size]``.
+
+    Source: An et al., FLAP (arXiv 2312.11983), code; Fang et al., DepGraph (arXiv 2301.12900).
+    """
+    chosen = scorable(axes, units)
+    values: dict[str, Tensor] = {}
+    if form == "columns":
+        for reader in readers(axes, chosen):
+            weight = weights[reader.weight]
+            norms = columns(weight, reader.slot.dim, form="norm")
+            summed = norms[reader.positions(len(norms), len(norms))].sum(1)
+            values[reader.axis] = values.get(reader.axis, 0) + summed
+    elif form == "group":
+        for axis in chosen:
+            owned = [
+                columns(weights[name], slot.dim)[where].sum(1) for name, slot, where in tensors(axes, axis, weights)
+            ]
+            values[axis.key] = torch.stack(owned).sum(0).sqrt()
+    else:
+        raise ValueError(f"magnitude has the forms 'columns' and 'group'; got {form!r}")
+    return checked(Scores(values, f"magnitude/{form}"))
+
+
+def random(axes: AxisGraph, *, units: Sequence[Axis] | None = None, seed: int = 0) -> Scores:
+    """Uniform random numbers, seeded by each axis's key, so that the order of the axes does not matter.
+
+    Args:
+        axes: The network's axes.
+        units: The axes to score; ``axes.units()`` if none are named.
+        seed: The draw.
+    """
+    values = {}
+    for axis in scorable(axes, units):
+        number = int.from_bytes(sha256(f"{seed}:{axis.key}".encode()).digest()[:7])
+        values[axis.key] = torch.rand(axis.size, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+    return Scores(values, "random")
+
+
+def tensors(axes: AxisGraph, axis: Axis, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Slot, Tensor]]:
+    """The parameters an axis runs through, tied ones once: first name, slot, and entries per unit ``[size, k]``."""
+    seen = set()
+    for slot in axis.slots:
+        name = axes.ties.get(slot.name, slot.name)
+        place = (name, slot.dim, slot.outer, slot.stride, slot.inner, slot.offset)
+        if name in weights and place not in seen:
+            seen.add(place)
+            yield name, slot, slot.positions(axis.size)
+
+
+def checked(scores: Scores) -> Scores:
+    """The same scores.
+
+    Raises:
+        ValueError: If one is not a number, with the axis it belongs to.
+    """
+    for key, values in scores.values.items():
+        if not torch.isfinite(values).all():
+            bad = int((~torch.isfinite(values)).sum())
+            raise ValueError(
+                f"{scores.metric} of {key!r}: {bad} of {len(values)} scores are not finite; its weights or inputs "
+                "hold NaN or infinity"
+            )
+    return scores
