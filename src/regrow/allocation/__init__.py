@@ -1,0 +1,28 @@
+"""How many units, and where: scores and a budget → the units kept.
+
+``cost.Cost`` says what a network costs at given sizes; ``ranked`` and ``uniform`` choose units under a budget;
+``to_plan`` writes the choice down.
+"""
+
+from collections.abc import Callable, Mapping
+
+from regrow.allocation.cost import Cost
+from regrow.allocation.ranked import BudgetError, ranked, to_plan
+from regrow.allocation.uniform import uniform
+
+ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": ranked, "uniform": uniform}
+"""Name → (axes, scores, budget, *, minimum, share) → axis key → units kept."""
+
+
+def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
+    """The allocation of a name.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if name not in ALLOCATIONS:
+        raise ValueError(f"units are allocated by {', '.join(ALLOCATIONS)}; got {name!r}")
+    return ALLOCATIONS[name]
+
+
+__all__ = ["ALLOCATIONS", "BudgetError", "Cost", "allocation", "ranked", "to_plan", "uniform"]

@@ -1,0 +1,209 @@
+"""One ranking over the units of many axes, cut where the planned network fits the budget."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil, floor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.allocation.cost import Cost
+from regrow.axes import AxisGraph
+from regrow.method import Budget
+from regrow.plan import Plan
+from regrow.scores import Scores
+
+
+class BudgetError(ValueError):
+    """A budget that the axes chosen cannot meet; names the least that they can.
+
+    Args:
+        message: What went wrong, and what would work.
+        least: The least reachable keep fraction, in (0, 1].
+    """
+
+    def __init__(self, message: str, least: float) -> None:
+        super().__init__(message)
+        self.least = least
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Axes that are cut in lock-step (often one), and the steps their size may take.
+
+    Args:
+        keys: The axes, which all have ``size`` units.
+        size: How many units each has.
+        orders: Per axis, its units from worst to best.
+        steps: How many units each successive step takes from each axis.
+        values: The mean score of the units each step takes, never falling.
+    """
+
+    keys: tuple[str, ...]
+    size: int
+    orders: tuple[np.ndarray, ...]
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def ranked(
+    axes: AxisGraph,
+    scores: Scores | Mapping[str, Tensor],
+    budget: Budget,
+    *,
+    minimum: int = 1,
+    share: float = 0.0,
+) -> dict[str, tuple[int, ...]]:
+    """Keep the best units of all scored axes together, so that the network's cost fits the budget.
+
+    Units are sorted by score (equal ones by axis key, then unit), the longest affordable tail is found by bisection
+    on the exact cost of the planned network, and what still fits is put back, best first. So the cost is never above
+    the budget, and no step of any axis would fit any more.
+
+    Axes with the same ``count`` lose their i-th worst units together, at the mean of their scores; if one of them is
+    free but not scored, none is cut. Rounding is part of the steps: all sizes reached are multiples of
+    ``budget.round_to``, or the present size; axes with fewer units than that are not rounded.
+
+    Args:
+        axes: The network's axes.
+        scores: Axis key → one number per unit, comparable between axes; higher is kept.
+        budget: ``keep``, ``measure`` and ``round_to`` (which axes to cut is said by ``scores``).
+        minimum: How many units every axis keeps at least.
+        share: What share of its units every axis keeps at least.
+
+    Returns:
+        Axis key → the units kept, ascending, for every scored axis.
+
+    Raises:
+        BudgetError: If the budget cannot be met.
+        ValueError: If scores do not fit the axes or are not numbers.
+    """
+    values = scores.values if isinstance(scores, Scores) else scores
+    lanes = list(_lanes(axes, values, budget.round_to, minimum, share))
+    cost = Cost(axes, budget.measure)
+    limit = floor(budget.keep * cost.total + 1e-6)
+    members = [np.array([cost.index[key] for key in lane.keys]) for lane in lanes]
+    steps = [np.concatenate([[0], np.cumsum(lane.steps)]) for lane in lanes]
+
+    def sizes(taken: np.ndarray) -> np.ndarray:
+        vector = cost.present.copy()
+        for index, many in enumerate(taken):
+            vector[members[index]] -= steps[index][many]
+        return vector
+
+    owner = np.concatenate([np.full(len(lane.steps), i) for i, lane in enumerate(lanes)] or [np.zeros(0, int)])
+    order = np.argsort(np.concatenate([lane.values for lane in lanes] or [np.zeros(0)]), kind="stable")
+    owner = owner[order].astype(np.int64)
+    taken = _bisect(owner, len(lanes), lambda taken: cost.at(sizes(taken)) <= limit)
+    if taken is None:
+        raise _infeasible(budget, cost.at(sizes(np.bincount(owner, minlength=len(lanes)))), cost.total, len(values))
+    _refill(taken, owner, cost, sizes(taken), limit, lanes, members)
+    kept = {key: tuple(range(len(v))) for key, v in values.items()}
+    for index, lane in enumerate(lanes):
+        for key, worst in zip(lane.keys, lane.orders, strict=True):
+            kept[key] = tuple(np.sort(worst[steps[index][taken[index]] :]).tolist())
+    return kept
+
+
+def to_plan(axes: AxisGraph, kept: Mapping[str, tuple[int, ...]], **more: Any) -> Plan:
+    """The plan that keeps the given units; axes that lose nothing are not in it.
+
+    Args:
+        axes: The network's axes.
+        kept: Axis key → units kept.
+        more: ``means`` and ``origin`` of the plan.
+    """
+    return Plan.keeping(axes, {key: units for key, units in kept.items() if len(units) < axes[key].size}, **more)
+
+
+def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], round_to: int, minimum: int, share: float) -> Iterator[Lane]:
+    """The lanes of the scored axes, by key."""
+    together: dict[str, list[str]] = {}
+    for axis in sorted(axes, key=lambda axis: axis.key):
+        if axis.key in values or (axis.count and axis.free):
+            together.setdefault(f"count:{axis.count}" if axis.count else axis.key, []).append(axis.key)
+    for key, scores in values.items():
+        if key not in axes.axes or len(scores) != axes[key].size:
+            raise ValueError(f"the scores of {key!r} do not fit the network: {len(scores)} numbers")
+        if not bool(torch.isfinite(scores).all()):
+            raise ValueError(f"the scores of {key!r} hold NaN or infinity")
+    for keys in together.values():
+        size = axes[keys[0]].size
+        if any(key not in values or axes[key].size != size for key in keys):
+            continue
+        floor_ = max(1, minimum, ceil(share * size - 1e-9))
+        steps = _steps(size, min(floor_, size), round_to if size >= round_to else 1)
+        arrays = [values[key].double().numpy() for key in keys]
+        orders = tuple(np.argsort(array, kind="stable") for array in arrays)
+        mean = np.mean([array[order] for array, order in zip(arrays, orders, strict=True)], axis=0)
+        starts = np.cumsum(steps) - steps
+        sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
+        # Rounding errors must not let a later step come before an earlier one.
+        yield Lane(tuple(keys), size, orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
+
+
+def _steps(size: int, least: int, round_to: int) -> np.ndarray:
+    """How many units each step takes: first down to a multiple, then one multiple at a time.
+
+    >>> _steps(21, 3, 8).tolist(), _steps(5, 3, 1).tolist()
+    ([5, 8], [1, 1])
+    """
+    sizes = [size, *range((size - 1) // round_to * round_to, least - 1, -round_to)]
+    return -np.diff(np.array(sizes, dtype=np.int64))
+
+
+def _bisect(owner: np.ndarray, lanes: int, fits: Any) -> np.ndarray | None:
+    """The fewest steps taken from the front of the ranking that fit, counted per lane; none if not even all do."""
+    low, high = 0, len(owner)
+    if not fits(np.bincount(owner, minlength=lanes)):
+        return None
+    while low < high:
+        middle = (low + high) // 2
+        if fits(np.bincount(owner[:middle], minlength=lanes)):
+            high = middle
+        else:
+            low = middle + 1
+    return np.bincount(owner[:high], minlength=lanes)
+
+
+def _refill(
+    taken: np.ndarray,
+    owner: np.ndarray,
+    cost: Cost,
+    vector: np.ndarray,
+    limit: int,
+    lanes: list[Lane],
+    members: list[np.ndarray],
+) -> None:
+    """Put steps back, best first, as long as any fits; ``taken`` and ``vector`` are changed.
+
+    What is left only shrinks and no unit gets cheaper as others return, so a lane that does not fit once is closed.
+    """
+    left = limit - cost.at(vector)
+    is_open = taken > 0
+    for lane in owner[: int(taken.sum())][::-1]:
+        if not is_open.any():
+            return
+        if not is_open[lane]:
+            continue
+        units = int(lanes[lane].steps[taken[lane] - 1])
+        rise = cost.rise(vector, members[lane], units)
+        if rise > left:
+            is_open[lane] = False
+            continue
+        left -= rise
+        vector[members[lane]] += units
+        taken[lane] -= 1
+        is_open[lane] = taken[lane] > 0
+
+
+def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
+    fraction = min(1.0, ceil(least / total * 1e4) / 1e4)
+    why = f"{axes} axes keep their least" if axes else "no axis is left to cut: loosen --only, --exclude"
+    return BudgetError(
+        f"keep {budget.keep:g} of {budget.measure.value} cannot be reached ({why}); the least reachable keep is "
+        f"{fraction:g}",
+        fraction,
+    )

@@ -1,0 +1,50 @@
+"""The same share of every axis."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from regrow.allocation.ranked import ranked
+from regrow.axes import AxisGraph
+from regrow.method import Budget
+from regrow.scores import Scores
+
+
+def uniform(
+    axes: AxisGraph,
+    scores: Scores | Mapping[str, Tensor],
+    budget: Budget,
+    *,
+    minimum: int = 1,
+    share: float = 0.0,
+) -> dict[str, tuple[int, ...]]:
+    """Keep the same share of every scored axis, the best units of each: one ranking of percentiles, (rank + ½) / n.
+
+    The half makes small axes round to the nearest number of units (of three groups, one goes from a share of 1/6 on).
+
+    Args:
+        axes: The network's axes.
+        scores: Axis key → one number per unit; need not be comparable between axes.
+        budget: As for ``ranked``.
+        minimum: How many units every axis keeps at least.
+        share: What share of its units every axis keeps at least.
+
+    Returns:
+        Axis key → the units kept, ascending.
+
+    Raises:
+        BudgetError: If the budget cannot be met.
+        ValueError: If scores do not fit the axes or are not numbers.
+    """
+    values = scores.values if isinstance(scores, Scores) else scores
+    shares = {key: _percentile(value) for key, value in values.items()}
+    return ranked(axes, shares, budget, minimum=minimum, share=share)
+
+
+def _percentile(values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        return values  # refused by the ranking, with the axis's name
+    ranks = torch.empty(len(values), dtype=torch.float64)
+    ranks[torch.argsort(values, stable=True)] = torch.arange(len(values), dtype=torch.float64)
+    return (ranks + 0.5) / len(values)
