@@ -1,0 +1,67 @@
+"""LLM-Pruner: drop the units whose weights, set to zero, would change the loss least (first-order Taylor).
+
+The original takes the same share from layers 4 to 29 of 32 and leaves the first four and last two alone
+(``spare_first``, ``spare_last``), estimates the gradient on 10 × 64 tokens, and fine-tunes with LoRA afterwards; here
+the gradient is that of all sources together, and fine-tuning is a step of its own.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from regrow import scoring
+from regrow.allocation import allocation
+from regrow.axes import Axis
+from regrow.method import Need
+from regrow.pruner import Pruner
+
+CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``llm_pruner``.
+
+    Args:
+        form: ``element1``: Σ abs(w·g) over a unit's weights; ``vector``: abs(Σ w·g) per channel.
+        allocation: ``uniform``: the same share of each axis (original); ``ranked``: one ranking of z-scores.
+        compensate: Let the mean of dropped inputs stand in for them (original: off).
+        spare_first: How many numbered blocks at the beginning stay whole (original: 4 of 32).
+        spare_last: How many numbered blocks at the end stay whole (original: 2 of 32).
+        minimum: How many units every axis keeps at least.
+    """
+
+    form: str = "element1"
+    allocation: str = "uniform"
+    compensate: bool = False
+    spare_first: int = 0
+    spare_last: int = 0
+    minimum: int = 1
+
+
+def build(settings: Settings) -> Pruner:
+    """Taylor importance, the same share everywhere."""
+    how = "zscore" if settings.allocation == "ranked" else "none"
+    return Pruner(
+        needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
+        score=lambda model, axes, units, evidence: scoring.normalise(
+            scoring.taylor(
+                scoring.weights_of(model), axes, evidence.pooled(), units=_spared(units, settings), form=settings.form
+            ),
+            how,
+        ),
+        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
+        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
+        if settings.compensate
+        else None,
+        origin={"method": "llm_pruner", "settings": asdict(settings)},
+    )
+
+
+def _spared(units: Sequence[Axis], settings: Settings) -> list[Axis]:
+    """The axes outside the first and last blocks; a block is the first number in a tensor's dotted name."""
+    found = {axis.key: re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units}
+    blocks = sorted({int(match[1]) for match in found.values() if match})
+    inner = blocks[settings.spare_first : len(blocks) - settings.spare_last]
+    return [axis for axis in units if not (match := found[axis.key]) or int(match[1]) in inner]

@@ -1,0 +1,80 @@
+"""One-shot pruning as a choice of pieces: score, allocate, compensate.
+
+Most pruning papers are a row of such choices; :class:`Pruner` is what they share, and itself knows no paper.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from regrow.axes import Axis, AxisGraph
+from regrow.method import Budget, Evidence, Need
+from regrow.plan import Plan
+from regrow.scores import Scores
+
+Score = Callable[[nn.Module, AxisGraph, Sequence[Axis], Evidence], Scores]
+Allocate = Callable[[AxisGraph, Scores, Budget], Mapping[str, tuple[int, ...]]]
+Compensate = Callable[
+    [nn.Module, AxisGraph, Mapping[str, tuple[int, ...]], Evidence], Mapping[str, Mapping[int, float]]
+]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a one-shot method is: the budget, and whether its one plan has been made."""
+
+    budget: Budget
+    done: bool = False
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """A method that makes one plan (``regrow.method.Method``).
+
+    Args:
+        needs: What evidence it asks for.
+        score: (model, axes, units, evidence) → how much each unit matters.
+        allocate: (axes, scores, budget) → axis key → units kept.
+        compensate: (model, axes, kept, evidence) → ``Plan.means``; none if dropped inputs count as nothing.
+        origin: What the plan says of its maker: method name and settings.
+    """
+
+    needs: frozenset[Need]
+    score: Score
+    allocate: Allocate
+    compensate: Compensate | None = None
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def init(self, axes: AxisGraph, budget: Budget) -> Progress:
+        """Nothing but the budget is carried."""
+        return Progress(budget)
+
+    def propose(
+        self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: Progress
+    ) -> tuple[Plan | None, Progress]:
+        """The one plan; ``None`` once it has been made.
+
+        Raises:
+            ValueError: If the budget cannot be met, or evidence is missing or not finite.
+        """
+        if state.done:
+            return None, state
+        budget = state.budget
+        units = axes.units(budget.only, budget.exclude, budget.marks)
+        scores = self.score(model, axes, units, evidence)
+        kept = {key: keep for key, keep in self.allocate(axes, scores, budget).items() if len(keep) < axes[key].size}
+        means = self.compensate(model, axes, kept, evidence) if self.compensate else {}
+        origin = {
+            **self.origin,
+            "metric": scores.metric,
+            "keep": budget.keep,
+            "measure": str(budget.measure),
+            "round_to": budget.round_to,
+            "only": list(budget.only),
+            "exclude": list(budget.exclude),
+            "sources": list(scores.sources),
+            "tokens": scores.tokens,
+        }
+        return Plan.keeping(axes, kept, means=means, origin=origin), Progress(budget, done=True)
