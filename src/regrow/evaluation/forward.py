@@ -1,0 +1,64 @@
+"""Calling a network on a batch: in eval mode, without gradients, on its device, and put back as it was."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.sources import Batch
+
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what) while something takes longer than a moment."""
+
+
+def silent(done: int, total: int, what: str) -> None:
+    """Report nothing."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """The model in eval mode without gradients; every module's mode comes back afterwards.
+
+    Yields:
+        The device of the model's parameters.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            parameter = next(model.parameters(), None)
+            yield torch.device("cpu") if parameter is None else parameter.device
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
+    """The logits that the model gives for a batch, in the dtype it computes them in.
+
+    Raises:
+        TypeError: If the model returns no tensor of logits.
+    """
+    output = model(*moved(batch.args, device), **moved(dict(batch.kwargs), device))
+    found = getattr(output, "logits", output)
+    if isinstance(found, dict):
+        found = found.get("logits", found.get("out"))
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"expected logits from {type(model).__name__}, got {type(output).__name__}")
+    return found
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same inputs with every tensor on the device."""
+    match value:
+        case Tensor():
+            return value.to(device)
+        case dict():
+            return {key: moved(part, device) for key, part in value.items()}
+        case list() | tuple():
+            return type(value)(moved(part, device) for part in value)
+    return value

@@ -1,0 +1,195 @@
+"""Perplexity: how well a language model foresees a text, per kind of text, with its error."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.evaluation.forward import Progress, evaluating, logits_of, silent
+from regrow.sources import Source
+
+# Rows of logits turned into float32 at a time: 256 rows of a 262,144-token vocabulary are 256 MB.
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """What a language model gave for each window of a source.
+
+    Args:
+        source: The source's name.
+        nll: Per window, −Σ log p(token) over its labelled positions, in nats.
+        tokens: Per window, its labelled positions.
+        bytes: Per window, the UTF-8 bytes of those tokens; empty if they are not known.
+        origin: Where the source came from.
+    """
+
+    source: str
+    nll: tuple[float, ...]
+    tokens: tuple[int, ...]
+    bytes: tuple[int, ...] = ()
+    origin: str = ""
+
+    @property
+    def mean(self) -> float:
+        """Nats per token: Σ nll / Σ tokens."""
+        return sum(self.nll) / sum(self.tokens)
+
+    @property
+    def error(self) -> float:
+        """The standard error of :attr:`mean` over windows (of a ratio; NaN for a single window).
+
+        √(n/(n−1) · Σ (nllᵢ − mean · tokensᵢ)²) / Σ tokens
+        """
+        n = len(self.nll)
+        if n < 2:
+            return math.nan
+        squares = sum((x - self.mean * t) ** 2 for x, t in zip(self.nll, self.tokens, strict=True))
+        return math.sqrt(n / (n - 1) * squares) / sum(self.tokens)
+
+    @property
+    def ppl(self) -> float:
+        """The perplexity, e^mean; infinite where it exceeds a float.
+
+        >>> round(Perplexity("a", (10.0, 14.0), (4, 4)).ppl, 3)
+        20.086
+        """
+        return math.exp(self.mean) if not self.mean > 700 else math.inf
+
+    @property
+    def ppl_error(self) -> float:
+        """The standard error of the perplexity to first order, ppl · error."""
+        return self.ppl * self.error
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Σ nll / (ln 2 · Σ bytes): comparable between tokenizers; ``None`` if the bytes are not known."""
+        return sum(self.nll) / math.log(2) / sum(self.bytes) if self.bytes else None
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON-able data; numbers that are not finite become ``None``."""
+        summary = {
+            "mean_nll": self.mean,
+            "error": self.error,
+            "ppl": self.ppl,
+            "ppl_error": self.ppl_error,
+            "bits_per_byte": self.bits_per_byte,
+        }
+        return {
+            "source": self.source,
+            "origin": self.origin,
+            "windows": len(self.nll),
+            "tokens": sum(self.tokens),
+            "bytes": sum(self.bytes) or None,
+            **{key: _finite(value) for key, value in summary.items()},
+            "nll_per_window": [_finite(value) for value in self.nll],
+            "tokens_per_window": list(self.tokens),
+        }
+
+
+@dataclass(frozen=True)
+class Paired:
+    """The difference of two models on the same windows, in nats per token (positive: the second is worse).
+
+    Args:
+        source: The source's name.
+        mean: Mean over windows of the difference.
+        error: Its standard error over windows; NaN for a single window.
+        t: mean / error.
+        windows: How many windows.
+    """
+
+    source: str
+    mean: float
+    error: float
+    t: float
+    windows: int
+
+    @property
+    def ratio(self) -> float:
+        """By which factor the (per-window geometric mean) perplexity changed, e^mean."""
+        return math.exp(self.mean) if not self.mean > 700 else math.inf
+
+
+def perplexity(
+    model: nn.Module, source: Source, *, tokenizer: Any | None = None, progress: Progress = silent
+) -> Perplexity:
+    """Measure a language model on a source.
+
+    Args:
+        model: Called as the batches say; gives logits ``[batch, tokens, vocabulary]``.
+        source: Windows of text with shifted labels.
+        tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
+        progress: Called after each batch.
+
+    Raises:
+        ValueError: If the source has no labelled position.
+    """
+    nll: list[float] = []
+    tokens: list[int] = []
+    lengths: list[int] = []
+    with evaluating(model) as device:
+        for done, batch in enumerate(source, start=1):
+            if batch.labels is None:
+                raise ValueError(f"source {source.name!r} has no labels; make it with regrow.data.windows")
+            losses = token_losses(logits_of(model, batch, device), batch.labels.to(device))
+            nll += losses.sum(-1).tolist()
+            tokens += (batch.labels != -100).sum(-1).tolist()
+            if tokenizer is not None:
+                lengths += [_bytes(row, tokenizer) for row in batch.labels]
+            progress(done, len(source), f"perplexity on {source.name}")
+    if not sum(tokens):
+        raise ValueError(f"source {source.name!r} has no labelled position; give longer windows")
+    return Perplexity(source.name, tuple(nll), tuple(tokens), tuple(lengths), source.origin)
+
+
+def paired(before: Perplexity, after: Perplexity) -> Paired:
+    """The difference after − before per window, with its standard error: much sharper than the two errors apart.
+
+    >>> paired(Perplexity("a", (8.0, 12.0), (4, 4)), Perplexity("a", (9.0, 14.0), (4, 4))).mean
+    0.375
+
+    Raises:
+        ValueError: If the two were not measured on the same windows.
+    """
+    if before.source != after.source or before.tokens != after.tokens or not before.tokens:
+        raise ValueError(
+            f"{before.source!r} ({sum(before.tokens)} tokens) and {after.source!r} ({sum(after.tokens)} tokens) "
+            "are not the same windows; evaluate both models with the same sources, windows and tokenizer"
+        )
+    rows = zip(before.nll, after.nll, before.tokens, strict=True)
+    differences = [(b - a) / t for a, b, t in rows if t]
+    n = len(differences)
+    mean = sum(differences) / n
+    error = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1) / n) if n > 1 else math.nan
+    t = (0.0 if mean == 0 else math.copysign(math.inf, mean)) if error == 0 else mean / error
+    return Paired(before.source, mean, error, t, n)
+
+
+def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """−log p of each labelled token in float32, 0 where there is no label.
+
+    Args:
+        logits: ``[..., vocabulary]``, any float dtype; never copied to float32 as a whole.
+        labels: ``[...]`` int64, −100 where none is asked.
+
+    Returns:
+        ``[...]`` float64.
+    """
+    flat, wanted = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
+    losses = torch.zeros(wanted.shape, dtype=torch.float64, device=logits.device)
+    for rows in (wanted != -100).nonzero()[:, 0].split(_ROWS):
+        block = flat[rows]
+        precise = block if block.dtype == torch.float64 else block.float()
+        losses[rows] = nn.functional.cross_entropy(precise, wanted[rows], reduction="none").double()
+    return losses.reshape(labels.shape)
+
+
+def _bytes(labels: Tensor, tokenizer: Any) -> int:
+    return len(tokenizer.decode(labels[labels != -100].tolist(), clean_up_tokenization_spaces=False).encode())
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
