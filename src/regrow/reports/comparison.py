@@ -12,7 +12,7 @@ MAX_KINDS = 12
 
 
 def perplexity(summary: dict[str, Any]) -> Drawing | None:
-    """Perplexity of each run, one panel per kind of text; the best run of each is marked."""
+    """Perplexity of each run, one panel per kind of text; runs that lead at their size are marked."""
     runs, kinds = summary["runs"], summary["kinds"][:MAX_KINDS]
     table = [(kind, [_value(run, kind) for run in runs]) for kind in kinds]
     table = [(kind, values) for kind, values in table if all(values)]
@@ -42,8 +42,7 @@ def perplexity(summary: dict[str, Any]) -> Drawing | None:
             if kind in dense:
                 axes.axvline(dense[kind], color=MUTED, linewidth=1.2, linestyle=(0, (3, 3)))
                 canvas.text(x + width, top + 18, f"before {q.significant(dense[kind])}", color=MUTED, ha="right")
-            for place, value in enumerate(values):
-                best = value == min(values)
+            for place, (value, best) in enumerate(zip(values, leaders(runs, values), strict=True)):
                 face = ACCENT if best else FAINT
                 axes.plot([value], [place], "o", markersize=9, markerfacecolor=face, markeredgecolor=PAPER)
                 axes.annotate(
@@ -82,8 +81,8 @@ def front(summary: dict[str, Any]) -> Drawing | None:
         axes.set_ylim(10 ** (low - room), 10 ** (high + room))
         log_ticks(axes.yaxis, *axes.get_ylim(), 6)
         xs = [x for _, x, _ in known]
-        edge = (max(xs) - min(xs)) * 0.2
-        axes.set_xlim(min(xs) - edge, max(xs) + edge)
+        spread = max(xs) - min(xs)
+        axes.set_xlim(min(xs) - 0.08 * spread, max(xs) + spread * 120 / (canvas.width - 190))
         axes.xaxis.set_major_locator(_locator(4 if canvas.narrow else 8))
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
         axes.grid(color=LINE, linewidth=1)
@@ -95,13 +94,12 @@ def front(summary: dict[str, Any]) -> Drawing | None:
             on = any(point[0] == label for point in best)
             face = ACCENT if on else FAINT
             axes.plot([x], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=PAPER)
-            right = x > (min(xs) + max(xs)) / 2
             axes.annotate(
-                label[:24],
+                label[:18],
                 (x, y),
-                xytext=(-9 if right else 9, 3),
+                xytext=(8, 3),
                 textcoords="offset points",
-                ha="right" if right else "left",
+                ha="left",
                 va="bottom",
                 color=INK if on else MUTED,
                 fontsize=SMALL,
@@ -117,6 +115,23 @@ def kept(run: dict[str, Any]) -> float | None:
     if before.get("params_counted") and after.get("params_counted"):
         return float(after["params_counted"] / before["params_counted"])
     return run["keep"]
+
+
+def leaders(runs: list[dict[str, Any]], values: list[float | None]) -> list[bool]:
+    """Which runs no other run beats that keeps as little or less (sizes within half a per cent count as equal).
+
+    Args:
+        runs: The runs.
+        values: Their perplexity.
+
+    Returns:
+        One answer per run; never true where the value is unknown.
+    """
+    shares = [kept(run) or 1.0 for run in runs]
+    return [
+        bool(value) and not any(v and v < value and s <= share + 0.005 for v, s in zip(values, shares, strict=True))
+        for value, share in zip(values, shares, strict=True)
+    ]
 
 
 def _value(run: dict[str, Any], kind: str) -> float | None:

@@ -8,6 +8,9 @@ from regrow.reports import quantities as q
 from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, Canvas, Drawing, draw
 
 Run = dict[str, Any]
+Entry = tuple[str, str, str, float]
+"""A line of a legend: words, colour, marker, opacity."""
+
 MAX_ROWS = 40
 MAX_PANELS = 6
 SMALL = 11.5
@@ -49,7 +52,7 @@ def perplexity(run: Run) -> Drawing | None:
         for row, at in places:
             _dumbbell(axes, row, at)
             canvas.text(0, top + at - (24 if canvas.narrow else 0), _cut(row["source"], 40 if canvas.narrow else 17))
-        legend(canvas, 12, [("before", FAINT, MUTED), ("after", ACCENT, ACCENT)])
+        legend(canvas, 12, [("before", MUTED, "o", 1), ("after", ACCENT, "o", 1), ("95 % interval", MUTED, "s", 0.26)])
 
     return draw("fig-perplexity", "Perplexity per kind of text, before and after", told, paint)
 
@@ -74,7 +77,7 @@ def widths(run: Run) -> Drawing | None:
     def heading(kind: dict[str, Any]) -> str:
         return f"{kind['before']:,} → {kind['after']:,} units, {q.percent(kind['after'] / kind['before'])} kept"
 
-    legend_of = [("kept", ACCENT, ACCENT), ("cut", FAINT, FAINT)]
+    legend_of = [("kept", ACCENT, "s", 1.0), ("cut", FAINT, "s", 1.0)]
     return draw("fig-widths", "Units per layer, before and after", told, _stack(kinds, 128, panel, heading, legend_of))
 
 
@@ -104,15 +107,20 @@ def spectra(run: Run) -> Drawing | None:
         axes.hlines(medians, [d - 0.37 for d in depth], [d + 0.37 for d in depth], color=INK, linewidth=1.3)
         if logarithmic:
             axes.set_yscale("log")
+            low, high = math.log10(floor), math.log10(max(positive))
+            room = 0.04 * max(high - low, 0.1)
+            axes.set_ylim(10 ** (low - room), 10 ** (high + room))
             log_ticks(axes.yaxis, *axes.get_ylim(), 4)
         cuts = [(row["depth"], [max(v, floor) for v in _bounds(row)]) for row in kind["rows"] if _bounds(row)]
         for d, bounds in cuts:
-            axes.vlines([d], min(bounds), max(bounds), color=ACCENT, linewidth=1.2)
+            if bounds[0] > bounds[-1]:
+                axes.vlines([d], bounds[-1], bounds[0], color=ACCENT, linewidth=1.4)
             middle = math.sqrt(bounds[0] * bounds[-1]) if logarithmic else (bounds[0] + bounds[-1]) / 2
             axes.hlines([middle], d - 0.48, d + 0.48, color=ACCENT, linewidth=2.4)
 
     metric = run["scores"]["metric"] or "score"
-    entries = [("cut", ACCENT, ACCENT), ("median", INK, INK), ("middle half, 90 %, all units", FAINT, FAINT)]
+    entries = [("cut", ACCENT, "_", 1), ("median", INK, "_", 1)]
+    entries += [("half", MUTED, "s", 0.47), ("90 %", MUTED, "s", 0.28), ("all units", MUTED, "s", 0.14)]
     drawn = _stack(kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
     return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", told, drawn)
 
@@ -185,11 +193,12 @@ def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, la
     axes.set_xlabel(label, color=MUTED, fontsize=SMALL, labelpad=6)
 
 
-def legend(canvas: Canvas, y: float, entries: Sequence[tuple[str, str, str]]) -> None:
-    """Draw a row of dots with their meaning: (words, fill, edge)."""
+def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
+    """Draw a row of marks with their meaning."""
     x = 6.0
-    for words, fill, edge in entries:
-        canvas.dot(x, y, marker="o", markerfacecolor=fill, markeredgecolor=edge)
+    for words, colour, marker, strength in entries:
+        line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker == "_" else {}
+        canvas.dot(x, y, marker=marker, color=colour, alpha=strength, **({"markeredgewidth": 0} | line))
         canvas.text(x + 11, y, words, color=MUTED, fontsize=SMALL)
         x += 30 + 6.9 * len(words)
 
@@ -197,13 +206,12 @@ def legend(canvas: Canvas, y: float, entries: Sequence[tuple[str, str, str]]) ->
 def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:
     sides = {side: row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")}
     points = [side["ppl"] for side in sides.values()]
-    axes.plot(points, [y] * len(points), color=FAINT, linewidth=2.5, zorder=2)
+    axes.plot(points, [y] * len(points), color=FAINT, linewidth=1.6, zorder=2)
     for name, side in sides.items():
         colour = ACCENT if name == "after" else MUTED
         if side["low"] and side["high"]:
-            axes.plot([side["low"], side["high"]], [y, y], color=colour, linewidth=1.3, zorder=3)
-        face = ACCENT if name == "after" else FAINT
-        axes.plot([side["ppl"]], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=PAPER, zorder=4)
+            axes.plot([side["low"], side["high"]], [y, y], color=colour, linewidth=6, alpha=0.26, zorder=3)
+        axes.plot([side["ppl"]], [y], "o", markersize=10.5, color=colour, markeredgecolor=PAPER, zorder=4)
         outer = side["ppl"] == max(points) and (len(points) == 1 or name == "after" or points[0] > points[-1])
         at = (side["high"] or side["ppl"]) if outer else (side["low"] or side["ppl"])
         axes.annotate(
@@ -223,7 +231,7 @@ def _stack(
     height: int,
     panel: Callable[[Any, dict[str, Any]], None],
     heading: Callable[[dict[str, Any]], str],
-    entries: Sequence[tuple[str, str, str]],
+    entries: Sequence[Entry],
 ) -> Callable[[Canvas], None]:
     """One panel per kind of axis, above each other, over depth."""
 
@@ -241,7 +249,7 @@ def _stack(
             panel(axes, kind)
             depth = [row["depth"] for row in kind["rows"]]
             axes.set_xlim(min(depth) - 0.6, max(depth) + 0.6)
-            axes.set_xticks(_steps(min(depth), max(depth), 7 if canvas.narrow else 16))
+            axes.set_xticks(_steps(min(depth), max(depth), 7 if canvas.narrow else 12))
             axes.grid(axis="y", color=LINE, linewidth=1)
             axes.set_axisbelow(True)
             axes.set_xlabel(

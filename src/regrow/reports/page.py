@@ -138,12 +138,13 @@ def _context(summary: Summary) -> dict[str, Any]:
         "title": words.comparison(summary),
         "brand": ["comparison"],
         "headline": words.comparison(summary),
-        "details": [],
+        "details": words.leading(summary, comparison.kept),
         "alarms": [f"{run['label']}: {alarm}" for run in runs for alarm in _alarms(run)],
         "keys": [],
         "dense": dense if whole else {},
         "dense_mean": math.exp(sum(known) / len(known)) if whole else None,
         "kinds": summary["kinds"],
+        "seen": _seen(summary),
         "table": _table(summary),
         "differences": _differences(runs),
         "runs": runs,
@@ -167,20 +168,27 @@ def _table(summary: Summary) -> list[dict[str, Any]]:
     rows = []
     for run in summary["runs"]:
         mean = run["means"]["shared"] or {}
-        cells = [{"ppl": mean.get("after"), "ratio": mean.get("ratio"), "error": None, "unseen": False}]
+        cells = [{"ppl": mean.get("after"), "ratio": mean.get("ratio"), "error": None}]
         found = {row["source"]: row for row in run["perplexity"]}
         for kind in summary["kinds"]:
             row = found[kind]
             error = 1.96 * row["ratio"] * row["delta_se"] if row["ratio"] and row["delta_se"] is not None else None
-            cells.append(
-                {"ppl": row["after"]["ppl"], "ratio": row["ratio"], "error": error, "unseen": row["seen"] is False}
-            )
+            cells.append({"ppl": row["after"]["ppl"], "ratio": row["ratio"], "error": error})
         rows.append({"label": run["label"], "kept": comparison.kept(run), "cells": cells})
     for column in zip(*(row["cells"] for row in rows), strict=True):
-        known = [cell["ppl"] for cell in column if cell["ppl"]]
-        for cell in column:
-            cell["best"] = bool(known) and cell["ppl"] == min(known)
+        leads = comparison.leaders(summary["runs"], [cell["ppl"] for cell in column])
+        for cell, lead in zip(column, leads, strict=True):
+            cell["best"] = lead
     return rows
+
+
+def _seen(summary: Summary) -> dict[str, str]:
+    """Kind → "seen" or "unseen" if that is so for all runs, else nothing."""
+    found: dict[str, set[Any]] = {}
+    for run in summary["runs"]:
+        for row in run["perplexity"]:
+            found.setdefault(row["source"], set()).add(row["seen"])
+    return {kind: {(True,): "seen", (False,): "unseen"}.get(tuple(seen), "") for kind, seen in found.items()}
 
 
 def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
@@ -204,11 +212,11 @@ def _environment(html: bool) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    plain = ("significant", "count", "octets", "percent", "factor", "duration", "power")
+    plain = ("significant", "count", "octets", "percent", "factor", "duration", "power", "moment")
     environment.filters |= {name: getattr(quantities, name) for name in plain}
     environment.filters |= {
         "quantity": lambda value, unit: environment.filters[unit](value),
-        "hundredths": lambda value: f"{value:.2f}" if value < 1e6 else quantities.power(value),
+        "spread": quantities.spread,
         "tenths": lambda value: f"{value:.1f}",
         "md": _markdown,
         "svg": Markup,  # the drawings escape every word themselves

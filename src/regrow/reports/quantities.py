@@ -1,6 +1,7 @@
 """Numbers in words: with a unit, three significant digits, and a sign that says what they are."""
 
 import math
+import re
 
 SPACE = "\N{NO-BREAK SPACE}"
 NONE = "–"
@@ -35,6 +36,17 @@ def significant(value: float | None) -> str:
     return f"{value:,.{digits}f}"
 
 
+def spread(value: float | None, of: float | None) -> str:
+    """An error, to as many decimals as the number it belongs to is written with.
+
+    >>> spread(1.824, 33.2), spread(0.364, 6.63), spread(30.4, 1502)
+    ('1.8', '0.36', '30')
+    """
+    if value is None or of is None or (of and not 1e-3 <= abs(of) < 1e7):
+        return power(value)
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(of)))) if of else 0}f}"
+
+
 def tick(value: float) -> str:
     """A number at a figure's axis, as short as it gets.
 
@@ -58,7 +70,7 @@ def count(value: float | None) -> str:
         return f"{value:,.0f}"
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= unit:
-            return f"{value / unit:,.1f}{SPACE}{name}"
+            return f"{value / unit:,.{_decimals(value / unit)}f}{SPACE}{name}"
     return f"{value:,.0f}"
 
 
@@ -72,7 +84,7 @@ def octets(value: float | None) -> str:
         return NONE
     for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if value >= unit:
-            return f"{value / unit:,.1f}{SPACE}{name}"
+            return f"{value / unit:,.{_decimals(value / unit)}f}{SPACE}{name}"
     return f"{value:,.0f}{SPACE}B"
 
 
@@ -88,10 +100,10 @@ def percent(fraction: float | None) -> str:
 def factor(value: float | None) -> str:
     """A ratio.
 
-    >>> factor(1.2345), factor(250.0)
-    ('×1.23', '×250')
+    >>> factor(1.2345), factor(0.931), factor(17.29)
+    ('×1.23', '×0.93', '×17.3')
     """
-    return NONE if value is None else f"×{value:.2f}" if value < 100 else f"×{significant(value)}"
+    return NONE if value is None else f"×{value:.2f}" if 0.01 <= value < 9.995 else f"×{significant(value)}"
 
 
 def duration(seconds: float | None) -> str:
@@ -109,3 +121,20 @@ def duration(seconds: float | None) -> str:
         return f"{minutes}{SPACE}min {rest:02d}{SPACE}s"
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours:,}{SPACE}h {minutes:02d}{SPACE}min"
+
+
+def moment(stamp: str) -> str:
+    """A point in time, from its ISO form; what is not one stays as it is.
+
+    >>> moment("2026-11-24T15:02:11.5+00:00"), moment("yesterday")
+    ('2026-11-24 15:02 UTC', 'yesterday')
+    """
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d)(?::[\d.]+)?(Z|[+-]\d\d:?\d\d)?", stamp)
+    if not found:
+        return stamp
+    day, clock, zone = found.groups()
+    return f"{day} {clock}" + (" UTC" if zone in ("Z", "+00:00", "+0000") else f" {zone}" if zone else "")
+
+
+def _decimals(value: float) -> int:
+    return 2 if abs(value) < 9.995 else 1

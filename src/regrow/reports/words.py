@@ -1,5 +1,6 @@
 """The sentences and key numbers of a page, made from a summary: what was done, and what it cost."""
 
+from collections.abc import Callable
 from typing import Any
 
 from regrow.reports import quantities as q
@@ -26,23 +27,19 @@ def details(run: Run) -> list[str]:
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     lines = []
     if _both(before, after, "params_all"):
-        dtype = f" at {after['dtype']}" if after["dtype"] and after["dtype"] == before["dtype"] else ""
-        disk = (
-            f", and {q.octets(before['bytes'])} on disk to {q.octets(after['bytes'])}{dtype}"
-            if _both(before, after, "bytes")
-            else ""
-        )
         share = q.percent(after["params_all"] / before["params_all"])
         lines.append(
-            f"Counting everything, {q.count(before['params_all'])} parameters became "
-            f"{q.count(after['params_all'])} ({share}){disk}."
+            f"With embeddings, norms and all else, {q.count(before['params_all'])} parameters became "
+            f"{q.count(after['params_all'])} ({share})."
         )
-    for which, words in (("seen", "seen in calibration"), ("unseen", "never seen in calibration")):
-        mean = run["means"][which]
-        if mean and mean["before"]:
-            over = f"{_kinds(mean['count'])} {words}"
-            lead = "The geometric mean of perplexity over" if mean["count"] > 1 else "Perplexity on"
-            lines.append(f"{lead} {over} went from {q.significant(mean['before'])} to {q.significant(mean['after'])}.")
+    parts = [
+        f"from {q.significant(mean['before'])} to {q.significant(mean['after'])} over {_kinds(mean['count'])}{words}"
+        for which, words in (("seen", " seen in calibration"), ("unseen", " it never saw"), ("all", ""))
+        if (mean := run["means"][which]) and mean["before"]
+    ]
+    if parts:
+        parts = parts[:-1] if len(parts) > 1 else parts  # all kinds together only where they are not told apart
+        lines.append(f"Perplexity, as a geometric mean, went {' and '.join(parts)}.")
     return lines
 
 
@@ -67,7 +64,14 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
             add(f"Perplexity, {which}", q.factor(mean["ratio"]), figures)
         elif mean:
             add(f"Perplexity, {which}", q.significant(mean["after"]), _kinds(mean["count"]))
-    if _both(before, after, "macs"):
+    if _both(before, after, "bytes"):
+        formats = " → ".join(dict.fromkeys(side["dtype"] for side in (before, after) if side["dtype"]))
+        add(
+            "Size on disk",
+            q.octets(after["bytes"]),
+            f"before {q.octets(before['bytes'])}{', ' * bool(formats)}{formats}",
+        )
+    elif _both(before, after, "macs"):
         figures = f"{q.count(after['macs'])} of {q.count(before['macs'])}"
         add("MACs left", q.percent(after["macs"] / before["macs"]), figures)
     fast, slow = run["speed"]["after"] or {}, run["speed"]["before"] or {}
@@ -120,11 +124,27 @@ def comparison(summary: dict[str, Any]) -> str:
     what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} models"
     if not kinds:
         return f"{what}, which share no kind of text they were all evaluated on."
-    best = min(runs, key=lambda run: run["means"]["shared"]["after"] if run["means"]["shared"] else float("inf"))
-    if not best["means"]["shared"]:
-        return f"{what}, compared on {_kinds(len(kinds))}."
-    value = q.significant(best["means"]["shared"]["after"])
-    return f"{what}, compared on {_kinds(len(kinds))}. The lowest perplexity is {value}, by {best['label']}."
+    return f"{what}, compared on {_kinds(len(kinds))}."
+
+
+def leading(summary: dict[str, Any], kept: Callable[[Run], float | None]) -> list[str]:
+    """The run of lowest perplexity at each size, at most five sizes.
+
+    Args:
+        summary: A summary of several runs.
+        kept: The fraction of weights that a run kept.
+    """
+    best: dict[int, tuple[float, str]] = {}
+    for run in summary["runs"]:
+        mean, share = run["means"]["shared"], kept(run)
+        if mean and share:
+            level = round(100 * share)
+            best[level] = min(best.get(level, (float("inf"), "")), (mean["after"], run["label"]))
+    parts = [
+        f"{level}{q.SPACE}% of the weights kept: {q.significant(ppl)} ({label})"
+        for level, (ppl, label) in sorted(best.items(), reverse=True)[:5]
+    ]
+    return [f"Lowest perplexity, as a geometric mean over the kinds. {'; '.join(parts)}."] if parts else []
 
 
 def same_dense(summary: dict[str, Any]) -> dict[str, float] | None:
@@ -146,7 +166,8 @@ def _deed(run: Run) -> str:
         deed = _DONE.get(run["verb"], "removed") if left <= 1 else "added"
         preposition = "of" if left <= 1 else "to"
         share = q.percent(abs(1 - left))
-        return f"{who} {deed} {share} {preposition} the linear and convolution weights of {run['model']}."
+        weights = "linear weights" if run["perplexity"] else "convolution and linear weights"
+        return f"{who} {deed} {share} {preposition} the {weights} of {run['model']}."
     if run["keep"] is not None:
         return f"{who} was asked to keep {q.percent(run['keep'])} of the weights of {run['model']}."
     return f"{who} on {run['model']}."
@@ -155,14 +176,16 @@ def _deed(run: Run) -> str:
 def _price(run: Run) -> str:
     seen, unseen, every = (run["means"][which] for which in ("seen", "unseen", "all"))
     parts = [
-        f"{q.factor(mean['ratio'])} on {words}"
-        for mean, words in ((seen, "kinds of text seen in calibration"), (unseen, "kinds never seen"))
+        (mean["ratio"], f"{q.factor(mean['ratio'])}{words}")
+        for mean, words in ((seen, " on kinds of text seen in calibration"), (unseen, " on kinds it never saw"))
         if mean and mean["ratio"]
     ]
+    if not parts and every and every["ratio"]:
+        parts = [(every["ratio"], q.factor(every["ratio"]))]
     if parts:
-        return f"Perplexity changed {' and '.join(parts)}."
-    if every and every["ratio"]:
-        return f"Perplexity changed {q.factor(every['ratio'])}."
+        rose = [ratio >= 1 for ratio, _ in parts]
+        verb = "rose" if all(rose) else "changed" if any(rose) else "fell"
+        return f"Perplexity {verb} {' and '.join(words for _, words in parts)}."
     if every:
         return f"Perplexity is now {q.significant(every['after'])}."
     return "What it cost was not measured."
