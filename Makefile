@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Two test processes or as many as there are cores, at most four: each loads torch.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format tree clean
 
 demo: $(VENV)/demo.stamp
 	rm -rf demo
@@ -34,6 +34,10 @@ check: $(VENV)/dev.stamp
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The file tree at the end of the README.
+tree:
+	$(PYTHON) tests/tree.py
 
 $(VENV): $(BIN)/python
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tree
 
 ROOT = Path(__file__).parents[1]
 HOUSE = ROOT / "src" / "regrow"
@@ -57,53 +58,18 @@ def public(tree, prefix=""):
                 yield from public(node, f"{prefix}{node.name}.")
 
 
-def drawn_tree():
-    """The paths in README's file tree, folders with a slash at the end, each with its remark."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    block = re.search(r"^```\nregrow/\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    assert block, "README.md has no file tree (a code block whose first line is `regrow/`)"
-    paths, parents = {}, []
-    for line in block[1].splitlines():
-        branch = re.fullmatch(r"((?:│   |    )*)[├└]── (\S+)(?: +(.*))?", line)
-        if branch:
-            depth = len(branch[1]) // 4
-            parents[depth:] = [branch[2]]
-            paths["".join(parents)] = branch[3] or ""
-    return paths
+def test_the_readme_draws_the_tree_that_is_on_disk():
+    drawn = tree.BLOCK.search((ROOT / "README.md").read_text("utf-8"))
+    assert drawn, "README.md has no file tree (a code block whose first line is `regrow/`)"
+    assert drawn[0].splitlines()[1:-1] == tree.draw().splitlines(), "renew it: make tree"
 
 
-def on_disk():
-    """What the tree must show: the top of the repository as git knows it, and the whole of src/regrow."""
-    known = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+def test_the_tree_shows_the_whole_top_of_the_repository():
+    known = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
     if known.returncode:
         pytest.skip("not a git checkout")
-    paths = {"src/regrow/"}
-    for name in known.stdout.splitlines():
-        if not (ROOT / name).exists():
-            continue
-        top, *rest = name.split("/")
-        paths.add(f"{top}/" if rest else top)
-        if name.startswith("src/regrow/") and name.endswith(".py") and (ROOT / name).read_text("utf-8").strip():
-            folder = name.rpartition("/")[0]
-            paths |= {name, f"{folder}/"}
-    # `__init__.py` is shown where the tree says what it holds, and may be left out of folders.
-    return {path for path in paths if not re.fullmatch(r"src/regrow/.+/__init__\.py", path)}
-
-
-def test_the_readme_draws_the_tree_that_is_on_disk():
-    drawn, disk = set(drawn_tree()), on_disk()
-    assert not disk - drawn, "on disk, not in README's file tree"
-    assert not {path for path in drawn - disk if not (ROOT / path).exists()}, "in README's file tree, not on disk"
-
-
-def test_every_file_in_the_tree_has_a_remark():
-    assert not [path for path, remark in drawn_tree().items() if not path.endswith("/") and not remark]
+    names = [name.partition("/") for name in known.stdout.splitlines()]
+    assert {first + slash for first, slash, _ in names} <= tree.TOP.keys(), "give it a remark in tests/tree.py"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=inside)
@@ -134,7 +100,7 @@ def test_no_file_has_a_name_that_says_nothing():
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if inside(p).startswith(BLIND)], ids=inside)
 def test_the_core_knows_no_model_family(path):
-    if inside(path) == "surgery/attributes.py":
+    if path.name == "attributes.py":  # the one table of names of attributes
         return
     lines = path.read_text("utf-8").splitlines()
     named = {n: line.strip() for n, line in enumerate(lines, 1) if FAMILY.search(line)}

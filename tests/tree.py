@@ -1,0 +1,84 @@
+"""The file tree at the end of README.md, drawn from what is on disk: `make tree` renews it.
+
+Remarks on files inside the package are the first sentence of their docstring.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+BLOCK = re.compile(r"^```\nregrow/\n.*?^```$", re.DOTALL | re.MULTILINE)
+
+TOP = {
+    ".ci/": "`run`: what CI runs",
+    ".gitignore": "what never enters the repository",
+    "CHANGELOG.md": "what changed, per version",
+    "CONTRIBUTING.md": "set-up, adding a method, what we avoid and why",
+    "LICENSE": "Apache-2.0",
+    "Makefile": "demo, test, check",
+    "README.md": "this page",
+    "REPRODUCTIONS.md": "what of each paper is reproduced, and what is not",
+    "benchmarks/": "speed and memory, beside others, in one run; results with their date",
+    "docs/": "axes, how to choose, how the papers fit; the picture above",
+    "examples/": "short scripts",
+    "pyproject.toml": "dependencies, style, types, import floors",
+    "recipes/": "golden runs in plain Python",
+    "src/": "",
+    "tests/": "mirrors src/regrow; zoo.py: networks, laws.py: the laws, test_house.py: the rules of this house",
+}
+ORDER = (
+    "__init__.py axes.py sources.py scores.py plan.py mask.py method.py pruner.py tracing scoring allocation surgery nets "
+    "data evaluation methods runs export reports cli"
+).split()
+"""The nouns, then the folders from the lowest floor to the highest; further files stand behind."""
+
+
+def draw() -> str:
+    """The tree as text."""
+    lines = ["regrow/"]
+    top = [name for name in TOP if (ROOT / name).exists()]
+    for name in top:
+        branch, indent = _branch(name == top[-1])
+        lines.append(_line(branch + name, TOP[name]))
+        if name == "src/":
+            lines.append(f"{indent}└── regrow/")
+            lines.extend(_folder(ROOT / "src" / "regrow", f"{indent}    ", top=True))
+    return "\n".join(lines)
+
+
+def _folder(folder, indent, top=False):
+    shown = [path for path in folder.iterdir() if _shown(path, top)]
+    shown.sort(key=lambda p: (ORDER.index(p.name) if top and p.name in ORDER else len(ORDER), p.is_dir(), p.name))
+    for path in shown:
+        branch, deeper = _branch(path == shown[-1])
+        if path.is_dir():
+            yield _line(f"{indent}{branch}{path.name}/", _remark(path / "__init__.py"))
+            yield from _folder(path, indent + deeper)
+        else:
+            yield _line(f"{indent}{branch}{path.name}", _remark(path))
+
+
+def _shown(path, top):
+    if path.is_dir():
+        return any(path.rglob("*.py"))
+    return path.suffix == ".py" and (top or path.name != "__init__.py")
+
+
+def _branch(last):
+    return ("└── ", "    ") if last else ("├── ", "│   ")
+
+
+def _line(name, remark):
+    return f"{name:<39} {remark}".rstrip()
+
+
+def _remark(path):
+    text = (ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "") if path.exists() else ""
+    line = re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"\1", " ".join(text.split("\n\n")[0].split())).replace("``", "")
+    return re.split(r"[;:] " if len(line) > 80 else r"\.$", line)[0].removesuffix(".")
+
+
+if __name__ == "__main__":
+    README.write_text(BLOCK.sub(lambda _: f"```\n{draw()}\n```", README.read_text("utf-8")), "utf-8")
