@@ -154,7 +154,8 @@ def paired(before: Perplexity, after: Perplexity) -> Paired:
     Raises:
         ValueError: If the two were not measured on the same windows.
     """
-    if before.source != after.source or before.tokens != after.tokens or not before.tokens:
+    same = (before.source, before.origin, before.tokens) == (after.source, after.origin, after.tokens)
+    if not same or not before.tokens:
         raise ValueError(
             f"{before.source!r} ({sum(before.tokens)} tokens) and {after.source!r} ({sum(after.tokens)} tokens) "
             "are not the same windows; evaluate both models with the same sources, windows and tokenizer"

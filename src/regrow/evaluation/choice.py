@@ -1,0 +1,223 @@
+"""Multiple choice: whether a model finds the right ending likelier than the others."""
+
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.evaluation.forward import Progress, evaluating, logits_of, silent
+from regrow.evaluation.language import token_losses
+from regrow.sources import Batch
+
+Item = Mapping[str, Any]
+"""``{"query", "choices", "gold"}``, or ``{"context_options", "continuation", "gold"}`` where the beginnings differ."""
+
+# Tokens per forward pass: the logits of a 262,144-token vocabulary take 1 GB.
+_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a model chose.
+
+    Args:
+        task: The task's name.
+        right: Per item, whether the choice with the greatest Σ log p is the right one.
+        right_per_byte: Per item, the same for Σ log p / bytes of the choice.
+        chance: The accuracy of guessing, the mean of 1 / choices.
+    """
+
+    task: str
+    right: tuple[bool, ...]
+    right_per_byte: tuple[bool, ...]
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right choices by Σ log p."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def accuracy_per_byte(self) -> float:
+        """The share of right choices by Σ log p per byte, which does not favour short choices."""
+        return sum(self.right_per_byte) / len(self.right_per_byte)
+
+    @property
+    def error(self) -> float:
+        """The standard error of :attr:`accuracy`, √(p(1−p)/n)."""
+        return share_error(self.accuracy, len(self.right))
+
+    @property
+    def error_per_byte(self) -> float:
+        """The standard error of :attr:`accuracy_per_byte`."""
+        return share_error(self.accuracy_per_byte, len(self.right))
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON-able data."""
+        return {
+            "task": self.task,
+            "items": len(self.right),
+            "accuracy": self.accuracy,
+            "error": self.error,
+            "accuracy_per_byte": self.accuracy_per_byte,
+            "error_per_byte": self.error_per_byte,
+            "chance": self.chance,
+            "right": list(self.right),
+            "right_per_byte": list(self.right_per_byte),
+        }
+
+
+def share_error(share: float, n: int) -> float:
+    """The standard error of a share of n, √(p(1−p)/n).
+
+    >>> share_error(0.5, 100)
+    0.05
+    """
+    return math.sqrt(share * (1 - share) / n)
+
+
+def items_in(path: Path, n: int | None = None) -> list[Item]:
+    """The items of a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them.
+
+    Raises:
+        ValueError: If the file cannot be read, or a line is not an item; names the line.
+    """
+    items: list[Item] = []
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if n is not None and len(items) == n:
+                    break
+                items.append(_checked(json.loads(line), f"line {number} of {path}"))
+    except OSError as error:
+        raise ValueError(f"cannot read the items of {path} ({error.strerror or error}); check the path") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a file of JSON lines ({error}); give a .jsonl or .jsonl.gz file") from None
+    if not items:
+        raise ValueError(f"{path} holds no items")
+    return items
+
+
+def choices(
+    model: nn.Module,
+    tokenizer: Any,
+    items: Sequence[Item],
+    *,
+    task: str = "choice",
+    longest: int = 2048,
+    progress: Progress = silent,
+) -> Choices:
+    """Let a causal language model choose.
+
+    Args:
+        model: Called with tokens ``[batch, tokens]``; gives logits. Rows are padded on the right, which a causal
+            model's earlier positions do not see.
+        tokenizer: A transformers tokenizer.
+        items: What to choose from.
+        task: The name of the task.
+        longest: Tokens per row; of longer ones the beginning is cut off.
+        progress: Called as rows are done.
+
+    Raises:
+        ValueError: If there is no item, or one is malformed.
+    """
+    if not items:
+        raise ValueError(f"task {task!r} has no items")
+    checked = [_checked(item, f"item {number}") for number, item in enumerate(items)]
+    pairs = [pair for item in checked for pair in _pairs(item)]
+    rows = [_encoded(context, ending, tokenizer, longest) for context, ending in pairs]
+    scores = _log_likelihoods(model, rows, task, progress)
+    lengths = [len(ending.strip().encode()) for _, ending in pairs]
+    right, right_per_byte, at = [], [], 0
+    for item in checked:
+        span = range(at, at + len(_options(item)))
+        right.append(max(span, key=lambda i: scores[i]) - at == item["gold"])
+        right_per_byte.append(max(span, key=lambda i: scores[i] / max(lengths[i], 1)) - at == item["gold"])
+        at = span.stop
+    chance = sum(1 / len(_options(item)) for item in checked) / len(checked)
+    return Choices(task, tuple(right), tuple(right_per_byte), chance)
+
+
+def _log_likelihoods(
+    model: nn.Module, rows: list[tuple[list[int], int]], task: str, progress: Progress
+) -> dict[int, float]:
+    # Rows of like length go together, so that little is computed for padding.
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+    scores: dict[int, float] = {}
+    with evaluating(model) as device:
+        while len(scores) < len(order):
+            first = len(scores)
+            count = 1
+            while first + count < len(order) and len(rows[order[first + count]][0]) * (count + 1) <= _TOKENS:
+                count += 1
+            group = order[first : first + count]
+            batch = _padded([rows[i] for i in group], model)
+            labels = batch.labels
+            assert labels is not None
+            losses = token_losses(logits_of(model, batch, device), labels.to(device)).sum(-1).tolist()
+            scores.update((i, -loss) for i, loss in zip(group, losses, strict=True))
+            progress(len(scores), len(order), f"choices of {task}")
+    return scores
+
+
+def _padded(rows: list[tuple[list[int], int]], model: nn.Module) -> Batch:
+    width = max(len(tokens) for tokens, _ in rows) - 1
+    inputs = torch.zeros(len(rows), width, dtype=torch.int64)
+    labels = torch.full((len(rows), width), -100)
+    for row, (tokens, begin) in enumerate(rows):
+        inputs[row, : len(tokens) - 1] = torch.tensor(tokens[:-1])
+        labels[row, begin - 1 : len(tokens) - 1] = torch.tensor(tokens[begin:])
+    # Only transformers models have a cache to switch off.
+    return Batch((inputs,), {"use_cache": False} if hasattr(model, "config") else {}, labels)
+
+
+def _encoded(context: str, ending: str, tokenizer: Any, longest: int) -> tuple[list[int], int]:
+    # Tokenised together, as the model would meet them; the ending begins where the context alone ends.
+    start = tokenizer("a")["input_ids"][:1]
+    begin_token = start if start == [tokenizer.bos_token_id] else []
+    together = begin_token + tokenizer(context + ending, add_special_tokens=False)["input_ids"]
+    alone = begin_token + tokenizer(context, add_special_tokens=False)["input_ids"]
+    # At least one token before the ending to predict it from, and one in it.
+    begin = max(1, min(len(alone), len(together) - 1))
+    cut = max(0, min(len(together) - longest, begin - 1))
+    return together[cut:], begin - cut
+
+
+def _pairs(item: Item) -> list[tuple[str, str]]:
+    if "continuation" in item:
+        return [(option.rstrip(), _spaced(option, item["continuation"])) for option in item["context_options"]]
+    query = item["query"]
+    return [(query.rstrip(" "), _spaced(query.rstrip(" "), choice)) for choice in item["choices"]]
+
+
+def _spaced(before: str, ending: str) -> str:
+    ending = ending.strip()
+    return ending if not before or before.endswith("\n") else f" {ending}"
+
+
+def _options(item: Item) -> Sequence[str]:
+    return item["context_options"] if "continuation" in item else item["choices"]
+
+
+def _checked(item: Any, where: str) -> Item:
+    fields = (
+        ("context_options", "continuation")
+        if isinstance(item, Mapping) and "continuation" in item
+        else ("choices", "query")
+    )
+    good = (
+        isinstance(item, Mapping)
+        and all(field in item for field in (*fields, "gold"))
+        and isinstance(item[fields[1]], str)
+        and all(isinstance(option, str) for option in item[fields[0]])
+        and item["gold"] in range(len(item[fields[0]]))
+    )
+    if not good:
+        raise ValueError(f'{where} is not a choice: it needs "query", "choices" and "gold", the index of the right one')
+    return item

@@ -1,0 +1,72 @@
+"""Size: parameters, multiply–accumulates, and bytes on disk at a stated dtype."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, size_of
+
+
+@dataclass(frozen=True)
+class Size:
+    """How big a network is.
+
+    Args:
+        parameters: All its parameters; tied ones once.
+        counted: Those of the names that were asked for; tied ones once.
+        bytes: What its state takes on disk with every floating-point tensor in ``dtype``; tied ones once.
+        dtype: The dtype of that, so that only like is compared with like.
+    """
+
+    parameters: int
+    counted: int
+    bytes: int
+    dtype: str
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON-able data."""
+        return {"parameters": self.parameters, "counted": self.counted, "bytes": self.bytes, "dtype": self.dtype}
+
+
+def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> Size:
+    """Measure a network.
+
+    >>> size(nn.Linear(3, 2), counted=["weight"], dtype=torch.bfloat16)
+    Size(parameters=8, counted=6, bytes=16, dtype='bfloat16')
+
+    Args:
+        model: The network.
+        counted: Names of parameters that are summed apart (``AxisGraph.counted``).
+        dtype: What floating-point tensors would be stored in. A quantised file is smaller than the same network at
+            any of these.
+
+    Raises:
+        KeyError: If a counted name is no parameter of the model.
+    """
+    every = dict(model.named_parameters(remove_duplicate=False))
+    names = tuple(counted)
+    missing = [name for name in names if name not in every]
+    if missing:
+        raise KeyError(f"the model has no parameter {missing[0]!r}")
+    stored = _distinct(model.state_dict(keep_vars=True).values())
+    return Size(
+        parameters=sum(p.numel() for p in _distinct(every.values())),
+        counted=sum(p.numel() for p in _distinct(every[name] for name in names)),
+        bytes=sum(t.numel() * (dtype.itemsize if t.is_floating_point() else t.element_size()) for t in stored),
+        dtype=str(dtype).removeprefix("torch."),
+    )
+
+
+def macs(axes: AxisGraph) -> int:
+    """The multiply–accumulates of the traced example: Σ over contractions of the product of their dimensions."""
+    sizes = axes.sizes()
+    return sum(prod(size_of(dim, sizes) for dim in work.dims) for work in axes.work)
+
+
+def _distinct(tensors: Iterable[Any]) -> list[Tensor]:
+    found: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
+    return list(found.values())

@@ -1,0 +1,178 @@
+"""Speed: seconds, tokens per second and peak memory of several models, measured in turns."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.evaluation.forward import Progress, evaluating, moved, silent
+from regrow.sources import Batch
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How long calls of one model took.
+
+    Args:
+        model: The model's name.
+        seconds: Per repeat, the seconds of one call.
+        positions: Tokens (or images) that one call handles.
+        peak_bytes: Per repeat, the memory of the weights plus what a call needed on top; empty where not measurable.
+    """
+
+    model: str
+    seconds: tuple[float, ...]
+    positions: int
+    peak_bytes: tuple[int, ...] = ()
+
+    @property
+    def fastest(self) -> float:
+        """The least seconds: what the machine can do when nothing disturbs it."""
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        """The median of the seconds: the latency of a call."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The lower and upper quartile of the seconds."""
+        if len(self.seconds) < 2:
+            return self.seconds[0], self.seconds[0]
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def per_second(self) -> float:
+        """Positions per second at the median.
+
+        >>> Speed("a", (0.5, 2.0, 0.5), 100).per_second
+        200.0
+        """
+        return self.positions / self.median
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON-able data."""
+        return {
+            "model": self.model,
+            "positions": self.positions,
+            "seconds": list(self.seconds),
+            "seconds_min": self.fastest,
+            "seconds_median": self.median,
+            "seconds_quartiles": list(self.spread),
+            "per_second": self.per_second,
+            "per_second_best": self.positions / self.fastest,
+            "peak_bytes_min": min(self.peak_bytes, default=None),
+            "peak_bytes_max": max(self.peak_bytes, default=None),
+        }
+
+
+def speed(
+    models: Mapping[str, nn.Module],
+    batch: Batch,
+    *,
+    repeats: int = 7,
+    warmup: int = 1,
+    progress: Progress = silent,
+) -> dict[str, Speed]:
+    """Time one forward pass of each model on the same batch (for a language model: prefill).
+
+    The models take turns, and each round begins with another one, so that a change in the machine's load falls on
+    all of them alike.
+
+    Args:
+        models: Name → model; each on its device.
+        batch: What they are called with. A batch of one token measures the latency of a single position.
+        repeats: Timed calls per model.
+        warmup: Calls before, not timed.
+        progress: Called after each call.
+
+    Returns:
+        Name → speed, in the order of ``models``.
+
+    Raises:
+        ValueError: If there is no model, or ``repeats`` is not at least 1.
+    """
+    if not models or repeats < 1 or warmup < 0:
+        raise ValueError(f"speed needs a model and at least 1 repeat; got {len(models)} models, {repeats} repeats")
+    names = list(models)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    peaks: dict[str, list[int]] = {name: [] for name in names}
+    total = (warmup + repeats) * len(names)
+    for turn in range(warmup + repeats):
+        for step in range(len(names)):
+            name = names[(turn + step) % len(names)]
+            taken, peak = _one_call(models[name], batch)
+            if turn >= warmup:
+                seconds[name].append(taken)
+                peaks[name] += [] if peak is None else [peak]
+            progress(turn * len(names) + step + 1, total, "speed")
+    positions = _positions(batch)
+    return {name: Speed(name, tuple(seconds[name]), positions, tuple(peaks[name])) for name in names}
+
+
+def _one_call(model: nn.Module, batch: Batch) -> tuple[float, int | None]:
+    with evaluating(model) as device:
+        args, kwargs = moved(batch.args, device), moved(dict(batch.kwargs), device)
+        # A collection during a timed call would be blamed on the model.
+        gc.collect()
+        enabled = gc.isenabled()
+        gc.disable()
+        try:
+            peak = _peak_meter(device)
+            _wait(device)
+            begin = time.perf_counter()
+            model(*args, **kwargs)
+            _wait(device)
+            taken = time.perf_counter() - begin
+            extra = peak()
+        finally:
+            if enabled:
+                gc.enable()
+    return taken, None if extra is None else extra + _weight_bytes(model)
+
+
+def _peak_meter(device: torch.device) -> Callable[[], int | None]:
+    """Start watching; the function returned says how many bytes were needed at most on top of those held now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - held
+    try:
+        # Linux: writing 5 sets the process's high-water mark of resident memory to what it holds now.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        resident = _resident()
+    except (OSError, KeyError):
+        return lambda: None
+    return lambda: max(_resident() - resident, 0)
+
+
+def _resident() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["VmHWM"].split()[0]) * 1024
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _weight_bytes(model: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
+
+
+def _positions(batch: Batch) -> int:
+    tensors = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor)]
+    if not tensors:
+        return 1
+    first = tensors[0]
+    # Whole numbers are tokens, [batch, tokens]; anything else is a batch of pictures.
+    return first.shape[0] if first.is_floating_point() or first.dim() == 0 else first.numel()

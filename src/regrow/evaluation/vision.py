@@ -1,0 +1,75 @@
+"""Accuracy: how often an image classifier is right."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regrow.evaluation.choice import share_error
+from regrow.evaluation.forward import Progress, evaluating, logits_of, silent
+from regrow.sources import Source
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How often a classifier is right.
+
+    Args:
+        source: The source's name.
+        right: Per labelled position, in order, whether the greatest logit is the label's.
+        origin: Where the source came from.
+    """
+
+    source: str
+    right: tuple[bool, ...]
+    origin: str = ""
+
+    @property
+    def accuracy(self) -> float:
+        """The share of right answers."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def error(self) -> float:
+        """Its standard error, √(p(1−p)/n)."""
+        return share_error(self.accuracy, len(self.right))
+
+    def record(self) -> dict[str, Any]:
+        """The summary as JSON-able data."""
+        return {
+            "source": self.source,
+            "origin": self.origin,
+            "images": len(self.right),
+            "accuracy": self.accuracy,
+            "error": self.error,
+        }
+
+
+def accuracy(model: nn.Module, source: Source, *, progress: Progress = silent) -> Accuracy:
+    """Measure a classifier on a source.
+
+    Args:
+        model: Called as the batches say; gives logits ``[batch, classes]``.
+        source: Batches with a class per image, ``[batch]``; −100 leaves an image out.
+        progress: Called after each batch.
+
+    Raises:
+        ValueError: If no image has a label, or a label is not one of the model's classes.
+    """
+    right: list[bool] = []
+    with evaluating(model) as device:
+        for done, batch in enumerate(source, start=1):
+            if batch.labels is None:
+                raise ValueError(f"source {source.name!r} has no labels")
+            labels = batch.labels.to(device)
+            logits = logits_of(model, batch, device)
+            if int(labels.max()) >= logits.shape[-1]:
+                raise ValueError(
+                    f"source {source.name!r} has class {int(labels.max())}, the model knows {logits.shape[-1]} classes"
+                )
+            asked = labels != -100
+            right += (logits.argmax(-1)[asked] == labels[asked]).tolist()
+            progress(done, len(source), f"accuracy on {source.name}")
+    if not right:
+        raise ValueError(f"source {source.name!r} has no labelled image")
+    return Accuracy(source.name, tuple(right), source.origin)
