@@ -47,9 +47,8 @@ def offsets(
         columns = weight.index_select(dim, positions).double().movedim(dim, 0)
         lost = torch.einsum("i...,i->...", columns, constants)
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
-        rest = {0: index for d, index in entries.get(name, {}).items() if d != dim}
-        for index in rest.values():
-            lost = lost.index_select(0, index.to(lost.device))
+        for other, index in entries.get(name, {}).items():
+            lost = lost if other == dim else lost.index_select(0, index.to(lost.device))
         bias = f"{path}.bias" if path else "bias"
         old = values.get(bias, model.get_submodule(path)._parameters["bias"])
         result[bias] = (lost if old is None else old.detach().double() + lost).to(weight.dtype)

@@ -25,16 +25,69 @@ OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
     "nx": (("weight", 0),),
     "normalized_shape": (("weight", 0),),
 }
-"""Attributes that restate the shape of a tensor of the same module: name → (tensor, dimension), the first that exists."""
+"""Attributes that restate the shape of a tensor of their module: name → (tensor, dimension), the first that exists."""
 
 WIDTHS = frozenset(
-    ["head_dim", "head_size", "attention_head_size", "d_head", "d_kv", "dim_head", "hidden_size", "hidden_dim", "embed_dim", "split_size", "all_head_size", "inner_dim", "inner_size", "d_model", "dim", "width", "channels", "intermediate_size", "kv_dim", "q_dim", "num_hidden", "v_head_dim", "rotary_ndims", "key_value_proj_dim", "out_channels", "in_channels", "proj_size", "n_embd", "c"]
+    [
+        "head_dim",
+        "head_size",
+        "attention_head_size",
+        "d_head",
+        "d_kv",
+        "dim_head",
+        "hidden_size",
+        "hidden_dim",
+        "embed_dim",
+        "split_size",
+        "all_head_size",
+        "inner_dim",
+        "inner_size",
+        "d_model",
+        "dim",
+        "width",
+        "channels",
+        "intermediate_size",
+        "kv_dim",
+        "q_dim",
+        "num_hidden",
+        "v_head_dim",
+        "rotary_ndims",
+        "key_value_proj_dim",
+        "out_channels",
+        "in_channels",
+        "proj_size",
+        "n_embd",
+        "c",
+    ]
 )
 COUNTS = frozenset(
-    ["num_heads", "n_head", "n_heads", "heads", "num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_kv_head", "n_kv_heads", "kv_heads", "num_q_heads", "nhead", "n_group", "num_groups"]
+    [
+        "num_heads",
+        "n_head",
+        "n_heads",
+        "heads",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_kv_heads",
+        "n_kv_head",
+        "n_kv_heads",
+        "kv_heads",
+        "num_q_heads",
+        "nhead",
+        "n_group",
+        "num_groups",
+    ]
 )
 REPEATS = frozenset(
-    ["num_key_value_groups", "n_rep", "num_kv_groups", "kv_groups", "n_repeat", "num_queries_per_kv", "num_key_value_group"]
+    [
+        "num_key_value_groups",
+        "n_rep",
+        "num_kv_groups",
+        "kv_groups",
+        "n_repeat",
+        "num_queries_per_kv",
+        "num_key_value_group",
+    ]
 )
 """Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated."""
 

@@ -2,7 +2,8 @@
 
 import copy
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,7 @@ def capture(model: nn.Module, example: Example) -> Capture:
         TraceError: If ``torch.export`` refuses the model; says why.
     """
     try:
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad(), _quiet():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -72,7 +73,18 @@ def capture(model: nn.Module, example: Example) -> Capture:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Any:
+def _quiet() -> Iterator[None]:
+    """A refusal is reported by whoever asked; torch need not log it as well."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Have the model in evaluation mode for a while; each module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -23,7 +23,6 @@ class Leaf:
         size: Its number of entries.
         frozen: Why it cannot change; empty while it can.
         mark: The strongest thing that reads it, and in ``why`` who that is.
-        counts: Labels it shares with leaves that must keep equally many entries.
         integer: For a dimension made by ``expand``: the module whose attribute must hold its size.
     """
 
@@ -31,7 +30,6 @@ class Leaf:
     frozen: str = ""
     mark: Mark = Mark.NEUTRAL
     why: str = ""
-    counts: set[str] = field(default_factory=set)
     integer: str = ""
     link: "Expr | None" = None
     number: int = field(default_factory=lambda: next(_numbers))
@@ -132,23 +130,6 @@ def mark(expr: Expr, kind: Mark, why: str) -> None:
             leaf.mark, leaf.why = kind, why
 
 
-def same_count(a: Expr, b: Expr, why: str) -> None:
-    """Say that two dimensions must keep equally many entries, though not the same ones.
-
-    Only two leaves can be held together like this; anything else is frozen.
-    """
-    a, b = resolve(a), resolve(b)
-    if a is b:
-        return
-    if isinstance(a, Leaf) and isinstance(b, Leaf):
-        label = f"count{next(_numbers)}"
-        a.counts.add(label)
-        b.counts.add(label)
-    elif not identical(a, b):
-        freeze(a, why)
-        freeze(b, why)
-
-
 def identical(a: Expr, b: Expr) -> bool:
     """Whether two dimensions are the same expression already."""
     a, b = resolve(a), resolve(b)
@@ -214,10 +195,7 @@ def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
     if isinstance(expr, Leaf):
         if expr.frozen and not leaf.frozen:
             leaf.frozen = expr.frozen
-        expr.counts |= leaf.counts
         expr.integer = expr.integer or leaf.integer
-    elif leaf.counts:
-        freeze(expr, f"{why}: its halves must keep equally many units, and one of them is made of parts")
     leaf.link = expr
 
 
@@ -225,8 +203,6 @@ def _share(leaf: Leaf, parts: tuple[Leaf, ...]) -> None:
     """Let a leaf be made of new parts that inherit what is known of it."""
     for part in parts:
         part.frozen, part.mark, part.why, part.integer = leaf.frozen, leaf.mark, leaf.why, leaf.integer
-        if leaf.counts:
-            part.frozen = part.frozen or "it must keep as many units as another axis, and is itself made of parts"
 
 
 def _align_products(a: list[Expr], b: list[Expr], why: str) -> None:

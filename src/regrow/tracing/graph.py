@@ -1,7 +1,7 @@
 """From a finished walk to an :class:`~regrow.axes.AxisGraph`: slots, keys, marks and reasons as plain data."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import chain, product
 from math import prod
 
@@ -51,21 +51,22 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     """The axis graph of a walked network, and the names under which its leaves stand in it."""
     state = {name: w.dims[node] for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _ties(model, w, state)
-    _freeze_unreachable(model, w)
+    _freeze_unreachable(model, w, ties)
     _freeze_unsettable(model, w)
     found = folds(model, w)
     integers = attributes.integers(model, w, state)
-    _freeze_partners(state.values())
+    alike = _counted_alike(w)
     places = {name: list(_places(name, dims)) for name, dims in state.items()}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    aliases = _aliases(ties)
     by_leaf: dict[int, list[Slot]] = {}
     leaf_of: dict[int, Leaf] = {}
-    for name, own in places.items():
+    for own in places.values():
         for leaf, slot in own:
             leaf_of[leaf.number] = leaf
-            by_leaf.setdefault(leaf.number, []).extend(_with_roles(model, w, name, slot, ties))
-    axes, keys = _axes(leaf_of, by_leaf)
+            by_leaf.setdefault(leaf.number, []).extend(_with_roles(slot, w, aliases, parameters))
+    axes, keys = _axes(leaf_of, by_leaf, _count_groups(alike))
     names = Names(keys)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     shapes: dict[str, tuple[Dim, ...]] = {
         name: names.dims(state[name]) if name in state else tuple(tensor.shape) for name, tensor in tensors.items()
@@ -83,7 +84,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             folds=tuple(
                 _fold(fold, names) for fold in found if not all(isinstance(x, int) for x in names.dims(fold.over))
             ),
-            unreached=w.capture.unused,
+            unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
             notes=tuple(dict.fromkeys(w.notes)),
             example=example,
         ),
@@ -116,15 +117,20 @@ def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
     return ties
 
 
-def _freeze_unreachable(model: nn.Module, w: Walk) -> None:
+def _used_elsewhere(name: str, ties: Mapping[str, str], unused: tuple[str, ...]) -> bool:
+    """Whether the tensor has another name under which it is used."""
+    first = ties.get(name, name)
+    names = {first, *(other for other, original in ties.items() if original == first)}
+    return not names <= set(unused)
+
+
+def _freeze_unreachable(model: nn.Module, w: Walk, ties: Mapping[str, str]) -> None:
     """A module that the example does not run may read any dimension of the size it expects."""
-    unused = set(w.capture.unused)
-    tensors = dict(model.named_parameters(remove_duplicate=False))
     for name in w.capture.unused:
-        others = [n for n, tensor in tensors.items() if tensor is tensors[name] and n != name]
-        if tensors[name].dim() < 2 or any(n not in unused for n in others):
+        tensor = model.get_parameter(name)
+        if tensor.dim() < 2 or _used_elsewhere(name, ties, w.capture.unused):
             continue
-        width = tensors[name].shape[1]
+        width = tensor.shape[1]
         for dims in w.dims.values():
             for one in dims if isinstance(dims, list) else [dims]:
                 for expr in one or ():
@@ -140,17 +146,42 @@ def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
             d.freeze(leaf, f"it is a repetition in {path or 'the model'}, and no attribute there sets how often")
 
 
-def _freeze_partners(state: Iterator[Dims] | object) -> None:
-    """Where one of several axes of equal count is frozen, all are."""
-    leaves = list({leaf.number: leaf for dims in state for expr in dims for leaf in d.leaves(expr)}.values())  # type: ignore[attr-defined]
+def _counted_alike(w: Walk) -> dict[int, set[str]]:
+    """Leaf → labels it shares with leaves that must keep equally many entries; what cannot be held so is frozen."""
+    labels: dict[int, set[str]] = {}
+    pairs: list[tuple[Leaf, Leaf, str]] = []
+    for a, b, why in w.equal:
+        found = _pairs(a, b)
+        if found is None:
+            d.freeze(a, why)
+            d.freeze(b, why)
+        else:
+            pairs += [(x, y, why) for x, y in found]
     again = True
     while again:
         again = False
-        fixed = {label: leaf.frozen for leaf in leaves if leaf.frozen for label in leaf.counts}
-        for leaf in leaves:
-            if not leaf.frozen and (label := next((x for x in leaf.counts if x in fixed), None)):
-                leaf.frozen = f"it must keep as many units as a frozen one: {fixed[label]}"
+        for a, b, why in pairs:
+            if bool(a.frozen) != bool(b.frozen):
+                d.freeze(a, why)
+                d.freeze(b, why)
                 again = True
+    for i, (a, b, _) in enumerate(pairs):
+        labels.setdefault(a.number, set()).add(f"pair{i}")
+        labels.setdefault(b.number, set()).add(f"pair{i}")
+    return labels
+
+
+def _pairs(a: Expr, b: Expr) -> list[tuple[Leaf, Leaf]] | None:
+    """The leaves of two dimensions that must have equal size for the dimensions to have it; ``None`` if unclear."""
+    a, b = d.resolve(a), d.resolve(b)
+    if a is b:
+        return []
+    if isinstance(a, Leaf) and isinstance(b, Leaf):
+        return [(a, b)] if a.size == b.size else None
+    if type(a) is not type(b) or isinstance(a, Leaf) or isinstance(b, Leaf) or len(a.parts) != len(b.parts):
+        return None
+    found = [_pairs(x, y) for x, y in zip(a.parts, b.parts, strict=True)]
+    return None if any(one is None for one in found) else [pair for one in found for pair in one or ()]
 
 
 def _places(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
@@ -199,18 +230,27 @@ def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return sorted(merged, key=lambda loop: -loop[0])
 
 
-def _with_roles(model: nn.Module, w: Walk, name: str, slot: Slot, ties: Mapping[str, str]) -> list[Slot]:
-    parts = [name, *(n for n, first in ties.items() if first == name or first == ties.get(name)), ties.get(name, name)]
-    roles = {role for part in parts for role in w.roles.get((part, slot.dim), ())}
-    fallback = Role.PRODUCES if name in dict(model.named_parameters(remove_duplicate=False)) else Role.SCALES
-    ordered = [role for role in Role if role in roles] or [fallback]
-    return [Slot(slot.name, slot.dim, slot.outer, slot.stride, slot.inner, slot.offset, role) for role in ordered]
+def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameters: Container[str]) -> list[Slot]:
+    """The slot once per thing it does; a parameter that nothing is known of makes its units."""
+    names = aliases.get(slot.name, [slot.name])
+    roles = {role for name in names for role in w.roles.get((name, slot.dim), ())}
+    ordered = [role for role in Role if role in roles]
+    return [replace(slot, role=role) for role in ordered or [Role.PRODUCES if slot.name in parameters else Role.SCALES]]
 
 
-def _axes(leaf_of: Mapping[int, Leaf], slots: Mapping[int, list[Slot]]) -> tuple[dict[str, Axis], dict[int, str]]:
+def _aliases(ties: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name → all names of the same tensor."""
+    groups: dict[str, list[str]] = {}
+    for name, first in ties.items():
+        groups.setdefault(first, [first]).append(name)
+    return {name: group for group in groups.values() for name in group}
+
+
+def _axes(
+    leaf_of: Mapping[int, Leaf], slots: Mapping[int, list[Slot]], counts: Mapping[int, str]
+) -> tuple[dict[str, Axis], dict[int, str]]:
     keys: dict[int, str] = {}
     axes: dict[str, Axis] = {}
-    counts = _count_groups(leaf_of)
     for number, leaf in leaf_of.items():
         own = tuple(slots[number])
         key = _key(own[0], axes)
@@ -227,34 +267,33 @@ def _axes(leaf_of: Mapping[int, Leaf], slots: Mapping[int, list[Slot]]) -> tuple
     partners = {axis.count for axis in axes.values() if axis.count and not axis.free}
     for key, axis in axes.items():
         if axis.count in partners and axis.free:
-            axes[key] = _refrozen(axis, "it must keep as many units as a frozen axis")
+            axes[key] = replace(axis, mark=Mark.FROZEN, reason="it must keep as many units as a frozen axis")
             keys = {number: other for number, other in keys.items() if other != key}
-    return {key: _nested(axis, axes) for key, axis in axes.items()}, keys
+    return _nested(axes), keys
 
 
-def _refrozen(axis: Axis, reason: str) -> Axis:
-    return Axis(axis.key, axis.size, axis.slots, Mark.FROZEN, reason, axis.count, axis.inside)
+def _nested(axes: dict[str, Axis]) -> dict[str, Axis]:
+    """Say of each axis inside whose units its own lie: its blocks fit into theirs, in the same dimension."""
+    by_place: dict[tuple[str, int], list[tuple[Slot, Axis]]] = {}
+    for axis in axes.values():
+        for slot in axis.slots:
+            by_place.setdefault((slot.name, slot.dim), []).append((slot, axis))
+
+    def around(axis: Axis) -> str:
+        for a in axis.slots:
+            for b, other in by_place[a.name, a.dim]:
+                if other.free and b.inner >= a.stride and b.inner > a.inner and a.outer >= other.size > 1:
+                    return other.key
+        return ""
+
+    return {key: replace(axis, inside=around(axis)) for key, axis in axes.items()}
 
 
-def _nested(axis: Axis, axes: Mapping[str, Axis]) -> Axis:
-    for other in axes.values():
-        if other is axis or not other.free:
-            continue
-        if any(
-            a.name == b.name and a.dim == b.dim and b.inner >= a.stride and b.inner > a.inner and a.outer >= other.size
-            for a in axis.slots
-            for b in other.slots
-        ):
-            return Axis(axis.key, axis.size, axis.slots, axis.mark, axis.reason, axis.count, other.key)
-    return axis
-
-
-def _count_groups(leaf_of: Mapping[int, Leaf]) -> dict[int, str]:
+def _count_groups(alike: Mapping[int, set[str]]) -> dict[int, str]:
+    """Leaf → one label for all that hang together."""
     groups: list[tuple[set[str], set[int]]] = []
-    for number, leaf in leaf_of.items():
-        if not leaf.counts:
-            continue
-        labels, members = set(leaf.counts), {number}
+    for number, own in alike.items():
+        labels, members = set(own), {number}
         for group in [g for g in groups if g[0] & labels]:
             labels |= group[0]
             members |= group[1]

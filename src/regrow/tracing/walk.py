@@ -47,6 +47,7 @@ class Walk:
     work: list[tuple[str, str, Dims]] = field(default_factory=list)
     literals: list[tuple[str, int, Expr]] = field(default_factory=list)
     groups: list[tuple[str, Expr]] = field(default_factory=list)
+    equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
     norms: list[tuple[Node, Any]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
@@ -114,7 +115,20 @@ def op_name(node: Node) -> str:
     return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
-ALIASES = frozenset(["to", "_to_copy", "clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "type_as", "detach_copy"])
+ALIASES = frozenset(
+    (
+        "to",
+        "_to_copy",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "lift_fresh_copy",
+        "lift_fresh",
+        "type_as",
+        "detach_copy",
+    )
+)
 
 Rule = Callable[[Walk, Node], Any]
 

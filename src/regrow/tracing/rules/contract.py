@@ -96,8 +96,7 @@ def convolution(w: Walk, node: Node) -> Dims:
     for expr in dims[len(dims) - space :]:
         d.freeze(expr, w.why(node, "a convolution runs along it"))
     transposed = "transpose" in op_name(node)
-    position = 6 if not transposed else 6
-    groups = int(_argument(node, "groups", position, 1))
+    groups = int(_argument(node, "groups", 6, 1))
     made = _grouped(w, node, channels, kernel, groups, transposed)
     w.role(weight, 0, Role.CONSUMES if transposed and groups == 1 else Role.PRODUCES)
     w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)

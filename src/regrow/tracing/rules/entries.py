@@ -41,8 +41,8 @@ def identity(w: Walk, node: Node) -> Dims:
 
 
 _IDENTITIES = (
-    "dropout feature_dropout alpha_dropout native_dropout zeros_like ones_like empty_like full_like rand_like randn_like "
-    "bernoulli"
+    "dropout feature_dropout alpha_dropout native_dropout zeros_like ones_like empty_like full_like rand_like "
+    "randn_like bernoulli"
 )
 _MORE_POINTWISE = (
     "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "

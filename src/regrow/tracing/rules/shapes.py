@@ -1,5 +1,6 @@
 """Operations that move entries about: reshaping, transposing, joining, cutting, repeating, padding."""
 
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -146,9 +147,9 @@ def split(w: Walk, node: Node) -> Any:
         pieces.append(piece)
     pieces.append(rest)
     lengths = [shape[axis] for shape in sizes]
-    for a, b in zip(pieces, pieces[1:], strict=False):
+    for a, b in pairwise(pieces):
         if op_name(node) != "split_with_sizes" and d.size(a) == d.size(b):
-            d.same_count(a, b, w.why(node, "its equal pieces must keep equally many units"))
+            w.equal.append((a, b, w.why(node, "its equal pieces must keep equally many units")))
         elif op_name(node) != "split_with_sizes":
             d.freeze(dims[axis], w.why(node, "it is cut into pieces of unequal size"))
     for length, piece in zip(lengths, pieces, strict=True):
@@ -173,7 +174,9 @@ def piece(w: Walk, node: Node) -> Dims:
     before, rest = d.halves(dims[axis], start, why) if start else (d.ONE, dims[axis])
     middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
     if n == 2 * (end - start) and (start == 0 or end == n):
-        d.same_count(middle, after if start == 0 else before, w.why(node, "its halves must keep equally many units"))
+        w.equal.append(
+            (middle, after if start == 0 else before, w.why(node, "its halves must keep equally many units"))
+        )
     for number in (start, end, end - start):
         if number > 1:
             w.literals.append((module_of(node), number, middle if number == end - start else before))
@@ -333,8 +336,8 @@ _SPACE = {"1d": 1, "2d": 2, "3d": 3}
 _WINDOWS = (
     "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d max_pool2d_with_indices "
-    "_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d upsample_nearest3d "
-    "upsample_trilinear3d _upsample_bilinear2d_aa"
+    "_adaptive_avg_pool2d upsample_nearest1d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d "
+    "upsample_nearest3d upsample_trilinear3d _upsample_bilinear2d_aa"
 )
 
 RULES = {
