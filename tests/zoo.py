@@ -150,6 +150,17 @@ class Tied:
         return "" if frozenset((self.one, self.other)) in known else f"{self.one} = {self.other} not in {axes.ties}"
 
 
+@dataclass(frozen=True)
+class Hoped:
+    """A fact that the design promises and that does not hold yet; the day it does, a test says so."""
+
+    fact: Fact
+
+    def missed(self, axes: AxisGraph) -> str:
+        """What is wrong, in words; empty if the fact holds."""
+        return self.fact.missed(axes)
+
+
 def places_of(axis: Axis) -> set[str]:
     """The dimensions in which an axis lies, as ``"name:dim"``."""
     return {f"{slot.name}:{slot.dim}" for slot in axis.slots}
@@ -349,7 +360,7 @@ PLAIN = (
     ),
     wired(
         "flatten",
-        lambda m, x: m.fc2(m.fc1(m.norm(m.stem(x)).relu().flatten(1)).relu()),
+        lambda m, x: m.fc2(m.fc1(m.norm(m.stem(x)).relu().flatten(1)).tanh()),
         lambda: {"stem": conv(3, 5), "norm": nn.BatchNorm2d(5), "fc1": nn.Linear(60, 11), "fc2": nn.Linear(11, 4)},
         images(3, 4, 3),
         Widths((5, 11)),
@@ -391,6 +402,70 @@ PLAIN = (
         vectors(2, 3, 13),
         Widths((6, 8)),
         Has(8, ("two.weight:0", "act.weight:0", "head.weight:1")),
+    ),
+    wired(
+        "unused_branch",
+        lambda m, x: (m.unused(h := m.fc(x).sigmoid()), m.out(h))[1],
+        lambda: {"fc": nn.Linear(6, 10), "unused": nn.Linear(10, 4), "out": nn.Linear(10, 3)},
+        vectors(2, 6),
+        Unreached("unused.weight"),
+        Frozen(("fc.weight:0", "out.weight:1")),
+    ),
+    wired(
+        "returned",
+        lambda m, x: {"features": (h := m.fc(x).sigmoid()), "logits": m.two(m.one(h).sigmoid())},
+        lambda: {"fc": nn.Linear(6, 10), "one": nn.Linear(10, 7), "two": nn.Linear(7, 3)},
+        vectors(2, 6),
+        Widths((7,)),
+        Frozen(("fc.weight:0", "one.weight:1")),
+    ),
+    wired(
+        "bilinear",
+        lambda m, x: m.out(m.both(m.one(x), m.two(x))),
+        lambda: {
+            "one": nn.Linear(6, 5),
+            "two": nn.Linear(6, 7),
+            "both": nn.Bilinear(5, 7, 8),
+            "out": nn.Linear(8, 3),
+        },
+        vectors(2, 6),
+    ),
+    wired(
+        "einsum",
+        lambda m, x: m.out(torch.einsum("bij,bkj->bik", m.one(x), m.two(x)).softmax(-1) @ m.three(x)),
+        lambda: {"one": nn.Linear(6, 5), "two": nn.Linear(6, 5), "three": nn.Linear(6, 7), "out": nn.Linear(7, 3)},
+        vectors(2, 4, 6),
+        Has(7, ("three.weight:0", "out.weight:1")),
+        zeros="producers",
+    ),
+    wired(
+        "lstm",
+        lambda m, x: m.out(m.cell(m.fc(x))[0]),
+        lambda: {"fc": nn.Linear(6, 5), "cell": nn.LSTM(5, 7, batch_first=True), "out": nn.Linear(7, 3)},
+        vectors(2, 4, 6),
+    ),
+    wired(
+        "multihead",
+        lambda m, x: m.fc2(F.gelu(m.fc1(m.mix(h := m.fc(x), h, h, need_weights=False)[0]))),
+        lambda: {
+            "fc": nn.Linear(6, 12),
+            "mix": nn.MultiheadAttention(12, 3, batch_first=True),
+            "fc1": nn.Linear(12, 10),
+            "fc2": nn.Linear(10, 3),
+        },
+        vectors(2, 4, 6),
+        Has(10, ("fc1.weight:0", "fc2.weight:1")),
+    ),
+    wired(
+        "circular",
+        lambda m, x: m.head(m.two(m.one(x).sigmoid()).sigmoid().mean((2, 3))),
+        lambda: {
+            "one": conv(3, 5, padding_mode="circular"),
+            "two": conv(5, 7, padding_mode="reflect"),
+            "head": nn.Linear(7, 4),
+        },
+        images(3, 6),
+        Widths((5, 7)),
     ),
     wired(
         "norm1d",
@@ -490,7 +565,7 @@ PLAIN = (
     ),
     wired(
         "repeated",
-        lambda m, x: m.out(m.fc(x).relu().repeat(1, 2)),
+        lambda m, x: m.out(m.fc(x).sigmoid().repeat(1, 2)),
         lambda: {"fc": nn.Linear(6, 5), "out": nn.Linear(10, 3)},
         vectors(2, 6),
     ),
@@ -553,7 +628,7 @@ PLAIN = (
 
 
 def _excited(m: Any, x: Tensor) -> Tensor:
-    return x * m.up(m.down(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+    return x * m.up(F.silu(m.down(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 def _unroll(m: Any, x: Tensor) -> Tensor:
@@ -638,6 +713,13 @@ def _standardised(m: Any, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, m.mid.bias, padding=1)
 
 
+def _in_place(x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, 2:5].mul_(3)
+    x[:, 6] = 1
+    return x
+
+
 def _by_size(m: Any, x: Tensor) -> Tensor:
     return x.relu() if x.shape[1] >= 6 else x.tanh()
 
@@ -715,6 +797,54 @@ FOOLING = (
     fooling("cumsum", lambda m, x: x.cumsum(1), Frozen(STEM)),
     fooling("flip", lambda m, x: x.flip(1), Frozen(STEM)),
     fooling("roll", lambda m, x: x.roll(2, 1), Frozen(STEM)),
+    fooling("roll_two", lambda m, x: x.roll((1, 2), (1, 2)), Frozen(STEM)),
+    fooling("roll_back", lambda m, x: x.roll(-1, -3), Frozen(STEM)),
+    fooling("deviation", lambda m, x: x / (x.std(dim=1, keepdim=True, correction=0) + 1), NotNeutral(STEM)),
+    fooling("diff", lambda m, x: x.diff(dim=1), Frozen(STEM), after=7),
+    fooling("renorm", lambda m, x: x.transpose(0, 1).renorm(2, 0, 0.5).transpose(0, 1), Has(8, STEM)),
+    fooling("mean_over_all", lambda m, x: x - x.mean((1, 2, 3), keepdim=True), NotNeutral(STEM)),
+    fooling(
+        "norm_over_all",
+        lambda m, x: m.whole(x),
+        NotNeutral(STEM),
+        parts=lambda: {"whole": nn.LayerNorm((8, 5, 4))},
+    ),
+    fooling("max_norm", lambda m, x: x / (1 + torch.linalg.vector_norm(x, torch.inf, 1, keepdim=True)), Frozen(STEM)),
+    fooling("order_one", lambda m, x: x / (1 + x.norm(1, 1, keepdim=True)), zeros="producers"),
+    fooling("log_sum", lambda m, x: x - x.logsumexp(1, keepdim=True), NotNeutral(STEM)),
+    fooling("minimum", lambda m, x: x - x.amin(1, keepdim=True), NotNeutral(STEM)),
+    fooling("inplace_slice", lambda m, x: _in_place(x)),
+    fooling("pool_channels", lambda m, x: F.max_pool3d(x, (2, 1, 1)), Frozen(STEM), after=4),
+    fooling("resize_channels", lambda m, x: F.interpolate(x.flatten(2).mT, 5).mT.unflatten(2, (5, 4)), after=5),
+    fooling("cosine", lambda m, x: x * F.cosine_similarity(x, x.sigmoid(), dim=1)[:, None], zeros="nowhere"),
+    fooling("distance", lambda m, x: x * torch.cdist(x.flatten(2), x.flatten(2)).mean(2)[:, :, None, None]),
+    fooling("unfold", lambda m, x: F.unfold(x, 1).unflatten(2, (5, 4))),
+    fooling("take_along", lambda m, x: x.gather(1, x.argsort(1)), Frozen(STEM)),
+    fooling("where_index", lambda m, x: torch.where((torch.arange(8) < 3)[:, None, None], x, 0.0), Frozen(STEM)),
+    fooling(
+        "softmax_parameter",
+        lambda m, x: x * m.share.softmax(0)[:, None, None],
+        NotNeutral(STEM),
+        parts=lambda: {"share": nn.Parameter(torch.zeros(8))},
+    ),
+    fooling(
+        "mean_of_parameter",
+        lambda m, x: x * (m.share / m.share.mean())[:, None, None],
+        NotNeutral(STEM),
+        parts=lambda: {"share": nn.Parameter(torch.zeros(8))},
+    ),
+    fooling(
+        "channel_weights",
+        lambda m, x: x * (x * m.share[:, None, None]).sum(1, keepdim=True),
+        parts=lambda: {"share": nn.Parameter(torch.zeros(8))},
+        zeros="producers",
+    ),
+    fooling(
+        "buffer_of_size",
+        lambda m, x: x * m.scale,
+        Has(8, STEM),
+        parts=lambda: {"scale": nn.Buffer(torch.tensor(8**-0.5))},
+    ),
     fooling("sort", lambda m, x: x.sort(1).values, Frozen(STEM)),
     fooling("topk", lambda m, x: x.topk(5, 1).values, Frozen(STEM), after=5),
     fooling("median", lambda m, x: x - x.median(1, keepdim=True).values, Frozen(STEM)),
@@ -747,7 +877,6 @@ FOOLING = (
     fooling(
         "weight_norm",
         lambda m, x: m.mid(x).relu(),
-        NotNeutral(STEM),
         after=7,
         parts=lambda: {"mid": nn.utils.parametrizations.weight_norm(conv(8, 7))},
     ),
@@ -878,15 +1007,15 @@ def rotary(kv: int = 3, rep: int = 2, head: int = 8, width: int = 36, neurons: i
         if kv > 1:
             yield Has(kv, (q, k, v, o, *biases), alone=True)
         if rep > 1:
-            yield Has(rep, (q, o))
-        yield Has(head, (v, o))
+            yield Has(rep, (q, o)) if rep > 2 else Hoped(Has(rep, (q, o)))
+        yield Hoped(Has(head, (v, o)))
 
     pairs = tuple(f"model.layers.{i}.self_attn.{part}_proj.weight:0" for i in (0, 1) for part in "qk")
-    widths = (neurons,) * 2 + (kv,) * 2 if kv > 1 else ()
+    widths = (neurons,) * 2 + (kv if kv > 1 else rep,) * 2
     return (
         *(fact for i in (0, 1) for fact in per_layer(i)),
-        *((Widths(widths),) if widths else ()),
-        Has(head // 2, pairs, (F_,)),
+        Widths(widths),
+        Hoped(Has(head // 2, pairs, (F_,))),
         Has(
             width,
             (

@@ -1,0 +1,39 @@
+"""Random networks: whatever tracing calls an axis must be one."""
+
+import pytest
+import torch
+
+import laws
+from fuzz import network
+from regrow.axes import Mark
+from regrow.surgery import verify
+from regrow.tracing import trace
+
+CASES = 100
+SILENT = {Mark.NEUTRAL}
+
+
+@pytest.mark.parametrize("seed", range(CASES))
+def test_a_random_network_is_cut_exactly(seed: int) -> None:
+    """Shrunk = zeros in the uncut net's weights (neutral axes) and = masked (all axes); units have no order."""
+    model, example = network(seed)
+    axes = trace(model, *example)
+    generator = torch.Generator().manual_seed(seed)
+    for axis in axes.free():
+        laws.permuting_units_keeps_function(model, axes, axis, seed)
+    laws.zeroed_equals_shrunk(model, axes, laws.random_plan(axes, generator, marks=SILENT))
+    plan = laws.random_plan(axes, generator)
+    report = verify(model, axes, plan)
+    assert report.ok, report
+    laws.runs_after_plan(model, axes, plan)
+
+
+def test_random_networks_have_axes() -> None:
+    """Most random networks have a neutral axis, and all kinds of marks occur: freezing everything would not pass."""
+    marks: dict[Mark, int] = dict.fromkeys(Mark, 0)
+    for seed in range(40):
+        model, example = network(seed)
+        for mark in {axis.mark for axis in trace(model, *example)}:
+            marks[mark] += 1
+    assert marks[Mark.NEUTRAL] >= 32
+    assert min(marks.values()) >= 3, marks

@@ -1,0 +1,380 @@
+"""Every law on every network of the zoo; and the referees themselves, on nets cut by hand."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import laws
+from regrow.axes import Axis, AxisGraph, Example, Mark, Role, Slot
+from regrow.plan import Plan, PlanError
+from test_zoo import traced
+from zoo import ZOO, Net, Wired, lying_at, randomised
+
+LIGHT = [name for name, net in ZOO.items() if not net.heavy]
+ZEROABLE = [name for name, net in ZOO.items() if net.zeros != "nowhere"]
+SILENT = {Mark.NEUTRAL, Mark.FOLDED}
+"""The marks for which a zero stands for a missing unit."""
+
+
+def some(net: Net, axes: AxisGraph, most: int = 5) -> list[Axis]:
+    """One axis of each kind; a handful of them, evenly spread, where there are very many."""
+    kinds = list(laws.classes(axes))
+    return kinds if not net.heavy else kinds[:: -(-len(kinds) // most) or 1]
+
+
+def joint(axes: AxisGraph, seed: int, marks: set[Mark]) -> Plan:
+    """A random plan over all axes with the marks, that keeps something of each."""
+    return laws.random_plan(axes, torch.Generator().manual_seed(seed), marks=marks)
+
+
+def holds(law: Callable[[], None], net: Net) -> None:
+    """Assert a law; a network whose Python looks at sizes may refuse the plan instead."""
+    try:
+        law()
+    except PlanError:
+        if not net.branches:
+            raise
+
+
+# --- each axis alone ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ZEROABLE)
+def test_an_axis_cut_alone_is_the_net_with_zeros(name: str) -> None:
+    """Shrunk = zeros written into the uncut weights, for one axis of each kind."""
+    model, axes = traced(name)
+    for axis in some(ZOO[name], axes):
+        if axis.mark in SILENT:
+            plan = laws.plan_for(axes, axis)
+            if all(axes[key].mark in SILENT for key in plan.changes):
+                holds(lambda p=plan: laws.zeroed_equals_shrunk(model, axes, p, ZOO[name].zeros), ZOO[name])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_units_have_no_order(name: str) -> None:
+    """Renaming the units of an axis in all its slots leaves the function alone, for one axis of each kind."""
+    model, axes = traced(name)
+    for axis in some(ZOO[name], axes):
+        laws.permuting_units_keeps_function(model, axes, axis)
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_verify_agrees_on_an_axis_cut_alone(name: str) -> None:
+    """``verify`` finds masked = shrunk for one axis of each kind, and leaves the model alone."""
+    model, axes = traced(name)
+    for axis in some(ZOO[name], axes):
+        plan = laws.plan_for(axes, axis)
+        holds(lambda p=plan: laws.masked_equals_shrunk(model, axes, p), ZOO[name])
+
+
+# --- many axes at once ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ZEROABLE)
+def test_a_joint_plan_is_the_net_with_zeros(name: str, seed: int) -> None:
+    """Shrunk = zeros written into the uncut weights, all axes for which a zero stands at once; and the cut is felt."""
+    if ZOO[name].heavy and seed:
+        seed += 100  # other plans, the same number of them: a heavy net is no reason to try fewer
+    model, axes = traced(name)
+    plan = joint(axes, seed, SILENT)
+    holds(lambda: laws.zeroed_equals_shrunk(model, axes, plan, ZOO[name].zeros), ZOO[name])
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("name", ZOO)
+def test_verify_agrees_on_a_joint_plan(name: str, seed: int) -> None:
+    """``verify`` finds masked = shrunk for all free axes at once."""
+    model, axes = traced(name)
+    holds(lambda: laws.masked_equals_shrunk(model, axes, joint(axes, seed, set(Mark) - {Mark.FROZEN})), ZOO[name])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_smallest_net_runs(name: str) -> None:
+    """One unit left on every axis at once: the extreme of all plans still runs, has the planned shapes and its ties."""
+    model, axes = traced(name)
+    plan = Plan.keeping(axes, {axis.key: (axis.size // 2,) for axis in axes.free()})
+    holds(lambda: laws.runs_after_plan(model, axes, plan), ZOO[name])
+    holds(lambda: laws.ties_stay_ties(model, axes, plan), ZOO[name])
+
+
+@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
+def test_a_cut_of_a_cut_is_one_cut(name: str) -> None:
+    """The axes that a cut returns describe the cut network: cutting on gives what one cut would have given."""
+    model, axes = traced(name)
+    generator = torch.Generator().manual_seed(1)
+    first = laws.random_plan(axes, generator)
+    double = laws.in_double(model)
+    half, left = laws.shrunk(double, axes, first)
+    second = laws.random_plan(left, generator)
+    whole = {key: change.keep for key, change in first.changes.items()}
+    whole |= {key: tuple(first.changes[key].keep[i] for i in change.keep) for key, change in second.changes.items()}
+    at_once, axes_at_once = laws.shrunk(double, axes, Plan.keeping(axes, whole))
+    in_steps, axes_in_steps = laws.shrunk(half, left, second)
+    assert laws.gap(laws.outputs(in_steps, axes), laws.outputs(at_once, axes)) <= laws.EXACT
+    assert {a.key: a.ids for a in axes_in_steps} == {a.key: a.ids for a in axes_at_once}
+
+
+def test_unreached_heads_still_run_after_a_cut() -> None:
+    """What the example did not reach is not broken by a cut: in training mode the auxiliary heads run."""
+    model, axes = traced("googlenet")
+    small, _ = laws.shrunk(model, axes, joint(axes, 0, set(Mark) - {Mark.FROZEN}))
+    logits, second, first = small.train()(*axes.example.args)
+    assert logits.shape == second.shape == first.shape == (2, 7)
+
+
+# --- ties, illegal plans, seeds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
+def test_all_or_nothing(name: str) -> None:
+    """An illegal plan is refused with words and leaves every tensor and attribute as it was."""
+    model, axes = traced(name)
+    if not [axis for axis in axes.free() if axis.size > 1]:
+        frozen = next(axis for axis in axes if axis.size > 1)
+        with pytest.raises(PlanError, match="frozen"):
+            Plan.keeping(axes, {frozen.key: (0,)})
+        return
+    laws.all_or_nothing(model, axes)
+
+
+@pytest.mark.parametrize("name", ["size_branch"])
+def test_a_plan_that_changes_what_python_does_is_refused_whole(name: str) -> None:
+    """A branch on a size cannot be seen in one recording: cutting past it is refused, and nothing has changed."""
+    model, axes = traced(name)
+    axis = next(axis for axis in lying_at(axes, "stem.weight:0") if axis.size == 8)
+    plan = Plan.keeping(axes, {axis.key: range(4)}) if axis.free else None
+    if plan is None:
+        assert axis.reason
+        return
+    with laws.untouched(model), pytest.raises(PlanError):
+        from regrow.surgery import apply
+
+        apply(model, axes, plan)
+
+
+@pytest.mark.parametrize("name", ["mlp", "chunk_apart", "llama", "resnet18"])
+def test_same_seed_same_plan(name: str) -> None:
+    """A seed decides a random plan."""
+    _, axes = traced(name)
+    laws.same_seed_same_plan(lambda seed: laws.random_plan(axes, torch.Generator().manual_seed(seed)))
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_residual", "flatten", "llama", "chunk_gate"])
+def test_permuting_units_permutes_the_plan(name: str) -> None:
+    """A plan by size of weights keeps the same units, wherever they lie."""
+    model, axes = traced(name)
+
+    def largest(network: nn.Module) -> Plan:
+        state = laws.tensors(network)
+        keep = {}
+        for axis in axes.free():
+            if axis.mark is Mark.NEUTRAL and not axis.inside:
+                score = torch.zeros(axis.size, dtype=torch.float64)
+                for slot in axis.slots:
+                    part = state[slot.name].double().abs().movedim(slot.dim, 0).flatten(1).sum(1)
+                    score += part[slot.positions(axis.size)].sum(1)
+                keep[axis.key] = score.topk(-(-axis.size // 2)).indices.tolist()
+        return Plan.keeping(axes, keep)
+
+    laws.permuting_units_permutes_plan(model, axes, largest)
+
+
+# --- masked by hand: axes for which no zero stands ------------------------------------------------------------------
+
+
+def _last(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+    """The rest of a net that fools, on the kept channels alone."""
+    return m.head(F.conv2d(x[:, keep], m.last.weight[:, keep], m.last.bias, padding=1).relu().mean((2, 3)))
+
+
+def _by_hand_softmax_gate(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+    x = m.norm(m.stem(x))
+    seen = torch.zeros_like(x).index_copy(1, keep, x[:, keep])
+    scores = torch.full((len(x), 8), -torch.inf, dtype=x.dtype).index_copy(1, keep, m.gate(seen.mean((2, 3)))[:, keep])
+    return _last(m, x * scores.softmax(1)[:, :, None, None], keep)
+
+
+def _by_hand_softmax(function: Callable[[Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    def run(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+        return F.linear(function(m.mix(x)[:, keep]), m.out.weight[:, keep], m.out.bias)
+
+    return run
+
+
+def _by_hand(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Any, Tensor, Tensor], Tensor]:
+    def run(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+        x = m.norm(m.stem(x))
+        return _last(m, function(x, x[:, keep]), keep)
+
+    return run
+
+
+def _by_hand_layer_norm(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+    stream = m.stem(x)[..., keep]
+    normed = F.layer_norm(stream, (len(keep),), m.norm.weight[keep], m.norm.bias[keep])
+    hidden = F.gelu(F.linear(normed, m.fc1.weight[:, keep], m.fc1.bias))
+    stream = stream + F.linear(hidden, m.fc2.weight[keep], m.fc2.bias[keep])
+    return F.linear(stream, m.head.weight[:, keep], m.head.bias)
+
+
+def _by_hand_group_norm_one(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+    kept = F.group_norm(m.norm(m.stem(x))[:, keep], 1, m.group.weight[keep], m.group.bias[keep]).relu()
+    return _last(m, torch.zeros(len(x), 8, *kept.shape[2:], dtype=x.dtype).index_copy(1, keep, kept), keep)
+
+
+def _by_hand_group_norm(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+    every = (torch.arange(3)[:, None] * 4 + keep).flatten()
+    kept = F.group_norm(m.norm(m.stem(x))[:, every], 3, m.group.weight[every], m.group.bias[every]).relu()
+    return _last(m, torch.zeros(len(x), 12, *kept.shape[2:], dtype=x.dtype).index_copy(1, every, kept), every)
+
+
+def _by_hand_mean(values: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, kept: x - values(kept).sum(1, keepdim=True) / x.shape[1]
+
+
+def _by_hand_cbam(m: Any, x: Tensor, keep: Tensor) -> Tensor:
+    x = m.norm(m.stem(x))
+    kept = x[:, keep]
+    seen = torch.cat([kept.sum(1, keepdim=True) / x.shape[1], kept.amax(1, keepdim=True)], 1)
+    return _last(m, x * m.look(seen).sigmoid(), keep)
+
+
+BY_HAND: dict[str, tuple[str, int, Callable[[Any, Tensor, Tensor], Tensor]]] = {
+    "softmax_gate": ("stem.weight:0", 8, _by_hand_softmax_gate),
+    "softmax_classes": ("mix.weight:0", 9, _by_hand_softmax(lambda x: x.softmax(1))),
+    "log_softmax": ("mix.weight:0", 9, _by_hand_softmax(lambda x: x.log_softmax(1))),
+    "softmax_twice": ("mix.weight:0", 9, _by_hand_softmax(lambda x: (2 * x.softmax(1) + 1).softmax(1))),
+    "maximum": ("stem.weight:0", 8, _by_hand(lambda x, kept: x - kept.amax(1, keepdim=True))),
+    "minimum": ("stem.weight:0", 8, _by_hand(lambda x, kept: x - kept.amin(1, keepdim=True))),
+    "log_sum": ("stem.weight:0", 8, _by_hand(lambda x, kept: x - kept.logsumexp(1, keepdim=True))),
+    "mean_over_channels": ("stem.weight:0", 8, _by_hand(_by_hand_mean(lambda x: x))),
+    "mean_of_sigmoid": ("stem.weight:0", 8, _by_hand(_by_hand_mean(torch.sigmoid))),
+    "size_constant": ("stem.weight:0", 8, _by_hand(lambda x, kept: x / 8**0.5)),
+    "unit_length": ("stem.weight:0", 8, _by_hand(lambda x, kept: x / kept.norm(dim=1, keepdim=True))),
+    "cbam": ("stem.weight:0", 8, _by_hand_cbam),
+    "layernorm_block": ("stem.weight:0", 9, _by_hand_layer_norm),
+    "group_norm_one": ("stem.weight:0", 8, _by_hand_group_norm_one),
+    "group_norm": ("stem.weight:0", 4, _by_hand_group_norm),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_axes_masked_by_hand(name: str) -> None:
+    """Where a zero is not the neutral element, the masked network is written down here; or the axis is frozen."""
+    model, axes = traced(name)
+    place, size, masked = BY_HAND[name]
+    free = [axis for axis in lying_at(axes, place) if axis.free and axis.size == size]
+    if not free:
+        assert all(axis.reason for axis in lying_at(axes, place))
+        return
+    for units in ((0, 2, 3), (1,), tuple(range(1, size))):
+        plan = Plan.keeping(axes, {free[0].key: units})
+        double = laws.in_double(model)
+        with torch.no_grad():
+            expected = masked(double, laws.in_double(axes.example.args[0]), torch.tensor(units))
+        found = laws.outputs(laws.shrunk(double, axes, plan)[0], axes)
+        assert laws.gap(found, [expected]) <= laws.EXACT
+
+
+# --- the referees themselves ----------------------------------------------------------------------------------------
+
+
+def _chain(between: Callable[[Tensor], Tensor]) -> tuple[nn.Module, AxisGraph]:
+    """Two layers with something in between, and an axis written by hand."""
+    model = randomised(Wired(lambda m, x: m.two(between(m.one(x))), one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
+    slots = (
+        Slot("one.weight", 0, 1, 1, 1, 0, Role.PRODUCES),
+        Slot("one.bias", 0, 1, 1, 1, 0, Role.SCALES),
+        Slot("two.weight", 1, 1, 1, 1, 0, Role.CONSUMES),
+    )
+    axis = Axis("one.weight:0", 6, slots)
+    shapes = {"one.weight": (axis.key, 4), "one.bias": (axis.key,), "two.weight": (3, axis.key), "two.bias": (3,)}
+    example = Example((torch.randn(5, 4, generator=torch.Generator().manual_seed(2)),))
+    return model, AxisGraph({axis.key: axis}, shapes, frozenset(shapes), example=example)
+
+
+def _cut(model: nn.Module, keep: list[int]) -> nn.Module:
+    """The cut, by hand."""
+    cut = laws.in_double(model)
+    cut.one.weight, cut.one.bias = (nn.Parameter(p[keep]) for p in (cut.one.weight, cut.one.bias))
+    cut.two.weight = nn.Parameter(cut.two.weight[:, keep])
+    return cut
+
+
+@pytest.mark.parametrize("between", [torch.sigmoid, torch.relu, torch.cos], ids=["sigmoid", "relu", "cos"])
+def test_zeros_agree_with_a_cut_by_hand(between: Callable[[Tensor], Tensor]) -> None:
+    """The referee passes what is right, whatever a function makes of 0, and feels the cut."""
+    model, axes = _chain(between)
+    masked = laws.outputs(laws.zeroed(laws.in_double(model), axes, Plan.keeping(axes, {"one.weight:0": (1, 4)})), axes)
+    assert laws.gap(laws.outputs(_cut(model, [1, 4]), axes), masked) <= 1e-15
+    assert laws.gap(laws.outputs(_cut(model, [1, 3]), axes), masked) > 1e-3
+    assert laws.gap(laws.outputs(laws.in_double(model), axes), masked) > 1e-3
+
+
+WRONG: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "softmax": lambda x: x.softmax(1),
+    "cumsum": lambda x: x.cumsum(1),
+    "sort": lambda x: x.sort(1).values,
+    "norm": lambda x: F.layer_norm(x, x.shape[1:]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_zeros_disagree_with_a_wrong_cut(name: str) -> None:
+    """The referee catches each of the classical wrong cuts that run without a complaint."""
+    model, axes = _chain(WRONG[name])
+    masked = laws.outputs(laws.zeroed(laws.in_double(model), axes, Plan.keeping(axes, {"one.weight:0": (1, 4)})), axes)
+    assert laws.gap(laws.outputs(_cut(model, [1, 4]), axes), masked) > 1e-3
+
+
+def test_renaming_units_catches_what_has_an_order() -> None:
+    """Renaming passes a sum and a softmax, and catches a cumulative sum, a roll and a flip."""
+    for between in (torch.sigmoid, lambda x: x.softmax(1)):
+        model, axes = _chain(between)
+        laws.permuting_units_keeps_function(model, axes, axes["one.weight:0"])
+    for between in (lambda x: x.cumsum(1), lambda x: x.roll(1, 1), lambda x: x.flip(1)):
+        model, axes = _chain(between)
+        with pytest.raises(AssertionError, match="have an order"):
+            laws.permuting_units_keeps_function(model, axes, axes["one.weight:0"])
+
+
+def test_random_plans_are_legal_and_reach_everything() -> None:
+    """Plans respect counts and the floor, and over many seeds every unit is kept and dropped."""
+    slots = (Slot("w", 0, 1, 1, 1, 0, Role.PRODUCES),)
+    pair = {key: Axis(key, 5, slots, count="pair") for key in ("a", "b")}
+    axes = AxisGraph(
+        {**pair, "c": Axis("c", 4, slots), "d": Axis("d", 3, slots, Mark.FROZEN, "it is")}, {}, frozenset()
+    )
+    kept: dict[str, set[int]] = {"a": set(), "b": set(), "c": set()}
+    dropped: dict[str, set[int]] = {"a": set(), "b": set(), "c": set()}
+    for seed in range(60):
+        plan = laws.random_plan(axes, torch.Generator().manual_seed(seed), floor=2)
+        assert set(plan.changes) == {"a", "b", "c"}
+        assert len(plan.changes["a"].keep) == len(plan.changes["b"].keep) >= 2
+        for key, change in plan.changes.items():
+            kept[key] |= set(change.keep)
+            dropped[key] |= set(change.dropped)
+    assert kept == dropped == {"a": set(range(5)), "b": set(range(5)), "c": set(range(4))}
+    alone = laws.plan_for(axes, axes["a"])
+    assert set(alone.changes) == {"a", "b"}
+    assert alone.changes["a"].dropped
+
+
+@pytest.mark.parametrize("name", [name for name in ZEROABLE if name != "size_branch"])
+def test_cuts_are_felt(name: str) -> None:
+    """A law that compares a network with itself proves nothing: cutting every axis to one unit changes the answer."""
+    model, axes = traced(name)
+    silent = [axis for axis in axes.free() if axis.mark in SILENT and axis.size > 1]
+    if not silent:
+        assert all(axis.reason for axis in axes if not axis.free)
+        return
+    double = laws.in_double(model)
+    plan = Plan.keeping(axes, {axis.key: (0,) for axis in silent})
+    zeroed = laws.outputs(laws.zeroed(double, axes, plan, ZOO[name].zeros), axes)
+    assert laws.gap(laws.outputs(double, axes), zeroed) > 1e-4

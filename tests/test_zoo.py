@@ -1,0 +1,65 @@
+"""What tracing must find in every network of the zoo, and what it must refuse to call an axis."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+from torch import nn
+
+from regrow.axes import AxisGraph, Role, size_of
+from regrow.tracing import trace
+from zoo import ZOO, Fact, Hoped
+
+
+@cache
+def traced(name: str) -> tuple[nn.Module, AxisGraph]:
+    """A network of the zoo and its axes; made once, so tests must not change it."""
+    net = ZOO[name]
+    model = net.build()
+    args, kwargs = net.example()
+    return model, trace(model, *args, **kwargs)
+
+
+def facts(hoped: bool) -> list[Any]:
+    """Every fact of the zoo of one kind, with the network it is about."""
+    return [
+        pytest.param(name, fact, id=f"{name}-{number}")
+        for name, net in ZOO.items()
+        for number, fact in enumerate(net.expect)
+        if isinstance(fact, Hoped) == hoped
+    ]
+
+
+@pytest.mark.parametrize(("name", "fact"), facts(hoped=False))
+def test_tracing_finds_what_it_must(name: str, fact: Fact) -> None:
+    """Widths, marks, ties, reasons and notes are what the network's structure says."""
+    assert not fact.missed(traced(name)[1])
+
+
+@pytest.mark.parametrize(("name", "fact"), facts(hoped=True))
+@pytest.mark.xfail(reason="promised by the design, frozen for now", strict=True)
+def test_tracing_finds_what_the_design_promises(name: str, fact: Fact) -> None:
+    """The day one of these is found, its ``Hoped`` goes."""
+    assert not fact.missed(traced(name)[1])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_axes_agree_with_the_tensors(name: str) -> None:
+    """Shapes multiply out, slots stay inside their tensors and do not overlap, and frozen axes say why."""
+    model, axes = traced(name)
+    state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    sizes = axes.sizes()
+    for tensor, dims in axes.shapes.items():
+        assert tuple(state[tensor].shape) == tuple(size_of(dim, sizes) for dim in dims), tensor
+    for axis in axes:
+        assert bool(axis.reason) or axis.free, f"{axis.key} is frozen and does not say why"
+        for slot in axis.slots:
+            positions = slot.positions(axis.size).flatten()
+            assert len(set(positions.tolist())) == len(positions), (axis.key, slot)
+            assert 0 <= int(positions.min()) <= int(positions.max()) < state[slot.name].shape[slot.dim], (
+                axis.key,
+                slot,
+            )
+        if axis.free:
+            roles = {slot.role for slot in axis.slots}
+            assert Role.PRODUCES in roles, f"nothing makes the units of {axis.key}"
