@@ -3,6 +3,7 @@
 from regrow.data.errors import SourceError
 from regrow.data.halves import Half
 from regrow.data.text import KINDS, Text, text
+from regrow.data.vision import digits, images
 from regrow.data.windows import windows
 
-__all__ = ["KINDS", "Half", "SourceError", "Text", "text", "windows"]
+__all__ = ["KINDS", "Half", "SourceError", "Text", "digits", "images", "text", "windows"]

@@ -1,5 +1,6 @@
 """Speed: seconds, tokens per second and peak memory of several models, measured in turns."""
 
+import ctypes
 import gc
 import statistics
 import time
@@ -146,10 +147,13 @@ def _peak_meter(device: torch.device) -> Callable[[], int | None]:
         held = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - held
     try:
+        # Memory that an earlier call freed but the C library still holds would hide what this one needs.
+        ctypes.CDLL(None).malloc_trim(0)
         # Linux: writing 5 sets the process's high-water mark of resident memory to what it holds now.
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         resident = _resident()
-    except (OSError, KeyError):
+    except (OSError, KeyError, AttributeError, TypeError):
+        # Another system or C library: no peak rather than a wrong one.
         return lambda: None
     return lambda: max(_resident() - resident, 0)
 

@@ -1,0 +1,182 @@
+"""Images as sources: a folder with one sub-folder per class, and the small digits of scikit-learn."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regrow.data.errors import SourceError
+from regrow.data.halves import Half
+from regrow.sources import Batch, Source
+
+T = TypeVar("T")
+
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".gif", ".tif", ".tiff"})
+
+# Mean and standard deviation per colour that torchvision's pretrained networks expect.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ImageFiles(Sequence[Batch]):
+    """Batches of image files, read when asked for: the same each time, and never all in memory.
+
+    Args:
+        files: The images and their classes, in order.
+        size: Height and width in pixels.
+        batch_size: Images per batch.
+    """
+
+    files: tuple[tuple[Path, int], ...]
+    size: int
+    batch_size: int
+
+    def __len__(self) -> int:
+        return -(-len(self.files) // self.batch_size)
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        """Read one batch, or several."""
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        start = range(len(self))[index] * self.batch_size
+        rows = self.files[start : start + self.batch_size]
+        return Batch(
+            (torch.stack([image_tensor(file, self.size) for file, _ in rows]),),
+            labels=torch.tensor([label for _, label in rows]),
+        )
+
+
+def images(
+    name: str,
+    path: Path,
+    *,
+    n: int | None = None,
+    size: int = 224,
+    batch_size: int = 32,
+    seed: int = 0,
+    half: Half = Half.CALIBRATION,
+) -> Source:
+    """A source of images from a folder in ``ImageFolder`` layout: ``path/CLASS/image.jpg``.
+
+    Classes are numbered in the order of their names; within each, images are dealt out in turn to the two halves.
+
+    Args:
+        name: How results refer to it.
+        path: The folder.
+        n: How many images, chosen by the seed; all of the half where it holds no more, or where ``None``.
+        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the middle cut out.
+        batch_size: Images per batch.
+        seed: Which images, and their order.
+        half: Which half.
+
+    Raises:
+        SourceError: If there is no such folder, or it holds no class with images in it.
+    """
+    _check(name, n, batch_size)
+    path = path.expanduser()
+    if not path.is_dir():
+        raise SourceError(f"source {name!r}: {path} is not a folder; give one with a sub-folder of images per class")
+    classes = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    found: list[tuple[Path, int]] = []
+    for label, folder in enumerate(classes):
+        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+        found += [(file, label) for file in _part(files, half)]
+    if not found:
+        raise SourceError(f"source {name!r}: no {half} images in sub-folders of {path}; give path/CLASS/image.jpg")
+    chosen = random.Random(seed).sample(found, min(len(found), n or len(found)))
+    origin = f"{path.name}/, {len(classes)} classes; {_words(half)}; {len(chosen)} images of {size} pixels, seed {seed}"
+    return Source(name, ImageFiles(tuple(chosen), size, batch_size), origin)
+
+
+def digits(
+    *,
+    n: int | None = None,
+    size: int = 8,
+    channels: int = 1,
+    batch_size: int = 64,
+    seed: int = 0,
+    half: Half = Half.CALIBRATION,
+) -> Source:
+    """The 1,797 handwritten digits of scikit-learn (UCI), ten classes, values 0 to 1.
+
+    Args:
+        n: How many, chosen by the seed; ``None`` for the whole half.
+        size: Height and width; the 8 × 8 originals are enlarged bilinearly.
+        channels: The grey values are repeated this often.
+        batch_size: Images per batch.
+        seed: Which images, and their order.
+        half: Which half: of each class, images are dealt out in turn.
+
+    Raises:
+        SourceError: If scikit-learn is not installed.
+    """
+    _check("digits", n, batch_size)
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise SourceError("source 'digits' needs scikit-learn: pip install scikit-learn") from None
+    data = load_digits()
+    pixels = torch.from_numpy(data.images).float()[:, None] / 16
+    labels = torch.from_numpy(data.target).long()
+    found = [i for label in range(10) for i in _part((labels == label).nonzero()[:, 0].tolist(), half)]
+    chosen = random.Random(seed).sample(found, min(len(found), n or len(found)))
+    picked = pixels[chosen]
+    if size != 8:
+        picked = torch.nn.functional.interpolate(picked, size=(size, size), mode="bilinear", align_corners=False)
+    picked = picked.expand(-1, channels, -1, -1).contiguous()
+    batches = [
+        Batch((rows,), labels=classes)
+        for rows, classes in zip(picked.split(batch_size), labels[chosen].split(batch_size), strict=True)
+    ]
+    origin = f"scikit-learn digits; {_words(half)}; {len(chosen)} images of {size} pixels, seed {seed}"
+    return Source("digits", batches, origin)
+
+
+def image_tensor(file: Path, size: int) -> Tensor:
+    """One image as ``[3, size, size]`` float32, normalised as torchvision's pretrained networks expect.
+
+    Raises:
+        SourceError: If the file is no image.
+    """
+    try:
+        from PIL import Image
+    except ImportError:
+        raise SourceError("images need pillow: pip install 'regrow[vision]'") from None
+    try:
+        with Image.open(file) as opened:
+            picture = opened.convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise SourceError(f"{file} is not a readable image ({error}); replace or remove it") from None
+    scale = size * 8 / 7 / min(picture.size)
+    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
+    return torch.from_numpy((cut - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1).contiguous()
+
+
+def _part(values: list[T], half: Half) -> list[T]:
+    match half:
+        case Half.CALIBRATION:
+            return values[0::2]
+        case Half.EVALUATION:
+            return values[1::2]
+    return values
+
+
+def _words(half: Half) -> str:
+    return "the whole" if half is Half.WHOLE else f"its {half} half"
+
+
+def _check(name: str, n: int | None, batch_size: int) -> None:
+    if (n is not None and n < 1) or batch_size < 1:
+        raise SourceError(f"source {name!r}: at least 1 image, and 1 per batch; got {n} and {batch_size}")
