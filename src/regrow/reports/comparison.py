@@ -1,6 +1,7 @@
 """The figures of a page that compares runs."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from regrow.reports import quantities as q
@@ -14,8 +15,8 @@ MAX_KINDS = 12
 def perplexity(summary: dict[str, Any]) -> Drawing | None:
     """Perplexity of each run, one panel per kind of text; runs that lead at their size are marked."""
     runs, kinds = summary["runs"], summary["kinds"][:MAX_KINDS]
-    table = [(kind, [_value(run, kind) for run in runs]) for kind in kinds]
-    table = [(kind, values) for kind, values in table if all(values)]
+    found = [(kind, [v for run in runs if (v := _value(run, kind))]) for kind in kinds]
+    table = [(kind, values) for kind, values in found if len(values) == len(runs)]
     if not table:
         return None
     dense = same_dense(summary) or {}
@@ -79,7 +80,7 @@ def front(summary: dict[str, Any]) -> Drawing | None:
         low, high = (math.log10(pick(p[2] for p in known)) for pick in (min, max))
         room = max(high - low, 0.1) * 0.18
         axes.set_ylim(10 ** (low - room), 10 ** (high + room))
-        log_ticks(axes.yaxis, *axes.get_ylim(), 6)
+        log_ticks(axes.yaxis, 10 ** (low - room), 10 ** (high + room), 6)
         xs = [x for _, x, _ in known]
         spread = max(xs) - min(xs)
         axes.set_xlim(min(xs) - 0.08 * spread, max(xs) + spread * 120 / (canvas.width - 190))
@@ -117,7 +118,7 @@ def kept(run: dict[str, Any]) -> float | None:
     return run["keep"]
 
 
-def leaders(runs: list[dict[str, Any]], values: list[float | None]) -> list[bool]:
+def leaders(runs: list[dict[str, Any]], values: Sequence[float | None]) -> list[bool]:
     """Which runs no other run beats that keeps as little or less (sizes within half a per cent count as equal).
 
     Args:
@@ -128,8 +129,9 @@ def leaders(runs: list[dict[str, Any]], values: list[float | None]) -> list[bool
         One answer per run; never true where the value is unknown.
     """
     shares = [kept(run) or 1.0 for run in runs]
+    known = [(value, share) for value, share in zip(values, shares, strict=True) if value]
     return [
-        bool(value) and not any(v and v < value and s <= share + 0.005 for v, s in zip(values, shares, strict=True))
+        value is not None and not any(v < value and s <= share + 0.005 for v, s in known)
         for value, share in zip(values, shares, strict=True)
     ]
 

@@ -52,7 +52,9 @@ def perplexity(run: Run) -> Drawing | None:
         for row, at in places:
             _dumbbell(axes, row, at)
             canvas.text(0, top + at - (24 if canvas.narrow else 0), _cut(row["source"], 40 if canvas.narrow else 17))
-        legend(canvas, 12, [("before", MUTED, "o", 1), ("after", ACCENT, "o", 1), ("95 % interval", MUTED, "s", 0.26)])
+        legend(
+            canvas, 12, [("before", MUTED, "o", 1.0), ("after", ACCENT, "o", 1.0), ("95 % interval", MUTED, "s", 0.26)]
+        )
 
     return draw("fig-perplexity", "Perplexity per kind of text, before and after", told, paint)
 
@@ -107,10 +109,9 @@ def spectra(run: Run) -> Drawing | None:
         axes.hlines(medians, [d - 0.37 for d in depth], [d + 0.37 for d in depth], color=INK, linewidth=1.3)
         if logarithmic:
             axes.set_yscale("log")
-            low, high = math.log10(floor), math.log10(max(positive))
-            room = 0.04 * max(high - low, 0.1)
-            axes.set_ylim(10 ** (low - room), 10 ** (high + room))
-            log_ticks(axes.yaxis, *axes.get_ylim(), 4)
+            room = (max(positive) / floor) ** 0.04 * 1.02
+            axes.set_ylim(floor / room, max(positive) * room)
+            log_ticks(axes.yaxis, floor / room, max(positive) * room, 4)
         cuts = [(row["depth"], [max(v, floor) for v in _bounds(row)]) for row in kind["rows"] if _bounds(row)]
         for d, bounds in cuts:
             if bounds[0] > bounds[-1]:
@@ -119,7 +120,7 @@ def spectra(run: Run) -> Drawing | None:
             axes.hlines([middle], d - 0.48, d + 0.48, color=ACCENT, linewidth=2.4)
 
     metric = run["scores"]["metric"] or "score"
-    entries = [("cut", ACCENT, "_", 1), ("median", INK, "_", 1)]
+    entries = [("cut", ACCENT, "_", 1.0), ("median", INK, "_", 1.0)]
     entries += [("half", MUTED, "s", 0.47), ("90 %", MUTED, "s", 0.28), ("all units", MUTED, "s", 0.14)]
     drawn = _stack(kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
     return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", told, drawn)

@@ -226,4 +226,5 @@ def _environment(html: bool) -> Any:
 
 def _markdown(value: Any) -> str:
     """Words that Markdown takes as nothing but words."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#!|~&" else letter for letter in str(value))
+    named = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+    return "".join(f"\\{c}" if c in "\\`*_{}[]#!|~" else named.get(c, c) for c in str(value))

