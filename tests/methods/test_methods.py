@@ -1,0 +1,121 @@
+"""Every method of the table makes one legal plan that meets its budget."""
+
+from dataclasses import fields
+
+import pytest
+import torch
+
+from hand import conv, lm, texts
+from regrow.allocation import BudgetError, Cost
+from regrow.axes import AxisGraph
+from regrow.method import Budget, Evidence, Need
+from regrow.methods import METHODS, entry
+from regrow.plan import Plan
+from regrow.scoring import collect
+from regrow.sources import Batch, Source
+
+
+def proposed(name: str, keep: float = 0.7, **settings: object) -> tuple[Plan, AxisGraph]:
+    model, axes = lm()
+    row = entry(name)
+    method = row.build(row.settings(**settings))
+    evidence = Evidence(collect(model, axes, [texts("a"), texts("b", seed=4)], method.needs, shards=2))
+    plan, state = method.propose(model, axes, evidence, method.init(axes, Budget(keep)))
+    assert method.propose(model, axes, evidence, state)[0] is None, "one shot"
+    assert plan is not None
+    return plan, axes
+
+
+VARIANTS = [
+    ("random", {}),
+    ("random", {"compensate": True, "allocation": "ranked"}),
+    ("magnitude", {}),
+    ("magnitude", {"form": "group", "allocation": "ranked", "compensate": True}),
+    ("wanda_sp", {}),
+    ("wanda_sp", {"allocation": "ranked", "compensate": False}),
+    ("flap", {}),
+    ("flap", {"allocation": "uniform", "form": "sequence"}),
+    ("flap", {"square_blocks": True}),
+    ("llm_pruner", {}),
+    ("llm_pruner", {"form": "vector", "allocation": "ranked", "compensate": True}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), VARIANTS)
+def test_a_plan_meets_its_budget_and_can_be_made_again(name: str, settings: dict[str, object]) -> None:
+    plan, axes = proposed(name, **settings)
+    cost = Cost(axes)
+    assert 0.6 * cost.total < cost(plan.sizes(axes)) <= 0.7 * cost.total
+    plan.check(axes)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert proposed(name, **settings)[0] == plan
+    row = entry(name)
+    full = row.settings(**settings)
+    assert bool(plan.means) is full.compensate
+    assert plan.origin["method"] == name and plan.origin["settings"]["minimum"] == 1
+    assert row.citation and row.about
+    assert all(field.name in (row.settings.__doc__ or "") for field in fields(row.settings))
+
+
+def test_switches_change_the_plan() -> None:
+    assert proposed("random", seed=1)[0].changes != proposed("random", seed=2)[0].changes
+    keeps = (0.4, 0.5, 0.6, 0.75, 0.95)
+    assert any(proposed("flap", k)[0].changes != proposed("flap", k, allocation="uniform")[0].changes for k in keeps)
+    assert proposed("flap")[0].changes != proposed("wanda_sp")[0].changes
+
+
+def test_minimum_is_kept() -> None:
+    plan, _ = proposed("flap", keep=0.85, minimum=3)
+    assert all("gate" in key for key in plan.changes), "three groups are all there are"
+    with pytest.raises(BudgetError):
+        proposed("flap", keep=0.1, minimum=3)
+
+
+def test_llm_pruner_spares_first_and_last_blocks() -> None:
+    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_first=1)[0].changes} == {"1"}
+    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_last=1)[0].changes} == {"0"}
+
+
+def test_only_and_exclude_choose_axes() -> None:
+    model, axes = lm()
+    method = entry("magnitude").build(entry("magnitude").settings())
+    for budget, part in (
+        (Budget(0.8, only=("decoder.blocks.1.*",)), "blocks.1"),
+        (Budget(0.8, exclude=("o",)), "gate"),
+    ):
+        plan, _ = method.propose(model, axes, Evidence(), method.init(axes, budget))
+        assert plan is not None and plan.changes and all(part in key for key in plan.changes)
+
+
+def test_evidence_that_is_missing_is_asked_for() -> None:
+    model, axes = lm()
+    method = entry("flap").build(entry("flap").settings())
+    with pytest.raises(ValueError, match="at least one --source"):
+        method.propose(model, axes, Evidence(), method.init(axes, Budget(0.8)))
+
+
+def test_convolutions_work_and_padded_ones_are_not_compensated() -> None:
+    for padding in (0, 1):
+        model, axes = conv(padding=padding)
+        source = Source("p", [Batch((torch.randn(2, 3, 5, 5),), labels=torch.tensor([0, 1]))])
+        for name in METHODS:
+            method = entry(name).build(entry(name).settings())
+            evidence = Evidence(collect(model, axes, [source], method.needs))
+            plan, _ = method.propose(model, axes, evidence, method.init(axes, Budget(0.7)))
+            assert plan is not None and len(plan.changes["0.weight:0"].keep) == 4
+            assert bool(plan.means) is (padding == 0 and name in ("flap", "wanda_sp"))
+
+
+def test_an_unknown_method_suggests_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"no method 'wanda-ps'; did you mean 'wanda_sp'\? The methods are random"):
+        entry("wanda-ps")
+    with pytest.raises(ValueError, match="no method 'zzz'; The methods are"):
+        entry("zzz")
+    with pytest.raises(ValueError, match="ranked, uniform"):
+        proposed("flap", allocation="best")
+
+
+def test_needs_are_no_more_than_what_is_used() -> None:
+    needs = {name: row.build(row.settings()).needs for name, row in METHODS.items()}
+    assert Need.ACTIVATIONS not in needs["random"] | needs["magnitude"] | needs["llm_pruner"]
+    assert Need.GRADIENTS in needs["llm_pruner"] and Need.GRADIENTS not in needs["flap"]
