@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from regrow.reports import ReportError, figures, summarise, to_html, to_markdown, write_page
+from regrow.reports.page import _environment
 from regrow.reports.reading import ABSENT
 from reports.folders import KINDS, write_run
 
@@ -175,6 +176,7 @@ def test_a_page_that_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypa
 
 
 def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
+    _environment.cache_clear()
     for module in ("jinja2", "matplotlib"):
         with monkeypatch.context() as patch:
             patch.setitem(__import__("sys").modules, module, None)

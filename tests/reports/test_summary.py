@@ -88,7 +88,14 @@ def test_a_massive_unit_that_was_cut_is_told(folder):
     edit(folder / "ledger.json", cut)
     summary = summarise([folder])
     assert [u["unit"] for u in summary["runs"][0]["scores"]["massive"] if not u["kept"]] == [unit]
-    assert "wrecks the model" in to_markdown(summary) and "1 of them was cut" in to_markdown(summary)
+    assert "wrecks the model" in to_markdown(summary) and "Of these, 1 was cut" in to_markdown(summary)
+
+
+def test_without_the_plan_the_fate_of_massive_units_is_not_claimed(folder):
+    (folder / "ledger.json").unlink()
+    fates = {(unit["block"], unit["kept"]) for unit in summarise([folder])["runs"][0]["scores"]["massive"]}
+    assert fates == {("model.layers.1", None), ("model.layers.29", True)}  # layer 29 is as wide as before
+    assert "cut, which" not in to_markdown(summarise([folder]))
 
 
 def test_units_are_followed_through_two_plans(folder):

@@ -5,13 +5,15 @@ the figure, and each figure is drawn twice: wide for a desk, narrow for a phone.
 """
 
 import io
+import math
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
+from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError
 
 INK, MUTED, LINE, FAINT, ACCENT, PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"
@@ -24,7 +26,11 @@ _VARIABLES = {
     PAPER: "var(--paper)",
 }
 WIDE, NARROW = 760, 350
+SMALL = 11.5
 POINTS_PER_INCH = 72
+
+Entry = tuple[str, str, str, float]
+"""A line of a legend: words, colour, marker, opacity."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,58 @@ def draw(name: str, title: str, description: str, paint: Callable[[Canvas], None
             canvas.figure.savefig(buffer, format="svg", metadata={"Date": None})
         variants[variant] = _inline(buffer.getvalue(), f"{name}-{variant}", title, description)
     return Drawing(name, title, description, **variants)
+
+
+def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
+    """Draw a row of marks with their meaning."""
+    x = 6.0
+    for words, colour, marker, strength in entries:
+        line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker == "_" else {}
+        canvas.dot(x, y, marker=marker, color=colour, alpha=strength, **({"markeredgewidth": 0} | line))
+        canvas.text(x + 11, y, words, color=MUTED, fontsize=SMALL)
+        x += 30 + 6.9 * len(words)
+
+
+def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, label: str) -> None:
+    """Make the horizontal axis logarithmic, with room of ``margin`` pixels for words at both ends."""
+    low, high = math.log10(min(values)), math.log10(max(values))
+    span = max(high - low, 0.12)
+    middle, reach = (low + high) / 2, span / 2 * width / max(width - 2 * margin, 1)
+    axes.set_xscale("log")
+    axes.set_xlim(10 ** (middle - reach), 10 ** (middle + reach))
+    log_ticks(axes.xaxis, 10 ** (middle - reach), 10 ** (middle + reach), max(3, width // 95))
+    axes.grid(axis="x", color=LINE, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.set_yticks([])
+    axes.set_xlabel(label, color=MUTED, fontsize=SMALL, labelpad=6)
+
+
+def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
+    """Put at most ``most`` ticks on a logarithmic axis, at round numbers."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [digit * 10.0**p for p in powers for digit in digits if low <= digit * 10.0**p <= high]
+        if len(ticks) <= most:
+            break
+    ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
+    axis.set_ticks(ticks, labels=[q.tick(tick) for tick in ticks])
+    axis.set_ticks([], minor=True)
+
+
+def columns(axes: Any, at: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any) -> None:
+    """Upright bars as one object; hundreds of separate ones take seconds to draw."""
+    from matplotlib.collections import PolyCollection
+
+    corners = [
+        [(x - 0.37, a), (x + 0.37, a), (x + 0.37, b), (x - 0.37, b)] for x, a, b in zip(at, low, high, strict=True)
+    ]
+    axes.add_collection(PolyCollection(corners, linewidths=0, **style))
+
+
+def steps(first: int, last: int, most: int) -> list[int]:
+    """At most about ``most`` whole numbers from ``first`` to ``last``, at round distances."""
+    step = next(step * 10**k for k in range(10) for step in (1, 2, 5) if (last - first) / (step * 10**k) <= most)
+    return list(range(-(-first // step) * step, last + 1, step))
 
 
 def _inline(svg: str, prefix: str, title: str, description: str) -> str:

@@ -5,8 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from regrow.reports import quantities as q
-from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, Canvas, Drawing, draw
-from regrow.reports.figures import SMALL, log_axis, log_ticks
+from regrow.reports.canvas import (
+    ACCENT,
+    FAINT,
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    SMALL,
+    Canvas,
+    Drawing,
+    draw,
+    log_axis,
+    log_ticks,
+)
 from regrow.reports.words import same_dense
 
 MAX_KINDS = 12

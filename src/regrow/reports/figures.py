@@ -5,15 +5,28 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regrow.reports import quantities as q
-from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, Canvas, Drawing, draw
+from regrow.reports.canvas import (
+    ACCENT,
+    FAINT,
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    SMALL,
+    Canvas,
+    Drawing,
+    Entry,
+    columns,
+    draw,
+    legend,
+    log_axis,
+    log_ticks,
+    steps,
+)
 
 Run = dict[str, Any]
-Entry = tuple[str, str, str, float]
-"""A line of a legend: words, colour, marker, opacity."""
-
 MAX_ROWS = 40
 MAX_PANELS = 6
-SMALL = 11.5
 
 
 def perplexity(run: Run) -> Drawing | None:
@@ -69,8 +82,8 @@ def widths(run: Run) -> Drawing | None:
     def panel(axes: Any, kind: dict[str, Any]) -> None:
         depth = [row["depth"] for row in kind["rows"]]
         before, after = ([row[side] for row in kind["rows"]] for side in ("before", "after"))
-        axes.bar(depth, before, width=0.74, color=FAINT)
-        axes.bar(depth, after, width=0.74, color=ACCENT)
+        columns(axes, depth, [0] * len(depth), before, color=FAINT)
+        columns(axes, depth, [0] * len(depth), after, color=ACCENT)
         top = max(*before, *after)
         axes.set_ylim(0, top * 1.02)
         axes.set_yticks(sorted({0, top / 2 if top % 2 == 0 or top > 20 else 0, top}))
@@ -101,10 +114,9 @@ def spectra(run: Run) -> Drawing | None:
         positive = [v for row in kind["rows"] for v in row["quantiles"] if v > 0]
         logarithmic = bool(positive) and min(v for row in kind["rows"] for v in row["quantiles"]) >= 0
         floor = min(positive) if logarithmic else -math.inf
-        for low, high, strength in ((0, 20, 0.14), (1, 19, 0.16), (5, 15, 0.26)):
-            bottom, top = ([max(row["quantiles"][at], floor) for row in kind["rows"]] for at in (low, high))
-            heights = [b - a for a, b in zip(bottom, top, strict=True)]
-            axes.bar(depth, heights, bottom=bottom, width=0.74, color=MUTED, alpha=strength, linewidth=0)
+        for span, strength in (((0, 20), 0.14), ((1, 19), 0.16), ((5, 15), 0.26)):
+            bottom, top = ([max(row["quantiles"][at], floor) for row in kind["rows"]] for at in span)
+            columns(axes, depth, bottom, top, color=MUTED, alpha=strength)
         medians = [max(row["quantiles"][10], floor) for row in kind["rows"]]
         axes.hlines(medians, [d - 0.37 for d in depth], [d + 0.37 for d in depth], color=INK, linewidth=1.3)
         if logarithmic:
@@ -112,6 +124,10 @@ def spectra(run: Run) -> Drawing | None:
             room = (max(positive) / floor) ** 0.04 * 1.02
             axes.set_ylim(floor / room, max(positive) * room)
             log_ticks(axes.yaxis, floor / room, max(positive) * room, 4)
+        else:
+            low, high = (pick(v for row in kind["rows"] for v in row["quantiles"]) for pick in (min, max))
+            room = 0.04 * (high - low) or 1.0
+            axes.set_ylim(low - room, high + room)
         cuts = [(row["depth"], [max(v, floor) for v in _bounds(row)]) for row in kind["rows"] if _bounds(row)]
         for d, bounds in cuts:
             if bounds[0] > bounds[-1]:
@@ -180,30 +196,6 @@ def times(run: Run) -> Drawing | None:
     return draw("fig-times", "Time spent per stage", told, paint)
 
 
-def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, label: str) -> None:
-    """Make the horizontal axis logarithmic, with room of ``margin`` pixels for words at both ends."""
-    low, high = math.log10(min(values)), math.log10(max(values))
-    span = max(high - low, 0.12)
-    middle, reach = (low + high) / 2, span / 2 * width / max(width - 2 * margin, 1)
-    axes.set_xscale("log")
-    axes.set_xlim(10 ** (middle - reach), 10 ** (middle + reach))
-    log_ticks(axes.xaxis, 10 ** (middle - reach), 10 ** (middle + reach), max(3, width // 95))
-    axes.grid(axis="x", color=LINE, linewidth=1)
-    axes.set_axisbelow(True)
-    axes.set_yticks([])
-    axes.set_xlabel(label, color=MUTED, fontsize=SMALL, labelpad=6)
-
-
-def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
-    """Draw a row of marks with their meaning."""
-    x = 6.0
-    for words, colour, marker, strength in entries:
-        line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker == "_" else {}
-        canvas.dot(x, y, marker=marker, color=colour, alpha=strength, **({"markeredgewidth": 0} | line))
-        canvas.text(x + 11, y, words, color=MUTED, fontsize=SMALL)
-        x += 30 + 6.9 * len(words)
-
-
 def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:
     sides = {side: row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")}
     points = [side["ppl"] for side in sides.values()]
@@ -249,8 +241,8 @@ def _stack(
             axes = canvas.panel(top + head, height, left=58, right=2)
             panel(axes, kind)
             depth = [row["depth"] for row in kind["rows"]]
-            axes.set_xlim(min(depth) - 0.6, max(depth) + 0.6)
-            axes.set_xticks(_steps(min(depth), max(depth), 7 if canvas.narrow else 12))
+            axes.set_xlim(min(depth) - 0.6, max(*depth, min(depth) + 11) + 0.6)  # a few bars need not be broad
+            axes.set_xticks(steps(min(depth), max(depth), 7 if canvas.narrow else 12))
             axes.grid(axis="y", color=LINE, linewidth=1)
             axes.set_axisbelow(True)
             axes.set_xlabel(
@@ -258,23 +250,6 @@ def _stack(
             )
 
     return paint
-
-
-def _steps(first: int, last: int, most: int) -> list[int]:
-    step = next(step * 10**k for k in range(10) for step in (1, 2, 5) if (last - first) / (step * 10**k) <= most)
-    return list(range(-(-first // step) * step, last + 1, step))
-
-
-def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
-    """Put at most ``most`` ticks on a logarithmic axis, at round numbers."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
-        ticks = [digit * 10.0**p for p in powers for digit in digits if low <= digit * 10.0**p <= high]
-        if len(ticks) <= most:
-            break
-    ticks = ticks[:: max(1, math.ceil(len(ticks) / most))]
-    axis.set_ticks(ticks, labels=[q.tick(tick) for tick in ticks])
-    axis.set_ticks([], minor=True)
 
 
 def _sides(row: dict[str, Any]) -> list[dict[str, Any]]:

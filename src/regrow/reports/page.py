@@ -3,6 +3,7 @@
 import math
 import os
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ Summary = dict[str, Any]
 
 # A section is one file in templates/sections, which finds its drawings in FIGURES under the names used there.
 SECTIONS = {
-    "perplexity": "Perplexity",
+    "perplexity": "Quality",
     "widths": "Widths",
     "scores": "Scores",
     "cost": "Cost",
@@ -31,7 +32,7 @@ FIGURES = {
     "times": figures.times,
 }
 COMPARED_SECTIONS = {
-    "runs": "Perplexity",
+    "runs": "Quality",
     "front": "Quality against size",
     "sizes": "Cost",
     "setup": "What was run",
@@ -156,7 +157,7 @@ def _alarms(run: dict[str, Any]) -> list[str]:
     found = []
     if any(row["holds"] is False for row in run["verify"]):
         found.append(words.proof(run))
-    if any(not unit["kept"] for unit in (run["scores"] or {"massive": []})["massive"]):
+    if any(unit["kept"] is False for unit in (run["scores"] or {"massive": []})["massive"]):
         found.append(words.massive(run))
     if not run["finished"]:
         found.append("The run has no finishing time: what follows is what it had written so far.")
@@ -199,6 +200,7 @@ def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
     return {name: values for name, values in columns.items() if len(set(values)) > 1}
 
 
+@cache
 def _environment(html: bool) -> Any:
     try:
         import jinja2

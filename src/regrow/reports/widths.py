@@ -47,7 +47,8 @@ def scores(folder: RunFolder, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
 
     Returns:
         ``metric``, ``kinds`` (as in :func:`widths`, with ``quantiles``, ``kept_min`` and ``dropped_max`` per row), and
-        ``massive`` (``key``, ``block``, ``kind``, ``unit``, ``z`` and whether it was ``kept``); ``None`` without any.
+        ``massive`` (``key``, ``block``, ``kind``, ``unit``, ``z`` and whether it was ``kept``,
+        ``None`` if unknown); ``None`` without any.
     """
     axes = mapping(folder.scores.get("axes"))
     survivors = _survivors(folder.plans)
@@ -64,7 +65,8 @@ def scores(folder: RunFolder, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
         for unit in objects(entry.get("massive")):
             index, z = size(unit.get("unit")), number(unit.get("z"))
             if index is not None and index < row["before"] and z is not None:
-                kept = index in survivors[row["key"]] if row["key"] in survivors else row["after"] == row["before"]
+                whole = True if row["after"] == row["before"] else None
+                kept = index in survivors[row["key"]] if row["key"] in survivors else whole
                 massive.append(
                     {name: row[name] for name in ("key", "block")} | {"kind": kind, "unit": index, "z": z, "kept": kept}
                 )

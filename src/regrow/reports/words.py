@@ -29,8 +29,8 @@ def details(run: Run) -> list[str]:
     if _both(before, after, "params_all"):
         share = q.percent(after["params_all"] / before["params_all"])
         lines.append(
-            f"With embeddings, norms and all else, {q.count(before['params_all'])} parameters became "
-            f"{q.count(after['params_all'])} ({share})."
+            f"All parameters together went from {q.count(before['params_all'])} to "
+            f"{q.count(after['params_all'])}, which is {share}."
         )
     parts = [
         f"from {q.significant(mean['before'])} to {q.significant(mean['after'])} over {_kinds(mean['count'])}{words}"
@@ -64,6 +64,9 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
             add(f"Perplexity, {which}", q.factor(mean["ratio"]), figures)
         elif mean:
             add(f"Perplexity, {which}", q.significant(mean["after"]), _kinds(mean["count"]))
+    accuracy = _accuracy(run)
+    if accuracy and not run["perplexity"]:
+        add("Accuracy", q.percent(accuracy[1]), f"before {q.percent(accuracy[0])}{_tasks(accuracy[2])}")
     if _both(before, after, "bytes"):
         formats = " → ".join(dict.fromkeys(side["dtype"] for side in (before, after) if side["dtype"]))
         add(
@@ -94,12 +97,17 @@ def massive(run: Run) -> str:
     units = (run["scores"] or {"massive": []})["massive"]
     if not units:
         return ""
-    cut = [unit for unit in units if not unit["kept"]]
+    cut = [unit for unit in units if unit["kept"] is False]
+    unknown = [unit for unit in units if unit["kept"] is None]
     which = "1 unit stands" if len(units) == 1 else f"{len(units)} units stand"
+    if unknown and not cut:
+        return (
+            f"{which} far above the rest of the layer: massive activations. Without the plan their fate is not known."
+        )
     fate = (
         ("It was kept." if len(units) == 1 else f"All {len(units)} were kept.")
         if not cut
-        else f"{len(cut)} of them {'was' if len(cut) == 1 else 'were'} cut, which alone may explain the loss."
+        else f"Of these, {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, which alone may explain the loss."
     )
     return f"{which} far above the rest of the layer: massive activations. One wrong cut wrecks the model. {fate}"
 
@@ -188,7 +196,24 @@ def _price(run: Run) -> str:
         return f"Perplexity {verb} {' and '.join(words for _, words in parts)}."
     if every:
         return f"Perplexity is now {q.significant(every['after'])}."
+    accuracy = _accuracy(run)
+    if accuracy:
+        return f"Accuracy went from {q.percent(accuracy[0])} to {q.percent(accuracy[1])}{_tasks(accuracy[2])}."
     return "What it cost was not measured."
+
+
+def _accuracy(run: Run) -> tuple[float, float, int] | None:
+    """Mean accuracy before and after over the tasks measured on both sides, and how many these are."""
+    sides = [[(row[side] or {}).get("acc") for side in ("before", "after")] for row in run["choice"]]
+    both = [pair for pair in sides if None not in pair]
+    if not both:
+        return None
+    before, after = (sum(column) / len(both) for column in zip(*both, strict=True))
+    return before, after, len(both)
+
+
+def _tasks(count: int) -> str:
+    return f", the mean of {count} tasks" if count > 1 else ""
 
 
 def _kinds(count: int) -> str:
