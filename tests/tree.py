@@ -28,10 +28,28 @@ TOP = {
     "src/": "",
     "tests/": "mirrors src/regrow; zoo.py: networks, laws.py: the laws, test_house.py: the rules of this house",
 }
-ORDER = (
-    "__init__.py axes.py sources.py scores.py plan.py mask.py method.py pruner.py tracing scoring allocation surgery nets "
-    "data evaluation methods runs export reports cli"
-).split()
+ORDER = [
+    "__init__.py",
+    "axes.py",
+    "sources.py",
+    "scores.py",
+    "plan.py",
+    "mask.py",
+    "method.py",
+    "pruner.py",
+    "tracing",
+    "scoring",
+    "allocation",
+    "surgery",
+    "nets",
+    "data",
+    "evaluation",
+    "methods",
+    "runs",
+    "export",
+    "reports",
+    "cli",
+]
 """The nouns, then the folders from the lowest floor to the highest; further files stand behind."""
 
 
