@@ -29,8 +29,8 @@ WEIGHTS = {
     "attention": 2,
     "factored": 1,
     "grouped": 2,
-    "gate": 1,
-    "odd": 1,
+    "gate": 2,
+    "odd": 2,
     "shuffle": 1,
     "reform": 2,
 }
@@ -66,7 +66,7 @@ class Generator:
         self.program = Program()
         torch.manual_seed(seed)
         batch = self.random.choice((1, 2, 3))
-        shapes = ((batch, 5), (batch, 4, 6), (batch, 3, 4, 6))
+        shapes = ((batch, 5), (batch, 4, 6), (batch, 4, 6), (batch, 3, 4, 6), (batch, 3, 4, 6))
         self.values: list[Tensor] = [torch.randn(self.random.choice(shapes))]
 
     # What to build on ----------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ class Generator:
             case 2:
                 kinds: tuple[Callable[[], nn.Module], ...] = (lambda: nn.BatchNorm1d(n), lambda: nn.LayerNorm(n))
             case 3:
-                kinds = (lambda: nn.LayerNorm(n), lambda: nn.RMSNorm(n, eps=0.01))
+                kinds = (lambda: nn.LayerNorm(n), *2 * (lambda: nn.RMSNorm(n, eps=0.01),))
             case _:
                 groups = self.random.choice([g for g in range(1, n + 1) if n % g == 0])
                 kinds = (
@@ -233,7 +233,7 @@ class Generator:
         def wire(m: Any, x: Tensor) -> Tensor:
             x = m.first(x)
             table = x.unflatten(-1, (-1, columns) if sizes else (rows, columns))
-            table = m.mix(table.mT).mT if left else m.mix(table)
+            table = m.mix(table.transpose(-1, -2)).transpose(-1, -2) if left else m.mix(table)
             return table.flatten(-2)
 
         mix = nn.Linear(rows if left else columns, new)
@@ -254,7 +254,7 @@ class Generator:
         if index is None:
             return None
         n, hidden = self.channels(index), self.width()
-        match self.random.choice(("excite", "excite", "eca", "softmax", "cbam")):
+        match self.random.choice(("excite", "excite", "eca", "softmax", "softmax", "cbam")):
             case "excite":
                 return Wired(
                     lambda m, x: x * m.up(m.down(x.mean((2, 3))).relu()).sigmoid()[:, :, None, None],
@@ -326,7 +326,7 @@ class Generator:
             return Wired(self.random.choice(wires)), (index,)
         if self.random.random() < 0.3:
             mix = nn.Linear(value.shape[1], self.random.randint(2, 5))
-            return Wired(lambda m, x: m.mix(x.mT).mT, mix=mix), (index,)
+            return Wired(lambda m, x: m.mix(x.transpose(1, 2)).transpose(1, 2), mix=mix), (index,)
         wires = (lambda m, x: x.mean(1), lambda m, x: x.flatten(1), lambda m, x: x[:, -1], lambda m, x: x.amax(1))
         return Wired(self.random.choice(wires)), (index,)
 

@@ -8,6 +8,7 @@ change what a network computes.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from regrow.axes import Axis, AxisGraph, Mark
+from regrow.axes import Axis, AxisGraph, Example, Mark
 from regrow.plan import Change, Plan, PlanError
 
 EXACT = 1e-9
@@ -157,9 +158,11 @@ def permuted(model: nn.Module, axis: Axis, order: Tensor) -> nn.Module:
 
 
 def shrunk(model: nn.Module, axes: AxisGraph, plan: Plan) -> tuple[nn.Module, AxisGraph]:
-    """A copy of the network with the plan applied."""
+    """A copy of the network with the plan applied; the example follows the network into float64."""
     from regrow.surgery import apply
 
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        axes = replace(axes, example=Example(*in_double((axes.example.args, dict(axes.example.kwargs)))))
     return apply(deepcopy(model), axes, plan)
 
 

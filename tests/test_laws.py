@@ -1,6 +1,7 @@
 """Every law on every network of the zoo; and the referees themselves, on nets cut by hand."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -77,9 +78,7 @@ def test_verify_agrees_on_an_axis_cut_alone(name: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", ZEROABLE)
 def test_a_joint_plan_is_the_net_with_zeros(name: str, seed: int) -> None:
-    """Shrunk = zeros written into the uncut weights, all axes for which a zero stands at once; and the cut is felt."""
-    if ZOO[name].heavy and seed:
-        seed += 100  # other plans, the same number of them: a heavy net is no reason to try fewer
+    """Shrunk = zeros written into the uncut weights, all axes for which a zero stands at once."""
     model, axes = traced(name)
     plan = joint(axes, seed, SILENT)
     holds(lambda: laws.zeroed_equals_shrunk(model, axes, plan, ZOO[name].zeros), ZOO[name])
@@ -125,6 +124,17 @@ def test_unreached_heads_still_run_after_a_cut() -> None:
     small, _ = laws.shrunk(model, axes, joint(axes, 0, set(Mark) - {Mark.FROZEN}))
     logits, second, first = small.train()(*axes.example.args)
     assert logits.shape == second.shape == first.shape == (2, 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("name", ["mlp", "conv_residual", "llama"])
+def test_a_network_is_cut_in_another_precision_than_it_was_traced_in(name: str, dtype: torch.dtype) -> None:
+    """Axes do not depend on the precision, and a cut does not change it."""
+    from regrow.surgery import apply
+
+    model, axes = traced(name)
+    small, _ = apply(deepcopy(model).to(dtype), axes, joint(axes, 0, SILENT))
+    assert {tensor.dtype for tensor in small.parameters()} == {dtype}
 
 
 # --- ties, illegal plans, seeds -------------------------------------------------------------------------------------

@@ -408,8 +408,8 @@ PLAIN = (
         lambda m, x: (m.unused(h := m.fc(x).sigmoid()), m.out(h))[1],
         lambda: {"fc": nn.Linear(6, 10), "unused": nn.Linear(10, 4), "out": nn.Linear(10, 3)},
         vectors(2, 6),
-        Unreached("unused.weight"),
-        Frozen(("fc.weight:0", "out.weight:1")),
+        Widths((10,)),
+        Has(10, ("fc.weight:0", "unused.weight:1", "out.weight:1")),
     ),
     wired(
         "returned",
@@ -1074,8 +1074,8 @@ LANGUAGE = (
     language(
         "gemma3",
         "Gemma3Text",
-        GEMMA | {"num_attention_heads": 4, "num_key_value_heads": 2},
-        *rotary(kv=2),
+        GEMMA | {"num_attention_heads": 6, "num_key_value_heads": 2},
+        *rotary(kv=2, rep=3),
         Tied("model.embed_tokens.weight", "lm_head.weight"),
     ),
     language(
