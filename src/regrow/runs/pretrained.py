@@ -1,0 +1,149 @@
+"""The files that make a model folder a transformers folder: configuration, tokenizer, generation settings."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.nets import Origin
+from regrow.nets.errors import first_line
+from regrow.nets.language import quiet, require_transformers
+from regrow.runs.atomic import StoreError, telling, write_text
+from regrow.runs.weights import inside
+
+ATTENTION = ("eager", "sdpa")
+"""Ways to compute attention that need no code but torch's."""
+
+INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})
+_LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
+_DEEPEST = 10_000
+
+
+def as_saved(origin: Origin, model: Any, dtype: torch.dtype) -> Origin:
+    """The origin of a transformers model, with the dtype and the way of attention that the model has now."""
+    config = {**origin.config, "dtype": str(dtype).removeprefix("torch.")}
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if attention in ATTENTION:
+        config["attn_implementation"] = attention
+    return replace(origin, config=config)
+
+
+def write_configuration(origin: Origin, model: Any, folder: Path) -> None:
+    """Write ``config.json`` (of the architecture before any cut) and ``generation_config.json``.
+
+    Raises:
+        StoreError: If transformers does not know the configuration, or the disk is full.
+    """
+    settings = dict(origin.config)
+    settings.pop("attn_implementation", None)
+    try:
+        with quiet():
+            config = require_transformers().AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+    except Exception as error:
+        raise StoreError(
+            f"transformers cannot make the configuration of {origin.name!r}: {first_line(error)}"
+        ) from None
+    config.architectures = [origin.reference]
+    write_text(folder / "config.json", config.to_json_string())
+    generation = getattr(model, "generation_config", None)
+    if generation is not None:
+        write_text(folder / "generation_config.json", generation.to_json_string())
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write a tokenizer's files, without the paths of this machine.
+
+    Raises:
+        StoreError: If the disk is full.
+    """
+    with telling(folder), quiet():
+        tokenizer.save_pretrained(str(folder))
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in settings.items() if not _leads_away(key, value) and key != "name_or_path"}
+        write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_tokenizer(folder: Path) -> Any | None:
+    """The tokenizer of a model folder; ``None`` if it has none. Code that it may bring is not run.
+
+    Raises:
+        StoreError: If it is damaged, or names files outside the folder.
+    """
+    if not (folder / "tokenizer_config.json").is_file():
+        return None
+    try:
+        settings = json.loads(inside(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
+        away = [key for key, value in settings.items() if _leads_away(key, value)]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{folder}: tokenizer_config.json cannot be read ({first_line(error)}); restore it") from None
+    if away:
+        raise StoreError(f"{folder}: tokenizer_config.json leads out of the folder by {away[0]!r}; take that line out")
+    transformers = require_transformers()
+    try:
+        with quiet():
+            return transformers.AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True
+            )
+    except Exception as error:
+        raise StoreError(f"{folder}: the tokenizer cannot be read ({first_line(error)}); restore its files") from None
+
+
+def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
+    """Assert that a transformers origin is harmless to build, and says what ``config.json`` says.
+
+    Args:
+        origin: As the record has it.
+        folder: The model folder.
+        tensors: How many tensors are recorded.
+
+    Raises:
+        StoreError: Naming the setting that would fetch something, is absurd, or differs.
+    """
+    for key, value in _settings(origin.config):
+        attention = key in ("attn_implementation", "_attn_implementation", "experts_implementation")
+        if (attention and value not in (None, *ATTENTION)) or (key == "quantization_config" and value):
+            raise StoreError(f"{folder}: the setting {key!r} would load other code; take it out of shapes.json")
+        if key in ("use_pretrained_backbone", "auto_map", "use_kernels") and value:
+            raise StoreError(f"{folder}: the setting {key!r} would fetch files or code; take it out of shapes.json")
+        if _LAYERS.fullmatch(key) and isinstance(value, int) and not 0 <= value <= max(tensors, 1):
+            raise StoreError(f"{folder}: {key!r} is {value}, but {tensors} tensors are stored; restore shapes.json")
+    try:
+        config = json.loads(inside(folder, "config.json").read_text(encoding="utf-8"))
+        common = (config.keys() & origin.config.keys()) - INFORMATIVE
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise StoreError(f"{folder}: config.json cannot be read ({first_line(error)}); restore it") from None
+    for key in sorted(common):
+        if config[key] != origin.config[key]:
+            raise StoreError(
+                f"{folder}: config.json has {key} = {str(config[key])[:60]}, but the model was saved with "
+                f"{str(origin.config[key])[:60]}; restore it"
+            )
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether transformers' own code makes up the model."""
+    return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")
+
+
+def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting, those of nested configurations too."""
+    waiting: list[Any] = [config]
+    for _ in range(_DEEPEST):
+        if not waiting:
+            return
+        for key, value in waiting.pop().items():
+            yield key, value
+            if isinstance(value, Mapping):
+                waiting.append(value)
+    raise StoreError("the configuration is nested without end; restore shapes.json")
+
+
+def _leads_away(key: str, value: Any) -> bool:
+    return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)

@@ -1,0 +1,249 @@
+"""What a network consists of beside its code: tensors by name, ties, and the numbers its modules hold."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.nets import Origin
+from regrow.runs.atomic import StoreError
+from regrow.runs.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor in its place."""
+
+    tensor: Tensor
+    kind: Kind
+
+
+def held(model: nn.Module) -> dict[str, Held]:
+    """Every parameter and buffer under each of its names."""
+    found: dict[str, Held] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None:
+                found[dot + leaf] = Held(parameter, Kind.PARAMETER)
+        for leaf, buffer in module._buffers.items():
+            if buffer is not None:
+                kind = Kind.DERIVED if leaf in module._non_persistent_buffers_set else Kind.BUFFER
+                found[dot + leaf] = Held(buffer, kind)
+    return found
+
+
+def ties(tensors: Mapping[str, Held]) -> dict[str, str]:
+    """Name → the first name of the same numbers, for every further name.
+
+    >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+    >>> net["b"].weight = net["a"].weight
+    >>> ties(held(net))
+    {'b.weight': 'a.weight'}
+    """
+    first: dict[Any, str] = {}
+    result = {}
+    for name, here in tensors.items():
+        t = here.tensor
+        if here.kind is Kind.DERIVED:
+            continue
+        place = (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) if t.numel() and not t.is_meta else id(t)
+        owner = first.setdefault((here.kind, place), name)
+        if owner != name:
+            result[name] = owner
+    return result
+
+
+def numbers(model: nn.Module) -> dict[str, Number]:
+    """``module:attribute`` → the number, or the whole numbers, that it holds.
+
+    >>> numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
+    (3,)
+    """
+    return {
+        f"{path}:{name}": tuple(value) if isinstance(value, list) else value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if _is_number(value)
+    }
+
+
+def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
+    """The record of a network, without its files.
+
+    Args:
+        model: The network.
+        fresh: The same architecture newly built; without it everything is recorded.
+        origin: How to build that.
+        dtype: What floating-point tensors will be stored in, if not as they are.
+
+    Raises:
+        StoreError: If the network could not be rebuilt from the record, or a tensor cannot be stored.
+    """
+    now, before = held(model), held(fresh) if fresh is not None else {}
+    tied = ties(now)
+    tensors = {}
+    for name, here in now.items():
+        old = before.get(name)
+        if name in tied or (here.kind is Kind.DERIVED and old is not None and _same(here.tensor, old.tensor)):
+            continue
+        shape = tuple(here.tensor.shape)
+        tensors[name] = Stored(
+            _dtype(name, here, dtype),
+            shape,
+            here.kind,
+            here.kind is not Kind.PARAMETER or here.tensor.requires_grad,
+            tuple(old.tensor.shape) if old is not None and old.tensor.shape != shape else None,
+            fresh is not None and old is None,
+        )
+    attributes = numbers(model)
+    if fresh is not None:
+        fixed = numbers(fresh)
+        attributes = {k: v for k, v in attributes.items() if k in fixed and not _equal(v, fixed[k])}
+        _check_loose(model, fresh)
+    dropped = tuple(name for name in before if name not in now)
+    shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None)
+    if fresh is not None:
+        check(fresh, shapes)
+    return shapes
+
+
+def check(fresh: nn.Module, shapes: Shapes) -> None:
+    """Assert that a freshly built network is the one that the record speaks of.
+
+    Raises:
+        StoreError: Naming the first tensor or attribute that it does not have, or has in another shape.
+    """
+    there = held(fresh)
+    for name, stored in shapes.tensors.items():
+        _check_tensor(fresh, there.get(name), name, stored, shapes.compared)
+    for name, first in shapes.ties.items():
+        if first not in shapes.tensors or name in shapes.tensors:
+            raise StoreError(f"{name!r} is tied to {first!r}, which is not stored; restore shapes.json")
+        _check_tensor(fresh, there.get(name), name, shapes.tensors[first], shapes.compared)
+    known = {*shapes.tensors, *shapes.ties, *shapes.dropped}
+    for name, here in there.items():
+        if name not in known and here.kind is not Kind.DERIVED:
+            raise StoreError(f"the architecture has a tensor {name!r} that is not stored; restore shapes.json")
+    for name in shapes.dropped:
+        if name not in there:
+            raise StoreError(f"the architecture has no tensor {name!r} to drop; restore shapes.json")
+    fixed = numbers(fresh)
+    for place, value in shapes.attributes.items():
+        # Without a comparison everything is listed, numbers too that a module first sets when it runs.
+        if place in fixed or shapes.compared:
+            _check_number(place, value, fixed.get(place))
+
+
+def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
+    """Make a freshly built and checked network the recorded one, in place.
+
+    Args:
+        model: The network.
+        shapes: The record.
+        tensors: Name → numbers, in storage of their own.
+    """
+    made: dict[str, Tensor] = {}
+    for name, stored in shapes.tensors.items():
+        value = tensors[name]
+        made[name] = nn.Parameter(value, stored.trains) if stored.kind is Kind.PARAMETER else value
+    made |= {name: made[first] for name, first in shapes.ties.items()}
+    # Assigned as a user would, not through the dictionaries: some modules keep a second list of their weights.
+    for name in [*made, *shapes.dropped]:
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, made.get(name))
+    fixed = numbers(model)
+    for place, number in shapes.attributes.items():
+        if place in fixed and not _equal(number, fixed[place]):
+            path, name = place.split(":")
+            module = model.get_submodule(path)
+            held_as = type(getattr(module, name))
+            setattr(module, name, held_as(number) if isinstance(number, tuple) else number)
+
+
+def _check_tensor(fresh: nn.Module, here: Held | None, name: str, stored: Stored, compared: bool) -> None:
+    if here is None:
+        if not _vacant(fresh, name) or (compared and not stored.added):
+            raise StoreError(
+                f"the architecture has no place for the tensor {name!r}; it was built by other code or settings"
+            )
+        return
+    shape = tuple(here.tensor.shape)
+    if here.kind is not stored.kind:
+        raise StoreError(f"{name!r} is a {here.kind} in the architecture, {stored.kind} in the record")
+    if stored.added or (compared and shape != (stored.was or stored.shape)):
+        expected = "no such tensor" if stored.added else (stored.was or stored.shape)
+        raise StoreError(
+            f"the architecture has {name!r} with shape {shape}, the record says {expected}; "
+            "it was built by other code or settings, or shapes.json was changed"
+        )
+    if len(shape) != len(stored.shape):
+        raise StoreError(f"{name!r} has {len(shape)} dimensions in the architecture, {len(stored.shape)} in the record")
+
+
+def _check_number(place: str, value: Number, old: Number | None) -> None:
+    if old is None or isinstance(value, tuple) != isinstance(old, tuple):
+        raise StoreError(f"the architecture has no number {place!r}; it was built by other code or settings")
+    news, olds = (v if isinstance(v, tuple) else (v,) for v in (value, old))
+    if len(news) != len(olds):
+        raise StoreError(f"{place!r} holds {len(olds)} numbers in the architecture, {len(news)} in the record")
+    for new, was in zip(news, olds, strict=True):
+        if math.isfinite(was) and not math.isfinite(new):
+            raise StoreError(f"{place!r} is {new} in the record; restore shapes.json")
+        if (was > 0 and new <= 0 and isinstance(was, int)) or (abs(was) < MOST <= abs(new)):
+            raise StoreError(f"{place!r} is {new} in the record; a size is from 1 to {MOST - 1}: restore shapes.json")
+
+
+def _check_loose(model: nn.Module, fresh: nn.Module) -> None:
+    """A tensor that is neither parameter nor buffer cannot be stored; it must be what a fresh build gives."""
+    others = dict(fresh.named_modules())
+    for path, module in model.named_modules():
+        there = vars(others[path]) if path in others else {}
+        for name, value in vars(module).items():
+            old = there.get(name)
+            if isinstance(value, Tensor) and isinstance(old, Tensor) and not _same(value, old):
+                raise StoreError(
+                    f"module {path!r} holds the tensor {name!r} as a plain attribute, which no file keeps; "
+                    "make it a buffer (register_buffer)"
+                )
+
+
+def _dtype(name: str, here: Held, dtype: torch.dtype | None) -> str:
+    tensor = here.tensor
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        raise StoreError(f"{name!r} is on the meta device or sparse and has no numbers to save; load the model first")
+    if dtype is not None and tensor.is_floating_point() and here.kind is not Kind.DERIVED:
+        return str(dtype).removeprefix("torch.")
+    known = str(tensor.dtype).removeprefix("torch.")
+    if known not in DTYPES:
+        raise StoreError(f"{name!r} has the dtype {known}, which is not stored; cast the model first")
+    return known
+
+
+def _vacant(model: nn.Module, name: str) -> bool:
+    """Whether there is a place of this name, with nothing in it."""
+    path, _, leaf = name.rpartition(".")
+    module = dict(model.named_modules(remove_duplicate=False)).get(path)
+    return module is not None and any(
+        leaf in places and places[leaf] is None for places in (module._parameters, module._buffers)
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return bool(value) and all(type(part) is int for part in value)
+    return type(value) in (int, float)
+
+
+def _equal(a: Number, b: Number) -> bool:
+    return a == b or (a != a and b != b)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal bit for bit, on whatever devices."""
+    if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
+        return False
+    return torch.equal(*(t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b)))

@@ -1,0 +1,245 @@
+"""Model folders: save a network of any shape, and build it again without tracing, bit for bit.
+
+A folder holds ``model.safetensors``, ``shapes.json`` (what the architecture does not say, see
+:class:`regrow.runs.shapes.Shapes`) and, for a transformers model, whatever makes it a transformers folder. Nothing in
+it is a pickle, and no code that it names is run.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.nets import Loaded, ModelError, Origin, build
+from regrow.nets.errors import first_line
+from regrow.nets.language import origin_of
+from regrow.nets.load import check_finite
+from regrow.runs.atomic import StoreError, partial, sync, telling, write_text
+from regrow.runs.pretrained import (
+    as_saved,
+    check_configuration,
+    is_pretrained,
+    read_tokenizer,
+    write_configuration,
+    write_tokenizer,
+)
+from regrow.runs.shapes import Shapes
+from regrow.runs.state import check, describe, restore
+from regrow.runs.versions import versions
+from regrow.runs.weights import inside, read_weights, write_weights
+
+SHAPES = "shapes.json"
+_LONGEST = 2**28
+
+Builder = Callable[[], Any]
+
+
+def save(
+    model: nn.Module | Loaded,
+    folder: str | Path,
+    *,
+    origin: Origin | None = None,
+    tokenizer: Any | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Write a model folder: all of it, or nothing.
+
+    Args:
+        model: The network as it is now, or what :func:`regrow.nets.load` gave (its model may have been changed since).
+        folder: Where to; made if need be, and other files in it stay. A model saved here before is replaced.
+        origin: How to build the architecture, if ``model`` does not say. Without one, loading will ask for the model.
+        tokenizer: Saved along, if ``model`` does not bring one.
+        dtype: What floating-point weights are stored in; as they are, unless given.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StoreError: If the model cannot be rebuilt from what would be written, holds NaN, the folder holds a model
+            that regrow did not write, or the disk is full.
+    """
+    folder, given = Path(folder), model
+    net = given.model if isinstance(given, Loaded) else given
+    if isinstance(given, Loaded):
+        origin, tokenizer = origin or given.origin, tokenizer if tokenizer is not None else given.tokenizer
+    known = getattr(net, "origin", None)
+    origin = origin or (known if isinstance(known, Origin) else _guessed(net))
+    tokenizer = tokenizer if tokenizer is not None else getattr(net, "tokenizer", None)
+    origin = replace(origin, name=Path(origin.name).name)  # no paths of this machine
+    if origin.kind == "transformers":
+        origin = as_saved(origin, net, dtype or _main_dtype(net))
+    try:
+        check_finite(net, origin.name or "the model")
+    except ModelError as error:
+        raise StoreError(str(error)) from None
+    shapes = describe(net, _fresh(origin), origin, dtype)
+    with _staged(folder) as stage:
+        files = write_weights(net, shapes, stage)
+        if origin.kind == "transformers":
+            write_configuration(origin, net, stage)
+        if hasattr(tokenizer, "save_pretrained"):
+            write_tokenizer(tokenizer, stage)
+        write_text(stage / SHAPES, replace(shapes, files=files, versions=versions()).to_json())
+    return folder
+
+
+def load(
+    folder: str | Path,
+    *,
+    model: nn.Module | Builder | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Build a saved network again, of whatever shape, without tracing it.
+
+    Args:
+        folder: A folder that :func:`save` (or a run) wrote.
+        model: The unchanged architecture, or a function that makes it: needed where that is your own code, since no
+            code that a folder names is run. A module given here becomes the loaded one.
+        device: Where it goes.
+        dtype: What its floating-point weights become; as they were saved, unless given.
+
+    Returns:
+        The network in eval mode, with ``origin`` and, where there is one, ``tokenizer`` as attributes.
+
+    Raises:
+        StoreError: If the folder is not a saved model, its files are damaged, changed or do not fit one another, or
+            the architecture is another one.
+    """
+    folder = Path(folder)
+    shapes = read_shapes(folder)
+    try:
+        net = _built(folder, shapes, model, dtype)
+        check(net, shapes)
+    except (ModelError, StoreError) as error:
+        text = str(error)
+        raise StoreError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
+    tensors = read_weights(folder, shapes)
+    transformers = shapes.origin.kind == "transformers"
+    if dtype is not None and transformers:
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() and shapes.tensors[name].kind != "derived" else tensor
+            for name, tensor in tensors.items()
+        }
+    restore(net, shapes, tensors)
+    net.to(device, None if transformers else dtype).eval()
+    found = read_tokenizer(folder) if transformers else None
+    for name, value in (("origin", shapes.origin), ("tokenizer", found)):
+        if value is not None and not hasattr(net, name):
+            setattr(net, name, value)
+    return net
+
+
+def read_shapes(folder: str | Path) -> Shapes:
+    """The record of a model folder.
+
+    Raises:
+        StoreError: If there is none, or it is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise StoreError(f"{folder}: no such folder; give the folder of a saved model")
+    if not (folder / SHAPES).exists():
+        if (folder / "config.json").is_file():
+            raise StoreError(
+                f"{folder} is a transformers folder that regrow did not write (no {SHAPES}); "
+                "open it with regrow.nets.load"
+            )
+        raise StoreError(f"{folder} holds no saved model (no {SHAPES}); give the folder of a finished run")
+    path = inside(folder, SHAPES)
+    if path.stat().st_size > _LONGEST:
+        raise StoreError(f"{path} is longer than any record; restore it")
+    try:
+        return Shapes.from_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, StoreError) as error:
+        raise StoreError(f"{path}: {error}") from None
+
+
+def _built(folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None) -> nn.Module:
+    origin = shapes.origin
+    if origin.kind == "transformers":
+        check_configuration(origin, folder, len(shapes.tensors))
+        if dtype is not None:
+            origin = replace(origin, config={**origin.config, "dtype": str(dtype).removeprefix("torch.")})
+    if origin.kind == "torchvision" and (odd := [k for k, v in origin.config.items() if isinstance(v, str | dict)]):
+        raise StoreError(f"the setting {odd[0]!r} would fetch files; take it out of {SHAPES}")
+    if isinstance(model, nn.Module):
+        return model
+    if model is None and origin.kind == "callable":
+        raise StoreError(
+            f"this model is built by your own code ({origin.reference or 'a module'}), which is not run unasked; "
+            "pass the function that builds it: load(folder, model=function)"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            made = build(origin) if model is None else model()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise StoreError(f"building the architecture failed: {first_line(error)}") from None
+    made = made[0] if isinstance(made, tuple) and made else made
+    if not isinstance(made, nn.Module):
+        raise StoreError(f"model= gave a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _fresh(origin: Origin) -> nn.Module | None:
+    """The architecture newly built, to compare with; the caller's random state stays as it is."""
+    if origin.kind == "callable" and ":" not in origin.reference:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            # A user's own function was named by this user in this very process.
+            return build(origin, trust=True)
+    except ModelError as error:
+        if origin.kind == "callable":
+            return None
+        raise StoreError(f"the model could not be built again: {error}") from None
+
+
+def _guessed(model: nn.Module) -> Origin:
+    if is_pretrained(model):
+        return origin_of(model, type(model).__name__)
+    return Origin("callable", "", {}, type(model).__name__)
+
+
+def _main_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most floating-point numbers."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0] if counts else torch.float32
+
+
+@contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder inside ``folder`` whose files move out into it once all are written; the record moves last."""
+    if (folder / "config.json").exists() and not (folder / SHAPES).exists():
+        raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
+    with telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = partial(folder / "model")
+        try:
+            stage.mkdir()
+            yield stage
+            fresh = sorted((p for p in stage.rglob("*") if p.is_file()), key=lambda p: (p.name == SHAPES, p))
+            for path in fresh:
+                sync(path)
+            for path in fresh:
+                place = folder / path.relative_to(stage)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(place)
+            sync(folder)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+    names = {path.name for path in fresh}
+    for path in [*folder.glob("model*.safetensors*"), *folder.glob("buffers.safetensors")]:
+        if path.name not in names:
+            path.unlink()

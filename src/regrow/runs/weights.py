@@ -1,0 +1,150 @@
+"""The numbers of a network in safetensors files: written in shards, read back only if they are what the record says."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from regrow.runs.atomic import StoreError, telling, write_text, written
+from regrow.runs.shapes import DTYPES, File, Kind, Shapes, Stored
+from regrow.runs.state import held
+
+SHARD = 5 * 10**9
+"""Bytes of tensors after which another file is begun."""
+
+
+def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> dict[str, File]:
+    """Write every recorded tensor once: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
+
+    Args:
+        model: The network; it is not changed.
+        shapes: Which tensors, and in which dtype.
+        folder: Where to; it must exist.
+        shard: Bytes after which another file is begun.
+
+    Returns:
+        File name → its length and digest.
+
+    Raises:
+        StoreError: If the disk is full or does not let us write.
+    """
+    places = held(model)
+    own = {name: stored for name, stored in shapes.tensors.items() if stored.kind is not Kind.DERIVED}
+    rest = {name: stored for name, stored in shapes.tensors.items() if stored.kind is Kind.DERIVED}
+    parts = list(_parts(own, shard))
+    names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
+    files = {"model.safetensors": parts[0]} if len(parts) == 1 else dict(zip(names, parts, strict=True))
+    for name, part in {**files, **({"buffers.safetensors": rest} if rest else {})}.items():
+        tensors = _plain({key: places[key].tensor.to(DTYPES[stored.dtype]) for key, stored in part.items()})
+        with written(folder / name) as temporary:
+            save_file(tensors, temporary, {"format": "pt"})
+    if len(parts) > 1:
+        index = {
+            "metadata": {"total_size": sum(stored.bytes for stored in own.values())},
+            "weight_map": {key: name for name, part in files.items() for key in part},
+        }
+        write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
+    return {name: measure(folder / name) for name in [*files, *(["buffers.safetensors"] if rest else [])]}
+
+
+def read_weights(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
+    """Every recorded tensor, in storage of its own: the alignment of a memory-mapped one would change results.
+
+    Args:
+        folder: The model folder.
+        shapes: What must be in its files.
+
+    Returns:
+        Name → tensor, on the CPU.
+
+    Raises:
+        StoreError: If a file is missing, truncated or changed, lacks a tensor or has one too many, or if a tensor has
+            another shape or dtype than recorded or holds NaN.
+    """
+    found: dict[str, Tensor] = {}
+    for name, expected in shapes.files.items():
+        path = inside(folder, name)
+        _check_file(path, expected)
+        try:
+            with safe_open(path, framework="pt") as content:
+                for key in content.keys():  # noqa: SIM118 (it is no dictionary)
+                    if key in found or key not in shapes.tensors:
+                        raise StoreError(f"{path} holds the tensor {key!r}, which is not recorded; restore the file")
+                    found[key] = _checked(path, key, content.get_tensor(key), shapes.tensors[key])
+        except (SafetensorError, OSError, AttributeError) as error:
+            raise StoreError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
+    if missing := [name for name in shapes.tensors if name not in found]:
+        raise StoreError(f"{folder}: {len(missing)} tensors are missing, {missing[0]!r} first; restore its files")
+    return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file of this name in the folder.
+
+    Raises:
+        StoreError: If it lies elsewhere (a link, a way upward) or does not exist.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise StoreError(f"{path} is missing; copy the folder again")
+    if path.resolve().parent != folder.resolve():
+        raise StoreError(f"{path} leads out of the folder; put the file itself there")
+    return path
+
+
+def measure(path: Path) -> File:
+    """The length and digest of a file."""
+    with telling(path), path.open("rb") as file:
+        return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+
+
+def _check_file(path: Path, expected: File) -> None:
+    length = path.stat().st_size
+    if length != expected.bytes:
+        state = "truncated" if length < expected.bytes else "changed"
+        raise StoreError(f"{path} has {length} bytes, not the recorded {expected.bytes}: it is {state}; copy it again")
+    if measure(path).sha256 != expected.sha256:
+        raise StoreError(f"{path} does not have the recorded SHA-256: it is damaged or was changed; copy it again")
+
+
+def _checked(path: Path, name: str, tensor: Tensor, stored: Stored) -> Tensor:
+    if tuple(tensor.shape) != stored.shape or tensor.dtype != DTYPES[stored.dtype]:
+        raise StoreError(
+            f"{path}: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
+            f"the record says {stored.dtype} {stored.shape}; restore the file"
+        )
+    own = tensor.clone(memory_format=torch.contiguous_format)
+    if own.is_floating_point() and own.element_size() > 1:
+        bad = own.isnan() if stored.kind is not Kind.PARAMETER else ~own.isfinite()
+        if bool(bad.any()):
+            raise StoreError(f"{path}: {int(bad.sum())} entries of {name!r} are NaN or infinite; use an undamaged file")
+    return own
+
+
+def _parts(tensors: Mapping[str, Stored], shard: int) -> Iterator[dict[str, Stored]]:
+    part: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        if part and sum(other.bytes for other in part.values()) + stored.bytes > shard:
+            yield part
+            part = {}
+        part[name] = stored
+    yield part
+
+
+def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, contiguous, no two in one storage: the file format knows no views."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        storage = own.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != own.nbytes:
+            own = own.clone()
+        seen.add(own.untyped_storage().data_ptr())
+        result[name] = own
+    return result
