@@ -160,8 +160,9 @@ def image_tensor(file: Path, size: int) -> Tensor:
     scale = size * 8 / 7 / min(picture.size)
     picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32) / 255
-    return torch.from_numpy((cut - np.float32(MEAN)) / np.float32(STD)).permute(2, 0, 1).contiguous()
+    cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
+    colours = torch.from_numpy(cut / np.float32(255))
+    return ((colours - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
 
 
 def _part(values: list[T], half: Half) -> list[T]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -95,11 +95,11 @@ def build_transformers(origin: Origin) -> nn.Module:
     architecture = getattr(transformers, origin.reference, None)
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         raise ModelError(f"transformers {transformers.__version__} has no model class {origin.reference!r}")
-    settings = dict(origin.config)
+    settings, make = dict(origin.config), cast(Any, architecture)
     try:
         config = transformers.AutoConfig.for_model(settings.pop("model_type", ""), **settings)
         with quiet(), no_init_weights():
-            model = architecture._from_config(config)
+            model = make._from_config(config)
     except Exception as error:
         raise ModelError(f"cannot build {origin.reference} from its configuration: {first_line(error)}") from None
     # no_init_weights also skips the tying that initialisation would do.

@@ -15,13 +15,13 @@ KINDS = ("transformers", "torchvision", "callable")
 
 @dataclass(frozen=True)
 class Origin:
-    """How to build an architecture again, as plain data: no weights, no code, no paths of this machine.
+    """How to build an architecture again, as plain data: no weights and no code.
 
     Args:
         kind: ``"transformers"``, ``"torchvision"`` or ``"callable"``.
         reference: The class (transformers), the model's name (torchvision) or ``pkg.mod:fn`` (callable).
         config: What it is built with: a transformers configuration, the builder's arguments, or nothing.
-        name: What the user called the model; informative.
+        name: What the user called the model (it may be a path); informative, nothing is built from it.
     """
 
     kind: str

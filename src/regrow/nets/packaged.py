@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -96,11 +97,15 @@ def _convert(entry: Packaged, name: str, scratch: Path, progress: Callable[[int,
     source = _gguf(entry, scratch)
     progress(1, 3, f"turning the 4-bit weights of {name} into float32 (once)")
     loaded = load_gguf(source, name=name, dtype=torch.float32)
+    model: Any = loaded.model
+    tokenizer: Any = loaded.tokenizer
+    if tokenizer is None:
+        raise ModelError(f"the tokenizer of {name} cannot be read with this transformers; install regrow[llm] anew")
     progress(2, 3, f"keeping {name} in {cache_folder()}")
     target = scratch / "model"
     with quiet():
-        loaded.model.save_pretrained(target)
-        loaded.tokenizer.save_pretrained(target)
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     for file in target.iterdir():
         with file.open("rb") as content:
             os.fsync(content.fileno())
