@@ -56,7 +56,7 @@ ORDER = [
 def draw() -> str:
     """The tree as text."""
     lines = ["regrow/"]
-    top = [name for name in TOP if (ROOT / name).exists()]
+    top = [name for name in TOP if (ROOT / name).is_file() or any(p.is_file() for p in (ROOT / name).rglob("*"))]
     for name in top:
         branch, indent = _branch(name == top[-1])
         lines.append(_line(branch + name, TOP[name]))
