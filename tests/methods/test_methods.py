@@ -72,8 +72,8 @@ def test_minimum_is_kept() -> None:
 
 
 def test_llm_pruner_spares_first_and_last_blocks() -> None:
-    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_first=1)[0].changes} == {"1"}
-    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_last=1)[0].changes} == {"0"}
+    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_first=0.5)[0].changes} == {"1"}
+    assert {key.split(".")[2] for key in proposed("llm_pruner", keep=0.9, spare_last=0.5)[0].changes} == {"0"}
 
 
 def test_only_and_exclude_choose_axes() -> None:
@@ -103,7 +103,7 @@ def test_convolutions_work_and_padded_ones_are_not_compensated() -> None:
             evidence = Evidence(collect(model, axes, [source], method.needs))
             plan, _ = method.propose(model, axes, evidence, method.init(axes, Budget(0.7)))
             assert plan is not None and len(plan.changes["0.weight:0"].keep) == 4
-            assert bool(plan.means) is (padding == 0 and name in ("flap", "wanda_sp"))
+            assert bool(plan.means) is (padding == 0 and name in ("flap", "wanda_sp", "llm_pruner"))
 
 
 def test_an_unknown_method_suggests_the_nearest() -> None:
@@ -117,5 +117,5 @@ def test_an_unknown_method_suggests_the_nearest() -> None:
 
 def test_needs_are_no_more_than_what_is_used() -> None:
     needs = {name: row.build(row.settings()).needs for name, row in METHODS.items()}
-    assert Need.ACTIVATIONS not in needs["random"] | needs["magnitude"] | needs["llm_pruner"]
+    assert Need.ACTIVATIONS not in needs["random"] | needs["magnitude"]
     assert Need.GRADIENTS in needs["llm_pruner"] and Need.GRADIENTS not in needs["flap"]

@@ -1,8 +1,8 @@
 """LLM-Pruner: drop the units whose weights, set to zero, would change the loss least (first-order Taylor).
 
-The original takes the same share from layers 4 to 29 of 32 and leaves the first four and last two alone
-(``spare_first``, ``spare_last``), estimates the gradient on 10 × 64 tokens, and fine-tunes with LoRA afterwards; here
-the gradient is that of all sources together, and fine-tuning is a step of its own.
+Like the original: the same share from every block but the first eighth and the last sixteenth, which stay whole (4 and 2
+of 32). Unlike it: the gradient is that of all sources together (there: 10 × 64 tokens), dropped inputs are replaced by
+their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
 """
 
 import re
@@ -27,21 +27,21 @@ class Settings:
         form: ``element1``: Σ abs(w·g) over a unit's weights; ``vector``: abs(Σ w·g) per channel.
         allocation: ``uniform``: the same share of each axis (original); ``ranked``: one ranking of z-scores.
         compensate: Let the mean of dropped inputs stand in for them (original: off).
-        spare_first: How many numbered blocks at the beginning stay whole (original: 4 of 32).
-        spare_last: How many numbered blocks at the end stay whole (original: 2 of 32).
+        spare_first: The share of the numbered blocks, at the beginning, that stays whole (original: 4 of 32).
+        spare_last: The share of the numbered blocks, at the end, that stays whole (original: 2 of 32).
         minimum: How many units every axis keeps at least.
     """
 
     form: str = "element1"
     allocation: str = "uniform"
-    compensate: bool = False
-    spare_first: int = 0
-    spare_last: int = 0
+    compensate: bool = True
+    spare_first: float = 0.125
+    spare_last: float = 0.0625
     minimum: int = 1
 
 
 def build(settings: Settings) -> Pruner:
-    """Taylor importance, the same share everywhere."""
+    """Taylor importance, the same share of all but the outer blocks, compensated."""
     how = "zscore" if settings.allocation == "ranked" else "none"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
@@ -63,5 +63,6 @@ def _spared(units: Sequence[Axis], settings: Settings) -> list[Axis]:
     """The axes outside the first and last blocks; a block is the first number in a tensor's dotted name."""
     found = {axis.key: re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units}
     blocks = sorted({int(match[1]) for match in found.values() if match})
-    inner = blocks[settings.spare_first : len(blocks) - settings.spare_last]
+    first, last = (round(share * len(blocks)) for share in (settings.spare_first, settings.spare_last))
+    inner = set(blocks[first : len(blocks) - last])
     return [axis for axis in units if not (match := found[axis.key]) or int(match[1]) in inner]
