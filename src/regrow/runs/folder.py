@@ -1,0 +1,297 @@
+"""A run folder: settings, measurements and plans of one run, so that it can be read, resumed and run again."""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from regrow.runs.atomic import PARTIAL, StoreError, telling, write_text
+from regrow.runs.checkpoints import file_name, read_statistics, write_statistics
+from regrow.runs.ledger import Ledger
+from regrow.runs.versions import versions
+from regrow.scores import Statistics
+
+FORMAT = "regrow-run/1"
+_LONGEST = 2**24
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run.
+
+    Args:
+        path: Where it is. :meth:`create` begins or resumes a run there, :meth:`open` reads one.
+        resumed: Whether an earlier process had begun this run.
+    """
+
+    path: Path
+    resumed: bool = False
+
+    @classmethod
+    def create(cls, path: str | Path, *, verb: str, settings: Mapping[str, Any], command: str = "") -> "RunFolder":
+        """Begin a run in a new or empty folder, or go on with the same run if it was interrupted.
+
+        Args:
+            path: The folder.
+            verb: What is done: ``"prune"``.
+            settings: Everything that the result depends on, as JSON data; the run is the same if these are.
+            command: The command that does it again.
+
+        Raises:
+            StoreError: If the folder holds something else, another run, or this one finished; nothing is touched.
+        """
+        path = Path(path)
+        wanted = json.loads(json.dumps({"verb": verb, "settings": dict(settings)}))
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file; choose a folder that does not exist yet")
+        if path.is_dir() and any(not PARTIAL.fullmatch(p.name) for p in path.iterdir()):
+            _check_same(path, cls(path).run() if (path / "run.json").is_file() else None, wanted)
+            cls(path)._sweep()
+            return cls(path, resumed=True)
+        with telling(path):
+            path.mkdir(parents=True, exist_ok=True)
+        folder = cls(path)
+        folder._sweep()
+        folder._write("run.json", {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """An existing run.
+
+        Raises:
+            StoreError: If the folder has no readable ``run.json``.
+        """
+        folder = cls(Path(path))
+        folder.run()
+        return folder
+
+    def run(self) -> dict[str, Any]:
+        """What ``run.json`` says.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        data = self._read("run.json")
+        if data is None:
+            raise StoreError(f"{self.path} is not a run folder (no run.json); give the folder of a run")
+        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("settings"), dict):
+            raise StoreError(f"{self.path / 'run.json'} is not of the format {FORMAT!r}; restore it")
+        return data
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of ``run.json``: ``seconds``, ``notes``.
+
+        Raises:
+            StoreError: If the disk is full; the file is then as it was.
+        """
+        self._write("run.json", self.run() | fields)
+
+    def finish(self, **fields: Any) -> None:
+        """Set fields of ``run.json``, and that the run is complete; what was kept for resuming goes."""
+        self.update(**fields, finished=_now("finished")["finished"])
+        shutil.rmtree(self.path / "statistics", ignore_errors=True)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The plans of the run."""
+        return Ledger(self.path / "ledger.json")
+
+    def log(self, what: str, **values: Any) -> None:
+        """Add a measurement to ``metrics.jsonl``; it is on the disk when this returns.
+
+        Args:
+            what: The kind of measurement: ``"perplexity"``, ``"size"``.
+            values: What was measured, as JSON data; numbers that are not finite become null.
+
+        Raises:
+            StoreError: If the disk is full; the file then holds what it held.
+        """
+        line = json.dumps(_finite({"what": what, **values}), allow_nan=False) + "\n"
+        path = self.path / "metrics.jsonl"
+        with telling(path):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+            try:
+                _append(handle, line.encode())
+            finally:
+                os.close(handle)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every measurement, in order; a last line that a crash cut short is left out.
+
+        Raises:
+            StoreError: If another line is damaged.
+        """
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        lines = path.read_bytes().split(b"\n")
+        rows = []
+        for number, line in enumerate(lines, 1):
+            row = _row(line)
+            if row is not None:
+                rows.append(row)
+            elif line.strip() and number < len(lines):
+                raise StoreError(f"{path}: line {number} is not a JSON object; restore it or delete that line")
+        return rows
+
+    def write_axes(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+        """Write ``axes.json``.
+
+        Args:
+            before: One object per axis before the run: ``key``, ``size``, ``mark``, ``reason``, ``block``, ``label``,
+                ``unit_params``, ``unit_macs``.
+            after: The same after it.
+        """
+        self._write("axes.json", {"before": [dict(row) for row in before], "after": [dict(row) for row in after]})
+
+    def axes(self) -> dict[str, Any]:
+        """What ``axes.json`` holds; empty if there is none."""
+        return self._object("axes.json")
+
+    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write ``scores.json``.
+
+        Args:
+            metric: The name of the measure.
+            axes: Axis key → ``quantiles`` (21 ascending numbers), ``kept_min``, ``dropped_max``, and ``massive``: a
+                list of ``{"unit", "z"}``.
+        """
+        self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
+
+    def scores(self) -> dict[str, Any]:
+        """What ``scores.json`` holds; empty if there is none."""
+        return self._object("scores.json")
+
+    def save_statistics(self, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
+        """Keep what was measured on one shard of a source, for resuming.
+
+        Args:
+            source: The name of the source.
+            shard: Which part of it.
+            statistics: The sums.
+            key: What they depend on (:func:`regrow.runs.fingerprint`); others will not be taken for these.
+
+        Raises:
+            StoreError: If the disk is full.
+        """
+        path = self.path / "statistics" / file_name(source, shard)
+        with telling(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        write_statistics(path, source, shard, statistics, key)
+
+    def statistics(self, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
+        """What an interrupted calibration has finished: (source, shard) → statistics, as ``collect(done=…)`` takes it.
+
+        Args:
+            keys: The name of each source → the key that its statistics must have been saved with.
+            shards: Into how many parts each source is split.
+        """
+        found = {}
+        for source, key in keys.items():
+            for shard in range(shards):
+                path = self.path / "statistics" / file_name(source, shard)
+                if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
+                    found[source, shard] = statistics
+        return found
+
+    def _write(self, name: str, data: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+
+    def _read(self, name: str) -> Any:
+        path = self.path / name
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _LONGEST * 16:
+            raise StoreError(f"{path} is too long to be of a run; restore it")
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise StoreError(f"{path} cannot be read ({str(error)[:80]}); restore it") from None
+
+    def _object(self, name: str) -> dict[str, Any]:
+        data = self._read(name)
+        if data is not None and not isinstance(data, dict):
+            raise StoreError(f"{self.path / name} is not a JSON object; restore it")
+        return data or {}
+
+    def _sweep(self) -> None:
+        """Delete what a killed process left unfinished."""
+        for place in (self.path, self.path / "statistics"):
+            for path in place.iterdir() if place.is_dir() else ():
+                if PARTIAL.fullmatch(path.name):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
+    if run is None:
+        raise StoreError(f"{path} exists and is not empty; choose another folder, or delete it")
+    if run.get("verb") != wanted["verb"]:
+        raise StoreError(f"{path} holds a run of {run.get('verb')!r}; choose another folder, or delete it")
+    old, new = run["settings"], wanted["settings"]
+    if other := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
+        was, now = (json.dumps(settings.get(other[0]))[:60] for settings in (old, new))
+        raise StoreError(
+            f"{path} holds another run ({other[0]} was {was}, here {now}); choose another folder, or delete it"
+        )
+    if run.get("finished"):
+        raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
+
+
+def _now(what: str) -> dict[str, Any]:
+    time = {what: datetime.now(UTC).isoformat(timespec="seconds")}
+    return {"versions": versions(), **time} if what == "started" else time
+
+
+def _append(handle: int, line: bytes) -> None:
+    """Write a line at the end of a file; if that fails, the file ends where it ended."""
+    end = _mended(handle)
+    try:
+        os.lseek(handle, end, os.SEEK_SET)
+        left = memoryview(line)
+        while left:
+            left = left[os.write(handle, left) :]
+        os.fsync(handle)
+    except OSError:
+        os.ftruncate(handle, end)
+        raise
+
+
+def _mended(handle: int) -> int:
+    """Where the next line begins: a last line that a crash cut short is taken off, one that lacks its end gets it."""
+    end = os.lseek(handle, 0, os.SEEK_END)
+    start, tail = end, b""
+    while start and b"\n" not in tail:
+        start = max(0, start - 2**16)
+        os.lseek(handle, start, os.SEEK_SET)
+        tail = os.read(handle, end - start)
+    last = tail.rpartition(b"\n")[2]
+    if not last:
+        return end
+    if _row(last) is None:
+        os.ftruncate(handle, end - len(last))
+        return end - len(last)
+    os.lseek(handle, end, os.SEEK_SET)
+    return end + os.write(handle, b"\n")
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON data without NaN and infinity, which JSON does not have."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,90 @@
+"""The ledger of a run: every plan that changed the network, in order."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regrow.axes import AxisGraph
+from regrow.plan import Plan, PlanError
+from regrow.runs.atomic import StoreError, write_text
+from regrow.surgery import apply
+
+FORMAT = "regrow-ledger/1"
+_LONGEST = 2**30
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The plans of a run, in a file.
+
+    Args:
+        path: Its ``ledger.json``; it need not exist yet.
+    """
+
+    path: Path
+
+    def plans(self) -> tuple[Plan, ...]:
+        """Every plan, in the order in which they were applied; none if there is no file.
+
+        Raises:
+            StoreError: If the file is damaged, or holds a plan that is not legal; names it.
+        """
+        plans = []
+        for i, entry in enumerate(self._entries()):
+            try:
+                plans.append(Plan.from_json(json.dumps(entry)))
+            except (PlanError, RecursionError) as error:
+                raise StoreError(f"{self.path}: plan {i + 1} cannot be used ({error}); restore the file") from None
+        return tuple(plans)
+
+    def append(self, plan: Plan) -> None:
+        """Add a plan at the end.
+
+        Raises:
+            StoreError: If the file is damaged, or the disk is full; the file is then as it was.
+        """
+        entries = [*self._entries(), json.loads(plan.to_json())]
+        lines = ",\n".join(json.dumps(entry) for entry in entries)
+        write_text(self.path, f'{{"format": "{FORMAT}", "plans": [\n{lines}\n]}}\n')
+
+    def __len__(self) -> int:
+        return len(self._entries())
+
+    def _entries(self) -> list[Any]:
+        if not self.path.exists():
+            return []
+        try:
+            if self.path.stat().st_size > _LONGEST:
+                raise StoreError(f"{self.path} is longer than any ledger; restore it")
+            data = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{self.path} cannot be read ({str(error)[:80]}); restore it") from None
+        entries = data.get("plans") if isinstance(data, dict) and data.get("format") == FORMAT else None
+        if not isinstance(entries, list):
+            raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
+        return entries
+
+
+def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn.Module, AxisGraph]:
+    """Apply plans one after the other: the same shapes again, from the model they were made for.
+
+    Args:
+        model: The model as it was before the first plan; changed in place.
+        axes: Its axes.
+        plans: What :meth:`Ledger.plans` gave.
+
+    Returns:
+        The model, and its axes as they are now.
+
+    Raises:
+        PlanError: If a plan does not fit; the model is then as the plans before it left it.
+    """
+    for plan in plans:
+        model, axes = apply(model, axes, plan)
+    return model, axes
