@@ -1,8 +1,8 @@
 """LLM-Pruner: drop the units whose weights, set to zero, would change the loss least (first-order Taylor).
 
-Like the original: the same share from every block but the first eighth and the last sixteenth, which stay whole (4 and 2
-of 32). Unlike it: the gradient is that of all sources together (there: 10 × 64 tokens), dropped inputs are replaced by
-their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
+Like the original: the same share from every block but the first eighth and the last sixteenth, which stay whole (4 and
+2 of 32). Unlike it: the gradient is that of all sources together (there: 10 × 64 tokens), dropped inputs are replaced
+by their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
 """
 
 import re
