@@ -23,10 +23,10 @@ Compensate = Callable[
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a one-shot method is: the budget, and whether its one plan has been made."""
+    """How far a one-shot method is: the budget, and, once its one plan has been made, the scores it was made from."""
 
     budget: Budget
-    done: bool = False
+    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Pruner:
         Raises:
             ValueError: If the budget cannot be met, or evidence is missing or not finite.
         """
-        if state.done:
+        if state.scores is not None:
             return None, state
         budget = state.budget
         units = axes.units(budget.only, budget.exclude, budget.marks)
@@ -77,4 +77,4 @@ class Pruner:
             "sources": list(scores.sources),
             "tokens": scores.tokens,
         }
-        return Plan.keeping(axes, kept, means=means, origin=origin), Progress(budget, done=True)
+        return Plan.keeping(axes, kept, means=means, origin=origin), Progress(budget, scores)

@@ -46,7 +46,8 @@ def _run(folder: RunFolder) -> dict[str, Any]:
     metrics: dict[str, list[dict[str, Any]]] = {}
     for row in folder.metrics:
         metrics.setdefault(text(row.get("what")), []).append(row)
-    perplexity = _perplexity(metrics, settings)
+    sources = _sources(run, settings)
+    perplexity = _perplexity(metrics, sources)
     if not run.get("finished"):
         folder.problems.append("the run has no finishing time: it was interrupted, or is still going on")
     return {
@@ -58,7 +59,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "keep": number(settings.get("keep"), 0, 1),
         "settings": _pairs(settings, skip=("sources", "method_settings")),
         "method_settings": _pairs(mapping(settings.get("method_settings"))),
-        "sources": _sources(settings),
+        "sources": sources,
         "versions": _pairs(mapping(run.get("versions"))),
         "started": text(run.get("started"), 40),
         "finished": text(run.get("finished"), 40),
@@ -86,9 +87,9 @@ def _run(folder: RunFolder) -> dict[str, Any]:
     }
 
 
-def _perplexity(metrics: dict[str, list[dict[str, Any]]], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _perplexity(metrics: dict[str, list[dict[str, Any]]], sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per kind of text: what it was before and after, and how many times larger it became."""
-    calibrated = {row["name"]: bool(row["calibration_tokens"]) for row in _sources(settings)}
+    calibrated = {row["name"]: bool(row["calibration_tokens"]) for row in sources}
     rows: dict[str, dict[str, Any]] = {}
     for line in metrics.get("perplexity", []):
         source, side = text(line.get("source"), 60), _MODELS.get(text(line.get("model")))
@@ -166,7 +167,7 @@ def _verify(line: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sources(settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _sources(run: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
@@ -174,7 +175,7 @@ def _sources(settings: dict[str, Any]) -> list[dict[str, Any]]:
             "calibration_tokens": size(source.get("calibration_tokens")),
             "evaluation_tokens": size(source.get("evaluation_tokens")),
         }
-        for source in objects(settings.get("sources"))[:MAX_KINDS]
+        for source in (objects(run.get("sources")) or objects(settings.get("sources")))[:MAX_KINDS]
         if (name := text(source.get("name"), 60))
     ]
 

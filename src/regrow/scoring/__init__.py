@@ -12,11 +12,12 @@ from torch import Tensor
 from regrow.axes import Axis, AxisGraph
 from regrow.method import Need
 from regrow.scores import Scores, Statistics
-from regrow.scoring.activations import wanda_sp, wifv
+from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources
 from regrow.scoring.compensate import means
 from regrow.scoring.gradients import taylor
+from regrow.scoring.massive import Massive, massive
 from regrow.scoring.weights import magnitude, random, readers, scorable, weights_of
 
 
@@ -45,9 +46,12 @@ METRICS: Mapping[str, tuple[Metric, Need]] = {
 
 __all__ = [
     "METRICS",
+    "Massive",
     "Metric",
     "collect",
+    "energy",
     "magnitude",
+    "massive",
     "means",
     "normalise",
     "over_sources",

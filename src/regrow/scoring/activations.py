@@ -76,6 +76,22 @@ def wifv(
     return _scores((f"wifv/{form}", "square", factor), weights, axes, statistics, units, pool, square_blocks)
 
 
+def energy(
+    weights: Mapping[str, Tensor], axes: AxisGraph, statistics: Statistics, *, units: Sequence[Axis] | None = None
+) -> Scores:
+    """What a channel adds to its layer's output: E[x_j²] · ‖W_j‖₂².
+
+    Args:
+        weights: Parameter name → tensor.
+        axes: The network's axes.
+        statistics: Input moments.
+        units: The axes to score; ``axes.units()`` if none are named.
+
+    Source: ours; it shows which units carry massive activations (Sun et al. 2024, arXiv 2402.17762).
+    """
+    return _scores(("energy", "square", lambda m: m.square / m.count), weights, axes, statistics, units, "sum", False)
+
+
 def _scores(
     metric: tuple[str, str, Callable[[Moments], Tensor]],
     weights: Mapping[str, Tensor],

@@ -1,0 +1,20 @@
+"""``regrow compare``: several runs on one page."""
+
+from pathlib import Path
+
+import click
+
+from regrow.cli.screen import say
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--out", default="comparison.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
+def compare(runs: tuple[Path, ...], out: Path) -> None:
+    """Put two or more RUNS side by side on one page, and print the table."""
+    from regrow.reports import summarise, to_markdown, write_page
+
+    if len(runs) < 2:
+        raise click.UsageError("compare takes two runs or more; `regrow report RUN` makes the page of one")
+    say(to_markdown(summarise(list(runs))))
+    say(f"page: {write_page(list(runs), out)}")

@@ -1,0 +1,51 @@
+"""``regrow evaluate``: how good and how big a model is."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regrow.cli import options
+from regrow.cli.screen import number, say, table, working
+
+
+@click.command()
+@click.argument("model")
+@options.source
+@click.option(
+    "--choices", multiple=True, type=click.Path(path_type=Path), help="Multiple-choice items, JSON lines (.gz)."
+)
+@click.option("--items", default=200, show_default=True, type=int, help="How many items of each file.")
+@click.option("--speed", is_flag=True, help="Also time a forward pass.")
+@options.eval_tokens
+@options.seq_len
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
+@options.dtype
+@options.device
+def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
+    """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
+    from regrow.runs.evaluating import evaluated
+
+    with working() as progress:
+        result = evaluated(model, progress=progress, **given)
+    if json_file:
+        import json
+
+        from regrow.runs.atomic import write_text
+
+        write_text(json_file, json.dumps(result, indent=1) + "\n")
+    size = result["size"]
+    say(f"{number(size['parameters'])} parameters, {number(size['bytes'])} bytes in {size['dtype']}")
+    rows = [(p["source"], number(p["ppl"]), number(p["ppl_error"], 2), p["tokens"]) for p in result["perplexity"]]
+    if rows:
+        table("Perplexity", ("kind", "perplexity", "± se", "tokens"), rows, numbers=(1, 2, 3))
+    for row in result["choices"]:
+        whole, by_length = (
+            f"{row[key]:.3f} ± {row[f'error{key[8:]}']:.3f}" for key in ("accuracy", "accuracy_per_byte")
+        )
+        say(f"{row['task']}: accuracy {whole}, length-normalised {by_length} (n = {row['items']})")
+    for row in result["accuracy"]:
+        say(f"{row['source']}: accuracy {row['accuracy']:.3f} ± {row['error']:.3f} ({row['images']} images)")
+    if result["speed"]:
+        speed = result["speed"]
+        say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")

@@ -1,0 +1,46 @@
+"""``regrow methods``: what there is to choose from."""
+
+import re
+from dataclasses import fields
+
+import click
+
+from regrow.cli.screen import say, table
+
+
+@click.command()
+@click.argument("name", required=False)
+def methods(name: str | None) -> None:
+    """List the methods, or explain NAME: what it does, its settings, whom to cite."""
+    from regrow.methods import METHODS, entry
+
+    if name is None:
+        rows = [(key, one.about.strip().splitlines()[0].rstrip(".")) for key, one in METHODS.items()]
+        table("Methods", ("name", "what it does"), rows)
+        say("`regrow methods NAME` explains one and lists its settings")
+        return
+    one = entry(name)
+    say(one.about.strip() + "\n")
+    helps = _helps(one.settings.__doc__ or "")
+    rows = [
+        (f"--set {field.name}={_shown(field.default)}", helps.get(field.name, "")) for field in fields(one.settings)
+    ]
+    table("Settings and their defaults", ("flag", "meaning"), rows)
+    say(f"\nCite: {one.citation}")
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _helps(doc: str) -> dict[str, str]:
+    """Field → its help, from a docstring's Args."""
+    found: dict[str, str] = {}
+    current = ""
+    for line in doc.partition("Args:")[2].splitlines():
+        if match := re.match(r"\s{8}(\w+): (.*)", line):
+            current = match[1]
+            found[current] = match[2]
+        elif current and line.strip():
+            found[current] += " " + line.strip()
+    return found

@@ -1,0 +1,69 @@
+"""Options that several verbs share."""
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import click
+
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+MODEL_HELP = (
+    "MODEL is a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from their PyPI packages), "
+    "a torchvision name (resnet18), or a Python callable pkg.mod:fn."
+)
+
+source = click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    metavar="NAME[=PATH]",
+    help="A kind of text: news, code, manual, talk, or NAME=PATH of a file or folder. For image models: digits, or "
+    "NAME=FOLDER with a folder per class. Repeat it: several kinds carry over better than one.",
+)
+dtype = click.option(
+    "--dtype", default="", metavar="DTYPE", help="float32, bfloat16 or float16. As stored, if not given."
+)
+device = click.option(
+    "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, mps."
+)
+seq_len = click.option("--seq-len", default=256, show_default=True, type=int, help="Tokens per window of text.")
+eval_tokens = click.option(
+    "--eval-tokens", default=2048, show_default=True, type=int, help="Evaluation tokens per source."
+)
+
+
+def fraction(text: str | None, name: str) -> float:
+    """A number above 0 and at most 1.
+
+    Raises:
+        click.UsageError: If it is not.
+    """
+    try:
+        value = float(text or "")
+    except ValueError:
+        raise click.UsageError(f"{name} is a fraction like 0.8; got {text!r}") from None
+    if not 0 < value <= 1:
+        raise click.UsageError(f"{name} is the fraction that stays, above 0 and at most 1; got {text}")
+    return value
+
+
+def settings(pairs: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` pairs; values are read as JSON where they can be, as text otherwise.
+
+    >>> settings(["form=sequence", "minimum=2", "compensate=false"])
+    {'form': 'sequence', 'minimum': 2, 'compensate': False}
+
+    Raises:
+        click.UsageError: If a pair has no equals sign.
+    """
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise click.UsageError(f"--set takes NAME=VALUE; got {pair!r}")
+        try:
+            found[key] = json.loads(value)
+        except json.JSONDecodeError:
+            found[key] = value
+    return found

@@ -1,0 +1,159 @@
+"""``regrow prune``: a smaller model, and what it cost."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regrow.cli import options
+from regrow.cli.screen import number, say, table, working
+
+EPILOG = f"""{options.MODEL_HELP}
+
+\b
+Examples
+  regrow prune smollm2-135m --keep 0.9 --source news --source code --source manual --source talk --out RUN
+  regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
+  regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
+  regrow prune --again RUN --out RUN2
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model", required=False)
+@click.option("--method", default="flap", show_default=True, help="What decides: see `regrow methods`.")
+@click.option(
+    "--keep",
+    metavar="FRACTION",
+    help="How much stays, of the weights of a decoder's linear layers (image models: convolutions and linear layers).",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder. The same command resumes a stopped run.")
+@options.source
+@click.option("--unseen", multiple=True, metavar="NAME[=PATH]", help="A kind to evaluate on only.")
+@click.option(
+    "--only", multiple=True, metavar="PATTERN", help="Cut only where every tensor's name fits (mlp, layers.1*)."
+)
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out where any tensor's name fits.")
+@click.option("--round", "round_to", default=1, show_default=True, type=int, help="Sizes left are multiples of this.")
+@click.option(
+    "--measure",
+    default="params",
+    show_default=True,
+    type=click.Choice(["params", "macs", "bytes"]),
+    help="What --keep counts.",
+)
+@click.option(
+    "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method (`regrow methods NAME`)."
+)
+@click.option("--tokens", default=4096, show_default=True, type=int, help="Calibration tokens per source; or images.")
+@options.eval_tokens
+@options.seq_len
+@click.option(
+    "--finetune", default=0, show_default=True, type=int, help="Epochs of fine-tuning after the cut (image models)."
+)
+@click.option(
+    "--seed", default=0, show_default=True, type=int, help="Which windows are drawn; the same seed, the same plan."
+)
+@options.dtype
+@options.device
+@click.option(
+    "--no-verify", is_flag=True, help="Skip the proof that masked = shrunk (it needs 16 bytes per parameter)."
+)
+@click.option(
+    "--dry-run", type=click.Path(path_type=Path), help="Only write the plan to this file; `regrow apply` runs it."
+)
+@click.option("--again", type=click.Path(path_type=Path), help="Repeat the run of this folder with its settings.")
+def prune(
+    model: str | None, keep: str | None, out: Path | None, dry_run: Path | None, again: Path | None, **given: Any
+) -> None:
+    """Prune MODEL to a fraction of its weights and leave a folder that loads, with a page that says what was lost."""
+    from regrow.runs.pruning_run import plan_only, run
+
+    settings = _again(again) if again else _settings(model, keep, given)
+    if dry_run:
+        from regrow.runs.atomic import write_text
+
+        with working() as progress:
+            plan = plan_only(settings, progress)
+        write_text(dry_run, plan.to_json() + "\n")
+        say(f"plan written to {dry_run}: {len(plan.changes)} axes change")
+        say(f"run it with `regrow apply {dry_run} {settings.model} --out FOLDER`")
+        return
+    if out is None:
+        raise click.UsageError("--out names the folder of the run, for example --out run")
+    with working() as progress:
+        folder = run(settings, out, progress)
+    _tell(folder)
+    _page(folder)
+
+
+def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any:
+    from regrow.runs.pruning_run import Settings
+
+    if model is None:
+        raise click.UsageError("name the model to prune, for example `regrow prune smollm2-135m --keep 0.9 --out run`")
+    if keep is None:
+        raise click.UsageError("--keep says how much stays, for example --keep 0.8")
+    for name in ("tokens", "eval_tokens", "seq_len", "round_to"):
+        if given[name] < 1:
+            raise click.UsageError(f"--{name.replace('_', '-').removesuffix('-to')} is at least 1; got {given[name]}")
+    pairs, no_verify = given.pop("pairs"), given.pop("no_verify")
+    return Settings(
+        model,
+        keep=options.fraction(keep, "--keep"),
+        method_settings=options.settings(pairs),
+        proof=not no_verify,
+        **given,
+    )
+
+
+def _again(folder: Path) -> Any:
+    from regrow.runs.folder import RunFolder
+    from regrow.runs.pruning_run import Settings
+
+    return Settings.from_json(RunFolder.open(folder).run()["settings"])
+
+
+def _tell(folder: Any) -> None:
+    rows = folder.metrics()
+    sizes = {row["model"]: row for row in rows if row["what"] == "size"}
+    dense, pruned = sizes["dense"], sizes["pruned"]
+    say(
+        f"kept {pruned['params_counted'] / max(dense['params_counted'], 1):.4f} of the counted weights "
+        f"({number(pruned['params_counted'])} of {number(dense['params_counted'])}), "
+        f"{pruned['params_all'] / dense['params_all']:.4f} of all parameters, "
+        f"{pruned['macs'] / max(dense['macs'], 1):.4f} of the multiply–accumulates"
+    )
+    quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
+    lines = [
+        (
+            name,
+            number(quality["dense", name]["ppl"]),
+            number(row["ppl"]),
+            f"× {row['ppl'] / quality['dense', name]['ppl']:.3f}",
+        )
+        for (model, name), row in quality.items()
+        if model == "pruned" and row["ppl"] is not None
+    ]
+    if lines:
+        table(
+            "Perplexity on the evaluation half of each kind", ("kind", "dense", "pruned", ""), lines, numbers=(1, 2, 3)
+        )
+    shares = {(row["model"], row["task"]): row for row in rows if row["what"] == "choice"}
+    for (model, task), row in shares.items():
+        if model == "pruned":
+            say(f"accuracy on {task}: {shares['dense', task]['acc']:.3f} → {row['acc']:.3f} (n = {row['n']})")
+    for row in rows:
+        if row["what"] == "verify":
+            say(f"masked = shrunk: largest difference {row['max_abs_diff']:.2g} in float64 (bound {row['bound']:.2g})")
+
+
+def _page(folder: Any) -> None:
+    from regrow.reports import ReportError, write_page
+
+    try:
+        page = write_page([folder.path], folder.path / "report.html")
+    except ReportError as error:
+        say(f"the model is in {folder.path}; no page was written: {error}")
+    else:
+        say(f"model and page are in {folder.path}; open {page}")

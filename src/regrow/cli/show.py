@@ -1,0 +1,96 @@
+"""``regrow show``: the axes of a network."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regrow.cli import options
+from regrow.cli.screen import number, say, table, working
+
+
+@click.command(epilog=options.MODEL_HELP)
+@click.argument("model")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
+@click.option("--all", "everything", is_flag=True, help="List frozen axes one by one, not by reason.")
+@options.dtype
+def show(model: str, json_file: Path | None, everything: bool, dtype: str) -> None:
+    """Show what can be cut in MODEL, what a unit of it costs, and why the rest is frozen."""
+    from regrow.allocation.inventory import inventory
+    from regrow.runs.pruning_run import Settings, load_model
+    from regrow.tracing import trace
+
+    with working() as progress:
+        loaded = load_model(Settings(model, dtype=dtype), progress)
+        progress(0, 1, "tracing")
+        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        rows = inventory(axes)
+    if json_file:
+        _write(json_file, axes, rows, model)
+    free = [row for row in rows if row.mark != "frozen"]
+    _free_table(free)
+    _frozen_table([row for row in rows if row.mark == "frozen"], everything)
+    for note in axes.notes:
+        say(f"note: {note}")
+    if axes.unreached:
+        say(f"not reached by the example: {len(axes.unreached)} parameters, {', '.join(axes.unreached[:3])} …")
+    counted = sum(_numel(axes, name) for name in axes.counted)
+    every = sum(_numel(axes, name) for name in axes.parameters if name not in axes.ties)
+    say(f"{len(free)} of {len(rows)} axes can be cut; --keep counts {number(counted)} of {number(every)} parameters")
+
+
+def _free_table(rows: list[Any]) -> None:
+    groups: dict[tuple, list[Any]] = {}
+    for row in rows:
+        groups.setdefault((row.label, row.mark, bool(row.inside)), []).append(row)
+    lines = []
+    for (label, mark, inside), members in groups.items():
+        sizes = sorted({row.size for row in members})
+        blocks = [row.block for row in members if row.block]
+        where = f"{blocks[0]} … {blocks[-1]}" if len(blocks) > 1 else (blocks[0] if blocks else members[0].key)
+        size = str(sizes[0]) if len(sizes) == 1 else f"{sizes[0]}–{sizes[-1]}"
+        costs = sorted({row.unit_params for row in members}), sorted({row.unit_macs for row in members})
+        params, macs = (number(c[0]) if len(c) == 1 else f"{number(c[0])}–{number(c[-1])}" for c in costs)
+        lines.append((label, where, len(members), size, mark + (", inside another" if inside else ""), params, macs))
+    columns = ("made by → read by", "where", "axes", "units", "mark", "parameters a unit", "MACs a unit")
+    table("What can be cut", columns, lines, numbers=(2, 3, 5, 6))
+
+
+def _frozen_table(rows: list[Any], everything: bool) -> None:
+    if everything:
+        table("Frozen", ("axis", "units", "why"), [(row.key, row.size, row.reason) for row in rows], numbers=(1,))
+        return
+    import re
+
+    reasons: dict[str, list[Any]] = {}
+    for row in rows:
+        reasons.setdefault(re.sub(r"\d+", "#", row.reason), []).append(row)
+    lines = [(len(members), members[0].reason, members[0].key) for members in reasons.values()]
+    table("Frozen", ("axes", "why (of the first)", "the first"), sorted(lines, key=lambda x: -x[0]), numbers=(0,))
+
+
+def _numel(axes: Any, name: str) -> int:
+    from math import prod
+
+    from regrow.axes import size_of
+
+    sizes = axes.sizes()
+    return prod(size_of(dim, sizes) for dim in axes.shapes[name])
+
+
+def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
+    import json
+    from dataclasses import asdict
+
+    from regrow.runs.atomic import write_text
+
+    data = {
+        "format": "regrow-axes/1",
+        "model": model,
+        "axes": [row.record() | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in rows],
+        "counted": list(axes.counted),
+        "unreached": list(axes.unreached),
+        "notes": list(axes.notes),
+    }
+    write_text(path, json.dumps(data, indent=1) + "\n")
+    say(f"written to {path}")

@@ -1,0 +1,111 @@
+"""Evaluating a model by name, with everything that was asked for in one record."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regrow import evaluation
+from regrow.axes import Example
+from regrow.nets import Loaded, ModelError
+from regrow.nets.examples import guessed_example, text_example
+from regrow.runs import store
+from regrow.runs.progress import Progress, silent
+from regrow.runs.pruning_run import DTYPES, Settings, load_model, sources_of
+from regrow.sources import Batch
+
+
+def evaluated(
+    model: str,
+    *,
+    sources: Sequence[str] = (),
+    choices: Sequence[Path] = (),
+    items: int = 200,
+    speed: bool = False,
+    eval_tokens: int = 2048,
+    seq_len: int = 256,
+    dtype: str = "",
+    device: str = "cpu",
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Evaluate a run folder, or any model that can be loaded by name.
+
+    Args:
+        model: A run folder or a name.
+        sources: Kinds of text or images; their evaluation half is used.
+        choices: Files of multiple-choice items.
+        items: How many items of each.
+        speed: Whether to time a forward pass.
+        eval_tokens: Tokens (or images) per source.
+        seq_len: Tokens per window.
+        dtype: What the model is loaded in; as stored, unless given.
+        device: Where it runs.
+        progress: Called as work goes on.
+
+    Returns:
+        ``size``, ``perplexity``, ``accuracy``, ``choices`` and ``speed``, as JSON data.
+
+    Raises:
+        ValueError: If the model or a source cannot be used.
+    """
+    settings = Settings(
+        model, unseen=tuple(sources), eval_tokens=eval_tokens, seq_len=seq_len, dtype=dtype, device=device
+    )
+    loaded = loaded_from(settings, progress)
+    tests = sources_of(settings, loaded).evaluation
+    first = next(loaded.model.parameters()).dtype
+    result: dict[str, Any] = {
+        "model": Path(model).name,
+        "size": evaluation.size(loaded.model, (), first).record(),
+        "perplexity": [],
+        "accuracy": [],
+        "choices": [],
+        "speed": None,
+    }
+    for i, test in enumerate(tests):
+        progress(i, len(tests), f"evaluating on {test.name}")
+        if loaded.tokenizer is None:
+            result["accuracy"].append(evaluation.accuracy(loaded.model, test).record())
+        else:
+            one = evaluation.perplexity(loaded.model, test, tokenizer=loaded.tokenizer)
+            result["perplexity"].append(one.record())
+    for file in choices:
+        if loaded.tokenizer is None:
+            raise ValueError(f"{file}: multiple choice needs a language model with a tokenizer")
+        found = evaluation.choices(
+            loaded.model, loaded.tokenizer, evaluation.items_in(file, items), task=file.name.split(".")[0]
+        )
+        result["choices"].append(found.record())
+    if speed:
+        batch = tests[0].batches[0] if tests else Batch(loaded.example.args, loaded.example.kwargs)
+        result["speed"] = evaluation.speed({"model": loaded.model}, batch, progress=progress)["model"].record()
+    return result
+
+
+def loaded_from(settings: Settings, progress: Progress = silent) -> Loaded:
+    """The model of a run folder, or a model by name.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    folder = Path(settings.model)
+    if not (folder / store.SHAPES).is_file():
+        return load_model(settings, progress)
+    if settings.dtype and settings.dtype not in DTYPES:
+        raise ValueError(f"dtype {settings.dtype!r} is not one of {', '.join(DTYPES)}")
+    net = store.load(folder, device=settings.device, dtype=DTYPES.get(settings.dtype))
+    tokenizer: Any = getattr(net, "tokenizer", None)
+    origin: Any = net.origin
+    example = guessed_example(net) if tokenizer is None else text_example(net, len(tokenizer))
+    if example is None:
+        raise ModelError(f"{folder}: the model does not say what input it takes")
+    return Loaded(net, tokenizer, _on(example, settings.device), replace(origin, name=folder.name))
+
+
+def _on(example: Example, device: str) -> Example:
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return Example(tuple(map(moved, example.args)), {key: moved(value) for key, value in example.kwargs.items()})

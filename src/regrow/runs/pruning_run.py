@@ -1,0 +1,385 @@
+"""A pruning run: everything around one cut, in a folder that tells what happened and can be resumed."""
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regrow import data, evaluation, nets
+from regrow.allocation.inventory import inventory
+from regrow.axes import AxisGraph
+from regrow.data import Half
+from regrow.data.vision import digits, images
+from regrow.method import Budget, Evidence, Measure
+from regrow.nets import Loaded
+from regrow.plan import Plan
+from regrow.runs import checkpoints, prune, store, tune
+from regrow.runs.folder import RunFolder
+from regrow.runs.progress import Progress, silent
+from regrow.scores import Scores
+from regrow.scoring import energy, massive, weights_of
+from regrow.sources import Source
+from regrow.surgery import apply, verify
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a pruning run depends on; ``run.json`` holds exactly this.
+
+    Args:
+        model: What :func:`regrow.nets.load` takes.
+        method: One of ``regrow.methods.METHODS``.
+        method_settings: Its settings, where they differ from the defaults.
+        keep: The fraction of the measure that stays.
+        measure: ``params``, ``macs`` or ``bytes``.
+        sources: Kinds of text (``news``) or ``NAME=PATH``; for image models ``digits`` or ``NAME=FOLDER``.
+        unseen: Further kinds, on which the result is only evaluated.
+        only: Patterns: cut only axes all of whose tensors match one.
+        exclude: Patterns: leave out axes with a tensor that matches.
+        round_to: Sizes left are multiples of this.
+        seed: Which windows of the sources are drawn, and the seed of methods that have one.
+        dtype: What the model is loaded in; empty: as it is stored.
+        device: Where it runs.
+        tokens: Calibration tokens per source (images: how many of them).
+        eval_tokens: Evaluation tokens per source.
+        seq_len: Tokens per window.
+        finetune: Epochs of fine-tuning after the cut (image models).
+        proof: Verify on the model that masked = shrunk.
+    """
+
+    model: str
+    method: str = "flap"
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    keep: float = 0.8
+    measure: str = "params"
+    sources: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    round_to: int = 1
+    seed: int = 0
+    dtype: str = ""
+    device: str = "cpu"
+    tokens: int = 4096
+    eval_tokens: int = 2048
+    seq_len: int = 256
+    finetune: int = 0
+    proof: bool = True
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that a ``run.json`` holds."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        for name in ("sources", "unseen", "only", "exclude"):
+            known[name] = tuple(known.get(name, ()))
+        return cls(**known)
+
+    def budget(self) -> Budget:
+        """How much may stay, and which axes may pay for it."""
+        return Budget(self.keep, Measure(self.measure), self.only, self.exclude, round_to=self.round_to)
+
+    def command(self, out: str) -> str:
+        """The command line that does this run again."""
+        default = Settings(self.model)
+        words = ["regrow", "prune", self.model, "--method", self.method, "--keep", f"{self.keep:g}"]
+        for spec in self.sources:
+            words += ["--source", spec]
+        for flag in ("unseen", "only", "exclude"):
+            for pattern in getattr(self, flag):
+                words += [f"--{flag}", pattern]
+        for name, value in self.method_settings.items():
+            words += ["--set", f"{name}={value}"]
+        for name, flag in _FLAGS.items():
+            if getattr(self, name) != getattr(default, name):
+                words += [flag, str(getattr(self, name))]
+        return shlex.join([*words, *([] if self.proof else ["--no-verify"]), "--out", out])
+
+
+_FLAGS = {
+    "measure": "--measure",
+    "round_to": "--round",
+    "seed": "--seed",
+    "dtype": "--dtype",
+    "device": "--device",
+    "tokens": "--tokens",
+    "eval_tokens": "--eval-tokens",
+    "seq_len": "--seq-len",
+    "finetune": "--finetune",
+}
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The sources of a run: calibration halves, and evaluation halves of the same kinds and then of unseen ones."""
+
+    calibration: tuple[Source, ...]
+    evaluation: tuple[Source, ...]
+
+
+@dataclass
+class Clock:
+    """Seconds per stage, kept in the run folder as they come."""
+
+    folder: RunFolder | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time what is done inside."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
+        if self.folder:
+            self.folder.update(seconds=self.seconds)
+
+
+def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
+    """The plan that a run would make, and nothing else.
+
+    Raises:
+        ValueError: As :func:`run`.
+    """
+    method = prune.built(settings.method, _seeded(settings))
+    budget = settings.budget()
+    loaded = load_model(settings, progress)
+    kinds = sources_of(settings, loaded)
+    axes = prune.trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress)
+    return prune.proposed(loaded.model, axes, method, budget, evidence)[0]
+
+
+def run(settings: Settings, out: str | Path, progress: Progress = silent) -> RunFolder:
+    """Prune a model and leave a run folder behind: model, plan, measurements.
+
+    Everything that can be wrong with the settings is found before the folder is made; an interrupted run with the same
+    settings goes on where it was.
+
+    Args:
+        settings: What to do.
+        out: The run folder; new, empty, or of this very run.
+        progress: Called as work goes on.
+
+    Raises:
+        ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
+    """
+    method = prune.built(settings.method, _seeded(settings))
+    budget = settings.budget()
+    clock = Clock(None)
+    with clock.stage("load"):
+        loaded = load_model(settings, progress)
+        kinds = sources_of(settings, loaded)
+    with clock.stage("trace"):
+        axes = prune.trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    folder = RunFolder.create(out, verb="prune", settings=asdict(settings), command=settings.command(str(out)))
+    clock.folder = folder
+    folder.update(notes=list(loaded.notes), sources=_described(settings, kinds))
+    with clock.stage("calibrate"):
+        evidence = _calibrated(folder, loaded, axes, method, kinds, progress)
+    with clock.stage("plan"):
+        plan, scores = prune.proposed(loaded.model, axes, method, budget, evidence)
+        _write_scores(folder, loaded, axes, plan, scores, evidence)
+    with clock.stage("evaluate"):
+        before = measure(folder, loaded, axes, kinds, "dense", progress)
+    if settings.proof:
+        with clock.stage("verify"):
+            progress(0, 1, "proving that masked = shrunk")
+            _prove(folder, loaded, axes, plan)
+    rows = [row.record() for row in inventory(axes)]
+    with clock.stage("apply"):
+        _, axes = apply(loaded.model, axes, plan)
+        if not len(folder.ledger):
+            folder.ledger.append(plan)
+        folder.write_axes(rows, [row.record() for row in inventory(axes)])
+    if loaded.tokenizer is None and kinds.calibration:
+        with clock.stage("tune"):
+            _tuned(settings, loaded, kinds, progress)
+    with clock.stage("save"):
+        store.save(loaded, folder.path)
+    with clock.stage("evaluate"):
+        after = measure(folder, loaded, axes, kinds, "pruned", progress)
+        for name in before.keys() & after.keys():
+            pair = evaluation.paired(before[name], after[name])
+            folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
+    folder.finish(seconds=clock.seconds)
+    return folder
+
+
+def load_model(settings: Settings, progress: Progress = silent) -> Loaded:
+    """The model that settings name, in the dtype they name.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    if settings.dtype and settings.dtype not in DTYPES:
+        raise ValueError(f"dtype {settings.dtype!r} is not one of {', '.join(DTYPES)}")
+    dtype = DTYPES[settings.dtype] if settings.dtype else None
+    return nets.load(settings.model, dtype=dtype, device=settings.device, progress=progress)
+
+
+def sources_of(settings: Settings, loaded: Loaded) -> Kinds:
+    """Calibration and evaluation halves of every source that settings name.
+
+    Raises:
+        ValueError: If a source is unknown, empty, too short, or named twice.
+    """
+    every = (*settings.sources, *settings.unseen)
+    names = [spec.partition("=")[0] for spec in every]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
+    return Kinds(
+        tuple(_source(settings, loaded, spec, Half.CALIBRATION, settings.tokens) for spec in settings.sources),
+        tuple(_source(settings, loaded, spec, Half.EVALUATION, settings.eval_tokens) for spec in every),
+    )
+
+
+def _source(settings: Settings, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
+    if loaded.tokenizer is not None:
+        n = max(1, amount // settings.seq_len)
+        seed = settings.seed if half is Half.CALIBRATION else 0
+        return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=settings.seq_len, seed=seed, half=half)
+    shape = next(arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor))
+    seed = settings.seed if half is Half.CALIBRATION else 0
+    if spec == "digits":
+        return digits(n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
+    name, equals, path = spec.partition("=")
+    if not equals:
+        raise ValueError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
+    return images(name, Path(path), n=amount, size=shape[-1], seed=seed, half=half)
+
+
+def measure(
+    folder: RunFolder,
+    loaded: Loaded,
+    axes: AxisGraph,
+    kinds: Kinds,
+    name: str,
+    progress: Progress = silent,
+) -> dict[str, evaluation.Perplexity]:
+    """Log size and quality of a model; give back its perplexities, for pairing."""
+    size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
+    folder.log(
+        "size",
+        model=name,
+        params_all=size.parameters,
+        params_counted=size.counted,
+        macs=evaluation.macs(axes),
+        bytes=size.bytes,
+        dtype=size.dtype,
+    )
+    found: dict[str, evaluation.Perplexity] = {}
+    sources, seen = kinds.evaluation, {source.name for source in kinds.calibration}
+    for i, source in enumerate(sources):
+        progress(i, len(sources), f"evaluating the {name} model on {source.name}")
+        if loaded.tokenizer is None:
+            result = evaluation.accuracy(loaded.model, source)
+            folder.log("choice", task=source.name, model=name, **_accuracy(result))
+            continue
+        one = evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer)
+        found[source.name] = one
+        folder.log("perplexity", model=name, source=source.name, seen=source.name in seen, **_perplexity(one))
+    progress(len(sources), len(sources), f"evaluating the {name} model")
+    return found
+
+
+def _perplexity(one: evaluation.Perplexity) -> dict[str, Any]:
+    record = one.record()
+    return {
+        "ppl": one.ppl,
+        "nll": one.mean,
+        "se": one.error,
+        "tokens": record["tokens"],
+        "bits_per_byte": one.bits_per_byte,
+        "nll_per_window": record["nll_per_window"],
+    }
+
+
+def _accuracy(result: evaluation.Accuracy) -> dict[str, Any]:
+    return {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
+
+
+def _seeded(settings: Settings) -> dict[str, Any]:
+    """The method's settings; a method with a seed takes the run's, unless it was given its own."""
+    has_seed = "seed" in getattr(prune.entry(settings.method).settings, "__dataclass_fields__", {})
+    return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}
+
+
+def _described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
+    seen = {source.name: source for source in kinds.calibration}
+    specs = (*settings.sources, *settings.unseen)
+    rows = []
+    for spec, test in zip(specs, kinds.evaluation, strict=True):
+        own = seen.get(test.name)
+        origin = (
+            f"evaluation: {test.origin}" if own is None else f"calibration: {own.origin}; evaluation: {test.origin}"
+        )
+        counts = {"calibration_tokens": own.tokens if own else 0, "evaluation_tokens": test.tokens}
+        rows.append({"name": test.name, "spec": spec, "origin": origin, **counts})
+    return rows
+
+
+def _calibrated(
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: prune.Pruner, kinds: Kinds, progress: Progress
+) -> Evidence:
+    model = asdict(loaded.origin)
+    keys = {
+        source.name: checkpoints.fingerprint(source, 1, sorted(method.needs), str(model), _digest(loaded))
+        for source in kinds.calibration
+    }
+    done = folder.statistics(keys)
+
+    def keep(source: str, shard: int, statistics: Any) -> None:
+        folder.save_statistics(source, shard, statistics, key=keys[source])
+
+    return prune.measured(loaded.model, axes, method, kinds.calibration, progress, done=done, on_done=keep)
+
+
+def _digest(loaded: Loaded) -> list[float]:
+    """A few numbers that tell one set of weights from another."""
+    return [float(p.detach().float().flatten()[:4096].double().sum()) for p in loaded.model.parameters()]
+
+
+def _write_scores(
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
+) -> None:
+    entries: dict[str, dict[str, Any]] = {}
+    for key, values in scores.values.items():
+        steps = torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
+        keep = list(plan.changes[key].keep) if key in plan.changes else list(range(len(values)))
+        dropped = list(plan.changes[key].dropped) if key in plan.changes else []
+        entries[key] = {
+            "quantiles": steps,
+            "kept_min": float(values[keep].min()),
+            "dropped_max": float(values[dropped].max()) if dropped else None,
+            "massive": [],
+        }
+    if evidence.statistics and evidence.pooled().moments:
+        found = massive(axes, energy(weights_of(loaded.model), axes, evidence.pooled()))
+        for one in found:
+            if one.axis in entries:
+                entries[one.axis]["massive"].append({"unit": one.unit, "z": one.ratio, "share": one.share})
+    folder.write_scores(scores.metric, entries)
+
+
+def _prove(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:
+    result = verify(loaded.model, axes, plan)
+    folder.log("verify", **asdict(result), dtype="float64")
+    if not result.ok:
+        raise ValueError(
+            f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in float64, "
+            f"the bound is {result.bound:.3g}. Nothing was cut; please report the model"
+        )
+
+
+def _tuned(settings: Settings, loaded: Loaded, kinds: Kinds, progress: Progress) -> None:
+    if settings.finetune:
+        steps = lambda done, total, loss: progress(done, total, f"fine-tuning, loss {loss:.3f}")  # noqa: E731
+        for source in kinds.calibration:
+            tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=steps)
+    tune.recalibrate(loaded.model, kinds.calibration)
