@@ -153,7 +153,7 @@ def _scores(kept, rng):
             "quantiles": spread,
             "kept_min": cut * 1.002,
             "dropped_max": cut * 0.998,
-            "massive": [{"unit": unit, "z": z} for at, unit, z in MASSIVE if at == layer],
+            "massive": [{"unit": unit, "ratio": ratio} for at, unit, ratio in MASSIVE if at == layer],
         }
         levels = [40 * scale * (1 + i / 5) for i in range(21)]
         dropped = levels[0] if layer in (9, 14) else None

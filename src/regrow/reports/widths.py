@@ -47,7 +47,7 @@ def scores(folder: RunFolder, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
 
     Returns:
         ``metric``, ``kinds`` (as in :func:`widths`, with ``quantiles``, ``kept_min`` and ``dropped_max`` per row), and
-        ``massive`` (``key``, ``block``, ``kind``, ``unit``, ``z`` and whether it was ``kept``,
+        ``massive`` (``key``, ``block``, ``kind``, ``unit``, ``ratio`` and whether it was ``kept``,
         ``None`` if unknown); ``None`` without any.
     """
     axes = mapping(folder.scores.get("axes"))
@@ -63,16 +63,17 @@ def scores(folder: RunFolder, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
         elif quantiles is not None:
             folder.problems.append(f"scores.json: axis {row['key']!r} has no {QUANTILES} ascending numbers; left out")
         for unit in objects(entry.get("massive")):
-            index, z = size(unit.get("unit")), number(unit.get("z"))
-            if index is not None and index < row["before"] and z is not None:
+            index, ratio = size(unit.get("unit")), number(unit.get("ratio"))
+            if index is not None and index < row["before"] and ratio is not None:
                 whole = True if row["after"] == row["before"] else None
                 kept = index in survivors[row["key"]] if row["key"] in survivors else whole
                 massive.append(
-                    {name: row[name] for name in ("key", "block")} | {"kind": kind, "unit": index, "z": z, "kept": kept}
+                    {name: row[name] for name in ("key", "block")}
+                    | {"kind": kind, "unit": index, "ratio": ratio, "kept": kept}
                 )
     if not found and not massive:
         return None
-    massive.sort(key=lambda unit: -abs(unit["z"]))
+    massive.sort(key=lambda unit: -abs(unit["ratio"]))
     return {"metric": text(folder.scores.get("metric")), "kinds": _grouped(found), "massive": massive}
 
 

@@ -47,10 +47,7 @@ class RunFolder:
         """
         path = Path(path)
         wanted = json.loads(json.dumps({"verb": verb, "settings": dict(settings)}))
-        if path.exists() and not path.is_dir():
-            raise StoreError(f"{path} is a file; choose a folder that does not exist yet")
-        if path.is_dir() and any(not PARTIAL.fullmatch(p.name) for p in path.iterdir()):
-            _check_same(path, cls(path).run() if (path / "run.json").is_file() else None, wanted)
+        if cls.check(path, verb=verb, settings=settings):
             cls(path)._sweep()
             return cls(path, resumed=True)
         with telling(path):
@@ -59,6 +56,22 @@ class RunFolder:
         folder._sweep()
         folder._write("run.json", {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
         return folder
+
+    @classmethod
+    def check(cls, path: str | Path, *, verb: str, settings: Mapping[str, Any]) -> bool:
+        """Whether an interrupted run would be resumed in a folder (``False``: a new one would begin); changes nothing.
+
+        Raises:
+            StoreError: As :meth:`create`.
+        """
+        path = Path(path)
+        wanted = json.loads(json.dumps({"verb": verb, "settings": dict(settings)}))
+        if path.exists() and not path.is_dir():
+            raise StoreError(f"{path} is a file; choose a folder that does not exist yet")
+        if not path.is_dir() or all(PARTIAL.fullmatch(p.name) for p in path.iterdir()):
+            return False
+        _check_same(path, cls(path).run() if (path / "run.json").is_file() else None, wanted)
+        return True
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
@@ -160,7 +173,7 @@ class RunFolder:
         Args:
             metric: The name of the measure.
             axes: Axis key → ``quantiles`` (21 ascending numbers), ``kept_min``, ``dropped_max``, and ``massive``: a
-                list of ``{"unit", "z"}``.
+                list of ``{"unit", "ratio", "share"}``.
         """
         self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
 

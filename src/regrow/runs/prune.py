@@ -13,7 +13,7 @@ from regrow.plan import Plan
 from regrow.pruner import Pruner
 from regrow.runs.progress import Progress, silent
 from regrow.scores import Scores
-from regrow.scoring import collect
+from regrow.scoring import collect, random
 from regrow.sources import Source
 from regrow.surgery import apply
 from regrow.tracing import trace
@@ -101,7 +101,9 @@ def measured(
     """
     measures = {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs
     if measures and not sources:
-        raise ValueError("this method measures importance on text or images; give it at least one source")
+        raise ValueError(
+            "this method measures importance on text or images; give it at least one source, like --source news"
+        )
     if not measures:
         return Evidence()
     told = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
@@ -115,3 +117,13 @@ def proposed(
     plan, state = method.propose(model, axes, evidence, method.init(axes, budget))
     assert plan is not None and state.scores is not None
     return plan, state.scores
+
+
+def check_budget(axes: AxisGraph, method: Pruner, budget: Budget) -> None:
+    """Assert that a budget can be met, before anything is measured.
+
+    Raises:
+        ValueError: If it cannot; names the least reachable keep.
+    """
+    units = axes.units(budget.only, budget.exclude, budget.marks)
+    method.allocate(axes, random(axes, units=units), budget)

@@ -171,12 +171,14 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     """
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
+    RunFolder.check(out, verb="prune", settings=asdict(settings))
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(settings, progress)
         kinds = sources_of(settings, loaded)
     with clock.stage("trace"):
         axes = prune.trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    prune.check_budget(axes, method, budget)
     folder = RunFolder.create(out, verb="prune", settings=asdict(settings), command=settings.command(str(out)))
     clock.folder = folder
     folder.update(notes=list(loaded.notes), sources=_described(settings, kinds))
@@ -363,7 +365,7 @@ def _write_scores(
         found = massive(axes, energy(weights_of(loaded.model), axes, evidence.pooled()))
         for one in found:
             if one.axis in entries:
-                entries[one.axis]["massive"].append({"unit": one.unit, "z": one.ratio, "share": one.share})
+                entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})
     folder.write_scores(scores.metric, entries)
 
 

@@ -118,7 +118,8 @@ def load(
         net = _built(folder, shapes, model, dtype)
         check(net, shapes)
     except (ModelError, StoreError) as error:
-        text = str(error)
+        text = " ".join(str(error).split())
+        text = text if len(text) < 400 else text[:399] + "…"
         raise StoreError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
     tensors = read_weights(folder, shapes)
     transformers = shapes.origin.kind == "transformers"

@@ -1,0 +1,244 @@
+"""The command line: what works, and what every mistake is answered with."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow import Plan, load
+from regrow.cli import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def regrow(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run the command line in an empty folder; gives exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["regrow", *words])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        captured = capfd.readouterr()
+        return int(stop.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+PRUNE = (
+    "prune",
+    "toys:classifier",
+    "--method",
+    "magnitude",
+    "--source",
+    "digits",
+    "--tokens",
+    "256",
+    "--eval-tokens",
+    "200",
+)
+
+
+def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
+    code, out, err = regrow(*PRUNE, "--keep", "0.6", "--finetune", "2", "--out", "run")
+    assert code == 0, err
+    assert "masked = shrunk" in out and "accuracy on digits" in out
+    assert (Path("run") / "report.html").stat().st_size > 10_000
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    sizes = {row["model"]: row["params_counted"] for row in rows if row["what"] == "size"}
+    assert 0 < sizes["pruned"] <= 0.6 * sizes["dense"]
+    import toys
+
+    model = load("run", model=lambda: toys.classifier()[0])
+    assert model.body[0].out_channels < 12
+    code, out, _ = regrow("show", "toys:classifier", "--json", "axes.json")
+    assert code == 0 and "12" in out
+    axes = json.loads(Path("axes.json").read_text())["axes"]
+    assert {axis["key"] for axis in axes if axis["mark"] == "neutral"} == {"body.0.weight:0", "body.3.weight:0"}
+
+
+def test_a_dry_run_writes_the_plan_that_apply_runs(regrow: Run) -> None:
+    code, _, err = regrow(*PRUNE, "--keep", "0.5", "--dry-run", "plan.json")
+    assert code == 0, err
+    plan = Plan.from_json(Path("plan.json").read_text())
+    code, _, err = regrow("apply", "plan.json", "toys:classifier", "--out", "cut")
+    assert code == 0, err
+    import toys
+
+    model = load("cut", model=lambda: toys.classifier()[0])
+    assert model.body[0].out_channels == len(plan.changes["body.0.weight:0"].keep)
+
+
+def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:
+    regrow(*PRUNE, "--keep", "0.5", "--out", "one")
+    code, _, err = regrow("prune", "--again", "one", "--out", "two")
+    assert code == 0, err
+    plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"][0]["changes"] for name in ("one", "two")]
+    assert plans[0] == plans[1]
+    code, out, _ = regrow("compare", "one", "two", "--out", "both.html")
+    assert code == 0 and Path("both.html").exists() and "one" in out
+
+
+def test_methods_are_listed_and_explained(regrow: Run) -> None:
+    code, out, _ = regrow("methods")
+    assert code == 0 and all(name in out for name in ("random", "magnitude", "wanda_sp", "flap", "llm_pruner"))
+    code, out, _ = regrow("methods", "flap")
+    assert code == 0 and "compensate=true" in out and "AAAI 2024" in out
+
+
+MISTAKES = {
+    "missing model": (("prune", "no-such-model", "--keep", "0.8", "--out", "run"), "no-such-model"),
+    "not a model": (("prune", "text.txt", "--keep", "0.8", "--out", "run"), "text.txt"),
+    "pickle": (("prune", "weights.pth", "--keep", "0.8", "--out", "run"), "safetensors"),
+    "unknown method": ((*PRUNE, "--method", "magnitud", "--keep", "0.8", "--out", "run"), "did you mean 'magnitude'"),
+    "keep 0": ((*PRUNE, "--keep", "0", "--out", "run"), "above 0"),
+    "keep 1.2": ((*PRUNE, "--keep", "1.2", "--out", "run"), "at most 1"),
+    "keep abc": ((*PRUNE, "--keep", "abc", "--out", "run"), "'abc'"),
+    "keep nan": ((*PRUNE, "--keep", "nan", "--out", "run"), "above 0"),
+    "no keep": ((*PRUNE, "--out", "run"), "--keep 0.8"),
+    "infeasible keep": ((*PRUNE, "--keep", "0.001", "--out", "run"), "least"),
+    "no source": (("prune", "toys:classifier", "--method", "wanda_sp", "--keep", "0.8", "--out", "run"), "--source"),
+    "unknown source": (("prune", "toys:classifier", "--keep", "0.8", "--source", "x", "--out", "run"), "NAME=FOLDER"),
+    "unknown setting": ((*PRUNE, "--keep", "0.8", "--set", "formm=token", "--out", "run"), "formm"),
+    "setting of another type": ((*PRUNE, "--keep", "0.8", "--set", "minimum=two", "--out", "run"), "minimum"),
+    "full folder": ((*PRUNE, "--keep", "0.8", "--out", "full"), "full exists and is not empty"),
+    "NaN weights": (
+        ("prune", "toys:broken", "--method", "magnitude", "--keep", "0.8", "--out", "run"),
+        "NaN or infinite",
+    ),
+    "nothing to cut": (("prune", "toys:spectral", "--method", "magnitude", "--keep", "0.5", "--out", "run"), "least"),
+    "plan not there": (("apply", "none.json", "toys:classifier", "--out", "run"), "none.json"),
+    "plan damaged": (("apply", "text.txt", "toys:classifier", "--out", "run"), "not JSON"),
+    "unknown option": ((*PRUNE, "--kep", "0.5"), "--keep"),
+    "unknown dtype": ((*PRUNE, "--keep", "0.5", "--dtype", "int3", "--out", "run"), "int3"),
+    "round 0": ((*PRUNE, "--keep", "0.5", "--round", "0", "--out", "run"), "--round"),
+    "report of nothing": (("report", "none"), "none"),
+    "evaluate nothing": (("evaluate", "none"), "none"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_with_the_value_and_leaves_nothing_behind(regrow: Run, name: str) -> None:
+    Path("full").mkdir()
+    Path("full/old.txt").write_text("mine")
+    Path("text.txt").write_text("not a model, not a plan")
+    torch.save({"w": torch.ones(2)}, "weights.pth")
+    before = sorted(Path().iterdir())
+    words, says = MISTAKES[name]
+    code, _, err = regrow(*words)
+    assert code == 2
+    last = [line for line in err.splitlines() if line.startswith("regrow: ")]
+    assert len(last) == 1 and says in last[0], err
+    assert "Traceback" not in err
+    assert sorted(Path().iterdir()) == before and list(Path("full").iterdir()) == [Path("full/old.txt")]
+
+
+SOURCES = {
+    "empty": (b"", "empty"),
+    "one line": (b"just one line\n", "single line"),
+    "shorter than a window": (b"two words\n\nand two more\n", "window"),
+    "binary": (bytes(range(256)) * 40, "text"),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_language_model: Path) -> None:
+    content, says = SOURCES[name]
+    Path("mail.txt").write_bytes(content)
+    code, _, err = regrow(
+        "prune", str(tiny_language_model), "--keep", "0.8", "--source", "mail=mail.txt", "--out", "run"
+    )
+    assert code == 2 and says in err and "mail" in err and "Traceback" not in err, err
+    assert not Path("run").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A transformers folder of a tiny random Llama with the tokenizer of a real model."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from regrow.nets import load as load_by_name
+
+    tokenizer = load_by_name("smollm2-135m").tokenizer
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=40,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        num_hidden_layers=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_language_model: Path) -> None:
+    words = (
+        "prune",
+        str(tiny_language_model),
+        "--keep",
+        "0.7",
+        "--source",
+        "manual",
+        "--source",
+        "code",
+        "--unseen",
+        "talk",
+    )
+    code, out, err = regrow(*words, "--tokens", "512", "--eval-tokens", "256", "--seq-len", "64", "--out", "run")
+    assert code == 0, err
+    assert "perplexity" in out.lower() and "talk" in out
+    code, out, err = regrow(
+        "evaluate", "run", "--source", "manual", "--eval-tokens", "256", "--seq-len", "64", "--json", "e.json"
+    )
+    assert code == 0, err
+    found = json.loads(Path("e.json").read_text())["perplexity"][0]["ppl"]
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    logged = [
+        r["ppl"] for r in rows if r["what"] == "perplexity" and r["model"] == "pruned" and r["source"] == "manual"
+    ]
+    assert found == logged[0]
+
+
+def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import regrow.runs.folder as folder
+
+    words = (
+        "prune",
+        str(tiny_language_model),
+        "--keep",
+        "0.7",
+        "--source",
+        "manual",
+        "--source",
+        "code",
+        "--no-verify",
+    )
+    sizes = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
+    assert regrow(*words, *sizes, "--out", "whole")[0] == 0
+    real = folder.RunFolder.save_statistics
+
+    def stop_at_the_second(
+        self: folder.RunFolder, source: str, shard: int, statistics: object, *, key: str = ""
+    ) -> None:
+        if source == "code":
+            raise KeyboardInterrupt
+        real(self, source, shard, statistics, key=key)
+
+    monkeypatch.setattr(folder.RunFolder, "save_statistics", stop_at_the_second)
+    code, _, err = regrow(*words, *sizes, "--out", "halves")
+    assert code == 130 and "goes on from there" in err
+    assert len(list(Path("halves/statistics").iterdir())) == 1
+    monkeypatch.setattr(folder.RunFolder, "save_statistics", real)
+    assert regrow(*words, *sizes, "--out", "halves")[0] == 0
+    plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"] for name in ("whole", "halves")]
+    assert plans[0] == plans[1]

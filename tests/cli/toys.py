@@ -1,0 +1,58 @@
+"""Models of one's own for the command line, each with its example input."""
+
+import torch
+from torch import nn
+
+
+class Classifier(nn.Module):
+    """A small convolutional classifier of 8 × 8 grey pictures."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+        )
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits of ten classes."""
+        return self.head(self.body(x))
+
+
+class Spectral(nn.Module):
+    """Linear layers with a Fourier transform between them, which no rule reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Four numbers."""
+        return self.second(torch.fft.fft(self.first(x)).real)
+
+
+def classifier() -> tuple[nn.Module, torch.Tensor]:
+    """A classifier with a fixed seed."""
+    torch.manual_seed(0)
+    return Classifier(), torch.randn(1, 1, 8, 8)
+
+
+def spectral() -> tuple[nn.Module, torch.Tensor]:
+    """A network with an operation that has no rule."""
+    torch.manual_seed(0)
+    return Spectral(), torch.randn(1, 8)
+
+
+def broken() -> tuple[nn.Module, torch.Tensor]:
+    """A classifier with a weight that is not a number."""
+    model, example = classifier()
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] = float("nan")
+    return model, example
