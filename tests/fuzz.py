@@ -335,7 +335,7 @@ class Generator:
     def grow(self) -> Program:
         """A layer, random steps, and a layer on every value that nothing reads."""
         self.add(self.layer())
-        wanted = self.random.randint(3, 9)
+        wanted = self.random.randint(3, 7)
         while len(self.program.steps) < wanted:
             name = self.random.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]
             self.add(getattr(self, name)())

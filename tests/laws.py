@@ -40,7 +40,11 @@ class _Double(TorchFunctionMode):
 def in_double(value: Any) -> Any:
     """A deep copy of a module, or of example inputs, in float64."""
     if isinstance(value, nn.Module):
-        return deepcopy(value).double()
+        copy = deepcopy(value)
+        for module in copy.modules():
+            if isinstance(module, nn.RMSNorm) and module.eps is None:  # it stands for the precision's own epsilon
+                module.eps = torch.finfo(module.weight.dtype).eps
+        return copy.double()
     return tree_map(lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, value)
 
 

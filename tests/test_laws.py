@@ -186,7 +186,8 @@ def test_permuting_units_permutes_the_plan(name: str) -> None:
             if axis.mark is Mark.NEUTRAL and not axis.inside:
                 score = torch.zeros(axis.size, dtype=torch.float64)
                 for slot in axis.slots:
-                    part = state[slot.name].double().abs().movedim(slot.dim, 0).flatten(1).sum(1)
+                    part = state[slot.name].double().abs().movedim(slot.dim, 0)
+                    part = part.reshape(len(part), -1).sum(1)
                     score += part[slot.positions(axis.size)].sum(1)
                 keep[axis.key] = score.topk(-(-axis.size // 2)).indices.tolist()
         return Plan.keeping(axes, keep)

@@ -4,11 +4,12 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from regrow.axes import AxisGraph, Role, size_of
-from regrow.tracing import trace
-from zoo import ZOO, Fact, Hoped
+from regrow.tracing import TraceError, trace
+from zoo import ZOO, Fact, Hoped, Wired
 
 
 @cache
@@ -41,6 +42,14 @@ def test_tracing_finds_what_it_must(name: str, fact: Fact) -> None:
 def test_tracing_finds_what_the_design_promises(name: str, fact: Fact) -> None:
     """The day one of these is found, its ``Hoped`` goes."""
     assert not fact.missed(traced(name)[1])
+
+
+def test_a_network_that_cannot_be_recorded_says_so() -> None:
+    """A branch on a value cannot be recorded: an error in words, not a wrong axis."""
+    model = Wired(lambda m, x: m.two(m.one(x).relu() if x.sum() > 0 else m.one(x).tanh()))
+    model.one, model.two = nn.Linear(4, 6), nn.Linear(6, 3)
+    with pytest.raises(TraceError, match=r"refuses Wired: .*data-dependent"):
+        trace(model, torch.ones(2, 4))
 
 
 @pytest.mark.parametrize("name", ZOO)

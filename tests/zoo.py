@@ -496,12 +496,19 @@ PLAIN = (
             "norm": nn.RMSNorm(9, eps=0.1),
             "fc1": nn.Linear(9, 14, bias=False),
             "fc2": nn.Linear(14, 9, bias=False),
-            "last": nn.RMSNorm(9),
+            "last": nn.RMSNorm(9, eps=1e-3),
             "head": nn.Linear(9, 5),
         },
         vectors(2, 4, 6),
         Has(14, ("fc1.weight:0", "fc2.weight:1")),
         Has(9, ("stem.weight:0", "norm.weight:0", "fc1.weight:1", "fc2.weight:0", "last.weight:0"), (F_,)),
+    ),
+    wired(
+        "rmsnorm_default_epsilon",
+        lambda m, x: m.head(m.norm(m.stem(x))),
+        lambda: {"stem": nn.Linear(6, 9, bias=False), "norm": nn.RMSNorm(9), "head": nn.Linear(9, 5)},
+        vectors(2, 4, 6),
+        Has(9, ("stem.weight:0", "norm.weight:0", "head.weight:1"), (F_,)),
     ),
     wired(
         "tied",
@@ -607,7 +614,7 @@ PLAIN = (
         },
         vectors(2, 5, 10),
         Has(7, ("value.weight:0", "out.weight:1")),
-        Has(6, ("query.weight:0", "key.weight:0")),
+        Hoped(Has(6, ("query.weight:0", "key.weight:0"))),
         zeros="producers",
     ),
     wired(
@@ -660,9 +667,10 @@ def fooling(
 ) -> Net:
     """Conv–BatchNorm, something odd along its channels, then a conv and a head."""
     parts = more.pop("parts", dict)
+    whole = more.pop("wire_whole", lambda m, x: m.head(m.last(wire(m, m.norm(m.stem(x)))).relu().mean((2, 3))))
     return wired(
         name,
-        lambda m, x: m.head(m.last(wire(m, m.norm(m.stem(x)))).relu().mean((2, 3))),
+        whole,
         lambda: {
             "stem": conv(3, width, bias=False),
             "norm": nn.BatchNorm2d(width),
@@ -722,10 +730,6 @@ def _in_place(x: Tensor) -> Tensor:
 
 def _by_size(m: Any, x: Tensor) -> Tensor:
     return x.relu() if x.shape[1] >= 6 else x.tanh()
-
-
-def _by_value(m: Any, x: Tensor) -> Tensor:
-    return x.relu() if x.sum() > -1e9 else x.tanh()
 
 
 STEM = ("stem.weight:0", "norm.weight:0", "norm.running_mean:0")
@@ -851,6 +855,13 @@ FOOLING = (
     fooling("index", lambda m, x: x[:, [3, 1, 0, 2, 7, 5, 6, 4]], Frozen(STEM)),
     fooling("every_second", lambda m, x: x[:, ::2], NotNeutral(STEM, 8), after=4),
     fooling("pick_one", lambda m, x: x * x[:, 2:3], NotNeutral(STEM, 8)),
+    fooling("pick_some", lambda m, x: x[:, 3:5].amax(1, keepdim=True) + x, NotNeutral(STEM, 3)),
+    fooling(
+        "returned_slice",
+        lambda m, x: x,
+        NotNeutral(STEM, 8),
+        wire_whole=lambda m, x: (m.head(m.last(h := m.norm(m.stem(x))).mean((2, 3))), h[:, 3:5]),
+    ),
     fooling("overlap", lambda m, x: torch.cat([x[:, :6], x[:, 4:]], 1), NotNeutral(STEM, 8), after=10),
     fooling("differences", lambda m, x: x[:, 1:] - x[:, :-1], Frozen(STEM), after=7),
     fooling("padded", lambda m, x: F.pad(x, (0, 0, 0, 0, 1, 2)), after=11),
@@ -891,7 +902,6 @@ FOOLING = (
         Frozen(STEM),
     ),
     fooling("size_branch", _by_size, branches=True),
-    fooling("value_branch", _by_value),
     wired(
         "mixed_reshape",
         lambda m, x: m.head(m.two(m.one(m.fc(x).view(-1, 4, 6)).relu().view(-1, 6, 4)).flatten(1)),
