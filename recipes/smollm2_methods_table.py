@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> None:
     ]
     write = _writer(out, args)
     if not any(row["method"] == "dense" for row in rows):
-        write({"method": "dense", "keep": 1.0, "only": "", "compensate": False, "draw": 0}, evaluate(loaded.model, tests))
+        dense = {"method": "dense", "keep": 1.0, "only": "", "compensate": False, "draw": 0}
+        write(dense, evaluate(loaded.model, tests))
     evidence: dict[int, Evidence] = {}
     todo = [point for point in points(args.draws) if key_of(point) not in done]
     for number, point in enumerate(todo, 1):

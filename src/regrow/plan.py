@@ -156,9 +156,15 @@ def changed(axis: Axis, keep: Iterable[int]) -> Change:
 def _change(value: Any) -> Change:
     slots = tuple(
         Slot(
-            str(s["name"]), *(int(s[field]) for field in ("dim", "outer", "stride", "inner", "offset")), Role(s["role"])
+            name=str(slot["name"]),
+            dim=int(slot["dim"]),
+            outer=int(slot["outer"]),
+            stride=int(slot["stride"]),
+            inner=int(slot["inner"]),
+            offset=int(slot["offset"]),
+            role=Role(slot["role"]),
         )
-        for s in value["slots"]
+        for slot in value["slots"]
     )
     size, keep = int(value["size"]), tuple(int(unit) for unit in value["keep"])
     return Change(size, keep, slots, tuple(int(i) for i in value.get("ids", ())))

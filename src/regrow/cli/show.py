@@ -65,8 +65,9 @@ def _frozen_table(rows: list[Any], everything: bool) -> None:
     reasons: dict[str, list[Any]] = {}
     for row in rows:
         reasons.setdefault(re.sub(r"\d+", "#", row.reason), []).append(row)
-    lines = [(len(members), members[0].reason, members[0].key) for members in reasons.values()]
-    table("Frozen", ("axes", "why (of the first)", "the first"), sorted(lines, key=lambda x: -x[0]), numbers=(0,))
+    groups = sorted(reasons.values(), key=len, reverse=True)
+    lines = [(len(members), members[0].reason, members[0].key) for members in groups]
+    table("Frozen", ("axes", "why (of the first)", "the first"), lines, numbers=(0,))
 
 
 def _numel(axes: Any, name: str) -> int:

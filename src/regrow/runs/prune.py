@@ -63,8 +63,9 @@ def prune(
             raise ValueError("give an example input, or a source whose first batch is one, to trace the network with")
         batch = sources[0].batches[0]
         example = Example(batch.args, batch.kwargs)
-    axes = trace(model, *example.args, **example.kwargs)
-    plan, _ = proposed(model, axes, chosen, Budget(keep, **budget), measured(model, axes, chosen, sources, progress))
+    axes, wanted = trace(model, *example.args, **example.kwargs), Budget(keep, **budget)
+    check(axes, chosen, wanted, sources)
+    plan, _ = proposed(model, axes, chosen, wanted, measured(model, axes, chosen, sources, progress))
     apply(model, axes, plan)
     return model, plan
 
@@ -94,17 +95,8 @@ def measured(
     progress: Progress = silent,
     **resume: Any,
 ) -> Evidence:
-    """What a method needs to know, measured on the sources.
-
-    Raises:
-        ValueError: If the method measures and there is no source.
-    """
-    measures = {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs
-    if measures and not sources:
-        raise ValueError(
-            "this method measures importance on text or images; give it at least one source, like --source news"
-        )
-    if not measures:
+    """What a method needs to know, measured on the sources."""
+    if not {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
         return Evidence()
     told = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
     return Evidence(collect(model, axes, sources, method.needs, progress=told, **resume))
@@ -119,11 +111,13 @@ def proposed(
     return plan, state.scores
 
 
-def check_budget(axes: AxisGraph, method: Pruner, budget: Budget) -> None:
-    """Assert that a budget can be met, before anything is measured.
+def check(axes: AxisGraph, method: Pruner, budget: Budget, sources: Sequence[Source]) -> None:
+    """Assert that a budget can be met and that there is something to measure on, before anything is measured.
 
     Raises:
-        ValueError: If it cannot; names the least reachable keep.
+        ValueError: If not; names the least reachable keep.
     """
+    if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
+        raise ValueError("this method measures on text or images; give it at least one source, like --source news")
     units = axes.units(budget.only, budget.exclude, budget.marks)
     method.allocate(axes, random(axes, units=units), budget)

@@ -16,8 +16,10 @@ from regrow.axes import AxisGraph
 from regrow.data import Half
 from regrow.data.vision import digits, images
 from regrow.method import Budget, Evidence, Measure
+from regrow.methods import entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
+from regrow.pruner import Pruner
 from regrow.runs import checkpoints, prune, store, tune
 from regrow.runs.folder import RunFolder
 from regrow.runs.progress import Progress, silent
@@ -25,6 +27,7 @@ from regrow.scores import Scores
 from regrow.scoring import energy, massive, weights_of
 from regrow.sources import Source
 from regrow.surgery import apply, verify
+from regrow.tracing import trace
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -150,7 +153,8 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     budget = settings.budget()
     loaded = load_model(settings, progress)
     kinds = sources_of(settings, loaded)
-    axes = prune.trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    prune.check(axes, method, budget, kinds.calibration)
     evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress)
     return prune.proposed(loaded.model, axes, method, budget, evidence)[0]
 
@@ -177,8 +181,8 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         loaded = load_model(settings, progress)
         kinds = sources_of(settings, loaded)
     with clock.stage("trace"):
-        axes = prune.trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    prune.check_budget(axes, method, budget)
+        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    prune.check(axes, method, budget, kinds.calibration)
     folder = RunFolder.create(out, verb="prune", settings=asdict(settings), command=settings.command(str(out)))
     clock.folder = folder
     folder.update(notes=list(loaded.notes), sources=_described(settings, kinds))
@@ -308,7 +312,7 @@ def _accuracy(result: evaluation.Accuracy) -> dict[str, Any]:
 
 def _seeded(settings: Settings) -> dict[str, Any]:
     """The method's settings; a method with a seed takes the run's, unless it was given its own."""
-    has_seed = "seed" in getattr(prune.entry(settings.method).settings, "__dataclass_fields__", {})
+    has_seed = "seed" in getattr(entry(settings.method).settings, "__dataclass_fields__", {})
     return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}
 
 
@@ -327,7 +331,7 @@ def _described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
 
 
 def _calibrated(
-    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: prune.Pruner, kinds: Kinds, progress: Progress
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: Pruner, kinds: Kinds, progress: Progress
 ) -> Evidence:
     model = asdict(loaded.origin)
     keys = {

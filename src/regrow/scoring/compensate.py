@@ -56,8 +56,7 @@ def _exact(model: nn.Module, name: str, dims: int) -> bool:
     if dims == 2:
         return True
     owner = model.get_submodule(name.rpartition(".")[0])
-    plain = isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) and owner.groups == 1
-    if not plain:
+    if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) or owner.groups != 1:
         return False
     padding = owner.padding
     return padding == "valid" if isinstance(padding, str) else all(p == 0 for p in padding)

@@ -94,7 +94,7 @@ def _commit(model: nn.Module, axes: AxisGraph, values: Mapping[str, Tensor], att
         first = axes.ties.get(name, name)
         if leaf in module._buffers:
             made.setdefault(first, value)
-            module._buffers[leaf] = made[first]  # type: ignore[assignment]
+            module._buffers[leaf] = made[first]
         else:
             old = module._parameters.get(leaf)
             trains = old.requires_grad if old is not None else next(model.parameters()).requires_grad

@@ -285,10 +285,10 @@ def _cut(expr: Expr, at: int) -> tuple[Expr, Expr] | None:
     expr = resolve(expr)
     match expr:
         case Leaf(size=n):
-            pieces = (Leaf(at), Leaf(n - at))
-            _share(expr, pieces)
-            expr.link = Plus(pieces)
-            return pieces
+            halved = (Leaf(at), Leaf(n - at))
+            _share(expr, halved)
+            expr.link = Plus(halved)
+            return halved
         case Plus(parts):
             before = 0
             for i, part in enumerate(parts):

@@ -117,8 +117,13 @@ def _gain(w: Walk, node: Node | None) -> tuple[str, float]:
 
 
 def _is_square(node: Node) -> bool:
-    name = op_name(node)
-    return (name == "pow" and node.args[1] == 2) or name == "square" or (name == "mul" and node.args[0] is node.args[1])
+    match op_name(node):
+        case "pow":
+            return bool(node.args[1] == 2)
+        case "mul":
+            return node.args[0] is node.args[1]
+        case name:
+            return name == "square"
 
 
 def _bare(node: Any) -> Node | None:

@@ -78,10 +78,10 @@ class Walk:
         if name in ("t", "numpy_T"):
             return self.place(operand, rank - 1 - dim)
         if name in ("transpose", "swapaxes"):
-            a, b = (int(axis) % rank for axis in node.args[1:3])
+            a, b = (int(arg(node, i)) % rank for i in (1, 2))
             return self.place(operand, {a: b, b: a}.get(dim, dim))
         if name == "permute":
-            return self.place(operand, int(node.args[1][dim]) % rank)
+            return self.place(operand, int(arg(node, 1)[dim]) % rank)
         return None
 
     def role(self, node: Any, dim: int, role: Role) -> None:
@@ -104,6 +104,11 @@ class Walk:
         if isinstance(shape, list):
             return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
         return None if shape is None else tuple(d.frozen(n, what) for n in shape)
+
+
+def arg(node: Node, i: int) -> Any:
+    """A positional argument of a call."""
+    return node.args[i]
 
 
 def op_name(node: Node) -> str:
@@ -169,8 +174,8 @@ def _placeholder(w: Walk, node: Node) -> Any:
 def _call(w: Walk, node: Node, rules: dict[str, Rule], pointwise: Rule) -> Any:
     name = op_name(node)
     if name == "getitem":
-        value = w.dims[node.args[0]]
-        return value[node.args[1]] if isinstance(value, list) else None
+        value = w.dims[arg(node, 0)]
+        return value[arg(node, 1)] if isinstance(value, list) else None
     rule = rules.get(name)
     if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         rule = pointwise
@@ -180,7 +185,7 @@ def _call(w: Walk, node: Node, rules: dict[str, Rule], pointwise: Rule) -> Any:
         return dims
     if name.startswith("_assert"):
         return None
-    free = [expr for arg in node.all_input_nodes for expr in _all_dims(w.dims[arg]) if d.is_free(expr)]
+    free = [expr for one in node.all_input_nodes for expr in _all_dims(w.dims[one]) if d.is_free(expr)]
     if free:
         reason = w.why(node, "an operation without a rule reads it")
         for expr in free:

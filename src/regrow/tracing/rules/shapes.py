@@ -10,13 +10,13 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.capture import module_of, shape_of
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.rules.entries import broadcast
-from regrow.tracing.walk import Dims, Walk, op_name
+from regrow.tracing.walk import Dims, Walk, arg, op_name
 
 
 def _input(node: Node) -> Node:
-    arg = node.args[0]
-    assert isinstance(arg, Node)
-    return arg
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    return operand
 
 
 def _axis(node: Node, position: int, rank: int, default: int = 0) -> int:
@@ -41,7 +41,7 @@ def reshape(w: Walk, node: Node) -> Dims:
 def _literals(node: Node, dims: Dims) -> list[int]:
     if op_name(node) == "unflatten":
         axis = _axis(node, 1, len(dims))
-        return [0] * axis + [int(n) for n in node.args[2]]  # type: ignore[union-attr]
+        return [0] * axis + [int(n) for n in arg(node, 2)]
     given = node.args[1] if len(node.args) > 1 else ()
     return [int(n) for n in given] if isinstance(given, list | tuple) else []
 
@@ -79,27 +79,27 @@ def reverse(w: Walk, node: Node) -> Dims:
 def permute(w: Walk, node: Node) -> Dims:
     """The dimensions in another order."""
     dims = w.of(_input(node))
-    return tuple(dims[int(i) % len(dims)] for i in node.args[1])  # type: ignore[union-attr]
+    return tuple(dims[int(i) % len(dims)] for i in arg(node, 1))
 
 
 def movedim(w: Walk, node: Node) -> Dims:
     """Some dimensions move, the others keep their order."""
     dims = w.of(_input(node))
-    source, target = ([int(i) % len(dims) for i in _listed(arg)] for arg in node.args[1:3])
+    source, target = ([int(i) % len(dims) for i in _listed(one)] for one in node.args[1:3])
     rest = [i for i in range(len(dims)) if i not in source]
     placed = dict(zip(target, source, strict=True))
     order = [placed[i] if i in placed else rest.pop(0) for i in range(len(dims))]
     return tuple(dims[i] for i in order)
 
 
-def _listed(arg: Any) -> list[int]:
-    return list(arg) if isinstance(arg, list | tuple) else [arg]
+def _listed(given: Any) -> list[int]:
+    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def unsqueeze(w: Walk, node: Node) -> Dims:
     """A new dimension of size 1."""
     dims = list(w.of(_input(node)))
-    dims.insert(int(node.args[1]) % (len(dims) + 1), d.ONE)  # type: ignore[arg-type]
+    dims.insert(int(arg(node, 1)) % (len(dims) + 1), d.ONE)
     return tuple(dims)
 
 
@@ -112,7 +112,7 @@ def squeeze(w: Walk, node: Node) -> Dims:
 
 def concatenate(w: Walk, node: Node) -> Dims:
     """The joined dimension is a sum; the others are tied."""
-    parts = [arg for arg in node.args[0] if isinstance(arg, Node) and shape_of(arg) != (0,)]  # type: ignore[union-attr]
+    parts = [one for one in arg(node, 0) if isinstance(one, Node) and shape_of(one) != (0,)]
     dims = [w.of(part) for part in parts]
     axis = _axis(node, 1, len(dims[0]))
     out = list(dims[0])
@@ -126,7 +126,7 @@ def concatenate(w: Walk, node: Node) -> Dims:
 
 def stack(w: Walk, node: Node) -> Dims:
     """Tensors of one shape along a new dimension."""
-    parts = [arg for arg in node.args[0] if isinstance(arg, Node)]  # type: ignore[union-attr]
+    parts = [one for one in arg(node, 0) if isinstance(one, Node)]
     out = list(w.of(parts[0]))
     for part in parts[1:]:
         for a, b in zip(out, w.of(part), strict=True):
@@ -163,7 +163,7 @@ def piece(w: Walk, node: Node) -> Dims:
     axis = _axis(node, 1, len(dims))
     n = d.size(dims[axis])
     start, end = _bounds(node, n)
-    step = int(node.args[4]) if len(node.args) > 4 else 1  # type: ignore[arg-type]
+    step = int(arg(node, 4)) if len(node.args) > 4 else 1
     if start == 0 and end == n and step == 1:
         return dims
     if step != 1 or start >= end or not d.is_free(dims[axis]):
@@ -184,11 +184,11 @@ def piece(w: Walk, node: Node) -> Dims:
 
 
 def _bounds(node: Node, n: int) -> tuple[int, int]:
-    given = [node.args[i] if len(node.args) > i else None for i in (2, 3)]
+    given = [arg(node, i) if len(node.args) > i else None for i in (2, 3)]
     if op_name(node) == "narrow":
-        start, length = int(node.args[2]), int(node.args[3])  # type: ignore[arg-type]
+        start, length = int(arg(node, 2)), int(arg(node, 3))
         return start % n, start % n + length
-    start, end = (default if value is None else int(value) for value, default in zip(given, (0, n), strict=True))  # type: ignore[arg-type]
+    start, end = (default if value is None else int(value) for value, default in zip(given, (0, n), strict=True))
     start, end = (max(value + n, 0) if value < 0 else min(value, n) for value in (start, end))
     return start, end
 
@@ -284,7 +284,7 @@ def per_channel(w: Walk, node: Node) -> Any:
 def index(w: Walk, node: Node) -> Any:
     """Entries picked by a tensor of numbers: the dimensions picked from are frozen, the others pass."""
     dims = w.of(_input(node))
-    picks: list[Any] = list(node.args[1])  # type: ignore[arg-type]
+    picks: list[Any] = list(arg(node, 1))
     picked = [i for i, pick in enumerate(picks) if pick is not None]
     for i in picked:
         d.freeze(dims[i], w.why(node, "its entries are picked by a tensor of numbers"))
