@@ -38,6 +38,11 @@ def small() -> nn.Module:
     return Small().eval()
 
 
+def normed() -> nn.Module:
+    torch.manual_seed(4)
+    return nn.Sequential(nn.Linear(6, 5), nn.RMSNorm(5), nn.Linear(5, 2)).eval()
+
+
 def mobile() -> nn.Module:
     from torchvision.models import get_model
 

@@ -109,9 +109,9 @@ def test_the_configuration_is_that_of_the_whole_architecture(shop):
 
 
 def test_a_model_may_be_cut_saved_and_loaded_again_and_again(shop, tmp_path):
-    case = saved.CASES["llama_tied"]
+    case = saved.CASES["gpt2"]
     args, kwargs = case.example()
-    model = load(shop[0] / "llama_tied")
+    model = load(shop[0] / "gpt2")
     axes = trace(model, *args, **kwargs)
     axis = max(axes.units(), key=lambda axis: axis.size)
     model, _ = apply(model, axes, Plan.keeping(axes, {axis.key: range(1, axis.size)}))
@@ -201,6 +201,17 @@ def test_layers_that_keep_a_second_list_of_their_weights_use_the_loaded_ones(tmp
     model, x = nn.LSTM(4, 3, batch_first=True), torch.randn(2, 5, 4)
     save(model, tmp_path)
     assert torch.equal(load(tmp_path, model=lambda: nn.LSTM(4, 3, batch_first=True))(x)[0], model(x)[0])
+
+
+@pytest.mark.parametrize("origin", [None, Origin("callable", "runs.saved:normed")])
+def test_an_epsilon_that_was_left_to_the_dtype_comes_back_as_a_number(tmp_path, origin):
+    model, x = saved.normed(), torch.randn(3, 6)
+    axes = trace(model, x)
+    model, _ = apply(model, axes, Plan.keeping(axes, {"0.weight:0": (0, 2, 3)}))
+    assert model[1].eps is not None, "the width was not folded"
+    save(model, tmp_path, origin=origin)
+    again = load(tmp_path, model=saved.normed)
+    assert again[1].eps == model[1].eps and torch.equal(again(x), model(x))
 
 
 class Counting(nn.Module):

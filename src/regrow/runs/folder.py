@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 from regrow.runs.atomic import PARTIAL, StoreError, telling, write_text
 from regrow.runs.checkpoints import file_name, read_statistics, write_statistics
+from regrow.runs.journal import append, read
 from regrow.runs.ledger import Ledger
 from regrow.runs.versions import versions
 from regrow.scores import Statistics
@@ -125,14 +125,7 @@ class RunFolder:
         Raises:
             StoreError: If the disk is full; the file then holds what it held.
         """
-        line = json.dumps(_finite({"what": what, **values}), allow_nan=False) + "\n"
-        path = self.path / "metrics.jsonl"
-        with telling(path):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-            try:
-                _append(handle, line.encode())
-            finally:
-                os.close(handle)
+        append(self.path / "metrics.jsonl", _finite({"what": what, **values}))
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every measurement, in order; a last line that a crash cut short is left out.
@@ -140,18 +133,7 @@ class RunFolder:
         Raises:
             StoreError: If another line is damaged.
         """
-        path = self.path / "metrics.jsonl"
-        if not path.is_file():
-            return []
-        lines = path.read_bytes().split(b"\n")
-        rows = []
-        for number, line in enumerate(lines, 1):
-            row = _row(line)
-            if row is not None:
-                rows.append(row)
-            elif line.strip() and number < len(lines):
-                raise StoreError(f"{path}: line {number} is not a JSON object; restore it or delete that line")
-        return rows
+        return read(self.path / "metrics.jsonl")
 
     def write_axes(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
         """Write ``axes.json``.
@@ -259,46 +241,6 @@ def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) 
 def _now(what: str) -> dict[str, Any]:
     time = {what: datetime.now(UTC).isoformat(timespec="seconds")}
     return {"versions": versions(), **time} if what == "started" else time
-
-
-def _append(handle: int, line: bytes) -> None:
-    """Write a line at the end of a file; if that fails, the file ends where it ended."""
-    end = _mended(handle)
-    try:
-        os.lseek(handle, end, os.SEEK_SET)
-        left = memoryview(line)
-        while left:
-            left = left[os.write(handle, left) :]
-        os.fsync(handle)
-    except OSError:
-        os.ftruncate(handle, end)
-        raise
-
-
-def _mended(handle: int) -> int:
-    """Where the next line begins: a last line that a crash cut short is taken off, one that lacks its end gets it."""
-    end = os.lseek(handle, 0, os.SEEK_END)
-    start, tail = end, b""
-    while start and b"\n" not in tail:
-        start = max(0, start - 2**16)
-        os.lseek(handle, start, os.SEEK_SET)
-        tail = os.read(handle, end - start)
-    last = tail.rpartition(b"\n")[2]
-    if not last:
-        return end
-    if _row(last) is None:
-        os.ftruncate(handle, end - len(last))
-        return end - len(last)
-    os.lseek(handle, end, os.SEEK_SET)
-    return end + os.write(handle, b"\n")
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
 
 
 def _finite(value: Any) -> Any:

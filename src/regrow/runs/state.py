@@ -71,6 +71,21 @@ def numbers(model: nn.Module) -> dict[str, Number]:
     }
 
 
+def unset(model: nn.Module) -> set[str]:
+    """``module:attribute`` of everything that holds ``None`` and may be given a number (an epsilon by default).
+
+    >>> unset(nn.RMSNorm(3))
+    {':eps'}
+    """
+    every = vars(nn.Module())
+    return {
+        f"{path}:{name}"
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if value is None and name not in every
+    }
+
+
 def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
     """The record of a network, without its files.
 
@@ -101,8 +116,12 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
         )
     attributes = numbers(model)
     if fresh is not None:
-        fixed = numbers(fresh)
-        attributes = {k: v for k, v in attributes.items() if k in fixed and not _equal(v, fixed[k])}
+        fixed, empty = numbers(fresh), unset(fresh)
+        attributes = {
+            place: number
+            for place, number in attributes.items()
+            if place in empty or (place in fixed and not _equal(number, fixed[place]))
+        }
         _check_loose(model, fresh)
     dropped = tuple(name for name in before if name not in now)
     shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None)
@@ -131,10 +150,12 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
     for name in shapes.dropped:
         if name not in there:
             raise StoreError(f"the architecture has no tensor {name!r} to drop; restore shapes.json")
-    fixed = numbers(fresh)
+    fixed, empty = numbers(fresh), unset(fresh)
     for place, value in shapes.attributes.items():
         # Without a comparison everything is listed, numbers too that a module first sets when it runs.
-        if place in fixed or shapes.compared:
+        if place in empty:
+            _check_number(place, value, value)
+        elif place in fixed or shapes.compared:
             _check_number(place, value, fixed.get(place))
 
 
@@ -155,10 +176,12 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
     for name in [*made, *shapes.dropped]:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, made.get(name))
-    fixed = numbers(model)
+    fixed, empty = numbers(model), unset(model)
     for place, number in shapes.attributes.items():
-        if place in fixed and not _equal(number, fixed[place]):
-            path, name = place.split(":")
+        path, name = place.split(":")
+        if place in empty:
+            setattr(model.get_submodule(path), name, number)
+        elif place in fixed and not _equal(number, fixed[place]):
             module = model.get_submodule(path)
             held_as = type(getattr(module, name))
             setattr(module, name, held_as(number) if isinstance(number, tuple) else number)
