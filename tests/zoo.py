@@ -855,7 +855,7 @@ FOOLING = (
     fooling("index", lambda m, x: x[:, [3, 1, 0, 2, 7, 5, 6, 4]], Frozen(STEM)),
     fooling("every_second", lambda m, x: x[:, ::2], NotNeutral(STEM, 8), after=4),
     fooling("pick_one", lambda m, x: x * x[:, 2:3], NotNeutral(STEM, 8)),
-    fooling("pick_some", lambda m, x: x[:, 3:5].amax(1, keepdim=True) + x, NotNeutral(STEM, 3)),
+    fooling("pick_some", lambda m, x: x[:, 3:5].amax(1, keepdim=True) + x),
     fooling(
         "returned_slice",
         lambda m, x: x,
