@@ -16,11 +16,13 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 
 .PHONY: demo test check format tree clean
 
-demo: $(VENV)/demo.stamp
-	rm -rf demo
+demo: demo/report.html
+	@echo "Look at it: demo/report.html  (make clean forgets it)"
+
+# The page is written last: a run that was stopped is taken up where it was.
+demo/report.html: | $(VENV)/demo.stamp
 	$(BIN)/regrow prune smollm2-135m --method flap --keep 0.9 \
 		--source news --source code --source manual --source talk --out demo
-	@echo "Look at it: demo/report.html"
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
