@@ -126,6 +126,8 @@ class Axis:
         mark: What cutting it means.
         reason: Why it is frozen, or what made its mark; empty for a neutral axis.
         count: Axes with the same ``count`` must keep equally many units, though not the same ones; empty if free.
+        times: What a unit counts for in that: ``units kept × times`` is what must be equal (a rotary pair counts for
+            two entries of a head).
         inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
         ids: The birth numbers of its units; they survive cuts, so a ledger can name a unit for life.
     """
@@ -136,6 +138,7 @@ class Axis:
     mark: Mark = Mark.NEUTRAL
     reason: str = ""
     count: str = ""
+    times: int = 1
     inside: str = ""
     ids: tuple[int, ...] = ()
 
@@ -169,7 +172,7 @@ class Fold:
     A root-mean-square norm divides by the number of units it runs over. When that number goes from ``n_old`` to
     ``n_new``, the kept units stay as if the others were 0 if the gain becomes γ′ = γ·√(n_old / n_new) and the
     constant under the root ε′ = ε·n_old / n_new. An attention that scales by its query size takes √(n_new / n_old)
-    into the rows that make the query.
+    into the weight and bias that make the query.
 
     Args:
         over: The dimension whose size is divided by.
@@ -178,7 +181,6 @@ class Fold:
         plus: What the network adds to the parameter before it multiplies (1 where the gain is ``1 + γ``).
         epsilon: ``module:attribute`` of the constant under the root; empty for ``"scale"``.
         value: The constant under the root.
-        rows: For ``"scale"``: the first and the past-the-last row of the parameter, before the cut.
     """
 
     over: tuple[Dim, ...]
@@ -187,7 +189,6 @@ class Fold:
     plus: float = 0.0
     epsilon: str = ""
     value: float = 0.0
-    rows: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -254,17 +255,21 @@ class AxisGraph:
         exclude: tuple[str, ...] = (),
         marks: frozenset[Mark] = frozenset({Mark.NEUTRAL}),
     ) -> tuple[Axis, ...]:
-        """The axes a pruning method works on: free, of the given marks, and not inside one another.
+        """The axes a pruning method works on: free, of the given marks, not inside one another.
+
+        Axes that must keep unequal multiples of one number are left to plans made by hand.
 
         Args:
             only: Patterns (``fnmatch``, or a plain part of a dotted name); each tensor of the axis must match one.
             exclude: Patterns; an axis is left out as soon as one of its tensors matches.
             marks: Which marks to work on. Neutral ones alone, unless asked.
         """
+        uneven = {axis.count for axis in self if axis.count and axis.times != 1}
         chosen = tuple(
             axis
             for axis in self.free()
             if axis.mark in marks
+            and axis.count not in uneven
             and (not only or all(any(matches(slot.name, p) for p in only) for slot in axis.slots))
             and not any(matches(slot.name, p) for p in exclude for slot in axis.slots)
         )

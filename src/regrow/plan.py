@@ -100,12 +100,11 @@ class Plan:
         counts: dict[str, tuple[str, int]] = {}
         for axis in axes:
             if axis.count and axis.free:
-                left = len(self.changes[axis.key].keep) if axis.key in self.changes else axis.size
+                left = axis.times * (len(self.changes[axis.key].keep) if axis.key in self.changes else axis.size)
                 other, expected = counts.setdefault(axis.count, (axis.key, left))
                 if left != expected:
                     raise PlanError(
-                        f"axes {other!r} and {axis.key!r} must keep equally many units; the plan keeps "
-                        f"{expected} and {left}"
+                        f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {left}"
                     )
 
     def sizes(self, axes: AxisGraph) -> dict[str, int]:

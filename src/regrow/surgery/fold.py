@@ -35,7 +35,8 @@ def folded(
             continue
         gain = result.get(fold.weight)
         gain = model.get_parameter(fold.weight).detach() if gain is None else gain
-        scaled = (gain.double() + fold.plus) * sqrt(change) - fold.plus
-        result[fold.weight] = scaled.to(gain.dtype)
-        constants[fold.epsilon] = fold.value * change
+        factor = sqrt(change) if fold.kind == "norm" else sqrt(1 / change)
+        result[fold.weight] = ((gain.double() + fold.plus) * factor - fold.plus).to(gain.dtype)
+        if fold.epsilon:
+            constants[fold.epsilon] = fold.value * change
     return result, constants

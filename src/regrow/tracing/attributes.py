@@ -95,8 +95,12 @@ EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_
 """Names of the constant under the root of a norm."""
 
 
-def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> dict[str, Expr]:
-    """``module:attribute`` → the dimension whose size it holds.
+Alike = list[tuple[Expr, Expr, str]]
+"""Pairs of dimensions that one attribute sets, and why they must stay equal."""
+
+
+def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
+    """``module:attribute`` → the dimension whose size it holds, and the dimensions that share an attribute.
 
     Args:
         model: The traced network.
@@ -104,6 +108,7 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> dict[str, E
         dims: Name of a parameter or buffer → its dimensions.
     """
     found: dict[str, Expr] = {}
+    alike: Alike = []
     for path, module in model.named_modules():
         for name, places in OF_WEIGHT.items():
             if name in vars(module) and (expr := _of_weight(path, places, dims)) is not None:
@@ -114,11 +119,12 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> dict[str, E
                 found[f"{path}:{name}"] = expr
     for path, module in model.named_modules():
         for name, value in _numbers(module):
-            if f"{path}:{name}" not in found and (expr := _of_literal(w, path, name, value)) is not None:
-                found[f"{path}:{name}"] = expr
+            if f"{path}:{name}" not in found and (held := _of_literals(w, path, name, value)):
+                found[f"{path}:{name}"] = held[0]
+                alike += [(held[0], other, f"`{name}` of {path or 'the model'} sets both") for other in held[1:]]
     for path, module in model.named_modules():
         _channels(path, module, found, dims)
-    return found
+    return found, alike
 
 
 def repeats(model: nn.Module, path: str, size: int) -> bool:
@@ -152,18 +158,22 @@ def _of_weight(path: str, places: Iterable[tuple[str, int]], dims: Mapping[str, 
     return None
 
 
-def _of_literal(w: Walk, path: str, name: str, value: int) -> Expr | None:
-    """The dimension that the number stood for where the module used it; widths are innermost, counts outermost."""
-    seen = [expr for where, number, expr in w.literals if where == path and number == value and d.is_free(expr)]
-    repeated = [expr for expr in seen if _is_repeat(expr)]
-    pool = repeated if name in REPEATS else [expr for expr in seen if not _is_repeat(expr)] or seen
+def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
+    """The dimensions that the number stood for where the module used it.
+
+    With as many heads as each is wide, one number stands for both: a width is the last number of a reshape.
+    """
+    seen = [one for one in w.literals if one.module == path and one.number == value and d.is_free(one.expr)]
+    if name in REPEATS:
+        seen = [one for one in seen if _is_repeat(one.expr)]
+    else:
+        seen = [one for one in seen if not _is_repeat(one.expr)] or seen
+        seen = [one for one in seen if one.last == (name in WIDTHS)] or seen
     distinct: list[Expr] = []
-    for expr in pool:
-        if not any(d.identical(expr, other) for other in distinct):
-            distinct.append(expr)
-    if len(distinct) > 1:  # as many heads as each is wide: a reshape names the number of heads first
-        distinct = distinct[:1] if name in COUNTS else distinct[-1:]
-    return distinct[0] if distinct else None
+    for one in seen:
+        if not any(d.identical(one.expr, other) for other in distinct):
+            distinct.append(one.expr)
+    return distinct
 
 
 def _is_repeat(expr: Expr) -> bool:

@@ -34,25 +34,30 @@ def folds(model: nn.Module, w: Walk) -> list[Found]:
         over = _over(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
-        fold = None
-        if kind == "mean":
-            fold = _spelled_out(model, w, node, over)
-        elif kind == "rms_norm":
-            fold = _one_operation(model, w, node, over)
-        if fold is None or any(fold.weight == other.weight for other in found):
+        match kind:
+            case "mean":
+                own = _spelled_out(model, w, node, over)
+            case "rms_norm":
+                own = _one_operation(model, w, node, over)
+            case _:
+                own = _query(w, node, over)
+        if not own or {one.weight for one in own} & {other.weight for other in found}:
             for expr in over:
                 d.freeze(expr, w.why(node, _REASONS[kind]))
         else:
             for expr in over:
-                d.mark(expr, Mark.FOLDED, w.why(node, "a root-mean-square norm runs over it"))
-            found.append(fold)
+                d.mark(expr, Mark.FOLDED, w.why(node, _MARKS.get(kind, "a root-mean-square norm runs over it")))
+            found += own
     return found
+
+
+_MARKS = {"scale": "attention is scaled by its size"}
 
 
 _REASONS = {
     "mean": "a mean runs over it, and no gain and constant take up its size",
     "rms_norm": "a norm without a gain of its own runs over it",
-    "scale": "attention is scaled by its size; give the scale as a number to free it",
+    "scale": "attention is scaled by its size, and no linear layer of its own makes the query",
 }
 
 
@@ -68,38 +73,54 @@ def _over(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
     return tuple(dims[int(i) % len(dims)] for i in given)
 
 
-def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> Found | None:
+def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Found]:
     weight = w.source(node.args[2]) if len(node.args) > 2 else ""
     value: Any = node.args[3] if len(node.args) > 3 else None
     epsilon = attributes.epsilon(model, module_of(node), value)
     if not weight or not epsilon or len(over) != 1:
-        return None
+        return []
     if value is None:
         value = torch.finfo(node.meta["val"].dtype).eps
-    return Found(over, weight, epsilon=epsilon, value=float(value))
+    return [Found(over, weight, epsilon=epsilon, value=float(value))]
 
 
-def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> Found | None:
+def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Found]:
     """``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, with casts in between."""
     squared = node.args[0]
     assert isinstance(squared, Node)
     if len(over) != 1 or not _is_square(squared):
-        return None
+        return []
     added = _only_user(node, "add")
     value = added.args[1] if added is not None else None
     root = _only_user(added, "rsqrt") if added is not None else None
     if root is None and added is not None and (power := _only_user(added, "pow")) is not None and power.args[1] == -0.5:
         root = power
     if root is None or not isinstance(value, float):
-        return None
+        return []
     scaled = _only_user(root, "mul")
     gained = _only_user(scaled, "mul") if scaled is not None else None
     epsilon = attributes.epsilon(model, module_of(node), value)
     if scaled is None or gained is None or not epsilon or _bare(squared.args[0]) not in map(_bare, scaled.args):
-        return None
+        return []
     gain = next((arg for arg in gained.all_input_nodes if _bare(arg) is not scaled), None)
     weight, plus = _gain(w, gain)
-    return Found(over, weight, plus=plus, epsilon=epsilon, value=value) if weight else None
+    return [Found(over, weight, plus=plus, epsilon=epsilon, value=value)] if weight else []
+
+
+def _query(w: Walk, node: Node, over: Dims) -> list[Found]:
+    """The weight and bias of the layer that makes the query, if it makes nothing else."""
+    made = node.args[0]
+    while isinstance(made, Node) and op_name(made) in _RESHAPES and len(made.users) == 1:
+        made = made.args[0]
+    if not isinstance(made, Node) or op_name(made) != "linear" or len(made.users) != 1:
+        return []
+    states = [arg for arg in made.args[1:] if isinstance(arg, Node)]
+    if any(state not in w.capture.states or len(state.users) != 1 for state in states):
+        return []
+    return [Found(over, w.capture.states[state], kind="scale") for state in states]
+
+
+_RESHAPES = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "contiguous", "clone"))
 
 
 def _gain(w: Walk, node: Node | None) -> tuple[str, float]:

@@ -54,8 +54,9 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     _freeze_unreachable(model, w, ties)
     _freeze_unsettable(model, w)
     found = folds(model, w)
-    integers = attributes.integers(model, w, state)
-    alike = _counted_alike(w)
+    integers, alike = attributes.integers(model, w, state)
+    w.equal += alike
+    held = _counted_alike(w)
     places = {name: list(_places(name, dims)) for name, dims in state.items()}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     aliases = _aliases(ties)
@@ -65,7 +66,8 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
         for leaf, slot in own:
             leaf_of[leaf.number] = leaf
             by_leaf.setdefault(leaf.number, []).extend(_with_roles(slot, w, aliases, parameters))
-    axes, keys = _axes(leaf_of, by_leaf, _count_groups(alike))
+    read = {leaf.number for one in w.readings for leaf in d.leaves(w.of(one.operand)[one.dim])}
+    axes, keys = _axes(leaf_of, by_leaf, held, read)
     names = Names(keys)
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     shapes: dict[str, tuple[Dim, ...]] = {
@@ -140,16 +142,24 @@ def _freeze_unreachable(model: nn.Module, w: Walk, ties: Mapping[str, str]) -> N
 
 def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
     """A repetition whose number no attribute holds cannot change."""
-    for path, n, expr in w.literals:
-        leaf = d.resolve(expr)
-        if isinstance(leaf, Leaf) and leaf.integer and not leaf.frozen and not attributes.repeats(model, path, n):
-            d.freeze(leaf, f"it is a repetition in {path or 'the model'}, and no attribute there sets how often")
+    for one in w.literals:
+        leaf, where = d.resolve(one.expr), one.module
+        if (
+            isinstance(leaf, Leaf)
+            and leaf.integer
+            and not leaf.frozen
+            and not attributes.repeats(model, where, one.number)
+        ):
+            d.freeze(leaf, f"it is a repetition in {where or 'the model'}, and no attribute there sets how often")
 
 
-def _counted_alike(w: Walk) -> dict[int, set[str]]:
-    """Leaf → labels it shares with leaves that must keep equally many entries; what cannot be held so is frozen."""
-    labels: dict[int, set[str]] = {}
-    pairs: list[tuple[Leaf, Leaf, str]] = []
+Multiple = tuple[Leaf, int]
+"""A leaf, and how many entries of a dimension each of its entries stands for."""
+
+
+def _counted_alike(w: Walk) -> dict[int, tuple[str, int]]:
+    """Leaf → the label it shares with leaves whose sizes depend on its own, and what each of its entries counts for."""
+    pairs: list[tuple[Multiple, Multiple, str]] = []
     for a, b, why in w.equal:
         found = _pairs(a, b)
         if found is None:
@@ -160,28 +170,43 @@ def _counted_alike(w: Walk) -> dict[int, set[str]]:
     again = True
     while again:
         again = False
-        for a, b, why in pairs:
+        for (a, _), (b, _), why in pairs:
             if bool(a.frozen) != bool(b.frozen):
                 d.freeze(a, why)
                 d.freeze(b, why)
                 again = True
-    for i, (a, b, _) in enumerate(pairs):
-        labels.setdefault(a.number, set()).add(f"pair{i}")
-        labels.setdefault(b.number, set()).add(f"pair{i}")
-    return labels
+    held: dict[int, tuple[str, int]] = {}
+    for (a, times_a), (b, times_b), why in pairs:
+        label = held.get(a.number, held.get(b.number, (f"count-{a.number}", 0)))[0]
+        for leaf, times in ((a, times_a), (b, times_b)):
+            if held.setdefault(leaf.number, (label, times)) != (label, times):
+                d.freeze(a, why)
+                d.freeze(b, why)
+    return held
 
 
-def _pairs(a: Expr, b: Expr) -> list[tuple[Leaf, Leaf]] | None:
-    """The leaves of two dimensions that must have equal size for the dimensions to have it; ``None`` if unclear."""
+def _pairs(a: Expr, b: Expr) -> list[tuple[Multiple, Multiple]] | None:
+    """The leaves whose sizes must match for two dimensions to have equal size; ``None`` if that is unclear."""
     a, b = d.resolve(a), d.resolve(b)
-    if a is b:
+    if d.identical(a, b):
         return []
-    if isinstance(a, Leaf) and isinstance(b, Leaf):
-        return [(a, b)] if a.size == b.size else None
+    if (x := _multiple(a)) is not None and (y := _multiple(b)) is not None:
+        return [(x, y)] if x[0] is not y[0] else None
     if type(a) is not type(b) or isinstance(a, Leaf) or isinstance(b, Leaf) or len(a.parts) != len(b.parts):
         return None
     found = [_pairs(x, y) for x, y in zip(a.parts, b.parts, strict=True)]
     return None if any(one is None for one in found) else [pair for one in found for pair in one or ()]
+
+
+def _multiple(expr: Expr) -> Multiple | None:
+    """A dimension as so many times one leaf: ``f ‖ f`` is 2·f."""
+    expr = d.resolve(expr)
+    if isinstance(expr, Leaf):
+        return expr, 1
+    own = list(d.leaves(expr))
+    if isinstance(expr, d.Plus) and own and all(leaf is own[0] for leaf in own) and len(own) == len(expr.parts):
+        return own[0], len(own)
+    return None
 
 
 def _places(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
@@ -247,7 +272,10 @@ def _aliases(ties: Mapping[str, str]) -> dict[str, list[str]]:
 
 
 def _axes(
-    leaf_of: Mapping[int, Leaf], slots: Mapping[int, list[Slot]], counts: Mapping[int, str]
+    leaf_of: Mapping[int, Leaf],
+    slots: Mapping[int, list[Slot]],
+    held: Mapping[int, tuple[str, int]],
+    read: Container[int],
 ) -> tuple[dict[str, Axis], dict[int, str]]:
     keys: dict[int, str] = {}
     axes: dict[str, Axis] = {}
@@ -258,10 +286,11 @@ def _axes(
         reason = leaf.frozen
         if not reason and Role.PRODUCES not in roles:
             reason = "no parameter makes its units"
-        if not reason and Role.CONSUMES not in roles:
-            reason = "no parameter reads its units"
+        if not reason and Role.CONSUMES not in roles and number not in read:
+            reason = "nothing reads its units"
         mark = Mark.FROZEN if reason else leaf.mark
-        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, counts.get(number, ""))
+        count, times = held.get(number, ("", 1))
+        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times)
         if not reason:
             keys[number] = key
     partners = {axis.count for axis in axes.values() if axis.count and not axis.free}
@@ -287,19 +316,6 @@ def _nested(axes: dict[str, Axis]) -> dict[str, Axis]:
         return ""
 
     return {key: replace(axis, inside=around(axis)) for key, axis in axes.items()}
-
-
-def _count_groups(alike: Mapping[int, set[str]]) -> dict[int, str]:
-    """Leaf → one label for all that hang together."""
-    groups: list[tuple[set[str], set[int]]] = []
-    for number, own in alike.items():
-        labels, members = set(own), {number}
-        for group in [g for g in groups if g[0] & labels]:
-            labels |= group[0]
-            members |= group[1]
-            groups.remove(group)
-        groups.append((labels, members))
-    return {n: f"count-{min(members)}" for _, members in groups if len(members) > 1 for n in members}
 
 
 def _key(slot: Slot, taken: Mapping[str, Axis]) -> str:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from math import lcm
 
 import torch
 from torch import nn
@@ -59,7 +60,9 @@ def _kind(axis: Axis) -> tuple:
 
 def _problem(model: nn.Module, axes: AxisGraph, w: Walk, names: Names, cut: list[Axis]) -> str:
     """What goes wrong when one unit of each of the axes is cut; empty if nothing does."""
-    sizes = axes.sizes() | {axis.key: axis.size - 1 for axis in cut}
+    sizes = axes.sizes() | {axis.key: axis.size - _step(axis, axes) for axis in cut}
+    if any(size < 1 for size in sizes.values()):
+        return "it cannot lose what an axis of the same count must lose with it"
     try:
         copy, mode = resized(model, axes, sizes)
         again = capture(copy, faked(axes.example, mode))
@@ -68,6 +71,13 @@ def _problem(model: nn.Module, axes: AxisGraph, w: Walk, names: Names, cut: list
         line = next((line for line in str(cause).strip().splitlines() if line.strip()), type(cause).__name__)
         return f"the network does not run with a unit less: {line.strip()[:200]}"
     return _difference(w.capture, again, w, names, sizes)
+
+
+def _step(axis: Axis, axes: AxisGraph) -> int:
+    """How many units go at least: 1, or so many that the axes of the same count lose equally much."""
+    if not axis.count:
+        return 1
+    return lcm(*(other.times for other in axes if other.count == axis.count)) // axis.times
 
 
 def resized(

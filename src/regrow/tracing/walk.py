@@ -36,6 +36,23 @@ class Reading:
     groups: Expr | None = None
 
 
+@dataclass(frozen=True)
+class Literal:
+    """A number that stood for a size where a module used it.
+
+    Args:
+        module: The dotted path of the module.
+        number: The number.
+        expr: The dimension it was the size of.
+        last: Whether it was the last one of a reshape (a width, not a number of heads).
+    """
+
+    module: str
+    number: int
+    expr: Expr
+    last: bool = False
+
+
 @dataclass
 class Walk:
     """What a walk knows and finds out. Rules call its methods; nothing else changes it."""
@@ -45,7 +62,7 @@ class Walk:
     roles: dict[tuple[str, int], set[Role]] = field(default_factory=dict)
     readings: list[Reading] = field(default_factory=list)
     work: list[tuple[str, str, Dims]] = field(default_factory=list)
-    literals: list[tuple[str, int, Expr]] = field(default_factory=list)
+    literals: list[Literal] = field(default_factory=list)
     groups: list[tuple[str, Expr]] = field(default_factory=list)
     equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
     norms: list[tuple[Node, Any]] = field(default_factory=list)

@@ -10,7 +10,7 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.capture import module_of, shape_of
 from regrow.tracing.dimensions import Expr
 from regrow.tracing.rules.entries import broadcast
-from regrow.tracing.walk import Dims, Walk, arg, op_name
+from regrow.tracing.walk import Dims, Literal, Walk, arg, op_name
 
 
 def _input(node: Node) -> Node:
@@ -32,9 +32,10 @@ def reshape(w: Walk, node: Node) -> Dims:
     out = _regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why)
     filled = iter(out)
     result = tuple(d.ONE if n == 1 else next(filled) for n in shape)
-    for literal, expr in zip(_literals(node, dims), result, strict=False):
-        if literal > 1:
-            w.literals.append((module_of(node), literal, expr))
+    numbers = _literals(node, dims)
+    for i, (number, expr) in enumerate(zip(numbers, result, strict=False)):
+        if number > 1:
+            w.literals.append(Literal(module_of(node), number, expr, last=i == len(numbers) - 1))
     return result
 
 
@@ -153,7 +154,7 @@ def split(w: Walk, node: Node) -> Any:
         elif op_name(node) != "split_with_sizes":
             d.freeze(dims[axis], w.why(node, "it is cut into pieces of unequal size"))
     for length, piece in zip(lengths, pieces, strict=True):
-        w.literals.append((module_of(node), length, piece))
+        w.literals.append(Literal(module_of(node), length, piece))
     return [(*dims[:axis], piece, *dims[axis + 1 :]) for piece in pieces]
 
 
@@ -179,7 +180,7 @@ def piece(w: Walk, node: Node) -> Dims:
         )
     for number in (start, end, end - start):
         if number > 1:
-            w.literals.append((module_of(node), number, middle if number == end - start else before))
+            w.literals.append(Literal(module_of(node), number, middle if number == end - start else before))
     return (*dims[:axis], middle, *dims[axis + 1 :])
 
 
@@ -241,7 +242,7 @@ def repeat_interleave(w: Walk, node: Node) -> Dims:
 
 def _repeated(w: Walk, node: Node, n: int) -> Expr:
     leaf = d.Leaf(n, integer=module_of(node) or ".")
-    w.literals.append((module_of(node), n, leaf))
+    w.literals.append(Literal(module_of(node), n, leaf))
     return leaf
 
 
