@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import lcm
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-import laws
 from regrow import Plan, apply, trace
 from regrow.axes import AxisGraph
 from regrow.nets import Origin
@@ -96,10 +96,26 @@ def cut(case: Case, seed: int = 0) -> tuple[nn.Module, AxisGraph, Plan]:
     """The network of a case after an irregular plan over every free axis, the residual width too."""
     model, (args, kwargs) = case.build(), case.example()
     axes = trace(model, *args, **kwargs)
-    plan = laws.random_plan(axes, torch.Generator().manual_seed(seed), floor=2, keys=axes.axes)
+    plan = _irregular(axes, torch.Generator().manual_seed(seed))
     plan = replace(plan, means=dict(_means(case, axes, plan)))
     model, after = apply(model, axes, plan)
     return model, after, plan
+
+
+def _irregular(axes: AxisGraph, generator: torch.Generator) -> Plan:
+    """Cut every free axis by a random number of random units; those that must keep equal sizes, by as many entries."""
+    keep: dict[str, list[int]] = {}
+    left: dict[str, int] = {}
+    for axis in axes.free():
+        group = [other for other in axes if other.count == axis.count] if axis.count else [axis]
+        if not all(other.free for other in group) or axis.size < 2:
+            continue
+        step = lcm(*(other.times for other in group))
+        steps = axis.size * axis.times // step
+        drawn = step * int(torch.randint((steps + 1) // 2, max(steps, 2), (), generator=generator))
+        units = left.setdefault(axis.count or axis.key, drawn) // axis.times
+        keep[axis.key] = torch.randperm(axis.size, generator=generator)[:units].tolist()
+    return Plan.keeping(axes, keep)
 
 
 def _means(case: Case, axes: AxisGraph, plan: Plan):

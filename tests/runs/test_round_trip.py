@@ -79,6 +79,7 @@ def test_the_cases_are_what_they_claim(shop):
         assert bool(plan.means) == bool(saved.CASES[name].means)
     changed = read_shapes(root / "llama_tied").attributes
     assert any(key.endswith("variance_epsilon") for key in changed), "the residual width was not cut"
+    assert read_shapes(root / "llama_tied").tensors["model.rotary_emb.inv_freq"].kind == "derived"
     assert any(key.endswith(":groups") for key in read_shapes(root / "mobilenet_v2").attributes)
     assert {"transformer.h.0.attn:split_size", "transformer.h.0.mlp.c_fc:nf"} <= read_shapes(
         root / "gpt2"
