@@ -90,16 +90,12 @@ def _commit(model: nn.Module, axes: AxisGraph, values: Mapping[str, Tensor], att
     made: dict[str, nn.Parameter | Tensor] = {}
     for name, value in values.items():
         path, _, leaf = name.rpartition(".")
-        module = model.get_submodule(path)
-        first = axes.ties.get(name, name)
-        if leaf in module._buffers:
-            made.setdefault(first, value)
-            module._buffers[leaf] = made[first]
-        else:
+        module, first = model.get_submodule(path), axes.ties.get(name, name)
+        if first not in made:
             old = module._parameters.get(leaf)
             trains = old.requires_grad if old is not None else next(model.parameters()).requires_grad
-            made.setdefault(first, nn.Parameter(value, requires_grad=trains))
-            module._parameters[leaf] = made[first]  # type: ignore[assignment]
+            made[first] = value if leaf in module._buffers else nn.Parameter(value, requires_grad=trains)
+        setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
     for place, number in attributes.items():
         path, name = place.split(":")
         module = model.get_submodule(path)
