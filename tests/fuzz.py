@@ -291,6 +291,7 @@ class Generator:
             lambda m, x: x - x.amax(dim, keepdim=True),
             lambda m, x: x.index_select(dim, torch.arange(n - 1, -1, -1)),
             lambda m, x: x.narrow(dim, 1, n - 1) if n > 2 else x,
+            lambda m, x: x * x.narrow(dim, n // 2, 1),
             lambda m, x: torch.cat([x, torch.ones_like(x.narrow(dim, 0, 1))], dim),
         )
         wire = self.random.choice(wires)

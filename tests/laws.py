@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
+from math import lcm
 from typing import Any
 
 import torch
@@ -87,22 +88,43 @@ def random_plan(
         keys: The axes to cut (all free ones if not given); those tied to them by ``count`` are cut with them.
         marks: Cut only axes with these marks.
     """
-    marks, chosen = set(marks), set(axes.axes if keys is None else keys)
-    counts: dict[str, int] = {}
-    keep: dict[str, list[int]] = {}
-    tied = {axis.count for axis in axes.free() if axis.count and axis.key in chosen and axis.mark in marks}
-    barred = {axis.count for axis in axes if axis.count and (not axis.free or axis.mark not in marks)}
-    for axis in axes.free():
-        if axis.mark not in marks or axis.count in barred or not (axis.key in chosen or axis.count in tied):
+    keep: dict[str, tuple[int, ...]] = {}
+    chosen = set(axes.axes if keys is None else keys)
+    for members in together(axes, set(marks)):
+        if not any(axis.key in chosen for axis in members):
             continue
-        least = min(floor, axis.size)
-        count = int(torch.randint(least, axis.size + 1, (), generator=generator))
-        if axis.size > least and count == axis.size and keys is not None:
+        step = lcm(*(axis.times for axis in members))
+        most = min(axis.size * axis.times for axis in members) // step
+        least = min(most, max(-(-min(floor, axis.size) * axis.times // step) for axis in members))
+        count = int(torch.randint(least, most + 1, (), generator=generator))
+        if count == most > least and keys is not None:
             count -= 1
-        if axis.count:
-            count = counts.setdefault(axis.count, count)
-        keep[axis.key] = sorted(torch.randperm(axis.size, generator=generator)[:count].tolist())
+        for axis in members:
+            units = torch.randperm(axis.size, generator=generator)[: count * step // axis.times]
+            keep[axis.key] = tuple(units.tolist())
     return Plan.keeping(axes, keep)
+
+
+def smallest_plan(axes: AxisGraph, marks: Iterable[Mark] = tuple(set(Mark) - {Mark.FROZEN})) -> Plan:
+    """The plan that keeps as few units of every axis as can be, from the middle."""
+    keep: dict[str, range] = {}
+    for members in together(axes, set(marks)):
+        step = lcm(*(axis.times for axis in members))
+        for axis in members:
+            first = min(axis.size // 2, axis.size - step // axis.times)
+            keep[axis.key] = range(first, first + step // axis.times)
+    return Plan.keeping(axes, keep)
+
+
+def together(axes: AxisGraph, marks: set[Mark]) -> Iterator[list[Axis]]:
+    """The free axes with the marks, those tied by ``count`` in one list; left out if one of them has another mark."""
+    groups: dict[str, list[Axis]] = {}
+    for axis in axes:
+        groups.setdefault(axis.count or axis.key, []).append(axis)
+    for members in groups.values():
+        free = [axis for axis in members if axis.free]
+        if free and all(axis.mark in marks for axis in free):
+            yield free
 
 
 def plan_for(axes: AxisGraph, axis: Axis, seed: int = 0) -> Plan:

@@ -614,7 +614,7 @@ PLAIN = (
         },
         vectors(2, 5, 10),
         Has(7, ("value.weight:0", "out.weight:1")),
-        Hoped(Has(6, ("query.weight:0", "key.weight:0"))),
+        Has(6, ("query.weight:0", "key.weight:0")),
         zeros="producers",
     ),
     wired(
@@ -1005,8 +1005,19 @@ def language(name: str, family: str, settings: dict[str, Any], *expect: Fact, at
     return Net(name, build, tokens(VOCABULARY, 2, 7, name="input_ids"), expect)
 
 
-def rotary(kv: int = 3, rep: int = 2, head: int = 8, width: int = 36, neurons: int = 56, bias: bool = False) -> tuple:
-    """What a decoder with rotary positions, grouped queries, a gated MLP and RMSNorm must have."""
+def rotary(
+    kv: int = 3,
+    rep: int = 2,
+    head: int = 8,
+    width: int = 36,
+    neurons: int = 56,
+    bias: bool = False,
+    shared: bool = True,
+) -> tuple:
+    """What a decoder with rotary positions, grouped queries, a gated MLP and RMSNorm must have.
+
+    ``shared``: whether all layers rotate by the same frequencies, and so share their rotary pairs.
+    """
 
     def per_layer(i: int) -> Iterable[Fact]:
         layer = f"model.layers.{i}."
@@ -1018,14 +1029,16 @@ def rotary(kv: int = 3, rep: int = 2, head: int = 8, width: int = 36, neurons: i
             yield Has(kv, (q, k, v, o, *biases), alone=True)
         if rep > 1:
             yield Has(rep, (q, o)) if rep > 2 else Hoped(Has(rep, (q, o)))
-        yield Hoped(Has(head, (v, o)))
+        yield Has(head, (v, o))
+        if not shared:
+            yield Has(head // 2, (q, k), (N, F_))
 
     pairs = tuple(f"model.layers.{i}.self_attn.{part}_proj.weight:0" for i in (0, 1) for part in "qk")
     widths = (neurons,) * 2 + (kv if kv > 1 else rep,) * 2
     return (
         *(fact for i in (0, 1) for fact in per_layer(i)),
         Widths(widths),
-        Hoped(Has(head // 2, pairs, (F_,))),
+        *((Has(head // 2, pairs, (N, F_)),) if shared else ()),
         Has(
             width,
             (
@@ -1085,14 +1098,14 @@ LANGUAGE = (
         "gemma3",
         "Gemma3Text",
         GEMMA | {"num_attention_heads": 6, "num_key_value_heads": 2},
-        *rotary(kv=2, rep=3),
+        *rotary(kv=2, rep=3, shared=False),
         Tied("model.embed_tokens.weight", "lm_head.weight"),
     ),
     language(
         "gemma3_single_kv",
         "Gemma3Text",
         GEMMA | {"num_attention_heads": 3, "num_key_value_heads": 1},
-        *rotary(kv=1, rep=3),
+        *rotary(kv=1, rep=3, shared=False),
     ),
     language(
         "gpt2",
