@@ -1,6 +1,7 @@
 # make demo    prune a real language model on four kinds of real text, and write a page about it
 # make test    run the whole suite
 # make check   style, types, import floors
+# make bench   the law on networks of full size, and what it costs to measure and cut
 #
 # Everything lives in .venv, which is made on first use and renewed when pyproject.toml changes.
 # Another Python:             make test PYTHON=/path/to/python3.12
@@ -14,7 +15,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Two test processes or as many as there are cores, at most four: each loads torch.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 
-.PHONY: demo test check format tree clean
+.PHONY: demo test check bench format tree clean
 
 demo: demo/report.html
 	@echo "Look at it: demo/report.html  (make clean forgets it)"
@@ -32,6 +33,11 @@ check: $(VENV)/dev.stamp
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The law at full size, and what measuring and cutting cost; results go to benchmarks/results.
+bench: $(VENV)/dev.stamp
+	$(BIN)/python benchmarks/law.py
+	$(BIN)/python benchmarks/overhead.py
 
 format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .

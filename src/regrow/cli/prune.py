@@ -34,6 +34,15 @@ Examples
     "--only", multiple=True, metavar="PATTERN", help="Cut only where every tensor's name fits (mlp, layers.1*)."
 )
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave out where any tensor's name fits.")
+@click.option(
+    "--mark",
+    "marks",
+    multiple=True,
+    default=["neutral"],
+    show_default=True,
+    type=click.Choice(["neutral", "competed", "folded", "restated"]),
+    help="Cut axes of this kind (see `regrow show`); folded takes in a residual width. Repeat it for several.",
+)
 @click.option("--round", "round_to", default=1, show_default=True, type=int, help="Sizes left are multiples of this.")
 @click.option(
     "--measure",

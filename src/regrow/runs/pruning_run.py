@@ -12,7 +12,7 @@ import torch
 
 from regrow import data, evaluation, nets
 from regrow.allocation.inventory import inventory
-from regrow.axes import AxisGraph
+from regrow.axes import AxisGraph, Mark
 from regrow.data import Half
 from regrow.data.vision import digits, images
 from regrow.method import Budget, Evidence, Measure
@@ -46,6 +46,7 @@ class Settings:
         unseen: Further kinds, on which the result is only evaluated.
         only: Patterns: cut only axes all of whose tensors match one.
         exclude: Patterns: leave out axes with a tensor that matches.
+        marks: Which kinds of axes to cut; ``folded`` takes in a residual width under root-mean-square norms.
         round_to: Sizes left are multiples of this.
         seed: Which windows of the sources are drawn, and the seed of methods that have one.
         dtype: What the model is loaded in; empty: as it is stored.
@@ -66,6 +67,7 @@ class Settings:
     unseen: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ("neutral",)
     round_to: int = 1
     seed: int = 0
     dtype: str = ""
@@ -80,13 +82,14 @@ class Settings:
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that a ``run.json`` holds."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        for name in ("sources", "unseen", "only", "exclude"):
-            known[name] = tuple(known.get(name, ()))
+        for name in ("sources", "unseen", "only", "exclude", "marks"):
+            known[name] = tuple(known.get(name, getattr(cls, name)))
         return cls(**known)
 
     def budget(self) -> Budget:
         """How much may stay, and which axes may pay for it."""
-        return Budget(self.keep, Measure(self.measure), self.only, self.exclude, round_to=self.round_to)
+        marks = frozenset(map(Mark, self.marks))
+        return Budget(self.keep, Measure(self.measure), self.only, self.exclude, marks, self.round_to)
 
     def command(self, out: str) -> str:
         """The command line that does this run again."""
@@ -97,6 +100,8 @@ class Settings:
         for flag in ("unseen", "only", "exclude"):
             for pattern in getattr(self, flag):
                 words += [f"--{flag}", pattern]
+        for mark in self.marks if self.marks != default.marks else ():
+            words += ["--mark", mark]
         for name, value in self.method_settings.items():
             words += ["--set", f"{name}={value}"]
         for name, flag in _FLAGS.items():
