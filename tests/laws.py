@@ -238,6 +238,27 @@ def runs_after_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         assert tuple(state[name].shape) == tuple(size_of(dim, sizes) for dim in dims), name
 
 
+def axes_after_a_cut_are_those_of_a_new_trace(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """What a cut says of where units lie now is what tracing the cut network finds."""
+    from regrow.tracing import trace
+
+    small, left = shrunk(model, axes, plan)
+    again = {entries_of(axis) for axis in trace(small, *axes.example.args, **axes.example.kwargs)}
+    for axis in left.free():
+        if axis.size > 1:
+            assert entries_of(axis) in again, f"{axis.key} lies elsewhere after the cut: {axis.slots}"
+
+
+def entries_of(axis: Axis) -> frozenset[tuple[str, int, tuple[tuple[int, ...], ...]]]:
+    """Which entries of which dimensions each unit owns, however the slots are written."""
+    entries: dict[tuple[str, int], list[set[int]]] = {}
+    for slot in axis.slots:
+        units = entries.setdefault((slot.name, slot.dim), [set() for _ in range(axis.size)])
+        for unit, own in zip(units, slot.positions(axis.size).tolist(), strict=True):
+            unit |= set(own)
+    return frozenset((*place, tuple(tuple(sorted(unit)) for unit in units)) for place, units in entries.items())
+
+
 def ties_stay_ties(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Names of one tensor are names of one tensor after the cut, and parameters stay parameters that learn."""
     small, _ = shrunk(model, axes, plan)

@@ -122,6 +122,14 @@ def test_a_cut_of_a_cut_is_one_cut(name: str) -> None:
     assert {a.key: a.ids for a in axes_in_steps} == {a.key: a.ids for a in axes_at_once}
 
 
+@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
+def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
+    """Slots follow a cut, blocks at the front gone or not."""
+    model, axes = traced(name)
+    plan = laws.random_plan(axes, torch.Generator().manual_seed(2), floor=2)
+    laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
+
+
 def test_unreached_heads_still_run_after_a_cut() -> None:
     """What the example did not reach is not broken by a cut: in training mode the auxiliary heads run."""
     model, axes = traced("googlenet")
