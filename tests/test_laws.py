@@ -139,7 +139,7 @@ def test_unreached_heads_still_run_after_a_cut() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
-@pytest.mark.parametrize("name", ["mlp", "conv_residual", "llama"])
+@pytest.mark.parametrize("name", ["mlp", "concat", "llama"])
 def test_a_network_is_cut_in_another_precision_than_it_was_traced_in(name: str, dtype: torch.dtype) -> None:
     """Axes do not depend on the precision, and a cut does not change it."""
     from regrow.surgery import apply
