@@ -31,6 +31,7 @@ from regrow.evaluation import perplexity
 from regrow.method import Budget, Evidence, Need
 from regrow.methods import METHODS
 from regrow.nets import load
+from regrow.scores import Statistics
 from regrow.scoring import collect
 
 SEEN = ("news", "code", "manual", "talk")
@@ -52,7 +53,7 @@ def kinds(folder: Path) -> dict[str, Any]:
 
 def points(draws: int) -> Iterator[dict[str, Any]]:
     """Every combination; the most telling ones first."""
-    for draw, keep in itertools.product(range(draws), (0.8, 0.9, 0.7)):
+    for keep, draw in itertools.product((0.8, 0.9, 0.7), range(draws)):
         for method, only, compensate in itertools.product(METHOD_NAMES, ("mlp", ""), (True, False)):
             if draw and method == "magnitude" and not compensate:
                 continue  # nothing of it depends on the draw
@@ -97,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
                 for name in SEEN
             ]
             assert wide is not None
-            evidence = {draw: Evidence(collect(wide, axes, sources, {Need.ACTIVATIONS, Need.GRADIENTS}))}
+            evidence[draw] = Evidence(_pooled(collect(wide, axes, sources, {Need.ACTIVATIONS, Need.GRADIENTS})))
         entry = METHODS[point["method"]]
         more = {"seed": draw} if point["method"] == "random" else {}
         method = entry.build(entry.settings(compensate=point["compensate"], **more))
@@ -107,6 +108,11 @@ def run(args: argparse.Namespace) -> None:
         model, _ = apply(copy.deepcopy(loaded.model), axes, plan)
         write(point, evaluate(model, tests))
         print(f"{number}/{len(todo)} {point} {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def _pooled(statistics: dict[str, list[Statistics]]) -> dict[str, list[Statistics]]:
+    """All kinds as one, so that the gradients of a draw are held once."""
+    return {"pooled": [Evidence(statistics).pooled()]}
 
 
 def _writer(out: Path, args: argparse.Namespace) -> Any:

@@ -95,7 +95,7 @@ def random_plan(
             continue
         step = lcm(*(axis.times for axis in members))
         most = min(axis.size * axis.times for axis in members) // step
-        least = min(most, max(-(-min(floor, axis.size) * axis.times // step) for axis in members))
+        least = min(most, max(-(-min(max(floor, axis.least), axis.size) * axis.times // step) for axis in members))
         count = int(torch.randint(least, most + 1, (), generator=generator))
         if count == most > least and keys is not None:
             count -= 1
@@ -110,9 +110,11 @@ def smallest_plan(axes: AxisGraph, marks: Iterable[Mark] = tuple(set(Mark) - {Ma
     keep: dict[str, range] = {}
     for members in together(axes, set(marks)):
         step = lcm(*(axis.times for axis in members))
+        total = step * max(-(-axis.least * axis.times // step) for axis in members)
         for axis in members:
-            first = min(axis.size // 2, axis.size - step // axis.times)
-            keep[axis.key] = range(first, first + step // axis.times)
+            units = total // axis.times
+            first = min(axis.size // 2, axis.size - units)
+            keep[axis.key] = range(first, first + units)
     return Plan.keeping(axes, keep)
 
 

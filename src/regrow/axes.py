@@ -128,6 +128,7 @@ class Axis:
         count: Axes with the same ``count`` must keep equally many units, though not the same ones; empty if free.
         times: What a unit counts for in that: ``units kept × times`` is what must be equal (a rotary pair counts for
             two entries of a head).
+        least: How many units it must keep: 2 for a repetition, which networks skip when there is but one.
         inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
         ids: The birth numbers of its units; they survive cuts, so a ledger can name a unit for life.
     """
@@ -139,6 +140,7 @@ class Axis:
     reason: str = ""
     count: str = ""
     times: int = 1
+    least: int = 1
     inside: str = ""
     ids: tuple[int, ...] = ()
 
@@ -192,6 +194,25 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One recorded operation, so that a cut network can be held against the one that was traced.
+
+    Args:
+        op: Its name.
+        module: The module in whose forward it ran.
+        shapes: The shape of each of its results; ``None`` for what is no tensor.
+        numbers: The numbers of the call that are not sizes.
+        start: For a slice: how many entries lie before it.
+    """
+
+    op: str
+    module: str
+    shapes: tuple[tuple[Dim, ...] | None, ...]
+    numbers: tuple[float, ...] = ()
+    start: Dim | None = None
+
+
+@dataclass(frozen=True)
 class Example:
     """The input a network was traced with: what it is called with, positional and by name."""
 
@@ -216,6 +237,7 @@ class AxisGraph:
         folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
+        steps: What the network does, operation by operation.
         example: The traced input, for verifying.
     """
 
@@ -230,6 +252,7 @@ class AxisGraph:
     folds: tuple[Fold, ...] = ()
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     example: Example = field(default_factory=Example, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Axis:

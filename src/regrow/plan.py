@@ -89,6 +89,10 @@ class Plan:
                 raise PlanError(f"the plan changes axis {key!r}, which this network does not have")
             if len(change.keep) == change.size:
                 continue
+            if len(change.keep) < axis.least:
+                raise PlanError(
+                    f"axis {key!r} must keep at least {axis.least} units; the plan keeps {len(change.keep)}"
+                )
             if not axis.free:
                 raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
             if axis.size != change.size or axis.slots != change.slots:

@@ -133,7 +133,7 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], round_to: int, minimum
         size = axes[keys[0]].size
         if any(key not in values or axes[key].size != size for key in keys):
             continue
-        floor_ = max(1, minimum, ceil(share * size - 1e-9))
+        floor_ = max(minimum, ceil(share * size - 1e-9), *(axes[key].least for key in keys))
         steps = _steps(size, min(floor_, size), round_to if size >= round_to else 1)
         arrays = [values[key].double().numpy() for key in keys]
         orders = tuple(np.argsort(array, kind="stable") for array in arrays)

@@ -11,8 +11,7 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import offsets
 from regrow.surgery.fold import folded, ratio
 from regrow.surgery.shrink import kept_entries, moved, taken
-from regrow.tracing.capture import faked
-from regrow.tracing.trial import planned_integers, resized
+from regrow.tracing.trial import planned_integers, rehearsed
 
 
 def apply(model: nn.Module, axes: AxisGraph, plan: Plan) -> tuple[nn.Module, AxisGraph]:
@@ -44,7 +43,8 @@ def apply(model: nn.Module, axes: AxisGraph, plan: Plan) -> tuple[nn.Module, Axi
     _check_state(model, axes)
     sizes = plan.sizes(axes)
     entries = kept_entries(axes, plan)
-    _rehearse(model, axes, sizes)
+    if problem := rehearsed(model, axes, sizes):
+        raise PlanError(f"the plan cannot be carried out: {problem}")
     with torch.no_grad():
         values = {
             name: taken(tensor.detach(), entries[name]) for name, tensor in _state(model).items() if name in entries
@@ -74,18 +74,6 @@ def _check_state(model: nn.Module, axes: AxisGraph) -> None:
             )
 
 
-def _rehearse(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> None:
-    copy, mode = resized(model, axes, sizes)
-    example = faked(axes.example, mode)
-    copy.eval()
-    try:
-        with mode, torch.no_grad():
-            copy(*example.args, **example.kwargs)
-    except Exception as error:
-        line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise PlanError(f"the model does not run as planned: {line[:200]}") from error
-
-
 def _commit(model: nn.Module, axes: AxisGraph, values: Mapping[str, Tensor], attributes: Mapping[str, float]) -> None:
     made: dict[str, nn.Parameter | Tensor] = {}
     for name, value in values.items():
@@ -113,7 +101,8 @@ def _after(
     def cut(axis: Axis) -> Axis:
         change = plan.changes.get(axis.key)
         ids = axis.ids if change is None else tuple(axis.ids[unit] for unit in change.keep)
-        slots = tuple(moved(slot, entries, sizes[axis.key]) for slot in axis.slots)
+        units = range(axis.size) if change is None else change.keep
+        slots = tuple(new for slot in axis.slots if (new := moved(slot, entries, axis.size, units)))
         return replace(axis, size=sizes[axis.key], slots=slots, ids=ids)
 
     added = {name: tuple(value.shape) for name, value in values.items() if name not in axes.shapes}

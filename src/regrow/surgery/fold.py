@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from math import prod, sqrt
 
+import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Fold, size_of
@@ -38,5 +39,7 @@ def folded(
         factor = sqrt(change) if fold.kind == "norm" else sqrt(1 / change)
         result[fold.weight] = ((gain.double() + fold.plus) * factor - fold.plus).to(gain.dtype)
         if fold.epsilon:
-            constants[fold.epsilon] = fold.value * change
+            path, _, name = fold.epsilon.partition(":")
+            own = getattr(model.get_submodule(path), name)  # without one of its own, a norm takes its precision's
+            constants[fold.epsilon] = (torch.finfo(gain.dtype).eps if own is None else fold.value) * change
     return result, constants

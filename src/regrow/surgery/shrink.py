@@ -1,6 +1,6 @@
 """What is left of each tensor after a plan: which entries of which dimension stay."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -35,26 +35,30 @@ def taken(tensor: Tensor, entries: Mapping[int, Tensor]) -> Tensor:
     return tensor
 
 
-def moved(slot: Slot, entries: Mapping[str, Mapping[int, Tensor]], left: int) -> Slot:
-    """Where a slot lies after a cut that leaves ``left`` units of its axis.
+def moved(slot: Slot, entries: Mapping[str, Mapping[int, Tensor]], size: int, units: Sequence[int]) -> Slot | None:
+    """Where a slot lies after a cut; ``None`` where nothing of it is left.
 
     The old layout is regular, and every cut takes the same entries out of each of its blocks, so the new one is too:
-    counting the entries kept in front of the slot, in one block and in one unit gives its new numbers.
+    the place of the first entry that is left, of the same one in the next block, and counts give its new numbers.
+
+    Args:
+        slot: Where it lay.
+        entries: What stays of each tensor.
+        size: How many units the axis had.
+        units: Which of them stay.
     """
     kept = entries.get(slot.name, {}).get(slot.dim)
     if kept is None:
         return slot
-
-    def count(start: int, length: int) -> int:
-        return int(((kept >= start) & (kept < start + length)).sum())
-
-    first = int(kept[kept >= slot.offset][0])
-    block = (first - slot.offset) // slot.stride * slot.stride
-    unit = slot.offset + block + (first - slot.offset - block) // slot.inner * slot.inner
-    inner = count(unit, slot.inner)
-    stride = count(slot.offset + block, slot.stride) if slot.outer > 1 else left * inner
-    own = sum(count(slot.offset + o * slot.stride, slot.stride) > 0 for o in range(slot.outer))
-    return Slot(slot.name, slot.dim, max(own, 1), stride, inner, count(0, slot.offset), slot.role)
+    places = slot.positions(size)[list(units)].view(len(units), slot.outer, slot.inner)
+    stays = torch.isin(places, kept)
+    if not bool(stays.any()):
+        return None
+    blocks, inner = stays.any(2).any(0).nonzero().flatten(), stays.any(1).any(0).nonzero().flatten()
+    new = torch.searchsorted(kept, places[0, blocks][:, inner[0]].contiguous())
+    width = len(inner)
+    stride = int(new[1] - new[0]) if len(blocks) > 1 else len(units) * width
+    return Slot(slot.name, slot.dim, len(blocks), stride, width, int(new[0]), slot.role)
 
 
 def _cuts(plan: Plan) -> Iterator[tuple[Slot, int, tuple[int, ...]]]:

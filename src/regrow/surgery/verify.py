@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -65,10 +65,10 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     """
     plan.check(axes)
     example = example or axes.example
-    wide = _widened(model)
+    wide = _widened(model, axes)
     exact = _in_double(example)
     exact_masked = _masked(wide, axes, plan, exact, double=True)
-    apply(wide, replace(axes, example=exact), plan)
+    apply(wide, axes, plan)
     exact_shrunk = _run(wide, exact, double=True)
     del wide
     narrow = _copied(model)
@@ -106,12 +106,18 @@ def _longer(value: Any) -> Any:
     return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) else value
 
 
-def _widened(model: nn.Module) -> nn.Module:
+def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
+    """A copy in float64; norms that take the epsilon of their precision keep that of the model's."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         value = tensor.detach().double() if tensor.is_floating_point() else tensor.detach().clone()
         memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(model, memo)
+    wide = copy.deepcopy(model, memo)
+    for fold in axes.folds:
+        path, _, name = fold.epsilon.partition(":")
+        if name and getattr(wide.get_submodule(path), name) is None:
+            setattr(wide.get_submodule(path), name, fold.value)
+    return wide
 
 
 def _copied(model: nn.Module) -> nn.Module:

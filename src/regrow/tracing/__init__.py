@@ -1,5 +1,6 @@
 """Tracing: from a model and an example input to its axes."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -8,6 +9,7 @@ from regrow.axes import AxisGraph
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
 from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.steps import steps
 from regrow.tracing.trial import proved
 from regrow.tracing.walk import walk
 
@@ -40,4 +42,4 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     example = example_of(model, args, kwargs)
     w = walk(capture(model, example), RULES, POINTWISE)
     axes, names = assemble(model, w, example)
-    return proved(model, axes, w, names)
+    return proved(model, replace(axes, steps=steps(w, names)))

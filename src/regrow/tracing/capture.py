@@ -128,6 +128,19 @@ def faked(example: Example, mode: FakeTensorMode) -> Example:
     return Example(tree_map(fake, example.args), tree_map(fake, dict(example.kwargs)))
 
 
+def fitting(example: Example, model: nn.Module) -> Example:
+    """The example in the precision of the model, if all of the model is in one."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(kinds) != 1:
+        return example
+    (dtype,) = kinds
+
+    def fit(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return Example(tree_map(fit, example.args), tree_map(fit, dict(example.kwargs)))
+
+
 def module_of(node: Node) -> str:
     """The dotted path of the innermost module in whose forward a node was recorded."""
     stack = node.meta.get("nn_module_stack")

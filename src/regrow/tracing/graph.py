@@ -290,7 +290,7 @@ def _axes(
             reason = "nothing reads its units"
         mark = Mark.FROZEN if reason else leaf.mark
         count, times = held.get(number, ("", 1))
-        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times)
+        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times, 2 if leaf.integer else 1)
         if not reason:
             keys[number] = key
     partners = {axis.count for axis in axes.values() if axis.count and not axis.free}

@@ -7,36 +7,49 @@ from math import lcm
 
 import torch
 from torch import nn
-from torch.fx import Node
 
-from regrow.axes import Axis, AxisGraph, Dim, Mark, size_of
-from regrow.tracing.capture import Capture, TraceError, capture, faked, hollow, module_of, shape_of
-from regrow.tracing.graph import Names
-from regrow.tracing.walk import Walk, op_name
+from regrow.axes import Axis, AxisGraph, Mark, size_of
+from regrow.tracing.capture import TraceError, capture, faked, fitting, hollow
+from regrow.tracing.steps import difference
 
 
-def proved(model: nn.Module, axes: AxisGraph, w: Walk, names: Names) -> AxisGraph:
+def proved(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """The graph with every axis frozen whose cut the network does not survive as planned.
 
     One unit of each free axis is cut, in all axes at once, on a copy without numbers, and the copy is recorded again.
     Where that fails, axes are tried class by class: axes are of one class if their slots differ in layer numbers only.
+    Axes of two units are tried apart from the start: with one unit left, many networks do something else.
     """
     free = [axis for axis in axes if axis.free]
-    problem = _problem(model, axes, w, names, free)
-    if not problem:
-        return axes
-    verdicts: dict[tuple, str] = {}
-    for kind, members in _classes(free).items():
-        verdicts[kind] = _problem(model, axes, w, names, members)
-    bad = {axis.key: verdicts[_kind(axis)] for axis in free if verdicts[_kind(axis)]}
-    if not bad:  # each alone is sound, together they are not: keep none rather than a wrong one
-        bad = {axis.key: problem for axis in free}
+    small = [axis for axis in free if axis.size <= 2]
+    large = [axis for axis in free if axis.size > 2]
+    bad: dict[str, str] = {}
+    for group in (small, large):
+        if group and _problem(model, axes, group):
+            bad |= _one_by_one(model, axes, group)
+    left = [axis for axis in free if axis.key not in bad]
+    if small and left and (problem := _problem(model, axes, left)):
+        bad |= {axis.key: problem for axis in left}  # each alone is sound, together they are not: rather none
     return axes.with_axes(
         {
             key: replace(axis, mark=Mark.FROZEN, reason=bad[key]) if key in bad else axis
             for key, axis in axes.axes.items()
         }
     )
+
+
+def _one_by_one(model: nn.Module, axes: AxisGraph, group: list[Axis]) -> dict[str, str]:
+    """Key → what goes wrong, for the axes of the classes that do not survive."""
+    bad: dict[str, str] = {}
+    for members in _classes(group).values():
+        if problem := _problem(model, axes, members):
+            bad |= {axis.key: problem for axis in members}
+    left = [axis for axis in group if axis.key not in bad]
+    if bad and left and (problem := _problem(model, axes, left)):
+        bad |= {axis.key: problem for axis in left}
+    elif not bad:
+        bad = {axis.key: "it survives alone, but not together with others" for axis in group}
+    return bad
 
 
 def _classes(axes: Iterable[Axis]) -> dict[tuple, list[Axis]]:
@@ -58,19 +71,24 @@ def _kind(axis: Axis) -> tuple:
     return (axis.size, tuple(sorted(set(slots))))
 
 
-def _problem(model: nn.Module, axes: AxisGraph, w: Walk, names: Names, cut: list[Axis]) -> str:
+def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
     """What goes wrong when one unit of each of the axes is cut; empty if nothing does."""
     sizes = axes.sizes() | {axis.key: axis.size - _step(axis, axes) for axis in cut}
     if any(size < 1 for size in sizes.values()):
         return "it cannot lose what an axis of the same count must lose with it"
+    return rehearsed(model, axes, sizes, numbers=True)
+
+
+def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbers: bool = False) -> str:
+    """What goes wrong when the network is given other sizes, on a copy without numbers; empty if nothing does."""
     try:
         copy, mode = resized(model, axes, sizes)
-        again = capture(copy, faked(axes.example, mode))
+        again = capture(copy, faked(fitting(axes.example, model), mode))
     except TraceError as error:
         cause = error.__cause__ or error
         line = next((line for line in str(cause).strip().splitlines() if line.strip()), type(cause).__name__)
-        return f"the network does not run with a unit less: {line.strip()[:200]}"
-    return _difference(w.capture, again, w, names, sizes)
+        return f"the network does not run at that size: {line.strip()[:200]}"
+    return difference(axes, again, sizes, numbers)
 
 
 def _step(axis: Axis, axes: AxisGraph) -> int:
@@ -97,41 +115,3 @@ def resized(
 def planned_integers(axes: AxisGraph, sizes: Mapping[str, int]) -> dict[str, int]:
     """``module:attribute`` → what it must hold once the axes have the given sizes."""
     return {place: size_of(dim, sizes) for place, dim in axes.integers.items()}
-
-
-def _difference(before: Capture, after: Capture, w: Walk, names: Names, sizes: Mapping[str, int]) -> str:
-    old, new = list(before.graph.nodes), list(after.graph.nodes)
-    if [op_name(n) if n.op == "call_function" else n.op for n in old] != [
-        op_name(n) if n.op == "call_function" else n.op for n in new
-    ]:
-        return "the network runs other operations with a unit less"
-    for a, b in zip(old, new, strict=True):
-        if a.op != "call_function" or w.dims.get(a) is None:
-            continue
-        planned, found = _planned(w.dims[a], names, sizes), shape_of(b)
-        if found is not None and planned != found:
-            return f"{op_name(a)} in {module_of(a) or 'the model'} has shape {found} with a unit less, not {planned}"
-        if _numbers(a) != _numbers(b):
-            return (
-                f"a number in {op_name(a)} in {module_of(a) or 'the model'} is computed from the size: "
-                f"{_numbers(a)} becomes {_numbers(b)}"
-            )
-    return ""
-
-
-def _planned(dims: object, names: Names, sizes: Mapping[str, int]) -> object:
-    def shape(one: tuple) -> tuple[int, ...]:
-        written: tuple[Dim, ...] = names.dims(one)
-        return tuple(size_of(dim, sizes) for dim in written)
-
-    if isinstance(dims, list):
-        return [None if one is None else shape(one) for one in dims]
-    assert isinstance(dims, tuple)
-    return shape(dims)
-
-
-def _numbers(node: Node) -> list[float]:
-    """The numbers of a call that are not sizes: all floats, and integers where the operation works entry by entry."""
-    entrywise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    values = [*node.args, *node.kwargs.values()]
-    return [v for v in values if isinstance(v, float) or (entrywise and isinstance(v, int) and not isinstance(v, bool))]

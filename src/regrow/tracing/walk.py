@@ -64,6 +64,7 @@ class Walk:
     work: list[tuple[str, str, Dims]] = field(default_factory=list)
     literals: list[Literal] = field(default_factory=list)
     groups: list[tuple[str, Expr]] = field(default_factory=list)
+    starts: dict[Node, Expr] = field(default_factory=dict)
     equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
     norms: list[tuple[Node, Any]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
@@ -92,6 +93,8 @@ class Walk:
         if name in ALIASES:
             return self.place(operand, dim)
         rank = len(self.dims[node])
+        if name in ("mT", "mH", "adjoint"):
+            return self.place(operand, {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim))
         if name in ("t", "numpy_T"):
             return self.place(operand, rank - 1 - dim)
         if name in ("transpose", "swapaxes"):

@@ -33,6 +33,17 @@ def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
     return tuple(out)
 
 
+def prelu(w: Walk, node: Node) -> Dims:
+    """A slope per channel, or one for all."""
+    x, slope = node.args[:2]
+    assert isinstance(x, Node) and isinstance(slope, Node)
+    dims, own = w.of(x), w.of(slope)
+    if own and d.size(own[0]) > 1:
+        w.role(slope, 0, Role.SCALES)
+        d.unify(dims[min(1, len(dims) - 1)], own[0], w.why(node, "slopes have another form than the channels"))
+    return dims
+
+
 def identity(w: Walk, node: Node) -> Dims:
     """The same dimensions."""
     arg = node.args[0]
@@ -46,10 +57,12 @@ _IDENTITIES = (
 )
 _MORE_POINTWISE = (
     "hardswish hardsigmoid hardtanh relu6 mish selu celu elu leaky_relu softplus softshrink hardshrink tanhshrink "
-    "log_sigmoid logsigmoid threshold prelu_ where masked_fill"
+    "log_sigmoid logsigmoid threshold where masked_fill"
 )
 
 RULES = {
     **dict.fromkeys((*ALIASES, *_IDENTITIES.split()), identity),
     **dict.fromkeys(_MORE_POINTWISE.split(), pointwise),
+    "prelu": prelu,
+    "_prelu_kernel": prelu,
 }

@@ -22,7 +22,7 @@ def _input(node: Node) -> Node:
 def _over(w: Walk, node: Node, position: int = 1) -> list[int]:
     """The dimensions an operation runs over; all of them if it names none."""
     rank = len(w.of(_input(node)))
-    given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim")
+    given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", node.kwargs.get("dims"))
     if given is None or given == []:
         return list(range(rank))
     return [int(axis) % rank for axis in (given if isinstance(given, list | tuple) else [given])]
@@ -106,8 +106,8 @@ def smallest(w: Walk, node: Node) -> Any:
 def ordered(w: Walk, node: Node) -> Any:
     """Operations for which the order or number of entries matters: the dimension is frozen."""
     dims = w.of(_input(node))
-    position = {"topk": 2, "kthvalue": 2}.get(op_name(node), 1)
-    named = len(node.args) > position or "dim" in node.kwargs
+    position = {"topk": 2, "kthvalue": 2, "roll": 2, "diff": 2}.get(op_name(node), 1)
+    named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
     over = _over(w, node, position) if named or op_name(node) not in _LAST else [len(dims) - 1]
     for i in over:
         d.freeze(dims[i], w.why(node, f"`{op_name(node)}` runs along it"))
@@ -128,7 +128,7 @@ def _same(node: Node, dims: Dims) -> Any:
 _LAST = frozenset(["sort", "argsort", "topk", "kthvalue", "median", "mode"])
 _ORDERED = (
     "cumsum cumprod logcumsumexp cummax cummin flip roll sort argsort topk kthvalue median mode var std var_mean "
-    "std_mean argmax argmin prod any all nanmean diff renorm"
+    "std_mean argmax argmin prod any all nanmean diff"
 )
 
 RULES = {

@@ -72,6 +72,12 @@ def transpose(w: Walk, node: Node) -> Dims:
     return tuple(dims)
 
 
+def last_two(w: Walk, node: Node) -> Dims:
+    """The last two dimensions change places."""
+    *rest, a, b = w.of(_input(node))
+    return (*rest, b, a)
+
+
 def reverse(w: Walk, node: Node) -> Dims:
     """The dimensions in opposite order."""
     return w.of(_input(node))[::-1]
@@ -163,7 +169,7 @@ def piece(w: Walk, node: Node) -> Dims:
     dims = w.of(_input(node))
     axis = _axis(node, 1, len(dims))
     n = d.size(dims[axis])
-    start, end = _bounds(node, n)
+    start, end = bounds(node)
     step = int(arg(node, 4)) if len(node.args) > 4 else 1
     if start == 0 and end == n and step == 1:
         return dims
@@ -173,6 +179,8 @@ def piece(w: Walk, node: Node) -> Dims:
         return (*dims[:axis], d.frozen(shape_of(node)[axis], why), *dims[axis + 1 :])
     why = w.why(node, "it is cut at a place that is inside a unit")
     before, rest = d.halves(dims[axis], start, why) if start else (d.ONE, dims[axis])
+    if start:
+        w.starts[node] = before
     middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
     if n == 2 * (end - start) and (start == 0 or end == n):
         w.equal.append(
@@ -184,11 +192,14 @@ def piece(w: Walk, node: Node) -> Dims:
     return (*dims[:axis], middle, *dims[axis + 1 :])
 
 
-def _bounds(node: Node, n: int) -> tuple[int, int]:
-    given = [arg(node, i) if len(node.args) > i else None for i in (2, 3)]
+def bounds(node: Node) -> tuple[int, int]:
+    """The first and the past-the-last entry of a slice."""
+    shape = shape_of(_input(node))
+    n = shape[_axis(node, 1, len(shape))]
     if op_name(node) == "narrow":
-        start, length = int(arg(node, 2)), int(arg(node, 3))
-        return start % n, start % n + length
+        start = int(arg(node, 2)) % n
+        return start, start + int(arg(node, 3))
+    given = [arg(node, i) if len(node.args) > i else None for i in (2, 3)]
     start, end = (default if value is None else int(value) for value, default in zip(given, (0, n), strict=True))
     start, end = (max(value + n, 0) if value < 0 else min(value, n) for value in (start, end))
     return start, end
@@ -214,6 +225,9 @@ def expand(w: Walk, node: Node) -> Dims:
     """A dimension of size 1 is repeated: a new factor, free only if an attribute of the module can set its size."""
     dims, shape = w.of(_input(node)), shape_of(node)
     dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
+    other = node.args[1] if len(node.args) > 1 else None
+    if isinstance(other, Node):
+        return tuple(own if d.size(expr) == 1 else expr for expr, own in zip(dims, w.of(other), strict=True))
     return tuple(
         _repeated(w, node, n) if d.size(expr) == 1 and n > 1 else expr for expr, n in zip(dims, shape, strict=True)
     )
@@ -345,6 +359,9 @@ RULES = {
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as"), reshape),
     "transpose": transpose,
     "swapaxes": transpose,
+    "mT": last_two,
+    "mH": last_two,
+    "adjoint": last_two,
     "t": reverse,
     "numpy_T": reverse,
     "permute": permute,
