@@ -54,6 +54,17 @@ def vector_norm(w: Walk, node: Node) -> Dims:
     return _left(w, node, over)
 
 
+def renorm(w: Walk, node: Node) -> Dims:
+    """Each slice along one dimension is scaled by its own norm: the other dimensions are read as by a norm."""
+    order, along = node.args[1], _over(w, node, 2)
+    for i, expr in enumerate(w.of(_input(node))):
+        if i not in along and order in (1, 2):
+            w.reads(node, _input(node), i)
+        elif i not in along:
+            d.freeze(expr, w.why(node, f"a norm of order {order} runs over it"))
+    return w.of(_input(node))
+
+
 def mean(w: Walk, node: Node) -> Dims:
     """A mean divides by the size: exact only where a fold takes it up, which is looked for later."""
     over = _over(w, node)
@@ -136,6 +147,7 @@ RULES = {
     "linalg_vector_norm": vector_norm,
     "norm": vector_norm,
     "mean": mean,
+    "renorm": renorm,
     **dict.fromkeys(("softmax", "log_softmax", "_softmax", "_log_softmax"), softmax),
     **dict.fromkeys(("amax", "max", "logsumexp"), largest),
     **dict.fromkeys(("amin", "min"), smallest),
