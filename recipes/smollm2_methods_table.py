@@ -36,7 +36,7 @@ from regrow.scoring import collect
 
 SEEN = ("news", "code", "manual", "talk")
 UNSEEN = ("prose", "legal", "wiki", "dialogue")
-METHOD_NAMES = ("random", "magnitude", "wanda_sp", "llm_pruner", "flap")
+METHOD_NAMES = ("flap", "wanda_sp", "llm_pruner", "random", "magnitude")
 KEEPS = (0.9, 0.8, 0.7)
 
 
