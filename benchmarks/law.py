@@ -12,6 +12,7 @@ import json
 import random
 import time
 from dataclasses import asdict
+from math import lcm
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from regrow import Plan, trace, verify
-from regrow.axes import AxisGraph
+from regrow.axes import Axis, AxisGraph
 from regrow.data import Half, text, windows
 from regrow.method import Budget
 from regrow.nets import load
@@ -39,13 +40,19 @@ NETS = (
 
 
 def random_plan(axes: AxisGraph, seed: int) -> Plan:
-    """Keep 30 to 100 % of every free axis; axes that must keep equally many units do."""
+    """Keep 30 to 100 % of every free axis; axes whose sizes hang together keep matching numbers of units."""
     draw = random.Random(seed)
-    shares: dict[str, float] = {}
-    keep = {}
+    groups: dict[str, list[Axis]] = {}
     for axis in axes.free():
-        share = shares.setdefault(axis.count or axis.key, draw.uniform(0.3, 1))
-        keep[axis.key] = sorted(draw.sample(range(axis.size), max(1, round(axis.size * share))))
+        groups.setdefault(axis.count or axis.key, []).append(axis)
+    keep = {}
+    for members in groups.values():
+        step = lcm(*(axis.times for axis in members))
+        most = min(axis.size * axis.times for axis in members) // step
+        least = max(-(-axis.least * axis.times // step) for axis in members)
+        total = step * max(least, round(most * draw.uniform(0.3, 1)))
+        for axis in members:
+            keep[axis.key] = sorted(draw.sample(range(axis.size), total // axis.times))
     return Plan.keeping(axes, keep)
 
 

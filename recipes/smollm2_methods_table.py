@@ -127,6 +127,7 @@ def _writer(out: Path, args: argparse.Namespace) -> Any:
 def table(args: argparse.Namespace) -> None:
     """Print mean ± sd over draws of the geometric mean perplexity, seen and unseen kinds apart."""
     rows = [json.loads(line) for line in Path(args.out).read_text().splitlines()]
+    rows.sort(key=key_of)
     cells: dict[tuple, list[tuple[float, float, float]]] = {}
     for row in rows:
         logs = row["nll"]
