@@ -2,9 +2,9 @@
 
     python recipes/smollm2_single_cuts.py --out recipes/results/smollm2_single_cuts.json
 
-Units are masked at the weights that read them (the law says that this is the cut), in bfloat16; two windows of 256 tokens
-of each of four kinds of text, from their evaluation halves. Massive units are those that make up a tenth or more of
-what their layer adds, measured on the calibration halves.
+Units are masked at the weights that read them (the law says that this is the cut), in bfloat16; two windows of 256
+tokens of each of four kinds of text, from their evaluation halves. Massive units are those that make up a tenth or more
+of what their layer adds, measured on the calibration halves.
 """
 
 import argparse
@@ -54,7 +54,7 @@ def mean_perplexity(model: nn.Module, sources: Sequence[Source]) -> float:
 
 
 def narrowed(model: nn.Module, axis: Axis, units: Sequence[int], tests: Sequence[Source]) -> list[dict[str, object]]:
-    """Halve a set of cut units again and again and stay with the worse half: does one unit carry the damage?"""
+    """Halve a set of cut units again and again and stay with the worse half: one unit does the damage, or many."""
     path: list[dict[str, object]] = []
     while len(units) > 1:
         halves = [units[: len(units) // 2], units[len(units) // 2 :]]

@@ -88,7 +88,7 @@ def test_a_massive_unit_that_was_cut_is_told(folder):
     edit(folder / "ledger.json", cut)
     summary = summarise([folder])
     assert [u["unit"] for u in summary["runs"][0]["scores"]["massive"] if not u["kept"]] == [unit]
-    assert "wrecks the model" in to_markdown(summary) and "Of these, 1 was cut" in to_markdown(summary)
+    assert "massive activations" in to_markdown(summary) and "Of these, 1 was cut" in to_markdown(summary)
 
 
 def test_without_the_plan_the_fate_of_massive_units_is_not_claimed(folder):

@@ -107,9 +107,9 @@ def massive(run: Run) -> str:
     fate = (
         ("It was kept." if len(units) == 1 else f"All {len(units)} were kept.")
         if not cut
-        else f"Of these, {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, which alone may explain the loss."
+        else f"Of these, {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, which may explain a part of the loss."
     )
-    return f"{which} far above the rest of the layer: massive activations. One wrong cut wrecks the model. {fate}"
+    return f"{which} far above the rest of the layer: massive activations. {fate}"
 
 
 def proof(run: Run) -> str:

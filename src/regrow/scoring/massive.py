@@ -1,4 +1,4 @@
-"""Units that carry a layer by themselves: one wrong cut of these wrecks a language model."""
+"""Units that carry a layer by themselves, so that a reader can see whether a plan cuts them."""
 
 from dataclasses import dataclass
 
