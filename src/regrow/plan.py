@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from regrow.axes import Axis, AxisGraph, Role, Slot
+from regrow.axes import AxisGraph, Role, Slot
 
 FORMAT = "regrow-plan/1"
 
@@ -149,11 +149,6 @@ class Plan:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"a damaged plan: {error!r}") from None
-
-
-def changed(axis: Axis, keep: Iterable[int]) -> Change:
-    """The change of one axis that keeps the given units."""
-    return Change(axis.size, tuple(sorted(keep)), axis.slots, axis.ids)
 
 
 def _change(value: Any) -> Change:
