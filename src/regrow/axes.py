@@ -6,7 +6,8 @@ a filter, a group of attention heads), and an :class:`AxisGraph` holds the axes 
 tensor's shape written in them. Everything here is plain data; tracing makes it, surgery follows it.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -156,6 +157,29 @@ class Axis:
     def consumers(self) -> tuple[Slot, ...]:
         """The slots that read the units."""
         return tuple(slot for slot in self.slots if slot.role is Role.CONSUMES)
+
+    @property
+    def label(self) -> str:
+        """What makes the units and what reads them, the same in every block: ``gate_proj, up_proj → down_proj``."""
+        made = _modules(slot.name for slot in self.slots if slot.role is Role.PRODUCES)
+        read = _modules(slot.name for slot in self.consumers())
+        widths = {slot.inner for slot in self.consumers() if slot.inner > 1}
+        every = made or _modules(slot.name for slot in self.slots)
+        text = f"{_listed(made)} → {_listed(read)}" if read else _listed(every)
+        return f"{text} (blocks of {min(widths)})" if widths else text
+
+
+def _modules(names: Iterable[str]) -> list[str]:
+    """The last named module of each tensor, numbers left out."""
+    found = []
+    for name in names:
+        parts = [part for part in name.split(".")[:-1] if not part.isdigit()]
+        found.append(re.sub(r"\d+$", "", parts[-1]) or parts[-1] if parts else name)
+    return list(dict.fromkeys(found))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,17 @@
 ``docs/method-fit.md`` shows how the three papers sit on this interface.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Mark
 from regrow.plan import Plan
-from regrow.scores import Statistics
+from regrow.scores import Scores, Statistics
+from regrow.sources import Batch, Source
 
 
 class Need(StrEnum):
@@ -57,18 +58,32 @@ class Budget:
         if self.round_to < 1:
             raise ValueError(f"round is a number of units, at least 1; got {self.round_to}")
 
+    def record(self) -> dict[str, Any]:
+        """What a plan says of its budget, as JSON data."""
+        return {
+            "keep": self.keep,
+            "measure": str(self.measure),
+            "round_to": self.round_to,
+            "only": list(self.only),
+            "exclude": list(self.exclude),
+        }
+
 
 @dataclass(frozen=True)
 class Evidence:
     """What was measured for a method.
 
     Args:
-        statistics: Source name → the sums of its shards (one shard unless the method asks for more).
-        more: What a training loop adds: the optimiser, metrics so far, batches of the current task.
+        statistics: Source name → the sums of its shards (as many as the method asks for).
+        data: Source name → the batches themselves, for methods that learn.
+        step: How many steps of learning were done.
+        notes: What a reader should know about the sources (one had to be split).
     """
 
     statistics: Mapping[str, Sequence[Statistics]] = field(default_factory=dict)
-    more: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Source] = field(default_factory=dict)
+    step: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -90,16 +105,78 @@ class Evidence:
         return total
 
 
-State = TypeVar("State")
+@dataclass(frozen=True)
+class State:
+    """What a method carries from one proposal to the next: plain data, so that it can be stored and taken up again.
+
+    Args:
+        budget: How much may stay.
+        values: Numbers and words, as JSON data.
+        tensors: By name; those that a :class:`Group` names learn.
+        scores: The scores that the last plan was made from.
+        findings: What the method saw, as JSON tables for a report.
+    """
+
+    budget: Budget
+    values: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    scores: Scores | None = None
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
 
-class Method(Protocol[State]):
-    """A choice of pieces that turns a network, its axes and evidence into plans."""
+@dataclass(frozen=True)
+class Group:
+    """Tensors of a state that learn, and how fast."""
 
-    needs: frozenset[Need]
+    names: tuple[str, ...]
+    lr: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a method that learns adds to the loop (``regrow.runs.loop``); the network's own weights stay as they are.
+
+    Args:
+        steps: How many steps; the learning rate falls along a half cosine.
+        every: After how many steps the method is asked for a proposal, and its state is stored.
+        groups: What learns.
+        batches: (evidence, step) → the batches of one step; the loss is their mean.
+        loss: (model, axes, batch, state) → a scalar.
+    """
+
+    steps: int
+    every: int
+    groups: Callable[[State], Sequence[Group]]
+    batches: Callable[[Evidence, int], Sequence[Batch]]
+    loss: Callable[[nn.Module, AxisGraph, Batch, State], Tensor]
+
+
+class Method(Protocol):
+    """A choice of pieces that turns a network, its axes and evidence into plans.
+
+    ``needs`` is the evidence it asks for, in ``shards`` disjoint parts of each of at least ``sources`` sources;
+    ``training`` is what it learns between two proposals, ``None`` if nothing.
+    """
+
+    @property
+    def needs(self) -> frozenset[Need]: ...  # noqa: D102
+
+    @property
+    def shards(self) -> int: ...  # noqa: D102
+
+    @property
+    def sources(self) -> int: ...  # noqa: D102
+
+    @property
+    def training(self) -> Training | None: ...  # noqa: D102
 
     def init(self, axes: AxisGraph, budget: Budget) -> State:
-        """What the method carries from one proposal to the next."""
+        """The state before the first proposal.
+
+        Raises:
+            ValueError: If the budget cannot be met.
+        """
         ...
 
     def propose(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State) -> tuple[Plan | None, State]:

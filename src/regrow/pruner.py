@@ -4,29 +4,22 @@ Most pruning papers are a row of such choices; :class:`Pruner` is what they shar
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from regrow.axes import Axis, AxisGraph
-from regrow.method import Budget, Evidence, Need
+from regrow.method import Budget, Evidence, Need, State, Training
 from regrow.plan import Plan
 from regrow.scores import Scores
+from regrow.scoring import random
 
 Score = Callable[[nn.Module, AxisGraph, Sequence[Axis], Evidence], Scores]
 Allocate = Callable[[AxisGraph, Scores, Budget], Mapping[str, tuple[int, ...]]]
 Compensate = Callable[
     [nn.Module, AxisGraph, Mapping[str, tuple[int, ...]], Evidence], Mapping[str, Mapping[int, float]]
 ]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a one-shot method is: the budget, and, once its one plan has been made, the scores it was made from."""
-
-    budget: Budget
-    scores: Scores | None = None
 
 
 @dataclass(frozen=True)
@@ -46,14 +39,20 @@ class Pruner:
     allocate: Allocate
     compensate: Compensate | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
+    shards: int = 1
+    sources: int = 1
+    training: Training | None = None
 
-    def init(self, axes: AxisGraph, budget: Budget) -> Progress:
-        """Nothing but the budget is carried."""
-        return Progress(budget)
+    def init(self, axes: AxisGraph, budget: Budget) -> State:
+        """Nothing but the budget is carried.
 
-    def propose(
-        self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: Progress
-    ) -> tuple[Plan | None, Progress]:
+        Raises:
+            ValueError: If it cannot be met, whatever the scores.
+        """
+        self.allocate(axes, random(axes, units=axes.units(budget.only, budget.exclude, budget.marks)), budget)
+        return State(budget)
+
+    def propose(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State) -> tuple[Plan | None, State]:
         """The one plan; ``None`` once it has been made.
 
         Raises:
@@ -66,15 +65,10 @@ class Pruner:
         scores = self.score(model, axes, units, evidence)
         kept = {key: keep for key, keep in self.allocate(axes, scores, budget).items() if len(keep) < axes[key].size}
         means = self.compensate(model, axes, kept, evidence) if self.compensate else {}
-        origin = {
-            **self.origin,
-            "metric": scores.metric,
-            "keep": budget.keep,
-            "measure": str(budget.measure),
-            "round_to": budget.round_to,
-            "only": list(budget.only),
-            "exclude": list(budget.exclude),
-            "sources": list(scores.sources),
-            "tokens": scores.tokens,
-        }
-        return Plan.keeping(axes, kept, means=means, origin=origin), Progress(budget, scores)
+        origin = {**self.origin, **budget.record(), **told(scores)}
+        return Plan.keeping(axes, kept, means=means, origin=origin), replace(state, scores=scores)
+
+
+def told(scores: Scores) -> dict[str, Any]:
+    """What a plan says of the scores it was made from."""
+    return {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}

@@ -47,3 +47,19 @@ class Source:
     def tokens(self) -> int:
         """How many positions carry a label (tokens of text, or images)."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
+
+
+def logits_in(answer: Any) -> Tensor:
+    """The logits in what a network answered: the answer, its ``.logits`` (``["logits"]``, ``["out"]``), or its first.
+
+    Raises:
+        TypeError: If there is no tensor of logits.
+    """
+    found = getattr(answer, "logits", answer)
+    if isinstance(found, dict):
+        found = found.get("logits", found.get("out"))
+    if isinstance(found, tuple | list) and found:
+        found = found[0]
+    if not isinstance(found, Tensor):
+        raise TypeError(f"expected logits from the model, got {type(answer).__name__}")
+    return found

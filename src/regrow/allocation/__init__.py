@@ -1,13 +1,14 @@
 """How many units, and where: scores and a budget → the units kept.
 
 ``cost.Cost`` says what a network costs at given sizes; ``ranked`` and ``uniform`` choose units under a budget;
-``to_plan`` writes the choice down.
+``ratios`` solves for shares that meet one while they are learned.
 """
 
 from collections.abc import Callable, Mapping
 
 from regrow.allocation.cost import Cost
-from regrow.allocation.ranked import BudgetError, ranked, to_plan
+from regrow.allocation.ranked import BudgetError, ranked
+from regrow.allocation.solved import ratios, soft_step
 from regrow.allocation.uniform import uniform
 
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": ranked, "uniform": uniform}
@@ -25,4 +26,4 @@ def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
     return ALLOCATIONS[name]
 
 
-__all__ = ["ALLOCATIONS", "BudgetError", "Cost", "allocation", "ranked", "to_plan", "uniform"]
+__all__ = ["ALLOCATIONS", "BudgetError", "Cost", "allocation", "ranked", "ratios", "soft_step", "uniform"]

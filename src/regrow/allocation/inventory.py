@@ -1,12 +1,11 @@
 """The axes of a network as rows that a person can read: what each is, where, and what one unit of it costs."""
 
-import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from regrow.allocation.cost import Cost
-from regrow.axes import Axis, AxisGraph, Role
+from regrow.axes import Axis, AxisGraph
 from regrow.method import Measure
 
 
@@ -59,7 +58,7 @@ def _row(axis: Axis, parameters: Cost, macs: Cost) -> Row:
     names = list(dict.fromkeys(slot.name for slot in axis.slots))
     return Row(
         key=axis.key,
-        label=label(axis),
+        label=axis.label,
         block=block(names),
         size=axis.size,
         mark=str(axis.mark),
@@ -69,17 +68,6 @@ def _row(axis: Axis, parameters: Cost, macs: Cost) -> Row:
         unit_macs=macs.total - macs(less) if axis.free else 0,
         tensors=len(names),
     )
-
-
-def label(axis: Axis) -> str:
-    """What makes the units and what reads them, without the number of the block: ``gate_proj, up_proj → down_proj``."""
-    made = _modules(slot.name for slot in axis.slots if slot.role is Role.PRODUCES)
-    read = _modules(slot.name for slot in axis.slots if slot.role is Role.CONSUMES)
-    widths = {slot.inner for slot in axis.slots if slot.role is Role.CONSUMES and slot.inner > 1}
-    text = (
-        f"{_listed(made)} → {_listed(read)}" if read else _listed(made) or _listed(_modules(s.name for s in axis.slots))
-    )
-    return f"{text} (blocks of {min(widths)})" if widths else text
 
 
 def block(names: list[str]) -> str:
@@ -92,16 +80,3 @@ def block(names: list[str]) -> str:
         shared.append(level[0])
     numbered = [i for i, part in enumerate(shared) if part.isdigit()]
     return ".".join(shared[: numbered[0] + 1]) if numbered else ""
-
-
-def _modules(names: Iterable[str]) -> list[str]:
-    """The last named module of each tensor, numbers left out."""
-    found = []
-    for name in names:
-        parts = [part for part in name.split(".")[:-1] if not part.isdigit()]
-        found.append(re.sub(r"\d+$", "", parts[-1]) or parts[-1] if parts else name)
-    return list(dict.fromkeys(found))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -12,7 +12,6 @@ from torch import Tensor
 from regrow.allocation.cost import Cost
 from regrow.axes import AxisGraph
 from regrow.method import Budget
-from regrow.plan import Plan
 from regrow.scores import Scores
 
 
@@ -105,17 +104,6 @@ def ranked(
         for key, worst in zip(lane.keys, lane.orders, strict=True):
             kept[key] = tuple(np.sort(worst[steps[index][taken[index]] :]).tolist())
     return kept
-
-
-def to_plan(axes: AxisGraph, kept: Mapping[str, tuple[int, ...]], **more: Any) -> Plan:
-    """The plan that keeps the given units; axes that lose nothing are not in it.
-
-    Args:
-        axes: The network's axes.
-        kept: Axis key → units kept.
-        more: ``means`` and ``origin`` of the plan.
-    """
-    return Plan.keeping(axes, {key: units for key, units in kept.items() if len(units) < axes[key].size}, **more)
 
 
 def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], round_to: int, minimum: int, share: float) -> Iterator[Lane]:

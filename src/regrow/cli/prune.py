@@ -51,6 +51,7 @@ Examples
     type=click.Choice(["params", "macs", "bytes"]),
     help="What --keep counts.",
 )
+@click.option("--base", metavar="METHOD", help="What gprune wraps: flap (default), wanda_sp, llm_pruner or magnitude.")
 @click.option(
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method (`regrow methods NAME`)."
 )
@@ -106,11 +107,11 @@ def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any
     for name in ("tokens", "eval_tokens", "seq_len", "round_to"):
         if given[name] < 1:
             raise click.UsageError(f"--{name.replace('_', '-').removesuffix('-to')} is at least 1; got {given[name]}")
-    pairs, no_verify = given.pop("pairs"), given.pop("no_verify")
+    pairs, no_verify, base = given.pop("pairs"), given.pop("no_verify"), given.pop("base")
     return Settings(
         model,
         keep=options.fraction(keep, "--keep"),
-        method_settings=options.settings(pairs),
+        method_settings=options.settings(pairs) | ({"base": base} if base else {}),
         proof=not no_verify,
         **given,
     )

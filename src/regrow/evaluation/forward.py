@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.sources import Batch
+from regrow.sources import Batch, logits_in
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while something takes longer than a moment."""
@@ -41,15 +41,7 @@ def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
     Raises:
         TypeError: If the model returns no tensor of logits.
     """
-    output = model(*moved(batch.args, device), **moved(dict(batch.kwargs), device))
-    found = getattr(output, "logits", output)
-    if isinstance(found, dict):
-        found = found.get("logits", found.get("out"))
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
-        raise TypeError(f"expected logits from {type(model).__name__}, got {type(output).__name__}")
-    return found
+    return logits_in(model(*moved(batch.args, device), **moved(dict(batch.kwargs), device)))
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from regrow.methods import flap, llm_pruner, magnitude, random, wanda_sp
+from regrow.methods import flap, gprune, llm_pruner, magnitude, random, wanda_sp
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ METHODS: Mapping[str, Entry] = {
     "magnitude": Entry(magnitude.Settings, magnitude.build, magnitude.CITATION, magnitude.__doc__ or ""),
     "wanda_sp": Entry(wanda_sp.Settings, wanda_sp.build, wanda_sp.CITATION, wanda_sp.__doc__ or ""),
     "flap": Entry(flap.Settings, flap.build, flap.CITATION, flap.__doc__ or ""),
+    "gprune": Entry(gprune.Settings, gprune.build, gprune.CITATION, gprune.__doc__ or ""),
     "llm_pruner": Entry(llm_pruner.Settings, llm_pruner.build, llm_pruner.CITATION, llm_pruner.__doc__ or ""),
 }
 """Every method by its name on the command line."""

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from regrow.method import State
 from regrow.runs.atomic import written
+from regrow.runs.loop import Learned
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
 
 FORMAT = "regrow-statistics/1"
+LEARNED = "regrow-learned/1"
 _SUMS = ("total", "square", "mean_total", "mean_square")
 
 
@@ -93,6 +97,56 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
         }
         gradients = {name: tensors[f"g{i}"] for i, name in enumerate(header["gradients"])}
         return Statistics(source, int(header["tokens"]), moments, gradients)
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def write_learned(path: Path, learned: Learned, key: str) -> None:
+    """Write where a method that learns stands.
+
+    Raises:
+        StoreError: If the disk is full or does not let us write.
+    """
+    named = [("state", learned.state.tensors), ("optimiser", learned.optimiser)]
+    places = [(part, name) for part, tensors in named for name in tensors]
+    tensors = {
+        f"t{i}": dict(named)[part][name].detach().cpu().contiguous().clone() for i, (part, name) in enumerate(places)
+    }
+    header = {
+        "format": LEARNED,
+        "key": key,
+        "step": learned.step,
+        "tensors": places,
+        "values": dict(learned.state.values),
+        "findings": dict(learned.state.findings),
+        "sha256": _digest(tensors),
+    }
+    with written(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
+
+
+def read_learned(path: Path, state: State, key: str) -> Learned | None:
+    """Where a method stood; ``None`` if that is of something else, or damaged: then it learns from the start.
+
+    Args:
+        path: The file.
+        state: The first state of the method, which has the budget.
+        key: What it must have been written with.
+    """
+    try:
+        with safe_open(path, framework="pt") as content:
+            header = json.loads((content.metadata() or {}).get("regrow", "null"))
+            if not isinstance(header, dict) or header.get("format") != LEARNED or header.get("key") != key:
+                return None
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
+        if _digest(tensors) != header["sha256"]:
+            return None
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "optimiser": {}}
+        for i, (part, name) in enumerate(header["tensors"]):
+            parts[part][name] = tensors[f"t{i}"]
+        values, findings = dict(header["values"]), dict(header["findings"])
+        state = replace(state, values=values, tensors=parts["state"], findings=findings)
+        return Learned(int(header["step"]), state, parts["optimiser"])
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 

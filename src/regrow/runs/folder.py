@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from regrow.method import State
 from regrow.runs.atomic import PARTIAL, StoreError, telling, write_text
-from regrow.runs.checkpoints import file_name, read_statistics, write_statistics
+from regrow.runs.checkpoints import file_name, read_learned, read_statistics, write_learned, write_statistics
 from regrow.runs.journal import append, read
 from regrow.runs.ledger import Ledger
+from regrow.runs.loop import Learned
 from regrow.runs.versions import versions
 from regrow.scores import Statistics
 
@@ -194,6 +196,44 @@ class RunFolder:
                 if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
                     found[source, shard] = statistics
         return found
+
+    def save_learned(self, learned: Learned, *, key: str = "") -> None:
+        """Keep where a method that learns stands, for resuming.
+
+        Args:
+            learned: Where it stands.
+            key: What that depends on.
+
+        Raises:
+            StoreError: If the disk is full.
+        """
+        path = self.path / "statistics" / "learned.safetensors"
+        with telling(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        write_learned(path, learned, key)
+
+    def learned(self, state: State, *, key: str = "") -> Learned | None:
+        """Where an interrupted run had got to in learning; ``None``: nowhere.
+
+        Args:
+            state: The first state of the method.
+            key: As in :meth:`save_learned`.
+        """
+        path = self.path / "statistics" / "learned.safetensors"
+        return read_learned(path, state, key) if path.is_file() else None
+
+    def write_findings(self, method: str, findings: Mapping[str, Any]) -> None:
+        """Write ``findings.json``: what a method saw.
+
+        Args:
+            method: Its name.
+            findings: Tables by name, as JSON data.
+        """
+        self._write("findings.json", {"method": method, **findings})
+
+    def findings(self) -> dict[str, Any]:
+        """What ``findings.json`` holds; empty if there is none."""
+        return self._object("findings.json")
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         write_text(self.path / name, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")

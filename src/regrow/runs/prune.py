@@ -7,13 +7,12 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph, Example
-from regrow.method import Budget, Evidence, Need
+from regrow.method import Budget, Evidence, Method, Need, State
 from regrow.methods import entry
 from regrow.plan import Plan
-from regrow.pruner import Pruner
+from regrow.runs.loop import proposed
 from regrow.runs.progress import Progress, silent
-from regrow.scores import Scores
-from regrow.scoring import collect, random
+from regrow.scoring import collect
 from regrow.sources import Source
 from regrow.surgery import apply
 from regrow.tracing import trace
@@ -64,13 +63,13 @@ def prune(
         batch = sources[0].batches[0]
         example = Example(batch.args, batch.kwargs)
     axes, wanted = trace(model, *example.args, **example.kwargs), Budget(keep, **budget)
-    check(axes, chosen, wanted, sources)
-    plan, _ = proposed(model, axes, chosen, wanted, measured(model, axes, chosen, sources, progress))
+    state = begun(axes, chosen, wanted, sources)
+    plan, _ = proposed(model, axes, chosen, measured(model, axes, chosen, sources, progress), state, progress=progress)
     apply(model, axes, plan)
     return model, plan
 
 
-def built(method: str, settings: Mapping[str, Any]) -> Pruner:
+def built(method: str, settings: Mapping[str, Any]) -> Method:
     """A method with settings, checked.
 
     Raises:
@@ -90,34 +89,47 @@ def built(method: str, settings: Mapping[str, Any]) -> Pruner:
 def measured(
     model: nn.Module,
     axes: AxisGraph,
-    method: Pruner,
+    method: Method,
     sources: Sequence[Source],
     progress: Progress = silent,
     **resume: Any,
 ) -> Evidence:
-    """What a method needs to know, measured on the sources."""
+    """What a method needs to know, measured on the sources, which are split if it compares more than there are."""
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
         return Evidence()
     told = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
-    return Evidence(collect(model, axes, sources, method.needs, progress=told, **resume))
+    several, notes = spread(sources, method.sources)
+    statistics = collect(model, axes, several, method.needs, shards=method.shards, progress=told, **resume)
+    return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 
 
-def proposed(
-    model: nn.Module, axes: AxisGraph, method: Pruner, budget: Budget, evidence: Evidence
-) -> tuple[Plan, Scores]:
-    """The plan of a one-shot method, and the scores it was made from."""
-    plan, state = method.propose(model, axes, evidence, method.init(axes, budget))
-    assert plan is not None and state.scores is not None
-    return plan, state.scores
+def spread(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[str, ...]]:
+    """At least so many sources, the longest split into interleaved parts if need be, and what is lost by it.
+
+    >>> parts, notes = spread([Source("news", [1, 2, 3, 4])], 3)
+    >>> [(part.name, part.batches) for part in parts]
+    [('news/1', [1, 4]), ('news/2', [2]), ('news/3', [3])]
+    """
+    missing = least - len(sources)
+    if missing <= 0:
+        return list(sources), ()
+    longest = max(range(len(sources)), key=lambda i: len(sources[i]))
+    one, many = sources[longest], missing + 1
+    parts = [Source(f"{one.name}/{i + 1}", list(one.batches)[i::many], one.origin) for i in range(many)]
+    note = (
+        f"this method compares at least {least} kinds of text and got {len(sources)}; {one.name!r} was split into "
+        f"{many} parts. Ranks differ between parts of one kind by chance alone, so units that only other kinds of text "
+        "need are not told from the rest. Give more kinds with --source"
+    )
+    return [*sources[:longest], *parts, *sources[longest + 1 :]], (note,)
 
 
-def check(axes: AxisGraph, method: Pruner, budget: Budget, sources: Sequence[Source]) -> None:
-    """Assert that a budget can be met and that there is something to measure on, before anything is measured.
+def begun(axes: AxisGraph, method: Method, budget: Budget, sources: Sequence[Source]) -> State:
+    """The first state of a method: the budget can be met and there is something to measure on.
 
     Raises:
         ValueError: If not; names the least reachable keep.
     """
     if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")
-    units = axes.units(budget.only, budget.exclude, budget.marks)
-    method.allocate(axes, random(axes, units=units), budget)
+    return method.init(axes, budget)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,11 @@ from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph, Mark
 from regrow.data import Half
 from regrow.data.vision import digits, images
-from regrow.method import Budget, Evidence, Measure
+from regrow.method import Budget, Evidence, Measure, Method
 from regrow.methods import entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
-from regrow.pruner import Pruner
-from regrow.runs import checkpoints, prune, store, tune
+from regrow.runs import checkpoints, loop, prune, store, tune
 from regrow.runs.folder import RunFolder
 from regrow.runs.progress import Progress, silent
 from regrow.scores import Scores
@@ -159,9 +159,9 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     loaded = load_model(settings, progress)
     kinds = sources_of(settings, loaded)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    prune.check(axes, method, budget, kinds.calibration)
+    state = prune.begun(axes, method, budget, kinds.calibration)
     evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress)
-    return prune.proposed(loaded.model, axes, method, budget, evidence)[0]
+    return loop.proposed(loaded.model, axes, method, evidence, state, progress=progress)[0]
 
 
 def run(settings: Settings, out: str | Path, progress: Progress = silent) -> RunFolder:
@@ -187,15 +187,24 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         kinds = sources_of(settings, loaded)
     with clock.stage("trace"):
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    prune.check(axes, method, budget, kinds.calibration)
+    state = prune.begun(axes, method, budget, kinds.calibration)
     folder = RunFolder.create(out, verb="prune", settings=asdict(settings), command=settings.command(str(out)))
     clock.folder = folder
     folder.update(notes=list(loaded.notes), sources=_described(settings, kinds))
     with clock.stage("calibrate"):
-        evidence = _calibrated(folder, loaded, axes, method, kinds, progress)
+        evidence, key = _calibrated(folder, loaded, axes, method, kinds, progress)
+        if evidence.notes:
+            folder.update(notes=[*loaded.notes, *evidence.notes])
     with clock.stage("plan"):
-        plan, scores = prune.proposed(loaded.model, axes, method, budget, evidence)
-        _write_scores(folder, loaded, axes, plan, scores, evidence)
+        keep = partial(folder.save_learned, key=key)
+        done = folder.learned(state, key=key)
+        plan, state = loop.proposed(
+            loaded.model, axes, method, evidence, state, done=done, on_done=keep, progress=progress
+        )
+        if state.scores is not None:
+            _write_scores(folder, loaded, axes, plan, state.scores, evidence)
+        if state.findings:
+            folder.write_findings(settings.method, state.findings)
     with clock.stage("evaluate"):
         before = measure(folder, loaded, axes, kinds, "dense", progress)
     if settings.proof:
@@ -336,19 +345,21 @@ def _described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
 
 
 def _calibrated(
-    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: Pruner, kinds: Kinds, progress: Progress
-) -> Evidence:
-    model = asdict(loaded.origin)
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: Method, kinds: Kinds, progress: Progress
+) -> tuple[Evidence, str]:
+    """What was measured, and a digest of all it depends on."""
+    model, sources = asdict(loaded.origin), prune.spread(kinds.calibration, method.sources)[0]
     keys = {
-        source.name: checkpoints.fingerprint(source, 1, sorted(method.needs), str(model), _digest(loaded))
-        for source in kinds.calibration
+        source.name: checkpoints.fingerprint(source, method.shards, sorted(method.needs), str(model), _digest(loaded))
+        for source in sources
     }
-    done = folder.statistics(keys)
+    done = folder.statistics(keys, method.shards)
 
     def keep(source: str, shard: int, statistics: Any) -> None:
         folder.save_statistics(source, shard, statistics, key=keys[source])
 
-    return prune.measured(loaded.model, axes, method, kinds.calibration, progress, done=done, on_done=keep)
+    evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress, done=done, on_done=keep)
+    return evidence, checkpoints.fingerprint(Source("", ()), keys)
 
 
 def _digest(loaded: Loaded) -> list[float]:

@@ -14,10 +14,11 @@ from regrow.method import Need
 from regrow.scores import Scores, Statistics
 from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.collect import collect
-from regrow.scoring.combine import normalise, over_sources
+from regrow.scoring.combine import normalise, over_sources, percentile
 from regrow.scoring.compensate import means
-from regrow.scoring.gradients import taylor
+from regrow.scoring.gradients import cross_entropy, taylor
 from regrow.scoring.massive import Massive, massive
+from regrow.scoring.paths import peak_to_peak, product_of_norms, through
 from regrow.scoring.weights import magnitude, random, readers, scorable, weights_of
 
 
@@ -49,16 +50,21 @@ __all__ = [
     "Massive",
     "Metric",
     "collect",
+    "cross_entropy",
     "energy",
     "magnitude",
     "massive",
     "means",
     "normalise",
     "over_sources",
+    "peak_to_peak",
+    "percentile",
+    "product_of_norms",
     "random",
     "readers",
     "scorable",
     "taylor",
+    "through",
     "wanda_sp",
     "weights_of",
     "wifv",

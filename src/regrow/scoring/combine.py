@@ -21,14 +21,24 @@ def standardised(values: Tensor) -> Tensor:
 
 
 def percentile(values: Tensor) -> Tensor:
-    """The percentile rank of each value, (rank + ½) / n, equal values in order of their index.
+    """The percentile rank of each value along the last dimension, (rank + ½) / n; equal values share their mean rank.
 
-    >>> percentile(torch.tensor([5.0, 1.0, 3.0, 9.0])).tolist()
-    [0.625, 0.125, 0.375, 0.875]
+    >>> percentile(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist()
+    [0.5, 0.125, 0.5, 0.875]
     """
-    ranks = torch.empty(len(values), dtype=torch.float64)
-    ranks[torch.argsort(values, stable=True)] = torch.arange(len(values), dtype=torch.float64)
-    return (ranks + 0.5) / len(values)
+    order = values.sort(dim=-1).values
+    below = torch.searchsorted(order, values.contiguous(), side="left")
+    upto = torch.searchsorted(order, values.contiguous(), side="right")
+    return (below + upto).double() / (2 * values.shape[-1])
+
+
+def probit(ranks: Tensor) -> Tensor:
+    """Φ⁻¹(r): on this scale equal noise moves the ranks in the middle no more than those at the ends.
+
+    >>> probit(torch.tensor([0.5, 0.975])).round(decimals=2).tolist()
+    [0.0, 1.96]
+    """
+    return torch.special.ndtri(ranks)
 
 
 def to_units(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regrow.axes import Axis, AxisGraph
 from regrow.scores import Scores, Statistics
 from regrow.scoring.weights import checked, scorable, tensors
-from regrow.sources import Batch
+from regrow.sources import Batch, logits_in
 
 
 def taylor(
@@ -67,9 +67,7 @@ def cross_entropy(output: Any, labels: Tensor) -> Tensor:
             starts with them.
         labels: Class per position, int64.
     """
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if logits is None:
-        logits = output[0]
+    logits = logits_in(output)
     if logits.shape[:-1] == labels.shape:
         logits, labels = logits.flatten(0, -2), labels.flatten()
     return F.cross_entropy(logits.float(), labels, ignore_index=-100)

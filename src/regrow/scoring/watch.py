@@ -58,6 +58,16 @@ CONTRACTIONS: Mapping[Callable[..., Any], Callable[..., Iterator[Operands]]] = {
 """Which argument of which function is contracted with which."""
 
 
+def named(watched: Mapping[int, str], weight: Any) -> str | None:
+    """The watched weight (``id`` → name) that an operand is, or is the transpose of (``x @ weight.T``)."""
+    name = watched.get(id(weight))
+    if name is None and isinstance(weight, Tensor) and weight._base is not None:
+        base = weight._base
+        if weight.dim() == 2 and weight.shape == base.shape[::-1] and weight.stride() == base.stride()[::-1]:
+            name = watched.get(id(base))
+    return name
+
+
 class Watch(TorchFunctionMode):
     """Sums the inputs of watched weights while it is active.
 
@@ -81,20 +91,11 @@ class Watch(TorchFunctionMode):
         read = CONTRACTIONS.get(func)
         if read is not None and self.watched:
             for weight, value, dim in read(*args, **kwargs):
-                name = self._name(weight)
+                name = named(self.watched, weight)
                 if name is not None:
                     with torch.no_grad():
                         self._add(name, value.detach(), dim)
         return func(*args, **kwargs)
-
-    def _name(self, weight: Any) -> str | None:
-        """The watched weight that an operand is, or is the transpose of (``x @ weight.T``)."""
-        name = self.watched.get(id(weight))
-        if name is None and isinstance(weight, Tensor) and weight._base is not None:
-            base = weight._base
-            if weight.dim() == 2 and weight.shape == base.shape[::-1] and weight.stride() == base.stride()[::-1]:
-                name = self.watched.get(id(base))
-        return name
 
     def _add(self, name: str, value: Tensor, dim: int) -> None:
         moments = _moments(*self._rows(value, dim))

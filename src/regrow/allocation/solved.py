@@ -1,0 +1,56 @@
+"""Ratios that always meet a budget: what each module gives up is learned, one common shift is solved for."""
+
+import torch
+from torch import Tensor
+
+
+def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
+    """The share that each module gives up, p = most · σ(logits + b), with b such that Σ cost · p = removed.
+
+    b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
+    budget is met at every step of learning and needs no penalty.
+
+    Args:
+        logits: One per module, ``[modules]``; may require a gradient.
+        costs: What all units of a module cost together, ``[modules]``, in any unit.
+        removed: The cost to be given up, in the same unit.
+        most: The largest share any module may give up.
+
+    Raises:
+        ValueError: If more is to be removed than all modules may give up together.
+
+    >>> p = ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
+    >>> p.tolist(), float((p * torch.tensor([30.0, 10.0])).sum())
+    ([0.20000000298023224, 0.20000000298023224], 8.0)
+
+    Source: GPrune-LLM (arXiv 2603.13418) learns module-wise sparsity under a global budget; this form of it is ours.
+    """
+    if not 0 <= removed < most * float(costs.sum()):
+        raise ValueError(
+            f"{removed:g} of a cost of {float(costs.sum()):g} cannot be removed if every module keeps {1 - most:.0%}"
+        )
+    costs = costs.to(logits)
+    values, exact = logits.detach().double(), costs.double()
+    low, high = -60.0 - float(values.max()), 60.0 - float(values.min())
+    for _ in range(80):
+        shift = (low + high) / 2
+        if float((exact * most * torch.sigmoid(values + shift)).sum()) > removed:
+            high = shift
+        else:
+            low = shift
+    slope = torch.sigmoid(values + shift)
+    weights = exact * slope * (1 - slope)
+    weights = (weights / weights.sum().clamp_min(1e-300)).to(logits)
+    return most * torch.sigmoid(logits + shift - (weights * (logits - logits.detach())).sum())
+
+
+def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
+    """1 where a unit stays, 0 where it goes; on the way back, the slope of σ((place − share) / width).
+
+    Args:
+        places: The place of each unit in its module, in (0, 1), lowest goes first.
+        share: What share of its module goes, one per unit.
+        width: Over what range of places the gradient is felt.
+    """
+    soft = torch.sigmoid((places - share) / width)
+    return (places >= share).to(soft) + (soft - soft.detach())

@@ -1,0 +1,182 @@
+"""Modules: units of similar behaviour over kinds of text, which compete with each other alone."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regrow.scoring.combine import percentile
+from regrow.scoring.sensitivity import Ranks, Sensitivity
+from regrow.scoring.spaces import Space
+
+LEAST = 8
+"""Modules of fewer units are merged with their neighbour in sensitivity."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A partition of units.
+
+    Args:
+        labels: Axis key → the number of each unit's module, ``[size]`` int64; every module has at least one unit.
+        names: Per module: ``"layers.3 sensitive weak"``, for people.
+        spaces: Per module: the index of the space it lies in.
+    """
+
+    labels: Mapping[str, Tensor]
+    names: tuple[str, ...]
+    spaces: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def mean(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The mean of some values over the units of each module, ``[modules]`` float64."""
+        labels = torch.cat(list(self.labels.values()))
+        flat = torch.cat([values[key].double() for key in self.labels])
+        zeros = torch.zeros(len(self), dtype=torch.float64)
+        return zeros.index_add(0, labels, flat) / zeros.index_add(0, labels, torch.ones_like(flat))
+
+
+def partition(
+    how: str,
+    among: Sequence[Space],
+    scores: Mapping[str, Tensor],
+    found: Ranks,
+    sensitive: Sensitivity,
+    *,
+    bins: int = 4,
+    seed: int = 0,
+) -> Modules:
+    """Divide the units of each space into modules.
+
+    Args:
+        how: One of ``PARTITIONS``: ``grid``, sensitivity × score, each split at its median in the space (pooled spaces,
+            whose units are few: sensitivity alone); ``quantiles`` of sensitivity; ``profiles``, k-means on the ranks by
+            source; ``thresholds``, the grid with medians over all spaces of a kind; ``random``, as the grid, but who is
+            in which module is drawn; ``layer``, one module per axis.
+        among: The spaces.
+        scores: Axis key → the base score on all sources.
+        found: Ranks by source.
+        sensitive: Their spread.
+        bins: How many modules ``quantiles`` and ``profiles`` make of a space.
+        seed: Of ``profiles`` and ``random``.
+
+    Raises:
+        ValueError: If ``how`` is unknown.
+
+    Source: GPrune-LLM (arXiv 2603.13418) states behaviour-consistent modules; how they are formed is ours.
+    """
+    if how not in PARTITIONS:
+        raise ValueError(f"modules are formed by {', '.join(PARTITIONS)}; got {how!r}")
+    labels: dict[str, Tensor] = {}
+    names: list[str] = []
+    homes: list[int] = []
+    view = _View(tuple(among), scores, found, sensitive, bins, seed)
+    for index, space in enumerate(among):
+        cells, words = PARTITIONS[how](view, index)
+        if how != "layer":
+            cells = _merged(cells, space.gather(sensitive.sigma))
+        present = cells.unique().tolist()
+        numbers = torch.full((max(present) + 1,), -1)
+        numbers[present] = torch.arange(len(present)) + len(names)
+        labels |= space.scatter(numbers[cells])
+        place = space.keys[0] if len(space.keys) == 1 else f"{space.keys[0]} and {len(space.keys) - 1} more"
+        names += [f"{place} {words[cell]}" if how != "layer" else words[cell] for cell in present]
+        homes += [index] * len(present)
+    return Modules(labels, tuple(names), tuple(homes))
+
+
+@dataclass(frozen=True)
+class _View:
+    spaces: tuple[Space, ...]
+    scores: Mapping[str, Tensor]
+    ranks: Ranks
+    sensitivity: Sensitivity
+    bins: int
+    seed: int
+
+
+Cells = tuple[Tensor, Sequence[str]]
+_GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
+_HALVES = ("robust", "", "sensitive", "")
+
+
+def _grid(view: _View, index: int) -> Cells:
+    space = view.spaces[index]
+    sigma, score = space.gather(view.sensitivity.sigma), space.gather(view.scores)
+    return _cells(space, sigma > sigma.median(), score > score.median())
+
+
+def _thresholds(view: _View, index: int) -> Cells:
+    space = view.spaces[index]
+    alike = [other for other in view.spaces if other.label == space.label]
+    sigma = torch.cat([other.gather(view.sensitivity.sigma) for other in alike]).median()
+    score = torch.cat([other.gather(view.scores) for other in alike]).median()
+    return _cells(space, space.gather(view.sensitivity.sigma) > sigma, space.gather(view.scores) > score)
+
+
+def _cells(space: Space, sensitive: Tensor, strong: Tensor) -> Cells:
+    return (2 * sensitive.long(), _HALVES) if space.pooled else (2 * sensitive.long() + strong.long(), _GRID)
+
+
+def _random(view: _View, index: int) -> Cells:
+    cells, words = _grid(view, index)
+    shuffle = torch.randperm(len(cells), generator=torch.Generator().manual_seed(view.seed * 65537 + index))
+    return cells[shuffle], [f"random {i}" for i in range(len(words))]
+
+
+def _quantiles(view: _View, index: int) -> Cells:
+    ranked = percentile(view.spaces[index].gather(view.sensitivity.sigma))
+    cells = (ranked * view.bins).long().clamp_max(view.bins - 1)
+    return cells, [f"sensitivity {i + 1}/{view.bins}" for i in range(view.bins)]
+
+
+def _profiles(view: _View, index: int) -> Cells:
+    profile = view.spaces[index].gather(view.ranks.whole).T.contiguous()
+    return _kmeans(profile, view.bins, view.seed), [f"profile {i + 1}/{view.bins}" for i in range(view.bins)]
+
+
+def _layer(view: _View, index: int) -> Cells:
+    space = view.spaces[index]
+    return torch.arange(len(space.keys)).repeat_interleave(torch.tensor(space.sizes)), space.keys
+
+
+PARTITIONS: Mapping[str, Callable[[_View, int], Cells]] = {
+    "grid": _grid,
+    "quantiles": _quantiles,
+    "profiles": _profiles,
+    "thresholds": _thresholds,
+    "random": _random,
+    "layer": _layer,
+}
+"""Name → how the units of one space are divided."""
+
+
+def _merged(cells: Tensor, sigma: Tensor) -> Tensor:
+    """Merge the smallest module with the nearest in mean sensitivity until none is smaller than ``LEAST``."""
+    while len(present := cells.unique()) > 1:
+        counts = torch.stack([(cells == cell).sum() for cell in present])
+        if counts.min() >= LEAST:
+            break
+        means = torch.stack([sigma[cells == cell].mean() for cell in present])
+        small = int(counts.argmin())
+        distance = (means - means[small]).abs()
+        distance[small] = torch.inf
+        cells = torch.where(cells == present[small], present[int(distance.argmin())], cells)
+    return cells
+
+
+def _kmeans(points: Tensor, k: int, seed: int) -> Tensor:
+    """Which of ``k`` clusters each row is in.
+
+    Raises:
+        ValueError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.cluster import KMeans
+    except ImportError:
+        raise ValueError("the partition 'profiles' needs scikit-learn: pip install scikit-learn") from None
+    k = min(k, len(points))
+    return torch.from_numpy(KMeans(k, n_init=4, random_state=seed).fit_predict(points.numpy())).long()

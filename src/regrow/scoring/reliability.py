@@ -1,0 +1,148 @@
+"""Where a metric of activations can be trusted, module by module, and what orders the units where it cannot."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regrow.scoring.combine import percentile
+from regrow.scoring.partition import Modules
+from regrow.scoring.sensitivity import Sensitivity
+from regrow.scoring.spaces import Space, within
+
+SWITCHES = ("unreliable", "both", "weak", "halves", "blend", "never", "always", "reversed")
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """How far the activation metric is trusted in each module; all ``[modules]`` float64.
+
+    Args:
+        unreliability: U = S · (1 − A): S the mean sensitivity, A the mean percentile of the score, each scaled to
+            0..1 over the modules of one kind.
+        trust: 1: the activation metric orders the module; 0: the metric without activations does; between: a blend.
+    """
+
+    unreliability: Tensor
+    trust: Tensor
+
+
+def reliability(
+    how: str,
+    among: Sequence[Space],
+    modules: Modules,
+    scores: Mapping[str, Tensor],
+    sensitive: Sensitivity,
+    halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None = None,
+    *,
+    most: float = 0.25,
+) -> Reliability:
+    """Judge each module; modules of pooled spaces, whose units are too few to judge, are always trusted.
+
+    Args:
+        how: ``unreliable``: not trusted where U is highest, in at most a share ``most`` of the units; ``both``: where S
+            and 1 − A both exceed ½; ``weak``: where a module is more sensitive and less active than its space;
+            ``halves``: where the orders by two halves of the sources correlate below ½ in the module; ``blend``: trust
+            1 − U; ``never`` and ``always`` switch; ``reversed``: the most reliable modules instead (a sign check).
+        among: The spaces of the modules.
+        modules: The modules.
+        scores: Axis key → the base score on all sources.
+        sensitive: Sensitivity of the units.
+        halves: The base score on two halves of the calibration data, for ``halves``.
+        most: The largest share of the units that may be switched.
+
+    Raises:
+        ValueError: If ``how`` is unknown, or ``halves`` are missing.
+
+    Source: GPrune-LLM (arXiv 2603.13418) names both factors; the formula is ours.
+    """
+    if how not in SWITCHES:
+        raise ValueError(f"modules are switched by {', '.join(SWITCHES)}; got {how!r}")
+    labels = [among[i].label for i in modules.spaces]
+    s = _scaled(modules.mean(sensitive.sigma), labels)
+    active = within(scores, among, percentile)
+    a = _scaled(modules.mean(active), labels)
+    u = s * (1 - a)
+    judged = torch.tensor([not among[i].pooled for i in modules.spaces])
+    trust = torch.ones(len(modules), dtype=torch.float64)
+    match how:
+        case "unreliable" | "reversed":
+            trust = _most(u if how == "unreliable" else -u, _sizes(modules), judged, most)
+        case "both":
+            trust[(s > 0.5) & (1 - a > 0.5)] = 0
+        case "weak":
+            trust[_beyond(modules, sensitive.sigma, among, 1) & _beyond(modules, active, among, -1)] = 0
+        case "halves":
+            if halves is None:
+                raise ValueError("the switch 'halves' compares two halves of the calibration data; none are given")
+            trust[_agreement(modules, *halves) < 0.5] = 0
+        case "blend":
+            trust = 1 - u
+        case "always":
+            trust[:] = 0
+    return Reliability(u, torch.where(judged, trust, torch.ones_like(trust)))
+
+
+def ordered(
+    modules: Modules, trust: Tensor, scores: Mapping[str, Tensor], instead: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The place of every unit in its module, (rank + ½) / n in (0, 1), lowest first; ties go by index.
+
+    Args:
+        modules: The modules.
+        trust: ``Reliability.trust``.
+        scores: What orders trusted modules.
+        instead: What orders the others; a trust between 0 and 1 blends the percentiles of both.
+    """
+    keys = list(modules.labels)
+    sizes = [len(modules.labels[key]) for key in keys]
+    labels, one, other = (torch.cat([values[key] for key in keys]) for values in (modules.labels, scores, instead))
+    places = torch.empty(len(labels), dtype=torch.float64)
+    for module in range(len(modules)):
+        mine = labels == module
+        t = float(trust[module])
+        value = t * percentile(one[mine]) + (1 - t) * percentile(other[mine])
+        rank = torch.empty(len(value), dtype=torch.float64)
+        rank[torch.argsort(value, stable=True)] = torch.arange(len(value), dtype=torch.float64)
+        places[mine] = (rank + 0.5) / len(value)
+    return dict(zip(keys, places.split(sizes), strict=True))
+
+
+def _scaled(values: Tensor, labels: Sequence[str]) -> Tensor:
+    """Each value scaled to 0..1 over those of its kind."""
+    result = torch.zeros_like(values)
+    for label in set(labels):
+        mine = torch.tensor([other == label for other in labels])
+        low, high = values[mine].min(), values[mine].max()
+        result[mine] = (values[mine] - low) / (high - low) if high > low else 0.0
+    return result
+
+
+def _sizes(modules: Modules) -> Tensor:
+    return torch.bincount(torch.cat(list(modules.labels.values())), minlength=len(modules))
+
+
+def _most(u: Tensor, sizes: Tensor, judged: Tensor, most: float) -> Tensor:
+    """Trust nothing of the highest ``u``, as long as the share of judged units does not pass ``most``."""
+    trust, left = torch.ones(len(u), dtype=torch.float64), most * float(sizes[judged].sum())
+    for module in torch.argsort(-u, stable=True).tolist():
+        if judged[module]:
+            if sizes[module] > left:
+                break
+            trust[module] = 0
+            left -= float(sizes[module])
+    return trust
+
+
+def _beyond(modules: Modules, values: Mapping[str, Tensor], among: Sequence[Space], sign: int) -> Tensor:
+    """Whether the mean of a module lies above (below, for ``sign = -1``) the median of its space."""
+    medians = torch.stack([among[i].gather(values).median() for i in modules.spaces])
+    return sign * (modules.mean(values) - medians) > 0
+
+
+def _agreement(modules: Modules, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
+    """Spearman's correlation of two orders inside each module."""
+    labels, a, b = (torch.cat([values[key] for key in modules.labels]) for values in (modules.labels, one, other))
+    pairs = [torch.stack([percentile(a[labels == m]), percentile(b[labels == m])]) for m in range(len(modules))]
+    return torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num(1.0)

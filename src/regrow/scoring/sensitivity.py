@@ -1,0 +1,165 @@
+"""How far a unit's rank moves from one kind of text to another, beyond what sampling alone would move it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.scores import Scores
+from regrow.scoring.combine import percentile, probit
+from regrow.scoring.spaces import Space, within
+
+SCALES = {"raw": lambda ranks: ranks, "probit": probit}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The rank of every unit on every source, and on every shard of it.
+
+    Args:
+        sources: The names of the M sources.
+        whole: Axis key → ``[M, size]``: ranks by all of a source.
+        shards: Axis key → ``[M, S, size]``: ranks by each of its shards.
+    """
+
+    sources: tuple[str, ...]
+    whole: Mapping[str, Tensor]
+    shards: Mapping[str, Tensor]
+
+
+def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space], scale: str = "raw") -> Ranks:
+    """Rank the units of each space by each source's scores.
+
+    Args:
+        scores: Source → its scores, and the scores of each of its shards; equally many shards each.
+        among: Which units are ranked against each other.
+        scale: ``raw``: percentile ranks in (0, 1); ``probit``: Φ⁻¹ of them.
+
+    Raises:
+        ValueError: If the scale is unknown or the numbers of shards differ.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"ranks have the scales {', '.join(SCALES)}; got {scale!r}")
+    if len({len(shards) for _, shards in scores.values()}) != 1:
+        raise ValueError("every source needs equally many shards")
+    keys = [key for space in among for key in space.keys]
+    whole = {key: torch.stack([one[key] for one, _ in scores.values()]) for key in keys}
+    parts = {key: torch.stack([torch.stack([s[key] for s in shards]) for _, shards in scores.values()]) for key in keys}
+    each = lambda values: SCALES[scale](percentile(values))  # noqa: E731
+    return Ranks(tuple(scores), within(whole, among, each), within(parts, among, each))
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How sensitive each unit's rank is to the source; everything axis key → ``[size]`` float64.
+
+    Args:
+        sigma: The standard deviation of the rank over sources.
+        between: The variance between sources with the sampling noise taken out, max(0, (MS_b − MS_w) / S).
+        within: The variance between shards of one source, MS_w.
+        ratio: F = MS_b / MS_w; about 1 where sources differ no more than shards of one source do.
+        mean: The mean rank over sources.
+    """
+
+    sigma: Mapping[str, Tensor]
+    between: Mapping[str, Tensor]
+    within: Mapping[str, Tensor]
+    ratio: Mapping[str, Tensor]
+    mean: Mapping[str, Tensor]
+
+
+def sensitivity(found: Ranks, *, denoise: bool = False) -> Sensitivity:
+    """The spread of ranks over sources.
+
+    One-way random effects over S shards of M sources: MS_b = S · Var_m(shard mean), MS_w = the mean over sources of the
+    variance between shards. ``sigma`` is the standard deviation (ddof = 1) of the ranks by whole sources, or, with
+    ``denoise``, the root of ``between``.
+
+    Args:
+        found: Ranks on M ≥ 2 sources; noise can be told from S ≥ 2 shards.
+        denoise: Take the noise within sources out of ``sigma``.
+
+    Raises:
+        ValueError: If there are fewer than 2 sources, or ``denoise`` and fewer than 2 shards.
+
+    Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets; the correction is ours.
+    """
+    if len(found.sources) < 2:
+        raise ValueError(f"sensitivity compares sources; there is only {found.sources}")
+    if denoise and next(iter(found.shards.values())).shape[1] < 2:
+        raise ValueError("taking noise out needs at least 2 shards per source")
+    parts = {key: _effects(value) for key, value in found.shards.items()}
+    between = {key: part[0] for key, part in parts.items()}
+    plain = {key: value.std(0) for key, value in found.whole.items()}
+    return Sensitivity(
+        sigma={key: value.sqrt() for key, value in between.items()} if denoise else plain,
+        between=between,
+        within={key: part[1] for key, part in parts.items()},
+        ratio={key: part[2] for key, part in parts.items()},
+        mean={key: value.mean(0) for key, value in found.whole.items()},
+    )
+
+
+def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[dict[str, Any]]:
+    """Is there anything to act on? One row per space: how much ranks differ between sources, and by chance.
+
+    The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: share of units with
+    F > 1; ``significant``: with F above the null's 95 % point; ``share``: Σ between ÷ Σ (between + within), how much of
+    the variance of a shard's rank is the source's doing. ``spearman``: mean rank correlation between sources;
+    ``kendall_w``: ((M − 1) ρ + 1) / M; ``spearman_shards`` and ``spearman_within``: between shards of different sources
+    and of the same source, which have equally much noise.
+
+    Args:
+        found: Ranks with at least 2 sources of at least 2 shards.
+        among: The spaces they were ranked in.
+        draws: How often to shuffle.
+        seed: Of the shuffles.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rows = []
+    for space in among:
+        whole, shards = space.gather(found.whole), space.gather(found.shards)
+        m, s, n = shards.shape
+        between, noise, ratio = _effects(shards)
+        flat = shards.reshape(m * s, n)
+        shuffled = [flat[torch.randperm(m * s, generator=generator)].reshape(m, s, n) for _ in range(draws)]
+        null = torch.stack([_effects(one)[2] for one in shuffled])
+        corner = null.flatten().quantile(0.95) if null.numel() < 2**24 else null[0].quantile(0.95)
+        rho = _off_diagonal(torch.corrcoef(whole))
+        mixed = torch.corrcoef(flat).reshape(m, s, m, s)
+        same = torch.stack([_off_diagonal(mixed[i, :, i, :]) for i in range(m)]).mean()
+        other = torch.stack([mixed[i, :, j, :].mean() for i in range(m) for j in range(m) if i != j]).mean()
+        rows.append(
+            {
+                "space": space.keys[0] if len(space.keys) == 1 else f"{len(space.keys)} × {space.label}",
+                "label": space.label,
+                "units": n,
+                "exceeds": float((ratio > 1).double().mean()),
+                "exceeds_null": float((null > 1).double().mean()),
+                "significant": float((ratio > corner).double().mean()),
+                "share": float(between.sum() / (between.sum() + noise.sum()).clamp_min(1e-30)),
+                "sigma": float(whole.std(0).median()),
+                "sigma_between": float(between.sqrt().median()),
+                "sigma_within": float(noise.sqrt().median()),
+                "spearman": float(rho),
+                "kendall_w": float(((m - 1) * rho + 1) / m),
+                "spearman_shards": float(other),
+                "spearman_within": float(same),
+            }
+        )
+    return rows
+
+
+def _effects(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(between, within, F) per unit, of ``[M, S, n]``; one shard has no variance within."""
+    s = shards.shape[1]
+    over = s * shards.mean(1).var(0)
+    inside = shards.var(1).mean(0) if s > 1 else torch.zeros_like(over)
+    return ((over - inside) / s).clamp_min(0), inside, over / inside.clamp_min(1e-30)
+
+
+def _off_diagonal(square: Tensor) -> Tensor:
+    n = len(square)
+    return (square.sum() - square.diagonal().sum()) / (n * (n - 1))

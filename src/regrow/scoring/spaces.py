@@ -1,0 +1,78 @@
+"""Spaces: which units are ranked against each other."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regrow.axes import Axis
+
+FEW = 16
+"""Axes with fewer units than this are ranked together with others of their kind: three ranks say little."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """Units ranked against each other: those of one axis, or of several small ones of one kind.
+
+    Args:
+        label: What kind of units they are.
+        keys: The axes, in the order of the network.
+        sizes: How many units each has.
+    """
+
+    label: str
+    keys: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def pooled(self) -> bool:
+        """Whether it holds axes too small to be ranked by themselves."""
+        return len(self.keys) > 1 or self.sizes[0] < FEW
+
+    def gather(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The values of all its units, one axis after the other, along the last dimension."""
+        return torch.cat([values[key] for key in self.keys], dim=-1)
+
+    def scatter(self, values: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`gather`."""
+        return dict(zip(self.keys, values.split(self.sizes, dim=-1), strict=True))
+
+
+def spaces(axes: Iterable[Axis], *, parts: int = 1, few: int = FEW) -> tuple[Space, ...]:
+    """One space per axis; axes of fewer than ``few`` units are pooled by kind, in ``parts`` of the depth.
+
+    Args:
+        axes: The axes, in the order of the network.
+        parts: Into how many consecutive parts the pooled axes of one kind are divided.
+        few: From how many units on an axis stands alone.
+
+    >>> from regrow.axes import Axis
+    >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
+    [('a',), ('b', 'c')]
+    """
+    found: list[Space] = []
+    small: dict[str, list[Axis]] = {}
+    for axis in axes:
+        if axis.size < few:
+            small.setdefault(axis.label, []).append(axis)
+        else:
+            found.append(Space(axis.label, (axis.key,), (axis.size,)))
+    for label, pooled in small.items():
+        for part in range(parts):
+            some = [axis for i, axis in enumerate(pooled) if i * parts // len(pooled) == part]
+            if some:
+                found.append(Space(label, tuple(a.key for a in some), tuple(a.size for a in some)))
+    return tuple(found)
+
+
+def within(values: Mapping[str, Tensor], among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """Apply a function of all units of a space (a ranking, a standardisation) in each space.
+
+    Args:
+        values: Axis key → ``[..., size]``.
+        among: The spaces.
+        each: ``[..., n]`` → ``[..., n]``.
+    """
+    return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}

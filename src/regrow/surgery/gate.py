@@ -1,0 +1,93 @@
+"""Gates: units of a network are scaled where they are read, without a change to the network."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from regrow.axes import AxisGraph
+from regrow.scoring.watch import CONTRACTIONS, named
+from regrow.scoring.weights import Reader, readers
+
+
+@contextmanager
+def gated(
+    model: nn.Module, axes: AxisGraph, gates: Mapping[str, Tensor], fills: Mapping[str, Tensor] | None = None
+) -> Iterator[None]:
+    """Inside, every weight that reads a gated axis is fed ``fill + gate · (x − fill)``: x at 1, the fill at 0.
+
+    With gates of 0 and 1 this is the network that the cut would leave, for axes that only weights read; with means as
+    fills, the compensated one. Gradients reach the gates.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        gates: Axis key → one number per unit, ``[size]``.
+        fills: Name of a reading weight → what stands in for each dropped input channel, ``[C]``; 0 where not named.
+    """
+    reads = readers(axes, [axes[key] for key in gates])
+    parameters = dict(model.named_parameters())
+    watched = {id(parameters[reader.weight]): reader.weight for reader in reads}
+    with _Gate(watched, _by_weight(reads), gates, fills or {}, parameters):
+        yield
+
+
+class _Gate(TorchFunctionMode):
+    def __init__(
+        self,
+        watched: Mapping[int, str],
+        reads: Mapping[str, Sequence[Reader]],
+        gates: Mapping[str, Tensor],
+        fills: Mapping[str, Tensor],
+        parameters: Mapping[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.watched, self.reads, self.gates, self.fills, self.parameters = watched, reads, gates, fills, parameters
+        self.made: dict[tuple[str, int], Tensor] = {}
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = CONTRACTIONS.get(func)
+        for weight, value, dim in read(*args, **kwargs) if read else ():
+            name = named(self.watched, weight)
+            if name is not None:
+                scaled = self._scaled(name, value, dim)
+                args = tuple(scaled if arg is value else arg for arg in args)
+                kwargs = {key: scaled if arg is value else arg for key, arg in kwargs.items()}
+                break
+        return func(*args, **kwargs)
+
+    def _scaled(self, name: str, value: Tensor, dim: int) -> Tensor:
+        trailing = (1,) * (-dim - 1)
+        gate = self._channels(name, value.shape[dim]).to(value).view(-1, *trailing)
+        if name not in self.fills:
+            return value * gate
+        fill = self.fills[name].to(value).view(-1, *trailing)
+        return fill + gate * (value - fill)
+
+    def _channels(self, name: str, channels: int) -> Tensor:
+        """The gate of each input channel of a weight: the product over the gated axes that lie in it."""
+        if (name, channels) not in self.made:
+            total: Tensor | None = None
+            for reader in self.reads[name]:
+                gate = self.gates[reader.axis]
+                where = reader.positions(channels, self.parameters[name].shape[reader.slot.dim])
+                owner = torch.full((channels,), reader.size)
+                owner[where.flatten()] = torch.arange(reader.size).repeat_interleave(where.shape[1])
+                spread = torch.cat([gate, gate.new_ones(1)])[owner.to(gate.device)]
+                total = spread if total is None else total * spread
+            assert total is not None
+            self.made[name, channels] = total
+        return self.made[name, channels]
+
+
+def _by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
+    found: dict[str, list[Reader]] = {}
+    for reader in reads:
+        found.setdefault(reader.weight, []).append(reader)
+    return found

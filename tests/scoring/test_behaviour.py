@@ -1,0 +1,211 @@
+"""Sensitivity, modules and the switch: what they say of ranks whose noise and shifts are known."""
+
+import pytest
+import torch
+
+from hand import lm, texts
+from regrow.axes import Axis
+from regrow.method import Need
+from regrow.scores import Scores
+from regrow.scoring import METRICS, collect, percentile, weights_of
+from regrow.scoring.partition import LEAST, PARTITIONS, partition
+from regrow.scoring.paths import peak_to_peak, product_of_norms, through
+from regrow.scoring.reliability import SWITCHES, ordered, reliability
+from regrow.scoring.sensitivity import ranks, sensitivity, spectrum
+from regrow.scoring.spaces import spaces
+
+N, M, S = 400, 4, 4
+AXES = [Axis("a", N, ()), Axis("b", N, ()), *(Axis(f"g{i}", 3, ()) for i in range(12))]
+AMONG = spaces(AXES)
+
+
+def drawn(noise: float, shift: float, seed: int = 0) -> dict[str, tuple[Scores, list[Scores]]]:
+    """Scores on M sources: a common value, a part of the source, and noise of the shard."""
+    g = torch.Generator().manual_seed(seed)
+    rand = lambda n: torch.randn(n, generator=g, dtype=torch.float64)  # noqa: E731
+    common = {axis.key: rand(axis.size) for axis in AXES}
+    found = {}
+    for m in range(M):
+        own = {axis.key: common[axis.key] + shift * rand(axis.size) for axis in AXES}
+        shards = [{key: value + noise * rand(len(value)) for key, value in own.items()} for _ in range(S)]
+        whole = {key: torch.stack([shard[key] for shard in shards]).mean(0) for key in own}
+        found[f"s{m}"] = (Scores(whole, "toy"), [Scores(shard, "toy") for shard in shards])
+    return found
+
+
+def test_equal_values_share_a_rank_and_monotone_maps_change_none() -> None:
+    values = torch.tensor([[3.0, 1.0, 3.0, 2.0], [1.0, 1.0, 1.0, 1.0]])
+    assert percentile(values).tolist() == [[0.75, 0.125, 0.75, 0.375], [0.5] * 4]
+    assert torch.equal(percentile(values[0]), percentile(values[0].exp() * 7))
+
+
+def test_identical_sources_are_not_sensitive() -> None:
+    one = next(iter(drawn(0.3, 0.0).values()))
+    found = ranks({"x": one, "y": one, "z": one}, AMONG)
+    assert all(bool((value == 0).all()) for value in sensitivity(found).sigma.values())
+
+
+def test_sensitivity_ignores_a_monotone_map_of_one_source_and_follows_a_permutation() -> None:
+    scores = drawn(0.3, 0.5)
+    before = sensitivity(ranks(scores, AMONG)).sigma
+    whole, shards = scores["s1"]
+    up = lambda s: Scores({key: (2 * value).exp() for key, value in s.values.items()}, "toy")  # noqa: E731
+    assert all(
+        torch.equal(before[key], value)
+        for key, value in sensitivity(
+            ranks({**scores, "s1": (up(whole), [up(s) for s in shards])}, AMONG)
+        ).sigma.items()
+    )
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(1))
+    moved = lambda s: Scores({**s.values, "a": s.values["a"][order]}, "toy")  # noqa: E731
+    after = sensitivity(ranks({k: (moved(w), [moved(s) for s in p]) for k, (w, p) in scores.items()}, AMONG)).sigma
+    assert torch.equal(after["a"], before["a"][order]) and torch.equal(after["b"], before["b"])
+
+
+def test_noise_alone_is_told_from_sensitivity() -> None:
+    noise = {row["space"]: row for row in spectrum(ranks(drawn(0.5, 0.0), AMONG), AMONG)}
+    real = {row["space"]: row for row in spectrum(ranks(drawn(0.2, 0.6), AMONG), AMONG)}
+    for key in ("a", "b"):
+        assert 0.02 < noise[key]["significant"] < 0.09 and abs(noise[key]["exceeds"] - noise[key]["exceeds_null"]) < 0.1
+        assert abs(noise[key]["spearman_shards"] - noise[key]["spearman_within"]) < 0.03
+        assert real[key]["significant"] > 0.6 and real[key]["share"] > 0.5
+        assert real[key]["spearman_within"] > real[key]["spearman_shards"] + 0.15
+        assert real[key]["kendall_w"] == pytest.approx((3 * real[key]["spearman"] + 1) / 4)
+    assert len(noise) == 3 and noise["12 × "]["units"] == 36, "small axes of a kind are ranked together"
+
+
+def test_noise_removed_is_near_the_truth_and_zero_without_it() -> None:
+    quiet, loud = (sensitivity(ranks(drawn(noise, 0.0), AMONG), denoise=True).sigma["a"] for noise in (0.0, 0.6))
+    assert float(quiet.max()) < 1e-12
+    raw = sensitivity(ranks(drawn(0.6, 0.0), AMONG)).sigma["a"]
+    assert float(loud.median()) < 0.5 * float(raw.median())
+
+
+def test_equal_noise_moves_middle_ranks_most_and_the_probit_scale_mends_that() -> None:
+    scores = drawn(0.3, 0.0, seed=3)
+    for scale, low, high in (("raw", 1.8, 9.0), ("probit", 0.6, 1.5)):
+        found = ranks(scores, AMONG, scale)
+        place = percentile(found.whole["a"].mean(0))
+        sigma = sensitivity(found).sigma["a"]
+        ends = sigma[(place < 0.1) | (place > 0.9)].mean()
+        assert low < float(sigma[(place > 0.4) & (place < 0.6)].mean() / ends) < high
+
+
+@pytest.mark.parametrize("how", PARTITIONS)
+def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
+    if how == "profiles":
+        pytest.importorskip("sklearn")
+    scores = drawn(0.3, 0.5)
+    found = ranks(scores, AMONG)
+    among = spaces(AXES, parts=4)
+    base = scores["s0"][0].values
+    modules = partition(how, among, base, found, sensitivity(found), seed=1)
+    assert {key: len(value) for key, value in modules.labels.items()} == {axis.key: axis.size for axis in AXES}
+    counts = torch.bincount(torch.cat(list(modules.labels.values())), minlength=len(modules))
+    assert int(counts.min()) >= (3 if how == "layer" else LEAST) and len(counts) == len(modules.spaces)
+    again = partition(how, among, base, found, sensitivity(found), seed=1)
+    assert all(torch.equal(again.labels[key], value) for key, value in modules.labels.items())
+    for number, space in enumerate(modules.spaces):
+        where = {key for key, labels in modules.labels.items() if bool((labels == number).any())}
+        assert where <= set(among[space].keys)
+    if how == "layer":
+        assert modules.names == tuple(axis.key for axis in AXES)
+
+
+def test_the_grid_halves_by_sensitivity_and_strength_and_random_modules_have_its_sizes() -> None:
+    scores = drawn(0.3, 0.5)
+    found, base = ranks(scores, AMONG), scores["s0"][0].values
+    spread, among = sensitivity(found), spaces(AXES, parts=4)
+    grid = partition("grid", among, base, found, spread)
+    a = grid.labels["a"]
+    robust, sensitive = ((spread.sigma["a"][a == i]) for i in (0, 2))
+    assert float(robust.max()) <= float(sensitive.min())
+    assert float(base["a"][a == 0].max()) <= float(base["a"][a == 1].min())
+    assert grid.names[:4] == ("a robust weak", "a robust strong", "a sensitive weak", "a sensitive strong")
+    random = partition("random", among, base, found, spread, seed=2)
+    assert torch.equal(torch.bincount(random.labels["a"]), torch.bincount(a))
+    assert 0.15 < float((random.labels["a"] == a).double().mean()) < 0.4
+    with pytest.raises(ValueError, match="formed by grid, quantiles"):
+        partition("cube", among, base, found, spread)
+
+
+def test_what_is_switched() -> None:
+    scores = drawn(0.3, 0.5)
+    found, base = ranks(scores, AMONG), scores["s0"][0].values
+    spread, among = sensitivity(found), spaces(AXES, parts=4)
+    modules = partition("grid", among, base, found, spread)
+    halves = (scores["s1"][0].values, scores["s2"][0].values)
+    trust = {how: reliability(how, among, modules, base, spread, halves).trust for how in SWITCHES}
+    small = torch.tensor([among[i].pooled for i in modules.spaces])
+    assert all(bool((value[small] == 1).all()) for value in trust.values()), "small axes are not judged"
+    big, names = ~small, modules.names
+    assert bool((trust["never"] == 1).all()) and bool((trust["always"][big] == 0).all())
+    sizes = torch.bincount(torch.cat(list(modules.labels.values())))
+    for how in ("unreliable", "reversed"):
+        assert 0 < float(sizes[(trust[how] == 0)].sum()) <= 0.25 * float(sizes[big].sum())
+    assert {names[i].split(" ", 1)[1] for i in range(len(names)) if trust["unreliable"][i] == 0} == {"sensitive weak"}
+    assert {names[i].split(" ", 1)[1] for i in range(len(names)) if trust["weak"][i] == 0} == {"sensitive weak"}
+    assert not bool(((trust["unreliable"] == 0) & (trust["reversed"] == 0)).any())
+    assert bool(((trust["blend"] >= 0) & (trust["blend"] <= 1)).all())
+    with pytest.raises(ValueError, match="switched by unreliable"):
+        reliability("maybe", among, modules, base, spread)
+    with pytest.raises(ValueError, match="two halves"):
+        reliability("halves", among, modules, base, spread)
+
+
+def test_a_switched_module_ignores_the_calibration_and_others_keep_the_base_order() -> None:
+    scores = drawn(0.3, 0.5)
+    found, among = ranks(scores, AMONG), spaces(AXES, parts=4)
+    base, other = scores["s0"][0].values, scores["s3"][0].values
+    modules = partition("grid", among, base, found, sensitivity(found))
+    instead = {key: torch.rand(len(value), dtype=torch.float64) for key, value in base.items()}
+    trust = torch.ones(len(modules), dtype=torch.float64)
+    trust[2] = 0
+    one, two = (ordered(modules, trust, given, instead) for given in (base, other))
+    mine, rest = modules.labels["a"] == 2, modules.labels["a"] == 1
+    assert torch.equal(one["a"][mine], two["a"][mine])
+    assert torch.equal(torch.argsort(one["a"][mine]), torch.argsort(instead["a"][mine]))
+    assert torch.equal(torch.argsort(one["a"][rest]), torch.argsort(base["a"][rest]))
+    assert sorted(one["a"][mine].tolist()) == [(i + 0.5) / int(mine.sum()) for i in range(int(mine.sum()))]
+
+
+def test_measures_of_paths_are_what_they_say() -> None:
+    model, axes = lm()
+    weights, units = weights_of(model), axes.units()
+    norms, peaks, maps = (f(weights, axes, units=units) for f in (product_of_norms, peak_to_peak, through))
+    gate, up, down = (weights[f"decoder.blocks.0.{name}.weight"].double() for name in ("gate", "up", "down"))
+    key = "decoder.blocks.0.gate.weight:0"
+    assert torch.allclose(norms[key], (gate.norm(dim=1) * up.norm(dim=1) * down.norm(dim=0)).log())
+    spans = sum(w.amax(1) + w.amin(1).abs() for w in (gate, up))
+    assert torch.allclose(peaks[key], spans)
+    assert maps.values.keys() == norms.values.keys()
+
+
+def test_the_map_through_a_head_is_its_output_value_circuit() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from regrow import trace
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "intermediate_size": 20, "num_attention_heads": 6, "num_key_value_heads": 3}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=40, num_hidden_layers=1, head_dim=4, **sizes)).eval()
+    axes = trace(model, torch.randint(0, 40, (1, 5)), use_cache=False)
+    units = [axis for axis in axes.units() if axis.size == 3 and "k_proj" in axis.label]
+    found = through(weights_of(model), axes, units=units)[units[0].key]
+    layer = model.model.layers[0].self_attn
+    o, v = layer.o_proj.weight.double(), layer.v_proj.weight.double()
+    heads = [(o[:, h * 4 : h * 4 + 4] @ v[h // 2 * 4 : h // 2 * 4 + 4]).norm() ** 2 for h in range(6)]
+    expected = torch.stack([(heads[2 * k] + heads[2 * k + 1]).sqrt() for k in range(3)])
+    assert torch.allclose(found, expected)
+
+
+def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
+    model, axes = lm()
+    found = collect(model, axes, [texts("x"), texts("y", seed=3)], {Need.ACTIVATIONS}, shards=2)
+    score = lambda s: METRICS["wifv"][0](weights_of(model), axes, s, units=axes.units())  # noqa: E731
+    by = {name: (score(shards[0] + shards[1]), [score(one) for one in shards]) for name, shards in found.items()}
+    got = ranks(by, spaces(axes.units()))
+    for axis in axes.units():
+        assert got.whole[axis.key].shape == (2, axis.size) and got.shards[axis.key].shape == (2, 2, axis.size)
+    with pytest.raises(ValueError, match="scales raw, probit"):
+        ranks(by, spaces(axes.units()), "log")
