@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Mark
 from regrow.plan import Plan
-from regrow.scores import Scores, Statistics
+from regrow.scores import Scores, Statistics, merged
 from regrow.sources import Batch, Source
 
 
@@ -99,10 +99,7 @@ class Evidence:
         shards = [shard for shards in self.statistics.values() for shard in shards]
         if not shards:
             raise ValueError("this method needs calibration text or images; give it at least one --source")
-        total = shards[0]
-        for shard in shards[1:]:
-            total = total + shard
-        return total
+        return merged(shards)
 
 
 @dataclass(frozen=True)
@@ -141,35 +138,39 @@ class Training:
         steps: How many steps; the learning rate falls along a half cosine.
         every: After how many steps the method is asked for a proposal, and its state is stored.
         groups: What learns.
-        batches: (evidence, step) → the batches of one step; the loss is their mean.
-        loss: (model, axes, batch, state) → a scalar.
+        batches: (evidence, step) → the batches of one step, each with a number for the loss; their mean counts.
+        loss: (model, axes, batch, number, state) → a scalar.
     """
 
     steps: int
     every: int
     groups: Callable[[State], Sequence[Group]]
-    batches: Callable[[Evidence, int], Sequence[Batch]]
-    loss: Callable[[nn.Module, AxisGraph, Batch, State], Tensor]
+    batches: Callable[[Evidence, int], Sequence[tuple[Batch, int]]]
+    loss: Callable[[nn.Module, AxisGraph, Batch, int, State], Tensor]
 
 
 class Method(Protocol):
-    """A choice of pieces that turns a network, its axes and evidence into plans.
-
-    ``needs`` is the evidence it asks for, in ``shards`` disjoint parts of each of at least ``sources`` sources;
-    ``training`` is what it learns between two proposals, ``None`` if nothing.
-    """
+    """A choice of pieces that turns a network, its axes and evidence into plans."""
 
     @property
-    def needs(self) -> frozenset[Need]: ...  # noqa: D102
+    def needs(self) -> frozenset[Need]:
+        """The evidence it asks for."""
+        ...
 
     @property
-    def shards(self) -> int: ...  # noqa: D102
+    def shards(self) -> int:
+        """Into how many disjoint parts each source is to be split."""
+        ...
 
     @property
-    def sources(self) -> int: ...  # noqa: D102
+    def sources(self) -> int:
+        """How many sources it compares at least."""
+        ...
 
     @property
-    def training(self) -> Training | None: ...  # noqa: D102
+    def training(self) -> Training | None:
+        """What it learns between two proposals; ``None``: nothing."""
+        ...
 
     def init(self, axes: AxisGraph, budget: Budget) -> State:
         """The state before the first proposal.

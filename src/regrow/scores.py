@@ -1,6 +1,6 @@
 """Scores: one number per unit per axis, and where it came from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -98,6 +98,14 @@ class Statistics:
             _merged(self.moments, other.moments),
             _merged(self.gradients, other.gradients),
         )
+
+
+def merged(parts: Sequence[Statistics]) -> Statistics:
+    """The sums of one or more parts together."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def _merged(a: dict, b: dict) -> dict:

@@ -43,6 +43,15 @@ class Source:
     def __len__(self) -> int:
         return len(self.batches)
 
+    def held_out(self, share: float) -> tuple[list[Batch], list[Batch]]:
+        """The first batches, to learn from, and the last, to judge by; the same one where there is but one.
+
+        Args:
+            share: What share is held out, at least one batch.
+        """
+        n, batches = max(1, round(len(self.batches) * share)), list(self.batches)
+        return batches[:-n] or batches, batches[-n:]
+
     @property
     def tokens(self) -> int:
         """How many positions carry a label (tokens of text, or images)."""

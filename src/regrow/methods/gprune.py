@@ -13,22 +13,22 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow import scoring
-from regrow.allocation import Cost, allocation, ranked, ratios, soft_step
+from regrow.allocation import Cost, allocation, ranked, ratios, uniform
 from regrow.axes import Axis, AxisGraph
+from regrow.masked import Comparison, Masks, least_curvature
 from regrow.method import Budget, Evidence, Group, Need, State, Training
 from regrow.plan import Plan
 from regrow.pruner import told
 from regrow.scores import Scores, Statistics
 from regrow.scoring.partition import Modules, partition
-from regrow.scoring.reliability import ordered, reliability
-from regrow.scoring.sensitivity import Ranks, Sensitivity, ranks, sensitivity, spectrum
+from regrow.scoring.reliability import Reliability, ordered, reliability
+from regrow.scoring.sensitivity import spectrum
 from regrow.scoring.spaces import Space, spaces, within
-from regrow.sources import Batch, Source, logits_in
-from regrow.surgery.gate import gated
+from regrow.scoring.views import View, halves, views
+from regrow.sources import Batch
 
 CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
 
@@ -49,7 +49,8 @@ BASES: Mapping[str, Base] = {
     "magnitude": Base("magnitude", "uniform"),
 }
 
-INSTEAD = ("weights", "norms", "peaks", "through", "mean_rank")
+STARTS = ("base", "uniform", "curvature")
+INSTEAD = ("weights", *scoring.PATHS, "mean_rank")
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,10 @@ class Settings:
         switch_most: The largest share of units that ``unreliable`` and ``reversed`` may switch.
         instead: What orders switched modules: ``weights`` (the base metric's weight-only factor), ``norms`` (product of
             norms), ``peaks`` (peak to peak), ``through`` (norm of the map through a unit), ``mean_rank`` over sources.
-        start: Where learning starts: ``base`` (the base method's own allocation), ``uniform``, or ``best`` of both on
-            held-out text.
+        cross: Teach and judge each source with the order and the means of the others alone, as if it were a kind that
+            calibration never saw.
+        start: Where learning starts: ``base`` (the base method's own allocation), ``uniform`` (the same share of every
+            axis), ``curvature`` (least second-order divergence), or ``best`` of the three on held-out text.
         steps: Steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
         every: After how many steps an allocation is judged on held-out text.
@@ -93,6 +96,7 @@ class Settings:
     switch: str = "unreliable"
     switch_most: float = 0.25
     instead: str = "weights"
+    cross: bool = True
     start: str = "best"
     steps: int = 100
     windows: int = 2
@@ -118,14 +122,14 @@ def build(settings: Settings) -> "GPrune":
     for name, value, known in (
         ("base", settings.base, tuple(BASES)),
         ("instead", settings.instead, INSTEAD),
-        ("start", settings.start, ("base", "uniform", "best")),
+        ("start", settings.start, (*STARTS, "best")),
         ("loss", settings.loss, ("kl", "cross_entropy")),
     ):
         if value not in known:
             raise ValueError(f"gprune: {name} is one of {', '.join(known)}; got {value!r}")
     if min(settings.shards, settings.windows, settings.every) < 1 or settings.steps < 0:
         raise ValueError("gprune: shards, windows and every are at least 1, steps at least 0")
-    return GPrune(settings)
+    return GPrune(settings, Comparison(settings.memory, settings.loss))
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,8 @@ class GPrune:
     """Measure, form modules, learn their shares, cut (``regrow.method.Method``)."""
 
     settings: Settings
+    compare: Comparison
     sources: int = 3
-    _dense: dict[int, tuple[Batch, Tensor]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def needs(self) -> frozenset[Need]:
@@ -176,9 +180,8 @@ class GPrune:
         """
         if state.scores is not None:
             return None, state
-        state = (
-            self._judged(model, axes, evidence, state) if state.tensors else self._begun(model, axes, evidence, state)
-        )
+        stage = self._judged if state.tensors else self._begun
+        state = stage(model, axes, evidence, state)
         if evidence.step < self.settings.steps:
             return None, state
         return self._finished(model, axes, evidence, state)
@@ -187,46 +190,52 @@ class GPrune:
         """Stages 1 to 3, and the start of the fourth."""
         s, budget = self.settings, state.budget
         seen = _measured(s, model, axes, budget, evidence)
-        among = spaces(seen.units, parts=4)
-        modules = partition(
-            s.partition, among, seen.scores.values, seen.ranks, seen.sensitivity, bins=s.bins, seed=s.seed
-        )
+        among, first = spaces(seen.units, parts=4), seen.views[0]
+        modules = _partition(s, first, among)
         trusted = reliability(
-            s.switch, among, modules, seen.scores.values, seen.sensitivity, seen.halves, most=s.switch_most
+            s.switch, among, modules, first.scores.values, first.spread, seen.halves, most=s.switch_most
         )
-        places = ordered(modules, trusted.trust, seen.scores.values, _instead(s, model, axes, seen))
+        masks = _masks(s, seen, modules, trusted.trust, _instead(s, model, axes, seen), among)
         costs, removed = _costs(axes, seen.units, modules, budget)
-        base = allocation(BASES[s.base].allocation)(axes, seen.scores, budget, minimum=s.minimum)
-        robust = within(seen.sensitivity.sigma, seen.spaces, lambda sigma: (sigma <= sigma.median()).double())
-        shares = {"base": _shares(modules, base), "uniform": torch.full_like(costs, removed / float(costs.sum()))}
-        tensors = {
-            **{f"place:{key}": value for key, value in places.items()},
-            **{f"module:{key}": value for key, value in modules.labels.items()},
-            **{f"robust:{key}": value for key, value in robust.items()},
-            **({f"fill:{name}": m.mean.clone() for name, m in seen.pooled.moments.items()} if s.compensate else {}),
-            "costs": costs,
-            "width": torch.tensor([s.width_few if among[i].pooled else s.width for i in modules.spaces]).double(),
+        robust = within(first.spread.sigma, seen.spaces, lambda sigma: (sigma <= sigma.median()).double())
+        fixed = {**masks.tensors(), **{f"robust:{key}": value for key, value in robust.items()}, "costs": costs}
+        state = replace(state, tensors=fixed, values={"removed": removed, "metric": first.scores.metric})
+        tried = STARTS if s.start == "best" else (s.start,)
+        kept = {name: self._started(name, model, axes, evidence, state, seen) for name in tried}
+        judge = s.steps or len(tried) > 1
+        given = {name: masks.given(units) for name, units in kept.items()}
+        losses = {
+            name: self._held(model, axes, evidence, state, share) if judge else 0.0 for name, share in given.items()
         }
-        state = replace(state, tensors=tensors, values={"removed": removed, "metric": seen.scores.metric})
-        tried = {name: shares[name] for name in (("base", "uniform") if s.start == "best" else (s.start,))}
-        judged = {
-            name: self._held(model, axes, evidence, state, share) if s.steps or len(tried) > 1 else 0.0
-            for name, share in tried.items()
-        }
-        start = min(judged, key=lambda name: judged[name])
-        logits = torch.logit((tried[start] / s.most).clamp(0.02, 0.98))
+        start = min(losses, key=lambda name: losses[name])
+        share = given[start]
+        logits = torch.logit((share / s.most).clamp(0.02, 0.98))
+        base = kept.get("base") or self._started("base", model, axes, evidence, state, seen)
         return replace(
             state,
-            tensors={**tensors, "logits": logits, "best": tried[start]},
-            values={**state.values, "best_loss": judged[start], "best_step": 0, "start": start},
-            findings=_findings(seen, among, modules, trusted.unreliability, trusted.trust, costs, tried[start])
-            | {
-                "starts": judged,
-                "history": [{"step": 0, "held_out": judged[start]}],
+            tensors={**fixed, "logits": logits, "best": share},
+            values={**state.values, "best_loss": losses[start], "best_step": 0, "start": start},
+            findings={
+                **_findings(seen, among, modules, trusted, costs, share),
+                "starts": losses,
+                "history": [{"step": 0, "held_out": losses[start]}],
                 "robust_among_cut": {"base": _robust(robust, base)},
                 "notes": list(evidence.notes),
             },
         )
+
+    def _started(
+        self, how: str, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State, seen: "_Measured"
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Axis key → the units kept at the start of learning."""
+        s, masks = self.settings, Masks.of(state.tensors)
+        if how != "curvature":
+            allocate = uniform if how == "uniform" else allocation(BASES[s.base].allocation)
+            return allocate(axes, seen.views[0].scores, state.budget, minimum=s.minimum)
+        worth = least_curvature(
+            model, axes, self._teaching(evidence), seen.units, masks, state.tensors["costs"], seed=s.seed
+        )
+        return ranked(axes, worth, state.budget, minimum=s.minimum)
 
     def _judged(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State) -> State:
         """Keep the present shares if they do better on held-out text than any before."""
@@ -243,16 +252,16 @@ class GPrune:
         """Cut what lies below its module's share; the ranking by distance from it meets the budget to the unit."""
         s, budget, pooled = self.settings, state.budget, evidence.pooled()
         share = state.tensors["best"]
-        margins = {key: place - share[label] for key, place, label in _units(state)}
+        masks = Masks.of(state.tensors)
+        margins = masks.margins(share)
         scores = Scores(margins, f"gprune/{state.values['metric']}", evidence.sources, pooled.tokens)
         every = ranked(axes, scores, budget, minimum=s.minimum)
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = scoring.means(model, axes, kept, pooled) if s.compensate else {}
         origin = {"method": "gprune", "settings": asdict(s), **budget.record(), **told(scores)}
-        final = _shares(Modules({key: label for key, _, label in _units(state)}, ("",) * len(share), ()), every)
         rows = [
             {**row, "learned": float(one), "given": float(last)}
-            for row, one, last in zip(state.findings["modules"], share, final, strict=True)
+            for row, one, last in zip(state.findings["modules"], share, masks.given(every), strict=True)
         ]
         robust = _robust({key: state.tensors[f"robust:{key}"] for key in margins}, every)
         findings = {
@@ -266,108 +275,94 @@ class GPrune:
     def _ratios(self, state: State) -> Tensor:
         return ratios(state.tensors["logits"], state.tensors["costs"], state.values["removed"], most=self.settings.most)
 
-    def _loss(self, model: nn.Module, axes: AxisGraph, batch: Batch, state: State) -> Tensor:
-        return self._divergence(model, axes, batch, state, self._ratios(state))
-
-    def _divergence(self, model: nn.Module, axes: AxisGraph, batch: Batch, state: State, share: Tensor) -> Tensor:
-        """How far the network with these shares cut is from the dense one (or from the text) on a batch."""
-        width = state.tensors["width"]
-        gates = {key: soft_step(place, share[label], width[label]).float() for key, place, label in _units(state)}
-        fills = {name[5:]: fill for name, fill in state.tensors.items() if name.startswith("fill:")}
-        dense = self._answers(model, batch) if self.settings.loss == "kl" else None
-        with gated(model, axes, gates, fills):
-            logits = logits_in(model(*batch.args, **batch.kwargs))
-        if dense is None:
-            return scoring.cross_entropy(logits, _labels(batch))
-        said = F.log_softmax(logits.float(), -1).flatten(0, -2)
-        return F.kl_div(said, dense.flatten(0, -2), log_target=True, reduction="batchmean")
-
-    def _answers(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The dense network's log-probabilities, kept for the next time while there is room."""
-        if id(batch) in self._dense:
-            return self._dense[id(batch)][1]
-        with torch.no_grad():
-            answers = F.log_softmax(logits_in(model(*batch.args, **batch.kwargs)).float(), -1)
-        used = sum(kept.nbytes for _, kept in self._dense.values())
-        if used + answers.nbytes <= self.settings.memory * 2**30:
-            self._dense[id(batch)] = (batch, answers)
-        return answers
+    def _loss(self, model: nn.Module, axes: AxisGraph, batch: Batch, view: int, state: State) -> Tensor:
+        return self.compare(model, axes, batch, Masks.of(state.tensors), self._ratios(state), view)
 
     def _held(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State, share: Tensor) -> float:
         """The mean loss on held-out windows."""
-        batches = [batch for source in evidence.data.values() for batch in _split(source, self.settings.held_out)[1]]
+        masks = Masks.of(state.tensors)
         with torch.no_grad():
-            return sum(float(self._divergence(model, axes, batch, state, share)) for batch in batches) / len(batches)
+            losses = [
+                float(self.compare(model, axes, batch, masks, share, self._view(i)))
+                for i, source in enumerate(evidence.data.values())
+                for batch in source.held_out(self.settings.held_out)[1]
+            ]
+        return sum(losses) / len(losses)
 
-    def _batches(self, evidence: Evidence, step: int) -> Sequence[Batch]:
-        """The windows of a step: all teaching windows in a drawn order, the sources in turn, then in another order."""
+    def _view(self, source: int) -> int:
+        """Which orders the windows of a source are looked at with."""
+        return source + 1 if self.settings.cross else 0
+
+    def _teaching(self, evidence: Evidence) -> list[tuple[Batch, int]]:
+        """Every teaching window, with its view; the sources in turn."""
+        rows = [source.held_out(self.settings.held_out)[0] for source in evidence.data.values()]
+        longest = max(len(row) for row in rows)
+        return [(row[k], self._view(i)) for k in range(longest) for i, row in enumerate(rows) if k < len(row)]
+
+    def _batches(self, evidence: Evidence, step: int) -> Sequence[tuple[Batch, int]]:
+        """The windows of a step: the sources in turn, the windows of each in a drawn order, and then in another."""
         s = self.settings
-        sources = [_split(source, s.held_out)[0] for source in evidence.data.values()]
+        sources = [source.held_out(s.held_out)[0] for source in evidence.data.values()]
         found = []
         for i in range(step * s.windows, (step + 1) * s.windows):
-            batches, turn = sources[i % len(sources)], i // len(sources)
-            order = torch.randperm(
-                len(batches), generator=torch.Generator().manual_seed(s.seed * 65537 + turn // len(batches))
-            )
-            found.append(batches[int(order[turn % len(batches)])])
+            source, turn = i % len(sources), i // len(sources)
+            many = len(sources[source])
+            order = torch.randperm(many, generator=torch.Generator().manual_seed(s.seed * 65537 + turn // many))
+            found.append((sources[source][int(order[turn % many])], self._view(source)))
         return found
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What was measured: scores on everything, ranks by source, and their spread."""
+class _Measured:
+    """What was measured: with all sources first, then without each (if they are looked at like that)."""
 
     units: tuple[Axis, ...]
-    pooled: Statistics
-    scores: Scores
-    weights_only: Scores
-    halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
     spaces: tuple[Space, ...]
-    ranks: Ranks
-    sensitivity: Sensitivity
+    views: tuple[View, ...]
+    weights_only: Scores
+    halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
 
 
-def _measured(s: Settings, model: nn.Module, axes: AxisGraph, budget: Budget, evidence: Evidence) -> _Seen:
+def _measured(s: Settings, model: nn.Module, axes: AxisGraph, budget: Budget, evidence: Evidence) -> _Measured:
     units = scoring.scorable(axes, axes.units(budget.only, budget.exclude, budget.marks))
-    weights, base = scoring.weights_of(model), BASES[s.base]
+    weights, base, among = scoring.weights_of(model), BASES[s.base], spaces(units)
     metric: Callable[..., Scores] = scoring.METRICS[base.metric][0]
 
     def score(statistics: Statistics | None) -> Scores:
         found = metric(weights, axes, statistics, units=units, **base.options)
         return found if base.options else scoring.normalise(found, "zscore")
 
-    by_source = {
-        name: (score(_sum(shards)), [score(one) for one in shards]) for name, shards in evidence.statistics.items()
-    }
-    pooled = evidence.pooled()
-    halves = [[shard for shards in evidence.statistics.values() for shard in shards[i::2]] for i in (0, 1)]
-    one, other = (score(_sum(half)).values if half else {} for half in halves)
-    among = spaces(units)
-    found = ranks(by_source, among, s.rank)
-    spread = sensitivity(found, denoise=s.denoise)
-    return _Seen(units, pooled, score(pooled), score(None), (one, other), among, found, spread)
+    sums = evidence.statistics
+    seen = views(sums, score, among, scale=s.rank, denoise=s.denoise, without_each=s.cross)
+    return _Measured(units, among, tuple(seen), score(None), halves(sums, score))
 
 
-def _sum(shards: Sequence[Statistics]) -> Statistics:
-    total = shards[0]
-    for shard in shards[1:]:
-        total = total + shard
-    return total
+def _masks(
+    s: Settings, seen: _Measured, modules: Modules, trust: Tensor, instead: Mapping[str, Tensor], among: Sequence[Space]
+) -> Masks:
+    """The modules and the orders in them, by all sources and without each."""
+    every = [modules, *(_partition(s, one, among) for one in seen.views[1:])]
+    # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
+    every = [one if one.names == modules.names and s.partition != "profiles" else modules for one in every]
+    places = [ordered(m, trust, one.scores.values, instead) for m, one in zip(every, seen.views, strict=True)]
+    fills = [{name: m.mean for name, m in one.pooled.moments.items()} if s.compensate else {} for one in seen.views]
+    return Masks(
+        {key: torch.stack([one.labels[key] for one in every]) for key in modules.labels},
+        {key: torch.stack([one[key] for one in places]) for key in modules.labels},
+        {name: torch.stack([one[name] for one in fills]) for name in fills[0]},
+        torch.tensor([s.width_few if among[i].pooled else s.width for i in modules.spaces]).double(),
+    )
 
 
-def _instead(s: Settings, model: nn.Module, axes: AxisGraph, seen: _Seen) -> Mapping[str, Tensor]:
+def _partition(s: Settings, seen: View, among: Sequence[Space]) -> Modules:
+    return partition(s.partition, among, seen.scores.values, seen.ranks, seen.spread, bins=s.bins, seed=s.seed)
+
+
+def _instead(s: Settings, model: nn.Module, axes: AxisGraph, seen: _Measured) -> Mapping[str, Tensor]:
     """What orders the modules that are switched."""
-    weights = scoring.weights_of(model)
-    match s.instead:
-        case "norms":
-            return scoring.product_of_norms(weights, axes, units=seen.units).values
-        case "peaks":
-            return scoring.peak_to_peak(weights, axes, units=seen.units).values
-        case "through":
-            return scoring.through(weights, axes, units=seen.units).values
-        case "mean_rank":
-            return seen.sensitivity.mean
-    return seen.weights_only.values
+    if s.instead in scoring.PATHS:
+        return scoring.PATHS[s.instead](scoring.weights_of(model), axes, units=seen.units).values
+    return seen.views[0].spread.mean if s.instead == "mean_rank" else seen.weights_only.values
 
 
 def _costs(axes: AxisGraph, units: Sequence[Axis], modules: Modules, budget: Budget) -> tuple[Tensor, float]:
@@ -380,71 +375,26 @@ def _costs(axes: AxisGraph, units: Sequence[Axis], modules: Modules, budget: Bud
     return costs, cost.total * (1 - budget.keep)
 
 
-def _shares(modules: Modules, kept: Mapping[str, Sequence[int]]) -> Tensor:
-    """What share of each module's units a choice of units gives up."""
-    gone = {key: torch.ones(len(labels), dtype=torch.float64) for key, labels in modules.labels.items()}
-    for key, ones in gone.items():
-        ones[list(kept[key])] = 0
-    return modules.mean(gone)
-
-
 def _robust(robust: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> float:
     """The share of distribution-robust units (sensitivity at most the median) among those cut."""
     gone = [flags[sorted(set(range(len(flags))) - set(kept[key]))] for key, flags in robust.items()]
     return float(torch.cat(gone).mean()) if any(len(part) for part in gone) else 0.0
 
 
-def _units(state: State) -> list[tuple[str, Tensor, Tensor]]:
-    """(axis key, place of each unit in its module, module of each unit)."""
-    return [
-        (name[6:], place, state.tensors[f"module:{name[6:]}"])
-        for name, place in state.tensors.items()
-        if name.startswith("place:")
-    ]
-
-
-def _split(source: Source, held_out: float) -> tuple[list[Batch], list[Batch]]:
-    """The windows that teach and those that judge; at least one of each, the same one where there is but one."""
-    n = max(1, round(len(source.batches) * held_out))
-    batches = list(source.batches)
-    return batches[:-n] or batches, batches[-n:]
-
-
-def _labels(batch: Batch) -> Tensor:
-    if batch.labels is None:
-        raise ValueError("gprune: loss=cross_entropy needs labels; use loss=kl")
-    return batch.labels
-
-
 def _findings(
-    seen: _Seen,
-    among: Sequence[Space],
-    modules: Modules,
-    unreliability: Tensor,
-    trust: Tensor,
-    costs: Tensor,
-    start: Tensor,
+    seen: _Measured, among: Sequence[Space], modules: Modules, trusted: Reliability, costs: Tensor, start: Tensor
 ) -> dict[str, Any]:
     """What the method saw, as tables for the report."""
-    several = next(iter(seen.ranks.shards.values())).shape[1] > 1
-    active = modules.mean(within(seen.scores.values, among, scoring.percentile))
-    sigma, sizes = modules.mean(seen.sensitivity.sigma), torch.bincount(torch.cat(list(modules.labels.values())))
-    return {
-        "sources": list(seen.ranks.sources),
-        "spectrum": spectrum(seen.ranks, seen.spaces) if several else [],
-        "modules": [
-            {
-                "name": modules.names[i],
-                "space": among[modules.spaces[i]].keys[0],
-                "label": among[modules.spaces[i]].label,
-                "units": int(sizes[i]),
-                "sensitivity": float(sigma[i]),
-                "activity": float(active[i]),
-                "unreliability": float(unreliability[i]),
-                "trust": float(trust[i]),
-                "cost": float(costs[i]),
-                "start": float(start[i]),
-            }
-            for i in range(len(modules))
-        ],
-    }
+    first = seen.views[0]
+    several = next(iter(first.ranks.shards.values())).shape[1] > 1
+    rows = modules.table(
+        among,
+        sensitivity=modules.mean(first.spread.sigma),
+        activity=modules.mean(within(first.scores.values, among, scoring.percentile)),
+        unreliability=trusted.unreliability,
+        trust=trusted.trust,
+        cost=costs,
+        start=start,
+    )
+    sources, table = list(first.ranks.sources), spectrum(first.ranks, seen.spaces) if several else []
+    return {"sources": sources, "spectrum": table, "modules": rows}

@@ -173,6 +173,15 @@ def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, la
     axes.set_xlabel(label, color=MUTED, fontsize=SMALL, labelpad=6)
 
 
+def depth_axis(axes: Any, depth: Sequence[int], numbered: bool, most: int) -> None:
+    """Make the horizontal axis that of depth, with at most about ``most`` ticks."""
+    axes.set_xlim(min(depth) - 0.6, max(*depth, min(depth) + 11) + 0.6)  # a few bars need not be broad
+    axes.set_xticks(steps(min(depth), max(depth), most))
+    axes.grid(axis="y", color=LINE, linewidth=1)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("layer" if numbered else "place in the network", color=MUTED, fontsize=SMALL, labelpad=4)
+
+
 def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
     """Put at most ``most`` ticks on a logarithmic axis, at round numbers."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)

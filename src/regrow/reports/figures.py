@@ -9,7 +9,6 @@ from regrow.reports.canvas import (
     ACCENT,
     FAINT,
     INK,
-    LINE,
     MUTED,
     PAPER,
     SMALL,
@@ -17,11 +16,11 @@ from regrow.reports.canvas import (
     Drawing,
     Entry,
     columns,
+    depth_axis,
     draw,
     legend,
     log_axis,
     log_ticks,
-    steps,
 )
 
 Run = dict[str, Any]
@@ -241,13 +240,7 @@ def _stack(
             axes = canvas.panel(top + head, height, left=58, right=2)
             panel(axes, kind)
             depth = [row["depth"] for row in kind["rows"]]
-            axes.set_xlim(min(depth) - 0.6, max(*depth, min(depth) + 11) + 0.6)  # a few bars need not be broad
-            axes.set_xticks(steps(min(depth), max(depth), 7 if canvas.narrow else 12))
-            axes.grid(axis="y", color=LINE, linewidth=1)
-            axes.set_axisbelow(True)
-            axes.set_xlabel(
-                "layer" if kind["numbered"] else "place in the network", color=MUTED, fontsize=SMALL, labelpad=4
-            )
+            depth_axis(axes, depth, kind["numbered"], 7 if canvas.narrow else 12)
 
     return paint
 

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import comparison, figures, quantities, words
+from regrow.reports import behaviour, comparison, figures, quantities, words
 from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.summary import summarise
@@ -17,6 +17,7 @@ Summary = dict[str, Any]
 # A section is one file in templates/sections, which finds its drawings in FIGURES under the names used there.
 SECTIONS = {
     "perplexity": "Quality",
+    "behaviour": "Behaviour over kinds of text",
     "widths": "Widths",
     "scores": "Scores",
     "cost": "Cost",
@@ -26,6 +27,9 @@ SECTIONS = {
 }
 FIGURES = {
     "perplexity": figures.perplexity,
+    "spectrum": behaviour.spectrum,
+    "modules": behaviour.modules,
+    "history": behaviour.history,
     "widths": figures.widths,
     "spectra": figures.spectra,
     "cost": figures.cost,
@@ -97,6 +101,8 @@ def to_html(summary: Summary) -> str:
     else:
         drawings = {name: make(summary["runs"][0]) for name, make in FIGURES.items()}
     sections = list((COMPARED_SECTIONS if several else SECTIONS).items())
+    if not summary["runs"][0]["findings"]:  # most methods have none, which is no gap to speak of
+        sections = [(name, title) for name, title in sections if name != "behaviour"]
     context = _context(summary) | {"figures": drawings, "sections": sections}
     return _environment(html=True).get_template("page.html").render(context)
 
@@ -128,6 +134,8 @@ def _context(summary: Summary) -> dict[str, Any]:
             "alarms": _alarms(run),
             "keys": words.key_numbers(run),
             "massive": words.massive(run),
+            "modules": words.modules(run),
+            "learning": words.learning(run),
             "proof": words.proof(run),
             "run": run,
             "runs": runs,

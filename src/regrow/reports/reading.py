@@ -11,7 +11,14 @@ RUN_FORMAT = "regrow-run/1"
 LEDGER_FORMAT = "regrow-ledger/1"
 PLAN_FORMAT = "regrow-plan/1"
 
-MAX_BYTES = {"run.json": 2**24, "ledger.json": 2**30, "axes.json": 2**28, "scores.json": 2**28, "metrics.jsonl": 2**27}
+MAX_BYTES = {
+    "run.json": 2**24,
+    "ledger.json": 2**30,
+    "axes.json": 2**28,
+    "scores.json": 2**28,
+    "metrics.jsonl": 2**27,
+    "findings.json": 2**26,
+}
 MAX_ITEMS = 20_000
 MAX_SIZE = 10**15
 
@@ -40,6 +47,7 @@ class RunFolder:
         axes: ``axes.json``: ``"before"`` and ``"after"`` → one object per axis.
         scores: ``scores.json``.
         metrics: The lines of ``metrics.jsonl``.
+        findings: ``findings.json``, which most methods do not write.
         missing: Files that are not there, with what the page lacks for it.
         problems: What could not be read, in words.
     """
@@ -50,6 +58,7 @@ class RunFolder:
     axes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
+    findings: dict[str, Any] = field(default_factory=dict)
     missing: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -86,6 +95,7 @@ def read_run(path: Path) -> RunFolder:
     folder.axes = {when: objects(axes.get(when)) for when in ("before", "after")}
     folder.scores = _object(path / "scores.json", problems)
     folder.metrics = _lines(path / "metrics.jsonl", problems)
+    folder.findings = _object(path / "findings.json", problems)
     return folder
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from regrow.reports.findings import findings
 from regrow.reports.reading import ReportError, RunFolder, mapping, number, objects, read_run, size, text
 from regrow.reports.widths import scores, widths
 
@@ -82,6 +83,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "widths": kinds,
         "frozen": frozen,
         "scores": scores(folder, kinds),
+        "findings": findings(folder),
         "missing": folder.missing,
         "problems": folder.problems[:20],
     }

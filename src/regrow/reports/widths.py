@@ -32,7 +32,7 @@ def widths(folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]
         else:
             left = last.get(key, after.get(key))
             rows.append(
-                {"key": key, "kind": _kind(axis, key), "block": _block(axis, key), "before": width}
+                {"key": key, "kind": kind_of(axis, key), "block": block_of(axis, key), "before": width}
                 | {"after": width if left is None else left}
             )
     return _by_kind(rows), [{"reason": reason, "count": n} for reason, n in sorted(frozen.items(), key=_most)]
@@ -74,7 +74,43 @@ def scores(folder: RunFolder, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
     if not found and not massive:
         return None
     massive.sort(key=lambda unit: -abs(unit["ratio"]))
-    return {"metric": text(folder.scores.get("metric")), "kinds": _grouped(found), "massive": massive}
+    return {"metric": text(folder.scores.get("metric")), "kinds": grouped(found), "massive": massive}
+
+
+def kind_of(axis: dict[str, Any], key: str) -> str:
+    """What axes of the same sort in all blocks share: the label, or the key with block numbers left open."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text(axis.get("label"), 60) or text(key, 60))
+
+
+def block_of(axis: dict[str, Any], key: str) -> str:
+    """The block an axis lies in: as it says, or else the key up to its first number."""
+    found = re.match(r".*?\.\d+(?=\.)", key)
+    return text(axis.get("block"), 80) or (found.group() if found else key.rpartition(".")[0] or key)
+
+
+def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows by kind; each row gets its depth: the number of its block, or its place where that is not unique.
+
+    Args:
+        rows: One per axis, with at least its ``kind`` and ``block``.
+
+    Returns:
+        Per kind: ``kind``, whether depths are ``numbered`` by block, and its ``rows`` in the order of depth.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row["kind"], []).append(row)
+    kinds = []
+    for kind, members in groups.items():
+        numbers = [re.search(r"\d+", row["block"]) for row in members]
+        depths = [int(found.group()[:9]) for found in numbers if found]
+        numbered = len(set(depths)) == len(members) and max(depths) < 10 * len(members) + 10
+        depths = depths if numbered else list(range(len(members)))
+        rows_of = [
+            {k: v for k, v in row.items() if k != "kind"} | {"depth": d} for row, d in zip(members, depths, strict=True)
+        ]
+        kinds.append({"kind": kind, "numbered": numbered, "rows": sorted(rows_of, key=lambda row: row["depth"])})
+    return kinds
 
 
 def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
@@ -108,40 +144,12 @@ def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
     return left
 
 
-def _kind(axis: dict[str, Any], key: str) -> str:
-    """What axes of the same sort in all blocks share: the label, or the key with block numbers left open."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text(axis.get("label"), 60) or text(key, 60))
-
-
-def _block(axis: dict[str, Any], key: str) -> str:
-    found = re.match(r".*?\.\d+(?=\.)", key)
-    return text(axis.get("block"), 80) or (found.group() if found else key.rpartition(".")[0] or key)
-
-
 def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kinds = _grouped(rows)
+    kinds = grouped(rows)
     for kind in kinds:
         kind["before"] = sum(row["before"] for row in kind["rows"])
         kind["after"] = sum(row["after"] for row in kind["rows"])
         kind["changed"] = sum(row["before"] != row["after"] for row in kind["rows"])
-    return kinds
-
-
-def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by kind; each row gets its depth: the number of its block, or its place where that is not unique."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row["kind"], []).append(row)
-    kinds = []
-    for kind, members in groups.items():
-        numbers = [re.search(r"\d+", row["block"]) for row in members]
-        depths = [int(found.group()[:9]) for found in numbers if found]
-        numbered = len(set(depths)) == len(members) and max(depths) < 10 * len(members) + 10
-        depths = depths if numbered else list(range(len(members)))
-        rows_of = [
-            {k: v for k, v in row.items() if k != "kind"} | {"depth": d} for row, d in zip(members, depths, strict=True)
-        ]
-        kinds.append({"kind": kind, "numbered": numbered, "rows": sorted(rows_of, key=lambda row: row["depth"])})
     return kinds
 
 

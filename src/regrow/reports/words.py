@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from regrow.reports import quantities as q
+from regrow.reports.findings import GRID
 
 Run = dict[str, Any]
 
@@ -110,6 +111,50 @@ def massive(run: Run) -> str:
         else f"Of these, {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, which may explain a part of the loss."
     )
     return f"{which} far above the rest of the layer: massive activations. {fate}"
+
+
+def modules(run: Run) -> str:
+    """What the modules of units are, and what it means that one is switched; empty without modules."""
+    found = run["findings"]
+    if not found or not found["cells"]:
+        return ""
+    grid = any(row["cell"] in GRID for kind in found["cells"] for row in kind["rows"])
+    what = "Units compete only within their module, and each module gives up a share of its own."
+    if grid:
+        what += (
+            " Sensitive units move in rank between kinds of text more than the median unit, robust ones no more; "
+            "strong units score above the median, weak ones no higher."
+        )
+    return (
+        f"{what} A switched module is ordered by the other metric, by default one without activations, since these "
+        "are not trusted there."
+    )
+
+
+def learning(run: Run) -> list[str]:
+    """Sentences on what learning the shares of the modules brought."""
+    found = run["findings"]
+    if not found:
+        return []
+    lines = []
+    if found["starts"]:
+        starts = ", ".join(f"{row['name']} {q.significant(row['held_out'])}" for row in found["starts"])
+        lines.append(f"The loss on held-out text of where learning could start: {starts}.")
+    if len(found["history"]) > 1:
+        first, last, best = found["history"][0], found["history"][-1], found["best"]
+        lines.append(
+            f"Learning took it from {q.significant(first['held_out'])} to {q.significant(best['held_out'])}, at step "
+            f"{best['step']} of {last['step']}."
+            if best["step"] > first["step"]
+            else f"None of {last['step']} steps did better than the start."
+        )
+    if found["robust"]["cut"] is not None:
+        share, base = (found["robust"][name] for name in ("cut", "base"))
+        lines.append(
+            f"Robust units, as sensitive as the median of their layer or less, are {q.percent(share)} of those cut"
+            f"{'' if base is None else f'; of those the base method alone would cut, {q.percent(base)}'}."
+        )
+    return lines
 
 
 def proof(run: Run) -> str:

@@ -102,8 +102,8 @@ def _learn(
         for group, rate in zip(optimiser.param_groups, rates, strict=True):
             group["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / training.steps))
         batches, total = training.batches(evidence, step), 0.0
-        for batch in batches:
-            loss = training.loss(model, axes, batch, state) / len(batches)
+        for batch, number in batches:
+            loss = training.loss(model, axes, batch, number, state) / len(batches)
             if not torch.isfinite(loss):
                 raise ValueError(
                     f"the loss is {loss.item()} at step {step}: the weights or inputs hold NaN or infinity"

@@ -16,11 +16,12 @@ from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph, Mark
 from regrow.data import Half
 from regrow.data.vision import digits, images
-from regrow.method import Budget, Evidence, Measure, Method
+from regrow.method import Budget, Evidence, Measure
 from regrow.methods import entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
-from regrow.runs import checkpoints, loop, prune, store, tune
+from regrow.runs import loop, prune, store, tune
+from regrow.runs.calibration import calibrated
 from regrow.runs.folder import RunFolder
 from regrow.runs.progress import Progress, silent
 from regrow.scores import Scores
@@ -192,7 +193,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     clock.folder = folder
     folder.update(notes=list(loaded.notes), sources=_described(settings, kinds))
     with clock.stage("calibrate"):
-        evidence, key = _calibrated(folder, loaded, axes, method, kinds, progress)
+        evidence, key = calibrated(folder, loaded, axes, method, kinds.calibration, progress)
         if evidence.notes:
             folder.update(notes=[*loaded.notes, *evidence.notes])
     with clock.stage("plan"):
@@ -342,29 +343,6 @@ def _described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
         counts = {"calibration_tokens": own.tokens if own else 0, "evaluation_tokens": test.tokens}
         rows.append({"name": test.name, "spec": spec, "origin": origin, **counts})
     return rows
-
-
-def _calibrated(
-    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: Method, kinds: Kinds, progress: Progress
-) -> tuple[Evidence, str]:
-    """What was measured, and a digest of all it depends on."""
-    model, sources = asdict(loaded.origin), prune.spread(kinds.calibration, method.sources)[0]
-    keys = {
-        source.name: checkpoints.fingerprint(source, method.shards, sorted(method.needs), str(model), _digest(loaded))
-        for source in sources
-    }
-    done = folder.statistics(keys, method.shards)
-
-    def keep(source: str, shard: int, statistics: Any) -> None:
-        folder.save_statistics(source, shard, statistics, key=keys[source])
-
-    evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress, done=done, on_done=keep)
-    return evidence, checkpoints.fingerprint(Source("", ()), keys)
-
-
-def _digest(loaded: Loaded) -> list[float]:
-    """A few numbers that tell one set of weights from another."""
-    return [float(p.detach().float().flatten()[:4096].double().sum()) for p in loaded.model.parameters()]
 
 
 def _write_scores(

@@ -16,9 +16,10 @@ from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources, percentile
 from regrow.scoring.compensate import means
+from regrow.scoring.curvature import curvature
 from regrow.scoring.gradients import cross_entropy, taylor
 from regrow.scoring.massive import Massive, massive
-from regrow.scoring.paths import peak_to_peak, product_of_norms, through
+from regrow.scoring.paths import PATHS, peak_to_peak, product_of_norms, through
 from regrow.scoring.weights import magnitude, random, readers, scorable, weights_of
 
 
@@ -47,10 +48,12 @@ METRICS: Mapping[str, tuple[Metric, Need]] = {
 
 __all__ = [
     "METRICS",
+    "PATHS",
     "Massive",
     "Metric",
     "collect",
     "cross_entropy",
+    "curvature",
     "energy",
     "magnitude",
     "massive",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,16 @@ class Modules:
         flat = torch.cat([values[key].double() for key in self.labels])
         zeros = torch.zeros(len(self), dtype=torch.float64)
         return zeros.index_add(0, labels, flat) / zeros.index_add(0, labels, torch.ones_like(flat))
+
+    def table(self, among: Sequence[Space], **columns: Tensor) -> list[dict[str, Any]]:
+        """One row per module, as JSON data: its name, space, kind and number of units, and its entry of each column."""
+        sizes = torch.bincount(torch.cat(list(self.labels.values())), minlength=len(self))
+        homes = [among[i] for i in self.spaces]
+        return [
+            {"name": name, "space": home.keys[0], "label": home.label, "units": int(size)}
+            | {column: float(values[i]) for column, values in columns.items()}
+            for i, (name, home, size) in enumerate(zip(self.names, homes, sizes, strict=True))
+        ]
 
 
 def partition(

@@ -1,6 +1,6 @@
 """Measures of a unit that need no activations, beyond the weights that read it: both ends of its path."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -57,6 +57,10 @@ def through(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[A
         if pairs:
             values[axis.key] = torch.stack(pairs).sum(0).sqrt()
     return checked(Scores(values, "path/through"))
+
+
+PATHS: Mapping[str, Callable[..., Scores]] = {"norms": product_of_norms, "peaks": peak_to_peak, "through": through}
+"""Name → (weights, axes, *, units) → scores."""
 
 
 def _circuits(weights: Mapping[str, Tensor], axes: AxisGraph, axis: Axis) -> Iterator[Tensor]:

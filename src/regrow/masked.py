@@ -1,0 +1,179 @@
+"""A network with part of its modules masked, compared with itself: what allocations are learned and judged by.
+
+The order in which the units of a module go is fixed; what is cut follows from one share per module.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regrow.allocation import slopes, soft_step
+from regrow.axes import Axis, AxisGraph
+from regrow.scoring import cross_entropy, curvature
+from regrow.sources import Batch, logits_in
+from regrow.surgery.gate import gated
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Fixed orders, in one or more views (by all sources; by all but one).
+
+    Args:
+        modules: Axis key → the module of each unit, ``[views, size]`` int64.
+        places: Axis key → the place of each unit in its module, in (0, 1), lowest goes first; ``[views, size]``.
+        fills: Name of a reading weight → what stands in for each dropped input; ``[views, C]``, 0 where not named.
+        width: Over what range of places a module's gradient is felt, ``[modules]``.
+    """
+
+    modules: Mapping[str, Tensor]
+    places: Mapping[str, Tensor]
+    fills: Mapping[str, Tensor]
+    width: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything by name, as a state stores it."""
+        parts = {"module": self.modules, "place": self.places, "fill": self.fills}
+        return {f"{part}:{key}": value for part, row in parts.items() for key, value in row.items()} | {
+            "width": self.width
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Masks":
+        """The inverse of :meth:`tensors`; other names are ignored."""
+        parts: dict[str, dict[str, Tensor]] = {"module": {}, "place": {}, "fill": {}}
+        for name, value in tensors.items():
+            part, _, key = name.partition(":")
+            if part in parts:
+                parts[part][key] = value
+        return cls(parts["module"], parts["place"], parts["fill"], tensors["width"])
+
+    def margins(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
+        """How far above its module's share each unit lies; what is below 0 is cut."""
+        return {key: place[view] - share[self.modules[key][view]] for key, place in self.places.items()}
+
+    def gates(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
+        """1 for units that stay and 0 for those cut, with a gradient to the shares."""
+        return {
+            key: soft_step(place[view], share[label], self.width[label]).float()
+            for key, place in self.places.items()
+            for label in (self.modules[key][view],)
+        }
+
+    def orders(self, view: int = 0) -> list[tuple[tuple[str, ...], Tensor]]:
+        """Per module: the axes it lies in, and its units, lowest first, as places in the row of all their units."""
+        found = []
+        for module in range(len(self.width)):
+            keys = tuple(key for key, label in self.modules.items() if bool((label[view] == module).any()))
+            mine = torch.cat([self.modules[key][view] for key in keys]) == module
+            places = torch.cat([self.places[key][view] for key in keys]).masked_fill(~mine, torch.inf)
+            found.append((keys, places.argsort(stable=True)[: int(mine.sum())]))
+        return found
+
+    def given(self, kept: Mapping[str, "tuple[int, ...]"]) -> Tensor:
+        """What share of each module's units (first view) a choice of units gives up, ``[modules]`` float64."""
+        labels = torch.cat([label[0] for label in self.modules.values()])
+        gone = torch.ones(len(labels), dtype=torch.float64)
+        start = 0
+        for key, label in self.modules.items():
+            gone[torch.tensor(kept[key], dtype=torch.int64) + start] = 0
+            start += label.shape[1]
+        count = torch.bincount(labels)
+        return torch.zeros(len(count), dtype=torch.float64).index_add(0, labels, gone) / count
+
+
+def least_curvature(
+    model: nn.Module,
+    axes: AxisGraph,
+    batches: Sequence[tuple[Batch, int]],
+    units: Sequence[Axis],
+    masks: Masks,
+    costs: Tensor,
+    *,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """What a parameter of each unit is worth if modules give up units in their order, for one ranking of all of them.
+
+    The slopes of the convex minorant of each module's expected divergence along its order (``scoring.curvature``),
+    over the cost of a unit: the ranking that makes the sum over modules least for a budget.
+
+    Args:
+        model: The network, in eval mode.
+        axes: Its axes.
+        batches: What to answer, each with the view it is looked at with.
+        units: The axes of the modules.
+        masks: Orders and fills; the worth is written along the orders of the first view.
+        costs: What all units of a module cost, ``[modules]``.
+        seed: Of the answers drawn.
+
+    Returns:
+        Axis key → ``[size]`` float64.
+    """
+    orders = [masks.orders(view) for view in range(len(next(iter(masks.places.values()))))]
+    curves = [torch.zeros(len(order), dtype=torch.float64) for _, order in orders[0]]
+    for i, (batch, view) in enumerate(batches):
+        fills = {name: fill[view] for name, fill in masks.fills.items()}
+        found = curvature(model, axes, batch, units, fills, orders[view], seed=seed + i)
+        curves = [total + _stretched(one, len(total)) for total, one in zip(curves, found, strict=True)]
+    worth = {key: torch.zeros(label.shape[1], dtype=torch.float64) for key, label in masks.modules.items()}
+    for (keys, order), curve, cost in zip(orders[0], curves, costs, strict=True):
+        row = torch.cat([worth[key] for key in keys])
+        steps = slopes(curve) * len(curve) / float(cost)
+        # Units of one slope go in their order.
+        row[order] = steps + torch.arange(len(steps)) * 1e-9 * steps.max()
+        worth |= dict(zip(keys, row.split([len(worth[key]) for key in keys]), strict=True))
+    return worth
+
+
+def _stretched(curve: Tensor, n: int) -> Tensor:
+    """A curve over the units of a module, from 0 before the first, read off at n equal steps."""
+    if len(curve) == n:
+        return curve
+    known = torch.cat([curve.new_zeros(1), curve])
+    at = torch.arange(1, n + 1, dtype=torch.float64) * len(curve) / n
+    low = at.long().clamp_max(len(curve) - 1)
+    return known[low] + (at - low) * (known[low + 1] - known[low])
+
+
+@dataclass
+class Comparison:
+    """The divergence of a masked network from the dense one, whose answers are kept while there is room.
+
+    Args:
+        memory: GiB of answers that may be kept.
+        loss: ``kl``: KL(dense ‖ masked) in nats per position; ``cross_entropy``: of the text.
+    """
+
+    memory: float = 3.0
+    loss: str = "kl"
+    kept: dict[int, tuple[Batch, Tensor]] = field(default_factory=dict, repr=False)
+
+    def __call__(
+        self, model: nn.Module, axes: AxisGraph, batch: Batch, masks: Masks, share: Tensor, view: int = 0
+    ) -> Tensor:
+        """The loss on a batch, as a scalar with a gradient to ``share``.
+
+        Raises:
+            ValueError: If the loss needs labels and there are none.
+        """
+        dense = self._dense(model, batch) if self.loss == "kl" else None
+        fills = {name: fill[view] for name, fill in masks.fills.items()}
+        with gated(model, axes, masks.gates(share, view), fills):
+            logits = logits_in(model(*batch.args, **batch.kwargs))
+        if dense is not None:
+            said = F.log_softmax(logits.float(), -1).flatten(0, -2)
+            return F.kl_div(said, dense.flatten(0, -2), log_target=True, reduction="batchmean")
+        if batch.labels is None:
+            raise ValueError("cross entropy needs labels; learn with loss=kl")
+        return cross_entropy(logits, batch.labels)
+
+    def _dense(self, model: nn.Module, batch: Batch) -> Tensor:
+        if id(batch) in self.kept:
+            return self.kept[id(batch)][1]
+        with torch.no_grad():
+            answers = F.log_softmax(logits_in(model(*batch.args, **batch.kwargs)).float(), -1)
+        if sum(one.nbytes for _, one in self.kept.values()) + answers.nbytes <= self.memory * 2**30:
+            self.kept[id(batch)] = (batch, answers)
+        return answers

@@ -1,0 +1,171 @@
+"""What a method saw (``findings.json``): how ranks move between kinds of text, and what modules of units gave up."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from regrow.reports.reading import RunFolder, mapping, number, objects, size, text
+from regrow.reports.widths import block_of, grouped, kind_of
+
+MAX_ROWS = 1000
+MAX_CELLS = 24
+GRID = ("robust weak", "robust strong", "sensitive weak", "sensitive strong")
+
+Row = dict[str, Any]
+
+_SHARES = ("significant", "exceeds", "exceeds_null")
+_CORRELATIONS = ("spearman", "spearman_shards", "spearman_within")
+_CUT = ("start", "learned", "given")
+_MEASURED = ("sensitivity", "activity", "switched", *_CUT)
+
+
+def findings(folder: RunFolder) -> Row | None:
+    """What a method saw, for those methods that say so; tables that are not known here are left out.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        ``method`` and ``sources``; ``spectrum`` (ranking spaces of one axis, as :func:`regrow.reports.widths.grouped`
+        has them) and ``tested`` (their means, one row per kind, pooled ones too); ``modules`` (axes with their
+        ``cells``, likewise) and ``cells`` (the means, per kind and cell); ``starts``, ``history``, ``best`` (losses on
+        held-out text), ``robust`` (their share among the units cut) and ``notes``. ``None`` without the tables on
+        behaviour.
+    """
+    data = folder.findings
+    spaces, modules = _table(folder, "spectrum", _space), _table(folder, "modules", _module)
+    history = sorted({row["step"]: row for row in _table(folder, "history", _judged)}.values(), key=lambda r: r["step"])
+    if not spaces and not modules:
+        return None
+    chosen = [row for row in history if row["step"] == size(data.get("best_step"))]
+    robust = mapping(data.get("robust_among_cut"))
+    return {
+        "method": text(data.get("method"), 40),
+        "sources": [name for source in _list(data.get("sources")) if (name := text(source, 60))],
+        "spectrum": grouped([space for space in spaces if not space["pooled"]]),
+        "tested": _tested(spaces),
+        "modules": grouped(_axes(modules)),
+        "cells": _cells(modules),
+        "starts": [
+            {"name": text(name, 20), "held_out": loss}
+            for name, value in list(mapping(data.get("starts")).items())[:10]
+            if (loss := _loss(value)) is not None
+        ],
+        "history": history,
+        "best": next(iter(chosen or sorted(history, key=lambda row: row["held_out"])), None),
+        "robust": {"base": _share(robust.get("base")), "cut": _share(robust.get("gprune"))},
+        "notes": [line for note in _list(data.get("notes")) if (line := text(note, 1000))],
+    }
+
+
+def _table(folder: RunFolder, name: str, read: Callable[[Row], Row | None]) -> list[Row]:
+    """The rows of a table that can be used; that others are left out is told."""
+    given = folder.findings.get(name, [])
+    rows = [row for item in objects(given)[:MAX_ROWS] if (row := read(item))]
+    if not isinstance(given, list):
+        folder.problems.append(f"findings.json: {name} is no list; left out")
+    elif len(rows) < len(given):
+        folder.problems.append(f"findings.json: {len(given) - len(rows):,} of {len(given):,} rows of {name} left out")
+    return rows
+
+
+def _space(item: Row) -> Row | None:
+    """A row of the spectrum; spaces of several axes are called "30 × label"."""
+    key, units = text(item.get("space"), 300), size(item.get("units"), 10**9)
+    shares = {name: _share(item.get(name)) for name in _SHARES}
+    if not key or not units or shares["significant"] is None:
+        return None
+    pooled = re.match(r"(\d{1,6}) × ", key)
+    place = {"key": key, "kind": kind_of(item, key), "block": block_of({}, key), "pooled": bool(pooled)}
+    correlations = {name: number(item.get(name), -1.001, 1.001) for name in _CORRELATIONS}
+    return place | {"axes": int(pooled[1]) if pooled else 1, "units": units} | shares | correlations
+
+
+def _module(item: Row) -> Row | None:
+    """A row of modules, named "axis cell", "axis and 29 more cell", or "axis" where every axis is one module."""
+    name, space, units = text(item.get("name"), 400), text(item.get("space"), 300), size(item.get("units"), 10**9)
+    shares = {part: _share(item.get(part)) for part in _CUT}
+    if not name or not units or shares["start"] is None:
+        return None
+    rest = re.fullmatch(r"( and \d+ more)?(?: (.*))?", name.removeprefix(space)) if name.startswith(space) else None
+    key = space if rest else name
+    trust = _share(item.get("trust"))
+    return {
+        "key": key,
+        "kind": kind_of(item, key),
+        "block": block_of({}, key),
+        "pooled": bool(rest and rest[1]),
+        "cell": text(rest[2], 40) if rest else "",
+        "units": units,
+        "sensitivity": number(item.get("sensitivity"), 0),
+        "activity": _share(item.get("activity")),
+        "switched": None if trust is None else 1 - min(trust, 1),
+    } | shares
+
+
+def _judged(item: Row) -> Row | None:
+    step, loss = size(item.get("step"), 10**9), _loss(item.get("held_out"))
+    return None if step is None or loss is None else {"step": step, "held_out": loss}
+
+
+def _tested(spaces: list[Row]) -> list[Row]:
+    return [
+        {"kind": kind, "pooled": pooled, "axes": sum(row["axes"] for row in rows)}
+        | _means(rows, _SHARES + _CORRELATIONS)
+        for (kind, pooled), rows in _by_kind(spaces)
+    ]
+
+
+def _axes(modules: list[Row]) -> list[Row]:
+    """One row per axis that has modules of its own."""
+    axes: dict[tuple[str, str], Row] = {}
+    for module in modules:
+        if not module["pooled"]:
+            place = {name: module[name] for name in ("key", "kind", "block")}
+            axis = axes.setdefault((module["kind"], module["key"]), place | {"cells": []})
+            axis["cells"].append({name: module[name] for name in ("cell", "units", "switched", *_CUT)})
+    return list(axes.values())
+
+
+def _cells(modules: list[Row]) -> list[Row]:
+    """Per kind of axis, the modules of the same cell in all layers together."""
+    kinds = []
+    for (kind, pooled), members in _by_kind(modules):
+        words = sorted({row["cell"] for row in members}, key=_order)[:MAX_CELLS]
+        rows = [{"cell": word} | _means([row for row in members if row["cell"] == word], _MEASURED) for word in words]
+        kinds.append({"kind": kind, "pooled": pooled, "rows": rows, "all": _means(members, _MEASURED)})
+    return kinds
+
+
+def _by_kind(rows: list[Row]) -> list[tuple[tuple[str, bool], list[Row]]]:
+    found: dict[tuple[str, bool], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["kind"], row["pooled"]), []).append(row)
+    return list(found.items())
+
+
+def _means(rows: list[Row], names: Sequence[str]) -> Row:
+    """How many units there are, and the mean of each value over the units it is known for."""
+    found: Row = {"units": sum(row["units"] for row in rows)}
+    for name in names:
+        known = [(row[name], row["units"]) for row in rows if row[name] is not None]
+        found[name] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+    return found
+
+
+def _order(cell: str) -> tuple[int, int, str]:
+    """The grid as it is read, other cells by their number."""
+    digits = re.search(r"\d+", cell)
+    return GRID.index(cell) if cell in GRID else len(GRID), int(digits.group()[:9]) if digits else 0, cell
+
+
+def _share(value: Any) -> float | None:
+    return number(value, 0, 1.001)
+
+
+def _loss(value: Any) -> float | None:
+    return number(value, 0, 1e9)
+
+
+def _list(value: Any) -> list[Any]:
+    return value[:100] if isinstance(value, list) else []

@@ -1,0 +1,48 @@
+"""Calibration in a run folder: each finished shard is kept, so that a killed run goes on."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from regrow.axes import AxisGraph
+from regrow.method import Evidence, Method
+from regrow.nets import Loaded
+from regrow.runs import checkpoints, prune
+from regrow.runs.folder import RunFolder
+from regrow.runs.progress import Progress
+from regrow.sources import Source
+
+
+def calibrated(
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: Method, sources: Sequence[Source], progress: Progress
+) -> tuple[Evidence, str]:
+    """Measure what a method needs, or take up an interrupted measurement.
+
+    Args:
+        folder: Where finished shards are kept.
+        loaded: The model.
+        axes: Its axes.
+        method: What asks.
+        sources: Where to measure.
+        progress: Called as work goes on.
+
+    Returns:
+        What was measured, and a digest of all it depends on.
+    """
+    model, several = asdict(loaded.origin), prune.spread(sources, method.sources)[0]
+    keys = {
+        source.name: checkpoints.fingerprint(source, method.shards, sorted(method.needs), str(model), _digest(loaded))
+        for source in several
+    }
+    done = folder.statistics(keys, method.shards)
+
+    def keep(source: str, shard: int, statistics: Any) -> None:
+        folder.save_statistics(source, shard, statistics, key=keys[source])
+
+    evidence = prune.measured(loaded.model, axes, method, sources, progress, done=done, on_done=keep)
+    return evidence, checkpoints.fingerprint(Source("", ()), keys)
+
+
+def _digest(loaded: Loaded) -> list[float]:
+    """A few numbers that tell one set of weights from another."""
+    return [float(p.detach().float().flatten()[:4096].double().sum()) for p in loaded.model.parameters()]
