@@ -22,7 +22,7 @@ demo: demo/report.html
 
 # The page is written last: a run that was stopped is taken up where it was.
 demo/report.html: | $(VENV)/demo.stamp
-	$(BIN)/regrow prune smollm2-135m --method flap --keep 0.9 \
+	$(BIN)/regrow prune smollm2-135m --method gprune --base flap --keep 0.9 \
 		--source news --source code --source manual --source talk --out demo
 
 test: $(VENV)/dev.stamp

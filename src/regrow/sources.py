@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -56,6 +57,32 @@ class Source:
     def tokens(self) -> int:
         """How many positions carry a label (tokens of text, or images)."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
+
+
+def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
+    """The batches of one step of learning: the sources in turn, each in a drawn order, and then in another.
+
+    What a step gets depends on its number alone, so that learning can be stopped and taken up again.
+
+    Args:
+        sources: The batches of each source.
+        n: How many batches a step gets.
+        step: Which step, from 0.
+        seed: Of the orders.
+
+    Returns:
+        (index of the source, batch) pairs.
+
+    >>> sorted((i, word) for step in (0, 1) for i, word in drawn([["a", "b"], ["c"]], 2, step))
+    [(0, 'a'), (0, 'b'), (1, 'c'), (1, 'c')]
+    """
+    found = []
+    for i in range(step * n, (step + 1) * n):
+        source, turn = i % len(sources), i // len(sources)
+        many = len(sources[source])
+        order = torch.randperm(many, generator=torch.Generator().manual_seed(seed * 65537 + turn // many))
+        found.append((source, sources[source][int(order[turn % many])]))
+    return found
 
 
 def logits_in(answer: Any) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -242,3 +243,43 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     assert regrow(*words, *sizes, "--out", "halves")[0] == 0
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"] for name in ("whole", "halves")]
     assert plans[0] == plans[1]
+
+
+def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import regrow.runs.folder as folder
+
+    words = [
+        "prune",
+        str(tiny_language_model),
+        "--method",
+        "gprune",
+        "--base",
+        "wanda_sp",
+        "--keep",
+        "0.7",
+        "--no-verify",
+    ]
+    words += ["--source", "manual", "--source", "code", "--source", "news", "--unseen", "talk"]
+    words += ["--no-verify", "--tokens", "512", "--eval-tokens", "128", "--seq-len", "64"]
+    words += ["--set", "steps=4", "--set", "every=2", "--set", "shards=2"]
+    code, _, err = regrow(*words, "--out", "whole")
+    assert code == 0, err
+    found = json.loads(Path("whole/findings.json").read_text())
+    assert [row["step"] for row in found["history"]] == [0, 2, 4] and found["sources"] == ["manual", "code", "news"]
+    assert "Behaviour over kinds of text" in Path("whole/report.html").read_text()
+    real = folder.RunFolder.save_learned
+
+    def stop_after_two_steps(self: folder.RunFolder, learned: Any, *, key: str = "") -> None:
+        real(self, learned, key=key)
+        if learned.step == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(folder.RunFolder, "save_learned", stop_after_two_steps)
+    assert regrow(*words, "--out", "halves")[0] == 130
+    monkeypatch.setattr(folder.RunFolder, "save_learned", real)
+    assert regrow(*words, "--out", "halves")[0] == 0
+    plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"] for name in ("whole", "halves")]
+    assert plans[0] == plans[1]
+    assert json.loads(Path("halves/findings.json").read_text()) == found

@@ -28,7 +28,7 @@ from regrow.scoring.reliability import Reliability, ordered, reliability
 from regrow.scoring.sensitivity import spectrum
 from regrow.scoring.spaces import Space, spaces, within
 from regrow.scoring.views import View, halves, views
-from regrow.sources import Batch
+from regrow.sources import Batch, drawn
 
 CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
 
@@ -156,7 +156,8 @@ class GPrune:
         s = self.settings
         if not s.steps:
             return None
-        groups = lambda state: [Group(("logits",), s.lr)]  # noqa: E731
+        # What the modules of a layer have in common learns beside what tells them apart: it hears all of them.
+        groups = lambda state: [Group(("logits", "shared"), s.lr)]  # noqa: E731
         return Training(s.steps, min(s.every, s.steps), groups, self._batches, self._loss)
 
     def init(self, axes: AxisGraph, budget: Budget) -> State:
@@ -213,7 +214,13 @@ class GPrune:
         base = kept.get("base") or self._started("base", model, axes, evidence, state, seen)
         return replace(
             state,
-            tensors={**fixed, "logits": logits, "best": share},
+            tensors={
+                **fixed,
+                "logits": logits,
+                "shared": torch.zeros(len(among), dtype=torch.float64),
+                "home": torch.tensor(modules.spaces),
+                "best": share,
+            },
             values={**state.values, "best_loss": losses[start], "best_step": 0, "start": start},
             findings={
                 **_findings(seen, among, modules, trusted, costs, share),
@@ -253,8 +260,7 @@ class GPrune:
         s, budget, pooled = self.settings, state.budget, evidence.pooled()
         share = state.tensors["best"]
         masks = Masks.of(state.tensors)
-        margins = masks.margins(share)
-        scores = Scores(margins, f"gprune/{state.values['metric']}", evidence.sources, pooled.tokens)
+        scores = Scores(masks.margins(share), f"gprune/{state.values['metric']}", evidence.sources, pooled.tokens)
         every = ranked(axes, scores, budget, minimum=s.minimum)
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = scoring.means(model, axes, kept, pooled) if s.compensate else {}
@@ -263,7 +269,7 @@ class GPrune:
             {**row, "learned": float(one), "given": float(last)}
             for row, one, last in zip(state.findings["modules"], share, masks.given(every), strict=True)
         ]
-        robust = _robust({key: state.tensors[f"robust:{key}"] for key in margins}, every)
+        robust = _robust({key: state.tensors[f"robust:{key}"] for key in every}, every)
         findings = {
             **state.findings,
             "modules": rows,
@@ -273,7 +279,8 @@ class GPrune:
         return Plan.keeping(axes, kept, means=means, origin=origin), replace(state, scores=scores, findings=findings)
 
     def _ratios(self, state: State) -> Tensor:
-        return ratios(state.tensors["logits"], state.tensors["costs"], state.values["removed"], most=self.settings.most)
+        logits = state.tensors["logits"] + state.tensors["shared"][state.tensors["home"]]
+        return ratios(logits, state.tensors["costs"], state.values["removed"], most=self.settings.most)
 
     def _loss(self, model: nn.Module, axes: AxisGraph, batch: Batch, view: int, state: State) -> Tensor:
         return self.compare(model, axes, batch, Masks.of(state.tensors), self._ratios(state), view)
@@ -294,22 +301,15 @@ class GPrune:
         return source + 1 if self.settings.cross else 0
 
     def _teaching(self, evidence: Evidence) -> list[tuple[Batch, int]]:
-        """Every teaching window, with its view; the sources in turn."""
+        """Every teaching window, with its view."""
         rows = [source.held_out(self.settings.held_out)[0] for source in evidence.data.values()]
-        longest = max(len(row) for row in rows)
-        return [(row[k], self._view(i)) for k in range(longest) for i, row in enumerate(rows) if k < len(row)]
+        return [(batch, self._view(i)) for i, row in enumerate(rows) for batch in row]
 
     def _batches(self, evidence: Evidence, step: int) -> Sequence[tuple[Batch, int]]:
-        """The windows of a step: the sources in turn, the windows of each in a drawn order, and then in another."""
+        """The windows of a step, each with its view."""
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in evidence.data.values()]
-        found = []
-        for i in range(step * s.windows, (step + 1) * s.windows):
-            source, turn = i % len(sources), i // len(sources)
-            many = len(sources[source])
-            order = torch.randperm(many, generator=torch.Generator().manual_seed(s.seed * 65537 + turn // many))
-            found.append((sources[source][int(order[turn % many])], self._view(source)))
-        return found
+        return [(batch, self._view(i)) for i, batch in drawn(sources, s.windows, step, s.seed)]
 
 
 @dataclass(frozen=True)
