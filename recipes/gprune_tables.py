@@ -41,7 +41,6 @@ from regrow.scoring.spaces import spaces
 
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
 BASES = ("flap", "wanda_sp", "llm_pruner")
-MODEL = "smollm2-135m"
 SHARDS = 4
 
 
@@ -87,6 +86,10 @@ def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "full": {},
+    "not judged across sources": {"cross": False},
+    "started uniform": {"start": "uniform"},
+    "started as the base": {"start": "base"},
+    "started by curvature, not learned": {"steps": 0, "start": "curvature"},
     "one module per layer, never switch": {"partition": "layer", "switch": "never"},
     "never switch": {"switch": "never"},
     "random modules": {"partition": "random", "switch": "never"},
@@ -127,7 +130,7 @@ class Bench:
     evidence: dict[tuple, Evidence] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.loaded = load(MODEL)
+        self.loaded = load(self.args.model)
         self.model = self.loaded.model
         self.axes = trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
         folder = Path(self.args.texts)
@@ -193,6 +196,7 @@ class Bench:
             "history": found.get("history", []),
             "starts": found.get("starts", {}),
             "switched": sum(row["units"] for row in found.get("modules", []) if row["trust"] < 1),
+            "robust_among_cut": found.get("robust_among_cut", {}),
             "seconds": round(planned, 1),
         }
 
@@ -207,12 +211,12 @@ def run(args: argparse.Namespace) -> None:
     if args.match:
         wanted = [point for point in wanted if any(part in point.arm for part in args.match)]
     wanted = [p for p in wanted if p.keep in (1.0, *args.keep) and p.fold in args.fold]
-    done = {row["key"] for row in _rows(out)}
-    todo = [point for point in wanted if point.key not in done]
+    done = {(row["model"], row["key"]) for row in _rows(out)}
+    todo = [point for point in wanted if (args.model, point.key) not in done]
     bench = Bench(args)
     for number, point in enumerate(todo, 1):
         start = time.perf_counter()
-        row = {"key": point.key, **vars(point), **bench.run(point)}
+        row = {"model": args.model, "key": point.key, **vars(point), **bench.run(point)}
         row |= {"windows": args.windows, "eval_windows": args.eval_windows}
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -251,25 +255,30 @@ def observe(args: argparse.Namespace) -> None:
 
 
 def show(args: argparse.Namespace) -> None:
-    """Print mean ± sd over draws of the geometric mean perplexity of unseen and seen kinds."""
-    rows = _rows(Path(args.out))
-    prefix = "ablation" if args.table == "ablation" else ""
-    cells: dict[tuple, list[dict[str, float]]] = {}
-    for row in rows:
-        if row["arm"].startswith("ablation") == bool(prefix) or row["arm"] == "dense":
+    """Print mean ± sd over draws of the geometric mean perplexity of unseen and seen kinds, and the judging loss."""
+    cells: dict[tuple, list[dict[str, Any]]] = {}
+    for row in _rows(Path(args.out)):
+        if row["model"] != args.model:
+            continue
+        if row["arm"].startswith("ablation") == (args.table == "ablation") or row["arm"] == "dense":
+            steps = row["settings"].get("steps")
+            arm = row["arm"] + (f", {steps} steps" if steps else "")
             means = {kind: statistics.fmean(values) for kind, values in row["nll"].items()}
-            fold = row["fold"]
-            cells.setdefault((row["keep"], fold, row["arm"]), []).append(
+            seen, unseen = FOLDS[row["fold"]], FOLDS[1 - row["fold"]]
+            cells.setdefault((row["keep"], row["fold"], arm), []).append(
                 {
-                    "unseen": statistics.fmean(means[kind] for kind in FOLDS[1 - fold]),
-                    "seen": statistics.fmean(means[kind] for kind in FOLDS[fold]),
+                    "unseen": statistics.fmean(means[kind] for kind in unseen),
+                    "seen": statistics.fmean(means[kind] for kind in seen),
+                    "judged": min((one["held_out"] for one in row.get("history", [])), default=None),
                 }
             )
-    print("| keep | fold | arm | unseen kinds | seen kinds | draws |")
-    print("|---|---|---|---|---|---|")
+    print("| keep | fold | arm | unseen kinds | seen kinds | held-out loss | draws |")
+    print("|---|---|---|---|---|---|---|")
     for (keep, fold, arm), values in sorted(cells.items(), key=lambda c: (-c[0][0], c[0][1])):
         cols = " | ".join(_cell([value[part] for value in values]) for part in ("unseen", "seen"))
-        print(f"| {keep} | {fold} | {arm} | {cols} | {len(values)} |")
+        judged = [value["judged"] for value in values if value["judged"] is not None]
+        told = f"{statistics.fmean(judged):.3f}" if judged else ""
+        print(f"| {keep} | {fold} | {arm} | {cols} | {told} | {len(values)} |")
 
 
 def _cell(logs: Sequence[float]) -> str:
@@ -288,11 +297,12 @@ def main() -> None:
     parser.add_argument("table", choices=("main", "ablation", "observation"))
     parser.add_argument("--texts", default="texts", help="folder of the four kinds that no Python package brings")
     parser.add_argument("--out", required=True, help="one JSON line per point")
+    parser.add_argument("--model", default="smollm2-135m", help="what is pruned: smollm2-135m or gemma3-270m")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows per kind")
     parser.add_argument("--eval-windows", type=int, default=8, help="evaluation windows per kind")
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
-    parser.add_argument("--steps", type=int, default=60, help="steps of learning, 2 windows each")
-    parser.add_argument("--every", type=int, default=20, help="steps between judgements on held-out windows")
+    parser.add_argument("--steps", type=int, default=40, help="steps of learning, 2 windows each")
+    parser.add_argument("--every", type=int, default=10, help="steps between judgements on held-out windows")
     parser.add_argument("--match", action="append", help="only arms whose name holds this; repeat it for several")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.9, 0.8, 0.7], help="only these budgets")
     parser.add_argument("--fold", type=int, nargs="*", default=[0, 1], help="only these folds")

@@ -72,6 +72,10 @@ class Masks:
             found.append((keys, places.argsort(stable=True)[: int(mine.sum())]))
         return found
 
+    def filled(self, view: int = 0) -> dict[str, Tensor]:
+        """What stands in for dropped inputs."""
+        return {name: fill[view] for name, fill in self.fills.items()}
+
     def given(self, kept: Mapping[str, "tuple[int, ...]"]) -> Tensor:
         """What share of each module's units (first view) a choice of units gives up, ``[modules]`` float64."""
         labels = torch.cat([label[0] for label in self.modules.values()])
@@ -114,15 +118,14 @@ def least_curvature(
     orders = [masks.orders(view) for view in range(len(next(iter(masks.places.values()))))]
     curves = [torch.zeros(len(order), dtype=torch.float64) for _, order in orders[0]]
     for i, (batch, view) in enumerate(batches):
-        fills = {name: fill[view] for name, fill in masks.fills.items()}
-        found = curvature(model, axes, batch, units, fills, orders[view], seed=seed + i)
+        found = curvature(model, axes, batch, units, masks.filled(view), orders[view], seed=seed + i)
         curves = [total + _stretched(one, len(total)) for total, one in zip(curves, found, strict=True)]
     worth = {key: torch.zeros(label.shape[1], dtype=torch.float64) for key, label in masks.modules.items()}
     for (keys, order), curve, cost in zip(orders[0], curves, costs, strict=True):
         row = torch.cat([worth[key] for key in keys])
         steps = slopes(curve) * len(curve) / float(cost)
         # Units of one slope go in their order.
-        row[order] = steps + torch.arange(len(steps)) * 1e-9 * steps.max()
+        row[order] = steps * (1 + torch.arange(len(steps)) * 1e-12)
         worth |= dict(zip(keys, row.split([len(worth[key]) for key in keys]), strict=True))
     return worth
 
@@ -151,29 +154,39 @@ class Comparison:
     kept: dict[int, tuple[Batch, Tensor]] = field(default_factory=dict, repr=False)
 
     def __call__(
-        self, model: nn.Module, axes: AxisGraph, batch: Batch, masks: Masks, share: Tensor, view: int = 0
+        self,
+        model: nn.Module,
+        axes: AxisGraph,
+        batch: Batch,
+        gates: Mapping[str, Tensor],
+        fills: Mapping[str, Tensor],
     ) -> Tensor:
-        """The loss on a batch, as a scalar with a gradient to ``share``.
+        """The loss on a batch with some gates, as a scalar with a gradient to them.
 
         Raises:
             ValueError: If the loss needs labels and there are none.
         """
         dense = self._dense(model, batch) if self.loss == "kl" else None
-        fills = {name: fill[view] for name, fill in masks.fills.items()}
-        with gated(model, axes, masks.gates(share, view), fills):
-            logits = logits_in(model(*batch.args, **batch.kwargs))
+        here = batch.to(next(model.parameters()).device)
+        with gated(model, axes, gates, fills):
+            logits = logits_in(model(*here.args, **here.kwargs))
         if dense is not None:
             said = F.log_softmax(logits.float(), -1).flatten(0, -2)
             return F.kl_div(said, dense.flatten(0, -2), log_target=True, reduction="batchmean")
-        if batch.labels is None:
+        if here.labels is None:
             raise ValueError("cross entropy needs labels; learn with loss=kl")
-        return cross_entropy(logits, batch.labels)
+        return cross_entropy(logits, here.labels)
+
+    def forget(self) -> None:
+        """Give the memory of the answers back."""
+        self.kept.clear()
 
     def _dense(self, model: nn.Module, batch: Batch) -> Tensor:
         if id(batch) in self.kept:
             return self.kept[id(batch)][1]
+        here = batch.to(next(model.parameters()).device)
         with torch.no_grad():
-            answers = F.log_softmax(logits_in(model(*batch.args, **batch.kwargs)).float(), -1)
+            answers = F.log_softmax(logits_in(model(*here.args, **here.kwargs)).float(), -1)
         if sum(one.nbytes for _, one in self.kept.values()) + answers.nbytes <= self.memory * 2**30:
             self.kept[id(batch)] = (batch, answers)
         return answers

@@ -23,6 +23,13 @@ class Batch:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch with every tensor on a device."""
+        if device.type == "cpu":
+            return self
+        labels = self.labels if self.labels is None else self.labels.to(device)
+        return Batch(moved(self.args, device), moved(dict(self.kwargs), device), labels)
+
 
 @dataclass(frozen=True)
 class Source:
@@ -57,6 +64,18 @@ class Source:
     def tokens(self) -> int:
         """How many positions carry a label (tokens of text, or images)."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """The same inputs with every tensor on the device."""
+    match value:
+        case Tensor():
+            return value.to(device)
+        case dict():
+            return {key: moved(part, device) for key, part in value.items()}
+        case list() | tuple():
+            return type(value)(moved(part, device) for part in value)
+    return value
 
 
 def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:

@@ -56,6 +56,31 @@ def test_learning_keeps_the_budget_to_the_unit_and_the_best_of_what_it_saw() -> 
         assert all(0 <= row["learned"] <= most for row in state.findings["modules"])
 
 
+def test_what_is_judged_is_what_is_cut() -> None:
+    """Without leaving sources out, the loss kept is that of the cut network on the held-out windows."""
+    import torch.nn.functional as F
+
+    from regrow.surgery.gate import gated
+
+    plan, state, axes = run({"steps": 6, "every": 3, "cross": False})
+    model, _ = lm(**SIZES)
+    built = entry("gprune").build(entry("gprune").settings(cross=False))
+    evidence = measured(model, axes, built, [texts(word, batches=6, seed=i) for i, word in enumerate("abc")])
+    gates = {axis.key: torch.ones(axis.size) for axis in axes.units()}
+    for key, change in plan.changes.items():
+        gates[key][list(change.dropped)] = 0
+    fills = {name: m.mean for name, m in evidence.pooled().moments.items()}
+    losses = []
+    for source in evidence.data.values():
+        for batch in source.held_out(0.25)[1]:
+            (dense,) = model(*batch.args)
+            with gated(model, axes, gates, fills):
+                (cut,) = model(*batch.args)
+            said, truth = (F.log_softmax(x, -1).flatten(0, -2) for x in (cut, dense))
+            losses.append(F.kl_div(said, truth, log_target=True, reduction="batchmean").item())
+    assert sum(losses) / len(losses) == pytest.approx(state.values["best_loss"], rel=1e-4)
+
+
 def test_learning_moves_what_is_cut_to_where_it_costs_least() -> None:
     """One layer's neurons are made useless: learning finds that from a uniform start, ranking inside layers cannot."""
     model, axes = lm(**SIZES)
@@ -129,11 +154,13 @@ def test_what_it_saw_is_plain_data() -> None:
         ({"start": "top"}, "start is one of"),
         ({"loss": "mse"}, "loss is one of"),
         ({"steps": -1}, "steps at least 0"),
-        ({"partition": "cube"}, "modules are formed by"),
-        ({"switch": "maybe"}, "switched by"),
-        ({"rank": "log"}, "scales raw, probit"),
+        ({"shards": 1, "denoise": True}, "shards=2 or more"),
+        ({"held_out": 1.0}, "held_out lie between 0 and 1"),
+        ({"partition": "cube"}, "partition is one of grid"),
+        ({"switch": "maybe"}, "switch is one of"),
+        ({"rank": "log"}, "rank is one of raw, probit"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        run({"steps": 1, **settings})
+        entry("gprune").build(entry("gprune").settings(**settings))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 from regrow.allocation.cost import Cost
 from regrow.allocation.ranked import BudgetError, ranked
-from regrow.allocation.solved import ratios, slopes, soft_step
+from regrow.allocation.solved import module_costs, ratios, slopes, soft_step
 from regrow.allocation.uniform import uniform
 
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": ranked, "uniform": uniform}
@@ -26,4 +26,15 @@ def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
     return ALLOCATIONS[name]
 
 
-__all__ = ["ALLOCATIONS", "BudgetError", "Cost", "allocation", "ranked", "ratios", "slopes", "soft_step", "uniform"]
+__all__ = [
+    "ALLOCATIONS",
+    "BudgetError",
+    "Cost",
+    "allocation",
+    "module_costs",
+    "ranked",
+    "ratios",
+    "slopes",
+    "soft_step",
+    "uniform",
+]

@@ -1,7 +1,13 @@
 """Ratios that always meet a budget: what each module gives up is learned, one common shift is solved for."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from regrow.allocation.cost import Cost
+from regrow.axes import AxisGraph
+from regrow.method import Budget
 
 
 def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
@@ -42,6 +48,24 @@ def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95)
     weights = exact * slope * (1 - slope)
     weights = (weights / weights.sum().clamp_min(1e-300)).to(logits)
     return most * torch.sigmoid(logits + shift - (weights * (logits - logits.detach())).sum())
+
+
+def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:
+    """What all units of each module cost at present sizes (``[modules]``), and how much has to go.
+
+    Units are priced one by one, which is exact where no two of the axes meet in one weight, as in a transformer.
+
+    Args:
+        axes: The network's axes.
+        labels: Axis key → the module of each unit.
+        modules: How many there are.
+        budget: What is counted, and how much stays.
+    """
+    cost, costs = Cost(axes, budget.measure), torch.zeros(modules, dtype=torch.float64)
+    for key, label in labels.items():
+        one = float(cost.total - cost({key: axes[key].size - 1}))
+        costs += torch.bincount(label, minlength=modules) * one
+    return costs, cost.total * (1 - budget.keep)
 
 
 def slopes(curve: Tensor) -> Tensor:

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from regrow.sources import Batch, logits_in
+from regrow.sources import Batch, logits_in, moved
 
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) while something takes longer than a moment."""
@@ -42,15 +41,3 @@ def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
         TypeError: If the model returns no tensor of logits.
     """
     return logits_in(model(*moved(batch.args, device), **moved(dict(batch.kwargs), device)))
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """The same inputs with every tensor on the device."""
-    match value:
-        case Tensor():
-            return value.to(device)
-        case dict():
-            return {key: moved(part, device) for key, part in value.items()}
-        case list() | tuple():
-            return type(value)(moved(part, device) for part in value)
-    return value

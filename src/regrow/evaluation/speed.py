@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.evaluation.forward import Progress, evaluating, moved, silent
-from regrow.sources import Batch
+from regrow.evaluation.forward import Progress, evaluating, silent
+from regrow.sources import Batch, moved
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from regrow import scoring
-from regrow.allocation import Cost, allocation, ranked, ratios, uniform
-from regrow.axes import Axis, AxisGraph
+from regrow.allocation import allocation, module_costs, ranked, ratios, uniform
+from regrow.axes import Axis, AxisGraph, Mark
 from regrow.masked import Comparison, Masks, least_curvature
 from regrow.method import Budget, Evidence, Group, Need, State, Training
 from regrow.plan import Plan
 from regrow.pruner import told
 from regrow.scores import Scores, Statistics
-from regrow.scoring.partition import Modules, partition
-from regrow.scoring.reliability import Reliability, ordered, reliability
-from regrow.scoring.sensitivity import spectrum
+from regrow.scoring.partition import PARTITIONS, Modules, partition
+from regrow.scoring.reliability import SWITCHES, Reliability, ordered, reliability
+from regrow.scoring.sensitivity import SCALES, share_of, spectrum
 from regrow.scoring.spaces import Space, spaces, within
 from regrow.scoring.views import View, halves, views
 from regrow.sources import Batch, drawn
@@ -119,16 +119,16 @@ def build(settings: Settings) -> "GPrune":
     Raises:
         ValueError: If a setting has no such value.
     """
-    for name, value, known in (
-        ("base", settings.base, tuple(BASES)),
-        ("instead", settings.instead, INSTEAD),
-        ("start", settings.start, (*STARTS, "best")),
-        ("loss", settings.loss, ("kl", "cross_entropy")),
-    ):
-        if value not in known:
-            raise ValueError(f"gprune: {name} is one of {', '.join(known)}; got {value!r}")
+    known = {"base": BASES, "rank": SCALES, "partition": PARTITIONS, "switch": SWITCHES, "instead": INSTEAD}
+    for name, values in {**known, "start": (*STARTS, "best"), "loss": ("kl", "cross_entropy")}.items():
+        if (value := getattr(settings, name)) not in values:
+            raise ValueError(f"gprune: {name} is one of {', '.join(values)}; got {value!r}")
     if min(settings.shards, settings.windows, settings.every) < 1 or settings.steps < 0:
         raise ValueError("gprune: shards, windows and every are at least 1, steps at least 0")
+    if settings.shards < 2 and (settings.denoise or settings.switch == "halves"):
+        raise ValueError("gprune: telling noise from sensitivity takes shards=2 or more")
+    if not (0 < settings.most < 1 and 0 < settings.held_out < 1 and min(settings.width, settings.width_few) > 0):
+        raise ValueError("gprune: most and held_out lie between 0 and 1, width and width_few above 0")
     return GPrune(settings, Comparison(settings.memory, settings.loss))
 
 
@@ -168,8 +168,12 @@ class GPrune:
         """
         units = scoring.scorable(axes, axes.units(budget.only, budget.exclude, budget.marks))
         ranked(axes, scoring.random(axes, units=units), budget, minimum=self.settings.minimum)
-        one = Modules({axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}, ("",), (0,))
-        costs, removed = _costs(axes, units, one, budget)
+        if alien := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
+            raise ValueError(
+                f"gprune masks units by 0 or their mean; {alien.key!r} is {alien.mark}: leave --mark neutral"
+            )
+        one = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}
+        costs, removed = module_costs(axes, one, 1, budget)
         ratios(torch.zeros(1, dtype=torch.float64), costs, removed, most=self.settings.most)
         return State(budget)
 
@@ -197,36 +201,31 @@ class GPrune:
             s.switch, among, modules, first.scores.values, first.spread, seen.halves, most=s.switch_most
         )
         masks = _masks(s, seen, modules, trusted.trust, _instead(s, model, axes, seen), among)
-        costs, removed = _costs(axes, seen.units, modules, budget)
+        labels = [{key: row[view] for key, row in masks.modules.items()} for view in range(len(seen.views))]
+        priced = [module_costs(axes, one, len(modules), budget) for one in labels]
+        costs, removed = torch.stack([each for each, _ in priced]), priced[0][1]
         robust = within(first.spread.sigma, seen.spaces, lambda sigma: (sigma <= sigma.median()).double())
         fixed = {**masks.tensors(), **{f"robust:{key}": value for key, value in robust.items()}, "costs": costs}
         state = replace(state, tensors=fixed, values={"removed": removed, "metric": first.scores.metric})
         tried = STARTS if s.start == "best" else (s.start,)
         kept = {name: self._started(name, model, axes, evidence, state, seen) for name in tried}
-        judge = s.steps or len(tried) > 1
         given = {name: masks.given(units) for name, units in kept.items()}
-        losses = {
-            name: self._held(model, axes, evidence, state, share) if judge else 0.0 for name, share in given.items()
-        }
-        start = min(losses, key=lambda name: losses[name])
+        judge = s.steps or len(tried) > 1
+        losses = {name: self._held(model, axes, evidence, state, share) for name, share in given.items() if judge}
+        start = min(losses, key=lambda name: losses[name]) if judge else s.start
         share = given[start]
         logits = torch.logit((share / s.most).clamp(0.02, 0.98))
+        learned = {"logits": logits, "shared": logits.new_zeros(len(among))}
         base = kept.get("base") or self._started("base", model, axes, evidence, state, seen)
         return replace(
             state,
-            tensors={
-                **fixed,
-                "logits": logits,
-                "shared": torch.zeros(len(among), dtype=torch.float64),
-                "home": torch.tensor(modules.spaces),
-                "best": share,
-            },
-            values={**state.values, "best_loss": losses[start], "best_step": 0, "start": start},
+            tensors={**fixed, **learned, "home": torch.tensor(modules.spaces), "best": share},
+            values={**state.values, "best_loss": losses.get(start), "best_step": 0, "start": start},
             findings={
-                **_findings(seen, among, modules, trusted, costs, share),
+                **_findings(seen, among, modules, trusted, costs[0], share),
                 "starts": losses,
-                "history": [{"step": 0, "held_out": losses[start]}],
-                "robust_among_cut": {"base": _robust(robust, base)},
+                "history": [{"step": 0, "held_out": losses[start]}] if judge else [],
+                "robust_among_cut": {"base": share_of(robust, base)},
                 "notes": list(evidence.notes),
             },
         )
@@ -240,7 +239,7 @@ class GPrune:
             allocate = uniform if how == "uniform" else allocation(BASES[s.base].allocation)
             return allocate(axes, seen.views[0].scores, state.budget, minimum=s.minimum)
         worth = least_curvature(
-            model, axes, self._teaching(evidence), seen.units, masks, state.tensors["costs"], seed=s.seed
+            model, axes, self._teaching(evidence), seen.units, masks, state.tensors["costs"][0], seed=s.seed
         )
         return ranked(axes, worth, state.budget, minimum=s.minimum)
 
@@ -258,6 +257,7 @@ class GPrune:
     def _finished(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State) -> tuple[Plan, State]:
         """Cut what lies below its module's share; the ranking by distance from it meets the budget to the unit."""
         s, budget, pooled = self.settings, state.budget, evidence.pooled()
+        self.compare.forget()
         share = state.tensors["best"]
         masks = Masks.of(state.tensors)
         scores = Scores(masks.margins(share), f"gprune/{state.values['metric']}", evidence.sources, pooled.tokens)
@@ -269,7 +269,7 @@ class GPrune:
             {**row, "learned": float(one), "given": float(last)}
             for row, one, last in zip(state.findings["modules"], share, masks.given(every), strict=True)
         ]
-        robust = _robust({key: state.tensors[f"robust:{key}"] for key in every}, every)
+        robust = share_of({key: state.tensors[f"robust:{key}"] for key in every}, every)
         findings = {
             **state.findings,
             "modules": rows,
@@ -278,22 +278,26 @@ class GPrune:
         }
         return Plan.keeping(axes, kept, means=means, origin=origin), replace(state, scores=scores, findings=findings)
 
-    def _ratios(self, state: State) -> Tensor:
+    def _ratios(self, state: State, view: int = 0) -> Tensor:
         logits = state.tensors["logits"] + state.tensors["shared"][state.tensors["home"]]
-        return ratios(logits, state.tensors["costs"], state.values["removed"], most=self.settings.most)
+        return ratios(logits, state.tensors["costs"][view], state.values["removed"], most=self.settings.most)
 
     def _loss(self, model: nn.Module, axes: AxisGraph, batch: Batch, view: int, state: State) -> Tensor:
-        return self.compare(model, axes, batch, Masks.of(state.tensors), self._ratios(state), view)
+        masks = Masks.of(state.tensors)
+        return self.compare(model, axes, batch, masks.gates(self._ratios(state, view), view), masks.filled(view))
 
     def _held(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State, share: Tensor) -> float:
-        """The mean loss on held-out windows."""
-        masks = Masks.of(state.tensors)
-        with torch.no_grad():
-            losses = [
-                float(self.compare(model, axes, batch, masks, share, self._view(i)))
-                for i, source in enumerate(evidence.data.values())
-                for batch in source.held_out(self.settings.held_out)[1]
-            ]
+        """The mean loss over sources on held-out windows, cut to the budget just as the plan would be."""
+        masks, losses = Masks.of(state.tensors), []
+        for i, source in enumerate(evidence.data.values()):
+            view, batches = self._view(i), source.held_out(self.settings.held_out)[1]
+            kept = ranked(axes, masks.margins(share, view), state.budget, minimum=self.settings.minimum)
+            gates = {
+                key: torch.zeros(axes[key].size).index_fill(0, torch.tensor(kept[key]), 1.0) for key in masks.places
+            }
+            with torch.no_grad():
+                found = [self.compare(model, axes, batch, gates, masks.filled(view)) for batch in batches]
+            losses.append(float(torch.stack(found).mean()))
         return sum(losses) / len(losses)
 
     def _view(self, source: int) -> int:
@@ -338,13 +342,20 @@ def _measured(s: Settings, model: nn.Module, axes: AxisGraph, budget: Budget, ev
 
 
 def _masks(
-    s: Settings, seen: _Measured, modules: Modules, trust: Tensor, instead: Mapping[str, Tensor], among: Sequence[Space]
+    s: Settings,
+    seen: _Measured,
+    modules: Modules,
+    trust: Tensor,
+    instead: Sequence[Mapping[str, Tensor]],
+    among: Sequence[Space],
 ) -> Masks:
     """The modules and the orders in them, by all sources and without each."""
     every = [modules, *(_partition(s, one, among) for one in seen.views[1:])]
     # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
     every = [one if one.names == modules.names and s.partition != "profiles" else modules for one in every]
-    places = [ordered(m, trust, one.scores.values, instead) for m, one in zip(every, seen.views, strict=True)]
+    places = [
+        ordered(m, trust, one.scores.values, other) for m, one, other in zip(every, seen.views, instead, strict=True)
+    ]
     fills = [{name: m.mean for name, m in one.pooled.moments.items()} if s.compensate else {} for one in seen.views]
     return Masks(
         {key: torch.stack([one.labels[key] for one in every]) for key in modules.labels},
@@ -358,27 +369,13 @@ def _partition(s: Settings, seen: View, among: Sequence[Space]) -> Modules:
     return partition(s.partition, among, seen.scores.values, seen.ranks, seen.spread, bins=s.bins, seed=s.seed)
 
 
-def _instead(s: Settings, model: nn.Module, axes: AxisGraph, seen: _Measured) -> Mapping[str, Tensor]:
-    """What orders the modules that are switched."""
-    if s.instead in scoring.PATHS:
-        return scoring.PATHS[s.instead](scoring.weights_of(model), axes, units=seen.units).values
-    return seen.views[0].spread.mean if s.instead == "mean_rank" else seen.weights_only.values
-
-
-def _costs(axes: AxisGraph, units: Sequence[Axis], modules: Modules, budget: Budget) -> tuple[Tensor, float]:
-    """What the units of each module cost together at present sizes, and what has to go."""
-    cost = Cost(axes, budget.measure)
-    one = {axis.key: float(cost.total - cost({axis.key: axis.size - 1})) for axis in units}
-    costs = torch.zeros(len(modules), dtype=torch.float64)
-    for key, labels in modules.labels.items():
-        costs += torch.bincount(labels, minlength=len(modules)) * one[key]
-    return costs, cost.total * (1 - budget.keep)
-
-
-def _robust(robust: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> float:
-    """The share of distribution-robust units (sensitivity at most the median) among those cut."""
-    gone = [flags[sorted(set(range(len(flags))) - set(kept[key]))] for key, flags in robust.items()]
-    return float(torch.cat(gone).mean()) if any(len(part) for part in gone) else 0.0
+def _instead(s: Settings, model: nn.Module, axes: AxisGraph, seen: _Measured) -> list[Mapping[str, Tensor]]:
+    """What orders the modules that are switched, in each view."""
+    if s.instead == "mean_rank":
+        return [view.spread.mean for view in seen.views]
+    path = scoring.PATHS.get(s.instead)
+    found = path(scoring.weights_of(model), axes, units=seen.units) if path else seen.weights_only
+    return [found.values] * len(seen.views)
 
 
 def _findings(

@@ -83,13 +83,13 @@ def _learn(
     on_done: Callable[[Learned], None] | None,
     progress: Progress,
 ) -> tuple[Plan, State]:
-    state, device = done.state, next(model.parameters()).device
+    state = done.state
     learned = {
-        name: state.tensors[name].detach().clone().to(device).requires_grad_()
+        name: state.tensors[name].detach().clone().requires_grad_()
         for group in training.groups(state)
         for name in group.names
     }
-    state = _with(state, {**{name: t.to(device) for name, t in state.tensors.items()}, **learned})
+    state = _with(state, {**state.tensors, **learned})
     optimiser = torch.optim.AdamW(
         [
             {"params": [learned[name] for name in group.names], "lr": group.lr, "weight_decay": group.weight_decay}

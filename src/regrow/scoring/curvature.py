@@ -49,15 +49,16 @@ def curvature(
     watched = {id(parameters[reader.weight]): reader.weight for reader in reads}
     probe = _Probe(watched, reads, fills, parameters)
     with torch.enable_grad(), probe:
+        batch = batch.to(next(model.parameters()).device)
         logits = logits_in(model(*batch.args, **batch.kwargs))
         said = F.log_softmax(logits.float(), -1).flatten(0, -2)
         generator = torch.Generator(said.device).manual_seed(seed)
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
-        said.gather(1, drawn).sum().backward()
+        said.gather(1, drawn).sum().backward(inputs=[probe.zero])
     curves = []
     for keys, order in orders:
         felt = torch.cat([probe.felt[key] for key in keys], 1)[:, order.to(said.device)]
-        curves.append(0.5 * felt.double().cumsum(1).square().mean(0).cpu())
+        curves.append(0.5 * felt.cpu().double().cumsum(1).square().mean(0))
     return curves
 
 
@@ -93,10 +94,11 @@ class _Probe(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _hook(self, name: str, value: Tensor, dim: int) -> Callable[[Tensor], None]:
-        fill = self.fills[name].to(value).view(-1, *(1,) * (-dim - 1)) if name in self.fills else 0.0
+        fill: Any = self.fills[name].to(value.device, torch.float32) if name in self.fills else torch.zeros(1)
+        fill = fill.to(value.device).view(-1, *(1,) * (-dim - 1))
 
         def hook(gradient: Tensor) -> None:
-            rows = (gradient * (value - fill)).movedim(dim, -1).flatten(0, -2)
+            rows = (gradient.float() * (value.float() - fill)).movedim(dim, -1).flatten(0, -2)
             for reader in self.reads:
                 if reader.weight == name:
                     where = reader.positions(rows.shape[1], self.parameters[name].shape[reader.slot.dim])

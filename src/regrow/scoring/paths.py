@@ -93,7 +93,7 @@ def _circuit(
         gram = rows @ rows.T
         for column in _common(inner_read, outer_read[unit]).unbind(1):
             part = a[column]
-            total[unit] += ((part @ part.T) * gram).sum()
+            total[unit] += float(((part @ part.T) * gram).sum())
     return total
 
 

@@ -68,7 +68,10 @@ def reliability(
     trust = torch.ones(len(modules), dtype=torch.float64)
     match how:
         case "unreliable" | "reversed":
-            trust = _most(u if how == "unreliable" else -u, _sizes(modules), judged, most)
+            able = judged & (u > 0) if how == "unreliable" else judged
+            trust = _most(
+                u if how == "unreliable" else -u, _sizes(modules), able, most * float(_sizes(modules)[judged].sum())
+            )
         case "both":
             trust[(s > 0.5) & (1 - a > 0.5)] = 0
         case "weak":
@@ -123,9 +126,9 @@ def _sizes(modules: Modules) -> Tensor:
     return torch.bincount(torch.cat(list(modules.labels.values())), minlength=len(modules))
 
 
-def _most(u: Tensor, sizes: Tensor, judged: Tensor, most: float) -> Tensor:
-    """Trust nothing of the highest ``u``, as long as the share of judged units does not pass ``most``."""
-    trust, left = torch.ones(len(u), dtype=torch.float64), most * float(sizes[judged].sum())
+def _most(u: Tensor, sizes: Tensor, judged: Tensor, left: float) -> Tensor:
+    """Trust nothing of the highest ``u``, as long as there are no more than ``left`` units in it."""
+    trust = torch.ones(len(u), dtype=torch.float64)
     for module in torch.argsort(-u, stable=True).tolist():
         if judged[module]:
             if sizes[module] > left:

@@ -102,6 +102,16 @@ def sensitivity(found: Ranks, *, denoise: bool = False) -> Sensitivity:
     )
 
 
+def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> float:
+    """The share of flagged units among those that a choice of units cuts; 0 if it cuts none.
+
+    >>> share_of({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
+    0.6666666666666666
+    """
+    gone = [row[sorted(set(range(len(row))) - set(kept[key]))] for key, row in flags.items()]
+    return float(torch.cat(gone).double().mean()) if any(len(part) for part in gone) else 0.0
+
+
 def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     """Is there anything to act on? One row per space: how much ranks differ between sources, and by chance.
 

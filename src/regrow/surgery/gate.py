@@ -68,7 +68,7 @@ class _Gate(TorchFunctionMode):
         if name not in self.fills:
             return value * gate
         fill = self.fills[name].to(value).view(-1, *trailing)
-        return fill + gate * (value - fill)
+        return value * gate + fill * (1 - gate)
 
     def _channels(self, name: str, channels: int) -> Tensor:
         """The gate of each input channel of a weight: the product over the gated axes that lie in it."""
