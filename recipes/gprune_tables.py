@@ -166,7 +166,11 @@ class Bench:
 
     def nll(self, model: torch.nn.Module) -> dict[str, list[float]]:
         """Mean negative log-likelihood of every evaluation window, per kind."""
-        return {test.name: perplexity(model, test).record()["nll_per_window"] for test in self.tests}
+        found = {test.name: perplexity(model, test).record() for test in self.tests}
+        return {
+            name: [value * len(record["nll_per_window"]) / record["tokens"] for value in record["nll_per_window"]]
+            for name, record in found.items()
+        }
 
     def run(self, point: Point) -> dict[str, Any]:
         """Prune and evaluate."""

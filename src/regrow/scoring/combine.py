@@ -35,7 +35,7 @@ def percentile(values: Tensor) -> Tensor:
 def probit(ranks: Tensor) -> Tensor:
     """Φ⁻¹(r): on this scale equal noise moves the ranks in the middle no more than those at the ends.
 
-    >>> probit(torch.tensor([0.5, 0.975])).round(decimals=2).tolist()
+    >>> probit(torch.tensor([0.5, 0.975], dtype=torch.float64)).round(decimals=2).tolist()
     [0.0, 1.96]
     """
     return torch.special.ndtri(ranks)
