@@ -6,10 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from regrow.axes import Axis, AxisGraph
-from regrow.scoring.watch import CONTRACTIONS, named
+from regrow.scoring.watch import Feed
 from regrow.scoring.weights import Reader, readers
 from regrow.sources import Batch, logits_in
 
@@ -62,7 +61,7 @@ def curvature(
     return curves
 
 
-class _Probe(TorchFunctionMode):
+class _Probe(Feed):
     """Takes the derivative by each unit's gate, per position, where the weights that read it are contracted."""
 
     def __init__(
@@ -72,26 +71,16 @@ class _Probe(TorchFunctionMode):
         fills: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
     ) -> None:
-        super().__init__()
-        self.watched, self.reads, self.fills, self.parameters = watched, reads, fills, parameters
+        super().__init__(watched)
+        self.reads, self.fills, self.parameters = reads, fills, parameters
         self.felt: dict[str, Tensor] = {}
         # Something that needs a gradient, so that one is kept for every input behind it.
         self.zero = torch.zeros((), requires_grad=True)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        read = CONTRACTIONS.get(func)
-        for weight, value, dim in read(*args, **kwargs) if read else ():
-            name = named(self.watched, weight)
-            if name is not None:
-                felt = value + self.zero.to(value)
-                felt.register_hook(self._hook(name, value.detach(), dim))
-                args = tuple(felt if arg is value else arg for arg in args)
-                kwargs = {key: felt if arg is value else arg for key, arg in kwargs.items()}
-                break
-        return func(*args, **kwargs)
+    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+        felt = value + self.zero.to(value)
+        felt.register_hook(self._hook(name, value.detach(), dim))
+        return felt
 
     def _hook(self, name: str, value: Tensor, dim: int) -> Callable[[Tensor], None]:
         fill: Any = self.fills[name].to(value.device, torch.float32) if name in self.fills else torch.zeros(1)

@@ -68,6 +68,37 @@ def named(watched: Mapping[int, str], weight: Any) -> str | None:
     return name
 
 
+class Feed(TorchFunctionMode):
+    """Gives watched weights another input than they were to be contracted with, while it is active.
+
+    Args:
+        watched: ``id`` of a weight → its name.
+    """
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
+        super().__init__()
+        self.watched = watched
+
+    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
+        """What the weight of a name is fed instead of ``value``, of which it contracts ``dim``."""
+        raise NotImplementedError
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Exchange the input if a watched weight is contracted, then do what was asked."""
+        kwargs = kwargs or {}
+        read = CONTRACTIONS.get(func)
+        for weight, value, dim in read(*args, **kwargs) if read else ():
+            name = named(self.watched, weight)
+            if name is not None:
+                fed = self.fed(name, value, dim)
+                args = tuple(fed if arg is value else arg for arg in args)
+                kwargs = {key: fed if arg is value else arg for key, arg in kwargs.items()}
+                break
+        return func(*args, **kwargs)
+
+
 class Watch(TorchFunctionMode):
     """Sums the inputs of watched weights while it is active.
 

@@ -1,15 +1,13 @@
 """Gates: units of a network are scaled where they are read, without a change to the network."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from regrow.axes import AxisGraph
-from regrow.scoring.watch import CONTRACTIONS, named
+from regrow.scoring.watch import Feed
 from regrow.scoring.weights import Reader, readers
 
 
@@ -35,7 +33,7 @@ def gated(
         yield
 
 
-class _Gate(TorchFunctionMode):
+class _Gate(Feed):
     def __init__(
         self,
         watched: Mapping[int, str],
@@ -44,25 +42,11 @@ class _Gate(TorchFunctionMode):
         fills: Mapping[str, Tensor],
         parameters: Mapping[str, Tensor],
     ) -> None:
-        super().__init__()
-        self.watched, self.reads, self.gates, self.fills, self.parameters = watched, reads, gates, fills, parameters
+        super().__init__(watched)
+        self.reads, self.gates, self.fills, self.parameters = reads, gates, fills, parameters
         self.made: dict[tuple[str, int], Tensor] = {}
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        read = CONTRACTIONS.get(func)
-        for weight, value, dim in read(*args, **kwargs) if read else ():
-            name = named(self.watched, weight)
-            if name is not None:
-                scaled = self._scaled(name, value, dim)
-                args = tuple(scaled if arg is value else arg for arg in args)
-                kwargs = {key: scaled if arg is value else arg for key, arg in kwargs.items()}
-                break
-        return func(*args, **kwargs)
-
-    def _scaled(self, name: str, value: Tensor, dim: int) -> Tensor:
+    def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
         trailing = (1,) * (-dim - 1)
         gate = self._channels(name, value.shape[dim]).to(value).view(-1, *trailing)
         if name not in self.fills:
