@@ -1,10 +1,11 @@
 """GPrune-LLM (reconstructed from the abstracts) on SmolLM2-135M: the tables of REPRODUCTIONS.md.
 
     python recipes/gprune_tables.py TABLE --texts FOLDER --out recipes/results/gprune.jsonl
-    python recipes/gprune_tables.py TABLE --out recipes/results/gprune.jsonl --show
+    python recipes/gprune_show.py TABLE recipes/results/gprune.jsonl
 
 TABLE is ``main`` (base metric alone, the control, and GPrune, two folds of kinds, three budgets), ``ablation`` (what
-each stage gives; fold 0, keep 0.8), or ``observation`` (how far ranks move between kinds; no pruning).
+each stage gives; fold 0, keep 0.8), ``choice`` (accuracy on multiple choice; fold 0), or ``observation`` (how far
+ranks move between kinds; no pruning).
 
 Fold 0 calibrates on news, code, manual and talk, and prose, legal, wiki and dialogue are unseen; fold 1 the other
 way round. Calibration: ``--windows`` of 256 tokens of each kind; evaluation: ``--eval-windows`` of each kind, from
@@ -23,25 +24,29 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from regrow import apply, trace
+from regrow.axes import Axis, AxisGraph
 from regrow.data import Half, corpora, text, windows
-from regrow.evaluation import perplexity
+from regrow.evaluation import choices, items_in, perplexity
 from regrow.method import Budget, Evidence, Need
 from regrow.nets import load
+from regrow.pruner import Pruner
 from regrow.runs import loop, prune
-from regrow.scoring import collect
+from regrow.scores import Scores
+from regrow.scoring import METRICS, collect, weights_of
 from regrow.scoring.sensitivity import ranks, spectrum
 from regrow.scoring.spaces import spaces
 
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
 BASES = ("flap", "wanda_sp", "llm_pruner")
 SHARDS = 4
+OBSERVATION = "gprune_observation.json"
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
                     for allocation in ("ranked", "uniform"):
                         settings = {"allocation": allocation, "compensate": True}
                         yield Point(f"control {method} {allocation}", method, only="mlp", settings=settings, **more)
+                yield Point("llm_pruner mlp", "llm_pruner", only="mlp", settings={"compensate": True}, **more)
                 for base in BASES:
                     yield Point(f"gprune {base} mlp", "gprune", only="mlp", settings={"base": base, **learning}, **more)
                 for base in BASES:
@@ -86,31 +92,45 @@ def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
 
 ABLATIONS: dict[str, dict[str, Any]] = {
     "full": {},
-    "not judged across sources": {"cross": False},
-    "started uniform": {"start": "uniform"},
-    "started as the base": {"start": "base"},
-    "started by curvature, not learned": {"steps": 0, "start": "curvature"},
-    "one module per layer, never switch": {"partition": "layer", "switch": "never"},
+    "not learned": {"steps": 0, "start": "uniform"},
     "never switch": {"switch": "never"},
-    "random modules": {"partition": "random", "switch": "never"},
-    "random modules, switch": {"partition": "random"},
+    "never switch, not learned": {"switch": "never", "steps": 0, "start": "uniform"},
+    "one module per layer": {"partition": "layer"},
+    "one module per layer, not learned": {"partition": "layer", "steps": 0, "start": "uniform"},
+    "one module per layer, never switch": {"partition": "layer", "switch": "never"},
+    "one module per layer, never switch, not learned": {
+        "partition": "layer",
+        "switch": "never",
+        "steps": 0,
+        "start": "uniform",
+    },
+    "random modules": {"partition": "random"},
+    "random modules, never switch": {"partition": "random", "switch": "never"},
     "always switch": {"switch": "always"},
     "reversed switch": {"switch": "reversed"},
-    "partition and switch, not learned": {"steps": 0, "start": "base"},
-    "switch alone, not learned": {"steps": 0, "start": "uniform"},
+    "switched to the weight-only factor": {"instead": "weights"},
+    "switched to the product of norms": {"instead": "norms"},
+    "switched to the mean rank": {"instead": "mean_rank"},
+    "not judged across sources": {"cross": False},
+    "started as the base": {"start": "base"},
+    "started by curvature": {"start": "curvature"},
     "probit": {"rank": "probit"},
     "noise removed": {"denoise": True},
     "probit, noise removed": {"rank": "probit", "denoise": True},
     "profiles": {"partition": "profiles"},
     "quantiles": {"partition": "quantiles"},
     "global thresholds": {"partition": "thresholds"},
+    "switch where halves disagree": {"switch": "halves"},
     "soft blend": {"switch": "blend"},
-    "split halves": {"switch": "halves"},
-    "product of norms": {"instead": "norms"},
-    "peak to peak": {"instead": "peaks"},
-    "mean rank": {"instead": "mean_rank"},
     "cross-entropy": {"loss": "cross_entropy"},
     "no compensation": {"compensate": False},
+}
+
+PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "the base method": ("flap", {}),
+    "the base method, no compensation": ("flap", {"compensate": False}),
+    "the base method, massive units protected": ("protected", {}),
+    "the base method, same share of each layer, massive units protected": ("protected", {"allocation": "uniform"}),
 }
 
 
@@ -120,6 +140,50 @@ def ablation_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
         for name, change in ABLATIONS.items():
             settings = {"base": "flap", **learning, **change}
             yield Point(f"ablation: {name}", "gprune", 0.8, draw=draw, only="mlp", settings=settings)
+        for name, (method, settings) in PLAIN.items():
+            yield Point(f"ablation: {name}", method, 0.8, draw=draw, only="mlp", settings=settings)
+
+
+def choice_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
+    """Multiple choice: dense, the base pooled, the control, and GPrune, at two budgets."""
+    for keep in (0.8, 0.7):
+        for point in main_table(1, learning):
+            if point.keep == keep and point.fold == 0 and point.arm in CHOOSING:
+                yield replace(point, arm=f"choice: {point.arm}")
+
+
+CHOOSING = ("control flap ranked", "control flap uniform", "gprune flap mlp", "gprune flap all", "flap pooled")
+
+
+def protected(settings: dict[str, Any], most: float = 0.01) -> Pruner:
+    """FLAP with the hundredth of each layer's units that fires strongest (mean square) never cut."""
+    plain = prune.built("flap", settings)
+    assert isinstance(plain, Pruner)
+
+    def score(model: torch.nn.Module, axes: AxisGraph, units: Sequence[Axis], evidence: Evidence) -> Scores:
+        found = plain.score(model, axes, units, evidence)
+        ones = {name: torch.ones_like(weight) for name, weight in weights_of(model).items()}
+        power = METRICS["wanda_sp"][0](ones, axes, evidence.pooled(), units=units, pool="sum")
+        values = {}
+        for key, row in found.values.items():
+            strongest = power.values[key].topk(max(1, round(most * len(row)))).indices
+            values[key] = row.index_fill(0, strongest, float(max(v.max() for v in found.values.values())) + 1)
+        return replace(found, values=values)
+
+    return replace(plain, score=score)
+
+
+def markers(path: Path) -> list[dict[str, Any]]:
+    """Which of ten discourse markers opens the second sentence (BIG-bench), as items of multiple choice."""
+    examples = json.loads(path.read_text())["examples"]
+    return [
+        {
+            "query": example["input"],
+            "choices": list(example["target_scores"]),
+            "gold": list(example["target_scores"].values()).index(1),
+        }
+        for example in examples
+    ]
 
 
 @dataclass
@@ -172,17 +236,26 @@ class Bench:
             for name, record in found.items()
         }
 
+    def judged(self, point: Point, model: torch.nn.Module) -> dict[str, Any]:
+        """Perplexity on all kinds, or accuracy on the tasks."""
+        if not point.arm.startswith("choice"):
+            return {"nll": self.nll(model)}
+        n, tasks = self.args.items, {path.name.partition(".")[0]: items_in(path) for path in map(Path, self.args.task)}
+        tasks["discourse_markers"] = markers(Path(self.args.texts) / "discourse_marker_prediction" / "task.json")
+        found = [choices(model, self.loaded.tokenizer, items[:n], task=name) for name, items in tasks.items()]
+        return {"choice": [one.record() for one in found]}
+
     def run(self, point: Point) -> dict[str, Any]:
         """Prune and evaluate."""
         start = time.perf_counter()
         if point.method == "dense":
-            return {"nll": self.nll(self.model)}
+            return self.judged(point, self.model)
         base = point.settings.get("base", point.method)
         evidence = self.measured(point.fold, point.draw, base == "llm_pruner")
         if point.sources == "single":
             first = FOLDS[point.fold][0]
             evidence = Evidence({first: evidence.statistics[first]}, {first: evidence.data[first]})
-        method = prune.built(point.method, point.settings)
+        method = protected(point.settings) if point.method == "protected" else prune.built(point.method, point.settings)
         budget = Budget(
             point.keep,
             only=(point.only,) if point.only else (),
@@ -194,7 +267,7 @@ class Bench:
         kept = sum(p.numel() for n, p in cut.named_parameters() if n in after.counted)
         found = state.findings
         return {
-            "nll": self.nll(cut),
+            **self.judged(point, cut),
             "kept": kept / sum(p.numel() for n, p in self.model.named_parameters() if n in self.axes.counted),
             "sizes": {key: len(change.keep) for key, change in plan.changes.items()},
             "history": found.get("history", []),
@@ -210,8 +283,9 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     learning = {"steps": args.steps, "every": args.every}
-    every = {"main": main_table, "ablation": ablation_table}[args.table](args.draws, learning)
-    wanted = [Point("dense", "dense", 1.0), *every]
+    table = {"main": main_table, "ablation": ablation_table, "choice": choice_table}[args.table]
+    wanted = [Point("choice: dense" if args.table == "choice" else "dense", "dense", 1.0)]
+    wanted += table(args.draws, learning)
     if args.match:
         wanted = [point for point in wanted if any(part in point.arm for part in args.match)]
     wanted = [p for p in wanted if p.keep in (1.0, *args.keep) and p.fold in args.fold]
@@ -239,8 +313,6 @@ def observe(args: argparse.Namespace) -> None:
     bench = Bench(args)
     sources = [s for fold in (0, 1) for s in bench.sources(fold, 0)]
     found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
-    from regrow.scoring import METRICS, weights_of
-
     weights, units = weights_of(bench.model), bench.axes.units()
     rows = {}
     for name in ("wifv", "wanda_sp"):
@@ -251,44 +323,11 @@ def observe(args: argparse.Namespace) -> None:
         for scale in ("raw", "probit"):
             among = spaces(units)
             rows[f"{name} {scale}"] = spectrum(ranks(by, among, scale), among)
-    out = Path(args.out).with_name("gprune_observation.json")
+    out = Path(args.out).with_name(OBSERVATION)
     out.write_text(
         json.dumps({"windows": args.windows, "shards": SHARDS, "kinds": list(found), "rows": rows}, indent=1)
     )
     print(f"written to {out}")
-
-
-def show(args: argparse.Namespace) -> None:
-    """Print mean ± sd over draws of the geometric mean perplexity of unseen and seen kinds, and the judging loss."""
-    cells: dict[tuple, list[dict[str, Any]]] = {}
-    for row in _rows(Path(args.out)):
-        if row["model"] != args.model:
-            continue
-        if row["arm"].startswith("ablation") == (args.table == "ablation") or row["arm"] == "dense":
-            steps = row["settings"].get("steps")
-            arm = row["arm"] + (f", {steps} steps" if steps else "")
-            means = {kind: statistics.fmean(values) for kind, values in row["nll"].items()}
-            seen, unseen = FOLDS[row["fold"]], FOLDS[1 - row["fold"]]
-            cells.setdefault((row["keep"], row["fold"], arm), []).append(
-                {
-                    "unseen": statistics.fmean(means[kind] for kind in unseen),
-                    "seen": statistics.fmean(means[kind] for kind in seen),
-                    "judged": min((one["held_out"] for one in row.get("history", [])), default=None),
-                }
-            )
-    print("| keep | fold | arm | unseen kinds | seen kinds | held-out loss | draws |")
-    print("|---|---|---|---|---|---|---|")
-    for (keep, fold, arm), values in sorted(cells.items(), key=lambda c: (-c[0][0], c[0][1])):
-        cols = " | ".join(_cell([value[part] for value in values]) for part in ("unseen", "seen"))
-        judged = [value["judged"] for value in values if value["judged"] is not None]
-        told = f"{statistics.fmean(judged):.3f}" if judged else ""
-        print(f"| {keep} | {fold} | {arm} | {cols} | {told} | {len(values)} |")
-
-
-def _cell(logs: Sequence[float]) -> str:
-    values = [math.exp(min(log, 50)) for log in logs]
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}"
 
 
 def _rows(out: Path) -> list[dict[str, Any]]:
@@ -298,26 +337,22 @@ def _rows(out: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run, or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("main", "ablation", "observation"))
+    parser.add_argument("table", choices=("main", "ablation", "choice", "observation"))
     parser.add_argument("--texts", default="texts", help="folder of the four kinds that no Python package brings")
     parser.add_argument("--out", required=True, help="one JSON line per point")
     parser.add_argument("--model", default="smollm2-135m", help="what is pruned: smollm2-135m or gemma3-270m")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows per kind")
-    parser.add_argument("--eval-windows", type=int, default=8, help="evaluation windows per kind")
+    parser.add_argument("--eval-windows", type=int, default=4, help="evaluation windows per kind")
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
-    parser.add_argument("--steps", type=int, default=40, help="steps of learning, 2 windows each")
-    parser.add_argument("--every", type=int, default=10, help="steps between judgements on held-out windows")
+    parser.add_argument("--steps", type=int, default=12, help="steps of learning, 2 windows each")
+    parser.add_argument("--every", type=int, default=6, help="steps between judgements on held-out windows")
+    parser.add_argument("--task", nargs="*", default=[], help="choice: files of PIQA and ARC-easy, .jsonl.gz")
+    parser.add_argument("--items", type=int, default=200, help="choice: items of each task")
     parser.add_argument("--match", action="append", help="only arms whose name holds this; repeat it for several")
     parser.add_argument("--keep", type=float, nargs="*", default=[0.9, 0.8, 0.7], help="only these budgets")
     parser.add_argument("--fold", type=int, nargs="*", default=[0, 1], help="only these folds")
-    parser.add_argument("--show", action="store_true", help="print the table of what is there")
     args = parser.parse_args()
-    if args.show:
-        show(args)
-    elif args.table == "observation":
-        observe(args)
-    else:
-        run(args)
+    (observe if args.table == "observation" else run)(args)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Mark
 from regrow.plan import Plan
+from regrow.progress import Progress, silent
 from regrow.scores import Scores, Statistics, merged
 from regrow.sources import Batch, Source
 
@@ -78,12 +79,14 @@ class Evidence:
         data: Source name → the batches themselves, for methods that learn.
         step: How many steps of learning were done.
         notes: What a reader should know about the sources (one had to be split).
+        progress: Called as a method measures more by itself.
     """
 
     statistics: Mapping[str, Sequence[Statistics]] = field(default_factory=dict)
     data: Mapping[str, Source] = field(default_factory=dict)
     step: int = 0
     notes: tuple[str, ...] = ()
+    progress: Progress = silent
 
     @property
     def sources(self) -> tuple[str, ...]:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.evaluation.forward import Progress, evaluating, logits_of, silent
+from regrow.evaluation.forward import evaluating, logits_of
 from regrow.evaluation.language import token_losses
+from regrow.progress import Progress, silent
 from regrow.sources import Batch
 
 Item = Mapping[str, Any]

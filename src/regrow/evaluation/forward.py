@@ -1,19 +1,12 @@
 """Calling a network on a batch: in eval mode, without gradients, on its device, and put back as it was."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from regrow.sources import Batch, logits_in, moved
-
-Progress = Callable[[int, int, str], None]
-"""Called with (done, total, what) while something takes longer than a moment."""
-
-
-def silent(done: int, total: int, what: str) -> None:
-    """Report nothing."""
 
 
 @contextmanager

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.evaluation.forward import Progress, evaluating, logits_of, silent
+from regrow.evaluation.forward import evaluating, logits_of
+from regrow.progress import Progress, silent
 from regrow.sources import Source
 
 # Rows of logits turned into float32 at a time: 256 rows of a 262,144-token vocabulary are 256 MB.

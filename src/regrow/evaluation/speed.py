@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.evaluation.forward import Progress, evaluating, silent
+from regrow.evaluation.forward import evaluating
+from regrow.progress import Progress, silent
 from regrow.sources import Batch, moved
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from regrow.evaluation.choice import share_error
-from regrow.evaluation.forward import Progress, evaluating, logits_of, silent
+from regrow.evaluation.forward import evaluating, logits_of
+from regrow.progress import Progress, silent
 from regrow.sources import Source
 
 

@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any
 from xml.etree import ElementTree
 
@@ -50,6 +51,21 @@ class Drawing:
     description: str
     wide: str
     narrow: str
+
+    def file(self, margin: int = 16) -> str:
+        """The wide drawing as an SVG file of its own, in the colours of the page by light and by dark.
+
+        Args:
+            margin: Paper on each side, in pixels.
+        """
+        light, dark = _palettes()
+        head, _, rest = self.wide.replace("xlink:", "").partition(">")
+        width, height = (float(side) + 2 * margin for side in re.findall(r"[\d.]+", head)[2:4])
+        box = f'viewBox="{-margin} {-margin} {width:g} {height:g}"'
+        head = re.sub(r'viewBox="[^"]*"', f'xmlns="http://www.w3.org/2000/svg" {box}', head)
+        style = f"svg{{font-family:system-ui,sans-serif;{light}}}@media (prefers-color-scheme:dark){{svg{{{dark}}}}}"
+        paper = f'<rect x="{-margin}" y="{-margin}" width="{width:g}" height="{height:g}" style="fill:var(--paper)"/>'
+        return f"{head}><style>{style}</style>{paper}{rest}\n"
 
 
 class Canvas:
@@ -208,6 +224,13 @@ def steps(first: int, last: int, most: int) -> list[int]:
     """At most about ``most`` whole numbers from ``first`` to ``last``, at round distances."""
     step = next(step * 10**k for k in range(10) for step in (1, 2, 5) if (last - first) / (step * 10**k) <= most)
     return list(range(-(-first // step) * step, last + 1, step))
+
+
+def _palettes() -> list[str]:
+    """The declarations of colour of the page's style: by light, and by dark."""
+    css = (resources.files("regrow.reports") / "templates" / "style.css").read_text(encoding="utf-8")
+    rows = re.findall(r"(--paper: [^;]*;) --ink: ([^;]*);([^}]*?)--wash", css)
+    return [f"{paper}color:{ink};{' '.join(rest.split())}" for paper, ink, rest in rows[:2]]
 
 
 def _inline(svg: str, prefix: str, title: str, description: str) -> str:

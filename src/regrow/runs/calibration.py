@@ -7,9 +7,9 @@ from typing import Any
 from regrow.axes import AxisGraph
 from regrow.method import Evidence, Method
 from regrow.nets import Loaded
+from regrow.progress import Progress
 from regrow.runs import checkpoints, prune
 from regrow.runs.folder import RunFolder
-from regrow.runs.progress import Progress
 from regrow.sources import Source
 
 

@@ -11,8 +11,8 @@ from regrow import evaluation
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError
 from regrow.nets.examples import guessed_example, text_example
+from regrow.progress import Progress, silent
 from regrow.runs import store
-from regrow.runs.progress import Progress, silent
 from regrow.runs.pruning_run import DTYPES, Settings, load_model, sources_of
 from regrow.sources import Batch
 

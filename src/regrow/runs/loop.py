@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph
 from regrow.method import Evidence, Method, State, Training
 from regrow.plan import Plan
-from regrow.runs.progress import Progress, silent
+from regrow.progress import Progress, silent
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def proposed(
     Raises:
         ValueError: If the loss is not finite, or the method ends without a plan.
     """
+    evidence = replace(evidence, progress=progress)
     with _still(model):
         if done is None:
             plan, state = method.propose(model, axes, evidence, state)

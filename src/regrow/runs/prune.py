@@ -10,8 +10,8 @@ from regrow.axes import AxisGraph, Example
 from regrow.method import Budget, Evidence, Method, Need, State
 from regrow.methods import entry
 from regrow.plan import Plan
+from regrow.progress import Progress, silent
 from regrow.runs.loop import proposed
-from regrow.runs.progress import Progress, silent
 from regrow.scoring import collect
 from regrow.sources import Source
 from regrow.surgery import apply

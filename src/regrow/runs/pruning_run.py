@@ -20,10 +20,10 @@ from regrow.method import Budget, Evidence, Measure
 from regrow.methods import entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
+from regrow.progress import Progress, silent
 from regrow.runs import loop, prune, store, tune
 from regrow.runs.calibration import calibrated
 from regrow.runs.folder import RunFolder
-from regrow.runs.progress import Progress, silent
 from regrow.scores import Scores
 from regrow.scoring import energy, massive, weights_of
 from regrow.sources import Source

@@ -1,0 +1,203 @@
+"""The tables of REPRODUCTIONS.md on GPrune-LLM, from what ``gprune_tables.py`` wrote.
+
+    python recipes/gprune_show.py main recipes/results/gprune.jsonl
+    python recipes/gprune_show.py ablation recipes/results/gprune.jsonl
+    python recipes/gprune_show.py choice recipes/results/gprune.jsonl
+    python recipes/gprune_show.py observation recipes/results/gprune_observation.json   (draws an .svg beside it)
+
+Perplexities are geometric means over the kinds of text. Differences are paired: mean over windows of the unseen kinds
+(each draw's apart) of the negative log-likelihood per token, against the control (``main``) or the full method
+(``ablation``), with the standard error over windows × draws.
+"""
+
+import argparse
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gprune_tables import BASES, FOLDS
+
+from regrow.reports import behaviour
+from regrow.reports.findings import findings
+from regrow.reports.reading import RunFolder
+
+Row = dict[str, Any]
+CAPPED = 50.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The draws of one arm at one keep and fold."""
+
+    arm: str
+    keep: float
+    fold: int
+    rows: tuple[Row, ...]
+
+    def logs(self, seen: bool) -> list[float]:
+        """Per draw, the log of the geometric mean perplexity over kinds."""
+        kinds = FOLDS[self.fold if seen else 1 - self.fold]
+        return [statistics.fmean(statistics.fmean(row["nll"][kind]) for kind in kinds) for row in self.rows]
+
+    def perplexity(self, seen: bool) -> str:
+        """Mean ± sd over draws."""
+        return spread([math.exp(min(log, CAPPED)) for log in self.logs(seen)])
+
+    def against(self, other: "Cell") -> str:
+        """The paired difference to another arm on unseen kinds, over the draws that both have."""
+        kinds = FOLDS[1 - self.fold]
+        theirs = {row["draw"]: row for row in other.rows}
+        pairs = [
+            mine - yours
+            for row in self.rows
+            if row["draw"] in theirs
+            for kind in kinds
+            for mine, yours in zip(row["nll"][kind], theirs[row["draw"]]["nll"][kind], strict=True)
+        ]
+        if other is self or not pairs:
+            return ""
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+        return f"{statistics.fmean(pairs):+.3f} ± {error:.3f}"
+
+    def mean(self, *path: str) -> str:
+        """The mean over draws of a number that rows hold."""
+        found = []
+        for row in self.rows:
+            value: Any = row
+            for name in path:
+                value = (value or {}).get(name)
+            found += [] if value is None else [value]
+        return f"{statistics.fmean(found):.2f}" if found else ""
+
+
+def cells(rows: Sequence[Row], *, ablation: bool) -> Iterator[Cell]:
+    """The arms of a table, by keep and fold, in the order they were written in."""
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        if "nll" in row and row["arm"].startswith("ablation") == ablation:
+            found.setdefault((row["keep"], row["fold"], row["arm"]), []).append(row)
+    for (keep, fold, arm), mine in sorted(found.items(), key=lambda item: (-item[0][0], item[0][1])):
+        yield Cell(arm.removeprefix("ablation: "), keep, fold, tuple(mine))
+
+
+def main_table(rows: Sequence[Row]) -> Iterator[str]:
+    """One block per keep and fold, then what became of the aims."""
+    every = [cell for cell in cells(rows, ablation=False) if cell.arm != "dense"]
+    dense = next(row for row in rows if row["arm"] == "dense")
+    for fold, unseen in enumerate(reversed(FOLDS)):
+        plain = Cell("dense", 1.0, fold, (dense,))
+        told = f"unseen ({', '.join(unseen)}) {plain.perplexity(False)}, seen {plain.perplexity(True)}"
+        yield f"Dense, fold {fold}: {told}."
+    yield from ("", f"| keep | fold | {' | '.join(_COLUMNS)} |", "|---" * (len(_COLUMNS) + 2) + "|")
+    aims = []
+    for keep, fold in sorted({(cell.keep, cell.fold) for cell in every}, key=lambda pair: (-pair[0], pair[1])):
+        block = {cell.arm: cell for cell in every if (cell.keep, cell.fold) == (keep, fold)}
+        controls = [cell for arm, cell in block.items() if arm.startswith("control")]
+        control = min(controls, key=lambda cell: statistics.fmean(cell.logs(False))) if controls else None
+        for arm, cell in block.items():
+            robust = [part for one in ("base", "gprune") if (part := cell.mean("robust_among_cut", one))]
+            row = (
+                f"**{arm}**" if cell is control else arm,
+                cell.perplexity(False),
+                cell.perplexity(True),
+                cell.against(control) if control else "",
+                " → ".join(robust),
+                cell.mean("seconds"),
+                str(len(cell.rows)),
+            )
+            yield f"| {keep} | {fold} | {' | '.join(row)} |"
+        aims += _aims(keep, fold, block, control)
+    yield from ("", "| keep | fold | aim | figure |", "|---|---|---|---|", *aims)
+
+
+_COLUMNS = ("arm", "unseen kinds", "seen kinds", "against the control, nats", "robust among cut", "seconds", "draws")
+
+
+def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) -> Iterator[str]:
+    def level(arm: str) -> float | None:
+        return statistics.fmean(block[arm].logs(False)) if arm in block else None
+
+    for base in BASES:
+        for other, what in ((control and control.arm, "the control"), (f"{base} pooled", "itself pooled, all units")):
+            for part in ("mlp", "all"):
+                mine, theirs = level(f"gprune {base} {part}"), level(other or "")
+                if mine is not None and theirs is not None:
+                    less = math.exp(mine - theirs) - 1
+                    yield f"| {keep} | {fold} | gprune {base} {part} against {what} | {100 * less:+.1f} % |"
+    plain = {
+        "mlp": ("control flap ranked", "control wanda_sp uniform", "llm_pruner mlp"),
+        "all": tuple(f"{base} pooled" for base in BASES),
+    }
+    for part, arms in plain.items():
+        spans = []
+        for row in (arms, [f"gprune {base} {part}" for base in BASES]):
+            levels = [found for arm in row if (found := level(arm)) is not None]
+            spans.append(math.exp(max(levels) - min(levels)) if len(levels) == len(BASES) else math.nan)
+        yield f"| {keep} | {fold} | max ÷ min over bases, {part}: without → with | {spans[0]:.2f} → {spans[1]:.2f} |"
+
+
+def ablation_table(rows: Sequence[Row]) -> Iterator[str]:
+    """One row per change, against the full method."""
+    every = list(cells(rows, ablation=True))
+    full = next(cell for cell in every if cell.arm == "full")
+    yield "| arm | unseen kinds | seen kinds | against full, nats | held-out loss | robust among cut | draws |"
+    yield "|---|---|---|---|---|---|---|"
+    for cell in every:
+        judged = [min(one["held_out"] for one in row["history"]) for row in cell.rows if row.get("history")]
+        yield (
+            f"| {cell.arm} | {cell.perplexity(False)} | {cell.perplexity(True)} | {cell.against(full)} | "
+            f"{spread(judged) if judged else ''} | {cell.mean('robust_among_cut', 'gprune')} | {len(cell.rows)} |"
+        )
+
+
+def choice_table(rows: Sequence[Row]) -> Iterator[str]:
+    """Accuracy per task, in percent, with the standard error."""
+    every = [row for row in rows if "choice" in row]
+    tasks = [one["task"] for one in every[0]["choice"]]
+    yield from (f"| keep | arm | {' | '.join(tasks)} | mean |", "|---" * (len(tasks) + 3) + "|")
+    for row in sorted(every, key=lambda row: -row["keep"]):
+        cols = [f"{100 * one['accuracy']:.1f} ± {100 * one['error']:.1f}" for one in row["choice"]]
+        mean = 100 * statistics.fmean(one["accuracy"] for one in row["choice"])
+        yield f"| {row['keep']} | {row['arm'].removeprefix('choice: ')} | {' | '.join(cols)} | {mean:.1f} |"
+
+
+def draw_observation(path: Path) -> None:
+    """The figure of what was observed (WIFV, raw ranks)."""
+    told = findings(RunFolder(Path(), {}, findings={"spectrum": json.loads(path.read_text())["rows"]["wifv raw"]}))
+    drawing = behaviour.spectrum({"findings": told})
+    if drawing is not None:
+        path.with_suffix(".svg").write_text(drawing.file())
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean ± sd.
+
+    >>> spread([1.0, 3.0]), spread([2.0])
+    ('2.00 ± 1.4', '2.00')
+    """
+    more = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{more}"
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=("main", "ablation", "choice", "observation"))
+    parser.add_argument("results", type=Path, help="what gprune_tables.py wrote")
+    parser.add_argument("--model", default="smollm2-135m", help="of which model")
+    args = parser.parse_args()
+    if args.table == "observation":
+        draw_observation(args.results)
+        return
+    rows = [json.loads(line) for line in args.results.read_text().splitlines()]
+    rows = [row for row in rows if row["model"] == args.model]
+    table = {"main": main_table, "ablation": ablation_table, "choice": choice_table}[args.table]
+    print("\n".join(table(rows)))
+
+
+if __name__ == "__main__":
+    main()
