@@ -72,22 +72,21 @@ class Point:
 def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
     """Base metric alone, the control, GPrune; the most telling points first."""
     for draw in range(draws):
-        for keep in (0.8, 0.7, 0.9):
-            for fold in (0, 1):
-                more = {"keep": keep, "fold": fold, "draw": draw}
-                for method in ("flap", "wanda_sp"):
-                    for allocation in ("ranked", "uniform"):
-                        settings = {"allocation": allocation, "compensate": True}
-                        yield Point(f"control {method} {allocation}", method, only="mlp", settings=settings, **more)
-                yield Point("llm_pruner mlp", "llm_pruner", only="mlp", settings={"compensate": True}, **more)
-                for base in BASES:
-                    yield Point(f"gprune {base} mlp", "gprune", only="mlp", settings={"base": base, **learning}, **more)
-                for base in BASES:
-                    yield Point(f"{base} pooled", base, settings={"compensate": True}, **more)
-                for base in BASES:
-                    yield Point(f"gprune {base} all", "gprune", settings={"base": base, **learning}, **more)
-                for base in BASES:
-                    yield Point(f"{base} single", base, sources="single", settings={"compensate": True}, **more)
+        for fold, keep in ((0, 0.8), (0, 0.7), (1, 0.8), (1, 0.7), (0, 0.9), (1, 0.9)):
+            more = {"keep": keep, "fold": fold, "draw": draw}
+            for method in ("flap", "wanda_sp"):
+                for allocation in ("ranked", "uniform"):
+                    settings = {"allocation": allocation, "compensate": True}
+                    yield Point(f"control {method} {allocation}", method, only="mlp", settings=settings, **more)
+            yield Point("llm_pruner mlp", "llm_pruner", only="mlp", settings={"compensate": True}, **more)
+            for base in BASES:
+                yield Point(f"gprune {base} mlp", "gprune", only="mlp", settings={"base": base, **learning}, **more)
+            for base in BASES:
+                yield Point(f"{base} pooled", base, settings={"compensate": True}, **more)
+            for base in BASES:
+                yield Point(f"gprune {base} all", "gprune", settings={"base": base, **learning}, **more)
+            for base in BASES:
+                yield Point(f"{base} single", base, sources="single", settings={"compensate": True}, **more)
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -219,9 +218,9 @@ class Bench:
         ]
 
     def measured(self, fold: int, draw: int, gradients: bool) -> Evidence:
-        """Statistics of a fold, in shards; the latest only, for gradients are large."""
+        """Statistics of a fold, in shards; gradients, which are large, of the latest only."""
         if (fold, draw, gradients) not in self.evidence:
-            self.evidence.clear()
+            self.evidence = {key: value for key, value in self.evidence.items() if not (gradients and key[-1])}
             needs = {Need.ACTIVATIONS, *([Need.GRADIENTS] if gradients else [])}
             sources = self.sources(fold, draw)
             found = collect(self.model, self.axes, sources, needs, shards=SHARDS)
@@ -247,7 +246,6 @@ class Bench:
 
     def run(self, point: Point) -> dict[str, Any]:
         """Prune and evaluate."""
-        start = time.perf_counter()
         if point.method == "dense":
             return self.judged(point, self.model)
         base = point.settings.get("base", point.method)
@@ -261,6 +259,7 @@ class Bench:
             only=(point.only,) if point.only else (),
             exclude=(point.exclude,) if point.exclude else (),
         )
+        start = time.perf_counter()
         plan, state = loop.proposed(self.model, self.axes, method, evidence, method.init(self.axes, budget))
         planned = time.perf_counter() - start
         cut, after = apply(copy.deepcopy(self.model), self.axes, plan)

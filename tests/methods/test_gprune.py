@@ -14,13 +14,15 @@ from regrow.methods import entry
 from regrow.plan import Plan
 from regrow.runs import loop
 from regrow.runs.checkpoints import read_learned, write_learned
-from regrow.runs.prune import begun, measured
+from regrow.runs.prune import begun, measured, prune
 
 SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
 
 
-def run(settings: Mapping[str, Any], keep: float = 0.6, method: str = "gprune", **more: Any) -> tuple[Plan, State, Any]:
-    model, axes = lm(**SIZES)
+def run(
+    settings: Mapping[str, Any], keep: float = 0.6, method: str = "gprune", blocks: int = 2, **more: Any
+) -> tuple[Plan, State, Any]:
+    model, axes = lm(**SIZES, blocks=blocks)
     built = entry(method).build(entry(method).settings(**settings))
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
     evidence = measured(model, axes, built, sources)
@@ -32,9 +34,9 @@ def run(settings: Mapping[str, Any], keep: float = 0.6, method: str = "gprune", 
 @pytest.mark.parametrize("keep", [0.85, 0.6, 0.45])
 def test_without_its_stages_it_is_the_base_method_unit_for_unit(base: str, keep: float) -> None:
     degenerate = {"base": base, "partition": "layer", "switch": "never", "steps": 0, "start": "base"}
-    plain = {"spare_first": 0.0, "spare_last": 0.0} if base == "llm_pruner" else {}
-    ours = run(degenerate, keep)[0]
-    theirs = run({"compensate": True, **plain}, keep, base)[0]
+    blocks = 10 if base == "llm_pruner" and keep > 0.5 else 2  # of ten it spares the first and the last
+    ours = run(degenerate, keep, blocks=blocks)[0]
+    theirs = run({"compensate": True}, keep, base, blocks)[0]
     assert ours.changes == theirs.changes
     assert {name: sorted(row) for name, row in ours.means.items()} == {
         n: sorted(row) for n, row in theirs.means.items()
@@ -164,3 +166,12 @@ def test_what_it_saw_is_plain_data() -> None:
 def test_wrong_settings_are_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         entry("gprune").build(entry("gprune").settings(**settings))
+
+
+def test_a_source_that_is_split_is_told() -> None:
+    model, _ = lm(**SIZES)
+    with pytest.warns(UserWarning, match="'a' was split into 3 parts"):
+        _, plan = prune(
+            model, method="gprune", keep=0.6, sources=[texts("a", batches=6)], settings={"steps": 0, "shards": 1}
+        )
+    assert "Give more kinds" in plan.origin["notes"][0] and plan.changes

@@ -112,7 +112,7 @@ def test_every_unit_is_in_one_module_and_none_is_tiny(how: str) -> None:
         assert modules.names == tuple(axis.key for axis in AXES)
 
 
-def test_the_grid_halves_by_sensitivity_and_strength_and_random_modules_have_its_sizes() -> None:
+def test_the_grid_halves_by_sensitivity_and_strength_and_random_modules_have_the_sizes_of_thresholds() -> None:
     scores = drawn(0.3, 0.5)
     found, base = ranks(scores, AMONG), scores["s0"][0].values
     spread, among = sensitivity(found), spaces(AXES, parts=4)
@@ -122,9 +122,9 @@ def test_the_grid_halves_by_sensitivity_and_strength_and_random_modules_have_its
     assert float(robust.max()) <= float(sensitive.min())
     assert float(base["a"][a == 0].max()) <= float(base["a"][a == 1].min())
     assert grid.names[:4] == ("a robust weak", "a robust strong", "a sensitive weak", "a sensitive strong")
-    random = partition("random", among, base, found, spread, seed=2)
-    assert torch.equal(torch.bincount(random.labels["a"]), torch.bincount(a))
-    assert 0.15 < float((random.labels["a"] == a).double().mean()) < 0.4
+    random, alike = (partition(how, among, base, found, spread, seed=2).labels["a"] for how in ("random", "thresholds"))
+    assert torch.equal(torch.bincount(random), torch.bincount(alike))
+    assert 0.15 < float((random == alike).double().mean()) < 0.4
     with pytest.raises(ValueError, match="formed by grid, quantiles"):
         partition("cube", among, base, found, spread)
 

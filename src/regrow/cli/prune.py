@@ -86,6 +86,8 @@ def prune(
         with working() as progress:
             plan = plan_only(settings, progress)
         write_text(dry_run, plan.to_json() + "\n")
+        for note in plan.origin.get("notes", ()):
+            say(f"note: {note}")
         say(f"plan written to {dry_run}: {len(plan.changes)} axes change")
         say(f"run it with `regrow apply {dry_run} {settings.model} --out FOLDER`")
         return

@@ -2,54 +2,39 @@
 
 Reconstructed from the abstracts: the paper's formulas could not be obtained, every formula and default here is ours.
 A wrapper around a base metric: (1) how far does a unit's rank move between sources; (2) modules of units of like
-sensitivity and strength; (3) modules that are sensitive and weak are ordered by the base metric's weight-only factor;
+sensitivity and strength; (3) modules that are sensitive and weak are ordered by a metric that needs no activations;
 (4) the share each module gives up is learned under the exact budget: the order in a module is fixed, masks are
 straight-through, the loss is the divergence from the dense network, and the best allocation on held-out text is kept,
 the base method's own among them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from regrow import scoring
-from regrow.allocation import allocation, module_costs, ranked, ratios, uniform
+from regrow.allocation import BudgetError, allocation, module_costs, ranked, ratios, uniform
 from regrow.axes import Axis, AxisGraph, Mark
 from regrow.masked import Comparison, Masks, least_curvature
 from regrow.method import Budget, Evidence, Group, Need, State, Training
 from regrow.plan import Plan
 from regrow.pruner import told
 from regrow.scores import Scores, Statistics
+from regrow.scoring.base import BASES
 from regrow.scoring.partition import PARTITIONS, Modules, partition
 from regrow.scoring.reliability import SWITCHES, Reliability, ordered, reliability
 from regrow.scoring.sensitivity import SCALES, share_of, spectrum
-from regrow.scoring.spaces import Space, spaces, within
+from regrow.scoring.spaces import Space, inner, spaces, within
 from regrow.scoring.views import View, halves, views
 from regrow.sources import Batch, drawn
 
 CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
 
 
-@dataclass(frozen=True)
-class Base:
-    """What is wrapped: a metric, how it is made comparable between axes, and the allocation its method uses."""
-
-    metric: str
-    allocation: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-BASES: Mapping[str, Base] = {
-    "flap": Base("wifv", "ranked", {"pool": "standardised"}),
-    "wanda_sp": Base("wanda_sp", "uniform", {"pool": "standardised"}),
-    "llm_pruner": Base("taylor", "uniform"),
-    "magnitude": Base("magnitude", "uniform"),
-}
-
-STARTS = ("base", "uniform", "curvature")
+STARTS = ("base", "uniform", "curvature", "best")
 INSTEAD = ("weights", *scoring.PATHS, "mean_rank")
 
 
@@ -62,16 +47,16 @@ class Settings:
         shards: Into how many parts each source is split, to tell sensitivity from sampling noise.
         rank: ``raw``: sensitivity of percentile ranks; ``probit``: of their normal quantiles.
         denoise: Take the noise within sources out of the sensitivity.
-        partition: ``grid``, ``quantiles``, ``profiles``, ``thresholds``, ``random`` or ``layer``.
+        partition: ``thresholds``, ``grid``, ``quantiles``, ``profiles``, ``random`` or ``layer``: see there.
         bins: How many modules ``quantiles`` and ``profiles`` make of each layer.
         switch: ``unreliable``, ``both``, ``weak``, ``halves``, ``blend``, ``never``, ``always`` or ``reversed``.
         switch_most: The largest share of units that ``unreliable`` and ``reversed`` may switch.
-        instead: What orders switched modules: ``weights`` (the base metric's weight-only factor), ``norms`` (product of
-            norms), ``peaks`` (peak to peak), ``through`` (norm of the map through a unit), ``mean_rank`` over sources.
+        instead: What orders switched modules: ``peaks`` (peak to peak of a unit's rows), ``norms`` (their norms, as a
+            product), ``through`` (the map through it), ``weights`` (weight-only factor of the base), ``mean_rank``.
         cross: Teach and judge each source with the order and the means of the others alone, as if it were a kind that
             calibration never saw.
         start: Where learning starts: ``base`` (the base method's own allocation), ``uniform`` (the same share of every
-            axis), ``curvature`` (least second-order divergence), or ``best`` of the three on held-out text.
+            axis), ``best`` of these two on held-out text, or ``curvature`` (least second-order divergence).
         steps: Steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
         every: After how many steps an allocation is judged on held-out text.
@@ -91,18 +76,18 @@ class Settings:
     shards: int = 4
     rank: str = "raw"
     denoise: bool = False
-    partition: str = "grid"
+    partition: str = "thresholds"
     bins: int = 4
     switch: str = "unreliable"
     switch_most: float = 0.25
-    instead: str = "weights"
+    instead: str = "peaks"
     cross: bool = True
     start: str = "best"
-    steps: int = 100
+    steps: int = 40
     windows: int = 2
-    every: int = 20
+    every: int = 10
     held_out: float = 0.25
-    lr: float = 0.1
+    lr: float = 0.3
     width: float = 0.05
     width_few: float = 0.1
     most: float = 0.95
@@ -120,7 +105,7 @@ def build(settings: Settings) -> "GPrune":
         ValueError: If a setting has no such value.
     """
     known = {"base": BASES, "rank": SCALES, "partition": PARTITIONS, "switch": SWITCHES, "instead": INSTEAD}
-    for name, values in {**known, "start": (*STARTS, "best"), "loss": ("kl", "cross_entropy")}.items():
+    for name, values in {**known, "start": STARTS, "loss": ("kl", "cross_entropy")}.items():
         if (value := getattr(settings, name)) not in values:
             raise ValueError(f"gprune: {name} is one of {', '.join(values)}; got {value!r}")
     if min(settings.shards, settings.windows, settings.every) < 1 or settings.steps < 0:
@@ -194,6 +179,7 @@ class GPrune:
     def _begun(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State) -> State:
         """Stages 1 to 3, and the start of the fourth."""
         s, budget = self.settings, state.budget
+        evidence.progress(0, 1, "forming modules")
         seen = _measured(s, model, axes, budget, evidence)
         among, first = spaces(seen.units, parts=4), seen.views[0]
         modules = _partition(s, first, among)
@@ -207,11 +193,13 @@ class GPrune:
         robust = within(first.spread.sigma, seen.spaces, lambda sigma: (sigma <= sigma.median()).double())
         fixed = {**masks.tensors(), **{f"robust:{key}": value for key, value in robust.items()}, "costs": costs}
         state = replace(state, tensors=fixed, values={"removed": removed, "metric": first.scores.metric})
-        tried = STARTS if s.start == "best" else (s.start,)
+        tried = STARTS[:2] if s.start == "best" else (s.start,)
         kept = {name: self._started(name, model, axes, evidence, state, seen) for name in tried}
-        given = {name: masks.given(units) for name, units in kept.items()}
-        judge = s.steps or len(tried) > 1
-        losses = {name: self._held(model, axes, evidence, state, share) for name, share in given.items() if judge}
+        given = {name: masks.given(units) for name, units in kept.items() if name == tried[0] or units != kept["base"]}
+        judge, losses = bool(s.steps) or len(tried) > 1, {}
+        for i, (name, one) in enumerate(given.items() if judge else ()):
+            evidence.progress(i, len(given), f"judging the start {name}")
+            losses[name] = self._held(model, axes, evidence, state, one)
         start = min(losses, key=lambda name: losses[name]) if judge else s.start
         share = given[start]
         logits = torch.logit((share / s.most).clamp(0.02, 0.98))
@@ -236,8 +224,15 @@ class GPrune:
         """Axis key → the units kept at the start of learning."""
         s, masks = self.settings, Masks.of(state.tensors)
         if how != "curvature":
-            allocate = uniform if how == "uniform" else allocation(BASES[s.base].allocation)
-            return allocate(axes, seen.views[0].scores, state.budget, minimum=s.minimum)
+            base, scores = BASES[s.base], seen.views[0].scores.values
+            allocate = uniform if how == "uniform" else allocation(base.allocation)
+            spared = inner(seen.units, *base.spare) if how == "base" else seen.units
+            try:
+                some = {axis.key: scores[axis.key] for axis in spared}
+                kept = allocate(axes, some, state.budget, minimum=s.minimum)
+            except BudgetError:  # what is spared has to give, too
+                kept = allocate(axes, scores, state.budget, minimum=s.minimum)
+            return {key: kept.get(key, tuple(range(len(row)))) for key, row in scores.items()}
         worth = least_curvature(
             model, axes, self._teaching(evidence), seen.units, masks, state.tensors["costs"][0], seed=s.seed
         )
@@ -265,6 +260,7 @@ class GPrune:
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = scoring.means(model, axes, kept, pooled) if s.compensate else {}
         origin = {"method": "gprune", "settings": asdict(s), **budget.record(), **told(scores)}
+        origin |= {"notes": list(evidence.notes)} if evidence.notes else {}
         rows = [
             {**row, "learned": float(one), "given": float(last)}
             for row, one, last in zip(state.findings["modules"], share, masks.given(every), strict=True)
@@ -329,14 +325,11 @@ class _Measured:
 
 def _measured(s: Settings, model: nn.Module, axes: AxisGraph, budget: Budget, evidence: Evidence) -> _Measured:
     units = scoring.scorable(axes, axes.units(budget.only, budget.exclude, budget.marks))
-    weights, base, among = scoring.weights_of(model), BASES[s.base], spaces(units)
-    metric: Callable[..., Scores] = scoring.METRICS[base.metric][0]
+    weights, among, sums = scoring.weights_of(model), spaces(units), evidence.statistics
 
     def score(statistics: Statistics | None) -> Scores:
-        found = metric(weights, axes, statistics, units=units, **base.options)
-        return found if base.options else scoring.normalise(found, "zscore")
+        return BASES[s.base].score(weights, axes, statistics, units)
 
-    sums = evidence.statistics
     seen = views(sums, score, among, scale=s.rank, denoise=s.denoise, without_each=s.cross)
     return _Measured(units, among, tuple(seen), score(None), halves(sums, score))
 

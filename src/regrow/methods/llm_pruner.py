@@ -5,16 +5,14 @@ Like the original: the same share from every block but the first eighth and the 
 by their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
 """
 
-import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
 from regrow import scoring
 from regrow.allocation import allocation
-from regrow.axes import Axis
 from regrow.method import Need
 from regrow.pruner import Pruner
+from regrow.scoring.spaces import inner
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
 
@@ -42,12 +40,13 @@ class Settings:
 
 def build(settings: Settings) -> Pruner:
     """Taylor importance, the same share of all but the outer blocks, compensated."""
+    spared = settings.spare_first, settings.spare_last
     how = "zscore" if settings.allocation == "ranked" else "none"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
         score=lambda model, axes, units, evidence: scoring.normalise(
             scoring.taylor(
-                scoring.weights_of(model), axes, evidence.pooled(), units=_spared(units, settings), form=settings.form
+                scoring.weights_of(model), axes, evidence.pooled(), units=inner(units, *spared), form=settings.form
             ),
             how,
         ),
@@ -57,12 +56,3 @@ def build(settings: Settings) -> Pruner:
         else None,
         origin={"method": "llm_pruner", "settings": asdict(settings)},
     )
-
-
-def _spared(units: Sequence[Axis], settings: Settings) -> list[Axis]:
-    """The axes outside the first and last blocks; a block is the first number in a tensor's dotted name."""
-    found = {axis.key: re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units}
-    blocks = sorted({int(match[1]) for match in found.values() if match})
-    first, last = (round(share * len(blocks)) for share in (settings.spare_first, settings.spare_last))
-    inner = set(blocks[first : len(blocks) - last])
-    return [axis for axis in units if not (match := found[axis.key]) or int(match[1]) in inner]

@@ -1,5 +1,6 @@
 """Pruning: from a network and sources to a smaller network and the plan that made it."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -43,7 +44,7 @@ def prune(
         **budget: More fields of :class:`regrow.method.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``.
 
     Returns:
-        The same model, smaller, and the plan that was applied.
+        The same model, smaller, and the plan that was applied. A source that had to be split is told as a warning.
 
     Raises:
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
@@ -64,7 +65,10 @@ def prune(
         example = Example(batch.args, batch.kwargs)
     axes, wanted = trace(model, *example.args, **example.kwargs), Budget(keep, **budget)
     state = begun(axes, chosen, wanted, sources)
-    plan, _ = proposed(model, axes, chosen, measured(model, axes, chosen, sources, progress), state, progress=progress)
+    evidence = measured(model, axes, chosen, sources, progress)
+    for note in evidence.notes:
+        warnings.warn(note, stacklevel=2)
+    plan, _ = proposed(model, axes, chosen, evidence, state, progress=progress)
     apply(model, axes, plan)
     return model, plan
 

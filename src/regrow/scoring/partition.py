@@ -65,8 +65,8 @@ def partition(
     Args:
         how: One of ``PARTITIONS``: ``grid``, sensitivity × score, each split at its median in the space (pooled spaces,
             whose units are few: sensitivity alone); ``quantiles`` of sensitivity; ``profiles``, k-means on the ranks by
-            source; ``thresholds``, the grid with medians over all spaces of a kind; ``random``, as the grid, but who is
-            in which module is drawn; ``layer``, one module per axis.
+            source; ``thresholds``, the grid with medians over all spaces of a kind; ``random``, modules as large as
+            those, but who is in which is drawn; ``layer``, one module per axis.
         among: The spaces.
         scores: Axis key → the base score on all sources.
         found: Ranks by source.
@@ -133,7 +133,7 @@ def _cells(space: Space, sensitive: Tensor, strong: Tensor) -> Cells:
 
 
 def _random(view: _View, index: int) -> Cells:
-    cells, words = _grid(view, index)
+    cells, words = _thresholds(view, index)
     shuffle = torch.randperm(len(cells), generator=torch.Generator().manual_seed(view.seed * 65537 + index))
     return cells[shuffle], [f"random {i}" for i in range(len(words))]
 

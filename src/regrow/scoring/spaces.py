@@ -1,5 +1,6 @@
 """Spaces: which units are ranked against each other."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -65,6 +66,24 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1, few: int = FEW) -> tuple[Spa
             if some:
                 found.append(Space(label, tuple(a.key for a in some), tuple(a.size for a in some)))
     return tuple(found)
+
+
+def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
+    """The axes outside the first and the last blocks; a block is the first number in a tensor's dotted name.
+
+    Args:
+        units: Axes; those of no block are always in.
+        first: The share of the blocks at the beginning that is left out.
+        last: The share at the end.
+
+    >>> from regrow.axes import Axis
+    >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], 0.4, 0.0)]
+    ['h.1.w', 'h.2.w', 'head']
+    """
+    found = {axis.key: re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units}
+    blocks = sorted({int(match[1]) for match in found.values() if match})
+    chosen = set(blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))])
+    return [axis for axis in units if not (match := found[axis.key]) or int(match[1]) in chosen]
 
 
 def within(values: Mapping[str, Tensor], among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
