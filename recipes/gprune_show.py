@@ -16,6 +16,7 @@ import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ class Cell:
 
     def logs(self, seen: bool) -> list[float]:
         """Per draw, the log of the geometric mean perplexity over kinds."""
-        kinds = FOLDS[self.fold if seen else 1 - self.fold]
-        return [statistics.fmean(statistics.fmean(row["nll"][kind]) for kind in kinds) for row in self.rows]
+        rows = [[statistics.fmean(row["nll"][kind]) for kind in self.kinds(seen)] for row in self.rows]
+        return [statistics.fmean(row) for row in rows if row]
+
+    def kinds(self, seen: bool) -> list[str]:
+        """The kinds measured that calibration saw, or those it did not."""
+        return [kind for kind in self.rows[0]["nll"] if (kind in FOLDS[self.fold]) == seen]
 
     def perplexity(self, seen: bool) -> str:
         """Mean ± sd over draws."""
@@ -49,7 +54,7 @@ class Cell:
 
     def against(self, other: "Cell") -> str:
         """The paired difference to another arm on unseen kinds, over the draws that both have."""
-        kinds = FOLDS[1 - self.fold]
+        kinds = self.kinds(seen=False)
         theirs = {row["draw"]: row for row in other.rows}
         pairs = [
             mine - yours
@@ -74,19 +79,20 @@ class Cell:
         return f"{statistics.fmean(found):.2f}" if found else ""
 
 
-def cells(rows: Sequence[Row], *, ablation: bool) -> Iterator[Cell]:
+def cells(rows: Sequence[Row], table: str) -> Iterator[Cell]:
     """The arms of a table, by keep and fold, in the order they were written in."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
-        if "nll" in row and row["arm"].startswith("ablation") == ablation:
-            found.setdefault((row["keep"], row["fold"], row["arm"]), []).append(row)
+        of, _, arm = row["arm"].rpartition(": ")
+        if (of or "main") == table:
+            found.setdefault((row["keep"], row["fold"], arm), []).append(row)
     for (keep, fold, arm), mine in sorted(found.items(), key=lambda item: (-item[0][0], item[0][1])):
-        yield Cell(arm.removeprefix("ablation: "), keep, fold, tuple(mine))
+        yield Cell(arm, keep, fold, tuple(mine))
 
 
 def main_table(rows: Sequence[Row]) -> Iterator[str]:
     """One block per keep and fold, then what became of the aims."""
-    every = [cell for cell in cells(rows, ablation=False) if cell.arm != "dense"]
+    every = [cell for cell in cells(rows, "main") if cell.arm != "dense"]
     dense = next(row for row in rows if row["arm"] == "dense")
     for fold, unseen in enumerate(reversed(FOLDS)):
         plain = Cell("dense", 1.0, fold, (dense,))
@@ -140,9 +146,9 @@ def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) 
         yield f"| {keep} | {fold} | max ÷ min over bases, {part}: without → with | {spans[0]:.2f} → {spans[1]:.2f} |"
 
 
-def ablation_table(rows: Sequence[Row]) -> Iterator[str]:
+def ablation_table(rows: Sequence[Row], table: str = "ablation") -> Iterator[str]:
     """One row per change, against the full method."""
-    every = list(cells(rows, ablation=True))
+    every = list(cells(rows, table))
     full = next(cell for cell in every if cell.arm == "full")
     yield "| arm | unseen kinds | seen kinds | against full, nats | held-out loss | robust among cut | draws |"
     yield "|---|---|---|---|---|---|---|"
@@ -150,7 +156,7 @@ def ablation_table(rows: Sequence[Row]) -> Iterator[str]:
         judged = [min(one["held_out"] for one in row["history"]) for row in cell.rows if row.get("history")]
         yield (
             f"| {cell.arm} | {cell.perplexity(False)} | {cell.perplexity(True)} | {cell.against(full)} | "
-            f"{spread(judged) if judged else ''} | {cell.mean('robust_among_cut', 'gprune')} | {len(cell.rows)} |"
+            f"{spread(judged)} | {cell.mean('robust_among_cut', 'gprune')} | {len(cell.rows)} |"
         )
 
 
@@ -174,11 +180,13 @@ def draw_observation(path: Path) -> None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean ± sd.
+    """Mean ± sd; nothing for nothing.
 
     >>> spread([1.0, 3.0]), spread([2.0])
     ('2.00 ± 1.4', '2.00')
     """
+    if not values:
+        return ""
     more = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{more}"
 
@@ -186,7 +194,7 @@ def spread(values: Sequence[float]) -> str:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("main", "ablation", "choice", "observation"))
+    parser.add_argument("table", choices=("main", "ablation", "validation", "choice", "observation"))
     parser.add_argument("results", type=Path, help="what gprune_tables.py wrote")
     parser.add_argument("--model", default="smollm2-135m", help="of which model")
     args = parser.parse_args()
@@ -195,8 +203,9 @@ def main() -> None:
         return
     rows = [json.loads(line) for line in args.results.read_text().splitlines()]
     rows = [row for row in rows if row["model"] == args.model]
-    table = {"main": main_table, "ablation": ablation_table, "choice": choice_table}[args.table]
-    print("\n".join(table(rows)))
+    tables = {"main": main_table, "ablation": ablation_table, "choice": choice_table}
+    tables["validation"] = partial(ablation_table, table="validation")
+    print("\n".join(tables[args.table](rows)))
 
 
 if __name__ == "__main__":

