@@ -8,7 +8,7 @@ from regrow.axes import Axis
 from regrow.method import Need
 from regrow.scores import Scores
 from regrow.scoring import METRICS, collect, percentile, weights_of
-from regrow.scoring.partition import LEAST, PARTITIONS, partition
+from regrow.scoring.partition import LEAST, PARTITIONS, Modules, partition
 from regrow.scoring.paths import peak_to_peak, product_of_norms, through
 from regrow.scoring.reliability import SWITCHES, ordered, reliability
 from regrow.scoring.sensitivity import ranks, sensitivity, spectrum
@@ -209,3 +209,19 @@ def test_ranks_of_real_statistics_have_the_shapes_they_should() -> None:
         assert got.whole[axis.key].shape == (2, axis.size) and got.shards[axis.key].shape == (2, 2, axis.size)
     with pytest.raises(ValueError, match="scales raw, probit"):
         ranks(by, spaces(axes.units()), "log")
+
+
+def test_modules_keep_their_numbers_where_another_partition_has_the_same() -> None:
+    scores = drawn(0.3, 0.5)
+    among, base = spaces(AXES, parts=4), scores["s0"][0].values
+    found = ranks(scores, AMONG)
+    fine, coarse = (partition(how, among, base, found, sensitivity(found), bins=4) for how in ("grid", "quantiles"))
+    assert fine.numbered_as(fine, among).labels.keys() == fine.labels.keys()
+    assert all(torch.equal(row, fine.labels[key]) for key, row in fine.numbered_as(fine, among).labels.items())
+    assert all(torch.equal(row, fine.labels[key]) for key, row in coarse.numbered_as(fine, among).labels.items())
+    shifted = Modules(fine.labels, tuple(f"x {n}" if n.startswith("a ") else n for n in fine.names), fine.spaces)
+    mixed = Modules({k: fine.labels[k].flip(0) for k in fine.labels}, shifted.names, fine.spaces)
+    told = mixed.numbered_as(fine, among).labels
+    assert all(
+        torch.equal(row, fine.labels[key].flip(0) if key != "a" else fine.labels[key]) for key, row in told.items()
+    )

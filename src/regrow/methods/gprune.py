@@ -343,9 +343,10 @@ def _masks(
     among: Sequence[Space],
 ) -> Masks:
     """The modules and the orders in them, by all sources and without each."""
-    every = [modules, *(_partition(s, one, among) for one in seen.views[1:])]
     # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
-    every = [one if one.names == modules.names and s.partition != "profiles" else modules for one in every]
+    others = seen.views[1:] if s.partition != "profiles" else ()
+    every = [modules, *(_partition(s, one, among).numbered_as(modules, among) for one in others)]
+    every += [modules] * (len(seen.views) - len(every))
     places = [
         ordered(m, trust, one.scores.values, other) for m, one, other in zip(every, seen.views, instead, strict=True)
     ]

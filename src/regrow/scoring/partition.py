@@ -39,6 +39,26 @@ class Modules:
         zeros = torch.zeros(len(self), dtype=torch.float64)
         return zeros.index_add(0, labels, flat) / zeros.index_add(0, labels, torch.ones_like(flat))
 
+    def numbered_as(self, other: "Modules", among: Sequence[Space]) -> "Modules":
+        """The same modules under the numbers of another partition, whose own stand where a space is divided otherwise.
+
+        Args:
+            other: Another partition of the same units.
+            among: The spaces of both.
+        """
+        number = {name: i for i, name in enumerate(other.names)}
+        mine, theirs = (
+            [{n for n, home in zip(m.names, m.spaces, strict=True) if home == i} for i in range(len(among))]
+            for m in (self, other)
+        )
+        numbers = torch.tensor([number.get(name, -1) for name in self.names])
+        labels = {
+            key: numbers[self.labels[key]] if mine[i] == theirs[i] else other.labels[key]
+            for i, space in enumerate(among)
+            for key in space.keys
+        }
+        return Modules({key: labels[key] for key in other.labels}, other.names, other.spaces)
+
     def table(self, among: Sequence[Space], **columns: Tensor) -> list[dict[str, Any]]:
         """One row per module, as JSON data: its name, space, kind and number of units, and its entry of each column."""
         sizes = torch.bincount(torch.cat(list(self.labels.values())), minlength=len(self))
