@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from regrow.allocation import slopes, soft_step
 from regrow.axes import Axis, AxisGraph
 from regrow.scoring import cross_entropy, curvature
-from regrow.sources import Batch, logits_in
+from regrow.sources import Batch, asked, logits_in
 from regrow.surgery.gate import gated
 
 
@@ -171,8 +171,8 @@ class Comparison:
         with gated(model, axes, gates, fills):
             logits = logits_in(model(*here.args, **here.kwargs))
         if dense is not None:
-            said = F.log_softmax(logits.float(), -1).flatten(0, -2)
-            return F.kl_div(said, dense.flatten(0, -2), log_target=True, reduction="batchmean")
+            said = F.log_softmax(asked(logits, here.labels).float(), -1)
+            return F.kl_div(said, dense, log_target=True, reduction="batchmean")
         if here.labels is None:
             raise ValueError("cross entropy needs labels; learn with loss=kl")
         return cross_entropy(logits, here.labels)
@@ -186,7 +186,8 @@ class Comparison:
             return self.kept[id(batch)][1]
         here = batch.to(next(model.parameters()).device)
         with torch.no_grad():
-            answers = F.log_softmax(logits_in(model(*here.args, **here.kwargs)).float(), -1)
+            logits = logits_in(model(*here.args, **here.kwargs))
+            answers = F.log_softmax(asked(logits, here.labels).float(), -1)
         if sum(one.nbytes for _, one in self.kept.values()) + answers.nbytes <= self.memory * 2**30:
             self.kept[id(batch)] = (batch, answers)
         return answers

@@ -118,3 +118,20 @@ def logits_in(answer: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise TypeError(f"expected logits from the model, got {type(answer).__name__}")
     return found
+
+
+def asked(logits: Tensor, labels: Tensor | None) -> Tensor:
+    """The logits of the positions that were asked for, as ``[positions, classes]``.
+
+    Args:
+        logits: ``[..., classes]``, or ``[batch, classes, ...]`` where that is what the labels fit.
+        labels: Class per position, −100 where none is asked; all positions without them.
+
+    >>> labels = torch.tensor([[0, -100]])
+    >>> asked(torch.zeros(1, 2, 5), labels).shape, asked(torch.zeros(1, 5, 2), labels).shape
+    (torch.Size([1, 5]), torch.Size([1, 5]))
+    """
+    if labels is not None and logits.shape[:-1] != labels.shape and logits.movedim(1, -1).shape[:-1] == labels.shape:
+        logits = logits.movedim(1, -1)
+    rows = logits.flatten(0, -2)
+    return rows if labels is None or labels.numel() != len(rows) else rows[labels.flatten() != -100]

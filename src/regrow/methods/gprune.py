@@ -186,7 +186,7 @@ class GPrune:
         trusted = reliability(
             s.switch, among, modules, first.scores.values, first.spread, seen.halves, most=s.switch_most
         )
-        masks = _masks(s, seen, modules, trusted.trust, _instead(s, model, axes, seen), among)
+        masks = _masks(s, model, seen, modules, trusted.trust, _instead(s, model, axes, seen), among)
         labels = [{key: row[view] for key, row in masks.modules.items()} for view in range(len(seen.views))]
         priced = [module_costs(axes, one, len(modules), budget) for one in labels]
         costs, removed = torch.stack([each for each, _ in priced]), priced[0][1]
@@ -336,6 +336,7 @@ def _measured(s: Settings, model: nn.Module, axes: AxisGraph, budget: Budget, ev
 
 def _masks(
     s: Settings,
+    model: nn.Module,
     seen: _Measured,
     modules: Modules,
     trust: Tensor,
@@ -350,11 +351,11 @@ def _masks(
     places = [
         ordered(m, trust, one.scores.values, other) for m, one, other in zip(every, seen.views, instead, strict=True)
     ]
-    fills = [{name: m.mean for name, m in one.pooled.moments.items()} if s.compensate else {} for one in seen.views]
+    filled = [name for name in seen.views[0].pooled.moments if s.compensate and scoring.takes_constant(model, name)]
     return Masks(
         {key: torch.stack([one.labels[key] for one in every]) for key in modules.labels},
         {key: torch.stack([one[key] for one in places]) for key in modules.labels},
-        {name: torch.stack([one[name] for one in fills]) for name in fills[0]},
+        {name: torch.stack([one.pooled.moments[name].mean for one in seen.views]) for name in filled},
         torch.tensor([s.width_few if among[i].pooled else s.width for i in modules.spaces]).double(),
     )
 

@@ -8,7 +8,7 @@ from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources, percentile
-from regrow.scoring.compensate import means
+from regrow.scoring.compensate import means, takes_constant
 from regrow.scoring.curvature import curvature
 from regrow.scoring.gradients import cross_entropy, taylor
 from regrow.scoring.massive import Massive, massive
@@ -38,6 +38,7 @@ __all__ = [
     "random",
     "readers",
     "scorable",
+    "takes_constant",
     "taylor",
     "through",
     "wanda_sp",

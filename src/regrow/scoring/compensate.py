@@ -40,7 +40,7 @@ def means(
         name = reader.slot.name
         moments = statistics.moments.get(reader.weight)
         width = parameters[name].shape[reader.slot.dim]
-        if moments is None or len(moments.total) != width or not _exact(model, name, parameters[name].dim()):
+        if moments is None or len(moments.total) != width or not takes_constant(model, name):
             continue
         staying = set(kept[reader.axis])
         dropped = [unit for unit in range(reader.size) if unit not in staying]
@@ -51,12 +51,15 @@ def means(
     return {name: dict(sorted(row.items())) for name, row in result.items()}
 
 
-def _exact(model: nn.Module, name: str, dims: int) -> bool:
-    """Whether a constant input of this weight is the same as a bias."""
-    if dims == 2:
-        return True
+def takes_constant(model: nn.Module, name: str) -> bool:
+    """Whether a constant input of a weight is the same as a bias: of a linear map, or of a plain unpadded convolution.
+
+    >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
+    >>> takes_constant(net, "0.weight"), takes_constant(net, "1.weight")
+    (True, False)
+    """
     owner = model.get_submodule(name.rpartition(".")[0])
-    if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d) or owner.groups != 1:
-        return False
+    if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return model.get_parameter(name).dim() == 2
     padding = owner.padding
-    return padding == "valid" if isinstance(padding, str) else all(p == 0 for p in padding)
+    return owner.groups == 1 and (padding == "valid" if isinstance(padding, str) else all(p == 0 for p in padding))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regrow.axes import Axis, AxisGraph
 from regrow.scoring.watch import Feed
 from regrow.scoring.weights import Reader, readers
-from regrow.sources import Batch, logits_in
+from regrow.sources import Batch, asked, logits_in
 
 
 def curvature(
@@ -42,6 +42,9 @@ def curvature(
     Returns:
         Per order one number per unit, ``[n]`` float64.
 
+    Raises:
+        ValueError: If an axis is read at two resolutions.
+
     Source: the Fisher information of masks, Kwon et al. (arXiv 2204.09656); the sums along an order are ours.
     """
     parameters, reads = dict(model.named_parameters()), readers(axes, units)
@@ -50,7 +53,7 @@ def curvature(
     with torch.enable_grad(), probe:
         batch = batch.to(next(model.parameters()).device)
         logits = logits_in(model(*batch.args, **batch.kwargs))
-        said = F.log_softmax(logits.float(), -1).flatten(0, -2)
+        said = F.log_softmax(asked(logits, batch.labels).float(), -1)
         generator = torch.Generator(said.device).manual_seed(seed)
         drawn = torch.multinomial(said.detach().exp(), 1, generator=generator)
         said.gather(1, drawn).sum().backward(inputs=[probe.zero])
@@ -92,6 +95,12 @@ class _Probe(Feed):
                 if reader.weight == name:
                     where = reader.positions(rows.shape[1], self.parameters[name].shape[reader.slot.dim])
                     felt = rows[:, where.flatten().to(rows.device)].unflatten(1, where.shape).sum(2)
-                    self.felt[reader.axis] = self.felt[reader.axis] + felt if reader.axis in self.felt else felt
+                    before = self.felt.setdefault(reader.axis, torch.zeros_like(felt))
+                    if before.shape != felt.shape:
+                        raise ValueError(
+                            f"{reader.axis!r} is read at {len(before)} positions and at {len(felt)}: its curvature "
+                            "cannot be summed; start as the base method or uniformly"
+                        )
+                    self.felt[reader.axis] = before + felt
 
         return hook
