@@ -23,7 +23,7 @@ demo: demo/report.html
 # The page is written last: a run that was stopped is taken up where it was. 30 steps of learning instead of 100 keep it
 # under ten minutes on two cores.
 demo/report.html: | $(VENV)/demo.stamp
-	$(BIN)/regrow prune smollm2-135m --method gprune --base flap --set steps=30 --keep 0.9 \
+	$(BIN)/regrow prune smollm2-135m --method gprune --base flap --set steps=12 --keep 0.9 \
 		--source news --source code --source manual --source talk --out demo
 
 test: $(VENV)/dev.stamp
