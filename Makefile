@@ -20,7 +20,7 @@ JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 demo: demo/report.html
 	@echo "Look at it: demo/report.html  (make clean forgets it)"
 
-# The page is written last: a run that was stopped is taken up where it was. 30 steps of learning instead of 100 keep it
+# The page is written last: a run that was stopped is taken up where it was. 12 steps of learning instead of 40 keep it
 # under ten minutes on two cores.
 demo/report.html: | $(VENV)/demo.stamp
 	$(BIN)/regrow prune smollm2-135m --method gprune --base flap --set steps=12 --keep 0.9 \

@@ -142,6 +142,9 @@ def ablation_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
         for name, change in ABLATIONS.items():
             settings = {"base": "flap", **learning, **change}
             yield Point(f"ablation: {name}", "gprune", 0.8, draw=draw, only="mlp", settings=settings)
+        full = {"base": "flap", **learning}
+        for name, exclude in (("key-value groups in play", ""), ("query heads in play", "k_proj")):
+            yield Point(f"ablation: {name}", "gprune", 0.8, draw=draw, exclude=exclude, settings=full)
         for name, (method, settings) in PLAIN.items():
             yield Point(f"ablation: {name}", method, 0.8, draw=draw, only="mlp", settings=settings)
 
