@@ -123,7 +123,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "quantiles": {"partition": "quantiles"},
     "grid": {"partition": "grid"},
     "switch where halves disagree": {"switch": "halves"},
-    "soft blend": {"switch": "blend"},
+    "hard switch": {"switch": "unreliable"},
     "cross-entropy": {"loss": "cross_entropy"},
     "no compensation": {"compensate": False},
 }
@@ -168,7 +168,7 @@ VALIDATED = (
     "not judged across sources",
     "started as the base",
     "grid",
-    "soft blend",
+    "hard switch",
     "the base method",
 )
 

@@ -2,7 +2,7 @@
 
 Reconstructed from the abstracts: the paper's formulas could not be obtained, every formula and default here is ours.
 A wrapper around a base metric: (1) how far does a unit's rank move between sources; (2) modules of units of like
-sensitivity and strength; (3) modules that are sensitive and weak are ordered by a metric that needs no activations;
+sensitivity and strength; (3) the more sensitive and weak a module is, the more a metric without activations orders it;
 (4) the share each module gives up is learned under the exact budget: the order in a module is fixed, masks are
 straight-through, the loss is the divergence from the dense network, and the best allocation on held-out text is kept,
 the base method's own among them.
@@ -49,7 +49,7 @@ class Settings:
         denoise: Take the noise within sources out of the sensitivity.
         partition: ``thresholds``, ``grid``, ``quantiles``, ``profiles``, ``random`` or ``layer``: see there.
         bins: How many modules ``quantiles`` and ``profiles`` make of each layer.
-        switch: ``unreliable``, ``both``, ``weak``, ``halves``, ``blend``, ``never``, ``always`` or ``reversed``.
+        switch: ``blend``, ``unreliable``, ``both``, ``weak``, ``halves``, ``never``, ``always`` or ``reversed``.
         switch_most: The largest share of units that ``unreliable`` and ``reversed`` may switch.
         instead: What orders switched modules: ``peaks`` (peak to peak of a unit's rows), ``norms`` (their norms, as a
             product), ``through`` (the map through it), ``weights`` (weight-only factor of the base), ``mean_rank``.
@@ -78,7 +78,7 @@ class Settings:
     denoise: bool = False
     partition: str = "thresholds"
     bins: int = 4
-    switch: str = "unreliable"
+    switch: str = "blend"
     switch_most: float = 0.25
     instead: str = "peaks"
     cross: bool = True
