@@ -174,7 +174,15 @@ def test_no_file_names_a_place_on_one_machine():
 def test_the_import_floors_catch_a_planted_violation(where, line, tmp_path):
     pytest.importorskip("importlinter")
     package = tmp_path / "regrow"
-    for name in ("axes", "sources", "scores", "plan", "method", *(f"methods/{n}" for n in ("other", "third"))):
+    for name in (
+        "axes",
+        "sources",
+        "progress",
+        "scores",
+        "plan",
+        "method",
+        *(f"methods/{n}" for n in ("other", "third")),
+    ):
         (package / name).parent.mkdir(parents=True, exist_ok=True)
         (package / f"{name}.py").write_text("")
     for folder in ("", "methods", "tracing", "evaluation", "surgery", "reports"):
