@@ -127,9 +127,10 @@ def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) 
     def level(arm: str) -> float | None:
         return statistics.fmean(block[arm].logs(False)) if arm in block else None
 
+    parts = [f"{part}{variant}" for variant in ("", ", hard switch") for part in ("mlp", "all")]
     for base in BASES:
         for other, what in ((control and control.arm, "the control"), (f"{base} pooled", "itself pooled, all units")):
-            for part in ("mlp", "all"):
+            for part in parts:
                 mine, theirs = level(f"gprune {base} {part}"), level(other or "")
                 if mine is not None and theirs is not None:
                     less = math.exp(mine - theirs) - 1
@@ -138,12 +139,14 @@ def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) 
         "mlp": ("control flap ranked", "control wanda_sp uniform", "llm_pruner mlp"),
         "all": tuple(f"{base} pooled" for base in BASES),
     }
-    for part, arms in plain.items():
+    for part in parts:
         spans = []
-        for row in (arms, [f"gprune {base} {part}" for base in BASES]):
+        for row in (plain[part[:3]], [f"gprune {base} {part}" for base in BASES]):
             levels = [found for arm in row if (found := level(arm)) is not None]
-            spans.append(math.exp(max(levels) - min(levels)) if len(levels) == len(BASES) else math.nan)
-        yield f"| {keep} | {fold} | max ÷ min over bases, {part}: without → with | {spans[0]:.2f} → {spans[1]:.2f} |"
+            spans += [math.exp(max(levels) - min(levels))] if len(levels) == len(BASES) else []
+        if len(spans) == 2:
+            span = f"{spans[0]:.2f} → {spans[1]:.2f}"
+            yield f"| {keep} | {fold} | max ÷ min over bases, {part}: without → with | {span} |"
 
 
 def ablation_table(rows: Sequence[Row], table: str = "ablation") -> Iterator[str]:

@@ -84,6 +84,10 @@ def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
             yield Point("llm_pruner mlp", "llm_pruner", only="mlp", settings={"compensate": True}, **more)
             for base in BASES:
                 yield Point(f"gprune {base} mlp", "gprune", only="mlp", settings={"base": base, **learning}, **more)
+            if fold == draw == 0 and keep < 0.9:
+                for base in BASES:
+                    hard = {"base": base, "switch": "unreliable", **learning}
+                    yield Point(f"gprune {base} mlp, hard switch", "gprune", only="mlp", settings=hard, **more)
             for base in BASES:
                 yield Point(f"{base} pooled", base, settings={"compensate": True}, **more)
             for base in BASES:
@@ -310,7 +314,7 @@ class Bench:
             "sizes": {key: len(change.keep) for key, change in plan.changes.items()},
             "history": found.get("history", []),
             "starts": found.get("starts", {}),
-            "switched": sum(row["units"] for row in found.get("modules", []) if row["trust"] < 1),
+            "switched": sum(row["units"] * (1 - row["trust"]) for row in found.get("modules", [])),
             "robust_among_cut": found.get("robust_among_cut", {}),
             "seconds": round(planned, 1),
         }

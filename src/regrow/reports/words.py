@@ -126,8 +126,8 @@ def modules(run: Run) -> str:
             "strong units score above the median, weak ones no higher."
         )
     return (
-        f"{what} A switched module is ordered by the other metric, by default one without activations, since these "
-        "are not trusted there."
+        f"{what} The less activations are trusted in a module, the more another metric, by default one without "
+        "activations, orders it; a module is called switched where that has the greater say."
     )
 
 

@@ -1,5 +1,6 @@
 """Seeing what a weight is fed: a torch-function mode that sums the inputs of the weights it is told to watch."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -68,7 +69,7 @@ def named(watched: Mapping[int, str], weight: Any) -> str | None:
     return name
 
 
-class Feed(TorchFunctionMode):
+class Feed(TorchFunctionMode, ABC):
     """Gives watched weights another input than they were to be contracted with, while it is active.
 
     Args:
@@ -79,9 +80,9 @@ class Feed(TorchFunctionMode):
         super().__init__()
         self.watched = watched
 
+    @abstractmethod
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
         """What the weight of a name is fed instead of ``value``, of which it contracts ``dim``."""
-        raise NotImplementedError
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
