@@ -6,8 +6,8 @@
     python recipes/gprune_show.py observation recipes/results/gprune_observation.json   (draws an .svg beside it)
 
 Perplexities are geometric means over the kinds of text. Differences are paired: mean over windows of the unseen kinds
-(each draw's apart) of the negative log-likelihood per token, against the control (``main``) or the full method
-(``ablation``), with the standard error over windows × draws.
+of the negative log-likelihood per token, against the control (``main``) or the full method (``ablation``), with the
+standard error over windows (each the mean of its draws; beyond 2.1 of it is 5 % at 16 windows) and the span over draws.
 """
 
 import argparse
@@ -54,19 +54,19 @@ class Cell:
 
     def against(self, other: "Cell") -> str:
         """The paired difference to another arm on unseen kinds, over the draws that both have."""
-        kinds = self.kinds(seen=False)
         theirs = {row["draw"]: row for row in other.rows}
-        pairs = [
-            mine - yours
-            for row in self.rows
-            if row["draw"] in theirs
-            for kind in kinds
-            for mine, yours in zip(row["nll"][kind], theirs[row["draw"]]["nll"][kind], strict=True)
-        ]
-        if other is self or not pairs:
+        both = [(row, theirs[row["draw"]]) for row in self.rows if row["draw"] in theirs]
+        if other is self or not both:
             return ""
-        error = statistics.stdev(pairs) / math.sqrt(len(pairs))
-        return f"{statistics.fmean(pairs):+.3f} ± {error:.3f}"
+        each = [
+            [x - y for kind in self.kinds(seen=False) for x, y in zip(a["nll"][kind], b["nll"][kind], strict=True)]
+            for a, b in both
+        ]
+        windows = [statistics.fmean(row) for row in zip(*each, strict=True)]
+        error = statistics.stdev(windows) / math.sqrt(len(windows))
+        draws = [statistics.fmean(row) for row in each]
+        told = f", draws {min(draws):+.3f} to {max(draws):+.3f}" if len(draws) > 1 else ""
+        return f"{statistics.fmean(windows):+.3f} ± {error:.3f}{told}"
 
     def mean(self, *path: str) -> str:
         """The mean over draws of a number that rows hold."""
@@ -83,9 +83,9 @@ def cells(rows: Sequence[Row], table: str) -> Iterator[Cell]:
     """The arms of a table, by keep and fold, in the order they were written in."""
     found: dict[tuple, list[Row]] = {}
     for row in rows:
-        of, _, arm = row["arm"].rpartition(": ")
-        if (of or "main") == table:
-            found.setdefault((row["keep"], row["fold"], arm), []).append(row)
+        of, named, arm = row["arm"].partition(": ")
+        if (of if named else "main") == table:
+            found.setdefault((row["keep"], row["fold"], arm if named else of), []).append(row)
     for (keep, fold, arm), mine in sorted(found.items(), key=lambda item: (-item[0][0], item[0][1])):
         yield Cell(arm, keep, fold, tuple(mine))
 
@@ -127,7 +127,7 @@ def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) 
     def level(arm: str) -> float | None:
         return statistics.fmean(block[arm].logs(False)) if arm in block else None
 
-    parts = [f"{part}{variant}" for variant in ("", ", hard switch") for part in ("mlp", "all")]
+    parts = ("mlp", "all")
     for base in BASES:
         for other, what in ((control and control.arm, "the control"), (f"{base} pooled", "itself pooled, all units")):
             for part in parts:
@@ -141,7 +141,7 @@ def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) 
     }
     for part in parts:
         spans = []
-        for row in (plain[part[:3]], [f"gprune {base} {part}" for base in BASES]):
+        for row in (plain[part], [f"gprune {base} {part}" for base in BASES]):
             levels = [found for arm in row if (found := level(arm)) is not None]
             spans += [math.exp(max(levels) - min(levels))] if len(levels) == len(BASES) else []
         if len(spans) == 2:
@@ -150,17 +150,24 @@ def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) 
 
 
 def ablation_table(rows: Sequence[Row], table: str = "ablation") -> Iterator[str]:
-    """One row per change, against the full method."""
+    """One row per change, against the full method (learned arms) or the full method not learned (the others)."""
     every = list(cells(rows, table))
-    full = next(cell for cell in every if cell.arm == "full")
-    yield "| arm | unseen kinds | seen kinds | against full, nats | held-out loss | robust among cut | draws |"
+    dense = next((cell for cell in every if cell.arm == "dense"), None)
+    if dense:
+        yield f"Dense: unseen {dense.perplexity(False)}, seen {dense.perplexity(True) if dense.kinds(True) else '–'}."
+    yield from ("", "| arm | unseen kinds | seen kinds | against ‡, nats | held-out loss | robust among cut | draws |")
     yield "|---|---|---|---|---|---|---|"
-    for cell in every:
-        judged = [min(one["held_out"] for one in row["history"]) for row in cell.rows if row.get("history")]
-        yield (
-            f"| {cell.arm} | {cell.perplexity(False)} | {cell.perplexity(True)} | {cell.against(full)} | "
-            f"{spread(judged)} | {cell.mean('robust_among_cut', 'gprune')} | {len(cell.rows)} |"
-        )
+    for reference in ("full", "unlearned: modules, switch"):
+        full = next((cell for cell in every if cell.arm == reference), None)
+        for cell in every:
+            if cell.arm == "dense" or cell.arm.startswith("unlearned") != reference.startswith("unlearned"):
+                continue
+            judged = [min(one["held_out"] for one in row["history"]) for row in cell.rows if row.get("history")]
+            yield (
+                f"| {cell.arm}{' ‡' if cell is full else ''} | {cell.perplexity(False)} | "
+                f"{cell.perplexity(True) if cell.kinds(True) else ''} | {cell.against(full) if full else ''} | "
+                f"{spread(judged)} | {cell.mean('robust_among_cut', 'gprune')} | {len(cell.rows)} |"
+            )
 
 
 def choice_table(rows: Sequence[Row]) -> Iterator[str]:

@@ -28,6 +28,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,9 @@ from regrow import apply, trace
 from regrow.axes import Axis, AxisGraph
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
+from regrow.masked import Comparison
 from regrow.method import Budget, Evidence, Need
+from regrow.methods.gprune import GPrune
 from regrow.nets import load
 from regrow.pruner import Pruner
 from regrow.runs import loop, prune
@@ -75,19 +78,18 @@ class Point:
 def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
     """Base metric alone, the control, GPrune; the most telling points first."""
     for draw in range(draws):
-        for fold, keep in ((0, 0.8), (0, 0.7), (1, 0.8), (1, 0.7), (0, 0.9), (1, 0.9)):
+        for fold, keep in product((0, 1), (0.8, 0.7, 0.9)):
             more = {"keep": keep, "fold": fold, "draw": draw}
             for method in ("flap", "wanda_sp"):
                 for allocation in ("ranked", "uniform"):
                     settings = {"allocation": allocation, "compensate": True}
                     yield Point(f"control {method} {allocation}", method, only="mlp", settings=settings, **more)
+            yield Point(
+                "flap mlp, outer blocks whole", "gprune", only="mlp", settings={"base": "flap", **OUTER}, **more
+            )
             yield Point("llm_pruner mlp", "llm_pruner", only="mlp", settings={"compensate": True}, **more)
             for base in BASES:
                 yield Point(f"gprune {base} mlp", "gprune", only="mlp", settings={"base": base, **learning}, **more)
-            if fold == draw == 0 and keep < 0.9:
-                for base in BASES:
-                    hard = {"base": base, "switch": "unreliable", **learning}
-                    yield Point(f"gprune {base} mlp, hard switch", "gprune", only="mlp", settings=hard, **more)
             for base in BASES:
                 yield Point(f"{base} pooled", base, settings={"compensate": True}, **more)
             for base in BASES:
@@ -96,41 +98,50 @@ def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
                 yield Point(f"{base} single", base, sources="single", settings={"compensate": True}, **more)
 
 
+PLAIN_START: dict[str, Any] = {"steps": 0, "start": "inner"}
+OUTER: dict[str, Any] = {"base": "flap", "partition": "layer", "switch": "never", **PLAIN_START}
+"""The base metric's order, the same share of every layer but the first and the last ones: no stage of GPrune's."""
+
 ABLATIONS: dict[str, dict[str, Any]] = {
     "full": {},
-    "not learned": {"steps": 0, "start": "uniform"},
+    "not learned": PLAIN_START,
     "never switch": {"switch": "never"},
-    "never switch, not learned": {"switch": "never", "steps": 0, "start": "uniform"},
-    "one module per layer": {"partition": "layer"},
-    "one module per layer, not learned": {"partition": "layer", "steps": 0, "start": "uniform"},
     "one module per layer, never switch": {"partition": "layer", "switch": "never"},
-    "one module per layer, never switch, not learned": {
-        "partition": "layer",
-        "switch": "never",
-        "steps": 0,
-        "start": "uniform",
-    },
     "random modules": {"partition": "random"},
     "random modules, never switch": {"partition": "random", "switch": "never"},
+    "hard switch": {"switch": "unreliable"},
+    "not judged across sources": {"cross": False},
+    "started as the base": {"start": "base"},
+    "started by curvature": {"start": "curvature"},
+    "cross-entropy": {"loss": "cross_entropy"},
+    "no compensation": {"compensate": False},
+}
+"""Learned, but for one."""
+
+UNLEARNED: dict[str, dict[str, Any]] = {
+    "none (outer blocks whole)": {"partition": "layer", "switch": "never"},
+    "modules": {"switch": "never"},
+    "modules, switch": {},
+    "modules, switch, grid": {"partition": "grid"},
+    "modules, switch, quantiles": {"partition": "quantiles"},
+    "modules, switch, profiles": {"partition": "profiles"},
+    "one module per layer, switch": {"partition": "layer"},
+    "one module per layer, even switch": {"partition": "layer", "switch": "even"},
+    "random modules, switch": {"partition": "random"},
+    "even switch": {"switch": "even"},
+    "hard switch": {"switch": "unreliable"},
+    "hard switch where halves disagree": {"switch": "halves"},
     "always switch": {"switch": "always"},
     "reversed switch": {"switch": "reversed"},
     "switched to the weight-only factor": {"instead": "weights"},
     "switched to the product of norms": {"instead": "norms"},
     "switched to the mean rank": {"instead": "mean_rank"},
-    "not judged across sources": {"cross": False},
-    "started as the base": {"start": "base"},
-    "started by curvature": {"start": "curvature"},
     "probit": {"rank": "probit"},
     "noise removed": {"denoise": True},
     "probit, noise removed": {"rank": "probit", "denoise": True},
-    "profiles": {"partition": "profiles"},
-    "quantiles": {"partition": "quantiles"},
-    "grid": {"partition": "grid"},
-    "switch where halves disagree": {"switch": "halves"},
-    "hard switch": {"switch": "unreliable"},
-    "cross-entropy": {"loss": "cross_entropy"},
-    "no compensation": {"compensate": False},
+    "uniform start": {"start": "uniform"},
 }
+"""The first three stages, with the same share of every module outside the outer blocks."""
 
 PLAIN: dict[str, tuple[str, dict[str, Any]]] = {
     "the base method": ("flap", {}),
@@ -146,6 +157,9 @@ def ablation_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
         for name, change in ABLATIONS.items():
             settings = {"base": "flap", **learning, **change}
             yield Point(f"ablation: {name}", "gprune", 0.8, draw=draw, only="mlp", settings=settings)
+        for name, change in UNLEARNED.items():
+            settings = {"base": "flap", **PLAIN_START, **change}
+            yield Point(f"ablation: unlearned: {name}", "gprune", 0.8, draw=draw, only="mlp", settings=settings)
         full = {"base": "flap", **learning}
         for name, exclude in (("key-value groups in play", ""), ("query heads in play", "k_proj")):
             yield Point(f"ablation: {name}", "gprune", 0.8, draw=draw, exclude=exclude, settings=full)
@@ -154,27 +168,9 @@ def ablation_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
 
 
 def validation_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
-    """What defaults were chosen by: arms of the ablation on kinds of text that no other table looks at."""
+    """The ablation on kinds of text that no other table looks at: what defaults are chosen by."""
     for point in ablation_table(draws, learning):
-        if point.arm.removeprefix("ablation: ") in VALIDATED:
-            yield replace(point, arm=point.arm.replace("ablation", "validation"))
-
-
-VALIDATED = (
-    "full",
-    "not learned",
-    "never switch",
-    "one module per layer, never switch",
-    "random modules",
-    "reversed switch",
-    "switched to the weight-only factor",
-    "switched to the product of norms",
-    "not judged across sources",
-    "started as the base",
-    "grid",
-    "hard switch",
-    "the base method",
-)
+        yield replace(point, arm=point.arm.replace("ablation", "validation"))
 
 
 def choice_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
@@ -222,15 +218,24 @@ def markers(path: Path) -> list[dict[str, Any]]:
 TABLES = {"main": main_table, "ablation": ablation_table, "choice": choice_table, "validation": validation_table}
 
 
+class Remembered(Comparison):
+    """The dense network's answers, kept from one point to the next."""
+
+    def forget(self) -> None:
+        """The next point asks for the same."""
+
+
 @dataclass
 class Bench:
     """The model, the texts, and what has been measured on them."""
 
     args: argparse.Namespace
+    todo: Sequence[Point] = ()
     evidence: dict[tuple, Evidence] = field(default_factory=dict)
+    answers: dict[int, tuple] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.loaded = load(self.args.model)
+        self.loaded = load(self.args.model, dtype=getattr(torch, self.args.dtype))
         self.model = self.loaded.model
         self.axes = trace(self.model, *self.loaded.example.args, **self.loaded.example.kwargs)
         folder = Path(self.args.texts)
@@ -260,15 +265,17 @@ class Bench:
             for name in FOLDS[fold]
         ]
 
-    def measured(self, fold: int, draw: int, gradients: bool) -> Evidence:
-        """Statistics of a fold, in shards; gradients, which are large, of the latest only."""
-        if (fold, draw, gradients) not in self.evidence:
-            self.evidence = {key: value for key, value in self.evidence.items() if not (gradients and key[-1])}
-            needs = {Need.ACTIVATIONS, *([Need.GRADIENTS] if gradients else [])}
+    def measured(self, fold: int, draw: int) -> Evidence:
+        """Statistics of a fold, in shards; only the latest are kept, for gradients are large."""
+        if (fold, draw) not in self.evidence:
+            self.evidence, self.answers = {}, {}
+            mine = [point for point in self.todo if (point.fold, point.draw) == (fold, draw)]
+            bases = {point.settings.get("base", point.method) for point in mine}
+            needs = {Need.ACTIVATIONS, *([Need.GRADIENTS] if "llm_pruner" in bases else [])}
             sources = self.sources(fold, draw)
             found = collect(self.model, self.axes, sources, needs, shards=SHARDS)
-            self.evidence[fold, draw, gradients] = Evidence(found, {source.name: source for source in sources})
-        return self.evidence[fold, draw, gradients]
+            self.evidence = {(fold, draw): Evidence(found, {source.name: source for source in sources})}
+        return self.evidence[fold, draw]
 
     def nll(self, model: torch.nn.Module) -> dict[str, list[float]]:
         """Mean negative log-likelihood of every evaluation window, per kind."""
@@ -291,8 +298,7 @@ class Bench:
         """Prune and evaluate."""
         if point.method == "dense":
             return self.judged(point, self.model)
-        base = point.settings.get("base", point.method)
-        evidence = self.measured(point.fold, point.draw, base == "llm_pruner")
+        evidence = self.measured(point.fold, point.draw)
         if point.sources == "single":
             first = FOLDS[point.fold][0]
             evidence = Evidence({first: evidence.statistics[first]}, {first: evidence.data[first]})
@@ -302,6 +308,9 @@ class Bench:
             only=(point.only,) if point.only else (),
             exclude=(point.exclude,) if point.exclude else (),
         )
+        if isinstance(method, GPrune):
+            loss = method.compare.loss
+            method = replace(method, compare=Remembered(self.args.memory, loss, self.answers))
         start = time.perf_counter()
         plan, state = loop.proposed(self.model, self.axes, method, evidence, method.init(self.axes, budget))
         planned = time.perf_counter() - start
@@ -332,11 +341,11 @@ def run(args: argparse.Namespace) -> None:
     wanted = [p for p in wanted if p.keep in (1.0, *args.keep) and p.fold in args.fold]
     done = {(row["model"], row["key"]) for row in _rows(out)}
     todo = [point for point in wanted if (args.model, point.key) not in done]
-    bench = Bench(args)
+    bench = Bench(args, todo)
     for number, point in enumerate(todo, 1):
         start = time.perf_counter()
         row = {"model": args.model, "key": point.key, **vars(point), **bench.run(point)}
-        row |= {"windows": args.windows, "eval_windows": args.eval_windows}
+        row |= {"windows": args.windows, "eval_windows": args.eval_windows, "dtype": args.dtype}
         with out.open("a") as file:
             file.write(json.dumps(row) + "\n")
         took = time.perf_counter() - start
@@ -389,11 +398,13 @@ def main() -> None:
     parser.add_argument("--texts", default="texts", help="folder of the four kinds that no Python package brings")
     parser.add_argument("--out", required=True, help="one JSON line per point")
     parser.add_argument("--model", default="smollm2-135m", help="what is pruned: smollm2-135m or gemma3-270m")
+    parser.add_argument("--dtype", default="bfloat16", help="what everything is computed in")
+    parser.add_argument("--memory", type=float, default=6.0, help="GiB of the dense model's answers that are kept")
     parser.add_argument("--windows", type=int, default=16, help="calibration windows per kind")
     parser.add_argument("--eval-windows", type=int, default=4, help="evaluation windows per kind")
     parser.add_argument("--draws", type=int, default=3, help="calibration draws")
     parser.add_argument("--steps", type=int, default=12, help="steps of learning, 2 windows each")
-    parser.add_argument("--every", type=int, default=6, help="steps between judgements on held-out windows")
+    parser.add_argument("--every", type=int, default=12, help="steps between judgements on held-out windows")
     parser.add_argument("--task", nargs="*", default=[], help="choice: files of PIQA and ARC-easy, .jsonl.gz")
     parser.add_argument("--items", type=int, default=200, help="choice: items of each task")
     parser.add_argument("--match", action="append", help="only arms whose name holds this; repeat it for several")

@@ -151,7 +151,7 @@ class Comparison:
 
     memory: float = 3.0
     loss: str = "kl"
-    kept: dict[int, tuple[Batch, Tensor]] = field(default_factory=dict, repr=False)
+    kept: dict[int, tuple[Batch, Tensor, float]] = field(default_factory=dict, repr=False)
 
     def __call__(
         self,
@@ -171,8 +171,9 @@ class Comparison:
         with gated(model, axes, gates, fills):
             logits = logits_in(model(*here.args, **here.kwargs))
         if dense is not None:
-            said = F.log_softmax(asked(logits, here.labels).float(), -1)
-            return F.kl_div(said, dense, log_target=True, reduction="batchmean")
+            # KL(p ‖ q) = H(p, q) − H(p), and the first is one fused operation: half the time of ``kl_div`` on text.
+            chances, entropy = dense
+            return F.cross_entropy(asked(logits, here.labels).float(), chances) - entropy
         if here.labels is None:
             raise ValueError("cross entropy needs labels; learn with loss=kl")
         return cross_entropy(logits, here.labels)
@@ -181,13 +182,15 @@ class Comparison:
         """Give the memory of the answers back."""
         self.kept.clear()
 
-    def _dense(self, model: nn.Module, batch: Batch) -> Tensor:
+    def _dense(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
+        """The dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""
         if id(batch) in self.kept:
-            return self.kept[id(batch)][1]
+            return self.kept[id(batch)][1:]
         here = batch.to(next(model.parameters()).device)
         with torch.no_grad():
             logits = logits_in(model(*here.args, **here.kwargs))
-            answers = F.log_softmax(asked(logits, here.labels).float(), -1)
-        if sum(one.nbytes for _, one in self.kept.values()) + answers.nbytes <= self.memory * 2**30:
-            self.kept[id(batch)] = (batch, answers)
-        return answers
+            chances = asked(logits, here.labels).float().softmax(-1)
+            entropy = float(torch.special.entr(chances).sum(-1).mean())
+        if sum(one[1].nbytes for one in self.kept.values()) + chances.nbytes <= self.memory * 2**30:
+            self.kept[id(batch)] = (batch, chances, entropy)
+        return chances, entropy

@@ -43,6 +43,21 @@ def test_without_its_stages_it_is_the_base_method_unit_for_unit(base: str, keep:
     }
 
 
+def test_a_start_inside_leaves_the_outer_blocks_and_small_axes_whole() -> None:
+    plan, _, axes = run({"start": "inner", "steps": 0, "partition": "layer", "switch": "never"}, 0.8, blocks=10)
+    cut = {key.split(".")[2] for key in plan.changes}
+    assert cut == {str(block) for block in range(1, 9)}
+    assert all(axes[key].size == SIZES["ff"] for key in plan.changes)
+    sizes = [len(change.keep) for change in plan.changes.values()]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_a_start_inside_that_cannot_meet_the_budget_takes_the_rest_too() -> None:
+    plan, _, axes = run({"start": "inner", "steps": 0}, 0.3, blocks=10)
+    assert Cost(axes)(plan.sizes(axes)) <= 0.3 * Cost(axes).total
+    assert any(axes[key].size < SIZES["ff"] for key in plan.changes)
+
+
 def test_learning_keeps_the_budget_to_the_unit_and_the_best_of_what_it_saw() -> None:
     for keep in (0.85, 0.6, 0.45):
         plan, state, axes = run({"steps": 12, "every": 4, "shards": 2}, keep)

@@ -147,6 +147,8 @@ def test_what_is_switched() -> None:
     assert {names[i].split(" ", 1)[1] for i in range(len(names)) if trust["weak"][i] == 0} == {"sensitive weak"}
     assert not bool(((trust["unreliable"] == 0) & (trust["reversed"] == 0)).any())
     assert bool(((trust["blend"] >= 0) & (trust["blend"] <= 1)).all())
+    assert float(trust["even"][big].std()) < 1e-12
+    assert float((sizes * trust["even"]).sum()) == pytest.approx(float((sizes * trust["blend"]).sum()))
     with pytest.raises(ValueError, match="switched by unreliable"):
         reliability("maybe", among, modules, base, spread)
     with pytest.raises(ValueError, match="two halves"):

@@ -27,14 +27,16 @@ from regrow.scoring.base import BASES
 from regrow.scoring.partition import PARTITIONS, Modules, partition
 from regrow.scoring.reliability import SWITCHES, Reliability, ordered, reliability
 from regrow.scoring.sensitivity import SCALES, share_of, spectrum
-from regrow.scoring.spaces import Space, inner, spaces, within
+from regrow.scoring.spaces import FEW, Space, inner, spaces, within
 from regrow.scoring.views import View, halves, views
 from regrow.sources import Batch, drawn
 
 CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
 
 
-STARTS = ("base", "uniform", "curvature", "best")
+STARTS = ("base", "uniform", "inner", "curvature", "best")
+OUTER = (0.125, 0.0625)
+"""Which shares of the blocks at the beginning and at the end the start ``inner`` leaves whole."""
 INSTEAD = ("weights", *scoring.PATHS, "mean_rank")
 
 
@@ -56,7 +58,8 @@ class Settings:
         cross: Teach and judge each source with the order and the means of the others alone, as if it were a kind that
             calibration never saw.
         start: Where learning starts: ``base`` (the base method's own allocation), ``uniform`` (the same share of every
-            axis), ``best`` of these two on held-out text, or ``curvature`` (least second-order divergence).
+            axis), ``inner`` (the same share of every axis outside the first and last blocks; axes of few units stay
+            whole), ``best`` of these three on held-out text, or ``curvature`` (least second-order divergence).
         steps: Steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
         every: After how many steps an allocation is judged on held-out text.
@@ -87,7 +90,7 @@ class Settings:
     windows: int = 2
     every: int = 10
     held_out: float = 0.25
-    lr: float = 0.3
+    lr: float = 0.1
     width: float = 0.05
     width_few: float = 0.1
     most: float = 0.95
@@ -193,7 +196,7 @@ class GPrune:
         robust = within(first.spread.sigma, seen.spaces, lambda sigma: (sigma <= sigma.median()).double())
         fixed = {**masks.tensors(), **{f"robust:{key}": value for key, value in robust.items()}, "costs": costs}
         state = replace(state, tensors=fixed, values={"removed": removed, "metric": first.scores.metric})
-        tried = STARTS[:2] if s.start == "best" else (s.start,)
+        tried = STARTS[:3] if s.start == "best" else (s.start,)
         kept = {name: self._started(name, model, axes, evidence, state, seen) for name in tried}
         given = {name: masks.given(units) for name, units in kept.items() if name == tried[0] or units != kept["base"]}
         judge, losses = bool(s.steps) or len(tried) > 1, {}
@@ -225,8 +228,9 @@ class GPrune:
         s, masks = self.settings, Masks.of(state.tensors)
         if how != "curvature":
             base, scores = BASES[s.base], seen.views[0].scores.values
-            allocate = uniform if how == "uniform" else allocation(base.allocation)
-            spared = inner(seen.units, *base.spare) if how == "base" else seen.units
+            allocate = allocation(base.allocation) if how == "base" else uniform
+            outer = {"base": base.spare, "inner": OUTER}.get(how, (0.0, 0.0))
+            spared = [axis for axis in inner(seen.units, *outer) if how != "inner" or axis.size >= FEW]
             try:
                 some = {axis.key: scores[axis.key] for axis in spared}
                 kept = allocate(axes, some, state.budget, minimum=s.minimum)

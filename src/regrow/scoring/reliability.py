@@ -11,7 +11,7 @@ from regrow.scoring.partition import Modules
 from regrow.scoring.sensitivity import Sensitivity
 from regrow.scoring.spaces import Space, within
 
-SWITCHES = ("unreliable", "both", "weak", "halves", "blend", "never", "always", "reversed")
+SWITCHES = ("unreliable", "both", "weak", "halves", "blend", "even", "never", "always", "reversed")
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def reliability(
         how: ``unreliable``: not trusted where U is highest, in at most a share ``most`` of the units; ``both``: where S
             and 1 − A both exceed ½; ``weak``: where a module is more sensitive and less active than its space;
             ``halves``: where the orders by two halves of the sources correlate below ½ in the module; ``blend``: trust
-            1 − U; ``never`` and ``always`` switch; ``reversed``: the most reliable modules instead (a sign check).
+            1 − U; ``even``: the mean of that everywhere (does the place matter, or the mixture?); ``never`` and
+            ``always`` switch; ``reversed``: the most reliable modules instead (a sign check).
         among: The spaces of the modules.
         modules: The modules.
         scores: Axis key → the base score on all sources.
@@ -82,6 +83,9 @@ def reliability(
             trust[_agreement(modules, *halves) < 0.5] = 0
         case "blend":
             trust = 1 - u
+        case "even":
+            sizes = _sizes(modules)[judged].double()
+            trust[:] = 1 - float((sizes * u[judged]).sum() / sizes.sum())
         case "always":
             trust[:] = 0
     return Reliability(u, torch.where(judged, trust, torch.ones_like(trust)))
