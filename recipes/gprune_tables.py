@@ -27,7 +27,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,21 @@ class Point:
     sources: str = "pooled"
     settings: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> "Point":
+        """The point that a row was written for."""
+        return cls(**{one.name: row[one.name] for one in fields(cls)})
+
     @property
     def key(self) -> str:
         """What makes a point the same one."""
         return json.dumps(vars(self), sort_keys=True)
+
+    @property
+    def work(self) -> str:
+        """What is done for it, by whatever name; tables share points. Other text, or a task, is other work."""
+        kind = self.arm.partition(":")[0]
+        return json.dumps({**vars(self), "arm": kind if kind in ("choice", "validation") else ""}, sort_keys=True)
 
 
 def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
@@ -339,21 +350,31 @@ def run(args: argparse.Namespace) -> None:
     if args.match:
         wanted = [point for point in wanted if any(part in point.arm for part in args.match)]
     wanted = [p for p in wanted if p.keep in (1.0, *args.keep) and p.fold in args.fold]
-    done = {(row["model"], row["key"]) for row in _rows(out)}
-    todo = [point for point in wanted if (args.model, point.key) not in done]
+    rows = [row for row in _rows(out) if row["model"] == args.model]
+    done, known = {row["key"] for row in rows}, {Point.of(row).work: row for row in rows}
+    todo = []
+    for point in wanted:
+        if point.key not in done and point.work in known:
+            _add(out, {**known[point.work], **vars(point), "key": point.key})
+        elif point.key not in done:
+            todo.append(point)
     bench = Bench(args, todo)
     for number, point in enumerate(todo, 1):
         start = time.perf_counter()
         row = {"model": args.model, "key": point.key, **vars(point), **bench.run(point)}
         row |= {"windows": args.windows, "eval_windows": args.eval_windows, "dtype": args.dtype}
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        _add(out, row)
         took = time.perf_counter() - start
         print(
             f"{number}/{len(todo)} {point.arm} keep {point.keep} fold {point.fold} draw {point.draw}: "
             f"{_told(row)}, {took:.0f} s",
             flush=True,
         )
+
+
+def _add(out: Path, row: dict[str, Any]) -> None:
+    with out.open("a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def _told(row: dict[str, Any]) -> str:
