@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.axes import Axis, AxisGraph, Example, Mark
-from regrow.plan import Change, Plan, PlanError
+from regrow.plan import Change, Fill, Plan, PlanError
 
 EXACT = 1e-9
 """The float64 bound of masked = shrunk, as a part of the largest output."""
@@ -134,6 +134,23 @@ def plan_for(axes: AxisGraph, axis: Axis, seed: int = 0) -> Plan:
     return random_plan(axes, torch.Generator().manual_seed(seed), keys=(axis.key,))
 
 
+def growing_plan(axes: AxisGraph, axis: Axis, rule: str, units: int = 2) -> Plan | None:
+    """A plan that widens one axis, and those tied to it by count; ``None`` where the axis says that it cannot be."""
+    members = [other for other in axes.free() if other.count and other.count == axis.count] or [axis]
+    step = units * lcm(*(other.times for other in members))
+    try:
+        return Plan.growing(axes, {other.key: step // other.times for other in members}, Fill(rule))
+    except PlanError as error:
+        assert "cannot be widened: " in str(error), error
+        return None
+
+
+def joint_growing_plan(axes: AxisGraph, rule: str, units: int = 2) -> Plan:
+    """A plan that widens every axis that can be widened."""
+    found = [plan for axis in axes.free() if (plan := growing_plan(axes, axis, rule, units)) is not None]
+    return Plan({key: change for plan in found for key, change in plan.changes.items()})
+
+
 def classes(axes: AxisGraph) -> Iterator[Axis]:
     """One free axis of more than one unit for each kind: same size, same mark, same places but for layer numbers."""
     seen = set()
@@ -213,6 +230,43 @@ def masked_equals_shrunk(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         report = verify(model, axes, plan)
     assert report.ok, report
     assert report.max_abs_diff <= report.bound, report
+
+
+def widening_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """The widened network answers what it did (float64), evaluated and in training, and what is new in it learns."""
+    double = in_double(model)
+    for module in double.modules():
+        for name, value in vars(module).items():
+            if ("drop" in name and isinstance(value, float)) or name == "p":
+                setattr(module, name, 0.0)
+    wide, left = shrunk(double, axes, plan)
+    for train in (False, True):
+        answers = []
+        for net in (double, wide):
+            net.train(train)
+            torch.manual_seed(0)  # whole branches may be dropped by chance, in both nets the same ones
+            answers.append(outputs(net, axes))
+        distance = gap(*answers)
+        assert distance <= EXACT, f"off by {distance:.2e} of the largest output, {train=}"
+    newborn_units_learn(wide.eval(), axes, left, plan)
+
+
+def newborn_units_learn(wide: nn.Module, axes: AxisGraph, left: AxisGraph, plan: Plan) -> None:
+    """Of the newborn units of each axis, at least one has a gradient in some tensor from the first step on."""
+    args, kwargs = in_double((axes.example.args, dict(axes.example.kwargs)))
+    answers = [x for x in tree_leaves(wide(*args, **kwargs)) if isinstance(x, Tensor) and x.requires_grad]
+    generator = torch.Generator().manual_seed(0)
+    sum((x * torch.randn(x.shape, generator=generator)).sum() for x in answers).backward()
+    state = dict(wide.named_parameters(remove_duplicate=False))
+    for key, change in plan.changes.items():
+        axis = left[key]
+        young = range(len(change.keep), axis.size)
+        moved = [
+            state[slot.name].grad.index_select(slot.dim, slot.positions(axis.size)[list(young)].flatten()).abs().max()
+            for slot in axis.slots
+            if slot.name in state and state[slot.name].grad is not None
+        ]
+        assert max(map(float, moved), default=0.0) > 0, f"newborn units of {key} are dead"
 
 
 def permuting_units_keeps_function(model: nn.Module, axes: AxisGraph, axis: Axis, seed: int = 0) -> None:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 import laws
 from regrow.axes import Axis, AxisGraph, Example, Mark, Role, Slot
-from regrow.plan import Plan, PlanError
+from regrow.plan import FILLS, Plan, PlanError
 from test_zoo import traced
 from zoo import ZOO, Net, Wired, lying_at, randomised
 
@@ -120,6 +122,40 @@ def test_a_cut_of_a_cut_is_one_cut(name: str) -> None:
     in_steps, axes_in_steps = laws.shrunk(half, left, second)
     assert laws.gap(laws.outputs(in_steps, axes), laws.outputs(at_once, axes)) <= laws.EXACT
     assert {a.key: a.ids for a in axes_in_steps} == {a.key: a.ids for a in axes_at_once}
+
+
+# --- the other way ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_widening_one_axis_keeps_the_function(name: str) -> None:
+    """Widened = original, for one axis of each kind, by one fill after the other."""
+    model, axes = traced(name)
+    for axis, rule in zip(some(ZOO[name], axes), cycle(FILLS), strict=False):
+        if (plan := laws.growing_plan(axes, axis, rule) or laws.growing_plan(axes, axis, "zero_out")) is not None:
+            holds(lambda p=plan: laws.widening_keeps_function(model, axes, p), ZOO[name])
+
+
+@pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.branches])
+def test_widening_all_axes_at_once_keeps_the_function(name: str) -> None:
+    """Every axis that can be widened, at once; and the axes that growing returns are those of a new trace."""
+    model, axes = traced(name)
+    plan = laws.joint_growing_plan(axes, "zero_out")
+    laws.widening_keeps_function(model, axes, plan)
+    if not ZOO[name].heavy:
+        laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
+
+
+@pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
+def test_what_is_cut_and_grown_at_once_is_what_is_cut(name: str) -> None:
+    """``verify`` finds masked = cut and widened, where one plan does both."""
+    model, axes = traced(name)
+    cut = laws.random_plan(axes, torch.Generator().manual_seed(3), marks={Mark.NEUTRAL, Mark.FOLDED})
+    grown = laws.joint_growing_plan(axes, "zero_out")
+    both = {
+        key: replace(change, keep=cut.changes[key].keep) for key, change in grown.changes.items() if key in cut.changes
+    }
+    laws.masked_equals_shrunk(model, axes, Plan({**cut.changes, **grown.changes, **both}))
 
 
 @pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])

@@ -19,11 +19,12 @@ from torch import Tensor
 
 
 class Role(StrEnum):
-    """What a tensor's dimension does with the axis: makes its units, reads them, or scales them one by one."""
+    """What a tensor's dimension does with the axis: makes its units, reads them, scales or shifts them one by one."""
 
     PRODUCES = "produces"
     CONSUMES = "consumes"
     SCALES = "scales"
+    SHIFTS = "shifts"
 
 
 class Mark(StrEnum):
@@ -132,6 +133,8 @@ class Axis:
         least: How many units it must keep: 2 for a repetition, which networks skip when there is but one.
         inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
         ids: The birth numbers of its units; they survive cuts, so a ledger can name a unit for life.
+        born: How many units it ever had: the next birth number, so that none is used twice.
+        narrow: Why it cannot be widened; empty if it can. What cannot be cut cannot be widened either.
     """
 
     key: str
@@ -144,10 +147,13 @@ class Axis:
     least: int = 1
     inside: str = ""
     ids: tuple[int, ...] = ()
+    born: int = 0
+    narrow: str = ""
 
     def __post_init__(self) -> None:
         if not self.ids:
             object.__setattr__(self, "ids", tuple(range(self.size)))
+        object.__setattr__(self, "born", max(self.born, max(self.ids, default=-1) + 1))
 
     @property
     def free(self) -> bool:

@@ -5,13 +5,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from regrow.axes import AxisGraph, Role, Slot
+from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
 
 FORMAT = "regrow-plan/1"
+FILLS = ("zero_out", "split", "pair")
+MOST = 2**24
+"""No axis grows by more units at once."""
 
 
 class PlanError(ValueError):
     """A plan that cannot be read, or does not fit the network it is meant for."""
+
+
+@dataclass(frozen=True)
+class Fill:
+    """What newborn units hold, such that the network computes what it did.
+
+    Args:
+        rule: ``zero_out``: drawn numbers, and nothing reads the units yet (on the stream that root-mean-square norms
+            run over: nothing writes them yet). ``split``: copies of kept units, which share what reads them (Net2Wider,
+            Chen et al., 2016). ``pair``: two and two drawn alike, and read with opposite signs.
+        seed: Of what is drawn, and of who is copied.
+    """
+
+    rule: str = "zero_out"
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -23,12 +41,21 @@ class Change:
         keep: Which of them stay, ascending.
         slots: Where its units lie, so that the plan stands alone.
         ids: The birth numbers of the units before the change.
+        grow: How many units are born; they lie behind those kept.
+        fill: What they hold.
     """
 
     size: int
     keep: tuple[int, ...]
     slots: tuple[Slot, ...]
     ids: tuple[int, ...] = ()
+    grow: int = 0
+    fill: Fill = Fill()
+
+    @property
+    def after(self) -> int:
+        """How many units there are after it."""
+        return len(self.keep) + self.grow
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -76,6 +103,29 @@ class Plan:
         plan.check(axes)
         return plan
 
+    @classmethod
+    def growing(cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, **more: Any) -> "Plan":
+        """A plan for ``axes`` that gives the named axes so many units more.
+
+        Args:
+            axes: The network's axes.
+            grow: Axis key → how many units are born.
+            fill: What they hold; ``zero_out`` unless given.
+            **more: As for :class:`Plan`.
+
+        Raises:
+            PlanError: If an axis does not exist or cannot be widened (with the reason).
+        """
+        changes = {}
+        for key, n in grow.items():
+            if key not in axes.axes:
+                raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
+            axis = axes[key]
+            changes[key] = Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids, int(n), fill or Fill())
+        plan = cls(changes, **more)
+        plan.check(axes)
+        return plan
+
     def check(self, axes: AxisGraph) -> None:
         """Assert that the plan fits the network.
 
@@ -83,16 +133,20 @@ class Plan:
             PlanError: If an axis is missing, frozen, of another size or lies elsewhere, or if axes that must keep
                 equally many units would not.
         """
+        if self.means and any(change.grow for change in self.changes.values()):
+            raise PlanError("one plan compensates for what it drops, or grows; make two")
         for key, change in self.changes.items():
             axis = axes.axes.get(key)
             if axis is None:
                 raise PlanError(f"the plan changes axis {key!r}, which this network does not have")
-            if len(change.keep) == change.size:
+            if len(change.keep) == change.size and not change.grow:
                 continue
-            if len(change.keep) < axis.least:
+            if len(change.keep) < min(axis.least, axis.size):
                 raise PlanError(
                     f"axis {key!r} must keep at least {axis.least} units; the plan keeps {len(change.keep)}"
                 )
+            if change.grow and axis.free and (problem := _cannot_grow(axis, change)):
+                raise PlanError(f"axis {key!r} cannot be widened: {problem}")
             if not axis.free:
                 raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
             if axis.size != change.size or axis.slots != change.slots:
@@ -104,7 +158,7 @@ class Plan:
         counts: dict[str, tuple[str, int]] = {}
         for axis in axes:
             if axis.count and axis.free:
-                left = axis.times * (len(self.changes[axis.key].keep) if axis.key in self.changes else axis.size)
+                left = axis.times * (self.changes[axis.key].after if axis.key in self.changes else axis.size)
                 other, expected = counts.setdefault(axis.count, (axis.key, left))
                 if left != expected:
                     raise PlanError(
@@ -113,7 +167,7 @@ class Plan:
 
     def sizes(self, axes: AxisGraph) -> dict[str, int]:
         """The size of every axis after the plan."""
-        return axes.sizes() | {key: len(change.keep) for key, change in self.changes.items()}
+        return axes.sizes() | {key: change.after for key, change in self.changes.items()}
 
     def to_json(self) -> str:
         """The plan as JSON text."""
@@ -165,7 +219,30 @@ def _change(value: Any) -> Change:
         for slot in value["slots"]
     )
     size, keep = int(value["size"]), tuple(int(unit) for unit in value["keep"])
-    return Change(size, keep, slots, tuple(int(i) for i in value.get("ids", ())))
+    fill = value.get("fill", {})
+    return Change(
+        size,
+        keep,
+        slots,
+        tuple(int(i) for i in value.get("ids", ())),
+        int(value.get("grow", 0)),
+        Fill(str(fill.get("rule", "zero_out")), int(fill.get("seed", 0))),
+    )
+
+
+def _cannot_grow(axis: Axis, change: Change) -> str:
+    """Why an axis cannot get the units it is to get; empty if it can."""
+    if axis.narrow:
+        return axis.narrow
+    if change.fill.rule != "zero_out" and axis.mark is Mark.FOLDED:
+        return f"{axis.reason}, which only newborn units of value 0 leave as it was; take the fill 'zero_out'"
+    made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))
+    both = ", ".join(sorted(name for name, _ in made & read))
+    if both and change.fill.rule != "zero_out":
+        return f"{both} both makes and reads its units; take the fill 'zero_out'"
+    if both and made <= read and axis.mark is not Mark.FOLDED:
+        return f"{both} both makes and reads its units: 0 on both sides, newborn ones could never learn"
+    return ""
 
 
 def _check_change(key: str, change: Change) -> None:
@@ -173,6 +250,12 @@ def _check_change(key: str, change: Change) -> None:
         raise PlanError(f"axis {key!r}: a plan must keep at least one unit")
     if list(change.keep) != sorted(set(change.keep)) or change.keep[0] < 0 or change.keep[-1] >= change.size:
         raise PlanError(f"axis {key!r}: kept units must be ascending, each once, within 0..{change.size - 1}")
+    if not 0 <= change.grow <= MOST:
+        raise PlanError(f"axis {key!r}: it can grow by 0 to {MOST} units, not by {change.grow}")
+    if change.fill.rule not in FILLS:
+        raise PlanError(f"axis {key!r}: newborn units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
+    if change.fill.rule == "pair" and change.grow % 2:
+        raise PlanError(f"axis {key!r}: pairs are born two by two; {change.grow} is odd")
     if change.ids and len(change.ids) != change.size:
         raise PlanError(f"axis {key!r}: {len(change.ids)} birth numbers for {change.size} units")
     for slot in change.slots:

@@ -1,36 +1,43 @@
 """The only function that changes a model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from regrow.axes import Axis, AxisGraph, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import offsets
 from regrow.surgery.fold import folded, ratio
-from regrow.surgery.shrink import kept_entries, moved, taken
+from regrow.surgery.layout import Layout, layouts, moved
+from regrow.surgery.optimizer import Exchange, follow
+from regrow.surgery.widen import carried, roles_of
 from regrow.tracing.trial import planned_integers, rehearsed
 
 
-def apply(model: nn.Module, axes: AxisGraph, plan: Plan) -> tuple[nn.Module, AxisGraph]:
+def apply(
+    model: nn.Module, axes: AxisGraph, plan: Plan, *, optimizers: Sequence[Optimizer] = ()
+) -> tuple[nn.Module, AxisGraph]:
     """Change a model's shape as planned: all of it, or nothing.
 
-    Parameters, buffers and the integers that modules hold are cut; sizes that stand in divisors are folded into the
-    numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a bias.
-    Everything is worked out and tried on a copy without numbers first; only then is the model touched, in place.
+    Parameters, buffers and the integers that modules hold are cut and widened; sizes that stand in divisors are folded
+    into the numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a
+    bias. Everything is worked out and tried on a copy without numbers first; only then is the model touched, in place.
 
     Args:
         model: The traced model.
         axes: Its axes, as :func:`regrow.trace` gave them.
-        plan: What to keep.
+        plan: What to keep, and what grows.
+        optimizers: Those that move the model's parameters; they follow, with what they remember of them.
 
     Returns:
         The same model, and its axes as they are now.
 
     Raises:
-        PlanError: If the plan does not fit the model, or the model does not run as planned. It is then unchanged.
+        PlanError: If the plan does not fit the model, the model does not run as planned, or an optimiser cannot follow.
+            Nothing is changed then.
 
     >>> from regrow.tracing import trace
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -41,21 +48,27 @@ def apply(model: nn.Module, axes: AxisGraph, plan: Plan) -> tuple[nn.Module, Axi
     """
     plan.check(axes)
     _check_state(model, axes)
-    sizes = plan.sizes(axes)
-    entries = kept_entries(axes, plan)
+    sizes, lays = plan.sizes(axes), layouts(axes, plan)
     if problem := rehearsed(model, axes, sizes):
         raise PlanError(f"the plan cannot be carried out: {problem}")
+    roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
     with torch.no_grad():
         values = {
-            name: taken(tensor.detach(), entries[name]) for name, tensor in _state(model).items() if name in entries
+            name: carried(name, tensor.detach(), lays[name], roles.get(name, {}))
+            for name, tensor in _state(model).items()
+            if name in lays
         }
-        values |= offsets(model, axes, plan, entries, values)
+        values |= offsets(model, axes, plan, lays, values)
         values, epsilons = folded(model, axes, sizes, values)
     for name, value in values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
+    parameters = dict(model.named_parameters())
+    exchanged = [Exchange(name, parameters[name], lays.get(name, {})) for name in values if name in parameters]
+    remember = follow(optimizers, exchanged)
     _commit(model, axes, values, {**planned_integers(axes, sizes), **epsilons})
-    return model, _after(axes, plan, entries, sizes, values)
+    remember(dict(model.named_parameters()))
+    return model, _after(axes, plan, lays, sizes, values)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -94,21 +107,29 @@ def _commit(model: nn.Module, axes: AxisGraph, values: Mapping[str, Tensor], att
 def _after(
     axes: AxisGraph,
     plan: Plan,
-    entries: Mapping[str, Mapping[int, Tensor]],
+    lays: Mapping[str, Mapping[int, Layout]],
     sizes: Mapping[str, int],
     values: Mapping[str, Tensor],
 ) -> AxisGraph:
-    def cut(axis: Axis) -> Axis:
+    def changed(axis: Axis) -> Axis:
         change = plan.changes.get(axis.key)
         ids = axis.ids if change is None else tuple(axis.ids[unit] for unit in change.keep)
-        units = range(axis.size) if change is None else change.keep
-        slots = tuple(new for slot in axis.slots if (new := moved(slot, entries, axis.size, units)))
-        return replace(axis, size=sizes[axis.key], slots=slots, ids=ids)
+        new = 0 if change is None else change.grow
+        slots = []
+        for slot in axis.slots:
+            lay = lays.get(slot.name, {}).get(slot.dim)
+            if lay is None:
+                slots.append(slot)
+                continue
+            dim = axes.shapes[slot.name][slot.dim]
+            slots += [now] if (now := moved(slot, lay, axis, dim, axes.sizes(), sizes)) else []
+        ids += tuple(range(axis.born, axis.born + new))
+        return replace(axis, size=sizes[axis.key], slots=tuple(slots), ids=ids, born=axis.born + new)
 
     added = {name: tuple(value.shape) for name, value in values.items() if name not in axes.shapes}
     return replace(
         axes,
-        axes={key: cut(axis) for key, axis in axes.axes.items()},
+        axes={key: changed(axis) for key, axis in axes.axes.items()},
         shapes={**axes.shapes, **added},
         parameters=axes.parameters | added.keys(),
         itemsize={**axes.itemsize, **{name: values[name].element_size() for name in added}},

@@ -7,13 +7,14 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Role
 from regrow.plan import Plan, PlanError
+from regrow.surgery.layout import Layout
 
 
 def offsets(
     model: nn.Module,
     axes: AxisGraph,
     plan: Plan,
-    entries: Mapping[str, Mapping[int, Tensor]],
+    lays: Mapping[str, Mapping[int, Layout]],
     values: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The biases of layers whose dropped inputs have means: b′ = b + Σ_dropped W[:, i] · E[x_i].
@@ -22,7 +23,7 @@ def offsets(
         model: The model before the cut.
         axes: Its axes before the cut.
         plan: Its ``means`` say what stands in for each dropped input of a weight.
-        entries: What stays of each tensor.
+        lays: The entries of each dimension that the plan changes.
         values: The tensors that the cut replaces; a bias that is itself cut is taken from here.
 
     Returns:
@@ -40,15 +41,19 @@ def offsets(
         (dim,) = reads
         weight = model.get_parameter(name).detach()
         positions = torch.tensor(sorted(means), device=weight.device)
-        stays = entries.get(name, {}).get(dim)
-        if stays is None or bool(torch.isin(positions.cpu(), stays).any()) or int(positions.max()) >= weight.shape[dim]:
+        lay = lays.get(name, {}).get(dim)
+        if (
+            lay is None
+            or bool(torch.isin(positions.cpu(), lay.kept).any())
+            or int(positions.max()) >= weight.shape[dim]
+        ):
             raise PlanError(f"the plan gives means for inputs of {name} that it does not drop")
         constants = torch.tensor([means[int(i)] for i in positions], dtype=torch.float64, device=weight.device)
         columns = weight.index_select(dim, positions).double().movedim(dim, 0)
         lost = torch.einsum("i...,i->...", columns, constants)
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
-        for other, index in entries.get(name, {}).items():
-            lost = lost if other == dim else lost.index_select(0, index.to(lost.device))
+        for other, made in lays.get(name, {}).items():
+            lost = lost if other == dim else lost.index_select(0, made.source.to(lost.device))
         bias = f"{path}.bias" if path else "bias"
         old = values.get(bias, model.get_submodule(path)._parameters["bias"])
         result[bias] = (lost if old is None else old.detach().double() + lost).to(weight.dtype)

@@ -80,7 +80,7 @@ def _add_bias(w: Walk, node: Node, bias: Any, out: Dims) -> None:
         return
     dims = w.of(bias)
     for i, expr in enumerate(dims):
-        w.role(bias, i, Role.SCALES)
+        w.role(bias, i, Role.SHIFTS)
         if d.size(expr) > 1:
             d.unify(out[len(out) - len(dims) + i], expr, w.why(node, "a bias has another form than its layer's output"))
 
@@ -107,7 +107,7 @@ def convolution(w: Walk, node: Node) -> Dims:
     space_out = tuple(d.frozen(n, w.why(node, "made by a convolution")) for n in node.meta["val"].shape[-space:])
     out = (*batch, made, *space_out)
     if isinstance(bias, Node):
-        w.role(bias, 0, Role.SCALES)
+        w.role(bias, 0, Role.SHIFTS)
         d.unify(made, w.of(bias)[0], w.why(node, "a bias has another form than its layer's output"))
     _count(w, node, (*out, kernel[0] if transposed else kernel[1], *kernel[2:]))
     return out

@@ -6,13 +6,26 @@ from regrow.axes import Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import shape_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import ALIASES, Dims, Walk
+from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 
 
 def pointwise(w: Walk, node: Node) -> Dims:
     """Dimensions at the same place are the same one; where one has size 1, the other stands."""
     operands = [arg for arg in node.all_input_nodes if isinstance(shape_of(arg), tuple)]
-    return broadcast(w, node, operands)
+    out = broadcast(w, node, operands)
+    if not all(w.source(arg) for arg in operands) and not _keeps_zero(node):
+        w.stirred += [(expr, w.why(node, "what is 0 does not stay 0")) for expr in out]
+    return out
+
+
+def _keeps_zero(node: Node) -> bool:
+    """Whether entries that are 0 in what a node works on are 0 in what it makes."""
+    name, numbers = op_name(node), [arg for arg in node.args[1:] if isinstance(arg, int | float)]
+    if name in ("add", "sub"):
+        return not any(numbers)
+    if name == "pow":
+        return bool(numbers) and numbers[0] > 0
+    return name in _KEEP_ZERO.split() or (name == "div" and bool(numbers))
 
 
 def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
@@ -23,7 +36,7 @@ def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
         dims = w.of(arg)
         for i, expr in enumerate(dims):
             place = rank - len(dims) + i
-            w.role(arg, i, Role.SCALES)
+            w.role(arg, i, Role.SHIFTS if op_name(node) in ("add", "sub") else Role.SCALES)
             if d.size(expr) == 1:
                 continue
             if d.size(out[place]) == 1:
@@ -49,6 +62,9 @@ def identity(w: Walk, node: Node) -> Dims:
     arg = node.args[0]
     assert isinstance(arg, Node)
     return w.of(arg)
+
+
+_KEEP_ZERO = "mul neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish"
 
 
 _IDENTITIES = (

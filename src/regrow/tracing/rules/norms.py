@@ -14,9 +14,9 @@ def batch_norm(w: Walk, node: Node) -> Dims:
     x = node.args[0]
     assert isinstance(x, Node)
     dims = w.of(x)
-    for arg in node.args[1:5]:
+    for place, arg in enumerate(node.args[1:5]):
         if isinstance(arg, Node):
-            w.role(arg, 0, Role.SCALES)
+            w.role(arg, 0, Role.SHIFTS if place in (1, 2) else Role.SCALES)  # the bias and the running mean
             d.unify(dims[1], w.of(arg)[0], w.why(node, "a norm's channels have another form than its input's"))
     return dims
 
@@ -44,10 +44,10 @@ def _affine(w: Walk, node: Node, kind: Mark, what: str) -> Dims:
     assert isinstance(x, Node)
     dims, rank = w.of(x), len(node.args[1])  # type: ignore[arg-type]
     over = dims[len(dims) - rank :]
-    for arg in node.args[2:4]:
+    for place, arg in enumerate(node.args[2:4]):
         if isinstance(arg, Node):
             for i, (expr, own) in enumerate(zip(over, w.of(arg), strict=True)):
-                w.role(arg, i, Role.SCALES)
+                w.role(arg, i, Role.SHIFTS if place else Role.SCALES)
                 d.unify(expr, own, w.why(node, "a norm's gain has another form than its input"))
     if rank > 1:
         for expr in over:
@@ -66,9 +66,9 @@ def group_norm(w: Walk, node: Node) -> Dims:
     inner: Expr = d.Leaf(d.size(dims[1]) // groups) if d.size(dims[1]) > groups else d.ONE
     channels = d.times(group, inner)
     d.unify(dims[1], channels, w.why(node, "a norm's groups do not divide its input"))
-    for arg in node.args[2:4]:
+    for place, arg in enumerate(node.args[2:4]):
         if isinstance(arg, Node):
-            w.role(arg, 0, Role.SCALES)
+            w.role(arg, 0, Role.SHIFTS if place else Role.SCALES)
             d.unify(channels, w.of(arg)[0], w.why(node, "a norm's gain has another form than its input"))
     d.mark(inner, Mark.RESTATED, w.why(node, "a group norm runs over it inside each group"))
     if groups > 1:

@@ -1,0 +1,88 @@
+"""An optimiser follows its network: its parameters are exchanged, and what it remembers of them is cut and widened."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from regrow.plan import PlanError
+from regrow.surgery.layout import Layout
+from regrow.surgery.widen import moment
+
+FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
+"""What an optimiser calls a mean of gradients: 0 for newborn entries."""
+
+SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
+"""What it calls a mean of their squares or sizes: the mean of the kept entries for newborn ones."""
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What becomes of one parameter.
+
+    Args:
+        name: Its name.
+        old: The parameter before.
+        lays: The entries of each dimension that changes.
+    """
+
+    name: str
+    old: nn.Parameter
+    lays: Mapping[int, Layout]
+
+
+def follow(
+    optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange]
+) -> Callable[[Mapping[str, nn.Parameter]], None]:
+    """Work out what the optimisers will remember, without changing anything yet.
+
+    Groups, their settings and their order stay, so learning-rate schedulers keep their place.
+
+    Args:
+        optimizers: All that move parameters of the network.
+        exchanged: The parameters that a plan replaces.
+
+    Returns:
+        A function that, given name → new parameter, changes the optimisers in place.
+
+    Raises:
+        PlanError: If an optimiser remembers something that does not have its parameter's shape, or that is not known.
+    """
+    known = {id(one.old): one for one in exchanged}
+    states = [
+        {
+            id(parameter): {what: _state(what, value, known[id(parameter)]) for what, value in memory.items()}
+            for parameter, memory in optimizer.state.items()
+            if id(parameter) in known
+        }
+        for optimizer in optimizers
+    ]
+
+    def commit(made: Mapping[str, nn.Parameter]) -> None:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            for group in optimizer.param_groups:
+                group["params"] = [made[known[id(p)].name] if id(p) in known else p for p in group["params"]]
+            for one in exchanged:
+                if optimizer.state.pop(one.old, None) is not None:
+                    optimizer.state[made[one.name]] = state[id(one.old)]
+
+    return commit
+
+
+def _state(what: str, value: object, one: Exchange) -> object:
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value
+    if value.shape != one.old.shape:
+        raise PlanError(
+            f"the optimiser's {what!r} of {one.name} has shape {tuple(value.shape)}, not its parameter's "
+            f"{tuple(one.old.shape)}: it cannot follow a change of shape; make a new optimiser after the change"
+        )
+    if what not in FIRST | SECOND:
+        raise PlanError(
+            f"the optimiser keeps {what!r} for {one.name}; what newborn or kept units should have of it is not known; "
+            "make a new optimiser after the change"
+        )
+    with torch.no_grad():
+        return moment(value, one.lays, mean=what in SECOND)

@@ -1,0 +1,90 @@
+"""What is left of each tensor after a plan, and what its newborn entries hold."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from regrow.axes import Role
+from regrow.surgery.layout import Layout
+
+Roles = Mapping[int, frozenset[Role]]
+"""Dimension of a tensor → what it does with the axes that change there."""
+
+
+def carried(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles) -> Tensor:
+    """A tensor as a plan has it, in storage of its own.
+
+    Drawn entries are normal with the spread of the tensor's own numbers where they make units, and the mean of their
+    neighbours where they scale or shift them. What makes newborn units is multiplied by ``inward``, what reads them by
+    ``outward``: that leaves the network's function as it was.
+
+    Args:
+        name: Its name, which decides what is drawn.
+        tensor: Its numbers before.
+        lays: The entries of each dimension that changes.
+        roles: What these dimensions do.
+    """
+    spread = float(tensor.float().std()) if tensor.numel() > 1 and tensor.is_floating_point() else 0.0
+    for dim, lay in lays.items():
+        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
+    own = {dim: roles.get(dim, frozenset()) for dim in lays}
+    for dim in sorted(lays, key=lambda dim: Role.CONSUMES in own[dim]):
+        tensor = _filled(tensor, dim, lays[dim], own[dim], spread, seed=zlib.crc32(f"{name}:{dim}".encode()))
+    return tensor
+
+
+def _filled(tensor: Tensor, dim: int, lay: Layout, roles: frozenset[Role], spread: float, seed: int) -> Tensor:
+    """The entries of one dimension drawn and scaled as they should be."""
+    if not tensor.is_floating_point() or not bool(lay.born.any()):
+        return tensor
+    if bool(lay.drawn.any()):
+        new = lay.drawn.nonzero().flatten().to(tensor.device)
+        part = tensor.index_select(dim, new)
+        if roles & {Role.PRODUCES, Role.CONSUMES}:
+            generator = torch.Generator().manual_seed(seed)
+            part = (torch.randn(part.shape, generator=generator) * spread).to(part)
+        else:
+            old = tensor.index_select(dim, (~lay.born).nonzero().flatten().to(tensor.device))
+            part = old.mean(dim, keepdim=True).expand_as(part)
+        tensor = tensor.index_copy(dim, new, part).index_select(dim, lay.twin.to(tensor.device))
+    factor = torch.ones(len(lay), dtype=torch.float64)
+    factor = factor * lay.inward if roles & {Role.PRODUCES, Role.SHIFTS} else factor
+    factor = factor * lay.outward if Role.CONSUMES in roles else factor
+    if bool((factor == 1).all()):
+        return tensor
+    shape = [1] * tensor.dim()
+    shape[dim] = -1
+    return tensor * factor.to(tensor).view(shape)
+
+
+def moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
+    """An optimiser's moment as a plan has it: kept entries keep theirs.
+
+    Args:
+        tensor: The moment before, in the shape of its parameter.
+        lays: The entries of each dimension that changes.
+        mean: Newborn entries get the mean of the kept ones along the dimension (second moments: with 0 the first steps
+            of a newborn unit are several times the learning rate); else 0.
+    """
+    for dim, lay in lays.items():
+        tensor = tensor.index_select(dim, lay.source.to(tensor.device))
+        if not bool(lay.born.any()):
+            continue
+        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (lay.born, ~lay.born))
+        part = tensor.index_select(dim, new)
+        value = (
+            tensor.index_select(dim, old).mean(dim, keepdim=True).expand_as(part) if mean else torch.zeros_like(part)
+        )
+        tensor = tensor.index_copy(dim, new, value)
+    return tensor
+
+
+def roles_of(slots: Sequence[tuple[str, int, Role]]) -> dict[str, dict[int, frozenset[Role]]]:
+    """Tensor → dimension → everything that it does."""
+    found: dict[str, dict[int, frozenset[Role]]] = {}
+    for name, dim, role in slots:
+        own = found.setdefault(name, {})
+        own[dim] = own.get(dim, frozenset()) | {role}
+    return found
