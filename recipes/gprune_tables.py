@@ -89,7 +89,7 @@ class Point:
 def main_table(draws: int, learning: dict[str, Any]) -> Iterator[Point]:
     """Base metric alone, the control, GPrune; the most telling points first."""
     for draw in range(draws):
-        for fold, keep in product((0, 1), (0.8, 0.7, 0.9)):
+        for fold, keep in product((0, 1), (0.8, 0.7, 0.9, 0.5)):
             more = {"keep": keep, "fold": fold, "draw": draw}
             for method in ("flap", "wanda_sp"):
                 for allocation in ("ranked", "uniform"):
@@ -124,6 +124,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "not judged across sources": {"cross": False},
     "started as the base": {"start": "base"},
     "started by curvature": {"start": "curvature"},
+    "200 steps": {"steps": 200, "every": 50},
     "cross-entropy": {"loss": "cross_entropy"},
     "no compensation": {"compensate": False},
 }
