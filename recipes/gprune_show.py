@@ -93,8 +93,8 @@ def cells(rows: Sequence[Row], table: str) -> Iterator[Cell]:
 def main_table(rows: Sequence[Row]) -> Iterator[str]:
     """One block per keep and fold, then what became of the aims."""
     every = [cell for cell in cells(rows, "main") if cell.arm != "dense"]
-    dense = next(row for row in rows if row["arm"] == "dense")
-    for fold, unseen in enumerate(reversed(FOLDS)):
+    dense = next((row for row in rows if row["arm"] == "dense"), None)
+    for fold, unseen in enumerate(reversed(FOLDS)) if dense else ():
         plain = Cell("dense", 1.0, fold, (dense,))
         told = f"unseen ({', '.join(unseen)}) {plain.perplexity(False)}, seen {plain.perplexity(True)}"
         yield f"Dense, fold {fold}: {told}."

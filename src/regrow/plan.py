@@ -121,7 +121,9 @@ class Plan:
             if key not in axes.axes:
                 raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
             axis = axes[key]
-            changes[key] = Change(axis.size, tuple(range(axis.size)), axis.slots, axis.ids, int(n), fill or Fill())
+            changes[key] = Change(
+                axis.size, tuple(range(axis.size)), axis.slots, axis.ids, _whole(n, "grow"), fill or Fill()
+            )
         plan = cls(changes, **more)
         plan.check(axes)
         return plan
@@ -145,11 +147,11 @@ class Plan:
                 raise PlanError(
                     f"axis {key!r} must keep at least {axis.least} units; the plan keeps {len(change.keep)}"
                 )
-            if change.grow and axis.free and (problem := _cannot_grow(axis, change)):
+            if change.grow and axis.free and (problem := _cannot_grow(axis, change, axes.parameters)):
                 raise PlanError(f"axis {key!r} cannot be widened: {problem}")
             if not axis.free:
                 raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
-            if axis.size != change.size or axis.slots != change.slots:
+            if axis.size != change.size or _places(axis.slots) != _places(change.slots):
                 raise PlanError(
                     f"axis {key!r} has {axis.size} units here, the plan was made for {change.size}"
                     if axis.size != change.size
@@ -209,39 +211,49 @@ def _change(value: Any) -> Change:
     slots = tuple(
         Slot(
             name=str(slot["name"]),
-            dim=int(slot["dim"]),
-            outer=int(slot["outer"]),
-            stride=int(slot["stride"]),
-            inner=int(slot["inner"]),
-            offset=int(slot["offset"]),
             role=Role(slot["role"]),
+            **{part: _whole(slot[part], part) for part in ("dim", "outer", "stride", "inner", "offset")},
         )
         for slot in value["slots"]
     )
-    size, keep = int(value["size"]), tuple(int(unit) for unit in value["keep"])
     fill = value.get("fill", {})
     return Change(
-        size,
-        keep,
-        slots,
-        tuple(int(i) for i in value.get("ids", ())),
-        int(value.get("grow", 0)),
-        Fill(str(fill.get("rule", "zero_out")), int(fill.get("seed", 0))),
+        size=_whole(value["size"], "size"),
+        keep=tuple(_whole(unit, "keep") for unit in value["keep"]),
+        slots=slots,
+        ids=tuple(_whole(one, "ids") for one in value.get("ids", ())),
+        grow=_whole(value.get("grow", 0), "grow"),
+        fill=Fill(str(fill.get("rule", "zero_out")), _whole(fill.get("seed", 0), "seed")),
     )
 
 
-def _cannot_grow(axis: Axis, change: Change) -> str:
+def _whole(value: Any, what: str) -> int:
+    if type(value) is not int or not -(2**63) <= value < 2**63:
+        raise PlanError(f"{what} is a whole number; the plan says {str(value)[:40]!r}")
+    return value
+
+
+def _places(slots: Iterable[Slot]) -> list[tuple]:
+    """Where units lie, whatever is done there: plans written before roles were told apart still fit."""
+    return list(dict.fromkeys((s.name, s.dim, s.outer, s.stride, s.inner, s.offset) for s in slots))
+
+
+def _cannot_grow(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
     """Why an axis cannot get the units it is to get; empty if it can."""
     if axis.narrow:
         return axis.narrow
-    if change.fill.rule != "zero_out" and axis.mark is Mark.FOLDED:
+    zero_out, folded = change.fill.rule == "zero_out", axis.mark is Mark.FOLDED
+    if folded and not zero_out:
         return f"{axis.reason}, which only newborn units of value 0 leave as it was; take the fill 'zero_out'"
     made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))
-    both = ", ".join(sorted(name for name, _ in made & read))
-    if both and change.fill.rule != "zero_out":
-        return f"{both} both makes and reads its units; take the fill 'zero_out'"
-    if both and made <= read and axis.mark is not Mark.FOLDED:
+    others = {(s.name, s.dim) for s in axis.slots if s.role is not Role.CONSUMES}
+    both = ", ".join(sorted(name for name, _ in others & read))
+    if both and not zero_out:
+        return f"{both} reads its units and does something else with them, too; take the fill 'zero_out'"
+    if both and (read <= made if folded else made <= read):
         return f"{both} both makes and reads its units: 0 on both sides, newborn ones could never learn"
+    if zero_out and not {name for name, _ in (made if folded else read)} & parameters:
+        return "no parameter is there that could learn to use newborn units"
     return ""
 
 
@@ -252,6 +264,8 @@ def _check_change(key: str, change: Change) -> None:
         raise PlanError(f"axis {key!r}: kept units must be ascending, each once, within 0..{change.size - 1}")
     if not 0 <= change.grow <= MOST:
         raise PlanError(f"axis {key!r}: it can grow by 0 to {MOST} units, not by {change.grow}")
+    if not 0 <= change.fill.seed < 2**63:
+        raise PlanError(f"axis {key!r}: a seed is a number from 0, below 2**63; got {change.fill.seed}")
     if change.fill.rule not in FILLS:
         raise PlanError(f"axis {key!r}: newborn units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
     if change.fill.rule == "pair" and change.grow % 2:

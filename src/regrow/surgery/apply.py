@@ -1,5 +1,6 @@
 """The only function that changes a model."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from regrow.axes import Axis, AxisGraph, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import offsets
 from regrow.surgery.fold import folded, ratio
-from regrow.surgery.layout import Layout, layouts, moved
+from regrow.surgery.layout import Layout, layouts, slots_after
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.widen import carried, roles_of
 from regrow.tracing.trial import planned_integers, rehearsed
@@ -49,12 +50,17 @@ def apply(
     plan.check(axes)
     _check_state(model, axes)
     sizes, lays = plan.sizes(axes), layouts(axes, plan)
-    if problem := rehearsed(model, axes, sizes):
+    # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
+    grown = any(change.grow for change in plan.changes.values())
+    numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
+    if problem := rehearsed(model, axes, sizes, numbers):
         raise PlanError(f"the plan cannot be carried out: {problem}")
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
+    births = [(key, change.fill.seed, axes[key].born) for key, change in sorted(plan.changes.items())]
+    seed = zlib.crc32(repr(births).encode())
     with torch.no_grad():
         values = {
-            name: carried(name, tensor.detach(), lays[name], roles.get(name, {}))
+            name: carried(name, tensor.detach(), lays[name], roles.get(name, {}), seed)
             for name, tensor in _state(model).items()
             if name in lays
         }
@@ -65,7 +71,7 @@ def apply(
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
     parameters = dict(model.named_parameters())
     exchanged = [Exchange(name, parameters[name], lays.get(name, {})) for name in values if name in parameters]
-    remember = follow(optimizers, exchanged)
+    remember = follow(optimizers, exchanged, added=[name for name in values if name not in axes.shapes])
     _commit(model, axes, values, {**planned_integers(axes, sizes), **epsilons})
     remember(dict(model.named_parameters()))
     return model, _after(axes, plan, lays, sizes, values)
@@ -115,16 +121,9 @@ def _after(
         change = plan.changes.get(axis.key)
         ids = axis.ids if change is None else tuple(axis.ids[unit] for unit in change.keep)
         new = 0 if change is None else change.grow
-        slots = []
-        for slot in axis.slots:
-            lay = lays.get(slot.name, {}).get(slot.dim)
-            if lay is None:
-                slots.append(slot)
-                continue
-            dim = axes.shapes[slot.name][slot.dim]
-            slots += [now] if (now := moved(slot, lay, axis, dim, axes.sizes(), sizes)) else []
         ids += tuple(range(axis.born, axis.born + new))
-        return replace(axis, size=sizes[axis.key], slots=tuple(slots), ids=ids, born=axis.born + new)
+        slots = slots_after(axis, axes, lays, sizes)
+        return replace(axis, size=sizes[axis.key], slots=slots, ids=ids, born=axis.born + new)
 
     added = {name: tuple(value.shape) for name, value in values.items() if name not in axes.shapes}
     return replace(

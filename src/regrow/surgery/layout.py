@@ -1,7 +1,8 @@
 """How the entries of a dimension lie after a plan: where each comes from, which are new, and what new ones hold."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -45,12 +46,6 @@ class Layout:
         """The entries before that stay, ascending."""
         return self.source[~self.born]
 
-    def after(self, old: int) -> Tensor:
-        """Where each of ``old`` entries lies now, −1 where it is gone."""
-        place = torch.full((old,), -1)
-        place[self.kept] = (~self.born).nonzero().flatten()
-        return place
-
 
 def layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     """Name of a tensor → dimension → its entries after the plan, for every dimension that the plan changes.
@@ -61,7 +56,7 @@ def layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     """
     sizes = axes.sizes()
     units = {
-        key: units_after(change, axes[key].mark)
+        key: units_after(change, axes[key])
         for key, change in plan.changes.items()
         if change.grow or len(change.keep) < change.size
     }
@@ -94,10 +89,9 @@ def laid(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Lay
             before, after, found = 0, 0, []
             for part in parts:
                 one = laid(part, sizes, units)
-                values = [getattr(one, field.name) for field in fields(Layout)]
-                found.append([values[0] + before, *values[1:3], values[3] + after, *values[4:]])
+                found.append(replace(one, source=one.source + before, twin=one.twin + after))
                 before, after = before + size_of(part, sizes), after + len(one)
-            return Layout(*(torch.cat(columns) for columns in zip(*found, strict=True)))
+            return Layout(*(torch.cat([getattr(one, field.name) for one in found]) for field in fields(Layout)))
 
 
 def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
@@ -116,7 +110,7 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
     return Layout(source, born, drawn, twin, inward, outward)
 
 
-def units_after(change: Change, mark: Mark) -> Layout:
+def units_after(change: Change, axis: Axis) -> Layout:
     """The units of an axis after its change: those kept, then the newborn ones, as its fill has them.
 
     ``zero_out``: drawn, and nothing reads them yet; on a folded axis (a residual stream under root-mean-square norms)
@@ -125,12 +119,14 @@ def units_after(change: Change, mark: Mark) -> Layout:
     """
     keep = torch.tensor(change.keep)
     old, n = Layout.of(keep), change.grow
-    if not n or change.fill is None:
+    if not n:
         return old
-    generator = torch.Generator().manual_seed(change.fill.seed)
+    generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.born) % 2**63)
     many = len(keep)
     rounds = [torch.randperm(many, generator=generator) for _ in range(-(-n // many))]
     donors = torch.cat(rounds)[:n]
+    if change.fill.rule == "pair":
+        donors = donors[: n // 2].repeat(2)
     source, born = torch.cat([keep, keep[donors]]), torch.arange(many + n) >= many
     twin, one = torch.arange(many + n), torch.ones(many + n, dtype=torch.float64)
     match change.fill.rule:
@@ -146,63 +142,79 @@ def units_after(change: Change, mark: Mark) -> Layout:
             sign[many + n // 2 :] = -1
             return Layout(source, born, born, twin, one, sign)
     silent = torch.where(born, 0.0, one)
-    return Layout(source, born, born, twin, *((silent, one) if mark is Mark.FOLDED else (one, silent)))
+    return Layout(source, born, born, twin, *((silent, one) if axis.mark is Mark.FOLDED else (one, silent)))
 
 
-def members(dim: Dim, key: str, sizes: Mapping[str, int]) -> list[Tensor]:
-    """To which unit of an axis each entry of a dimension belongs, −1 for none; ``[entries]``, per occurrence in it."""
-    match dim:
-        case str() if dim == key:
-            return [torch.arange(sizes[dim])]
-        case Product(parts):
-            return [
-                one.repeat_interleave(_size(parts[i + 1 :], sizes)).repeat(_size(parts[:i], sizes))
-                for i, part in enumerate(parts)
-                for one in members(part, key, sizes)
-            ]
-        case Sum(parts):
-            ends = [size_of(part, sizes) for part in parts]
-            return [
-                torch.cat([torch.full((sum(ends[:i]),), -1), one, torch.full((sum(ends[i + 1 :]),), -1)])
-                for i, part in enumerate(parts)
-                for one in members(part, key, sizes)
-            ]
-    return []
-
-
-def _size(parts: tuple[Dim, ...], sizes: Mapping[str, int]) -> int:
-    return size_of(Product(parts), sizes)
-
-
-def moved(
-    slot: Slot, lay: Layout, axis: Axis, dim: Dim, before: Mapping[str, int], after: Mapping[str, int]
-) -> Slot | None:
-    """Where a slot lies after a plan; ``None`` where nothing of it is left.
-
-    The old layout is regular, and a plan does the same to each of its blocks, so the new one is too: the places of its
-    first unit give its numbers.
+def slots_after(
+    axis: Axis, axes: AxisGraph, lays: Mapping[str, Mapping[int, Layout]], sizes: Mapping[str, int]
+) -> tuple[Slot, ...]:
+    """Where the units of an axis lie after a plan; slots of which nothing is left are gone.
 
     Args:
-        slot: Where it lay.
-        lay: The entries of its dimension after the plan.
-        axis: Its axis before.
-        dim: Its dimension, written in axes.
-        before: The size of each axis before.
-        after: And after.
+        axis: The axis before.
+        axes: The network's axes before.
+        lays: The entries of each dimension that changes.
+        sizes: The size of each axis after.
     """
-    places = slot.positions(axis.size)
-    if axis.free:
-        units = torch.arange(axis.size)[:, None].expand_as(places)
-        pairs = zip(members(dim, axis.key, before), members(dim, axis.key, after), strict=True)
-        unit = next(new for old, new in pairs if torch.equal(old[places], units))
-        own = torch.isin(lay.source, places) & (unit == 0)
-    else:
-        own = torch.isin(lay.source, places[0])
-    first = own.nonzero().flatten()
+    found: dict[Slot, None] = {}
+    for slot in axis.slots:
+        lay = lays.get(slot.name, {}).get(slot.dim)
+        if lay is None:
+            found[slot] = None
+        elif axis.free:
+            dim = axes.shapes[slot.name][slot.dim]
+            for outer, stride, inner, offset in places(dim, axis.key, sizes):
+                found[Slot(slot.name, slot.dim, outer, stride, inner, offset, slot.role)] = None
+        elif (moved := _moved(slot, lay, axis.size)) is not None:
+            found[moved] = None
+    return tuple(found)
+
+
+def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, int, int, int]]:
+    """``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension."""
+    for loops, inner, offset in _occurrences(dim, key, sizes):
+        outer, stride = loops[0] if loops else (1, sizes[key] * inner)
+        for at in product(*(range(n) for n, _ in loops[1:])):
+            yield outer, stride, inner, offset + sum(i * s for i, (_, s) in zip(at, loops[1:], strict=True))
+
+
+def _occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+    """Each place of an axis in a dimension: the loops ``(times, stride)`` around it, longest first, extent, offset."""
+    match dim:
+        case str() if dim == key:
+            yield [], 1, 0
+        case Sum(parts):
+            before = 0
+            for part in parts:
+                for loops, inner, offset in _occurrences(part, key, sizes):
+                    yield loops, inner, offset + before
+                before += size_of(part, sizes)
+        case Product(parts):
+            for i, part in enumerate(parts):
+                times, tail = (size_of(Product(some), sizes) for some in (parts[:i], parts[i + 1 :]))
+                for loops, inner, offset in _occurrences(part, key, sizes):
+                    around = [(times, size_of(part, sizes) * tail)] if times > 1 else []
+                    yield _merged([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
+
+
+def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Loops that run on without a gap are one; the longest of the rest comes first."""
+    merged: list[tuple[int, int]] = []
+    for times, stride in sorted(loops, key=lambda loop: -loop[1]):
+        if merged and merged[-1][1] == times * stride:
+            merged[-1] = (merged[-1][0] * times, stride)
+        else:
+            merged.append((times, stride))
+    return sorted(merged, key=lambda loop: -loop[0])
+
+
+def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
+    """Where a slot of a frozen axis lies: the places of its first unit give its numbers."""
+    first = torch.isin(lay.source, slot.positions(size)[0]).nonzero().flatten()
     if not len(first):
         return None
     gaps = (torch.diff(first) != 1).nonzero().flatten()
     width = int(gaps[0]) + 1 if len(gaps) else len(first)
     blocks = len(first) // width
-    stride = int(first[width] - first[0]) if blocks > 1 else after[axis.key] * width
+    stride = int(first[width] - first[0]) if blocks > 1 else size * width
     return Slot(slot.name, slot.dim, blocks, stride, width, int(first[0]), slot.role)

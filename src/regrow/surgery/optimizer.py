@@ -34,7 +34,7 @@ class Exchange:
 
 
 def follow(
-    optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange]
+    optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
 ) -> Callable[[Mapping[str, nn.Parameter]], None]:
     """Work out what the optimisers will remember, without changing anything yet.
 
@@ -43,6 +43,7 @@ def follow(
     Args:
         optimizers: All that move parameters of the network.
         exchanged: The parameters that a plan replaces.
+        added: The names of biases that it adds; each joins the weight of its layer.
 
     Returns:
         A function that, given name → new parameter, changes the optimisers in place.
@@ -50,6 +51,10 @@ def follow(
     Raises:
         PlanError: If an optimiser remembers something that does not have its parameter's shape, or that is not known.
     """
+    if problem := next((type(one).__name__ for one in optimizers if hasattr(one, "_params")), ""):
+        raise PlanError(
+            f"{problem} keeps all parameters in one piece and cannot follow; make a new one after the change"
+        )
     known = {id(one.old): one for one in exchanged}
     states = [
         {
@@ -63,12 +68,20 @@ def follow(
     def commit(made: Mapping[str, nn.Parameter]) -> None:
         for optimizer, state in zip(optimizers, states, strict=True):
             for group in optimizer.param_groups:
-                group["params"] = [made[known[id(p)].name] if id(p) in known else p for p in group["params"]]
+                group["params"][:] = [made[known[id(p)].name] if id(p) in known else p for p in group["params"]]
+                _join(group["params"], made, added)
             for one in exchanged:
                 if optimizer.state.pop(one.old, None) is not None:
                     optimizer.state[made[one.name]] = state[id(one.old)]
 
     return commit
+
+
+def _join(params: list[nn.Parameter], made: Mapping[str, nn.Parameter], added: Sequence[str]) -> None:
+    for name in added:
+        weight = made.get(name.removesuffix("bias") + "weight")
+        if any(one is weight for one in params):
+            params.append(made[name])
 
 
 def _state(what: str, value: object, one: Exchange) -> object:

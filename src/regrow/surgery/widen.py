@@ -13,42 +13,44 @@ Roles = Mapping[int, frozenset[Role]]
 """Dimension of a tensor → what it does with the axes that change there."""
 
 
-def carried(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles) -> Tensor:
+def carried(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0) -> Tensor:
     """A tensor as a plan has it, in storage of its own.
 
-    Drawn entries are normal with the spread of the tensor's own numbers where they make units, and the mean of their
-    neighbours where they scale or shift them. What makes newborn units is multiplied by ``inward``, what reads them by
-    ``outward``: that leaves the network's function as it was.
+    Newborn entries that scale or shift units are those of a kept unit. Those that make or read units are drawn from the
+    tensor's own numbers, unless they are copies. What makes newborn units is then multiplied by ``inward``, what reads
+    them by ``outward``: that leaves the network's function as it was.
 
     Args:
-        name: Its name, which decides what is drawn.
+        name: Its name, which has a say in what is drawn.
         tensor: Its numbers before.
         lays: The entries of each dimension that changes.
         roles: What these dimensions do.
+        seed: Of the draws.
     """
-    spread = float(tensor.float().std()) if tensor.numel() > 1 and tensor.is_floating_point() else 0.0
+    old = tensor.flatten()
     for dim, lay in lays.items():
         tensor = tensor.index_select(dim, lay.source.to(tensor.device))
     own = {dim: roles.get(dim, frozenset()) for dim in lays}
     for dim in sorted(lays, key=lambda dim: Role.CONSUMES in own[dim]):
-        tensor = _filled(tensor, dim, lays[dim], own[dim], spread, seed=zlib.crc32(f"{name}:{dim}".encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{name}:{dim}:{seed}".encode()))
+        tensor = _filled(tensor, dim, lays[dim], own[dim], old, generator)
     return tensor
 
 
-def _filled(tensor: Tensor, dim: int, lay: Layout, roles: frozenset[Role], spread: float, seed: int) -> Tensor:
+def _filled(
+    tensor: Tensor, dim: int, lay: Layout, roles: frozenset[Role], old: Tensor, generator: torch.Generator
+) -> Tensor:
     """The entries of one dimension drawn and scaled as they should be."""
     if not tensor.is_floating_point() or not bool(lay.born.any()):
         return tensor
-    if bool(lay.drawn.any()):
+    if bool(lay.drawn.any()) and roles & {Role.PRODUCES, Role.CONSUMES}:
         new = lay.drawn.nonzero().flatten().to(tensor.device)
         part = tensor.index_select(dim, new)
-        if roles & {Role.PRODUCES, Role.CONSUMES}:
-            generator = torch.Generator().manual_seed(seed)
-            part = (torch.randn(part.shape, generator=generator) * spread).to(part)
-        else:
-            old = tensor.index_select(dim, (~lay.born).nonzero().flatten().to(tensor.device))
-            part = old.mean(dim, keepdim=True).expand_as(part)
-        tensor = tensor.index_copy(dim, new, part).index_select(dim, lay.twin.to(tensor.device))
+        if bool(old.any()):
+            drawn = old[torch.randint(len(old), part.shape, generator=generator).to(old.device)]
+        else:  # a layer that starts at 0
+            drawn = torch.randn(part.shape, generator=generator).to(part) * (part.shape[dim] / part.numel()) ** 0.5
+        tensor = tensor.index_copy(dim, new, drawn).index_select(dim, lay.twin.to(tensor.device))
     factor = torch.ones(len(lay), dtype=torch.float64)
     factor = factor * lay.inward if roles & {Role.PRODUCES, Role.SHIFTS} else factor
     factor = factor * lay.outward if Role.CONSUMES in roles else factor

@@ -12,7 +12,8 @@ from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.folds import Found, folds
-from regrow.tracing.walk import Dims, Walk, op_name
+from regrow.tracing.silence import heard
+from regrow.tracing.walk import Dims, Walk
 
 MOST_SLOTS = 64
 """More places than this in one dimension are not kept apart; the axis is frozen."""
@@ -66,9 +67,10 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
         for leaf, slot in own:
             leaf_of[leaf.number] = leaf
             by_leaf.setdefault(leaf.number, []).extend(_with_roles(slot, w, aliases, parameters))
-    axes, keys = _axes(w, leaf_of, by_leaf, held)
-    names = Names(keys)
+    read = {leaf.number for one in w.readings for leaf in d.leaves(w.of(one.operand)[one.dim])}
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    axes, keys = _axes(leaf_of, by_leaf, held, read, heard(w, tensors))
+    names = Names(keys)
     shapes: dict[str, tuple[Dim, ...]] = {
         name: names.dims(state[name]) if name in state else tuple(tensor.shape) for name, tensor in tensors.items()
     }
@@ -270,42 +272,13 @@ def _aliases(ties: Mapping[str, str]) -> dict[str, list[str]]:
     return {name: group for group in groups.values() for name in group}
 
 
-def _heard(w: Walk) -> tuple[set[int], dict[int, str], dict[int, str]]:
-    """The leaves that anything reads; why newborn units of one would be heard; why, even if they were 0.
-
-    A newborn unit is silent where only weights read it, for these can be 0. Where units meet units, it would be heard,
-    or 0 on both sides, and then it could never learn.
-    """
-    read: set[int] = set()
-    heard: dict[int, str] = {}
-    stirred: dict[int, str] = {}
-    for one in w.readings:
-        for leaf in d.leaves(w.of(one.operand)[one.dim]):
-            read.add(leaf.number)
-            if not one.weight and op_name(one.node) in _MEETINGS:
-                stirred.setdefault(leaf.number, w.why(one.node, "its units meet units there, not weights"))
-            elif not one.weight:
-                heard.setdefault(leaf.number, w.why(one.node, "it reads newborn units with no weight that could be 0"))
-            if one.fill != 0:
-                stirred.setdefault(leaf.number, w.why(one.node, "it would be taken over newborn units too"))
-    for expr, why in w.stirred:
-        for leaf in d.leaves(expr):
-            stirred.setdefault(leaf.number, why) if leaf.mark is Mark.FOLDED else None
-    return read, heard, stirred
-
-
-_MEETINGS = frozenset(
-    ("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "mv", "dot", "scaled_dot_product_attention")
-)
-
-
 def _axes(
-    w: Walk,
     leaf_of: Mapping[int, Leaf],
     slots: Mapping[int, list[Slot]],
     held: Mapping[int, tuple[str, int]],
+    read: Container[int],
+    narrow: Mapping[int, str],
 ) -> tuple[dict[str, Axis], dict[int, str]]:
-    read, heard, stirred = _heard(w)
     keys: dict[int, str] = {}
     axes: dict[str, Axis] = {}
     for number, leaf in leaf_of.items():
@@ -319,9 +292,8 @@ def _axes(
             reason = "nothing reads its units"
         mark = Mark.FROZEN if reason else leaf.mark
         count, times = held.get(number, ("", 1))
-        narrow = stirred.get(number, "") or (heard.get(number, "") if mark is not Mark.FOLDED else "")
-        least = 2 if leaf.integer else 1
-        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times, least, narrow=narrow)
+        least, why = 2 if leaf.integer else 1, narrow.get(number, "")
+        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times, least, narrow=why)
         if not reason:
             keys[number] = key
     partners = {axis.count for axis in axes.values() if axis.count and not axis.free}

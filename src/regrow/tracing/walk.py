@@ -67,7 +67,6 @@ class Walk:
     starts: dict[Node, Expr] = field(default_factory=dict)
     equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
     norms: list[tuple[Node, Any]] = field(default_factory=list)
-    stirred: list[tuple[Expr, str]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -12,20 +12,7 @@ from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 def pointwise(w: Walk, node: Node) -> Dims:
     """Dimensions at the same place are the same one; where one has size 1, the other stands."""
     operands = [arg for arg in node.all_input_nodes if isinstance(shape_of(arg), tuple)]
-    out = broadcast(w, node, operands)
-    if not all(w.source(arg) for arg in operands) and not _keeps_zero(node):
-        w.stirred += [(expr, w.why(node, "what is 0 does not stay 0")) for expr in out]
-    return out
-
-
-def _keeps_zero(node: Node) -> bool:
-    """Whether entries that are 0 in what a node works on are 0 in what it makes."""
-    name, numbers = op_name(node), [arg for arg in node.args[1:] if isinstance(arg, int | float)]
-    if name in ("add", "sub"):
-        return not any(numbers)
-    if name == "pow":
-        return bool(numbers) and numbers[0] > 0
-    return name in _KEEP_ZERO.split() or (name == "div" and bool(numbers))
+    return broadcast(w, node, operands)
 
 
 def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
@@ -62,9 +49,6 @@ def identity(w: Walk, node: Node) -> Dims:
     arg = node.args[0]
     assert isinstance(arg, Node)
     return w.of(arg)
-
-
-_KEEP_ZERO = "mul neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish"
 
 
 _IDENTITIES = (

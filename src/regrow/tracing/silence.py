@@ -1,0 +1,119 @@
+"""Which axes can get newborn units that nothing hears at first.
+
+A newborn unit of a neutral axis is silent where only weights read it, for these can be 0. On a folded axis, over which
+a norm runs, its value itself must be 0 wherever it is read; that is followed here from operation to operation, and
+what is not known to keep a 0 does not.
+"""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from torch.fx import Node
+
+from regrow.axes import Mark, Role
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import shape_of
+from regrow.tracing.walk import ALIASES, Reading, Walk, arg, op_name
+
+
+def heard(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    """Leaf → why newborn units of it would be heard, or could never learn; leaves not named can be widened.
+
+    Args:
+        w: A finished walk.
+        tensors: The network's parameters and buffers by name.
+    """
+    zeros = _zeros(w)
+    found: dict[int, str] = {}
+    for one in w.readings:
+        for leaf in d.leaves(w.of(one.operand)[one.dim]):
+            if reason := _reason(w, one, leaf, zeros):
+                found.setdefault(leaf.number, reason)
+    for node, name in w.capture.states.items():
+        if name in tensors and not tensors[name].is_floating_point():
+            for expr in w.dims[node] or ():
+                for leaf in d.leaves(expr):
+                    found.setdefault(leaf.number, f"{name} does not hold real numbers, of which some could be 0")
+    return found
+
+
+def _reason(w: Walk, one: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> str:
+    if one.fill != 0:
+        return w.why(one.node, "it would be taken over newborn units too")
+    meeting = op_name(one.node) in _MEETINGS
+    if meeting and not one.weight:
+        return w.why(one.node, "its units meet units there, not weights")
+    if meeting and w.source(one.operand):
+        return w.why(one.node, "weights meet weights there, and neither makes its units")
+    if leaf.mark is Mark.FOLDED and leaf.number not in zeros[one.operand]:
+        return w.why(one.node, "newborn units are not known to be 0 there")
+    if leaf.mark is not Mark.FOLDED and not one.weight:
+        return w.why(one.node, "it reads newborn units with no weight that could be 0")
+    return ""
+
+
+def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
+    """Node → the leaves on which its value is 0 if what makes and shifts newborn units is 0."""
+    zeros: dict[Node, frozenset[int]] = {}
+    for node in w.capture.graph.nodes:
+        dims = w.dims.get(node)
+        carried = _carried(dims)
+        zeros[node] = frozenset(carried & _known(w, node, zeros)) if carried else frozenset()
+    return zeros
+
+
+def _carried(dims: object) -> set[int]:
+    rows = dims if isinstance(dims, list) else [dims]
+    return {leaf.number for row in rows if isinstance(row, tuple) for expr in row for leaf in d.leaves(expr)}
+
+
+def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int]:
+    if node in w.capture.states:
+        name = w.capture.states[node]
+        return {
+            leaf.number
+            for dim, expr in enumerate(w.of(node))
+            if w.roles.get((name, dim), set()) & {Role.PRODUCES, Role.SHIFTS}
+            for leaf in d.leaves(expr)
+        }
+    if node.op != "call_function":
+        return set()
+    name = op_name(node)
+    operands = [one for one in node.all_input_nodes if isinstance(shape_of(one), tuple | list)]
+    common = set.intersection(*({*zeros[one]} for one in operands)) if operands else set()
+    match name:
+        case "mul":
+            return set().union(*(zeros[one] for one in operands))
+        case "add" | "sub":
+            numbers = [value for value in node.args[:2] if isinstance(value, int | float)]
+            return set() if any(numbers) else common
+        case "div":
+            return {*zeros[operands[0]]} if len(operands) == 1 and operands[0] is node.args[0] else set()
+        case "pow":
+            exponent = arg(node, 1)
+            return common if isinstance(exponent, int | float) and exponent > 0 else set()
+        case "linear" | "conv1d" | "conv2d" | "conv3d":
+            # The weight makes the unit and the bias shifts it: both are 0, and what they work on does not matter.
+            made = [one for one in node.args[1:3] if isinstance(one, Node)]
+            return set.intersection(*({*zeros[one]} for one in made)) & _carried((w.of(made[0])[0],))
+        case "embedding":
+            return {*zeros[arg(node, 0)]}
+        case "batch_norm":
+            shifts = [node.args[i] for i in (0, 2, 3) if isinstance(node.args[i], Node)]
+            return set.intersection(*({*zeros[one]} for one in shifts))  # type: ignore[index]
+        case "rms_norm":
+            return {*zeros[arg(node, 0)]}
+    return common if name in _PASSING.split() or name in ALIASES else set()
+
+
+_MEETINGS = frozenset(
+    ("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "mv", "dot", "scaled_dot_product_attention")
+)
+
+_PASSING = (
+    "neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish square dropout feature_dropout "
+    "view reshape flatten unflatten _unsafe_view transpose swapaxes mT t permute movedim unsqueeze squeeze "
+    "slice narrow split split_with_sizes chunk getitem expand cat concat sum mean "
+    "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d"
+)
+"""Operations whose result is 0 where everything that they work on is."""
