@@ -58,8 +58,8 @@ class Settings:
         cross: Teach and judge each source with the order and the means of the others alone, as if it were a kind that
             calibration never saw.
         start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same share of every
-            axis outside the first and last blocks; axes of few units stay whole), ``best`` of these two on held-out
-            text, ``uniform`` (the same share of every axis), or ``curvature`` (least second-order divergence).
+            axis outside the first and last blocks; axes of few units stay whole), ``uniform`` (the same share of every
+            axis), ``best`` of these three on held-out text, or ``curvature`` (least second-order divergence).
         steps: Steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
         every: After how many steps an allocation is judged on held-out text.
@@ -196,7 +196,7 @@ class GPrune:
         robust = within(first.spread.sigma, seen.spaces, lambda sigma: (sigma <= sigma.median()).double())
         fixed = {**masks.tensors(), **{f"robust:{key}": value for key, value in robust.items()}, "costs": costs}
         state = replace(state, tensors=fixed, values={"removed": removed, "metric": first.scores.metric})
-        tried = STARTS[:2] if s.start == "best" else (s.start,)
+        tried = STARTS[:3] if s.start == "best" else (s.start,)
         kept = {name: self._started(name, model, axes, evidence, state, seen) for name in tried}
         given = {name: masks.given(units) for name, units in kept.items() if name == tried[0] or units != kept["base"]}
         judge, losses = bool(s.steps) or len(tried) > 1, {}
