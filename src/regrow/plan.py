@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
@@ -233,9 +233,10 @@ def _whole(value: Any, what: str) -> int:
     return value
 
 
-def _places(slots: Iterable[Slot]) -> list[tuple]:
-    """Where units lie, whatever is done there: plans written before roles were told apart still fit."""
-    return list(dict.fromkeys((s.name, s.dim, s.outer, s.stride, s.inner, s.offset) for s in slots))
+def _places(slots: Iterable[Slot]) -> list[Slot]:
+    """Where units lie and what is done there; plans from before shifting was told from scaling still fit."""
+    told = (replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
+    return list(dict.fromkeys(told))
 
 
 def _cannot_grow(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
