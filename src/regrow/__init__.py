@@ -1,9 +1,9 @@
 """regrow changes the shape of trained networks, exactly: it prunes them, grows them and searches them."""
 
-from regrow.plan import Plan
+from regrow.plan import Fill, Plan
 from regrow.runs import load
 from regrow.runs.prune import prune
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 
-__all__ = ["Plan", "apply", "load", "prune", "trace", "verify"]
+__all__ = ["Fill", "Plan", "apply", "load", "prune", "trace", "verify"]
