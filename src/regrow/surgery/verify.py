@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
+from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -185,14 +186,12 @@ class _Masked(Interpreter):
         return super().run_node(n)
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
-        args, kwargs = super().fetch_args_kwargs_from_env(n)
-        if self.double:
-            args, kwargs = tree_map(_longer, args), tree_map(_longer, kwargs)
+        values = {one: self.env[one] for one in n.all_input_nodes}
         for reading, mask in self.reads.get(n, []):
             if reading.fill is not None:
-                place = list(n.args).index(reading.operand)
-                args = (*args[:place], self._replaced(args[place], reading, mask), *args[place + 1 :])
-        return args, kwargs
+                values[reading.operand] = self._replaced(values[reading.operand], reading, mask)
+        args, kwargs = map_arg((n.args, n.kwargs), values.__getitem__)
+        return (tree_map(_longer, args), tree_map(_longer, kwargs)) if self.double else (args, kwargs)
 
     def _replaced(self, value: Tensor, reading: Any, mask: Tensor) -> Tensor:
         shape = [1] * value.dim()

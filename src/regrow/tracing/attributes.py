@@ -58,6 +58,12 @@ WIDTHS = frozenset(
         "proj_size",
         "n_embd",
         "c",
+        "conv_dim",
+        "d_inner",
+        "normalized_shape",
+        "ssm_state_size",
+        "state_size",
+        "time_step_rank",
     ]
 )
 COUNTS = frozenset(
@@ -76,6 +82,10 @@ COUNTS = frozenset(
         "nhead",
         "n_group",
         "num_groups",
+        "n_groups",
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
     ]
 )
 REPEATS = frozenset(
@@ -145,7 +155,8 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    for name, value in vars(module).items():
+    for name, held in vars(module).items():
+        value = held[0] if isinstance(held, tuple) and len(held) == 1 else held
         if name in WIDTHS | COUNTS | REPEATS and isinstance(value, int) and not isinstance(value, bool) and value > 1:
             yield name, value
 
@@ -186,6 +197,8 @@ def _channels(path: str, module: nn.Module, found: dict[str, Expr], dims: Mappin
     own = dims.get(f"{path}.weight" if path else "weight")
     if own is None or not isinstance(module, nn.modules.conv._ConvNd):
         return
+    if module.groups == d.size(own[0]) and d.size(own[1]) == 1:  # depthwise, also where the weight is used elsewhere
+        found.setdefault(f"{path}:groups", own[0])
     group: Any = found.get(f"{path}:groups", d.frozen(module.groups, "a fixed number of groups"))
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
     found[f"{path}:{first}"] = own[0]

@@ -24,6 +24,7 @@ class Leaf:
         frozen: Why it cannot change; empty while it can.
         mark: The strongest thing that reads it, and in ``why`` who that is.
         integer: For a dimension made by ``expand``: the module whose attribute must hold its size.
+        least: How many entries it must keep.
     """
 
     size: int
@@ -31,6 +32,7 @@ class Leaf:
     mark: Mark = Mark.NEUTRAL
     why: str = ""
     integer: str = ""
+    least: int = 1
     link: "Expr | None" = None
     number: int = field(default_factory=lambda: next(_numbers))
 
@@ -196,6 +198,7 @@ def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
         if expr.frozen and not leaf.frozen:
             leaf.frozen = expr.frozen
         expr.integer = expr.integer or leaf.integer
+        expr.least = max(expr.least, leaf.least)
     leaf.link = expr
 
 

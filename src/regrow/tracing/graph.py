@@ -292,7 +292,7 @@ def _axes(
             reason = "nothing reads its units"
         mark = Mark.FROZEN if reason else leaf.mark
         count, times = held.get(number, ("", 1))
-        least, why = 2 if leaf.integer else 1, narrow.get(number, "")
+        least, why = max(leaf.least, 2 if leaf.integer else 1), narrow.get(number, "")
         axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times, least, narrow=why)
         if not reason:
             keys[number] = key

@@ -55,11 +55,14 @@ def _reason(w: Walk, one: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[
 def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
     """Node → the leaves on which its value is 0 if what makes and shifts newborn units is 0."""
     zeros: dict[Node, frozenset[int]] = {}
+    spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
     for node in w.capture.graph.nodes:
         dims = w.dims.get(node)
         carried = _carried(dims)
         zeros[node] = frozenset(carried & _known(w, node, zeros)) if carried else frozenset()
-    return zeros
+        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            spoiled |= carried - zeros[node]
+    return {node: known - spoiled for node, known in zeros.items()}
 
 
 def _carried(dims: object) -> set[int]:

@@ -65,6 +65,7 @@ class Walk:
     literals: list[Literal] = field(default_factory=list)
     groups: list[tuple[str, Expr]] = field(default_factory=list)
     starts: dict[Node, Expr] = field(default_factory=dict)
+    picks: dict[Node, Expr] = field(default_factory=dict)
     equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
     norms: list[tuple[Node, Any]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)

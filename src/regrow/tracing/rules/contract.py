@@ -64,6 +64,53 @@ def _product(w: Walk, node: Node, a: Node, b: Node) -> Dims:
     return tuple(out)
 
 
+def einsum(w: Walk, node: Node) -> Dims:
+    """One letter is one dimension; a letter that the result lacks is summed over."""
+    equation, operands = node.args[:2]
+    assert isinstance(equation, str) and isinstance(operands, list | tuple)
+    tensors = [one for one in operands if isinstance(one, Node)]
+    terms, result = _letters(equation, [len(w.of(one)) for one in tensors])
+    known: dict[str, Expr] = {}
+    for tensor, term in zip(tensors, terms, strict=True):
+        for letter, expr in zip(term, w.of(tensor), strict=True):
+            if term.count(letter) > 1:
+                d.freeze(expr, w.why(node, "a diagonal of it is taken"))
+            if d.size(known.get(letter, d.ONE)) == 1:
+                known[letter] = expr
+            elif d.size(expr) > 1:
+                d.unify(known[letter], expr, w.why(node, "dimensions of one letter have no common form"))
+    for letter, expr in known.items():
+        holders = [one for one, term in zip(tensors, terms, strict=True) if letter in term]
+        summed = letter not in result and d.size(expr) > 1
+        role = Role.CONSUMES if summed else Role.SCALES if len(holders) > 1 else Role.PRODUCES
+        for tensor, term in zip(tensors, terms, strict=True):
+            if letter in term:
+                w.role(tensor, term.index(letter), role)
+        if summed:
+            first = min(holders, key=lambda one: bool(w.source(one)))
+            others = [w.source(one) for one in holders if one is not first]
+            w.reads(node, first, terms[tensors.index(first)].index(letter), weight=next(filter(None, others), ""))
+    for tensor in tensors:
+        if len(tensors) > 1 and (name := w.source(tensor)) and name not in w.weights:
+            w.weights.append(name)
+    _count(w, node, tuple(known.values()))
+    return tuple(known[letter] for letter in result)
+
+
+def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The letters of each operand and of the result, with those that an ellipsis stands for."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    spare = "".join(sorted(set(map(chr, range(0x391, 0x3A0)))))  # capital Greek: no equation uses them
+    covers = [rank - len(term.replace("...", "")) for term, rank in zip(terms, ranks, strict=True)]
+    written = [term.replace("...", spare[max(covers) - n : max(covers)]) for term, n in zip(terms, covers, strict=True)]
+    if arrow:
+        return written, right.replace("...", spare[: max(covers)])
+    every = "".join(terms).replace("...", "")
+    once = sorted(letter for letter in set(every) if every.count(letter) == 1)
+    return written, spare[: max(covers) if "..." in left else 0] + "".join(once)
+
+
 def _contract(w: Walk, node: Node, read: tuple[Node, int], weight: tuple[Node, int]) -> None:
     (x, i), (other, k) = read, weight
     d.unify(w.of(x)[i], w.of(other)[k], w.why(node, "the two sides of a sum have no common form"))
@@ -209,4 +256,5 @@ RULES = {
     **dict.fromkeys(_CONVOLUTIONS.split(), convolution),
     "scaled_dot_product_attention": attention,
     "embedding": embedding,
+    "einsum": einsum,
 }

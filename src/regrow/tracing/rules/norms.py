@@ -6,7 +6,7 @@ from regrow.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.walk import Dims, Literal, Walk
 
 
 def batch_norm(w: Walk, node: Node) -> Dims:
@@ -49,7 +49,9 @@ def _affine(w: Walk, node: Node, kind: Mark, what: str) -> Dims:
             for i, (expr, own) in enumerate(zip(over, w.of(arg), strict=True)):
                 w.role(arg, i, Role.SHIFTS if place else Role.SCALES)
                 d.unify(expr, own, w.why(node, "a norm's gain has another form than its input"))
-    if rank > 1:
+    if rank == 1:
+        w.literals.append(Literal(module_of(node), d.size(over[0]), over[0], last=True))
+    else:
         for expr in over:
             d.freeze(expr, w.why(node, "a norm runs over several dimensions at once"))
     for expr in over:

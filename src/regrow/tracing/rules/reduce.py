@@ -117,7 +117,7 @@ def smallest(w: Walk, node: Node) -> Any:
 def ordered(w: Walk, node: Node) -> Any:
     """Operations for which the order or number of entries matters: the dimension is frozen."""
     dims = w.of(_input(node))
-    position = {"topk": 2, "kthvalue": 2, "roll": 2, "diff": 2}.get(op_name(node), 1)
+    position = {"kthvalue": 2, "roll": 2, "diff": 2}.get(op_name(node), 1)
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()
     over = _over(w, node, position) if named or op_name(node) not in _LAST else [len(dims) - 1]
     for i in over:
@@ -136,9 +136,9 @@ def _same(node: Node, dims: Dims) -> Any:
     return [dims for _ in shape] if isinstance(shape, list) else dims
 
 
-_LAST = frozenset(["sort", "argsort", "topk", "kthvalue", "median", "mode"])
+_LAST = frozenset(["sort", "argsort", "kthvalue", "median", "mode"])
 _ORDERED = (
-    "cumsum cumprod logcumsumexp cummax cummin flip roll sort argsort topk kthvalue median mode var std var_mean "
+    "cumprod logcumsumexp cummax cummin flip roll sort argsort kthvalue median mode var std var_mean "
     "std_mean argmax argmin prod any all nanmean diff"
 )
 

@@ -229,7 +229,8 @@ def expand(w: Walk, node: Node) -> Dims:
     if isinstance(other, Node):
         return tuple(own if d.size(expr) == 1 else expr for expr, own in zip(dims, w.of(other), strict=True))
     return tuple(
-        _repeated(w, node, n) if d.size(expr) == 1 and n > 1 else expr for expr, n in zip(dims, shape, strict=True)
+        expr if d.size(expr) == n else _repeated(w, node, n) if n else d.frozen(0, "it is empty")
+        for expr, n in zip(dims, shape, strict=True)
     )
 
 

@@ -1,0 +1,157 @@
+"""Operations that make tensors from nothing, write into them, or pick and weigh experts."""
+
+from math import inf
+from typing import Any
+
+from torch.fx import Node
+
+from regrow.axes import Mark, Role
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import module_of, shape_of
+from regrow.tracing.dimensions import Expr
+from regrow.tracing.rules.entries import broadcast
+from regrow.tracing.rules.reduce import ordered
+from regrow.tracing.walk import ALIASES, Dims, Literal, Walk, op_name
+
+
+def constant(w: Walk, node: Node) -> Dims:
+    """One number everywhere: each dimension is what it meets; an attribute of the module may hold its size."""
+    made = tuple(d.ONE if n == 1 else d.Leaf(n) if n else d.frozen(n, "it is empty") for n in shape_of(node))
+    for expr in made:
+        if d.size(expr) > 1:
+            w.literals.append(Literal(module_of(node), d.size(expr), expr))
+    return made
+
+
+def overwrite(w: Walk, node: Node) -> Dims:
+    """What is written must fit what it is written over."""
+    broadcast(w, node, [one for one in node.all_input_nodes if isinstance(shape_of(one), tuple)])
+    return w.of(node.args[0])  # type: ignore[arg-type]
+
+
+def put(w: Walk, node: Node) -> Dims:
+    """Entries written by number: the dimensions written into by number are frozen."""
+    target, places = node.args[0], node.args[1]
+    assert isinstance(target, Node) and isinstance(places, list | tuple)
+    for i, place in enumerate(places):
+        if place is not None:
+            d.freeze(w.of(target)[i], w.why(node, "its entries are written by a tensor of numbers"))
+    value = node.args[2]
+    if isinstance(value, Node):
+        for expr in w.of(value):
+            d.freeze(expr, w.why(node, "it is written into places given by numbers"))
+    return w.of(target)
+
+
+def weight_norm(w: Walk, node: Node) -> Dims:
+    """``g · v / ‖v‖`` per entry of one dimension; the norm runs over the others."""
+    v, g = node.args[:2]
+    assert isinstance(v, Node) and isinstance(g, Node)
+    along = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
+    for i, (expr, gain) in enumerate(zip(w.of(v), w.of(g), strict=True)):
+        if i == along:
+            d.unify(expr, gain, w.why(node, "a weight's gain has another form than the weight"))
+            w.role(v, i, Role.PRODUCES)
+            w.role(g, i, Role.SCALES)
+        else:
+            d.freeze(expr, w.why(node, "a weight is normalised over it"))
+    return w.of(v)
+
+
+def topk(w: Walk, node: Node) -> Any:
+    """The largest entries: dropped ones count as −∞. Their positions are numbers of what is left."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    dims = w.of(operand)
+    given = [*node.args[1:], *[None] * 4]
+    axis = int(-1 if given[1] is None else given[1]) % len(dims)  # type: ignore[arg-type]
+    why = w.why(node, "its largest entries are picked")
+    leaf, k = d.resolve(dims[axis]), int(given[0])  # type: ignore[arg-type]
+    used = [user for user in node.users if user.args[1] == 1]
+    if not isinstance(leaf, d.Leaf) or given[2] is False or not all(map(_only_counted, used)):
+        d.freeze(dims[axis], why)
+    else:
+        leaf.least = max(leaf.least, k)
+        d.mark(leaf, Mark.COMPETED, why)
+        w.reads(node, operand, axis, -inf)
+        w.picks[node] = dims[axis]
+    out = (*dims[:axis], d.frozen(k, why), *dims[axis + 1 :])
+    return [out, out]
+
+
+def _only_counted(positions: Node) -> bool:
+    """Whether positions only say how often each occurs and in what order rows go: numbering anew is harmless then."""
+    for user in positions.users:
+        name = op_name(user)
+        if name == "sort":
+            sound = all(_only_counted(one) for one in user.users if one.args[1] == 0)
+        elif name in (*ALIASES, "reshape", "view", "flatten"):
+            sound = _only_counted(user)
+        else:
+            sound = name in _COUNTS or name.startswith("_assert")
+        if not sound:
+            return False
+    return True
+
+
+def running_total(w: Walk, node: Node) -> Any:
+    """Of counts of picks: units that are never picked add nothing. Of anything else the order matters."""
+    operand = node.args[0]
+    assert isinstance(operand, Node)
+    counts = operand
+    while op_name(counts) in ALIASES and isinstance(counts.args[0], Node):
+        counts = counts.args[0]
+    return w.of(operand) if op_name(counts) in _COUNTS else ordered(w, node)
+
+
+def histogram(w: Walk, node: Node) -> Dims:
+    """How often each position was picked: one bin per unit that could be."""
+    bins = shape_of(node)[0]
+    picked = _picked(w, node.args[0])
+    if picked is None or d.size(picked) != bins:
+        return constant(w, node) if bins == 1 else (d.frozen(bins, w.why(node, "it counts how often values occur")),)
+    w.literals.append(Literal(module_of(node), bins, picked))
+    return (picked,)
+
+
+def _picked(w: Walk, node: Any) -> Expr | None:
+    """The dimension whose positions a node holds, if they come from a pick."""
+    while isinstance(node, Node) and node.op == "call_function":
+        source = node.args[0]
+        if op_name(node) == "getitem" and source in w.picks:
+            return w.picks[source] if node.args[1] == 1 else None  # type: ignore[index]
+        if op_name(node) not in (*ALIASES, "reshape", "view", "flatten", "sort", "getitem"):
+            return None
+        node = source
+    return None
+
+
+def grouped_product(w: Walk, node: Node) -> Dims:
+    """Rows sorted by expert, each times its expert's weight: ``y[s] = x[s] W[e(s)]``; ``W`` is [experts, in, out]."""
+    x, weight, ends = node.args[:3]
+    assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(ends, Node)
+    rows, kernel = w.of(x), w.of(weight)
+    d.unify(rows[1], kernel[1], w.why(node, "the two sides of a sum have no common form"))
+    d.unify(kernel[0], w.of(ends)[0], w.why(node, "experts and their rows have no common form"))
+    w.reads(node, x, 1, weight=w.source(weight))
+    for dim, role in enumerate((Role.SCALES, Role.CONSUMES, Role.PRODUCES)):
+        w.role(weight, dim, role)
+    if (name := w.source(weight)) and name not in w.weights:
+        w.weights.append(name)
+    w.work.append((module_of(node), op_name(node), (rows[0], *kernel[1:])))
+    return (rows[0], kernel[2])
+
+
+_COUNTS = ("histc", "bincount")
+_CONSTANT = "zeros ones full empty new_zeros new_ones new_full new_empty scalar_tensor"
+
+RULES = {
+    **dict.fromkeys(_CONSTANT.split(), constant),
+    **dict.fromkeys(("copy", "fill", "zero"), overwrite),
+    "index_put": put,
+    "_weight_norm": weight_norm,
+    "topk": topk,
+    **dict.fromkeys(_COUNTS, histogram),
+    "cumsum": running_total,
+    **dict.fromkeys(("_grouped_mm", "grouped_mm_fallback"), grouped_product),
+}
