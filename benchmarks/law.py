@@ -47,7 +47,7 @@ def random_plan(axes: AxisGraph, seed: int) -> Plan:
         groups.setdefault(axis.count or axis.key, []).append(axis)
     keep = {}
     for members in groups.values():
-        step = lcm(*(axis.times for axis in members))
+        step = lcm(*(axis.times * axis.multiple for axis in members))
         most = min(axis.size * axis.times for axis in members) // step
         least = max(-(-axis.least * axis.times // step) for axis in members)
         total = step * max(least, round(most * draw.uniform(0.3, 1)))

@@ -93,7 +93,7 @@ def random_plan(
     for members in together(axes, set(marks)):
         if not any(axis.key in chosen for axis in members):
             continue
-        step = lcm(*(axis.times for axis in members))
+        step = lcm(*(axis.times * axis.multiple for axis in members))
         most = min(axis.size * axis.times for axis in members) // step
         least = min(most, max(-(-min(max(floor, axis.least), axis.size) * axis.times // step) for axis in members))
         count = int(torch.randint(least, most + 1, (), generator=generator))
@@ -109,7 +109,7 @@ def smallest_plan(axes: AxisGraph, marks: Iterable[Mark] = tuple(set(Mark) - {Ma
     """The plan that keeps as few units of every axis as can be, from the middle."""
     keep: dict[str, range] = {}
     for members in together(axes, set(marks)):
-        step = lcm(*(axis.times for axis in members))
+        step = lcm(*(axis.times * axis.multiple for axis in members))
         total = step * max(-(-axis.least * axis.times // step) for axis in members)
         for axis in members:
             units = total // axis.times
@@ -137,7 +137,7 @@ def plan_for(axes: AxisGraph, axis: Axis, seed: int = 0) -> Plan:
 def growing_plan(axes: AxisGraph, axis: Axis, rule: str, units: int = 2) -> Plan | None:
     """A plan that widens one axis, and those tied to it by count; ``None`` where the axis says that it cannot be."""
     members = [other for other in axes.free() if other.count and other.count == axis.count] or [axis]
-    step = units * lcm(*(other.times for other in members))
+    step = units * lcm(*(other.times * other.multiple for other in members))
     try:
         return Plan.growing(axes, {other.key: step // other.times for other in members}, Fill(rule))
     except PlanError as error:

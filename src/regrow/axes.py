@@ -131,6 +131,7 @@ class Axis:
         times: What a unit counts for in that: ``units kept × times`` is what must be equal (a rotary pair counts for
             two entries of a head).
         least: How many units it must keep: 2 for a repetition, which networks skip when there is but one.
+        multiple: Its size must stay a multiple of this, for an operation that runs on nothing else; 1 if any will do.
         inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
         ids: The birth numbers of its units; they survive cuts, so a ledger can name a unit for life.
         born: How many units it ever had: the next birth number, so that none is used twice.
@@ -145,6 +146,7 @@ class Axis:
     count: str = ""
     times: int = 1
     least: int = 1
+    multiple: int = 1
     inside: str = ""
     ids: tuple[int, ...] = ()
     born: int = 0

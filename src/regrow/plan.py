@@ -147,6 +147,10 @@ class Plan:
                 raise PlanError(
                     f"axis {key!r} must keep at least {axis.least} units; the plan keeps {len(change.keep)}"
                 )
+            if change.after % axis.multiple and axis.free:
+                raise PlanError(
+                    f"axis {key!r} must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
+                )
             if change.grow and axis.free and (problem := _cannot_grow(axis, change, axes.parameters)):
                 raise PlanError(f"axis {key!r} cannot be widened: {problem}")
             if not axis.free:

@@ -110,7 +110,7 @@ def _irregular(axes: AxisGraph, generator: torch.Generator) -> Plan:
         group = [other for other in axes if other.count == axis.count] if axis.count else [axis]
         if not all(other.free for other in group) or axis.size < 2:
             continue
-        step = lcm(*(other.times for other in group))
+        step = lcm(*(other.times * other.multiple for other in group))
         steps = axis.size * axis.times // step
         drawn = step * int(torch.randint((steps + 1) // 2, max(steps, 2), (), generator=generator))
         units = left.setdefault(axis.count or axis.key, drawn) // axis.times

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import ceil, floor
+from math import ceil, floor, lcm
 from typing import Any
 
 import numpy as np
@@ -122,7 +122,8 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], round_to: int, minimum
         if any(key not in values or axes[key].size != size for key in keys):
             continue
         floor_ = max(minimum, ceil(share * size - 1e-9), *(axes[key].least for key in keys))
-        steps = _steps(size, min(floor_, size), round_to if size >= round_to else 1)
+        own = lcm(*(axes[key].multiple for key in keys))
+        steps = _steps(size, min(floor_, size), lcm(round_to, own) if size >= lcm(round_to, own) else own)
         arrays = [values[key].double().numpy() for key in keys]
         orders = tuple(np.argsort(array, kind="stable") for array in arrays)
         mean = np.mean([array[order] for array, order in zip(arrays, orders, strict=True)], axis=0)

@@ -117,9 +117,22 @@ class _Double(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(_longer, args), tree_map(_longer, kwargs or {})
-        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
-            func = Tensor.double
-        return func(*args, **kwargs)
+        return _EXACT.get(func, func)(*args, **kwargs)
+
+
+def _grouped_product(x: Tensor, weight: Tensor, *, offs: Tensor, bias: Any = None, out_dtype: Any = None) -> Tensor:
+    """Torch's grouped product, which has no kernel for float64: rows up to each offset times that group's matrix."""
+    ends = offs.tolist()
+    parts = [x[start:end] @ w for start, end, w in zip([0, *ends], ends, weight, strict=False)]
+    return torch.cat([*parts, x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])])
+
+
+_EXACT: Mapping[Any, Any] = {
+    **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double),
+    **dict.fromkeys(
+        (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)), _grouped_product
+    ),
+}
 
 
 def _longer(value: Any) -> Any:

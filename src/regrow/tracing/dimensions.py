@@ -8,7 +8,7 @@ common form exists, both are frozen with the reason. Nothing here knows an opera
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from math import prod
+from math import lcm, prod
 
 from regrow.axes import Mark
 
@@ -25,6 +25,7 @@ class Leaf:
         mark: The strongest thing that reads it, and in ``why`` who that is.
         integer: For a dimension made by ``expand``: the module whose attribute must hold its size.
         least: How many entries it must keep.
+        multiple: What its size must stay a multiple of.
     """
 
     size: int
@@ -33,6 +34,7 @@ class Leaf:
     why: str = ""
     integer: str = ""
     least: int = 1
+    multiple: int = 1
     link: "Expr | None" = None
     number: int = field(default_factory=lambda: next(_numbers))
 
@@ -132,6 +134,12 @@ def mark(expr: Expr, kind: Mark, why: str) -> None:
             leaf.mark, leaf.why = kind, why
 
 
+def in_multiples(expr: Expr, of: int) -> None:
+    """Say that the size of a dimension must stay a multiple; each of its parts then does."""
+    for leaf in leaves(expr):
+        leaf.multiple = lcm(leaf.multiple, of)
+
+
 def identical(a: Expr, b: Expr) -> bool:
     """Whether two dimensions are the same expression already."""
     a, b = resolve(a), resolve(b)
@@ -194,6 +202,7 @@ def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
     if leaf.frozen:
         freeze(expr, leaf.frozen)
     mark(expr, leaf.mark, leaf.why)
+    in_multiples(expr, leaf.multiple)
     if isinstance(expr, Leaf):
         if expr.frozen and not leaf.frozen:
             leaf.frozen = expr.frozen
@@ -206,6 +215,7 @@ def _share(leaf: Leaf, parts: tuple[Leaf, ...]) -> None:
     """Let a leaf be made of new parts that inherit what is known of it."""
     for part in parts:
         part.frozen, part.mark, part.why, part.integer = leaf.frozen, leaf.mark, leaf.why, leaf.integer
+        part.multiple = leaf.multiple
 
 
 def _align_products(a: list[Expr], b: list[Expr], why: str) -> None:

@@ -293,7 +293,7 @@ def _axes(
         mark = Mark.FROZEN if reason else leaf.mark
         count, times = held.get(number, ("", 1))
         least, why = max(leaf.least, 2 if leaf.integer else 1), narrow.get(number, "")
-        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times, least, narrow=why)
+        axes[key] = Axis(key, leaf.size, own, mark, reason or leaf.why, count, times, least, leaf.multiple, narrow=why)
         if not reason:
             keys[number] = key
     partners = {axis.count for axis in axes.values() if axis.count and not axis.free}

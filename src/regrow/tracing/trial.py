@@ -92,10 +92,10 @@ def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbe
 
 
 def _step(axis: Axis, axes: AxisGraph) -> int:
-    """How many units go at least: 1, or so many that the axes of the same count lose equally much."""
+    """How many units go at least: 1, or so many that sizes stay multiples and axes of one count lose equally much."""
     if not axis.count:
-        return 1
-    return lcm(*(other.times for other in axes if other.count == axis.count)) // axis.times
+        return axis.multiple
+    return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
 def resized(

@@ -13,6 +13,9 @@ from regrow.tracing.rules.entries import broadcast
 from regrow.tracing.rules.reduce import ordered
 from regrow.tracing.walk import ALIASES, Dims, Literal, Walk, op_name
 
+ALIGNED = 16
+"""Bytes that each row of an expert's matrix must start at a multiple of, for torch's grouped product to run."""
+
 
 def constant(w: Walk, node: Node) -> Dims:
     """One number everywhere: each dimension is what it meets; an attribute of the module may hold its size."""
@@ -134,6 +137,8 @@ def grouped_product(w: Walk, node: Node) -> Dims:
     d.unify(rows[1], kernel[1], w.why(node, "the two sides of a sum have no common form"))
     d.unify(kernel[0], w.of(ends)[0], w.why(node, "experts and their rows have no common form"))
     w.reads(node, x, 1, weight=w.source(weight))
+    for expr in kernel[1:]:
+        d.in_multiples(expr, max(1, ALIGNED // node.meta["val"].itemsize))
     for dim, role in enumerate((Role.SCALES, Role.CONSUMES, Role.PRODUCES)):
         w.role(weight, dim, role)
     if (name := w.source(weight)) and name not in w.weights:
