@@ -20,10 +20,11 @@ def proved(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     Where that fails, axes are tried class by class: axes are of one class if their slots differ in layer numbers only.
     Axes of two units are tried apart from the start: with one unit left, many networks do something else.
     """
-    free = [axis for axis in axes if axis.free]
+    full = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
+    free = [axis for axis in axes.free() if axis.key not in full]
     small = [axis for axis in free if axis.size <= 2]
     large = [axis for axis in free if axis.size > 2]
-    bad: dict[str, str] = {}
+    bad: dict[str, str] = full
     for group in (small, large):
         if group and _problem(model, axes, group):
             bad |= _one_by_one(model, axes, group)
@@ -41,15 +42,36 @@ def proved(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 def _one_by_one(model: nn.Module, axes: AxisGraph, group: list[Axis]) -> dict[str, str]:
     """Key → what goes wrong, for the axes of the classes that do not survive."""
     bad: dict[str, str] = {}
-    for members in _classes(group).values():
-        if problem := _problem(model, axes, members):
-            bad |= {axis.key: problem for axis in members}
+    families: dict[tuple, list[list[Axis]]] = {}
+    for kind, members in _classes(group).items():
+        families.setdefault(tuple(name for name, *_ in kind[1]), []).append(members)
+    for classes in families.values():
+        bad |= _of_family(model, axes, classes)
     left = [axis for axis in group if axis.key not in bad]
     if bad and left and (problem := _problem(model, axes, left)):
         bad |= {axis.key: problem for axis in left}
     elif not bad:
         bad = {axis.key: "it survives alone, but not together with others" for axis in group}
     return bad
+
+
+def _of_family(model: nn.Module, axes: AxisGraph, classes: list[list[Axis]]) -> dict[str, str]:
+    """Key → what goes wrong. Classes of one name, as a network has in each of its stages, mostly fail alike."""
+    every = [axis for members in classes for axis in members]
+    problem = _problem(model, axes, every)
+    if not problem or len(classes) == 1:
+        return {axis.key: problem for axis in every if problem}
+    first, *others = classes
+    alone = _problem(model, axes, first)
+    if _unnumbered(alone) == _unnumbered(problem):
+        return {axis.key: problem for axis in every}
+    found = [(first, alone), *((members, _problem(model, axes, members)) for members in others)]
+    bad = {axis.key: one for members, one in found for axis in members if one}
+    return bad or {axis.key: problem for axis in every}
+
+
+def _unnumbered(problem: str) -> str:
+    return re.sub(r"\d+", "#", problem)
 
 
 def _classes(axes: Iterable[Axis]) -> dict[tuple, list[Axis]]:
