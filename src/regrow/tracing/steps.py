@@ -18,12 +18,13 @@ from regrow.tracing.walk import ALIASES, Walk, op_name
 
 def steps(w: Walk, names: Names) -> tuple[Step, ...]:
     """The operations of a walked network."""
+    constants = w.capture.constants
     return tuple(
         Step(
             op_name(node),
             module_of(node),
             _written(w.dims.get(node), names),
-            _numbers(node, w.capture.constants),
+            _numbers(node, constants),
             names.dim(w.starts[node]) if node in w.starts else None,
         )
         for node in _operations(w.capture)
@@ -39,7 +40,7 @@ def difference(axes: AxisGraph, recorded: Capture, sizes: Mapping[str, int], num
         sizes: The size of each of its axes.
         numbers: Whether to compare constants too; they also differ between precisions, and after a fold.
     """
-    nodes = _operations(recorded)
+    nodes, constants = _operations(recorded), recorded.constants
     if [op_name(node) for node in nodes] != [step.op for step in axes.steps]:
         return "the network runs other operations at that size"
     for step, node in zip(axes.steps, nodes, strict=True):
@@ -52,7 +53,7 @@ def difference(axes: AxisGraph, recorded: Capture, sizes: Mapping[str, int], num
                 return f"{where} has shape {list(shape)} at that size, not {list(planned)}"
         if step.start is not None and bounds(node)[0] != (start := size_of(step.start, sizes)):
             return f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}"
-        if numbers and step.numbers != (found_numbers := _numbers(node, recorded.constants)):
+        if numbers and step.numbers != (found_numbers := _numbers(node, constants)):
             return f"a number in {where} depends on the size: {list(step.numbers)} becomes {list(found_numbers)}"
     return ""
 
