@@ -103,10 +103,11 @@ def network(what: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str,
         return model, (), inputs
     if what == "speed" and name == "llama-1b":
         import transformers
+        from transformers.initialization import no_init_weights
 
         torch.manual_seed(0)
         config = transformers.LlamaConfig(**BILLION)
-        with transformers.initialization.no_init_weights():
+        with no_init_weights():
             model = transformers.LlamaForCausalLM(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
