@@ -24,7 +24,8 @@ from regrow.axes import Axis, AxisGraph
 from regrow.data import Half, text, windows
 from regrow.method import Budget
 from regrow.nets import load
-from regrow.runs.prune import built, measured, proposed
+from regrow.runs.loop import proposed
+from regrow.runs.prune import begun, built, measured
 from regrow.runs.versions import versions
 
 NETS = (
@@ -102,7 +103,7 @@ def language_model() -> list[dict[str, Any]]:
     evidence = measured(loaded.model, axes, method, sources)
     rows = []
     for keep in (0.8, 0.5):
-        plan, _ = proposed(loaded.model, axes, method, Budget(keep), evidence)
+        plan, _ = proposed(loaded.model, axes, method, evidence, begun(axes, method, Budget(keep), sources))
         rows.append(row("SmolLM2-135M", f"flap, keep {keep}", loaded.model, axes, plan, seconds))
     rows.append(row("SmolLM2-135M", "random, every free axis", loaded.model, axes, random_plan(axes, 0), seconds))
     return rows

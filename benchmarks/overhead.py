@@ -24,7 +24,8 @@ from regrow.data import Half, text, windows
 from regrow.method import Budget, Need
 from regrow.nets import load
 from regrow.runs import save
-from regrow.runs.prune import built, measured, proposed
+from regrow.runs.loop import proposed
+from regrow.runs.prune import begun, built, measured
 from regrow.runs.versions import versions
 from regrow.scoring import collect
 
@@ -72,7 +73,8 @@ def cutting(repeats: int) -> dict[str, Any]:
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     source = windows(text("code"), loaded.tokenizer, n=4, seq_len=256, half=Half.CALIBRATION)
     method = built("flap", {})
-    plan, _ = proposed(loaded.model, axes, method, Budget(0.8), measured(loaded.model, axes, method, [source]))
+    evidence, state = measured(loaded.model, axes, method, [source]), begun(axes, method, Budget(0.8), [source])
+    plan, _ = proposed(loaded.model, axes, method, evidence, state)
     surgery, saving = [], []
     for _ in range(repeats):
         model = copy.deepcopy(loaded.model)

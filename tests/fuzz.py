@@ -27,6 +27,9 @@ WEIGHTS = {
     "split": 1,
     "gated_linear": 1,
     "attention": 2,
+    "fused": 1,
+    "cross": 1,
+    "experts": 1,
     "factored": 1,
     "grouped": 2,
     "gate": 2,
@@ -47,6 +50,7 @@ class Program(nn.Module):
         super().__init__()
         self.steps = nn.ModuleList()
         self.reads: list[tuple[int, ...]] = []
+        self.kinds: list[str] = []
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """All values that no step reads."""
@@ -84,7 +88,7 @@ class Generator:
         """How many channels a value has."""
         return self.values[index].shape[CHANNEL[self.values[index].dim()]]
 
-    def add(self, made: Made) -> bool:
+    def add(self, kind: str, made: Made) -> bool:
         """Add a step and run it; a step that does not fit is left out."""
         if made is None:
             return False
@@ -96,6 +100,7 @@ class Generator:
         assert all(value.isfinite().all() for value in new)
         self.program.steps.append(step)
         self.program.reads.append(reads)
+        self.program.kinds.append(kind)
         self.values.extend(new)
         return True
 
@@ -222,6 +227,85 @@ class Generator:
         }
         return Wired(wire, **parts), (index,)
 
+    def fused(self) -> Made:
+        """Attention whose queries, keys and values come from one layer; turned by their places, or not."""
+        index = self.pick(3)
+        if index is None:
+            return None
+        heads, head = self.random.choice((1, 2, 3)), self.random.choice((2, 4, 6))
+        how, turned = self.random.choice(("chunk", "slice", "outer", "inner")), self.random.random() < 0.5
+        causal = self.random.random() < 0.5
+
+        def turn(x: Tensor, by: Tensor) -> Tensor:
+            one, two = x.chunk(2, -1)
+            return x * by.cos() + torch.cat([-two, one], -1) * by.sin()
+
+        def wire(m: Any, x: Tensor) -> Tensor:
+            batch, length, _ = x.shape
+            y = m.qkv(x)
+            if how in ("chunk", "slice"):
+                n = heads * head
+                parts = y.chunk(3, -1) if how == "chunk" else (y[..., :n], y[..., n : 2 * n], y[..., 2 * n :])
+                q, k, v = (part.view(batch, length, -1, head).transpose(1, 2) for part in parts)
+            else:
+                table = y.view(batch, length, 3, -1, head) if how == "outer" else y.view(batch, length, -1, 3, head)
+                q, k, v = (part.transpose(1, 2) for part in table.unbind(2 if how == "outer" else 3))
+            if turned:
+                angles = torch.outer(torch.arange(length, dtype=x.dtype), m.frequencies)
+                q, k = (turn(part, torch.cat([angles, angles], -1)) for part in (q, k))
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+            return m.o(mixed.transpose(1, 2).flatten(2))
+
+        parts: dict[str, Any] = {
+            "qkv": nn.Linear(self.channels(index), 3 * heads * head, bias=self.random.random() < 0.5),
+            "o": nn.Linear(heads * head, self.width()),
+        }
+        if turned:
+            parts["frequencies"] = nn.Parameter(torch.zeros(head // 2))
+        return Wired(wire, **parts), (index,)
+
+    def cross(self) -> Made:
+        """One sequence asks another, of another length perhaps; the answer is added to it, or replaces it."""
+        index = self.pick(3)
+        if index is None:
+            return None
+        alike = [i for i, v in enumerate(self.values) if v.dim() == 3 and len(v) == len(self.values[index])]
+        other, n = self.random.choice(alike), self.channels(index)
+        heads, head, added = self.random.choice((1, 2, 3)), self.random.choice((2, 3)), self.random.random() < 0.5
+
+        def wire(m: Any, x: Tensor, y: Tensor) -> Tensor:
+            split = lambda part: part.unflatten(-1, (-1, head)).transpose(1, 2)  # noqa: E731
+            mixed = F.scaled_dot_product_attention(split(m.q(x)), split(m.k(y)), split(m.v(y)))
+            out = m.o(mixed.transpose(1, 2).flatten(2))
+            return x + out if added else out
+
+        width = heads * head
+        parts = {"q": nn.Linear(n, width), "o": nn.Linear(width, n)}
+        parts |= {name: nn.Linear(self.channels(other), width) for name in "kv"}
+        return Wired(wire, **parts), (index, other)
+
+    def experts(self) -> Made:
+        """Several nets side by side in one tensor, mixed by a softmax over them, or by its largest two."""
+        index = self.pick(2, 3)
+        if index is None:
+            return None
+        n, hidden, experts, out = self.channels(index), self.width(), self.random.randint(2, 5), self.width()
+        chosen = self.random.random() < 0.5
+
+        def wire(m: Any, x: Tensor) -> Tensor:
+            share = m.router(x).softmax(-1)
+            if chosen:
+                share = share * (share >= share.topk(2, -1).values[..., -1:])
+            each = torch.einsum("...n,enh->...eh", x, m.up).relu()
+            return (torch.einsum("...eh,eho->...eo", each, m.down) * share[..., None]).sum(-2)
+
+        return Wired(
+            wire,
+            router=nn.Linear(n, experts),
+            up=nn.Parameter(torch.zeros(experts, n, hidden)),
+            down=nn.Parameter(torch.zeros(experts, hidden, out)),
+        ), (index,)
+
     def factored(self) -> Made:
         """Channels seen as a table, mixed along one side of it, and flattened again; or seen as another table."""
         index = self.pick(2, 3)
@@ -288,6 +372,7 @@ class Generator:
             lambda m, x: x - x.mean(dim, keepdim=True),
             lambda m, x: x.softmax(dim),
             lambda m, x: x / x.shape[dim] ** 0.5,
+            lambda m, x: x * torch.tensor(float(x.shape[dim])).log(),
             lambda m, x: x - x.amax(dim, keepdim=True),
             lambda m, x: x.index_select(dim, torch.arange(n - 1, -1, -1)),
             lambda m, x: x.narrow(dim, 1, n - 1) if n > 2 else x,
@@ -335,15 +420,15 @@ class Generator:
 
     def grow(self) -> Program:
         """A layer, random steps, and a layer on every value that nothing reads."""
-        self.add(self.layer())
+        self.add("layer", self.layer())
         wanted = self.random.randint(3, 7)
         while len(self.program.steps) < wanted:
             name = self.random.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]
-            self.add(getattr(self, name)())
+            self.add(name, getattr(self, name)())
         read = {i for reads in self.program.reads for i in reads}
         for index in range(1, len(self.values)):
             if index not in read:
-                self.add((self.dense(index, 3), (index,)))
+                self.add("layer", (self.dense(index, 3), (index,)))
         return self.program.eval()
 
 

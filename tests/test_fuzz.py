@@ -6,10 +6,10 @@ import torch
 import laws
 from fuzz import network
 from regrow.axes import Mark
-from regrow.surgery import verify
+from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
 
-CASES = 100
+CASES = 300
 SILENT = {Mark.NEUTRAL}
 
 
@@ -23,18 +23,17 @@ def test_a_random_network_is_cut_exactly(seed: int) -> None:
         laws.permuting_units_keeps_function(model, axes, axis, seed)
     laws.zeroed_equals_shrunk(model, axes, laws.random_plan(axes, generator, marks=SILENT))
     plan = laws.random_plan(axes, generator)
-    if seed % 4 == 0 or any(axes[key].mark not in SILENT for key in plan.changes):
-        report = verify(model, axes, plan)
-        assert report.ok, report
+    ((_, distance),) = distances(model, axes, [plan])
+    assert distance <= RELATIVE_BOUND
     laws.runs_after_plan(model, axes, plan)
 
 
 def test_random_networks_have_axes() -> None:
     """Most random networks have a neutral axis, and all kinds of marks occur: freezing everything would not pass."""
     marks: dict[Mark, int] = dict.fromkeys(Mark, 0)
-    for seed in range(40):
+    for seed in range(90):
         model, example = network(seed)
         for mark in {axis.mark for axis in trace(model, *example)}:
             marks[mark] += 1
-    assert marks[Mark.NEUTRAL] >= 32
+    assert marks[Mark.NEUTRAL] >= 75
     assert min(marks.values()) >= 1, marks

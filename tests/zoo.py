@@ -901,6 +901,7 @@ FOOLING = (
         lambda m, x: x * torch.linspace(0, 1, x.shape[1])[None, :, None, None],
         Frozen(STEM),
     ),
+    fooling("size_in_a_tensor", lambda m, x: x / torch.tensor(float(x.shape[1])).sqrt(), Frozen(STEM)),
     fooling("size_branch", _by_size, branches=True),
     wired(
         "mixed_reshape",

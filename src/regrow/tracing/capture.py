@@ -1,6 +1,7 @@
 """From a model and an example to a graph of ATen operations, with the name of every tensor of the model's state."""
 
 import copy
+import gc
 import inspect
 import logging
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,12 @@ class Capture:
         """The operations in order."""
         return self.program.graph
 
+    @property
+    def constants(self) -> dict[Node, Tensor]:
+        """Placeholder → its value, where that is neither state nor input."""
+        lifted = self.program.graph_signature.inputs_to_lifted_tensor_constants
+        return {n: self.program.constants[lifted[n.name]] for n in self.graph.nodes if n.name in lifted}
+
 
 def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
     """The example as it will be run: a cache, where the model offers one, is left out (its units are not outputs)."""
@@ -56,7 +63,7 @@ def capture(model: nn.Module, example: Example) -> Capture:
         TraceError: If ``torch.export`` refuses the model; says why.
     """
     try:
-        with evaluating(model), torch.enable_grad(), _quiet():
+        with evaluating(model), torch.enable_grad(), _quiet(), _lightly():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -81,6 +88,21 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.disabled = before
+
+
+@contextmanager
+def _lightly() -> Iterator[None]:
+    """Have nobody note stack traces, or look for garbage among objects that all stay: a third of a recording's time."""
+    config, name = torch.fx.config, "do_not_emit_stack_traces"
+    before, collecting = getattr(config, name, False), gc.isenabled()
+    setattr(config, name, True)
+    gc.disable()
+    try:
+        yield
+    finally:
+        setattr(config, name, before)
+        if collecting:
+            gc.enable()
 
 
 @contextmanager

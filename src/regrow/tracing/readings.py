@@ -99,14 +99,14 @@ def _inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[A
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    constants = recorded.program.graph_signature.inputs_to_lifted_tensor_constants
+    constants = recorded.constants
     given = iter(tree_leaves((example.args, dict(example.kwargs))))
     for node in recorded.graph.nodes:
         if node.op != "placeholder":
             continue
         if node in recorded.states:
             yield state[recorded.states[node]]
-        elif node.name in constants:
-            yield recorded.program.constants[constants[node.name]]
+        elif node in constants:
+            yield constants[node]
         else:
             yield next(given)

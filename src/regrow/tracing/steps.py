@@ -1,9 +1,12 @@
 """What a network does, operation by operation, and whether a cut network still does the same."""
 
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from regrow.axes import AxisGraph, Dim, Step, size_of
@@ -15,12 +18,13 @@ from regrow.tracing.walk import ALIASES, Walk, op_name
 
 def steps(w: Walk, names: Names) -> tuple[Step, ...]:
     """The operations of a walked network."""
+    constants = w.capture.constants
     return tuple(
         Step(
             op_name(node),
             module_of(node),
             _written(w.dims.get(node), names),
-            _numbers(node),
+            _numbers(node, constants),
             names.dim(w.starts[node]) if node in w.starts else None,
         )
         for node in _operations(w.capture)
@@ -36,7 +40,7 @@ def difference(axes: AxisGraph, recorded: Capture, sizes: Mapping[str, int], num
         sizes: The size of each of its axes.
         numbers: Whether to compare constants too; they also differ between precisions, and after a fold.
     """
-    nodes = _operations(recorded)
+    nodes, constants = _operations(recorded), recorded.constants
     if [op_name(node) for node in nodes] != [step.op for step in axes.steps]:
         return "the network runs other operations at that size"
     for step, node in zip(axes.steps, nodes, strict=True):
@@ -49,8 +53,8 @@ def difference(axes: AxisGraph, recorded: Capture, sizes: Mapping[str, int], num
                 return f"{where} has shape {list(shape)} at that size, not {list(planned)}"
         if step.start is not None and bounds(node)[0] != (start := size_of(step.start, sizes)):
             return f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}"
-        if numbers and step.numbers != _numbers(node):
-            return f"a number in {where} depends on the size: {list(step.numbers)} becomes {list(_numbers(node))}"
+        if numbers and step.numbers != (found_numbers := _numbers(node, constants)):
+            return f"a number in {where} depends on the size: {list(step.numbers)} becomes {list(found_numbers)}"
     return ""
 
 
@@ -65,9 +69,24 @@ def _written(dims: Any, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
     return tuple(None if one is None else names.dims(one) for one in several)
 
 
-def _numbers(node: Node) -> tuple[float, ...]:
-    """The numbers of a call that are not sizes: all floats, and integers where the operation works entry by entry."""
+def _numbers(node: Node, constants: Mapping[Node, Tensor]) -> tuple[float, ...]:
+    """The numbers of a call that are not sizes.
+
+    These are all floats, integers where the operation works entry by entry, and the entries of tensors that the
+    network's code made of numbers (``torch.tensor(size)``).
+    """
     entrywise = torch.Tag.pointwise in getattr(node.target, "tags", ())
     values = [*node.args, *node.kwargs.values()]
     kinds = (float, int) if entrywise else (float,)
-    return tuple(v for v in values if isinstance(v, kinds) and not isinstance(v, bool))
+    plain = (v for v in values if isinstance(v, kinds) and not isinstance(v, bool))
+    return (*plain, *(n for v in values if isinstance(v, Node) for n in _entries(v, constants)))
+
+
+def _entries(node: Node, constants: Mapping[Node, Tensor]) -> Iterator[float]:
+    while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
+        node = node.args[0]
+    value = constants.get(node)
+    if value is None or value.is_meta or isinstance(value, FakeTensor):
+        return
+    flat = value.detach().cpu().double().flatten()
+    yield from flat.tolist() if len(flat) <= 64 else (len(flat), zlib.crc32(flat.numpy().tobytes()))

@@ -1,0 +1,243 @@
+"""What regrow can cut, widen and save of every network of torchvision and of the families of transformers.
+
+    python benchmarks/coverage.py --jobs 2            # all; goes on where it stopped
+    python benchmarks/coverage.py --only video --match mvit --again
+    python benchmarks/coverage.py --show              # the tables, from the rows that are there
+
+Per network one row in JSON: seconds to trace; axes, free and frozen; the share of parameters left when every free axis
+is cut to its minimum, with more and more marks; masked = shrunk in float64 for the smallest plan and for random plans
+over all free axes; widened = original in float64, evaluated and, where the network can be trained on the example, in
+training; saved and loaded = cut, bit for bit; and each reason why axes are frozen, with the share of the parameters
+that they lie in.
+"""
+
+import argparse
+import copy
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import apart
+import coverage_table
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from nets import KINDS, Net, nets
+from regrow.axes import AxisGraph, Mark, size_of
+from regrow.nets import Origin
+from regrow.plan import Plan, PlanError
+from regrow.runs import load, save
+from regrow.surgery import apply
+from regrow.surgery.verify import RELATIVE_BOUND, distances
+from regrow.tracing import TraceError, trace
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import laws
+
+OUT = Path("benchmarks/results/coverage.jsonl")
+MARKS = (Mark.NEUTRAL, Mark.COMPETED, Mark.FOLDED, Mark.RESTATED)
+
+
+def measured(net: Net, plans: int, seconds: float) -> Iterator[apart.Row]:
+    """The row of a network as it becomes known."""
+    start = time.perf_counter()
+    torch.set_num_threads(1)
+    row: apart.Row = {"name": net.name, "kind": net.kind, "group": net.group}
+    model, (args, kwargs) = net.build(), net.example()
+    row |= {"parameters": sum(p.numel() for p in model.parameters()), "example": _shapes(args, kwargs)}
+    begun = time.perf_counter()
+    try:
+        axes = trace(model, *args, **kwargs)
+    except TraceError as error:
+        yield row | {"traced": "", "trace_s": round(time.perf_counter() - begun, 2), "error": _line(error)}
+        return
+    row |= {"traced": getattr(axes, "recorded", "export"), "trace_s": round(time.perf_counter() - begun, 2)}
+    row |= {"axes": len(axes), "free": len(axes.free()), "left": left(axes), "frozen": frozen(axes)}
+    row |= {"unreached": len(axes.unreached), "notes": list(axes.notes)}
+    yield row
+    row |= smallest(model, axes)
+    yield row
+    row |= saved(model, axes, net)
+    yield row
+    row |= widened(model, axes)
+    yield row
+    generator = torch.Generator().manual_seed(0)
+    drawn = (laws.random_plan(axes, generator) for _ in range(plans))
+    for found in compared(model, axes, drawn):
+        row["random"] = {"of": plans, **found}
+        yield row | {"seconds": round(time.perf_counter() - start, 1), "peak_mib": apart.peak()}
+        if time.perf_counter() - start > seconds:
+            break
+
+
+def _shapes(args: Any, kwargs: Any) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def left(axes: AxisGraph) -> dict[str, float]:
+    """The share of parameters left when every free axis is cut to its minimum, marks added one by one."""
+    total, shares = parameters(axes, axes.sizes()), {}
+    for n in range(1, len(MARKS) + 1):
+        plan = laws.smallest_plan(axes, MARKS[:n])
+        shares[MARKS[n - 1].value] = round(parameters(axes, plan.sizes(axes)) / total, 4)
+    return shares
+
+
+def parameters(axes: AxisGraph, sizes: dict[str, int]) -> int:
+    """How many parameters there are when axes have these sizes; tied ones count once."""
+    own = (name for name in axes.parameters if name not in axes.ties)
+    return sum(prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in own)
+
+
+def frozen(axes: AxisGraph) -> list[dict[str, Any]]:
+    """Every reason why axes are not cut: how many, one of them, and the share of parameters that they lie in."""
+    sizes = axes.sizes()
+    numbers = {name: prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in axes.parameters}
+    total, reasons = parameters(axes, sizes), {}
+    for axis in axes:
+        if not axis.free:
+            entry = reasons.setdefault(re.sub(r"\d+", "#", axis.reason), ([], set()))
+            entry[0].append(axis.key)
+            entry[1].update(axes.ties.get(slot.name, slot.name) for slot in axis.slots if slot.name in numbers)
+    found = [
+        {
+            "reason": why[:300],
+            "axes": len(keys),
+            "such_as": keys[0],
+            "share": round(sum(map(numbers.get, own)) / total, 4),
+        }
+        for why, (keys, own) in reasons.items()
+    ]
+    return sorted(found, key=lambda one: -one["share"])
+
+
+def compared(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> Iterator[dict[str, Any]]:
+    """Masked against shrunk, plan by plan: how many were compared, refused and wrong, and the worst distance."""
+    found: dict[str, Any] = {"plans": 0, "wrong": 0, "worst": 0.0, "refused": 0, "refusals": []}
+    plans = iter(plans)
+    again = True
+    while again:
+        again = False
+        try:
+            for plan, distance in distances(model, axes, plans):
+                found["plans"] += 1
+                found["worst"] = max(found["worst"], distance)
+                if not distance <= RELATIVE_BOUND:
+                    found["wrong"] += 1
+                    found.setdefault("first_wrong", {key: list(c.keep) for key, c in plan.changes.items()})
+                yield found
+        except PlanError as error:
+            found["refused"] += 1
+            found["refusals"] = list(dict.fromkeys([*found["refusals"], _line(error)]))[:3]
+            again = True
+            yield found
+
+
+def smallest(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
+    """The network cut as far as it can be: runs, is the masked one, and is another function than the whole one."""
+    found: dict[str, Any] = {}
+    for marks in (MARKS, MARKS[:1]):
+        plan = laws.smallest_plan(axes, marks)
+        *_, found = compared(model, axes, [plan])
+        if found.get("plans"):
+            small, _ = apply(copy.deepcopy(model), axes, plan)
+            wide, narrow = answers(model, axes), answers(small, axes)
+            if [x.shape for x in wide] == [x.shape for x in narrow]:
+                scale = max((float(x.abs().max()) for x in wide if x.numel()), default=0.0) or 1.0
+                gaps = [float((x - y).abs().max()) for x, y in zip(wide, narrow, strict=True) if x.numel()]
+                found["moved"] = max(gaps, default=0.0) / scale
+            found["parameters"] = sum(p.numel() for p in small.parameters())
+            break
+    return {"smallest": found | {"marks": "all" if marks is MARKS else "neutral"}}
+
+
+def answers(model: nn.Module, axes: AxisGraph) -> list[Tensor]:
+    """Every floating-point tensor that the network answers to the traced example."""
+    with torch.no_grad():
+        answer = model.eval()(*axes.example.args, **axes.example.kwargs)
+    return [leaf for leaf in tree_leaves(answer) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def saved(model: nn.Module, axes: AxisGraph, net: Net) -> dict[str, Any]:
+    """Whether a cut network, written and read again, answers the same, bit for bit."""
+    try:
+        small, _ = apply(copy.deepcopy(model), axes, laws.random_plan(axes, torch.Generator().manual_seed(1)))
+    except PlanError as error:
+        return {"saved": f"not cut: {_line(error)}"}
+    vision = Origin("torchvision", net.name, net.arguments, net.name) if net.kind != "transformers" else None
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            save(small, Path(folder) / "model", origin=vision)
+            again = load(Path(folder) / "model")
+    except Exception as error:
+        return {"saved": _line(error)}
+    same = zip(answers(small, axes), answers(again, axes), strict=True)
+    return {"saved": "equal" if all(torch.equal(x, y) for x, y in same) else "differs"}
+
+
+def widened(model: nn.Module, axes: AxisGraph) -> dict[str, Any]:
+    """All axes that can be widened, widened at once: distance from the original, evaluated and in training."""
+    plan = laws.joint_growing_plan(axes, "zero_out")
+    if not plan.changes:
+        return {"widened": {"axes": 0}}
+    *_, found = compared(model, axes, [plan])
+    row = {"axes": len(plan.changes), "worst": found["worst"], "wrong": found["wrong"], "refusals": found["refusals"]}
+    double = laws.in_double(model)
+    for module in double.modules():
+        for name, value in vars(module).items():
+            if ("drop" in name and isinstance(value, float)) or name == "p":
+                setattr(module, name, 0.0)
+    try:
+        both = []
+        for one in (laws.shrunk(double, axes, plan)[0], double):
+            torch.manual_seed(0)  # whole branches may be dropped by chance, in both nets the same ones
+            both.append(laws.outputs(one.train(), axes))
+        row["worst_in_training"] = laws.gap(*both)
+        row["wrong"] += not row["worst_in_training"] <= RELATIVE_BOUND
+    except Exception as error:  # a detector wants targets, a BatchNorm more than one value
+        row["not_in_training"] = _line(error)
+    return {"widened": row}
+
+
+def main() -> None:
+    """Measure what has no row yet, or show the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--only", choices=KINDS, default="")
+    parser.add_argument("--match", default="", help="part of a name")
+    parser.add_argument("--plans", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=600, help="no more plans after this; the end after twice that")
+    parser.add_argument("--gigabytes", type=float, default=14, help="of memory for one network")
+    parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
+    parser.add_argument("--again", action="store_true", help="also those that have a row")
+    parser.add_argument("--show", action="store_true", help="print the tables in Markdown")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.show:
+        print(coverage_table.page(apart.rows(args.out)))
+        return
+    chosen = {f"{net.kind}/{net.name}": net for net in nets(args.only, args.match)}
+    if args.one:
+        for row in measured(chosen[args.one], args.plans, args.seconds):
+            apart.tell(row)
+        return
+
+    def job(key: str) -> apart.Row:
+        command = [sys.executable, __file__, "--one", key, "--plans", str(args.plans), "--seconds", str(args.seconds)]
+        return apart.run(command, 2 * args.seconds, args.gigabytes)
+
+    apart.collect(chosen, job, args.out, args.jobs, args.again)
+
+
+if __name__ == "__main__":
+    main()

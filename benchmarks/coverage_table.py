@@ -1,0 +1,119 @@
+"""The tables of coverage.py in Markdown."""
+
+from collections.abc import Iterable, Mapping
+from statistics import median
+from typing import Any
+
+from nets import KINDS
+
+Row = Mapping[str, Any]
+MARKS = ("neutral", "competed", "folded", "restated")
+
+
+def page(rows: Mapping[str, Row]) -> str:
+    """Totals, every network, and every miss with its reason."""
+    parts = [table("", rows.values(), totals), *misses(rows.values())]
+    for kind in KINDS:
+        if own := [row for row in rows.values() if row.get("kind", row["key"].split("/")[0]) == kind]:
+            parts.append(table(kind, own, each))
+    return "\n\n".join(parts)
+
+
+def table(title: str, rows: Iterable[Row], make: Any) -> str:
+    """A table with a heading."""
+    head, lines = make(list(rows))
+    text = [
+        f"| {' | '.join(head)} |",
+        f"|{'---|' * len(head)}",
+        *(f"| {' | '.join(map(str, line))} |" for line in lines),
+    ]
+    return "\n".join(([f"### {title}", ""] if title else []) + text)
+
+
+def totals(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
+    """One line per kind and one for all."""
+    head = ["networks", "all", "traced", "least left, neutral", "every mark", "plans compared", "wrong", "refused"]
+    head += ["widened", "wrong", "saved and loaded equal", "seconds to trace, median (most)"]
+    lines = []
+    for kind in (*KINDS, ""):
+        own = [row for row in rows if kind in ("", row["key"].split("/")[0])]
+        done = [row for row in own if row.get("traced")]
+        if not own:
+            continue
+        plans = [row[what] for row in done for what in ("smallest", "random") if row.get(what)]
+        seconds = [row["trace_s"] for row in done]
+        lines.append(
+            [
+                kind or "**all**",
+                len(own),
+                len(done),
+                _middle([row["left"]["neutral"] for row in done]),
+                _middle([row["left"]["restated"] for row in done]),
+                sum(one.get("plans", 0) for one in plans),
+                sum(one.get("wrong", 0) for one in plans),
+                sum(one.get("refused", 0) for one in plans),
+                sum(bool(row.get("widened", {}).get("axes")) for row in done),
+                sum(row.get("widened", {}).get("wrong", 0) for row in done),
+                sum(row.get("saved") == "equal" for row in done),
+                f"{median(seconds):.1f} ({max(seconds):.1f})" if seconds else "",
+            ]
+        )
+    return head, lines
+
+
+def _middle(shares: list[float]) -> str:
+    return f"{median(shares):.1%} (worst {max(shares):.1%})" if shares else ""
+
+
+def each(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
+    """One line per network."""
+    head = ["network", "traced", "s", "free / axes", "left: neutral", "+ competed", "+ folded", "+ restated"]
+    head += ["plans", "wrong", "worst", "widened", "saved", "held most by"]
+    lines = []
+    for row in rows:
+        name = row.get("name", row["key"].split("/")[-1])
+        if not row.get("traced"):
+            lines.append([name, "no", row.get("trace_s", ""), *[""] * (len(head) - 4), _short(row.get("error", ""))])
+            continue
+        plans = [row.get(what, {}) for what in ("smallest", "random")]
+        wide, held = row.get("widened", {}), (row.get("frozen") or [{}])[0]
+        refused = sum(one.get("refused", 0) for one in plans)
+        lines.append(
+            [
+                name,
+                row["traced"],
+                row["trace_s"],
+                f"{row['free']} / {row['axes']}",
+                *(f"{row['left'][mark]:.1%}" for mark in MARKS),
+                f"{sum(one.get('plans', 0) for one in plans)}" + (f" ({refused} refused)" if refused else ""),
+                sum(one.get("wrong", 0) for one in plans),
+                f"{max((one.get('worst', 0.0) for one in plans), default=0.0):.0e}",
+                f"{wide['axes']} axes, {wide['worst']:.0e}" if wide.get("axes") else "no axis",
+                _short(row.get("saved", "")),
+                f"{held['share']:.0%}: {_short(held['reason'])}" if held else "",
+            ]
+        )
+    return head, lines
+
+
+def misses(rows: Iterable[Row]) -> list[str]:
+    """What was not traced, was wrong, refused, or could not be saved, with the reason."""
+    lines = []
+    for row in rows:
+        if row.get("error"):
+            lines.append(f"* {row['key']}: {_short(row['error'], 200)}")
+        for what in ("smallest", "random"):
+            found = row.get(what, {})
+            if found.get("wrong"):
+                lines.append(f"* {row['key']}: **wrong**, {what}: {found['worst']:.1e}")
+            lines += [f"* {row['key']}: {what} plan refused: {_short(why, 200)}" for why in found.get("refusals", ())]
+        if row.get("widened", {}).get("wrong"):
+            lines.append(f"* {row['key']}: **wrong** when widened: {row['widened']}")
+        if row.get("saved", "equal") != "equal":
+            lines.append(f"* {row['key']}: not saved: {_short(row['saved'], 200)}")
+    return ["### Misses\n\n" + "\n".join(lines)] if lines else []
+
+
+def _short(text: str, most: int = 90) -> str:
+    text = " ".join(text.split()).replace("|", "\\|")
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,52 @@
+"""Many plans at once: what ``distances`` says of each is what ``verify`` says of it alone."""
+
+import sys
+
+import pytest
+import torch
+
+import laws
+from regrow.plan import Change, Plan, PlanError
+from regrow.surgery import apply, verify
+from regrow.surgery.verify import RELATIVE_BOUND, distances
+from test_zoo import traced
+
+
+@pytest.mark.parametrize("name", ["llama", "softmax_gate", "softmax_twice", "gpt2"])
+def test_many_plans_are_compared_as_each_alone(name: str) -> None:
+    model, axes = traced(name)
+    generator = torch.Generator().manual_seed(2)
+    plans = [laws.random_plan(axes, generator) for _ in range(3)]
+    with laws.untouched(model):
+        found = list(distances(model, axes, plans))
+    assert [plan for plan, _ in found] == plans
+    for plan, distance in found:
+        report = verify(model, axes, plan)
+        assert distance == pytest.approx(report.max_abs_diff / (report.bound / RELATIVE_BOUND), abs=1e-12)
+
+
+def test_a_widening_is_compared_with_the_network_as_it_is() -> None:
+    model, axes = traced("llama")
+    ((_, distance),) = distances(model, axes, [laws.joint_growing_plan(axes, "zero_out")])
+    assert distance <= RELATIVE_BOUND
+
+
+def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Surgery that keeps other units than planned runs, and is far from the masked network."""
+    model, axes = traced("llama")
+    key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
+    planned, done = Plan.keeping(axes, {key: range(5)}), Plan.keeping(axes, {key: range(5, 10)})
+    module = sys.modules[distances.__module__]
+    monkeypatch.setattr(module, "apply", lambda model, axes, plan: apply(model, axes, done))
+    ((_, distance),) = distances(model, axes, [planned])
+    assert distance > 1e-3
+
+
+def test_a_plan_that_does_not_fit_ends_it_and_those_before_stand() -> None:
+    model, axes = traced("llama")
+    key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
+    good, bad = Plan.keeping(axes, {key: range(5)}), Plan({key: Change(axes[key].size + 1, (0,), axes[key].slots)})
+    found = distances(model, axes, [good, bad])
+    assert next(found)[0] is good
+    with pytest.raises(PlanError):
+        next(found)
