@@ -1,7 +1,8 @@
 """Loading real networks, and building their architectures again."""
 
+from regrow.nets.attention import opened
 from regrow.nets.errors import ModelError
 from regrow.nets.load import build, load
 from regrow.nets.loaded import Loaded, Origin
 
-__all__ = ["Loaded", "ModelError", "Origin", "build", "load"]
+__all__ = ["Loaded", "ModelError", "Origin", "build", "load", "opened"]

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from regrow.axes import Example
+from regrow.nets.attention import opened
 from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example
 from regrow.nets.language import build_transformers, load_folder, load_gguf, load_hub
@@ -57,9 +58,9 @@ def load(
         raise ModelError(f"{name}: not a torch.nn.Module but a {type(loaded.model).__name__}")
     if loaded.origin.kind != "transformers" and dtype is not None:
         loaded.model.to(dtype)
-    loaded.model.to(device)
-    check_finite(loaded.model, name)
-    return replace(loaded, model=loaded.model.eval(), example=_moved(loaded.example, dtype, device))
+    model = opened(loaded.model.to(device))
+    check_finite(model, name)
+    return replace(loaded, model=model.eval(), example=_moved(loaded.example, dtype, device))
 
 
 def build(origin: Origin, *, trust: bool = False) -> nn.Module:
@@ -77,11 +78,11 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
     """
     match origin.kind:
         case "transformers":
-            return build_transformers(origin)
+            return opened(build_transformers(origin))
         case "torchvision":
-            return build_torchvision(origin)
+            return opened(build_torchvision(origin))
         case "callable" if trust:
-            return _called(origin.reference)[0].eval()
+            return opened(_called(origin.reference)[0].eval())
         case "callable":
             raise ModelError(
                 f"this model is built by your function {origin.reference!r}; pass the model yourself, "

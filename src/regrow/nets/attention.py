@@ -1,0 +1,115 @@
+"""Attention whose heads can be cut, in the place of ``nn.MultiheadAttention``."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attention(nn.Module):
+    """``nn.MultiheadAttention`` with a linear layer each for query, key and value, for any number and width of heads.
+
+    Args:
+        old: What it takes the place of; it computes the same and holds copies of the same weights.
+
+    Source: Vaswani et al., 2017, section 3.2.2.
+    """
+
+    in_proj_bias = None  # torch's encoder layers look here for their fused path, which knows no cut heads
+    _qkv_same_embed_dim = False
+
+    def __init__(self, old: nn.MultiheadAttention) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.v_head_dim = old.num_heads, old.head_dim, old.head_dim
+        self.batch_first, self.dropout = old.batch_first, old.dropout
+        if old.in_proj_weight is not None:
+            weights = old.in_proj_weight.chunk(3)
+        else:
+            weights = (old.q_proj_weight, old.k_proj_weight, old.v_proj_weight)
+        biases = (None,) * 3 if old.in_proj_bias is None else old.in_proj_bias.chunk(3)
+        self.q_proj, self.k_proj, self.v_proj = map(_linear, weights, biases)
+        self.out_proj = _linear(old.out_proj.weight, old.out_proj.bias)
+        self.train(old.training)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As ``nn.MultiheadAttention.forward``: the attended values, and the weights if they are needed."""
+        single = query.dim() == 2
+        if single:
+            query, key, value = (one.unsqueeze(0) for one in (query, key, value))
+        elif not self.batch_first:
+            query, key, value = (one.transpose(0, 1) for one in (query, key, value))
+        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.k_proj(key).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        v = self.v_proj(value).unflatten(-1, (self.num_heads, self.v_head_dim)).transpose(1, 2)
+        mask = _joined(attn_mask, key_padding_mask, q, self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        weights = None
+        if need_weights:
+            scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), dropout)
+            out = weights @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if single:
+            return out.squeeze(0), None if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+
+def opened(model: nn.Module) -> nn.Module:
+    """Put :class:`Attention` in the place of every ``nn.MultiheadAttention``, so that heads can be cut; in place.
+
+    Those with extra entries (``add_bias_kv``, ``add_zero_attn``) stay, and so do their heads.
+
+    Args:
+        model: Any network. It computes the same afterwards, up to rounding; the names of its weights change.
+
+    Returns:
+        The same model; what stands for the model itself, if that is an ``nn.MultiheadAttention``.
+
+    >>> layer = opened(nn.TransformerEncoderLayer(6, 3, 8, batch_first=True))
+    >>> type(layer.self_attn).__name__, layer.self_attn.q_proj.weight.shape
+    ('Attention', torch.Size([6, 6]))
+    """
+    if type(model) is nn.MultiheadAttention and model.bias_k is None and not model.add_zero_attn:
+        return Attention(model)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.MultiheadAttention) and (made := opened(child)) is not child:
+                setattr(parent, name, made)
+    return model
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, weight.device, weight.dtype)
+    made.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    return made
+
+
+def _joined(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: int) -> Tensor | None:
+    """Both masks as numbers to add, for [batch, head, query, key]."""
+    total: Tensor | None = None
+    for mask, padded in ((attn_mask, False), (padding, True)):
+        if mask is None:
+            continue
+        added = (
+            torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
+        )
+        if padded:
+            added = added.reshape(-1, 1, 1, added.shape[-1])
+        elif added.dim() == 3:
+            added = added.reshape(-1, heads, *added.shape[1:])
+        total = added if total is None else total + added
+    return total
