@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from regrow.axes import AxisGraph, Dim, Example, Product, Sum
+from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.plan import Plan
 from regrow.surgery.apply import apply
-from regrow.tracing.capture import evaluating
+from regrow.tracing.capture import capture, evaluating
 from regrow.tracing.readings import Readings, readings
+from regrow.tracing.record import outputs
 from regrow.tracing.walk import op_name
 
 RELATIVE_BOUND = 1e-9
+
+Decisions = tuple[Decision, ...] | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,10 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     every one that compares as −∞; a norm that is restated runs over the kept units. The masked network is computed by
     running the recorded operations one by one, without surgery.
 
+    Where data decide what a network does (which boxes overlap), both networks are given the decisions of the uncut one,
+    so that their answers are of one form; then what the decisions are taken on is held against each other too: the
+    scores and boxes of all anchors, not only of those that were found. If these agree, so do the decisions.
+
     Args:
         model: The traced model; it is left as it is.
         axes: Its axes.
@@ -67,28 +75,27 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     example = example or axes.example
     wide = _widened(model, axes)
     exact = _in_double(example)
-    exact_masked = _masked(wide, axes, plan, exact, double=True)
+    exact_masked, decisions = _masked(wide, axes, plan, exact, True, None if axes.decisions is None else ())
     apply(wide, axes, plan)
-    exact_shrunk = _run(wide, exact, double=True)
+    exact_shrunk = _run(wide, exact, True, decisions)
     del wide
     narrow = _copied(model)
-    masked = _masked(narrow, axes, plan, example, double=False)
+    masked, _ = _masked(narrow, axes, plan, example, False, decisions)
     apply(narrow, axes, plan)
-    shrunk = _run(narrow, example, double=False)
-    difference, scale = (
-        _largest(exact_masked, exact_shrunk),
-        max((float(x.abs().max()) for x in exact_masked), default=0),
-    )
+    shrunk = _run(narrow, example, False, decisions)
+    difference = _largest(exact_masked, exact_shrunk)
+    finite = [x[x.isfinite()].abs() for x in exact_masked if x is not None]
+    scale = max((float(x.max()) for x in finite if x.numel()), default=0.0)
     own, rounding = _largest(masked, shrunk), _largest(masked, exact_masked)
-    flips = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(masked, shrunk, strict=True) if a.dim() > 1)
+    rows = [(a, b) for a, b in _pairs(masked, shrunk) if a.dim() > 1]
     return Verification(
         ok=difference <= RELATIVE_BOUND * scale,
         max_abs_diff=difference,
         bound=RELATIVE_BOUND * scale,
         float32_diff=own,
         rounding=rounding,
-        argmax_flips=flips,
-        positions=sum(a[..., 0].numel() for a in masked if a.dim() > 1),
+        argmax_flips=sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in rows),
+        positions=sum(a[..., 0].numel() for a, _ in rows),
     )
 
 
@@ -136,30 +143,42 @@ def _in_double(example: Example) -> Example:
     return Example(tree_map(wide, example.args), tree_map(wide, dict(example.kwargs)))
 
 
-def _run(model: nn.Module, example: Example, double: bool) -> list[Tensor]:
-    with evaluating(model), torch.no_grad():
-        if not double:
-            return _outputs(model(*example.args, **example.kwargs))
-        with _Double():
-            return _outputs(model(*example.args, **example.kwargs))
+def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions) -> list[Tensor | None]:
+    with _Double() if double else nullcontext():
+        if decisions is not None:
+            return [*capture(model, example, decisions).values]
+        with evaluating(model), torch.no_grad():
+            return _floats(model(*example.args, **example.kwargs))
 
 
-def _outputs(value: Any) -> list[Tensor]:
-    if hasattr(value, "to_tuple"):
-        value = value.to_tuple()
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _floats(value: Any) -> list[Tensor | None]:
+    return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _largest(a: list[Tensor], b: list[Tensor]) -> float:
+def _pairs(a: list[Tensor | None], b: list[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
     pairs = zip(a, b, strict=True)
-    return max((float((x.double() - y.double()).abs().max()) for x, y in pairs if x.numel()), default=0.0)
+    return [(x, y) for x, y in pairs if x is not None and y is not None and x.numel()]
 
 
-def _masked(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example, double: bool) -> list[Tensor]:
-    recorded = readings(model, axes, example)
+def _largest(a: list[Tensor | None], b: list[Tensor | None]) -> float:
+    return max((_gap(x.double(), y.double()) for x, y in _pairs(a, b)), default=0.0)
+
+
+def _gap(x: Tensor, y: Tensor) -> float:
+    same = (x == y) | (x.isnan() & y.isnan())  # infinities among them
+    return float((x - y).abs().masked_fill(same, 0.0).max())
+
+
+def _masked(
+    model: nn.Module, axes: AxisGraph, plan: Plan, example: Example, double: bool, decisions: Decisions
+) -> tuple[list[Tensor | None], Decisions]:
+    """What comes out of the masked network, and what data decided in it."""
+    with _Double() if double and decisions is not None else nullcontext():
+        recorded = readings(model, axes, example, decisions)
     runner = _Masked(recorded, plan, double)
     with torch.no_grad():
-        return _outputs(runner.run(*recorded.inputs))
+        out = _floats(runner.run(*recorded.inputs))
+    return [*out, *runner.judged], recorded.decisions
 
 
 class _Masked(Interpreter):
@@ -169,6 +188,11 @@ class _Masked(Interpreter):
         super().__init__(recorded.module)
         self.keep = {key: change.keep for key, change in plan.changes.items()}
         self.sizes, self.means, self.double = recorded.sizes, plan.means, double
+        self.judged: list[Tensor | None] = []
+        self.judges: dict[Node, list[tuple[Node, bool]]] = {}
+        for node, operand, dims in recorded.judged:
+            whole = all(bool(kept_mask(dim, self.sizes, self.keep).all()) for dim in dims)
+            self.judges.setdefault(node, []).append((operand, whole))
         self.reads: dict[Node, list] = {}
         for reading in recorded.readings:
             mask = kept_mask(reading.dim, self.sizes, self.keep)
@@ -178,6 +202,8 @@ class _Masked(Interpreter):
     def run_node(self, n: Node) -> Any:
         if self.double and op_name(n).startswith("_assert"):
             return None  # it asserts the precision that was recorded
+        for operand, whole in self.judges.get(n, []):
+            self.judged.append(self.env[operand].clone() if whole else None)  # a cut makes the others another form
         reads = self.reads.get(n, [])
         restated = [(reading, mask) for reading, mask in reads if reading.fill is None]
         if restated:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
 from regrow.axes import AxisGraph, Dim, Step, size_of
@@ -20,7 +21,7 @@ def steps(w: Walk, names: Names) -> tuple[Step, ...]:
             op_name(node),
             module_of(node),
             _written(w.dims.get(node), names),
-            _numbers(node),
+            _numbers(node, w.capture),
             names.dim(w.starts[node]) if node in w.starts else None,
         )
         for node in _operations(w.capture)
@@ -49,8 +50,8 @@ def difference(axes: AxisGraph, recorded: Capture, sizes: Mapping[str, int], num
                 return f"{where} has shape {list(shape)} at that size, not {list(planned)}"
         if step.start is not None and bounds(node)[0] != (start := size_of(step.start, sizes)):
             return f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}"
-        if numbers and step.numbers != _numbers(node):
-            return f"a number in {where} depends on the size: {list(step.numbers)} becomes {list(_numbers(node))}"
+        if numbers and step.numbers != (own := _numbers(node, recorded)):
+            return f"a number in {where} depends on the size: {list(step.numbers)} becomes {list(own)}"
     return ""
 
 
@@ -65,9 +66,19 @@ def _written(dims: Any, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
     return tuple(None if one is None else names.dims(one) for one in several)
 
 
-def _numbers(node: Node) -> tuple[float, ...]:
-    """The numbers of a call that are not sizes: all floats, and integers where the operation works entry by entry."""
+def _numbers(node: Node, recorded: Capture) -> tuple[float, ...]:
+    """The numbers of a call that are not sizes: all floats, and integers where the operation works entry by entry.
+
+    A constant of one entry is a number too.
+    """
     entrywise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    values = [*node.args, *node.kwargs.values()]
+    values = [_constant(value, recorded) for value in (*node.args, *node.kwargs.values())]
     kinds = (float, int) if entrywise else (float,)
     return tuple(v for v in values if isinstance(v, kinds) and not isinstance(v, bool))
+
+
+def _constant(value: Any, recorded: Capture) -> Any:
+    while isinstance(value, Node) and value.op == "call_function" and op_name(value) in ALIASES:
+        value = value.args[0]
+    held = recorded.constants.get(value) if isinstance(value, Node) else None
+    return held.item() if held is not None and held.numel() == 1 and not isinstance(held, FakeTensor) else value

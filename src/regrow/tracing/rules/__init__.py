@@ -1,9 +1,16 @@
 """How a dimension passes an operation: one small function per operation, in one explicit table."""
 
-from regrow.tracing.rules import contract, entries, norms, reduce, shapes
+from regrow.tracing.rules import contract, entries, norms, reduce, regions, shapes
 from regrow.tracing.walk import Rule
 
 POINTWISE: Rule = entries.pointwise
 
-RULES: dict[str, Rule] = {**entries.RULES, **contract.RULES, **norms.RULES, **reduce.RULES, **shapes.RULES}
+RULES: dict[str, Rule] = {
+    **entries.RULES,
+    **contract.RULES,
+    **norms.RULES,
+    **reduce.RULES,
+    **shapes.RULES,
+    **regions.RULES,
+}
 """Operation name → rule. Operations tagged as pointwise need no entry."""
