@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_plan, shrunk, smallest_plan, zeroed
-from regrow.axes import AxisGraph, size_of
+from regrow.axes import AxisGraph, Example, Mark, Slot, size_of
 from regrow.plan import Plan
 from regrow.surgery import apply, verify
 from regrow.tracing import TraceError, trace
-from zoo import Wired, randomised
+from regrow.tracing.capture import capture, example_of
+from regrow.tracing.graph import assemble
+from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.walk import walk
+from zoo import ZOO, Wired, randomised
 
 
 class Block(nn.Module):
@@ -84,6 +88,43 @@ def test_rows_that_data_pick_leave_the_columns_free(name: str) -> None:
     else:
         assert [axis.key for axis in axes.free()] == ["one.weight:0"]
         lawful(model, axes)
+
+
+def refuse(*args: Any, **kwargs: Any) -> None:
+    """Instead of ``torch.export``, to have the eager record show what it can."""
+    raise RuntimeError("out of order")
+
+
+def walked(model: nn.Module, example: Example) -> set[tuple[Mark, frozenset[Slot]]]:
+    """The free axes of a record: marks and places."""
+    axes, _ = assemble(model, walk(capture(model, example), RULES, POINTWISE), example)
+    return {(axis.mark, frozenset(axis.slots)) for axis in axes.free()}
+
+
+@pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
+def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same operations at the same level: no rule can tell how a network was recorded."""
+    model = ZOO[name].build()
+    args, kwargs = ZOO[name].example()
+    example = example_of(model, args, kwargs)
+    expected = walked(model, example)
+    monkeypatch.setattr(torch.export, "export", refuse)
+    assert walked(model, example) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["conv_residual", "attention", "channel_shuffle", "size_constant", "llama", "gpt2", "vit"]
+)
+def test_the_trial_cut_of_an_eager_record_is_as_strict(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ``torch.export``, the same axes stay free and the same ones are frozen by their trial."""
+    model = ZOO[name].build()
+    args, kwargs = ZOO[name].example()
+    expected = trace(model, *args, **kwargs)
+    monkeypatch.setattr(torch.export, "export", refuse)
+    axes = trace(model, *args, **kwargs)
+    assert "refuses: out of order" in axes.notes[0]
+    assert {(a.mark, frozenset(a.slots)) for a in axes} == {(a.mark, frozenset(a.slots)) for a in expected}
+    masked_equals_shrunk(model, axes, smallest_plan(axes))
 
 
 def test_what_is_decided_on_is_frozen() -> None:

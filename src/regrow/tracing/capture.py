@@ -81,7 +81,8 @@ def capture(model: nn.Module, example: Example, decisions: tuple[Decision, ...] 
                 if not _holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
-            return _eager(model, example, decisions or (), refusal)
+            found = _eager(model, example, decisions or (), refusal)
+            return found if decisions is not None else _again(model, example, found)
         except Exception as error:
             if refused is None:
                 raise TraceError(f"{type(model).__name__} cannot be run again as recorded: {_reason(error)}") from error
@@ -118,6 +119,18 @@ def _eager(model: nn.Module, example: Example, answers: tuple[Decision, ...], re
         refusal=refusal,
         values=tuple(seen.values),
     )
+
+
+def _again(model: nn.Module, example: Example, found: Capture) -> Capture:
+    """The same run on fake data, as it will be held against those of cut copies: some networks notice the difference.
+
+    Where the network does not run on fake data, no copy will: the real run is all there is then.
+    """
+    copy, mode = hollow(model, {})
+    try:
+        return _eager(copy, faked(example, mode), found.decisions or (), found.refusal)
+    except Exception:
+        return found
 
 
 def _refused(model: nn.Module, reason: str) -> TraceError:

@@ -73,7 +73,7 @@ def readings(
         decisions: As for :func:`regrow.tracing.capture.capture`.
     """
     recorded = capture(model, example, decisions)
-    w = walk(recorded, RULES, POINTWISE)
+    w = walk(recorded, RULES, POINTWISE, cautious=False)
     fresh, names = assemble(model, w, example)
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}

@@ -179,13 +179,14 @@ ALIASES = frozenset(
 Rule = Callable[[Walk, Node], Any]
 
 
-def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule) -> Walk:
+def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule, cautious: bool = True) -> Walk:
     """Give every dimension in the graph an expression.
 
     Args:
         capture: The recorded graph.
         rules: Operation name → its rule.
         pointwise: The rule of all operations that work entry by entry.
+        cautious: Whether to freeze what other data may have the network do something else with.
     """
     w = Walk(capture)
     if capture.decisions is not None:
@@ -202,7 +203,7 @@ def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule) -> Walk:
             w.dims[node] = _call(w, node, rules, pointwise)
         else:
             w.dims[node] = w.fresh(node, f"made by {node.op}")
-        if w.decided:
+        if cautious and w.decided:
             w.passed_on(node)
     return w
 
