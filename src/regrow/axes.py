@@ -245,6 +245,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What data decided at one place of one run.
+
+    Args:
+        op: The operation that asked: ``"aten.item.default"``, ``"torchvision.nms.default"``.
+        module: The module in whose forward it asked.
+        answer: What came of it: a number, or tensors (of positions, mostly).
+    """
+
+    op: str
+    module: str
+    answer: Any
+
+
+@dataclass(frozen=True)
 class Example:
     """The input a network was traced with: what it is called with, positional and by name."""
 
@@ -270,6 +285,8 @@ class AxisGraph:
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
         steps: What the network does, operation by operation.
+        decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
+            ``torch.export`` recorded the network.
         example: The traced input, for verifying.
     """
 
@@ -285,6 +302,7 @@ class AxisGraph:
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
+    decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
     example: Example = field(default_factory=Example, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Axis:
@@ -295,6 +313,11 @@ class AxisGraph:
 
     def __len__(self) -> int:
         return len(self.axes)
+
+    @property
+    def recorded(self) -> str:
+        """How the network was recorded: by ``"export"``, or from one ``"eager"`` run."""
+        return "export" if self.decisions is None else "eager"
 
     def sizes(self) -> dict[str, int]:
         """The present size of each axis."""

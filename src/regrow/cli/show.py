@@ -30,6 +30,7 @@ def show(model: str, json_file: Path | None, everything: bool, dtype: str) -> No
     free = [row for row in rows if row.mark != "frozen"]
     _free_table(free)
     _frozen_table([row for row in rows if row.mark == "frozen"], everything)
+    say("traced by torch.export" if axes.recorded == "export" else "traced by recording one eager run")
     for note in axes.notes:
         say(f"note: {note}")
     if axes.unreached:
@@ -88,6 +89,7 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
     data = {
         "format": "regrow-axes/1",
         "model": model,
+        "recorded": axes.recorded,
         "axes": [row.record() | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in rows],
         "counted": list(axes.counted),
         "unreached": list(axes.unreached),

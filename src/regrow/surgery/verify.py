@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 from torch.fx import Interpreter, Node
 from torch.fx.node import map_arg
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
-from regrow.axes import AxisGraph, Dim, Example, Product, Sum
+from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.plan import Plan
 from regrow.surgery.apply import apply
-from regrow.tracing.capture import evaluating
+from regrow.tracing.capture import capture, evaluating
 from regrow.tracing.readings import Readings, readings
+from regrow.tracing.record import outputs
 from regrow.tracing.walk import op_name
 
 RELATIVE_BOUND = 1e-9
+
+Decisions = tuple[Decision, ...] | None
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,10 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     every one that compares as −∞; a norm that is restated runs over the kept units. The masked network is computed by
     running the recorded operations one by one, without surgery.
 
+    Where data decide what a network does (which boxes overlap), both networks are given the decisions of the uncut one,
+    so that their answers are of one form; then what the decisions are taken on is held against each other too: the
+    scores and boxes of all anchors, not only of those that were found. If these agree, so do the decisions.
+
     Args:
         model: The traced model; it is left as it is.
         axes: Its axes.
@@ -66,19 +74,22 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     """
     plan.check(axes)
     example = example or axes.example
-    ((_, exact_masked, exact_shrunk),) = _both(_widened(model, axes), axes, [plan], _in_double(example), double=True)
-    ((_, masked, shrunk),) = _both(_copied(model), axes, [plan], example, double=False)
+    none = None if axes.decisions is None else ()
+    ((_, exact_masked, exact_shrunk, decisions),) = _both(
+        _widened(model, axes), axes, [plan], _in_double(example), double=True, decisions=none
+    )
+    ((_, masked, shrunk, _),) = _both(_copied(model), axes, [plan], example, double=False, decisions=decisions)
     difference, scale = _largest(exact_masked, exact_shrunk), _scale(exact_masked)
     own, rounding = _largest(masked, shrunk), _largest(masked, exact_masked)
-    flips = sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in zip(masked, shrunk, strict=True) if a.dim() > 1)
+    rows = [(a, b) for a, b in _pairs(masked, shrunk) if a.dim() > 1]
     return Verification(
         ok=difference <= RELATIVE_BOUND * scale,
         max_abs_diff=difference,
         bound=RELATIVE_BOUND * scale,
         float32_diff=own,
         rounding=rounding,
-        argmax_flips=flips,
-        positions=sum(a[..., 0].numel() for a in masked if a.dim() > 1),
+        argmax_flips=sum(int((a.argmax(-1) != b.argmax(-1)).sum()) for a, b in rows),
+        positions=sum(a[..., 0].numel() for a, _ in rows),
     )
 
 
@@ -108,7 +119,8 @@ def distances(
     [True, True]
     """
     exact = _in_double(example or axes.example)
-    for plan, masked, shrunk in _both(_widened(model, axes), axes, plans, exact, double=True):
+    none = None if axes.decisions is None else ()
+    for plan, masked, shrunk, _ in _both(_widened(model, axes), axes, plans, exact, double=True, decisions=none):
         yield plan, _largest(masked, shrunk) / (_scale(masked) or 1.0)
 
 
@@ -169,39 +181,62 @@ def _in_double(example: Example) -> Example:
     return Example(tree_map(wide, example.args), tree_map(wide, dict(example.kwargs)))
 
 
-def _run(model: nn.Module, example: Example, double: bool) -> list[Tensor]:
-    with evaluating(model), torch.no_grad():
-        if not double:
-            return _outputs(model(*example.args, **example.kwargs))
-        with _Double():
-            return _outputs(model(*example.args, **example.kwargs))
+def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions) -> list[Tensor | None]:
+    with _Double() if double else nullcontext():
+        if decisions is not None:
+            return [*capture(model, example, decisions).values]
+        with evaluating(model), torch.no_grad():
+            return _floats(model(*example.args, **example.kwargs))
 
 
-def _outputs(value: Any) -> list[Tensor]:
-    if hasattr(value, "to_tuple"):
-        value = value.to_tuple()
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+def _floats(value: Any) -> list[Tensor | None]:
+    return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def _largest(a: list[Tensor], b: list[Tensor]) -> float:
+def _pairs(a: list[Tensor | None], b: list[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
     pairs = zip(a, b, strict=True)
-    return max((float((x.double() - y.double()).abs().max()) for x, y in pairs if x.numel()), default=0.0)
+    return [(x, y) for x, y in pairs if x is not None and y is not None and x.numel()]
 
 
-def _scale(answer: list[Tensor]) -> float:
-    return max((float(x.abs().max()) for x in answer if x.numel()), default=0.0)
+def _largest(a: list[Tensor | None], b: list[Tensor | None]) -> float:
+    return max((_gap(x.double(), y.double()) for x, y in _pairs(a, b)), default=0.0)
+
+
+def _gap(x: Tensor, y: Tensor) -> float:
+    same = (x == y) | (x.isnan() & y.isnan())  # infinities among them
+    return float((x - y).abs().masked_fill(same, 0.0).max())
+
+
+def _scale(answer: list[Tensor | None]) -> float:
+    finite = [x[x.isfinite()].abs() for x in answer if x is not None]
+    return max((float(x.max()) for x in finite if x.numel()), default=0.0)
+
+
+def _own(value: Any) -> Any:
+    """What operations in place may change, copied; no forward pass changes parameters."""
+    return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
 def _both(
-    model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], example: Example, double: bool
-) -> Iterator[tuple[Plan, list[Tensor], list[Tensor]]]:
-    """Each plan with what the masked network answers and what the cut one does; one recording serves all."""
-    recorded = readings(model, axes, example)
+    model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], example: Example, double: bool, decisions: Decisions
+) -> Iterator[tuple[Plan, list[Tensor | None], list[Tensor | None], Decisions]]:
+    """Each plan with what the masked network answers, what the cut one does, and what data decided in both.
+
+    One recording serves all plans.
+    """
+    with _Double() if double and decisions is not None else nullcontext():
+        recorded = readings(model, axes, example, decisions)
     for plan in plans:
         plan.check(axes)
+        runner = _Masked(recorded, plan, double)
+        # Operations in place may change what they are given.
+        inputs = [
+            x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in recorded.inputs
+        ]
         with torch.no_grad():
-            masked = _outputs(_Masked(recorded, plan, double).run(*recorded.inputs))
-        yield plan, masked, _run(apply(_copied(model), axes, plan)[0], example, double)
+            masked = [*_floats(runner.run(*inputs)), *runner.judged]
+        shrunk = _run(apply(_copied(model), axes, plan)[0], example, double, recorded.decisions)
+        yield plan, masked, shrunk, recorded.decisions
 
 
 class _Masked(Interpreter):
@@ -211,6 +246,11 @@ class _Masked(Interpreter):
         super().__init__(recorded.module)
         self.keep = {key: change.keep for key, change in plan.changes.items()}
         self.sizes, self.means, self.double = recorded.sizes, plan.means, double
+        self.judged: list[Tensor | None] = []
+        self.judges: dict[Node, list[tuple[Node, bool]]] = {}
+        for node, operand, dims in recorded.judged:
+            whole = all(bool(kept_mask(dim, self.sizes, self.keep).all()) for dim in dims)
+            self.judges.setdefault(node, []).append((operand, whole))
         self.reads: dict[Node, list] = {}
         for reading in recorded.readings:
             mask = kept_mask(reading.dim, self.sizes, self.keep)
@@ -220,6 +260,8 @@ class _Masked(Interpreter):
     def run_node(self, n: Node) -> Any:
         if self.double and op_name(n).startswith("_assert"):
             return None  # it asserts the precision that was recorded
+        for operand, whole in self.judges.get(n, []):
+            self.judged.append(self.env[operand].clone() if whole else None)  # a cut makes the others another form
         reads = self.reads.get(n, [])
         restated = [(reading, mask) for reading, mask in reads if reading.fill is None]
         if restated:

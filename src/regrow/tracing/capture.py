@@ -4,19 +4,21 @@ import copy
 import gc
 import inspect
 import logging
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.export import ExportedProgram
-from torch.fx import Graph, Node
-from torch.utils._pytree import tree_map
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves, tree_map
 
-from regrow.axes import Example
+from regrow.axes import Decision, Example
+from regrow.tracing.record import record
 
 
 class TraceError(ValueError):
@@ -28,25 +30,27 @@ class Capture:
     """The operations of one run.
 
     Args:
-        program: What was recorded; its placeholders are parameters, buffers, constants and inputs.
+        module: What was recorded; its placeholders are parameters, buffers, constants and inputs.
         states: Placeholder → name of the parameter or buffer.
         unused: Names of parameters that no operation reads.
+        constants: Placeholder → its value, where that is neither state nor input.
+        decisions: What data decided in an eager run; ``None`` where ``torch.export`` recorded.
+        refusal: Why ``torch.export`` did not.
+        values: What came out of an eager run on real tensors, and what its decisions were taken on.
     """
 
-    program: ExportedProgram
+    module: GraphModule
     states: dict[Node, str]
     unused: tuple[str, ...]
+    constants: dict[Node, Tensor]
+    decisions: tuple[Decision, ...] | None = None
+    refusal: str = ""
+    values: tuple[Tensor, ...] = ()
 
     @property
     def graph(self) -> Graph:
         """The operations in order."""
-        return self.program.graph
-
-    @property
-    def constants(self) -> dict[Node, Tensor]:
-        """Placeholder → its value, where that is neither state nor input."""
-        lifted = self.program.graph_signature.inputs_to_lifted_tensor_constants
-        return {n: self.program.constants[lifted[n.name]] for n in self.graph.nodes if n.name in lifted}
+        return self.module.graph
 
 
 def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
@@ -56,38 +60,115 @@ def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return Example(tuple(args), {**kwargs, **extra})
 
 
-def capture(model: nn.Module, example: Example) -> Capture:
-    """Run the model once on fake data and record what it does.
+def capture(model: nn.Module, example: Example, decisions: tuple[Decision, ...] | None = None) -> Capture:
+    """Run the model once and record what it does: on fake data, or, where data decide what it does, on the example.
+
+    Args:
+        model: The model.
+        example: What to run it on.
+        decisions: What data decided when the model was recorded eagerly before; it is again, with the same answers.
+            An empty tuple has the data of this example decide. ``None`` has ``torch.export`` try first.
 
     Raises:
-        TraceError: If ``torch.export`` refuses the model; says why.
+        TraceError: If the model cannot be recorded; says why.
     """
-    try:
-        with evaluating(model), torch.enable_grad(), _quiet(), _lightly():
-            program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TraceError(
-            f"torch.export refuses {type(model).__name__}: {reason}. "
-            "Check that the example input is what the model's forward takes"
-        ) from error
+    refusal, refused = "", None
+    with evaluating(model), torch.enable_grad(), _quiet(), _lightly():
+        if decisions is None:
+            try:
+                return _exported(model, example)
+            except Exception as error:
+                refusal, refused = _reason(error), error
+                if not _holds_numbers(model, example):
+                    raise _refused(model, refusal) from error
+        try:
+            found = _eager(model, example, decisions or (), refusal)
+            return found if decisions is not None else _again(model, example, found)
+        except Exception as error:
+            if refused is None:
+                raise TraceError(f"{type(model).__name__} cannot be run again as recorded: {_reason(error)}") from error
+            raise _refused(model, f"{refusal}. Nor does it run: {_reason(error)}") from refused
+
+
+def _exported(model: nn.Module, example: Example) -> Capture:
+    program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    states = {node: names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names}
+    lifted = signature.inputs_to_lifted_tensor_constants
+    given = [node for node in program.graph.nodes if node.op == "placeholder"]
+    for node in program.graph.nodes:
+        shape_of(node)  # sizes that only the data know are a refusal too
+    states = {node: names[node.name] for node in given if node.name in names}
     parameters = set(signature.inputs_to_parameters.values())
-    unused = tuple(name for node, name in states.items() if not node.users and name in parameters)
-    return Capture(program, states, unused)
+    return Capture(
+        module=program.graph_module,
+        states=states,
+        unused=tuple(name for node, name in states.items() if not node.users and name in parameters),
+        constants={node: program.constants[lifted[node.name]] for node in given if node.name in lifted},
+    )
+
+
+def _eager(model: nn.Module, example: Example, answers: tuple[Decision, ...], refusal: str) -> Capture:
+    seen = record(model, example.args, dict(example.kwargs), answers)
+    parameters = {name for name, _ in model.named_parameters()}
+    return Capture(
+        module=GraphModule(nn.Module(), seen.graph),
+        states=seen.states,
+        unused=tuple(name for node, name in seen.states.items() if not node.users and name in parameters),
+        constants=seen.constants,
+        decisions=tuple(seen.decisions),
+        refusal=refusal,
+        values=tuple(seen.values),
+    )
+
+
+def _again(model: nn.Module, example: Example, found: Capture) -> Capture:
+    """The same run on fake data, as it will be held against those of cut copies: some networks notice the difference.
+
+    Where the network does not run on fake data, no copy will: the real run is all there is then.
+    """
+    copy, mode = hollow(model, {})
+    try:
+        return _eager(copy, faked(example, mode), found.decisions or (), found.refusal)
+    except Exception:
+        return found
+
+
+def _refused(model: nn.Module, reason: str) -> TraceError:
+    return TraceError(
+        f"torch.export refuses {type(model).__name__}: {reason}. "
+        "Check that the example input is what the model's forward takes"
+    )
+
+
+def _reason(error: Exception) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
+
+
+def _holds_numbers(model: nn.Module, example: Example) -> bool:
+    """Whether there is data that could decide anything."""
+    tensors = [*model.parameters(), *model.buffers(), *tree_leaves((example.args, dict(example.kwargs)))]
+    return not any(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta) for x in tensors)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """A refusal is reported by whoever asked; torch need not log it as well."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
+    """A refusal is reported by whoever asked; torch need not log or print it as well."""
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    before = [logger.disabled for logger in loggers]
     try:
-        yield
+        for logger in loggers:
+            logger.disabled = True
+        with redirect_stderr(StringIO()), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
-        logger.disabled = before
+        for logger, disabled in zip(loggers, before, strict=True):
+            logger.disabled = disabled
+
+
+_LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_shapes")
 
 
 @contextmanager

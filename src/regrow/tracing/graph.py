@@ -89,6 +89,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             ),
             unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
             notes=tuple(dict.fromkeys(w.notes)),
+            decisions=w.capture.decisions,
             example=example,
         ),
         names,

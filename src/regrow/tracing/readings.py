@@ -8,9 +8,10 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph, Dim, Example, Product, Sum
+from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.graph import assemble
+from regrow.tracing.record import judged
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.walk import walk
 
@@ -47,24 +48,32 @@ class Readings:
         inputs: The value of each placeholder.
         readings: The places.
         sizes: The size of each axis that occurs in them.
+        decisions: What data decided; ``None`` where ``torch.export`` recorded.
+        judged: Each operand of which an operation makes whole numbers or truth values, in an eager record: the
+            operation, the operand, and its dimensions written in axes.
     """
 
     module: GraphModule
     inputs: tuple[Any, ...]
     readings: tuple[ReadDim, ...]
     sizes: Mapping[str, int]
+    decisions: tuple[Decision, ...] | None
+    judged: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
 
 
-def readings(model: nn.Module, axes: AxisGraph, example: Example) -> Readings:
+def readings(
+    model: nn.Module, axes: AxisGraph, example: Example, decisions: tuple[Decision, ...] | None = None
+) -> Readings:
     """Record a network anew and say where it reads the axes of ``axes``.
 
     Args:
         model: The network.
         axes: Its axes; names of axes are theirs, also where a cut has moved them since they were traced.
         example: The input to record with, and to run on.
+        decisions: As for :func:`regrow.tracing.capture.capture`.
     """
-    recorded = capture(model, example)
-    w = walk(recorded, RULES, POINTWISE)
+    recorded = capture(model, example, decisions)
+    w = walk(recorded, RULES, POINTWISE, cautious=False)
     fresh, names = assemble(model, w, example)
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}
@@ -73,13 +82,19 @@ def readings(model: nn.Module, axes: AxisGraph, example: Example) -> Readings:
         return 1 if expr is None else _renamed(names.dim(expr), renamed)
 
     return Readings(
-        module=recorded.program.graph_module,
+        module=recorded.module,
         inputs=tuple(_inputs(model, recorded, example)),
         readings=tuple(
             ReadDim(r.node, r.operand, r.dim, written(w.of(r.operand)[r.dim]), r.fill, r.weight, written(r.groups))
             for r in w.readings
         ),
         sizes={renamed[axis.key]: axis.size for axis in fresh},
+        decisions=recorded.decisions,
+        judged=tuple(
+            (node, one, tuple(map(written, w.of(one))))
+            for node in (recorded.graph.nodes if recorded.decisions is not None else ())
+            for one in judged(node)
+        ),
     )
 
 
@@ -99,14 +114,13 @@ def _inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[A
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
     }
-    constants = recorded.constants
     given = iter(tree_leaves((example.args, dict(example.kwargs))))
     for node in recorded.graph.nodes:
         if node.op != "placeholder":
             continue
         if node in recorded.states:
             yield state[recorded.states[node]]
-        elif node in constants:
-            yield constants[node]
+        elif node in recorded.constants:
+            yield recorded.constants[node]
         else:
             yield next(given)

@@ -105,7 +105,7 @@ def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbe
     """What goes wrong when the network is given other sizes, on a copy without numbers; empty if nothing does."""
     try:
         copy, mode = resized(model, axes, sizes)
-        again = capture(copy, faked(fitting(axes.example, model), mode))
+        again = capture(copy, faked(fitting(axes.example, model), mode), axes.decisions)
     except TraceError as error:
         cause = error.__cause__ or error
         line = next((line for line in str(cause).strip().splitlines() if line.strip()), type(cause).__name__)

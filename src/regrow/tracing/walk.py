@@ -1,7 +1,9 @@
 """One walk over a recorded graph: every dimension of every tensor gets an expression."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -55,7 +57,10 @@ class Literal:
 
 @dataclass
 class Walk:
-    """What a walk knows and finds out. Rules call its methods; nothing else changes it."""
+    """What a walk knows and finds out. Rules call its methods; nothing else changes it.
+
+    ``decided`` says of a module what gave its code a number made of data: for another number it may do anything else.
+    """
 
     capture: Capture
     dims: dict[Node, Any] = field(default_factory=dict)
@@ -71,6 +76,7 @@ class Walk:
     weights: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    decided: dict[str, str] = field(default_factory=dict)
 
     def of(self, node: Node) -> Dims:
         """The dimensions of a node's tensor."""
@@ -114,6 +120,15 @@ class Walk:
         """Note that the operation sums or compares over a dimension of the operand."""
         self.readings.append(Reading(node, operand, dim, fill, **more))
 
+    def passed_on(self, node: Node) -> None:
+        """Freeze what the code of such a module hands to a node; what its parts do inside themselves stays theirs."""
+        for one in node.all_input_nodes:
+            between = _around(module_of(one), module_of(node))
+            if between in self.decided and one.op != "placeholder":
+                where = between or "the model"
+                for expr in _all_dims(self.dims[one]):
+                    d.freeze(expr, f"data decide what is done with it, by `{self.decided[between]}` in {where}")
+
     def why(self, node: Node, what: str) -> str:
         """A reason that names the operation and the module."""
         module = module_of(node)
@@ -125,6 +140,12 @@ class Walk:
         if isinstance(shape, list):
             return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
         return None if shape is None else tuple(d.frozen(n, what) for n in shape)
+
+
+def _around(a: str, b: str) -> str:
+    """The path of the innermost module that has both modules in it, or is one and has the other in it."""
+    common = takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."), strict=False))
+    return ".".join(one for one, _ in common)
 
 
 def arg(node: Node, i: int) -> Any:
@@ -159,15 +180,18 @@ ALIASES = frozenset(
 Rule = Callable[[Walk, Node], Any]
 
 
-def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule) -> Walk:
+def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule, cautious: bool = True) -> Walk:
     """Give every dimension in the graph an expression.
 
     Args:
         capture: The recorded graph.
         rules: Operation name → its rule.
         pointwise: The rule of all operations that work entry by entry.
+        cautious: Whether to freeze what other data may have the network do something else with.
     """
     w = Walk(capture)
+    if capture.decisions is not None:
+        w.notes.append(_how(capture))
     for node in capture.graph.nodes:
         if node.op == "placeholder":
             w.dims[node] = _placeholder(w, node)
@@ -180,7 +204,19 @@ def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule) -> Walk:
             w.dims[node] = _call(w, node, rules, pointwise)
         else:
             w.dims[node] = w.fresh(node, f"made by {node.op}")
+        if cautious and w.decided:
+            w.passed_on(node)
     return w
+
+
+def _how(capture: Capture) -> str:
+    places = Counter((one.op, one.module or "the model") for one in capture.decisions or ())
+    told = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in places.most_common(4))
+    more = f" and in {len(places) - 4} more ways" if len(places) > 4 else ""
+    return (
+        f"recorded from one run, since torch.export refuses: {capture.refusal or 'data decide what the network does'}. "
+        f"What it does where data decide otherwise than by {told or 'none'}{more} was not seen"
+    )
 
 
 def _placeholder(w: Walk, node: Node) -> Any:

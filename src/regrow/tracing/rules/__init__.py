@@ -1,6 +1,6 @@
 """How a dimension passes an operation: one small function per operation, in one explicit table."""
 
-from regrow.tracing.rules import contract, entries, make, norms, reduce, shapes
+from regrow.tracing.rules import contract, entries, make, norms, reduce, regions, shapes
 from regrow.tracing.walk import Rule
 
 POINTWISE: Rule = entries.pointwise
@@ -12,5 +12,6 @@ RULES: dict[str, Rule] = {
     **reduce.RULES,
     **shapes.RULES,
     **make.RULES,
+    **regions.RULES,
 }
 """Operation name → rule. Operations tagged as pointwise need no entry."""

@@ -32,20 +32,6 @@ def overwrite(w: Walk, node: Node) -> Dims:
     return w.of(node.args[0])  # type: ignore[arg-type]
 
 
-def put(w: Walk, node: Node) -> Dims:
-    """Entries written by number: the dimensions written into by number are frozen."""
-    target, places = node.args[0], node.args[1]
-    assert isinstance(target, Node) and isinstance(places, list | tuple)
-    for i, place in enumerate(places):
-        if place is not None:
-            d.freeze(w.of(target)[i], w.why(node, "its entries are written by a tensor of numbers"))
-    value = node.args[2]
-    if isinstance(value, Node):
-        for expr in w.of(value):
-            d.freeze(expr, w.why(node, "it is written into places given by numbers"))
-    return w.of(target)
-
-
 def weight_norm(w: Walk, node: Node) -> Dims:
     """``g · v / ‖v‖`` per entry of one dimension; the norm runs over the others."""
     v, g = node.args[:2]
@@ -153,7 +139,6 @@ _CONSTANT = "zeros ones full empty new_zeros new_ones new_full new_empty scalar_
 RULES = {
     **dict.fromkeys(_CONSTANT.split(), constant),
     **dict.fromkeys(("copy", "fill", "zero"), overwrite),
-    "index_put": put,
     "_weight_norm": weight_norm,
     "topk": topk,
     **dict.fromkeys(_COUNTS, histogram),

@@ -119,7 +119,7 @@ def squeeze(w: Walk, node: Node) -> Dims:
 
 def concatenate(w: Walk, node: Node) -> Dims:
     """The joined dimension is a sum; the others are tied."""
-    parts = [one for one in arg(node, 0) if isinstance(one, Node) and shape_of(one) != (0,)]
+    parts = [one for one in arg(node, 0) if isinstance(one, Node) and shape_of(one) != (0,)] or list(arg(node, 0))
     dims = [w.of(part) for part in parts]
     axis = _axis(node, 1, len(dims[0]))
     out = list(dims[0])

@@ -1,0 +1,332 @@
+"""The eager record: the operations of one run of a network whose own data decide what it does.
+
+Where a network asks its data (which boxes overlap, which scores are high enough, whether a sum is positive),
+``torch.export`` gives up. One real run answers every question. The record is the straight line of operations that
+follows from these answers: each answer is a constant in it, and what was asked about is read by a marker,
+:func:`decision`. With the same answers the network runs again on tensors without numbers, at other sizes, and there
+every operation and every shape can be held against the record, those after a question too.
+
+That a cut network does the same as the masked one is an induction over the questions: as long as the answers were the
+same, what is asked about next is the same, and so is its answer.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from operator import getitem
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, PythonKeyTracer
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from regrow.axes import Decision
+
+
+class DivergedError(RuntimeError):
+    """A run that asks its data other questions than the one whose answers it is given."""
+
+
+def decision(*asked: Tensor) -> tuple[Tensor, ...]:
+    """Stand in a graph for a question to the data, between what was asked about and the answer, a constant."""
+    return asked
+
+
+@dataclass
+class Record:
+    """What was seen of one run.
+
+    Args:
+        graph: The operations; placeholders are states, inputs and constants.
+        states: Placeholder → name of the parameter or buffer.
+        constants: Placeholder → its value: tensors that the network made from numbers, and what data decided.
+        decisions: What data decided, in order.
+        values: The floating-point tensors that came out, then those that turned into whole numbers or truth values
+            on the way; in a run on real tensors only.
+    """
+
+    graph: Graph = field(default_factory=Graph)
+    states: dict[Node, str] = field(default_factory=dict)
+    constants: dict[Node, Tensor] = field(default_factory=dict)
+    decisions: list[Decision] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
+
+
+def record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answers: tuple[Decision, ...] = ()
+) -> Record:
+    """Run a network once and write down its operations.
+
+    Args:
+        model: On real tensors, or on fake ones.
+        args: Its positional inputs, of the same kind.
+        kwargs: Its inputs by name.
+        answers: What data decided in an earlier run. They are taken while they last; then the data decide, if there
+            are any.
+
+    Raises:
+        DivergedError: If the run asks for another decision than the next given one, or for one that is not given and
+            that fake data cannot take.
+    """
+    tensors = (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs)))
+    fake = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
+    if fake is None and not answers:
+        with torch.no_grad():  # networks keep things at their first run that they do not make again
+            first, others = tree_map_only(Tensor, _copy, (args, kwargs))
+            model(*first, **others)
+    seen = Record()
+    inputs, spec = tree_flatten(tree_map_only(Tensor, _copy, (args, kwargs)))
+    given, named = tree_unflatten(inputs, spec)
+    with _modules(model) as running:
+        recorder = _Recorder(seen, answers, running, fake)
+        with torch._C.DisableTorchFunction():
+            recorder.begin(model, inputs)
+        with _Spelled(), enable_python_dispatcher(), recorder:
+            result = model(*given, **named)
+    recorder.end(result)
+    return seen
+
+
+def judged(node: Node) -> list[Node]:
+    """The floating-point operands of an operation that makes whole numbers or truth values of them."""
+    made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
+    if node.op != "call_function" or (node.target is not decision and all(map(_floating, made))):
+        return []
+    read = [(one, one.meta["val"]) for one in node.all_input_nodes]
+    return [one for one, value in read if isinstance(value, Tensor) and _floating(value)]
+
+
+def outputs(value: Any) -> Iterator[Any]:
+    """The leaves of what a network returns: those of lists, tuples and dictionaries, and fields of other objects."""
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):
+            yield leaf
+        else:
+            for part in vars(leaf).values():
+                yield from outputs(part)
+
+
+class _Spelled(TorchFunctionMode):
+    """Spells out what reads tensors past the dispatcher, and what drops dimensions that happen to have one entry."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__setitem__ and all(isinstance(x, Tensor) for x in args):
+            x, index, value = args
+            if index.dim() == 1 and value.dim() <= x.dim() and value.dtype == x.dtype:
+                x.index_put_((index,), value)
+                return None
+        if func is Tensor.tolist:
+            return _listed(args[0])
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def _listed(x: Tensor) -> Any:
+    return x.item() if x.dim() == 0 else [_listed(one) for one in x.unbind()]
+
+
+@contextmanager
+def _modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[str, type]]]]:
+    """Follow which module runs; what is given tells the path and class of each that does, the innermost last."""
+    paths = {module: path for path, module in model.named_modules()}
+    running: list[nn.Module] = []
+
+    def ends(module: nn.Module, given: Any, result: Any) -> None:
+        running.pop()
+
+    hooks = [
+        register_module_forward_pre_hook(lambda module, given: running.append(module)),
+        register_module_forward_hook(ends, always_call=True),
+    ]
+    try:
+        yield lambda: {paths[one]: (paths[one], type(one)) for one in running if one in paths}
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Recorder(ProxyTorchDispatchMode):
+    """Writes operations down before autograd and decompositions see them, as ``torch.export`` does.
+
+    The base class is what torch lets stand at that place; recording, answering and everything else is done here. Each
+    operation is also run on fake tensors: where these cannot tell the result, the data decide.
+    """
+
+    def __init__(self, seen: Record, answers: tuple[Decision, ...], running: Callable[[], Any], fake: Any) -> None:
+        super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
+        self.seen, self.running, self.real = seen, running, fake is None
+        self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
+        self.answers = iter(answers)
+        self.nodes = WeakTensorKeyDictionary()
+        self.plain: dict[Node, Tensor] = {}
+        self.judged: list[Tensor] = []
+
+    def begin(self, model: nn.Module, inputs: list[Any]) -> None:
+        """Make a placeholder for each parameter, buffer and input."""
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            self.seen.states[self._placeholder(tensor)] = name
+        for value in inputs:
+            self._placeholder(value)
+
+    def end(self, result: Any) -> None:
+        """Close the graph."""
+        tensors = [leaf for leaf in outputs(result) if isinstance(leaf, Tensor)]
+        self.seen.graph.output(tuple(map(self._node, tensors)))
+        if self.real:
+            self.seen.values = [*(x.detach() for x in tensors if _floating(x)), *self.judged]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return self._seen(func, args, kwargs or {})
+
+    def _seen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _PICKS:
+            args = (args[0], [one for index in args[1] for one in self._positions(index)], *args[2:])
+        nodes, named = tree_map_only(Tensor, self._node, (args, kwargs))
+        plain = self._plainly(func, nodes, named)
+        try:
+            with self.fake:
+                told = func(*tree_map_only(Node, _val, nodes), **tree_map_only(Node, _val, named))
+        except _DATA_DECIDE:
+            return self._decided(func, args, kwargs) if plain is None else self._shown(plain)
+        for x in tree_leaves(told):
+            if isinstance(x, FakeTensor):
+                x.constant = None  # else fake tensors know small numbers, and ask less than real ones
+        if plain is None and func._schema.is_mutable:
+            self._overwritten([x for x in tree_leaves((nodes, named)) if x in self.plain])
+        node = self._write(func, nodes, named, told)
+        self._keep_judged(node, args, kwargs)
+        out = func(*args, **kwargs) if self.real else told
+        self._name(node, out, told, plain)
+        return out
+
+    def _plainly(self, func: Any, nodes: Any, named: Any) -> Any:
+        """The result of an operation on constants alone, so that numbers made of sizes follow the sizes."""
+        read = [x for x in tree_leaves((nodes, named)) if isinstance(x, Node)]
+        if torch.Tag.nondeterministic_seeded in func.tags or any(x not in self.plain for x in read):
+            return None
+        return func(*tree_map_only(Node, self.plain.get, nodes), **tree_map_only(Node, self.plain.get, named))
+
+    def _overwritten(self, nodes: list[Node]) -> None:
+        """Constants into which something else is written are none any more, nor is what shares their storage."""
+        written = {self.plain[node].untyped_storage().data_ptr() for node in nodes}
+        self.plain = {node: x for node, x in self.plain.items() if x.untyped_storage().data_ptr() not in written}
+
+    def _shown(self, plain: Any) -> Any:
+        """What is known of constants needs no data to decide it."""
+        return tree_map_only(Tensor, self._constant, plain)
+
+    def _positions(self, index: Tensor | None) -> list[Tensor | None]:
+        """Where a mask is true, one tensor of positions for each of its dimensions; other indices as they are."""
+        if index is None or index.dtype not in (torch.bool, torch.uint8):
+            return [index]
+        found = self._seen(torch.ops.aten.nonzero.default, (index,), {})
+        return list(self._seen(torch.ops.aten.unbind.int, (found, 1), {}))
+
+    def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
+        asked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        nodes = [self._node(x) for x in asked]
+        node = self._write(decision, tuple(nodes), {}, [_val(one) for one in nodes])
+        node.meta["asks"] = str(func)
+        self._keep_judged(node, args, kwargs)
+        module, given = next(reversed(node.meta["nn_module_stack"]), ""), next(self.answers, None)
+        where = f"{func} in {module or 'the model'}"
+        if given is None and not self.real:
+            raise DivergedError(f"{where} asks what the recorded run did not ask")
+        if given is not None and (given.op, given.module) != (str(func), module):
+            raise DivergedError(
+                f"{where} asks where {given.op} in {given.module or 'the model'} asked when it was recorded"
+            )
+        answer = func(*args, **kwargs) if given is None else _like(asked, given.answer)
+        self.seen.decisions.append(Decision(str(func), module, tree_map_only(Tensor, _copy, answer)))
+        node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
+        return tree_map_only(Tensor, lambda x: self._constant(x, plain=False), answer)
+
+    def _keep_judged(self, node: Node, args: Any, kwargs: Any) -> None:
+        if self.real:
+            live = {self._node(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+            self.judged += [_copy(live[one]) for one in judged(node)]
+
+    def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
+        node = self.seen.graph.call_function(target, args, kwargs)
+        node.meta |= {"val": val, "nn_module_stack": self.running()}
+        return node
+
+    def _name(self, node: Node, out: Any, told: Any, plain: Any) -> None:
+        """Have the results of an operation known by its node."""
+        if isinstance(out, Tensor):
+            self.nodes[out] = node
+            if plain is not None:
+                self.plain[node] = plain
+        elif isinstance(out, list | tuple):
+            for i, (one, val) in enumerate(zip(out, told, strict=True)):
+                if isinstance(one, Tensor):
+                    self._name(self._write(getitem, (node, i), {}, val), one, val, None if plain is None else plain[i])
+
+    def _node(self, x: Tensor) -> Node:
+        """The node of a tensor; one that no operation made is a constant."""
+        if x not in self.nodes:
+            self._constant(x, own=True)
+        return self.nodes[x]
+
+    def _constant(self, x: Tensor, plain: bool = True, own: bool = False) -> Tensor:
+        """Make a placeholder for a tensor, ``own`` to the network or else a copy; it is returned."""
+        flowing = x if own else _copy(x) if self.real else self.fake.from_tensor(x)
+        node = self._placeholder(flowing)
+        self.seen.constants[node] = _copy(x)
+        if plain and not isinstance(x, FakeTensor):
+            self.plain[node] = _copy(x)
+        return flowing
+
+    def _placeholder(self, value: Any) -> Node:
+        graph = self.seen.graph
+        first = next((node for node in graph.nodes if node.op != "placeholder"), None)
+        with graph.inserting_before(first) if first is not None else nullcontext():
+            node = graph.placeholder(f"given_{len(graph.nodes)}")
+        node.meta["val"] = value
+        if isinstance(value, Tensor):
+            node.meta["val"] = value if isinstance(value, FakeTensor) else self.fake.from_tensor(value)
+            self.nodes[value] = node
+        return node
+
+
+def _val(node: Node) -> Any:
+    return node.meta["val"]
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().clone()
+
+
+def _like(asked: list[Tensor], answer: Any) -> Any:
+    """An answer in the precision of what was asked about; it may have been given in another."""
+    kinds = {x.dtype for x in asked if _floating(x)}
+    return tree_map_only(Tensor, lambda x: x.to(*kinds) if _floating(x) and len(kinds) == 1 else x, answer)
+
+
+def _floating(x: Tensor) -> bool:
+    return x.is_floating_point()
+
+
+_PICKS = frozenset((torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default))
+"""Operations that also take masks: recorded with the positions where a mask is true."""
+
+_DATA_DECIDE = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+    fake_tensor.UnsupportedOperatorException,
+    fake_tensor.UnsupportedFakeTensorException,
+)
+"""What fake tensors raise where they cannot tell a result."""

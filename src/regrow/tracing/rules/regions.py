@@ -1,0 +1,57 @@
+"""Operations that detectors are made of: regions of an image, entries put by number, questions to the data."""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from regrow.tracing import dimensions as d
+from regrow.tracing.capture import module_of
+from regrow.tracing.walk import Dims, Walk
+
+
+def region(w: Walk, node: Node) -> Dims:
+    """Regions of a map are pooled one by one: channels pass, regions and space are made anew."""
+    x = node.args[0]
+    assert isinstance(x, Node)
+    batch, channels, *space = w.of(x)
+    for expr in (batch, *space):
+        d.freeze(expr, w.why(node, "regions are taken from it"))
+    made = w.fresh(node, w.why(node, "made of regions"))
+    return (made[0], channels, *made[2:])
+
+
+def put(w: Walk, node: Node) -> Dims:
+    """Entries are overwritten by number: what is numbered is frozen, the dimensions after it are tied."""
+    x, picks, values = node.args[:3]
+    assert isinstance(x, Node) and isinstance(picks, list | tuple)
+    dims, given = w.of(x), w.of(values) if isinstance(values, Node) else ()
+    why = w.why(node, "its entries are picked by a tensor of numbers")
+    named = [pick for pick in picks if isinstance(pick, Node)]
+    masks = sum(len(w.of(pick)) - 1 for pick in named if pick.meta["val"].dtype in (torch.bool, torch.uint8))
+    covered = len(picks) + masks if len(named) == len(picks) else len(dims)
+    tied = min(len(dims) - covered, len(given))
+    for expr in (*dims[:covered], *given[: len(given) - tied], *(expr for pick in named for expr in w.of(pick))):
+        d.freeze(expr, why)
+    for i in range(1, tied + 1):
+        if d.size(given[-i]) > 1:
+            d.unify(dims[-i], given[-i], w.why(node, "what is put has another form than where it is put"))
+    return dims
+
+
+def decision(w: Walk, node: Node) -> Any:
+    """What data decide on is frozen; where the answer is a number, also what the asking module then passes on."""
+    read = node.all_input_nodes
+    for one in read:
+        for expr in w.of(one):
+            d.freeze(expr, w.why(node, f"data decide on it, by `{node.meta['asks']}`"))
+    if node.meta["number"]:
+        w.decided.setdefault(module_of(node), node.meta["asks"])
+    return [w.of(one) for one in read]
+
+
+RULES = {
+    **dict.fromkeys(("roi_align", "roi_pool"), region),
+    **dict.fromkeys(("index_put", "_index_put_impl"), put),
+    "decision": decision,
+}
