@@ -287,6 +287,7 @@ class AxisGraph:
         steps: What the network does, operation by operation.
         decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
             ``torch.export`` recorded the network.
+        trained: Whether what the network does in training was followed too, since that reaches more parameters.
         example: The traced input, for verifying.
     """
 
@@ -303,6 +304,7 @@ class AxisGraph:
     notes: tuple[str, ...] = ()
     steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
+    trained: bool = False
     example: Example = field(default_factory=Example, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Axis:

@@ -8,6 +8,7 @@ from torch import nn
 from regrow.axes import AxisGraph
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
+from regrow.tracing.reach import reach
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import steps
 from regrow.tracing.trial import proved
@@ -41,5 +42,6 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     """
     example = example_of(model, args, kwargs)
     w = walk(capture(model, example), RULES, POINTWISE)
+    reach(model, example, w)
     axes, names = assemble(model, w, example)
     return proved(model, replace(axes, steps=steps(w, names)))

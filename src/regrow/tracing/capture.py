@@ -6,7 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
 from typing import Any
@@ -88,6 +88,19 @@ def capture(model: nn.Module, example: Example, decisions: tuple[Decision, ...] 
             if refused is None:
                 raise TraceError(f"{type(model).__name__} cannot be run again as recorded: {_reason(error)}") from error
             raise _refused(model, f"{refusal}. Nor does it run: {_reason(error)}") from refused
+
+
+def in_training(model: nn.Module, example: Example) -> Capture:
+    """Record what the model does in training, on fake data: some networks reach more of their parameters then.
+
+    Raises:
+        TraceError: If it cannot be recorded so.
+    """
+    with in_mode(model, training=True), torch.enable_grad(), _quiet(), _lightly():
+        try:
+            return _exported(model, example)
+        except Exception as error:
+            raise _refused(model, _reason(error)) from error
 
 
 def _exported(model: nn.Module, example: Example) -> Capture:
@@ -186,11 +199,16 @@ def _lightly() -> Iterator[None]:
             gc.enable()
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> AbstractContextManager[None]:
     """Have the model in evaluation mode for a while; each module gets its own mode back."""
+    return in_mode(model, training=False)
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Have the model in a mode for a while; each module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
-    model.eval()
+    model.train(training)
     try:
         yield
     finally:

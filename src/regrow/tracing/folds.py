@@ -31,7 +31,7 @@ def folds(model: nn.Module, w: Walk) -> list[Found]:
     """The folds of a network; a mean without one freezes what it runs over."""
     found: list[Found] = []
     for node, kind in w.norms:
-        over = _over(w, node, kind)
+        over = size_divided_by(w, node, kind)
         if not any(map(d.is_free, over)):
             continue
         match kind:
@@ -61,7 +61,8 @@ _REASONS = {
 }
 
 
-def _over(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
+def size_divided_by(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
+    """The dimensions that a norm, or a scale, divides by the size of."""
     operand = node.args[0]
     assert isinstance(operand, Node)
     dims = w.of(operand)

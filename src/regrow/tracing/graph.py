@@ -68,6 +68,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             leaf_of[leaf.number] = leaf
             by_leaf.setdefault(leaf.number, []).extend(_with_roles(slot, w, aliases, parameters))
     read = {leaf.number for one in w.readings for leaf in d.leaves(w.of(one.operand)[one.dim])}
+    read |= {leaf.number for expr, _ in w.also for leaf in d.leaves(expr)}
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     axes, keys = _axes(leaf_of, by_leaf, held, read, heard(w, tensors))
     names = Names(keys)
@@ -90,6 +91,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
             notes=tuple(dict.fromkeys(w.notes)),
             decisions=w.capture.decisions,
+            trained=bool(w.also),
             example=example,
         ),
         names,

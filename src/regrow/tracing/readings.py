@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.graph import assemble
+from regrow.tracing.reach import reach
 from regrow.tracing.record import judged
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.walk import walk
@@ -74,6 +75,8 @@ def readings(
     """
     recorded = capture(model, example, decisions)
     w = walk(recorded, RULES, POINTWISE, cautious=False)
+    if axes.trained:
+        reach(model, example, w)
     fresh, names = assemble(model, w, example)
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}

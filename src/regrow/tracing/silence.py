@@ -29,6 +29,9 @@ def heard(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
         for leaf in d.leaves(w.of(one.operand)[one.dim]):
             if reason := _reason(w, one, leaf, zeros):
                 found.setdefault(leaf.number, reason)
+    for expr, weight in w.also:
+        for leaf in d.leaves(expr) if not weight else ():
+            found.setdefault(leaf.number, "in training it is read with no weight that could be 0")
     for node, name in w.capture.states.items():
         if name in tensors and not tensors[name].is_floating_point():
             for expr in w.dims[node] or ():

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from regrow.axes import Axis, AxisGraph, Mark, size_of
-from regrow.tracing.capture import TraceError, capture, faked, fitting, hollow
+from regrow.tracing.capture import TraceError, capture, faked, fitting, hollow, in_training
 from regrow.tracing.steps import difference
 
 
@@ -106,6 +106,8 @@ def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbe
     try:
         copy, mode = resized(model, axes, sizes)
         again = capture(copy, faked(fitting(axes.example, model), mode), axes.decisions)
+        if axes.trained:
+            in_training(copy, faked(fitting(axes.example, model), mode))
     except TraceError as error:
         cause = error.__cause__ or error
         line = next((line for line in str(cause).strip().splitlines() if line.strip()), type(cause).__name__)

@@ -1,7 +1,7 @@
 """One walk over a recorded graph: every dimension of every tensor gets an expression."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
@@ -60,6 +60,7 @@ class Walk:
     """What a walk knows and finds out. Rules call its methods; nothing else changes it.
 
     ``decided`` says of a module what gave its code a number made of data: for another number it may do anything else.
+    ``also`` is what is read in training, and the weight it meets there, where that was followed.
     """
 
     capture: Capture
@@ -77,6 +78,7 @@ class Walk:
     tables: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     decided: dict[str, str] = field(default_factory=dict)
+    also: list[tuple[Expr, str]] = field(default_factory=list)
 
     def of(self, node: Node) -> Dims:
         """The dimensions of a node's tensor."""
@@ -180,7 +182,13 @@ ALIASES = frozenset(
 Rule = Callable[[Walk, Node], Any]
 
 
-def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule, cautious: bool = True) -> Walk:
+def walk(
+    capture: Capture,
+    rules: Mapping[str, Rule],
+    pointwise: Rule,
+    cautious: bool = True,
+    known: Mapping[str, Dims] | None = None,
+) -> Walk:
     """Give every dimension in the graph an expression.
 
     Args:
@@ -188,13 +196,14 @@ def walk(capture: Capture, rules: dict[str, Rule], pointwise: Rule, cautious: bo
         rules: Operation name → its rule.
         pointwise: The rule of all operations that work entry by entry.
         cautious: Whether to freeze what other data may have the network do something else with.
+        known: Name of a parameter or buffer → its dimensions, from a walk before.
     """
     w = Walk(capture)
     if capture.decisions is not None:
         w.notes.append(_how(capture))
     for node in capture.graph.nodes:
         if node.op == "placeholder":
-            w.dims[node] = _placeholder(w, node)
+            w.dims[node] = _placeholder(w, node, known or {})
         elif node.op == "output":
             for out in node.all_input_nodes:
                 for dims in w.dims[out] if isinstance(w.dims[out], list) else [w.dims[out]]:
@@ -219,16 +228,16 @@ def _how(capture: Capture) -> str:
     )
 
 
-def _placeholder(w: Walk, node: Node) -> Any:
+def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Any:
     shape = shape_of(node)
     if shape is None or isinstance(shape, list):
         return None
     if node in w.capture.states:
-        return tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
+        return known.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
     return tuple(d.frozen(n, "it is a dimension of the model's input") for n in shape)
 
 
-def _call(w: Walk, node: Node, rules: dict[str, Rule], pointwise: Rule) -> Any:
+def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> Any:
     name = op_name(node)
     if name == "getitem":
         value = w.dims[arg(node, 0)]
