@@ -45,6 +45,7 @@ def ours(what: str, name: str, judge: bool = True) -> None:
         double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
         args, kwargs = tree_map(double, args), tree_map(double, kwargs)
     row: apart.Row = {"before": peer.count(model)}
+    heads, shapes = peer.attention(model), {layer: layer.weight.shape for layer in peer.layers(model).values()}
     start, worked = time.perf_counter(), time.process_time()
     axes = trace(model, *args, **kwargs)
     row["build_s"] = round(time.perf_counter() - start, 2)
@@ -62,7 +63,9 @@ def ours(what: str, name: str, judge: bool = True) -> None:
     }
     apart.tell(row)
     peer.answers(model, args, kwargs)
-    row["runs"] = True
+    row |= {"runs": True, "heads_asked": len(heads), "layers": len(shapes)}
+    row["heads_left_whole"] = sum(peer.rows_of(layer) == shapes[layer][0] for layer in heads)
+    row["layers_left_whole"] = sum(layer.weight.shape == shape for layer, shape in shapes.items())
     apart.tell(row)
     if judge:
         ((_, distance),) = distances(whole, axes, [plan])
