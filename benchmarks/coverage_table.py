@@ -7,6 +7,8 @@ from typing import Any
 from nets import KINDS
 
 Row = Mapping[str, Any]
+GIVEN = ("it is a kernel's extent", "it is an output", "it is a dimension of the model's input", "it is a vocabulary")
+"""Reasons that lie in the task and not in what can be cut."""
 MARKS = ("neutral", "competed", "folded", "restated")
 
 
@@ -68,7 +70,7 @@ def _middle(shares: list[float]) -> str:
 def each(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
     """One line per network."""
     head = ["network", "traced", "s", "free / axes", "left: neutral", "+ competed", "+ folded", "+ restated"]
-    head += ["plans", "wrong", "worst", "widened", "saved", "held most by"]
+    head += ["plans", "wrong", "worst", "widened", "saved", "held most by, beside inputs, outputs, kernels"]
     lines = []
     for row in rows:
         name = row.get("name", row["key"].split("/")[-1])
@@ -76,7 +78,7 @@ def each(rows: list[Row]) -> tuple[list[str], list[list[Any]]]:
             lines.append([name, "no", row.get("trace_s", ""), *[""] * (len(head) - 4), _short(row.get("error", ""))])
             continue
         plans = [row.get(what, {}) for what in ("smallest", "random")]
-        wide, held = row.get("widened", {}), (row.get("frozen") or [{}])[0]
+        wide, held = row.get("widened", {}), next((x for x in row["frozen"] if not x["reason"].startswith(GIVEN)), {})
         refused = sum(one.get("refused", 0) for one in plans)
         lines.append(
             [

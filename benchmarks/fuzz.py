@@ -1,6 +1,6 @@
 """Random networks: whatever tracing calls an axis must be one, over thousands of seeds.
 
-    python benchmarks/fuzz.py --cases 20000
+    python benchmarks/fuzz.py --cases 20000 --jobs 2
 
 Each seed makes one network (``tests/fuzz.py``). It is traced, and then
 
@@ -9,8 +9,8 @@ Each seed makes one network (``tests/fuzz.py``). It is traced, and then
 * two random plans over all free axes are compared with the masked network;
 * one plan widens all axes that can be widened, and the function must stay, in evaluation and in training.
 
-All in float64, within 1e-9 of the largest output. The result file is written every minute and a run goes on where the
-last one stopped; a failure is kept with its seed and its law, and ends nothing.
+All in float64, within 1e-9 of the largest output. The result file is written every 25 cases and a run goes on where
+the last one stopped; a failure is kept with its seed and its law, and ends nothing.
 """
 
 import argparse
@@ -18,6 +18,8 @@ import json
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,6 @@ from fuzz import network
 
 EMPTY: dict[str, Any] = {
     "cases": 0,
-    "next_seed": 0,
     "seconds": 0.0,
     "wrong": [],
     "errors": [],
@@ -79,7 +80,8 @@ def case(seed: int, result: dict[str, Any]) -> None:
         if not isinstance(error, PlanError):
             raise
         result["refused"] += 1
-        result.setdefault("refusals", {}).setdefault(str(error)[:160], seed)
+        refusals = result.setdefault("refusals", {})
+        refusals[str(error)[:160]] = refusals.get(str(error)[:160], 0) + 1
 
 
 def kept(plan: Any) -> str:
@@ -92,32 +94,51 @@ def told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:800]
 
 
-def main() -> None:
-    """Run on from where the result file ends, and write it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fuzz.json"))
-    parser.add_argument("--cases", type=int, default=20_000, help="how many seeds in all, those done included")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    args = parser.parse_args()
+BLOCK = 25
+
+
+def block(first: int) -> dict[str, Any]:
+    """The cases from a seed on."""
     torch.set_num_threads(1)
-    result = json.loads(args.out.read_text()) if args.out.exists() else {**EMPTY, "next_seed": args.first}
-    result |= {"first_seed": args.first, "command": f"python benchmarks/fuzz.py --cases {args.cases}"}
-    start, written, before = time.perf_counter(), time.perf_counter(), result["seconds"]
-    for seed in range(result["next_seed"], args.first + args.cases):
+    result = json.loads(json.dumps(EMPTY))
+    for seed in range(first, first + BLOCK):
         try:
             case(seed, result)
         except AssertionError as error:
             result["wrong"].append({"seed": seed, "law": told(error)})
-            print(f"seed {seed}: WRONG: {told(error)}", flush=True)
         except Exception as error:
             result["errors"].append({"seed": seed, "error": told(error)})
-            print(f"seed {seed}: {told(error)}", flush=True)
-        result["cases"], result["next_seed"] = result["cases"] + 1, seed + 1
-        now = time.perf_counter()
-        if now - written > 60 or seed + 1 == args.first + args.cases:
-            written = now
-            result |= {"seconds": round(before + now - start, 1), "date": time.strftime("%Y-%m-%d")}
-            args.out.write_text(json.dumps(result | {"versions": versions()}, indent=1) + "\n")
+        result["cases"] += 1
+    return result
+
+
+def added(a: Any, b: Any) -> Any:
+    """Two results as one: numbers and lists add up, tables add up entry by entry."""
+    if isinstance(a, dict):
+        return {key: added(a[key], b[key]) if key in a and key in b else a.get(key, b.get(key)) for key in {**a, **b}}
+    return a if isinstance(a, str) else a + b
+
+
+def main() -> None:
+    """Run on from where the result file ends, and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fuzz.json"))
+    parser.add_argument("--cases", type=int, default=20_000, help="how many seeds in all, from 0, those done included")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    args = parser.parse_args()
+    known = json.loads(args.out.read_text()) if args.out.exists() else {}
+    result = {key: known.get(key, value) for key, value in (EMPTY | {"refusals": {}}).items()}
+    start, before = time.perf_counter(), result["seconds"]
+    starts = range(result["cases"], args.cases, BLOCK)
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for made in pool.map(block, starts):
+            for wrong in (*made["wrong"], *made["errors"]):
+                print(json.dumps(wrong), flush=True)
+            result = added(result, made)
+            result["seconds"] = round(before + time.perf_counter() - start, 1)
+            about = {"date": time.strftime("%Y-%m-%d"), "command": f"python benchmarks/fuzz.py --cases {args.cases}"}
+            about |= {"seeds": [0, result["cases"]], "versions": versions()}
+            args.out.write_text(json.dumps(result | about, indent=1) + "\n")
             print(f"{result['cases']} cases, {len(result['wrong'])} wrong, {result['seconds']} s", flush=True)
     if result["wrong"]:
         sys.exit(f"{len(result['wrong'])} wrong functions; see {args.out}")

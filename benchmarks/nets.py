@@ -260,7 +260,10 @@ def small(kind: str, settings: dict[str, Any]) -> nn.Module:
 
     torch.manual_seed(0)
     made = getattr(transformers, kind)
-    return lively(made(made.config_class(**settings))).eval()
+    model = made(made.config_class(**settings))
+    if "num_experts_per_tok" in settings:
+        model.set_experts_implementation("batched_mm")  # the default one does not run in float64
+    return lively(model).eval()
 
 
 def inputs(takes: str, settings: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -109,6 +109,7 @@ def network(what: str, name: str) -> tuple[nn.Module, tuple[Any, ...], dict[str,
         config = transformers.LlamaConfig(**BILLION)
         with no_init_weights():
             model = transformers.LlamaForCausalLM(config).eval()
+        model.tie_weights()
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.normal_(0, 0.02)

@@ -5,8 +5,9 @@
     python benchmarks/peers.py --show
 
 Both cut half of everything they can cut: Torch-Pruning as ``peer.py`` says, regrow half of the units of every axis
-whose cut is exact (neutral, competed, folded), those with the smallest norms. Per network and tool: seconds from the
-network to the cut one, parameters before and after, whether it runs, and whether it computes what masking computes.
+whose cut is exact (neutral, competed, folded), by the norms of the weights that read them. Per network and tool:
+seconds from the network to the cut one, parameters before and after, whether it runs, and whether it computes what
+masking computes.
 Torch-Pruning 1.6.1 is run on all; 1.5.2 on transformers too, since 1.6.1 does not end on many of them.
 """
 
@@ -44,6 +45,7 @@ def ours(what: str, name: str, judge: bool = True) -> None:
         double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731
         args, kwargs = tree_map(double, args), tree_map(double, kwargs)
     row: apart.Row = {"before": peer.count(model)}
+    heads, shapes = peer.attention(model), {layer: layer.weight.shape for layer in peer.layers(model).values()}
     start, worked = time.perf_counter(), time.process_time()
     axes = trace(model, *args, **kwargs)
     row["build_s"] = round(time.perf_counter() - start, 2)
@@ -60,17 +62,21 @@ def ours(what: str, name: str, judge: bool = True) -> None:
         "cpu_s": round(time.process_time() - worked - copied, 2),
     }
     apart.tell(row)
+    peer.answers(model, args, kwargs)
+    row |= {"runs": True, "heads_asked": len(heads), "layers": len(shapes)}
+    row["heads_left_whole"] = sum(peer.rows_of(layer) == shapes[layer][0] for layer in heads)
+    row["layers_left_whole"] = sum(layer.weight.shape == shape for layer, shape in shapes.items())
+    apart.tell(row)
     if judge:
-        peer.answers(model, args, kwargs)
         ((_, distance),) = distances(whole, axes, [plan])
         row |= {"beyond_masking": distance, "verdict": "exact" if distance <= RELATIVE_BOUND else "other"}
-    apart.tell(row | {"runs": True})
+        apart.tell(row)
 
 
 def halved(model: torch.nn.Module, axes: AxisGraph) -> Plan:
-    """Half of every axis whose cut is exact: the units with the largest norms stay."""
+    """Half of every axis whose cut is exact: the units whose readers have the largest norms stay."""
     units = axes.units(marks=EXACT)
-    scores = scoring.magnitude(scoring.weights_of(model), axes, units=units, form="group").values
+    scores = scoring.magnitude(scoring.weights_of(model), axes, units=units).values
     keep = {}
     for axis in units:
         n = max(axis.size - axis.size // 2, min(axis.least, axis.size))

@@ -34,19 +34,20 @@ def ours(shape: str) -> apart.Row:
     """Trace, plan and cut one shape; seconds, shapes of what was cut, and the distance from the masked network."""
     torch.set_num_threads(1)
     model, inputs = peer.llama(shape)
-    start = time.perf_counter()
+    start, worked = time.perf_counter(), time.process_time()
     axes = trace(model, **inputs)
     traced = time.perf_counter()
     plan = halving(axes)
     before = heads(model)
     small, _ = apply(model, axes, plan)
-    end = time.perf_counter()
+    end, cpu = time.perf_counter(), time.process_time() - worked
     after = heads(small)
     fresh, _ = peer.llama(shape)
     ((_, distance),) = distances(fresh, axes, [plan])
     return {
         "trace_s": round(traced - start, 2),
         "seconds": round(end - start, 2),
+        "cpu_s": round(cpu, 2),
         "before": before,
         "after": after,
         "heads_cut": all(after[part] < before[part] for part in "qo"),

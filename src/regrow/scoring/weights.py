@@ -74,11 +74,12 @@ def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") 
     >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]
     """
-    parts = weight.detach().double().unflatten(0, (groups, -1)) if groups > 1 else weight.detach().double()[None]
+    own = weight.detach().to(torch.float64, copy=True)  # worked on in place: an embedding's takes gigabytes
+    parts = own.unflatten(0, (groups, -1)) if groups > 1 else own[None]
     rest = [d for d in range(1, parts.dim()) if d != dim + 1]
     if form == "mean":
-        return (parts.abs().mean(rest) if rest else parts.abs()).flatten().cpu()
-    square = (parts.square().sum(rest) if rest else parts.square()).flatten().cpu()
+        return (parts.abs_().mean(rest) if rest else parts.abs_()).flatten().cpu()
+    square = (parts.square_().sum(rest) if rest else parts.square_()).flatten().cpu()
     return square.sqrt() if form == "norm" else square
 
 
