@@ -62,6 +62,15 @@ def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
     assert {axis["key"] for axis in axes if axis["mark"] == "neutral"} == {"body.0.weight:0", "body.3.weight:0"}
 
 
+def test_show_says_how_a_network_was_traced(regrow: Run) -> None:
+    for name, how, words in (("classifier", "export", "torch.export"), ("picking", "eager", "recording one eager run")):
+        code, out, err = regrow("show", f"toys:{name}", "--json", "axes.json")
+        assert code == 0, err
+        assert f"traced by {words}" in " ".join(out.split())
+        assert json.loads(Path("axes.json").read_text())["recorded"] == how
+    assert "since torch.export refuses" in " ".join(out.split())
+
+
 def test_a_dry_run_writes_the_plan_that_apply_runs(regrow: Run) -> None:
     code, _, err = regrow(*PRUNE, "--keep", "0.5", "--dry-run", "plan.json")
     assert code == 0, err

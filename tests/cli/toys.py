@@ -38,6 +38,18 @@ class Spectral(nn.Module):
         return self.second(torch.fft.fft(self.first(x)).real)
 
 
+class Picking(nn.Module):
+    """Linear layers for those rows alone whose first number is positive: data decide how many there are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Four numbers for each of the rows."""
+        return self.second(self.first(x[x[:, 0] > 0]).relu())
+
+
 def classifier() -> tuple[nn.Module, torch.Tensor]:
     """A classifier with a fixed seed."""
     torch.manual_seed(0)
@@ -48,6 +60,12 @@ def spectral() -> tuple[nn.Module, torch.Tensor]:
     """A network with an operation that has no rule."""
     torch.manual_seed(0)
     return Spectral(), torch.randn(1, 8)
+
+
+def picking() -> tuple[nn.Module, torch.Tensor]:
+    """A network that is recorded from one run."""
+    torch.manual_seed(0)
+    return Picking(), torch.randn(6, 8)
 
 
 def broken() -> tuple[nn.Module, torch.Tensor]:

@@ -13,8 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._functorch import config
+from torch._guards import TracingContext, tracing
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.axes import Decision, Example
@@ -104,7 +107,8 @@ def in_training(model: nn.Module, example: Example) -> Capture:
 
 
 def _exported(model: nn.Module, example: Example) -> Capture:
-    program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
+    with tracing(TracingContext(_asking_no_data())):
+        program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
@@ -119,6 +123,16 @@ def _exported(model: nn.Module, example: Example) -> Capture:
         unused=tuple(name for node, name in states.items() if not node.users and name in parameters),
         constants={node: program.constants[lifted[node.name]] for node in given if node.name in lifted},
     )
+
+
+def _asking_no_data() -> FakeTensorMode:
+    """The fake tensors of an export that is refused as soon as data would decide a size, not only where that is used.
+
+    No rule can read such a size, and a detector asks for hundreds before ``torch.export`` itself gives up.
+    """
+    sizes = ShapeEnv(tracked_fakes=[], allow_dynamic_output_shape_ops=False, trace_asserts=True)
+    with config.patch(fake_tensor_allow_unsafe_data_ptr_access=False):
+        return FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True, export=True)
 
 
 def _eager(model: nn.Module, example: Example, answers: tuple[Decision, ...], refusal: str) -> Capture:
@@ -155,6 +169,8 @@ def _refused(model: nn.Module, reason: str) -> TraceError:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, DynamicOutputShapeException):
+        return f"data decide how much {error.func} gives"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[0].strip().rstrip(".")[:200] if lines else type(error).__name__
 
