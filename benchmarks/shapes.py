@@ -101,7 +101,7 @@ def main() -> None:
             row[version] = peer.run(python, "shape", shape, args.seconds)
         rows.append(row)
         print(json.dumps(row), flush=True)
-    result = {"date": time.strftime("%Y-%m-%d"), "command": "python benchmarks/shapes.py", "versions": versions()}
+    result = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv]), "versions": versions()}
     args.out.write_text(json.dumps(result | {"seconds_at_most": args.seconds, "rows": rows}, indent=1) + "\n")
 
 
