@@ -136,7 +136,7 @@ def main() -> None:
                 print(json.dumps(wrong), flush=True)
             result = added(result, made)
             result["seconds"] = round(before + time.perf_counter() - start, 1)
-            about = {"date": time.strftime("%Y-%m-%d"), "command": f"python benchmarks/fuzz.py --cases {args.cases}"}
+            about = {"date": time.strftime("%Y-%m-%d"), "command": " ".join(["python", *sys.argv])}
             about |= {"seeds": [0, result["cases"]], "versions": versions()}
             args.out.write_text(json.dumps(result | about, indent=1) + "\n")
             print(f"{result['cases']} cases, {len(result['wrong'])} wrong, {result['seconds']} s", flush=True)

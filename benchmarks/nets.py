@@ -105,9 +105,10 @@ def _torchvision(name: str, kind: str) -> Net:
         generator = torch.Generator().manual_seed(5)
         if kind == "detection":
             return ([torch.rand(3, 96, 112, generator=generator)],), {}
-        shape = (1, 3, side, side) if kind != "video" else (1, 3, 16, side, side)
-        if name == "s3d":
-            shape = (1, 3, 16, 224, 224)
+        if kind == "video":
+            frames, size = (16, 224) if name.startswith(("s3d", "mvit")) else (8, side)
+            return (torch.randn((1, 3, frames, size, size), generator=generator),), {}
+        shape = (1, 3, side, side)
         return (torch.randn(shape, generator=generator),), {}
 
     return Net(name, kind, build, example, arguments, get_model_builder(name).__module__.rsplit(".", 1)[-1])

@@ -112,7 +112,7 @@ def summary(done: list[apart.Row]) -> list[Any]:
     """The numbers of a line."""
     fine = [row for row in done if row.get("runs") and row.get("after", 0) < row["before"]]
     verdicts = Counter(row.get("verdict") for row in fine)
-    endless = sum("stopped after" in row.get("error", "") for row in done)
+    endless = sum("stopped after" in row.get("error", "") and not row.get("runs") for row in done)
     middle = lambda key: f"{median(row[key] for row in fine):.1f}" if fine else ""  # noqa: E731
     return [
         len(done),

@@ -79,7 +79,7 @@ def main() -> None:
     script = str(Path(peers.__file__))
     result = {
         "date": time.strftime("%Y-%m-%d"),
-        "command": "python benchmarks/speed.py",
+        "command": " ".join(["python", *sys.argv]),
         "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]},
         "versions": versions(),
     }

@@ -14,7 +14,7 @@ from torch import nn
 
 from regrow import Plan, apply, trace
 from regrow.nets import Loaded, Origin
-from regrow.runs import load, save
+from regrow.runs import StoreError, load, save
 from regrow.runs.state import held, numbers, ties
 from regrow.runs.store import read_shapes
 from regrow.runs.weights import write_weights
@@ -232,3 +232,30 @@ def test_numbers_that_a_module_sets_when_it_runs_do_no_harm(tmp_path):
     model(torch.ones(1, 3))
     save(model, tmp_path)
     assert torch.equal(load(tmp_path, model=Counting)(torch.ones(1, 3)), model(torch.ones(1, 3)))
+
+
+TOWER = {"hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}
+PAIR = {"text_config": TOWER | {"vocab_size": 30}, "vision_config": TOWER | {"image_size": 16, "patch_size": 8}}
+STATES = {"vocab_size": 30, "hidden_size": 12, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 6, "n_groups": 2}
+
+
+@pytest.mark.parametrize(("kind", "settings"), [("CLIPModel", PAIR), ("Mamba2ForCausalLM", STATES)])
+def test_nested_and_infinite_settings_come_back(tmp_path, kind, settings):
+    """One configuration holds two more, of which config.json keeps a part; the other holds an infinity."""
+    transformers = pytest.importorskip("transformers")
+    make = getattr(transformers, kind)
+    model = make(make.config_class(**settings)).eval()
+    again = load(save(model, tmp_path / "model"))
+    assert all(torch.equal(x, y) for x, y in zip(model.parameters(), again.parameters(), strict=True))
+    limit = getattr(model.config, "time_step_limit", None)
+    assert getattr(again.config, "time_step_limit", None) == (None if limit is None else list(limit))
+
+
+def test_a_nested_setting_that_differs_is_refused(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = save(transformers.CLIPModel(transformers.CLIPConfig(**PAIR)), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["hidden_size"] = 14
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(StoreError, match=r"text_config\.hidden_size = 14"):
+        load(folder)

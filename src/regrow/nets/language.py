@@ -77,10 +77,15 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None, trust: bool =
 
 def origin_of(model: Any, name: str) -> Origin:
     """How to build a transformers model again."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
+    config = configured(model.config.to_json_string(use_diff=False))
     for path_like in ("_name_or_path", "quantization_config"):
         config.pop(path_like, None)
     return Origin("transformers", type(model).__name__, config, name)
+
+
+def configured(text: str) -> dict[str, Any]:
+    """A configuration from its JSON text, in which transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    return json.loads(text, object_hook=lambda one: float(one["__float__"]) if one.keys() == {"__float__"} else one)
 
 
 def build_transformers(origin: Origin) -> nn.Module:

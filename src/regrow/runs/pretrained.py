@@ -12,7 +12,7 @@ from torch import nn
 
 from regrow.nets import Origin
 from regrow.nets.errors import first_line
-from regrow.nets.language import quiet, require_transformers
+from regrow.nets.language import configured, quiet, require_transformers
 from regrow.runs.atomic import StoreError, telling, write_text
 from regrow.runs.weights import inside
 
@@ -115,16 +115,25 @@ def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
         if _LAYERS.fullmatch(key) and isinstance(value, int) and not 0 <= value <= max(tensors, 1):
             raise StoreError(f"{folder}: {key!r} is {value}, but {tensors} tensors are stored; restore shapes.json")
     try:
-        config = json.loads(inside(folder, "config.json").read_text(encoding="utf-8"))
-        common = (config.keys() & origin.config.keys()) - INFORMATIVE
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        config = configured(inside(folder, "config.json").read_text(encoding="utf-8"))
+        other = next(_differing(config, origin.config), None)
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{folder}: config.json cannot be read ({first_line(error)}); restore it") from None
-    for key in sorted(common):
-        if config[key] != origin.config[key]:
-            raise StoreError(
-                f"{folder}: config.json has {key} = {str(config[key])[:60]}, but the model was saved with "
-                f"{str(origin.config[key])[:60]}; restore it"
-            )
+    if other:
+        key, found, expected = other
+        raise StoreError(
+            f"{folder}: config.json has {key} = {str(found)[:60]}, but the model was saved with "
+            f"{str(expected)[:60]}; restore it"
+        )
+
+
+def _differing(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings that both name and that differ, those of nested configurations too."""
+    for key in sorted((config.keys() & recorded.keys()) - INFORMATIVE):
+        if isinstance(config[key], dict) and isinstance(recorded[key], dict):
+            yield from ((f"{key}.{name}", *pair) for name, *pair in _differing(config[key], recorded[key]))
+        elif config[key] != recorded[key]:
+            yield key, config[key], recorded[key]
 
 
 def is_pretrained(model: nn.Module) -> bool:
