@@ -166,6 +166,18 @@ def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
     laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
 
 
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.branches])
+def test_restored_is_what_was_cut(name: str) -> None:
+    """Cut all axes at once, then again, then restore: the old network, bit for bit."""
+    model, axes = traced(name)
+    generator = torch.Generator().manual_seed(4)
+    cuts = [lambda left: laws.random_plan(left, generator)] * (1 if ZOO[name].heavy else 2)
+    laws.restored_is_what_was_cut(model, axes, cuts)
+
+
 def test_unreached_heads_still_run_after_a_cut() -> None:
     """What the example did not reach is not broken by a cut: in training mode the auxiliary heads run."""
     model, axes = traced("googlenet")

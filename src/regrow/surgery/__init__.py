@@ -1,6 +1,7 @@
 """Surgery: the only place that changes a model."""
 
 from regrow.surgery.apply import apply
+from regrow.surgery.attic import Attic
 from regrow.surgery.verify import Verification, verify
 
-__all__ = ["Verification", "apply", "verify"]
+__all__ = ["Attic", "Verification", "apply", "verify"]
