@@ -273,6 +273,34 @@ def newborn_units_learn(wide: nn.Module, axes: AxisGraph, left: AxisGraph, plan:
         assert max(map(float, moved), default=0.0) > 0, f"newborn units of {key} are dead"
 
 
+def fitting_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Newborn units fitted to data leave the network's answers as they are, bit for bit."""
+    from regrow.sources import Batch
+    from regrow.surgery import aligned, apply, fitted
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        answers = [
+            x for x in tree_leaves(net(*batch.args, **batch.kwargs)) if isinstance(x, Tensor) and x.requires_grad
+        ]
+        return sum((x * torch.randn(x.shape, generator=generator)).sum() for x in answers)
+
+    wide, left = apply(deepcopy(model), axes, plan)
+    batches = [Batch(axes.example.args, dict(axes.example.kwargs))]
+
+    def answers() -> list[Tensor]:
+        with torch.no_grad():
+            return [x for x in tree_leaves(wide(*batches[0].args, **batches[0].kwargs)) if isinstance(x, Tensor)]
+
+    before, bits = answers(), {name: tensor.detach().clone() for name, tensor in tensors(wide).items()}
+    written = {key: change for key, change in plan.changes.items() if axes[key].mark is not Mark.FOLDED}
+    if written:
+        fitted(wide, left, Plan(written), batches)
+    aligned(wide, left, plan, batches, loss=loss)
+    assert all(torch.equal(x, y) for x, y in zip(answers(), before, strict=True))
+    assert any(not torch.equal(tensor, bits[name]) for name, tensor in tensors(wide).items()), "nothing was fitted"
+
+
 def permuting_units_keeps_function(model: nn.Module, axes: AxisGraph, axis: Axis, seed: int = 0) -> None:
     """Units have no order: renaming them in all their slots changes nothing. What depends on order is no axis."""
     double = in_double(model)

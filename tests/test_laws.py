@@ -158,6 +158,17 @@ def test_what_is_cut_and_grown_at_once_is_what_is_cut(name: str) -> None:
     laws.masked_equals_shrunk(model, axes, Plan({**cut.changes, **grown.changes, **both}))
 
 
+FITTED = "mlp depthwise concat flatten grouped transposed attention glu chunk_gate rmsnorm_block tied gpt2 llama gemma3"
+"""One network of each build: how newborn units are made, and what lies between that and what reads them."""
+
+
+@pytest.mark.parametrize("name", [name for name in LIGHT if name in FITTED.split()])
+def test_fitting_newborn_units_keeps_the_function(name: str) -> None:
+    """Fitted and aligned on data, nothing has changed in what the network answers: not one bit."""
+    model, axes = traced(name)
+    laws.fitting_keeps_function(model, axes, laws.joint_growing_plan(axes, "zero_out"))
+
+
 @pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
 def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
     """Slots follow a cut, blocks at the front gone or not."""

@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -186,6 +187,55 @@ def test_a_restored_head_learns_to_use_a_size_born_without_it() -> None:
     assert model.o.weight.grad.view(2, 4, 6)[:, 2, 5].any()
 
 
+def entries(model: nn.Module, axes: AxisGraph) -> dict[tuple, float]:
+    """Every number by the tensor and the births along its dimensions, read from the slots alone."""
+    found = {}
+    for name, tensor in laws.tensors(model).items():
+        births: list[list[Any]] = [list(range(n)) for n in tensor.shape]
+        for axis in axes.free():
+            for slot in axis.slots:
+                if slot.name == name:
+                    for unit, own in zip(axis.ids, slot.positions(axis.size).tolist(), strict=True):
+                        for nth, at in enumerate(own):
+                            births[slot.dim][at] = (axis.key, unit, nth)
+        for at, value in zip(product(*births), tensor.flatten().tolist(), strict=True):
+            found[name, *at] = value
+    return found
+
+
+@pytest.mark.parametrize("name", ["mlp", "flatten", "conv_residual", "glu"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: int) -> None:
+    """Restored entries are what they last were, all others what they are: as a book of all entries has it."""
+    model, axes = traced(name)
+    model, generator, attic = copy.deepcopy(model), torch.Generator().manual_seed(seed), Attic()
+    book: dict[tuple, float] = {}
+    moves = []
+    for _ in range(10):
+        shaken(model, int(torch.randint(99, (), generator=generator)))
+        book |= entries(model, axes)
+        free = [axis for axis in axes.free() if not axis.count]
+        axis = free[int(torch.randint(len(free), (), generator=generator))]
+        move = int(torch.randint(3, (), generator=generator))
+        if move == 0 and axis.size > 1:
+            plan = laws.random_plan(axes, generator, keys=(axis.key,))
+        elif move == 1 and not axis.narrow:
+            plan = Plan.growing(axes, {axis.key: 1})
+        elif attic.gone:
+            some = {key: ids[: 1 + len(ids) // 2] for key, ids in attic.gone.items()}
+            plan, move = Plan.restoring(axes, some), 2
+        else:
+            continue
+        model, axes = apply(model, axes, plan, attic=attic)
+        moves.append(move)
+        cuts = any(change.dropped for change in plan.changes.values())
+        now = entries(model, axes)
+        known = now.keys() & book.keys()
+        assert {at: now[at] for at in known} == {at: book[at] for at in known}, moves
+        assert len(known) == len(now) or not cuts
+    assert len(set(moves)) > 1
+
+
 @pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)])
 def test_restored_entries_start_without_drift(make: Any) -> None:
     model, axes = mlp()
@@ -273,6 +323,14 @@ def test_what_cannot_be_restored_is_refused_by_name_and_nothing_changes() -> Non
     again = trace(model, torch.randn(8, 4))
     with pytest.raises(PlanError, match=r"numbers the units of axis .* otherwise"):
         apply(model, again, Plan.keeping(again, {A: (0, 1)}), attic=attic)
+
+
+def test_a_network_may_be_cast_in_between() -> None:
+    model, axes = stream()
+    attic = Attic()
+    model, axes = apply(model, axes, laws.random_plan(axes, torch.Generator().manual_seed(1)), attic=attic)
+    model, axes = apply(model.to(torch.bfloat16), axes, Plan.restoring(axes, attic.gone), attic=attic)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 def test_an_attic_is_its_tensors_and_its_record() -> None:

@@ -184,9 +184,9 @@ def shelved(dims: tuple[Dim, ...], born: Mapping[str, int], ids: Mapping[str, An
 
 
 def get(full: Tensor, where: list[Tensor]) -> Tensor:
-    """The entries at the given places of each dimension."""
+    """The entries at the given places of each dimension; places are ascending, so all of them are the whole."""
     for dim, at in enumerate(where):
-        full = full.index_select(dim, at)
+        full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
     return full
 
 
@@ -194,4 +194,6 @@ def put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor
     """A tensor with the entries at the given places replaced."""
     if dim == len(where):
         return part
+    if len(where[dim]) == full.shape[dim]:
+        return put(full, where, part, dim + 1)
     return full.index_copy(dim, where[dim], put(full.index_select(dim, where[dim]), where, part, dim + 1))

@@ -130,6 +130,7 @@ class _Way:
         if shelf is None:
             sizes = torch.zeros(shape, dtype=torch.int32) if name in self.folds else None
             shelf = Shelf(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool), sizes)
+        shelf = replace(shelf, values=shelf.values.to(now.dtype))  # the network may have been cast since
         old = get(shelf.values, where)
         same = get(shelf.held, where) & (self._written(name, shelf, where, n, lost) == now)
         plain = now if lost is None else (now.double() - lost[where[0]]).to(now.dtype)
