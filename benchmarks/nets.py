@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from regrow.nets import opened
+
 KINDS = ("classification", "segmentation", "detection", "video", "transformers")
 
 
@@ -99,7 +101,7 @@ def _torchvision(name: str, kind: str) -> Net:
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return lively(get_model(name, weights=None, **arguments)).eval()
+        return opened(lively(get_model(name, weights=None, **arguments)).eval())
 
     def example() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(5)
@@ -262,8 +264,6 @@ def small(kind: str, settings: dict[str, Any]) -> nn.Module:
     torch.manual_seed(0)
     made = getattr(transformers, kind)
     model = made(made.config_class(**settings))
-    if "num_experts_per_tok" in settings:
-        model.set_experts_implementation("batched_mm")  # the default one does not run in float64
     return lively(model).eval()
 
 

@@ -273,6 +273,34 @@ def newborn_units_learn(wide: nn.Module, axes: AxisGraph, left: AxisGraph, plan:
         assert max(map(float, moved), default=0.0) > 0, f"newborn units of {key} are dead"
 
 
+def fitting_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Newborn units fitted to data leave the network's answers as they are, bit for bit."""
+    from regrow.sources import Batch
+    from regrow.surgery import aligned, apply, fitted
+
+    def loss(net: nn.Module, batch: Batch) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        answers = [
+            x for x in tree_leaves(net(*batch.args, **batch.kwargs)) if isinstance(x, Tensor) and x.requires_grad
+        ]
+        return sum((x * torch.randn(x.shape, generator=generator)).sum() for x in answers)
+
+    wide, left = apply(deepcopy(model), axes, plan)
+    batches = [Batch(axes.example.args, dict(axes.example.kwargs))]
+
+    def answers() -> list[Tensor]:
+        with torch.no_grad():
+            return [x for x in tree_leaves(wide(*batches[0].args, **batches[0].kwargs)) if isinstance(x, Tensor)]
+
+    before, bits = answers(), {name: tensor.detach().clone() for name, tensor in tensors(wide).items()}
+    written = {key: change for key, change in plan.changes.items() if axes[key].mark is not Mark.FOLDED}
+    if written:
+        fitted(wide, left, Plan(written), batches)
+    aligned(wide, left, plan, batches, loss=loss)
+    assert all(torch.equal(x, y) for x, y in zip(answers(), before, strict=True))
+    assert any(not torch.equal(tensor, bits[name]) for name, tensor in tensors(wide).items()), "nothing was fitted"
+
+
 def permuting_units_keeps_function(model: nn.Module, axes: AxisGraph, axis: Axis, seed: int = 0) -> None:
     """Units have no order: renaming them in all their slots changes nothing. What depends on order is no axis."""
     double = in_double(model)
@@ -296,6 +324,50 @@ def runs_after_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     state = tensors(small)
     for name, dims in axes.shapes.items():
         assert tuple(state[name].shape) == tuple(size_of(dim, sizes) for dim in dims), name
+
+
+def restored_is_what_was_cut(model: nn.Module, axes: AxisGraph, plans: Iterable[Callable[[AxisGraph], Plan]]) -> None:
+    """What was cut, in however many steps, and brought back step by step is the old network each time, bit for bit.
+
+    Args:
+        model: The network; it is left as it is.
+        axes: Its axes.
+        plans: Plans that cut, each made for the axes that the one before left.
+    """
+    from regrow.surgery import Attic, apply
+
+    net, left, attic, before = deepcopy(model), axes, Attic(), []
+    for plan in plans:
+        before.append((deepcopy(net), left))
+        net, left = apply(net, left, plan(left), attic=attic)
+    for old, known in reversed(before):
+        back = {axis.key: set(known[axis.key].ids) - set(axis.ids) for axis in left}
+        if not any(back.values()):
+            continue
+        net, left = apply(net, left, Plan.restoring(left, {key: ids for key, ids in back.items() if ids}), attic=attic)
+        same_network(net, old)
+        same_axes(left, known)
+    assert not (attic.gone or attic.means or attic.added)
+
+
+def same_axes(left: AxisGraph, known: AxisGraph) -> None:
+    """The same units in the same places, and the same folds."""
+    assert left.folds == known.folds and left.shapes == known.shapes and left.itemsize == known.itemsize
+    for axis in known.free():
+        again = left[axis.key]
+        assert (again.ids, again.born, again.size) == (axis.ids, axis.born, axis.size)
+        assert entries_of(again) == entries_of(axis), axis.key
+
+
+def same_network(net: nn.Module, other: nn.Module) -> None:
+    """Tensors of the same bits, tied alike, and modules that hold the same numbers."""
+    ours, theirs = tensors(net), tensors(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype and torch.equal(tensor, theirs[name]), name
+        assert (tensor.requires_grad, type(tensor)) == (theirs[name].requires_grad, type(theirs[name])), name
+        assert {n for n, t in ours.items() if t is tensor} == {n for n, t in theirs.items() if t is theirs[name]}
+    assert _attributes(net) == _attributes(other)
 
 
 def axes_after_a_cut_are_those_of_a_new_trace(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

@@ -158,12 +158,35 @@ def test_what_is_cut_and_grown_at_once_is_what_is_cut(name: str) -> None:
     laws.masked_equals_shrunk(model, axes, Plan({**cut.changes, **grown.changes, **both}))
 
 
+FITTED = "mlp depthwise concat flatten grouped transposed attention glu chunk_gate rmsnorm_block tied gpt2 llama gemma3"
+"""One network of each build: how newborn units are made, and what lies between that and what reads them."""
+
+
+@pytest.mark.parametrize("name", [name for name in LIGHT if name in FITTED.split()])
+def test_fitting_newborn_units_keeps_the_function(name: str) -> None:
+    """Fitted and aligned on data, nothing has changed in what the network answers: not one bit."""
+    model, axes = traced(name)
+    laws.fitting_keeps_function(model, axes, laws.joint_growing_plan(axes, "zero_out"))
+
+
 @pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
 def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
     """Slots follow a cut, blocks at the front gone or not."""
     model, axes = traced(name)
     plan = laws.random_plan(axes, torch.Generator().manual_seed(2), floor=2)
     laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
+
+
+# --- and back ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.branches])
+def test_restored_is_what_was_cut(name: str) -> None:
+    """Cut all axes at once, then again, then restore: the old network, bit for bit."""
+    model, axes = traced(name)
+    generator = torch.Generator().manual_seed(4)
+    cuts = [lambda left: laws.random_plan(left, generator)] * (1 if ZOO[name].heavy else 2)
+    laws.restored_is_what_was_cut(model, axes, cuts)
 
 
 def test_unreached_heads_still_run_after_a_cut() -> None:

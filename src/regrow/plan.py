@@ -21,6 +21,9 @@ class PlanError(ValueError):
 class Fill:
     """What newborn units hold, such that the network computes what it did.
 
+    What is drawn can be fitted to data afterwards, with the function kept: :func:`regrow.fitted` and
+    :func:`regrow.aligned` take a network that grew by ``zero_out``.
+
     Args:
         rule: ``zero_out``: drawn numbers, and nothing reads the units yet (on the stream that root-mean-square norms
             run over: nothing writes them yet). ``split``: copies of kept units, which share what reads them (Net2Wider,
@@ -41,8 +44,11 @@ class Change:
         keep: Which of them stay, ascending.
         slots: Where its units lie, so that the plan stands alone.
         ids: The birth numbers of the units before the change.
-        grow: How many units are born; they lie behind those kept.
+        grow: How many units are born; they lie behind all others.
         fill: What they hold.
+        restore: The birth numbers of units cut earlier that come back, ascending. Each goes to its old place: units
+            lie in the order of their birth numbers.
+        fresh: Whether they hold what newborn units would (``fill``), and not what they held when they were cut.
     """
 
     size: int
@@ -51,11 +57,33 @@ class Change:
     ids: tuple[int, ...] = ()
     grow: int = 0
     fill: Fill = Fill()
+    restore: tuple[int, ...] = ()
+    fresh: bool = False
 
     @property
     def after(self) -> int:
         """How many units there are after it."""
-        return len(self.keep) + self.grow
+        return len(self.keep) + len(self.restore) + self.grow
+
+    @property
+    def alive(self) -> tuple[int, ...]:
+        """The birth numbers of the units before it."""
+        return self.ids or tuple(range(self.size))
+
+    @property
+    def births(self) -> int:
+        """How many units come without numbers of their own: newborn ones, and those restored afresh."""
+        return self.grow + (len(self.restore) if self.fresh else 0)
+
+    @property
+    def recalled(self) -> tuple[int, ...]:
+        """The birth numbers of the units that come back with what they held."""
+        return () if self.fresh else self.restore
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing happens."""
+        return len(self.keep) == self.size == self.after
 
     @property
     def dropped(self) -> tuple[int, ...]:
@@ -93,15 +121,8 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist, is frozen (with its reason), or the units are not legal.
         """
-        changes = {}
-        for key, units in keep.items():
-            if key not in axes.axes:
-                raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
-            axis = axes[key]
-            changes[key] = Change(axis.size, tuple(sorted(int(unit) for unit in units)), axis.slots, axis.ids)
-        plan = cls(changes, **more)
-        plan.check(axes)
-        return plan
+        kept = {key: {"keep": tuple(sorted(int(unit) for unit in units))} for key, units in keep.items()}
+        return cls._made(axes, kept, more)
 
     @classmethod
     def growing(cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, **more: Any) -> "Plan":
@@ -116,15 +137,38 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist or cannot be widened (with the reason).
         """
-        changes = {}
-        for key, n in grow.items():
+        fill = fill or Fill()
+        return cls._made(axes, {key: {"grow": _whole(n, "grow"), "fill": fill} for key, n in grow.items()}, more)
+
+    @classmethod
+    def restoring(
+        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, **more: Any
+    ) -> "Plan":
+        """A plan for ``axes`` that brings back units that were cut.
+
+        Args:
+            axes: The network's axes as they are now.
+            restore: Axis key → the birth numbers of the units (``Axis.ids`` names those alive).
+            fill: Given, they come back with what newborn units hold; else with what they held, out of the attic.
+            **more: As for :class:`Plan`.
+
+        Raises:
+            PlanError: If an axis does not exist or is frozen, or a unit is alive or was never born.
+        """
+        back = {key: tuple(sorted(int(one) for one in ids)) for key, ids in restore.items()}
+        fresh = {"fresh": fill is not None, "fill": fill or Fill()}
+        return cls._made(axes, {key: {"restore": ids, **fresh} for key, ids in back.items()}, more)
+
+    @classmethod
+    def _made(cls, axes: AxisGraph, changes: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any]) -> "Plan":
+        made = {}
+        for key, change in changes.items():
             if key not in axes.axes:
                 raise PlanError(f"the network has no axis {key!r}; `regrow show` lists the axes")
             axis = axes[key]
-            changes[key] = Change(
-                axis.size, tuple(range(axis.size)), axis.slots, axis.ids, _whole(n, "grow"), fill or Fill()
-            )
-        plan = cls(changes, **more)
+            whole = {"keep": tuple(range(axis.size)), "slots": axis.slots, "ids": axis.ids}
+            made[key] = Change(axis.size, **{**whole, **change})
+        plan = cls(made, **more)
         plan.check(axes)
         return plan
 
@@ -135,23 +179,26 @@ class Plan:
             PlanError: If an axis is missing, frozen, of another size or lies elsewhere, or if axes that must keep
                 equally many units would not.
         """
-        if self.means and any(change.grow for change in self.changes.values()):
-            raise PlanError("one plan compensates for what it drops, or grows; make two")
+        grows = any(change.births for change in self.changes.values())
+        recalls = any(change.recalled for change in self.changes.values())
+        if self.means and (grows or recalls):
+            raise PlanError("one plan compensates for what it drops, or brings units; make two")
+        if grows and recalls:
+            raise PlanError("one plan brings units back with what they held, or gives birth to units; make two")
         for key, change in self.changes.items():
             axis = axes.axes.get(key)
             if axis is None:
                 raise PlanError(f"the plan changes axis {key!r}, which this network does not have")
-            if len(change.keep) == change.size and not change.grow:
+            if change.idle:
                 continue
-            if len(change.keep) < min(axis.least, axis.size):
-                raise PlanError(
-                    f"axis {key!r} must keep at least {axis.least} units; the plan keeps {len(change.keep)}"
-                )
+            staying = len(change.keep) + len(change.recalled)
+            if staying < min(axis.least, axis.size):
+                raise PlanError(f"axis {key!r} must keep at least {axis.least} units; the plan keeps {staying}")
             if change.after % axis.multiple and axis.free:
                 raise PlanError(
                     f"axis {key!r} must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
                 )
-            if change.grow and axis.free and (problem := _cannot_grow(axis, change, axes.parameters)):
+            if change.births and axis.free and (problem := _cannot_grow(axis, change, axes.parameters)):
                 raise PlanError(f"axis {key!r} cannot be widened: {problem}")
             if not axis.free:
                 raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
@@ -161,6 +208,8 @@ class Plan:
                     if axis.size != change.size
                     else f"the units of axis {key!r} lie elsewhere in this network than in the plan"
                 )
+            if change.restore:
+                _check_restore(axis, change)
         counts: dict[str, tuple[str, int]] = {}
         for axis in axes:
             if axis.count and axis.free:
@@ -228,12 +277,20 @@ def _change(value: Any) -> Change:
         ids=tuple(_whole(one, "ids") for one in value.get("ids", ())),
         grow=_whole(value.get("grow", 0), "grow"),
         fill=Fill(str(fill.get("rule", "zero_out")), _whole(fill.get("seed", 0), "seed")),
+        restore=tuple(_whole(one, "restore") for one in value.get("restore", ())),
+        fresh=_flag(value.get("fresh", False), "fresh"),
     )
 
 
 def _whole(value: Any, what: str) -> int:
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise PlanError(f"{what} is a whole number; the plan says {str(value)[:40]!r}")
+    return value
+
+
+def _flag(value: Any, what: str) -> bool:
+    if type(value) is not bool:
+        raise PlanError(f"{what} is true or false; the plan says {str(value)[:40]!r}")
     return value
 
 
@@ -262,6 +319,18 @@ def _cannot_grow(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
     return ""
 
 
+def _check_restore(axis: Axis, change: Change) -> None:
+    if change.alive != axis.ids:
+        raise PlanError(
+            f"axis {axis.key!r}: the plan restores units among others than those alive here; make it for these axes"
+        )
+    if change.restore[-1] >= axis.born:
+        raise PlanError(
+            f"axis {axis.key!r}: no unit {change.restore[-1]} was ever born; its units are numbered from 0 to "
+            f"{axis.born - 1}"
+        )
+
+
 def _check_change(key: str, change: Change) -> None:
     if not change.keep:
         raise PlanError(f"axis {key!r}: a plan must keep at least one unit")
@@ -273,10 +342,14 @@ def _check_change(key: str, change: Change) -> None:
         raise PlanError(f"axis {key!r}: a seed is a number from 0, below 2**63; got {change.fill.seed}")
     if change.fill.rule not in FILLS:
         raise PlanError(f"axis {key!r}: newborn units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
-    if change.fill.rule == "pair" and change.grow % 2:
-        raise PlanError(f"axis {key!r}: pairs are born two by two; {change.grow} is odd")
+    if change.fill.rule == "pair" and change.births % 2:
+        raise PlanError(f"axis {key!r}: pairs are born two by two; {change.births} is odd")
     if change.ids and len(change.ids) != change.size:
         raise PlanError(f"axis {key!r}: {len(change.ids)} birth numbers for {change.size} units")
+    if list(change.restore) != sorted(set(change.restore)) or min(change.restore, default=0) < 0:
+        raise PlanError(f"axis {key!r}: units to restore are named by birth numbers, ascending, each once, from 0")
+    if living := sorted(set(change.restore) & set(change.alive)):
+        raise PlanError(f"axis {key!r}: unit {living[0]} is alive; only units that were cut can be restored")
     for slot in change.slots:
         if min(slot.dim, slot.offset) < 0 or min(slot.outer, slot.stride, slot.inner) < 1:
             raise PlanError(f"axis {key!r}: slot {slot} has a negative or empty extent")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from regrow import Plan, load
+from regrow import Plan, load, trace
 from regrow.cli import main
+from regrow.runs import Ledger, replay
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -81,6 +82,30 @@ def test_a_dry_run_writes_the_plan_that_apply_runs(regrow: Run) -> None:
 
     model = load("cut", model=lambda: toys.classifier()[0])
     assert model.body[0].out_channels == len(plan.changes["body.0.weight:0"].keep)
+
+
+def test_a_plan_that_grows_and_a_ledger_that_restores_are_applied(regrow: Run) -> None:
+    import toys
+
+    whole, example = toys.classifier()
+    axes = trace(whole.eval(), example)
+    key = "body.0.weight:0"
+    Path("grow.json").write_text(Plan.growing(axes, {key: 4}).to_json())
+    code, _, err = regrow("apply", "grow.json", "toys:classifier", "--out", "wide")
+    assert code == 0, err
+    wide = load("wide", model=lambda: toys.classifier()[0])
+    assert wide.body[0].out_channels == 16 and len(Ledger(Path("wide/ledger.json"))) == 1
+    assert torch.allclose(wide(example), whole(example), atol=1e-6)
+    cut = Plan.keeping(axes, {key: range(6)})
+    _, left = replay(toys.classifier()[0].eval(), axes, [cut])
+    for plan in (cut, Plan.restoring(left, {key: range(6, 12)})):
+        Ledger(Path("ledger.json")).append(plan)
+    code, _, err = regrow("apply", "ledger.json", "toys:classifier", "--out", "back")
+    assert code == 0, err
+    assert torch.equal(load("back", model=lambda: toys.classifier()[0])(example), whole(example))
+    Path("back.json").write_text(Plan.restoring(left, {key: (7,)}).to_json())
+    code, _, err = regrow("apply", "back.json", "toys:classifier", "--out", "none")
+    assert code != 0 and "12 units here, the plan was made for 6" in err and not Path("none").exists()
 
 
 def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:

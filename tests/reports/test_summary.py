@@ -169,6 +169,31 @@ def test_units_are_followed_through_two_plans(folder):
     assert run["widths"][0]["rows"][layer]["before"] == NEURONS
 
 
+def test_units_that_came_back_and_newborn_ones_count(folder):
+    layer, unit, _ = MASSIVE[0]
+    fates = []
+
+    def back(fresh):
+        def change(ledger):
+            first = ledger["plans"][0]["changes"][mlp(layer)]
+            first["keep"] = [i for i in first["keep"] if i != unit]
+            ids = [first["ids"][i] for i in first["keep"]]
+            second = {"size": len(ids), "keep": list(range(len(ids))), "slots": [], "ids": ids}
+            second |= {"restore": [unit], "fresh": fresh, "grow": 3}
+            ledger["plans"][1:] = [{"format": "regrow-plan/1", "changes": {mlp(layer): second}}]
+
+        return change
+
+    (folder / "axes.json").unlink()
+    for fresh in (False, True):
+        edit(folder / "ledger.json", back(fresh))
+        run = summarise([folder])["runs"][0]
+        plans = json.loads((folder / "ledger.json").read_text())["plans"]
+        assert run["widths"][0]["rows"][layer]["after"] == len(plans[0]["changes"][mlp(layer)]["keep"]) + 1 + 3
+        fates.append(any(u["unit"] == unit and not u["kept"] for u in run["scores"]["massive"]))
+    assert fates == [False, True]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"format": "regrow-run/9"}', "[" * 100_000, "\x00"])
 def test_not_a_run_folder(tmp_path, content):
     with pytest.raises(ReportError, match=r"no run\.json"):

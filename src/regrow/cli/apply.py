@@ -1,6 +1,7 @@
-"""``regrow apply``: run a plan that was written before."""
+"""``regrow apply``: run a plan that was written before, or all plans of a ledger."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -14,24 +15,35 @@ from regrow.cli.screen import say, working
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the changed model goes.")
 @options.dtype
 def apply(plan: Path, model: str, out: Path, dtype: str) -> None:
-    """Apply PLAN (a file from `prune --dry-run`) to MODEL and save the result."""
-    from regrow.plan import Plan
-    from regrow.runs import save
+    """Apply PLAN (a plan from `prune --dry-run`, or a run's ledger.json) to MODEL and save the result.
+
+    Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
+    """
+    from regrow.runs import Ledger, replay, save
     from regrow.runs.pruning_run import Settings, load_model
-    from regrow.surgery import apply as cut
     from regrow.tracing import trace
 
     if not plan.is_file():
         raise click.UsageError(f"{plan} is not a file; write a plan with `regrow prune … --dry-run {plan}`")
-    try:
-        made = Plan.from_json(plan.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise click.UsageError(f"{plan}: {error}") from None
+    plans = _plans(plan)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
     with working() as progress:
         loaded = load_model(Settings(model, dtype=dtype), progress)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-        cut(loaded.model, axes, made)
+        replay(loaded.model, axes, plans)
         save(loaded, out)
-    say(f"{len(made.changes)} axes changed; the model is in {out}")
+    for one in plans:
+        Ledger(out / "ledger.json").append(one)
+    say(f"{len({key for one in plans for key in one.changes})} axes changed; the model is in {out}")
+
+
+def _plans(path: Path) -> list[Any]:
+    from regrow.plan import Plan
+    from regrow.runs import Ledger
+
+    try:
+        text = path.read_text(encoding="utf-8")
+        return list(Ledger(path).plans()) if '"regrow-ledger/' in text[:100] else [Plan.from_json(text)]
+    except (ValueError, OSError) as error:
+        raise click.UsageError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None

@@ -58,7 +58,9 @@ def load(
         raise ModelError(f"{name}: not a torch.nn.Module but a {type(loaded.model).__name__}")
     if loaded.origin.kind != "transformers" and dtype is not None:
         loaded.model.to(dtype)
-    model = opened(loaded.model.to(device))
+    model = loaded.model.to(device)
+    if loaded.origin.kind != "transformers":  # whose folders others load, by the names they know
+        model = opened(model)
     check_finite(model, name)
     return replace(loaded, model=model.eval(), example=_moved(loaded.example, dtype, device))
 
@@ -78,11 +80,11 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
     """
     match origin.kind:
         case "transformers":
-            return opened(build_transformers(origin))
+            return build_transformers(origin)
         case "torchvision":
-            return opened(build_torchvision(origin))
+            return build_torchvision(origin)
         case "callable" if trust:
-            return opened(_called(origin.reference)[0].eval())
+            return _called(origin.reference)[0].eval()
         case "callable":
             raise ModelError(
                 f"this model is built by your function {origin.reference!r}; pass the model yourself, "

@@ -119,15 +119,16 @@ def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int
     last: dict[str, int] = {}
     for plan in plans:
         for key, change in mapping(plan.get("changes")).items():
-            before, keep = size(mapping(change).get("size")), mapping(change).get("keep")
-            if before and isinstance(keep, list) and 0 < len(keep) <= before:
+            entry = mapping(change)
+            before, keep, back = size(entry.get("size")), entry.get("keep"), entry.get("restore", [])
+            if before and isinstance(keep, list) and isinstance(back, list) and 0 < len(keep) <= before:
                 first.setdefault(text(key, 300), before)
-                last[text(key, 300)] = len(keep)
+                last[text(key, 300)] = len(keep) + len(back) + (size(entry.get("grow")) or 0)
     return first, last
 
 
 def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
-    """Axis → the birth numbers of the units that every plan kept."""
+    """Axis → the birth numbers of the units that every plan kept, or that came back as they were."""
     left: dict[str, set[int]] = {}
     for plan in plans:
         for key, change in mapping(plan.get("changes")).items():
@@ -140,7 +141,10 @@ def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
             if isinstance(ids, list) and len(ids) == total:
                 kept = {i for i in (size(ids[unit]) for unit in kept) if i is not None}
             name = text(key, 300)
-            left[name] = left[name] & kept if name in left else kept
+            back = entry.get("restore") if not entry.get("fresh") else None
+            births = (size(unit, 10**8) for unit in back) if isinstance(back, list) else ()
+            restored = {unit for unit in births if unit is not None}
+            left[name] = (left[name] & kept if name in left else kept) | restored
     return left
 
 

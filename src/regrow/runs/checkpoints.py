@@ -74,7 +74,7 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
         "tokens": statistics.tokens,
         "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
         "gradients": list(statistics.gradients),
-        "sha256": _digest(tensors),
+        "sha256": digest(tensors),
     }
     with written(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
@@ -89,7 +89,7 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
             if not isinstance(header, dict) or any(header.get(name) != value for name, value in expected.items()):
                 return None
             tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-        if _digest(tensors) != header["sha256"]:
+        if digest(tensors) != header["sha256"]:
             return None
         moments = {
             name: Moments(count, tensors[f"m{i}.total"], tensors[f"m{i}.square"], sequences, *_means(tensors, i))
@@ -119,7 +119,7 @@ def write_learned(path: Path, learned: Learned, key: str) -> None:
         "tensors": places,
         "values": dict(learned.state.values),
         "findings": dict(learned.state.findings),
-        "sha256": _digest(tensors),
+        "sha256": digest(tensors),
     }
     with written(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
@@ -139,7 +139,7 @@ def read_learned(path: Path, state: State, key: str) -> Learned | None:
             if not isinstance(header, dict) or header.get("format") != LEARNED or header.get("key") != key:
                 return None
             tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-        if _digest(tensors) != header["sha256"]:
+        if digest(tensors) != header["sha256"]:
             return None
         parts: dict[str, dict[str, Tensor]] = {"state": {}, "optimiser": {}}
         for i, (part, name) in enumerate(header["tensors"]):
@@ -155,11 +155,12 @@ def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
     return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of named tensors, whatever their order."""
+    found = hashlib.sha256()
     for name in sorted(tensors):
-        _feed(digest, (name, tensors[name]))
-    return digest.hexdigest()
+        _feed(found, (name, tensors[name]))
+    return found.hexdigest()
 
 
 def _feed(digest: Any, value: Any) -> None:

@@ -11,12 +11,14 @@ from typing import Any
 
 from regrow.method import State
 from regrow.runs.atomic import PARTIAL, StoreError, telling, write_text
+from regrow.runs.attics import read_attic, write_attic
 from regrow.runs.checkpoints import file_name, read_learned, read_statistics, write_learned, write_statistics
 from regrow.runs.journal import append, read
 from regrow.runs.ledger import Ledger
 from regrow.runs.loop import Learned
 from regrow.runs.versions import versions
 from regrow.scores import Statistics
+from regrow.surgery import Attic
 
 FORMAT = "regrow-run/1"
 _LONGEST = 2**24
@@ -116,6 +118,23 @@ class RunFolder:
     def ledger(self) -> Ledger:
         """The plans of the run."""
         return Ledger(self.path / "ledger.json")
+
+    def keep(self, attic: Attic) -> None:
+        """Write ``attic.safetensors``: what cuts have taken out, so that a later run can restore it.
+
+        Raises:
+            StoreError: If the disk is full; the file is then as it was.
+        """
+        write_attic(self.path / "attic.safetensors", attic)
+
+    def attic(self) -> Attic:
+        """What cuts have taken out; an empty attic if nothing was kept.
+
+        Raises:
+            StoreError: If the file is damaged.
+        """
+        path = self.path / "attic.safetensors"
+        return read_attic(path) if path.exists() else Attic()
 
     def log(self, what: str, **values: Any) -> None:
         """Add a measurement to ``metrics.jsonl``; it is on the disk when this returns.

@@ -11,7 +11,7 @@ from torch import nn
 from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
 from regrow.runs.atomic import StoreError, write_text
-from regrow.surgery import apply
+from regrow.surgery import Attic, apply
 
 FORMAT = "regrow-ledger/1"
 _LONGEST = 2**30
@@ -74,6 +74,8 @@ class Ledger:
 def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn.Module, AxisGraph]:
     """Apply plans one after the other: the same shapes again, from the model they were made for.
 
+    What a plan restores is what the plans before it cut, as the model has it.
+
     Args:
         model: The model as it was before the first plan; changed in place.
         axes: Its axes.
@@ -85,6 +87,9 @@ def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn
     Raises:
         PlanError: If a plan does not fit; the model is then as the plans before it left it.
     """
+    plans = list(plans)
+    back = any(change.recalled for plan in plans for change in plan.changes.values())
+    attic = Attic() if back else None
     for plan in plans:
-        model, axes = apply(model, axes, plan)
+        model, axes = apply(model, axes, plan, attic=attic)
     return model, axes

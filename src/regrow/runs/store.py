@@ -7,7 +7,7 @@ it is a pickle, and no code that it names is run.
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.nets import Loaded, ModelError, Origin, build
+from regrow.nets import Loaded, ModelError, Origin, build, opened
 from regrow.nets.errors import first_line
 from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
@@ -78,7 +78,8 @@ def save(
         check_finite(net, origin.name or "the model")
     except ModelError as error:
         raise StoreError(str(error)) from None
-    shapes = describe(net, _fresh(origin), origin, dtype)
+    fresh = _fresh(origin)
+    shapes = describe(net, fresh and _as_saved(fresh, dict(net.named_parameters())), origin, dtype)
     with _staged(folder) as stage:
         files = write_weights(net, shapes, stage)
         if origin.kind == "transformers":
@@ -187,7 +188,12 @@ def _built(folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtyp
     made = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(made, nn.Module):
         raise StoreError(f"model= gave a {type(made).__name__}, not a torch.nn.Module")
-    return made
+    return _as_saved(made, shapes.tensors)
+
+
+def _as_saved(made: nn.Module, names: Iterable[str]) -> nn.Module:
+    """With attention opened where it was when the model was saved: its weights have other names then."""
+    return made if any(name.endswith("in_proj_weight") for name in names) else opened(made)
 
 
 def _fresh(origin: Origin) -> nn.Module | None:

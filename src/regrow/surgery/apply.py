@@ -8,18 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from regrow.axes import Axis, AxisGraph, size_of
+from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.plan import Plan, PlanError
-from regrow.surgery.compensate import offsets
-from regrow.surgery.fold import folded, ratio
-from regrow.surgery.layout import Layout, layouts, slots_after
+from regrow.surgery.attic import Attic
+from regrow.surgery.compensate import bias_dim, offsets
+from regrow.surgery.fold import Outcome, folded
+from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
 from regrow.surgery.optimizer import Exchange, follow
+from regrow.surgery.restore import through
 from regrow.surgery.widen import carried, roles_of
 from regrow.tracing.trial import planned_integers, rehearsed
 
 
 def apply(
-    model: nn.Module, axes: AxisGraph, plan: Plan, *, optimizers: Sequence[Optimizer] = ()
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    *,
+    optimizers: Sequence[Optimizer] = (),
+    attic: Attic | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
     """Change a model's shape as planned: all of it, or nothing.
 
@@ -30,8 +37,10 @@ def apply(
     Args:
         model: The traced model.
         axes: Its axes, as :func:`regrow.trace` gave them.
-        plan: What to keep, and what grows.
-        optimizers: Those that move the model's parameters; they follow, with what they remember of them.
+        plan: What to keep, what grows, and what comes back.
+        optimizers: Those that move the model's parameters; they follow, with what they remember of them. Entries that
+            are newborn or restored start with no drift and the step size of their neighbours.
+        attic: Keeps what is cut, and has what is restored.
 
     Returns:
         The same model, and its axes as they are now.
@@ -49,9 +58,14 @@ def apply(
     """
     plan.check(axes)
     _check_state(model, axes)
+    if attic is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
+        raise PlanError(
+            f"axis {lost!r}: what its restored units held is in no attic; give the one that was there when they were "
+            "cut, apply(..., attic=attic), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
+        )
     sizes, lays = plan.sizes(axes), layouts(axes, plan)
     # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
-    grown = any(change.grow for change in plan.changes.values())
+    grown = any(change.after > len(change.keep) for change in plan.changes.values())
     numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
     if problem := rehearsed(model, axes, sizes, numbers):
         raise PlanError(f"the plan cannot be carried out: {problem}")
@@ -65,16 +79,21 @@ def apply(
             if name in lays
         }
         values |= offsets(model, axes, plan, lays, values)
-        values, epsilons = folded(model, axes, sizes, values)
-    for name, value in values.items():
+        if attic is None:
+            done = folded(model, axes, sizes, values)
+        else:
+            done, stored = through(attic, model, axes, plan, lays, values)
+    for name, value in done.values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
     parameters = dict(model.named_parameters())
-    exchanged = [Exchange(name, parameters[name], lays.get(name, {})) for name in values if name in parameters]
-    remember = follow(optimizers, exchanged, added=[name for name in values if name not in axes.shapes])
-    _commit(model, axes, values, {**planned_integers(axes, sizes), **epsilons})
+    exchanged = [Exchange(n, parameters[n], lays.get(n, {})) for n in (*done.values, *done.removed) if n in parameters]
+    remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
+    _commit(model, axes, done, planned_integers(axes, sizes))
     remember(dict(model.named_parameters()))
-    return model, _after(axes, plan, lays, sizes, values)
+    if attic is not None:
+        vars(attic).update(vars(stored))
+    return model, _after(axes, plan, lays, sizes, done)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -93,9 +112,9 @@ def _check_state(model: nn.Module, axes: AxisGraph) -> None:
             )
 
 
-def _commit(model: nn.Module, axes: AxisGraph, values: Mapping[str, Tensor], attributes: Mapping[str, float]) -> None:
+def _commit(model: nn.Module, axes: AxisGraph, done: Outcome, integers: Mapping[str, int]) -> None:
     made: dict[str, nn.Parameter | Tensor] = {}
-    for name, value in values.items():
+    for name, value in done.values.items():
         path, _, leaf = name.rpartition(".")
         module, first = model.get_submodule(path), axes.ties.get(name, name)
         if first not in made:
@@ -103,7 +122,10 @@ def _commit(model: nn.Module, axes: AxisGraph, values: Mapping[str, Tensor], att
             trains = old.requires_grad if old is not None else next(model.parameters()).requires_grad
             made[first] = value if leaf in module._buffers else nn.Parameter(value, requires_grad=trains)
         setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
-    for place, number in attributes.items():
+    for name in done.removed:
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, None)
+    for place, number in {**integers, **done.constants}.items():
         path, name = place.split(":")
         module = model.get_submodule(path)
         old_value = getattr(module, name)
@@ -115,22 +137,25 @@ def _after(
     plan: Plan,
     lays: Mapping[str, Mapping[int, Layout]],
     sizes: Mapping[str, int],
-    values: Mapping[str, Tensor],
+    done: Outcome,
 ) -> AxisGraph:
+    added = {name: (bias_dim(axes, name),) for name in done.values if name not in axes.shapes}
+
     def changed(axis: Axis) -> Axis:
         change = plan.changes.get(axis.key)
-        ids = axis.ids if change is None else tuple(axis.ids[unit] for unit in change.keep)
-        new = 0 if change is None else change.grow
-        ids += tuple(range(axis.born, axis.born + new))
-        slots = slots_after(axis, axes, lays, sizes)
-        return replace(axis, size=sizes[axis.key], slots=slots, ids=ids, born=axis.born + new)
+        ids = axis.ids if change is None else tuple(sorted(born_as(change, axis)))
+        slots = [slot for slot in slots_after(axis, axes, lays, sizes) if slot.name not in done.removed]
+        for name, (dim,) in added.items():
+            slots += [Slot(name, 0, *place, role=Role.SHIFTS) for place in places(dim, axis.key, sizes)]
+        born = axis.born + (0 if change is None else change.grow)
+        return replace(axis, size=sizes[axis.key], slots=tuple(slots), ids=ids, born=born)
 
-    added = {name: tuple(value.shape) for name, value in values.items() if name not in axes.shapes}
+    itemsize = {**axes.itemsize, **{name: done.values[name].element_size() for name in added}}
     return replace(
         axes,
         axes={key: changed(axis) for key, axis in axes.axes.items()},
-        shapes={**axes.shapes, **added},
-        parameters=axes.parameters | added.keys(),
-        itemsize={**axes.itemsize, **{name: values[name].element_size() for name in added}},
-        folds=tuple(replace(fold, value=fold.value * ratio(fold, axes.sizes(), sizes)) for fold in axes.folds),
+        shapes={name: dims for name, dims in {**axes.shapes, **added}.items() if name not in done.removed},
+        parameters=(axes.parameters | added.keys()) - set(done.removed),
+        itemsize={name: size for name, size in itemsize.items() if name not in done.removed},
+        folds=done.folds,
     )

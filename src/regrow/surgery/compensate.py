@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Role
+from regrow.axes import AxisGraph, Dim, Role
 from regrow.plan import Plan, PlanError
 from regrow.surgery.layout import Layout
 
@@ -35,10 +35,9 @@ def offsets(
     result: dict[str, Tensor] = {}
     for name, means in plan.means.items():
         path, _, leaf = name.rpartition(".")
-        reads = {slot.dim for axis in axes for slot in axis.slots if slot.name == name and slot.role is Role.CONSUMES}
-        if leaf != "weight" or len(reads) != 1 or "bias" not in model.get_submodule(path)._parameters:
+        dim = read_dim(axes, name)
+        if leaf != "weight" or dim is None or "bias" not in model.get_submodule(path)._parameters:
             raise PlanError(f"{name} has no bias that could take up the means of dropped inputs")
-        (dim,) = reads
         weight = model.get_parameter(name).detach()
         positions = torch.tensor(sorted(means), device=weight.device)
         lay = lays.get(name, {}).get(dim)
@@ -54,7 +53,25 @@ def offsets(
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
         for other, made in lays.get(name, {}).items():
             lost = lost if other == dim else lost.index_select(0, made.source.to(lost.device))
-        bias = f"{path}.bias" if path else "bias"
+        bias = bias_of(name)
         old = values.get(bias, model.get_submodule(path)._parameters["bias"])
         result[bias] = (lost if old is None else old.detach().double() + lost).to(weight.dtype)
     return result
+
+
+def read_dim(axes: AxisGraph, weight: str) -> int | None:
+    """The one dimension in which a weight reads an axis; ``None`` if there is none, or several."""
+    reads = {slot.dim for axis in axes for slot in axis.slots if slot.name == weight and slot.role is Role.CONSUMES}
+    return reads.pop() if len(reads) == 1 else None
+
+
+def bias_of(weight: str) -> str:
+    """The name of the bias beside a weight."""
+    return weight.removesuffix("weight") + "bias"
+
+
+def bias_dim(axes: AxisGraph, bias: str) -> Dim:
+    """The dimension of a bias: what the weight beside it makes."""
+    weight = bias.removesuffix("bias") + "weight"
+    read = read_dim(axes, weight)
+    return next(dim for i, dim in enumerate(axes.shapes[weight]) if i != read)

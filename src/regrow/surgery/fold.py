@@ -1,7 +1,8 @@
 """Folds: when a size that stands in a divisor changes, the numbers next to it take up the change."""
 
 from collections.abc import Mapping
-from math import prod, sqrt
+from dataclasses import dataclass, replace
+from math import prod
 
 import torch
 from torch import Tensor, nn
@@ -9,37 +10,57 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph, Fold, size_of
 
 
-def ratio(fold: Fold, before: Mapping[str, int], after: Mapping[str, int]) -> float:
-    """n_old / n_new of the size a fold divides by."""
-    old = prod(size_of(dim, before) for dim in fold.over)
-    return old / prod(size_of(dim, after) for dim in fold.over)
+@dataclass(frozen=True)
+class Outcome:
+    """What a plan comes to.
+
+    Args:
+        values: Name → tensor to set.
+        constants: ``module:attribute`` → what to set.
+        folds: The folds afterwards.
+        removed: Biases that only compensation had made, and that are no more.
+    """
+
+    values: Mapping[str, Tensor]
+    constants: Mapping[str, float | None]
+    folds: tuple[Fold, ...]
+    removed: tuple[str, ...] = ()
 
 
-def folded(
-    model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The tensors with gains folded, and the constants under roots: γ′ = γ·√(n_old/n_new), ε′ = ε·n_old/n_new.
+def extent(fold: Fold, sizes: Mapping[str, int]) -> int:
+    """The size that a fold divides by."""
+    return prod(size_of(dim, sizes) for dim in fold.over)
+
+
+def folded(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: Mapping[str, Tensor]) -> Outcome:
+    """Gains and the constants under roots folded: γ′ = γ·√(n_old/n_new), ε′ = ε·n_old/n_new.
 
     Args:
         model: The model before the cut.
         axes: Its axes before the cut.
         sizes: The size of each axis after it.
         values: The tensors that the cut replaces.
-
-    Returns:
-        The tensors to set, and ``module:attribute`` → constant.
     """
-    result, constants = dict(values), {}
+    result, folds = dict(values), []
+    constants: dict[str, float | None] = {}
     for fold in axes.folds:
-        change = ratio(fold, axes.sizes(), sizes)
-        if change == 1:
+        old, new = extent(fold, axes.sizes()), extent(fold, sizes)
+        folds.append(replace(fold, value=fold.value * (old / new)))
+        if old == new:
             continue
         gain = result.get(fold.weight)
         gain = model.get_parameter(fold.weight).detach() if gain is None else gain
-        factor = sqrt(change) if fold.kind == "norm" else sqrt(1 / change)
-        result[fold.weight] = ((gain.double() + fold.plus) * factor - fold.plus).to(gain.dtype)
+        result[fold.weight] = refolded(gain, torch.tensor(old), new, fold)
         if fold.epsilon:
             path, _, name = fold.epsilon.partition(":")
             own = getattr(model.get_submodule(path), name)  # without one of its own, a norm takes its precision's
-            constants[fold.epsilon] = (torch.finfo(gain.dtype).eps if own is None else fold.value) * change
-    return result, constants
+            constants[fold.epsilon] = (torch.finfo(gain.dtype).eps if own is None else fold.value) * (old / new)
+    return Outcome(result, constants, tuple(folds))
+
+
+def refolded(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:
+    """Numbers that hold at the given sizes of the divisor, as they must be at ``n``; the very same where it is that."""
+    change = sizes.double() / n
+    factor = (change if fold.kind == "norm" else 1 / change).sqrt().to(values.device)
+    moved = ((values.double() + fold.plus) * factor - fold.plus).to(values.dtype)
+    return torch.where(sizes.to(values.device) == n, values, moved)

@@ -55,11 +55,7 @@ def layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
         plan: What is cut, and what grows.
     """
     sizes = axes.sizes()
-    units = {
-        key: units_after(change, axes[key])
-        for key, change in plan.changes.items()
-        if change.grow or len(change.keep) < change.size
-    }
+    units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
     return {
         name: found
         for name, dims in axes.shapes.items()
@@ -111,38 +107,56 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
 
 
 def units_after(change: Change, axis: Axis) -> Layout:
-    """The units of an axis after its change: those kept, then the newborn ones, as its fill has them.
+    """The units of an axis after its change, in the order of their birth numbers; newborn ones as its fill has them.
 
     ``zero_out``: drawn, and nothing reads them yet; on a folded axis (a residual stream under root-mean-square norms)
     nothing writes them yet. ``split``: each is a copy of a kept unit, and they share what reads that. ``pair``: two and
-    two are drawn alike and read with opposite signs.
+    two are drawn alike and read with opposite signs. Restored units lie among the kept ones, and are newborn until
+    their old numbers are put in.
     """
     keep = torch.tensor(change.keep)
-    old, n = Layout.of(keep), change.grow
+    old, n = Layout.of(keep), len(change.restore) + change.grow
     if not n:
         return old
     generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.born) % 2**63)
     many = len(keep)
     rounds = [torch.randperm(many, generator=generator) for _ in range(-(-n // many))]
     donors = torch.cat(rounds)[:n]
-    if change.fill.rule == "pair":
+    rule = "zero_out" if change.recalled else change.fill.rule
+    if rule == "pair":
         donors = donors[: n // 2].repeat(2)
     source, born = torch.cat([keep, keep[donors]]), torch.arange(many + n) >= many
     twin, one = torch.arange(many + n), torch.ones(many + n, dtype=torch.float64)
-    match change.fill.rule:
+    match rule:
         case "split":
             # Unequal shares, or a unit and its copy would learn the same for ever.
             share = 0.5 + torch.rand(many + n, dtype=torch.float64, generator=generator)
             owner = torch.cat([torch.arange(many), donors])
             total = torch.zeros(many, dtype=torch.float64).index_add(0, owner, share)
-            return Layout(source, born, torch.zeros_like(born), twin, one, share / total[owner])
+            made = Layout(source, born, torch.zeros_like(born), twin, one, share / total[owner])
         case "pair":
             twin[many + n // 2 :] = torch.arange(many, many + n // 2)
             sign = one.clone()
             sign[many + n // 2 :] = -1
-            return Layout(source, born, born, twin, one, sign)
-    silent = torch.where(born, 0.0, one)
-    return Layout(source, born, born, twin, *((silent, one) if axis.mark is Mark.FOLDED else (one, silent)))
+            made = Layout(source, born, born, twin, one, sign)
+        case _:
+            silent = torch.where(born, 0.0, one)
+            factors = (silent, one) if axis.mark is Mark.FOLDED else (one, silent)
+            made = Layout(source, born, born, twin, *factors)
+    return _in_order(made, born_as(change, axis)) if change.restore else made
+
+
+def born_as(change: Change, axis: Axis) -> list[int]:
+    """The birth numbers of an axis's units after its change: those kept, then those restored, then newborn ones."""
+    kept = [axis.ids[unit] for unit in change.keep]
+    return [*kept, *change.restore, *range(axis.born, axis.born + change.grow)]
+
+
+def _in_order(units: Layout, ids: list[int]) -> Layout:
+    """The same units in the order of their birth numbers."""
+    order = torch.tensor(ids).argsort()
+    place = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
+    return Layout(*(place[part[order]] if name == "twin" else part[order] for name, part in vars(units).items()))
 
 
 def slots_after(

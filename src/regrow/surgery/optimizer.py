@@ -42,7 +42,7 @@ def follow(
 
     Args:
         optimizers: All that move parameters of the network.
-        exchanged: The parameters that a plan replaces.
+        exchanged: The parameters that a plan replaces, or takes away.
         added: The names of biases that it adds; each joins the weight of its layer.
 
     Returns:
@@ -68,10 +68,11 @@ def follow(
     def commit(made: Mapping[str, nn.Parameter]) -> None:
         for optimizer, state in zip(optimizers, states, strict=True):
             for group in optimizer.param_groups:
-                group["params"][:] = [made[known[id(p)].name] if id(p) in known else p for p in group["params"]]
+                left = [p for p in group["params"] if id(p) not in known or known[id(p)].name in made]
+                group["params"][:] = [made[known[id(p)].name] if id(p) in known else p for p in left]
                 _join(group["params"], made, added)
             for one in exchanged:
-                if optimizer.state.pop(one.old, None) is not None:
+                if optimizer.state.pop(one.old, None) is not None and one.name in made:
                     optimizer.state[made[one.name]] = state[id(one.old)]
 
     return commit

@@ -1,0 +1,134 @@
+"""Newborn units turned to where the loss would learn most from them, with the network's function kept."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, Mark
+from regrow.plan import Plan, PlanError
+from regrow.scoring.gradients import cross_entropy
+from regrow.sources import Batch
+from regrow.surgery.fill import Entries, fitted, newborn, sides
+from regrow.tracing.capture import evaluating
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+STEP = 1e-3
+"""How far the silent side is moved to feel what the other side could do, as a part of the size of its neighbours."""
+
+
+def labelled(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean cross entropy of a batch with labels."""
+    if batch.labels is None:
+        raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
+    return cross_entropy(model(*batch.args, **batch.kwargs), batch.labels)
+
+
+def aligned(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    batches: Iterable[Batch],
+    *,
+    loss: Loss = labelled,
+    steps: int = 1,
+) -> nn.Module:
+    """Turn newborn units such that the gradient of their silent side is large: the loss learns fast from them.
+
+    With zeros in what reads a unit, ``G = ∂L/∂W_out`` depends on its incoming weights w, and w is to make ``‖G‖²``
+    large at the length that it has. A step of the power method turns w halfway to ``∂‖G‖²/∂w``, these directions made
+    orthogonal to one another; it takes two ordinary backward passes, the second with ``W_out`` moved a little along G.
+    Between two linear layers w goes to the leading right singular vectors of Σ δ xᵀ (δ: gradient at the next layer's
+    output, x: input of the previous one), as in GradMax; activations, norms, gates and attention are passed through.
+
+    GradMax itself has the incoming weights at 0 and chooses the outgoing ones. Behind a batch normalisation and a ReLU
+    such units are dead, so that is done only where nothing writes newborn units anyway (a residual stream).
+
+    Args:
+        model: The network after the plan; changed in place.
+        axes: Its axes after the plan.
+        plan: The plan that gave birth to the units, by ``zero_out``.
+        batches: One to four are enough.
+        loss: The loss of a batch; cross entropy with its labels unless given.
+        steps: Steps of the power method. With one, units keep half of their drawn directions, and learn longest.
+
+    Returns:
+        The same model, whose newborn units also have the spread of the old ones, as :func:`fitted` gives it.
+
+    Raises:
+        PlanError: As :func:`fitted`; or if no gradient reaches the units.
+
+    Source: Evci et al., GradMax (arXiv 2201.05125).
+    """
+    young, batches = newborn(model, axes, plan), list(batches)
+    loud, mute = sides(model, axes, young)
+    spread = Plan({key: plan.changes[key] for key in young if axes[key].mark is not Mark.FOLDED})
+    with evaluating(model):
+        pull = _gradients(model, mute, batches, loss)
+    for key in young:
+        if not any(bool(part.any()) for entries, part in pull.items() if entries.axis == key):
+            raise PlanError(f"axis {key!r}: no gradient of these batches reaches its newborn units")
+    if spread.changes:
+        fitted(model, axes, spread, batches)
+    for _ in range(steps):
+        with evaluating(model):
+            pull = _gradients(model, mute, batches, loss)
+            with _moved(model, pull):
+                turn = _gradients(model, loud, batches, loss)
+        for entries, direction in turn.items():
+            entries.turn(model, direction)
+        for entries in mute:
+            entries.set(model, torch.zeros(()))  # some newborn units of one axis are made by those of another
+        if spread.changes:
+            fitted(model, axes, spread, batches)
+    return model
+
+
+def _gradients(
+    model: nn.Module, entries: Sequence[Entries], batches: Sequence[Batch], loss: Loss
+) -> dict[Entries, Tensor]:
+    """The gradient of the loss, summed over the batches, in the given entries."""
+    names = list(dict.fromkeys(one.name for one in entries))
+    parameters = [model.get_parameter(name) for name in names]
+    trains = [parameter.requires_grad for parameter in parameters]
+    total: dict[Entries, Tensor] = {}
+    device = parameters[0].device
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for batch in batches:
+            with torch.enable_grad():
+                found = torch.autograd.grad(loss(model, batch.to(device)), parameters, materialize_grads=True)
+            whole = dict(zip(names, found, strict=True))
+            for one in entries:
+                part = one.of(whole[one.name]).float()
+                total[one] = total[one] + part if one in total else part
+    finally:
+        for parameter, train in zip(parameters, trains, strict=True):
+            parameter.requires_grad_(train)
+    return total
+
+
+@contextmanager
+def _moved(model: nn.Module, pull: Mapping[Entries, Tensor]) -> Iterator[None]:
+    """Inside, the silent entries lie a little along the given directions; afterwards they are 0 again."""
+    try:
+        for key in {entries.axis for entries in pull}:
+            own = {entries: part for entries, part in pull.items() if entries.axis == key}
+            size = max(
+                float(model.get_parameter(entries.name).detach().double().square().mean().sqrt()) for entries in own
+            )
+            most = max(float(part.double().square().mean().sqrt()) for part in own.values())
+            for entries, part in own.items():
+                entries.set(model, part * (STEP * (size or 1.0) / most))
+        yield
+    finally:
+        for entries in pull:
+            entries.set(model, torch.zeros(()))
+
+
+def _typical(tensor: Tensor) -> float:
+    """The root of the mean square."""
+    return float(tensor.detach().double().square().mean().sqrt())

@@ -1,0 +1,199 @@
+"""The attic: what cuts take out of a network is kept, so that it can come back as it was."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.axes import AxisGraph, Dim, size_of
+from regrow.plan import Plan, PlanError
+from regrow.surgery.layout import Layout, laid
+
+FORMAT = "regrow-attic/1"
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The numbers of one tensor, with a place for every entry that it ever had.
+
+    Args:
+        values: What each entry was when the network last had it.
+        held: Whether there is anything in a place.
+        sizes: For a tensor that takes up the size of a divisor: the size at which each number holds.
+    """
+
+    values: Tensor
+    held: Tensor
+    sizes: Tensor | None = None
+
+    def parts(self) -> dict[str, Tensor]:
+        """Its tensors by what they are called."""
+        return {name: part for name, part in vars(self).items() if part is not None}
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A constant under a root as it was.
+
+    Args:
+        own: What the module said; ``None`` where it left the number to its precision.
+        value: The number.
+        size: The size of the divisor at which it holds.
+    """
+
+    own: float | None
+    value: float
+    size: int
+
+
+@dataclass
+class Attic:
+    """What cuts took out of a network; give it to every :func:`regrow.apply` from the first cut on.
+
+    Entries are addressed by the birth numbers of their units along each dimension, so it does not matter in which order
+    units of several axes went. It costs one copy, of full size and on the CPU, of each tensor that a cut reached, plus
+    a byte per entry, and four more in tensors that take up a divisor's size. Optimisers' moments are not kept.
+
+    Args:
+        shelves: Tensor → its numbers; tied tensors under their first name.
+        born: Axis key → how many places its units have on the shelves.
+        gone: Axis key → the birth numbers of the units that can be restored.
+        means: Weight → place of a dropped input → the mean that stands in for it in the bias.
+        constants: ``module:attribute`` → the constant before any cut.
+        added: Biases that only compensation has made.
+
+    >>> from torch import nn
+    >>> from regrow import apply, trace
+    >>> net, attic = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), Attic()
+    >>> axes, old = trace(net, torch.ones(1, 4)), net[0].weight
+    >>> net, axes = apply(net, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), attic=attic)
+    >>> net, axes = apply(net, axes, Plan.restoring(axes, attic.gone), attic=attic)
+    >>> torch.equal(net[0].weight, old)
+    True
+    """
+
+    shelves: Mapping[str, Shelf] = field(default_factory=dict)
+    born: Mapping[str, int] = field(default_factory=dict)
+    gone: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    constants: Mapping[str, Constant] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its numbers, named, as :meth:`read` takes them back together with :meth:`record`."""
+        return {f"{part}:{name}": t for name, shelf in self.shelves.items() for part, t in shelf.parts().items()}
+
+    def record(self) -> dict[str, Any]:
+        """Everything else, as JSON data."""
+        return {
+            "format": FORMAT,
+            "shelves": list(self.shelves),
+            "born": dict(self.born),
+            "gone": {key: list(ids) for key, ids in self.gone.items()},
+            "means": {name: {str(at): mean for at, mean in row.items()} for name, row in self.means.items()},
+            "constants": {place: asdict(one) for place, one in self.constants.items()},
+            "added": list(self.added),
+        }
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Attic":
+        """An attic from its parts.
+
+        Raises:
+            PlanError: If they are no attic, or damaged.
+        """
+        if not isinstance(record, Mapping) or record.get("format") != FORMAT:
+            raise PlanError(f"not an attic: expected the format {FORMAT!r}")
+        try:
+            shelves = {
+                str(name): Shelf(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
+                for name in record["shelves"]
+            }
+            if odd := [n for n, s in shelves.items() if len({part.shape for part in s.parts().values()}) > 1]:
+                raise PlanError(f"a damaged attic: the numbers of {odd[0]} have several shapes")
+            return cls(
+                shelves,
+                {str(key): int(n) for key, n in record["born"].items()},
+                {str(key): tuple(int(one) for one in ids) for key, ids in record["gone"].items()},
+                {str(n): {int(at): float(mean) for at, mean in row.items()} for n, row in record["means"].items()},
+                {str(place): Constant(**one) for place, one in record["constants"].items()},
+                tuple(str(name) for name in record["added"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"a damaged attic: {error!r}") from None
+
+    def check(self, axes: AxisGraph, plan: Plan) -> None:
+        """Assert that it belongs to a network, and has what a plan restores.
+
+        Raises:
+            PlanError: If its units are numbered otherwise than the network's, or a unit is not in it.
+        """
+        for key, n in self.born.items():
+            axis = axes.axes.get(key)
+            if axis is None or axis.born < n or set(self.gone.get(key, ())) & set(axis.ids):
+                raise PlanError(
+                    f"the attic numbers the units of axis {key!r} otherwise than these axes do; use it with the axes "
+                    "that apply returned, or replay the plans from the start"
+                )
+        for key, change in plan.changes.items():
+            if lost := sorted(set(change.recalled) - set(self.gone.get(key, ()))):
+                raise PlanError(
+                    f"axis {key!r}: unit {lost[0]} is not in the attic, it was cut without it; "
+                    "restore it with fresh numbers: Plan.restoring(axes, units, Fill())"
+                )
+
+    def enlarged(self, axes: AxisGraph, born: Mapping[str, int]) -> "Attic":
+        """The same with places for units born since.
+
+        Args:
+            axes: The network's axes.
+            born: Axis key → how many places its units are to have.
+
+        Raises:
+            PlanError: If a shelf is not of the network.
+        """
+        before = {**born, **self.born}
+        shelves = {}
+        for name, shelf in self.shelves.items():
+            dims = axes.shapes.get(name, ())
+            if tuple(shelf.values.shape) != tuple(size_of(dim, before) for dim in dims):
+                raise PlanError(f"the attic holds {name} in another shape than this network has it; it is of another")
+            shape = [size_of(dim, born) for dim in dims]
+            if list(shelf.values.shape) != shape:
+                where = shelved(dims, born, {key: range(n) for key, n in before.items()})
+                parts = {what: put(part.new_zeros(shape), where, part) for what, part in shelf.parts().items()}
+                shelf = Shelf(**parts)
+            shelves[name] = shelf
+        return replace(self, shelves=shelves, born=dict(born))
+
+
+def shelved(dims: tuple[Dim, ...], born: Mapping[str, int], ids: Mapping[str, Any]) -> list[Tensor]:
+    """Where the entries of a tensor lie on its shelf, one list of places per dimension.
+
+    Args:
+        dims: Its dimensions.
+        born: How many places the units of each axis have.
+        ids: The birth numbers of its units.
+    """
+    units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in ids.items()}
+    return [laid(dim, born, units).source for dim in dims]
+
+
+def get(full: Tensor, where: list[Tensor]) -> Tensor:
+    """The entries at the given places of each dimension; places are ascending, so all of them are the whole."""
+    for dim, at in enumerate(where):
+        full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
+    return full
+
+
+def put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
+    """A tensor with the entries at the given places replaced."""
+    if dim == len(where):
+        return part
+    if len(where[dim]) == full.shape[dim]:
+        return put(full, where, part, dim + 1)
+    return full.index_copy(dim, where[dim], put(full.index_select(dim, where[dim]), where, part, dim + 1))

@@ -1,0 +1,266 @@
+"""Newborn units fitted to data, with the network's function kept: what makes them changes, what reads them stays 0."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from torch.overrides import TorchFunctionMode
+
+from regrow.axes import AxisGraph, Mark, Role
+from regrow.plan import Plan, PlanError
+from regrow.scoring.watch import CONTRACTIONS, named
+from regrow.sources import Batch, moved
+from regrow.tracing.capture import evaluating
+
+
+def fitted(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
+    """Give newborn units the spread of the old ones: w ← w · median(std of old outputs) / std of its own output.
+
+    The standard deviation is that of what each row of a linear layer or convolution gives, over all positions of all
+    batches. The running statistics of newborn channels are set to what their batch normalisation is fed. The units must
+    have grown by ``zero_out``: nothing reads them yet, so the network's function stays as it is.
+
+    Args:
+        model: The network after the plan; changed in place.
+        axes: Its axes after the plan.
+        plan: The plan that gave birth to the units.
+        batches: One to four are enough.
+
+    Returns:
+        The same model.
+
+    Raises:
+        PlanError: If the plan did not grow an axis by ``zero_out``, or nothing makes its units that could be fitted.
+
+    Source: after Mishkin and Matas, LSUV (arXiv 1511.06422).
+
+    >>> from regrow import apply, trace
+    >>> net, x = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2)), torch.randn(32, 4)
+    >>> axes = trace(net, x)
+    >>> plan = Plan.growing(axes, {"0.weight:0": 2})
+    >>> net, axes = apply(net, axes, plan)
+    >>> spread = fitted(net, axes, plan, [Batch((x,))])[0](x).std(0)
+    >>> bool(torch.allclose(spread[7:], spread[:7].median().expand(2)))
+    True
+    """
+    young, batches = newborn(model, axes, plan), list(batches)
+    for key in young:
+        if axes[key].mark is Mark.FOLDED:
+            raise PlanError(f"axis {key!r}: nothing writes its newborn units yet, so they have no spread to fit")
+    spots = [*_rows(model, axes, young), *_channels(model, axes, young)]
+    met = list(_sums(model, spots, batches[:1]))
+    for key in young:
+        if not any(spot.axis == key for spot in met):
+            raise PlanError(f"axis {key!r}: no linear layer or convolution makes its units when the network runs")
+    turns = [[spot for spot in met if spot.axis == key] for key in young]
+    # What lies behind is fed by what lies before, so one after the other; axes do not feel each other's newborn units.
+    for i in range(max(map(len, turns))):
+        now = [turn[i] for turn in turns if i < len(turn)]
+        for spot, sums in _sums(model, now, batches).items():
+            spot.fit(model, *sums)
+    return model
+
+
+def newborn(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
+    """Axis key → the units that a plan gave birth to, where they lie now.
+
+    Args:
+        model: The network after the plan.
+        axes: Its axes after the plan.
+        plan: The plan.
+
+    Raises:
+        PlanError: If it gave birth to none, not by ``zero_out``, these are not the axes that it left, or the units are
+            not silent any more.
+    """
+    found = {}
+    for key, change in plan.changes.items():
+        if not change.births:
+            continue
+        if change.fill.rule != "zero_out":
+            raise PlanError(
+                f"axis {key!r}: units born by {change.fill.rule!r} are read already, so a change would be heard; "
+                "take the fill 'zero_out'"
+            )
+        axis = axes[key]
+        ids = {*range(axis.born - change.grow, axis.born), *(change.restore if change.fresh else ())}
+        if not ids <= set(axis.ids) or axis.size != change.after:
+            raise PlanError(f"axis {key!r} is not as this plan left it; give the axes that apply returned for it")
+        found[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])
+    if not found:
+        raise PlanError("the plan gives birth to no units; there is nothing to fit")
+    for entries in sides(model, axes, found)[1]:
+        if bool(entries.of(model.get_parameter(entries.name).detach()).any()):
+            raise PlanError(
+                f"axis {entries.axis!r}: {entries.name} already uses its newborn units; fit them before they learn"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class Entries:
+    """What newborn units of an axis own in one dimension of a parameter."""
+
+    axis: str
+    name: str
+    dim: int
+    where: tuple[int, ...]
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These entries of a tensor in the shape of the parameter."""
+        return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
+
+    def set(self, model: nn.Module, value: Tensor) -> None:
+        """Write them, in place."""
+        tensor = model.get_parameter(self.name).detach()
+        part = value.to(tensor).expand_as(self.of(tensor))
+        tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
+
+    def turn(self, model: nn.Module, direction: Tensor) -> None:
+        """Turn each row halfway to another direction and let it have its length; where there is none, it stays.
+
+        The directions are made orthogonal to one another by the smallest change that does it (the polar factor): or
+        all rows would go the one best way, and learn the same.
+        """
+        now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
+        rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
+        left, _, right = torch.linalg.svd(normalize(rows), full_matrices=False)
+        turned = normalize(normalize(old) + normalize(left @ right)) * old.norm(dim=1, keepdim=True)
+        turned = torch.where(rows.any(1, keepdim=True), turned, old)
+        self.set(model, turned.reshape(now.shape).movedim(0, self.dim))
+
+
+def sides(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
+    """The entries that newborn units have drawn numbers in, and those that are 0."""
+    parameters = dict(model.named_parameters())
+    found: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
+    for key, units in young.items():
+        for slot in axes[key].slots:
+            name = axes.ties.get(slot.name, slot.name)
+            if slot.role in found and name in parameters and parameters[name].dim() > 1:
+                own = found[slot.role].setdefault((key, name, slot.dim), [])
+                own += slot.positions(axes[key].size)[units].flatten().tolist()
+    sides: tuple[list[Entries], list[Entries]] = ([], [])
+    for role, places in found.items():
+        for place, where in places.items():
+            silent = (role is Role.PRODUCES) == (axes[place[0]].mark is Mark.FOLDED)
+            sides[silent].append(Entries(*place, tuple(dict.fromkeys(where))))
+    return sides
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a weight that make units of an axis."""
+
+    axis: str
+    name: str
+    dim: int
+    young: tuple[int, ...]
+    old: tuple[int, ...]
+
+    def fit(self, model: nn.Module, mean: Tensor, variance: Tensor) -> None:
+        spread = variance.sqrt()
+        own, usual = spread[list(self.young)], spread[list(self.old)].median()
+        factor = torch.where((own > 0) & (usual > 0), usual / own, 1.0)
+        weight, at = model.get_parameter(self.name).detach(), torch.tensor(self.young)
+        shape = [-1 if dim == self.dim else 1 for dim in range(weight.dim())]
+        at, factor = at.to(weight.device), factor.view(shape).to(weight)
+        weight.index_copy_(self.dim, at, weight.index_select(self.dim, at) * factor)
+
+
+@dataclass(frozen=True)
+class _Channels:
+    """The channels of a batch normalisation that are units of an axis."""
+
+    axis: str
+    name: str
+    young: tuple[int, ...]
+
+    def fit(self, model: nn.Module, mean: Tensor, variance: Tensor) -> None:
+        module, at = model.get_submodule(self.name), list(self.young)
+        for own, value in ((module.running_mean, mean), (module.running_var, variance)):
+            assert isinstance(own, Tensor)
+            own[at] = value[at].to(own)
+
+
+_Spot = _Rows | _Channels
+
+
+def _rows(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> list[_Spot]:
+    parameters = dict(model.named_parameters())
+    places: dict[tuple[str, str, int], tuple[list[int], list[int]]] = {}
+    for key, units in young.items():
+        for slot in axes[key].slots:
+            name = axes.ties.get(slot.name, slot.name)
+            if slot.role is Role.PRODUCES and name in parameters and parameters[name].dim() > 1:
+                own, old = places.setdefault((key, name, slot.dim), ([], []))
+                is_young = torch.zeros(axes[key].size, dtype=torch.bool).index_fill(0, units, True)
+                where = slot.positions(axes[key].size)
+                own += where[is_young].flatten().tolist()
+                old += where[~is_young].flatten().tolist()
+    return [_Rows(*place, tuple(own), tuple(old)) for place, (own, old) in places.items()]
+
+
+def _channels(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> list[_Spot]:
+    found: dict[tuple[str, str], list[int]] = {}
+    for key, units in young.items():
+        for slot in axes[key].slots:
+            name, _, leaf = slot.name.rpartition(".")
+            if leaf == "running_var":
+                found.setdefault((key, name), []).extend(slot.positions(axes[key].size)[units].flatten().tolist())
+    return [_Channels(*place, tuple(own)) for place, own in found.items()]
+
+
+def _sums(model: nn.Module, spots: Sequence[_Spot], batches: Sequence[Batch]) -> dict[_Spot, tuple[Tensor, Tensor]]:
+    """What comes out of rows, and what goes into channels: mean and variance of each, in the order of execution."""
+    watch = _Watch({id(model.get_parameter(s.name)): s.name for s in spots if isinstance(s, _Rows)})
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: watch.add(f"{name}:", args[0], 1)
+        )
+        for name in {spot.name for spot in spots if isinstance(spot, _Channels)}
+    ]
+    device = next(model.parameters()).device
+    try:
+        with evaluating(model), torch.no_grad(), watch:
+            for batch in batches:
+                model(*moved(batch.args, device), **moved(dict(batch.kwargs), device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    result = {}
+    for name, (count, total, square) in watch.sums.items():
+        mean = total / count
+        variance = (square / count - mean**2).clamp_min(0) * (count / max(count - 1, 1))
+        for spot in spots:
+            channels = spot.name if isinstance(spot, _Rows) else f"{spot.name}:"
+            if channels == name and len(mean) > max(spot.young):
+                result[spot] = (mean, variance)
+    return result
+
+
+class _Watch(TorchFunctionMode):
+    """Sums what watched weights give, channel by channel, while it is active."""
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
+        super().__init__()
+        self.watched = watched
+        self.sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result, read = func(*args, **kwargs), CONTRACTIONS.get(func)
+        for weight, _, dim in read(*args, **kwargs) if read else ():
+            if (name := named(self.watched, weight)) is not None:
+                self.add(name, result, dim)
+                break
+        return result
+
+    def add(self, name: str, value: Tensor, dim: int) -> None:
+        """Add numbers whose channels lie along a dimension."""
+        rows = value.detach().movedim(dim, -1).flatten(0, -2).double().cpu()
+        count, total, square = self.sums.get(name, (0, 0.0, 0.0))
+        self.sums[name] = (count + len(rows), total + rows.sum(0), square + rows.square().sum(0))

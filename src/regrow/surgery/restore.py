@@ -1,0 +1,274 @@
+"""A plan on its way through the attic: what it cuts is put there, what it restores is fetched.
+
+What a fold or a compensation rewrites is kept as it was before, with the size and the means that it stands for, and
+written anew from that. So undoing needs no inverse, which rounding would spoil: the old numbers are the old bits.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, Dim, Fold, Role, size_of
+from regrow.plan import Plan
+from regrow.surgery.attic import Attic, Constant, Shelf, get, put, shelved
+from regrow.surgery.compensate import bias_dim, bias_of, read_dim
+from regrow.surgery.fold import Outcome, extent, refolded
+from regrow.surgery.layout import Layout, born_as
+
+
+def through(
+    attic: Attic,
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    lays: Mapping[str, Mapping[int, Layout]],
+    values: Mapping[str, Tensor],
+) -> tuple[Outcome, Attic]:
+    """Work out a plan together with an attic, without changing anything: what the plan comes to, and the attic then.
+
+    Args:
+        attic: What was cut before.
+        model: The network before the plan.
+        axes: Its axes before it.
+        plan: The plan.
+        lays: The entries of each dimension that it changes.
+        values: The tensors it replaces, compensated, not yet folded, with newborn numbers in restored places.
+    """
+    attic.check(axes, plan)
+    born = {axis.key: axis.born + (plan.changes[axis.key].grow if axis.key in plan.changes else 0) for axis in axes}
+    way = _Way(attic.enlarged(axes, born), model, axes, plan, lays, born)
+    before, after = attic.means, way.means_after()
+    biases = {bias_of(weight): weight for weight in {**before, **after}}
+    result, removed = dict(values), []
+    for name in way.reached():
+        if name not in biases:
+            result[name] = way.rewritten(name, values.get(name))
+    for bias, weight in biases.items():
+        told, tells = before.get(weight, {}), after.get(weight, {})
+        if told != tells or bias in values or way.size(bias, False) != way.size(bias, True):
+            result[bias] = way.compensated(bias, weight, told, tells, values.get(bias))
+            if bias in way.added and not tells and not bool(result[bias].any()):
+                removed.append(bias)
+                del result[bias], way.shelves[bias]
+    constants, folds = way.constants()
+    gone = {
+        axis.key: tuple(sorted(ids))
+        for axis in axes
+        if (ids := (set(attic.gone.get(axis.key, ())) | way.dropped(axis.key)) - set(way.ids_after[axis.key]))
+    }
+    added = tuple(name for name in way.added if name not in removed)
+    done = Attic(way.shelves, born, gone, after, way.known, added)
+    return Outcome(result, constants, folds, tuple(removed)), done
+
+
+@dataclass
+class _Way:
+    """What the steps of a passage share."""
+
+    attic: Attic
+    model: nn.Module
+    axes: AxisGraph
+    plan: Plan
+    lays: Mapping[str, Mapping[int, Layout]]
+    born: Mapping[str, int]
+    shelves: dict[str, Shelf] = field(init=False)
+    known: dict[str, Constant] = field(init=False)
+
+    def __post_init__(self) -> None:
+        axes, plan = self.axes, self.plan
+        self.shelves, self.known = dict(self.attic.shelves), dict(self.attic.constants)
+        self.added = [*self.attic.added]
+        self.recalls = any(change.recalled for change in plan.changes.values())
+        self.ids = {axis.key: axis.ids for axis in axes}
+        changed = {key: tuple(sorted(born_as(change, axes[key]))) for key, change in plan.changes.items()}
+        self.ids_after = {**self.ids, **changed}
+        self.sizes = (axes.sizes(), plan.sizes(axes))
+        self.folds = {axes.ties.get(fold.weight, fold.weight): fold for fold in axes.folds}
+
+    # --- where, and at which size ---------------------------------------------------------------------------------
+
+    def dims(self, name: str) -> tuple[Dim, ...]:
+        # A bias that compensation is about to make lies along what its weight makes.
+        return self.axes.shapes.get(name) or (bias_dim(self.axes, name),)
+
+    def here(self, name: str) -> list[Tensor]:
+        return shelved(self.dims(name), self.born, self.ids)
+
+    def there(self, name: str) -> list[Tensor]:
+        return shelved(self.dims(name), self.born, self.ids_after)
+
+    def size(self, name: str, after: bool) -> int:
+        """The size of the divisor that a tensor takes up; 1 for any other."""
+        fold = self.folds.get(name)
+        return extent(fold, self.sizes[after]) if fold else 1
+
+    def dropped(self, key: str) -> set[int]:
+        change = self.plan.changes.get(key)
+        return {self.ids[key][unit] for unit in change.dropped} if change else set()
+
+    def state(self, name: str) -> Tensor | None:
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        found = {**module._parameters, **module._buffers}.get(leaf)
+        return None if found is None else found.detach()
+
+    # --- tensors --------------------------------------------------------------------------------------------------
+
+    def reached(self) -> list[str]:
+        """The tensors to go through, by first names: cut or restored, or made anew for a divisor's size."""
+        moves = any(change.dropped or change.restore for change in self.plan.changes.values())
+        found = {self.axes.ties.get(name, name) for name in self.lays} if moves else set()
+        return sorted(found | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
+
+    def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> Shelf:
+        """The shelf of a tensor with its present numbers on it; what follows from those there stays as it was."""
+        where, n, now = self.here(name), self.size(name, False), now.cpu()
+        shape = [size_of(dim, self.born) for dim in self.dims(name)]
+        shelf = self.shelves.get(name)
+        if shelf is None:
+            sizes = torch.zeros(shape, dtype=torch.int32) if name in self.folds else None
+            shelf = Shelf(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool), sizes)
+        shelf = replace(shelf, values=shelf.values.to(now.dtype))  # the network may have been cast since
+        old = get(shelf.values, where)
+        same = get(shelf.held, where) & (self._written(name, shelf, where, n, lost) == now)
+        plain = now if lost is None else (now.double() - lost[where[0]]).to(now.dtype)
+        values = put(shelf.values, where, torch.where(same, old, plain))
+        held = put(shelf.held, where, torch.ones_like(same))
+        sizes = shelf.sizes
+        if sizes is not None:
+            was = get(sizes, where)
+            sizes = put(sizes, where, torch.where(same, was, torch.full_like(was, n)))
+        self.shelves[name] = Shelf(values, held, sizes)
+        return self.shelves[name]
+
+    def _written(self, name: str, shelf: Shelf, where: list[Tensor], n: int, lost: Tensor | None = None) -> Tensor:
+        """What the numbers on a shelf come to at a size of the divisor, and with what dropped inputs leave."""
+        values = get(shelf.values, where)
+        if shelf.sizes is not None:
+            values = refolded(values, get(shelf.sizes, where), n, self.folds[name])
+        return values if lost is None else (values.double() + lost[where[0]]).to(values.dtype)
+
+    def rewritten(self, name: str, made: Tensor | None) -> Tensor:
+        """A tensor after the plan: old numbers in restored places, and all that is left at the new size."""
+        now = self.state(name)
+        assert now is not None
+        shelf, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
+        was, born = self._followed(name, now.cpu())
+        made = was if made is None else made.cpu()
+        held, kept = get(shelf.held, where), torch.eq(was, made)
+        if self.recalls:
+            made = torch.where(born & ~held & self._strangers(name, held), torch.zeros_like(made), made)
+        if shelf.sizes is not None:
+            made = refolded(made, torch.tensor(self.size(name, False)), n, self.folds[name])
+        old = held & torch.where(born, torch.tensor(self.recalls), kept)
+        return torch.where(old, self._written(name, shelf, where, n), made).to(now.device)
+
+    def _followed(self, name: str, now: Tensor) -> tuple[Tensor, Tensor]:
+        """The present numbers where they go to, and which entries are not there yet."""
+        lays = self.lays.get(name, {})
+        for dim, lay in lays.items():
+            now = now.index_select(dim, lay.source)
+        born = torch.zeros(now.shape, dtype=torch.bool)
+        for dim, lay in lays.items():
+            born |= lay.born.view([-1 if i == dim else 1 for i in range(now.dim())])
+        return now, born
+
+    def _strangers(self, name: str, held: Tensor) -> Tensor:
+        """Entries of units that have both lived and never together: one was born while the other was gone."""
+        reads = any(slot.name == name and slot.role is Role.CONSUMES for axis in self.axes for slot in axis.slots)
+        known = torch.full_like(held, reads)
+        for dim in range(held.dim()):
+            rest = [other for other in range(held.dim()) if other != dim]
+            known &= held.any(rest, keepdim=True) if rest else held
+        return known
+
+    # --- compensation ---------------------------------------------------------------------------------------------
+
+    def means_after(self) -> dict[str, dict[int, float]]:
+        """The means that stand in for dropped inputs after the plan, by their places on the shelf of the weight."""
+        found = {weight: dict(row) for weight, row in self.attic.means.items()}
+        for weight, row in self.plan.means.items():
+            at = self.here(weight)[_read(self.axes, weight)]
+            found[weight] = found.get(weight, {}) | {int(at[position]): mean for position, mean in row.items()}
+        for weight in list(found):
+            back = set(self.there(weight)[_read(self.axes, weight)].tolist())
+            found[weight] = {at: mean for at, mean in sorted(found[weight].items()) if at not in back}
+        return {weight: row for weight, row in found.items() if row}
+
+    def compensated(
+        self, bias: str, weight: str, told: Mapping[int, float], tells: Mapping[int, float], made: Tensor | None
+    ) -> Tensor:
+        """A bias after the plan: what it is by itself, and what the inputs that are gone leave in it.
+
+        Args:
+            bias: Its name.
+            weight: The weight beside it.
+            told: The means that stand in for dropped inputs before the plan.
+            tells: And after it.
+            made: The bias as the plan has it, for entries that are newborn.
+        """
+        now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
+        if now is None:
+            own = self.state(weight)
+            assert own is not None
+            now = own.new_zeros(len(self.here(bias)[0]))
+            self.added.append(bias)
+        shelf = self.stowed(bias, now, self._lost(weight, told, before) if told else None)
+        lost = self._lost(weight, tells, after) if tells else None
+        written = self._written(bias, shelf, self.there(bias), after, lost)
+        if made is None:
+            return written.to(now.device)
+        held = get(shelf.held, self.there(bias))
+        return torch.where(held, written, made.cpu()).to(now.device)
+
+    def _lost(self, weight: str, means: Mapping[int, float], n: int) -> Tensor:
+        """Σ W[:, i] · E[x_i] over the dropped inputs, one number per place of what the weight makes (float64).
+
+        Added one by one, in the order of the places: the same numbers always make the same sum.
+        """
+        name = self.axes.ties.get(weight, weight)
+        shelf, dim = self.shelves[name], _read(self.axes, weight)
+        values = shelf.values.double() * shelf.held
+        if shelf.sizes is not None:
+            values = torch.where(shelf.held, refolded(values, shelf.sizes, n, self.folds[name]), values)
+        columns = values.movedim(dim, 0).flatten(2) if values.dim() > 2 else values.movedim(dim, 0)[..., None]
+        total = torch.zeros(columns.shape[1], dtype=torch.float64)
+        for at, mean in means.items():
+            for tap in columns[at].unbind(-1):
+                total = total + tap * mean
+        return total
+
+    # --- constants ------------------------------------------------------------------------------------------------
+
+    def constants(self) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
+        """The constants under roots to set, and the folds afterwards."""
+        found: dict[str, float | None] = {}
+        folds = []
+        for fold in self.axes.folds:
+            before, after = (extent(fold, sizes) for sizes in self.sizes)
+            if before != after and fold.epsilon:
+                known = self._constant(fold, before)
+                self.known[fold.epsilon] = known
+                value = known.value if known.size == after else known.value * (known.size / after)
+                found[fold.epsilon] = known.own if known.size == after else value
+                fold = replace(fold, value=value)
+            folds.append(fold)
+        return found, tuple(folds)
+
+    def _constant(self, fold: Fold, size: int) -> Constant:
+        path, _, name = fold.epsilon.partition(":")
+        own = getattr(self.model.get_submodule(path), name)
+        known = self.known.get(fold.epsilon)
+        if known is not None and own == (known.own if known.size == size else known.value * (known.size / size)):
+            return known
+        gain = self.state(fold.weight)
+        assert gain is not None
+        return Constant(own, torch.finfo(gain.dtype).eps if own is None else fold.value, size)
+
+
+def _read(axes: AxisGraph, weight: str) -> int:
+    dim = read_dim(axes, weight)
+    assert dim is not None  # the means were taken up
+    return dim

@@ -1,0 +1,274 @@
+"""Newborn units fitted to data: the function stays, they are alive, and the loss falls faster."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import laws
+from regrow import Fill, Plan, aligned, apply, fitted
+from regrow.axes import AxisGraph
+from regrow.plan import PlanError
+from regrow.sources import Batch
+from regrow.surgery.fill import newborn, sides
+from regrow.tracing import trace
+from test_zoo import traced
+from zoo import Wired
+
+X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
+
+
+class Gated(nn.Module):
+    """A gated MLP on a residual stream under a root-mean-square norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.norm, self.out = nn.Linear(6, 9), nn.RMSNorm(9, eps=1e-6), nn.Linear(9, 4)
+        self.gate, self.up, self.down = nn.Linear(9, 7), nn.Linear(9, 7), nn.Linear(7, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x)
+        return self.out(self.norm(h + self.down(F.silu(self.gate(h)) * self.up(h))))
+
+
+def convolutional() -> nn.Module:
+    model = nn.Sequential(
+        nn.Unflatten(1, (1, 8)),
+        nn.Conv2d(1, 5, 3, padding=1),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(5, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 4),
+    )
+    model.train()(torch.randn(64, 8, 8))
+    return model
+
+
+def attention() -> nn.Module:
+    return Wired(
+        lambda m, x: m.out(F.scaled_dot_product_attention(m.q(x), m.k(x), m.v(x)).transpose(0, 1)[0]),
+        q=nn.Linear(6, 5),
+        k=nn.Linear(6, 5),
+        v=nn.Linear(6, 8),
+        out=nn.Linear(8, 4),
+    )
+
+
+NETS: dict[str, tuple[Any, str, Tensor]] = {
+    "relu": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)), "0.weight:0", X),
+    "conv-bn-relu-pool-conv": (convolutional, "1.weight:0", torch.randn(40, 8, 8)),
+    "gated": (Gated, "gate.weight:0", X),
+    "attention": (attention, "v.weight:0", X.view(8, 5, 6)),
+}
+
+
+def grown(name: str, units: int = 3, fill: Fill | None = None) -> tuple[nn.Module, AxisGraph, Plan, list[Batch]]:
+    build, key, x = NETS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    axes = trace(model, x)
+    plan = Plan.growing(axes, {key: units}, fill)
+    model, left = apply(model, axes, plan)
+    labels = torch.arange(len(model(x))) % 4
+    return (
+        model,
+        left,
+        plan,
+        [Batch((part,), labels=own) for part, own in zip(x.chunk(2), labels.chunk(2), strict=False)],
+    )
+
+
+def silent_gradient(model: nn.Module, axes: AxisGraph, plan: Plan, batches: list[Batch]) -> float:
+    """How large the gradient is in the entries that are 0."""
+    model = copy.deepcopy(model).eval()
+    for batch in batches:
+        F.cross_entropy(model(*batch.args), batch.labels[: len(model(*batch.args))]).backward()
+    _, mute = sides(model, axes, newborn(model, axes, plan))
+    return sum(float(one.of(model.get_parameter(one.name).grad).square().sum()) for one in mute)
+
+
+def loss(model: nn.Module, batch: Batch) -> Tensor:
+    answer = model(*batch.args)
+    return F.cross_entropy(answer, batch.labels[: len(answer)])
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_fitting_and_aligning_keep_the_function_bit_for_bit(name: str) -> None:
+    model, axes, plan, batches = grown(name)
+    nn.Module.train(model)
+    dropped = {module: module.training for module in model.modules()}
+    said = [copy.deepcopy(model).train(train)(NETS[name][2]) for train in (False, True)]
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for change in (fitted, lambda *given: aligned(*given, loss=loss)):
+        change(model, axes, plan, batches)
+        for train, answer in zip((False, True), said, strict=True):
+            assert torch.equal(copy.deepcopy(model).train(train)(NETS[name][2]), answer)
+        assert {module: module.training for module in model.modules()} == dropped
+    key = NETS[name][1]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    made = {slot.name for slot in axes[key].slots if slot.role == "produces" and slot.name.endswith("weight")}
+    assert changed == made
+    old = axes[key].size - 3
+    assert all(torch.equal(model.get_parameter(n)[:old], before[n][:old]) for n in changed), "old units stay"
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_newborn_units_get_the_spread_of_the_old_and_the_statistics_of_the_data() -> None:
+    model, axes, plan, batches = grown("conv-bn-relu-pool-conv")
+    x = torch.cat([batch.args[0] for batch in batches])
+    fitted(model, axes, plan, batches)
+    out = model[1](model[0](x)).detach().double()
+    spread = out.std((0, 2, 3))
+    assert torch.allclose(spread[5:], spread[:5].median().expand(3), rtol=1e-5)
+    assert torch.allclose(model[2].running_mean[5:].double(), out.mean((0, 2, 3))[5:], atol=1e-6)
+    assert torch.allclose(model[2].running_var[5:].double(), out.var((0, 2, 3))[5:], rtol=1e-5)
+
+
+def test_between_linear_layers_aligned_units_are_the_leading_singular_vectors() -> None:
+    """The span that GradMax takes, from the matrix Σ δ xᵀ written down by hand."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4))
+    axes = trace(model, X)
+    plan = Plan.growing(axes, {"0.weight:0": 2})
+    model, left = apply(model, axes, plan)
+    labels = torch.arange(len(X)) % 4
+    delta = torch.autograd.grad(F.cross_entropy(out := model(X), labels), out)[0]
+    # The bias of newborn units is that of old ones and takes part, so what is fed counts as it is.
+    _, _, right = torch.linalg.svd((delta.T @ X).double())
+    with torch.no_grad():
+        model[0].bias[5:] = 0
+    aligned(model, left, plan, [Batch((X,), labels=labels)], steps=60)
+    rows, _ = torch.linalg.qr(model[0].weight[5:].detach().double().T)
+    assert torch.linalg.svdvals(right[:2] @ rows).min() > 0.999
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_silent_side_learns_faster_and_no_newborn_unit_is_dead(name: str) -> None:
+    model, axes, plan, batches = grown(name)
+    fitted(model, axes, plan, batches)
+    drawn = silent_gradient(model, axes, plan, batches)
+    aligned(model, axes, plan, batches, loss=loss, steps=3)
+    assert silent_gradient(model, axes, plan, batches) > drawn
+    loud, mute = sides(model, axes, newborn(model, axes, plan))
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    moved = []
+    for _ in range(2):
+        optimiser.zero_grad()
+        sum(loss(model, batch) for batch in batches).backward()
+        moved.append([one.of(model.get_parameter(one.name).grad) for one in (*mute, *loud)])
+        optimiser.step()
+    for one, first, second in zip((*mute, *loud), *moved, strict=True):
+        both = (first.abs() + second.abs()).movedim(one.dim, 0).flatten(1).sum(1)
+        assert bool((both > 0).all()), f"{one.name}: a newborn unit has no gradient in two steps"
+
+
+def test_on_a_residual_stream_the_reading_side_is_turned() -> None:
+    """Nothing writes newborn units there, so this is GradMax itself; there is no spread to fit."""
+    torch.manual_seed(0)
+    model = Gated()
+    axes = trace(model, X)
+    key = next(axis.key for axis in axes.free() if axis.size == 9)
+    plan = Plan.growing(axes, {key: 2})
+    model, left = apply(model, axes, plan)
+    batches = [Batch((X,), labels=torch.arange(len(X)) % 4)]
+    with laws.untouched(model), pytest.raises(PlanError, match="nothing writes its newborn units yet"):
+        fitted(model, left, plan, batches)
+    said, drawn = model(X), silent_gradient(model, left, plan, batches)
+    aligned(model, left, plan, batches)
+    assert torch.equal(model(X), said)
+    assert not model.inp.weight[9:].any() and not model.down.weight[9:].any()
+    assert silent_gradient(model, left, plan, batches) > 1.1 * drawn
+
+
+def test_a_language_model_is_fitted_and_aligned() -> None:
+    model, axes = traced("llama")
+    plan = Plan.growing(axes, {axis.key: 2 for axis in axes.units() if "mlp" in axis.key})
+    model, left = apply(copy.deepcopy(model), axes, plan)
+    ids = axes.example.kwargs["input_ids"]
+    batches = [Batch((), {"input_ids": ids}, labels=ids.roll(-1, 1))]
+    said = model(input_ids=ids).logits
+    fitted(model, left, plan, batches)
+    drawn = _language_gradient(model, left, plan, batches)
+    aligned(model, left, plan, batches)
+    assert torch.equal(model(input_ids=ids).logits, said)
+    assert _language_gradient(model, left, plan, batches) > drawn
+
+
+def _language_gradient(model: nn.Module, axes: AxisGraph, plan: Plan, batches: list[Batch]) -> float:
+    model = copy.deepcopy(model)
+    logits = model(**batches[0].kwargs).logits
+    F.cross_entropy(logits.flatten(0, 1), batches[0].labels.flatten()).backward()
+    _, mute = sides(model, axes, newborn(model, axes, plan))
+    return sum(float(one.of(model.get_parameter(one.name).grad).square().sum()) for one in mute)
+
+
+def test_what_cannot_be_fitted_is_refused_by_name_and_nothing_changes() -> None:
+    for rule in ("split", "pair"):
+        model, axes, plan, batches = grown("relu", 2, Fill(rule))
+        for change in (fitted, aligned):
+            with laws.untouched(model), pytest.raises(PlanError, match=rf"born by '{rule}' are read already"):
+                change(model, axes, plan, batches)
+    model, axes, plan, batches = grown("relu")
+    with pytest.raises(PlanError, match="gives birth to no units"):
+        fitted(model, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), batches)
+    with laws.untouched(model), pytest.raises(ValueError, match="needs batches with labels"):
+        aligned(model, axes, plan, [Batch((X,))])
+    with laws.untouched(model), pytest.raises(PlanError, match="no gradient of these batches reaches"):
+        aligned(model, axes, plan, batches, loss=lambda net, batch: net(*batch.args).sum() * 0)
+    _, later = apply(copy.deepcopy(model), axes, Plan.growing(axes, {"0.weight:0": 1}))
+    with pytest.raises(PlanError, match="not as this plan left it"):
+        fitted(model, later, plan, batches)
+    with torch.no_grad():
+        model[2].weight += 0.1
+    with laws.untouched(model), pytest.raises(PlanError, match=r"2\.weight already uses its newborn units"):
+        fitted(model, axes, plan, batches)
+
+
+def test_an_axis_that_no_layer_makes_is_refused() -> None:
+    model = Wired(lambda m, x: m.out(m.table(x)), table=nn.Embedding(9, 6), out=nn.Linear(6, 3))
+    ids = torch.arange(9)
+    axes = trace(model, ids)
+    (axis,) = axes.free()
+    plan = Plan.growing(axes, {axis.key: 2})
+    model, left = apply(model, axes, plan)
+    with laws.untouched(model), pytest.raises(PlanError, match="no linear layer or convolution makes its units"):
+        fitted(model, left, plan, [Batch((ids,))])
+
+
+def test_on_real_digits_the_loss_falls_at_least_as_fast() -> None:
+    """Five draws of a network on handwritten digits, grown in the middle of training, 60 steps more."""
+    digits = pytest.importorskip("sklearn.datasets").load_digits()
+    x, y = torch.tensor(digits.images, dtype=torch.float32).flatten(1) / 16, torch.tensor(digits.target)
+    after: dict[str, list[float]] = {"zero_out": [], "fitted": [], "aligned": []}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 10))
+        axes = trace(_trained(model, x, y, seed, 100), x[:9])
+        plan = Plan.growing(axes, {"2.weight:0": 12}, Fill(seed=seed))
+        model, left = apply(model, axes, plan)
+        batches = [Batch((x[i : i + 64],), labels=y[i : i + 64]) for i in range(0, 256, 64)]
+        for name, change in (("zero_out", None), ("fitted", fitted), ("aligned", aligned)):
+            net = copy.deepcopy(model)
+            if change is not None:
+                change(net, left, plan, batches)
+            after[name].append(float(F.cross_entropy(_trained(net, x, y, 50 + seed, 60)(x), y).detach()))
+    mean = {name: sum(values) / len(values) for name, values in after.items()}
+    assert mean["fitted"] < mean["zero_out"] and mean["aligned"] < mean["zero_out"], mean
+
+
+def _trained(model: nn.Module, x: Tensor, y: Tensor, seed: int, steps: int) -> nn.Module:
+    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        rows = torch.randint(len(x), (64,), generator=generator)
+        optimiser.zero_grad()
+        F.cross_entropy(model(x[rows]), y[rows]).backward()
+        optimiser.step()
+    return model

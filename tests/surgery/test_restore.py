@@ -1,0 +1,350 @@
+"""Undo: what was cut comes back as it was, whatever happened in between."""
+
+import copy
+import json
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import laws
+from regrow import Attic
+from regrow.axes import AxisGraph, Example
+from regrow.plan import Change, Fill, Plan, PlanError
+from regrow.surgery import apply
+from regrow.tracing import trace
+from test_zoo import traced
+from zoo import Wired
+
+A, B = "0.weight:0", "2.weight:0"
+
+
+def mlp() -> tuple[nn.Module, AxisGraph]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    return model, trace(model, torch.randn(8, 4))
+
+
+def stream(eps: float | None = 1e-6) -> tuple[nn.Module, AxisGraph]:
+    """A residual stream under a root-mean-square norm."""
+    torch.manual_seed(0)
+    model = Wired(
+        lambda m, x: m.out(m.norm((h := m.inp(x)) + m.down(m.up(h).relu()))),
+        inp=nn.Linear(4, 7),
+        up=nn.Linear(7, 5),
+        down=nn.Linear(5, 7),
+        norm=nn.RMSNorm(7, eps=eps),
+        out=nn.Linear(7, 3),
+    )
+    nn.init.uniform_(model.norm.weight, 0.5, 2)
+    return model, trace(model, torch.randn(5, 4))
+
+
+def shaken(model: nn.Module, seed: int = 0) -> None:
+    """Every parameter moves, as in a step of training."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_part_comes_back_with_what_it_held_and_the_rest_stays_as_trained() -> None:
+    model, axes = mlp()
+    old, attic = copy.deepcopy(model), Attic()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2, 5)}), attic=attic)
+    shaken(model, 1)
+    between = copy.deepcopy(model)
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (1, 3)}), attic=attic)
+    shaken(model, 2)
+    late = copy.deepcopy(model)
+    assert attic.gone == {A: (0, 2, 3, 4)} and axes[A].ids == (1, 5)
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 3)}), attic=attic)
+    assert axes[A].ids == (1, 2, 3, 5) and attic.gone == {A: (0, 4)}
+    rows = [late[0].weight[0], between[0].weight[2], old[0].weight[3], late[0].weight[1]]
+    assert torch.equal(model[0].weight, torch.stack(rows))
+    assert torch.equal(model[0].bias[1:3], torch.stack([between[0].bias[2], old[0].bias[3]]))
+    columns = [late[2].weight[:, 0], between[2].weight[:, 2], old[2].weight[:, 3], late[2].weight[:, 1]]
+    assert torch.equal(model[2].weight, torch.stack(columns, 1))
+    assert torch.equal(model[2].bias, late[2].bias), "what no cut reached keeps its present numbers"
+
+
+def test_entries_where_two_cut_axes_cross_are_those_of_the_first_cut() -> None:
+    """(unit 0 of B, unit 1 of A): A's unit goes first, its entry is not in the tensor that B's cut finds."""
+    model, axes = mlp()
+    old, attic = copy.deepcopy(model), Attic()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 2, 3, 4, 5)}), attic=attic)
+    shaken(model)
+    trained = copy.deepcopy(model)
+    model, axes = apply(model, axes, Plan.keeping(axes, {B: (1, 2, 3, 4)}), attic=attic)
+    for first, second in ((A, B), (B, A)):
+        again, left, store = copy.deepcopy(model), axes, copy.deepcopy(attic)
+        again, left = apply(again, left, Plan.restoring(left, {first: attic.gone[first]}), attic=store)
+        again, left = apply(again, left, Plan.restoring(left, {second: attic.gone[second]}), attic=store)
+        assert torch.equal(again[2].weight[:, 1], old[2].weight[:, 1])
+        assert torch.equal(again[2].weight[:, [0, 2, 3, 4, 5]], trained[2].weight)
+
+
+@pytest.mark.parametrize("eps", [1e-6, None])
+def test_folds_come_back_bit_for_bit_and_trained_gains_by_the_factor(eps: float | None) -> None:
+    model, axes = stream(eps)
+    old, attic = copy.deepcopy(model), Attic()
+    (axis,) = (axis for axis in axes.free() if axis.size == 7)
+    cuts = (range(1, 6), (0, 2, 3))
+    laws.restored_is_what_was_cut(
+        model, axes, [lambda left, units=units: Plan.keeping(left, {axis.key: units}) for units in cuts]
+    )
+    model, axes = apply(model, axes, Plan.keeping(axes, {axis.key: range(5)}), attic=attic)
+    with torch.no_grad():
+        model.norm.weight[2] = 3.0
+    model, axes = apply(model, axes, Plan.restoring(axes, {axis.key: (6,)}), attic=attic)
+    gain = old.norm.weight.double() * (7 / 6) ** 0.5
+    gain[2] = 3.0 * (5 / 6) ** 0.5
+    assert torch.equal(model.norm.weight, gain[[0, 1, 2, 3, 4, 6]].float())
+    assert model.norm.eps == (eps or torch.finfo(torch.float32).eps) * (7 / 6)
+    model, axes = apply(model, axes, Plan.restoring(axes, {axis.key: (5,)}), attic=attic)
+    rest = [0, 1, 3, 4, 5, 6]
+    assert torch.equal(model.norm.weight[rest], old.norm.weight[rest]) and model.norm.eps == old.norm.eps
+    assert model.norm.weight[2].item() == pytest.approx(3.0 * (5 / 7) ** 0.5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_compensation_added_is_taken_back(bias: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=bias), nn.ReLU(), nn.Linear(3, 2))
+    axes = trace(model, torch.randn(2, 4))
+    old, graph, attic = copy.deepcopy(model), axes, Attic()
+    optimiser = torch.optim.Adam(model.parameters())
+    model(torch.randn(3, 4)).sum().backward()
+    optimiser.step()
+    model.load_state_dict(old.state_dict())
+    plan = Plan.keeping(axes, {A: (0, 2, 4)}, means={"2.weight": {1: 0.5, 3: -1.0, 5: 0.1}})
+    plain, _ = apply(copy.deepcopy(model), axes, plan)
+    model, axes = apply(model, axes, plan, attic=attic, optimizers=[optimiser])
+    assert torch.equal(model[2].bias, plain[2].bias) and model[2].bias.any()
+    model, axes = apply(model, axes, Plan.keeping(axes, {B: (0, 2)}), attic=attic, optimizers=[optimiser])
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (3,)}), attic=attic, optimizers=[optimiser])
+    own = old[2].bias if bias else torch.zeros(3)
+    left = own.double() + 0.5 * old[2].weight[:, 1].double() + 0.1 * old[2].weight[:, 5].double()
+    assert torch.equal(model[2].bias, left.float()[[0, 2]])
+    model, axes = apply(model, axes, Plan.restoring(axes, {B: (1,)}), attic=attic, optimizers=[optimiser])
+    assert torch.equal(model[2].bias, left.float()), "a restored output has what the missing inputs left in it"
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (1, 5)}), attic=attic, optimizers=[optimiser])
+    laws.same_network(model, old)
+    laws.same_axes(axes, graph)
+    assert (model[2].bias is None) != bias
+    held = [p for group in optimiser.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()} == {id(p) for p in optimiser.state}
+
+
+def test_a_bias_that_was_trained_loses_only_what_compensation_gave_it() -> None:
+    model, axes = mlp()
+    old, attic = copy.deepcopy(model), Attic()
+    plan = Plan.keeping(axes, {A: range(5)}, means={"2.weight": {5: 2.0}})
+    model, axes = apply(model, axes, plan, attic=attic)
+    with torch.no_grad():
+        model[2].bias += 1
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (5,)}), attic=attic)
+    assert torch.allclose(model[2].bias, old[2].bias + 1, atol=1e-6)
+    assert not attic.means
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_residual", "flatten", "concat", "llama", "chunk_gate"])
+def test_units_born_meanwhile_are_not_heard_by_those_restored(name: str) -> None:
+    """Cut, grow, restore: the function of the network that only grew, whose newborn units are silent."""
+    model, axes = traced(name)
+    double, attic = laws.in_double(model), Attic()
+    left = replace(axes, example=Example(*laws.in_double((axes.example.args, dict(axes.example.kwargs)))))
+    cut = laws.random_plan(left, torch.Generator().manual_seed(5), floor=2)
+    net, left = apply(copy.deepcopy(double), left, cut, attic=attic)
+    net, left = apply(net, left, laws.joint_growing_plan(left, "zero_out"), attic=attic)
+    born = {axis.key: axis.born for axis in left}
+    net, left = apply(net, left, Plan.restoring(left, attic.gone), attic=attic)
+    assert laws.gap(laws.outputs(net, axes), laws.outputs(double, axes)) <= laws.EXACT
+    for axis in left:
+        assert list(axis.ids) == sorted(set(axis.ids)) and axis.born == born[axis.key]
+    assert any(axis.size > axes[axis.key].size for axis in left)
+
+
+def test_a_restored_head_learns_to_use_a_size_born_without_it() -> None:
+    """Head 2 was gone when heads became larger: its new entries are as in newborn units, not 0 on both sides."""
+    torch.manual_seed(0)
+
+    def wire(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.o((m.v(x).unflatten(-1, (m.num_heads, -1)) * m.s).relu().flatten(-2))
+
+    model = Wired(wire, v=nn.Linear(3, 20), o=nn.Linear(20, 2))
+    model.s, model.num_heads = nn.Parameter(torch.rand(4, 5) + 0.5), 4
+    axes = trace(model, torch.randn(6, 3))
+    heads, size = (next(axis for axis in axes.free() if axis.size == n) for n in (4, 5))
+    attic = Attic()
+    model, left = apply(model, axes, Plan.keeping(axes, {heads.key: (0, 1, 3)}), attic=attic)
+    model, left = apply(model, left, Plan.growing(left, {size.key: 1}), attic=attic)
+    model, left = apply(model, left, Plan.restoring(left, {heads.key: (2,)}), attic=attic)
+    model(torch.randn(50, 3)).sum().backward()
+    assert model.o.weight.grad.view(2, 4, 6)[:, 2, 5].any()
+
+
+def entries(model: nn.Module, axes: AxisGraph) -> dict[tuple, float]:
+    """Every number by the tensor and the births along its dimensions, read from the slots alone."""
+    found = {}
+    for name, tensor in laws.tensors(model).items():
+        births: list[list[Any]] = [list(range(n)) for n in tensor.shape]
+        for axis in axes.free():
+            for slot in axis.slots:
+                if slot.name == name:
+                    for unit, own in zip(axis.ids, slot.positions(axis.size).tolist(), strict=True):
+                        for nth, at in enumerate(own):
+                            births[slot.dim][at] = (axis.key, unit, nth)
+        for at, value in zip(product(*births), tensor.flatten().tolist(), strict=True):
+            found[name, *at] = value
+    return found
+
+
+@pytest.mark.parametrize("name", ["mlp", "flatten", "conv_residual", "glu"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: int) -> None:
+    """Restored entries are what they last were, all others what they are: as a book of all entries has it."""
+    model, axes = traced(name)
+    model, generator, attic = copy.deepcopy(model), torch.Generator().manual_seed(seed), Attic()
+    book: dict[tuple, float] = {}
+    moves = []
+    for _ in range(10):
+        shaken(model, int(torch.randint(99, (), generator=generator)))
+        book |= entries(model, axes)
+        free = [axis for axis in axes.free() if not axis.count]
+        axis = free[int(torch.randint(len(free), (), generator=generator))]
+        move = int(torch.randint(3, (), generator=generator))
+        if move == 0 and axis.size > 1:
+            plan = laws.random_plan(axes, generator, keys=(axis.key,))
+        elif move == 1 and not axis.narrow:
+            plan = Plan.growing(axes, {axis.key: 1})
+        elif attic.gone:
+            some = {key: ids[: 1 + len(ids) // 2] for key, ids in attic.gone.items()}
+            plan, move = Plan.restoring(axes, some), 2
+        else:
+            continue
+        model, axes = apply(model, axes, plan, attic=attic)
+        moves.append(move)
+        cuts = any(change.dropped for change in plan.changes.values())
+        now = entries(model, axes)
+        known = now.keys() & book.keys()
+        assert {at: now[at] for at in known} == {at: book[at] for at in known}, moves
+        assert len(known) == len(now) or not cuts
+    assert len(set(moves)) > 1
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)])
+def test_restored_entries_start_without_drift(make: Any) -> None:
+    model, axes = mlp()
+    attic, optimiser = Attic(), make(model.parameters())
+    model(torch.randn(8, 4)).square().sum().backward()
+    optimiser.step()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 3, 5)}), attic=attic, optimizers=[optimiser])
+    memory = {what: value.clone() for what, value in optimiser.state[model[0].weight].items() if value.dim()}
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 4)}), attic=attic, optimizers=[optimiser])
+    for what, old in memory.items():
+        now = optimiser.state[model[0].weight][what]
+        assert torch.equal(now[[0, 1, 3, 5]], old)
+        first = what in ("exp_avg", "momentum_buffer")
+        assert torch.allclose(now[[2, 4]], torch.zeros(2, 4) if first else old.mean(0).expand(2, 4))
+    optimiser.step()
+
+
+def test_units_can_come_back_afresh() -> None:
+    model, axes = mlp()
+    old = copy.deepcopy(model)
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 2, 5)}))
+    plan = Plan.restoring(axes, {A: (1, 4)}, Fill("zero_out", seed=2))
+    laws.widening_keeps_function(model, axes, plan, alive=False)
+    for rule in ("split", "pair"):
+        laws.widening_keeps_function(model, axes, Plan.restoring(axes, {A: (1, 4)}, Fill(rule)), alive=False)
+    model, left = apply(model, axes, plan)
+    assert left[A].ids == (0, 1, 2, 4, 5) and left[A].born == 6
+    assert not model[2].weight[:, [1, 3]].any()
+    assert torch.equal(model[2].weight[:, [0, 2, 4]], old[2].weight[:, [0, 2, 5]])
+
+
+def test_the_function_survives_a_plan_that_swaps_units() -> None:
+    model, axes = mlp()
+    old, attic = copy.deepcopy(model), Attic()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2)}), attic=attic)
+    swap = replace(Plan.restoring(axes, {A: (5,)}).changes[A], keep=(0, 2))
+    model, axes = apply(model, axes, Plan({A: swap}), attic=attic)
+    straight, _ = apply(old, trace(old, torch.randn(8, 4)), Plan.keeping(trace(old, torch.randn(8, 4)), {A: (0, 2, 5)}))
+    laws.same_network(model, straight)
+    assert attic.gone == {A: (1, 3, 4)}
+
+
+def test_a_plan_that_restores_survives_json() -> None:
+    model, axes = mlp()
+    _, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 2)}))
+    for fill in (None, Fill("split", 4)):
+        plan = Plan.restoring(axes, {A: (5, 1)}, fill)
+        assert plan.changes[A].restore == (1, 5) and plan.sizes(axes)[A] == 4
+        assert Plan.from_json(plan.to_json()) == plan
+    old = json.loads(plan.to_json())
+    del old["changes"][A]["restore"], old["changes"][A]["fresh"]
+    assert Plan.from_json(json.dumps(old)).changes[A].restore == (), "plans from before restoring can be read"
+    for what, wrong in (("restore", [1.5]), ("fresh", 1)):
+        bad = json.loads(plan.to_json())
+        bad["changes"][A][what] = wrong
+        with pytest.raises(PlanError, match=f"{what} is"):
+            Plan.from_json(json.dumps(bad))
+
+
+def test_what_cannot_be_restored_is_refused_by_name_and_nothing_changes() -> None:
+    model, axes = mlp()
+    attic = Attic()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2, 3)}), attic=attic)
+    with pytest.raises(PlanError, match="unit 3 is alive; only units that were cut"):
+        Plan.restoring(axes, {A: (3,)})
+    with pytest.raises(PlanError, match="no unit 9 was ever born; its units are numbered from 0 to 5"):
+        Plan.restoring(axes, {A: (9,)})
+    with pytest.raises(PlanError, match="each once"):
+        Plan({A: Change(4, (0, 1, 2, 3), axes[A].slots, axes[A].ids, restore=(5, 4))})
+    with pytest.raises(PlanError, match=r"no axis 'x'"):
+        Plan.restoring(axes, {"x": (1,)})
+    plan = Plan.restoring(axes, {A: (4,)})
+    with laws.untouched(model), pytest.raises(PlanError, match=r"in no attic; give the one .*fresh numbers"):
+        apply(model, axes, plan)
+    with pytest.raises(PlanError, match="make two"):
+        Plan({**plan.changes, **Plan.growing(axes, {B: 2}).changes}).check(axes)
+    stranger = Attic()
+    with laws.untouched(model), pytest.raises(PlanError, match="unit 4 is not in the attic"):
+        apply(model, axes, plan, attic=stranger)
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2)}))
+    before = copy.deepcopy(attic.record())
+    with laws.untouched(model), pytest.raises(PlanError, match="unit 3 is not in the attic, it was cut without it"):
+        apply(model, axes, Plan.restoring(axes, {A: (3, 5)}), attic=attic)
+    assert attic.record() == before
+    again = trace(model, torch.randn(8, 4))
+    with pytest.raises(PlanError, match=r"numbers the units of axis .* otherwise"):
+        apply(model, again, Plan.keeping(again, {A: (0, 1)}), attic=attic)
+
+
+def test_a_network_may_be_cast_in_between() -> None:
+    model, axes = stream()
+    attic = Attic()
+    model, axes = apply(model, axes, laws.random_plan(axes, torch.Generator().manual_seed(1)), attic=attic)
+    model, axes = apply(model.to(torch.bfloat16), axes, Plan.restoring(axes, attic.gone), attic=attic)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_an_attic_is_its_tensors_and_its_record() -> None:
+    model, axes = stream()
+    old, attic = copy.deepcopy(model), Attic()
+    model, axes = apply(model, axes, laws.random_plan(axes, torch.Generator().manual_seed(1)), attic=attic)
+    assert attic.gone
+    again = Attic.read(json.loads(json.dumps(attic.record())), attic.tensors())
+    model, axes = apply(model, axes, Plan.restoring(axes, again.gone), attic=again)
+    laws.same_network(model, old)
+    with pytest.raises(PlanError, match="not an attic"):
+        Attic.read({}, {})
+    with pytest.raises(PlanError, match="damaged attic"):
+        Attic.read(again.record() | {"born": None}, again.tensors())
+    record = json.loads(json.dumps(attic.record()))
+    with pytest.raises(PlanError, match="damaged attic"):
+        Attic.read(record, {})
