@@ -219,7 +219,10 @@ def test_what_data_are_written_into_is_data() -> None:
     assert [decision.answer > 1 for decision in axes.decisions or ()] == [True]
 
 
-def test_verify_holds_scores_against_each_other_that_find_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_verify_holds_scores_against_each_other_that_find_nothing(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where nothing is found the answers are empty, and a cut that spoils the scores must not pass for that."""
     model, axes = traced(lambda m, x: x[m.two(m.one(x).relu())[:, 0] > 1e9])
     plan = smallest_plan(axes)
@@ -229,7 +232,7 @@ def test_verify_holds_scores_against_each_other_that_find_nothing(monkeypatch: p
     def spoiling(net: nn.Module, *more: Any) -> Any:
         cut = apply(net, *more)
         with torch.no_grad():
-            net.two.weight.mul_(1.01)
+            net.two.weight.mul_(factor)
         return cut
 
     monkeypatch.setattr(import_module("regrow.surgery.verify"), "apply", spoiling)

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
@@ -203,8 +204,8 @@ def _largest(a: list[Tensor | None], b: list[Tensor | None]) -> float:
 
 
 def _gap(x: Tensor, y: Tensor) -> float:
-    same = (x == y) | (x.isnan() & y.isnan())  # infinities among them
-    return float((x - y).abs().masked_fill(same, 0.0).max())
+    gap = (x - y).abs().masked_fill(x == y, 0.0)  # infinities are equal too
+    return float(gap.masked_fill(gap.isnan(), inf).max())
 
 
 def _scale(answer: list[Tensor | None]) -> float:

@@ -154,8 +154,8 @@ def _again(model: nn.Module, example: Example, found: Capture) -> Capture:
 
     Where the network does not run on fake data, no copy will: the real run is all there is then.
     """
-    copy, mode = hollow(model, {})
     try:
+        copy, mode = hollow(model, {})
         return _eager(copy, faked(example, mode), found.decisions or (), found.refusal)
     except Exception:
         return found
