@@ -547,6 +547,13 @@ PLAIN = (
         Has(10, ("one.weight:0", "two.weight:0", "both.weight:1")),
     ),
     wired(
+        "auxiliary",
+        lambda m, x: m.head(h := m.stem(x).tanh()) + (m.aux(h) if m.training else 0),
+        lambda: {"stem": nn.Linear(5, 9), "head": nn.Linear(9, 3), "aux": nn.Linear(9, 3)},
+        vectors(2, 5),
+        Has(9, ("stem.weight:0", "head.weight:1", "aux.weight:1")),
+    ),
+    wired(
         "recurrent",
         lambda m, x: m.out(_unroll(m, x)),
         lambda: {"read": nn.Linear(5, 8), "again": nn.Linear(8, 8), "out": nn.Linear(8, 3)},
@@ -850,7 +857,41 @@ FOOLING = (
         parts=lambda: {"scale": nn.Buffer(torch.tensor(8**-0.5))},
     ),
     fooling("sort", lambda m, x: x.sort(1).values, Frozen(STEM)),
-    fooling("topk", lambda m, x: x.topk(5, 1).values, Frozen(STEM), after=5),
+    fooling("topk", lambda m, x: x.topk(5, 1).values, Has(8, STEM, (C,)), after=5),
+    fooling("topk_smallest", lambda m, x: x.topk(5, 1, largest=False).values, Frozen(STEM), after=5),
+    fooling("topk_positions", lambda m, x: x[:, x.mean((0, 2, 3)).topk(5).indices], Frozen(STEM), after=5),
+    fooling(
+        "topk_counted", lambda m, x: x * x.mean((2, 3)).topk(3).indices.float().histc(8, 0, 7).sum(), NotNeutral(STEM)
+    ),
+    fooling("constant_of_size", lambda m, x: x * x.new_full(x.shape[1:], 0.3), Has(8, STEM)),
+    fooling("written_over", lambda m, x: x + torch.zeros_like(x).copy_(x.sigmoid()), Has(8, STEM)),
+    fooling(
+        "einsum",
+        lambda m, x: torch.einsum("bchw,oc->bohw", x, m.mix),
+        Has(8, (*STEM, "mix:1")),
+        Has(7, ("mix:0", "last.weight:1")),
+        after=7,
+        parts=lambda: {"mix": nn.Parameter(torch.zeros(7, 8))},
+    ),
+    fooling(
+        "einsum_entrywise",
+        lambda m, x: torch.einsum("b...,...b->b...", x, x.sigmoid().movedim(0, -1)),
+        Has(8, STEM),
+    ),
+    fooling(
+        "einsum_inner",
+        lambda m, x: x * torch.einsum("bchw,bchw->bhw", x, x.sigmoid())[:, None],
+        Has(8, STEM),
+        zeros="producers",
+    ),
+    fooling(
+        "weight_norm",
+        lambda m, x: m.normed(x),
+        Frozen(STEM),
+        Has(7, ("normed.parametrizations.weight.original1:0", "normed.bias:0", "last.weight:1")),
+        after=7,
+        parts=lambda: {"normed": nn.utils.parametrizations.weight_norm(conv(8, 7))},
+    ),
     fooling("median", lambda m, x: x - x.median(1, keepdim=True).values, Frozen(STEM)),
     fooling("index", lambda m, x: x[:, [3, 1, 0, 2, 7, 5, 6, 4]], Frozen(STEM)),
     fooling("every_second", lambda m, x: x[:, ::2], NotNeutral(STEM, 8), after=4),
@@ -991,6 +1032,9 @@ GROUPED = {
 }
 
 
+MIXER = "backbone.layers.0.mixer"
+
+
 def language(name: str, family: str, settings: dict[str, Any], *expect: Fact, attention: str = "sdpa") -> Net:
     """A small causal language model of transformers, built from its configuration."""
 
@@ -1101,6 +1145,15 @@ LANGUAGE = (
         GEMMA | {"num_attention_heads": 6, "num_key_value_heads": 2},
         *rotary(kv=2, rep=3, shared=False),
         Tied("model.embed_tokens.weight", "lm_head.weight"),
+    ),
+    language(
+        "mamba",
+        "Mamba",
+        {"hidden_size": 24, "state_size": 6, "time_step_rank": 5},
+        Has(48, tuple(f"{MIXER}.{place}" for place in ("A_log:0", "D:0", "conv1d.weight:0", "out_proj.weight:1"))),
+        Has(6, (f"{MIXER}.A_log:1", f"{MIXER}.x_proj.weight:0")),
+        Has(5, (f"{MIXER}.x_proj.weight:0", f"{MIXER}.dt_proj.weight:1")),
+        attention="eager",
     ),
     language(
         "gemma3_single_kv",
@@ -1265,8 +1318,7 @@ VISION = (
                 ),
             ),
         ),
-        Unreached("aux1.*"),
-        Unreached("aux2.*"),
+        Has(192, ("inception4a.branch1.conv.weight:0", "aux1.conv.conv.weight:1")),
     ),
     vision(
         "vit",
