@@ -1147,6 +1147,14 @@ LANGUAGE = (
         Tied("model.embed_tokens.weight", "lm_head.weight"),
     ),
     language(
+        "phi3",
+        "Phi3",
+        GROUPED,
+        Has(3, tuple(f"model.layers.0.self_attn.{place}" for place in ("qkv_proj.weight:0", "o_proj.weight:1"))),
+        Has(8, tuple(f"model.layers.0.self_attn.{place}" for place in ("qkv_proj.weight:0", "o_proj.weight:1"))),
+        Has(56, ("model.layers.0.mlp.gate_up_proj.weight:0", "model.layers.0.mlp.down_proj.weight:1")),
+    ),
+    language(
         "mamba",
         "Mamba",
         {"hidden_size": 24, "state_size": 6, "time_step_rank": 5},

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regrow.nets import Origin
 from regrow.runs.atomic import StoreError
 from regrow.runs.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
+from regrow.tracing import attributes as named
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def numbers(model: nn.Module) -> dict[str, Number]:
     return {
         f"{path}:{name}": tuple(value) if isinstance(value, list) else value
         for path, module in model.named_modules()
-        for name, value in vars(module).items()
+        for name, value in (*vars(module).items(), *named.counts(module))
         if _is_number(value)
     }
 
@@ -183,8 +184,8 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
             setattr(model.get_submodule(path), name, number)
         elif place in fixed and not _equal(number, fixed[place]):
             module = model.get_submodule(path)
-            held_as = type(getattr(module, name))
-            setattr(module, name, held_as(number) if isinstance(number, tuple) else number)
+            held_as = type(named.held(module, name))
+            named.hold(module, name, held_as(number) if isinstance(number, tuple) else number)
 
 
 def _check_tensor(fresh: nn.Module, here: Held | None, name: str, stored: Stored, compared: bool) -> None:

@@ -17,6 +17,7 @@ from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import through
 from regrow.surgery.widen import carried, roles_of
+from regrow.tracing.attributes import held, hold
 from regrow.tracing.trial import planned_integers, rehearsed
 
 
@@ -128,8 +129,8 @@ def _commit(model: nn.Module, axes: AxisGraph, done: Outcome, integers: Mapping[
     for place, number in {**integers, **done.constants}.items():
         path, name = place.split(":")
         module = model.get_submodule(path)
-        old_value = getattr(module, name)
-        setattr(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
+        old_value = held(module, name)
+        hold(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
 
 
 def _after(

@@ -5,6 +5,7 @@ The tables here are the only place that knows names. What they suggest is proved
 freezes an axis, it never makes a wrong one.
 """
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -133,8 +134,33 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
                 found[f"{path}:{name}"] = held[0]
                 alike += [(held[0], other, f"`{name}` of {path or 'the model'} sets both") for other in held[1:]]
     for path, module in model.named_modules():
+        found |= _of_products(path, module, w, found)
+    for path, module in model.named_modules():
         _channels(path, module, found, dims)
     return found, alike
+
+
+def held(module: nn.Module, name: str) -> Any:
+    """What an attribute holds; ``config.num_attention_heads`` is one of the module's configuration."""
+    owner, _, leaf = name.rpartition(".")
+    return getattr(getattr(module, owner) if owner else module, leaf)
+
+
+def hold(module: nn.Module, name: str, value: Any) -> None:
+    """Set an attribute; a configuration is copied first, since other layers share it."""
+    owner, _, leaf = name.rpartition(".")
+    if owner:
+        setattr(module, owner, copy.copy(getattr(module, owner)))
+    setattr(getattr(module, owner) if owner else module, leaf, value)
+
+
+def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """``config.name`` and number of each count in a module's configuration."""
+    config = vars(module).get("config")
+    for name in sorted(COUNTS) if hasattr(config, "__dict__") and not isinstance(config, nn.Module) else ():
+        value = getattr(config, name, None)
+        if type(value) is int and value > 1:
+            yield f"config.{name}", value
 
 
 def repeats(model: nn.Module, path: str, size: int) -> bool:
@@ -185,6 +211,30 @@ def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
         if not any(d.identical(one.expr, other) for other in distinct):
             distinct.append(one.expr)
     return distinct
+
+
+def _of_products(path: str, module: nn.Module, w: Walk, found: Mapping[str, Expr]) -> dict[str, Expr]:
+    """Counts, the module's own or of its configuration, of which it reshapes or slices by a multiple."""
+    here = [one.expr for one in w.literals if one.module == path and d.is_free(one.expr)]
+    known = [expr for place, expr in found.items() if place.startswith(f"{path}:")]
+    made: dict[str, Expr] = {}
+    own = [(name, value) for name, value in _numbers(module) if name in COUNTS and f"{path}:{name}" not in found]
+    for name, value in (*own, *counts(module)) if here else ():
+        fitting: list[Expr] = []
+        for expr in (one for whole in here for one in _outermost(whole)):
+            if d.size(expr) == value and not any(d.identical(expr, one) for one in (*known, *fitting)):
+                fitting.append(expr)
+        if len(fitting) == 1:
+            made[f"{path}:{name}"] = fitting[0]
+    return made
+
+
+def _outermost(expr: Expr) -> Iterator[Expr]:
+    """A dimension, and the products of its outermost factors."""
+    whole = d.resolve(expr)
+    yield whole
+    if isinstance(whole, d.Times):
+        yield from (d.times(*whole.parts[:i]) for i in range(1, len(whole.parts)))
 
 
 def _is_repeat(expr: Expr) -> bool:

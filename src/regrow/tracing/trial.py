@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from regrow.axes import Axis, AxisGraph, Mark, size_of
+from regrow.tracing.attributes import held, hold
 from regrow.tracing.capture import TraceError, capture, faked, fitting, hollow, in_training
 from regrow.tracing.steps import difference
 
@@ -131,8 +132,8 @@ def resized(
     for place, value in planned_integers(axes, sizes).items():
         path, name = place.split(":")
         module = copy.get_submodule(path)
-        old = getattr(module, name)
-        setattr(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
+        old = held(module, name)
+        hold(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
     return copy, mode
 
 

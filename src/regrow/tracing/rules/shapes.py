@@ -120,8 +120,8 @@ def squeeze(w: Walk, node: Node) -> Dims:
 def concatenate(w: Walk, node: Node) -> Dims:
     """The joined dimension is a sum; the others are tied."""
     parts = [one for one in arg(node, 0) if isinstance(one, Node) and shape_of(one) != (0,)] or list(arg(node, 0))
-    dims = [w.of(part) for part in parts]
-    axis = _axis(node, 1, len(dims[0]))
+    axis = _axis(node, 1, len(shape_of(parts[0])))
+    dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]
     out = list(dims[0])
     for other in dims[1:]:
         for i, expr in enumerate(other):
@@ -173,7 +173,9 @@ def piece(w: Walk, node: Node) -> Dims:
     step = int(arg(node, 4)) if len(node.args) > 4 else 1
     if start == 0 and end == n and step == 1:
         return dims
-    if step != 1 or start >= end or not d.is_free(dims[axis]):
+    if start >= end:
+        return (*dims[:axis], d.frozen(0, w.why(node, "it is empty")), *dims[axis + 1 :])
+    if step != 1 or not d.is_free(dims[axis]):
         why = w.why(node, "some of its entries are picked by number")
         d.freeze(dims[axis], why)
         return (*dims[:axis], d.frozen(shape_of(node)[axis], why), *dims[axis + 1 :])
@@ -182,7 +184,7 @@ def piece(w: Walk, node: Node) -> Dims:
     if start:
         w.starts[node] = before
     middle, after = d.halves(rest, end - start, why) if end < n else (rest, d.ONE)
-    if n == 2 * (end - start) and (start == 0 or end == n):
+    if n == 2 * (end - start) and (start == 0 or end == n) and not _cut_elsewhere(node, end - start):
         w.equal.append(
             (middle, after if start == 0 else before, w.why(node, "its halves must keep equally many units"))
         )
@@ -190,6 +192,18 @@ def piece(w: Walk, node: Node) -> Dims:
         if number > 1:
             w.literals.append(Literal(module_of(node), number, middle if number == end - start else before))
     return (*dims[:axis], middle, *dims[axis + 1 :])
+
+
+def _cut_elsewhere(node: Node, half: int) -> bool:
+    """Whether other slices of the same dimension show that it has more parts than two halves."""
+    axis = _axis(node, 1, len(shape_of(_input(node))))
+    alike = [one for one in _input(node).users if op_name(one) == op_name(node) and len(one.args) > 1]
+    return any(
+        place not in (0, half, 2 * half)
+        for one in alike
+        if _axis(one, 1, len(shape_of(_input(one)))) == axis
+        for place in bounds(one)
+    )
 
 
 def bounds(node: Node) -> tuple[int, int]:
