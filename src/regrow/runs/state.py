@@ -217,8 +217,8 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
     for new, was in zip(news, olds, strict=True):
         if math.isfinite(was) and not math.isfinite(new):
             raise StoreError(f"{place!r} is {new} in the record; restore shapes.json")
-        if (was > 0 and new <= 0 and isinstance(was, int)) or (abs(was) < MOST <= abs(new)):
-            raise StoreError(f"{place!r} is {new} in the record; a size is from 1 to {MOST - 1}: restore shapes.json")
+        if (was > 0 and new < 0 and isinstance(was, int)) or (abs(was) < MOST <= abs(new)):
+            raise StoreError(f"{place!r} is {new} in the record; a size is from 0 to {MOST - 1}: restore shapes.json")
 
 
 def _check_loose(model: nn.Module, fresh: nn.Module) -> None:
