@@ -17,7 +17,7 @@ from regrow.tracing.steps import difference
 def proved(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """The graph with every axis frozen whose cut the network does not survive as planned.
 
-    One unit of each free axis is cut, in all axes at once, on a copy without numbers, and the copy is recorded again.
+    A few units of each free axis are cut, in all axes at once, on a copy without numbers, which is recorded again.
     Where that fails, axes are tried class by class: axes are of one class if their slots differ in layer numbers only.
     Axes of two units are tried apart from the start: with one unit left, many networks do something else.
     """
@@ -95,8 +95,19 @@ def _kind(axis: Axis) -> tuple:
 
 
 def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
-    """What goes wrong when one unit of each of the axes is cut; empty if nothing does."""
-    sizes = axes.sizes() | {axis.key: axis.size - _step(axis, axes) for axis in cut}
+    """What goes wrong when a few units of each of the axes are cut; empty if nothing does.
+
+    One axis loses one unit, the next one two, then three: where the network's code takes the size of one axis for that
+    of another, they must not shrink alike.
+    """
+    sizes = axes.sizes()
+    turns: dict[str, int] = {}
+    for axis in cut:
+        members = [other for other in axes if other.count == axis.count] if axis.count else [axis]
+        many = 1 + turns.setdefault(axis.count or axis.key, len(turns)) % 3
+        if any(other.size - many * _step(other, axes) < max(other.least, 1) for other in members):
+            many = 1
+        sizes[axis.key] = axis.size - many * _step(axis, axes)
     if any(size < 1 for size in sizes.values()):
         return "it cannot lose what an axis of the same count must lose with it"
     return rehearsed(model, axes, sizes, numbers=True)
