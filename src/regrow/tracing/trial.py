@@ -45,7 +45,8 @@ def _one_by_one(model: nn.Module, axes: AxisGraph, group: list[Axis]) -> dict[st
     bad: dict[str, str] = {}
     families: dict[tuple, list[list[Axis]]] = {}
     for kind, members in _classes(group).items():
-        families.setdefault(tuple(name for name, *_ in kind[1]), []).append(members)
+        alike = tuple((name, dim, outer > 1, inner > 1) for name, dim, outer, _, inner, *_ in kind[1])
+        families.setdefault(alike, []).append(members)
     for classes in families.values():
         bad |= _of_family(model, axes, classes)
     left = [axis for axis in group if axis.key not in bad]
