@@ -159,7 +159,7 @@ def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
     config = vars(module).get("config")
     for name in sorted(COUNTS) if hasattr(config, "__dict__") and not isinstance(config, nn.Module) else ():
         value = getattr(config, name, None)
-        if type(value) is int and value > 1:
+        if type(value) is int:
             yield f"config.{name}", value
 
 
@@ -222,7 +222,7 @@ def _of_products(path: str, module: nn.Module, w: Walk, found: Mapping[str, Expr
     for name, value in (*own, *counts(module)) if here else ():
         fitting: list[Expr] = []
         for expr in (one for whole in here for one in _outermost(whole)):
-            if d.size(expr) == value and not any(d.identical(expr, one) for one in (*known, *fitting)):
+            if d.size(expr) == value > 1 and not any(d.identical(expr, one) for one in (*known, *fitting)):
                 fitting.append(expr)
         if len(fitting) == 1:
             made[f"{path}:{name}"] = fitting[0]

@@ -9,24 +9,25 @@ from torch.fx import Node
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import module_of, shape_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.rules.entries import broadcast
 from regrow.tracing.walk import Dims, Literal, Walk, arg, op_name
 
 
-def _input(node: Node) -> Node:
-    operand = node.args[0]
-    assert isinstance(operand, Node)
-    return operand
+def operand(node: Node) -> Node:
+    """What an operation works on: its first argument."""
+    first = node.args[0]
+    assert isinstance(first, Node)
+    return first
 
 
-def _axis(node: Node, position: int, rank: int, default: int = 0) -> int:
+def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:
+    """Which dimension an argument names, counted from the first."""
     given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
     return int(given) % max(rank, 1)
 
 
 def reshape(w: Walk, node: Node) -> Dims:
     """Neighbouring dimensions whose sizes multiply to the same number are the same product."""
-    dims = w.of(_input(node))
+    dims = w.of(operand(node))
     shape: tuple[int, ...] = shape_of(node)
     why = w.why(node, "a reshape mixes it with its neighbours")
     out = _regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why)
@@ -41,7 +42,7 @@ def reshape(w: Walk, node: Node) -> Dims:
 
 def _literals(node: Node, dims: Dims) -> list[int]:
     if op_name(node) == "unflatten":
-        axis = _axis(node, 1, len(dims))
+        axis = axis_of(node, 1, len(dims))
         return [0] * axis + [int(n) for n in arg(node, 2)]
     given = node.args[1] if len(node.args) > 1 else ()
     return [int(n) for n in given] if isinstance(given, list | tuple) else []
@@ -66,32 +67,32 @@ def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
 
 def transpose(w: Walk, node: Node) -> Dims:
     """Two dimensions change places."""
-    dims = list(w.of(_input(node)))
-    a, b = _axis(node, 1, len(dims)), _axis(node, 2, len(dims))
+    dims = list(w.of(operand(node)))
+    a, b = axis_of(node, 1, len(dims)), axis_of(node, 2, len(dims))
     dims[a], dims[b] = dims[b], dims[a]
     return tuple(dims)
 
 
 def last_two(w: Walk, node: Node) -> Dims:
     """The last two dimensions change places."""
-    *rest, a, b = w.of(_input(node))
+    *rest, a, b = w.of(operand(node))
     return (*rest, b, a)
 
 
 def reverse(w: Walk, node: Node) -> Dims:
     """The dimensions in opposite order."""
-    return w.of(_input(node))[::-1]
+    return w.of(operand(node))[::-1]
 
 
 def permute(w: Walk, node: Node) -> Dims:
     """The dimensions in another order."""
-    dims = w.of(_input(node))
+    dims = w.of(operand(node))
     return tuple(dims[int(i) % len(dims)] for i in arg(node, 1))
 
 
 def movedim(w: Walk, node: Node) -> Dims:
     """Some dimensions move, the others keep their order."""
-    dims = w.of(_input(node))
+    dims = w.of(operand(node))
     source, target = ([int(i) % len(dims) for i in _listed(one)] for one in node.args[1:3])
     rest = [i for i in range(len(dims)) if i not in source]
     placed = dict(zip(target, source, strict=True))
@@ -105,14 +106,14 @@ def _listed(given: Any) -> list[int]:
 
 def unsqueeze(w: Walk, node: Node) -> Dims:
     """A new dimension of size 1."""
-    dims = list(w.of(_input(node)))
+    dims = list(w.of(operand(node)))
     dims.insert(int(arg(node, 1)) % (len(dims) + 1), d.ONE)
     return tuple(dims)
 
 
 def squeeze(w: Walk, node: Node) -> Dims:
     """Dimensions of size 1 go."""
-    dims = w.of(_input(node))
+    dims = w.of(operand(node))
     named = [int(i) % len(dims) for i in _listed(node.args[1])] if len(node.args) > 1 else list(range(len(dims)))
     return tuple(expr for i, expr in enumerate(dims) if not (i in named and d.size(expr) == 1))
 
@@ -120,7 +121,7 @@ def squeeze(w: Walk, node: Node) -> Dims:
 def concatenate(w: Walk, node: Node) -> Dims:
     """The joined dimension is a sum; the others are tied."""
     parts = [one for one in arg(node, 0) if isinstance(one, Node) and shape_of(one) != (0,)] or list(arg(node, 0))
-    axis = _axis(node, 1, len(shape_of(parts[0])))
+    axis = axis_of(node, 1, len(shape_of(parts[0])))
     dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]
     out = list(dims[0])
     for other in dims[1:]:
@@ -138,15 +139,15 @@ def stack(w: Walk, node: Node) -> Dims:
     for part in parts[1:]:
         for a, b in zip(out, w.of(part), strict=True):
             d.unify(a, b, w.why(node, "stacked tensors have no common form"))
-    out.insert(_axis(node, 1, len(out) + 1), d.frozen(len(parts), w.why(node, "made by stacking")))
+    out.insert(axis_of(node, 1, len(out) + 1), d.frozen(len(parts), w.why(node, "made by stacking")))
     return tuple(out)
 
 
 def split(w: Walk, node: Node) -> Any:
     """A dimension is cut into pieces; pieces of one size, cut by one number, keep equally many units."""
-    dims = w.of(_input(node))
+    dims = w.of(operand(node))
     sizes = shape_of(node)
-    axis = _axis(node, 2, len(dims))
+    axis = axis_of(node, 2, len(dims))
     why = w.why(node, "it is cut into pieces at a place that is inside a unit")
     pieces, rest = [], dims[axis]
     for shape in sizes[:-1]:
@@ -166,8 +167,8 @@ def split(w: Walk, node: Node) -> Any:
 
 def piece(w: Walk, node: Node) -> Dims:
     """A run of entries of one dimension."""
-    dims = w.of(_input(node))
-    axis = _axis(node, 1, len(dims))
+    dims = w.of(operand(node))
+    axis = axis_of(node, 1, len(dims))
     n = d.size(dims[axis])
     start, end = bounds(node)
     step = int(arg(node, 4)) if len(node.args) > 4 else 1
@@ -196,20 +197,20 @@ def piece(w: Walk, node: Node) -> Dims:
 
 def _cut_elsewhere(node: Node, half: int) -> bool:
     """Whether other slices of the same dimension show that it has more parts than two halves."""
-    axis = _axis(node, 1, len(shape_of(_input(node))))
-    alike = [one for one in _input(node).users if op_name(one) == op_name(node) and len(one.args) > 1]
+    axis = axis_of(node, 1, len(shape_of(operand(node))))
+    alike = [one for one in operand(node).users if op_name(one) == op_name(node) and len(one.args) > 1]
     return any(
         place not in (0, half, 2 * half)
         for one in alike
-        if _axis(one, 1, len(shape_of(_input(one)))) == axis
+        if axis_of(one, 1, len(shape_of(operand(one)))) == axis
         for place in bounds(one)
     )
 
 
 def bounds(node: Node) -> tuple[int, int]:
     """The first and the past-the-last entry of a slice."""
-    shape = shape_of(_input(node))
-    n = shape[_axis(node, 1, len(shape))]
+    shape = shape_of(operand(node))
+    n = shape[axis_of(node, 1, len(shape))]
     if op_name(node) == "narrow":
         start = int(arg(node, 2)) % n
         return start, start + int(arg(node, 3))
@@ -219,25 +220,9 @@ def bounds(node: Node) -> tuple[int, int]:
     return start, end
 
 
-def select(w: Walk, node: Node) -> Dims:
-    """One entry of a dimension: which one it is counts, so the dimension is frozen."""
-    dims = w.of(_input(node))
-    axis = _axis(node, 1, len(dims))
-    d.freeze(dims[axis], w.why(node, "one of its entries is picked by number"))
-    return (*dims[:axis], *dims[axis + 1 :])
-
-
-def unbind(w: Walk, node: Node) -> Any:
-    """All entries of a dimension, one by one."""
-    dims = w.of(_input(node))
-    axis = _axis(node, 1, len(dims))
-    d.freeze(dims[axis], w.why(node, "its entries are picked one by one"))
-    return [(*dims[:axis], *dims[axis + 1 :]) for _ in shape_of(node)]
-
-
 def expand(w: Walk, node: Node) -> Dims:
     """A dimension of size 1 is repeated: a new factor, free only if an attribute of the module can set its size."""
-    dims, shape = w.of(_input(node)), shape_of(node)
+    dims, shape = w.of(operand(node)), shape_of(node)
     dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
     other = node.args[1] if len(node.args) > 1 else None
     if isinstance(other, Node):
@@ -250,7 +235,7 @@ def expand(w: Walk, node: Node) -> Dims:
 
 def repeat(w: Walk, node: Node) -> Dims:
     """Whole dimensions are repeated one after another: a new outer factor."""
-    dims, shape = w.of(_input(node)), shape_of(node)
+    dims, shape = w.of(operand(node)), shape_of(node)
     dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
     return tuple(
         expr if d.size(expr) == n else d.times(_repeated(w, node, n // d.size(expr)), expr)
@@ -260,9 +245,9 @@ def repeat(w: Walk, node: Node) -> Dims:
 
 def repeat_interleave(w: Walk, node: Node) -> Dims:
     """Each entry is repeated in place: a new inner factor."""
-    dims, shape = w.of(_input(node)), shape_of(node)
+    dims, shape = w.of(operand(node)), shape_of(node)
     if len(dims) != len(shape) or isinstance(node.args[1], Node):
-        return _frozen(w, node)
+        return frozen_whole(w, node)
     return tuple(
         expr if d.size(expr) == n else d.times(expr, _repeated(w, node, n // d.size(expr)))
         for expr, n in zip(dims, shape, strict=True)
@@ -277,7 +262,7 @@ def _repeated(w: Walk, node: Node, n: int) -> Expr:
 
 def pad(w: Walk, node: Node) -> Dims:
     """Padded dimensions are new ones; the others pass."""
-    dims, shape = w.of(_input(node)), shape_of(node)
+    dims, shape = w.of(operand(node)), shape_of(node)
     why = w.why(node, "it is padded")
     for expr, n in zip(dims, shape, strict=True):
         if d.size(expr) != n:
@@ -287,7 +272,7 @@ def pad(w: Walk, node: Node) -> Dims:
 
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
     """``C·r²`` channels become ``C`` channels on a finer grid."""
-    dims, shape = w.of(_input(node)), shape_of(node)
+    dims, shape = w.of(operand(node)), shape_of(node)
     why = w.why(node, "a pixel shuffle lays it out in space")
     channels, _ = d.split_product(dims[-3], [shape[-3], d.size(dims[-3]) // shape[-3]], why)
     d.freeze(_, why)
@@ -296,7 +281,7 @@ def pixel_shuffle(w: Walk, node: Node) -> Dims:
 
 def per_channel(w: Walk, node: Node) -> Any:
     """Pooling and resizing: batch and channels pass, space is made anew."""
-    dims, shapes = w.of(_input(node)), shape_of(node)
+    dims, shapes = w.of(operand(node)), shape_of(node)
     several = isinstance(shapes, list)
     rank = _SPACE.get(op_name(node)[-2:], 2)
     for expr in dims[len(dims) - rank :]:
@@ -311,37 +296,9 @@ def per_channel(w: Walk, node: Node) -> Any:
     return out if several else out[0]
 
 
-def index(w: Walk, node: Node) -> Any:
-    """Entries picked by a tensor of numbers: the dimensions picked from are frozen, the others pass."""
-    dims = w.of(_input(node))
-    picks: list[Any] = list(arg(node, 1))
-    picked = [i for i, pick in enumerate(picks) if pick is not None]
-    for i in picked:
-        d.freeze(dims[i], w.why(node, "its entries are picked by a tensor of numbers"))
-    if picked != list(range(picked[0], picked[-1] + 1)) or any(
-        pick.meta["val"].dtype.is_floating_point for pick in picks if pick
-    ):
-        return _frozen(w, node)
-    made = broadcast(w, node, [picks[i] for i in picked])
-    if len(dims) - len(picked) + len(made) != len(shape_of(node)):
-        return _frozen(w, node)
-    return (*dims[: picked[0]], *made, *dims[picked[-1] + 1 :])
-
-
-def pick(w: Walk, node: Node) -> Dims:
-    """``index_select`` and ``gather``: the dimension picked from is frozen."""
-    dims = w.of(_input(node))
-    axis = _axis(node, 1, len(dims))
-    why = w.why(node, "its entries are picked by a tensor of numbers")
-    d.freeze(dims[axis], why)
-    if op_name(node) == "index_select":
-        return (*dims[:axis], d.frozen(shape_of(node)[axis], why), *dims[axis + 1 :])
-    return _frozen(w, node)
-
-
 def triangle(w: Walk, node: Node) -> Dims:
     """Entries above or below the diagonal go: both dimensions are frozen."""
-    dims = w.of(_input(node))
+    dims = w.of(operand(node))
     for expr in dims[-2:]:
         d.freeze(expr, w.why(node, "a diagonal runs through it"))
     return dims
@@ -349,15 +306,16 @@ def triangle(w: Walk, node: Node) -> Dims:
 
 def glu(w: Walk, node: Node) -> Dims:
     """The first half, gated by the second: halves of equal size, unit by unit."""
-    dims = w.of(_input(node))
-    axis = _axis(node, 1, len(dims), -1)
+    dims = w.of(operand(node))
+    axis = axis_of(node, 1, len(dims), -1)
     first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node, "its halves are cut inside a unit"))
     d.unify(first, second, w.why(node, "its halves have no common form"))
     return (*dims[:axis], first, *dims[axis + 1 :])
 
 
-def _frozen(w: Walk, node: Node) -> Any:
-    for expr in w.of(_input(node)):
+def frozen_whole(w: Walk, node: Node) -> Any:
+    """All of what is read is frozen, and what comes out is new."""
+    for expr in w.of(operand(node)):
         d.freeze(expr, w.why(node, "its entries are picked or moved by number"))
     return w.fresh(node, w.why(node, "made by picking entries"))
 
@@ -390,8 +348,6 @@ RULES = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), split),
     "slice": piece,
     "narrow": piece,
-    "select": select,
-    "unbind": unbind,
     "expand": expand,
     "expand_as": expand,
     "broadcast_to": expand,
@@ -401,9 +357,6 @@ RULES = {
     **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"), pad),
     "pixel_shuffle": pixel_shuffle,
     **dict.fromkeys(_WINDOWS.split(), per_channel),
-    "index": index,
-    "index_select": pick,
-    "gather": pick,
     "tril": triangle,
     "triu": triangle,
     "glu": glu,
