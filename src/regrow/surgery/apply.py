@@ -57,19 +57,29 @@ def apply(
     >>> net[0].weight.shape, net[2].in_features, axes["0.weight:0"].size
     (torch.Size([3, 4]), 3, 3)
     """
-    plan.check(axes)
-    _check_state(model, axes)
+    check(model, axes, plan)
     if attic is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
         raise PlanError(
             f"axis {lost!r}: what its restored units held is in no attic; give the one that was there when they were "
             "cut, apply(..., attic=attic), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
         )
-    sizes, lays = plan.sizes(axes), layouts(axes, plan)
     # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
     grown = any(change.after > len(change.keep) for change in plan.changes.values())
     numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
-    if problem := rehearsed(model, axes, sizes, numbers):
+    if problem := rehearsed(model, axes, plan.sizes(axes), numbers):
         raise PlanError(f"the plan cannot be carried out: {problem}")
+    return carry_out(model, axes, plan, optimizers, attic)
+
+
+def carry_out(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    optimizers: Sequence[Optimizer] = (),
+    attic: Attic | None = None,
+) -> tuple[nn.Module, AxisGraph]:
+    """What :func:`apply` does once a plan is checked and tried; by itself for copies that are run right after."""
+    sizes, lays = plan.sizes(axes), layouts(axes, plan)
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
     births = [(key, change.fill.seed, axes[key].born) for key, change in sorted(plan.changes.items())]
     seed = zlib.crc32(repr(births).encode())
@@ -101,7 +111,9 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _check_state(model: nn.Module, axes: AxisGraph) -> None:
+def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Raise :class:`PlanError` if a plan is not for these axes, or the axes are not of this model as it is."""
+    plan.check(axes)
     sizes, state = axes.sizes(), _state(model)
     for name, dims in axes.shapes.items():
         expected = tuple(size_of(dim, sizes) for dim in dims)

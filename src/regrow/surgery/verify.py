@@ -15,11 +15,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
-from regrow.plan import Plan
-from regrow.surgery.apply import apply
+from regrow.plan import Plan, PlanError
+from regrow.surgery.apply import carry_out, check
 from regrow.tracing.capture import capture, evaluating
 from regrow.tracing.readings import Readings, readings
-from regrow.tracing.record import outputs
+from regrow.tracing.record import ORDERS, outputs
 from regrow.tracing.walk import op_name
 
 RELATIVE_BOUND = 1e-9
@@ -59,7 +59,8 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
 
     Where data decide what a network does (which boxes overlap), both networks are given the decisions of the uncut one,
     so that their answers are of one form; then what the decisions are taken on is held against each other too: the
-    scores and boxes of all anchors, not only of those that were found. If these agree, so do the decisions.
+    scores and boxes of all anchors, not only of those that were found. If these agree, so do the decisions. Likewise
+    the cut network sorts in the order of the masked one: equal scores (of anchors on the padding) lie in any order.
 
     Args:
         model: The traced model; it is left as it is.
@@ -182,10 +183,12 @@ def _in_double(example: Example) -> Example:
     return Example(tree_map(wide, example.args), tree_map(wide, dict(example.kwargs)))
 
 
-def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions) -> list[Tensor | None]:
+def _run(
+    model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor]
+) -> list[Tensor | None]:
     with _Double() if double else nullcontext():
         if decisions is not None:
-            return [*capture(model, example, decisions).values]
+            return [*capture(model, example, decisions, orders).values]
         with evaluating(model), torch.no_grad():
             return _floats(model(*example.args, **example.kwargs))
 
@@ -228,7 +231,7 @@ def _both(
     with _Double() if double and decisions is not None else nullcontext():
         recorded = readings(model, axes, example, decisions)
     for plan in plans:
-        plan.check(axes)
+        check(model, axes, plan)
         runner = _Masked(recorded, plan, double)
         # Operations in place may change what they are given.
         inputs = [
@@ -236,7 +239,11 @@ def _both(
         ]
         with torch.no_grad():
             masked = [*_floats(runner.run(*inputs)), *runner.judged]
-        shrunk = _run(apply(_copied(model), axes, plan)[0], example, double, recorded.decisions)
+        cut, _ = carry_out(_copied(model), axes, plan)
+        try:
+            shrunk = _run(cut, example, double, recorded.decisions, runner.orders)
+        except Exception as error:
+            raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
         yield plan, masked, shrunk, recorded.decisions
 
 
@@ -248,6 +255,7 @@ class _Masked(Interpreter):
         self.keep = {key: change.keep for key, change in plan.changes.items()}
         self.sizes, self.means, self.double = recorded.sizes, plan.means, double
         self.judged: list[Tensor | None] = []
+        self.orders: list[Tensor] = []
         self.judges: dict[Node, list[tuple[Node, bool]]] = {}
         for node, operand, dims in recorded.judged:
             whole = all(bool(kept_mask(dim, self.sizes, self.keep).all()) for dim in dims)
@@ -265,9 +273,10 @@ class _Masked(Interpreter):
             self.judged.append(self.env[operand].clone() if whole else None)  # a cut makes the others another form
         reads = self.reads.get(n, [])
         restated = [(reading, mask) for reading, mask in reads if reading.fill is None]
-        if restated:
-            return self._restated(n, *restated[0])
-        return super().run_node(n)
+        out = self._restated(n, *restated[0]) if restated else super().run_node(n)
+        if n.target in ORDERS:
+            self.orders.append(out if isinstance(out, Tensor) else out[1])
+        return out
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
         values = {one: self.env[one] for one in n.all_input_nodes}
