@@ -7,6 +7,7 @@ import click
 from regrow.cli.apply import apply
 from regrow.cli.compare import compare
 from regrow.cli.evaluate import evaluate
+from regrow.cli.learn import learn
 from regrow.cli.methods import methods
 from regrow.cli.prune import prune
 from regrow.cli.report import report
@@ -27,7 +28,7 @@ def regrow() -> None:
     """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
 
 
-for verb in (show, prune, apply, evaluate, compare, report, methods):
+for verb in (show, prune, learn, apply, evaluate, compare, report, methods):
     regrow.add_command(verb)
 
 

@@ -4,11 +4,26 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from regrow.methods import flap, gprune, llm_pruner, magnitude, random, wanda_sp
+from regrow.methods import (
+    ewc,
+    flap,
+    gprune,
+    llm_pruner,
+    lwf,
+    magnitude,
+    naive,
+    packnet,
+    random,
+    replay,
+    si,
+    sparsegrow,
+    wanda_sp,
+    wsn,
+)
 
 
 @dataclass(frozen=True)
@@ -27,6 +42,21 @@ class Entry:
     citation: str
     about: str
 
+    def made(self, name: str, settings: Mapping[str, Any]) -> Any:
+        """The method with settings, checked.
+
+        Raises:
+            ValueError: If a setting is unknown, or is of another type than its default.
+        """
+        defaults = {field.name: field.default for field in fields(self.settings)}
+        for key, value in settings.items():
+            if key not in defaults:
+                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults)}")
+            if type(value) is not type(defaults[key]):
+                kind = type(defaults[key]).__name__
+                raise ValueError(f"{name}: {key} is of type {kind}, like its default {defaults[key]!r}; got {value!r}")
+        return self.build(self.settings(**settings))
+
 
 METHODS: Mapping[str, Entry] = {
     "random": Entry(random.Settings, random.build, random.CITATION, random.__doc__ or ""),
@@ -36,17 +66,42 @@ METHODS: Mapping[str, Entry] = {
     "gprune": Entry(gprune.Settings, gprune.build, gprune.CITATION, gprune.__doc__ or ""),
     "llm_pruner": Entry(llm_pruner.Settings, llm_pruner.build, llm_pruner.CITATION, llm_pruner.__doc__ or ""),
 }
-"""Every method by its name on the command line."""
+"""Every method that prunes, by its name on the command line."""
+
+LEARNERS: Mapping[str, Entry] = {
+    "naive": Entry(naive.Settings, naive.build, naive.CITATION, naive.__doc__ or ""),
+    "ewc": Entry(ewc.Settings, ewc.build, ewc.CITATION, ewc.__doc__ or ""),
+    "si": Entry(si.Settings, si.build, si.CITATION, si.__doc__ or ""),
+    "lwf": Entry(lwf.Settings, lwf.build, lwf.CITATION, lwf.__doc__ or ""),
+    "replay": Entry(replay.Settings, replay.build, replay.CITATION, replay.__doc__ or ""),
+    "packnet": Entry(packnet.Settings, packnet.build, packnet.CITATION, packnet.__doc__ or ""),
+    "wsn": Entry(wsn.Settings, wsn.build, wsn.CITATION, wsn.__doc__ or ""),
+    "sparsegrow": Entry(sparsegrow.Settings, sparsegrow.build, sparsegrow.CITATION, sparsegrow.__doc__ or ""),
+}
+"""Every method that learns task after task."""
 
 
 def entry(name: str) -> Entry:
-    """The method of a name.
+    """The method that prunes, of a name.
 
     Raises:
         ValueError: If there is none; suggests the nearest.
     """
-    if name in METHODS:
-        return METHODS[name]
-    near = get_close_matches(name.lower().replace("-", "_"), METHODS, n=1, cutoff=0.4)
+    return _of(METHODS, name)
+
+
+def learner_entry(name: str) -> Entry:
+    """The method that learns task after task, of a name.
+
+    Raises:
+        ValueError: If there is none; suggests the nearest.
+    """
+    return _of(LEARNERS, name)
+
+
+def _of(known: Mapping[str, Entry], name: str) -> Entry:
+    if name in known:
+        return known[name]
+    near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no method {name!r}; {hint}The methods are {', '.join(METHODS)}")
+    raise ValueError(f"there is no method {name!r}; {hint}The methods are {', '.join(known)}")

@@ -19,6 +19,7 @@ from regrow.nets.examples import guessed_example
 from regrow.nets.language import build_transformers, load_folder, load_gguf, load_hub
 from regrow.nets.loaded import Loaded, Origin
 from regrow.nets.packaged import PACKAGED, packaged_folder
+from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, known_names, load_torchvision
 
 Progress = Callable[[int, int, str], None]
@@ -83,6 +84,8 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
             return build_transformers(origin)
         case "torchvision":
             return build_torchvision(origin)
+        case "small":
+            return build_small(origin)
         case "callable" if trust:
             return _called(origin.reference)[0].eval()
         case "callable":

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from torch import nn
@@ -79,15 +78,8 @@ def built(method: str, settings: Mapping[str, Any]) -> Method:
     Raises:
         ValueError: If the method or a setting is unknown, or a setting is of another type than its default.
     """
-    found = entry(method)
-    defaults = {field.name: field.default for field in fields(found.settings)}
-    for name, value in settings.items():
-        if name not in defaults:
-            raise ValueError(f"{method} has no setting {name!r}; it has {', '.join(defaults)}")
-        if type(value) is not type(defaults[name]):
-            kind = type(defaults[name]).__name__
-            raise ValueError(f"{method}: {name} is of type {kind}, like its default {defaults[name]!r}; got {value!r}")
-    return found.build(found.settings(**settings))
+    chosen: Method = entry(method).made(method, settings)
+    return chosen
 
 
 def measured(

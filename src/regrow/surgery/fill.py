@@ -64,6 +64,41 @@ def fitted(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batc
     return model
 
 
+def thinned(
+    model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
+) -> nn.Module:
+    """Leave newborn units a drawn share of what makes them; the rest is 0. Each unit keeps at least one entry.
+
+    Args:
+        model: The network after the plan; changed in place.
+        axes: Its axes after the plan.
+        plan: The plan that gave birth to the units, by ``zero_out``.
+        density: The share of entries that stay, above 0.
+        generator: What is drawn with.
+
+    Returns:
+        The same model; its function is as it was, for nothing reads the units yet.
+
+    Raises:
+        PlanError: As :func:`fitted`.
+
+    >>> from regrow import apply, trace
+    >>> net = nn.Sequential(nn.Linear(40, 7), nn.ReLU(), nn.Linear(7, 2))
+    >>> axes = trace(net, torch.randn(2, 40))
+    >>> plan = Plan.growing(axes, {"0.weight:0": 2})
+    >>> net, axes = apply(net, axes, plan)
+    >>> thinned(net, axes, plan, 0.25)[0].weight[7:].count_nonzero(1).tolist()
+    [10, 10]
+    """
+    for entries in sides(model, axes, newborn(model, axes, plan))[0]:
+        rows = entries.of(model.get_parameter(entries.name).detach()).movedim(entries.dim, 0)
+        flat = rows.flatten(1)
+        order = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)
+        stays = order < max(1, round(density * flat.shape[1]))
+        entries.set(model, (flat * stays).view(rows.shape).movedim(0, entries.dim))
+    return model
+
+
 def newborn(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
     """Axis key → the units that a plan gave birth to, where they lie now.
 

@@ -1,0 +1,66 @@
+"""Learned thresholds: a weight below its unit's threshold is left out, and the threshold learns from the loss.
+
+After Dynamic Sparse Training (Liu et al., ICLR 2020; read in its authors' code).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def over(weight: Tensor, threshold: Tensor) -> Tensor:
+    """How far each weight is above its threshold: |w| − t.
+
+    Args:
+        weight: ``[out, ...]``.
+        threshold: One per output unit, ``[out]``, or one for all, ``[]``.
+    """
+    return weight.abs() - threshold.reshape(-1, *[1] * (weight.dim() - 1))
+
+
+def surrogate(x: Tensor) -> Tensor:
+    """The derivative that the step at 0 is given: 2 − 4|x| up to 0.4, 0.4 up to 1, and 0 beyond.
+
+    >>> surrogate(torch.tensor([0.0, 0.25, -0.5, 2.0])).tolist()
+    [2.0, 1.0, 0.4000000059604645, 0.0]
+    """
+    size = x.abs()
+    return torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0))
+
+
+def thresholded(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
+    """W · [|w| ≥ t or owned], with the dense gradient to the weights.
+
+    The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
+    get one again. The threshold's is Σ −g · w · surrogate(|w| − t) over the entries that are not owned.
+
+    Args:
+        weight: ``[out, ...]``.
+        threshold: ``[out]``.
+        owned: Entries that are never left out, bool in the shape of the weight.
+
+    >>> w, t = torch.tensor([[0.5, -0.1, 0.0]], requires_grad=True), torch.tensor([0.2], requires_grad=True)
+    >>> y = thresholded(w, t, torch.tensor([[False, False, False]]))
+    >>> y.sum().backward()
+    >>> y.tolist(), w.grad.tolist(), round(t.grad.item(), 3)
+    ([[0.5, -0.0, 0.0]], [[1.0, 1.0, 1.0]], -0.24)
+    """
+    found: Tensor = _Thresholded.apply(weight, threshold, owned)
+    return found
+
+
+class _Thresholded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:  # type: ignore[override]
+        above = over(weight, threshold)
+        ctx.save_for_backward(weight, above, owned)
+        ctx.shape = threshold.shape
+        return weight * ((above >= 0) | owned)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weight, above, owned = ctx.saved_tensors
+        each = (gradient * weight * surrogate(above)).masked_fill_(owned, 0.0)
+        down = each.flatten(1).sum(1) if ctx.shape else each.sum()
+        return gradient, -down.reshape(ctx.shape), None

@@ -1,0 +1,90 @@
+"""``regrow learn``: a network that learns one task after the other."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regrow.cli import options
+from regrow.cli.screen import number, say, table, working
+
+EPILOG = """\b
+TASKS are sequences: permuted:DATA:10, rotated:DATA:10, split:DATA:5, or DATA for a single task. DATA is digits
+(scikit-learn's) or a folder with the four files of MNIST or Fashion-MNIST.
+
+\b
+Examples
+  regrow learn permuted:digits:5 --method sparsegrow --out RUN
+  regrow learn split:fashion/:5 --scenario class --method replay --set memory=500 --out RUN
+  regrow learn --resume RUN --task rotated:digits:3          tasks that came later
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("tasks", nargs=-1)
+@click.option("--method", default="sparsegrow", show_default=True, help="What learns: see `regrow methods`.")
+@click.option(
+    "--model",
+    default="mlp:100-100",
+    show_default=True,
+    help="mlp:100-100 (hidden widths), resnet:16-3 (width, stages).",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The run folder. The same command resumes a stopped run.")
+@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run of this folder.")
+@click.option("--task", "more", multiple=True, metavar="TASKS", help="With --resume: what it is to learn now.")
+@click.option(
+    "--scenario",
+    default="domain",
+    show_default=True,
+    type=click.Choice(["domain", "class", "task"]),
+    help="Answers are chosen among all classes, those seen so far, or those of the task (which is then told).",
+)
+@click.option("--epochs", default=5, show_default=True, type=int, help="Passes over each task.")
+@click.option("--batch-size", default=64, show_default=True, type=int, help="Examples per step.")
+@click.option("--optimizer", default="sgd", show_default=True, type=click.Choice(["sgd", "adamw"]))
+@click.option("--lr", default=0.01, show_default=True, type=float, help="Learning rate.")
+@click.option("--weight-decay", default=0.0, show_default=True, type=float)
+@click.option("--train", default=0, type=int, help="Learn from at most so many examples per task; 0: all.")
+@click.option("--test", default=0, type=int, help="Evaluate on at most so many; 0: all.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of weights, orders and everything drawn.")
+def learn(
+    tasks: tuple[str, ...], out: Path | None, resume: Path | None, more: tuple[str, ...], pairs: Any, **given: Any
+) -> None:
+    """Learn TASKS one after the other, and leave a folder that holds the network, the accuracy matrix and every plan."""
+    from regrow.runs.learning_run import Settings, extend, run
+
+    if resume:
+        if tasks or out:
+            raise click.UsageError("--resume goes on in its own folder; name what is to be learned with --task")
+        with working() as progress:
+            folder = extend(resume, more, progress)
+    else:
+        if not tasks:
+            raise click.UsageError("name what is to be learned, for example `regrow learn permuted:digits:5 --out RUN`")
+        if out is None:
+            raise click.UsageError("--out names the folder of the run, for example --out run")
+        with working() as progress:
+            folder = run(Settings(tasks, method_settings=options.settings(pairs), **given), out, progress)
+    _tell(folder)
+
+
+def _tell(folder: Any) -> None:
+    rows = folder.metrics()
+    matrix = [row for row in rows if row["what"] == "matrix"][-1]
+    sizes = {row["task"]: row for row in rows if row["what"] == "task"}
+    table(
+        "Accuracy, per cent",
+        ["after learning", *(f"{i + 1}" for i in range(len(matrix["tasks"]))), "parameters"],
+        [
+            [name, *(f"{100 * value:.1f}" for value in row), number(sizes[name]["parameters"]) if name in sizes else ""]
+            for name, row in zip(matrix["tasks"], matrix["matrix"], strict=True)
+        ],
+        numbers=range(1, len(matrix["tasks"]) + 2),
+    )
+    say(
+        f"final average accuracy {matrix['average']:.3f}, along the way {matrix['average_along']:.3f}, "
+        f"learning accuracy {matrix['learning']:.3f}, forgetting {matrix['forgetting']:.3f}, "
+        f"backward transfer {matrix['backward_transfer']:+.3f}, forward transfer {matrix['forward_transfer']:+.3f}"
+    )
+    say(f"the network is in {folder.path}; further tasks: regrow learn --resume {folder.path} --task TASKS")

@@ -1,0 +1,186 @@
+"""Sequences of tasks: one set of images seen in changed ways, or in parts."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regrow.data.errors import SourceError
+from regrow.tasks import Examples, Task
+
+_MOST = 2**28
+
+
+def permuted(base: Task, n: int, seed: int = 0) -> list[Task]:
+    """The same images with their pixels in another fixed order in each task; the first has them as they are.
+
+    Args:
+        base: What is changed; inputs ``[N, C, H, W]``. All channels of a pixel move together.
+        n: How many tasks.
+        seed: Of the orders.
+    """
+    generator, pixels = torch.Generator().manual_seed(seed), base.train.inputs[0, 0].numel()
+    orders = [torch.arange(pixels), *(torch.randperm(pixels, generator=generator) for _ in range(n - 1))]
+
+    def change(order: Tensor) -> Any:
+        return lambda x: x.flatten(2)[:, :, order].view_as(x)
+
+    return [_changed(base, f"permuted-{i + 1}", change(order)) for i, order in enumerate(orders)]
+
+
+def rotated(base: Task, n: int, degrees: float = 180.0) -> list[Task]:
+    """The same images turned further in each task, from 0 up to (not including) ``degrees``; bilinear, 0 outside.
+
+    Args:
+        base: What is changed; inputs ``[N, C, H, W]``.
+        n: How many tasks.
+        degrees: Where the turn would end.
+    """
+
+    def change(angle: float) -> Any:
+        turn = torch.deg2rad(torch.tensor(angle))
+        matrix = torch.stack([torch.stack([turn.cos(), -turn.sin()]), torch.stack([turn.sin(), turn.cos()])])
+        matrix = torch.cat([matrix, torch.zeros(2, 1)], 1)
+
+        def turned(x: Tensor) -> Tensor:
+            grid = F.affine_grid(matrix.expand(len(x), 2, 3), list(x.shape), align_corners=False)
+            return F.grid_sample(x, grid, align_corners=False)
+
+        return turned
+
+    angles = [degrees * i / n for i in range(n)]
+    return [_changed(base, f"rotated-{angle:g}", change(angle)) for angle in angles]
+
+
+def split(base: Task, n: int, *, relabel: bool = False) -> list[Task]:
+    """The classes in ``n`` equal groups, in their order.
+
+    Args:
+        base: What is split.
+        n: How many tasks.
+        relabel: Whether each task names its classes 0, 1, … anew (domain-incremental).
+
+    Raises:
+        SourceError: If the classes do not divide into so many groups.
+    """
+    if len(base.classes) % n:
+        raise SourceError(f"{len(base.classes)} classes do not divide into {n} equal tasks; take a divisor")
+    size = len(base.classes) // n
+    groups = [base.classes[i : i + size] for i in range(0, len(base.classes), size)]
+    return [
+        Task(
+            f"classes {'-'.join(map(str, (group[0], group[-1])))}",
+            *(_of(part, group, relabel) for part in (base.train, base.test)),
+            tuple(range(size)) if relabel else group,
+        )
+        for group in groups
+    ]
+
+
+def of_datasets(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]], names: Sequence[str] = ()) -> list[Task]:
+    """Tasks from any data sets of (image, class) pairs: torchvision's, or experiences of Avalanche and Continuum.
+
+    Args:
+        pairs: A training and a test set per task. Entries may have more than two parts (Avalanche adds the task).
+        names: What results call them.
+
+    Raises:
+        SourceError: If an entry is not a tensor or array with a class.
+    """
+    tasks = []
+    for i, (train, test) in enumerate(pairs):
+        parts = [_collected(one) for one in (train, test)]
+        classes = tuple(sorted({int(c) for part in parts for c in part.labels.unique()}))
+        tasks.append(Task(names[i] if i < len(names) else f"task-{i + 1}", *parts, classes))
+    return tasks
+
+
+def idx(folder: str | Path, name: str = "images") -> Task:
+    """A data set in the four files of MNIST (``train-images-idx3-ubyte`` and so on, or ``.gz``); values 0 to 1.
+
+    Args:
+        folder: Where the files are.
+        name: How results refer to it.
+
+    Raises:
+        SourceError: If a file is missing or is not what its header says.
+    """
+    parts = [
+        Examples(
+            _idx(Path(folder), f"{half}-images-idx3-ubyte", 3).float().unsqueeze(1) / 255,
+            _idx(Path(folder), f"{half}-labels-idx1-ubyte", 1).long(),
+        )
+        for half in ("train", "t10k")
+    ]
+    return Task(name, *parts, tuple(sorted(map(int, parts[0].labels.unique()))))
+
+
+def digits_task(test: float = 0.25) -> Task:
+    """The 1,797 digits of scikit-learn as a task: every fourth image of each class, as they come, is for testing.
+
+    Raises:
+        SourceError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise SourceError("digits need scikit-learn: pip install scikit-learn") from None
+    data = load_digits()
+    inputs, labels = torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
+    every, held = round(1 / test), torch.zeros(len(labels), dtype=torch.bool)
+    for label in range(10):
+        held[(labels == label).nonzero()[::every, 0]] = True
+    return Task("digits", Examples(inputs[~held], labels[~held]), Examples(inputs[held], labels[held]), (*range(10),))
+
+
+def fewer(base: Task, train: int, test: int, seed: int = 0) -> Task:
+    """A drawn part of a task: so many examples to learn from and so many to test on, or all if there are no more."""
+    parts = []
+    for part, n in ((base.train, train), (base.test, test)):
+        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:n]
+        parts.append(Examples(part.inputs[order], part.labels[order]))
+    return Task(base.name, *parts, base.classes)
+
+
+def _changed(base: Task, name: str, change: Any) -> Task:
+    train, test = (Examples(change(part.inputs), part.labels) for part in (base.train, base.test))
+    return Task(name, train, test, base.classes)
+
+
+def _of(part: Examples, group: Sequence[int], relabel: bool) -> Examples:
+    mine = torch.isin(part.labels, torch.tensor(group))
+    labels = part.labels[mine]
+    if relabel:
+        labels = torch.searchsorted(torch.tensor(group), labels)
+    return Examples(part.inputs[mine], labels)
+
+
+def _collected(data: Sequence[Any]) -> Examples:
+    inputs, labels = [], []
+    for i in range(len(data)):
+        x, y = data[i][0], data[i][1]
+        if not isinstance(x, Tensor):
+            x = torch.as_tensor(np.asarray(x))
+        inputs.append(x.float())
+        labels.append(int(y))
+    return Examples(torch.stack(inputs), torch.tensor(labels))
+
+
+def _idx(folder: Path, name: str, dims: int) -> Tensor:
+    import gzip
+
+    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+    if path is None:
+        raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read ({error}); fetch it again") from None
+    shape = tuple(int.from_bytes(raw[4 * i + 4 : 4 * i + 8], "big") for i in range(dims))
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + int(np.prod(shape)) or len(raw) > _MOST:
+        raise SourceError(f"{path} is not a file of bytes in the idx format; fetch it again")
+    return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())

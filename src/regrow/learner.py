@@ -1,0 +1,144 @@
+"""Learners: what a method of continual learning adds to plain training on one task after the other."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, Dim, axes_in
+from regrow.plan import Plan
+from regrow.sources import logits_in
+from regrow.tasks import Examples, Task, among
+
+
+@dataclass
+class Along:
+    """A tensor that lies along dimensions of the network, and is cut and widened with them.
+
+    Args:
+        values: The tensor; newborn entries of it are 0.
+        dims: Its dimensions, as in ``AxisGraph.shapes``.
+        lr: How fast it learns, for one that does.
+    """
+
+    values: Tensor
+    dims: tuple[Dim, ...]
+    lr: float | None = None
+
+
+@dataclass
+class Stand:
+    """Where a network that keeps learning stands.
+
+    Args:
+        model: The network.
+        axes: Its axes as they are now.
+        task: What it learns now.
+        number: Which task that is, from 0.
+        epoch: Which pass over its examples, from 0.
+        epochs: How many passes there are.
+        classes: The classes that answers are chosen among now, ``[classes]`` bool; ``None`` for all.
+        seed: Of everything that is drawn.
+        past: The tasks before; what they were learned from is there for controls and bounds only.
+    """
+
+    model: nn.Module
+    axes: AxisGraph
+    task: Task
+    number: int = 0
+    epoch: int = 0
+    epochs: int = 1
+    classes: Tensor | None = None
+    seed: int = 0
+    past: tuple[Task, ...] = ()
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights of convolutions and linear layers, tied ones once."""
+        return tuple(name for name in self.axes.counted if name not in self.axes.ties)
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """The parameters whose rows are the network's outputs: what no free axis makes."""
+        return tuple(
+            name
+            for name in self.parameters()
+            if not any(self.axes[key].free for key in axes_in(self.axes.shapes[name][0]))
+        )
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by name, tied ones once."""
+        return dict(self.model.named_parameters())
+
+    def logits(self, inputs: Tensor) -> Tensor:
+        """The network's logits ``[N, classes]``; −∞ for classes that answers are not chosen among."""
+        return among(logits_in(self.model(inputs)), self.classes)
+
+    def drawn(self, *what: int) -> torch.Generator:
+        """A generator for something drawn here; the same for the same seed, task and ``what``."""
+        seed = self.seed
+        for part in (self.number, *what):
+            seed = (seed * 1_000_003 + part + 1) % 2**62
+        return torch.Generator().manual_seed(seed)
+
+
+@dataclass
+class Learner:
+    """Plain training. Methods replace what they do otherwise; whatever they remember lies in ``tensors`` and ``values``.
+
+    Args:
+        tensors: By name; stored with each checkpoint, cut and widened with the network.
+        values: Numbers and words, as JSON data; stored too.
+    """
+
+    tensors: dict[str, Along] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, at: Stand) -> None:
+        """A task begins; nothing of it has been learned."""
+
+    def mode(self, at: Stand) -> None:
+        """Before each epoch: how modules answer while they learn."""
+        at.model.train()
+
+    def standing(self, at: Stand) -> Mapping[str, Tensor]:
+        """What stands in for parameters while the network runs and its gradients are taken."""
+        return {}
+
+    def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """What is made small, as a scalar."""
+        return F.cross_entropy(at.logits(batch.inputs), batch.labels)
+
+    def gate(self, at: Stand) -> None:
+        """Gradients have been taken; they may be changed."""
+
+    def stepped(self, at: Stand) -> None:
+        """The optimiser has moved the parameters; they may be put right."""
+
+    def plan(self, at: Stand) -> Plan | None:
+        """What changes in the network's shape before this epoch, if anything."""
+        return None
+
+    def grown(self, at: Stand, plan: Plan) -> None:
+        """A plan of this learner has been carried out; ``tensors`` have followed."""
+
+    def end(self, at: Stand) -> None:
+        """All epochs of a task are over."""
+
+    def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
+        """What stands in for parameters when task ``number`` is evaluated: methods that are told the task use it."""
+        return {}
+
+
+def along(at: Stand, name: str, values: Tensor | None = None) -> Along:
+    """A tensor of the shape of a parameter, zeros unless given."""
+    own = at.parameters()[name]
+    return Along(torch.zeros_like(own) if values is None else values, at.axes.shapes[name])
+
+
+def flags(at: Stand, name: str) -> Along:
+    """False for every entry of a parameter."""
+    return Along(torch.zeros(at.parameters()[name].shape, dtype=torch.bool), at.axes.shapes[name])

@@ -1,0 +1,283 @@
+"""SparseGrow: a network that keeps learning, owns what it has learned, and is widened where it runs short.
+
+Zhao, Saxena, Cao, Liu, Song: SparseGrow (arXiv 2408.10566). **Reconstructed**: the paper's body was not available. Its
+abstracts name the parts (data-driven sparse layer expansion late in a task, initialised on data; sparse training by
+learned thresholds; freezing by gradient gating); their form follows the public code of its predecessor AdaptCL
+(arXiv 2207.11005) and of Dynamic Sparse Training. What neither settles is a setting, and its default is ours.
+
+A task, for weights W with thresholds t and the entries M that earlier tasks own:
+
+1. train the free entries on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W;
+2. in the last ``late`` of its epochs widen every hidden axis whose free share is below ``short`` by ``width`` of its
+   first size: newborn units read a ``density`` of their inputs, scaled to the spread of the old ones on the data at
+   hand, and nothing reads them yet; their penalty is ``young`` times as strong;
+3. at its end set what is below its threshold to 0, own what is left, begin t anew. Biases and the scales and shifts
+   of norms are owned whole.
+
+Whatever is owned gets no gradient and is put back after each step, so that neither momentum nor decay moves it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from regrow.allocation.growth import growth, hidden, makers
+from regrow.allocation.thresholds import over, thresholded
+from regrow.axes import Axis
+from regrow.learner import Along, Learner, Stand, along, flags
+from regrow.plan import Fill, Plan
+from regrow.sources import Batch
+from regrow.surgery import fitted
+from regrow.surgery.fill import thinned
+from regrow.tasks import Examples
+
+CITATION = "Zhao et al., SparseGrow (arXiv 2408.10566); reconstructed from its abstracts and the code of AdaptCL"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the abstracts leave open.
+
+    Args:
+        grow: ``short``: where free weights run short; ``always``: once in every task; ``never``: AdaptCL.
+        late: The last share of a task's epochs, at the start of which it grows.
+        short: An axis grows if a smaller share of the weights that make it is free.
+        width: How much it grows by, as a share of its first size.
+        multiple: Numbers of newborn units are multiples of this.
+        cap: How many times its first parameters the network may have.
+        density: The share of their inputs that newborn units read at birth.
+        fit: Whether newborn units are scaled to the spread of the old ones, on data.
+        threshold: ``dst``: one per unit, learning from the loss; ``adaptcl``: one per layer, moved by the penalty alone;
+            ``none``: nothing is left out.
+        alpha: Strength of the penalty Σ exp(−t).
+        young: How many times as strong it is for newborn units.
+        gate: ``hard``: owned entries do not move; ``block``: nor do free ones that old hidden units read;
+            ``soft``: all move, less the more they mattered; ``none``.
+        norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
+        lr: Learning rate of the thresholds.
+        seed: Of newborn units.
+    """
+
+    grow: str = "short"
+    late: float = 0.3
+    short: float = 0.3
+    width: float = 0.125
+    multiple: int = 8
+    cap: float = 2.0
+    density: float = 0.5
+    fit: bool = True
+    threshold: str = "dst"
+    alpha: float = 5e-4
+    young: float = 10.0
+    gate: str = "hard"
+    norms: str = "update"
+    lr: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
+        for name in ("late", "short", "width", "density"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
+        if self.cap < 1:
+            raise ValueError(f"cap is a factor on the first parameters, at least 1; got {self.cap:g}")
+
+
+_CHOICES = {
+    "grow": ("short", "always", "never"),
+    "threshold": ("dst", "adaptcl", "none"),
+    "gate": ("hard", "block", "soft", "none"),
+    "norms": ("update", "freeze"),
+}
+
+
+def build(settings: Settings) -> "SparseGrow":
+    """The learner."""
+    return SparseGrow(settings=settings)
+
+
+@dataclass
+class SparseGrow(Learner):
+    """See the module."""
+
+    settings: Settings = field(default_factory=Settings)
+    still: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    """What does not move in this task: name of a parameter → (which entries, their values)."""
+
+    def begin(self, at: Stand) -> None:
+        if at.number == 0:
+            self.values["base"] = at.axes.sizes()
+            for name in at.parameters():
+                self.tensors[f"owned {name}"] = flags(at, name)
+            for name in at.weights if self.settings.threshold != "none" else ():
+                self.tensors[f"threshold {name}"] = self._fresh(at, name)
+        self._settle(at)
+
+    def _fresh(self, at: Stand, name: str) -> Along:
+        units = at.axes.shapes[name][:1] if self.settings.threshold == "dst" else ()
+        many = at.parameters()[name].shape[: len(units)]
+        return Along(torch.zeros(many), units, self.settings.lr)
+
+    def mode(self, at: Stand) -> None:
+        super().mode(at)
+        if self.settings.norms == "freeze" and at.number:
+            for module in at.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+
+    def standing(self, at: Stand) -> dict[str, Tensor]:
+        parameters, found = at.parameters(), {}
+        for name in at.weights if self.settings.threshold != "none" else ():
+            weight, threshold, owned = parameters[name], self._threshold(name), self._owned(name)
+            if self.settings.threshold == "dst":
+                found[name] = thresholded(weight, threshold, owned)
+            else:  # as in AdaptCL's code: what is left out is gone at once, and the loss does not move the threshold
+                with torch.no_grad():
+                    weight.mul_((over(weight, threshold) >= 0) | owned)
+        return found
+
+    def loss(self, at: Stand, batch: Examples) -> Tensor:
+        loss = super().loss(at, batch)
+        for name in at.weights if self.settings.threshold != "none" else ():
+            each = torch.exp(-self._threshold(name))
+            if (old := self.tensors.get(f"old {name}")) is not None:
+                each = each * torch.where(old.values, 1.0, self.settings.young)
+            loss = loss + self.settings.alpha * each.sum()
+        return loss
+
+    def gate(self, at: Stand) -> None:
+        if self.settings.gate == "none" or not at.number:
+            return
+        if not self.still:
+            self._settle(at)
+        parameters = at.parameters()
+        for name, (held, _) in self.still.items():
+            if (gradient := parameters[name].grad) is not None:
+                gradient.masked_fill_(held, 0.0)
+        for name, one in self.tensors.items():
+            kind, _, name = name.partition(" ")
+            if kind == "importance" and (gradient := parameters[name].grad) is not None:
+                gradient.mul_(1 - one.values)
+
+    def stepped(self, at: Stand) -> None:
+        parameters = at.parameters()
+        with torch.no_grad():
+            for name, (held, value) in self.still.items():
+                torch.where(held, value, parameters[name], out=parameters[name])
+
+    def plan(self, at: Stand) -> Plan | None:
+        self._rescue(at)
+        first = at.epochs - max(1, round(self.settings.late * at.epochs))
+        if self.settings.grow == "never" or at.epoch != first:
+            return None
+        free = {axis: self._free(axis, at) for axis in hidden(at.axes)}
+        limit = 1.0 if self.settings.grow == "always" else self.settings.short
+        short = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
+        s = self.settings
+        wanted = growth(at.axes, short, self.values["base"], share=s.width, multiple=s.multiple, cap=s.cap)
+        if not wanted:
+            return None
+        for name in at.weights:
+            units = at.axes.shapes[name][:1]
+            many = at.parameters()[name].shape[0]
+            self.tensors[f"old {name}"] = Along(torch.ones(many, dtype=torch.bool), units)
+        return Plan.growing(at.axes, wanted, Fill("zero_out", seed=s.seed), origin={"method": "sparsegrow"})
+
+    def grown(self, at: Stand, plan: Plan) -> None:
+        thinned(at.model, at.axes, plan, self.settings.density, at.drawn(2))
+        if self.settings.fit:
+            batches = [Batch((one.inputs,)) for one in at.task.train.batches(256, seed=at.drawn(3).initial_seed())][:4]
+            with self._masked(at):
+                fitted(at.model, at.axes, plan, batches)
+        self.still.clear()
+
+    def end(self, at: Stand) -> None:
+        parameters = at.parameters()
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                owned = self._owned(name)
+                if f"threshold {name}" in self.tensors:
+                    kept = (over(parameter, self._threshold(name)) >= 0) | owned
+                    parameter.mul_(kept)
+                    self._threshold(name).zero_()
+                new = parameter != 0 if name in at.weights else torch.ones_like(owned)
+                if at.classes is not None and name in at.head:
+                    new[len(at.classes) :] = False  # rows of classes to come stay free
+                    new[: len(at.classes)] &= at.classes.view(-1, *[1] * (new.dim() - 1))
+                owned |= new
+        if self.settings.gate == "soft":
+            self._weigh(at)
+        self.tensors = {name: one for name, one in self.tensors.items() if not name.startswith("old ")}
+        self.still.clear()
+
+    def _weigh(self, at: Stand) -> None:
+        """How much each entry mattered to the task: |tanh| of its standardised gradient, the most over all tasks."""
+        sums = {name: torch.zeros_like(p) for name, p in at.parameters().items()}
+        for batch in at.task.train.batches(256):
+            at.model.zero_grad(set_to_none=True)
+            Learner.loss(self, at, batch).backward()
+            for name, parameter in at.parameters().items():
+                if parameter.grad is not None:
+                    sums[name] += parameter.grad
+        at.model.zero_grad(set_to_none=True)
+        for name, total in sums.items():
+            now = ((total - total.mean()) / total.std().clamp_min(1e-12)).tanh().abs() if total.numel() > 1 else total
+            before = self.tensors.get(f"importance {name}")
+            self.tensors[f"importance {name}"] = along(at, name, now if before is None else before.values.maximum(now))
+
+    def _settle(self, at: Stand) -> None:
+        """Note what must not move in this task, and its value."""
+        self.still.clear()
+        if not at.number or self.settings.gate in ("none", "soft"):
+            return
+        for name, parameter in at.parameters().items():
+            held = self._owned(name)
+            if self.settings.gate == "block" and name in at.weights and name not in at.head:
+                held = held | held.flatten(1).any(1).view(-1, *[1] * (held.dim() - 1))
+            if bool(held.any()):
+                self.still[name] = held, parameter.detach().clone()
+
+    def _rescue(self, at: Stand) -> None:
+        """A layer of which next to nothing is left begins again at 0."""
+        for name in at.weights if self.settings.threshold != "none" else ():
+            kept = (over(at.parameters()[name].detach(), self._threshold(name)) >= 0) | self._owned(name)
+            if float(kept.double().mean()) <= 0.01:
+                with torch.no_grad():
+                    self._threshold(name).zero_()
+
+    def _free(self, axis: Axis, at: Stand) -> float:
+        """The share of the weights that make an axis's units which neither a task owns nor this one uses."""
+        used = []
+        for name in makers(axis, at.axes):
+            weight, owned = at.parameters()[name].detach(), self._owned(name)
+            above = over(weight, self._threshold(name)) >= 0 if self.settings.threshold != "none" else weight != 0
+            used.append(((above & (weight != 0)) | owned).double().mean())
+        return 1 - float(torch.stack(used).mean())
+
+    @contextmanager
+    def _masked(self, at: Stand) -> Iterator[None]:
+        """Weights below their thresholds at 0 for a while."""
+        held = {}
+        with torch.no_grad():
+            for name in at.weights if self.settings.threshold != "none" else ():
+                weight = at.parameters()[name]
+                kept = (over(weight, self._threshold(name)) >= 0) | self._owned(name)
+                held[name] = kept, weight.clone()
+                weight.mul_(kept)
+        yield
+        with torch.no_grad():
+            for name, (kept, value) in held.items():
+                weight = at.parameters()[name]
+                torch.where(kept, weight, value, out=weight)
+
+    def _owned(self, name: str) -> Tensor:
+        return self.tensors[f"owned {name}"].values
+
+    def _threshold(self, name: str) -> Tensor:
+        return self.tensors[f"threshold {name}"].values

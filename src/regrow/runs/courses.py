@@ -1,0 +1,132 @@
+"""Where a sequence of tasks stands, on the disk: a run that is killed goes on where it was, bit for bit."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, Dim, Product, Sum
+from regrow.learner import Along, Learner
+from regrow.plan import Plan
+from regrow.runs.atomic import StoreError, written
+from regrow.runs.checkpoints import digest
+from regrow.runs.learning import Course
+from regrow.runs.ledger import replay
+
+FORMAT = "regrow-course/1"
+
+
+def write_course(path: Path, model: nn.Module, learner: Learner, course: Course) -> None:
+    """Write a network, what its learner remembers, and what was measured: all of it, or nothing.
+
+    Raises:
+        StoreError: If the disk is full or does not let us write.
+    """
+    parts: dict[str, Tensor] = {f"model {name}": value for name, value in model.state_dict().items()}
+    parts |= {f"learner {name}": one.values for name, one in learner.tensors.items()}
+    numbers: dict[str, Any] = {}
+    for name, memory in course.moments.items():
+        for what, value in memory.items():
+            if isinstance(value, Tensor):
+                parts[f"optimiser {what} {name}"] = value
+            elif value is not None:
+                numbers[f"{what} {name}"] = value
+    names = list(parts)
+    tensors = {f"t{i}": parts[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
+    header = {
+        "format": FORMAT,
+        "names": names,
+        "along": {name: [_plain(one.dims), one.lr] for name, one in learner.tensors.items()},
+        "values": learner.values,
+        "numbers": numbers,
+        "course": {name: getattr(course, name) for name in ("number", "epoch", "rows", "before", "events", "sizes")},
+        "plans": [json.loads(plan.to_json()) for plan in course.plans],
+        "sha256": digest(tensors),
+    }
+    with written(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
+
+
+def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner) -> tuple[AxisGraph, Course]:
+    """Put a network and its learner where a file says they stood.
+
+    Args:
+        path: The file.
+        model: The network as it was first built; changed in place.
+        axes: Its axes.
+        learner: As it was first built; changed in place.
+
+    Returns:
+        The axes as they are now, and what was measured.
+
+    Raises:
+        StoreError: If the file is damaged, or is not of this network.
+    """
+    try:
+        with safe_open(path, framework="pt") as content:
+            header = json.loads((content.metadata() or {}).get("regrow", "null"))
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
+        if not isinstance(header, dict) or header.get("format") != FORMAT or digest(tensors) != header["sha256"]:
+            raise ValueError(f"it is not whole, or not of the format {FORMAT!r}")
+        plans = [Plan.from_json(json.dumps(plan)) for plan in header["plans"]]
+        model, axes = replay(model, axes, plans)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}}
+        for i, name in enumerate(header["names"]):
+            part, _, rest = name.partition(" ")
+            parts[part][rest] = tensors[f"t{i}"]
+        model.load_state_dict(parts["model"])
+        learner.values = dict(header["values"])
+        learner.tensors = {
+            name: Along(parts["learner"][name], tuple(map(_dim, dims)), lr)
+            for name, (dims, lr) in header["along"].items()
+        }
+        told = header["course"]
+        course = Course(
+            number=int(told["number"]),
+            epoch=int(told["epoch"]),
+            rows=[tuple(row) for row in told["rows"]],
+            before=tuple(told["before"]),
+            plans=plans,
+            events=list(told["events"]),
+            sizes=list(told["sizes"]),
+            moments=_moments(parts["optimiser"], header["numbers"]),
+        )
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None
+    return axes, course
+
+
+def _moments(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        what, _, name = key.partition(" ")
+        found.setdefault(name, {})[what] = value
+    return found
+
+
+def _plain(dim: Any) -> Any:
+    """A dimension as JSON data."""
+    match dim:
+        case Product(parts):
+            return {"product": [_plain(part) for part in parts]}
+        case Sum(parts):
+            return {"sum": [_plain(part) for part in parts]}
+        case tuple() | list() | torch.Size():
+            return [_plain(part) for part in dim]
+    return dim
+
+
+def _dim(data: Any) -> Dim:
+    match data:
+        case {"product": [*parts]}:
+            return Product(tuple(map(_dim, parts)))
+        case {"sum": [*parts]}:
+            return Sum(tuple(map(_dim, parts)))
+        case int() | str():
+            return data
+    raise ValueError(f"not a dimension: {data!s:.60}")

@@ -1,0 +1,306 @@
+"""The loop over tasks: train, let the learner change the network's shape, evaluate; it never learns a learner's name."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.evaluation.continual import Matrix, share_right
+from regrow.learner import Along, Learner, Stand
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.surgery import apply
+from regrow.surgery.stand_in import followed, standing_in
+from regrow.tasks import Task
+
+SCENARIOS = ("domain", "class", "task")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How every task is learned.
+
+    Args:
+        scenario: ``domain``: all classes at any time; ``class``: those seen so far; ``task``: those of the task, which
+            is told when it is evaluated.
+        epochs: Passes over each task.
+        batch_size: Examples per step.
+        optimizer: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
+        lr: Learning rate.
+        weight_decay: As the optimiser takes it.
+        seed: Of orders, and of everything a learner draws.
+    """
+
+    scenario: str = "domain"
+    epochs: int = 5
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.scenario not in SCENARIOS:
+            raise ValueError(f"the scenario is one of {', '.join(SCENARIOS)}; got {self.scenario!r}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"the optimiser is sgd or adamw; got {self.optimizer!r}")
+        if min(self.epochs, self.batch_size) < 1 or self.lr <= 0:
+            raise ValueError("epochs and batch size are at least 1, and the learning rate is above 0")
+
+
+@dataclass
+class Course:
+    """How far a sequence has got, and everything that was measured.
+
+    Args:
+        number: Tasks that are over.
+        epoch: Epochs of the next one that are over.
+        rows: The accuracy matrix so far.
+        before: Accuracy on every task before any was learned.
+        plans: Every plan that was carried out, in order.
+        events: One record per change of shape.
+        sizes: One record per task that is over.
+        moments: What the optimiser remembers: name → what → tensor.
+    """
+
+    number: int = 0
+    epoch: int = 0
+    rows: list[tuple[float, ...]] = field(default_factory=list)
+    before: tuple[float, ...] = ()
+    plans: list[Plan] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    sizes: list[dict[str, Any]] = field(default_factory=list)
+    moments: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def matrix(self) -> Matrix:
+        """The accuracy matrix."""
+        return Matrix(tuple(self.rows), self.before)
+
+
+def learn(
+    model: nn.Module,
+    axes: AxisGraph,
+    tasks: Sequence[Task],
+    learner: Learner,
+    schedule: Schedule,
+    *,
+    course: Course | None = None,
+    on_epoch: Callable[[Course, AxisGraph], None] | None = None,
+    progress: Progress = silent,
+) -> tuple[AxisGraph, Course]:
+    """Learn tasks one after the other.
+
+    Args:
+        model: The network; trained, and perhaps widened, in place.
+        axes: Its axes as they are now.
+        tasks: All tasks; those that the course says are over are only evaluated.
+        learner: What the method adds; it goes along.
+        schedule: How each task is learned.
+        course: Where an earlier, interrupted call stood.
+        on_epoch: Called after each epoch and each task with where it stands, so that it can be stored.
+        progress: Called with (steps done, steps in all, what).
+
+    Returns:
+        The network's axes, and what was measured.
+
+    Raises:
+        ValueError: If the loss is no longer finite.
+    """
+    course = course or Course()
+    if not course.before:
+        course.before = accuracies(model, tasks, Learner(), schedule, 0)
+    while course.number < len(tasks):
+        at = Stand(model, axes, tasks[course.number], course.number, course.epoch, schedule.epochs, seed=schedule.seed)
+        at.past = tuple(tasks[: at.number])
+        at.classes = _choice(schedule, tasks, at.number, at.number)
+        axes = _learn_task(at, tasks, learner, schedule, course, on_epoch, progress)
+    return axes, course
+
+
+def _learn_task(
+    at: Stand,
+    tasks: Sequence[Task],
+    learner: Learner,
+    schedule: Schedule,
+    course: Course,
+    on_epoch: Callable[[Course, AxisGraph], None] | None,
+    progress: Progress,
+) -> AxisGraph:
+    start = time.perf_counter()
+    if at.epoch == 0:
+        learner.begin(at)
+    optimizer = _optimizer(at, learner, schedule)
+    _recall(optimizer, at, learner, course.moments)
+    steps = -(-len(at.task.train) // schedule.batch_size)
+    for at.epoch in range(course.epoch, schedule.epochs):
+        if plan := learner.plan(at):
+            _change(at, tasks, learner, schedule, course, plan, optimizer)
+        torch.manual_seed(at.drawn(at.epoch, 1).initial_seed() % 2**63)  # what Dropout draws
+        learner.mode(at)
+        order = at.drawn(at.epoch).initial_seed()
+        for i, batch in enumerate(at.task.train.batches(schedule.batch_size, seed=order)):
+            optimizer.zero_grad(set_to_none=True)
+            with standing_in(at.model, learner.standing(at)):
+                loss = learner.loss(at, batch)
+                loss.backward()
+            learner.gate(at)
+            optimizer.step()
+            learner.stepped(at)
+            done = (at.number * schedule.epochs + at.epoch) * steps + i + 1
+            progress(done, len(tasks) * schedule.epochs * steps, f"{at.task.name}")
+        if not torch.isfinite(loss):
+            raise ValueError(f"the loss is {float(loss)} in {at.task.name}, epoch {at.epoch + 1}: take a smaller --lr")
+        course.epoch, course.moments = at.epoch + 1, _moments(optimizer, at, learner)
+        if on_epoch and course.epoch < schedule.epochs:
+            on_epoch(course, at.axes)
+    learner.end(at)
+    course.rows.append(accuracies(at.model, tasks, learner, schedule, at.number))
+    course.sizes.append(_sizes(at) | {"seconds": round(time.perf_counter() - start, 2)})
+    course.number, course.epoch, course.moments = at.number + 1, 0, {}
+    if on_epoch:
+        on_epoch(course, at.axes)
+    return at.axes
+
+
+def _change(
+    at: Stand,
+    tasks: Sequence[Task],
+    learner: Learner,
+    schedule: Schedule,
+    course: Course,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Carry out a plan between two steps; the optimiser and what the learner remembers follow. Measured on both sides."""
+    probe = next(at.task.test.batches(256))
+    before, logits = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
+    held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
+    old = at.axes
+    at.model, at.axes = apply(at.model, at.axes, plan, optimizers=[optimizer])
+    learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
+    for name, value in held.items():
+        _exchange(optimizer, value, learner.tensors[name], old, plan)
+    learner.grown(at, plan)
+    after, moved = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
+    course.plans.append(plan)
+    course.events.append(
+        {
+            "task": at.number,
+            "epoch": at.epoch,
+            "grown": {key: change.grow for key, change in plan.changes.items() if change.grow},
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "shock": sum(a - b for a, b in zip(before, after, strict=True)) / len(before),
+            "logits_moved": float((moved - logits).abs().max()),
+            "parameters": sum(p.numel() for p in at.model.parameters()),
+        }
+    )
+
+
+def _exchange(optimizer: torch.optim.Optimizer, old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:
+    """A learned tensor of the learner's has another shape: the optimiser moves the new one on."""
+    new.values.requires_grad_()
+    for group in optimizer.param_groups:
+        group["params"] = [new.values if one is old else one for one in group["params"]]
+    memory = optimizer.state.pop(old, {})
+    if memory:
+        optimizer.state[new.values] = {
+            what: followed(Along(value, new.dims), axes, plan).values
+            if isinstance(value, Tensor) and value.dim()
+            else value
+            for what, value in memory.items()
+        }
+
+
+def _optimizer(at: Stand, learner: Learner, schedule: Schedule) -> torch.optim.Optimizer:
+    groups: list[dict[str, Any]] = [{"params": [p for p in at.parameters().values() if p.requires_grad]}]
+    for one in learner.tensors.values():
+        if one.lr is not None:
+            one.values.requires_grad_()
+            groups.append({"params": [one.values], "lr": one.lr, "weight_decay": 0.0})
+    if schedule.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
+    return torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay)
+
+
+def _learned(at: Stand, learner: Learner) -> Iterator[tuple[str, Tensor]]:
+    yield from at.parameters().items()
+    for name, one in learner.tensors.items():
+        if one.lr is not None:
+            yield f"learner {name}", one.values
+
+
+def _moments(optimizer: torch.optim.Optimizer, at: Stand, learner: Learner) -> dict[str, dict[str, Any]]:
+    return {name: dict(optimizer.state[one]) for name, one in _learned(at, learner) if one in optimizer.state}
+
+
+def _recall(
+    optimizer: torch.optim.Optimizer, at: Stand, learner: Learner, moments: Mapping[str, Mapping[str, Any]]
+) -> None:
+    for name, one in _learned(at, learner):
+        if name in moments:
+            optimizer.state[one] = {
+                what: value.clone() if isinstance(value, Tensor) else value for what, value in moments[name].items()
+            }
+
+
+def _choice(schedule: Schedule, tasks: Sequence[Task], after: int, asked: int) -> Tensor | None:
+    """The classes to choose among when task ``asked`` is answered after task ``after``."""
+    match schedule.scenario:
+        case "domain":
+            return None
+        case "class":
+            seen = {c for task in tasks[: max(after, asked) + 1] for c in task.classes}
+        case _:
+            seen = set(tasks[asked].classes)
+    every = 1 + max(c for task in tasks for c in task.classes)
+    return torch.tensor([c in seen for c in range(every)])
+
+
+def accuracies(
+    model: nn.Module, tasks: Sequence[Task], learner: Learner, schedule: Schedule, after: int
+) -> tuple[float, ...]:
+    """A row of the accuracy matrix: every task's test examples, answered by the network as it is after task ``after``."""
+    at = Stand(model, _NO_AXES, tasks[after], after)
+    found = []
+    for number, task in enumerate(tasks):
+        with standing_in(model, learner.answering(at, number)):
+            found.append(share_right(model, task.test, _choice(schedule, tasks, after, number)))
+    return tuple(found)
+
+
+_NO_AXES = AxisGraph({}, {}, frozenset())
+
+
+def _past(at: Stand, tasks: Sequence[Task], learner: Learner, schedule: Schedule) -> list[float]:
+    """Accuracy on each task so far, in the middle of one."""
+    with torch.no_grad(), standing_in(at.model, learner.standing(at)):
+        return [
+            share_right(at.model, task.test, _choice(schedule, tasks, at.number, number))
+            for number, task in enumerate(tasks[: at.number + 1])
+        ]
+
+
+def _answers(at: Stand, learner: Learner, inputs: Tensor) -> Tensor:
+    was = at.model.training
+    at.model.eval()
+    try:
+        with torch.no_grad(), standing_in(at.model, learner.standing(at)):
+            return at.logits(inputs).nan_to_num(neginf=0.0)
+    finally:
+        at.model.train(was)
+
+
+def _sizes(at: Stand) -> dict[str, Any]:
+    parameters = at.parameters()
+    return {
+        "task": at.number,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters.values()),
+        "widths": {axis.key: axis.size for axis in at.axes.units()},
+    }

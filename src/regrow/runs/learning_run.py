@@ -1,0 +1,224 @@
+"""A learning run: a network, a sequence of tasks, and a folder that tells what happened and takes further tasks."""
+
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regrow.axes import AxisGraph
+from regrow.data import SourceError, streams
+from regrow.learner import Learner
+from regrow.methods import learner_entry
+from regrow.nets.loaded import Origin
+from regrow.nets.small import small
+from regrow.progress import Progress, silent
+from regrow.runs import store
+from regrow.runs.atomic import StoreError
+from regrow.runs.courses import read_course, write_course
+from regrow.runs.folder import RunFolder
+from regrow.runs.learning import Course, Schedule, accuracies, learn
+from regrow.tasks import Task
+from regrow.tracing import trace
+
+COURSE = "course.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a learning run depends on; ``run.json`` holds exactly this.
+
+    Args:
+        tasks: Sequences of tasks, one after the other: ``permuted:DATA:10``, ``rotated:DATA:10``, ``split:DATA:5``, or
+            ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files.
+        model: ``mlp:100-100`` or ``resnet:16-3``.
+        method: One of ``regrow.methods.LEARNERS``.
+        method_settings: Its settings, where they differ from the defaults.
+        scenario: ``domain``, ``class`` or ``task``.
+        epochs: Passes over each task.
+        batch_size: Examples per step.
+        optimizer: ``sgd`` or ``adamw``.
+        lr: Learning rate.
+        weight_decay: Of the optimiser.
+        train: Most examples a task is learned from; 0: all.
+        test: Most examples it is evaluated on; 0: all.
+        seed: Of weights, orders and everything drawn.
+    """
+
+    tasks: tuple[str, ...]
+    model: str = "mlp:100-100"
+    method: str = "sparsegrow"
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    scenario: str = "domain"
+    epochs: int = 5
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    train: int = 0
+    test: int = 0
+    seed: int = 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that a ``run.json`` holds."""
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{**known, "tasks": tuple(known["tasks"])})
+
+    def schedule(self) -> Schedule:
+        """How every task is learned."""
+        return Schedule(
+            self.scenario, self.epochs, self.batch_size, self.optimizer, self.lr, self.weight_decay, self.seed
+        )
+
+    def command(self, out: str) -> str:
+        """The command line that does this run again."""
+        default = Settings(self.tasks)
+        words = ["regrow", "learn", *self.tasks, "--method", self.method, "--model", self.model]
+        for name in ("scenario", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "train", "test", "seed"):
+            if getattr(self, name) != getattr(default, name):
+                words += [f"--{name.replace('_', '-')}", f"{getattr(self, name)}"]
+        for name, value in self.method_settings.items():
+            words += ["--set", f"{name}={value}"]
+        return shlex.join([*words, "--out", out])
+
+
+def run(settings: Settings, out: str | Path, progress: Progress = silent) -> RunFolder:
+    """Learn a sequence of tasks and leave a run folder behind; an interrupted run goes on where it was.
+
+    Args:
+        settings: What to do.
+        out: The run folder; new, empty, or of this very run.
+        progress: Called as work goes on.
+
+    Raises:
+        ValueError: If a setting or a sequence is not usable; says which, and the remedy.
+    """
+    learner, schedule = built(settings), settings.schedule()
+    RunFolder.check(out, verb="learn", settings=asdict(settings))
+    tasks = tasks_of(settings)
+    folder = RunFolder.create(out, verb="learn", settings=asdict(settings), command=settings.command(str(out)))
+    return _go_on(folder, settings, learner, schedule, tasks, progress)
+
+
+def extend(out: str | Path, more: Sequence[str], progress: Progress = silent) -> RunFolder:
+    """Have a run learn further tasks: months later, by another process.
+
+    Args:
+        out: The folder of a run, finished or interrupted.
+        more: Further sequences, as ``Settings.tasks``; none to finish what was interrupted.
+        progress: Called as work goes on.
+
+    Raises:
+        ValueError: If the folder is no learning run, or a sequence is not usable.
+    """
+    folder = RunFolder.open(out)
+    told = folder.run()
+    if told.get("verb") != "learn":
+        raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
+    settings = Settings.from_json(told["settings"])
+    settings = replace(settings, tasks=(*settings.tasks, *more))
+    learner, tasks = built(settings), tasks_of(settings)
+    folder.update(settings=asdict(settings), command=settings.command(str(out)), finished=None)
+    return _go_on(replace(folder, resumed=True), settings, learner, settings.schedule(), tasks, progress)
+
+
+def _go_on(
+    folder: RunFolder,
+    settings: Settings,
+    learner: Learner,
+    schedule: Schedule,
+    tasks: Sequence[Task],
+    progress: Progress,
+) -> RunFolder:
+    start = time.perf_counter()
+    model, origin = network(settings, tasks)
+    axes = trace(model, tasks[0].train.inputs[:2])
+    course, place = Course(), folder.path / COURSE
+    if folder.resumed and place.is_file():
+        axes, course = read_course(place, model, axes, learner)
+    logged, told = course.number, len(course.events)
+
+    def keep(now: Course, _: AxisGraph) -> None:
+        nonlocal logged, told
+        write_course(place, model, learner, now)
+        for event in now.events[told:]:
+            folder.log("growth", **event)
+        told = len(now.events)
+        while logged < now.number:
+            record = {"task": tasks[logged].name, "accuracy": list(now.rows[logged]), **now.sizes[logged]}
+            folder.log("task", **record)
+            logged += 1
+
+    if len(course.before) < len(tasks):
+        # Tasks have come since: what an untrained network knows of them is measured anew.
+        course.before = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
+    axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
+    store.save(model, folder.path, origin=origin)
+    folder.log("matrix", tasks=[task.name for task in tasks], **course.matrix.record())
+    folder.finish(seconds={"learn": round(time.perf_counter() - start, 3)})
+    return folder
+
+
+def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
+    """The network of a run, with drawn weights."""
+    classes = 1 + max(c for task in tasks for c in task.classes)
+    return small(settings.model, tuple(tasks[0].train.inputs.shape[1:]), classes, settings.seed)
+
+
+def built(settings: Settings) -> Learner:
+    """The learner of a run.
+
+    Raises:
+        ValueError: If there is no such method, or a setting of it is wrong.
+    """
+    entry = learner_entry(settings.method)
+    given = dict(settings.method_settings)
+    if "seed" in entry.settings.__dataclass_fields__:
+        given.setdefault("seed", settings.seed)
+    found: Learner = entry.made(settings.method, given)
+    return found
+
+
+def tasks_of(settings: Settings) -> list[Task]:
+    """The tasks of a run.
+
+    Raises:
+        SourceError: If a sequence is not spelled as it should be, or its data are not there.
+    """
+    found: list[Task] = []
+    for spec in settings.tasks:
+        found += _sequence(spec, settings)
+    shapes = {tuple(task.train.inputs.shape[1:]) for task in found}
+    if len(shapes) > 1:
+        raise SourceError(f"inputs of all tasks have one shape; got {', '.join(map(str, sorted(shapes)))}")
+    return found
+
+
+def _sequence(spec: str, settings: Settings) -> list[Task]:
+    fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
+    base = _data(fit[2] if fit else spec)
+    base = streams.fewer(base, settings.train or len(base.train), settings.test or len(base.test), settings.seed)
+    if not fit:
+        return [base]
+    n = int(fit[3])
+    if n < 1:
+        raise SourceError(f"{spec}: a sequence has at least one task")
+    match fit[1]:
+        case "permuted":
+            return streams.permuted(base, n, settings.seed)
+        case "rotated":
+            return streams.rotated(base, n)
+    return streams.split(base, n, relabel=settings.scenario == "domain")
+
+
+def _data(name: str) -> Task:
+    if name == "digits":
+        return streams.digits_task()
+    if not Path(name).is_dir():
+        raise SourceError(f"no data {name!r}: write digits, or a folder that holds MNIST's four files")
+    return streams.idx(name, Path(name).name)

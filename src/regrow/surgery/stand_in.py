@@ -1,0 +1,57 @@
+"""Other tensors in the place of parameters for a while, and tensors that follow a network's change of shape."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.learner import Along
+from regrow.plan import Plan
+from regrow.surgery.layout import laid, units_after
+from regrow.surgery.widen import moment
+
+
+@contextmanager
+def standing_in(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, modules find these tensors where their parameters were; gradients reach what they were made of.
+
+    It must last until gradients have been taken: activation checkpointing runs modules again then.
+
+    Args:
+        model: The network.
+        values: Name of a parameter → what stands in for it.
+
+    >>> net = nn.Linear(2, 1, bias=False)
+    >>> with standing_in(net, {"weight": net.weight * 0}):
+    ...     net(net.weight.new_ones(1, 2)).item()
+    0.0
+    """
+    held: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name, value in values.items():
+            path, _, leaf = name.rpartition(".")
+            module = model.get_submodule(path)
+            parameter = module._parameters[leaf]
+            assert parameter is not None, f"{name} is no parameter"
+            held.append((module, leaf, parameter))
+            # Modules look up parameters by name only where they have no attribute of that name.
+            module.__dict__[leaf] = value
+        yield
+    finally:
+        for module, leaf, _ in held:
+            module.__dict__.pop(leaf, None)
+
+
+def followed(one: Along, axes: AxisGraph, plan: Plan) -> Along:
+    """A tensor along axes as it is after a plan: kept entries keep theirs, newborn ones are 0 (or false).
+
+    Args:
+        one: The tensor.
+        axes: The axes before the plan.
+        plan: The plan.
+    """
+    sizes = axes.sizes()
+    units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
+    lays = {i: laid(dim, sizes, units) for i, dim in enumerate(one.dims) if not isinstance(dim, int)}
+    return Along(moment(one.values.detach(), lays, mean=False), one.dims, one.lr)

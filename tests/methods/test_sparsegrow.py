@@ -1,0 +1,176 @@
+"""SparseGrow, reconstructed: the acceptance checks of the reconstruction, on real digits and small networks."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from regrow.data.streams import digits_task, permuted, split
+from regrow.learner import Learner, Stand
+from regrow.methods.sparsegrow import Settings, SparseGrow
+from regrow.nets.small import small
+from regrow.runs.learning import Schedule, learn
+from regrow.surgery.stand_in import standing_in
+from regrow.tasks import Task
+from regrow.tracing import trace
+
+SCHEDULE = Schedule(epochs=4, batch_size=64, lr=0.05)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    return permuted(digits_task(), 3)
+
+
+def begun(tasks: list[Task], spec: str = "mlp:24-16") -> tuple[nn.Module, Any]:
+    model, _ = small(spec, tasks[0].train.inputs.shape[1:], 10)
+    return model, trace(model, tasks[0].train.inputs[:2])
+
+
+def learned(tasks: list[Task], settings: Settings, spec: str = "mlp:24-16", **schedule: Any) -> Any:
+    model, axes = begun(tasks, spec)
+    learner = SparseGrow(settings=settings)
+    axes, course = learn(model, axes, tasks, learner, replace(SCHEDULE, **schedule))
+    return model, axes, learner, course
+
+
+@pytest.mark.parametrize("spec", ["mlp:24-16", "resnet:8-2"])
+def test_growth_changes_no_answer(tasks: list[Task], spec: str) -> None:
+    """1: at every growth accuracies and logits stay what they were, to rounding."""
+    _, axes, _, course = learned(tasks[:2], Settings(grow="always"), spec)
+    assert len(course.events) == 2 and all(event["grown"] for event in course.events)
+    for event in course.events:
+        assert event["shock"] == 0 and event["logits_moved"] <= 1e-5
+    assert all(axis.size > 8 for axis in axes.units() if axis.key in course.events[0]["grown"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str) -> None:
+    """2: bit for bit, under momentum and weight decay, through a later task with growth."""
+    model, axes = begun(tasks)
+    learner = SparseGrow(settings=Settings(grow="always"))
+    schedule = replace(SCHEDULE, optimizer=optimizer, weight_decay=0.05, lr=0.01)
+    axes, course = learn(model, axes, tasks[:1], learner, schedule)
+    then = {n: (p.detach().clone(), learner.tensors[f"owned {n}"].values.clone()) for n, p in model.named_parameters()}
+    axes, course = learn(model, axes, tasks[:2], learner, schedule, course=replace(course, before=(0.1, 0.1)))
+    moved = 0
+    for name, parameter in model.named_parameters():
+        old, owned = then[name]
+        now = parameter[tuple(slice(n) for n in old.shape)]  # newborn units lie behind the others
+        assert torch.equal(now[owned], old[owned]), name
+        moved += int((now[~owned] != old[~owned]).sum())
+    assert moved > 0
+
+
+def test_newborn_units_learn(tasks: list[Task]) -> None:
+    """3: ten steps after growth next to no newborn unit is without a gradient."""
+    model, axes = begun(tasks, "resnet:8-2")
+    learner = SparseGrow(settings=Settings(grow="always", late=1.0, multiple=1, width=0.5))
+    at = Stand(model, axes, tasks[0], epochs=1)
+    learner.begin(at)
+    plan = learner.plan(at)
+    assert plan is not None
+    seen: dict[str, torch.Tensor] = {}
+
+    class Watching(SparseGrow):
+        def gate(self, at: Stand) -> None:
+            for name in at.weights:
+                gradient = at.parameters()[name].grad
+                assert gradient is not None
+                seen[name] = seen.get(name, 0) * 0.5 + gradient.flatten(1).abs().sum(1)
+            super().gate(at)
+
+    schedule = replace(SCHEDULE, epochs=1, batch_size=128)
+    _, course = learn(model, axes, tasks[:1], Watching(settings=learner.settings), schedule)
+    for key, many in course.events[0]["grown"].items():
+        newborn = seen[key.partition(":")[0]][-many:]
+        assert float((newborn == 0).double().mean()) < 0.05
+
+
+@pytest.mark.parametrize("mode", ["dst", "adaptcl"])
+def test_the_loss_moves_thresholds_where_it_should(tasks: list[Task], mode: str) -> None:
+    """4: from the loss alone ``dst`` thresholds get a gradient and ``adaptcl`` ones none; a weight at 0 always does."""
+    model, axes = begun(tasks)
+    learner = SparseGrow(settings=Settings(threshold=mode, alpha=0.0))
+    at = Stand(model, axes, tasks[0])
+    learner.begin(at)
+    thresholds = [one.values.requires_grad_() for name, one in learner.tensors.items() if name.startswith("threshold")]
+    weights = at.parameters()
+    last = at.weights[-1]
+    with torch.no_grad():
+        weights[last][:, 0] = 0.0
+    with standing_in(model, learner.standing(at)):
+        Learner.loss(learner, at, next(tasks[0].train.batches(64))).backward()
+    moved = [t.grad is not None and bool(t.grad.any()) for t in thresholds]
+    assert all(moved) if mode == "dst" else not any(moved)
+    gradient = weights[last].grad
+    assert gradient is not None and bool(gradient[:, 0].any())
+
+
+def test_adaptcl_keeps_what_its_thresholds_predict(tasks: list[Task]) -> None:
+    """5: where weights hardly move, 1 − t·√fan_in of a Kaiming-uniform layer is kept."""
+    model, _, learner, _ = learned(
+        tasks[:1], Settings(threshold="adaptcl", grow="never", alpha=1e-3, lr=0.005), "mlp:100-80", lr=1e-7, epochs=30
+    )
+    rates = {}
+    for name, one in learner.tensors.items():
+        if name.startswith("owned") and (weight := model.get_parameter(name[6:])).dim() > 1:
+            rates[name[6:]] = float(one.values.double().mean()), weight.shape[1]
+    t = _threshold_after(30 * 22, 0.005, 1e-3)
+    for name, (kept, fan_in) in rates.items():
+        assert kept == pytest.approx(1 - t * fan_in**0.5, abs=0.02), name
+
+
+def _threshold_after(steps: int, lr: float, alpha: float) -> float:
+    """SGD with Nesterov momentum 0.9 on α·exp(−t)."""
+    t = torch.zeros((), requires_grad=True)
+    optimiser = torch.optim.SGD([t], lr=lr, momentum=0.9, nesterov=True)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        (alpha * torch.exp(-t)).backward()
+        optimiser.step()
+    return float(t.detach())
+
+
+def test_with_everything_off_it_is_plain_training(tasks: list[Task]) -> None:
+    """6: no growth, no gate, thresholds held at 0: SGD, bit for bit."""
+    plain, axes = begun(tasks)
+    learn(plain, axes, tasks[:2], Learner(), SCHEDULE)
+    off = Settings(grow="never", gate="none", alpha=0.0, lr=1e-30)
+    for settings in (off, replace(off, threshold="none")):
+        model, *_ = learned(tasks[:2], settings)
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+def test_classes_to_come_stay_free() -> None:
+    """In a class-incremental sequence a task does not own the rows of classes that it has not seen."""
+    parts = split(digits_task(), 5)
+    model, _, learner, _ = learned(parts[:2], Settings(grow="never"), scenario="class", epochs=2)
+    owned = learner.tensors["owned 5.weight"].values
+    assert bool(owned[:4].any()) and not bool(owned[4:].any())
+
+
+@pytest.mark.parametrize("gate", ["hard", "block", "soft", "none"])
+def test_gates_protect(tasks: list[Task], gate: str) -> None:
+    """A block gate holds whole rows of old hidden units; a soft one moves what mattered less."""
+    model, axes = begun(tasks)
+    learner = SparseGrow(settings=Settings(grow="never", gate=gate, alpha=5e-3))
+    axes, course = learn(model, axes, tasks[:1], learner, SCHEDULE)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learn(model, axes, tasks[:2], learner, SCHEDULE, course=replace(course, before=(0.1, 0.1)))
+    moved = {name: int((p != before[name]).sum()) for name, p in model.named_parameters()}
+    if gate == "block":
+        assert moved["1.weight"] == moved["3.weight"] == 0
+        assert not bool(learner.tensors["owned 1.weight"].values.all()), "there were free entries to hold"
+    else:
+        assert moved["1.weight"] > 0
+    assert (moved["1.bias"] > 0) == (gate in ("soft", "none"))
+
+
+def test_a_wrong_setting_is_told() -> None:
+    with pytest.raises(ValueError, match="gate is one of hard, block, soft, none; got 'tight'"):
+        Settings(gate="tight")
+    with pytest.raises(ValueError, match="late is a share, from 0 to 1; got 2"):
+        Settings(late=2)

@@ -1,0 +1,95 @@
+"""The loop over tasks and its run folder: resuming, further tasks, and the account of what is known."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import regrow
+from regrow.data.streams import digits_task, permuted
+from regrow.evaluation.continual import Matrix, share_right
+from regrow.methods import LEARNERS, learner_entry
+from regrow.nets.small import small
+from regrow.runs import learning_run
+from regrow.runs.atomic import StoreError
+from regrow.runs.learning import Schedule, learn
+from regrow.runs.learning_run import Settings, extend, run, tasks_of
+from regrow.tracing import trace
+
+SETTINGS = Settings(
+    ("permuted:digits:2",), model="mlp:16-16", epochs=4, train=300, test=100, method_settings={"grow": "always"}
+)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_method_learns_and_tells(name: str) -> None:
+    """Each learns the first of two tasks far better than chance, and its matrix is that of the network it leaves."""
+    tasks = permuted(digits_task(), 2)
+    model, _ = small("mlp:48-32", (1, 8, 8), 10)
+    axes = trace(model, tasks[0].train.inputs[:2])
+    learner = learner_entry(name).build(learner_entry(name).settings())
+    _, course = learn(model, axes, tasks, learner, Schedule(epochs=4, batch_size=32, lr=0.05))
+    assert course.matrix.rows[0][0] > 0.6 > 0.3 > course.matrix.before[0]
+    if name != "wsn":  # which answers through its masks
+        again = tuple(share_right(model, task.test) for task in tasks)
+        assert again == course.rows[-1]
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_killed_and_resumed_is_never_stopped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the middle of the second task, after growth where there is any: the same numbers, bit for bit."""
+    given: Any = dict(method=name, method_settings={"grow": "always"} if name == "sparsegrow" else {})
+    settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, **given)
+    whole = regrow.load(run(settings, tmp_path / "whole").path)
+    write, seen = learning_run.write_course, []
+
+    def stopping(path: Path, model: Any, learner: Any, course: Any) -> None:
+        write(path, model, learner, course)
+        seen.append(course.epoch)
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning_run, "write_course", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed")
+    assert seen[-1] == 3, "in the middle of a task, past its growth"
+    monkeypatch.undo()
+    folder = run(settings, tmp_path / "killed")
+    again = regrow.load(folder.path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
+    told = [[r for r in regrow_rows(tmp_path / one) if r["what"] == "matrix"][-1] for one in ("whole", "killed")]
+    assert told[0] == told[1]
+
+
+def regrow_rows(path: Path) -> list[dict[str, Any]]:
+    from regrow.runs import RunFolder
+
+    return RunFolder.open(path).metrics()
+
+
+def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
+    """Learned in two calls, the first tasks end as they did, and the figures are those of the saved matrix."""
+    folder = run(SETTINGS, tmp_path / "run")
+    first = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
+    folder = extend(tmp_path / "run", ("rotated:digits:2",))
+    last = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
+    assert last["matrix"][:2] == first["matrix"] and len(last["matrix"]) == 4
+    matrix = Matrix.of(last)
+    past = [last["matrix"][-1][j] - last["matrix"][j][j] for j in range(3)]
+    assert last["backward_transfer"] == pytest.approx(sum(past) / 3) == pytest.approx(matrix.backward_transfer)
+    model = regrow.load(folder.path)
+    tasks = tasks_of(Settings(("permuted:digits:2", "rotated:digits:2"), train=300, test=100))
+    assert tuple(share_right(model, task.test) for task in tasks) == tuple(last["matrix"][-1])
+    assert model[1].out_features > 16
+
+
+def test_what_is_wrong_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no data 'fashoin'"):
+        run(Settings(("permuted:fashoin:3",)), tmp_path / "a")
+    with pytest.raises(ValueError, match="no small network 'mpl:3'"):
+        run(Settings(("digits",), model="mpl:3", epochs=1), tmp_path / "b")
+    with pytest.raises(ValueError, match="did you mean 'sparsegrow'"):
+        run(Settings(("digits",), method="sparsgrow"), tmp_path / "c")
+    with pytest.raises(StoreError, match="is not a run folder"):
+        extend(tmp_path, ("digits",))
