@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -125,6 +125,17 @@ def distances(
         yield plan, _largest(masked, shrunk) / (_scale(masked) or 1.0)
 
 
+@contextmanager
+def _made_in_double(double: bool) -> Iterator[None]:
+    """Have tensors that a network makes without saying in which precision be of float64, like all its others."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if double else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class _Double(TorchFunctionMode):
     """Has every cast to a shorter float go to float64 instead, so that a network's own casts do not hide a fault."""
 
@@ -183,7 +194,7 @@ def _in_double(example: Example) -> Example:
 
 
 def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions) -> list[Tensor | None]:
-    with _Double() if double else nullcontext():
+    with _made_in_double(double), _Double() if double else nullcontext():
         if decisions is not None:
             return [*capture(model, example, decisions).values]
         with evaluating(model), torch.no_grad():
@@ -225,7 +236,7 @@ def _both(
 
     One recording serves all plans.
     """
-    with _Double() if double and decisions is not None else nullcontext():
+    with _made_in_double(double), _Double() if double and decisions is not None else nullcontext():
         recorded = readings(model, axes, example, decisions)
     for plan in plans:
         plan.check(axes)
@@ -234,7 +245,7 @@ def _both(
         inputs = [
             x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in recorded.inputs
         ]
-        with torch.no_grad():
+        with torch.no_grad(), _made_in_double(double):
             masked = [*_floats(runner.run(*inputs)), *runner.judged]
         shrunk = _run(apply(_copied(model), axes, plan)[0], example, double, recorded.decisions)
         yield plan, masked, shrunk, recorded.decisions
