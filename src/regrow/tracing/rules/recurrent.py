@@ -74,13 +74,13 @@ def cell(w: Walk, node: Node) -> Any:
     """One step of a recurrent layer."""
     x, state, *params = [*node.args, *node.kwargs.values()]
     states: list[Any] = list(state) if isinstance(state, list | tuple) else [state]
-    params = [one for one in params if isinstance(one, Node)]
+    own = [one for one in params if isinstance(one, Node)]
     assert isinstance(x, Node)
     batch, given = w.of(x)
     gates = GATES[op_name(node).removesuffix("_cell")]
-    made = _tied(w, node, gates, params, len(params) > 2, given)
-    w.reads(node, x, 1, weight=w.source(params[0]))
-    _count(w, node, params, [batch])
+    made = _tied(w, node, gates, own, len(own) > 2, given)
+    w.reads(node, x, 1, weight=w.source(own[0]))
+    _count(w, node, own, [batch])
     for one in states:
         for own, expr in zip(w.of(one), (batch, made.units), strict=True):
             d.unify(own, expr, w.why(node, "a state has another form than the hidden units"))
@@ -147,7 +147,7 @@ def _stacked(w: Walk, node: Node, place: int, batch: Expr, parts: list[Expr]) ->
 def _picks(user: Node, state: Node) -> bool:
     """Whether an operation takes the state of one layer, or starts from all of them."""
     if op_name(user) == "select":
-        return user.args[1] == 0
+        return bool(user.args[1] == 0)
     return op_name(user) in GATES and state in user.all_input_nodes and state is not user.args[0]
 
 
