@@ -82,8 +82,8 @@ def cell(w: Walk, node: Node) -> Any:
     w.reads(node, x, 1, weight=w.source(own[0]))
     _count(w, node, own, [batch])
     for one in states:
-        for own, expr in zip(w.of(one), (batch, made.units), strict=True):
-            d.unify(own, expr, w.why(node, "a state has another form than the hidden units"))
+        for held, expr in zip(w.of(one), (batch, made.units), strict=True):
+            d.unify(held, expr, w.why(node, "a state has another form than the hidden units"))
     out = (batch, made.units)
     return [out, out] if len(states) > 1 else out
 
