@@ -26,6 +26,7 @@ def prune(
     keep: float = 0.8,
     sources: Sequence[Source] = (),
     example: Example | None = None,
+    axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     **budget: Any,
@@ -39,6 +40,7 @@ def prune(
             decoder's linear layers).
         sources: What to measure importance on; the more kinds, the better the result carries over.
         example: What to trace the network with; the first batch of the first source, unless given.
+        axes: Its axes, where they are known (:func:`regrow.declare`); nothing is traced then.
         settings: Settings of the method; its defaults, unless given.
         progress: Called with (batches done, batches in all, what).
         **budget: More fields of :class:`regrow.method.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``.
@@ -58,12 +60,10 @@ def prune(
     4
     """
     chosen = built(method, settings or {})
-    if example is None:
-        if not sources or not len(sources[0]):
-            raise ValueError("give an example input, or a source whose first batch is one, to trace the network with")
-        batch = sources[0].batches[0]
-        example = Example(batch.args, batch.kwargs)
-    axes, wanted = trace(model, *example.args, **example.kwargs), Budget(keep, **budget)
+    if axes is None:
+        example = _example(example, sources)
+        axes = trace(model, *example.args, **example.kwargs)
+    wanted = Budget(keep, **budget)
     state = begun(axes, chosen, wanted, sources)
     evidence = measured(model, axes, chosen, sources, progress)
     for note in evidence.notes:
@@ -71,6 +71,15 @@ def prune(
     plan, _ = proposed(model, axes, chosen, evidence, state, progress=progress)
     apply(model, axes, plan)
     return model, plan
+
+
+def _example(example: Example | None, sources: Sequence[Source]) -> Example:
+    if example is not None:
+        return example
+    if not sources or not len(sources[0]):
+        raise ValueError("give an example input, or a source whose first batch is one, to trace the network with")
+    batch = sources[0].batches[0]
+    return Example(batch.args, batch.kwargs)
 
 
 def built(method: str, settings: Mapping[str, Any]) -> Method:

@@ -12,6 +12,7 @@ from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
 from regrow.surgery.compensate import bias_dim, offsets
+from regrow.surgery.eager import tried
 from regrow.surgery.fold import Outcome, folded
 from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
 from regrow.surgery.optimizer import Exchange, follow
@@ -65,11 +66,8 @@ def apply(
             "cut, apply(..., attic=attic), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
         )
     sizes, lays = plan.sizes(axes), layouts(axes, plan)
-    # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
-    grown = any(change.after > len(change.keep) for change in plan.changes.values())
-    numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
-    if problem := rehearsed(model, axes, sizes, numbers):
-        raise PlanError(f"the plan cannot be carried out: {problem}")
+    if axes.steps or not axes.declared:
+        _rehearse(model, axes, plan)
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
     births = [(key, change.fill.seed, axes[key].born) for key, change in sorted(plan.changes.items())]
     seed = zlib.crc32(repr(births).encode())
@@ -87,14 +85,33 @@ def apply(
     for name, value in done.values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
+    integers = planned_integers(axes, sizes)
+    if axes.declared and (problem := tried(model, axes, lambda copy: _commit(copy, axes, done, integers))):
+        raise PlanError(f"the plan cannot be carried out: {problem}; {_of_declared(axes, plan)}")
     parameters = dict(model.named_parameters())
     exchanged = [Exchange(n, parameters[n], lays.get(n, {})) for n in (*done.values, *done.removed) if n in parameters]
     remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
-    _commit(model, axes, done, planned_integers(axes, sizes))
+    _commit(model, axes, done, integers)
     remember(dict(model.named_parameters()))
     if attic is not None:
         vars(attic).update(vars(stored))
     return model, _after(axes, plan, lays, sizes, done)
+
+
+def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Try on a copy without numbers what the plan does to axes that a recording shows."""
+    shown = {key: change for key, change in plan.changes.items() if key not in axes.declared}
+    # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
+    grown = any(change.after > len(change.keep) for change in shown.values())
+    numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
+    sizes = axes.sizes() | {key: change.after for key, change in shown.items()}
+    if problem := rehearsed(model, axes, sizes, numbers):
+        raise PlanError(f"the plan cannot be carried out: {problem}")
+
+
+def _of_declared(axes: AxisGraph, plan: Plan) -> str:
+    changed = [key for key in axes.declared if key in plan.changes]
+    return f"is something of {' or '.join(changed)} not declared?" if changed else "its axes are declared, not traced"
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -159,4 +176,5 @@ def _after(
         parameters=(axes.parameters | added.keys()) - set(done.removed),
         itemsize={name: size for name, size in itemsize.items() if name not in done.removed},
         folds=done.folds,
+        steps=() if plan.changes.keys() & set(axes.declared) else axes.steps,  # they know no declared sizes
     )
