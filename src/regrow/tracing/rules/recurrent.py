@@ -4,7 +4,7 @@ A hidden unit owns one row in each gate, and a column in whatever reads it: the 
 layer, what follows. Its cell state and its initial state are its own, and go with it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from regrow.axes import Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import Dims, Walk, op_name
+from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """How many blocks of hidden units the rows of a weight are."""
@@ -126,8 +126,10 @@ def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
     why = w.why(node, "a state has another form than the hidden units")
     held = w.stacked.get(state)
     if held is None:
-        alike = op_name(state) in _ALIKE and state.op == "call_function"
-        held = [w.of(state)[-1]] * (1 if alike else len(parts))
+        made = state
+        while op_name(made) in ALIASES and isinstance(made.args[0], Node):
+            made = made.args[0]
+        held = [w.of(state)[-1]] * (1 if made.op == "call_function" and op_name(made) in _ALIKE else len(parts))
     for own, part in zip(held, parts, strict=False):
         d.unify(own, part, why)
 
@@ -137,7 +139,7 @@ def _stacked(w: Walk, node: Node, place: int, batch: Expr, parts: list[Expr]) ->
     results = [user for user in node.users if user.args[1] == place]
     for result in results if len(parts) > 1 else ():
         if all(_picks(user, result) for user in result.users):
-            w.stacked[result] = parts
+            w.stacked |= dict.fromkeys(_copies(result), parts)
         else:
             for other in parts[1:]:
                 d.unify(parts[0], other, w.why(node, "states of several layers have no common form"))
@@ -145,10 +147,19 @@ def _stacked(w: Walk, node: Node, place: int, batch: Expr, parts: list[Expr]) ->
 
 
 def _picks(user: Node, state: Node) -> bool:
-    """Whether an operation takes the state of one layer, or starts from all of them."""
+    """Whether an operation takes the state of one layer, or starts from all of them; or copies do."""
+    if op_name(user) in ALIASES:
+        return all(_picks(one, user) for one in user.users)
     if op_name(user) == "select":
         return bool(user.args[1] == 0)
     return op_name(user) in GATES and state in user.all_input_nodes and state is not user.args[0]
+
+
+def _copies(state: Node) -> Iterator[Node]:
+    yield state
+    for user in state.users:
+        if op_name(user) in ALIASES:
+            yield from _copies(user)
 
 
 _ALIKE = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"))
