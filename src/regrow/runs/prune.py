@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph, Example
-from regrow.method import Budget, Evidence, Method, Need, State
+from regrow.method import Budget, Evidence, Measure, Method, Need, State
 from regrow.methods import entry
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -145,4 +145,9 @@ def begun(axes: AxisGraph, method: Method, budget: Budget, sources: Sequence[Sou
     """
     if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")
+    if budget.measure is Measure.MACS and axes.declared:
+        raise ValueError(
+            f"how many multiply–accumulates the declared axes {', '.join(axes.declared)} cost is not known, since no "
+            "recording shows them; budget by params or bytes"
+        )
     return method.init(axes, budget)
