@@ -7,7 +7,8 @@ import torch
 
 import laws
 from regrow.plan import Change, Plan, PlanError
-from regrow.surgery import apply, verify
+from regrow.surgery import verify
+from regrow.surgery.apply import carry_out
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from test_zoo import traced
 
@@ -37,7 +38,7 @@ def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
     planned, done = Plan.keeping(axes, {key: range(5)}), Plan.keeping(axes, {key: range(5, 10)})
     module = sys.modules[distances.__module__]
-    monkeypatch.setattr(module, "apply", lambda model, axes, plan: apply(model, axes, done))
+    monkeypatch.setattr(module, "carry_out", lambda model, axes, plan: carry_out(model, axes, done))
     ((_, distance),) = distances(model, axes, [planned])
     assert distance > 1e-3
 

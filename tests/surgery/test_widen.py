@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import hand
 import laws
@@ -357,3 +358,28 @@ def test_a_plan_from_before_roles_were_told_apart_still_fits() -> None:
     model, axes = mlp()
     plan = Plan.from_json(Plan.keeping(axes, {KEY: range(3)}).to_json().replace('"shifts"', '"scales"'))
     apply(model, axes, plan)
+
+
+def test_an_average_of_the_weights_follows() -> None:
+    """The plan fits a moving average as well: each keeps its own numbers, and averaging goes on."""
+    model, axes = mlp()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.75))
+    optimiser = torch.optim.Adam(model.parameters(), lr=0.01)
+    for seed in range(3):
+        _step(model, optimiser, seed)
+        average.update_parameters(model)
+    x = torch.randn(8, 4)
+    answer, first = average(x), average.module[0].weight.clone()
+    plan = Plan.growing(axes, {"0.weight:0": 3, "2.weight:0": 2})
+    model, after = apply(model, axes, plan, optimizers=[optimiser])
+    apply(average.module, axes, plan)
+    assert torch.allclose(average(x), answer, atol=1e-6) and torch.equal(average.module[0].weight[:6], first)
+    _step(model, optimiser, 4)
+    average.update_parameters(model)
+    now = average.module[0].weight[:6]
+    assert torch.allclose(now, 0.75 * first + 0.25 * model[0].weight[:6], atol=1e-6)
+    cut = Plan.keeping(after, {"0.weight:0": range(2, 8)})
+    model, _ = apply(model, after, cut, optimizers=[optimiser])
+    apply(average.module, after, cut)
+    average.update_parameters(model)
+    assert average(x).shape == answer.shape

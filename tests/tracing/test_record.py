@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_plan, shrunk, smallest_plan, zeroed
 from regrow.axes import AxisGraph, Example, Mark, Slot, size_of
 from regrow.plan import Plan
-from regrow.surgery import apply, verify
+from regrow.surgery import verify
+from regrow.surgery.apply import carry_out
 from regrow.tracing import TraceError, trace
 from regrow.tracing.capture import capture, example_of
 from regrow.tracing.graph import assemble
@@ -230,13 +231,31 @@ def test_verify_holds_scores_against_each_other_that_find_nothing(
     assert report.ok and report.bound > 0
 
     def spoiling(net: nn.Module, *more: Any) -> Any:
-        cut = apply(net, *more)
+        cut = carry_out(net, *more)
         with torch.no_grad():
             net.two.weight.mul_(factor)
         return cut
 
-    monkeypatch.setattr(import_module("regrow.surgery.verify"), "apply", spoiling)
+    monkeypatch.setattr(import_module("regrow.surgery.verify"), "carry_out", spoiling)
     assert not verify(model, axes, plan).ok
+
+
+@pytest.mark.parametrize("sort", [lambda s: s.sort()[1], lambda s: s.argsort(), lambda s: s.topk(len(s))[1]])
+def test_equal_scores_may_lie_in_any_order(sort: Callable[[Tensor], Tensor]) -> None:
+    """Each score is there twice, up to rounding, which decides their order and differs between masked and cut."""
+
+    def wire(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        score = m.two(m.one(x).relu()).flatten()
+        both = torch.cat([score, score * 3 / 3 + 0.1 - 0.1])
+        place = torch.arange(len(both), dtype=x.dtype)[sort(both)]
+        return place, x[x[:, 0] > 0]
+
+    model = Wired(wire)
+    model.one, model.two = nn.Linear(4, 64), nn.Linear(64, 1)
+    randomised(model)
+    axes = trace(model, torch.randn(300, 4))
+    assert axes.recorded == "eager"
+    assert verify(model, axes, random_plan(axes, torch.Generator().manual_seed(1))).ok
 
 
 def test_without_numbers_data_cannot_decide() -> None:

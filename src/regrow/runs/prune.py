@@ -145,7 +145,7 @@ def begun(axes: AxisGraph, method: Method, budget: Budget, sources: Sequence[Sou
     """
     if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")
-    if budget.measure is Measure.MACS and axes.declared:
+    if budget.measure == Measure.MACS and axes.declared:
         raise ValueError(
             f"how many multiply–accumulates the declared axes {', '.join(axes.declared)} cost is not known, since no "
             "recording shows them; budget by params or bytes"

@@ -1,5 +1,6 @@
 """The only function that changes a model."""
 
+import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -34,7 +35,8 @@ def apply(
 
     Parameters, buffers and the integers that modules hold are cut and widened; sizes that stand in divisors are folded
     into the numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a
-    bias. Everything is worked out and tried on a copy without numbers first; only then is the model touched, in place.
+    bias. Everything is worked out and tried on a copy first, without numbers, or, for axes that were declared, by a run
+    on the example; only then is the model touched, in place.
 
     Args:
         model: The traced model.
@@ -58,16 +60,28 @@ def apply(
     >>> net[0].weight.shape, net[2].in_features, axes["0.weight:0"].size
     (torch.Size([3, 4]), 3, 3)
     """
-    plan.check(axes)
-    _check_state(model, axes)
+    check(model, axes, plan)
     if attic is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
         raise PlanError(
             f"axis {lost!r}: what its restored units held is in no attic; give the one that was there when they were "
             "cut, apply(..., attic=attic), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
         )
-    sizes, lays = plan.sizes(axes), layouts(axes, plan)
     if axes.steps or not axes.declared:
         _rehearse(model, axes, plan)
+    if axes.declared:
+        _try(model, axes, plan, attic)
+    return carry_out(model, axes, plan, optimizers, attic)
+
+
+def carry_out(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    optimizers: Sequence[Optimizer] = (),
+    attic: Attic | None = None,
+) -> tuple[nn.Module, AxisGraph]:
+    """What :func:`apply` does once a plan is checked and tried; by itself for copies that are run right after."""
+    sizes, lays = plan.sizes(axes), layouts(axes, plan)
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
     births = [(key, change.fill.seed, axes[key].born) for key, change in sorted(plan.changes.items())]
     seed = zlib.crc32(repr(births).encode())
@@ -85,13 +99,10 @@ def apply(
     for name, value in done.values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
-    integers = planned_integers(axes, sizes)
-    if axes.declared and (problem := tried(model, axes, lambda copy: _commit(copy, axes, done, integers))):
-        raise PlanError(f"the plan cannot be carried out: {problem}; {_of_declared(axes, plan)}")
     parameters = dict(model.named_parameters())
     exchanged = [Exchange(n, parameters[n], lays.get(n, {})) for n in (*done.values, *done.removed) if n in parameters]
     remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
-    _commit(model, axes, done, integers)
+    _commit(model, axes, done, planned_integers(axes, sizes))
     remember(dict(model.named_parameters()))
     if attic is not None:
         vars(attic).update(vars(stored))
@@ -109,16 +120,21 @@ def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         raise PlanError(f"the plan cannot be carried out: {problem}")
 
 
-def _of_declared(axes: AxisGraph, plan: Plan) -> str:
-    changed = [key for key in axes.declared if key in plan.changes]
-    return f"is something of {' or '.join(changed)} not declared?" if changed else "its axes are declared, not traced"
+def _try(model: nn.Module, axes: AxisGraph, plan: Plan, attic: Attic | None) -> None:
+    """Do all of the plan to a copy, and run that on the example: no recording shows what declared axes do."""
+    if problem := tried(model, axes, lambda other: carry_out(other, axes, plan, attic=copy.copy(attic))):
+        changed = [key for key in axes.declared if key in plan.changes]
+        hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
+        raise PlanError(f"the plan cannot be carried out: {problem}{hint}")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _check_state(model: nn.Module, axes: AxisGraph) -> None:
+def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Raise :class:`PlanError` if a plan is not for these axes, or the axes are not of this model as it is."""
+    plan.check(axes)
     sizes, state = axes.sizes(), _state(model)
     for name, dims in axes.shapes.items():
         expected = tuple(size_of(dim, sizes) for dim in dims)

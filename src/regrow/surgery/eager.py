@@ -13,7 +13,7 @@ from regrow.surgery.compensate import bias_of, read_dim
 from regrow.tracing.capture import evaluating, fitting
 
 
-def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], None]) -> str:
+def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:
     """What goes wrong when the network runs on its example after a change to a copy of it; empty if nothing.
 
     Args:

@@ -15,12 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
-from regrow.plan import Plan
-from regrow.surgery.apply import apply
+from regrow.plan import Plan, PlanError
+from regrow.surgery.apply import carry_out, check
 from regrow.surgery.eager import replaced, zeroed
 from regrow.tracing.capture import capture, evaluating
 from regrow.tracing.readings import Readings, readings
-from regrow.tracing.record import outputs
+from regrow.tracing.record import ORDERS, outputs
 from regrow.tracing.walk import op_name
 
 RELATIVE_BOUND = 1e-9
@@ -61,7 +61,8 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
 
     Where data decide what a network does (which boxes overlap), both networks are given the decisions of the uncut one,
     so that their answers are of one form; then what the decisions are taken on is held against each other too: the
-    scores and boxes of all anchors, not only of those that were found. If these agree, so do the decisions.
+    scores and boxes of all anchors, not only of those that were found. If these agree, so do the decisions. Likewise
+    the cut network sorts in the order of the masked one: equal scores (of anchors on the padding) lie in any order.
 
     Args:
         model: The traced model; it is left as it is.
@@ -191,10 +192,12 @@ def _in_double(example: Example) -> Example:
     return Example(tree_map(wide, example.args), tree_map(wide, dict(example.kwargs)))
 
 
-def _run(model: nn.Module, example: Example, double: bool, decisions: Decisions) -> list[Tensor | None]:
+def _run(
+    model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor] = ()
+) -> list[Tensor | None]:
     with _made_in_double(double), _Double() if double else nullcontext():
         if decisions is not None:
-            return [*capture(model, example, decisions).values]
+            return [*capture(model, example, decisions, orders).values]
         with evaluating(model), torch.no_grad():
             return _floats(model(*example.args, **example.kwargs))
 
@@ -240,13 +243,20 @@ def _both(
     """
     recorded = None if axes.declared else _recorded(model, axes, example, double, decisions)
     for plan in plans:
-        plan.check(axes)
+        check(model, axes, plan)
         whole = zeroed(model, axes, plan) if axes.declared else model
         if axes.declared and axes.recorded != "not":  # what the zeros make of the rest is another recording
             recorded = _recorded(whole, axes, example, double, decisions)
-        taken = decisions if recorded is None else recorded.decisions
-        masked = _run(whole, example, double, None) if recorded is None else _answers(recorded, axes, plan, double)
-        shrunk = _run(apply(_copied(model), axes, plan)[0], example, double, taken)
+        if recorded is None:
+            taken, masked, orders = decisions, _run(whole, example, double, None), []
+        else:
+            runner = _masked(recorded, axes, plan, double)
+            taken, masked, orders = recorded.decisions, runner.answers, runner.orders
+        cut, _ = carry_out(_copied(model), axes, plan)
+        try:
+            shrunk = _run(cut, example, double, taken, orders)
+        except Exception as error:
+            raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
         yield plan, masked, shrunk, taken
 
 
@@ -255,14 +265,15 @@ def _recorded(model: nn.Module, axes: AxisGraph, example: Example, double: bool,
         return readings(model, axes, example, decisions)
 
 
-def _answers(recorded: Readings, axes: AxisGraph, plan: Plan, double: bool) -> list[Tensor | None]:
-    """What the recorded network answers with the dropped units of traced axes masked."""
+def _masked(recorded: Readings, axes: AxisGraph, plan: Plan, double: bool) -> "_Masked":
+    """The recorded network after it has run with the dropped units of traced axes masked."""
     declared = {slot.name for key in axes.declared if key in plan.changes for slot in axes[key].consumers()}
     runner = _Masked(recorded, plan, double, {n: means for n, means in plan.means.items() if n not in declared})
     # Operations in place may change what they are given.
     inputs = [x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in recorded.inputs]
     with torch.no_grad(), _made_in_double(double):
-        return [*_floats(runner.run(*inputs)), *runner.judged]
+        runner.answers = [*_floats(runner.run(*inputs)), *runner.judged]
+    return runner
 
 
 class _Masked(Interpreter):
@@ -273,6 +284,8 @@ class _Masked(Interpreter):
         self.keep = {key: change.keep for key, change in plan.changes.items()}
         self.sizes, self.means, self.double = recorded.sizes, means, double
         self.judged: list[Tensor | None] = []
+        self.answers: list[Tensor | None] = []
+        self.orders: list[Tensor] = []
         self.judges: dict[Node, list[tuple[Node, bool]]] = {}
         for node, operand, dims in recorded.judged:
             whole = all(bool(kept_mask(dim, self.sizes, self.keep).all()) for dim in dims)
@@ -290,9 +303,10 @@ class _Masked(Interpreter):
             self.judged.append(self.env[operand].clone() if whole else None)  # a cut makes the others another form
         reads = self.reads.get(n, [])
         restated = [(reading, mask) for reading, mask in reads if reading.fill is None]
-        if restated:
-            return self._restated(n, *restated[0])
-        return super().run_node(n)
+        out = self._restated(n, *restated[0]) if restated else super().run_node(n)
+        if n.target in ORDERS:
+            self.orders.append(out if isinstance(out, Tensor) else out[1])
+        return out
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
         values = {one: self.env[one] for one in n.all_input_nodes}

@@ -5,7 +5,7 @@ import gc
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
 from dataclasses import dataclass
 from io import StringIO
@@ -63,7 +63,12 @@ def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     return Example(tuple(args), {**kwargs, **extra})
 
 
-def capture(model: nn.Module, example: Example, decisions: tuple[Decision, ...] | None = None) -> Capture:
+def capture(
+    model: nn.Module,
+    example: Example,
+    decisions: tuple[Decision, ...] | None = None,
+    orders: Iterable[Tensor] = (),
+) -> Capture:
     """Run the model once and record what it does: on fake data, or, where data decide what it does, on the example.
 
     Args:
@@ -71,6 +76,7 @@ def capture(model: nn.Module, example: Example, decisions: tuple[Decision, ...] 
         example: What to run it on.
         decisions: What data decided when the model was recorded eagerly before; it is again, with the same answers.
             An empty tuple has the data of this example decide. ``None`` has ``torch.export`` try first.
+        orders: As for :func:`regrow.tracing.record.record`.
 
     Raises:
         TraceError: If the model cannot be recorded; says why.
@@ -85,7 +91,7 @@ def capture(model: nn.Module, example: Example, decisions: tuple[Decision, ...] 
                 if not _holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
-            found = _eager(model, example, decisions or (), refusal)
+            found = _eager(model, example, decisions or (), refusal, orders)
             return found if decisions is not None else _again(model, example, found)
         except Exception as error:
             if refused is None:
@@ -135,8 +141,14 @@ def _asking_no_data() -> FakeTensorMode:
         return FakeTensorMode(shape_env=sizes, allow_non_fake_inputs=True, export=True)
 
 
-def _eager(model: nn.Module, example: Example, answers: tuple[Decision, ...], refusal: str) -> Capture:
-    seen = record(model, example.args, dict(example.kwargs), answers)
+def _eager(
+    model: nn.Module,
+    example: Example,
+    answers: tuple[Decision, ...],
+    refusal: str,
+    orders: Iterable[Tensor] = (),
+) -> Capture:
+    seen = record(model, example.args, dict(example.kwargs), answers, orders)
     parameters = {name for name, _ in model.named_parameters()}
     return Capture(
         module=GraphModule(nn.Module(), seen.graph),

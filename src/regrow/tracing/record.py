@@ -10,7 +10,7 @@ That a cut network does the same as the masked one is an induction over the ques
 same, what is asked about next is the same, and so is its answer.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from operator import getitem
@@ -61,7 +61,11 @@ class Record:
 
 
 def record(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], answers: tuple[Decision, ...] = ()
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    answers: tuple[Decision, ...] = (),
+    orders: Iterable[Tensor] = (),
 ) -> Record:
     """Run a network once and write down its operations.
 
@@ -71,6 +75,8 @@ def record(
         kwargs: Its inputs by name.
         answers: What data decided in an earlier run. They are taken while they last; then the data decide, if there
             are any.
+        orders: In what order each operation that sorts puts what it sorts, while they last and are of its form; for
+            another network on real tensors, which must not order equal numbers another way.
 
     Raises:
         DivergedError: If the run asks for another decision than the next given one, or for one that is not given and
@@ -86,7 +92,7 @@ def record(
     inputs, spec = tree_flatten(tree_map_only(Tensor, _copy, (args, kwargs)))
     given, named = tree_unflatten(inputs, spec)
     with _modules(model) as running:
-        recorder = _Recorder(seen, answers, running, fake)
+        recorder = _Recorder(seen, answers, orders, running, fake)
         with torch._C.DisableTorchFunction():
             recorder.begin(model, inputs)
         with _Spelled(), enable_python_dispatcher(), recorder:
@@ -164,11 +170,18 @@ class _Recorder(ProxyTorchDispatchMode):
     operation is also run on fake tensors: where these cannot tell the result, the data decide.
     """
 
-    def __init__(self, seen: Record, answers: tuple[Decision, ...], running: Callable[[], Any], fake: Any) -> None:
+    def __init__(
+        self,
+        seen: Record,
+        answers: tuple[Decision, ...],
+        orders: Iterable[Tensor],
+        running: Callable[[], Any],
+        fake: Any,
+    ) -> None:
         super().__init__(PythonKeyTracer(), "real", pre_dispatch=True)
         self.seen, self.running, self.real = seen, running, fake is None
         self.fake = fake or FakeTensorMode(allow_non_fake_inputs=True)
-        self.answers = iter(answers)
+        self.answers, self.orders = iter(answers), iter(orders)
         self.nodes = WeakTensorKeyDictionary()
         self.plain: dict[Node, Tensor] = {}
         self.judged: list[Tensor] = []
@@ -209,6 +222,9 @@ class _Recorder(ProxyTorchDispatchMode):
         node = self._write(func, nodes, named, told)
         self._keep_judged(node, args, kwargs)
         out = func(*args, **kwargs) if self.real else told
+        if self.real and func in ORDERS:
+            given = {**dict(zip((one.name for one in func._schema.arguments), args, strict=False)), **kwargs}
+            out = _ordered(args[0], given.get("dim", -1), out, next(self.orders, None))
         self._name(node, out, told, plain)
         return out
 
@@ -314,6 +330,26 @@ def _like(asked: list[Tensor], answer: Any) -> Any:
     """An answer in the precision of what was asked about; it may have been given in another."""
     kinds = {x.dtype for x in asked if _floating(x)}
     return tree_map_only(Tensor, lambda x: x.to(*kinds) if _floating(x) and len(kinds) == 1 else x, answer)
+
+
+def _ordered(x: Tensor, dim: int, found: Any, order: Tensor | None) -> Any:
+    """What an operation that sorts gives, in a given order if that has the form of the one it found."""
+    own = found if isinstance(found, Tensor) else found[1]
+    if order is None or order.shape != own.shape:
+        return found
+    return order if isinstance(found, Tensor) else (x.gather(dim, order), order)
+
+
+ORDERS = frozenset(
+    (
+        torch.ops.aten.sort.default,
+        torch.ops.aten.sort.stable,
+        torch.ops.aten.topk.default,
+        torch.ops.aten.argsort.default,
+        torch.ops.aten.argsort.stable,
+    )
+)
+"""Operations that put entries in order, with the positions as their only or second result."""
 
 
 def _floating(x: Tensor) -> bool:

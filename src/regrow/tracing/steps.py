@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -73,10 +74,18 @@ def _numbers(node: Node, constants: Mapping[Node, Tensor]) -> tuple[float, ...]:
     """The numbers of a call that are not sizes.
 
     These are all floats, integers where the operation works entry by entry, and the entries of tensors that the
-    network's code made of numbers (``torch.tensor(size)``).
+    network's code made of numbers (``torch.tensor(size)``). One record writes down an epsilon that has its usual value
+    and another does not: such numbers are left out.
     """
     entrywise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-    values = [*node.args, *node.kwargs.values()]
+    takes = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    usual = {one.name: one.default_value for one in takes if one.has_default_value()}
+    given = [*zip_longest((one.name for one in takes), node.args, fillvalue=None)][: len(node.args)]
+    values = [
+        value
+        for name, value in (*given, *node.kwargs.items())
+        if isinstance(value, Node) or value != usual.get(name, ...)
+    ]
     kinds = (float, int) if entrywise else (float,)
     plain = (v for v in values if isinstance(v, kinds) and not isinstance(v, bool))
     return (*plain, *(n for v in values if isinstance(v, Node) for n in _entries(v, constants)))
