@@ -1175,8 +1175,8 @@ RECURRENT = (
     ),
     wired(
         "units_along_time",
-        lambda m, x: m.head(m.rnn(m.stem(x).transpose(1, 2).transpose(0, 1))[0]),
-        lambda: {"stem": nn.Linear(4, 6), "rnn": nn.LSTM(5, 7, batch_first=False), "head": nn.Linear(7, 3)},
+        lambda m, x: m.head(m.rnn(m.stem(x).permute(2, 0, 1))[1][0][-1]) + m.other(m.stem(x)).sum(1),
+        lambda: {"stem": nn.Linear(4, 6), "rnn": nn.LSTM(5, 7), "head": nn.Linear(7, 3), "other": nn.Linear(6, 3)},
         vectors(2, 5, 4),
         Frozen(("stem.weight:0",)),
         Has(7, _rows("l0", "head.weight:1"), alone=True),
