@@ -36,6 +36,7 @@ WEIGHTS = {
     "odd": 2,
     "shuffle": 1,
     "reform": 2,
+    "recurrent": 2,
 }
 """How often each operation is tried."""
 
@@ -226,6 +227,21 @@ class Generator:
             "o": nn.Linear(kv * rep * value, self.width()),
         }
         return Wired(wire, **parts), (index,)
+
+    def recurrent(self) -> Made:
+        """A recurrent layer over the tokens: all its outputs, or the last state of its last layer and direction."""
+        index = self.pick(3)
+        if index is None:
+            return None
+        kind, many, both = (self.random.choice(c) for c in ((nn.LSTM, nn.GRU, nn.RNN), (1, 2), (False, True)))
+        layer = kind(self.channels(index), self.width(), many, batch_first=True, bidirectional=both)
+
+        def last(m: Any, x: Tensor) -> Tensor:
+            state = m.layer(x)[1]
+            return (state[0] if isinstance(state, tuple) else state)[-1]
+
+        wire = last if self.random.random() < 0.3 else lambda m, x: m.layer(x)[0]
+        return Wired(wire, layer=layer), (index,)
 
     def fused(self) -> Made:
         """Attention whose queries, keys and values come from one layer; turned by their places, or not."""

@@ -3,7 +3,7 @@
 from regrow.plan import Fill, Plan
 from regrow.runs import load
 from regrow.runs.prune import prune
-from regrow.surgery import Attic, aligned, apply, fitted, verify
+from regrow.surgery import Attic, aligned, apply, declare, fitted, verify
 from regrow.tracing import trace
 
-__all__ = ["Attic", "Fill", "Plan", "aligned", "apply", "fitted", "load", "prune", "trace", "verify"]
+__all__ = ["Attic", "Fill", "Plan", "aligned", "apply", "declare", "fitted", "load", "prune", "trace", "verify"]

@@ -288,6 +288,7 @@ class AxisGraph:
         decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
             ``torch.export`` recorded the network.
         trained: Whether what the network does in training was followed too, since that reaches more parameters.
+        declared: The keys of the axes that a user named, and no recording shows.
         example: The traced input, for verifying.
     """
 
@@ -305,6 +306,7 @@ class AxisGraph:
     steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
     trained: bool = False
+    declared: tuple[str, ...] = ()
     example: Example = field(default_factory=Example, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Axis:
@@ -318,7 +320,9 @@ class AxisGraph:
 
     @property
     def recorded(self) -> str:
-        """How the network was recorded: by ``"export"``, or from one ``"eager"`` run."""
+        """How the network was recorded: by ``"export"``, or from one ``"eager"`` run; ``"not"`` if it was declared."""
+        if self.declared and self.axes.keys() <= set(self.declared):
+            return "not"
         return "export" if self.decisions is None else "eager"
 
     def sizes(self) -> dict[str, int]:

@@ -55,6 +55,10 @@ def resnet() -> nn.Module:
     return randomised(get_model("resnet18", weights=None))
 
 
+def speech() -> nn.Module:
+    return ZOO["gru_speech"].build()
+
+
 @dataclass(frozen=True)
 class Case:
     """A network, an input, where it comes from, and whether dropped units leave their means in a bias."""
@@ -83,6 +87,7 @@ def _rows() -> tuple[tuple, dict]:
 CASES: dict[str, Case] = {
     "callable": Case(small, _rows, lambda _: Origin("callable", "runs.saved:small"), ("fall.weight",), small),
     "object": Case(lambda: small(), _rows, lambda _: None, ("fall.weight",), small),
+    "recurrent": Case(speech, ZOO["gru_speech"].example, lambda _: Origin("callable", "runs.saved:speech"), (), speech),
     "resnet18": _vision("resnet18", resnet),
     "mobilenet_v2": _vision("mobilenet_v2", mobile),
     "llama_tied": _language("llama_tied", "mlp.down_proj.weight"),

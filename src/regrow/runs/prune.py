@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph, Example
-from regrow.method import Budget, Evidence, Method, Need, State
+from regrow.method import Budget, Evidence, Measure, Method, Need, State
 from regrow.methods import entry
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -25,6 +25,7 @@ def prune(
     keep: float = 0.8,
     sources: Sequence[Source] = (),
     example: Example | None = None,
+    axes: AxisGraph | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: Progress = silent,
     **budget: Any,
@@ -38,6 +39,7 @@ def prune(
             decoder's linear layers).
         sources: What to measure importance on; the more kinds, the better the result carries over.
         example: What to trace the network with; the first batch of the first source, unless given.
+        axes: Its axes, where they are known (:func:`regrow.declare`); nothing is traced then.
         settings: Settings of the method; its defaults, unless given.
         progress: Called with (batches done, batches in all, what).
         **budget: More fields of :class:`regrow.method.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``.
@@ -57,12 +59,10 @@ def prune(
     4
     """
     chosen = built(method, settings or {})
-    if example is None:
-        if not sources or not len(sources[0]):
-            raise ValueError("give an example input, or a source whose first batch is one, to trace the network with")
-        batch = sources[0].batches[0]
-        example = Example(batch.args, batch.kwargs)
-    axes, wanted = trace(model, *example.args, **example.kwargs), Budget(keep, **budget)
+    if axes is None:
+        example = _example(example, sources)
+        axes = trace(model, *example.args, **example.kwargs)
+    wanted = Budget(keep, **budget)
     state = begun(axes, chosen, wanted, sources)
     evidence = measured(model, axes, chosen, sources, progress)
     for note in evidence.notes:
@@ -70,6 +70,15 @@ def prune(
     plan, _ = proposed(model, axes, chosen, evidence, state, progress=progress)
     apply(model, axes, plan)
     return model, plan
+
+
+def _example(example: Example | None, sources: Sequence[Source]) -> Example:
+    if example is not None:
+        return example
+    if not sources or not len(sources[0]):
+        raise ValueError("give an example input, or a source whose first batch is one, to trace the network with")
+    batch = sources[0].batches[0]
+    return Example(batch.args, batch.kwargs)
 
 
 def built(method: str, settings: Mapping[str, Any]) -> Method:
@@ -128,4 +137,9 @@ def begun(axes: AxisGraph, method: Method, budget: Budget, sources: Sequence[Sou
     """
     if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")
+    if budget.measure == Measure.MACS and axes.declared:
+        raise ValueError(
+            f"how many multiply–accumulates the declared axes {', '.join(axes.declared)} cost is not known, since no "
+            "recording shows them; budget by params or bytes"
+        )
     return method.init(axes, budget)

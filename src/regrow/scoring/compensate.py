@@ -59,6 +59,8 @@ def takes_constant(model: nn.Module, name: str) -> bool:
     (True, False)
     """
     owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
+        return False  # its biases are of other names, and dropped units have means of their own at the first step
     if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return model.get_parameter(name).dim() == 2
     padding = owner.padding

@@ -8,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from regrow.scores import Moments
+from regrow.scoring.recurrent import RECURRENT
 
 CHUNK = 1 << 18
 """Entries summed at a time on a CPU: a chunk in float32 stays in the cache, so half precision costs no extra memory."""
@@ -84,11 +86,25 @@ class Feed(TorchFunctionMode, ABC):
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
         """What the weight of a name is fed instead of ``value``, of which it contracts ``dim``."""
 
+    def weighed(self, name: str, weight: Tensor) -> Tensor:
+        """What stands for the weight of a name inside a recurrent layer, whose inputs cannot be exchanged.
+
+        Raises:
+            ValueError: If nothing can.
+        """
+        raise ValueError(f"{name!r} is read inside a recurrent layer, where its input cannot be exchanged")
+
+    def _weighed(self, tensor: Tensor) -> Tensor:
+        name = self.watched.get(id(tensor))
+        return tensor if name is None else self.weighed(name, tensor)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Exchange the input if a watched weight is contracted, then do what was asked."""
         kwargs = kwargs or {}
+        if func in RECURRENT:
+            args, kwargs = tree_map_only(Tensor, self._weighed, (args, kwargs))
         read = CONTRACTIONS.get(func)
         for weight, value, dim in read(*args, **kwargs) if read else ():
             name = named(self.watched, weight)
@@ -120,9 +136,9 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         """Sum the input if a watched weight is contracted, then do what was asked."""
         kwargs = kwargs or {}
-        read = CONTRACTIONS.get(func)
-        if read is not None and self.watched:
-            for weight, value, dim in read(*args, **kwargs):
+        read, inside = CONTRACTIONS.get(func), RECURRENT.get(func)
+        if self.watched and (read is not None or inside is not None):
+            for weight, value, dim in inside(func, *args, **kwargs) if inside else read(*args, **kwargs):  # type: ignore[misc]
                 name = named(self.watched, weight)
                 if name is not None:
                     with torch.no_grad():

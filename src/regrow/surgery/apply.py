@@ -1,5 +1,6 @@
 """The only function that changes a model."""
 
+import copy
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
 from regrow.surgery.compensate import bias_dim, offsets
+from regrow.surgery.eager import tried
 from regrow.surgery.fold import Outcome, folded
 from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
 from regrow.surgery.optimizer import Exchange, follow
@@ -33,7 +35,8 @@ def apply(
 
     Parameters, buffers and the integers that modules hold are cut and widened; sizes that stand in divisors are folded
     into the numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a
-    bias. Everything is worked out and tried on a copy without numbers first; only then is the model touched, in place.
+    bias. Everything is worked out and tried on a copy first, without numbers, or, for axes that were declared, by a run
+    on the example; only then is the model touched, in place.
 
     Args:
         model: The traced model.
@@ -63,11 +66,10 @@ def apply(
             f"axis {lost!r}: what its restored units held is in no attic; give the one that was there when they were "
             "cut, apply(..., attic=attic), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
         )
-    # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
-    grown = any(change.after > len(change.keep) for change in plan.changes.values())
-    numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
-    if problem := rehearsed(model, axes, plan.sizes(axes), numbers):
-        raise PlanError(f"the plan cannot be carried out: {problem}")
+    if axes.steps or not axes.declared:
+        _rehearse(model, axes, plan)
+    if axes.declared:
+        _try(model, axes, plan, attic)
     return carry_out(model, axes, plan, optimizers, attic)
 
 
@@ -105,6 +107,25 @@ def carry_out(
     if attic is not None:
         vars(attic).update(vars(stored))
     return model, _after(axes, plan, lays, sizes, done)
+
+
+def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Try on a copy without numbers what the plan does to axes that a recording shows."""
+    shown = {key: change for key, change in plan.changes.items() if key not in axes.declared}
+    # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
+    grown = any(change.after > len(change.keep) for change in shown.values())
+    numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
+    sizes = axes.sizes() | {key: change.after for key, change in shown.items()}
+    if problem := rehearsed(model, axes, sizes, numbers):
+        raise PlanError(f"the plan cannot be carried out: {problem}")
+
+
+def _try(model: nn.Module, axes: AxisGraph, plan: Plan, attic: Attic | None) -> None:
+    """Do all of the plan to a copy, and run that on the example: no recording shows what declared axes do."""
+    if problem := tried(model, axes, lambda other: carry_out(other, axes, plan, attic=copy.copy(attic))):
+        changed = [key for key in axes.declared if key in plan.changes]
+        hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
+        raise PlanError(f"the plan cannot be carried out: {problem}{hint}")
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -171,4 +192,5 @@ def _after(
         parameters=(axes.parameters | added.keys()) - set(done.removed),
         itemsize={name: size for name, size in itemsize.items() if name not in done.removed},
         folds=done.folds,
+        steps=() if plan.changes.keys() & set(axes.declared) else axes.steps,  # they know no declared sizes
     )

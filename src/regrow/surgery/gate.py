@@ -54,6 +54,12 @@ class _Gate(Feed):
         fill = self.fills[name].to(value).view(-1, *trailing)
         return value * gate + fill * (1 - gate)
 
+    def weighed(self, name: str, weight: Tensor) -> Tensor:
+        """A recurrent weight with its columns gated: what it is fed counts as much as that."""
+        if name in self.fills:
+            raise ValueError(f"{name!r} is read inside a recurrent layer, where no mean stands in for an input")
+        return weight * self._channels(name, weight.shape[1]).to(weight)
+
     def _channels(self, name: str, channels: int) -> Tensor:
         """The gate of each input channel of a weight: the product over the gated axes that lie in it."""
         if (name, channels) not in self.made:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.plan import Plan, PlanError
 from regrow.surgery.apply import carry_out, check
+from regrow.surgery.eager import replaced, zeroed
 from regrow.tracing.capture import capture, evaluating
 from regrow.tracing.readings import Readings, readings
 from regrow.tracing.record import ORDERS, outputs
@@ -55,7 +56,8 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
 
     Masked means: at every operation that sums over an axis its dropped units count as 0 (or as the plan's means), at
     every one that compares as −∞; a norm that is restated runs over the kept units. The masked network is computed by
-    running the recorded operations one by one, without surgery.
+    running the recorded operations one by one, without surgery. For axes that were declared (:func:`regrow.declare`) it
+    is the whole network with 0 in each weight that reads dropped units, run as it is.
 
     Where data decide what a network does (which boxes overlap), both networks are given the decisions of the uncut one,
     so that their answers are of one form; then what the decisions are taken on is held against each other too: the
@@ -83,7 +85,7 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     ((_, masked, shrunk, _),) = _both(_copied(model), axes, [plan], example, double=False, decisions=decisions)
     difference, scale = _largest(exact_masked, exact_shrunk), _scale(exact_masked)
     own, rounding = _largest(masked, shrunk), _largest(masked, exact_masked)
-    rows = [(a, b) for a, b in _pairs(masked, shrunk) if a.dim() > 1]
+    rows = [(a, b) for a, b in _pairs(masked, shrunk) if a.dim() > 1 and a.shape == b.shape]
     return Verification(
         ok=difference <= RELATIVE_BOUND * scale,
         max_abs_diff=difference,
@@ -124,6 +126,17 @@ def distances(
     none = None if axes.decisions is None else ()
     for plan, masked, shrunk, _ in _both(_widened(model, axes), axes, plans, exact, double=True, decisions=none):
         yield plan, _largest(masked, shrunk) / (_scale(masked) or 1.0)
+
+
+@contextmanager
+def _made_in_double(double: bool) -> Iterator[None]:
+    """Have tensors that a network makes without saying in which precision be of float64, like all its others."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64 if double else before)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Double(TorchFunctionMode):
@@ -169,11 +182,7 @@ def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
 
 def _copied(model: nn.Module) -> nn.Module:
     """A copy that shares the numbers: a cut makes new tensors and leaves the old ones alone."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        value = tensor.detach()
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(model, memo)
+    return replaced(model, {})
 
 
 def _in_double(example: Example) -> Example:
@@ -184,9 +193,9 @@ def _in_double(example: Example) -> Example:
 
 
 def _run(
-    model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor]
+    model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor] = ()
 ) -> list[Tensor | None]:
-    with _Double() if double else nullcontext():
+    with _made_in_double(double), _Double() if double else nullcontext():
         if decisions is not None:
             return [*capture(model, example, decisions, orders).values]
         with evaluating(model), torch.no_grad():
@@ -198,15 +207,19 @@ def _floats(value: Any) -> list[Tensor | None]:
 
 
 def _pairs(a: list[Tensor | None], b: list[Tensor | None]) -> list[tuple[Tensor, Tensor]]:
-    pairs = zip(a, b, strict=True)
+    pairs = zip(a, b, strict=False)  # what gives another number of answers is told by their distance
     return [(x, y) for x, y in pairs if x is not None and y is not None and x.numel()]
 
 
 def _largest(a: list[Tensor | None], b: list[Tensor | None]) -> float:
+    if len(a) != len(b):
+        return inf
     return max((_gap(x.double(), y.double()) for x, y in _pairs(a, b)), default=0.0)
 
 
 def _gap(x: Tensor, y: Tensor) -> float:
+    if x.shape != y.shape:
+        return inf
     gap = (x - y).abs().masked_fill(x == y, 0.0)  # infinities are equal too
     return float(gap.masked_fill(gap.isnan(), inf).max())
 
@@ -228,33 +241,50 @@ def _both(
 
     One recording serves all plans.
     """
-    with _Double() if double and decisions is not None else nullcontext():
-        recorded = readings(model, axes, example, decisions)
+    recorded = None if axes.declared else _recorded(model, axes, example, double, decisions)
     for plan in plans:
         check(model, axes, plan)
-        runner = _Masked(recorded, plan, double)
-        # Operations in place may change what they are given.
-        inputs = [
-            x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in recorded.inputs
-        ]
-        with torch.no_grad():
-            masked = [*_floats(runner.run(*inputs)), *runner.judged]
+        whole = zeroed(model, axes, plan) if axes.declared else model
+        if axes.declared and axes.recorded != "not":  # what the zeros make of the rest is another recording
+            recorded = _recorded(whole, axes, example, double, decisions)
+        if recorded is None:
+            taken, masked, orders = decisions, _run(whole, example, double, None), []
+        else:
+            runner = _masked(recorded, axes, plan, double)
+            taken, masked, orders = recorded.decisions, runner.answers, runner.orders
         cut, _ = carry_out(_copied(model), axes, plan)
         try:
-            shrunk = _run(cut, example, double, recorded.decisions, runner.orders)
+            shrunk = _run(cut, example, double, taken, orders)
         except Exception as error:
             raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
-        yield plan, masked, shrunk, recorded.decisions
+        yield plan, masked, shrunk, taken
+
+
+def _recorded(model: nn.Module, axes: AxisGraph, example: Example, double: bool, decisions: Decisions) -> Readings:
+    with _made_in_double(double), _Double() if double and decisions is not None else nullcontext():
+        return readings(model, axes, example, decisions)
+
+
+def _masked(recorded: Readings, axes: AxisGraph, plan: Plan, double: bool) -> "_Masked":
+    """The recorded network after it has run with the dropped units of traced axes masked."""
+    declared = {slot.name for key in axes.declared if key in plan.changes for slot in axes[key].consumers()}
+    runner = _Masked(recorded, plan, double, {n: means for n, means in plan.means.items() if n not in declared})
+    # Operations in place may change what they are given.
+    inputs = [x.clone() if isinstance(x, Tensor) and not isinstance(x, nn.Parameter) else x for x in recorded.inputs]
+    with torch.no_grad(), _made_in_double(double):
+        runner.answers = [*_floats(runner.run(*inputs)), *runner.judged]
+    return runner
 
 
 class _Masked(Interpreter):
     """Runs the recorded operations with dropped units replaced wherever they are read."""
 
-    def __init__(self, recorded: Readings, plan: Plan, double: bool) -> None:
+    def __init__(self, recorded: Readings, plan: Plan, double: bool, means: Mapping[str, Mapping[int, float]]) -> None:
         super().__init__(recorded.module)
         self.keep = {key: change.keep for key, change in plan.changes.items()}
-        self.sizes, self.means, self.double = recorded.sizes, plan.means, double
+        self.sizes, self.means, self.double = recorded.sizes, means, double
         self.judged: list[Tensor | None] = []
+        self.answers: list[Tensor | None] = []
         self.orders: list[Tensor] = []
         self.judges: dict[Node, list[tuple[Node, bool]]] = {}
         for node, operand, dims in recorded.judged:

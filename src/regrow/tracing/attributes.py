@@ -25,6 +25,9 @@ OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
     "nf": (("weight", 1),),
     "nx": (("weight", 0),),
     "normalized_shape": (("weight", 0),),
+    "input_size": (("weight_ih_l0", 1), ("weight_ih", 1)),
+    "hidden_size": (("weight_hr_l0", 1), ("weight_hh_l0", 1), ("weight_hh", 1)),
+    "proj_size": (("weight_hr_l0", 0),),
 }
 """Attributes that restate the shape of a tensor of their module: name → (tensor, dimension), the first that exists."""
 
@@ -57,6 +60,10 @@ WIDTHS = frozenset(
         "out_channels",
         "in_channels",
         "proj_size",
+        "hidden",
+        "nhid",
+        "n_hidden",
+        "hidden_units",
         "n_embd",
         "c",
         "conv_dim",

@@ -60,7 +60,8 @@ class Walk:
     """What a walk knows and finds out. Rules call its methods; nothing else changes it.
 
     ``decided`` says of a module what gave its code a number made of data: for another number it may do anything else.
-    ``also`` is what is read in training, and the weight it meets there, where that was followed.
+    ``also`` is what is read in training, and the weight it meets there, where that was followed. ``stacked`` says of a
+    tensor whose entries along its first dimension have different last dimensions which ones.
     """
 
     capture: Capture
@@ -72,6 +73,7 @@ class Walk:
     groups: list[tuple[str, Expr]] = field(default_factory=list)
     starts: dict[Node, Expr] = field(default_factory=dict)
     picks: dict[Node, Expr] = field(default_factory=dict)
+    stacked: dict[Node, list[Expr]] = field(default_factory=dict)
     equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
     norms: list[tuple[Node, Any]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)

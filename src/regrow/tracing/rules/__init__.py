@@ -1,6 +1,6 @@
 """How a dimension passes an operation: one small function per operation, in one explicit table."""
 
-from regrow.tracing.rules import contract, entries, make, norms, picks, reduce, regions, shapes
+from regrow.tracing.rules import contract, entries, make, norms, picks, recurrent, reduce, regions, shapes
 from regrow.tracing.walk import Rule
 
 POINTWISE: Rule = entries.pointwise
@@ -13,6 +13,7 @@ RULES: dict[str, Rule] = {
     **shapes.RULES,
     **picks.RULES,
     **make.RULES,
+    **recurrent.RULES,
     **regions.RULES,
 }
 """Operation name → rule. Operations tagged as pointwise need no entry."""

@@ -16,6 +16,8 @@ def select(w: Walk, node: Node) -> Dims:
     dims = w.of(operand(node))
     axis = axis_of(node, 1, len(dims))
     d.freeze(dims[axis], w.why(node, "one of its entries is picked by number"))
+    if operand(node) in w.stacked and axis == 0:
+        return (*dims[1:-1], w.stacked[operand(node)][int(arg(node, 2))])
     return (*dims[:axis], *dims[axis + 1 :])
 
 

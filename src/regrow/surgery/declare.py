@@ -1,0 +1,295 @@
+"""Axes that a user names himself, for networks, or parts of them, that tracing cannot read."""
+
+import ast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
+from regrow.surgery.layout import places
+from regrow.tracing.attributes import OF_WEIGHT, held
+from regrow.tracing.capture import example_of
+
+
+class DeclarationError(ValueError):
+    """Axes that are declared otherwise than the network is."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One dimension of a tensor, or one integer of a module, as it was written.
+
+    Args:
+        axis: The axis it was written for.
+        name: The tensor, or ``module:attribute``.
+        dim: Which dimension; ``None`` for an integer.
+        form: What it is made of.
+        reads: Whether it stands behind the arrow.
+    """
+
+    axis: str
+    name: str
+    dim: int | None
+    form: Dim
+    reads: bool
+
+    @property
+    def text(self) -> str:
+        """As it was written, without its form."""
+        return self.name if self.dim is None else f"{self.name}:{self.dim}"
+
+
+def declare(
+    model: nn.Module, units: Mapping[str, str], *args: Any, axes: AxisGraph | None = None, **kwargs: Any
+) -> AxisGraph:
+    """The axes of a network that cannot be traced, as its author knows them.
+
+    What is said is not believed: :func:`regrow.apply` runs the changed network on the example before it commits, and
+    :func:`regrow.verify` holds the cut network against the whole one with 0 in every weight behind the arrow.
+
+    Args:
+        model: The network.
+        units: Name of an axis → ``"what makes its units -> what reads them"``, dimensions written ``tensor:dim`` with
+            spaces between. A dimension of blocks says what it is made of, outermost first: ``qkv.weight:0=3*heads*16``;
+            a concatenation too: ``mix.weight:1=left+right``. An integer that restates a size is written
+            ``module:attribute``; those of torch's own layers are found. The axis of such a name is its key.
+        *args: Positional inputs, as for ``model(...)``.
+        axes: What tracing found; then only dimensions that it froze can be declared, and its example is kept.
+        **kwargs: Inputs by name.
+
+    Returns:
+        The axes.
+
+    Raises:
+        DeclarationError: If a name does not exist, sizes do not agree, an axis is not both made and read, or tracing
+            knows the dimension.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> axes = declare(net, {"hidden": "0.weight:0 0.bias:0 -> 2.weight:1"}, torch.ones(1, 4))
+    >>> from regrow import Plan, apply, verify
+    >>> plan = Plan.keeping(axes, {"hidden": (0, 2, 5)})
+    >>> verify(net, axes, plan).ok, apply(net, axes, plan)[0][0].out_features
+    (True, 3)
+    """
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    if axes is not None and (args or kwargs):
+        raise DeclarationError("axes that were traced have an example already; give one or the other")
+    written = [one for name, text in units.items() for one in _written(name, text, units)]
+    for one in written:
+        _check_exists(model, tensors, one)
+    sizes = _sizes(model, tensors, written)
+    base = axes or _unknown(model, tensors, args, kwargs)
+    forms = _forms(base, written)
+    shapes = {
+        name: tuple(forms.get((name, dim), known) for dim, known in enumerate(dims))
+        for name, dims in base.shapes.items()
+    }
+    every = [replace(one, name=name) for one in written for name in _aliases(base, one)]
+    made = {key: _axis(key, sizes, every, tensors) for key in units}
+    stated = {one.name: one.form for one in written if one.dim is None}
+    return replace(
+        base,
+        axes={**_left(base, forms, made), **made},
+        shapes=shapes,
+        integers={**base.integers, **_integers(model, shapes, made), **stated},
+        notes=(*base.notes, f"declared, not traced: {', '.join(made)}"),
+        declared=(*base.declared, *made),
+    )
+
+
+def _written(axis: str, text: str, units: Mapping[str, str]) -> Iterator[_Place]:
+    if not axis.isidentifier():
+        raise DeclarationError(f"axis {axis!r}: a declared axis has a name of letters, digits and _, like heads")
+    sides = text.replace(",", " ").split("->")
+    if len(sides) != 2 or not all(side.strip() for side in sides):
+        raise DeclarationError(
+            f"axis {axis!r}: say what makes its units, and what reads them, like 'fc1.weight:0 -> fc2.weight:1'; "
+            f"got {text!r}"
+        )
+    for side, reads in zip(sides, (False, True), strict=True):
+        for word in side.split():
+            spot, _, form = word.partition("=")
+            name, _, last = spot.rpartition(":")
+            dim = _dim(axis, word, form, units) if form else axis
+            if axis not in axes_in(dim):
+                raise DeclarationError(f"axis {axis!r}: {word!r} does not say where {axis} is in it")
+            yield _Place(axis, name, int(last), dim, reads) if last.isdigit() else _Place(axis, spot, None, dim, reads)
+
+
+def _dim(axis: str, word: str, form: str, units: Mapping[str, str]) -> Dim:
+    """``3*heads*(16+2)`` as a dimension."""
+
+    def read(node: ast.expr) -> Dim:
+        match node:
+            case ast.Constant(value=int(n)) if n > 0:
+                return n
+            case ast.Name(id=name) if name in units:
+                return name
+            case ast.BinOp(left=left, op=ast.Mult(), right=right):
+                return Product((read(left), read(right)))
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                return Sum((read(left), read(right)))
+        raise DeclarationError(
+            f"axis {axis!r}: {word!r} is not made of whole numbers and declared axes with * and +, like 3*heads*16"
+        )
+
+    try:
+        return read(ast.parse(form, mode="eval").body)
+    except SyntaxError:
+        raise DeclarationError(f"axis {axis!r}: {word!r} cannot be read; write it like 3*heads*16") from None
+
+
+def _check_exists(model: nn.Module, tensors: Mapping[str, Tensor], one: _Place) -> None:
+    if one.dim is None:
+        path, _, name = one.name.rpartition(":")
+        found = path in dict(model.named_modules()) and hasattr(model.get_submodule(path), name.partition(".")[0])
+        if ":" not in one.name or not found:
+            raise DeclarationError(
+                f"axis {one.axis!r}: {one.name!r} is neither tensor:dim, like fc1.weight:0, nor module:attribute"
+            )
+        value = held(model.get_submodule(path), name)
+        if type(value) is not int:
+            raise DeclarationError(
+                f"axis {one.axis!r}: {one.name!r} holds a {type(value).__name__}, not a whole number"
+            )
+        return
+    if one.name not in tensors:
+        near = get_close_matches(one.name, tensors, 3, 0.0)
+        raise DeclarationError(f"axis {one.axis!r}: the network has no tensor {one.name!r}; it has {', '.join(near)}")
+    if one.dim >= tensors[one.name].dim():
+        raise DeclarationError(
+            f"axis {one.axis!r}: {one.name} has {tensors[one.name].dim()} dimensions, counted from 0; "
+            f"there is no {one.text}"
+        )
+
+
+def _sizes(model: nn.Module, tensors: Mapping[str, Tensor], written: list[_Place]) -> dict[str, int]:
+    """The size of each axis: of a dimension that is one, or of one that has no other unknown in it."""
+
+    def extent(one: _Place) -> int:
+        if one.dim is not None:
+            return tensors[one.name].shape[one.dim]
+        path, _, name = one.name.rpartition(":")
+        return int(held(model.get_submodule(path), name))
+
+    sizes: dict[str, int] = {}
+    again = True
+    while again:
+        again = False
+        for one in written:
+            unknown = set(axes_in(one.form)) - sizes.keys()
+            if len(unknown) == 1:
+                (key,) = unknown
+                least, step = (size_of(one.form, {**sizes, key: n}) for n in (0, 1))
+                size, rest = divmod(extent(one) - least, step - least)
+                if rest or size < 1:
+                    raise DeclarationError(
+                        f"axis {key!r}: {one.text} has {extent(one)} entries, which do not divide so"
+                    )
+                sizes[key], again = size, True
+    for one in written:
+        if set(axes_in(one.form)) - sizes.keys():
+            raise DeclarationError(f"axis {one.axis!r}: its size does not follow from {one.text}; give a plain place")
+        if (said := size_of(one.form, sizes)) != extent(one):
+            raise DeclarationError(
+                f"axis {one.axis!r}: {one.text} has {extent(one)} entries, but with {_told(sizes)} it would have {said}"
+            )
+    return sizes
+
+
+def _told(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{key} = {size}" for key, size in sizes.items())
+
+
+def _forms(base: AxisGraph, written: list[_Place]) -> dict[tuple[str, int], Dim]:
+    forms: dict[tuple[str, int], Dim] = {}
+    for one in written:
+        for name in _aliases(base, one):
+            if one.dim is not None and forms.setdefault((name, one.dim), one.form) != one.form:
+                raise DeclarationError(f"axis {one.axis!r}: {one.text} is declared twice, in different forms")
+    for (name, dim), form in forms.items():
+        if not isinstance(known := base.shapes[name][dim], int):
+            free = next(iter(axes_in(known)))
+            raise DeclarationError(f"axis {next(axes_in(form))!r}: {name}:{dim} is the axis {free!r} already; use that")
+    return forms
+
+
+def _aliases(base: AxisGraph, one: _Place) -> list[str]:
+    """All names of the same tensor."""
+    first = base.ties.get(one.name, one.name)
+    return [first, *(name for name, other in base.ties.items() if other == first)]
+
+
+def _axis(key: str, sizes: Mapping[str, int], every: list[_Place], tensors: Mapping[str, Tensor]) -> Axis:
+    slots: dict[Slot, None] = {}
+    own = [one for one in every if one.dim is not None and key in axes_in(one.form)]
+    makers = [one for one in own if not one.reads]
+    heavy = [one for one in makers if tensors[one.name].dim() > 1] or makers[:1]
+    for one in own:
+        role = Role.CONSUMES if one.reads else Role.PRODUCES if one in heavy else _small(one.name)
+        assert one.dim is not None
+        for place in places(one.form, key, sizes):
+            slots[Slot(one.name, one.dim, *place, role=role)] = None
+    if not makers or not any(one.reads for one in own):
+        raise DeclarationError(f"axis {key!r}: name a tensor that {'reads' if makers else 'makes'} its units")
+    return Axis(key, sizes[key], tuple(slots), Mark.NEUTRAL)
+
+
+def _small(name: str) -> Role:
+    """What a vector that makes nothing by itself does."""
+    return Role.SHIFTS if name.endswith(("bias", "running_mean")) else Role.SCALES
+
+
+def _left(base: AxisGraph, forms: Mapping[tuple[str, int], Dim], made: Mapping[str, Axis]) -> dict[str, Axis]:
+    """What tracing knows, without the places that are declared."""
+    left = {}
+    for key, axis in base.axes.items():
+        slots = tuple(slot for slot in axis.slots if (slot.name, slot.dim) not in forms)
+        if key in made:
+            raise DeclarationError(f"axis {key!r} is there already; take another name")
+        if slots:
+            left[key] = replace(axis, slots=slots)
+    return left
+
+
+def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Mapping[str, Axis]) -> dict[str, Dim]:
+    """``module:attribute`` → the declared dimension that it restates."""
+    found: dict[str, Dim] = {}
+    for path, module in model.named_modules():
+        dot = f"{path}." if path else ""
+        for name, spots in OF_WEIGHT.items():
+            dims = next((shapes[dot + t][i] for t, i in spots if len(shapes.get(dot + t, ())) > i), None)
+            if name in vars(module) and dims is not None:
+                found[f"{path}:{name}"] = dims
+        if isinstance(module, nn.modules.conv._ConvNd):
+            first, second = shapes[f"{dot}weight"][:2]
+            depthwise = module.groups == module.weight.shape[0] and second == 1
+            group: Dim = first if depthwise and module.groups > 1 else module.groups
+            whole = group if second == 1 else second if group == 1 else Product((group, second))
+            ends = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
+            found |= {f"{path}:{ends[0]}": first, f"{path}:{ends[1]}": whole, f"{path}:groups": group}
+    return {place: dim for place, dim in found.items() if not made.keys().isdisjoint(axes_in(dim))}
+
+
+def _unknown(model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any) -> AxisGraph:
+    """A network of which nothing is known but its tensors."""
+    first: dict[int, str] = {}
+    ties = {name: known for name, t in tensors.items() if (known := first.setdefault(id(t), name)) != name}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    return AxisGraph(
+        axes={},
+        shapes={name: tuple(tensor.shape) for name, tensor in tensors.items()},
+        parameters=frozenset(parameters),
+        counted=tuple(n for n, p in parameters.items() if p.dim() > 1 and id(p) not in tables and n not in ties),
+        itemsize={name: tensor.element_size() for name, tensor in tensors.items()},
+        ties=ties,
+        example=example_of(model, args, kwargs),
+    )

@@ -1,0 +1,94 @@
+"""Networks that no recording is of: tried, and masked, by running them as they are."""
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.plan import Plan, PlanError
+from regrow.surgery.compensate import bias_of, read_dim
+from regrow.tracing.capture import evaluating, fitting
+
+
+def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:
+    """What goes wrong when the network runs on its example after a change to a copy of it; empty if nothing.
+
+    Args:
+        model: Left untouched.
+        axes: Its axes, with the example.
+        change: Makes of the copy what the network is to become.
+    """
+    example = fitting(axes.example, model)
+    own = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}  # a run may write into them
+    changed = replaced(model, own)
+    change(changed)
+    try:
+        with evaluating(changed), torch.no_grad(), torch.random.fork_rng():
+            changed(*copy.deepcopy(example.args), **copy.deepcopy(dict(example.kwargs)))
+    except Exception as error:
+        line = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
+        return f"the network does not run at that size: {line.strip()[:200]}"
+    return ""
+
+
+def zeroed(model: nn.Module, axes: AxisGraph, plan: Plan) -> nn.Module:
+    """A copy of full size in which the dropped units of declared axes count for nothing: what reads them is 0.
+
+    Where the plan has means, the bias beside the weight takes what they add.
+
+    Args:
+        model: Left untouched.
+        axes: Its axes.
+        plan: What is dropped; what it does to traced axes is left to a recording.
+
+    Raises:
+        PlanError: If a weight with means has no bias beside it.
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    made: dict[str, Tensor] = {}
+    biases: dict[str, Tensor] = {}
+    for key in axes.declared:
+        if key not in plan.changes:
+            continue
+        dropped = list(plan.changes[key].dropped)
+        for slot in axes[key].consumers():
+            name = axes.ties.get(slot.name, slot.name)
+            value = made.setdefault(name, state[name].detach().clone())
+            value.index_fill_(slot.dim, slot.positions(axes[key].size)[dropped].flatten().to(value.device), 0)
+            if slot.name in plan.means:
+                biases[bias_of(slot.name)] = _offset(model, axes, slot.name, plan.means[slot.name])
+    changed = replaced(model, {id(state[name]): value for name, value in made.items()})
+    for name, value in biases.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(changed.get_submodule(path), leaf, nn.Parameter(value))
+    return changed
+
+
+def _offset(model: nn.Module, axes: AxisGraph, weight: str, means: Mapping[int, float]) -> Tensor:
+    path, _, leaf = weight.rpartition(".")
+    owner, dim, full = model.get_submodule(path), read_dim(axes, weight), model.get_parameter(weight).detach()
+    if leaf != "weight" or dim is None or "bias" not in owner._parameters:
+        raise PlanError(f"{weight} has no bias that could take up the means of dropped inputs")
+    fill = torch.zeros(full.shape[dim], dtype=full.dtype, device=full.device)
+    fill[list(means)] = torch.tensor(list(means.values()), dtype=full.dtype, device=full.device)
+    lost = torch.tensordot(full, fill, ([dim], [0]))
+    lost = lost.reshape(len(lost), -1).sum(1)
+    old = owner._parameters["bias"]
+    return lost if old is None else old.detach() + lost
+
+
+def replaced(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
+    """A copy that shares the numbers, but for some.
+
+    Args:
+        model: Left untouched.
+        values: ``id`` of a parameter or buffer → what it is in the copy.
+    """
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        value = values.get(id(tensor), tensor.detach())
+        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+    return copy.deepcopy(model, memo)
