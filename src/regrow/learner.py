@@ -87,7 +87,7 @@ class Stand:
 
 @dataclass
 class Learner:
-    """Plain training. Methods replace what they do otherwise; whatever they remember lies in ``tensors`` and ``values``.
+    """Plain training. Methods replace what they do otherwise, and remember it in ``tensors`` and ``values``.
 
     Args:
         tensors: By name; stored with each checkpoint, cut and widened with the network.

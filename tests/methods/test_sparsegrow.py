@@ -147,7 +147,7 @@ def test_with_everything_off_it_is_plain_training(tasks: list[Task]) -> None:
 def test_classes_to_come_stay_free() -> None:
     """In a class-incremental sequence a task does not own the rows of classes that it has not seen."""
     parts = split(digits_task(), 5)
-    model, _, learner, _ = learned(parts[:2], Settings(grow="never"), scenario="class", epochs=2)
+    _, _, learner, _ = learned(parts[:2], Settings(grow="never"), scenario="class", epochs=2)
     owned = learner.tensors["owned 5.weight"].values
     assert bool(owned[:4].any()) and not bool(owned[4:].any())
 

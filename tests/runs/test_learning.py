@@ -39,7 +39,7 @@ def test_every_method_learns_and_tells(name: str) -> None:
 @pytest.mark.parametrize("name", LEARNERS)
 def test_killed_and_resumed_is_never_stopped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped in the middle of the second task, after growth where there is any: the same numbers, bit for bit."""
-    given: Any = dict(method=name, method_settings={"grow": "always"} if name == "sparsegrow" else {})
+    given: Any = {"method": name, "method_settings": {"grow": "always"} if name == "sparsegrow" else {}}
     settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, **given)
     whole = regrow.load(run(settings, tmp_path / "whole").path)
     write, seen = learning_run.write_course, []

@@ -52,14 +52,14 @@ def thresholded(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
 
 class _Thresholded(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
         above = over(weight, threshold)
         ctx.save_for_backward(weight, above, owned)
         ctx.shape = threshold.shape
         return weight * ((above >= 0) | owned)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, above, owned = ctx.saved_tensors
         each = (gradient * weight * surrogate(above)).masked_fill_(owned, 0.0)
         down = each.flatten(1).sum(1) if ctx.shape else each.sum()

@@ -51,7 +51,7 @@ Examples
 def learn(
     tasks: tuple[str, ...], out: Path | None, resume: Path | None, more: tuple[str, ...], pairs: Any, **given: Any
 ) -> None:
-    """Learn TASKS one after the other, and leave a folder that holds the network, the accuracy matrix and every plan."""
+    """Learn TASKS one after the other, and leave a folder with the network, the accuracy matrix and every plan."""
     from regrow.runs.learning_run import Settings, extend, run
 
     if resume:

@@ -73,8 +73,9 @@ def split(base: Task, n: int, *, relabel: bool = False) -> list[Task]:
     groups = [base.classes[i : i + size] for i in range(0, len(base.classes), size)]
     return [
         Task(
-            f"classes {'-'.join(map(str, (group[0], group[-1])))}",
-            *(_of(part, group, relabel) for part in (base.train, base.test)),
+            f"classes {group[0]}-{group[-1]}",
+            _of(base.train, group, relabel),
+            _of(base.test, group, relabel),
             tuple(range(size)) if relabel else group,
         )
         for group in groups
@@ -92,10 +93,10 @@ def of_datasets(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]], names: Seq
         SourceError: If an entry is not a tensor or array with a class.
     """
     tasks = []
-    for i, (train, test) in enumerate(pairs):
-        parts = [_collected(one) for one in (train, test)]
-        classes = tuple(sorted({int(c) for part in parts for c in part.labels.unique()}))
-        tasks.append(Task(names[i] if i < len(names) else f"task-{i + 1}", *parts, classes))
+    for i, pair in enumerate(pairs):
+        train, test = map(_collected, pair)
+        classes = tuple(sorted({int(c) for part in (train, test) for c in part.labels.unique()}))
+        tasks.append(Task(names[i] if i < len(names) else f"task-{i + 1}", train, test, classes))
     return tasks
 
 
@@ -109,14 +110,14 @@ def idx(folder: str | Path, name: str = "images") -> Task:
     Raises:
         SourceError: If a file is missing or is not what its header says.
     """
-    parts = [
+    train, test = (
         Examples(
             _idx(Path(folder), f"{half}-images-idx3-ubyte", 3).float().unsqueeze(1) / 255,
             _idx(Path(folder), f"{half}-labels-idx1-ubyte", 1).long(),
         )
         for half in ("train", "t10k")
-    ]
-    return Task(name, *parts, tuple(sorted(map(int, parts[0].labels.unique()))))
+    )
+    return Task(name, train, test, tuple(sorted(map(int, train.labels.unique()))))
 
 
 def digits_task(test: float = 0.25) -> Task:
@@ -139,11 +140,12 @@ def digits_task(test: float = 0.25) -> Task:
 
 def fewer(base: Task, train: int, test: int, seed: int = 0) -> Task:
     """A drawn part of a task: so many examples to learn from and so many to test on, or all if there are no more."""
-    parts = []
-    for part, n in ((base.train, train), (base.test, test)):
+
+    def drawn(part: Examples, n: int) -> Examples:
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:n]
-        parts.append(Examples(part.inputs[order], part.labels[order]))
-    return Task(base.name, *parts, base.classes)
+        return Examples(part.inputs[order], part.labels[order])
+
+    return Task(base.name, drawn(base.train, train), drawn(base.test, test), base.classes)
 
 
 def _changed(base: Task, name: str, change: Any) -> Task:

@@ -1,7 +1,7 @@
 """What a network that learns task after task still knows: the accuracy matrix, and what is read from it.
 
-``R[i][j]`` is the accuracy on task ``j`` after task ``i`` has been learned, ``b[j]`` that of the network before any. The
-words mean what they mean in Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
+``R[i][j]`` is the accuracy on task ``j`` after task ``i`` has been learned, ``b[j]`` that of the network before any.
+The words mean what they mean in Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
 """
 
 from collections.abc import Mapping
@@ -64,7 +64,7 @@ class Matrix:
 
     @property
     def forward_transfer(self) -> float:
-        """Mean over all but the first task of R[j−1][j] − b[j], of those known when the one before ended; 0 for none."""
+        """Mean over all but the first task of R[j−1][j] − b[j], where the task was known by then; 0 for none."""
         later = [j for j in range(1, len(self.rows)) if len(self.rows[j - 1]) > j]
         return fmean(self.rows[j - 1][j] - self.before[j] for j in later) if later else 0.0
 

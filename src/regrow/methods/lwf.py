@@ -1,7 +1,7 @@
 """Learning without forgetting: on new inputs the network goes on answering as it did.
 
-Li and Hoiem, ECCV 2016 (arXiv 1606.09282):  loss + λ T² KL(softmax(old / T) ‖ softmax(new / T)), where the old network is
-the one before the task.
+Li and Hoiem, ECCV 2016 (arXiv 1606.09282):  loss + λ T² KL(softmax(old / T) ‖ softmax(new / T)), where the old network
+is the one before the task.
 """
 
 from dataclasses import dataclass, field

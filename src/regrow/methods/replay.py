@@ -1,8 +1,8 @@
 """Replay: a small memory of earlier examples is learned again with every batch.
 
-``er``: Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); ``der``: DER++, Buzzega et al., NeurIPS 2020 (arXiv
-2004.07211), which also holds the answers that the network gave:  loss + α |z − z_then|² + β CE. The memory is filled by
-reservoir sampling, so each example seen is in it with equal chance.
+Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); with ``answers`` above 0 DER++, Buzzega et al., NeurIPS
+2020 (arXiv 2004.07211), which also holds the answers that the network gave:  loss + α |z − z_then|² + β CE. The memory
+is filled by reservoir sampling, so each example seen is in it with equal chance.
 """
 
 from dataclasses import dataclass, field

@@ -51,8 +51,8 @@ class Settings:
         cap: How many times its first parameters the network may have.
         density: The share of their inputs that newborn units read at birth.
         fit: Whether newborn units are scaled to the spread of the old ones, on data.
-        threshold: ``dst``: one per unit, learning from the loss; ``adaptcl``: one per layer, moved by the penalty alone;
-            ``none``: nothing is left out.
+        threshold: ``dst``: one per unit, learning from the loss; ``adaptcl``: one per layer, moved by the penalty
+            alone; ``none``: nothing is left out.
         alpha: Strength of the penalty Σ exp(−t).
         young: How many times as strong it is for newborn units.
         gate: ``hard``: owned entries do not move; ``block``: nor do free ones that old hidden units read;

@@ -1,8 +1,8 @@
 """Winning subnetworks: each task learns which weights it uses; those of earlier tasks are shared and stay as they are.
 
-Kang et al., ICML 2022 (read in the authors' code): every weight has a score, a task uses the ``share`` of a layer with the
-largest, the gradient passes straight through to the scores, and weights that a task used never move again. With the task
-named it is answered with its own mask; without, with what any task used.
+Kang et al., ICML 2022 (read in the authors' code): every weight has a score, a task uses the ``share`` of a layer with
+the largest, the gradient passes straight through to the scores, and weights that a task used never move again. With the
+task named it is answered with its own mask; without, with what any task used.
 """
 
 from collections.abc import Mapping
@@ -89,9 +89,9 @@ def _most(scores: Tensor, share: float) -> Tensor:
 
 class _Most(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, share: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, scores: Tensor, share: float) -> Tensor:
         return _most(scores, share).to(scores)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, None

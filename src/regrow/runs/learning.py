@@ -1,4 +1,4 @@
-"""The loop over tasks: train, let the learner change the network's shape, evaluate; it never learns a learner's name."""
+"""The loop over tasks: train, let the learner change the network's shape, evaluate; it learns no learner's name."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,7 +176,7 @@ def _change(
     plan: Plan,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Carry out a plan between two steps; the optimiser and what the learner remembers follow. Measured on both sides."""
+    """Carry out a plan between two steps; optimiser and learner follow. Accuracy is taken on both sides."""
     probe = next(at.task.test.batches(256))
     before, logits = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
     held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
@@ -265,7 +265,7 @@ def _choice(schedule: Schedule, tasks: Sequence[Task], after: int, asked: int) -
 def accuracies(
     model: nn.Module, tasks: Sequence[Task], learner: Learner, schedule: Schedule, after: int
 ) -> tuple[float, ...]:
-    """A row of the accuracy matrix: every task's test examples, answered by the network as it is after task ``after``."""
+    """A row of the accuracy matrix: the test examples of every task, answered as after task ``after``."""
     at = Stand(model, _NO_AXES, tasks[after], after)
     found = []
     for number, task in enumerate(tasks):

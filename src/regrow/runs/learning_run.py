@@ -4,7 +4,7 @@ import re
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def built(settings: Settings) -> Learner:
     """
     entry = learner_entry(settings.method)
     given = dict(settings.method_settings)
-    if "seed" in entry.settings.__dataclass_fields__:
+    if any(one.name == "seed" for one in fields(entry.settings)):
         given.setdefault("seed", settings.seed)
     found: Learner = entry.made(settings.method, given)
     return found
