@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from regrow.branches import Branch
+
 
 class Role(StrEnum):
     """What a tensor's dimension does with the axis: makes its units, reads them, scales or shifts them one by one."""
@@ -284,6 +286,7 @@ class AxisGraph:
         folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
+        branches: Every module that runs, by path: whether it can be dropped as a whole, or why not.
         steps: What the network does, operation by operation.
         decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
             ``torch.export`` recorded the network.
@@ -302,6 +305,7 @@ class AxisGraph:
     folds: tuple[Fold, ...] = ()
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    branches: Mapping[str, Branch] = field(default_factory=dict)
     steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
     trained: bool = False
@@ -355,6 +359,33 @@ class AxisGraph:
         )
         keys = {axis.key for axis in chosen}
         return tuple(axis for axis in chosen if axis.inside not in keys)
+
+    def without(self, branches: Iterable[Branch]) -> "AxisGraph":
+        """The same graph without what goes with some branches (to ask what is left to cut, and what it costs)."""
+        gone = tuple(branches)
+
+        def stays(name: str) -> bool:
+            return not any(branch.holds(name) for branch in gone)
+
+        left = {key: tuple(slot for slot in axis.slots if stays(slot.name)) for key, axis in self.axes.items()}
+        axes = {key: replace(self.axes[key], slots=slots) for key, slots in left.items() if slots}
+
+        def known(*dims: Dim) -> bool:
+            return axes.keys() >= set(axes_in(Product(dims)))
+
+        return replace(
+            self,
+            axes={key: replace(axis, inside=axis.inside if axis.inside in axes else "") for key, axis in axes.items()},
+            shapes={name: dims for name, dims in self.shapes.items() if stays(name)},
+            parameters=frozenset(filter(stays, self.parameters)),
+            counted=tuple(filter(stays, self.counted)),
+            itemsize={name: size for name, size in self.itemsize.items() if stays(name)},
+            ties={name: first for name, first in self.ties.items() if stays(name)},
+            work=tuple(one for one in self.work if stays(one.module) and known(*one.dims)),
+            integers={at: dim for at, dim in self.integers.items() if stays(at.partition(":")[0]) and known(dim)},
+            folds=tuple(fold for fold in self.folds if stays(fold.weight)),
+            unreached=tuple(filter(stays, self.unreached)),
+        )
 
     def with_axes(self, axes: Mapping[str, Axis]) -> "AxisGraph":
         """The same graph with other axes (after a cut)."""

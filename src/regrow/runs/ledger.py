@@ -88,7 +88,7 @@ def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn
         PlanError: If a plan does not fit; the model is then as the plans before it left it.
     """
     plans = list(plans)
-    back = any(change.recalled for plan in plans for change in plan.changes.values())
+    back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
     attic = Attic() if back else None
     for plan in plans:
         model, axes = apply(model, axes, plan, attic=attic)

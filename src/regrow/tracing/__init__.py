@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph
+from regrow.tracing.branches import branches
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
 from regrow.tracing.reach import reach
@@ -41,7 +42,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     [('0.weight:0', 8)]
     """
     example = example_of(model, args, kwargs)
-    w = walk(capture(model, example), RULES, POINTWISE)
+    recorded = capture(model, example)
+    w = walk(recorded, RULES, POINTWISE)
     reach(model, example, w)
     axes, names = assemble(model, w, example)
-    return proved(model, replace(axes, steps=steps(w, names)))
+    return replace(proved(model, replace(axes, steps=steps(w, names))), branches=branches(model, recorded, example))
