@@ -237,6 +237,8 @@ def _droppable(axes: AxisGraph, path: str) -> Branch:
     branch = axes.branches.get(path)
     inner = [name for name, one in axes.branches.items() if one.free and lies_in(name, path)]
     remedy = f"; in it, {inner[0]} can" if inner else ""
+    if axes.decisions is not None:
+        raise PlanError(f"{path} cannot be dropped: data decide what this network does, and only one way was seen")
     if branch is None:
         raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow show --branches` lists them")
     if not branch.free:
