@@ -130,29 +130,28 @@ def as_a_new_trace(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     assert len(left) == len(fresh)
     assert left.shapes.keys() == fresh.shapes.keys() == laws.tensors(small).keys()
     assert left.parameters == fresh.parameters
-    for field in ("work", "steps", "counted", "folds", "branches", "itemsize", "unreached", "ties"):
+    if not plan.changes:  # a fold changes constants
+        assert left.steps == fresh.steps
+    for field in ("work", "counted", "folds", "branches", "itemsize", "unreached", "ties"):
         assert getattr(left, field) == getattr(fresh, field), field
     if all(axis.free for axis in left if again[laws.entries_of(axis)].free):
         assert left.integers.keys() == fresh.integers.keys()
 
 
 DROPS = [
-    ("resnet18", ["layer1.1.bn2"]),
     ("resnet18", ["layer2.1.bn2", "layer4.1.bn2"]),
-    ("mobilenet_v2", ["features.3", "features.13"]),
+    pytest.param("mobilenet_v2", ["features.3", "features.13"], marks=pytest.mark.slow),
     ("vit", ["encoder.layers.encoder_layer_0.self_attention", "encoder.layers.encoder_layer_1.mlp"]),
     ("vit", ["encoder.layers.encoder_layer_0"]),
     ("convnext", ["features.3.0.block"]),
     ("convnext", ["features.3.0", "features.3.1"]),
     ("llama", ["model.layers.0.mlp", "model.layers.1.self_attn"]),
     ("llama_tied", ["model.layers.1"]),
-    ("gpt2", ["transformer.h.1.attn"]),
-    ("gpt2", ["transformer.h.0.mlp", "transformer.h.1"]),
+    ("gpt2", ["transformer.h.0.mlp", "transformer.h.1.attn"]),
     ("mamba", ["backbone.layers.1"]),
     ("candidates", ["ops.0", "ops.2"]),
     ("candidates", ["ops.1"]),
     ("windows", ["features.1.0.attn", "features.3.1.mlp"]),
-    ("windows", ["features.3.0"]),
     ("own_scale", ["fall"]),
 ]
 
@@ -206,6 +205,17 @@ class Both(nn.Module):
         return x + y, y
 
 
+class Plus(nn.Module):
+    """Its input, and something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
 class Inside(nn.Module):
     """Writes into what it is given, then adds."""
 
@@ -246,7 +256,7 @@ FOOLS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module], st
         "nothing that depends",
     ),
     "alone": (lambda m, x: m.head(m.body(m.stem(x)) + m.head.weight.sum()), {}, "body", "nothing that depends"),
-    "an answer": (lambda m, x: (x := m.stem(x)) + m.body(x), {}, "body", "it is an answer of the network"),
+    "an answer": (lambda m, x: (m.head((x := m.stem(x)) + (y := m.body(x))), y), {}, "body", "it is an answer"),
     "twice": (lambda m, x: m.head((x := m.stem(x)) + m.body(x) + m.body(x + 1)), {}, "body", "several things"),
     "its weight read": (
         lambda m, x: m.head((x := m.stem(x)) + m.body(x) + m.body[2].bias * x),
@@ -266,7 +276,13 @@ FOOLS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module], st
         "body",
         "scale.weight would be left, and nothing would use it",
     ),
-    "more than a sum": (lambda m, x: m.head(m.both(m.stem(x))[0] * m.both.body.bias), {"both": Both()}, "both", ""),
+    "two answers alike": (lambda m, x: m.head(m.both(m.stem(x))[0]), {"both": Both()}, "both", "is not clear"),
+    "its weight read, it goes through": (
+        lambda m, x: m.head(m.plus(m.stem(x)).cos() * m.plus.body.bias),
+        {"plus": Plus()},
+        "plus",
+        "plus.body.bias is read elsewhere too",
+    ),
     "what it added is used": (
         lambda m, x: m.head((y := m.both(m.stem(x)))[0] * y[1]),
         {"both": Both()},
@@ -280,35 +296,23 @@ FOOLS: dict[str, tuple[Callable[[Any, Tensor], Tensor], dict[str, nn.Module], st
         "in it is used elsewhere too",
     ),
     "written into afterwards": (
-        lambda m, x: m.head((x := m.stem(x)).cos() + m.both(x)[0].relu_() + x),
-        {"both": Both()},
-        "both",
+        lambda m, x: m.head((x := m.stem(x)).cos() + m.plus(x).sigmoid_() + x),
+        {"plus": Plus()},
+        "plus",
         "written into afterwards",
-    ),
-    "shared": (
-        lambda m, x: m.head((x := m.stem(x)) + m.body(x) + m.other(x + 1).sigmoid()),
-        {"other": nn.Linear(6, 6)},
-        "body",
-        "",
     ),
 }
 
 
 @pytest.mark.parametrize("name", FOOLS)
 def test_what_is_more_than_a_summand_stays(name: str) -> None:
-    """Each is refused with the reason; the two without one can go, and the law holds for them."""
+    """Each is refused, with the reason."""
     run, parts, module, reason = FOOLS[name]
-    model, axes = fooling(run, **parts)
+    _, axes = fooling(run, **parts)
     branch = axes.branches[module]
-    if reason:
-        assert reason in branch.reason
-        with pytest.raises(PlanError, match=f"{module} cannot be dropped"):
-            Plan.dropping(axes, [module])
-    elif branch.free:
-        report = verify(model, axes, Plan.dropping(axes, [module]))
-        assert report.ok
-    else:
-        assert "read elsewhere" in branch.reason
+    assert reason in branch.reason
+    with pytest.raises(PlanError, match=f"{module} cannot be dropped"):
+        Plan.dropping(axes, [module])
 
 
 def test_tied_weights_do_not_go() -> None:

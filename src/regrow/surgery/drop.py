@@ -153,12 +153,16 @@ def _described(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     w = walk(recorded, RULES, POINTWISE)
     reach(copy, given, w)
     fresh, names = assemble(copy, w, axes.example)
-    found = {axis.slots: axis for axis in fresh}
-    known = {found[axis.slots].key: key for key, axis in axes.axes.items() if axis.slots in found}
+    found = {frozenset(axis.slots): axis for axis in fresh}
+    now = {key: found.get(frozenset(axis.slots)) for key, axis in axes.axes.items()}
+    known = {one.key: key for key, one in now.items() if one is not None}
+    order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}
     names = Names({number: known[key] for number, key in names.keys.items() if key in known})
     return replace(
         axes,
-        axes={key: _now(axis, found.get(axis.slots)) for key, axis in axes.axes.items()},
+        axes={key: _now(axis, now[key]) for key, axis in axes.axes.items()},
+        counted=tuple(sorted(axes.counted, key=lambda name: order.get(name, len(order)))),
+        folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
         steps=steps(w, names),
         work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
         notes=fresh.notes,
@@ -174,6 +178,5 @@ def _now(axis: Axis, fresh: Axis | None) -> Axis:
     if fresh is None:
         reason = "only what was dropped held its units together; trace the network anew to cut them"
         return replace(axis, mark=Mark.FROZEN, reason=reason)
-    return replace(
-        axis, mark=fresh.mark, reason=fresh.reason, least=fresh.least, multiple=fresh.multiple, narrow=fresh.narrow
-    )
+    told = {name: getattr(fresh, name) for name in ("slots", "mark", "reason", "least", "multiple", "narrow")}
+    return replace(axis, **told)

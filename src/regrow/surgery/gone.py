@@ -31,7 +31,7 @@ class Gone:
     def rejoined(self, axes: AxisGraph) -> AxisGraph:
         """The axes of the network with the branch in its place again; those that lie in it must be as they were.
 
-        What the network does then (operations, work, branches) is for a new recording to say.
+        What the network does then (operations, work, branches), and the order of things, is for a new recording to say.
         """
         old, holds = self.axes, self.branch.holds
 
@@ -42,18 +42,12 @@ class Gone:
         lost = own - axes.axes.keys()
 
         def both(before: Iterable[T], now: Iterable[T], name: Any = str) -> tuple[T, ...]:
-            """Entries as they are now, and those of the branch, in the order in which they were."""
-            before = list(before)
-            order = {name(one): i for i, one in enumerate(before)}
-            every = [*now, *(one for one in before if held(name(one)))]
-            return tuple(sorted(every, key=lambda one: order.get(name(one), len(order))))
+            return (*now, *(one for one in before if held(name(one))))
 
         def axis(key: str) -> Axis:
-            if key not in axes.axes:
-                return replace(old[key], slots=tuple(slot for slot in old[key].slots if held(slot.name)))
             if key not in old.axes:
                 return axes[key]
-            now = axes[key]
+            now = axes.axes.get(key) or replace(old[key], slots=())
             slots = both(old[key].slots, now.slots, lambda slot: slot.name)
             return replace(old[key], size=now.size, ids=now.ids, born=now.born, slots=slots)
 

@@ -55,10 +55,11 @@ class Effects:
 
     @cached_property
     def fixed(self) -> set[Node]:
-        """What depends on parameters, buffers and constants alone."""
+        """What depends on parameters, buffers and constants alone; zeros do, whatever they are made in the form of."""
         found: set[Node] = {*self.capture.states, *self.capture.constants}
         for node, given in self.inputs.items():
-            if node.op == "get_attr" or (node.op == "call_function" and found.issuperset(given)):
+            still = node.op == "call_function" and (found.issuperset(given) or op_name(node) == "zeros_like")
+            if node.op == "get_attr" or still:
                 found.add(node)
         return found
 
