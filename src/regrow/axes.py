@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.branches import Branch
+from regrow.branches import Branch, lies_in
 
 
 class Role(StrEnum):
@@ -286,7 +286,7 @@ class AxisGraph:
         folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
-        branches: Every module that runs, by path: whether it can be dropped as a whole, or why not.
+        branches: Every module that runs, by path: whether it can be dropped whole, or why not.
         steps: What the network does, operation by operation.
         decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
             ``torch.export`` recorded the network.
@@ -362,13 +362,12 @@ class AxisGraph:
 
     def without(self, branches: Iterable[Branch]) -> "AxisGraph":
         """The same graph without what goes with some branches (to ask what is left to cut, and what it costs)."""
-        gone = tuple(branches)
+        gone = [path for branch in branches for path in branch.stands]
 
         def stays(name: str) -> bool:
-            return not any(branch.holds(name) for branch in gone)
+            return not any(lies_in(name, path) for path in gone)
 
-        left = {key: tuple(slot for slot in axis.slots if stays(slot.name)) for key, axis in self.axes.items()}
-        axes = {key: replace(self.axes[key], slots=slots) for key, slots in left.items() if slots}
+        axes = {a.key: replace(a, slots=own) for a in self if (own := tuple(s for s in a.slots if stays(s.name)))}
 
         def known(*dims: Dim) -> bool:
             return axes.keys() >= set(axes_in(Product(dims)))

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import Example
 from regrow.branches import Branch, Stand, lies_in
 from regrow.tracing.attributes import FIRST
-from regrow.tracing.capture import Capture, evaluating, faked, fitting, hollow, quiet
+from regrow.tracing.capture import Capture, evaluating, faked, fitting, hollow, lightly, quiet
 from regrow.tracing.effects import Effects
 from regrow.tracing.stand import Dropped, exchange, put
 from regrow.tracing.walk import ALIASES, op_name
@@ -143,7 +143,11 @@ def branches(model: nn.Module, capture: Capture, example: Example) -> dict[str, 
         return {}
     copy, mode = hollow(model, {})
     given = faked(fitting(example, model), mode)
-    calls, answer = called(copy, given)
+    try:
+        calls, answer = called(copy, given)
+    except Exception as error:
+        reason = f"the network does not run on tensors without numbers: {_line(error)}"
+        return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
     search = _Search(Recorded(Effects(capture)), copy, calls)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
     result = _once(result, copy)
@@ -159,7 +163,7 @@ def called(model: nn.Module, example: Example) -> tuple[dict[str, list[Call]], A
 
     hooks = [m.register_forward_hook(noting(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
-        with evaluating(model), torch.no_grad(), quiet():
+        with evaluating(model), torch.no_grad(), quiet(), lightly():
             return calls, model(*example.args, **example.kwargs)
     finally:
         for hook in hooks:
@@ -269,13 +273,20 @@ class _Search:
 
     def _check_first(self, stands: Mapping[str, Stand]) -> None:
         """The first of the modules that are numbered stays, where others count on it."""
+        for path, why in self.first.items():
+            if any(lies_in(path, other) for other in stands):
+                raise RefusedError(f"{path} is the first of its kind, and {why}")
+
+    @cached_property
+    def first(self) -> dict[str, str]:
+        """The first of the modules of each kind that are numbered → what counts on it."""
+        found: dict[Any, tuple[int, str, str]] = {}
         for name, why in FIRST.items():
-            numbered = {p: m for p, m in self.model.named_modules() if type(vars(m).get(name)) is int}
-            first: dict[Any, str] = {}
-            for path, module in sorted(numbered.items(), key=lambda pair: vars(pair[1])[name]):
-                first.setdefault(_kind(module), path)
-            if going := next((p for p in first.values() if any(lies_in(p, path) for path in stands)), ""):
-                raise RefusedError(f"{going} is the first of its kind, and {why}")
+            for path, module in self.model.named_modules():
+                if type(number := vars(module).get(name)) is int:
+                    one = (number, path, why)
+                    found[name, _kind(module)] = min(found.get((name, _kind(module)), one), one)
+        return {path: why for _, path, why in found.values()}
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
@@ -331,14 +342,17 @@ def _problem(
     try:
         now, said = called(copy, example)
     except Exception as error:
-        line = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
-        return f"the network does not run without it: {line.strip()[:160]}"
+        return f"the network does not run without it: {_line(error)}"
     finally:
         put(copy, gone)
     for one in members:
         if one.module in now and _forms(now[one.module][0].answer)[:1] != _forms(_part(calls, one))[:1]:
             return "what stands for it would have another shape"
     return "" if _forms(said) == _forms(answer) else "the network would answer in another shape"
+
+
+def _line(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__).strip()[:160]
 
 
 def _part(calls: Mapping[str, list[Call]], branch: Branch) -> Any:
