@@ -8,14 +8,14 @@ from torch import nn
 from torch.fx import Node
 from torch.optim import Optimizer
 
-from regrow.axes import Axis, AxisGraph, Mark, Work
+from regrow.axes import Axis, AxisGraph, Example, Mark, Work
 from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
 from regrow.surgery.gone import Gone
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.tracing.branches import Recorded, RefusedError, branches, located
-from regrow.tracing.capture import TraceError, capture, faked, fitting, hollow
+from regrow.tracing.capture import Capture, TraceError, capture, faked, fitting, hollow
 from regrow.tracing.effects import Effects, otherwise
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.reach import reach
@@ -95,7 +95,12 @@ def brought_back(
         module.to(like.device).train(stands[path].training)
     put(model, modules)
     try:
-        left = _described(model, left)
+        copy, mode = hollow(model, {})
+        given = faked(fitting(axes.example, model), mode)
+        left = _described(copy, given, capture(copy, given), left)
+    except TraceError as error:
+        put(model, stands)
+        raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
     except BaseException:
         put(model, stands)
         raise
@@ -139,17 +144,18 @@ def _without(model: nn.Module, axes: AxisGraph, gone: Sequence[Branch]) -> AxisG
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(copy, axes.without(gone))
+    return _described(copy, given, small.capture, axes.without(gone))
 
 
-def _described(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Axes with what the network does now: its operations, its work, its branches, and what can be cut of it."""
-    copy, mode = hollow(model, {})
-    given = faked(fitting(axes.example, model), mode)
-    try:
-        recorded = capture(copy, given)
-    except TraceError as error:
-        raise PlanError(f"the network does not run so: {error}") from None
+def _described(copy: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
+    """Axes with what the network does now: its operations, its work, its branches, and what can be cut of it.
+
+    Args:
+        copy: The network as it is now, without numbers.
+        given: What it was recorded with.
+        recorded: The record.
+        axes: Its axes, as far as they are known.
+    """
     w = walk(recorded, RULES, POINTWISE)
     reach(copy, given, w)
     fresh, names = assemble(copy, w, axes.example)
