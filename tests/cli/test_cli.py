@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from regrow import Plan, load, trace
+from regrow import Plan, load, trace, with_branches
 from regrow.cli import main
 from regrow.runs import Ledger, replay
 
@@ -70,6 +70,23 @@ def test_show_says_how_a_network_was_traced(regrow: Run) -> None:
         assert f"traced by {words}" in " ".join(out.split())
         assert json.loads(Path("axes.json").read_text())["recorded"] == how
     assert "since torch.export refuses" in " ".join(out.split())
+
+
+def test_a_branch_is_shown_and_dropped(regrow: Run) -> None:
+    import toys
+
+    code, out, err = regrow("show", "toys:stepping", "--branches", "--all", "--json", "axes.json")
+    assert code == 0, err
+    assert "zero" in out and "body.2" in out and "goes with body" in " ".join(out.split())
+    branches = json.loads(Path("axes.json").read_text())["branches"]
+    assert branches["body"] == {"gives": "zero", "with": ["body"]} and "reason" in branches["last"]
+    whole, example = toys.stepping()
+    Path("drop.json").write_text(Plan.dropping(with_branches(whole, trace(whole.eval(), example)), ["body"]).to_json())
+    code, _, err = regrow("apply", "drop.json", "toys:stepping", "--out", "less")
+    assert code == 0, err
+    less = load("less", model=lambda: toys.stepping()[0])
+    assert torch.equal(less(example), whole.last(whole.first(example)))
+    assert not [name for name, _ in less.named_parameters() if name.startswith("body")]
 
 
 def test_a_dry_run_writes_the_plan_that_apply_runs(regrow: Run) -> None:
