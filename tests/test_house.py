@@ -176,6 +176,9 @@ def test_the_import_floors_catch_a_planted_violation(where, line, tmp_path):
     package = tmp_path / "regrow"
     for name in (
         "axes",
+        "branches",
+        "change",
+        "dims",
         "sources",
         "progress",
         "scores",

@@ -4,6 +4,19 @@ from regrow.plan import Fill, Plan
 from regrow.runs import load
 from regrow.runs.prune import prune
 from regrow.surgery import Attic, aligned, apply, declare, fitted, verify
-from regrow.tracing import trace
+from regrow.tracing import trace, with_branches
 
-__all__ = ["Attic", "Fill", "Plan", "aligned", "apply", "declare", "fitted", "load", "prune", "trace", "verify"]
+__all__ = [
+    "Attic",
+    "Fill",
+    "Plan",
+    "aligned",
+    "apply",
+    "declare",
+    "fitted",
+    "load",
+    "prune",
+    "trace",
+    "verify",
+    "with_branches",
+]

@@ -11,11 +11,32 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from regrow.branches import Branch, lies_in
+from regrow.dims import Dim, Product, Sum, axes_in, size_of
+
+__all__ = [
+    "Axis",
+    "AxisGraph",
+    "Decision",
+    "Dim",
+    "Example",
+    "Fold",
+    "Mark",
+    "Product",
+    "Role",
+    "Slot",
+    "Step",
+    "Sum",
+    "Work",
+    "axes_in",
+    "matches",
+    "size_of",
+]
 
 
 class Role(StrEnum):
@@ -42,51 +63,6 @@ class Mark(StrEnum):
     FOLDED = "folded"
     RESTATED = "restated"
     FROZEN = "frozen"
-
-
-@dataclass(frozen=True)
-class Product:
-    """A dimension that is a product of dimensions, outermost first: ``heads × head_dim``."""
-
-    parts: tuple["Dim", ...]
-
-
-@dataclass(frozen=True)
-class Sum:
-    """A dimension that is a concatenation of dimensions: ``query ‖ key ‖ value``."""
-
-    parts: tuple["Dim", ...]
-
-
-Dim = int | str | Product | Sum
-"""A dimension: a fixed size, the key of an axis, or a product or sum of dimensions."""
-
-
-def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """The number of entries of a dimension, given the size of each axis.
-
-    >>> size_of(Product(("kv", Sum((2, "d")))), {"kv": 3, "d": 5})
-    21
-    """
-    match dim:
-        case int():
-            return dim
-        case str():
-            return sizes[dim]
-        case Product(parts):
-            return prod(size_of(part, sizes) for part in parts)
-        case Sum(parts):
-            return sum(size_of(part, sizes) for part in parts)
-
-
-def axes_in(dim: Dim) -> Iterator[str]:
-    """The keys of the axes that a dimension is made of, with repetitions, outermost and leftmost first."""
-    match dim:
-        case str():
-            yield dim
-        case Product(parts) | Sum(parts):
-            for part in parts:
-                yield from axes_in(part)
 
 
 @dataclass(frozen=True)
@@ -284,6 +260,8 @@ class AxisGraph:
         folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
+        branches: Every module that runs, by path: whether it can be dropped whole, or why not. Empty until
+            :func:`regrow.with_branches` has looked.
         steps: What the network does, operation by operation.
         decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
             ``torch.export`` recorded the network.
@@ -303,6 +281,7 @@ class AxisGraph:
     folds: tuple[Fold, ...] = ()
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    branches: Mapping[str, Branch] = field(default_factory=dict)
     steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
     trained: bool = False
@@ -359,6 +338,32 @@ class AxisGraph:
         )
         keys = {axis.key for axis in chosen}
         return tuple(axis for axis in chosen if axis.inside not in keys)
+
+    def without(self, branches: Iterable[Branch]) -> "AxisGraph":
+        """The same graph without what goes with some branches (to ask what is left to cut, and what it costs)."""
+        gone = [path for branch in branches for path in branch.stands]
+
+        def stays(name: str) -> bool:
+            return not any(lies_in(name, path) for path in gone)
+
+        axes = {a.key: replace(a, slots=own) for a in self if (own := tuple(s for s in a.slots if stays(s.name)))}
+
+        def known(*dims: Dim) -> bool:
+            return axes.keys() >= set(axes_in(Product(dims)))
+
+        return replace(
+            self,
+            axes={key: replace(axis, inside=axis.inside if axis.inside in axes else "") for key, axis in axes.items()},
+            shapes={name: dims for name, dims in self.shapes.items() if stays(name)},
+            parameters=frozenset(filter(stays, self.parameters)),
+            counted=tuple(filter(stays, self.counted)),
+            itemsize={name: size for name, size in self.itemsize.items() if stays(name)},
+            ties={name: first for name, first in self.ties.items() if stays(name)},
+            work=tuple(one for one in self.work if stays(one.module) and known(*one.dims)),
+            integers={at: dim for at, dim in self.integers.items() if stays(at.partition(":")[0]) and known(dim)},
+            folds=tuple(fold for fold in self.folds if stays(fold.weight)),
+            unreached=tuple(filter(stays, self.unreached)),
+        )
 
     def with_axes(self, axes: Mapping[str, Axis]) -> "AxisGraph":
         """The same graph with other axes (after a cut)."""

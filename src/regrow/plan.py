@@ -6,90 +6,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
+from regrow.branches import Branch, Stand, lies_in
+from regrow.change import FILLS, MOST, Change, Fill, PlanError, whole
+
+__all__ = ["FILLS", "MOST", "Change", "Fill", "Plan", "PlanError"]
 
 FORMAT = "regrow-plan/1"
-FILLS = ("zero_out", "split", "pair")
-MOST = 2**24
-"""No axis grows by more units at once."""
-
-
-class PlanError(ValueError):
-    """A plan that cannot be read, or does not fit the network it is meant for."""
-
-
-@dataclass(frozen=True)
-class Fill:
-    """What newborn units hold, such that the network computes what it did.
-
-    What is drawn can be fitted to data afterwards, with the function kept: :func:`regrow.fitted` and
-    :func:`regrow.aligned` take a network that grew by ``zero_out``.
-
-    Args:
-        rule: ``zero_out``: drawn numbers, and nothing reads the units yet (on the stream that root-mean-square norms
-            run over: nothing writes them yet). ``split``: copies of kept units, which share what reads them (Net2Wider,
-            Chen et al., 2016). ``pair``: two and two drawn alike, and read with opposite signs.
-        seed: Of what is drawn, and of who is copied.
-    """
-
-    rule: str = "zero_out"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Change:
-    """What happens to one axis.
-
-    Args:
-        size: How many units the axis has before.
-        keep: Which of them stay, ascending.
-        slots: Where its units lie, so that the plan stands alone.
-        ids: The birth numbers of the units before the change.
-        grow: How many units are born; they lie behind all others.
-        fill: What they hold.
-        restore: The birth numbers of units cut earlier that come back, ascending. Each goes to its old place: units
-            lie in the order of their birth numbers.
-        fresh: Whether they hold what newborn units would (``fill``), and not what they held when they were cut.
-    """
-
-    size: int
-    keep: tuple[int, ...]
-    slots: tuple[Slot, ...]
-    ids: tuple[int, ...] = ()
-    grow: int = 0
-    fill: Fill = Fill()
-    restore: tuple[int, ...] = ()
-    fresh: bool = False
-
-    @property
-    def after(self) -> int:
-        """How many units there are after it."""
-        return len(self.keep) + len(self.restore) + self.grow
-
-    @property
-    def alive(self) -> tuple[int, ...]:
-        """The birth numbers of the units before it."""
-        return self.ids or tuple(range(self.size))
-
-    @property
-    def births(self) -> int:
-        """How many units come without numbers of their own: newborn ones, and those restored afresh."""
-        return self.grow + (len(self.restore) if self.fresh else 0)
-
-    @property
-    def recalled(self) -> tuple[int, ...]:
-        """The birth numbers of the units that come back with what they held."""
-        return () if self.fresh else self.restore
-
-    @property
-    def idle(self) -> bool:
-        """Whether nothing happens."""
-        return len(self.keep) == self.size == self.after
-
-    @property
-    def dropped(self) -> tuple[int, ...]:
-        """The units that go."""
-        kept = set(self.keep)
-        return tuple(unit for unit in range(self.size) if unit not in kept)
 
 
 @dataclass(frozen=True)
@@ -101,18 +23,23 @@ class Plan:
         means: Name of a consuming weight → position of its contracted dimension → the constant that stands in for
             that dropped input (bias compensation). Without it a dropped input counts as the axis's neutral element.
         origin: What made the plan (method, settings, budget, seed); informative.
+        drop: Path of a module → the branch that goes with it.
+        back: Paths of modules dropped earlier that come back, with what they held.
 
     Raises:
-        PlanError: If a change keeps no unit, a unit twice, or one that does not exist.
+        PlanError: If a change keeps no unit, a unit twice, or one that does not exist, or a branch lies in another.
     """
 
     changes: Mapping[str, Change] = field(default_factory=dict)
     means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)
+    drop: Mapping[str, Branch] = field(default_factory=dict)
+    back: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, change in self.changes.items():
-            _check_change(key, change)
+            change.check(key)
+        _check_branches(self.drop, self.back)
 
     @classmethod
     def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: Any) -> "Plan":
@@ -138,13 +65,13 @@ class Plan:
             PlanError: If an axis does not exist or cannot be widened (with the reason).
         """
         fill = fill or Fill()
-        return cls._made(axes, {key: {"grow": _whole(n, "grow"), "fill": fill} for key, n in grow.items()}, more)
+        return cls._made(axes, {key: {"grow": whole(n, "grow"), "fill": fill} for key, n in grow.items()}, more)
 
     @classmethod
     def restoring(
         cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, **more: Any
     ) -> "Plan":
-        """A plan for ``axes`` that brings back units that were cut.
+        """A plan for ``axes`` that brings back units that were cut (whole modules: ``Plan(back=[path])``).
 
         Args:
             axes: The network's axes as they are now.
@@ -158,6 +85,27 @@ class Plan:
         back = {key: tuple(sorted(int(one) for one in ids)) for key, ids in restore.items()}
         fresh = {"fresh": fill is not None, "fill": fill or Fill()}
         return cls._made(axes, {key: {"restore": ids, **fresh} for key, ids in back.items()}, more)
+
+    @classmethod
+    def dropping(
+        cls, axes: AxisGraph, modules: Iterable[str], keep: Mapping[str, Iterable[int]] | None = None, **more: Any
+    ) -> "Plan":
+        """A plan for ``axes`` that drops whole modules.
+
+        Args:
+            axes: The network's axes.
+            modules: Their paths; ``axes.branches`` says of each whether it can go, and what goes with it.
+            keep: Units of other axes to keep, as in :meth:`keeping`.
+            **more: As for :class:`Plan`.
+
+        Raises:
+            PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
+        """
+        drop = {path: _droppable(axes, path) for path in modules}
+        kept = cls.keeping(axes, keep or {})
+        plan = cls(kept.changes, drop=drop, **more)
+        plan.check(axes)
+        return plan
 
     @classmethod
     def _made(cls, axes: AxisGraph, changes: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any]) -> "Plan":
@@ -185,6 +133,8 @@ class Plan:
             raise PlanError("one plan compensates for what it drops, or brings units; make two")
         if grows and recalls:
             raise PlanError("one plan brings units back with what they held, or gives birth to units; make two")
+        if self.drop:
+            self._check_drop(axes)
         for key, change in self.changes.items():
             axis = axes.axes.get(key)
             if axis is None:
@@ -220,6 +170,16 @@ class Plan:
                         f"axes {other!r} and {axis.key!r} must keep equal sizes; the plan leaves {expected} and {left}"
                     )
 
+    def _check_drop(self, axes: AxisGraph) -> None:
+        for path, branch in self.drop.items():
+            if _droppable(axes, path) != branch:
+                raise PlanError(f"what goes with {path} here is not what the plan says; make it for these axes")
+        left = axes.without(self.drop.values())
+        if lost := next((key for key, change in self.changes.items() if not change.idle and key not in left.axes), ""):
+            raise PlanError(f"axis {lost!r} goes with a branch that the plan drops, and it changes it; leave one out")
+        if lost := next((weight for weight in self.means if weight not in left.shapes), ""):
+            raise PlanError(f"{lost} goes with a branch that the plan drops, and it compensates for it; leave one out")
+
     def sizes(self, axes: AxisGraph) -> dict[str, int]:
         """The size of every axis after the plan."""
         return axes.sizes() | {key: change.after for key, change in self.changes.items()}
@@ -232,6 +192,8 @@ class Plan:
                 "origin": dict(self.origin),
                 "changes": {key: asdict(change) for key, change in self.changes.items()},
                 "means": {name: {str(i): v for i, v in means.items()} for name, means in self.means.items()},
+                "drop": {path: {at: s.to_data() for at, s in one.stands.items()} for path, one in self.drop.items()},
+                "back": list(self.back),
             }
         )
 
@@ -249,49 +211,53 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"not a plan: expected the format {FORMAT!r}")
         try:
-            changes = {str(key): _change(value) for key, value in data["changes"].items()}
+            changes = {str(key): Change.from_data(value) for key, value in data["changes"].items()}
             means = {
                 str(name): {int(i): float(v) for i, v in row.items()} for name, row in data.get("means", {}).items()
             }
-            return cls(changes, means, dict(data.get("origin", {})))
+            drop = {str(path): _branch(str(path), stands) for path, stands in data.get("drop", {}).items()}
+            back = tuple(str(path) for path in data.get("back", ()))
+            return cls(changes, means, dict(data.get("origin", {})), drop, back)
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"a damaged plan: {error!r}") from None
 
 
-def _change(value: Any) -> Change:
-    slots = tuple(
-        Slot(
-            name=str(slot["name"]),
-            role=Role(slot["role"]),
-            **{part: _whole(slot[part], part) for part in ("dim", "outer", "stride", "inner", "offset")},
-        )
-        for slot in value["slots"]
-    )
-    fill = value.get("fill", {})
-    return Change(
-        size=_whole(value["size"], "size"),
-        keep=tuple(_whole(unit, "keep") for unit in value["keep"]),
-        slots=slots,
-        ids=tuple(_whole(one, "ids") for one in value.get("ids", ())),
-        grow=_whole(value.get("grow", 0), "grow"),
-        fill=Fill(str(fill.get("rule", "zero_out")), _whole(fill.get("seed", 0), "seed")),
-        restore=tuple(_whole(one, "restore") for one in value.get("restore", ())),
-        fresh=_flag(value.get("fresh", False), "fresh"),
-    )
+def _branch(path: str, stands: Mapping[str, Any]) -> Branch:
+    return Branch(path, {str(at): Stand.from_data(stand) for at, stand in stands.items()})
 
 
-def _whole(value: Any, what: str) -> int:
-    if type(value) is not int or not -(2**63) <= value < 2**63:
-        raise PlanError(f"{what} is a whole number; the plan says {str(value)[:40]!r}")
-    return value
+def _droppable(axes: AxisGraph, path: str) -> Branch:
+    """The branch of a module.
+
+    Raises:
+        PlanError: If it has none, or cannot be dropped; says why, and what can be dropped in it.
+    """
+    branch = axes.branches.get(path)
+    inner = [name for name, one in axes.branches.items() if one.free and lies_in(name, path)]
+    remedy = f"; in it, {inner[0]} can" if inner else ""
+    if axes.decisions is not None:
+        raise PlanError(f"{path} cannot be dropped: data decide what this network does, and only one way was seen")
+    if not axes.branches:
+        raise PlanError(f"whether {path} can be dropped was not looked for: axes = regrow.with_branches(model, axes)")
+    if branch is None:
+        raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow show --branches` lists them")
+    if not branch.free:
+        raise PlanError(f"{path} cannot be dropped: {branch.reason}{remedy}")
+    return branch
 
 
-def _flag(value: Any, what: str) -> bool:
-    if type(value) is not bool:
-        raise PlanError(f"{what} is true or false; the plan says {str(value)[:40]!r}")
-    return value
+def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
+    for path, branch in drop.items():
+        if branch.module != path or path not in branch.stands:
+            raise PlanError(f"nothing is said to stand for {path}, which the plan drops")
+        if other := next((o for o, b in drop.items() if o != path and any(map(b.holds, branch.stands))), ""):
+            raise PlanError(f"{path} goes with {other}, which the plan drops too; leave it out")
+    if len(set(back)) != len(back):
+        raise PlanError("the plan brings a module back twice")
+    if back and drop:
+        raise PlanError("one plan drops branches or brings them back; make two")
 
 
 def _places(slots: Iterable[Slot]) -> list[Slot]:
@@ -329,27 +295,3 @@ def _check_restore(axis: Axis, change: Change) -> None:
             f"axis {axis.key!r}: no unit {change.restore[-1]} was ever born; its units are numbered from 0 to "
             f"{axis.born - 1}"
         )
-
-
-def _check_change(key: str, change: Change) -> None:
-    if not change.keep:
-        raise PlanError(f"axis {key!r}: a plan must keep at least one unit")
-    if list(change.keep) != sorted(set(change.keep)) or change.keep[0] < 0 or change.keep[-1] >= change.size:
-        raise PlanError(f"axis {key!r}: kept units must be ascending, each once, within 0..{change.size - 1}")
-    if not 0 <= change.grow <= MOST:
-        raise PlanError(f"axis {key!r}: it can grow by 0 to {MOST} units, not by {change.grow}")
-    if not 0 <= change.fill.seed < 2**63:
-        raise PlanError(f"axis {key!r}: a seed is a number from 0, below 2**63; got {change.fill.seed}")
-    if change.fill.rule not in FILLS:
-        raise PlanError(f"axis {key!r}: newborn units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
-    if change.fill.rule == "pair" and change.births % 2:
-        raise PlanError(f"axis {key!r}: pairs are born two by two; {change.births} is odd")
-    if change.ids and len(change.ids) != change.size:
-        raise PlanError(f"axis {key!r}: {len(change.ids)} birth numbers for {change.size} units")
-    if list(change.restore) != sorted(set(change.restore)) or min(change.restore, default=0) < 0:
-        raise PlanError(f"axis {key!r}: units to restore are named by birth numbers, ascending, each once, from 0")
-    if living := sorted(set(change.restore) & set(change.alive)):
-        raise PlanError(f"axis {key!r}: unit {living[0]} is alive; only units that were cut can be restored")
-    for slot in change.slots:
-        if min(slot.dim, slot.offset) < 0 or min(slot.outer, slot.stride, slot.inner) < 1:
-            raise PlanError(f"axis {key!r}: slot {slot} has a negative or empty extent")

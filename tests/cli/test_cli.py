@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from regrow import Plan, load, trace
+from regrow import Plan, load, trace, with_branches
 from regrow.cli import main
 from regrow.runs import Ledger, replay
 
@@ -72,6 +72,23 @@ def test_show_says_how_a_network_was_traced(regrow: Run) -> None:
     assert "since torch.export refuses" in " ".join(out.split())
 
 
+def test_a_branch_is_shown_and_dropped(regrow: Run) -> None:
+    import toys
+
+    code, out, err = regrow("show", "toys:stepping", "--branches", "--all", "--json", "axes.json")
+    assert code == 0, err
+    assert "zero" in out and "body.2" in out and "goes with body" in " ".join(out.split())
+    branches = json.loads(Path("axes.json").read_text())["branches"]
+    assert branches["body"] == {"gives": "zero", "with": ["body"]} and "reason" in branches["last"]
+    whole, example = toys.stepping()
+    Path("drop.json").write_text(Plan.dropping(with_branches(whole, trace(whole.eval(), example)), ["body"]).to_json())
+    code, _, err = regrow("apply", "drop.json", "toys:stepping", "--out", "less")
+    assert code == 0, err
+    less = load("less", model=lambda: toys.stepping()[0])
+    assert torch.equal(less(example), whole.last(whole.first(example)))
+    assert not [name for name, _ in less.named_parameters() if name.startswith("body")]
+
+
 def test_a_dry_run_writes_the_plan_that_apply_runs(regrow: Run) -> None:
     code, _, err = regrow(*PRUNE, "--keep", "0.5", "--dry-run", "plan.json")
     assert code == 0, err
@@ -116,6 +133,21 @@ def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:
     assert plans[0] == plans[1]
     code, out, _ = regrow("compare", "one", "two", "--out", "both.html")
     assert code == 0 and Path("both.html").exists() and "one" in out
+
+
+def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: Run) -> None:
+    given = ("--epochs", "2", "--train", "200", "--test", "50", "--model", "mlp:8")
+    code, out, err = regrow("learn", "permuted:digits:2", *given, "--out", "run")
+    assert code == 0, err
+    assert "permuted-2" in out and "final average accuracy" in out
+    code, out, err = regrow("learn", "--resume", "run", "--task", "digits")
+    assert code == 0, err
+    assert "digits" in out
+    assert load("run")[1].in_features == 64
+    code, _, err = regrow("learn", "permuted:digits:2", "--method", "sparsgrow", "--out", "other")
+    assert code == 2 and "did you mean 'sparsegrow'?" in err
+    code, out, _ = regrow("methods", "sparsegrow")
+    assert code == 0 and "reconstructed" in out.lower() and "--set gate=hard" in out
 
 
 def test_methods_are_listed_and_explained(regrow: Run) -> None:

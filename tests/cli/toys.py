@@ -50,10 +50,30 @@ class Picking(nn.Module):
         return self.second(self.first(x[x[:, 0] > 0]).relu())
 
 
+class Stepping(nn.Module):
+    """Linear layers, and a residual step between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.body = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Four numbers."""
+        x = self.first(x)
+        return self.last(x + self.body(x))
+
+
 def classifier() -> tuple[nn.Module, torch.Tensor]:
     """A classifier with a fixed seed."""
     torch.manual_seed(0)
     return Classifier(), torch.randn(1, 1, 8, 8)
+
+
+def stepping() -> tuple[nn.Module, torch.Tensor]:
+    """A network with a branch."""
+    torch.manual_seed(0)
+    return Stepping(), torch.randn(2, 8)
 
 
 def spectral() -> tuple[nn.Module, torch.Tensor]:

@@ -12,14 +12,15 @@ from regrow.cli.screen import say, table
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain NAME: what it does, its settings, whom to cite."""
-    from regrow.methods import METHODS, entry
+    from regrow.methods import LEARNERS, METHODS, entry, learner_entry
 
     if name is None:
-        rows = [(key, one.about.strip().splitlines()[0].rstrip(".")) for key, one in METHODS.items()]
-        table("Methods", ("name", "what it does"), rows)
+        for title, known in (("Methods of `regrow prune`", METHODS), ("Methods of `regrow learn`", LEARNERS)):
+            rows = [(key, one.about.strip().splitlines()[0].rstrip(".")) for key, one in known.items()]
+            table(title, ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return
-    one = entry(name)
+    one = learner_entry(name) if name in LEARNERS else entry(name)
     say(one.about.strip() + "\n")
     helps = _helps(one.settings.__doc__ or "")
     rows = [

@@ -13,23 +13,28 @@ from regrow.cli.screen import number, say, table, working
 @click.argument("model")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
 @click.option("--all", "everything", is_flag=True, help="List frozen axes one by one, not by reason.")
+@click.option("--branches", is_flag=True, help="Also list the modules that can be dropped whole.")
 @options.dtype
-def show(model: str, json_file: Path | None, everything: bool, dtype: str) -> None:
+def show(model: str, json_file: Path | None, everything: bool, branches: bool, dtype: str) -> None:
     """Show what can be cut in MODEL, what a unit of it costs, and why the rest is frozen."""
     from regrow.allocation.inventory import inventory
     from regrow.runs.pruning_run import Settings, load_model
-    from regrow.tracing import trace
+    from regrow.tracing import trace, with_branches
 
     with working() as progress:
         loaded = load_model(Settings(model, dtype=dtype), progress)
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        if branches:
+            axes = with_branches(loaded.model, axes)
         rows = inventory(axes)
     if json_file:
         _write(json_file, axes, rows, model)
     free = [row for row in rows if row.mark != "frozen"]
     _free_table(free)
     _frozen_table([row for row in rows if row.mark == "frozen"], everything)
+    if branches:
+        _branches_table(axes, everything)
     say("traced by torch.export" if axes.recorded == "export" else "traced by recording one eager run")
     for note in axes.notes:
         say(f"note: {note}")
@@ -71,6 +76,20 @@ def _frozen_table(rows: list[Any], everything: bool) -> None:
     table("Frozen", ("axes", "why (of the first)", "the first"), lines, numbers=(0,))
 
 
+def _branches_table(axes: Any, everything: bool) -> None:
+    lines = []
+    for path, branch in axes.branches.items():
+        own = [name for name in axes.parameters if name not in axes.ties and branch.holds(name)]
+        if branch.free:
+            others = ", ".join(other for other in branch.stands if other != path)
+            lines.append((path, branch.gives, number(sum(_numel(axes, name) for name in own)), others))
+    columns = ("module", "what stands for it", "parameters", "goes with it")
+    table("What can be dropped whole", columns, lines, numbers=(2,))
+    if everything:
+        rest = [(path, branch.reason) for path, branch in axes.branches.items() if not branch.free]
+        table("What cannot", ("module", "why"), rest)
+
+
 def _numel(axes: Any, name: str) -> int:
     from math import prod
 
@@ -91,6 +110,10 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
         "model": model,
         "recorded": axes.recorded,
         "axes": [row.record() | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in rows],
+        "branches": {
+            path: {"gives": one.gives, "with": sorted(one.stands)} if one.free else {"reason": one.reason}
+            for path, one in axes.branches.items()
+        },
         "counted": list(axes.counted),
         "unreached": list(axes.unreached),
         "notes": list(axes.notes),

@@ -1,8 +1,8 @@
 """PackNet: each task gets what the earlier ones gave back, and is evaluated with its own weights if it is named.
 
-Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the ``prune``
-share of its weights with the least |w| is given back, the others are trained on; biases and norms stay after the first task.
-With the task named, task k is answered with the weights of tasks up to k; without, with all.
+Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the ``prune`` share
+of its weights with the least |w| is given back, and the others are trained on; biases and norms stay after the first
+task. With the task named, task k is answered with the weights of tasks up to k; without, with all.
 """
 
 from collections.abc import Mapping

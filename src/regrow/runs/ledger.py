@@ -12,6 +12,7 @@ from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
 from regrow.runs.atomic import StoreError, write_text
 from regrow.surgery import Attic, apply
+from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/1"
 _LONGEST = 2**30
@@ -88,8 +89,10 @@ def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn
         PlanError: If a plan does not fit; the model is then as the plans before it left it.
     """
     plans = list(plans)
-    back = any(change.recalled for plan in plans for change in plan.changes.values())
+    back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
     attic = Attic() if back else None
+    if any(plan.drop for plan in plans) and not axes.branches:
+        axes = with_branches(model, axes)
     for plan in plans:
         model, axes = apply(model, axes, plan, attic=attic)
     return model, axes

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from regrow.branches import Stand
 from regrow.nets import ModelError, Origin
 from regrow.runs.atomic import StoreError
 
@@ -82,6 +83,7 @@ class Shapes:
         attributes: ``module:attribute`` → the number it holds, where a freshly built model holds another.
         ties: Name → the first name of the same tensor.
         dropped: Tensors that a freshly built model has and this one has not.
+        stands: Path of a module that was dropped whole → what stands for it. Its tensors are not spoken of.
         compared: Whether a freshly built model was there to compare with. If not, everything is listed, and nothing
             has a ``was``.
         files: The files with the numbers.
@@ -96,6 +98,7 @@ class Shapes:
     compared: bool = True
     files: Mapping[str, File] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    stands: Mapping[str, Stand] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """The record as JSON text, one line per entry."""
@@ -108,6 +111,7 @@ class Shapes:
             "attributes": dict(self.attributes),
             "ties": dict(self.ties),
             "dropped": list(self.dropped),
+            "stands": {path: stand.to_data() for path, stand in self.stands.items()},
             "tensors": {name: _written(stored) for name, stored in self.tensors.items()},
         }
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
@@ -133,6 +137,10 @@ class Shapes:
             origin = Origin.from_json(json.dumps(parts["origin"]))
         except ModelError as error:
             raise StoreError(str(error)) from None
+        try:
+            stands = {path: Stand.from_data(value) for path, value in dict(data.get("stands", {})).items()}
+        except (TypeError, ValueError) as error:
+            raise StoreError(f"'stands' is damaged ({error}); restore the file") from None
         versions = data.get("versions")
         return cls(
             origin,
@@ -143,6 +151,7 @@ class Shapes:
             data.get("compared") is not False,
             {name: _file(name, value) for name, value in parts["files"].items()},
             {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
+            stands,
         )
 
 

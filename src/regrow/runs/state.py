@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regrow.branches import Stand, lies_in
 from regrow.nets import Origin
 from regrow.runs.atomic import StoreError
 from regrow.runs.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.tracing import attributes as named
+from regrow.tracing.stand import exchange, stands_in
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,17 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
 
     Args:
         model: The network.
-        fresh: The same architecture newly built; without it everything is recorded.
+        fresh: The same architecture newly built; without it everything is recorded. Branches that are gone from the
+            network go from it too.
         origin: How to build that.
         dtype: What floating-point tensors will be stored in, if not as they are.
 
     Raises:
         StoreError: If the network could not be rebuilt from the record, or a tensor cannot be stored.
     """
+    stands = stands_in(model)
+    if fresh is not None:
+        drop(fresh, stands)
     now, before = held(model), held(fresh) if fresh is not None else {}
     tied = ties(now)
     tensors = {}
@@ -125,14 +131,28 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
         }
         _check_loose(model, fresh)
     dropped = tuple(name for name in before if name not in now)
-    shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None)
+    shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None, stands=stands)
     if fresh is not None:
         check(fresh, shapes)
     return shapes
 
 
+def drop(fresh: nn.Module, stands: Mapping[str, Stand]) -> None:
+    """Drop branches of a freshly built network, in place.
+
+    Raises:
+        StoreError: If it has no such module.
+    """
+    known = dict(fresh.named_modules())
+    for path in stands:
+        nested = any(lies_in(path, other) for other in stands if other != path)
+        if not path or path not in known or nested:
+            raise StoreError(f"the architecture has no module {path!r} to drop; it was built by other code or settings")
+    exchange(fresh, stands)
+
+
 def check(fresh: nn.Module, shapes: Shapes) -> None:
-    """Assert that a freshly built network is the one that the record speaks of.
+    """Assert that a freshly built network, its branches dropped, is the one that the record speaks of.
 
     Raises:
         StoreError: Naming the first tensor or attribute that it does not have, or has in another shape.

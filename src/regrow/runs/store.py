@@ -30,7 +30,7 @@ from regrow.runs.pretrained import (
     write_tokenizer,
 )
 from regrow.runs.shapes import Shapes
-from regrow.runs.state import check, describe, restore
+from regrow.runs.state import check, describe, drop, restore
 from regrow.runs.versions import versions
 from regrow.runs.weights import inside, read_weights, write_weights
 
@@ -117,6 +117,7 @@ def load(
     shapes = read_shapes(folder)
     try:
         net = _built(folder, shapes, model, dtype)
+        drop(net, shapes.stands)
         check(net, shapes)
     except (ModelError, StoreError) as error:
         text = " ".join(str(error).split())

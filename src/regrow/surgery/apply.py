@@ -13,6 +13,7 @@ from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
 from regrow.surgery.compensate import bias_dim, offsets
+from regrow.surgery.drop import brought_back, dropping
 from regrow.surgery.eager import tried
 from regrow.surgery.fold import Outcome, folded
 from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
@@ -35,13 +36,14 @@ def apply(
 
     Parameters, buffers and the integers that modules hold are cut and widened; sizes that stand in divisors are folded
     into the numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a
-    bias. Everything is worked out and tried on a copy first, without numbers, or, for axes that were declared, by a run
-    on the example; only then is the model touched, in place.
+    bias. Branches that go are exchanged for modules that compute nothing. Everything is worked out and tried on a copy
+    first, without numbers, or, for axes that were declared, by a run on the example; only then is the model touched, in
+    place.
 
     Args:
         model: The traced model.
         axes: Its axes, as :func:`regrow.trace` gave them.
-        plan: What to keep, what grows, and what comes back.
+        plan: What to keep, which branches go, what grows, and what comes back.
         optimizers: Those that move the model's parameters; they follow, with what they remember of them. Entries that
             are newborn or restored start with no drift and the step size of their neighbours.
         attic: Keeps what is cut, and has what is restored.
@@ -61,6 +63,11 @@ def apply(
     (torch.Size([3, 4]), 3, 3)
     """
     check(model, axes, plan)
+    if plan.back:
+        return brought_back(model, axes, plan, optimizers, attic)
+    if plan.drop:
+        with dropping(model, axes, plan, optimizers, attic) as (left, rest, kept):
+            return apply(model, left, rest, optimizers=optimizers, attic=kept)
     if attic is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
         raise PlanError(
             f"axis {lost!r}: what its restored units held is in no attic; give the one that was there when they were "

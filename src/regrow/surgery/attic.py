@@ -1,6 +1,6 @@
 """The attic: what cuts take out of a network is kept, so that it can come back as it was."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from regrow.axes import AxisGraph, Dim, size_of
+from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
+from regrow.surgery.gone import Gone
 from regrow.surgery.layout import Layout, laid
 
 FORMAT = "regrow-attic/1"
@@ -63,6 +65,7 @@ class Attic:
         means: Weight → place of a dropped input → the mean that stands in for it in the bias.
         constants: ``module:attribute`` → the constant before any cut.
         added: Biases that only compensation has made.
+        branches: Path of a dropped module → the branch. Its modules live in memory alone; no file keeps them.
 
     >>> from torch import nn
     >>> from regrow import apply, trace
@@ -80,13 +83,61 @@ class Attic:
     means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     constants: Mapping[str, Constant] = field(default_factory=dict)
     added: tuple[str, ...] = ()
+    branches: Mapping[str, Gone] = field(default_factory=dict)
+
+    def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, Gone], Attic]":
+        """What becomes of it when branches are dropped: each branch with what cuts took out of it, and the rest."""
+        found, rest = {}, self
+        for branch in branches:
+            stays = axes.without([branch]).axes.keys()
+            names = {name: branch.holds(name.partition(":")[0]) for name in rest._names()}
+            goes = rest._of({name for name in names if names[name]}, axes.axes.keys() - stays)
+            found[branch.module] = Gone(branch, axes, goes)
+            rest = rest._of({name for name in names if not names[name]}, {*stays})
+        return found, rest
+
+    def rejoined(self, gone: Gone) -> "Attic":
+        """The same once a branch is back: what cuts had taken out of it can be restored again."""
+        parts = {
+            name: {**getattr(self, name), **getattr(gone.attic, name)}
+            for name in ("shelves", "born", "gone", "means", "constants")
+        }
+        left = {path: one for path, one in self.branches.items() if path != gone.branch.module}
+        return replace(self, **parts, added=(*self.added, *gone.attic.added), branches=left)
+
+    def _names(self) -> set[str]:
+        return {*self.shelves, *self.means, *self.constants, *self.added}
+
+    def _of(self, names: Container[str], keys: Container[str]) -> "Attic":
+        """A part of it: tensors and constants of some names, axes of some keys."""
+
+        def those(what: Mapping[str, Any], which: Container[str]) -> dict[str, Any]:
+            return {name: value for name, value in what.items() if name in which}
+
+        return replace(
+            self,
+            shelves=those(self.shelves, names),
+            born=those(self.born, keys),
+            gone=those(self.gone, keys),
+            means=those(self.means, names),
+            constants=those(self.constants, names),
+            added=tuple(name for name in self.added if name in names),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """Its numbers, named, as :meth:`read` takes them back together with :meth:`record`."""
         return {f"{part}:{name}": t for name, shelf in self.shelves.items() for part, t in shelf.parts().items()}
 
     def record(self) -> dict[str, Any]:
-        """Everything else, as JSON data."""
+        """Everything else, as JSON data.
+
+        Raises:
+            PlanError: If it holds branches: those are modules, which no file keeps.
+        """
+        if self.branches:
+            raise PlanError(
+                f"{next(iter(self.branches))} is in the attic as a module, which no file keeps; bring it back"
+            )
         return {
             "format": FORMAT,
             "shelves": list(self.shelves),

@@ -16,9 +16,11 @@ from torch.utils._pytree import tree_map
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.plan import Plan, PlanError
-from regrow.surgery.apply import carry_out, check
+from regrow.surgery.apply import apply, carry_out, check
 from regrow.surgery.eager import replaced, zeroed
+from regrow.tracing.branches import Recorded, located
 from regrow.tracing.capture import capture, evaluating
+from regrow.tracing.effects import Effects
 from regrow.tracing.readings import Readings, readings
 from regrow.tracing.record import ORDERS, outputs
 from regrow.tracing.walk import op_name
@@ -55,9 +57,10 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     """Compare the network cut by a plan with the same network masked by it.
 
     Masked means: at every operation that sums over an axis its dropped units count as 0 (or as the plan's means), at
-    every one that compares as −∞; a norm that is restated runs over the kept units. The masked network is computed by
-    running the recorded operations one by one, without surgery. For axes that were declared (:func:`regrow.declare`) it
-    is the whole network with 0 in each weight that reads dropped units, run as it is.
+    every one that compares as −∞; a norm that is restated runs over the kept units; what a dropped branch gives counts
+    as 0, or as its input where that goes through. The masked network is computed by running the recorded operations one
+    by one, without surgery. For axes that were declared (:func:`regrow.declare`) it is the whole network with 0 in each
+    weight that reads dropped units, run as it is.
 
     Where data decide what a network does (which boxes overlap), both networks are given the decisions of the uncut one,
     so that their answers are of one form; then what the decisions are taken on is held against each other too: the
@@ -252,7 +255,8 @@ def _both(
         else:
             runner = _masked(recorded, axes, plan, double)
             taken, masked, orders = recorded.decisions, runner.answers, runner.orders
-        cut, _ = carry_out(_copied(model), axes, plan)
+        carried = apply if plan.drop or plan.back else carry_out
+        cut, _ = carried(_copied(model), axes, plan)
         try:
             shrunk = _run(cut, example, double, taken, orders)
         except Exception as error:
@@ -280,12 +284,13 @@ class _Masked(Interpreter):
     """Runs the recorded operations with dropped units replaced wherever they are read."""
 
     def __init__(self, recorded: Readings, plan: Plan, double: bool, means: Mapping[str, Mapping[int, float]]) -> None:
-        super().__init__(recorded.module)
+        super().__init__(recorded.capture.module, garbage_collect_values=not plan.drop)
         self.keep = {key: change.keep for key, change in plan.changes.items()}
         self.sizes, self.means, self.double = recorded.sizes, means, double
         self.judged: list[Tensor | None] = []
         self.answers: list[Tensor | None] = []
         self.orders: list[Tensor] = []
+        self.replaced = located(Recorded(Effects(recorded.capture)), plan.drop.values()) if plan.drop else {}
         self.judges: dict[Node, list[tuple[Node, bool]]] = {}
         for node, operand, dims in recorded.judged:
             whole = all(bool(kept_mask(dim, self.sizes, self.keep).all()) for dim in dims)
@@ -302,6 +307,9 @@ class _Masked(Interpreter):
         for operand, whole in self.judges.get(n, []):
             self.judged.append(self.env[operand].clone() if whole else None)  # a cut makes the others another form
         reads = self.reads.get(n, [])
+        if n in self.replaced:
+            source = self.replaced[n]
+            return torch.zeros_like(super().run_node(n)) if source is None else self.env[source].clone()
         restated = [(reading, mask) for reading, mask in reads if reading.fill is None]
         out = self._restated(n, *restated[0]) if restated else super().run_node(n)
         if n.target in ORDERS:

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph
+from regrow.tracing.branches import with_branches
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
 from regrow.tracing.reach import reach
@@ -14,7 +15,7 @@ from regrow.tracing.steps import steps
 from regrow.tracing.trial import proved
 from regrow.tracing.walk import walk
 
-__all__ = ["TraceError", "trace"]
+__all__ = ["TraceError", "trace", "with_branches"]
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
@@ -41,7 +42,8 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     [('0.weight:0', 8)]
     """
     example = example_of(model, args, kwargs)
-    w = walk(capture(model, example), RULES, POINTWISE)
+    recorded = capture(model, example)
+    w = walk(recorded, RULES, POINTWISE)
     reach(model, example, w)
     axes, names = assemble(model, w, example)
     return proved(model, replace(axes, steps=steps(w, names)))

@@ -109,6 +109,9 @@ REPEATS = frozenset(
 )
 """Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated."""
 
+FIRST: Mapping[str, str] = {"layer_idx": "a cache of keys and values counts tokens by it"}
+"""Attributes that number modules, and what rests on the first one of a kind: it stays when branches are dropped."""
+
 EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
 """Names of the constant under the root of a norm."""
 

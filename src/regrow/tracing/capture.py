@@ -82,7 +82,7 @@ def capture(
         TraceError: If the model cannot be recorded; says why.
     """
     refusal, refused = "", None
-    with evaluating(model), torch.enable_grad(), _quiet(), _lightly():
+    with evaluating(model), torch.enable_grad(), quiet(), lightly():
         if decisions is None:
             try:
                 return _exported(model, example)
@@ -105,7 +105,7 @@ def in_training(model: nn.Module, example: Example) -> Capture:
     Raises:
         TraceError: If it cannot be recorded so.
     """
-    with in_mode(model, training=True), torch.enable_grad(), _quiet(), _lightly():
+    with in_mode(model, training=True), torch.enable_grad(), quiet(), lightly():
         try:
             return _exported(model, example)
         except Exception as error:
@@ -194,7 +194,7 @@ def _holds_numbers(model: nn.Module, example: Example) -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """A refusal is reported by whoever asked; torch need not log or print it as well."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.disabled for logger in loggers]
@@ -213,7 +213,7 @@ _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_sha
 
 
 @contextmanager
-def _lightly() -> Iterator[None]:
+def lightly() -> Iterator[None]:
     """Have nobody note stack traces, or look for garbage among objects that all stay: a third of a recording's time."""
     config, name = torch.fx.config, "do_not_emit_stack_traces"
     before, collecting = getattr(config, name, False), gc.isenabled()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
@@ -45,7 +45,7 @@ class Readings:
     """A recorded network with the places that read its axes.
 
     Args:
-        module: The operations, to be run one by one.
+        capture: The operations, to be run one by one.
         inputs: The value of each placeholder.
         readings: The places.
         sizes: The size of each axis that occurs in them.
@@ -54,7 +54,7 @@ class Readings:
             operation, the operand, and its dimensions written in axes.
     """
 
-    module: GraphModule
+    capture: Capture
     inputs: tuple[Any, ...]
     readings: tuple[ReadDim, ...]
     sizes: Mapping[str, int]
@@ -85,7 +85,7 @@ def readings(
         return 1 if expr is None else _renamed(names.dim(expr), renamed)
 
     return Readings(
-        module=recorded.module,
+        capture=recorded,
         inputs=tuple(_inputs(model, recorded, example)),
         readings=tuple(
             ReadDim(r.node, r.operand, r.dim, written(w.of(r.operand)[r.dim]), r.fill, r.weight, written(r.groups))

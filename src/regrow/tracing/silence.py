@@ -102,6 +102,8 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int
             # The weight makes the unit and the bias shifts it: both are 0, and what they work on does not matter.
             made = [one for one in node.args[1:3] if isinstance(one, Node)]
             return set.intersection(*({*zeros[one]} for one in made)) & _carried((w.of(made[0])[0],))
+        case "zeros_like":
+            return _carried(w.of(node))
         case "embedding":
             return {*zeros[arg(node, 0)]}
         case "batch_norm":

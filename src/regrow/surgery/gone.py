@@ -1,0 +1,69 @@
+"""A branch that was dropped, as an attic keeps it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+from torch import nn
+
+from regrow.axes import Axis, AxisGraph, axes_in
+from regrow.branches import Branch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A dropped branch, with what it takes to bring it back.
+
+    Args:
+        branch: What was dropped.
+        axes: The network's axes before.
+        attic: What cuts had taken out of it before (an :class:`regrow.Attic`).
+        modules: What was at each place.
+    """
+
+    branch: Branch
+    axes: AxisGraph
+    attic: Any
+    modules: Mapping[str, nn.Module] = field(default_factory=dict)
+
+    def rejoined(self, axes: AxisGraph) -> AxisGraph:
+        """The axes of the network with the branch in its place again; those that lie in it must be as they were.
+
+        What the network does then (operations, work, branches), and the order of things, is for a new recording to say.
+        """
+        old, holds = self.axes, self.branch.holds
+
+        def held(name: str) -> bool:
+            return holds(name.partition(":")[0])
+
+        own = {axis.key for axis in old if any(held(slot.name) for slot in axis.slots)}
+        lost = own - axes.axes.keys()
+
+        def both(before: Iterable[T], now: Iterable[T], name: Any = str) -> tuple[T, ...]:
+            return (*now, *(one for one in before if held(name(one))))
+
+        def axis(key: str) -> Axis:
+            if key not in old.axes:
+                return axes[key]
+            now = axes.axes.get(key) or replace(old[key], slots=())
+            slots = both(old[key].slots, now.slots, lambda slot: slot.name)
+            return replace(old[key], size=now.size, ids=now.ids, born=now.born, slots=slots)
+
+        keys = [*(key for key in old.axes if key in own or key in axes.axes), *(axes.axes.keys() - old.axes.keys())]
+        return replace(
+            axes,
+            axes={key: axis(key) for key in keys},
+            shapes={**{name: dims for name, dims in old.shapes.items() if held(name)}, **axes.shapes},
+            parameters=axes.parameters | frozenset(filter(held, old.parameters)),
+            counted=both(old.counted, axes.counted),
+            itemsize={**{name: size for name, size in old.itemsize.items() if held(name)}, **axes.itemsize},
+            ties={**{name: first for name, first in old.ties.items() if held(name)}, **axes.ties},
+            integers={
+                **{at: dim for at, dim in old.integers.items() if held(at) or lost & {*axes_in(dim)}},
+                **axes.integers,
+            },
+            folds=both(old.folds, axes.folds, lambda fold: fold.weight),
+            unreached=both(old.unreached, axes.unreached),
+        )

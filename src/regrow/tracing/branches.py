@@ -1,0 +1,383 @@
+"""Which modules of a recorded network can be dropped whole: those that only add to what is there without them."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from regrow.axes import AxisGraph, Example
+from regrow.branches import Branch, Stand, lies_in
+from regrow.tracing.attributes import FIRST
+from regrow.tracing.capture import Capture, capture, evaluating, faked, fitting, hollow, lightly, quiet
+from regrow.tracing.effects import Effects
+from regrow.tracing.stand import Dropped, exchange, put
+from regrow.tracing.walk import ALIASES, op_name
+
+
+@dataclass(frozen=True)
+class Call:
+    """How a module was called once: its arguments, and what it answered."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    answer: Any
+
+
+@dataclass(frozen=True)
+class Found:
+    """Where a branch lies in a recording.
+
+    Args:
+        node: What the module gives.
+        source: Its input, where that goes through; ``None`` where zeros stand for what it gives.
+    """
+
+    node: Node
+    source: Node | None
+
+
+class RefusedError(Exception):
+    """A module cannot be dropped."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A recording, by module."""
+
+    effects: Effects
+
+    @cached_property
+    def inside(self) -> dict[str, list[Node]]:
+        """Path of a module → its operations, those of its parts too."""
+        found: dict[str, list[Node]] = {}
+        for node in self.effects.calls:
+            for path in around(node):
+                found.setdefault(path, []).append(node)
+        return found
+
+    def found(self, path: str) -> Found:
+        """Where a module lies as a branch.
+
+        Raises:
+            RefusedError: If what it gives is neither only added, nor its input and more.
+        """
+        own = self.inside.get(path, [])
+        if not own:
+            raise RefusedError("nothing is recorded in it: it hands on what it is given")
+        known = {*own}
+        given = [node for node in own if not known.issuperset(self.effects.users.get(node, ()))]
+        if len(given) != 1:
+            raise RefusedError("several things in it are used outside of it" if given else "nothing uses what it gives")
+        (node,) = given
+        if not isinstance(node.meta.get("val"), Tensor):
+            raise RefusedError("what it gives is no tensor")
+        problem = self.effects.only_added(given)
+        if not problem:
+            return Found(node, None)
+        source = self._through(node, known)
+        if source is None:
+            raise RefusedError(problem)
+        if any(one not in known for origin in known for one in self.effects.writers.get(origin, ())):
+            raise RefusedError("what it gives is written into afterwards, which would change its input")
+        return Found(node, source)
+
+    def _through(self, node: Node, known: set[Node]) -> Node | None:
+        """The value from outside that reaches a node by additions only, at least one, once; of the same form."""
+        ends, ask, sums = [], [node], 0
+        while ask:
+            one = ask.pop()
+            if one not in known:
+                ends.append(one)
+            elif op_name(one) == "add" and not one.kwargs:
+                ask += [self.effects.same(part) for part in one.args[:2] if isinstance(part, Node)]
+                sums += all(isinstance(part, Node) or part == 0 for part in one.args[:2])
+            elif op_name(one) in ALIASES | {"dropout"}:
+                ask += [self.effects.same(part) for part in one.args[:1]]
+        ends = [one for one in ends if one not in self.effects.fixed]
+        if len(ends) != 1 or not sums:
+            return None
+        return ends[0] if _forms(node.meta.get("val")) == _forms(ends[0].meta.get("val")) else None
+
+    def dead(self, at: Found) -> set[Node]:
+        """The operations that nothing rests on once the branch is gone."""
+        return {*self.effects.calls} - self.effects.live({at.node: at.source})
+
+
+def around(node: Node) -> list[str]:
+    """The paths of the modules in whose forward a node was recorded, the outermost first."""
+    return [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values() if path]
+
+
+def located(recorded: Recorded, branches: Iterable[Branch]) -> dict[Node, Node | None]:
+    """What is replaced in a recording when branches go: each value, and its input, or ``None`` for zeros.
+
+    Raises:
+        RefusedError: If one is no branch here, or nothing would be left of a sum.
+    """
+    replaced: dict[Node, Node | None] = {}
+    for branch in branches:
+        at = recorded.found(branch.module)
+        if (at.source is None) != (branch.gives == "zero"):
+            raise RefusedError(f"{branch.module} does something else here")
+        replaced[at.node] = at.source
+    if problem := recorded.effects.only_added(node for node, source in replaced.items() if source is None):
+        raise RefusedError(problem)
+    return replaced
+
+
+def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
+    """The axes of a network, which also say of each of its modules whether it can be dropped whole.
+
+    It takes about as long as recording the network once more, so tracing does not do it unasked.
+
+    Args:
+        model: The traced network; it is left as it is.
+        axes: Its axes.
+
+    >>> from regrow.tracing import trace
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> axes = with_branches(net, trace(net, torch.ones(1, 4)))
+    >>> axes.branches["1"].reason
+    'nothing is left of its sum: linear in 2 reads what it gives'
+    """
+    recorded = capture(model, axes.example, axes.decisions)
+    return replace(axes, branches=branches(model, recorded, axes.example))
+
+
+def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
+    """Every module that runs, and whether it can be dropped.
+
+    Args:
+        model: The network; it is left as it is.
+        recorded: What it does.
+        example: What it was recorded with.
+    """
+    if recorded.decisions is not None:
+        return {}
+    copy, mode = hollow(model, {})
+    given = faked(fitting(example, model), mode)
+    try:
+        calls, answer = called(copy, given)
+    except Exception as error:
+        reason = f"the network does not run on tensors without numbers: {_line(error)}"
+        return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
+    search = _Search(Recorded(Effects(recorded)), copy, calls)
+    result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
+    result = _once(result, copy)
+    return _tried(result, copy, given, calls, answer)
+
+
+def called(model: nn.Module, example: Example) -> tuple[dict[str, list[Call]], Any]:
+    """How each module is called on an example, and what the network answers."""
+    calls: dict[str, list[Call]] = {}
+
+    def noting(path: str) -> Any:
+        return lambda module, args, kwargs, answer: calls.setdefault(path, []).append(Call(args, kwargs, answer))
+
+    hooks = [m.register_forward_hook(noting(p), with_kwargs=True) for p, m in model.named_modules() if p]
+    try:
+        with evaluating(model), torch.no_grad(), quiet(), lightly():
+            return calls, model(*example.args, **example.kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Search:
+    """What the search for branches shares."""
+
+    recorded: Recorded
+    model: nn.Module
+    calls: Mapping[str, list[Call]]
+
+    @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """Name of a module or tensor → every name that it has."""
+        every: dict[int, list[str]] = {}
+        pairs = [
+            *self.model.named_modules(remove_duplicate=False),
+            *self.model.named_parameters(remove_duplicate=False),
+            *self.model.named_buffers(remove_duplicate=False),
+        ]
+        for name, one in pairs:
+            every.setdefault(id(one), []).append(name)
+        return {name: every[id(one)] for name, one in pairs}
+
+    def branch(self, path: str) -> Branch:
+        """The branch that a module is, or why it is none."""
+        try:
+            if isinstance(self.model.get_submodule(path), Dropped):
+                raise RefusedError("it is dropped already")
+            at = self.recorded.found(path)
+            dead = self.recorded.dead(at)
+            left = next((node for node in self.recorded.inside[path] if node not in dead), None)
+            if left is not None:
+                raise RefusedError(f"{op_name(left)} in it is used elsewhere too")
+            top = self._gone(dead)
+            if path not in top:
+                raise RefusedError(f"it goes with {next(one for one in top if lies_in(path, one))}")
+            return Branch(path, self._stands(path, top, at, dead))
+        except RefusedError as error:
+            return Branch(path, reason=str(error))
+
+    def _gone(self, dead: set[Node]) -> list[str]:
+        """The modules of which nothing is left, without their parts."""
+        gone = {path for path, nodes in self.recorded.inside.items() if dead.issuperset(nodes)}
+        return [path for path in gone if not any(lies_in(path, other) and path != other for other in gone)]
+
+    def _stands(self, path: str, top: list[str], at: Found, dead: set[Node]) -> dict[str, Stand]:
+        stands: dict[str, Stand] = {}
+        for one in sorted(top, key=lambda name: (name != path, name)):
+            module = self.model.get_submodule(one)
+            kept = any(True for _ in (*module.parameters(), *module.buffers()))
+            try:
+                stands[one] = self._stand(one, at if one == path else None)
+            except RefusedError as error:
+                if kept or one == path:
+                    raise RefusedError(str(error) if one == path else f"{one} would go with it, but {error}") from None
+        self._check_names(stands, dead)
+        self._check_first(stands)
+        return stands
+
+    def _stand(self, path: str, at: Found | None) -> Stand:
+        calls = self.calls.get(path, [])
+        if len(calls) != 1 and (at is not None or not calls):
+            raise RefusedError(f"it runs {len(calls)} times")
+        call = calls[0]
+        form = None if at is None else at.node.meta["val"]
+        of, place = self._answer(call.answer, form)
+        given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+        tensors = [(where, x) for where, x in given if isinstance(x, Tensor)]
+        if not tensors:
+            raise RefusedError("it is given no tensor")
+        fitting = [where for where, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
+        takes = next(iter([*fitting, tensors[0][0]]))
+        return Stand("zero" if at is None or at.source is None else "input", takes, of, place)
+
+    @staticmethod
+    def _answer(answer: Any, form: Any) -> tuple[int, int]:
+        if isinstance(answer, Tensor):
+            return 0, 0
+        if type(answer) is not tuple:
+            raise RefusedError(f"it answers with a {type(answer).__name__}")
+        tensors = [i for i, x in enumerate(answer) if isinstance(x, Tensor)]
+        alike = [i for i in tensors if form is None or answer[i].shape == form.shape]
+        if len(alike) != 1 or any(x is not None and not isinstance(x, Tensor) for x in answer):
+            raise RefusedError("which part of its answer is used is not clear")
+        return len(answer), alike[0]
+
+    def _check_names(self, stands: Mapping[str, Stand], dead: set[Node]) -> None:
+        """Nothing that goes is used elsewhere, and nothing that stays is without use afterwards."""
+
+        def goes(name: str) -> bool:
+            return any(lies_in(name, path) for path in stands)
+
+        for name, every in self.names.items():
+            if goes(name) and (other := next((other for other in every if not goes(other)), "")):
+                raise RefusedError(f"{name} is {other}, too")
+        effects = self.recorded.effects
+        for node, name in effects.capture.states.items():
+            users = effects.users.get(node, [])
+            if goes(name) and (user := next((user for user in users if user not in dead), None)) is not None:
+                raise RefusedError(f"{name} is read elsewhere too, by {op_name(user)}")
+            if users and not goes(name) and dead.issuperset(users):
+                raise RefusedError(f"{name} would be left, and nothing would use it")
+
+    def _check_first(self, stands: Mapping[str, Stand]) -> None:
+        """The first of the modules that are numbered stays, where others count on it."""
+        for path, why in self.first.items():
+            if any(lies_in(path, other) for other in stands):
+                raise RefusedError(f"{path} is the first of its kind, and {why}")
+
+    @cached_property
+    def first(self) -> dict[str, str]:
+        """The first of the modules of each kind that are numbered → what counts on it."""
+        found: dict[Any, tuple[int, str, str]] = {}
+        for name, why in FIRST.items():
+            for path, module in self.model.named_modules():
+                if type(number := vars(module).get(name)) is int:
+                    one = (number, path, why)
+                    found[name, _kind(module)] = min(found.get((name, _kind(module)), one), one)
+        return {path: why for _, path, why in found.values()}
+
+
+def _kind(module: nn.Module) -> tuple[Any, ...]:
+    own = sorted((name, value) for name, value in vars(module).items() if isinstance(value, str | bool))
+    none = sorted(name for name, value in vars(module).items() if value is None and not name.startswith("_"))
+    return type(module), tuple(own), tuple(none)
+
+
+def _once(found: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
+    """Of branches that take the same tensors away one, and be it the one that leaves least to do."""
+    result = dict(found)
+    numel = {name: x.numel() for name, x in model.named_parameters()}
+    same: dict[frozenset[str], list[Branch]] = {}
+    for branch in found.values():
+        if branch.free and (frees := frozenset(filter(branch.holds, numel))):
+            same.setdefault(frees, []).append(branch)
+    for frees, members in same.items():
+        own = {one.module: sum(numel[name] for name in frees if lies_in(name, one.module)) for one in members}
+        best = max(members, key=lambda one: (one.gives == "input", own[one.module]))
+        for one in members:
+            if one is not best:
+                result[one.module] = Branch(one.module, reason=f"it takes away what {best.module} does")
+    return result
+
+
+def _tried(
+    found: Mapping[str, Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[Call]], answer: Any
+) -> dict[str, Branch]:
+    """Have the network run without branches: all of a name together, or each alone where that fails."""
+    result = dict(found)
+    for members in _classes(found):
+        if _problem(members, copy, example, calls, answer):
+            for one in members:
+                if problem := _problem([one], copy, example, calls, answer):
+                    result[one.module] = replace(one, stands={}, reason=problem)
+    return result
+
+
+def _classes(found: Mapping[str, Branch]) -> Iterator[list[Branch]]:
+    classes: dict[tuple[str, str], list[Branch]] = {}
+    for path, branch in found.items():
+        if branch.free:
+            classes.setdefault((re.sub(r"\d+", "#", path), branch.gives), []).append(branch)
+    yield from classes.values()
+
+
+def _problem(
+    members: Sequence[Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[Call]], answer: Any
+) -> str:
+    stands = {path: stand for one in members for path, stand in one.stands.items()}
+    outer = {p: s for p, s in stands.items() if not any(lies_in(p, other) and p != other for other in stands)}
+    gone = exchange(copy, outer)
+    try:
+        now, said = called(copy, example)
+    except Exception as error:
+        return f"the network does not run without it: {_line(error)}"
+    finally:
+        put(copy, gone)
+    for one in members:
+        if one.module in now and _forms(now[one.module][0].answer)[:1] != _forms(_part(calls, one))[:1]:
+            return "what stands for it would have another shape"
+    return "" if _forms(said) == _forms(answer) else "the network would answer in another shape"
+
+
+def _line(error: Exception) -> str:
+    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__).strip()[:160]
+
+
+def _part(calls: Mapping[str, list[Call]], branch: Branch) -> Any:
+    answer, stand = calls[branch.module][0].answer, branch.stands[branch.module]
+    return answer[stand.at] if stand.of else answer
+
+
+def _forms(value: Any) -> list[tuple[Any, ...]]:
+    return [(x.shape, x.dtype) for x in tree_leaves(value) if isinstance(x, Tensor)]

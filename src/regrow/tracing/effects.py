@@ -1,0 +1,223 @@
+"""What reaches what in a recorded network: which operations its answers rest on, and where a value ends up in sums."""
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+
+from regrow.tracing.capture import Capture, module_of, shape_of
+from regrow.tracing.walk import ALIASES, op_name
+
+Replaced = Mapping[Node, Node | None]
+"""Node → the node whose value is taken for its own; ``None`` for zeros."""
+
+_PASSING = (
+    "neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish dropout feature_dropout view reshape "
+    "flatten unflatten _unsafe_view transpose swapaxes mT t permute movedim unsqueeze squeeze slice narrow split "
+    "split_with_sizes chunk getitem expand"
+)
+"""Operations on one tensor whose result is 0 where that is."""
+
+
+class Effects:
+    """The operations of a recording, without those that change nothing, and what uses what.
+
+    A cast to the precision that a tensor has hands on the tensor itself: whoever reads the one reads the other.
+
+    Args:
+        capture: The recording.
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.capture = capture
+        self._same: dict[Node, Node] = {}
+        self.inputs: dict[Node, list[Node]] = {}
+        self.users: dict[Node, list[Node]] = {}
+        for node in capture.graph.nodes:
+            if _hands_on(node):
+                self._same[node] = self.same(node.args[0])
+            elif not op_name(node).startswith("_assert"):
+                self.inputs[node] = list(dict.fromkeys(map(self.same, node.all_input_nodes)))
+                for one in self.inputs[node]:
+                    self.users.setdefault(one, []).append(node)
+        self.place = {node: i for i, node in enumerate(self.inputs)}
+        self.calls = [node for node in self.inputs if node.op == "call_function"]
+        self.end = next(node for node in self.inputs if node.op == "output")
+
+    def same(self, node: Any) -> Node:
+        """The node that made the tensor which a node is."""
+        return self._same.get(node, node)
+
+    @cached_property
+    def fixed(self) -> set[Node]:
+        """What depends on parameters, buffers and constants alone; zeros do, whatever they are made in the form of."""
+        found: set[Node] = {*self.capture.states, *self.capture.constants}
+        for node, given in self.inputs.items():
+            still = node.op == "call_function" and (found.issuperset(given) or op_name(node) == "zeros_like")
+            if node.op == "get_attr" or still:
+                found.add(node)
+        return found
+
+    @cached_property
+    def writers(self) -> dict[Node, list[Node]]:
+        """The operation that made a tensor → those that write into it in place."""
+        found: dict[Node, list[Node]] = {}
+        for node in self.calls:
+            if getattr(getattr(node.target, "_schema", None), "is_mutable", False) and node.args:
+                found.setdefault(self.root(node.args[0]), []).append(node)
+        return found
+
+    def root(self, value: Any) -> Node:
+        """The node that made the memory in which a value lies."""
+        node = self.same(value[0] if isinstance(value, list | tuple) else value)
+        while node.op == "call_function" and node.args and _views(node):
+            first = node.args[0]
+            node = self.same(first[0] if isinstance(first, list | tuple) else first)
+        return node
+
+    def live(self, replaced: Replaced) -> set[Node]:
+        """What the answers rest on once some values are replaced; a replaced one is itself not computed any more.
+
+        An operation that writes into a tensor in place counts where that tensor does.
+        """
+        found: set[Node] = set()
+        zeros: set[Node] = set()
+        ask = [*self.inputs[self.end]]
+        ask += [one for origin, ones in self.writers.items() if origin.op == "placeholder" for one in ones]
+        while ask:
+            node = stood(ask.pop(), replaced)
+            if node in found or node in zeros:
+                continue
+            (zeros if node in replaced else found).add(node)
+            ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
+        return found
+
+    def only_added(self, zeros: Iterable[Node]) -> str:
+        """Why the values of some nodes are not only summands, if they are not; empty if they are.
+
+        They are if all that is made of them before it is added to something is 0 where they are, and what it is added
+        to depends on the network's input.
+        """
+        silent = set(zeros)
+        first = min(map(self.place.__getitem__, silent), default=0)
+        for node, given in islice(self.inputs.items(), first, None):
+            if node in silent or silent.isdisjoint(given):
+                continue
+            if node is self.end:
+                return "it is an answer of the network"
+            others = [one for one in given if one not in silent]
+            name, where = op_name(node), module_of(node) or "the model"
+            if name in ("add", "sub", "rsub"):
+                if not others and not any(isinstance(x, int | float) and x for x in node.args[:2]):
+                    silent.add(node)
+                elif self.fixed.issuperset(others):
+                    return f"nothing that depends on the input would be left of the sum in {where}"
+            elif not others and name in ("cat", "concat", "stack", "sum", "mean"):
+                silent.add(node)
+            elif (
+                name in _PASSING.split()
+                or name in ALIASES
+                or name == "mul"
+                or (name == "div" and self.same(node.args[0]) in silent)
+            ):
+                if not self.fixed.issuperset(others):
+                    return f"it is multiplied with something that is computed in {where}, not added to it"
+                silent.add(node)
+            else:
+                return f"{name} in {where} reads it, which is no addition"
+        return ""
+
+
+def stood(node: Node, replaced: Replaced) -> Node:
+    """The node whose value stands for that of another one; a node replaced by zeros stands for itself."""
+    while (source := replaced.get(node)) is not None:
+        node = source
+    return node
+
+
+def _hands_on(node: Node) -> bool:
+    """Whether an operation gives the very tensor that it is given."""
+    if op_name(node) not in ("to", "type_as", "contiguous") or not node.args or not isinstance(node.args[0], Node):
+        return False
+    before, after = node.args[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    return (before.dtype, before.device, before.stride()) == (after.dtype, after.device, after.stride())
+
+
+def _views(node: Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(one.alias_info is not None for one in returns) or op_name(node) in ALIASES | {
+        *("reshape", "flatten", "getitem")
+    }
+
+
+def otherwise(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:
+    """What a network does otherwise than another one with replaced values; empty if nothing.
+
+    Both are reduced to the operations that their answers rest on, which are then held against each other one by one.
+
+    Args:
+        ours: The network.
+        replaced: Which of its values are replaced.
+        theirs: The other network.
+        zeros: Node of ours that is replaced by zeros → the node of theirs that makes these zeros.
+    """
+    partner: dict[Node, Node] = dict(zeros)
+    kept, other = ours.live(replaced), theirs.live(dict.fromkeys(zeros.values()))
+    if problem := _placed(ours.capture, kept, theirs.capture, other, partner):
+        return problem
+    mine, its = ([n for n in one.calls if n in alive] for one, alive in ((ours, kept), (theirs, other)))
+    if len(mine) != len(its):
+        return f"the answers rest on {len(its)} operations, not on {len(mine)}"
+    for node, twin in zip([*mine, ours.end], [*its, theirs.end], strict=True):
+        where = f"{op_name(twin) or 'the answer'} in {module_of(twin) or 'the model'}"
+        if node.target != twin.target or shape_of(node) != shape_of(twin):
+            return f"{where} runs where {op_name(node)} did, or has another shape"
+        for one, two in ((node.args, twin.args), (node.kwargs, twin.kwargs)):
+            if not _alike(one, two, lambda a, b: partner.get(stood(ours.same(a), replaced)) is theirs.same(b)):
+                return f"{where} is given something else"
+        partner[node] = twin
+    return ""
+
+
+def _placed(ours: Capture, kept: set[Node], theirs: Capture, other: set[Node], partner: dict[Node, Node]) -> str:
+    """Pair states by name, inputs and constants by their order; what does not pair."""
+    named = {name: node for node, name in theirs.states.items()}
+    for node in kept & ours.states.keys():
+        if ours.states[node] not in named:
+            return f"{ours.states[node]} is gone"
+        partner[node] = named[ours.states[node]]
+
+    def given(recorded: Capture) -> list[Node]:
+        places = [node for node in recorded.graph.nodes if node.op in ("placeholder", "get_attr")]
+        return [node for node in places if node not in recorded.states and node not in recorded.constants]
+
+    mine, its = ([n for n in one.constants if n in alive] for one, alive in ((ours, kept), (theirs, other)))
+    if len(mine) != len(its) or len(given(ours)) != len(given(theirs)):
+        return "the network makes other constants"
+    if not all(_equal(ours.constants[a], theirs.constants[b]) for a, b in zip(mine, its, strict=True)):
+        return "the network makes other constants"
+    partner.update(zip([*mine, *given(ours)], [*its, *given(theirs)], strict=True))
+    return ""
+
+
+def _alike(one: Any, other: Any, same: Any) -> bool:
+    if isinstance(one, Node):
+        return isinstance(other, Node) and same(one, other)
+    if isinstance(one, tuple | list):
+        return len(one) == len(other) and all(_alike(a, b, same) for a, b in zip(one, other, strict=True))
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_alike(one[key], other[key], same) for key in one)
+    return bool(one == other)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    return any(isinstance(x, FakeTensor) or x.is_meta for x in (one, other)) or torch.equal(one, other)
