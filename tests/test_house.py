@@ -179,6 +179,8 @@ def test_the_import_floors_catch_a_planted_violation(where, line, tmp_path):
         "branches",
         "change",
         "dims",
+        "learner",
+        "tasks",
         "sources",
         "progress",
         "scores",

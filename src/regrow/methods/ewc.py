@@ -43,6 +43,7 @@ class EWC(Learner):
     settings: Settings = field(default_factory=Settings)
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """The loss and the springs."""
         loss = super().loss(at, batch)
         if at.number:
             for name, parameter in at.parameters().items():
@@ -51,6 +52,7 @@ class EWC(Learner):
         return loss
 
     def end(self, at: Stand) -> None:
+        """Measure the task's Fisher, and hold on to where the parameters are now."""
         was, parameters = at.model.training, at.parameters()
         found = {name: torch.zeros_like(p) for name, p in parameters.items()}
         order = torch.randperm(len(at.task.train), generator=at.drawn(4))[: self.settings.samples]

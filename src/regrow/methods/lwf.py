@@ -42,12 +42,14 @@ class LwF(Learner):
     settings: Settings = field(default_factory=Settings)
 
     def begin(self, at: Stand) -> None:
+        """Keep the network as it is; it is the teacher."""
         for name, parameter in at.parameters().items():
             self.tensors[f"old {name}"] = along(at, name, parameter.detach().clone())
         self.values["known"] = self.values.get("seen", [])
         self.values["seen"] = sorted({*self.values["known"], *at.task.classes})
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """The loss, and how far the answers are from the old ones on the same inputs."""
         loss = super().loss(at, batch)
         if not at.number:
             return loss

@@ -40,6 +40,7 @@ class Control(Learner):
     settings: Settings = field(default_factory=Settings)
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """The loss; with all data kept, that of as many earlier examples too, each task as much as another."""
         if self.settings.keep != "data" or not at.past:
             return super().loss(at, batch)
         self.values["step"] = self.values.get("step", 0) + 1
@@ -57,6 +58,7 @@ class Control(Learner):
         return (weight[0] * new + weight[1] * old) / sum(weight)
 
     def gate(self, at: Stand) -> None:
+        """With the network kept, nothing moves."""
         if self.settings.keep == "network" and at.number:
             for parameter in at.parameters().values():
                 parameter.grad = None

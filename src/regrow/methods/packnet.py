@@ -1,8 +1,8 @@
 """PackNet: each task gets what the earlier ones gave back, and is evaluated with its own weights if it is named.
 
-Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the ``prune`` share
-of its weights with the least |w| is given back, and the others are trained on; biases and norms stay after the first
-task. With the task named, task k is answered with the weights of tasks up to k; without, with all.
+Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the ``prune``
+share of its weights with the least |w| is given back, and the others are trained on; biases and norms stay after the
+first task. With the task named, task k is answered with the weights of tasks up to k; without, with all.
 """
 
 from collections.abc import Mapping
@@ -43,17 +43,20 @@ class PackNet(Learner):
     values_then: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     def begin(self, at: Stand) -> None:
+        """All that no task owns is free."""
         for name in at.weights:
             shape = at.parameters()[name].shape
             self.tensors.setdefault(f"owner {name}", Along(torch.zeros(shape, dtype=torch.int32), at.axes.shapes[name]))
         self.values["pruned"] = False
 
     def plan(self, at: Stand) -> Plan | None:
+        """Half-way through, what has grown least is given back; the shape stays."""
         if at.epoch == (at.epochs + 1) // 2 and not self.values["pruned"]:
             self._take(at)
         return None
 
     def gate(self, at: Stand) -> None:
+        """Only what is the task's own moves."""
         for name, parameter in at.parameters().items():
             if parameter.grad is None:
                 continue
@@ -64,16 +67,19 @@ class PackNet(Learner):
         self.values_then = {name: at.parameters()[name].detach().clone() for name in at.weights}
 
     def stepped(self, at: Stand) -> None:
+        """Put back what momentum and decay moved."""
         with torch.no_grad():
             for name, value in self.values_then.items():
                 parameter = at.parameters()[name]
                 torch.where(self._mine(at, name), parameter, value, out=parameter)
 
     def end(self, at: Stand) -> None:
+        """Give back now, if the task was too short to do it before."""
         if not self.values["pruned"]:
             self._take(at)
 
     def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
+        """With the task named: the weights of tasks up to it."""
         if not self.settings.named or number > at.number or not self.tensors:
             return {}
         owners = {name.removeprefix("owner "): one.values for name, one in self.tensors.items()}

@@ -44,10 +44,12 @@ class Replay(Learner):
     settings: Settings = field(default_factory=Settings)
 
     def begin(self, at: Stand) -> None:
+        """An empty memory at the first task."""
         self.values.setdefault("seen", 0)
         self.values.setdefault("step", 0)
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """The loss on the batch, and on as many examples of the memory."""
         logits = at.logits(batch.inputs)
         loss = F.cross_entropy(logits, batch.labels)
         self.values["step"] += 1

@@ -40,6 +40,7 @@ class SI(Learner):
     settings: Settings = field(default_factory=Settings)
 
     def begin(self, at: Stand) -> None:
+        """A new path begins here."""
         for name, parameter in at.parameters().items():
             self.tensors.setdefault(f"weight {name}", along(at, name))
             self.tensors[f"path {name}"] = along(at, name)
@@ -47,6 +48,7 @@ class SI(Learner):
             self.tensors[f"last {name}"] = along(at, name, parameter.detach().clone())
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """The loss and the springs."""
         loss = super().loss(at, batch)
         if at.number:
             for name, parameter in at.parameters().items():
@@ -55,6 +57,7 @@ class SI(Learner):
         return loss
 
     def stepped(self, at: Stand) -> None:
+        """Add to each parameter's path what its last step gave to the loss."""
         with torch.no_grad():
             for name, parameter in at.parameters().items():
                 last = self.tensors[f"last {name}"].values
@@ -63,6 +66,7 @@ class SI(Learner):
                 last.copy_(parameter)
 
     def end(self, at: Stand) -> None:
+        """Turn each path into a spring's strength."""
         with torch.no_grad():
             for name, parameter in at.parameters().items():
                 moved = parameter - self.tensors[f"anchor {name}"].values

@@ -111,6 +111,7 @@ class SparseGrow(Learner):
     """What does not move in this task: name of a parameter → (which entries, their values)."""
 
     def begin(self, at: Stand) -> None:
+        """Nothing is owned at first; later tasks begin with what may not move."""
         if at.number == 0:
             self.values["base"] = at.axes.sizes()
             for name in at.parameters():
@@ -125,6 +126,7 @@ class SparseGrow(Learner):
         return Along(torch.zeros(many), units, self.settings.lr)
 
     def mode(self, at: Stand) -> None:
+        """As usual; running statistics stay in later tasks where that is asked."""
         super().mode(at)
         if self.settings.norms == "freeze" and at.number:
             for module in at.model.modules():
@@ -132,6 +134,7 @@ class SparseGrow(Learner):
                     module.eval()
 
     def standing(self, at: Stand) -> dict[str, Tensor]:
+        """W ∘ [|W| ≥ t or owned] in the place of W."""
         parameters, found = at.parameters(), {}
         for name in at.weights if self.settings.threshold != "none" else ():
             weight, threshold, owned = parameters[name], self._threshold(name), self._owned(name)
@@ -143,6 +146,7 @@ class SparseGrow(Learner):
         return found
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """The loss + α Σ exp(−t), more for newborn units."""
         loss = super().loss(at, batch)
         for name in at.weights if self.settings.threshold != "none" else ():
             each = torch.exp(-self._threshold(name))
@@ -152,6 +156,7 @@ class SparseGrow(Learner):
         return loss
 
     def gate(self, at: Stand) -> None:
+        """What is owned gets no gradient; what mattered gets less under a soft gate."""
         if self.settings.gate == "none" or not at.number:
             return
         if not self.still:
@@ -166,12 +171,14 @@ class SparseGrow(Learner):
                 gradient.mul_(1 - one.values)
 
     def stepped(self, at: Stand) -> None:
+        """Put back what momentum and decay moved of what is owned."""
         parameters = at.parameters()
         with torch.no_grad():
             for name, (held, value) in self.still.items():
                 torch.where(held, value, parameters[name], out=parameters[name])
 
     def plan(self, at: Stand) -> Plan | None:
+        """At the start of the late phase: widen where free weights run short."""
         self._rescue(at)
         first = at.epochs - max(1, round(self.settings.late * at.epochs))
         if self.settings.grow == "never" or at.epoch != first:
@@ -190,6 +197,7 @@ class SparseGrow(Learner):
         return Plan.growing(at.axes, wanted, Fill("zero_out", seed=s.seed), origin={"method": "sparsegrow"})
 
     def grown(self, at: Stand, plan: Plan) -> None:
+        """Thin newborn units out, and give them the spread of the old ones."""
         thinned(at.model, at.axes, plan, self.settings.density, at.drawn(2))
         if self.settings.fit:
             batches = [Batch((one.inputs,)) for one in at.task.train.batches(256, seed=at.drawn(3).initial_seed())][:4]
@@ -198,6 +206,7 @@ class SparseGrow(Learner):
         self.still.clear()
 
     def end(self, at: Stand) -> None:
+        """Set what is below its threshold to 0, own the rest, begin thresholds anew."""
         parameters = at.parameters()
         with torch.no_grad():
             for name, parameter in parameters.items():

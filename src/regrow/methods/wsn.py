@@ -46,6 +46,7 @@ class WSN(Learner):
     settings: Settings = field(default_factory=Settings)
 
     def begin(self, at: Stand) -> None:
+        """Draw the scores, at the first task."""
         if at.number:
             return
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -56,12 +57,14 @@ class WSN(Learner):
             self.tensors[f"used {name}"] = flags(at, name)
 
     def standing(self, at: Stand) -> Mapping[str, Tensor]:
+        """Weights with the largest scores; the others are 0."""
         return {
             name: at.parameters()[name] * _Most.apply(self.tensors[f"score {name}"].values, self.settings.share)
             for name in at.weights
         }
 
     def gate(self, at: Stand) -> None:
+        """Weights that a task used stay."""
         for name, parameter in at.parameters().items():
             if f"used {name}" not in self.tensors:
                 parameter.grad = None if at.number else parameter.grad
@@ -69,12 +72,14 @@ class WSN(Learner):
                 parameter.grad.masked_fill_(self.tensors[f"used {name}"].values, 0.0)
 
     def end(self, at: Stand) -> None:
+        """Keep the task's mask, and note what it used."""
         for name in at.weights:
             mask = _most(self.tensors[f"score {name}"].values.detach(), self.settings.share)
             self.tensors[f"mask {at.number} {name}"] = Along(mask, at.axes.shapes[name])
             self.tensors[f"used {name}"].values |= mask
 
     def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
+        """With the task named its own mask; without, what any task used."""
         word = f"mask {number} " if self.settings.named and number <= at.number else "used "
         masks = {n.removeprefix(word): one.values for n, one in self.tensors.items() if n.startswith(word)}
         parameters = dict(at.model.named_parameters())
