@@ -106,6 +106,11 @@ def misses(rows: Iterable[Row]) -> list[str]:
             lines.append(f"* {row['key']}: {_short(row['error'], 200)}")
         for what in ("smallest", "random"):
             found = row.get(what, {})
+            for distance, own in found.get("sensitive", ()):
+                lines.append(
+                    f"* {row['key']}: {what}: masked and shrunk differ by {distance:.1e}; the cut network's own answer "
+                    f"moves by {own:.1e} if its input moves by the last bit, so this decides nothing"
+                )
             if found.get("wrong"):
                 lines.append(f"* {row['key']}: **wrong**, {what}: {found['worst']:.1e}")
             lines += [f"* {row['key']}: {what} plan refused: {_short(why, 200)}" for why in found.get("refusals", ())]

@@ -49,13 +49,16 @@ class Entry:
             ValueError: If a setting is unknown, or is of another type than its default.
         """
         defaults = {field.name: field.default for field in fields(self.settings)}
+        given = dict(settings)
         for key, value in settings.items():
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults)}")
+            if type(value) is int and type(defaults[key]) is float:
+                value = given[key] = float(value)
             if type(value) is not type(defaults[key]):
                 kind = type(defaults[key]).__name__
                 raise ValueError(f"{name}: {key} is of type {kind}, like its default {defaults[key]!r}; got {value!r}")
-        return self.build(self.settings(**settings))
+        return self.build(self.settings(**given))
 
 
 METHODS: Mapping[str, Entry] = {
