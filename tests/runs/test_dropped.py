@@ -1,21 +1,17 @@
 """Networks without some of their branches: saved, loaded in a fresh process without tracing, and replayed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import laws
 from regrow import Attic, Plan, apply, load, trace, with_branches
 from regrow.axes import AxisGraph
 from regrow.runs import RunFolder, StoreError, replay, save
-from runs.test_grown import NETS, TESTS, said
+from runs.test_grown import NETS, a_fresh_process_says_the_same, said
 from zoo import ZOO
 
 BRANCHES = {"conv_residual": ["block"], "llama_tied": ["model.layers.0.mlp", "model.layers.1.self_attn"]}
@@ -49,21 +45,8 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     folder = RunFolder.create(tmp_path / "run", verb="drop", settings={"model": name})
     model, axes = changed(name, folder)
     save(model, folder.path, origin=NETS[name](model))
-    loading = "load(sys.argv[1])" if NETS[name](model) else f"load(sys.argv[1], model=ZOO[{name!r}].build)"
-    code = (
-        "import sys, torch; from safetensors.torch import save_file; from zoo import ZOO\n"
-        "from regrow import load; from runs.test_grown import said\n"
-        f"torch.manual_seed(99); model = {loading}\n"
-        f"save_file({{str(i): x.contiguous() for i, x in enumerate(said(model, {name!r}))}}, sys.argv[2])"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    out = tmp_path / "said.safetensors"
-    command = [sys.executable, "-W", "ignore", "-c", code, str(folder.path), str(out)]
-    subprocess.run(command, env=environment, check=True, timeout=240)
+    a_fresh_process_says_the_same(model, name, folder.path, tmp_path)
     answers = said(model, name)
-    assert len(load_file(out)) == len(answers) > 0
-    assert all(torch.equal(load_file(out)[str(i)], answer) for i, answer in enumerate(answers))
     fresh = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     again, left = replay(fresh, trace(fresh, *args, **kwargs), RunFolder.open(folder.path).ledger.plans())

@@ -55,11 +55,8 @@ def said(model: nn.Module, name: str) -> list[Tensor]:
         return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", verb="grow", settings={"model": name})
-    model, axes, attic = changed(name, folder)
-    save(model, folder.path, origin=NETS[name](model))
+def a_fresh_process_says_the_same(model: nn.Module, name: str, folder: Path, tmp_path: Path) -> None:
+    """A saved network, loaded by another process, answers bit for bit what this one does."""
     loading = "load(sys.argv[1])" if NETS[name](model) else f"load(sys.argv[1], model=ZOO[{name!r}].build)"
     code = (
         "import sys, pathlib, torch; from safetensors.torch import save_file; from zoo import ZOO\n"
@@ -70,11 +67,19 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     out = tmp_path / "said.safetensors"
-    command = [sys.executable, "-W", "ignore", "-c", code, str(folder.path), str(out)]
+    command = [sys.executable, "-W", "ignore", "-c", code, str(folder), str(out)]
     subprocess.run(command, env=environment, check=True, timeout=240)
     answers = said(model, name)
     assert len(load_file(out)) == len(answers) > 0
     assert all(torch.equal(load_file(out)[str(i)], answer) for i, answer in enumerate(answers))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", verb="grow", settings={"model": name})
+    model, axes, attic = changed(name, folder)
+    save(model, folder.path, origin=NETS[name](model))
+    a_fresh_process_says_the_same(model, name, folder.path, tmp_path)
     fresh = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     plans = RunFolder.open(folder.path).ledger.plans()

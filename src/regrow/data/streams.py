@@ -1,6 +1,8 @@
 """Sequences of tasks: one set of images seen in changed ways, or in parts."""
 
+import gzip
 from collections.abc import Iterable, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from regrow.data.errors import SourceError
 from regrow.tasks import Examples, Task
 
 _MOST = 2**28
+"""Bytes of the longest file that is read."""
 
 
 def permuted(base: Task, n: int, seed: int = 0) -> list[Task]:
@@ -173,16 +176,15 @@ def _collected(data: Sequence[Any]) -> Examples:
 
 
 def _idx(folder: Path, name: str, dims: int) -> Tensor:
-    import gzip
-
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
     try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except OSError as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(_MOST + 1)
+    except (OSError, EOFError) as error:
         raise SourceError(f"{path} cannot be read ({error}); fetch it again") from None
     shape = tuple(int.from_bytes(raw[4 * i + 4 : 4 * i + 8], "big") for i in range(dims))
-    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + int(np.prod(shape)) or len(raw) > _MOST:
-        raise SourceError(f"{path} is not a file of bytes in the idx format; fetch it again")
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + prod(shape):
+        raise SourceError(f"{path} is not a whole file of bytes in the idx format; fetch it again")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())

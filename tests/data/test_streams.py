@@ -1,0 +1,89 @@
+"""Sequences of tasks: the same images changed, split, read from files, or taken from any data sets."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow.data import SourceError
+from regrow.data.streams import digits_task, fewer, idx, of_datasets, permuted, rotated, split
+
+
+def test_permuted_tasks_hold_the_same_pixels_in_one_order_per_task() -> None:
+    base = digits_task()
+    first, second, third = permuted(base, 3, seed=1)
+    assert torch.equal(first.train.inputs, base.train.inputs)
+    order = second.train.inputs.flatten(1), third.train.inputs.flatten(1)
+    for rows in order:
+        assert not torch.equal(rows, base.train.inputs.flatten(1))
+        assert torch.equal(rows.sort(1)[0], base.train.inputs.flatten(1).sort(1)[0])
+    assert torch.equal(permuted(base, 3, seed=1)[2].test.inputs, third.test.inputs)
+    assert not torch.equal(permuted(base, 3, seed=2)[2].test.inputs, third.test.inputs)
+
+
+def test_rotated_tasks_turn_further_and_further() -> None:
+    base = digits_task()
+    tasks = rotated(base, 4, degrees=360)
+    assert torch.allclose(tasks[0].train.inputs, base.train.inputs, atol=1e-6)
+    quarter = base.test.inputs.rot90(1, (2, 3)), base.test.inputs.rot90(-1, (2, 3))
+    assert any(torch.allclose(tasks[1].test.inputs, one, atol=1e-4) for one in quarter)
+    assert torch.allclose(tasks[2].test.inputs, base.test.inputs.flip(2, 3), atol=1e-4)
+
+
+@pytest.mark.parametrize("relabel", [False, True])
+def test_split_tasks_share_no_image_and_lose_none(relabel: bool) -> None:
+    base = digits_task()
+    tasks = split(base, 5, relabel=relabel)
+    assert sum(len(task.train) for task in tasks) == len(base.train)
+    for i, task in enumerate(tasks):
+        assert set(task.train.labels.tolist()) == ({0, 1} if relabel else {2 * i, 2 * i + 1}) == set(task.classes)
+    with pytest.raises(SourceError, match="10 classes do not divide into 3"):
+        split(base, 3)
+
+
+def test_training_and_test_images_are_apart() -> None:
+    base = digits_task()
+    train = {row.numpy().tobytes() for row in base.train.inputs}
+    assert len(base.train) + len(base.test) == 1797
+    assert sum(row.numpy().tobytes() in train for row in base.test.inputs) == 0
+    assert len(fewer(base, 100, 50).train) == 100 and len(fewer(base, 9999, 50).train) == len(base.train)
+
+
+def test_any_pairs_are_tasks() -> None:
+    """Entries of (image, class), and of (image, class, task) as Avalanche has them."""
+    rows = [(torch.rand(1, 4, 4), i % 3) for i in range(6)]
+    named, plain = of_datasets([(rows, rows[:3]), ([(x.numpy(), y, 0) for x, y in rows], rows[3:])], ["a"])
+    assert named.name == "a" and plain.name == "task-2" and named.classes == (0, 1, 2)
+    assert torch.equal(named.train.inputs, plain.train.inputs) and plain.train.labels.dtype == torch.int64
+
+
+def written(folder: Path, zipped: bool = False) -> None:
+    for half, n in (("train", 4), ("t10k", 2)):
+        images = bytes([0, 0, 8, 3]) + b"".join(k.to_bytes(4, "big") for k in (n, 2, 3)) + bytes(range(6)) * n
+        labels = bytes([0, 0, 8, 1]) + n.to_bytes(4, "big") + bytes(i % 2 for i in range(n))
+        for name, data in ((f"{half}-images-idx3-ubyte", images), (f"{half}-labels-idx1-ubyte", labels)):
+            (folder / (f"{name}.gz" if zipped else name)).write_bytes(gzip.compress(data) if zipped else data)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_the_four_files_of_mnist_are_read(tmp_path: Path, zipped: bool) -> None:
+    written(tmp_path, zipped)
+    task = idx(tmp_path, "tiny")
+    assert task.train.inputs.shape == (4, 1, 2, 3) and task.classes == (0, 1)
+    assert torch.allclose(task.test.inputs[1, 0, 1], torch.tensor([3.0, 4.0, 5.0]) / 255)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="has no train-images-idx3-ubyte"):
+        idx(tmp_path)
+    written(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte"
+    for data in (path.read_bytes()[:-1], path.read_bytes()[:3], b"\0\0\x08\x03" + b"\xff" * 12, b""):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match="not a whole file of bytes in the idx format"):
+            idx(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte").unlink()
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
+    with pytest.raises(SourceError, match="cannot be read"):
+        idx(tmp_path)
