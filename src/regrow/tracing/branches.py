@@ -144,7 +144,7 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> axes = with_branches(net, trace(net, torch.ones(1, 4)))
     >>> axes.branches["1"].reason
-    'nothing is left of its sum: linear in 2 reads what it gives'
+    'linear in 2 reads it, which is no addition'
     """
     recorded = capture(model, axes.example, axes.decisions)
     return replace(axes, branches=branches(model, recorded, axes.example))
