@@ -77,7 +77,7 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
         The differences and whether the law holds.
 
     Raises:
-        PlanError: If the plan does not fit the model.
+        PlanError: If the plan does not fit the model, or the model does not run as planned.
     """
     plan.check(axes)
     example = example or axes.example
@@ -88,6 +88,8 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     ((_, masked, shrunk, _),) = _both(_copied(model), axes, [plan], example, double=False, decisions=decisions)
     difference, scale = _largest(exact_masked, exact_shrunk), _scale(exact_masked)
     own, rounding = _largest(masked, shrunk), _largest(masked, exact_masked)
+    if not difference <= RELATIVE_BOUND * scale:
+        apply(_copied(model), axes, plan)  # a plan that is refused is no wrong cut
     rows = [(a, b) for a, b in _pairs(masked, shrunk) if a.dim() > 1 and a.shape == b.shape]
     return Verification(
         ok=difference <= RELATIVE_BOUND * scale,
@@ -128,7 +130,10 @@ def distances(
     exact = _in_double(example or axes.example)
     none = None if axes.decisions is None else ()
     for plan, masked, shrunk, _ in _both(_widened(model, axes), axes, plans, exact, double=True, decisions=none):
-        yield plan, _largest(masked, shrunk) / (_scale(masked) or 1.0)
+        distance = _largest(masked, shrunk) / (_scale(masked) or 1.0)
+        if not distance <= RELATIVE_BOUND:
+            apply(_copied(model), axes, plan)  # a plan that is refused is no wrong cut
+        yield plan, distance
 
 
 @contextmanager
