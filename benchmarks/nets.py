@@ -95,7 +95,9 @@ def _torchvision(name: str, kind: str) -> Net:
     if kind in ("segmentation", "detection"):
         arguments["weights_backbone"] = None
     if kind == "detection" and not name.startswith("ssd"):
-        arguments |= {"min_size": 96, "max_size": 128}
+        # the coarsest map of these has group norms over it, which refuse a single value per group
+        side = 192 if name.startswith(("fcos", "retinanet")) else 96
+        arguments |= {"min_size": side, "max_size": 4 * side // 3}
     if "rcnn" in name:  # random weights are sure of nothing; without boxes there would be nothing to compare
         arguments |= {"box_score_thresh": 0.0, "box_detections_per_img": 9}
 
