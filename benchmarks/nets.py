@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.nets import opened
-
 KINDS = ("classification", "segmentation", "detection", "video", "transformers")
 
 
@@ -103,7 +101,7 @@ def _torchvision(name: str, kind: str) -> Net:
 
     def build() -> nn.Module:
         torch.manual_seed(0)
-        return opened(lively(get_model(name, weights=None, **arguments)).eval())
+        return lively(get_model(name, weights=None, **arguments)).eval()
 
     def example() -> tuple[tuple[Any, ...], dict[str, Any]]:
         generator = torch.Generator().manual_seed(5)

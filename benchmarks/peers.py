@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map
 from nets import KINDS, nets
 from regrow import scoring
 from regrow.axes import AxisGraph, Mark
+from regrow.nets import opened
 from regrow.plan import Plan
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
@@ -40,6 +41,8 @@ def ours(what: str, name: str, judge: bool = True) -> None:
     """Cut half of everything whose cut is exact; tell each step's outcome as soon as it is known."""
     torch.set_num_threads(1)
     model, args, kwargs = peer.network(what, name)
+    if not name.startswith("transformers/"):
+        model = opened(model)
     if judge:
         model = model.double()
         double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731

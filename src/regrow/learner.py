@@ -118,6 +118,9 @@ class Learner:
     def stepped(self, at: Stand) -> None:
         """The optimiser has moved the parameters; they may be put right."""
 
+    def passed(self, at: Stand) -> None:
+        """An epoch is over; what is measured and stored comes next."""
+
     def plan(self, at: Stand) -> Plan | None:
         """What changes in the network's shape before this epoch, if anything."""
         return None

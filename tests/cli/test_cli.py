@@ -147,7 +147,7 @@ def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: R
     code, _, err = regrow("learn", "permuted:digits:2", "--method", "sparsgrow", "--out", "other")
     assert code == 2 and "did you mean 'sparsegrow'?" in err
     code, out, _ = regrow("methods", "sparsegrow")
-    assert code == 0 and "reconstructed" in out.lower() and "--set gate=hard" in out
+    assert code == 0 and "reconstructed" in out.lower() and "--set gate=kronecker" in out
 
 
 def test_methods_are_listed_and_explained(regrow: Run) -> None:

@@ -39,7 +39,7 @@ def learned(tasks: list[Task], settings: Settings, spec: str = "mlp:24-16", **sc
 @pytest.mark.parametrize("spec", ["mlp:24-16", "resnet:8-2"])
 def test_growth_changes_no_answer(tasks: list[Task], spec: str) -> None:
     """1: at every growth accuracies and logits stay what they were, to rounding."""
-    _, axes, _, course = learned(tasks[:2], Settings(grow="always"), spec)
+    _, axes, _, course = learned(tasks[:2], Settings(gate="hard", cap=2.0), spec)
     assert len(course.events) == 2 and all(event["grown"] for event in course.events)
     for event in course.events:
         assert event["shock"] == 0 and event["logits_moved"] <= 1e-5
@@ -50,7 +50,7 @@ def test_growth_changes_no_answer(tasks: list[Task], spec: str) -> None:
 def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str) -> None:
     """2: bit for bit, under momentum and weight decay, through a later task with growth."""
     model, axes = begun(tasks)
-    learner = SparseGrow(settings=Settings(grow="always"))
+    learner = SparseGrow(settings=Settings(gate="hard"))
     schedule = replace(SCHEDULE, optimizer=optimizer, weight_decay=0.05, lr=0.01)
     axes, course = learn(model, axes, tasks[:1], learner, schedule)
     then = {n: (p.detach().clone(), learner.tensors[f"owned {n}"].values.clone()) for n, p in model.named_parameters()}
@@ -67,7 +67,7 @@ def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str) -> None:
 def test_newborn_units_learn(tasks: list[Task]) -> None:
     """3: ten steps after growth next to no newborn unit is without a gradient."""
     model, axes = begun(tasks, "resnet:8-2")
-    learner = SparseGrow(settings=Settings(grow="always", late=1.0, multiple=1, width=0.5))
+    learner = SparseGrow(settings=Settings(gate="hard", late=1.0, multiple=1, width=0.5))
     at = Stand(model, axes, tasks[0], epochs=1)
     learner.begin(at)
     plan = learner.plan(at)
@@ -169,8 +169,52 @@ def test_gates_protect(tasks: list[Task], gate: str) -> None:
     assert (moved["1.bias"] > 0) == (gate in ("soft", "none"))
 
 
+def test_what_old_tasks_read_moves_little(tasks: list[Task]) -> None:
+    """The Kronecker gate: a later task forgets less than plain training does, and newborn units are silent at first."""
+    lost = {}
+    for gate in ("kronecker", "none"):
+        *_, course = learned(tasks[:2], Settings(gate=gate, threshold="none"), epochs=6)
+        lost[gate] = course.rows[0][0] - course.rows[1][0]
+        assert gate == "none" or [event["task"] for event in course.events] == [1], "all is free in the first task"
+    assert lost["kronecker"] < lost["none"] / 2
+
+
+@pytest.mark.parametrize("silent", [True, False])
+def test_newborn_units_are_silent_on_old_tasks(tasks: list[Task], silent: bool) -> None:
+    """At birth they answer what is new, and hardly what is old."""
+    model, axes = begun(tasks)
+    learner = SparseGrow(settings=Settings(silent=silent, late=1.0, width=1.0, cap=9.0, density=1.0, strength=100.0))
+    seen: dict[str, Any] = {}
+
+    class Looking(SparseGrow):
+        def grown(self, at: Stand, plan: Any) -> None:
+            super().grown(at, plan)
+            layer = at.model.get_submodule("1")
+            with torch.no_grad():
+                seen["old"], seen["new"] = (
+                    layer(task.train.inputs.flatten(1))[:, 24:].std(0).mean() for task in (tasks[0], tasks[1])
+                )
+
+    looking = Looking(settings=learner.settings)
+    learn(model, axes, tasks[:2], looking, SCHEDULE)
+    ratio = float(seen["old"] / seen["new"])
+    assert ratio < 0.6 if silent else ratio > 0.8
+
+
+@pytest.mark.parametrize("gate", ["none", "soft"])
+def test_a_memory_goes_along(tasks: list[Task], gate: str) -> None:
+    """With examples kept, less is lost than without, and the memory holds as many as it was given room for."""
+    lost = {}
+    for memory in (0, 200):
+        settings = Settings(gate=gate, grow="never", memory=memory)
+        _, _, learner, course = learned(tasks[:2], settings)
+        lost[memory] = course.rows[0][0] - course.rows[1][0]
+    assert lost[200] < lost[0]
+    assert learner.tensors["inputs"].values.shape[0] == 200 and learner.values["seen"] == 2 * len(tasks[0].train)
+
+
 def test_a_wrong_setting_is_told() -> None:
-    with pytest.raises(ValueError, match="gate is one of hard, block, soft, none; got 'tight'"):
+    with pytest.raises(ValueError, match="gate is one of kronecker, hard, block, soft, none; got 'tight'"):
         Settings(gate="tight")
     with pytest.raises(ValueError, match="late is a share, from 0 to 1; got 2"):
         Settings(late=2)

@@ -7,14 +7,17 @@ learned thresholds; freezing by gradient gating); their form follows the public 
 
 A task, for weights W with thresholds t and the entries M that earlier tasks own:
 
-1. train the free entries on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W;
-2. in the last ``late`` of its epochs widen every hidden axis whose free share is below ``short`` by ``width`` of its
-   first size: newborn units read a ``density`` of their inputs, scaled to the spread of the old ones on the data at
-   hand, and nothing reads them yet; their penalty is ``young`` times as strong;
-3. at its end set what is below its threshold to 0, own what is left, begin t anew. Biases and the scales and shifts
-   of norms are owned whole.
+1. train on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W; every step passes the gate;
+2. in the last ``late`` of its epochs widen every hidden axis that is short of what is free by ``width`` of its first
+   size: newborn units read a ``density`` of their inputs, turned away from what old tasks fed their layer and scaled
+   to the spread of the old units on the data at hand; nothing reads them yet; their penalty is ``young`` times as much;
+3. at its end set what is below its threshold to 0, own what is left, begin t anew.
 
-Whatever is owned gets no gradient and is put back after each step, so that neither momentum nor decay moves it.
+What the gate lets through of a layer's step Δ (``kronecker``, the default; ours):  (1 + s A ⊗ B)⁻¹ Δ,  with A the
+second moments of what the layer read in earlier tasks, and B those of how its outputs mattered there: no examples are
+kept, a direction that old tasks neither read nor used stays free, and widening adds such directions. The other gates
+look at single entries; under ``hard`` what is owned is put back after each step, so that neither momentum nor decay
+moves it. Parameters that no gate covers, as scales and shifts of norms, are owned whole.
 """
 
 from collections.abc import Iterator
@@ -28,11 +31,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from regrow.allocation.growth import growth, hidden, makers
 from regrow.allocation.thresholds import over, thresholded
 from regrow.axes import Axis
+from regrow.data import reservoir
 from regrow.learner import Along, Learner, Stand, along, flags
 from regrow.plan import Fill, Plan
+from regrow.scoring import memory
+from regrow.scoring.factors import Gate, joined, part
 from regrow.sources import Batch
 from regrow.surgery import fitted
-from regrow.surgery.fill import thinned
+from regrow.surgery.fill import newborn, sides, thinned
 from regrow.tasks import Examples
 
 CITATION = "Zhao et al., SparseGrow (arXiv 2408.10566); reconstructed from its abstracts and the code of AdaptCL"
@@ -43,9 +49,10 @@ class Settings:
     """What the abstracts leave open.
 
     Args:
-        grow: ``short``: where free weights run short; ``always``: once in every task; ``never``: AdaptCL.
+        grow: ``always``: once in every task, wherever anything is no longer free; ``short``: where what is free runs
+            short; ``never``: not.
         late: The last share of a task's epochs, at the start of which it grows.
-        short: An axis grows if a smaller share of the weights that make it is free.
+        short: An axis grows if a smaller share of the weights that make it (``kronecker``: and read it) is free.
         width: How much it grows by, as a share of its first size.
         multiple: Numbers of newborn units are multiples of this.
         cap: How many times its first parameters the network may have.
@@ -55,26 +62,37 @@ class Settings:
             alone; ``none``: nothing is left out.
         alpha: Strength of the penalty Σ exp(−t).
         young: How many times as strong it is for newborn units.
-        gate: ``hard``: owned entries do not move; ``block``: nor do free ones that old hidden units read;
-            ``soft``: all move, less the more they mattered; ``none``.
+        gate: ``kronecker``: a layer moves little in directions that old tasks read and used; ``hard``: owned entries
+            do not move; ``block``: nor do free ones that old hidden units read; ``soft``: all move, less the more they
+            mattered; ``none``.
+        strength: Of the gate ``kronecker``.
+        samples: Examples of each task that it looks at.
+        every: It works on what so many steps together changed: on all the same directions, at a fraction of the time.
+        silent: Under that gate, newborn units are turned away from what old tasks fed their layer.
         norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
+        memory: How many examples of earlier tasks are kept and learned along; the paper's abstracts name none.
         lr: Learning rate of the thresholds.
         seed: Of newborn units.
     """
 
-    grow: str = "short"
+    grow: str = "always"
     late: float = 0.3
     short: float = 0.3
     width: float = 0.125
     multiple: int = 8
-    cap: float = 2.0
+    cap: float = 1.5
     density: float = 0.5
     fit: bool = True
     threshold: str = "dst"
-    alpha: float = 5e-4
+    alpha: float = 1e-4
     young: float = 10.0
-    gate: str = "hard"
+    gate: str = "kronecker"
+    strength: float = 20.0
+    samples: int = 2000
+    every: int = 4
+    silent: bool = True
     norms: str = "update"
+    memory: int = 0
     lr: float = 0.01
     seed: int = 0
 
@@ -92,7 +110,7 @@ class Settings:
 _CHOICES = {
     "grow": ("short", "always", "never"),
     "threshold": ("dst", "adaptcl", "none"),
-    "gate": ("hard", "block", "soft", "none"),
+    "gate": ("kronecker", "hard", "block", "soft", "none"),
     "norms": ("update", "freeze"),
 }
 
@@ -109,6 +127,10 @@ class SparseGrow(Learner):
     settings: Settings = field(default_factory=Settings)
     still: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
     """What does not move in this task: name of a parameter → (which entries, their values)."""
+    gates: dict[str, Gate] = field(default_factory=dict, repr=False)
+    """What moves little in some directions: name of a weight → its gate."""
+    last: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """Name of such a weight → the layer before the next step."""
 
     def begin(self, at: Stand) -> None:
         """Nothing is owned at first; later tasks begin with what may not move."""
@@ -146,8 +168,12 @@ class SparseGrow(Learner):
         return found
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """The loss + α Σ exp(−t), more for newborn units."""
+        """The loss + α Σ exp(−t), more for newborn units; and that on examples of the memory, if there is one."""
         loss = super().loss(at, batch)
+        if size := self.settings.memory:
+            if held := reservoir.recall(self, at, size, len(batch), "inputs", "labels"):
+                loss = loss + super().loss(at, Examples(*held))
+            reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels)
         for name in at.weights if self.settings.threshold != "none" else ():
             each = torch.exp(-self._threshold(name))
             if (old := self.tensors.get(f"old {name}")) is not None:
@@ -159,8 +185,6 @@ class SparseGrow(Learner):
         """What is owned gets no gradient; what mattered gets less under a soft gate."""
         if self.settings.gate == "none" or not at.number:
             return
-        if not self.still:
-            self._settle(at)
         parameters = at.parameters()
         for name, (held, _) in self.still.items():
             if (gradient := parameters[name].grad) is not None:
@@ -171,14 +195,32 @@ class SparseGrow(Learner):
                 gradient.mul_(1 - one.values)
 
     def stepped(self, at: Stand) -> None:
-        """Put back what momentum and decay moved of what is owned."""
+        """Put back what momentum and decay moved of what is owned, or let through what the gate lets through."""
         parameters = at.parameters()
+        self.values["steps"] = self.values.get("steps", 0) + 1
+        if self.gates and self.values["steps"] % self.settings.every == 0:
+            self._let_through(at)
         with torch.no_grad():
             for name, (held, value) in self.still.items():
                 torch.where(held, value, parameters[name], out=parameters[name])
 
+    def passed(self, at: Stand) -> None:
+        """What has not been through the gate yet goes through it."""
+        self._let_through(at)
+
+    def _let_through(self, at: Stand) -> None:
+        parameters = at.parameters()
+        for name, gate in self.gates.items():
+            before = self.last[name]
+            before += gate.through(joined(at.model, name) - before)
+            with torch.no_grad():
+                for which, value in part(at.model, name, before).items():
+                    parameters[which].copy_(value)
+
     def plan(self, at: Stand) -> Plan | None:
         """At the start of the late phase: widen where free weights run short."""
+        if not self.still and not self.gates:  # a run was taken up again
+            self._settle(at)
         self._rescue(at)
         first = at.epochs - max(1, round(self.settings.late * at.epochs))
         if self.settings.grow == "never" or at.epoch != first:
@@ -197,13 +239,21 @@ class SparseGrow(Learner):
         return Plan.growing(at.axes, wanted, Fill("zero_out", seed=s.seed), origin={"method": "sparsegrow"})
 
     def grown(self, at: Stand, plan: Plan) -> None:
-        """Thin newborn units out, and give them the spread of the old ones."""
+        """Thin newborn units out, turn them away from old tasks, and give them the spread of the old ones."""
+        unread = sides(at.model, at.axes, newborn(at.model, at.axes, plan))[1]
         thinned(at.model, at.axes, plan, self.settings.density, at.drawn(2))
+        memory.born(at, self.tensors)
+        self._settle(at)
+        if self.settings.silent:
+            old = {name[4:]: one.values for name, one in self.tensors.items() if name.startswith("old ")}
+            memory.turned(at, self.gates, old)
+            for entries in unread:
+                entries.set(at.model, torch.zeros_like(entries.of(at.parameters()[entries.name].detach())))
         if self.settings.fit:
             batches = [Batch((one.inputs,)) for one in at.task.train.batches(256, seed=at.drawn(3).initial_seed())][:4]
             with self._masked(at):
                 fitted(at.model, at.axes, plan, batches)
-        self.still.clear()
+        self._settle(at)
 
     def end(self, at: Stand) -> None:
         """Set what is below its threshold to 0, own the rest, begin thresholds anew."""
@@ -222,8 +272,11 @@ class SparseGrow(Learner):
                 owned |= new
         if self.settings.gate == "soft":
             self._weigh(at)
+        if self.settings.gate == "kronecker":
+            memory.remember(at, self.tensors, self.settings.samples)
         self.tensors = {name: one for name, one in self.tensors.items() if not name.startswith("old ")}
         self.still.clear()
+        self.gates.clear()
 
     def _weigh(self, at: Stand) -> None:
         """How much each entry mattered to the task: |tanh| of its standardised gradient, the most over all tasks."""
@@ -243,9 +296,16 @@ class SparseGrow(Learner):
     def _settle(self, at: Stand) -> None:
         """Note what must not move in this task, and its value."""
         self.still.clear()
+        self.gates.clear()
         if not at.number or self.settings.gate in ("none", "soft"):
             return
+        if self.settings.gate == "kronecker":
+            self.gates = memory.gates(at, self.tensors, self.settings.strength, at.number)
+            self.last = {name: joined(at.model, name) for name in self.gates}
+        gated = {which for name in self.gates for which in part(at.model, name, self.last[name])}
         for name, parameter in at.parameters().items():
+            if name in gated:
+                continue
             held = self._owned(name)
             if self.settings.gate == "block" and name in at.weights and name not in at.head:
                 held = held | held.flatten(1).any(1).view(-1, *[1] * (held.dim() - 1))
@@ -261,7 +321,10 @@ class SparseGrow(Learner):
                     self._threshold(name).zero_()
 
     def _free(self, axis: Axis, at: Stand) -> float:
-        """The share of the weights that make an axis's units which neither a task owns nor this one uses."""
+        """The share of what an axis's weights could become that is open: to be moved, or else to be owned."""
+        if self.settings.gate == "kronecker":
+            near = [self.gates[slot.name].free for slot in axis.slots if slot.name in self.gates]
+            return min(near, default=1.0)
         used = []
         for name in makers(axis, at.axes):
             weight, owned = at.parameters()[name].detach(), self._owned(name)

@@ -154,7 +154,8 @@ def _learn_task(
             done = (at.number * schedule.epochs + at.epoch) * steps + i + 1
             progress(done, len(tasks) * schedule.epochs * steps, f"{at.task.name}")
         if not torch.isfinite(loss):
-            raise ValueError(f"the loss is {float(loss)} in {at.task.name}, epoch {at.epoch + 1}: take a smaller --lr")
+            raise ValueError(f"the loss is {loss.item()} in {at.task.name}, epoch {at.epoch + 1}: take a smaller --lr")
+        learner.passed(at)
         course.epoch, course.moments = at.epoch + 1, _moments(optimizer, at, learner)
         if on_epoch and course.epoch < schedule.epochs:
             on_epoch(course, at.axes)

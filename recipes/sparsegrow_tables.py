@@ -1,0 +1,249 @@
+"""SparseGrow (reconstructed) beside other learners, one task after the other: same stream, network, steps and seeds.
+
+    python recipes/sparsegrow_tables.py tune --mnist FOLDER
+    python recipes/sparsegrow_tables.py main --fashion FOLDER --seeds 5
+    python recipes/sparsegrow_tables.py main --show
+
+FOLDER has MNIST's four files (``train-images-idx3-ubyte`` …, or ``.gz``). Rows that are there are not run again.
+The baselines' strengths were chosen by ``tune``, SparseGrow's defaults by looks at permuted and rotated MNIST (seeds 0
+and 1); every other table is Fashion-MNIST, which nothing was chosen on. 5,000 images per task, 5 epochs, batches of 64,
+SGD with momentum 0.9 and rate 0.01, two hidden layers of 100; no task is named when it is evaluated.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from scipy.stats import ttest_rel
+
+from regrow.data.streams import fewer, idx, permuted, rotated, split
+from regrow.methods import LEARNERS
+from regrow.nets.small import small
+from regrow.runs.learning import Schedule, learn
+from regrow.tasks import Task
+from regrow.tracing import trace
+
+OUT = Path(__file__).parent / "results" / "sparsegrow.jsonl"
+WIDTH = 100
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of a table.
+
+    Args:
+        name: How the table calls it.
+        method: A learner's name.
+        settings: Its settings.
+        like: Another arm, whose final number of parameters the network has from the start.
+    """
+
+    name: str
+    method: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    like: str = ""
+
+
+OWN = Arm("SparseGrow", "sparsegrow")
+BASELINES = (
+    Arm("naive", "naive"),
+    Arm("frozen after task 1", "naive", {"keep": "network"}),
+    Arm("EWC", "ewc", {"strength": 10.0}),
+    Arm("SI", "si", {"strength": 3.0}),
+    Arm("LwF", "lwf"),
+    Arm("PackNet, task not named", "packnet", {"prune": 0.8}),
+    Arm("WSN, task not named", "wsn"),
+    Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl"}),
+)
+CONTROLS = (
+    Arm("SparseGrow, never grown", "sparsegrow", {"grow": "never"}),
+    Arm("SparseGrow, never grown, final size", "sparsegrow", {"grow": "never"}, like="SparseGrow"),
+    Arm("EWC, final size", "ewc", {"strength": 10.0}, like="SparseGrow"),
+    Arm("naive, final size", "naive", like="SparseGrow"),
+)
+BOUNDS = (
+    Arm("ER, 500 examples kept", "replay", {"memory": 500}),
+    Arm("DER++, 500 examples kept", "replay", {"memory": 500, "answers": 0.5}),
+    Arm("joint: all examples kept", "naive", {"keep": "data"}),
+)
+ABLATIONS = (
+    Arm("births not silent", "sparsegrow", {"silent": False}),
+    Arm("births not fitted to data", "sparsegrow", {"fit": False}),
+    Arm("births dense", "sparsegrow", {"density": 1.0}),
+    Arm("grown at the start of a task", "sparsegrow", {"late": 1.0}),
+    Arm("no thresholds", "sparsegrow", {"threshold": "none"}),
+    Arm("thresholds as in AdaptCL", "sparsegrow", {"threshold": "adaptcl"}),
+    Arm("alpha 5e-4", "sparsegrow", {"alpha": 5e-4}),
+    Arm("gate hard", "sparsegrow", {"gate": "hard"}),
+    Arm("gate block", "sparsegrow", {"gate": "block"}),
+    Arm("gate soft (SPG)", "sparsegrow", {"gate": "soft"}),
+    Arm("no gate", "sparsegrow", {"gate": "none"}),
+    Arm("strength 5", "sparsegrow", {"strength": 5.0}),
+    Arm("strength 80", "sparsegrow", {"strength": 80.0}),
+    Arm("gate at every step", "sparsegrow", {"every": 1}),
+    Arm("gate every 16 steps", "sparsegrow", {"every": 16}),
+    Arm("grown where short (0.7)", "sparsegrow", {"grow": "short", "short": 0.7}),
+)
+TUNED = (
+    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (5.0, 10.0, 20.0, 30.0)),
+    *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0)),
+    *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
+    *(Arm(f"PackNet {s:g}", "packnet", {"prune": s}) for s in (0.5, 0.8)),
+    *(Arm(f"WSN {s:g}", "wsn", {"share": s}) for s in (0.1, 0.5)),
+)
+BUFFERS = (
+    Arm("naive", "naive"),
+    OWN,
+    *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
+    *(Arm(f"DER++ {n}", "replay", {"memory": n, "answers": 0.5}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n}) for n in (200, 500)),
+    *(Arm(f"ER {n}, final size", "replay", {"memory": n}, like="SparseGrow") for n in (200, 500)),
+    Arm("joint: all examples kept", "naive", {"keep": "data"}),
+)
+SIX = tuple(arm for arm in (*BASELINES, *CONTROLS) if arm.name in ("naive", "EWC", "SI", "LwF") or arm == CONTROLS[1])
+
+TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
+    "tune": (("permuted:mnist:10", "rotated:mnist:10"), TUNED),
+    "main": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *BASELINES, *CONTROLS, *BOUNDS)),
+    "long": (("permuted:fashion:20", "rotated:fashion:20"), (OWN, *SIX)),
+    "ablation": (("permuted:fashion:10", "rotated:fashion:10"), (OWN, *ABLATIONS)),
+    "classes": (("split:fashion:5",), BUFFERS),
+}
+
+
+def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
+    """The tasks of ``kind:data:n``; images, and what is done to them, are drawn anew for each seed."""
+    kind, data, n = spec.split(":")
+    if (folder := getattr(folders, data)) is None:
+        raise SystemExit(f"--{data} FOLDER is needed: where MNIST's four files of {data} are")
+    base = fewer(idx(folder, data), folders.train, folders.test, seed)
+    if kind == "permuted":
+        return permuted(base, int(n), seed)
+    return rotated(base, int(n)) if kind == "rotated" else split(base, int(n))
+
+
+def width_of(parameters: int) -> int:
+    """The smallest width of two hidden layers that gives at least so many parameters, for 784 inputs, 10 classes."""
+    return next(w for w in range(WIDTH, 10_000) if 784 * w + w + w * w + w + 10 * w + 10 >= parameters)
+
+
+def measured(arm: Arm, tasks: list[Task], scenario: str, seed: int, parameters: int) -> dict[str, Any]:
+    """One run: what is read from its matrix, and what it cost."""
+    width = width_of(parameters) if arm.like else WIDTH
+    model, _ = small(f"mlp:{width}-{width}", tasks[0].train.inputs.shape[1:], 10, seed)
+    axes = trace(model, tasks[0].train.inputs[:2])
+    learner = LEARNERS[arm.method].made(arm.method, arm.settings)
+    try:
+        axes, course = learn(model, axes, tasks, learner, Schedule(scenario=scenario, seed=seed))
+    except ValueError as error:
+        return {"failed": str(error)[:200]}
+    matrix = course.matrix
+    found = {
+        "accuracy": matrix.average,
+        "along": matrix.average_along,
+        "learning": matrix.learning,
+        "forgetting": matrix.forgetting,
+        "last": course.rows[-1],
+        "shock": max((abs(event["shock"]) for event in course.events), default=0.0),
+        "parameters": course.sizes[-1]["parameters"],
+        "nonzero": course.sizes[-1]["nonzero"],
+        "seconds": sum(size["seconds"] for size in course.sizes),
+    }
+    return {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """What is there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(table: str, args: argparse.Namespace) -> None:
+    """Everything of a table that is not there yet, seed by seed."""
+    streams, arms = TABLES[table]
+    for seed in range(args.seeds):
+        for spec in streams:
+            tasks = None
+            for arm in arms:
+                there = {row["arm"]: row for row in rows(args.out) if (row["stream"], row["seed"]) == (spec, seed)}
+                if arm.name in there or args.match not in arm.name:
+                    continue
+                tasks = tasks or stream(spec, args, seed)
+                scenario = "class" if spec.startswith("split") else "domain"
+                size = there.get(arm.like, {}).get("parameters", 0)
+                found = measured(arm, tasks, scenario, seed, size)
+                row = {"stream": spec, "arm": arm.name, "seed": seed, **found, "date": str(date.today())}
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{spec} seed {seed} {arm.name}: {found.get('accuracy', found)}", flush=True)
+
+
+def shown(table: str, path: Path) -> Iterator[str]:
+    """The table in Markdown, a block per stream."""
+    streams, arms = TABLES[table]
+    head = ("", "final average accuracy, %", "difference, paired", "forgetting", "learning accuracy", "parameters", "s")
+    for spec in streams:
+        own = [row for row in rows(path) if row["stream"] == spec]
+        whole = {row["seed"]: row for row in own if row["arm"] == OWN.name}
+        yield f"\n{spec}, seeds {', '.join(map(str, sorted({row['seed'] for row in own})))}\n"
+        yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        for arm in arms:
+            done = sorted((row for row in own if row["arm"] == arm.name), key=lambda row: row["seed"])
+            fine = [row for row in done if "accuracy" in row]
+            if not fine:
+                if done:
+                    yield f"| {arm.name} | failed: {done[0]['failed']} |||||| "
+                continue
+            both = [(row["accuracy"], whole[row["seed"]]["accuracy"]) for row in fine if row["seed"] in whole]
+            cells = [
+                arm.name,
+                _spread([row["accuracy"] for row in fine]),
+                _difference(both) if arm.name != OWN.name else "",
+                _spread([row["forgetting"] for row in fine]),
+                _spread([row["learning"] for row in fine]),
+                f"{fmean(row['parameters'] for row in fine):,.0f}",
+                f"{fmean(row['seconds'] for row in fine):.0f}",
+            ]
+            yield f"| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{100 * fmean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _difference(both: list[tuple[float, float]]) -> str:
+    """How far the arm is from SparseGrow, and how surely, by a paired t-test."""
+    gaps = [a - b for a, b in both]
+    if len(gaps) < 2:
+        return f"{100 * gaps[0]:+.2f}" if gaps else ""
+    chance = float(ttest_rel(*zip(*both, strict=True)).pvalue)
+    return f"{100 * fmean(gaps):+.2f} (p {'<' if chance < 0.001 else '='} {max(chance, 0.001):.3f})"
+
+
+def main() -> None:
+    """Run what is missing, or show what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=TABLES)
+    parser.add_argument("--mnist", type=Path)
+    parser.add_argument("--fashion", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--train", type=int, default=5000, help="images per task")
+    parser.add_argument("--test", type=int, default=2000, help="images per task that are only evaluated on")
+    parser.add_argument("--match", default="", help="part of an arm's name")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--show", action="store_true", help="print the table in Markdown")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.show:
+        print("\n".join(shown(args.table, args.out)))
+    else:
+        run(args.table, args)
+
+
+if __name__ == "__main__":
+    main()

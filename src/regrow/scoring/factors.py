@@ -1,0 +1,183 @@
+"""Kronecker factors of curvature: which inputs a layer was fed, and which of its outputs mattered."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from regrow.sources import logits_in
+from regrow.tasks import Examples, among
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The two second moments of a layer.
+
+    Args:
+        inputs: E[a aᵀ] of what each output reads, with a 1 for the bias as last entry: ``[n + 1, n + 1]``; for a
+            convolution a is a patch, in the order of the weight's entries, and the mean runs over positions too.
+        outputs: E[g gᵀ] of the derivative of log p(y) by each output, divided by its mean diagonal: ``[m, m]``.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+
+def layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Name of the weight → its layer, for every layer that has factors: linear ones and ungrouped 2-d convolutions."""
+    return {
+        f"{name}.weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
+    }
+
+
+def factors(
+    model: nn.Module, batches: Iterable[Examples], generator: torch.Generator, classes: Tensor | None = None
+) -> dict[str, Factors]:
+    """Both factors of every layer that the batches reach, with y drawn from the network's own answers.
+
+    Args:
+        model: The network; answered in eval mode, its gradients are cleared.
+        batches: What to measure on.
+        generator: Draws the answers.
+        classes: The classes that answers are chosen among.
+
+    Returns:
+        Name of the weight → its factors.
+
+    Source: Martens and Grosse, K-FAC (arXiv 1503.05671); convolutions after Grosse and Martens (arXiv 1602.01407),
+    with means in the place of sums over positions.
+
+    >>> net = nn.Sequential(nn.Linear(2, 3))
+    >>> found = factors(net, [Examples(torch.eye(2), torch.zeros(2))], torch.Generator().manual_seed(0))
+    >>> found["0.weight"].inputs.tolist()
+    [[0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.5, 0.5, 1.0]]
+    >>> round(found["0.weight"].outputs.diag().mean().item(), 3)
+    1.0
+    """
+    sums = {name: _Sums(module) for name, module in layers(model).items()}
+    training, many = model.training, 0
+    model.eval()
+    try:
+        for batch in batches:
+            model.zero_grad(set_to_none=True)
+            said = among(logits_in(model(batch.inputs)), classes).log_softmax(-1)
+            drawn = torch.multinomial(said.detach().exp().cpu(), 1, generator=generator).to(said.device)
+            said.gather(1, drawn).sum().backward()
+            many += len(batch)
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.train(training)
+        for one in sums.values():
+            one.close()
+    return {name: one.factors(many) for name, one in sums.items() if one.inputs is not None}
+
+
+class _Sums:
+    """Adds up both factors of one layer while it runs."""
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
+        self.inputs: Tensor | None = None
+        self.outputs: Tensor | None = None
+        self._hook: RemovableHandle = layer.register_forward_hook(self._seen)
+
+    def _seen(self, layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        with torch.no_grad():
+            rows = _read(layer, args[0])
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+            share = output[:, 0].numel() // len(output) if isinstance(layer, nn.Conv2d) else 1
+            new = rows.T @ rows / share
+            self.inputs = new if self.inputs is None else self.inputs + new
+        output.register_hook(self._answered)
+
+    def _answered(self, gradient: Tensor) -> None:
+        rows = gradient.movedim(1, -1).flatten(0, -2) if gradient.dim() == 4 else gradient.flatten(0, -2)
+        new = rows.T @ rows
+        self.outputs = new if self.outputs is None else self.outputs + new
+
+    def factors(self, many: int) -> Factors:
+        """The means over so many examples."""
+        assert self.inputs is not None and self.outputs is not None
+        return Factors(self.inputs / many, self.outputs / self.outputs.diag().mean().clamp_min(1e-30))
+
+    def close(self) -> None:
+        """Look no longer."""
+        self._hook.remove()
+
+
+def _read(layer: nn.Module, value: Tensor) -> Tensor:
+    """What each output reads, one row per position."""
+    if isinstance(layer, nn.Conv2d):
+        pad = [int(p) for p in layer._reversed_padding_repeated_twice]
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        value = F.pad(value, pad, mode=mode)
+        patches = F.unfold(value, layer.kernel_size, layer.dilation, 0, layer.stride)
+        return patches.transpose(1, 2).flatten(0, 1)
+    return value.flatten(0, -2)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far each direction of a layer's change may go: what earlier tasks read and used moves little.
+
+    The change Δ ``[m, n + 1]`` becomes  Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and
+    eigenvalues λ of both factors; that is (1 + s A ⊗ B)⁻¹ Δ.
+
+    Args:
+        inputs: Q_A.
+        outputs: Q_B.
+        open: The factor of each pair of directions, from 0 (shut) to 1 (free), ``[m, n + 1]``.
+        kept: 1 / (1 + s λ_A): the same for inputs alone.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    open: Tensor
+    kept: Tensor
+
+    @classmethod
+    def of(cls, factors: Factors, strength: float) -> "Gate":
+        """The gate of the summed factors of all tasks so far.
+
+        >>> gate = Gate.of(Factors(torch.diag(torch.tensor([9.0, 0.0])), torch.eye(1)), strength=1.0)
+        >>> gate.through(torch.ones(1, 2)).tolist()
+        [[0.10000000149011612, 1.0]]
+        """
+        (read, q_a), (used, q_b) = (torch.linalg.eigh(one.double()) for one in (factors.inputs, factors.outputs))
+        read, used = read.clamp_min(0), used.clamp_min(0)
+        like = factors.inputs
+        parts = (q_a, q_b, 1 / (1 + strength * used[:, None] * read), 1 / (1 + strength * read))
+        return cls(*(part.to(like) for part in parts))
+
+    @property
+    def free(self) -> float:
+        """The share of what the layer could change that is still open."""
+        return float(self.open.mean())
+
+    def through(self, change: Tensor) -> Tensor:
+        """What is let through of a change of weights and bias, ``[m, n + 1]``."""
+        inside = (self.outputs.T @ change @ self.inputs).mul_(self.open)
+        return self.outputs @ inside @ self.inputs.T
+
+    def away(self, rows: Tensor) -> Tensor:
+        """Rows turned away from what was read: (1 + s A)⁻¹ applied to each, ``[k, n + 1]``."""
+        return (rows @ self.inputs).mul_(self.kept) @ self.inputs.T
+
+
+def joined(model: nn.Module, name: str) -> Tensor:
+    """A layer's weight and bias side by side, ``[m, n + 1]``; zeros where it has no bias."""
+    layer = layers(model)[name]
+    rows = layer.weight.detach().flatten(1)
+    bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.detach()
+    return torch.cat([rows, bias[:, None]], 1)
+
+
+def part(model: nn.Module, name: str, rows: Tensor) -> Mapping[str, Tensor]:
+    """Rows ``[m, n + 1]`` as the layer's parameters: name → values."""
+    layer = layers(model)[name]
+    found = {name: rows[:, :-1].reshape(layer.weight.shape)}
+    return found if layer.bias is None else found | {f"{name.removesuffix('weight')}bias": rows[:, -1]}

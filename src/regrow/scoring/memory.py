@@ -1,0 +1,73 @@
+"""What a network that keeps learning remembers of its tasks: second moments, no example."""
+
+import torch
+from torch import Tensor
+
+from regrow.learner import Along, Stand
+from regrow.scoring.factors import Factors, Gate, factors, joined, layers, part
+
+
+def remember(at: Stand, tensors: dict[str, Along], samples: int) -> None:
+    """Add the factors of the present task to those of the tasks before, ``read W``, ``bias W`` and ``used W``.
+
+    Args:
+        at: Where the network stands, at the end of a task.
+        tensors: What the learner remembers; changed in place.
+        samples: Examples of the task that are looked at.
+    """
+    order = torch.randperm(len(at.task.train), generator=at.drawn(4))[:samples]
+    some = type(at.task.train)(at.task.train.inputs[order], at.task.train.labels[order])
+    for name, one in factors(at.model, some.batches(250), at.drawn(5), at.classes).items():
+        made, *read = at.axes.shapes[name]
+        shape = at.parameters()[name].shape[1:]
+        square = one.inputs[:-1, :-1].reshape(*shape, *shape)
+        for kind, values, dims in (
+            ("read", square, (*read, *read)),
+            ("bias", one.inputs[:-1, -1].reshape(shape), tuple(read)),
+            ("used", one.outputs, (made, made)),
+        ):
+            before = tensors.get(f"{kind} {name}")
+            tensors[f"{kind} {name}"] = Along(values if before is None else before.values + values, dims)
+
+
+def born(at: Stand, tensors: dict[str, Along]) -> None:
+    """Newborn outputs count as much as the others on average: what they answer to old tasks will be read one day."""
+    for name in remembered(at, tensors):
+        used = tensors[f"used {name}"].values
+        new = used.diagonal() == 0
+        used.diagonal()[new] = used.diagonal()[~new].mean() if not bool(new.all()) else 1.0
+
+
+def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int) -> dict[str, Gate]:
+    """Name of a weight → the gate of what so many tasks read and used."""
+    found = {}
+    for name in remembered(at, tensors):
+        read, bias, used = (tensors[f"{kind} {name}"].values for kind in ("read", "bias", "used"))
+        n = bias.numel()
+        inputs = read.new_empty(n + 1, n + 1)
+        inputs[:-1, :-1], inputs[-1, :-1], inputs[:-1, -1] = read.reshape(n, n), bias.flatten(), bias.flatten()
+        inputs[-1, -1] = tasks
+        found[name] = Gate.of(Factors(inputs, used / tasks), strength)
+    return found
+
+
+def remembered(at: Stand, tensors: dict[str, Along]) -> tuple[str, ...]:
+    """The weights whose factors are remembered."""
+    return tuple(name for name in layers(at.model) if f"read {name}" in tensors)
+
+
+def turned(at: Stand, gates: dict[str, Gate], old: dict[str, Tensor]) -> None:
+    """Turn what newborn units read away from what old tasks fed them, so that they are silent there at birth.
+
+    Args:
+        at: Where the network stands, just grown.
+        gates: Name of a weight → its gate.
+        old: Name of a weight → which of its rows are not newborn, ``[m]`` bool.
+    """
+    parameters = at.parameters()
+    for name in gates.keys() & old.keys():
+        whole, young = joined(at.model, name), ~old[name]
+        whole[young] = gates[name].away(whole[young])
+        with torch.no_grad():
+            for which, value in part(at.model, name, whole).items():
+                parameters[which].copy_(value)
