@@ -26,7 +26,7 @@ def surrogate(x: Tensor) -> Tensor:
     [2.0, 1.0, 0.4000000059604645, 0.0]
     """
     size = x.abs()
-    return torch.where(size <= 0.4, 2 - 4 * size, torch.where(size <= 1, 0.4, 0.0))
+    return (2 - 4 * size).clamp_min_(0.4).mul_(size <= 1)
 
 
 def thresholded(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
@@ -56,11 +56,11 @@ class _Thresholded(torch.autograd.Function):
         above = over(weight, threshold)
         ctx.save_for_backward(weight, above, owned)
         ctx.shape = threshold.shape
-        return weight * ((above >= 0) | owned)
+        return weight * (above >= 0).logical_or_(owned)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         weight, above, owned = ctx.saved_tensors
-        each = (gradient * weight * surrogate(above)).masked_fill_(owned, 0.0)
+        each = surrogate(above).mul_(weight).mul_(gradient).masked_fill_(owned, 0.0)
         down = each.flatten(1).sum(1) if ctx.shape else each.sum()
         return gradient, -down.reshape(ctx.shape), None
