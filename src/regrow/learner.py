@@ -131,6 +131,10 @@ class Learner:
     def end(self, at: Stand) -> None:
         """All epochs of a task are over."""
 
+    def account(self, at: Stand) -> Mapping[str, Any]:
+        """What is noted of the task that just ended, as JSON data."""
+        return {}
+
     def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
         """What stands in for parameters when task ``number`` is evaluated: methods that are told the task use it."""
         return {}

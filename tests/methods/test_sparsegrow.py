@@ -176,6 +176,9 @@ def test_what_old_tasks_read_moves_little(tasks: list[Task]) -> None:
         *_, course = learned(tasks[:2], Settings(gate=gate, threshold="none"), epochs=6)
         lost[gate] = course.rows[0][0] - course.rows[1][0]
         assert gate == "none" or [event["task"] for event in course.events] == [1], "all is free in the first task"
+        if gate == "kronecker":
+            free, owned = course.sizes[1]["free"], course.sizes[1]["owned"]
+            assert all(0 < share < 1 for share in free.values()) and free.keys() == owned.keys()
     assert lost["kronecker"] < lost["none"] / 2
 
 

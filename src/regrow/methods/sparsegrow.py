@@ -278,6 +278,11 @@ class SparseGrow(Learner):
         self.still.clear()
         self.gates.clear()
 
+    def account(self, at: Stand) -> dict[str, dict[str, float]]:
+        """Per weight the share that tasks own, and under the Kronecker gate what was open when the task began."""
+        owned = {name: round(float(self._owned(name).double().mean()), 4) for name in at.weights}
+        return {"owned": owned, "free": dict(self.values.get("free", {}))}
+
     def _weigh(self, at: Stand) -> None:
         """How much each entry mattered to the task: |tanh| of its standardised gradient, the most over all tasks."""
         sums = {name: torch.zeros_like(p) for name, p in at.parameters().items()}
@@ -302,6 +307,7 @@ class SparseGrow(Learner):
         if self.settings.gate == "kronecker":
             self.gates = memory.gates(at, self.tensors, self.settings.strength, at.number)
             self.last = {name: joined(at.model, name) for name in self.gates}
+            self.values["free"] = {name: round(gate.free, 4) for name, gate in self.gates.items()}
         gated = {which for name in self.gates for which in part(at.model, name, self.last[name])}
         for name, parameter in at.parameters().items():
             if name in gated:

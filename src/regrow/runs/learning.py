@@ -161,7 +161,7 @@ def _learn_task(
             on_epoch(course, at.axes)
     learner.end(at)
     course.rows.append(accuracies(at.model, tasks, learner, schedule, at.number))
-    course.sizes.append(_sizes(at) | {"seconds": round(time.perf_counter() - start, 2)})
+    course.sizes.append(_sizes(at) | dict(learner.account(at)) | {"seconds": round(time.perf_counter() - start, 2)})
     course.number, course.epoch, course.moments = at.number + 1, 0, {}
     if on_epoch:
         on_epoch(course, at.axes)
