@@ -144,6 +144,11 @@ def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: R
     assert code == 0, err
     assert "digits" in out
     assert load("run")[1].in_features == 64
+    assert (
+        "report.html" in out
+        and "regrow learn --resume run" in out
+        and "digits" in Path("run/report.html").read_text("utf-8")
+    )
     code, _, err = regrow("learn", "permuted:digits:2", "--method", "sparsgrow", "--out", "other")
     assert code == 2 and "did you mean 'sparsegrow'?" in err
     code, out, _ = regrow("methods", "sparsegrow")

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = """\b
@@ -67,6 +68,8 @@ def learn(
         with working() as progress:
             folder = run(Settings(tasks, method_settings=options.settings(pairs), **given), out, progress)
     _tell(folder)
+    page_of(folder, "network")
+    say(f"further tasks: regrow learn --resume {folder.path} --task TASKS")
 
 
 def _tell(folder: Any) -> None:
@@ -77,8 +80,8 @@ def _tell(folder: Any) -> None:
         "Accuracy, per cent",
         ["after learning", *(f"{i + 1}" for i in range(len(matrix["tasks"]))), "parameters"],
         [
-            [name, *(f"{100 * value:.1f}" for value in row), number(sizes[name]["parameters"]) if name in sizes else ""]
-            for name, row in zip(matrix["tasks"], matrix["matrix"], strict=True)
+            [name, *(f"{100 * value:.1f}" for value in row), number(sizes[i]["parameters"]) if i in sizes else ""]
+            for i, (name, row) in enumerate(zip(matrix["tasks"], matrix["matrix"], strict=True))
         ],
         numbers=range(1, len(matrix["tasks"]) + 2),
     )
@@ -87,4 +90,3 @@ def _tell(folder: Any) -> None:
         f"learning accuracy {matrix['learning']:.3f}, forgetting {matrix['forgetting']:.3f}, "
         f"backward transfer {matrix['backward_transfer']:+.3f}, forward transfer {matrix['forward_transfer']:+.3f}"
     )
-    say(f"the network is in {folder.path}; further tasks: regrow learn --resume {folder.path} --task TASKS")

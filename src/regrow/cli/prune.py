@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = f"""{options.MODEL_HELP}
@@ -96,7 +97,7 @@ def prune(
     with working() as progress:
         folder = run(settings, out, progress)
     _tell(folder)
-    _page(folder)
+    page_of(folder, "model")
 
 
 def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any:
@@ -158,14 +159,3 @@ def _tell(folder: Any) -> None:
     for row in rows:
         if row["what"] == "verify":
             say(f"masked = shrunk: largest difference {row['max_abs_diff']:.2g} in float64 (bound {row['bound']:.2g})")
-
-
-def _page(folder: Any) -> None:
-    from regrow.reports import ReportError, write_page
-
-    try:
-        page = write_page([folder.path], folder.path / "report.html")
-    except ReportError as error:
-        say(f"the model is in {folder.path}; no page was written: {error}")
-    else:
-        say(f"model and page are in {folder.path}; open {page}")

@@ -1,6 +1,7 @@
 """``regrow report``: the page of a run."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -19,3 +20,20 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
         say(to_markdown(summarise([run])))
     else:
         say(f"page: {write_page([run], out or run / 'report.html')}")
+
+
+def page_of(folder: Any, what: str) -> None:
+    """Write the page of a run that has just ended, and say where it is.
+
+    Args:
+        folder: The run's folder.
+        what: What else lies in it.
+    """
+    from regrow.reports import ReportError, write_page
+
+    try:
+        page = write_page([folder.path], folder.path / "report.html")
+    except ReportError as error:
+        say(f"the {what} is in {folder.path}; no page was written: {error}")
+    else:
+        say(f"{what} and page are in {folder.path}; open {page}")

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import behaviour, comparison, figures, quantities, words
+from regrow.reports import behaviour, comparison, course, figures, quantities, words
 from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.summary import summarise
@@ -33,6 +33,21 @@ FIGURES = {
     "widths": figures.widths,
     "spectra": figures.spectra,
     "cost": figures.cost,
+    "times": figures.times,
+}
+LEARNED_SECTIONS = {
+    "known": "What is known",
+    "growth": "Growth",
+    "shape": "Widths and size",
+    "owned": "Owned and free",
+    "ran": "What was run",
+    "notes": "Notes and limits",
+}
+LEARNED_FIGURES = {
+    "matrix": course.matrix,
+    "course_widths": course.widths,
+    "parameters": course.parameters,
+    "owned": course.shares,
     "times": figures.times,
 }
 COMPARED_SECTIONS = {
@@ -94,16 +109,17 @@ def to_html(summary: Summary) -> str:
     Raises:
         ReportError: If jinja2 or matplotlib is not installed.
     """
-    several = len(summary["runs"]) > 1
+    run, several = summary["runs"][0], len(summary["runs"]) > 1
     drawings: dict[str, Drawing | None]
     if several:
         drawings = {name: make(summary) for name, make in COMPARED_FIGURES.items()}
     else:
-        drawings = {name: make(summary["runs"][0]) for name, make in FIGURES.items()}
-    sections = list((COMPARED_SECTIONS if several else SECTIONS).items())
-    if not summary["runs"][0]["findings"]:  # most methods have none, which is no gap to speak of
-        sections = [(name, title) for name, title in sections if name != "behaviour"]
-    context = _context(summary) | {"figures": drawings, "sections": sections}
+        drawings = {name: make(run) for name, make in (LEARNED_FIGURES if run["course"] else FIGURES).items()}
+    sections = COMPARED_SECTIONS if several else LEARNED_SECTIONS if run["course"] else SECTIONS
+    # Most methods have neither, which is no gap to speak of.
+    absent = [name for name, drawn in (("behaviour", run["findings"]), ("owned", drawings.get("owned"))) if not drawn]
+    shown = [(name, title) for name, title in sections.items() if name not in absent]
+    context = _context(summary) | {"figures": drawings, "sections": shown}
     return _environment(html=True).get_template("page.html").render(context)
 
 
@@ -126,13 +142,14 @@ def _context(summary: Summary) -> dict[str, Any]:
     runs = summary["runs"]
     run = runs[0]
     if len(runs) == 1:
+        told = course if run["course"] else words
         return {
             "title": f"{run['model']}: {run['label']}",
             "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],
-            "headline": words.headline(run),
-            "details": words.details(run),
+            "headline": told.headline(run),
+            "details": told.details(run),
             "alarms": _alarms(run),
-            "keys": words.key_numbers(run),
+            "keys": told.key_numbers(run),
             "massive": words.massive(run),
             "modules": words.modules(run),
             "learning": words.learning(run),

@@ -97,6 +97,15 @@ def percent(fraction: float | None) -> str:
     return NONE if fraction is None else f"{100 * fraction:.1f}{SPACE}%"
 
 
+def points(difference: float | None) -> str:
+    """A difference of two fractions, in percentage points.
+
+    >>> points(0.0123), points(-0.2)
+    ('+1.2\\xa0points', '−20.0\\xa0points')
+    """
+    return NONE if difference is None else f"{100 * difference:+.1f}{SPACE}points".replace("-", "−")
+
+
 def factor(value: float | None) -> str:
     """A ratio.
 

@@ -28,6 +28,7 @@ ABSENT = {
     "scores.json": "the scores and the massive-activation units",
     "metrics.jsonl": "every measurement: perplexity, size, speed, proof",
 }
+ABSENT_LEARNING = {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"}
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+")
 
@@ -83,7 +84,7 @@ def read_run(path: Path) -> RunFolder:
         why = problems[0] if problems else f"expected the format {RUN_FORMAT!r}"
         raise ReportError(f"{path / 'run.json'} cannot be read: {why}")
     folder = RunFolder(path, run, problems=problems)
-    for name, meaning in ABSENT.items():
+    for name, meaning in (ABSENT_LEARNING if run.get("verb") == "learn" else ABSENT).items():
         if not (path / name).is_file():
             folder.missing.append({"file": name, "means": meaning})
     ledger = _object(path / "ledger.json", problems)

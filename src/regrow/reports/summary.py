@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from regrow.reports.course import course
 from regrow.reports.findings import findings
 from regrow.reports.reading import ReportError, RunFolder, mapping, number, objects, read_run, size, text
 from regrow.reports.widths import scores, widths
@@ -84,6 +85,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "frozen": frozen,
         "scores": scores(folder, kinds),
         "findings": findings(folder),
+        "course": course(folder),
         "missing": folder.missing,
         "problems": folder.problems[:20],
     }

@@ -150,7 +150,7 @@ def _go_on(
             folder.log("growth", **event)
         told = len(now.events)
         while logged < now.number:
-            record = {"task": tasks[logged].name, "accuracy": list(now.rows[logged]), **now.sizes[logged]}
+            record = {"name": tasks[logged].name, "accuracy": list(now.rows[logged]), **now.sizes[logged]}
             folder.log("task", **record)
             logged += 1
 

@@ -1,0 +1,283 @@
+"""The page of a network that learned task after task: what it knew when, how it grew, and what of it is still free."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from regrow.reports import quantities as q
+from regrow.reports.canvas import (
+    ACCENT,
+    INK,
+    LINE,
+    MUTED,
+    PAPER,
+    SMALL,
+    Canvas,
+    Drawing,
+    Entry,
+    draw,
+    legend,
+    steps,
+)
+from regrow.reports.reading import RunFolder, mapping, number, size, text
+
+Run = dict[str, Any]
+Panel = tuple[str, list[list[float | None]]]
+"""A heading, and per line of the legend its value after each task."""
+
+MAX_TASKS = 200
+MAX_CELLS = 40
+MAX_PANELS = 10
+MAX_NAMES = 200
+
+_FIGURES = ("average", "average_along", "learning", "backward_transfer", "forgetting", "forward_transfer")
+
+
+def course(folder: RunFolder) -> dict[str, Any] | None:
+    """What a learning run measured.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        ``tasks`` (names), ``rows`` (the accuracy matrix, one list per task learned), ``before`` (accuracy of the
+        untrained network), ``figures``, ``sizes`` (one entry per task learned: ``parameters``, ``nonzero``,
+        ``seconds``), ``widths``, ``owned`` and ``free`` (name → value after each task) and ``events`` (one entry per
+        growth); ``None`` if it is a run of another kind.
+    """
+    if folder.run.get("verb") != "learn":
+        return None
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for line in folder.metrics:
+        lines.setdefault(text(line.get("what")), []).append(line)
+    told: dict[int, dict[str, Any]] = {}
+    for line in lines.get("task", []):
+        if (i := size(line.get("task"), MAX_TASKS - 1)) is not None:
+            told[i] = line
+    last = mapping((lines.get("matrix") or [{}])[-1])
+    rows = dict(enumerate(_shares(row) for row in _list(last.get("matrix"))))
+    whole = max(told, default=-1) < len(rows)  # further tasks may be under way: their matrix is still to come
+    rows = {i: _shares(line.get("accuracy")) for i, line in told.items()} | rows
+    count = next(i for i in range(MAX_TASKS + 1) if not rows.get(i))
+    records = [mapping(told.get(i)) for i in range(count)]
+    names = [text(name, 60) for name in _list(last.get("tasks"))]
+    names += [text(record.get("name"), 60) for record in records[len(names) :]]
+    asked = max((len(rows[i]) for i in range(count)), default=0)
+    return {
+        "tasks": [name or f"task {i + 1}" for i, name in enumerate(names + [""] * (asked - len(names)))],
+        "rows": [rows[i] for i in range(count)],
+        "before": _shares(last.get("before")),
+        "figures": {name: number(last.get(name), -1, 1) if whole else None for name in _FIGURES},
+        "sizes": [
+            {name: size(record.get(name)) for name in ("parameters", "nonzero")}
+            | {"seconds": number(record.get("seconds"), 0)}
+            for record in records
+        ],
+        "widths": _over(records, "widths"),
+        "owned": _over(records, "owned"),
+        "free": _over(records, "free"),
+        "events": [_event(line) for line in lines.get("growth", [])[: 10 * MAX_TASKS]],
+    }
+
+
+def headline(run: Run) -> str:
+    """One sentence: what was learned, and what is still known."""
+    found = run["course"]
+    who, n = run["method"] or "regrow learn", len(found["rows"])
+    deed = f"{who} taught {run['model']} {n} task{'s' * (n != 1)}{', one after the other' * (n > 1)}."
+    if (average := found["figures"]["average"]) is None:
+        return f"{deed} What it knows of all of them was not measured."
+    return f"{deed} At the end it answers {q.percent(average)} right{', on average over them' * (n > 1)}."
+
+
+def details(run: Run) -> list[str]:
+    """Sentences behind the headline: where the method is from, and how the network grew."""
+    found = run["course"]
+    lines = []
+    if run["method"] == "sparsegrow":
+        lines.append(
+            "SparseGrow is reconstructed: the paper's body was not available, so it follows the abstracts and the "
+            "public code of a predecessor, and what these leave open is ours."
+        )
+    first, last = (found["sizes"][i]["parameters"] if found["sizes"] else None for i in (0, -1))
+    n = len(found["events"])
+    if n and first and last:
+        lines.append(
+            f"It grew {n} time{'s' * (n != 1)}; after the first task it had {q.count(first)} parameters, after the "
+            f"last {q.count(last)}."
+        )
+    elif not n:
+        lines.append("It did not grow.")
+    return lines
+
+
+def key_numbers(run: Run) -> list[dict[str, str]]:
+    """The six figures of the accuracy matrix: ``label``, ``value`` and a line ``below`` each."""
+    found = run["course"]["figures"]
+    shown = (
+        ("Final average accuracy", "average", q.percent, "over all tasks, after the last"),
+        ("Average along the way", "average_along", q.percent, "over the tasks seen, after each"),
+        ("Learning accuracy", "learning", q.percent, "of each task, just learned"),
+        ("Backward transfer", "backward_transfer", q.points, "at the end, against just learned"),
+        ("Forgetting", "forgetting", q.points, "from the best there was, to the end"),
+        ("Forward transfer", "forward_transfer", q.points, "before learning it, against untrained"),
+    )
+    return [{"label": a, "value": unit(found[b]), "below": c} for a, b, unit, c in shown if found[b] is not None]
+
+
+def matrix(run: Run) -> Drawing | None:
+    """The accuracy matrix as a heat map: tasks learned go down, tasks asked across."""
+    found = run["course"]
+    if not found or not found["rows"]:
+        return None
+    table = [*([("none yet", found["before"])] if found["before"] else []), *_named(found)]
+    table = [(name, row[:MAX_CELLS]) for name, row in table[: MAX_CELLS + 1]]
+    wide = max(len(row) for _, row in table)
+    first = len(table) - min(len(found["rows"]), MAX_CELLS)
+    told = "; ".join(f"after {name}: {', '.join(q.percent(v) for v in row[:12])}" for name, row in table[:12])
+
+    def paint(canvas: Canvas) -> None:
+        from matplotlib.collections import PolyCollection
+
+        left, top, high = (34 if canvas.narrow else 128), 46, 27
+        canvas.start(top + high * len(table) + 6)
+        axes = canvas.panel(top, high * len(table), left=left, right=2)
+        axes.set_axis_off()
+        axes.set_xlim(0, wide)
+        axes.set_ylim(len(table), 0)
+        step = (canvas.width - left - 2) / wide
+        cells = [(x, y, v) for y, (_, row) in enumerate(table) for x, v in enumerate(row) if v is not None]
+        corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for x, y, _ in cells]
+        # Half the colour at most, so that numbers can be read on it by light and by dark.
+        strengths = [0.02 + 0.48 * v for _, _, v in cells]
+        axes.add_collection(PolyCollection(corners, facecolors=ACCENT, edgecolors=PAPER, alpha=strengths))
+        for x, y, v in cells if step >= 21 else []:
+            words = f"{100 * v:.{1 if step >= 30 else 0}f}"
+            axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", color=INK, fontsize=SMALL)
+        stairs = [(x, first + x) for x in range(min(wide, len(table) - first))]
+        axes.plot([x + d for x, _ in stairs for d in (0, 1)], [y for _, y in stairs for _ in (0, 1)], color=INK, lw=1.2)
+        canvas.text(0, 12, "learned" if canvas.narrow else "after learning", color=MUTED, fontsize=SMALL)
+        canvas.text(canvas.width, 12, "asked about, accuracy in per cent", color=MUTED, fontsize=SMALL, ha="right")
+        for x in steps(1, wide, canvas.width // 34):
+            canvas.text(left + (x - 0.5) * step, 34, f"{x}", color=MUTED, fontsize=SMALL, ha="center")
+        for y, (name, _) in enumerate(table):
+            words = f"{y - first + 1}" if y >= first else "0"
+            words = words if canvas.narrow else text(f"{words}  {name}", 18)
+            canvas.text(0, top + (y + 0.5) * high, words, fontsize=SMALL)
+
+    return draw("fig-matrix", "Accuracy on every task after each task", told, paint)
+
+
+def widths(run: Run) -> Drawing | None:
+    """Width of each axis over tasks; those that changed come first."""
+    found = run["course"]
+    axes = sorted((found or {"widths": {}})["widths"].items(), key=lambda one: len(set(one[1]) - {None}) < 2)
+    panels: list[Panel] = [(key, [values]) for key, values in axes[:MAX_PANELS]]
+    return _panels("fig-course-widths", "Width of each axis after each task", panels, [("units", ACCENT, "o", 1.0)])
+
+
+def parameters(run: Run) -> Drawing | None:
+    """Parameters and those of them that are not 0, over tasks."""
+    rows = (run["course"] or {"sizes": []})["sizes"]
+    values = [[row[name] for row in rows] for name in ("parameters", "nonzero")]
+    entries = [("parameters", MUTED, "o", 1.0), ("not 0", ACCENT, "o", 1.0)]
+    return _panels("fig-course-size", "Parameters after each task", [("Parameters", values)], entries)
+
+
+def shares(run: Run) -> Drawing | None:
+    """Per weight, the share that is owned and the share that is free, over tasks."""
+    found = run["course"] or {"owned": {}, "free": {}}
+    none: list[float | None] = []
+    names = list(dict.fromkeys([*found["owned"], *found["free"]]))[:MAX_PANELS]
+    panels: list[Panel] = [(name, [found["owned"].get(name, none), found["free"].get(name, none)]) for name in names]
+    entries = [("owned", MUTED, "o", 1.0), ("free", ACCENT, "o", 1.0)]
+    return _panels("fig-course-owned", "Owned and free share of each weight after each task", panels, entries, 1.0)
+
+
+def _panels(
+    name: str, title: str, panels: Sequence[Panel], entries: Sequence[Entry], top: float | None = None
+) -> Drawing | None:
+    """Small panels beside and below each other: values over tasks, from 0 up."""
+    told_of = [i for i in range(len(entries)) if any(v is not None for _, lines in panels for v in lines[i])]
+    if not told_of:
+        return None
+    entries = [entries[i] for i in told_of]
+    panels = [(heading, [lines[i] for i in told_of]) for heading, lines in panels]
+    unit = q.percent if top else q.count
+    told = "; ".join(
+        f"{heading}: "
+        + ", ".join(f"{entry[0]} {_span(line, unit)}" for entry, line in zip(entries, lines, strict=True))
+        for heading, lines in panels
+    )
+
+    def paint(canvas: Canvas) -> None:
+        across = 1 if canvas.narrow or len(panels) == 1 else 2
+        gap, head, high, foot = 34, 34, 92, 50
+        width = (canvas.width - gap * (across - 1)) / across
+        canvas.start(26 + math.ceil(len(panels) / across) * (head + high + foot))
+        legend(canvas, 12, entries)
+        for i, (heading, lines) in enumerate(panels):
+            x, y = (i % across) * (width + gap), 26 + (i // across) * (head + high + foot)
+            canvas.text(x, y + 16, text(heading, 26 if across > 1 or canvas.narrow else 60))
+            words = f"{entries[-1][0]}: " * (len(entries) > 1) + _span(lines[-1], unit)
+            canvas.text(x + width, y + 16, words, color=MUTED, fontsize=SMALL, ha="right")
+            axes = canvas.panel(y + head, high, left=x + 54, width=width - 58)
+            n = max(map(len, lines))
+            axes.set_xlim(0.7, max(n, 2) + 0.3)
+            axes.set_xticks(steps(1, n, 7))
+            most = top or max((v for line in lines for v in line if v), default=1)
+            axes.set_ylim(0, most * 1.08)
+            axes.set_yticks([0, most])
+            axes.yaxis.set_major_formatter(lambda value, _: unit(value) if not top else f"{100 * value:.0f}{q.SPACE}%")
+            axes.grid(axis="y", color=LINE, linewidth=1)
+            axes.set_axisbelow(True)
+            axes.set_xlabel("tasks learned", color=MUTED, fontsize=SMALL, labelpad=4)
+            for (_, colour, marker, _), line in zip(entries, lines, strict=True):
+                points = [math.nan if v is None else v for v in line]
+                axes.plot(range(1, len(line) + 1), points, marker, ls="-", color=colour, lw=1.6, ms=5, clip_on=False)
+
+    return draw(name, title, told, paint)
+
+
+def _span(line: Sequence[float | None], unit: Any) -> str:
+    known = [unit(v) for v in line if v is not None]
+    return " → ".join(dict.fromkeys((known[0], known[-1]))) if known else q.NONE
+
+
+def _named(found: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+    return list(zip(found["tasks"], found["rows"], strict=False))
+
+
+def _event(line: dict[str, Any]) -> dict[str, Any]:
+    """One growth; task and epoch are counted from 1."""
+    sides = {side: _shares(line.get(f"accuracy_{side}")) for side in ("before", "after")}
+    known = {side: [v for v in values if v is not None] for side, values in sides.items()}
+    task, epoch = (size(line.get(name)) for name in ("task", "epoch"))
+    return {
+        "task": None if task is None else task + 1,
+        "epoch": None if epoch is None else epoch + 1,
+        "grown": {text(key): n for key, value in _entries(line.get("grown")) if (n := size(value))},
+        "logits_moved": number(line.get("logits_moved"), 0),
+        "parameters": size(line.get("parameters")),
+    } | {side: sum(values) / len(values) if values else None for side, values in known.items()}
+
+
+def _over(records: Sequence[dict[str, Any]], what: str) -> dict[str, list[float | None]]:
+    """Name → its value in each record, ``None`` where that has none."""
+    names = dict.fromkeys(key for record in records for key, _ in _entries(record.get(what)))
+    return {
+        text(name): [number(mapping(record.get(what)).get(name), 0) for record in records]
+        for name in list(names)[:MAX_NAMES]
+    }
+
+
+def _entries(value: Any) -> list[tuple[str, Any]]:
+    return list(mapping(value).items())[:MAX_NAMES]
+
+
+def _shares(value: Any) -> list[float | None]:
+    return [number(v, 0, 1) for v in _list(value)]
+
+
+def _list(value: Any) -> list[Any]:
+    return value[:MAX_TASKS] if isinstance(value, list) else []
