@@ -62,13 +62,14 @@ def main() -> None:
     """Measure, and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/learning.json"))
+    parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found: dict[str, Any] = {}
-    for net in NETS:
+    for net in args.nets:
         taken: dict[str, list[float]] = {arm: [] for arm in ARMS}
         for _ in range(args.repeats):
             for arm in ARMS:
@@ -79,7 +80,7 @@ def main() -> None:
             for arm, each in taken.items()
         }
         print(net, json.dumps(found[net], indent=1), flush=True)
-    about = {"date": str(date.today()), "command": "python benchmarks/learning.py", "threads": args.threads}
+    about = {"date": str(date.today()), "repeats": args.repeats, "steps": args.steps, "threads": args.threads}
     args.out.write_text(
         json.dumps({**about, **versions(), "batch": {n: b for n, (_, b) in NETS.items()}, **found}, indent=1) + "\n"
     )

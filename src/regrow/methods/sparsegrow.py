@@ -67,7 +67,7 @@ class Settings:
             mattered; ``none``.
         strength: Of the gate ``kronecker``.
         samples: Examples of each task that it looks at.
-        every: It works on what so many steps together changed: on all the same directions, at a fraction of the time.
+        every: The gate works on what so many steps changed together, which costs a fraction of its time.
         silent: Under that gate, newborn units are turned away from what old tasks fed their layer.
         norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
         memory: How many examples of earlier tasks are kept and learned along; the paper's abstracts name none.

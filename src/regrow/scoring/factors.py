@@ -17,8 +17,8 @@ class Factors:
     """The two second moments of a layer.
 
     Args:
-        inputs: E[a aᵀ] of what each output reads, with a 1 for the bias as last entry: ``[n + 1, n + 1]``; for a
-            convolution a is a patch, in the order of the weight's entries, and the mean runs over positions too.
+        inputs: E[a aᵀ] of what each output reads, with a 1 for the bias as last entry: ``[n + 1, n + 1]``; the mean
+            runs over positions too, and for a convolution a is a patch, in the order of the weight's entries.
         outputs: E[g gᵀ] of the derivative of log p(y) by each output, divided by its mean diagonal: ``[m, m]``.
     """
 
@@ -89,8 +89,7 @@ class _Sums:
         with torch.no_grad():
             rows = _read(layer, args[0])
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-            share = output[:, 0].numel() // len(output) if isinstance(layer, nn.Conv2d) else 1
-            new = rows.T @ rows / share
+            new = rows.T @ rows / (len(rows) / len(output))
             self.inputs = new if self.inputs is None else self.inputs + new
         output.register_hook(self._answered)
 
