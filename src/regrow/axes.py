@@ -260,8 +260,8 @@ class AxisGraph:
         folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
-        branches: Every module that runs, by path: whether it can be dropped whole, or why not. Empty until
-            :func:`regrow.with_branches` has looked.
+        branches: Every module that runs, by path: whether it can be dropped whole, or why not. Only
+            what the network offers as candidates, until :func:`regrow.with_branches` has looked.
         steps: What the network does, operation by operation.
         decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
             ``torch.export`` recorded the network.

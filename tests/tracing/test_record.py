@@ -14,7 +14,7 @@ from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_pl
 from regrow.axes import AxisGraph, Example, Mark, Slot, size_of
 from regrow.plan import Plan
 from regrow.surgery import verify
-from regrow.surgery.apply import carry_out
+from regrow.surgery.carry import carry_out
 from regrow.tracing import TraceError, trace
 from regrow.tracing.capture import capture, example_of
 from regrow.tracing.graph import assemble

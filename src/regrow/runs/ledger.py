@@ -91,7 +91,7 @@ def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn
     plans = list(plans)
     back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
     attic = Attic() if back else None
-    if any(plan.drop for plan in plans) and not axes.branches:
+    if any(path not in axes.branches for plan in plans for path in plan.drop):
         axes = with_branches(model, axes)
     for plan in plans:
         model, axes = apply(model, axes, plan, attic=attic)

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph
-from regrow.tracing.branches import with_branches
+from regrow.tracing.branches import offered, with_branches
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
 from regrow.tracing.reach import reach
@@ -46,4 +46,4 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     w = walk(recorded, RULES, POINTWISE)
     reach(model, example, w)
     axes, names = assemble(model, w, example)
-    return proved(model, replace(axes, steps=steps(w, names)))
+    return proved(model, replace(axes, steps=steps(w, names), branches=offered(model)))
