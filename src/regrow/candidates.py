@@ -1,6 +1,7 @@
 """Candidates: operations of which a search keeps some, summed into one value."""
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,22 @@ class Candidates(nn.Module):
         if total is None:
             raise ValueError(f"all of {', '.join(self.ops)} were dropped; one of them must stay")
         return total
+
+
+class Staged(Protocol):
+    """What a network offers that can be searched in stages: a part of it runs, with a classifier of its own."""
+
+    def upto(self, x: Tensor, last: int) -> Tensor:
+        """The logits behind part ``last``; what comes later does not run."""
+        ...
+
+    def within(self, name: str, last: int) -> bool:
+        """Whether a parameter takes part in :meth:`upto`."""
+        ...
+
+    def needed(self) -> list[tuple[str, ...]]:
+        """Sets of operations of each of which one must stay."""
+        ...
 
 
 def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -92,10 +92,21 @@ class Learner:
     Args:
         tensors: By name; stored with each checkpoint, cut and widened with the network.
         values: Numbers and words, as JSON data; stored too.
+        attic: What cuts took out of the network (a :class:`regrow.Attic`), for learners that bring units back.
     """
 
     tensors: dict[str, Along] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    attic: Any = None
+
+    @property
+    def optimizer(self) -> str:
+        """What moves the tensors that learn: ``adam``, or nothing for what moves the network."""
+        return ""
+
+    def asked(self, at: Stand, inputs: Tensor) -> Tensor:
+        """The logits ``[N, classes]`` that the network gives now."""
+        return at.logits(inputs)
 
     def begin(self, at: Stand) -> None:
         """A task begins; nothing of it has been learned."""
@@ -110,7 +121,7 @@ class Learner:
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """What is made small, as a scalar."""
-        return F.cross_entropy(at.logits(batch.inputs), batch.labels)
+        return F.cross_entropy(self.asked(at, batch.inputs), batch.labels)
 
     def gate(self, at: Stand) -> None:
         """Gradients have been taken; they may be changed."""
@@ -122,7 +133,7 @@ class Learner:
         """An epoch is over; what is measured and stored comes next."""
 
     def plan(self, at: Stand) -> Plan | None:
-        """What changes in the network's shape before this epoch, if anything."""
+        """What changes in the network's shape before this epoch, if anything; asked until it is nothing."""
         return None
 
     def grown(self, at: Stand, plan: Plan) -> None:

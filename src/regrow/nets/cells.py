@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.candidates import Candidates
+from regrow.candidates import Candidates, candidates_in
 from regrow.nets.errors import ModelError
 
 OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
@@ -134,6 +134,22 @@ class Cells(nn.Module):
     def upto(self, x: Tensor, last: int) -> Tensor:
         """Logits ``[N, classes]`` of the classifier behind cell ``last``; later cells do not run."""
         return self._heads(x, [last])[0]
+
+    def within(self, name: str, last: int) -> bool:
+        """Whether a parameter takes part in :meth:`upto`."""
+        part, _, rest = name.partition(".")
+        number = int(rest.partition(".")[0]) if part != "stem" else 0
+        return part == "stem" or (number <= last if part == "cells" else number == last)
+
+    def needed(self) -> list[tuple[str, ...]]:
+        """Sets of operations of which one must stay: those into a node, and those that read an input of a cell."""
+        found = [*candidates_in(self).values()]
+        reads: dict[tuple[str, int], list[str]] = {}
+        for path, node in self.named_modules():
+            for key, source in zip(node.ops, node.sources, strict=True) if isinstance(node, Candidates) else ():
+                reads.setdefault((path.partition(".nodes.")[0], source), []).append(f"{path}.ops.{key}")
+        found += [tuple(paths) for (_, source), paths in reads.items() if source < 2]
+        return found
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Logits ``[N, classes]``; of every classifier, if there are several."""
