@@ -103,8 +103,12 @@ BUFFERS = (
     OWN,
     *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
     *(Arm(f"DER++ {n}", "replay", {"memory": n, "answers": 0.5}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n}) for n in (200, 500)),
+    *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "own": True}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n, "relief": 1.0, "own": False}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", {"memory": n, "own": False}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER-ACE {n}, relieved", "sparsegrow", {"memory": n}) for n in (200, 500)),
     *(Arm(f"ER {n}, final size", "replay", {"memory": n}, like="SparseGrow") for n in (200, 500)),
+    *(Arm(f"ER-ACE {n}, final size", "replay", {"memory": n, "own": True}, like="SparseGrow") for n in (200, 500)),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
 SIX = tuple(arm for arm in (*BASELINES, *CONTROLS) if arm.name in ("naive", "EWC", "SI", "LwF") or arm == CONTROLS[1])

@@ -9,6 +9,7 @@ from torch import nn
 
 from regrow.data.streams import digits_task, permuted, split
 from regrow.learner import Learner, Stand
+from regrow.methods import LEARNERS
 from regrow.methods.sparsegrow import Settings, SparseGrow
 from regrow.nets.small import small
 from regrow.runs.learning import Schedule, learn
@@ -214,6 +215,49 @@ def test_a_memory_goes_along(tasks: list[Task], gate: str) -> None:
         lost[memory] = course.rows[0][0] - course.rows[1][0]
     assert lost[200] < lost[0]
     assert learner.tensors["inputs"].values.shape[0] == 200 and learner.values["seen"] == 2 * len(tasks[0].train)
+
+
+@pytest.mark.parametrize("scenario", ["class", "domain"])
+@pytest.mark.parametrize("memory", [0, 50])
+@pytest.mark.parametrize("relief", [0.01, 1.0])
+def test_a_memory_relieves_the_gate_where_classes_come(scenario: str, memory: int, relief: float) -> None:
+    """Then the output layer moves freely, the others more than without; in no other case anything is changed."""
+    parts = split(digits_task(), 5, relabel=scenario == "domain")[:2]
+    seen: dict[str, Any] = {}
+
+    class Looking(SparseGrow):
+        def begin(self, at: Stand) -> None:
+            super().begin(at)
+            seen.update({name: gate.free for name, gate in self.gates.items()})
+
+    for strength in (20.0, 20.0 * relief):
+        seen.clear()
+        model, axes = begun(parts)
+        given = Settings(grow="never", memory=memory, relief=1.0 if strength == 20.0 * relief else relief)
+        learner = Looking(settings=replace(given, strength=strength))
+        learn(model, axes, parts, learner, replace(SCHEDULE, epochs=1, scenario=scenario))
+        if strength == 20.0:
+            first = dict(seen)
+    lifted = bool(memory) and scenario == "class" and relief < 1
+    assert ("5.weight" in first) != lifted and {"1.weight", "3.weight"} <= first.keys()
+    same = first["1.weight"] == pytest.approx(seen["1.weight"], abs=1e-12)
+    assert same == (lifted or relief == 1), "the first task is the same for all, and with it what the gate knows"
+
+
+@pytest.mark.parametrize("method", ["replay", "sparsegrow"])
+@pytest.mark.parametrize("own", [True, False])
+def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, own: bool) -> None:
+    """Without a memory's examples in the batch, ER-ACE gives the rows of old classes no gradient."""
+    parts = split(digits_task(), 5)
+    model, axes = begun(parts)
+    learner = LEARNERS[method].made(method, {"own": own, "memory": 50})
+    classes = torch.tensor([c < 4 for c in range(10)])
+    at = Stand(model, axes, parts[1], number=0, classes=classes)
+    learner.begin(at)
+    learner.loss(at, next(parts[1].train.batches(32))).backward()
+    gradient = at.parameters()["5.weight"].grad
+    assert gradient is not None and bool(gradient[2:4].any()) and not bool(gradient[4:].any())
+    assert bool(gradient[:2].any()) != own
 
 
 def test_a_wrong_setting_is_told() -> None:
