@@ -47,6 +47,29 @@ def test_growth_changes_no_answer(tasks: list[Task], spec: str) -> None:
     assert all(axis.size > 8 for axis in axes.units() if axis.key in course.events[0]["grown"])
 
 
+def test_a_network_with_group_norms_grows_by_whole_groups(tasks: list[Task]) -> None:
+    """1, where norms rest on the input alone: logits stay, and every hidden axis has a group more."""
+    model, _, _, course = learned(tasks[:2], Settings(multiple=1, cap=2.0), "resnet-gn:8-2", epochs=2)
+    (event,) = course.events
+    assert event["task"] == 1 and event["shock"] == 0 and event["logits_moved"] <= 1e-5
+    assert event["grown"] == {"3.conv1.weight:0/2": 1, "4.conv1.weight:0/2": 1}
+    assert model[3].bn1.num_groups == 5 and model[3].conv1.out_channels == 10
+
+
+@pytest.mark.parametrize("spec", ["resnet:8-2", "resnet-gn:8-2"])
+def test_without_running_statistics_frozen_answers_stay(tasks: list[Task], spec: str) -> None:
+    """When nothing learns any more, a BatchNorm still forgets through its statistics; a GroupNorm has none."""
+    model, axes = begun(tasks, spec)
+    learner = LEARNERS["naive"].made("naive", {"keep": "network"})
+    course, said = None, []
+    for n in (1, 2):
+        course = course and replace(course, before=(0.1, 0.1))
+        axes, course = learn(model, axes, tasks[:n], learner, replace(SCHEDULE, epochs=1), course=course)
+        with torch.no_grad():
+            said.append(model.eval()(tasks[0].test.inputs))
+    assert torch.equal(*said) == (spec == "resnet-gn:8-2")
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str) -> None:
     """2: bit for bit, under momentum and weight decay, through a later task with growth."""

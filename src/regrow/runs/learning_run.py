@@ -36,8 +36,9 @@ class Settings:
 
     Args:
         tasks: Sequences of tasks, one after the other: ``permuted:DATA:10``, ``rotated:DATA:10``, ``split:DATA:5``, or
-            ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files.
-        model: ``mlp:100-100`` or ``resnet:16-3``.
+            ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files, or with pictures in
+            ``train/CLASS/…`` and ``test/CLASS/…``.
+        model: ``mlp:100-100``, ``resnet:16-3`` or ``resnet-gn:16-3``.
         method: One of ``regrow.methods.LEARNERS``.
         method_settings: Its settings, where they differ from the defaults.
         scenario: ``domain``, ``class`` or ``task``.
@@ -213,7 +214,7 @@ def tasks_of(settings: Settings) -> list[Task]:
 
 def _sequence(spec: str, settings: Settings) -> list[Task]:
     fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
-    base = _data(fit[2] if fit else spec)
+    base = _data(fit[2] if fit else spec, settings)
     base = streams.fewer(base, settings.train or len(base.train), settings.test or len(base.test), settings.seed)
     if not fit:
         return [base]
@@ -228,9 +229,14 @@ def _sequence(spec: str, settings: Settings) -> list[Task]:
     return streams.split(base, n, relabel=settings.scenario == "domain")
 
 
-def _data(name: str) -> Task:
+def _data(name: str, settings: Settings) -> Task:
     if name == "digits":
         return streams.digits_task()
     if not Path(name).is_dir():
-        raise SourceError(f"no data {name!r}: write digits, or a folder that holds MNIST's four files")
+        raise SourceError(
+            f"no data {name!r}: write digits, or a folder that holds MNIST's four files, or pictures in train/CLASS/… "
+            "and test/CLASS/…"
+        )
+    if (Path(name) / "train").is_dir():
+        return streams.pictures(name, Path(name).name, settings.train, settings.test, settings.seed)
     return streams.idx(name, Path(name).name)
