@@ -69,6 +69,15 @@ class Stand:
             if not any(self.axes[key].free for key in axes_in(self.axes.shapes[name][0]))
         )
 
+    @property
+    def own(self) -> Tensor | None:
+        """Of the classes that answers are chosen among now, those of this task; ``None`` where ``classes`` is."""
+        if self.classes is None:
+            return None
+        own = torch.zeros_like(self.classes)
+        own[list(self.task.classes)] = True
+        return own
+
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter by name, tied ones once."""
         return dict(self.model.named_parameters())

@@ -19,6 +19,7 @@ from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
 
 FORMAT = "regrow-course/1"
+_COUNTED = ("number", "epoch", "rows", "before", "events", "sizes", "loss")
 
 
 def write_course(path: Path, model: nn.Module, learner: Learner, course: Course) -> None:
@@ -44,7 +45,7 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course)
         "along": {name: [_plain(one.dims), one.lr] for name, one in learner.tensors.items()},
         "values": learner.values,
         "numbers": numbers,
-        "course": {name: getattr(course, name) for name in ("number", "epoch", "rows", "before", "events", "sizes")},
+        "course": {name: getattr(course, name) for name in _COUNTED},
         "plans": [json.loads(plan.to_json()) for plan in course.plans],
         "sha256": digest(tensors),
     }
@@ -95,6 +96,7 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
             events=list(told["events"]),
             sizes=list(told["sizes"]),
             moments=_moments(parts["optimiser"], header["numbers"]),
+            loss=told.get("loss"),
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None

@@ -14,6 +14,7 @@ from regrow.evaluation.continual import Matrix, share_right
 from regrow.learner import Along, Learner, Stand
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.runs import births
 from regrow.surgery import apply
 from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Task
@@ -74,6 +75,7 @@ class Course:
         events: One record per change of shape.
         sizes: One record per task that is over.
         moments: What the optimiser remembers: name → what → tensor.
+        loss: The smoothed training loss of the task that is being learned.
     """
 
     number: int = 0
@@ -84,6 +86,7 @@ class Course:
     events: list[dict[str, Any]] = field(default_factory=list)
     sizes: list[dict[str, Any]] = field(default_factory=list)
     moments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    loss: float | None = None
 
     @property
     def matrix(self) -> Matrix:
@@ -147,8 +150,9 @@ def _learn_task(
     _recall(movers, at, learner, course.moments)
     steps = -(-len(at.task.train) // schedule.batch_size)
     for at.epoch in range(course.epoch, schedule.epochs):
+        young: dict[str, Tensor] = {}
         while plan := learner.plan(at):
-            _change(at, tasks, learner, schedule, course, plan, movers)
+            young = _change(at, tasks, learner, schedule, course, plan, movers)
         torch.manual_seed(at.drawn(at.epoch, 1).initial_seed() % 2**63)  # what Dropout draws
         learner.mode(at)
         order = at.drawn(at.epoch).initial_seed()
@@ -160,10 +164,15 @@ def _learn_task(
             with standing_in(at.model, learner.standing(at)):
                 loss = learner.loss(at, batch)
                 loss.backward()
+            if young:
+                course.events[-1] |= births.shares(at, young)
+                young = {}
             learner.gate(at)
             for mover in movers:
                 mover.step()
             learner.stepped(at)
+            course.loss = births.smoothed(course.loss, loss.item())
+            births.watched(course.events, at.number, course.loss)
             done = (at.number * schedule.epochs + at.epoch) * steps + i + 1
             progress(done, len(tasks) * schedule.epochs * steps, f"{at.task.name}")
         if not torch.isfinite(loss):
@@ -175,7 +184,7 @@ def _learn_task(
     learner.end(at)
     course.rows.append(accuracies(at.model, tasks, learner, schedule, at.number))
     course.sizes.append(_sizes(at) | dict(learner.account(at)) | {"seconds": round(time.perf_counter() - start, 2)})
-    course.number, course.epoch, course.moments = at.number + 1, 0, {}
+    course.number, course.epoch, course.moments, course.loss = at.number + 1, 0, {}, None
     if on_epoch:
         on_epoch(course, at.axes)
     return at.axes
@@ -189,12 +198,16 @@ def _change(
     course: Course,
     plan: Plan,
     movers: Sequence[torch.optim.Optimizer],
-) -> None:
-    """Carry out a plan between two steps; optimiser and learner follow. Accuracy is taken on both sides."""
+) -> dict[str, Tensor]:
+    """Carry out a plan between two steps; optimisers and learner follow. Accuracy is taken on both sides.
+
+    Returns:
+        Name of a parameter → which of its entries are newborn; nothing if none are.
+    """
     probe = next(at.task.test.batches(256))
     before, logits = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
     held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
-    old = at.axes
+    old, there = at.axes, births.entries(at)
     following = () if plan.back else movers[:1]  # of what comes back no optimiser knows a group yet
     at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, attic=learner.attic)
     learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
@@ -217,8 +230,10 @@ def _change(
             "shock": sum(a - b for a, b in zip(before, after, strict=True)) / len(before),
             "logits_moved": float((moved - logits).abs().max()),
             "parameters": sum(p.numel() for p in at.model.parameters()),
+            **births.begun(course.loss),
         }
     )
+    return births.young(there, old, plan) if course.events[-1]["grown"] else {}
 
 
 def _exchange(movers: Sequence[torch.optim.Optimizer], old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:
