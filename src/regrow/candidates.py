@@ -29,6 +29,10 @@ class Candidates(nn.Module):
         self.sources = tuple(sources) or (0,) * len(ops)
         self.scale = nn.Parameter(torch.ones(len(ops)))
 
+    def reset_parameters(self) -> None:
+        """Every scale is 1 again."""
+        nn.init.ones_(self.scale)
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """The sum over the candidates that are still there."""
         total = None

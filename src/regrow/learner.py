@@ -151,6 +151,21 @@ class Learner:
     def end(self, at: Stand) -> None:
         """All epochs of a task are over."""
 
+    def final(self, at: Stand) -> Plan | None:
+        """What a search still changes when all epochs are over; asked until it is nothing."""
+        return None
+
+    def baked(self, at: Stand) -> None:
+        """Write what stands in for parameters into them: from now on it is a plain network."""
+        values = self.answering(at, at.number)
+        with torch.no_grad():
+            for name, value in values.items():
+                at.model.get_parameter(name).copy_(value)
+
+    def kept(self) -> Mapping[str, float]:
+        """The share of each level of a search that stands."""
+        return {}
+
     def account(self, at: Stand) -> Mapping[str, Any]:
         """What is noted of the task that just ended, as JSON data."""
         return {}

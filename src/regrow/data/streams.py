@@ -150,6 +150,30 @@ def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: i
     return Task(name, found[0], found[1], tuple(range(len(classes))))
 
 
+def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
+    """A data set by name: ``digits``, or a folder: MNIST's four files, or ``train/CLASS/…`` and ``test/CLASS/…``.
+
+    Args:
+        name: Which.
+        train: Most examples to learn from, drawn by the seed; 0: all.
+        test: Most to test on; 0: all.
+        seed: Which ones.
+
+    Raises:
+        SourceError: If there is no such data.
+    """
+    folder = Path(name)
+    if name != "digits" and not folder.is_dir():
+        raise SourceError(
+            f"no data {name!r}: write digits, or a folder with MNIST's four files, or with pictures in train/CLASS/… "
+            "and test/CLASS/…"
+        )
+    if (folder / "train").is_dir():
+        return pictures(folder, folder.name, train, test, seed)
+    base = digits_task() if name == "digits" else idx(folder, folder.name)
+    return fewer(base, train or len(base.train), test or len(base.test), seed)
+
+
 def digits_task(test: float = 0.25) -> Task:
     """The 1,797 digits of scikit-learn as a task: every fourth image of each class, as they come, is for testing.
 

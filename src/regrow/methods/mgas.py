@@ -21,32 +21,25 @@ Every other epoch what is masked is cut out of the network. A stage runs the net
 the next one begins, thresholds start anew and a share of the operations dropped since comes back, by the authors' draw.
 """
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation.commits import controlled, cut, excess, savings, threshold_for
-from regrow.allocation.gates import Gates, Masks, gates
+from regrow.allocation.commits import controlled, threshold_for
 from regrow.allocation.regrowth import drawn
-from regrow.candidates import Staged, candidates_in
 from regrow.data.augment import moved
-from regrow.evaluation.continual import share_right
-from regrow.learner import Along, Learner, Stand, flags
+from regrow.learner import Along, Stand
 from regrow.method import Measure
 from regrow.plan import Plan
-from regrow.surgery import Attic
+from regrow.searcher import LEVELS, Searcher
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples
 
 CITATION = (
     "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from its abstract and the authors' public code"
 )
-
-LEVELS = ("operations", "filters", "weights")
 
 
 @dataclass(frozen=True)
@@ -117,33 +110,21 @@ def build(settings: Settings) -> "Mgas":
 
 
 @dataclass
-class Mgas(Learner):
+class Mgas(Searcher):
     """See the module."""
 
     settings: Settings = field(default_factory=Settings)
-    attic: Any = field(default_factory=Attic)
-    gates: Gates | None = field(default=None, repr=False)
-    """What may go in the part of the network that runs now."""
-    gone: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
-    """Weights that are 0 for good, ``[N]``."""
-    now: Masks | None = field(default=None, repr=False)
-    """What stands in this step."""
     over: float = 0.0
     """By what share the part that runs is too large in this step."""
     seen: int = 0
     """Examples of this epoch so far."""
 
-    @property
-    def optimizer(self) -> str:
-        """Adam: its steps do not depend on how steep a level is, so one rate suits all three."""
-        return "adam"
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.searched, self.ends, self.most, self.measure = s.levels, s.stages, s.target, Measure(s.measure)
+        self.rates, self.learns = (s.lr, s.lr_threshold), s.controller != "ratios"
 
     # Stages.
-
-    @property
-    def last(self) -> int:
-        """The part of the network up to which it runs; −1: all of it."""
-        return self.settings.stages[self.values["stage"]] if self.settings.stages else -1
 
     def span(self, epochs: int, stage: int) -> tuple[int, int]:
         """The first epoch of a stage, and of the next."""
@@ -167,15 +148,9 @@ class Mgas(Learner):
 
     def begin(self, at: Stand) -> None:
         """Everything is kept."""
-        sums = candidates_in(at.model)
-        ops, axes = [path for paths in sums.values() for path in paths], [axis.key for axis in at.axes.units()]
-        self.values |= {"axes": axes, "stage": 0, "mu": 0.0, "lambda": self.settings.press, "step": 1e-5, "cap": 100.0}
-        self.values |= {"done": {}, "history": [], "saved": dict.fromkeys(LEVELS, 0.0), "dropped": [], "fallen": {}}
-        self.tensors["alpha"] = Along(torch.zeros(len(ops)), (len(ops),), self.settings.lr)
-        self.tensors["drift"] = Along(torch.zeros(len(ops)), (len(ops),))
-        for name, n in (("ops", len(ops)), ("filters", len(axes)), ("weights", len(ops) + 1)):
-            self.tensors[f"threshold {name}"] = Along(torch.zeros(n), (n,), self.settings.lr_threshold)
-        self._settle(at)
+        super().begin(at)
+        self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
+        self.values["done"] = {}
         self._start(at, 0)
 
     def _start(self, at: Stand, stage: int) -> None:
@@ -184,37 +159,10 @@ class Mgas(Learner):
         self.values |= {"lambda": self.settings.press, "cap": 100.0}
         for name in ("ops", "filters", "weights"):
             self.tensors[f"threshold {name}"].values.data.zero_()
-        self._settle(at)
-        self.values["start"] = self._size()
+        self.settle(at)
+        self.values["start"] = self.size()
         final = stage == max(1, len(self.settings.stages)) - 1
         self.values["goal"] = self.settings.target if final else self.settings.share * self.values["start"]
-
-    def _settle(self, at: Stand) -> None:
-        """Where units lie now; κ and flags of what a branch took along are forgotten, of what came back are new."""
-        staged = bool(self.settings.stages)
-        parameters = {n: p for n, p in at.parameters().items() if not staged or _parts(at).within(n, self.last)}
-        sums = candidates_in(at.model)
-        self.gates = gates(
-            at.axes,
-            parameters,
-            sums,
-            self.values["axes"],
-            _parts(at).needed() if staged else [*sums.values()],
-            lambda path: not staged or _parts(at).within(path, self.last),
-            Measure(self.settings.measure),
-        )
-        for name in [*self.tensors]:
-            kind, _, rest = name.partition(" ")
-            if (kind == "kappa" and rest not in at.axes.axes) or (kind == "gone" and rest not in at.axes.shapes):
-                del self.tensors[name]
-        for key, (_, size, _) in self._spans():
-            if f"kappa {key}" not in self.tensors:
-                self.tensors[f"kappa {key}"] = Along(torch.zeros(size), (key,), self.settings.lr)
-        for name in self.gates.levels.weights:
-            if f"gone {name}" not in self.tensors:
-                self.tensors[f"gone {name}"] = flags(at, name)
-        self.gone = torch.cat([self.tensors[f"gone {name}"].values.reshape(-1) for name in self.gates.levels.weights])
-        self._masks(at)
 
     # A step.
 
@@ -222,51 +170,6 @@ class Mgas(Learner):
         """A new epoch: no example of it has been seen."""
         self.seen = 0
         at.model.train()
-
-    def _masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> Masks:
-        """What stands now."""
-        found, learned, searched = self.gates, self.settings.controller != "ratios", self.settings.levels
-        assert found is not None
-        flat = found.levels.flat(at.parameters()) if flat is None else flat
-
-        def own(name: str) -> Tensor:
-            values = self.tensors[name].values
-            return values if learning and (learned or not name.startswith("threshold")) else values.detach()
-
-        kappa = [own(f"kappa {key}") for key in found.levels.axes]
-        self.now = found.masks(
-            (own("alpha"), own("threshold ops")) if "operations" in searched else None,
-            (torch.cat(kappa), own("threshold filters")) if "filters" in searched and kappa else None,
-            (flat, self.gone, own("threshold weights")) if "weights" in searched else None,
-        )
-        return self.now
-
-    def _standing(self, at: Stand, learning: bool) -> dict[str, Tensor]:
-        assert self.gates is not None
-        parameters, found = at.parameters(), self.gates.levels
-        flat = found.flat(parameters)
-        masks = self._masks(at, flat, learning)
-        stood = found.apart(found.masked(flat, masks.filter_scale, masks.over))
-        start = 0
-        for path, paths in candidates_in(at.model).items():
-            name = f"{path}.scale".lstrip(".")
-            stood[name] = parameters[name] * masks.op_scale[start : start + len(paths)]
-            start += len(paths)
-        return stood
-
-    def standing(self, at: Stand) -> Mapping[str, Tensor]:
-        """The network's numbers under the masks."""
-        return self._standing(at, self.joint(at))
-
-    def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
-        """The same when it is evaluated."""
-        with torch.no_grad():
-            return self._standing(at, False)
-
-    def asked(self, at: Stand, inputs: Tensor) -> Tensor:
-        """The logits of the classifier at which the stage ends."""
-        found: Tensor = _parts(at).upto(inputs, self.last) if self.settings.stages else at.logits(inputs)
-        return found
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """Cross-entropy, and what size and the authors' regulariser add."""
@@ -277,7 +180,7 @@ class Mgas(Learner):
             return loss
         assert self.gates is not None and self.now is not None
         if self.settings.controller == "dual":
-            over = self._size_now() / self.allowed(at) - 1
+            over = self.size_now() / self.allowed(at) - 1
             self.over = float(over.detach())
             loss = loss + self.values["mu"] * over
         if self.values["lambda"]:
@@ -286,15 +189,6 @@ class Mgas(Learner):
             self.values["loss"] = [float(plain.detach()), float(self.values["lambda"] * pressure.detach())]
             loss = loss + self.values["lambda"] * pressure
         return loss
-
-    def _size_now(self) -> Tensor:
-        """What the part that runs costs under the masks that stand, with their gradients."""
-        assert self.gates is not None and self.now is not None
-        return self.gates.levels.size(self.now.ops, self.now.filters, self.now.weights)
-
-    def _size(self) -> float:
-        with torch.no_grad():
-            return float(self._size_now())
 
     def gate(self, at: Stand) -> None:
         """The network's own gradients are clipped; how far each α is pulled is remembered."""
@@ -311,31 +205,12 @@ class Mgas(Learner):
         if self.joint(at) and self.settings.controller == "dual":
             self.values["mu"] = max(0.0, self.values["mu"] + self.settings.gain * self.over)
 
-    def passed(self, at: Stand) -> None:
-        """Accuracy on the held-out part, size and what each level keeps, for the record."""
-        assert self.gates is not None
-        self._masks(at)
-        with standing_in(at.model, self.answering(at, at.number)):
-            right = share_right(at.model, at.task.test, ask=lambda x: self.asked(at, x))
-        record = {"epoch": at.epoch + 1, "stage": self.values["stage"], "accuracy": right, "size": self._size()}
-        self.values["history"].append(record | {"mu": self.values["mu"], **self.kept()})
-
-    def kept(self) -> dict[str, float]:
-        """The share of each level that stands, in the part that runs."""
-        assert self.gates is not None and self.now is not None
-        here = self.gates.runs
-        found = {"operations": float(self.now.ops[here].mean()) if bool(here.any()) else 1.0}
-        found["filters"] = float(self.now.filters.mean()) if self.gates.levels.filters else 1.0
-        weights = self.now.weights
-        found["weights"] = 1.0 if weights is None else float(weights.mean())
-        return found
-
     # Commits.
 
     def plan(self, at: Stand) -> Plan | None:
         """What is cut and brought back before this epoch: at every second one of a stage, and when the next begins."""
         if self.gates is None:  # a run was taken up again
-            self._settle(at)
+            self.settle(at)
         stage = self.values["stage"]
         end = self.span(at.epochs, stage)[1]
         epochs = at.epoch - self.span(at.epochs, stage)[0] - self.settings.warm
@@ -356,30 +231,13 @@ class Mgas(Learner):
 
     def commit(self, at: Stand) -> Plan | None:
         """What does not stand now goes."""
-        assert self.gates is not None
-        with torch.no_grad():
-            if self.settings.controller == "ratios":
-                self._told(at)
-            masks = self._masks(at)
-            drop, keep = cut(self.gates, masks, at.axes)
-            saved = savings(self.gates, masks)
-            if masks.over is not None:
-                for name, below in self.gates.levels.apart(masks.over < 0).items():
-                    self.tensors[f"gone {name}"].values.logical_or_(below)
-        for key, units in keep.items():
-            share, ids = self.tensors[f"kappa {key}"].values.detach().sigmoid(), at.axes[key].ids
-            lost = {str(ids[i]): float(share[i]) for i in range(len(ids)) if i not in units}
-            self.values["fallen"].setdefault(key, {}).update(lost)
-        before = self.values["saved"]
-        self.values["saved"] = saved | {level: before[level] + saved[level] for level in ("operations", "filters")}
-        self.values["dropped"] += drop
+        before = len(self.values["dropped"])
+        if self.settings.controller == "ratios":
+            self._told(at)
+        plan = super().commit(at)
         if self.settings.controller == "feedback":
-            self.values |= controlled(self.values, len(drop))
-        origin = {"method": "mgas", "epoch": at.epoch}
-        if drop:
-            return Plan.dropping(at.axes, drop, keep, origin=origin)
-        self._settle(at)
-        return Plan.keeping(at.axes, keep, origin=origin) if keep else None
+            self.values |= controlled(self.values, len(self.values["dropped"]) - before)
+        return plan
 
     def _told(self, at: Stand) -> None:
         """Set thresholds so that each level keeps the share that it is told to keep by now."""
@@ -449,39 +307,4 @@ class Mgas(Learner):
                     for module in at.model.get_submodule(path).modules():
                         if callable(reset := getattr(module, "reset_parameters", None)):
                             reset()
-        self._settle(at)
-
-    # The end.
-
-    def final(self, at: Stand) -> Plan | None:
-        """The last commit, with as much more left out, least important first, as the target asks for.
-
-        Raises:
-            ValueError: If the target is below what can be reached.
-        """
-        assert self.gates is not None
-        with torch.no_grad():
-            relative = self.gates.levels.relative(self.gates.levels.flat(at.parameters()))
-            ops, filters, weights = excess(self.gates, self._masks(at), relative, self.settings.target)
-            self.tensors["alpha"].values.data[ops] = -50.0
-            places = {base + i: (key, i) for key, (base, n, _) in self._spans() for i in range(n)}
-            for key, i in (places[one] for one in filters):
-                self.tensors[f"kappa {key}"].values.data[i] = -50.0
-            self.gone |= weights
-        return self.commit(at)
-
-    def _spans(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
-        assert self.gates is not None
-        return zip(self.gates.levels.axes, self.gates.spans, strict=True)
-
-    def baked(self, at: Stand) -> None:
-        """Write what stands into the network's parameters: from now on it is a plain network."""
-        values = self.answering(at, at.number)
-        with torch.no_grad():
-            for name, parameter in at.parameters().items():
-                if name in values:
-                    parameter.copy_(values[name])
-
-
-def _parts(at: Stand) -> Staged:
-    return cast(Staged, at.model)
+        super().grown(at, plan)

@@ -158,7 +158,8 @@ class Cells(nn.Module):
 
     def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         found = []
-        first = second = self.stem(x)
+        # Depthwise convolutions are two to five times as fast in this layout on a CPU.
+        first = second = self.stem(x.contiguous(memory_format=torch.channels_last))
         for i in range(wanted[-1] + 1):
             first, second = second, self.cells[i](first, second)
             if i in wanted:

@@ -37,6 +37,8 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course)
                 parts[f"optimiser {what} {name}"] = value
             elif value is not None:
                 numbers[f"{what} {name}"] = value
+    if learner.attic is not None:
+        parts |= {f"attic {name}": value for name, value in learner.attic.contents().items()}
     names = list(parts)
     tensors = {f"t{i}": parts[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
     header = {
@@ -75,12 +77,14 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
         if not isinstance(header, dict) or header.get("format") != FORMAT or digest(tensors) != header["sha256"]:
             raise ValueError(f"it is not whole, or not of the format {FORMAT!r}")
         plans = [Plan.from_json(json.dumps(plan)) for plan in header["plans"]]
-        model, axes = replay(model, axes, plans)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}}
+        model, axes = replay(model, axes, plans, learner.attic)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
         for i, name in enumerate(header["names"]):
             part, _, rest = name.partition(" ")
             parts[part][rest] = tensors[f"t{i}"]
         model.load_state_dict(parts["model"])
+        for name, value in parts["attic"].items():
+            learner.attic.contents()[name].copy_(value)
         learner.values = dict(header["values"])
         learner.tensors = {
             name: Along(parts["learner"][name], tuple(map(_dim, dims)), lr)

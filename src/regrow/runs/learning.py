@@ -206,15 +206,8 @@ def _change(
     """
     probe = next(at.task.test.batches(256))
     before, logits = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
-    held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
     old, there = at.axes, births.entries(at)
-    following = () if plan.back else movers[:1]  # of what comes back no optimiser knows a group yet
-    at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, attic=learner.attic)
-    learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
-    for name, value in held.items():
-        _exchange(movers, value, learner.tensors[name], old, plan)
-    learner.grown(at, plan)
-    _join(movers, at, learner)
+    changed(at, learner, plan, movers)
     after, moved = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
     course.plans.append(plan)
     course.events.append(
@@ -234,6 +227,27 @@ def _change(
         }
     )
     return births.young(there, old, plan) if course.events[-1]["grown"] else {}
+
+
+def changed(at: Stand, learner: Learner, plan: Plan, movers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """Carry out a plan; what the learner remembers follows, and what moves it and the network.
+
+    Args:
+        at: Where the network stands; it stands otherwise then.
+        learner: Whose plan it is.
+        plan: The plan.
+        movers: What moves the network, first, and the learner's own tensors.
+    """
+    held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
+    old = at.axes
+    following = () if plan.back else movers[:1]  # of what comes back no optimiser knows a group yet
+    at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, attic=learner.attic)
+    learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
+    for name, value in held.items():
+        _exchange(movers, value, learner.tensors[name], old, plan)
+    learner.grown(at, plan)
+    if movers:
+        _join(movers, at, learner)
 
 
 def _exchange(movers: Sequence[torch.optim.Optimizer], old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:

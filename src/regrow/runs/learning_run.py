@@ -214,8 +214,7 @@ def tasks_of(settings: Settings) -> list[Task]:
 
 def _sequence(spec: str, settings: Settings) -> list[Task]:
     fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
-    base = _data(fit[2] if fit else spec, settings)
-    base = streams.fewer(base, settings.train or len(base.train), settings.test or len(base.test), settings.seed)
+    base = streams.of(fit[2] if fit else spec, settings.train, settings.test, settings.seed)
     if not fit:
         return [base]
     n = int(fit[3])
@@ -227,16 +226,3 @@ def _sequence(spec: str, settings: Settings) -> list[Task]:
         case "rotated":
             return streams.rotated(base, n)
     return streams.split(base, n, relabel=settings.scenario == "domain")
-
-
-def _data(name: str, settings: Settings) -> Task:
-    if name == "digits":
-        return streams.digits_task()
-    if not Path(name).is_dir():
-        raise SourceError(
-            f"no data {name!r}: write digits, or a folder that holds MNIST's four files, or pictures in train/CLASS/… "
-            "and test/CLASS/…"
-        )
-    if (Path(name) / "train").is_dir():
-        return streams.pictures(name, Path(name).name, settings.train, settings.test, settings.seed)
-    return streams.idx(name, Path(name).name)
