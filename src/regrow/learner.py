@@ -40,6 +40,7 @@ class Stand:
         number: Which task that is, from 0.
         epoch: Which pass over its examples, from 0.
         epochs: How many passes there are.
+        steps: How many steps a pass has.
         classes: The classes that answers are chosen among now, ``[classes]`` bool; ``None`` for all.
         seed: Of everything that is drawn.
         past: The tasks before; what they were learned from is there for controls and bounds only.
@@ -51,6 +52,7 @@ class Stand:
     number: int = 0
     epoch: int = 0
     epochs: int = 1
+    steps: int = 1
     classes: Tensor | None = None
     seed: int = 0
     past: tuple[Task, ...] = ()

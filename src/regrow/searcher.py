@@ -43,8 +43,6 @@ class Searcher(Learner):
     most: float = 0.0
     """What the network may cost at the end."""
     measure: Measure = Measure.PARAMETERS
-    rates: tuple[float, float] = (0.02, 0.005)
-    """How fast α and κ learn, and thresholds."""
 
     @property
     def optimizer(self) -> str:
@@ -53,6 +51,10 @@ class Searcher(Learner):
 
     learns: bool = True
     """Whether thresholds learn."""
+
+    def rates(self, at: Stand) -> tuple[float, float]:
+        """How fast α and κ learn, and thresholds."""
+        return 0.02, 0.005
 
     def joint(self, at: Stand) -> bool:
         """Whether importances learn in this epoch."""
@@ -64,9 +66,9 @@ class Searcher(Learner):
         ops, axes = [path for paths in sums.values() for path in paths], [axis.key for axis in at.axes.units()]
         self.values |= {"axes": axes, "stage": 0, "mu": 0.0, "history": [], "saved": dict.fromkeys(LEVELS, 0.0)}
         self.values |= {"dropped": [], "fallen": {}}
-        self.tensors["alpha"] = Along(torch.zeros(len(ops)), (len(ops),), self.rates[0])
+        self.tensors["alpha"] = Along(torch.zeros(len(ops)), (len(ops),), self.rates(at)[0])
         for name, n in (("ops", len(ops)), ("filters", len(axes)), ("weights", len(ops) + 1)):
-            self.tensors[f"threshold {name}"] = Along(torch.zeros(n), (n,), self.rates[1])
+            self.tensors[f"threshold {name}"] = Along(torch.zeros(n), (n,), self.rates(at)[1])
         self.settle(at)
 
     @property
@@ -94,7 +96,7 @@ class Searcher(Learner):
                 del self.tensors[name]
         for key, (_, size, _) in self.spans():
             if f"kappa {key}" not in self.tensors:
-                self.tensors[f"kappa {key}"] = Along(torch.zeros(size), (key,), self.rates[0])
+                self.tensors[f"kappa {key}"] = Along(torch.zeros(size), (key,), self.rates(at)[0])
         for name in self.gates.levels.weights:
             if f"gone {name}" not in self.tensors:
                 self.tensors[f"gone {name}"] = flags(at, name)

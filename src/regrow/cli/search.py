@@ -66,6 +66,7 @@ def _tell(folder: Any) -> None:
     )
     say(
         f"{number(found['nonzero'])} parameters ({number(found['parameters'])} with zeros); validation "
-        f"{found['accuracy']:.3f} as the search left it; test after training anew {tested['accuracy']:.3f} on {tested['images']} images"
+        f"{found['accuracy']:.3f} as the search left it; "
+        f"test after training anew {tested['accuracy']:.3f} on {tested['images']} images"
     )
     say(f"load it with regrow.load({str(folder.path)!r})")

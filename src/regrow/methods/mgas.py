@@ -56,14 +56,14 @@ class Settings:
         every: A commit comes every so many epochs of the rest.
         controller: ``dual``, ``feedback`` or ``ratios``.
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
-        gain: How fast μ follows the excess, per step.
+        gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
         press: λ; under ``feedback`` where it starts.
         regrow: The share of a stage's dropped operations that comes back.
         regrow_filters: The share of its cut filters that comes back, the most important at their cut first.
         regrow_weights: The share of its weights set to 0 that is let back, by the size of their gradient.
         revive: ``old``: operations come back with what they held; ``fresh``: drawn anew, as the authors do.
-        lr: Of α and κ.
-        lr_threshold: Of thresholds.
+        lr: Of α and κ: how far they could go in the joint epochs of a stage.
+        lr_threshold: Of thresholds: how far they could go.
         clip: Most norm of the gradient of the network's own parameters.
         augment: Whether pictures are moved and mirrored.
         seed: Of everything drawn.
@@ -78,14 +78,14 @@ class Settings:
     every: int = 2
     controller: str = "dual"
     ratios: tuple[float, ...] = ()
-    gain: float = 0.1
+    gain: float = 40.0
     press: float = 0.0
     regrow: float = 0.2
     regrow_filters: float = 0.0
     regrow_weights: float = 0.0
     revive: str = "fresh"
-    lr: float = 0.02
-    lr_threshold: float = 0.005
+    lr: float = 8.0
+    lr_threshold: float = 2.0
     clip: float = 5.0
     augment: bool = True
     seed: int = 0
@@ -122,7 +122,7 @@ class Mgas(Searcher):
     def __post_init__(self) -> None:
         s = self.settings
         self.searched, self.ends, self.most, self.measure = s.levels, s.stages, s.target, Measure(s.measure)
-        self.rates, self.learns = (s.lr, s.lr_threshold), s.controller != "ratios"
+        self.learns = s.controller != "ratios"
 
     # Stages.
 
@@ -134,6 +134,14 @@ class Mgas(Searcher):
     def joint(self, at: Stand) -> bool:
         """Whether masks learn in this epoch."""
         return at.epoch >= self.span(at.epochs, self.values["stage"])[0] + self.settings.warm
+
+    def paced(self, at: Stand) -> int:
+        """The steps of a stage in which masks learn: rates are shares of them, so a short search is no other one."""
+        return max(1, (at.epochs // max(1, len(self.ends)) - self.settings.warm) * at.steps)
+
+    def rates(self, at: Stand) -> tuple[float, float]:
+        """How fast α and κ learn, and thresholds."""
+        return self.settings.lr / self.paced(at), self.settings.lr_threshold / self.paced(at)
 
     def progress(self, at: Stand) -> float:
         """How much of a stage's cutting is to be done by now, from 0 to 1; the last fifth of its epochs is rest."""
@@ -203,7 +211,7 @@ class Mgas(Searcher):
             self.tensors["threshold filters"].values.clamp_(0, 0.99)
             self.tensors["threshold weights"].values.clamp_(0, 2)
         if self.joint(at) and self.settings.controller == "dual":
-            self.values["mu"] = max(0.0, self.values["mu"] + self.settings.gain * self.over)
+            self.values["mu"] = max(0.0, self.values["mu"] + self.settings.gain / self.paced(at) * self.over)
 
     # Commits.
 

@@ -144,11 +144,11 @@ def _learn_task(
     progress: Progress,
 ) -> AxisGraph:
     start = time.perf_counter()
+    at.steps = steps = -(-len(at.task.train) // schedule.batch_size)
     if at.epoch == 0:
         learner.begin(at)
     movers = _movers(at, learner, schedule)
     _recall(movers, at, learner, course.moments)
-    steps = -(-len(at.task.train) // schedule.batch_size)
     for at.epoch in range(course.epoch, schedule.epochs):
         young: dict[str, Tensor] = {}
         while plan := learner.plan(at):
