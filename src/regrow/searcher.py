@@ -217,8 +217,9 @@ class Searcher(Learner):
         """
         assert self.gates is not None
         with torch.no_grad():
-            relative = self.gates.levels.relative(self.gates.levels.flat(at.parameters()))
-            ops, filters, weights = excess(self.gates, self.masks(at), relative, self.most)
+            masks, flat = self.masks(at), self.gates.levels.flat(at.parameters())
+            relative = self.gates.levels.relative(flat, self.gates.levels.standing(masks.ops, masks.filters))
+            ops, filters, weights = excess(self.gates, masks, relative, self.most)
             self.tensors["alpha"].values.data[ops] = -50.0
             places = {base + i: (key, i) for key, (base, n, _) in self.spans() for i in range(n)}
             for key, i in (places[one] for one in filters):

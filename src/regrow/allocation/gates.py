@@ -103,8 +103,8 @@ class Gates:
         over = None
         if weights is not None:
             flat, gone, thresholds = weights
-            n = len(flat)
-            over = self.levels.relative(flat) - thresholds[self.levels.ops[:n]] - _JUST
+            n, stands = len(flat), self.levels.standing(mask_o.detach(), mask_f.detach())
+            over = self.levels.relative(flat, stands) - thresholds[self.levels.ops[:n]] - _JUST
             over = over.masked_fill(gone, NEVER)
         return Masks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 

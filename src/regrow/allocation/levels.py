@@ -51,13 +51,18 @@ class Levels:
         parts = flat.split([shape.numel() for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.weights, parts, self.shapes, strict=True)}
 
-    def relative(self, flat: Tensor) -> Tensor:
-        """|w| as a multiple of the mean |w| of its tensor, ``[N]``: so one threshold suits all layers."""
-        size = flat.detach().abs()
-        n = len(self.weights)
-        total = size.new_zeros(n).index_add_(0, self.weight, size)
-        many = size.new_tensor([shape.numel() for shape in self.shapes])
-        return size / (total / many).clamp_min(1e-12)[self.weight]
+    def relative(self, flat: Tensor, stands: Tensor) -> Tensor:
+        """|w| as a multiple of the mean |w| of its tensor, ``[N]``: so one threshold suits all layers.
+
+        Args:
+            flat: The weights, ``[N]``.
+            stands: Which of them lie between filters that stand, ``[N]`` bool: the mean is over those, so that it stays
+                when the others are cut.
+        """
+        size, here = flat.detach().abs(), stands.to(flat.dtype)
+        none = size.new_zeros(len(self.weights))
+        total, many = none.index_add(0, self.weight, size * here), none.index_add(0, self.weight, here)
+        return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]
 
     def masked(self, flat: Tensor, filters: Tensor, over_by: Tensor | None) -> Tensor:
         """The weights as they stand: times the scale of the filter they read, 0 where they are below their threshold.

@@ -253,7 +253,8 @@ class Mgas(Searcher):
         found, done = self.gates, self.progress(at)
         shares = {level: r**done for level, r in zip(self.settings.levels, self.settings.ratios, strict=True)}
         kappa = [self.tensors[f"kappa {key}"].values for key in found.levels.axes]
-        relative = found.levels.relative(found.levels.flat(at.parameters()))
+        masks, flat = self.masks(at), found.levels.flat(at.parameters())
+        relative = found.levels.relative(flat, found.levels.standing(masks.ops, masks.filters))
         born = sum(at.axes[key].born for key in found.levels.axes)
         alpha = self.tensors["alpha"].values.sigmoid()[found.alive & found.runs]
         told = {"ops": ("operations", alpha, int(found.runs.sum()))}
