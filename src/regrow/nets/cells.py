@@ -5,6 +5,7 @@ the cell, and gives its nodes side by side. Every cell has parameters and a wiri
 """
 
 from collections.abc import Container, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import torch
@@ -207,6 +208,55 @@ def whole(
     stem = 3 * found[0]["inputs"][0]
     ends = sorted({*heads, cells - 1})
     return {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": found, "heads": ends}
+
+
+class Prefix(nn.Module):
+    """A network of cells up to one of them, as a network of its own: later cells are there and do not run.
+
+    Args:
+        net: The network; a classifier follows cell ``last``.
+        last: The last cell that runs.
+    """
+
+    def __init__(self, net: Cells, last: int) -> None:
+        super().__init__()
+        self.net, self.last = net, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, classes]``."""
+        return self.net.upto(x, self.last)
+
+
+def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+    """The description with a share of the operations of its first cells left, as a search may leave them.
+
+    Each kind of operation keeps its share, spread evenly over the edges; each node keeps at least one operation.
+
+    Args:
+        config: The description of a network.
+        before: How many cells are thinned.
+        share: What share of the operations of each stays, rounded up.
+
+    >>> config = thinned(whole((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
+    >>> [len(cell["nodes"][0]["ops"]) for cell in config["cells"]]
+    [5, 14]
+    """
+    cells = []
+    for i, cell in enumerate(config["cells"]):
+        ops = [(name, j, n) for j, node in enumerate(cell["nodes"]) for n, (name, _, _) in enumerate(node["ops"])]
+        ops.sort(key=lambda op: OPERATIONS.index(op[0]))
+        kept = {op[1:] for k, op in enumerate(ops) if i >= before or _ceil((k + 1) * share) > _ceil(k * share)}
+        kept |= {(j, 0) for j in range(len(cell["nodes"])) if not any(at == j for at, _ in kept)}
+        nodes = [
+            {**node, "ops": [op for n, op in enumerate(node["ops"]) if (j, n) in kept]}
+            for j, node in enumerate(cell["nodes"])
+        ]
+        cells.append({**cell, "nodes": nodes})
+    return {**config, "cells": cells}
+
+
+def _ceil(value: float) -> int:
+    return ceil(round(value, 9))  # 0.1 × 30 is 3.0000000000000004
 
 
 def described(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
