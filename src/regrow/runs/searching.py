@@ -5,7 +5,8 @@ import re
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 
 from regrow.allocation.cost import Cost
+from regrow.allocation.stages import Stages, in_bytes, stages
 from regrow.axes import AxisGraph
 from regrow.data import streams
+from regrow.evaluation import measured, prefix_peaks, training
 from regrow.evaluation.continual import share_right
 from regrow.learner import Learner, Stand
 from regrow.method import Measure
@@ -28,9 +31,17 @@ from regrow.runs import store
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder
 from regrow.runs.learning import Course, Schedule, changed, learn
+from regrow.sources import Batch
+from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 from regrow.tracing.stand import stands_in
+
+EARLIER = 0.44
+"""The share of its operations that an earlier cell is taken to have when memory is planned: 0.3, and what regrows."""
+
+MASKS = 1.05
+"""How much more a step needs with masks than without, as far as tensors are counted."""
 
 COURSE, RETRAINING = "course.safetensors", "retraining.safetensors"
 
@@ -46,7 +57,8 @@ class Settings:
         target: ``params=0.05M``, ``macs=3M``, or a share of the whole space's parameters, such as ``0.2``.
         method: One of ``regrow.methods.SEARCHERS``.
         method_settings: Its settings, where they differ from the defaults.
-        stages: In how many stages the space is searched.
+        stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says.
+        memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
         epochs: Passes over the training part in the search.
         retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
         batch_size: Examples per step.
@@ -65,6 +77,7 @@ class Settings:
     method: str = "mgas"
     method_settings: Mapping[str, Any] = field(default_factory=dict)
     stages: int = 3
+    memory: str = ""
     epochs: int = 30
     retrain: int = 30
     batch_size: int = 96
@@ -134,10 +147,12 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     """
     RunFolder.check(out, verb="search", settings=asdict(settings))
     parts = parts_of(settings)
-    model, origin = network(settings, parts.search)
+    model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
     learner = built(settings, model, axes)
     folder = RunFolder.create(out, verb="search", settings=asdict(settings), command=settings.command(str(out)))
+    if plan is not None and not folder.resumed:
+        folder.log("stages", **plan.record())
     start = time.perf_counter()
     found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
     seconds = {"search": round(time.perf_counter() - start, 3)}
@@ -174,8 +189,13 @@ def _searched(
             folder.log("commit", **event)
         for row in learner.values.get("history", [])[logged:]:
             folder.log("epoch", **row)
+        if len(learner.values["history"]) > logged and settings.memory and learner.values["stage"] not in seen:
+            seen.add(learner.values["stage"])
+            at = Stand(model, here, parts.search, 0, now.epoch - 1, schedule.epochs)
+            folder.log("memory", stage=learner.values["stage"], **stage_memory(learner, at, settings.batch_size))
         told, logged = len(now.events), len(learner.values.get("history", []))
 
+    seen: set[int] = set()
     axes, course = learn(
         model, axes, [parts.search], learner, schedule, course=course, on_epoch=keep, progress=progress
     )
@@ -233,7 +253,7 @@ def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Mod
     return fresh.eval()
 
 
-def sizes(model: nn.Module, axes: AxisGraph | None = None) -> dict[str, int]:
+def sizes(model: nn.Module) -> dict[str, int]:
     """How many parameters a network has, and how many of them are not 0."""
     parameters = [*model.parameters()]
     found = {"parameters": sum(p.numel() for p in parameters)}
@@ -262,17 +282,24 @@ def parts_of(settings: Settings) -> Parts:
     )
 
 
-def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin]:
-    """The space of a search as a network with drawn weights.
+def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
+    """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them.
 
     Raises:
-        ValueError: If there is no such space.
+        ValueError: If there is no such space, or the budget is too small for any stages.
     """
     shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
     fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", settings.space)
     if not fit:
-        return small(settings.space, shape, classes, settings.seed)
+        return *small(settings.space, shape, classes, settings.seed), None
     width, cells, nodes = map(int, fit.groups())
+    plan = None
+    if settings.memory:
+        config = whole(shape, classes, width=width, cells=cells, nodes=nodes, stride=settings.stride)
+        batch = Batch((task.train.inputs[: settings.batch_size],), labels=task.train.labels[: settings.batch_size])
+        step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+        plan = stages(prefix_peaks(config, batch, step, EARLIER), cells, int(in_bytes(settings.memory) / MASKS))
+    last = plan.ends if plan else ends(cells, settings.stages)
     config = whole(
         shape,
         classes,
@@ -280,11 +307,30 @@ def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin]:
         cells=cells,
         nodes=nodes,
         stride=settings.stride,
-        heads=ends(cells, settings.stages),
+        heads=last,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        return Cells(config), Origin("cells", "cells", config, settings.space)
+        return Cells(config), Origin("cells", "cells", config, settings.space), plan
+
+
+def stage_memory(learner: Learner, at: Stand, size: int) -> dict[str, Any]:
+    """What one step of a search needs now, in bytes: of live tensors, and of the process. Nothing learns from it."""
+    twin = replace(at, model=copy.deepcopy(at.model))
+    batch = Examples(at.task.train.inputs[:size], at.task.train.labels[:size])
+    mine = copy.copy(learner)
+    mine.values = dict(learner.values)
+
+    def step(model: nn.Module, _: Batch) -> None:
+        model.zero_grad(set_to_none=True)
+        with standing_in(model, mine.standing(twin)):
+            mine.loss(twin, batch).backward()
+
+    with torch.random.fork_rng(devices=[]):
+        found = measured(twin.model.train(), Batch((batch.inputs,), labels=batch.labels), step)
+    for one in learner.tensors.values():
+        one.values.grad = None
+    return asdict(found)
 
 
 def ends(parts: int, stages: int) -> tuple[int, ...]:
