@@ -194,5 +194,6 @@ def gates(
         node=torch.tensor([i for i, paths in enumerate(sums.values()) for _ in paths], dtype=torch.long),
         axis=torch.tensor([order[key] for key, n in sizes.items() for _ in range(n)], dtype=torch.long),
         keys=tuple(keys),
-        spans=tuple((base, sizes[key], axes[key].least) for key, base in found.axes.items()),
+        # An axis of one unit is none to a later recording, and could not get its units back.
+        spans=tuple((base, sizes[key], max(2, axes[key].least)) for key, base in found.axes.items()),
     )

@@ -252,18 +252,18 @@ class Mgas(Searcher):
         assert self.gates is not None
         found, done = self.gates, self.progress(at)
         shares = {level: r**done for level, r in zip(self.settings.levels, self.settings.ratios, strict=True)}
-        kappa = [self.tensors[f"kappa {key}"].values for key in found.levels.axes]
+        kappa = torch.cat([self.tensors[f"kappa {key}"].values.detach() for key in found.levels.axes])
+        born = sum(at.axes[key].born for key in found.levels.axes)
+        alpha = self.tensors["alpha"].values.detach()[found.alive & found.runs]
+
+        def tell(name: str, level: str, values: Tensor, whole: int) -> None:
+            self.tensors[f"threshold {name}"].values.data.fill_(threshold_for(shares.get(level, 1.0), values, whole))
+
+        tell("ops", "operations", alpha.sigmoid(), int(found.runs.sum()))
+        tell("filters", "filters", kappa.sigmoid(), born)
         masks, flat = self.masks(at), found.levels.flat(at.parameters())
         relative = found.levels.relative(flat, found.levels.standing(masks.ops, masks.filters))
-        born = sum(at.axes[key].born for key in found.levels.axes)
-        alpha = self.tensors["alpha"].values.sigmoid()[found.alive & found.runs]
-        told = {"ops": ("operations", alpha, int(found.runs.sum()))}
-        told |= {
-            "filters": ("filters", torch.cat(kappa).sigmoid(), born),
-            "weights": ("weights", relative, len(relative)),
-        }
-        for name, (level, values, whole) in told.items():
-            self.tensors[f"threshold {name}"].values.data.fill_(threshold_for(shares.get(level, 1.0), values, whole))
+        tell("weights", "weights", relative.masked_fill(self.gone, 0.0), len(relative))
 
     def revival(self, at: Stand) -> Plan | None:
         """A share of the operations that the stage dropped comes back."""
