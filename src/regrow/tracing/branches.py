@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Stand, lies_in
 from regrow.tracing.attributes import FIRST
-from regrow.tracing.capture import Capture, capture, evaluating, faked, fitting, hollow, lightly, quiet
+from regrow.tracing.capture import Capture, capture, evaluating, lightly, quiet
 from regrow.tracing.effects import Effects
+from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.stand import Dropped, exchange, put
 from regrow.tracing.walk import ALIASES, op_name
 
