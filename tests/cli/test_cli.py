@@ -64,10 +64,13 @@ def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
 
 
 def test_show_says_how_a_network_was_traced(regrow: Run) -> None:
-    for name, how, words in (("classifier", "export", "torch.export"), ("picking", "eager", "recording one eager run")):
+    for name, how, words in (
+        ("classifier", "export", "on fake data"),
+        ("picking", "eager", "by recording one eager run"),
+    ):
         code, out, err = regrow("show", f"toys:{name}", "--json", "axes.json")
         assert code == 0, err
-        assert f"traced by {words}" in " ".join(out.split())
+        assert f"traced {words}" in " ".join(out.split())
         assert json.loads(Path("axes.json").read_text())["recorded"] == how
     assert "since torch.export refuses" in " ".join(out.split())
 

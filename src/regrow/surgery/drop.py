@@ -18,9 +18,10 @@ from regrow.surgery.carry import carry_out
 from regrow.surgery.gone import Gone
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.tracing.branches import Recorded, RefusedError, branches, located, offered
-from regrow.tracing.capture import Capture, TraceError, capture, faked, fitting, hollow
+from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import Effects, otherwise
 from regrow.tracing.graph import Names, assemble
+from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.reach import reach
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.stand import Dropped, exchange, put

@@ -21,9 +21,9 @@ __all__ = ["TraceError", "trace", "with_branches"]
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     """The axes of a network, found by running it once on an example.
 
-    The model is recorded with ``torch.export`` on fake data, or, where data decide what it does, in one real run (its
-    weights are not touched). Every dimension of every tensor gets an expression, and one unit of each axis is cut on
-    trial: an axis that the network does not survive as planned is frozen, with the reason.
+    The model is recorded on fake data, as ``torch.export`` does, or, where data decide what it does, in one real run
+    (its weights are not touched). Every dimension of every tensor gets an expression, and one unit of each axis is cut
+    on trial: an axis that the network does not survive as planned is frozen, with the reason.
 
     Args:
         model: Any network that runs. It is traced in evaluation mode.

@@ -15,8 +15,9 @@ from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Stand, lies_in
 from regrow.candidates import Candidates, candidates_in
 from regrow.tracing.attributes import FIRST
-from regrow.tracing.capture import Capture, capture, evaluating, faked, fitting, hollow, lightly, quiet
+from regrow.tracing.capture import Capture, capture, evaluating, lightly, quiet
 from regrow.tracing.effects import Effects
+from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.stand import Dropped, exchange, put
 from regrow.tracing.walk import ALIASES, op_name
 
