@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from regrow.allocation.commits import cut, excess, savings
+from regrow.allocation.commits import cut, excess, savings, spared
 from regrow.allocation.gates import Gates, Masks, gates
 from regrow.candidates import Staged, candidates_in
 from regrow.evaluation.continual import share_right
@@ -55,6 +55,10 @@ class Searcher(Learner):
     def rates(self, at: Stand) -> tuple[float, float]:
         """How fast α and κ learn, and thresholds."""
         return 0.02, 0.005
+
+    def allowed(self, at: Stand) -> float:
+        """What the part that runs may cost now; a commit leaves no less standing than that."""
+        return self.most
 
     def joint(self, at: Stand) -> bool:
         """Whether importances learn in this epoch."""
@@ -186,7 +190,7 @@ class Searcher(Learner):
         """What does not stand now goes."""
         assert self.gates is not None
         with torch.no_grad():
-            masks = self.masks(at)
+            masks = spared(self.gates, self.masks(at), self.allowed(at))
             drop, keep = cut(self.gates, masks, at.axes)
             saved = savings(self.gates, masks)
             if masks.over is not None:
@@ -225,7 +229,11 @@ class Searcher(Learner):
             for key, i in (places[one] for one in filters):
                 self.tensors[f"kappa {key}"].values.data[i] = -50.0
             self.gone |= weights
-        return self.commit(at)
+        plan = self.commit(at)
+        for name in ("ops", "filters", "weights"):  # what is left stands
+            self.tensors[f"threshold {name}"].values.data.zero_()
+        self.masks(at)
+        return plan
 
 
 def _parts(at: Stand) -> Staged:

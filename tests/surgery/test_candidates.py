@@ -93,14 +93,6 @@ def test_one_candidate_stays(traced):
         apply(copy.deepcopy(net), axes, Plan.dropping(axes, own))
 
 
-def test_an_input_that_nothing_would_read_is_refused(traced):
-    net, axes, _ = traced
-    every = [path for paths in candidates_in(net).values() for path in paths]
-    readers = [path for path in every if path.startswith("cells.0.") and path.endswith("_0")]
-    with pytest.raises(PlanError, match=r"nothing would use cells\.0\.inputs\.0"):
-        apply(copy.deepcopy(net), axes, Plan.dropping(axes, readers))
-
-
 def test_a_sum_of_ones_own_is_proved_as_ever():
     class Loud(Candidates):
         def forward(self, *inputs):

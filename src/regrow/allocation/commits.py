@@ -1,6 +1,7 @@
 """What a commit of a search takes out: what does not stand, what a share tells, or what a target still asks for."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import ceil
 from typing import Any
 
@@ -29,6 +30,27 @@ def cut(found: Gates, masks: Masks, axes: AxisGraph) -> tuple[list[str], dict[st
         if stays and not bool(own.all()):
             keep[key] = own.nonzero()[:, 0].tolist()
     return drop, keep
+
+
+def spared(found: Gates, masks: Masks, allowed: float) -> Masks:
+    """Masks under which no more goes than must: the nearest to their thresholds stay, as long as all that is allowed.
+
+    Args:
+        found: What may go.
+        masks: What stands.
+        allowed: What the network may cost.
+    """
+    ops, filters = masks.ops.clone(), masks.filters.clone()
+    margins = torch.cat(masks.margins)
+    here = torch.cat([found.alive & found.runs, torch.ones_like(filters, dtype=torch.bool)])
+    lost = (here & (torch.cat([ops, filters]) == 0)).nonzero()[:, 0]
+    for at in lost[margins[lost].argsort(descending=True)].tolist():
+        mask, i = (ops, at) if at < len(ops) else (filters, at - len(ops))
+        mask[i] = 1.0
+        if float(found.levels.size(ops, filters, masks.weights)) > allowed:
+            mask[i] = 0.0
+            break
+    return replace(masks, ops=ops, filters=filters)
 
 
 def savings(found: Gates, masks: Masks) -> dict[str, float]:

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.sources import Batch, logits_in
-from regrow.tracing.hollow import hollow, quiet
+from regrow.tracing.capture import quiet
+from regrow.tracing.hollow import hollow
 
 Step = Callable[[nn.Module, Batch], Any]
 """A step of learning: forward, loss, backward, optimiser. What it keeps for the next one, it keeps by itself."""

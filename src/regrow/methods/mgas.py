@@ -152,6 +152,8 @@ class Mgas(Searcher):
 
     def allowed(self, at: Stand) -> float:
         """What the part that runs may cost now: evenly in logarithms from what it did to the stage's goal."""
+        if self.settings.controller == "ratios" and at.epoch < at.epochs:
+            return 0.0  # what each level is told goes, whatever that leaves
         return float(self.values["start"] * (self.values["goal"] / self.values["start"]) ** self.progress(at))
 
     def begin(self, at: Stand) -> None:
@@ -217,6 +219,7 @@ class Mgas(Searcher):
 
     def plan(self, at: Stand) -> Plan | None:
         """What is cut and brought back before this epoch: at every second one of a stage, and when the next begins."""
+        self.seen = 0
         if self.gates is None:  # a run was taken up again
             self.settle(at)
         stage = self.values["stage"]
@@ -297,6 +300,7 @@ class Mgas(Searcher):
         if not (many := int(self.settings.regrow_weights * int(self.gone.sum()))):
             return
         batch = next(at.task.train.batches(256, seed=at.drawn(at.epoch, 8).initial_seed()))
+        at.model.eval()
         at.model.zero_grad(set_to_none=True)
         with standing_in(at.model, self._standing(at, False)):
             F.cross_entropy(self.asked(at, batch.inputs), batch.labels).backward()
