@@ -153,6 +153,7 @@ def _learn_task(
         young: dict[str, Tensor] = {}
         while plan := learner.plan(at):
             young = _change(at, tasks, learner, schedule, course, plan, movers)
+        _join(movers, at, learner)  # what a learner begins anew without a plan learns too
         torch.manual_seed(at.drawn(at.epoch, 1).initial_seed() % 2**63)  # what Dropout draws
         learner.mode(at)
         order = at.drawn(at.epoch).initial_seed()
