@@ -9,6 +9,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from regrow.methods import (
+    blind,
     ewc,
     flap,
     gprune,
@@ -89,6 +90,7 @@ LEARNERS: Mapping[str, Entry] = {
 
 SEARCHERS: Mapping[str, Entry] = {
     "mgas": Entry(mgas.Settings, mgas.build, mgas.CITATION, mgas.__doc__ or ""),
+    "blind": Entry(blind.Settings, blind.build, blind.CITATION, blind.__doc__ or ""),
 }
 """Every method that searches."""
 

@@ -59,7 +59,7 @@ class Settings:
         method_settings: Its settings, where they differ from the defaults.
         stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says.
         memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
-        epochs: Passes over the training part in the search.
+        epochs: Passes over the training part in the search; 0 for methods that learn nothing.
         retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
         batch_size: Examples per step.
         lr: Learning rate of the network's weights.
@@ -177,7 +177,7 @@ def _searched(
     progress: Progress,
 ) -> tuple[nn.Module, Origin]:
     """The network that a search leaves, as a plain network, and how to build it."""
-    schedule, place, course = settings.schedule(settings.epochs, "constant"), folder.path / COURSE, Course()
+    place, course = folder.path / COURSE, Course()
     if folder.resumed and place.is_file():
         axes, course = read_course(place, model, axes, learner)
     told, logged = len(course.events), course.epoch
@@ -191,15 +191,19 @@ def _searched(
             folder.log("epoch", **row)
         if len(learner.values["history"]) > logged and settings.memory and learner.values["stage"] not in seen:
             seen.add(learner.values["stage"])
-            at = Stand(model, here, parts.search, 0, now.epoch - 1, schedule.epochs)
+            at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs)
             folder.log("memory", stage=learner.values["stage"], **stage_memory(learner, at, settings.batch_size))
         told, logged = len(now.events), len(learner.values.get("history", []))
 
     seen: set[int] = set()
-    axes, course = learn(
-        model, axes, [parts.search], learner, schedule, course=course, on_epoch=keep, progress=progress
-    )
-    at = Stand(model, axes, parts.search, 0, schedule.epochs, schedule.epochs, seed=settings.seed)
+    if settings.epochs:
+        schedule = settings.schedule(settings.epochs, "constant")
+        axes, course = learn(
+            model, axes, [parts.search], learner, schedule, course=course, on_epoch=keep, progress=progress
+        )
+    at = Stand(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed)
+    if not settings.epochs:
+        learner.begin(at)
     last = []
     while plan := learner.final(at):
         changed(at, learner, plan)
