@@ -4,10 +4,10 @@
     python recipes/mgas_tables.py --cifar PICTURES --work FOLDER --seeds 3 --targets 0.15 0.25 0.4 --match MGAS
     python recipes/mgas_tables.py --show
 
-PICTURES has CIFAR-10 as ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets a run per row, so that a row which is stopped
-goes on. A row is written when it is whole. Every arm ends at the same number of parameters that are not 0 (a share of the
-super-network's), is trained anew for equally many epochs on training and validation part, and is tested once. What
-the search saw of the data is the training part alone; choices are judged on the validation part.
+PICTURES has CIFAR-10 as ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets a run per row, so that a row which is
+stopped goes on. A row is written when it is whole. Every arm ends at the same number of parameters that are not 0 (a
+share of the super-network's), is trained anew for equally many epochs on training and validation part, and is tested
+once. What the search learns from is the training part alone; choices are judged on the validation part.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1``.
 """
@@ -90,7 +90,8 @@ def shown(path: Path) -> Iterator[str]:
         whole = {row["seed"]: row["accuracy"] for row in own if row["arm"] == MGAS.name}
         head = ("", "test accuracy, %", "difference, paired", "as the search left it", "parameters, not 0", "stored")
         head += ("left out: operations, filters, weights", "s")
-        yield f"\n{setting}, target {target:g} of the space, seeds {', '.join(map(str, sorted({r['seed'] for r in own})))}\n"
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in own})))
+        yield f"\n{setting}, target {target:g} of the space, seeds {seeds}\n"
         yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
         for arm in ARMS:
             done = [row for row in own if row["arm"] == arm.name]

@@ -219,6 +219,8 @@ class Searcher(Learner):
         Raises:
             ValueError: If the target is below what can be reached.
         """
+        if self.gates is None:  # a run was taken up again
+            self.settle(at)
         assert self.gates is not None
         with torch.no_grad():
             masks, flat = self.masks(at), self.gates.levels.flat(at.parameters())
