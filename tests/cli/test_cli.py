@@ -138,6 +138,18 @@ def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:
     assert code == 0 and Path("both.html").exists() and "one" in out
 
 
+def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
+    given = ("--data", "digits", "--train", "200", "--test", "50", "--stages", "1", "--epochs", "3", "--retrain", "1")
+    code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "0.4", "--stride", "1", "--out", "run")
+    assert code == 0, err
+    assert "operations" in out and "not 0" in out and "test after training anew" in out
+    assert type(load("run")).__name__ == "Cells"
+    code, _, err = regrow("search", "cells:3-2-1", *given, "--target", "7", "--out", "other")
+    assert code == 2 and "is a share" in err and not Path("other").exists()
+    code, out, _ = regrow("methods", "mgas")
+    assert code == 0 and "reconstructed" in out.lower() and "--set controller=dual" in out
+
+
 def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: Run) -> None:
     given = ("--epochs", "2", "--train", "200", "--test", "50", "--model", "mlp:8")
     code, out, err = regrow("learn", "permuted:digits:2", *given, "--out", "run")

@@ -66,7 +66,7 @@ def _tell(folder: Any) -> None:
         numbers=(1,),
     )
     say(
-        f"{number(found['nonzero'])} parameters ({number(found['parameters'])} with zeros); validation "
+        f"{number(found['nonzero'])} parameters that are not 0, of {number(found['parameters'])}; validation "
         f"{found['accuracy']:.3f} as the search left it; "
         f"test after training anew {tested['accuracy']:.3f} on {tested['images']} images"
     )
