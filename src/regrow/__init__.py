@@ -1,5 +1,6 @@
 """regrow changes the shape of trained networks, exactly: it prunes them, grows them and searches them."""
 
+from regrow.candidates import Candidates
 from regrow.plan import Fill, Plan
 from regrow.runs import load
 from regrow.runs.prune import prune
@@ -8,6 +9,7 @@ from regrow.tracing import trace, with_branches
 
 __all__ = [
     "Attic",
+    "Candidates",
     "Fill",
     "Plan",
     "aligned",

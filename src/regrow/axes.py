@@ -260,11 +260,12 @@ class AxisGraph:
         folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
         notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
-        branches: Every module that runs, by path: whether it can be dropped whole, or why not. Empty until
-            :func:`regrow.with_branches` has looked.
+        branches: Every module that runs, by path: whether it can be dropped whole, or why not. Only
+            what the network offers as candidates, until :func:`regrow.with_branches` has looked.
         steps: What the network does, operation by operation.
-        decisions: What the data of the example decided, where one eager run was recorded; ``None`` where
-            ``torch.export`` recorded the network.
+        decisions: What the data of the example decided, where one eager run was recorded; ``None`` where fake data
+            were enough.
+        exported: Whether ``torch.export`` recorded what it does on fake data, since we could not.
         trained: Whether what the network does in training was followed too, since that reaches more parameters.
         declared: The keys of the axes that a user named, and no recording shows.
         example: The traced input, for verifying.
@@ -284,6 +285,7 @@ class AxisGraph:
     branches: Mapping[str, Branch] = field(default_factory=dict)
     steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
+    exported: bool = field(default=False, compare=False, repr=False)
     trained: bool = False
     declared: tuple[str, ...] = ()
     example: Example = field(default_factory=Example, compare=False, repr=False)
@@ -299,7 +301,7 @@ class AxisGraph:
 
     @property
     def recorded(self) -> str:
-        """How the network was recorded: by ``"export"``, or from one ``"eager"`` run; ``"not"`` if it was declared."""
+        """How it was recorded: as an ``"export"`` is, or from one ``"eager"`` run; ``"not"`` if it was declared."""
         if self.declared and self.axes.keys() <= set(self.declared):
             return "not"
         return "export" if self.decisions is None else "eager"

@@ -2,14 +2,15 @@
 
 What a module gives may reach the rest of a network through additions alone: the body of a residual block, the
 attention or the MLP of a decoder layer, one of several operations that are summed. Or it is a residual step as a whole:
-its input, plus something. Such a module can be dropped, and the network computes what is left of the sum.
+its input, plus something. Such a module can be dropped, and the network computes what is left of the sum. So can all
+but one of the operations that a :class:`regrow.Candidates` sums, whatever they do.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Gives = Literal["zero", "input"]
+Gives = Literal["zero", "input", "nothing"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Stand:
     """What stands for a module that is dropped.
 
     Args:
-        gives: ``"zero"``: zeros in the form of an argument; ``"input"``: the argument as it is.
+        gives: ``"zero"``: zeros in the form of an argument; ``"input"``: the argument as it is;
+            ``"nothing"``: ``None``, which a :class:`regrow.Candidates` leaves out of its sum.
         takes: Which argument, by its position or name.
         of: Of how many parts its answer is a tuple; 0 where it answers with a tensor.
         at: Which of them is the tensor; the others are ``None``.
@@ -45,8 +47,8 @@ class Stand:
         if not isinstance(data, dict) or not data.keys() <= {"gives", "takes", "of", "at"}:
             raise ValueError(f"what stands for a module is told by gives, takes, of and at; got {str(data)[:60]}")
         gives, takes, of, at = (data.get(name, 0) for name in ("gives", "takes", "of", "at"))
-        if gives not in ("zero", "input"):
-            raise ValueError(f"a dropped module gives 'zero' or 'input'; got {str(gives)[:40]!r}")
+        if gives not in ("zero", "input", "nothing"):
+            raise ValueError(f"a dropped module gives 'zero', 'input' or 'nothing'; got {str(gives)[:40]!r}")
         if type(takes) not in (int, str) or (isinstance(takes, int) and not 0 <= takes < 256):
             raise ValueError(f"it takes an argument by position or name; got {str(takes)[:40]!r}")
         if type(of) is not int or type(at) is not int or not 0 <= at < max(of, 1) <= 256:
@@ -76,7 +78,7 @@ class Branch:
 
     @property
     def gives(self) -> str:
-        """What the network has in its place: ``"zero"``, or its ``"input"``; empty if it cannot be dropped."""
+        """What stands in its place: ``"zero"``, ``"input"`` or ``"nothing"``; empty if it cannot be dropped."""
         return self.stands[self.module].gives if self.free else ""
 
     def holds(self, name: str) -> bool:

@@ -40,6 +40,7 @@ class Stand:
         number: Which task that is, from 0.
         epoch: Which pass over its examples, from 0.
         epochs: How many passes there are.
+        steps: How many steps a pass has.
         classes: The classes that answers are chosen among now, ``[classes]`` bool; ``None`` for all.
         seed: Of everything that is drawn.
         past: The tasks before; what they were learned from is there for controls and bounds only.
@@ -51,6 +52,7 @@ class Stand:
     number: int = 0
     epoch: int = 0
     epochs: int = 1
+    steps: int = 1
     classes: Tensor | None = None
     seed: int = 0
     past: tuple[Task, ...] = ()
@@ -68,6 +70,15 @@ class Stand:
             for name in self.parameters()
             if not any(self.axes[key].free for key in axes_in(self.axes.shapes[name][0]))
         )
+
+    @property
+    def own(self) -> Tensor | None:
+        """Of the classes that answers are chosen among now, those of this task; ``None`` where ``classes`` is."""
+        if self.classes is None:
+            return None
+        own = torch.zeros_like(self.classes)
+        own[list(self.task.classes)] = True
+        return own
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Every parameter by name, tied ones once."""
@@ -92,10 +103,21 @@ class Learner:
     Args:
         tensors: By name; stored with each checkpoint, cut and widened with the network.
         values: Numbers and words, as JSON data; stored too.
+        attic: What cuts took out of the network (a :class:`regrow.Attic`), for learners that bring units back.
     """
 
     tensors: dict[str, Along] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
+    attic: Any = None
+
+    @property
+    def optimizer(self) -> str:
+        """What moves the tensors that learn: ``adam``, or nothing for what moves the network."""
+        return ""
+
+    def asked(self, at: Stand, inputs: Tensor) -> Tensor:
+        """The logits ``[N, classes]`` that the network gives now."""
+        return at.logits(inputs)
 
     def begin(self, at: Stand) -> None:
         """A task begins; nothing of it has been learned."""
@@ -110,7 +132,7 @@ class Learner:
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """What is made small, as a scalar."""
-        return F.cross_entropy(at.logits(batch.inputs), batch.labels)
+        return F.cross_entropy(self.asked(at, batch.inputs), batch.labels)
 
     def gate(self, at: Stand) -> None:
         """Gradients have been taken; they may be changed."""
@@ -122,7 +144,7 @@ class Learner:
         """An epoch is over; what is measured and stored comes next."""
 
     def plan(self, at: Stand) -> Plan | None:
-        """What changes in the network's shape before this epoch, if anything."""
+        """What changes in the network's shape before this epoch, if anything; asked until it is nothing."""
         return None
 
     def grown(self, at: Stand, plan: Plan) -> None:
@@ -130,6 +152,21 @@ class Learner:
 
     def end(self, at: Stand) -> None:
         """All epochs of a task are over."""
+
+    def final(self, at: Stand) -> Plan | None:
+        """What a search still changes when all epochs are over; asked until it is nothing."""
+        return None
+
+    def baked(self, at: Stand) -> None:
+        """Write what stands in for parameters into them: from now on it is a plain network."""
+        values = self.answering(at, at.number)
+        with torch.no_grad():
+            for name, value in values.items():
+                at.model.get_parameter(name).copy_(value)
+
+    def kept(self) -> Mapping[str, float]:
+        """The share of each level of a search that stands."""
+        return {}
 
     def account(self, at: Stand) -> Mapping[str, Any]:
         """What is noted of the task that just ended, as JSON data."""

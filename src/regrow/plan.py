@@ -239,7 +239,7 @@ def _droppable(axes: AxisGraph, path: str) -> Branch:
     remedy = f"; in it, {inner[0]} can" if inner else ""
     if axes.decisions is not None:
         raise PlanError(f"{path} cannot be dropped: data decide what this network does, and only one way was seen")
-    if not axes.branches:
+    if branch is None and all(one.gives == "nothing" for one in axes.branches.values()):
         raise PlanError(f"whether {path} can be dropped was not looked for: axes = regrow.with_branches(model, axes)")
     if branch is None:
         raise PlanError(f"no module {path!r} runs in this network{remedy}; `regrow show --branches` lists them")

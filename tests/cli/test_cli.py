@@ -64,10 +64,13 @@ def test_prune_evaluate_and_show_a_network_of_ones_own(regrow: Run) -> None:
 
 
 def test_show_says_how_a_network_was_traced(regrow: Run) -> None:
-    for name, how, words in (("classifier", "export", "torch.export"), ("picking", "eager", "recording one eager run")):
+    for name, how, words in (
+        ("classifier", "export", "on fake data"),
+        ("picking", "eager", "by recording one eager run"),
+    ):
         code, out, err = regrow("show", f"toys:{name}", "--json", "axes.json")
         assert code == 0, err
-        assert f"traced by {words}" in " ".join(out.split())
+        assert f"traced {words}" in " ".join(out.split())
         assert json.loads(Path("axes.json").read_text())["recorded"] == how
     assert "since torch.export refuses" in " ".join(out.split())
 
@@ -133,6 +136,18 @@ def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:
     assert plans[0] == plans[1]
     code, out, _ = regrow("compare", "one", "two", "--out", "both.html")
     assert code == 0 and Path("both.html").exists() and "one" in out
+
+
+def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
+    given = ("--data", "digits", "--train", "200", "--test", "50", "--stages", "1", "--epochs", "3", "--retrain", "1")
+    code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "0.4", "--stride", "1", "--out", "run")
+    assert code == 0, err
+    assert "operations" in out and "not 0" in out and "test after training anew" in out
+    assert type(load("run")).__name__ == "Cells"
+    code, _, err = regrow("search", "cells:3-2-1", *given, "--target", "7", "--out", "other")
+    assert code == 2 and "is a share" in err and not Path("other").exists()
+    code, out, _ = regrow("methods", "mgas")
+    assert code == 0 and "reconstructed" in out.lower() and "--set controller=dual" in out
 
 
 def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: Run) -> None:

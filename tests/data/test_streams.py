@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from regrow.data import SourceError
-from regrow.data.streams import digits_task, fewer, idx, of_datasets, permuted, rotated, split
+from regrow.data.streams import digits_task, fewer, idx, of_datasets, permuted, pictures, rotated, split
 
 
 def test_permuted_tasks_hold_the_same_pixels_in_one_order_per_task() -> None:
@@ -48,6 +48,28 @@ def test_training_and_test_images_are_apart() -> None:
     assert len(base.train) + len(base.test) == 1797
     assert sum(row.numpy().tobytes() in train for row in base.test.inputs) == 0
     assert len(fewer(base, 100, 50).train) == 100 and len(fewer(base, 9999, 50).train) == len(base.train)
+
+
+def test_pictures_in_folders_are_a_task(tmp_path: Path) -> None:
+    """As many as are asked for, drawn by the seed, each with its class and its own pixels."""
+    image = pytest.importorskip("PIL.Image", reason="needs pillow")
+    for half, n in (("train", 6), ("test", 3)):
+        for label, name in enumerate(("apple", "pear")):
+            (tmp_path / half / name).mkdir(parents=True)
+            for i in range(n):
+                image.new("RGB", (5, 4), (40 * i, 100 * label, 7)).save(tmp_path / half / name / f"{i}.png")
+    base = pictures(tmp_path)
+    assert (len(base.train), len(base.test), base.classes) == (12, 6, (0, 1))
+    assert base.train.inputs.shape == (12, 3, 4, 5)
+    assert torch.equal((base.train.inputs[:, 1, 0, 0] * 255).round(), 100.0 * base.train.labels)
+    assert sorted((base.train.inputs[:, 0, 2, 3] * 255).round().tolist()) == sorted(2 * [40.0 * i for i in range(6)])
+    drawn = [pictures(tmp_path, train=5, test=2, seed=seed).train.inputs for seed in (1, 1, 2)]
+    assert len(drawn[0]) == 5 and torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    image.new("RGB", (7, 4)).save(tmp_path / "test" / "pear" / "x.png")
+    with pytest.raises(SourceError, match="bring all to one size"):
+        pictures(tmp_path)
+    with pytest.raises(SourceError, match="train has no pictures; give a folder with train/CLASS/… and test/CLASS/…"):
+        pictures(tmp_path / "train")
 
 
 def test_any_pairs_are_tasks() -> None:

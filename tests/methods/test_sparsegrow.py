@@ -9,11 +9,12 @@ from torch import nn
 
 from regrow.data.streams import digits_task, permuted, split
 from regrow.learner import Learner, Stand
+from regrow.methods import LEARNERS
 from regrow.methods.sparsegrow import Settings, SparseGrow
 from regrow.nets.small import small
 from regrow.runs.learning import Schedule, learn
 from regrow.surgery.stand_in import standing_in
-from regrow.tasks import Task
+from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 
 SCHEDULE = Schedule(epochs=4, batch_size=64, lr=0.05)
@@ -46,11 +47,44 @@ def test_growth_changes_no_answer(tasks: list[Task], spec: str) -> None:
     assert all(axis.size > 8 for axis in axes.units() if axis.key in course.events[0]["grown"])
 
 
+def test_a_network_with_group_norms_grows_by_whole_groups(tasks: list[Task]) -> None:
+    """1, where norms rest on the input alone: logits stay, and every hidden axis has a group more."""
+    model, _, _, course = learned(tasks[:2], Settings(multiple=1, cap=2.0), "resnet-gn:8-2", epochs=2)
+    (event,) = course.events
+    assert event["task"] == 1 and event["shock"] == 0 and event["logits_moved"] <= 1e-5
+    assert event["grown"] == {"3.conv1.weight:0/2": 1, "4.conv1.weight:0/2": 1}
+    assert model[3].bn1.num_groups == 5 and model[3].conv1.out_channels == 10
+
+
+@pytest.mark.parametrize("spec", ["resnet:8-2", "resnet-gn:8-2"])
+def test_without_running_statistics_frozen_answers_stay(tasks: list[Task], spec: str) -> None:
+    """When nothing learns any more, a BatchNorm still forgets through its statistics; a GroupNorm has none."""
+    model, axes = begun(tasks, spec)
+    learner = LEARNERS["naive"].made("naive", {"keep": "network"})
+    course, said = None, []
+    for n in (1, 2):
+        course = course and replace(course, before=(0.1, 0.1))
+        axes, course = learn(model, axes, tasks[:n], learner, replace(SCHEDULE, epochs=1), course=course)
+        with torch.no_grad():
+            said.append(model.eval()(tasks[0].test.inputs))
+    assert torch.equal(*said) == (spec == "resnet-gn:8-2")
+
+
+class Half(SparseGrow):
+    """Runs the network in bfloat16, as mixed precision does; its weights stay float32."""
+
+    def loss(self, at: Stand, batch: Examples) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert at.logits(batch.inputs[:1]).dtype == torch.bfloat16
+            return super().loss(at, batch)
+
+
+@pytest.mark.parametrize("kind", [SparseGrow, Half])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str) -> None:
-    """2: bit for bit, under momentum and weight decay, through a later task with growth."""
+def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str, kind: type[SparseGrow]) -> None:
+    """2: bit for bit, under momentum, weight decay and mixed precision, through a later task with growth."""
     model, axes = begun(tasks)
-    learner = SparseGrow(settings=Settings(gate="hard"))
+    learner = kind(settings=Settings(gate="hard"))
     schedule = replace(SCHEDULE, optimizer=optimizer, weight_decay=0.05, lr=0.01)
     axes, course = learn(model, axes, tasks[:1], learner, schedule)
     then = {n: (p.detach().clone(), learner.tensors[f"owned {n}"].values.clone()) for n, p in model.named_parameters()}
@@ -214,6 +248,49 @@ def test_a_memory_goes_along(tasks: list[Task], gate: str) -> None:
         lost[memory] = course.rows[0][0] - course.rows[1][0]
     assert lost[200] < lost[0]
     assert learner.tensors["inputs"].values.shape[0] == 200 and learner.values["seen"] == 2 * len(tasks[0].train)
+
+
+@pytest.mark.parametrize("scenario", ["class", "domain"])
+@pytest.mark.parametrize("memory", [0, 50])
+@pytest.mark.parametrize("relief", [0.01, 1.0])
+def test_a_memory_relieves_the_gate_where_classes_come(scenario: str, memory: int, relief: float) -> None:
+    """Then the output layer moves freely, the others more than without; in no other case anything is changed."""
+    parts = split(digits_task(), 5, relabel=scenario == "domain")[:2]
+    seen: dict[str, Any] = {}
+
+    class Looking(SparseGrow):
+        def begin(self, at: Stand) -> None:
+            super().begin(at)
+            seen.update({name: gate.free for name, gate in self.gates.items()})
+
+    for strength in (20.0, 20.0 * relief):
+        seen.clear()
+        model, axes = begun(parts)
+        given = Settings(grow="never", memory=memory, relief=1.0 if strength == 20.0 * relief else relief)
+        learner = Looking(settings=replace(given, strength=strength))
+        learn(model, axes, parts, learner, replace(SCHEDULE, epochs=1, scenario=scenario))
+        if strength == 20.0:
+            first = dict(seen)
+    lifted = bool(memory) and scenario == "class" and relief < 1
+    assert ("5.weight" in first) != lifted and {"1.weight", "3.weight"} <= first.keys()
+    same = first["1.weight"] == pytest.approx(seen["1.weight"], abs=1e-12)
+    assert same == (lifted or relief == 1), "the first task is the same for all, and with it what the gate knows"
+
+
+@pytest.mark.parametrize("method", ["replay", "sparsegrow"])
+@pytest.mark.parametrize("own", [True, False])
+def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, own: bool) -> None:
+    """Without a memory's examples in the batch, ER-ACE gives the rows of old classes no gradient."""
+    parts = split(digits_task(), 5)
+    model, axes = begun(parts)
+    learner = LEARNERS[method].made(method, {"own": own, "memory": 50})
+    classes = torch.tensor([c < 4 for c in range(10)])
+    at = Stand(model, axes, parts[1], number=0, classes=classes)
+    learner.begin(at)
+    learner.loss(at, next(parts[1].train.batches(32))).backward()
+    gradient = at.parameters()["5.weight"].grad
+    assert gradient is not None and bool(gradient[2:4].any()) and not bool(gradient[4:].any())
+    assert bool(gradient[:2].any()) != own
 
 
 def test_a_wrong_setting_is_told() -> None:

@@ -8,7 +8,7 @@ import torch
 import laws
 from regrow.plan import Change, Plan, PlanError
 from regrow.surgery import verify
-from regrow.surgery.apply import carry_out
+from regrow.surgery.carry import carry_out
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from test_zoo import traced
 

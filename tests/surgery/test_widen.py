@@ -74,6 +74,27 @@ def test_an_axis_that_cannot_grow_says_why() -> None:
         Plan.growing(axes, {"x": 1})
 
 
+@pytest.mark.parametrize("rule", ["zero_out", "split", "pair"])
+@pytest.mark.parametrize("groups", [3, 12])
+def test_group_norms_take_whole_newborn_groups(rule: str, groups: int) -> None:
+    """A newborn group is normed by itself, so nothing else hears it; a unit more inside a group would be heard."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.GroupNorm(groups, 12), nn.ReLU(), nn.Conv2d(12, 4, 3), nn.Flatten(), nn.Linear(16, 2)
+    )
+    nn.init.normal_(model[1].weight)
+    axes = trace(model, torch.randn(2, 3, 6, 6))
+    whole = next(axis for axis in axes.units() if axis.size == groups and axis.key.startswith("0.weight:0"))
+    laws.widening_keeps_function(model, axes, Plan.growing(axes, {whole.key: 2}, Fill(rule)))
+    wide, _ = apply(copy.deepcopy(model), axes, Plan.growing(axes, {whole.key: 2}, Fill(rule)))
+    assert wide[1].num_groups == groups + 2 and wide[1].num_channels == 12 + 2 * 12 // groups
+    if groups == 3:
+        with pytest.raises(
+            PlanError, match=r"cannot be widened: it would be taken over newborn units too \(group_norm"
+        ):
+            Plan.growing(axes, {"0.weight:0": 1})
+
+
 def test_a_plan_that_compensates_does_not_grow() -> None:
     _, axes = net()
     with pytest.raises(PlanError, match="make two"):

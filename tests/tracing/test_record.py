@@ -1,7 +1,7 @@
 """The eager record: networks whose own data decide what they do."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from math import prod
 from typing import Any
@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_plan, shrunk, smallest_plan, zeroed
-from regrow.axes import AxisGraph, Example, Mark, Slot, size_of
+from regrow.axes import AxisGraph, Example, Mark, Slot, Step, size_of
 from regrow.plan import Plan
 from regrow.surgery import verify
-from regrow.surgery.apply import carry_out
+from regrow.surgery.carry import carry_out
 from regrow.tracing import TraceError, trace
 from regrow.tracing.capture import capture, example_of
 from regrow.tracing.graph import assemble
 from regrow.tracing.rules import POINTWISE, RULES
+from regrow.tracing.steps import steps
 from regrow.tracing.walk import walk
 from zoo import ZOO, Wired, randomised
 
@@ -92,8 +93,57 @@ def test_rows_that_data_pick_leave_the_columns_free(name: str) -> None:
 
 
 def refuse(*args: Any, **kwargs: Any) -> None:
-    """Instead of ``torch.export``, to have the eager record show what it can."""
+    """Instead of what records on fake data, to have the eager record show what it can."""
     raise RuntimeError("out of order")
+
+
+def dry(model: nn.Module, example: Example, exported: bool) -> tuple[AxisGraph, tuple[Step, ...]]:
+    """What a record on fake data says, ours or an export: axes before any trial, and what the network does."""
+    recorded = capture(model, example, exported=exported)
+    assert recorded.exported == exported
+    w = walk(recorded, RULES, POINTWISE)
+    axes, names = assemble(model, w, example)
+    return axes, steps(w, names)
+
+
+@pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
+def test_our_record_on_fake_data_is_that_of_an_export(name: str) -> None:
+    """Operation by operation; what is traced from the one is what is traced from the other, to the last name."""
+    model = ZOO[name].build()
+    args, kwargs = ZOO[name].example()
+    (ours, mine), (theirs, other) = (dry(model, example_of(model, args, kwargs), one) for one in (False, True))
+    assert mine == other
+    assert list(ours.axes) == list(theirs.axes) and ours.shapes == theirs.shapes and ours.ties == theirs.ties
+    assert ours.unreached == theirs.unreached and ours.notes == theirs.notes and ours.folds == theirs.folds
+    assert [replace(a, count="") for a in ours] == [replace(a, count="") for a in theirs]  # a count is but a label
+
+
+def test_what_asks_or_keeps_is_left_to_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """We record on fake data only what asks nothing of them, and leaves the network as it was."""
+
+    def keeps(m: Any, x: Tensor) -> Tensor:
+        m.hidden = m.one(x)
+        return m.two(m.hidden)
+
+    for wire in (keeps, lambda m, x: m.two(m.one(x)) * x.sum().item()):
+        model = randomised(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
+        with pytest.raises(TraceError):
+            capture(model, Example((torch.ones(2, 4),)), exported=False)
+        assert not hasattr(model, "hidden")
+
+
+def test_a_network_that_asks_whether_it_is_exported_is_told_so() -> None:
+    """It does the same for us as for an export."""
+    import torch.compiler as asked
+
+    def wire(m: Any, x: Tensor) -> Tensor:
+        hidden = m.one(x)
+        return m.two(hidden.relu() if asked.is_exporting() and asked.is_compiling() else hidden.flip(1))
+
+    model = randomised(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
+    example = Example((torch.ones(2, 4),))
+    assert dry(model, example, exported=False)[1] == dry(model, example, exported=True)[1]
+    assert trace(model, torch.ones(2, 4)).free() and not asked.is_exporting() and not asked.is_compiling()
 
 
 def walked(model: nn.Module, example: Example) -> set[tuple[Mark, frozenset[Slot]]]:
@@ -109,7 +159,7 @@ def test_an_eager_record_says_what_an_export_says(name: str, monkeypatch: pytest
     args, kwargs = ZOO[name].example()
     example = example_of(model, args, kwargs)
     expected = walked(model, example)
-    monkeypatch.setattr(torch.export, "export", refuse)
+    monkeypatch.setattr("regrow.tracing.capture._on_fake_data", refuse)
     assert walked(model, example) == expected
 
 
@@ -121,7 +171,7 @@ def test_the_trial_cut_of_an_eager_record_is_as_strict(name: str, monkeypatch: p
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     expected = trace(model, *args, **kwargs)
-    monkeypatch.setattr(torch.export, "export", refuse)
+    monkeypatch.setattr("regrow.tracing.capture._on_fake_data", refuse)
     axes = trace(model, *args, **kwargs)
     assert "refuses: out of order" in axes.notes[0]
     assert {(a.mark, frozenset(a.slots)) for a in axes} == {(a.mark, frozenset(a.slots)) for a in expected}

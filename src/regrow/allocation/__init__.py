@@ -1,7 +1,7 @@
 """How many units, and where: scores and a budget → the units kept.
 
 ``cost.Cost`` says what a network costs at given sizes; ``ranked`` and ``uniform`` choose units under a budget;
-``ratios`` solves for shares that meet one while they are learned.
+``ratios`` solves for shares that meet one while they are learned; ``stages`` cuts a search where memory has one.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from regrow.allocation.cost import Cost
 from regrow.allocation.ranked import BudgetError, ranked
 from regrow.allocation.solved import module_costs, ratios, slopes, soft_step
+from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes, stages
 from regrow.allocation.uniform import uniform
 
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": ranked, "uniform": uniform}
@@ -30,11 +31,15 @@ __all__ = [
     "ALLOCATIONS",
     "BudgetError",
     "Cost",
+    "MemoryBudgetError",
+    "Stages",
     "allocation",
+    "in_bytes",
     "module_costs",
     "ranked",
     "ratios",
     "slopes",
     "soft_step",
+    "stages",
     "uniform",
 ]

@@ -64,3 +64,50 @@ class _Thresholded(torch.autograd.Function):
         each = surrogate(above).mul_(weight).mul_(gradient).masked_fill_(owned, 0.0)
         down = each.flatten(1).sum(1) if ctx.shape else each.sum()
         return gradient, -down.reshape(ctx.shape), None
+
+
+def stepped(over_by: Tensor) -> Tensor:
+    """1 where a value is at least 0, else 0; with the surrogate's gradient.
+
+    >>> z = torch.tensor([0.1, -0.1], requires_grad=True)
+    >>> stepped(z).sum().backward()
+    >>> stepped(z).tolist(), [round(g, 2) for g in z.grad.tolist()]
+    ([1.0, 0.0], [1.6, 1.6])
+    """
+    found: Tensor = _Step.apply(over_by)
+    return found
+
+
+class _Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, over_by: Tensor) -> Tensor:
+        ctx.save_for_backward(over_by)
+        return (over_by >= 0).to(over_by.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (over_by,) = ctx.saved_tensors
+        return surrogate(over_by).mul_(gradient)
+
+
+def kept(values: Tensor, over_by: Tensor) -> Tensor:
+    """Values where ``over_by`` is at least 0, else 0; values get the dense gradient, ``over_by`` the surrogate's.
+
+    Args:
+        values: Any shape.
+        over_by: The same shape.
+    """
+    found: Tensor = _Kept.apply(values, over_by)
+    return found
+
+
+class _Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, over_by: Tensor) -> Tensor:
+        ctx.save_for_backward(values, over_by)
+        return values * (over_by >= 0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        values, over_by = ctx.saved_tensors
+        return gradient, surrogate(over_by).mul_(values).mul_(gradient)

@@ -12,6 +12,7 @@ from regrow.cli.methods import methods
 from regrow.cli.prune import prune
 from regrow.cli.report import report
 from regrow.cli.screen import failure
+from regrow.cli.search import search
 from regrow.cli.show import show
 
 EPILOG = """\b
@@ -28,7 +29,7 @@ def regrow() -> None:
     """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
 
 
-for verb in (show, prune, learn, apply, evaluate, compare, report, methods):
+for verb in (show, prune, learn, search, apply, evaluate, compare, report, methods):
     regrow.add_command(verb)
 
 

@@ -28,7 +28,7 @@ Examples
     "--model",
     default="mlp:100-100",
     show_default=True,
-    help="mlp:100-100 (hidden widths), resnet:16-3 (width, stages).",
+    help="mlp:100-100 (hidden widths), resnet:16-3 (width, stages), resnet-gn:16-3 (with GroupNorm).",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder. The same command resumes a stopped run.")
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run of this folder.")

@@ -12,15 +12,16 @@ from regrow.cli.screen import say, table
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain NAME: what it does, its settings, whom to cite."""
-    from regrow.methods import LEARNERS, METHODS, entry, learner_entry
+    from regrow.methods import LEARNERS, METHODS, SEARCHERS, entry, learner_entry, searcher_entry
 
     if name is None:
-        for title, known in (("Methods of `regrow prune`", METHODS), ("Methods of `regrow learn`", LEARNERS)):
+        for verb, known in (("prune", METHODS), ("learn", LEARNERS), ("search", SEARCHERS)):
             rows = [(key, one.about.strip().splitlines()[0].rstrip(".")) for key, one in known.items()]
-            table(title, ("name", "what it does"), rows)
+            table(f"Methods of `regrow {verb}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return
-    one = learner_entry(name) if name in LEARNERS else entry(name)
+    of = {**dict.fromkeys(LEARNERS, learner_entry), **dict.fromkeys(SEARCHERS, searcher_entry)}
+    one = of.get(name, entry)(name)
     say(one.about.strip() + "\n")
     helps = _helps(one.settings.__doc__ or "")
     rows = [

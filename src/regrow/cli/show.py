@@ -35,7 +35,11 @@ def show(model: str, json_file: Path | None, everything: bool, branches: bool, d
     _frozen_table([row for row in rows if row.mark == "frozen"], everything)
     if branches:
         _branches_table(axes, everything)
-    say("traced by torch.export" if axes.recorded == "export" else "traced by recording one eager run")
+    say(
+        "traced on fake data, as torch.export does"
+        if axes.recorded == "export"
+        else "traced by recording one eager run"
+    )
     for note in axes.notes:
         say(f"note: {note}")
     if axes.unreached:

@@ -1,6 +1,7 @@
 """Sequences of tasks: one set of images seen in changed ways, or in parts."""
 
 import gzip
+import random
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.data.errors import SourceError
+from regrow.data.vision import image_files, read_images
 from regrow.tasks import Examples, Task
 
 _MOST = 2**28
@@ -121,6 +123,55 @@ def idx(folder: str | Path, name: str = "images") -> Task:
         for half in ("train", "t10k")
     )
     return Task(name, train, test, tuple(sorted(map(int, train.labels.unique()))))
+
+
+def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: int = 0, seed: int = 0) -> Task:
+    """A data set of picture files, ``train/CLASS/…`` and ``test/CLASS/…``; values 0 to 1, classes in order of name.
+
+    Args:
+        folder: Where both folders are.
+        name: How results refer to it.
+        train: How many pictures to learn from, drawn by the seed before any is read; 0: all.
+        test: How many to test on.
+        seed: Which.
+
+    Raises:
+        SourceError: If there are none, or they are not all of one size.
+    """
+    halves = [Path(folder) / half for half in ("train", "test")]
+    classes = sorted({one.name for half in halves if half.is_dir() for one in half.iterdir() if one.is_dir()})
+    found = []
+    for half, n in zip(halves, (train, test), strict=True):
+        files = [(file, i) for i, one in enumerate(classes) for file in image_files(half / one)]
+        if not files:
+            raise SourceError(f"{half} has no pictures; give a folder with train/CLASS/… and test/CLASS/…")
+        chosen = random.Random(seed).sample(files, min(n or len(files), len(files)))
+        found.append(Examples(read_images([file for file, _ in chosen]), torch.tensor([label for _, label in chosen])))
+    return Task(name, found[0], found[1], tuple(range(len(classes))))
+
+
+def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
+    """A data set by name: ``digits``, or a folder: MNIST's four files, or ``train/CLASS/…`` and ``test/CLASS/…``.
+
+    Args:
+        name: Which.
+        train: Most examples to learn from, drawn by the seed; 0: all.
+        test: Most to test on; 0: all.
+        seed: Which ones.
+
+    Raises:
+        SourceError: If there is no such data.
+    """
+    folder = Path(name)
+    if name != "digits" and not folder.is_dir():
+        raise SourceError(
+            f"no data {name!r}: write digits, or a folder with MNIST's four files, or with pictures in train/CLASS/… "
+            "and test/CLASS/…"
+        )
+    if (folder / "train").is_dir():
+        return pictures(folder, folder.name, train, test, seed)
+    base = digits_task() if name == "digits" else idx(folder, folder.name)
+    return fewer(base, train or len(base.train), test or len(base.test), seed)
 
 
 def digits_task(test: float = 0.25) -> Task:

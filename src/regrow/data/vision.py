@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -89,8 +89,7 @@ def images(
     classes = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     found: list[tuple[Path, int]] = []
     for label, folder in enumerate(classes):
-        files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
-        found += [(file, label) for file in _part(files, half)]
+        found += [(file, label) for file in _part(image_files(folder), half)]
     if not found:
         raise SourceError(f"source {name!r}: no {half} images in sub-folders of {path}; give path/CLASS/image.jpg")
     chosen = random.Random(seed).sample(found, min(len(found), n or len(found)))
@@ -148,21 +147,56 @@ def image_tensor(file: Path, size: int) -> Tensor:
     Raises:
         SourceError: If the file is no image.
     """
+    picture = _opened(file)
+    from PIL.Image import Resampling
+
+    scale = size * 8 / 7 / min(picture.size)
+    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Resampling.BILINEAR)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
+    colours = torch.from_numpy(cut / np.float32(255))
+    return ((colours - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The image files below a folder, by name."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
+
+
+def read_images(files: Sequence[Path]) -> Tensor:
+    """Images as they are, ``[N, 3, H, W]`` float32, values 0 to 1.
+
+    Raises:
+        SourceError: If a file is no image, or they are not all of one size.
+    """
+    first = np.asarray(_opened(files[0]))
+    found = np.empty((len(files), *first.shape), np.uint8)
+    for i, file in enumerate(files):
+        pixels = np.asarray(_opened(file))
+        if pixels.shape != first.shape:
+            raise SourceError(
+                f"{file} has {pixels.shape[1]} × {pixels.shape[0]} pixels, {files[0]} has {first.shape[1]} × "
+                f"{first.shape[0]}; bring all to one size"
+            )
+        found[i] = pixels
+    return torch.from_numpy(found).permute(0, 3, 1, 2).float() / 255
+
+
+def _opened(file: Path) -> Any:
+    """The picture in a file, in three colours.
+
+    Raises:
+        SourceError: If pillow is not installed, or the file is no image.
+    """
     try:
         from PIL import Image
     except ImportError:
         raise SourceError("images need pillow: pip install 'regrow[vision]'") from None
     try:
         with Image.open(file) as opened:
-            picture = opened.convert("RGB")
+            return opened.convert("RGB")
     except (OSError, SyntaxError) as error:
         raise SourceError(f"{file} is not a readable image ({error}); replace or remove it") from None
-    scale = size * 8 / 7 / min(picture.size)
-    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Image.Resampling.BILINEAR)
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
-    colours = torch.from_numpy(cut / np.float32(255))
-    return ((colours - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1).contiguous()
 
 
 def _part(values: list[T], half: Half) -> list[T]:

@@ -1,7 +1,9 @@
-"""Measuring networks: perplexity, choices, accuracy, speed and size, each with its error or spread."""
+"""Measuring networks: perplexity, choices, accuracy, speed, memory and size, each with its error or spread."""
 
 from regrow.evaluation.choice import Choices, choices, items_in
 from regrow.evaluation.language import Paired, Perplexity, paired, perplexity
+from regrow.evaluation.memory import Live, Memory, UnpredictableError, measured, predicted, training
+from regrow.evaluation.prefixes import prefix_peaks
 from regrow.evaluation.size import Size, macs, size
 from regrow.evaluation.speed import Speed, speed
 from regrow.evaluation.vision import Accuracy, accuracy
@@ -9,16 +11,23 @@ from regrow.evaluation.vision import Accuracy, accuracy
 __all__ = [
     "Accuracy",
     "Choices",
+    "Live",
+    "Memory",
     "Paired",
     "Perplexity",
     "Size",
     "Speed",
+    "UnpredictableError",
     "accuracy",
     "choices",
     "items_in",
     "macs",
+    "measured",
     "paired",
     "perplexity",
+    "predicted",
+    "prefix_peaks",
     "size",
     "speed",
+    "training",
 ]

@@ -4,7 +4,7 @@
 The words mean what they mean in Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -83,7 +83,13 @@ class Matrix:
         return cls(tuple(tuple(row) for row in record["matrix"]), tuple(record["before"]))
 
 
-def share_right(model: nn.Module, examples: Examples, classes: Tensor | None = None, size: int = 500) -> float:
+def share_right(
+    model: nn.Module,
+    examples: Examples,
+    classes: Tensor | None = None,
+    size: int = 500,
+    ask: Callable[[Tensor], Tensor] | None = None,
+) -> float:
     """Accuracy: the share of examples whose greatest logit is their label's.
 
     Args:
@@ -91,10 +97,12 @@ def share_right(model: nn.Module, examples: Examples, classes: Tensor | None = N
         examples: Inputs and labels.
         classes: The classes that answers are chosen among, ``[classes]`` bool; all unless given.
         size: Examples at a time.
+        ask: How the network is asked; by calling it, unless given.
     """
     right = 0
+    ask = ask or (lambda inputs: logits_in(model(inputs)))
     with evaluating(model) as device:
         for batch in examples.batches(size):
-            logits = among(logits_in(model(batch.inputs.to(device))), classes)
+            logits = among(ask(batch.inputs.to(device)), classes)
             right += int((logits.argmax(-1).cpu() == batch.labels).sum())
     return right / len(examples)

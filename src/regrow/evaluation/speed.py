@@ -1,18 +1,17 @@
 """Speed: seconds, tokens per second and peak memory of several models, measured in turns."""
 
-import ctypes
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from regrow.evaluation.forward import evaluating
+from regrow.evaluation.memory import peak_meter
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, moved
 
@@ -128,7 +127,7 @@ def _one_call(model: nn.Module, batch: Batch) -> tuple[float, int | None]:
         enabled = gc.isenabled()
         gc.disable()
         try:
-            peak = _peak_meter(device)
+            peak = peak_meter(device)
             _wait(device)
             begin = time.perf_counter()
             model(*args, **kwargs)
@@ -139,30 +138,6 @@ def _one_call(model: nn.Module, batch: Batch) -> tuple[float, int | None]:
             if enabled:
                 gc.enable()
     return taken, None if extra is None else extra + _weight_bytes(model)
-
-
-def _peak_meter(device: torch.device) -> Callable[[], int | None]:
-    """Start watching; the function returned says how many bytes were needed at most on top of those held now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        held = torch.cuda.memory_allocated(device)
-        return lambda: torch.cuda.max_memory_allocated(device) - held
-    try:
-        # Memory that an earlier call freed but the C library still holds would hide what this one needs.
-        ctypes.CDLL(None).malloc_trim(0)
-        # Linux: writing 5 sets the process's high-water mark of resident memory to what it holds now.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        resident = _resident()
-    except (OSError, KeyError, AttributeError, TypeError):
-        # Another system or C library: no peak rather than a wrong one.
-        return lambda: None
-    return lambda: max(_resident() - resident, 0)
-
-
-def _resident() -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def _wait(device: torch.device) -> None:

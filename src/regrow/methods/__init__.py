@@ -9,12 +9,14 @@ from difflib import get_close_matches
 from typing import Any
 
 from regrow.methods import (
+    blind,
     ewc,
     flap,
     gprune,
     llm_pruner,
     lwf,
     magnitude,
+    mgas,
     naive,
     packnet,
     random,
@@ -55,6 +57,8 @@ class Entry:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults)}")
             if type(value) is int and type(defaults[key]) is float:
                 value = given[key] = float(value)
+            if type(value) is list and type(defaults[key]) is tuple:
+                value = given[key] = tuple(value)
             if type(value) is not type(defaults[key]):
                 kind = type(defaults[key]).__name__
                 raise ValueError(f"{name}: {key} is of type {kind}, like its default {defaults[key]!r}; got {value!r}")
@@ -84,6 +88,13 @@ LEARNERS: Mapping[str, Entry] = {
 """Every method that learns task after task."""
 
 
+SEARCHERS: Mapping[str, Entry] = {
+    "mgas": Entry(mgas.Settings, mgas.build, mgas.CITATION, mgas.__doc__ or ""),
+    "blind": Entry(blind.Settings, blind.build, blind.CITATION, blind.__doc__ or ""),
+}
+"""Every method that searches."""
+
+
 def entry(name: str) -> Entry:
     """The method that prunes, of a name.
 
@@ -100,6 +111,15 @@ def learner_entry(name: str) -> Entry:
         ValueError: If there is none; suggests the nearest.
     """
     return _of(LEARNERS, name)
+
+
+def searcher_entry(name: str) -> Entry:
+    """The method that searches, of a name.
+
+    Raises:
+        ValueError: If there is none; suggests the nearest.
+    """
+    return _of(SEARCHERS, name)
 
 
 def _of(known: Mapping[str, Entry], name: str) -> Entry:

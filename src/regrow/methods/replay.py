@@ -1,8 +1,9 @@
 """Replay: a small memory of earlier examples is learned again with every batch.
 
 Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); with ``answers`` above 0 DER++, Buzzega et al., NeurIPS
-2020 (arXiv 2004.07211), which also holds the answers that the network gave:  loss + α |z − z_then|² + β CE. The memory
-is filled by reservoir sampling, so each example seen is in it with equal chance.
+2020 (arXiv 2004.07211), which also holds the answers that the network gave:  loss + α |z − z_then|² + β CE; with
+``own`` ER-ACE, Caccia et al., ICLR 2022 (arXiv 2104.05025), where new classes push old ones down through the memory
+alone. The memory is filled by reservoir sampling, so each example seen is in it with equal chance.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from regrow.data import reservoir
 from regrow.learner import Learner, Stand
-from regrow.tasks import Examples
+from regrow.tasks import Examples, among
 
 CITATION = "Chaudhry et al., On tiny episodic memories in continual learning, 2019; Buzzega et al., DER++, NeurIPS 2020"
 
@@ -26,11 +27,13 @@ class Settings:
         memory: How many examples it holds.
         answers: DER++'s α, on old answers; 0: plain replay.
         labels: β, on old labels.
+        own: Examples at hand are told apart among the classes of their task only (ER-ACE).
     """
 
     memory: int = 500
     answers: float = 0.0
     labels: float = 1.0
+    own: bool = False
 
 
 def build(settings: Settings) -> "Replay":
@@ -47,7 +50,7 @@ class Replay(Learner):
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """The loss on the batch, and on as many examples of the memory."""
         size, logits = self.settings.memory, at.logits(batch.inputs)
-        loss = F.cross_entropy(logits, batch.labels)
+        loss = F.cross_entropy(among(logits, at.own) if self.settings.own else logits, batch.labels)
         if held := reservoir.recall(self, at, size, len(batch), "inputs", "labels", "logits"):
             inputs, labels, then = held
             again = at.logits(inputs)

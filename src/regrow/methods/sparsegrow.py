@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -39,7 +40,7 @@ from regrow.scoring.factors import Gate, joined, part
 from regrow.sources import Batch
 from regrow.surgery import fitted
 from regrow.surgery.fill import newborn, sides, thinned
-from regrow.tasks import Examples
+from regrow.tasks import Examples, among
 
 CITATION = "Zhao et al., SparseGrow (arXiv 2408.10566); reconstructed from its abstracts and the code of AdaptCL"
 
@@ -71,6 +72,9 @@ class Settings:
         silent: Under that gate, newborn units are turned away from what old tasks fed their layer.
         norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
         memory: How many examples of earlier tasks are kept and learned along; the paper's abstracts name none.
+        relief: With a memory, where classes come one after the other, the gate is this much as strong and leaves the
+            output layer alone: old classes must give way to new ones, and the memory says how far. 1: no relief.
+        own: There, examples at hand are told apart among the classes of their task only (ER-ACE, arXiv 2104.05025).
         lr: Learning rate of the thresholds.
         seed: Of newborn units.
     """
@@ -93,6 +97,8 @@ class Settings:
     silent: bool = True
     norms: str = "update"
     memory: int = 0
+    relief: float = 0.01
+    own: bool = True
     lr: float = 0.01
     seed: int = 0
 
@@ -100,7 +106,7 @@ class Settings:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
-        for name in ("late", "short", "width", "density"):
+        for name in ("late", "short", "width", "density", "relief"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
         if self.cap < 1:
@@ -169,7 +175,8 @@ class SparseGrow(Learner):
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """The loss + α Σ exp(−t), more for newborn units; and that on examples of the memory, if there is one."""
-        loss = super().loss(at, batch)
+        own = at.own if self.settings.own and self._relieved(at) else None
+        loss = F.cross_entropy(among(at.logits(batch.inputs), own), batch.labels)
         if size := self.settings.memory:
             if held := reservoir.recall(self, at, size, len(batch), "inputs", "labels"):
                 loss = loss + super().loss(at, Examples(*held))
@@ -298,19 +305,26 @@ class SparseGrow(Learner):
             before = self.tensors.get(f"importance {name}")
             self.tensors[f"importance {name}"] = along(at, name, now if before is None else before.values.maximum(now))
 
+    def _relieved(self, at: Stand) -> bool:
+        """Whether a memory speaks for classes that came before."""
+        return bool(self.settings.memory) and at.classes is not None
+
     def _settle(self, at: Stand) -> None:
         """Note what must not move in this task, and its value."""
         self.still.clear()
         self.gates.clear()
         if not at.number or self.settings.gate in ("none", "soft"):
             return
+        relief = self.settings.relief if self._relieved(at) else 1.0
+        alone = at.head if relief < 1 else ()
         if self.settings.gate == "kronecker":
-            self.gates = memory.gates(at, self.tensors, self.settings.strength, at.number)
+            self.gates = memory.gates(at, self.tensors, self.settings.strength * relief, at.number)
+            self.gates = {name: gate for name, gate in self.gates.items() if name not in alone}
             self.last = {name: joined(at.model, name) for name in self.gates}
             self.values["free"] = {name: round(gate.free, 4) for name, gate in self.gates.items()}
         gated = {which for name in self.gates for which in part(at.model, name, self.last[name])}
         for name, parameter in at.parameters().items():
-            if name in gated:
+            if name in gated or name in alone:
                 continue
             held = self._owned(name)
             if self.settings.gate == "block" and name in at.weights and name not in at.head:

@@ -1,7 +1,7 @@
-"""Small networks for small pictures, built from numbers: a multilayer perceptron and a residual network."""
+"""Small networks for small pictures, built from numbers: a multilayer perceptron and residual networks."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -13,6 +13,8 @@ from regrow.nets.errors import ModelError
 from regrow.nets.loaded import Origin
 
 MOST = 2**16
+GROUP = 2
+"""Channels that a GroupNorm takes together: few, as a network with GroupNorm is widened by whole groups."""
 
 
 def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple[nn.Module, Origin]:
@@ -20,7 +22,8 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
 
     Args:
         spec: ``mlp:100-100`` (widths of hidden layers) or ``resnet:16`` (width of the first stage), ``resnet:16-3``
-            (stages, one residual block each).
+            (stages, one residual block each); ``resnet-gn:16-3`` is the same with GroupNorm, whose answers rest on
+            the input alone, where a BatchNorm's rest on what was seen last.
         shape: Of an input, ``[C, H, W]``.
         classes: How many logits.
         seed: Of the weights.
@@ -34,7 +37,10 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
     """
     kind, _, numbers = spec.partition(":")
     if kind not in BUILDERS or not re.fullmatch(r"\d{1,5}(-\d{1,5})*", numbers):
-        raise ModelError(f"no small network {spec!r}; write mlp:100-100 (hidden widths) or resnet:16-3 (width, stages)")
+        raise ModelError(
+            f"no small network {spec!r}; write mlp:100-100 (hidden widths), resnet:16-3 (width, stages) or "
+            "resnet-gn:16-3 (the same with GroupNorm)"
+        )
     config = {"widths": [int(n) for n in numbers.split("-")], "shape": list(map(int, shape)), "classes": classes}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -67,12 +73,12 @@ def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
 
 
 class Block(nn.Module):
-    """x + conv(relu(bn(conv(x)))), with BatchNorm and a 1 × 1 shortcut where the width changes."""
+    """x + norm(conv(relu(norm(conv(x))))), with a 1 × 1 shortcut where the width changes."""
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
+    def __init__(self, before: int, after: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), nn.BatchNorm2d(after)
-        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), nn.BatchNorm2d(after)
+        self.conv1, self.bn1 = nn.Conv2d(before, after, 3, stride, 1, bias=False), norm(after)
+        self.conv2, self.bn2 = nn.Conv2d(after, after, 3, 1, 1, bias=False), norm(after)
         same = before == after and stride == 1
         self.shortcut = nn.Identity() if same else nn.Conv2d(before, after, 1, stride, bias=False)
         self.relu = nn.ReLU()
@@ -84,13 +90,30 @@ class Block(nn.Module):
         return out
 
 
-def resnet(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
+def resnet(
+    widths: Sequence[int], shape: Sequence[int], classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
+) -> nn.Module:
     """A stem, stages of one residual block (each twice as wide and half as large as the one before), a linear head."""
     width, stages = widths[0], widths[1] if len(widths) > 1 else 3
     sizes = [width * 2**i for i in range(min(stages, 8))]
-    stem = [nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-    blocks = [Block(b, a, 1 if i == 0 else 2) for i, (b, a) in enumerate(pairwise([width, *sizes]))]
+    stem = [nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), norm(width), nn.ReLU()]
+    blocks = [Block(b, a, 1 if i == 0 else 2, norm) for i, (b, a) in enumerate(pairwise([width, *sizes]))]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], classes))
 
 
-BUILDERS = {"mlp": mlp, "resnet": resnet}
+def resnet_gn(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
+    """The residual network with GroupNorm, two channels in a group.
+
+    Raises:
+        ModelError: If the width is odd.
+    """
+    if widths[0] % GROUP:
+        raise ModelError(f"resnet-gn:{widths[0]} has groups of {GROUP} channels; take an even width")
+    return resnet(widths, shape, classes, lambda n: nn.GroupNorm(n // GROUP, n))
+
+
+BUILDERS: dict[str, Callable[[Sequence[int], Sequence[int], int], nn.Module]] = {
+    "mlp": mlp,
+    "resnet": resnet,
+    "resnet-gn": resnet_gn,
+}

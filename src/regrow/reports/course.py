@@ -259,7 +259,17 @@ def _event(line: dict[str, Any]) -> dict[str, Any]:
         "grown": {text(key): n for key, value in _entries(line.get("grown")) if (n := size(value))},
         "logits_moved": number(line.get("logits_moved"), 0),
         "parameters": size(line.get("parameters")),
+        "newborn_gradient": number(line.get("newborn_gradient"), 0, 1),
+        "newborn_entries": number(line.get("newborn_entries"), 0, 1),
+        "recovery": _recovery(size(line.get("recovery_steps")), size(line.get("steps_watched"))),
     } | {side: sum(values) / len(values) if values else None for side, values in known.items()}
+
+
+def _recovery(steps: int | None, watched: int | None) -> str:
+    """After how many steps the loss was back, in words."""
+    if steps is not None:
+        return q.count(steps)
+    return f"not in {q.count(watched)}" if watched else q.NONE
 
 
 def _over(records: Sequence[dict[str, Any]], what: str) -> dict[str, list[float | None]]:

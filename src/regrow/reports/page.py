@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import behaviour, comparison, course, figures, quantities, words
+from regrow.reports import behaviour, comparison, course, courses, figures, quantities, words
 from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.summary import summarise
@@ -58,6 +58,14 @@ COMPARED_SECTIONS = {
     "remarks": "Notes and limits",
 }
 COMPARED_FIGURES = {"kinds": comparison.perplexity, "front": comparison.front}
+COURSES_SECTIONS = {
+    "courses": "What is known",
+    "room": "Accuracy against size",
+    "shapes": "Widths",
+    "setup": "What was run",
+    "remarks": "Notes and limits",
+}
+COURSES_FIGURES = {"accuracy": courses.accuracy, "sizes": courses.sizes, "widths": courses.widths}
 
 
 def write_page(folders: list[Path], out: Path) -> Path:
@@ -109,13 +117,15 @@ def to_html(summary: Summary) -> str:
     Raises:
         ReportError: If jinja2 or matplotlib is not installed.
     """
-    run, several = summary["runs"][0], len(summary["runs"]) > 1
+    run, several, learned = summary["runs"][0], len(summary["runs"]) > 1, courses.learned(summary)
     drawings: dict[str, Drawing | None]
     if several:
-        drawings = {name: make(summary) for name, make in COMPARED_FIGURES.items()}
+        made = COURSES_FIGURES if learned else COMPARED_FIGURES
+        sections = COURSES_SECTIONS if learned else COMPARED_SECTIONS
+        drawings = {name: make(summary) for name, make in made.items()}
     else:
-        drawings = {name: make(run) for name, make in (LEARNED_FIGURES if run["course"] else FIGURES).items()}
-    sections = COMPARED_SECTIONS if several else LEARNED_SECTIONS if run["course"] else SECTIONS
+        drawings = {name: make(run) for name, make in (LEARNED_FIGURES if learned else FIGURES).items()}
+        sections = LEARNED_SECTIONS if learned else SECTIONS
     # Most methods have neither, which is no gap to speak of.
     absent = [name for name, drawn in (("behaviour", run["findings"]), ("owned", drawings.get("owned"))) if not drawn]
     shown = [(name, title) for name, title in sections.items() if name not in absent]
@@ -157,23 +167,36 @@ def _context(summary: Summary) -> dict[str, Any]:
             "run": run,
             "runs": runs,
         }
+    shared = {
+        "brand": ["comparison"],
+        "alarms": [f"{run['label']}: {alarm}" for run in runs for alarm in _alarms(run)],
+        "keys": [],
+        "differences": _differences(runs),
+        "courses": [],
+        "runs": runs,
+    }
+    if courses.learned(summary):
+        return shared | {
+            "title": courses.headline(summary),
+            "headline": courses.headline(summary),
+            "details": courses.details(summary),
+            "alarms": courses.alarms(summary) + shared["alarms"],
+            "columns": courses.COLUMNS,
+            "courses": courses.table(summary),
+            "most": courses.MAX_LINES,
+        }
     dense = words.same_dense(summary) or {}
     known = [math.log(dense[kind]) for kind in summary["kinds"] if kind in dense]
     whole = bool(known) and len(known) == len(summary["kinds"])
-    return {
+    return shared | {
         "title": words.comparison(summary),
-        "brand": ["comparison"],
         "headline": words.comparison(summary),
         "details": words.leading(summary, comparison.kept),
-        "alarms": [f"{run['label']}: {alarm}" for run in runs for alarm in _alarms(run)],
-        "keys": [],
         "dense": dense if whole else {},
         "dense_mean": math.exp(sum(known) / len(known)) if whole else None,
         "kinds": summary["kinds"],
         "seen": _seen(summary),
         "table": _table(summary),
-        "differences": _differences(runs),
-        "runs": runs,
     }
 
 

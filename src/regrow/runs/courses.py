@@ -19,6 +19,7 @@ from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
 
 FORMAT = "regrow-course/1"
+_COUNTED = ("number", "epoch", "rows", "before", "events", "sizes", "loss")
 
 
 def write_course(path: Path, model: nn.Module, learner: Learner, course: Course) -> None:
@@ -36,6 +37,8 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course)
                 parts[f"optimiser {what} {name}"] = value
             elif value is not None:
                 numbers[f"{what} {name}"] = value
+    if learner.attic is not None:
+        parts |= {f"attic {name}": value for name, value in learner.attic.contents().items()}
     names = list(parts)
     tensors = {f"t{i}": parts[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
     header = {
@@ -44,7 +47,7 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course)
         "along": {name: [_plain(one.dims), one.lr] for name, one in learner.tensors.items()},
         "values": learner.values,
         "numbers": numbers,
-        "course": {name: getattr(course, name) for name in ("number", "epoch", "rows", "before", "events", "sizes")},
+        "course": {name: getattr(course, name) for name in _COUNTED},
         "plans": [json.loads(plan.to_json()) for plan in course.plans],
         "sha256": digest(tensors),
     }
@@ -74,12 +77,14 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
         if not isinstance(header, dict) or header.get("format") != FORMAT or digest(tensors) != header["sha256"]:
             raise ValueError(f"it is not whole, or not of the format {FORMAT!r}")
         plans = [Plan.from_json(json.dumps(plan)) for plan in header["plans"]]
-        model, axes = replay(model, axes, plans)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}}
+        model, axes = replay(model, axes, plans, learner.attic)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
         for i, name in enumerate(header["names"]):
             part, _, rest = name.partition(" ")
             parts[part][rest] = tensors[f"t{i}"]
         model.load_state_dict(parts["model"])
+        for name, value in parts["attic"].items():
+            learner.attic.contents()[name].copy_(value)
         learner.values = dict(header["values"])
         learner.tensors = {
             name: Along(parts["learner"][name], tuple(map(_dim, dims)), lr)
@@ -95,6 +100,7 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
             events=list(told["events"]),
             sizes=list(told["sizes"]),
             moments=_moments(parts["optimiser"], header["numbers"]),
+            loss=told.get("loss"),
         )
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import cos, pi
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from regrow.evaluation.continual import Matrix, share_right
 from regrow.learner import Along, Learner, Stand
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.runs import births
 from regrow.surgery import apply
 from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Task
@@ -32,6 +34,7 @@ class Schedule:
         optimizer: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
         lr: Learning rate.
         weight_decay: As the optimiser takes it.
+        decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the epochs of each task.
         seed: Of orders, and of everything a learner draws.
     """
 
@@ -42,14 +45,21 @@ class Schedule:
     lr: float = 0.01
     weight_decay: float = 0.0
     seed: int = 0
+    decay: str = "constant"
 
     def __post_init__(self) -> None:
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"decay is constant or cosine; got {self.decay!r}")
         if self.scenario not in SCENARIOS:
             raise ValueError(f"the scenario is one of {', '.join(SCENARIOS)}; got {self.scenario!r}")
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"the optimiser is sgd or adamw; got {self.optimizer!r}")
         if min(self.epochs, self.batch_size) < 1 or self.lr <= 0:
             raise ValueError("epochs and batch size are at least 1, and the learning rate is above 0")
+
+    def rate(self, done: float) -> float:
+        """The learning rate of the network's parameters when a share of a task's steps is done."""
+        return self.lr if self.decay == "constant" else self.lr * (1 + cos(pi * done)) / 2
 
 
 @dataclass
@@ -65,6 +75,7 @@ class Course:
         events: One record per change of shape.
         sizes: One record per task that is over.
         moments: What the optimiser remembers: name → what → tensor.
+        loss: The smoothed training loss of the task that is being learned.
     """
 
     number: int = 0
@@ -75,6 +86,7 @@ class Course:
     events: list[dict[str, Any]] = field(default_factory=list)
     sizes: list[dict[str, Any]] = field(default_factory=list)
     moments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    loss: float | None = None
 
     @property
     def matrix(self) -> Matrix:
@@ -132,37 +144,48 @@ def _learn_task(
     progress: Progress,
 ) -> AxisGraph:
     start = time.perf_counter()
+    at.steps = steps = -(-len(at.task.train) // schedule.batch_size)
     if at.epoch == 0:
         learner.begin(at)
-    optimizer = _optimizer(at, learner, schedule)
-    _recall(optimizer, at, learner, course.moments)
-    steps = -(-len(at.task.train) // schedule.batch_size)
+    movers = _movers(at, learner, schedule)
+    _recall(movers, at, learner, course.moments)
     for at.epoch in range(course.epoch, schedule.epochs):
-        if plan := learner.plan(at):
-            _change(at, tasks, learner, schedule, course, plan, optimizer)
+        young: dict[str, Tensor] = {}
+        while plan := learner.plan(at):
+            young = _change(at, tasks, learner, schedule, course, plan, movers)
+        _join(movers, at, learner)  # what a learner begins anew without a plan learns too
         torch.manual_seed(at.drawn(at.epoch, 1).initial_seed() % 2**63)  # what Dropout draws
         learner.mode(at)
         order = at.drawn(at.epoch).initial_seed()
         for i, batch in enumerate(at.task.train.batches(schedule.batch_size, seed=order)):
-            optimizer.zero_grad(set_to_none=True)
+            if schedule.decay == "cosine":
+                movers[0].param_groups[0]["lr"] = schedule.rate((at.epoch * steps + i) / (schedule.epochs * steps))
+            for mover in movers:
+                mover.zero_grad(set_to_none=True)
             with standing_in(at.model, learner.standing(at)):
                 loss = learner.loss(at, batch)
                 loss.backward()
+            if young:
+                course.events[-1] |= births.shares(at, young)
+                young = {}
             learner.gate(at)
-            optimizer.step()
+            for mover in movers:
+                mover.step()
             learner.stepped(at)
+            course.loss = births.smoothed(course.loss, loss.item())
+            births.watched(course.events, at.number, course.loss)
             done = (at.number * schedule.epochs + at.epoch) * steps + i + 1
             progress(done, len(tasks) * schedule.epochs * steps, f"{at.task.name}")
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} in {at.task.name}, epoch {at.epoch + 1}: take a smaller --lr")
         learner.passed(at)
-        course.epoch, course.moments = at.epoch + 1, _moments(optimizer, at, learner)
+        course.epoch, course.moments = at.epoch + 1, _moments(movers, at, learner)
         if on_epoch and course.epoch < schedule.epochs:
             on_epoch(course, at.axes)
     learner.end(at)
     course.rows.append(accuracies(at.model, tasks, learner, schedule, at.number))
     course.sizes.append(_sizes(at) | dict(learner.account(at)) | {"seconds": round(time.perf_counter() - start, 2)})
-    course.number, course.epoch, course.moments = at.number + 1, 0, {}
+    course.number, course.epoch, course.moments, course.loss = at.number + 1, 0, {}, None
     if on_epoch:
         on_epoch(course, at.axes)
     return at.axes
@@ -175,18 +198,17 @@ def _change(
     schedule: Schedule,
     course: Course,
     plan: Plan,
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """Carry out a plan between two steps; optimiser and learner follow. Accuracy is taken on both sides."""
+    movers: Sequence[torch.optim.Optimizer],
+) -> dict[str, Tensor]:
+    """Carry out a plan between two steps; optimisers and learner follow. Accuracy is taken on both sides.
+
+    Returns:
+        Name of a parameter → which of its entries are newborn; nothing if none are.
+    """
     probe = next(at.task.test.batches(256))
     before, logits = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
-    held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
-    old = at.axes
-    at.model, at.axes = apply(at.model, at.axes, plan, optimizers=[optimizer])
-    learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
-    for name, value in held.items():
-        _exchange(optimizer, value, learner.tensors[name], old, plan)
-    learner.grown(at, plan)
+    old, there = at.axes, births.entries(at)
+    changed(at, learner, plan, movers)
     after, moved = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
     course.plans.append(plan)
     course.events.append(
@@ -194,39 +216,85 @@ def _change(
             "task": at.number,
             "epoch": at.epoch,
             "grown": {key: change.grow for key, change in plan.changes.items() if change.grow},
+            "cut": {key: n for key, change in plan.changes.items() if (n := change.size - len(change.keep))},
+            "dropped": list(plan.drop),
+            "back": list(plan.back),
             "accuracy_before": before,
             "accuracy_after": after,
             "shock": sum(a - b for a, b in zip(before, after, strict=True)) / len(before),
             "logits_moved": float((moved - logits).abs().max()),
             "parameters": sum(p.numel() for p in at.model.parameters()),
+            **births.begun(course.loss),
         }
     )
+    return births.young(there, old, plan) if course.events[-1]["grown"] else {}
 
 
-def _exchange(optimizer: torch.optim.Optimizer, old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:
-    """A learned tensor of the learner's has another shape: the optimiser moves the new one on."""
+def changed(at: Stand, learner: Learner, plan: Plan, movers: Sequence[torch.optim.Optimizer] = ()) -> None:
+    """Carry out a plan; what the learner remembers follows, and what moves it and the network.
+
+    Args:
+        at: Where the network stands; it stands otherwise then.
+        learner: Whose plan it is.
+        plan: The plan.
+        movers: What moves the network, first, and the learner's own tensors.
+    """
+    held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
+    old = at.axes
+    following = () if plan.back else movers[:1]  # of what comes back no optimiser knows a group yet
+    at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, attic=learner.attic)
+    learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
+    for name, value in held.items():
+        _exchange(movers, value, learner.tensors[name], old, plan)
+    learner.grown(at, plan)
+    if movers:
+        _join(movers, at, learner)
+
+
+def _exchange(movers: Sequence[torch.optim.Optimizer], old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:
+    """A learned tensor of the learner's has another shape: what moved the old one moves the new one on."""
     new.values.requires_grad_()
-    for group in optimizer.param_groups:
-        group["params"] = [new.values if one is old else one for one in group["params"]]
-    memory = optimizer.state.pop(old, {})
-    if memory:
-        optimizer.state[new.values] = {
-            what: followed(Along(value, new.dims), axes, plan).values
-            if isinstance(value, Tensor) and value.dim()
-            else value
-            for what, value in memory.items()
-        }
+    for mover in movers:
+        if memory := mover.state.pop(old, {}):
+            mover.state[new.values] = {
+                what: followed(Along(value, new.dims), axes, plan).values
+                if isinstance(value, Tensor) and value.dim()
+                else value
+                for what, value in memory.items()
+            }
 
 
-def _optimizer(at: Stand, learner: Learner, schedule: Schedule) -> torch.optim.Optimizer:
-    groups: list[dict[str, Any]] = [{"params": [p for p in at.parameters().values() if p.requires_grad]}]
+def _movers(at: Stand, learner: Learner, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    """What moves the network, in its first group, and the tensors of the learner that learn."""
+    groups: list[dict[str, Any]] = [{"params": []}]
+    movers: list[torch.optim.Optimizer]
+    if schedule.optimizer == "adamw":
+        movers = [torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)]
+    else:
+        decay = schedule.weight_decay
+        movers = [torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True, weight_decay=decay)]
+    if learner.optimizer == "adam":
+        movers.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
+    _join(movers, at, learner)
+    return movers
+
+
+def _join(movers: Sequence[torch.optim.Optimizer], at: Stand, learner: Learner) -> None:
+    """Every parameter that is there now, and every tensor that learns, in exactly one group; nothing else."""
+    movers[0].param_groups[0]["params"] = [p for p in at.parameters().values() if p.requires_grad]
+    by_rate: dict[float, list[Tensor]] = {}
     for one in learner.tensors.values():
         if one.lr is not None:
             one.values.requires_grad_()
-            groups.append({"params": [one.values], "lr": one.lr, "weight_decay": 0.0})
-    if schedule.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)
-    return torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True, weight_decay=schedule.weight_decay)
+            by_rate.setdefault(one.lr, []).append(one.values)
+    own = movers[-1]
+    del own.param_groups[1 if own is movers[0] else 0 :]
+    for rate, tensors in by_rate.items():
+        own.add_param_group({"params": tensors, "lr": rate, "weight_decay": 0.0})
+    known = {id(p) for mover in movers for group in mover.param_groups for p in group["params"]}
+    for mover in movers:
+        for lost in [moved for moved in mover.state if id(moved) not in known]:
+            del mover.state[lost]
 
 
 def _learned(at: Stand, learner: Learner) -> Iterator[tuple[str, Tensor]]:
@@ -236,16 +304,17 @@ def _learned(at: Stand, learner: Learner) -> Iterator[tuple[str, Tensor]]:
             yield f"learner {name}", one.values
 
 
-def _moments(optimizer: torch.optim.Optimizer, at: Stand, learner: Learner) -> dict[str, dict[str, Any]]:
-    return {name: dict(optimizer.state[one]) for name, one in _learned(at, learner) if one in optimizer.state}
+def _moments(movers: Sequence[torch.optim.Optimizer], at: Stand, learner: Learner) -> dict[str, dict[str, Any]]:
+    return {n: dict(mover.state[one]) for n, one in _learned(at, learner) for mover in movers if one in mover.state}
 
 
 def _recall(
-    optimizer: torch.optim.Optimizer, at: Stand, learner: Learner, moments: Mapping[str, Mapping[str, Any]]
+    movers: Sequence[torch.optim.Optimizer], at: Stand, learner: Learner, moments: Mapping[str, Mapping[str, Any]]
 ) -> None:
     for name, one in _learned(at, learner):
         if name in moments:
-            optimizer.state[one] = {
+            mover = movers[-1] if name.startswith("learner ") else movers[0]
+            mover.state[one] = {
                 what: value.clone() if isinstance(value, Tensor) else value for what, value in moments[name].items()
             }
 
@@ -271,7 +340,8 @@ def accuracies(
     found = []
     for number, task in enumerate(tasks):
         with standing_in(model, learner.answering(at, number)):
-            found.append(share_right(model, task.test, _choice(schedule, tasks, after, number)))
+            choice = _choice(schedule, tasks, after, number)
+            found.append(share_right(model, task.test, choice, ask=lambda inputs: learner.asked(at, inputs)))
     return tuple(found)
 
 
@@ -280,9 +350,13 @@ _NO_AXES = AxisGraph({}, {}, frozenset())
 
 def _past(at: Stand, tasks: Sequence[Task], learner: Learner, schedule: Schedule) -> list[float]:
     """Accuracy on each task so far, in the middle of one."""
+
+    def ask(inputs: Tensor) -> Tensor:
+        return learner.asked(at, inputs)
+
     with torch.no_grad(), standing_in(at.model, learner.standing(at)):
         return [
-            share_right(at.model, task.test, _choice(schedule, tasks, at.number, number))
+            share_right(at.model, task.test, _choice(schedule, tasks, at.number, number), ask=ask)
             for number, task in enumerate(tasks[: at.number + 1])
         ]
 
@@ -292,7 +366,7 @@ def _answers(at: Stand, learner: Learner, inputs: Tensor) -> Tensor:
     at.model.eval()
     try:
         with torch.no_grad(), standing_in(at.model, learner.standing(at)):
-            return at.logits(inputs).nan_to_num(neginf=0.0)
+            return learner.asked(at, inputs).nan_to_num(neginf=0.0)
     finally:
         at.model.train(was)
 

@@ -5,6 +5,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from regrow.nets.small import small
 from regrow.progress import Progress, silent
 from regrow.runs import store
 from regrow.runs.atomic import StoreError
+from regrow.runs.births import over
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder
 from regrow.runs.learning import Course, Schedule, accuracies, learn
@@ -34,8 +36,9 @@ class Settings:
 
     Args:
         tasks: Sequences of tasks, one after the other: ``permuted:DATA:10``, ``rotated:DATA:10``, ``split:DATA:5``, or
-            ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files.
-        model: ``mlp:100-100`` or ``resnet:16-3``.
+            ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files, or with pictures in
+            ``train/CLASS/…`` and ``test/CLASS/…``.
+        model: ``mlp:100-100``, ``resnet:16-3`` or ``resnet-gn:16-3``.
         method: One of ``regrow.methods.LEARNERS``.
         method_settings: Its settings, where they differ from the defaults.
         scenario: ``domain``, ``class`` or ``task``.
@@ -141,19 +144,24 @@ def _go_on(
     course, place = Course(), folder.path / COURSE
     if folder.resumed and place.is_file():
         axes, course = read_course(place, model, axes, learner)
-    logged, told = course.number, len(course.events)
+    # Lines are counted, not remembered: a run may have been killed between storing and telling.
+    lines = [line.get("what") for line in folder.metrics()]
+    logged, told = lines.count("task"), lines.count("growth")
 
-    def keep(now: Course, _: AxisGraph) -> None:
+    def tell(now: Course) -> None:
         nonlocal logged, told
-        write_course(place, model, learner, now)
-        for event in now.events[told:]:
+        for event in now.events[told : _settled(now)]:
             folder.log("growth", **event)
-        told = len(now.events)
-        while logged < now.number:
-            record = {"name": tasks[logged].name, "accuracy": list(now.rows[logged]), **now.sizes[logged]}
-            folder.log("task", **record)
+            told += 1
+        for i in range(logged, now.number):
+            folder.log("task", name=tasks[i].name, accuracy=list(now.rows[i]), **now.sizes[i])
             logged += 1
 
+    def keep(now: Course, _: AxisGraph) -> None:
+        write_course(place, model, learner, now)
+        tell(now)
+
+    tell(course)
     if len(course.before) < len(tasks):
         # Tasks have come since: what an untrained network knows of them is measured anew.
         course.before = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
@@ -162,6 +170,11 @@ def _go_on(
     folder.log("matrix", tasks=[task.name for task in tasks], **course.matrix.record())
     folder.finish(seconds={"learn": round(time.perf_counter() - start, 3)})
     return folder
+
+
+def _settled(course: Course) -> int:
+    """How many growths have been watched to their end; one that the loss is not back from waits for its task's."""
+    return len(list(takewhile(lambda event: over(event) or event["task"] < course.number, course.events)))
 
 
 def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
@@ -201,8 +214,7 @@ def tasks_of(settings: Settings) -> list[Task]:
 
 def _sequence(spec: str, settings: Settings) -> list[Task]:
     fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
-    base = _data(fit[2] if fit else spec)
-    base = streams.fewer(base, settings.train or len(base.train), settings.test or len(base.test), settings.seed)
+    base = streams.of(fit[2] if fit else spec, settings.train, settings.test, settings.seed)
     if not fit:
         return [base]
     n = int(fit[3])
@@ -214,11 +226,3 @@ def _sequence(spec: str, settings: Settings) -> list[Task]:
         case "rotated":
             return streams.rotated(base, n)
     return streams.split(base, n, relabel=settings.scenario == "domain")
-
-
-def _data(name: str) -> Task:
-    if name == "digits":
-        return streams.digits_task()
-    if not Path(name).is_dir():
-        raise SourceError(f"no data {name!r}: write digits, or a folder that holds MNIST's four files")
-    return streams.idx(name, Path(name).name)

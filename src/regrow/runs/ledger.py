@@ -72,7 +72,9 @@ class Ledger:
         return entries
 
 
-def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn.Module, AxisGraph]:
+def replay(
+    model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], attic: Attic | None = None
+) -> tuple[nn.Module, AxisGraph]:
     """Apply plans one after the other: the same shapes again, from the model they were made for.
 
     What a plan restores is what the plans before it cut, as the model has it.
@@ -81,6 +83,7 @@ def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn
         model: The model as it was before the first plan; changed in place.
         axes: Its axes.
         plans: What :meth:`Ledger.plans` gave.
+        attic: Gets what they cut; one of its own, unless given.
 
     Returns:
         The model, and its axes as they are now.
@@ -90,8 +93,8 @@ def replay(model: nn.Module, axes: AxisGraph, plans: Iterable[Plan]) -> tuple[nn
     """
     plans = list(plans)
     back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
-    attic = Attic() if back else None
-    if any(plan.drop for plan in plans) and not axes.branches:
+    attic = Attic() if attic is None and back else attic
+    if any(path not in axes.branches for plan in plans for path in plan.drop):
         axes = with_branches(model, axes)
     for plan in plans:
         model, axes = apply(model, axes, plan, attic=attic)

@@ -124,6 +124,15 @@ class Attic:
             added=tuple(name for name in self.added if name in names),
         )
 
+    def contents(self) -> dict[str, Tensor]:
+        """Every number that it holds by a name of its own, those of dropped branches too; not copied."""
+        found = {f"shelf {name}": shelf.values for name, shelf in self.shelves.items()}
+        for path, gone in self.branches.items():
+            held = {f"{at}.{name}": t for at, one in gone.modules.items() for name, t in one.state_dict().items()}
+            held |= gone.attic.contents()
+            found |= {f"branch {path} {name}": tensor for name, tensor in held.items()}
+        return found
+
     def tensors(self) -> dict[str, Tensor]:
         """Its numbers, named, as :meth:`read` takes them back together with :meth:`record`."""
         return {f"{part}:{name}": t for name, shelf in self.shelves.items() for part, t in shelf.parts().items()}

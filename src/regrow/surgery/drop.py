@@ -1,8 +1,10 @@
 """Whole branches go and come back: modules are exchanged for stands, and what stays is proved to compute the same."""
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from math import lcm
 
 from torch import nn
 from torch.fx import Node
@@ -12,12 +14,14 @@ from regrow.axes import Axis, AxisGraph, Example, Mark, Work
 from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
+from regrow.surgery.carry import carry_out
 from regrow.surgery.gone import Gone
 from regrow.surgery.optimizer import Exchange, follow
-from regrow.tracing.branches import Recorded, RefusedError, branches, located
-from regrow.tracing.capture import Capture, TraceError, capture, faked, fitting, hollow
+from regrow.tracing.branches import Recorded, RefusedError, branches, located, offered
+from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import Effects, otherwise
 from regrow.tracing.graph import Names, assemble
+from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.reach import reach
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.stand import Dropped, exchange, put
@@ -83,10 +87,11 @@ def brought_back(
             "no optimiser can follow a branch that comes back, for no group of it is known; apply the plan without, "
             "then give the optimiser its parameters (add_param_group)"
         )
-    back, again = [attic.branches[path] for path in plan.back], attic
+    back, again = [], attic
     left = axes
-    for gone in back:
-        _check_back(model, left, gone)
+    for path in plan.back:
+        _check_back(model, gone := attic.branches[path])
+        back.append(gone := caught_up(gone, left))
         left, again = gone.rejoined(left), again.rejoined(gone)
     modules = {path: module for gone in back for path, module in gone.modules.items()}
     stands = {path: model.get_submodule(path) for path in modules}
@@ -95,9 +100,9 @@ def brought_back(
         module.to(like.device).train(stands[path].training)
     put(model, modules)
     try:
-        copy, mode = hollow(model, {})
+        hollowed, mode = hollow(model, {})
         given = faked(fitting(axes.example, model), mode)
-        left = _described(copy, given, capture(copy, given), left)
+        left = _described(hollowed, given, capture(hollowed, given), left)
     except TraceError as error:
         put(model, stands)
         raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
@@ -108,60 +113,115 @@ def brought_back(
     return model, left
 
 
-def _check_back(model: nn.Module, axes: AxisGraph, gone: Gone) -> None:
+def _check_back(model: nn.Module, gone: Gone) -> None:
     known = dict(model.named_modules())
     for path, stand in gone.branch.stands.items():
         here = known.get(path)
         if not isinstance(here, Dropped) or here.stand != stand:
             raise PlanError(f"{path} is not dropped here, so it cannot come back; bring back what it lies in first")
-    for key, axis in gone.axes.axes.items():
-        if not any(gone.branch.holds(slot.name) for slot in axis.slots) or key not in axes.axes:
-            continue
-        if (axes[key].ids, axes[key].born) != (axis.ids, axis.born):
-            raise PlanError(
-                f"axis {key!r} has other units than when {gone.branch.module} was dropped; restore those first"
-            )
+
+
+def caught_up(gone: Gone, axes: AxisGraph) -> Gone:
+    """A dropped branch as the network's later cuts would have left it, had it been there; what it was stays as it is.
+
+    Raises:
+        PlanError: If the network has units that the branch never had.
+    """
+    old, holds = gone.axes, gone.branch.holds
+    own = {
+        axis.key: replace(axis, slots=slots)
+        for axis in old
+        if (slots := tuple(slot for slot in axis.slots if holds(slot.name)))
+    }
+    shared = [key for key in own if key in axes.axes and axes[key].ids != own[key].ids]
+    if not shared:
+        return gone
+    keep = {}
+    for key in shared:
+        place = {one: i for i, one in enumerate(own[key].ids)}
+        if not place.keys() >= set(axes[key].ids) or axes[key].born != own[key].born:
+            raise PlanError(f"axis {key!r} has other units than when {gone.branch.module} was dropped; cut those first")
+        keep[key] = [place[one] for one in axes[key].ids]
+    inner = replace(
+        old,
+        axes={key: replace(axis, inside="") for key, axis in own.items()},
+        shapes={name: dims for name, dims in old.shapes.items() if holds(name)},
+        integers={place: dim for place, dim in old.integers.items() if holds(place.partition(":")[0])},
+        folds=tuple(fold for fold in old.folds if holds(fold.weight)),
+    )
+    # Only a module that holds nothing else is changed, and only its copy.
+    shell = _shell({path: copy.deepcopy(module) for path, module in gone.modules.items()})
+    attic = copy.copy(gone.attic)
+    shell, cut = carry_out(shell, inner, Plan.keeping(inner, keep), attic=attic)
+    left = {key: replace(axis, inside=own[key].inside) for key, axis in cut.axes.items()}
+    modules = {path: shell.get_submodule(path) for path in gone.modules}
+    return replace(gone, axes=replace(old, axes={**old.axes, **left}), attic=attic, modules=modules)
+
+
+def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """A module that has these at their paths, and nothing else."""
+    shell = nn.Module()
+    for path, module in modules.items():
+        *parents, leaf = path.split(".")
+        place = shell
+        for name in parents:
+            if name not in place._modules:
+                place.add_module(name, nn.Module())
+            place = place.get_submodule(name)
+        place.add_module(leaf, module)
+    return shell
 
 
 def _without(model: nn.Module, axes: AxisGraph, gone: Sequence[Branch]) -> AxisGraph:
     """The axes of a network without some branches, proved on a copy without numbers."""
     names = ", ".join(branch.module for branch in gone)
-    copy, mode = hollow(model, {})
+    hollowed, mode = hollow(model, {})
     given = faked(fitting(axes.example, model), mode)
+    # What candidates are summed by leaves out those that give nothing: that needs no proof.
+    summed = [branch for branch in gone if branch.gives == "nothing"]
+    proved = [branch for branch in gone if branch.gives != "nothing"]
     try:
-        whole = Effects(capture(copy, given))
-        replaced = located(Recorded(whole), gone)
-        exchange(copy, {path: stand for branch in gone for path, stand in branch.stands.items()})
-        small = Effects(capture(copy, given))
+        exchange(hollowed, {path: stand for branch in summed for path, stand in branch.stands.items()})
+        recorded = capture(hollowed, given)
+        if idle := [n for n in recorded.unused if n not in axes.unreached and n in axes.without(gone).shapes]:
+            raise RefusedError(f"nothing would use {idle[0]} any more, which stays")
+        if not proved:
+            return _described(hollowed, given, recorded, axes.without(gone))
+        whole = Effects(recorded)
+        replaced = located(Recorded(whole), proved)
+        exchange(hollowed, {path: stand for branch in proved for path, stand in branch.stands.items()})
+        small = Effects(capture(hollowed, given))
     except (RefusedError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     inside = Recorded(small).inside
     zeros: dict[Node, Node] = {}
-    for (node, source), branch in zip(replaced.items(), gone, strict=True):
+    for (node, source), branch in zip(replaced.items(), proved, strict=True):
         if source is None:
             zeros[node] = inside[branch.module][-1]
     if problem := otherwise(whole, replaced, small, zeros):
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(copy, given, small.capture, axes.without(gone))
+    return _described(hollowed, given, small.capture, axes.without(gone))
 
 
-def _described(copy: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
+def _described(hollowed: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
     """Axes with what the network does now: its operations, its work, its branches, and what can be cut of it.
 
     Args:
-        copy: The network as it is now, without numbers.
+        hollowed: The network as it is now, without numbers.
         given: What it was recorded with.
         recorded: The record.
         axes: Its axes, as far as they are known.
     """
     w = walk(recorded, RULES, POINTWISE)
-    reach(copy, given, w)
-    fresh, names = assemble(copy, w, axes.example)
-    found = {frozenset(axis.slots): axis for axis in fresh}
-    now = {key: found.get(frozenset(axis.slots)) for key, axis in axes.axes.items()}
-    known = {one.key: key for key, one in now.items() if one is not None}
+    reach(hollowed, given, w)
+    fresh, names = assemble(hollowed, w, axes.example)
+    home = {slot: axis for axis in fresh for slot in axis.slots}
+    parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
+    now = {key: _together(axes[key], [fresh[part] for part in own]) for key, own in parts.items()}
+    known = {part: key for key, one in now.items() if one is not None for part in parts[key]}
+    looked = any(one.gives != "nothing" for one in axes.branches.values())
     order = {name: i for i, name in enumerate([*fresh.counted, *(fold.weight for fold in fresh.folds)])}
     names = Names({number: known[key] for number, key in names.keys.items() if key in known})
     return replace(
@@ -173,8 +233,26 @@ def _described(copy: nn.Module, given: Example, recorded: Capture, axes: AxisGra
         work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
         notes=fresh.notes,
         trained=fresh.trained,
-        branches=branches(copy, recorded, axes.example) if axes.branches else {},
+        branches=(branches(hollowed, recorded, axes.example) if looked else {}) | offered(hollowed),
     )
+
+
+def _together(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
+    """An axis anew: what a trace finds in its place, or several that only what was dropped tied, still cut as one."""
+    if {*axis.slots} != {slot for part in parts for slot in part.slots}:
+        return None
+    if len(parts) == 1:
+        return parts[0]
+    first = parts[0]
+    alike = all(
+        part.free and (part.size, part.mark, part.count, part.inside) == (axis.size, first.mark, "", axis.inside)
+        for part in parts
+    )
+    if not alike:
+        return None
+    least, multiple = max(part.least for part in parts), lcm(*(part.multiple for part in parts))
+    narrow = next((part.narrow for part in parts if part.narrow), "")
+    return replace(first, key=axis.key, slots=axis.slots, least=least, multiple=multiple, narrow=narrow)
 
 
 def _now(axis: Axis, fresh: Axis | None) -> Axis:

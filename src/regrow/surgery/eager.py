@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_of, read_dim
-from regrow.tracing.capture import evaluating, fitting
+from regrow.tracing.capture import evaluating
+from regrow.tracing.hollow import fitting
 
 
 def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:

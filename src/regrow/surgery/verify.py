@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_map
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.plan import Plan, PlanError
-from regrow.surgery.apply import apply, carry_out, check
+from regrow.surgery.apply import apply, check
+from regrow.surgery.carry import carry_out
 from regrow.surgery.eager import replaced, zeroed
 from regrow.tracing.branches import Recorded, located
 from regrow.tracing.capture import capture, evaluating

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph
-from regrow.tracing.branches import with_branches
+from regrow.tracing.branches import offered, with_branches
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
 from regrow.tracing.reach import reach
@@ -21,9 +21,9 @@ __all__ = ["TraceError", "trace", "with_branches"]
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     """The axes of a network, found by running it once on an example.
 
-    The model is recorded with ``torch.export`` on fake data, or, where data decide what it does, in one real run (its
-    weights are not touched). Every dimension of every tensor gets an expression, and one unit of each axis is cut on
-    trial: an axis that the network does not survive as planned is frozen, with the reason.
+    The model is recorded on fake data, as ``torch.export`` does, or, where data decide what it does, in one real run
+    (its weights are not touched). Every dimension of every tensor gets an expression, and one unit of each axis is cut
+    on trial: an axis that the network does not survive as planned is frozen, with the reason.
 
     Args:
         model: Any network that runs. It is traced in evaluation mode.
@@ -46,4 +46,4 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     w = walk(recorded, RULES, POINTWISE)
     reach(model, example, w)
     axes, names = assemble(model, w, example)
-    return proved(model, replace(axes, steps=steps(w, names)))
+    return proved(model, replace(axes, steps=steps(w, names), branches=offered(model)))

@@ -13,9 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Stand, lies_in
+from regrow.candidates import Candidates, candidates_in
 from regrow.tracing.attributes import FIRST
-from regrow.tracing.capture import Capture, capture, evaluating, faked, fitting, hollow, lightly, quiet
+from regrow.tracing.capture import Capture, capture, evaluating, lightly, quiet
 from regrow.tracing.effects import Effects
+from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.stand import Dropped, exchange, put
 from regrow.tracing.walk import ALIASES, op_name
 
@@ -147,7 +149,22 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     'linear in 2 reads it, which is no addition'
     """
     recorded = capture(model, axes.example, axes.decisions)
-    return replace(axes, branches=branches(model, recorded, axes.example))
+    return replace(axes, branches=branches(model, recorded, axes.example) | offered(model))
+
+
+def offered(model: nn.Module) -> dict[str, Branch]:
+    """The operations that a network marks as candidates, each as a branch; nothing needs to be looked at for that.
+
+    >>> offered(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
+    'nothing'
+    """
+    return {
+        path: Branch(path, {path: Stand("nothing", 0)})
+        for parent, paths in candidates_in(model).items()
+        for path in paths
+        if type(model.get_submodule(parent)).forward is Candidates.forward
+        and not isinstance(model.get_submodule(path), Dropped)
+    }
 
 
 def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:

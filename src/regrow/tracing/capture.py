@@ -1,13 +1,13 @@
 """From a model and an example to a graph of ATen operations, with the name of every tensor of the model's state."""
 
-import copy
 import gc
 import inspect
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from io import StringIO
 from typing import Any
 
@@ -18,9 +18,10 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor, FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Decision, Example
+from regrow.tracing.hollow import faked, hollow
 from regrow.tracing.record import record
 
 
@@ -33,27 +34,31 @@ class Capture:
     """The operations of one run.
 
     Args:
-        module: What was recorded; its placeholders are parameters, buffers, constants and inputs.
+        graph: The operations in order; placeholders are parameters, buffers, constants and inputs.
         states: Placeholder → name of the parameter or buffer.
         unused: Names of parameters that no operation reads.
         constants: Placeholder → its value, where that is neither state nor input.
-        decisions: What data decided in an eager run; ``None`` where ``torch.export`` recorded.
+        decisions: What data decided in an eager run; ``None`` where fake data were enough.
         refusal: Why ``torch.export`` did not.
+        exported: Whether ``torch.export`` recorded, since we could not.
         values: What came out of an eager run on real tensors, and what its decisions were taken on.
+        root: Has what the operations name, if they name anything.
     """
 
-    module: GraphModule
+    graph: Graph
     states: dict[Node, str]
     unused: tuple[str, ...]
     constants: dict[Node, Tensor]
     decisions: tuple[Decision, ...] | None = None
     refusal: str = ""
     values: tuple[Tensor, ...] = ()
+    exported: bool = False
+    root: nn.Module = field(default_factory=nn.Module)
 
-    @property
-    def graph(self) -> Graph:
-        """The operations in order."""
-        return self.module.graph
+    @cached_property
+    def module(self) -> GraphModule:
+        """The operations, ready to run."""
+        return GraphModule(self.root, self.graph)
 
 
 def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
@@ -68,15 +73,19 @@ def capture(
     example: Example,
     decisions: tuple[Decision, ...] | None = None,
     orders: Iterable[Tensor] = (),
+    exported: bool | None = None,
 ) -> Capture:
     """Run the model once and record what it does: on fake data, or, where data decide what it does, on the example.
+
+    On fake data we record ourselves, as ``torch.export`` does, in a fraction of its time. It is asked where that fails.
 
     Args:
         model: The model.
         example: What to run it on.
         decisions: What data decided when the model was recorded eagerly before; it is again, with the same answers.
-            An empty tuple has the data of this example decide. ``None`` has ``torch.export`` try first.
+            An empty tuple has the data of this example decide. ``None`` has fake data tried first.
         orders: As for :func:`regrow.tracing.record.record`.
+        exported: Who records on fake data: ``torch.export``, or we; ``None`` for whoever can.
 
     Raises:
         TraceError: If the model cannot be recorded; says why.
@@ -85,7 +94,7 @@ def capture(
     with evaluating(model), torch.enable_grad(), quiet(), lightly():
         if decisions is None:
             try:
-                return _exported(model, example)
+                return _on_fake_data(model, example, exported)
             except Exception as error:
                 refusal, refused = _reason(error), error
                 if not _holds_numbers(model, example):
@@ -107,9 +116,66 @@ def in_training(model: nn.Module, example: Example) -> Capture:
     """
     with in_mode(model, training=True), torch.enable_grad(), quiet(), lightly():
         try:
-            return _exported(model, example)
+            return _on_fake_data(model, example)
         except Exception as error:
             raise _refused(model, _reason(error)) from error
+
+
+def _on_fake_data(model: nn.Module, example: Example, exported: bool | None = None) -> Capture:
+    if not exported:
+        try:
+            return _dry(model, example)
+        except Exception:
+            if exported is not None:
+                raise
+    return _exported(model, example)
+
+
+def _dry(model: nn.Module, example: Example) -> Capture:
+    """Record a run on fake data in which nothing is asked of data, and which leaves the model as it was."""
+    leaves = tree_leaves((example.args, dict(example.kwargs)))
+    if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
+        raise RuntimeError(f"it is given a {type(unknown).__name__}")
+    if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
+        model, mode = hollow(model, {})
+        example = faked(example, mode)
+    before = _tensors_held(model)
+    with _as_exporting():
+        found = _eager(model, example, (), "", every_name=True)
+    if _tensors_held(model) != before:
+        raise RuntimeError("it keeps what it computes")
+    return replace(found, decisions=None)
+
+
+_PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
+"""What an example may have besides tensors."""
+
+
+def _tensors_held(model: nn.Module) -> dict[tuple[str, str], int]:
+    """Which tensor each attribute of each module holds."""
+    return {
+        (path, name): id(value)
+        for path, module in model.named_modules()
+        for held in (vars(module), module._parameters, module._buffers)
+        for name, value in held.items()
+        if isinstance(value, Tensor)
+    }
+
+
+@contextmanager
+def _as_exporting() -> Iterator[None]:
+    """Have networks that ask do what they do for ``torch.export``."""
+    before = {name: getattr(torch.compiler, name) for name in _ASKED}
+    try:
+        for name in _ASKED:
+            setattr(torch.compiler, name, True)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(torch.compiler, name, value)
+
+
+_ASKED = ("_is_compiling_flag", "_is_exporting_flag")
 
 
 def _exported(model: nn.Module, example: Example) -> Capture:
@@ -124,10 +190,12 @@ def _exported(model: nn.Module, example: Example) -> Capture:
     states = {node: names[node.name] for node in given if node.name in names}
     parameters = set(signature.inputs_to_parameters.values())
     return Capture(
-        module=program.graph_module,
+        graph=program.graph,
         states=states,
         unused=tuple(name for node, name in states.items() if not node.users and name in parameters),
         constants={node: program.constants[lifted[node.name]] for node in given if node.name in lifted},
+        exported=True,
+        root=program.graph_module,
     )
 
 
@@ -147,11 +215,12 @@ def _eager(
     answers: tuple[Decision, ...],
     refusal: str,
     orders: Iterable[Tensor] = (),
+    every_name: bool = False,
 ) -> Capture:
-    seen = record(model, example.args, dict(example.kwargs), answers, orders)
-    parameters = {name for name, _ in model.named_parameters()}
+    seen = record(model, example.args, dict(example.kwargs), answers, orders, every_name)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=not every_name)}
     return Capture(
-        module=GraphModule(nn.Module(), seen.graph),
+        graph=seen.graph,
         states=seen.states,
         unused=tuple(name for node, name in seen.states.items() if not node.users and name in parameters),
         constants=seen.constants,
@@ -242,52 +311,6 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def hollow(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, FakeTensorMode]:
-    """A copy of the model's structure without its numbers, with other shapes where given. Costs no memory.
-
-    Args:
-        model: Left untouched.
-        shapes: Name → new shape of the parameter or buffer.
-
-    Returns:
-        The copy, whose tensors are fake, and the mode in which it runs.
-    """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {}
-    with mode:
-        for name, tensor in (
-            *model.named_parameters(remove_duplicate=False),
-            *model.named_buffers(remove_duplicate=False),
-        ):
-            if id(tensor) in memo and name not in shapes:
-                continue
-            fake = torch.empty(shapes.get(name, tuple(tensor.shape)), dtype=tensor.dtype, device=tensor.device)
-            memo[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-    return copy.deepcopy(model, memo), mode
-
-
-def faked(example: Example, mode: FakeTensorMode) -> Example:
-    """The example as fake tensors of a mode."""
-
-    def fake(value: Any) -> Any:
-        return mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-    return Example(tree_map(fake, example.args), tree_map(fake, dict(example.kwargs)))
-
-
-def fitting(example: Example, model: nn.Module) -> Example:
-    """The example in the precision of the model, if all of the model is in one."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(kinds) != 1:
-        return example
-    (dtype,) = kinds
-
-    def fit(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return Example(tree_map(fit, example.args), tree_map(fit, dict(example.kwargs)))
 
 
 def module_of(node: Node) -> str:

@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.axes import Decision
+from regrow.tracing.forms import mapped, told
 
 
 class DivergedError(RuntimeError):
@@ -66,6 +67,7 @@ def record(
     kwargs: dict[str, Any],
     answers: tuple[Decision, ...] = (),
     orders: Iterable[Tensor] = (),
+    every_name: bool = False,
 ) -> Record:
     """Run a network once and write down its operations.
 
@@ -77,6 +79,8 @@ def record(
             are any.
         orders: In what order each operation that sorts puts what it sorts, while they last and are of its form; for
             another network on real tensors, which must not order equal numbers another way.
+        every_name: Whether a tensor of several names is a state under each of them, and used under the last, as
+            ``torch.export`` has it; else it is one under the first.
 
     Raises:
         DivergedError: If the run asks for another decision than the next given one, or for one that is not given and
@@ -94,7 +98,7 @@ def record(
     with _modules(model) as running:
         recorder = _Recorder(seen, answers, orders, running, fake)
         with torch._C.DisableTorchFunction():
-            recorder.begin(model, inputs)
+            recorder.begin(model, inputs, every_name)
         with _Spelled(), enable_python_dispatcher(), recorder:
             result = model(*given, **named)
     recorder.end(result)
@@ -185,10 +189,19 @@ class _Recorder(ProxyTorchDispatchMode):
         self.nodes = WeakTensorKeyDictionary()
         self.plain: dict[Node, Tensor] = {}
         self.judged: list[Tensor] = []
+        self.first: Node | None = None
 
-    def begin(self, model: nn.Module, inputs: list[Any]) -> None:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing here is compiled, and torch would load its compiler to make sure
+
+    def begin(self, model: nn.Module, inputs: list[Any], every_name: bool) -> None:
         """Make a placeholder for each parameter, buffer and input."""
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        once = not every_name
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=once),
+            *model.named_buffers(remove_duplicate=once),
+        ):
             self.seen.states[self._placeholder(tensor)] = name
         for value in inputs:
             self._placeholder(value)
@@ -207,26 +220,33 @@ class _Recorder(ProxyTorchDispatchMode):
     def _seen(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in _PICKS:
             args = (args[0], [one for index in args[1] for one in self._positions(index)], *args[2:])
-        nodes, named = tree_map_only(Tensor, self._node, (args, kwargs))
+        nodes, named = mapped((args, kwargs), Tensor, self._node)
         plain = self._plainly(func, nodes, named)
         try:
-            with self.fake:
-                told = func(*tree_map_only(Node, _val, nodes), **tree_map_only(Node, _val, named))
+            form = self._form(func, *mapped((nodes, named), Node, _val))
         except _DATA_DECIDE:
             return self._decided(func, args, kwargs) if plain is None else self._shown(plain)
-        for x in tree_leaves(told):
-            if isinstance(x, FakeTensor):
-                x.constant = None  # else fake tensors know small numbers, and ask less than real ones
         if plain is None and func._schema.is_mutable:
             self._overwritten([x for x in tree_leaves((nodes, named)) if x in self.plain])
-        node = self._write(func, nodes, named, told)
+        node = self._write(func, nodes, named, form)
         self._keep_judged(node, args, kwargs)
-        out = func(*args, **kwargs) if self.real else told
+        out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
             given = {**dict(zip((one.name for one in func._schema.arguments), args, strict=False)), **kwargs}
             out = _ordered(args[0], given.get("dim", -1), out, next(self.orders, None))
-        self._name(node, out, told, plain)
+        self._name(node, out, form, plain)
         return out
+
+    def _form(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of an operation on fake tensors."""
+        if (form := told(func, args, kwargs, self.fake)) is not NotImplemented:
+            return form
+        with self.fake:
+            form = func(*args, **kwargs)
+        for x in tree_leaves(form):
+            if isinstance(x, FakeTensor):
+                x.constant = None  # else fake tensors know small numbers, and ask less than real ones
+        return form
 
     def _plainly(self, func: Any, nodes: Any, named: Any) -> Any:
         """The result of an operation on constants alone, so that numbers made of sizes follow the sizes."""
@@ -277,17 +297,18 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         node = self.seen.graph.call_function(target, args, kwargs)
+        self.first = self.first or node
         node.meta |= {"val": val, "nn_module_stack": self.running()}
         return node
 
-    def _name(self, node: Node, out: Any, told: Any, plain: Any) -> None:
+    def _name(self, node: Node, out: Any, form: Any, plain: Any) -> None:
         """Have the results of an operation known by its node."""
         if isinstance(out, Tensor):
             self.nodes[out] = node
             if plain is not None:
                 self.plain[node] = plain
         elif isinstance(out, list | tuple):
-            for i, (one, val) in enumerate(zip(out, told, strict=True)):
+            for i, (one, val) in enumerate(zip(out, form, strict=True)):
                 if isinstance(one, Tensor):
                     self._name(self._write(getitem, (node, i), {}, val), one, val, None if plain is None else plain[i])
 
@@ -308,8 +329,7 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _placeholder(self, value: Any) -> Node:
         graph = self.seen.graph
-        first = next((node for node in graph.nodes if node.op != "placeholder"), None)
-        with graph.inserting_before(first) if first is not None else nullcontext():
+        with graph.inserting_before(self.first) if self.first is not None else nullcontext():
             node = graph.placeholder(f"given_{len(graph.nodes)}")
         node.meta["val"] = value
         if isinstance(value, Tensor):

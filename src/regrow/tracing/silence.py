@@ -41,6 +41,8 @@ def heard(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
 
 
 def _reason(w: Walk, one: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> str:
+    if one.groups is not None and leaf in d.leaves(one.groups):
+        return ""  # a newborn group is normed by itself
     if one.fill != 0:
         return w.why(one.node, "it would be taken over newborn units too")
     meeting = op_name(one.node) in _MEETINGS

@@ -10,7 +10,7 @@ from regrow.branches import Stand
 
 
 class Dropped(nn.Module):
-    """Stands for a module that is gone, so that the code around it runs on: it gives zeros, or its own input.
+    """Stands for a module that is gone, so that the code around it runs on: it gives zeros, its own input, or nothing.
 
     The zeros are new ones at every call, since code may write into them.
 
@@ -30,8 +30,10 @@ class Dropped(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros in the form of the argument, or the argument, in the form of the answer that was."""
+        """Zeros in the form of the argument, or the argument, in the form of the answer that was; or ``None``."""
         stand = self.stand
+        if stand.gives == "nothing":
+            return None
         given = args[stand.takes] if isinstance(stand.takes, int) else kwargs[stand.takes]
         value = torch.zeros_like(given) if stand.gives == "zero" else given
         return tuple(value if i == stand.at else None for i in range(stand.of)) if stand.of else value

@@ -8,9 +8,10 @@ from math import lcm
 import torch
 from torch import nn
 
-from regrow.axes import Axis, AxisGraph, Decision, Mark, size_of
+from regrow.axes import Axis, AxisGraph, Mark, size_of
 from regrow.tracing.attributes import held, hold
-from regrow.tracing.capture import TraceError, capture, faked, fitting, hollow, in_training
+from regrow.tracing.capture import TraceError, capture, in_training
+from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.steps import difference
 
 
@@ -117,27 +118,15 @@ def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
 def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbers: bool = False) -> str:
     """What goes wrong when the network is given other sizes, on a copy without numbers; empty if nothing does.
 
-    Recording the copy ourselves takes a third of the time of ``torch.export``, which has the last word: where our
-    record is not what is planned, that may have another reason than the sizes.
+    The copy is recorded as the network was when it was traced.
     """
-    problem = ""
-    for decisions in (axes.decisions,) if axes.decisions is not None else ((), None):
-        problem = _repeated(model, axes, sizes, numbers, decisions)
-        if not problem:
-            break
-    return problem or (_trained(model, axes, sizes) if axes.trained else "")
+    return _repeated(model, axes, sizes, numbers) or (_trained(model, axes, sizes) if axes.trained else "")
 
 
-def _repeated(
-    model: nn.Module,
-    axes: AxisGraph,
-    sizes: Mapping[str, int],
-    numbers: bool,
-    decisions: tuple[Decision, ...] | None,
-) -> str:
+def _repeated(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbers: bool) -> str:
     try:
         copy, mode = resized(model, axes, sizes)
-        again = capture(copy, faked(fitting(axes.example, model), mode), decisions)
+        again = capture(copy, faked(fitting(axes.example, model), mode), axes.decisions, exported=axes.exported)
     except TraceError as error:
         return _refusal(error)
     return difference(axes, again, sizes, numbers)

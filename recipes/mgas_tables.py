@@ -1,0 +1,161 @@
+"""MGAS (reconstructed) beside its own parts and controls: same space, data, size, training anew and seeds.
+
+    python recipes/mgas_tables.py --cifar PICTURES --work FOLDER --seeds 3
+    python recipes/mgas_tables.py --cifar PICTURES --work FOLDER --seeds 3 --targets 0.15 0.25 0.4 --match MGAS
+    python recipes/mgas_tables.py --show
+
+PICTURES has CIFAR-10 as ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets a run per row, so that a row which is
+stopped goes on. A row is written when it is whole. Every arm ends at the same number of parameters that are not 0 (a
+share of the super-network's), is trained anew for equally many epochs on training and validation part, and is tested
+once. What the search learns from is the training part alone; choices are judged on the validation part.
+The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
+--epochs 75 --retrain 600 --stride 1``.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from scipy.stats import ttest_rel
+
+from regrow.runs.searching import Settings, run
+
+OUT = Path(__file__).parent / "results" / "mgas.jsonl"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One line of the table.
+
+    Args:
+        name: How the table calls it.
+        settings: Settings of the method.
+        more: Settings of the run, where they differ.
+    """
+
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    more: dict[str, Any] = field(default_factory=dict)
+
+
+MGAS = Arm("MGAS (reconstructed)")
+BLIND = {"method": "blind", "epochs": 0}
+ARMS = (
+    MGAS,
+    Arm("random operations", {"what": "operations"}, BLIND),
+    Arm("uniform width", {"what": "filters"}, BLIND),
+    Arm("operations alone", {"levels": ("operations",)}),
+    Arm("filters alone", {"levels": ("filters",)}),
+    Arm("weights alone", {"levels": ("weights",)}),
+    Arm("hand-set ratios per level", {"controller": "ratios", "ratios": (0.6, 0.7, 0.85)}),
+    Arm("one stage", {}, {"stages": 1}),
+    Arm("nothing regrown", {"regrow": 0.0}),
+    Arm("filters and weights regrown too", {"regrow_filters": 0.2, "regrow_weights": 0.2}),
+    Arm("operations come back with what they held", {"revive": "old"}),
+)
+
+
+def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """A row."""
+    given: dict[str, Any] = {"space": args.space, "data": str(args.cifar), "target": f"{target:g}", "train": args.train}
+    given |= {"epochs": args.epochs, "retrain": args.retrain, "stride": args.stride, "stages": args.stages}
+    settings = Settings(**{**given, **arm.more, "method_settings": arm.settings, "seed": seed})
+    folder = run(settings, args.work / f"{arm.name.replace(' ', '-')}-{target:g}-{seed}")
+    by = {row["what"]: row for row in folder.metrics()}
+    return {
+        "accuracy": by["test"]["accuracy"],
+        "found": by["found"]["accuracy"],
+        "parameters": by["test"]["parameters"],
+        "nonzero": by["test"]["nonzero"],
+        "saved": {level: round(saved) for level, saved in by["levels"]["saved"].items()},
+        "seconds": round(sum(folder.run()["seconds"].values())),
+    }
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """What is there."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def shown(path: Path) -> Iterator[str]:
+    """The table in Markdown, a block per space, size of the data and target."""
+    kinds = dict.fromkeys((row["setting"], row["target"]) for row in rows(path))
+    for setting, target in kinds:
+        own = [row for row in rows(path) if (row["setting"], row["target"]) == (setting, target)]
+        whole = {row["seed"]: row["accuracy"] for row in own if row["arm"] == MGAS.name}
+        head = ("", "test accuracy, %", "difference, paired", "as the search left it", "parameters, not 0", "stored")
+        head += ("left out: operations, filters, weights", "s")
+        seeds = ", ".join(map(str, sorted({row["seed"] for row in own})))
+        yield f"\n{setting}, target {target:g} of the space, seeds {seeds}\n"
+        yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        for arm in ARMS:
+            done = [row for row in own if row["arm"] == arm.name]
+            if done:
+                both = [(row["accuracy"], whole[row["seed"]]) for row in done if row["seed"] in whole]
+                saved = [f"{fmean(row['saved'][level] for row in done):,.0f}" for level in done[0]["saved"]]
+                cells = [
+                    arm.name,
+                    _spread([row["accuracy"] for row in done]),
+                    _difference(both) if arm is not MGAS else "",
+                    _spread([row["found"] for row in done]),
+                    *(f"{fmean(row[name] for row in done):,.0f}" for name in ("nonzero", "parameters")),
+                    ", ".join(saved),
+                    f"{fmean(row['seconds'] for row in done):.0f}",
+                ]
+                yield f"| {' | '.join(cells)} |"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{100 * fmean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def _difference(both: list[tuple[float, float]]) -> str:
+    """How far the arm is from MGAS, and how surely, by a paired t-test."""
+    gaps = [a - b for a, b in both]
+    if len(gaps) < 2:
+        return f"{100 * gaps[0]:+.2f}" if gaps else ""
+    return f"{100 * fmean(gaps):+.2f} (p = {float(ttest_rel(*zip(*both, strict=True)).pvalue):.3f})"
+
+
+def main() -> None:
+    """Run what is not there yet, or show the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cifar", type=Path, help="CIFAR-10 as folders of pictures")
+    parser.add_argument("--work", type=Path, default=Path("mgas-runs"), help="where runs are kept")
+    parser.add_argument("--space", default="cells:8-6-2")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.25])
+    parser.add_argument("--train", type=int, default=4000)
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--retrain", type=int, default=30)
+    parser.add_argument("--stages", type=int, default=3)
+    parser.add_argument("--stride", type=int, default=2)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=3, help="the one behind the last")
+    parser.add_argument("--match", default="", help="part of an arm's name")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--show", action="store_true", help="print the table")
+    args = parser.parse_args()
+    if args.show:
+        print("\n".join(shown(args.out)))
+        return
+    setting = f"{args.space}, {args.train} images, {args.epochs} + {args.retrain} epochs"
+    for seed in range(args.first, args.seeds):
+        for target in args.targets:
+            for arm in ARMS:
+                told = {"setting": setting, "target": target, "arm": arm.name, "seed": seed}
+                there = any(told.items() <= row.items() for row in rows(args.out))
+                if there or args.match not in arm.name:
+                    continue
+                row = told | measured(arm, target, seed, args) | {"date": str(date.today())}
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{setting}, {target:g}, seed {seed}, {arm.name}: {row['accuracy']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What a commit of a search takes out: what does not stand, what a share tells, or what a target still asks for."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.allocation.gates import Gates, Masks
+from regrow.axes import AxisGraph
+from regrow.branches import lies_in
+
+
+def cut(found: Gates, masks: Masks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
+    """The operations that do not stand, and of each axis that loses filters those that do.
+
+    Args:
+        found: What may go.
+        masks: What stands.
+        axes: The network's axes.
+    """
+    there = zip(found.ops, found.alive & found.runs, masks.ops, strict=True)
+    drop = [path for path, here, mask in there if here and not mask]
+    keep = {}
+    for key, (base, size, _) in zip(found.levels.axes, found.spans, strict=True):
+        own = masks.filters[base : base + size] > 0
+        stays = any(not any(lies_in(slot.name, path) for path in drop) for slot in axes[key].slots)
+        if stays and not bool(own.all()):
+            keep[key] = own.nonzero()[:, 0].tolist()
+    return drop, keep
+
+
+def spared(found: Gates, masks: Masks, allowed: float) -> Masks:
+    """Masks under which no more goes than must: the nearest to their thresholds stay, as long as all that is allowed.
+
+    Args:
+        found: What may go.
+        masks: What stands.
+        allowed: What the network may cost.
+    """
+    ops, filters = masks.ops.clone(), masks.filters.clone()
+    margins = torch.cat(masks.margins)
+    here = torch.cat([found.alive & found.runs, torch.ones_like(filters, dtype=torch.bool)])
+    lost = (here & (torch.cat([ops, filters]) == 0)).nonzero()[:, 0]
+    for at in lost[margins[lost].argsort(descending=True)].tolist():
+        mask, i = (ops, at) if at < len(ops) else (filters, at - len(ops))
+        mask[i] = 1.0
+        if float(found.levels.size(ops, filters, masks.weights)) > allowed:
+            mask[i] = 0.0
+            break
+    return replace(masks, ops=ops, filters=filters)
+
+
+def savings(found: Gates, masks: Masks) -> dict[str, float]:
+    """What each level leaves out, one after the other: operations, filters of the rest, weights of those."""
+    ones = torch.ones_like(masks.filters)
+    steps = [
+        found.levels.size(found.alive.float(), ones),
+        found.levels.size(masks.ops, ones),
+        found.levels.size(masks.ops, masks.filters),
+        found.levels.size(masks.ops, masks.filters, masks.weights),
+    ]
+    names = ("operations", "filters", "weights")
+    return {name: float(steps[i] - steps[i + 1]) for i, name in enumerate(names)}
+
+
+def threshold_for(share: float, importance: Tensor, whole: int) -> float:
+    """The threshold at which a share of ``whole`` units stands; 0 where no more are left.
+
+    >>> threshold_for(0.5, torch.tensor([0.1, 0.4, 0.2, 0.3]), 4)
+    0.30000001192092896
+    """
+    many = len(importance) - max(1, ceil(share * whole))
+    return float(importance.sort().values[many]) if many > 0 else 0.0
+
+
+def controlled(values: Mapping[str, Any], dropped: int) -> dict[str, Any]:
+    """λ after a commit, as the authors' controller moves it.
+
+    At 48 dropped operations or more λ is halved and its step begins anew; below 24 it rises by four times its last
+    step, unless the loss it makes exceeds the network's own: then it has found its cap.
+
+    Args:
+        values: ``lambda``, ``step``, ``cap``, and ``loss``: the network's own and what λ makes.
+        dropped: How many operations the commit drops.
+    """
+    plain, pressure = values.get("loss", (1.0, 0.0))
+    cap = values["lambda"] if plain < pressure else values["cap"]
+    if dropped >= 48:
+        return {"cap": cap, "step": 1e-5, "lambda": values["lambda"] / 2}
+    if dropped < 24 and values["lambda"] < cap:
+        return {"cap": cap, "step": 4 * values["step"], "lambda": values["lambda"] + 4 * values["step"]}
+    return {"cap": cap}
+
+
+def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple[list[int], list[int], Tensor]:
+    """What must go beyond what does not stand, least important first, for the target to be met.
+
+    Weights pay where they are searched, else filters, else operations.
+
+    Args:
+        found: What may go.
+        masks: What stands.
+        relative: How large each weight is, ``[N]``.
+        target: What may be left.
+
+    Returns:
+        Numbers of operations and of filters, and which weights, ``[N]`` bool.
+
+    Raises:
+        ValueError: If not so much can go; names the least that can be reached.
+    """
+    ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
+    none = torch.zeros(len(relative), dtype=torch.bool)
+
+    def size() -> float:
+        return float(found.levels.size(ops, filters, weights))
+
+    if weights is not None:
+        stands = found.levels.standing(ops, filters) & (weights > 0)
+        price = torch.where(stands, found.levels.price[: len(relative)], 0.0)
+        order = torch.where(stands, relative, torch.inf).argsort()
+        before = price[order].cumsum(0) - price[order]
+        gone = none.clone()
+        gone[order[before < size() - target]] = True
+        if size() - float(price.sum()) > target:
+            raise ValueError(
+                f"the target {target:g} is below what is left without any weight, {size() - price.sum():g}"
+            )
+        return [], [], gone & stands
+    lost: tuple[list[int], list[int]] = ([], [])
+    for level, (mask, margin) in enumerate(((ops, masks.margins[0]), (filters, masks.margins[1]))):
+        if level == 0 and bool((masks.margins[1] != 1).any()):
+            continue  # filters pay
+        while size() > target:
+            open_ = found.open(level, mask)
+            if not bool(open_.any()):
+                break
+            at = int(torch.where(open_, margin, torch.inf).argmin())
+            mask[at] = 0.0
+            lost[level].append(at)
+    if size() > target:
+        raise ValueError(f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave")
+    return *lost, none

@@ -1,0 +1,208 @@
+"""Operations, filters and weights of a network as three vectors, and what it costs with some of each left out.
+
+Every entry of every parameter knows which filter it makes, which one it reads, and which operation it lies in. So the
+three levels are masked and priced together by a few operations on long vectors, however many filters there are.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor
+
+from regrow.allocation.thresholds import kept
+from regrow.axes import AxisGraph, Role, size_of
+from regrow.method import Measure
+
+
+@dataclass(frozen=True)
+class Levels:
+    """Where the units of three levels lie in a network's parameters, entry by entry.
+
+    Args:
+        weights: Names of the parameters that are masked: those that read filters, and all that are counted.
+        shapes: Their shapes.
+        axes: Axis key → the place of its first filter among all filters.
+        filters: How many filters there are.
+        reads: The filter that an entry of a weight reads, ``[N]``; ``filters`` for none.
+        makes: The filter that it makes, ``[N + M]``, the M entries of other parameters included; ``filters`` for none.
+        ops: The operation that it lies in, ``[N + M]``; the number of operations for none.
+        weight: The number of the weight that an entry lies in, ``[N]``.
+        price: What it costs, ``[N + M]`` float64.
+    """
+
+    weights: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]
+    axes: Mapping[str, int]
+    filters: int
+    reads: Tensor
+    makes: Tensor
+    ops: Tensor
+    weight: Tensor
+    price: Tensor
+
+    def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
+        """All weights in one vector, ``[N]``."""
+        return torch.cat([parameters[name].reshape(-1) for name in self.weights])
+
+    def apart(self, flat: Tensor) -> dict[str, Tensor]:
+        """A vector as weights again."""
+        parts = flat.split([shape.numel() for shape in self.shapes])
+        return {name: part.view(shape) for name, part, shape in zip(self.weights, parts, self.shapes, strict=True)}
+
+    def relative(self, flat: Tensor, stands: Tensor) -> Tensor:
+        """|w| as a multiple of the mean |w| of its tensor, ``[N]``: so one threshold suits all layers.
+
+        Args:
+            flat: The weights, ``[N]``.
+            stands: Which of them lie between filters that stand, ``[N]`` bool: the mean is over those, so that it stays
+                when the others are cut.
+        """
+        size, here = flat.detach().abs(), stands.to(flat.dtype)
+        none = size.new_zeros(len(self.weights))
+        total, many = none.index_add(0, self.weight, size * here), none.index_add(0, self.weight, here)
+        return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]
+
+    def masked(self, flat: Tensor, filters: Tensor, over_by: Tensor | None) -> Tensor:
+        """The weights as they stand: times the scale of the filter they read, 0 where they are below their threshold.
+
+        Args:
+            flat: The weights, ``[N]``.
+            filters: The scale of each filter, ``[filters]``.
+            over_by: How far each weight is above its threshold, ``[N]``; ``None`` if none is left out.
+        """
+        scaled = flat * torch.cat([filters, filters.new_ones(1)])[self.reads]
+        return scaled if over_by is None else kept(scaled, over_by)
+
+    def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
+        """Which weights lie in operations and between filters that stand, ``[N]`` bool."""
+        n = len(self.reads)
+        here = torch.cat([filters, filters.new_ones(1)]) > 0
+        inside = (torch.cat([ops, ops.new_ones(1)]) > 0)[self.ops[:n]]
+        return inside & here[self.makes[:n]] & here[self.reads]
+
+    def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
+        """What the network costs with these masks: Σ over entries of price · its operation · its filters · itself.
+
+        Args:
+            ops: Mask of operations, ``[operations]``.
+            filters: Mask of filters, ``[filters]``.
+            weights: Mask of weights, ``[N]``; ``None`` for all.
+
+        Returns:
+            A scalar, with the gradients of the masks.
+        """
+        here = torch.cat([filters, filters.new_ones(1)])
+        alive = torch.cat([ops, ops.new_ones(1)])[self.ops] * here[self.makes]
+        n = len(self.reads)
+        inner = alive[:n] * here[self.reads]
+        if weights is not None:
+            inner = inner * weights
+        return (inner * self.price[:n]).sum() + (alive[n:] * self.price[n:]).sum()
+
+
+def levels(
+    axes: AxisGraph,
+    parameters: Mapping[str, Tensor],
+    candidates: Mapping[str, Sequence[str]],
+    *,
+    measure: Measure = Measure.PARAMETERS,
+    counts: Callable[[str], bool] = lambda name: True,
+) -> Levels:
+    """Work out where the units of three levels lie.
+
+    Args:
+        axes: The network's axes.
+        parameters: Its parameters, tied ones once.
+        candidates: Path of each sum of candidates → the paths of its operations, in order; all of them together are
+            numbered from 0.
+        measure: What an entry costs: 1, the multiply–accumulates of the traced example that it takes part in, or bytes.
+        counts: Whether a parameter counts (a stage of a search runs a part of the network).
+    """
+    names = [name for name in parameters if counts(name) and name in axes.shapes]
+    units = [
+        axis
+        for axis in axes.units()
+        if any(slot.name in parameters for slot in axis.consumers()) and not axis.count and axis.multiple == 1
+    ]
+    reading = {slot.name for axis in units for slot in axis.consumers()}
+    weights = [name for name in names if name in reading or name in axes.counted]
+    order = [*weights, *(name for name in names if name not in {*weights})]
+    places: dict[str, int] = {}
+    lines: dict[tuple[str, bool], tuple[int, Tensor]] = {}
+    filters = 0
+    for axis in units:
+        slots = [(slot, slot.role is Role.CONSUMES) for slot in axis.slots if slot.name in parameters]
+        if any(lines.get((slot.name, reads), (slot.dim,))[0] != slot.dim for slot, reads in slots):
+            continue  # an entry would read filters of two axes
+        places[axis.key] = filters
+        for slot, reads in slots:
+            many = parameters[slot.name].shape[slot.dim]
+            _, line = lines.setdefault((slot.name, reads), (slot.dim, torch.full((many,), -1)))
+            at = slot.positions(axis.size)
+            line[at] = filters + torch.arange(axis.size)[:, None].expand_as(at)
+        filters += axis.size
+
+    def laid(name: str, reads: bool) -> Tensor:
+        shape = parameters[name].shape
+        if (name, reads) not in lines:
+            return torch.full(shape, filters).reshape(-1)
+        dim, line = lines[name, reads]
+        return (
+            torch.where(line < 0, filters, line)
+            .view([-1 if d == dim else 1 for d in range(len(shape))])
+            .expand(shape)
+            .reshape(-1)
+        )
+
+    of = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
+    lies = [next((of[path] for path in _paths(name) if path in of), len(of)) for name in order]
+    scales = {f"{path}.scale".lstrip("."): [of[one] for one in paths] for path, paths in candidates.items()}
+    numbers = [parameters[name].numel() for name in order]
+    prices = _prices(axes, measure)
+
+    def each(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(numbers[: len(values)]))
+
+    return Levels(
+        weights=tuple(weights),
+        shapes=tuple(parameters[name].shape for name in weights),
+        axes=places,
+        filters=filters,
+        reads=torch.cat([laid(name, True) for name in weights]),
+        makes=torch.cat([laid(name, False) for name in order]),
+        ops=torch.cat(
+            [torch.tensor(scales.get(name, [at] * n)) for name, at, n in zip(order, lies, numbers, strict=True)]
+        ),
+        weight=each(range(len(weights)), torch.long),
+        price=each([prices(name) for name in order], torch.float64),
+    )
+
+
+def _paths(name: str) -> list[str]:
+    """A dotted name and everything that it lies in.
+
+    >>> _paths("a.b.weight")
+    ['a.b.weight', 'a.b', 'a']
+    """
+    parts = name.split(".")
+    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
+
+
+def _prices(axes: AxisGraph, measure: Measure) -> Callable[[str], float]:
+    match measure:
+        case Measure.PARAMETERS:
+            return lambda name: 1.0
+        case Measure.BYTES:
+            return lambda name: float(axes.itemsize.get(name, 4))
+    sizes = axes.sizes()
+    done: dict[str, int] = {}
+    for one in axes.work:
+        done[one.module] = done.get(one.module, 0) + prod(size_of(dim, sizes) for dim in one.dims)
+
+    def macs(name: str) -> float:
+        module, _, leaf = name.rpartition(".")
+        return done.get(module, 0) / prod(size_of(dim, sizes) for dim in axes.shapes[name]) if leaf == "weight" else 0.0
+
+    return macs

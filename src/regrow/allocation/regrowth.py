@@ -1,0 +1,84 @@
+"""Which operations come back: drawn by how much their kind and their cell moved and weighs, as MG-DARTS draws them."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+
+def drawn(
+    dead: Sequence[str],
+    alive: Sequence[str],
+    drift: Mapping[str, float],
+    weight: Mapping[str, float],
+    many: int,
+    generator: torch.Generator,
+) -> list[str]:
+    """Operations to revive, at most ``many``.
+
+    For each cell i and kind j, with G the mean drift and A the mean importance over the living ones of that kind (half
+    of the least of the cell where none lives), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i is the
+    mean of its normalised drift and importance per living operation. Each of ``many`` numbers that lands in (i, j) by
+    q_i · p_ij revives one dropped operation of kind j in cell i; with none there, the draw is lost.
+
+    Args:
+        dead: Paths of the operations that could come back.
+        alive: Paths of those that are there.
+        drift: Path → how far its α keeps moving (the size of its gradient, averaged over steps).
+        weight: Path → its importance.
+        many: How many draws.
+        generator: Of the draws.
+
+    Source: the authors' code (train_search.py), read; the normalisations as there.
+    """
+    cells = [*dict.fromkeys(map(cell_of, (*alive, *dead)))]
+    kinds = [*dict.fromkeys(map(kind_of, (*alive, *dead)))]
+    chance = torch.zeros(len(cells), len(kinds), dtype=torch.float64)
+    share = torch.zeros(len(cells), 2, dtype=torch.float64)
+    for i, cell in enumerate(cells):
+        own = [path for path in alive if cell_of(path) == cell]
+        for k, values in enumerate((drift, weight)):
+            means = [_mean([values[path] for path in own if kind_of(path) == kind]) for kind in kinds]
+            known = [mean for mean in means if mean is not None]
+            least = min(known, default=0.0) / 2
+            row = torch.tensor([least if mean is None else mean for mean in means], dtype=torch.float64)
+            share[i, k] = row.sum() / max(1, len(own))
+            chance[i] += _normal(row) / 2
+    q = (_normal(share[:, 0]) + _normal(share[:, 1])) / 2
+    places = (q[:, None] * chance).flatten().cumsum(0)
+    left, found = list(dead), []
+    for one in torch.rand(many, generator=generator, dtype=torch.float64).tolist():
+        at = min(int(torch.searchsorted(places, one)), len(places) - 1)
+        fit = [p for p in left if cell_of(p) == cells[at // len(kinds)] and kind_of(p) == kinds[at % len(kinds)]]
+        if fit:
+            before = float(places[at - 1]) if at else 0.0
+            inside = (one - before) / max(float(places[at]) - before, 1e-12)
+            chosen = fit[min(int(inside * len(fit)), len(fit) - 1)]
+            left.remove(chosen)
+            found.append(chosen)
+    return found
+
+
+def kind_of(path: str) -> str:
+    """What an operation is, by the last part of its path without the number of its source.
+
+    >>> kind_of("cells.1.nodes.0.ops.sep3_2"), cell_of("cells.1.nodes.0.ops.sep3_2")
+    ('sep3', 'cells.1')
+    """
+    leaf = path.rpartition(".")[2]
+    name, _, source = leaf.rpartition("_")
+    return name if source.isdigit() and name else leaf
+
+
+def cell_of(path: str) -> str:
+    """The cell that an operation lies in: what comes before its node."""
+    return path.rpartition(".ops.")[0].rpartition(".nodes.")[0]
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _normal(values: Tensor) -> Tensor:
+    total = values.sum()
+    return values / total if total > 0 else torch.full_like(values, 1 / len(values))

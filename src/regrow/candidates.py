@@ -1,0 +1,74 @@
+"""Candidates: operations of which a search keeps some, summed into one value."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Candidates(nn.Module):
+    """Σ over candidates i of  scale_i · op_i(input of i); a user's own network marks what may be chosen with it.
+
+    Each candidate is a branch that ``Plan.dropping`` can drop, whatever it does, as long as one of them stays.
+
+    Args:
+        ops: Name → module; each takes one tensor, and all give the same shape.
+        sources: Which of the inputs each one takes, in their order; the first, unless given.
+
+    >>> mixed = Candidates({"double": nn.Upsample(scale_factor=1), "same": nn.Identity()})
+    >>> mixed(torch.ones(1, 1, 2)).tolist()
+    [[[2.0, 2.0]]]
+    """
+
+    def __init__(self, ops: Mapping[str, nn.Module], sources: Sequence[int] = ()) -> None:
+        super().__init__()
+        if (sources and len(sources) != len(ops)) or not ops:
+            raise ValueError(f"{len(ops)} candidates with {len(sources)} sources: one for each, at least one candidate")
+        self.ops = nn.ModuleDict(ops)
+        self.sources = tuple(sources) or (0,) * len(ops)
+        self.scale = nn.Parameter(torch.ones(len(ops)))
+
+    def reset_parameters(self) -> None:
+        """Every scale is 1 again."""
+        nn.init.ones_(self.scale)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """The sum over the candidates that are still there."""
+        total = None
+        for i, (op, source) in enumerate(zip(self.ops.values(), self.sources, strict=True)):
+            value = op(inputs[source])
+            if value is not None:  # one that was dropped gives nothing
+                total = value * self.scale[i] if total is None else total + value * self.scale[i]
+        if total is None:
+            raise ValueError(f"all of {', '.join(self.ops)} were dropped; one of them must stay")
+        return total
+
+
+class Staged(Protocol):
+    """What a network offers that can be searched in stages: a part of it runs, with a classifier of its own."""
+
+    def upto(self, x: Tensor, last: int) -> Tensor:
+        """The logits behind part ``last``; what comes later does not run."""
+        ...
+
+    def within(self, name: str, last: int) -> bool:
+        """Whether a parameter takes part in :meth:`upto`."""
+        ...
+
+    def needed(self) -> list[tuple[str, ...]]:
+        """Sets of operations of each of which one must stay."""
+        ...
+
+
+def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Path of each :class:`Candidates` of a network → the paths of its operations, dropped ones too, in order.
+
+    >>> candidates_in(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))
+    {'0': ('0.ops.a', '0.ops.b')}
+    """
+    return {
+        path: tuple(f"{path}.ops.{name}".lstrip(".") for name in module.ops)
+        for path, module in model.named_modules()
+        if isinstance(module, Candidates)
+    }

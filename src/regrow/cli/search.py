@@ -1,0 +1,73 @@
+"""``regrow search``: a network of a given size, found in a space of many."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regrow.cli import options
+from regrow.cli.screen import number, say, table, working
+
+EPILOG = """\b
+SPACE is cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell), or a
+small network such as resnet:16-3, of which filters and weights are searched.
+
+\b
+Examples
+  regrow search cells:4-3-2 --data digits --target 0.2 --out RUN
+  regrow search cells:8-6-3 --data cifar/ --target params=50k --stages 3 --epochs 30 --retrain 60 --out RUN
+  regrow search resnet:16-3 --data fashion/ --target macs=2M --stages 1 --out RUN
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("space")
+@click.option(
+    "--data", required=True, help="digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…"
+)
+@click.option("--target", required=True, help="params=50k, macs=3M, bytes=200k, or a share of all parameters: 0.2.")
+@click.option("--method", default="mgas", show_default=True, help="What searches: see `regrow methods`.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder. The same command resumes.")
+@click.option("--stages", default=3, show_default=True, type=int, help="In how many stages the space is searched.")
+@click.option("--memory", default="", metavar="BYTES", help="What a stage may need, like 2GiB: cuts stages to fit.")
+@click.option("--epochs", default=30, show_default=True, type=int, help="Passes over the training part in the search.")
+@click.option("--retrain", default=30, show_default=True, type=int, help="Passes of the training after it; 0: none.")
+@click.option("--batch-size", default=96, show_default=True, type=int, help="Examples per step.")
+@click.option("--lr", default=0.025, show_default=True, type=float, help="Learning rate of weights.")
+@click.option("--weight-decay", default=3e-4, show_default=True, type=float)
+@click.option("--train", default=0, type=int, help="Use at most so many training examples; 0: all.")
+@click.option("--test", default=0, type=int, help="Test on at most so many; 0: all.")
+@click.option("--validation", default=0.2, show_default=True, type=float, help="The share held out in the search.")
+@click.option("--stride", default=2, show_default=True, type=int, help="Of the stem.")
+@click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Of weights, orders and everything drawn.")
+def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: Any) -> None:
+    """Search SPACE for a network that fits the target, train it anew, and leave a folder with it and how it was found.
+
+    The training examples are split into a part that is learned from and one that choices are judged by; the test set
+    is read once, at the end.
+    """
+    from regrow.runs.searching import Settings, run
+
+    settings = Settings(space, data, target, method_settings=options.settings(pairs), **given)
+    with working() as progress:
+        folder = run(settings, out, progress)
+    _tell(folder)
+
+
+def _tell(folder: Any) -> None:
+    rows = folder.metrics()
+    found, tested = ([row for row in rows if row["what"] == what][-1] for what in ("found", "test"))
+    levels = [row for row in rows if row["what"] == "levels"][-1]
+    table(
+        "What each level left out",
+        ["level", "left out"],
+        [[level, number(round(saved))] for level, saved in levels["saved"].items()],
+        numbers=(1,),
+    )
+    say(
+        f"{number(found['nonzero'])} parameters that are not 0, of {number(found['parameters'])}; validation "
+        f"{found['accuracy']:.3f} as the search left it; "
+        f"test after training anew {tested['accuracy']:.3f} on {tested['images']} images"
+    )
+    say(f"load it with regrow.load({str(folder.path)!r})")

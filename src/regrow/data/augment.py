@@ -1,0 +1,27 @@
+"""Pictures moved and mirrored, a whole batch at once; what is drawn comes from torch's own generator."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def moved(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tensor:
+    """Each picture moved by up to ``most`` pixels in both directions, 0 coming in, and mirrored every second time.
+
+    Args:
+        pictures: ``[N, C, H, W]``.
+        most: Pixels.
+        mirror: Whether left and right may be exchanged.
+
+    >>> moved(torch.ones(2, 1, 8, 8), most=0).sum().item()
+    128.0
+    """
+    n, _, height, width = pictures.shape
+    padded = F.pad(pictures, (most, most, most, most))
+    down, right = torch.randint(0, 2 * most + 1, (2, n)).unbind(0)
+    rows = (down[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (right[:, None] + torch.arange(width))[:, None, None, :]
+    if mirror:
+        columns = torch.where(torch.rand(n)[:, None, None, None] < 0.5, columns.flip(-1), columns)
+    which, channels = torch.arange(n)[:, None, None, None], torch.arange(pictures.shape[1])[None, :, None, None]
+    return padded[which, channels, rows, columns]

@@ -1,0 +1,264 @@
+"""Memory: the most bytes of live tensors while a network learns, measured, or predicted without taking them."""
+
+import ctypes
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from regrow.sources import Batch, logits_in
+from regrow.tracing.capture import quiet
+from regrow.tracing.hollow import hollow
+
+Step = Callable[[nn.Module, Batch], Any]
+"""A step of learning: forward, loss, backward, optimiser. What it keeps for the next one, it keeps by itself."""
+
+_ITEM = torch.ops.aten._local_scalar_dense.default
+_KINDS = (bool, int, float, complex)
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What steps of learning needed, in bytes.
+
+    Args:
+        held: What was there before: parameters, buffers, gradients, the batch.
+        peak: The most that all live tensors took at one moment, ``held`` among them; storage that tensors share
+            counts once. What an operation takes inside itself and gives back is not seen.
+        resident: ``held``, and by how much the process grew at most (on a GPU: what torch allocated); ``None`` where
+            the system does not tell, and where it was predicted.
+    """
+
+    held: int
+    peak: int
+    resident: int | None = None
+
+    def record(self) -> dict[str, int | None]:
+        """Everything as JSON-able data."""
+        return {"held": self.held, "peak": self.peak, "resident": self.resident}
+
+
+class UnpredictableError(ValueError):
+    """A step whose memory cannot be predicted, and why."""
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of live tensors, in forward and backward passes, of real and fake tensors alike.
+
+    ``held`` are the bytes of what was given or else there before; ``peak`` the most at one moment, with these.
+
+    Args:
+        given: Tensors that are there already. Others that were are counted when an operation first reads them.
+        item: What a tensor answers when it is asked for its number, as fake ones cannot; their own, unless given.
+
+    >>> with Live() as live:
+    ...     _ = torch.zeros(100, dtype=torch.float64).view(10, 10).sum()
+    >>> live.peak, live.now
+    (808, 8)
+    """
+
+    def __init__(self, given: Iterable[Tensor] = (), item: int | None = None) -> None:
+        super().__init__()
+        self.held = self.now = self.peak = 0
+        self._item = item
+        self._sizes: dict[int, int] = {}
+        self._alive: dict[int, weakref.ref[Any]] = {}
+        self._were_there(given)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        read = _tensors((*args, *kwargs.values()))
+        self._were_there(read)
+        if func is _ITEM and self._item is not None:
+            kind = _KINDS[0 if args[0].dtype == torch.bool else 2 if args[0].is_floating_point() else 1]
+            return kind(self._item)
+        found = func(*args, **kwargs)
+        # An operation that writes into what it was given may have made it bigger.
+        for tensor in _tensors((found, *read) if func._schema.is_mutable else (found,)):
+            self._seen(tensor)
+        return found
+
+    def _were_there(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            new = self._seen(tensor, late=True)
+            self.held += new
+            self.peak += new
+
+    def _seen(self, tensor: Tensor, late: bool = False) -> int:
+        """Count a tensor's storage, once; how many bytes of it were not known."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        before = self._sizes.get(key)
+        if late and before is not None:
+            return 0
+        if before is None:
+            self._alive[key] = weakref.ref(storage, partial(_forget, weakref.ref(self), key))
+        self._sizes[key] = size
+        self.now += size - (before or 0)
+        self.peak = self.peak if late else max(self.peak, self.now)
+        return size
+
+
+def _forget(watch: "weakref.ref[Live]", key: int, _: Any) -> None:
+    live = watch()
+    if live is not None:
+        live.now -= live._sizes.pop(key)
+        del live._alive[key]
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """The tensors among the values of an operation, and in lists of them; ``tree_leaves`` takes twice the time."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, tuple | list):
+            found += _tensors(value)
+    return found
+
+
+def training(
+    optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> Step:
+    """A plain step of learning, with an optimiser per network that goes on from step to step.
+
+    Args:
+        optimizer: Parameters → their optimiser.
+        loss: Of logits and labels.
+
+    >>> step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+    >>> step(nn.Linear(2, 3), Batch((torch.ones(4, 2),), labels=torch.tensor([0, 1, 2, 0])))
+    """
+    optimizers: weakref.WeakKeyDictionary[nn.Module, Optimizer] = weakref.WeakKeyDictionary()
+
+    def step(model: nn.Module, batch: Batch) -> None:
+        if model not in optimizers:
+            optimizers[model] = optimizer(model.parameters())
+        optimizers[model].zero_grad()
+        logits, labels = logits_in(model(*batch.args, **batch.kwargs)), batch.labels
+        if labels is None:
+            raise ValueError("a step of learning needs a batch with labels")
+        if logits.shape[:-1] == labels.shape:
+            logits, labels = logits.flatten(0, -2), labels.flatten()
+        loss(logits, labels).backward()
+        optimizers[model].step()
+
+    return step
+
+
+def measured(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) -> Memory:
+    """Take steps, and say how many bytes they needed. The network learns from them as from any others.
+
+    Args:
+        model: The network, in the mode in which it is to learn.
+        batch: What it learns from.
+        step: One step; it is called in turn with the network and the batch.
+        rounds: How many. What the first leaves (gradients, the optimiser's state) is there during the second.
+    """
+    device = _device(model)
+    batch = batch.to(device)
+    live = Live(_given(model, batch))
+    resident = peak_meter(device)
+    with live:
+        _repeat(model, batch, step, rounds)
+    extra = resident()
+    return Memory(live.held, live.peak, None if extra is None else extra + live.held)
+
+
+def predicted(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: Step, rounds: int = 2) -> Memory:
+    """What :func:`measured` would say, from the same step on tensors that have shapes and no numbers.
+
+    A number that the step asks a tensor for (``loss.item()``) is 1.
+
+    Args:
+        model: The network, left untouched; or what builds it, which then is built without its numbers too.
+        batch: Its shapes count; it may be on the meta device.
+        step: One step, the same function that will learn.
+        rounds: How many.
+
+    Raises:
+        UnpredictableError: If data decide how large something is.
+
+    >>> step, batch = training(torch.optim.Adam), Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
+    >>> predicted(nn.Linear(64, 8), batch, step).peak == measured(nn.Linear(64, 8), batch, step).peak
+    True
+    """
+    if isinstance(model, nn.Module):
+        copy, mode = hollow(model, {})
+    else:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        with mode:
+            copy = model()
+    device = _device(copy)
+
+    def empty(value: _T) -> Tensor | _T:
+        if not isinstance(value, Tensor):
+            return value
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
+
+    with mode, quiet():
+        batch = Batch(tree_map(empty, batch.args), tree_map(empty, dict(batch.kwargs)), empty(batch.labels))
+        live = Live(_given(copy, batch), item=1)
+        try:
+            with live:
+                _repeat(copy, batch, step, rounds)
+        except DynamicOutputShapeException as error:
+            raise UnpredictableError(f"data decide how much {error.func} gives: no prediction without them") from error
+    return Memory(live.held, live.peak)
+
+
+def _repeat(model: nn.Module, batch: Batch, step: Step, rounds: int) -> None:
+    for _ in range(rounds):
+        step(model, batch)
+
+
+def _given(model: nn.Module, batch: Batch) -> list[Tensor]:
+    parameters = list(model.parameters())
+    gradients = [p.grad for p in parameters]
+    given = tree_leaves((parameters, list(model.buffers()), gradients, batch.args, dict(batch.kwargs), batch.labels))
+    return [leaf for leaf in given if isinstance(leaf, Tensor)]
+
+
+def _device(model: nn.Module) -> torch.device:
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def peak_meter(device: torch.device) -> Callable[[], int | None]:
+    """Start watching; the function returned says how many bytes were needed at most on top of those held now.
+
+    On a GPU what torch allocated, else resident memory of the process; ``None`` where the system does not tell.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+        return lambda: torch.cuda.max_memory_allocated(device) - held
+    try:
+        # Memory that an earlier call freed but the C library still holds would hide what this one needs.
+        ctypes.CDLL(None).malloc_trim(0)
+        # Linux: writing 5 sets the process's high-water mark of resident memory to what it holds now.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        resident = _resident()
+    except (OSError, KeyError, AttributeError, TypeError):
+        # Another system or C library: no peak rather than a wrong one.
+        return lambda: None
+    return lambda: max(_resident() - resident, 0)
+
+
+def _resident() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(fields["VmHWM"].split()[0]) * 1024

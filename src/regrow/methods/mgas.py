@@ -1,0 +1,323 @@
+"""MGAS (MG-DARTS): operations, filters and weights of one network searched together, in the memory there is.
+
+Liu, Saxena, Cao, Zhao, Ruan: MGAS / MG-DARTS (arXiv 2310.15074). **Reconstructed**: from the abstract and the authors'
+public code (lxy12357/MG_DARTS), whose faults are not followed. The abstract names the parts: a learned discretisation
+per level, stages over growing prefixes, re-evaluation that prunes and regrows. What neither settles is a setting, and
+its default is ours.
+
+With a = σ(α) of an operation, b = σ(κ) of a filter, r = |w| / mean |w| of a weight, and thresholds t of each level,
+
+    operation · 2a [a ≥ t],   what reads a filter · 2b [b ≥ t],   w · [r ≥ t]      ([·] with DST's surrogate)
+
+stand in the place of the network's own numbers while all of it, thresholds included, learns
+
+    cross-entropy + μ (size / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
+
+size counts what all three masks leave, and less and less is allowed until the target. Under ``dual`` μ follows the
+excess (ours) and λ stays; under ``feedback`` μ is 0 and λ follows the authors' controller; under ``ratios`` each level
+is told its share (a control). Filters are those of an axis, so what is masked can always be cut.
+
+Every other epoch what is masked is cut out of the network. A stage runs the network up to one of its classifiers; when
+the next one begins, thresholds start anew and a share of the operations dropped since comes back, by the authors' draw.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regrow.allocation.commits import controlled, threshold_for
+from regrow.allocation.regrowth import drawn
+from regrow.data.augment import moved
+from regrow.learner import Along, Stand
+from regrow.method import Measure
+from regrow.plan import Plan
+from regrow.searcher import LEVELS, Searcher
+from regrow.surgery.stand_in import standing_in
+from regrow.tasks import Examples
+
+CITATION = (
+    "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from its abstract and the authors' public code"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is searched, to which size, and how.
+
+    Args:
+        target: What the network may cost at the end.
+        measure: ``params``, ``macs`` or ``bytes``; weights that are 0 cost nothing.
+        levels: Which levels are searched.
+        stages: The last part of the network that each stage runs, ascending, the whole last; none: one stage.
+        share: What a stage but the last leaves of what it found.
+        warm: Epochs at the start of a stage in which weights alone learn.
+        every: A commit comes every so many epochs of the rest.
+        controller: ``dual``, ``feedback`` or ``ratios``.
+        ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
+        gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
+        press: λ; under ``feedback`` where it starts.
+        regrow: The share of a stage's dropped operations that comes back.
+        regrow_filters: The share of its cut filters that comes back, the most important at their cut first.
+        regrow_weights: The share of its weights set to 0 that is let back, by the size of their gradient.
+        revive: ``old``: operations come back with what they held; ``fresh``: drawn anew, as the authors do.
+        lr: Of α and κ: how far they could go in the joint epochs of a stage.
+        lr_threshold: Of thresholds: how far they could go.
+        clip: Most norm of the gradient of the network's own parameters.
+        augment: Whether pictures are moved and mirrored.
+        seed: Of everything drawn.
+    """
+
+    target: float = 0.0
+    measure: str = "params"
+    levels: tuple[str, ...] = LEVELS
+    stages: tuple[int, ...] = ()
+    share: float = 0.5
+    warm: int = 2
+    every: int = 2
+    controller: str = "dual"
+    ratios: tuple[float, ...] = ()
+    gain: float = 40.0
+    press: float = 0.0
+    regrow: float = 0.2
+    regrow_filters: float = 0.0
+    regrow_weights: float = 0.0
+    revive: str = "fresh"
+    lr: float = 8.0
+    lr_threshold: float = 2.0
+    clip: float = 5.0
+    augment: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.levels or not set(self.levels) <= set(LEVELS):
+            raise ValueError(f"levels are some of {', '.join(LEVELS)}; got {', '.join(self.levels) or 'none'}")
+        if self.controller not in ("dual", "feedback", "ratios"):
+            raise ValueError(f"controller is dual, feedback or ratios; got {self.controller!r}")
+        if self.controller == "ratios" and len(self.ratios) != len(self.levels):
+            raise ValueError(f"ratios has one share per level, {len(self.levels)}; got {len(self.ratios)}")
+        if self.revive not in ("old", "fresh"):
+            raise ValueError(f"revive is old or fresh; got {self.revive!r}")
+        if list(self.stages) != sorted({*self.stages}):
+            raise ValueError(f"stages end at parts in ascending order; got {self.stages}")
+        Measure(self.measure)
+
+
+def build(settings: Settings) -> "Mgas":
+    """The learner."""
+    return Mgas(settings=settings)
+
+
+@dataclass
+class Mgas(Searcher):
+    """See the module."""
+
+    settings: Settings = field(default_factory=Settings)
+    over: float = 0.0
+    """By what share the part that runs is too large in this step."""
+    seen: int = 0
+    """Examples of this epoch so far."""
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.searched, self.ends, self.most, self.measure = s.levels, s.stages, s.target, Measure(s.measure)
+        self.learns = s.controller != "ratios"
+
+    # Stages.
+
+    def span(self, epochs: int, stage: int) -> tuple[int, int]:
+        """The first epoch of a stage, and of the next."""
+        n = max(1, len(self.settings.stages))
+        return round(stage * epochs / n), round((stage + 1) * epochs / n)
+
+    def joint(self, at: Stand) -> bool:
+        """Whether masks learn in this epoch."""
+        return at.epoch >= self.span(at.epochs, self.values["stage"])[0] + self.settings.warm
+
+    def paced(self, at: Stand) -> int:
+        """The steps of a stage in which masks learn: rates are shares of them, so a short search is no other one."""
+        return max(1, (at.epochs // max(1, len(self.ends)) - self.settings.warm) * at.steps)
+
+    def rates(self, at: Stand) -> tuple[float, float]:
+        """How fast α and κ learn, and thresholds."""
+        return self.settings.lr / self.paced(at), self.settings.lr_threshold / self.paced(at)
+
+    def progress(self, at: Stand) -> float:
+        """How much of a stage's cutting is to be done by now, from 0 to 1; the last fifth of its epochs is rest."""
+        first, end = self.span(at.epochs, self.values["stage"])
+        learning = max(1, end - first - self.settings.warm)
+        done = at.epoch - first - self.settings.warm + self.seen / len(at.task.train)
+        return min(1.0, max(0.0, done / (0.8 * learning)))
+
+    def allowed(self, at: Stand) -> float:
+        """What the part that runs may cost now: evenly in logarithms from what it did to the stage's goal."""
+        if self.settings.controller == "ratios" and at.epoch < at.epochs:
+            return 0.0  # what each level is told goes, whatever that leaves
+        return float(self.values["start"] * (self.values["goal"] / self.values["start"]) ** self.progress(at))
+
+    def begin(self, at: Stand) -> None:
+        """Everything is kept."""
+        super().begin(at)
+        self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
+        self.values["done"] = {}
+        self._start(at, 0)
+
+    def _start(self, at: Stand, stage: int) -> None:
+        """A stage begins: thresholds anew, and its goal."""
+        self.values |= {"stage": stage, "mu": 0.0, "dropped": [], "fallen": {}, "step": 1e-5}
+        self.values |= {"lambda": self.settings.press, "cap": 100.0}
+        for name in ("ops", "filters", "weights"):
+            self.tensors[f"threshold {name}"].values.data.zero_()
+        self.settle(at)
+        self.values["start"] = self.size()
+        final = stage == max(1, len(self.settings.stages)) - 1
+        self.values["goal"] = self.settings.target if final else self.settings.share * self.values["start"]
+
+    # A step.
+
+    def mode(self, at: Stand) -> None:
+        """A new epoch: no example of it has been seen."""
+        self.seen = 0
+        at.model.train()
+
+    def loss(self, at: Stand, batch: Examples) -> Tensor:
+        """Cross-entropy, and what size and the authors' regulariser add."""
+        self.seen += len(batch)
+        inputs = moved(batch.inputs) if self.settings.augment else batch.inputs
+        loss = plain = F.cross_entropy(self.asked(at, inputs), batch.labels)
+        if not self.joint(at) or self.settings.controller == "ratios":
+            return loss
+        assert self.gates is not None and self.now is not None
+        if self.settings.controller == "dual":
+            over = self.size_now() / self.allowed(at) - 1
+            self.over = float(over.detach())
+            loss = loss + self.values["mu"] * over
+        if self.values["lambda"]:
+            own = [self.tensors[f"threshold {name}"].values for name in ("ops", "filters", "weights")]
+            pressure = self.gates.pressure(self.now, self.tensors["alpha"].values, (own[0], own[1], own[2]))
+            self.values["loss"] = [float(plain.detach()), float(self.values["lambda"] * pressure.detach())]
+            loss = loss + self.values["lambda"] * pressure
+        return loss
+
+    def gate(self, at: Stand) -> None:
+        """The network's own gradients are clipped; how far each α is pulled is remembered."""
+        nn.utils.clip_grad_norm_(at.parameters().values(), self.settings.clip)
+        if (pull := self.tensors["alpha"].values.grad) is not None:
+            self.tensors["drift"].values.mul_(0.9).add_(pull)
+
+    def stepped(self, at: Stand) -> None:
+        """Thresholds stay where they can be met; μ follows the excess."""
+        with torch.no_grad():
+            self.tensors["threshold ops"].values.clamp_(0, 0.99)
+            self.tensors["threshold filters"].values.clamp_(0, 0.99)
+            self.tensors["threshold weights"].values.clamp_(0, 2)
+        if self.joint(at) and self.settings.controller == "dual":
+            self.values["mu"] = max(0.0, self.values["mu"] + self.settings.gain / self.paced(at) * self.over)
+
+    # Commits.
+
+    def plan(self, at: Stand) -> Plan | None:
+        """What is cut and brought back before this epoch: at every second one of a stage, and when the next begins."""
+        self.seen = 0
+        if self.gates is None:  # a run was taken up again
+            self.settle(at)
+        stage = self.values["stage"]
+        end = self.span(at.epochs, stage)[1]
+        epochs = at.epoch - self.span(at.epochs, stage)[0] - self.settings.warm
+        if self.values["done"].get("epoch") != at.epoch:
+            self.values["done"] = {"epoch": at.epoch, "tried": []}
+        tried = self.values["done"]["tried"]
+        steps = [("commit", self.commit)] if epochs > 0 and epochs % self.settings.every == 0 else []
+        if at.epoch == end:
+            steps = [("commit", self.commit), ("revive", self.revival), ("restore", self.restoring)]
+        for name, step in steps:
+            if name not in tried:
+                tried.append(name)
+                if plan := step(at):
+                    return plan
+        if at.epoch == end and end < at.epochs:
+            self._start(at, stage + 1)
+        return None
+
+    def commit(self, at: Stand) -> Plan | None:
+        """What does not stand now goes."""
+        before = len(self.values["dropped"])
+        if self.settings.controller == "ratios":
+            self._told(at)
+        plan = super().commit(at)
+        if self.settings.controller == "feedback":
+            self.values |= controlled(self.values, len(self.values["dropped"]) - before)
+        return plan
+
+    def _told(self, at: Stand) -> None:
+        """Set thresholds so that each level keeps the share that it is told to keep by now."""
+        assert self.gates is not None
+        found, done = self.gates, self.progress(at)
+        shares = {level: r**done for level, r in zip(self.settings.levels, self.settings.ratios, strict=True)}
+        kappa = torch.cat([self.tensors[f"kappa {key}"].values.detach() for key in found.levels.axes])
+        born = sum(at.axes[key].born for key in found.levels.axes)
+        alpha = self.tensors["alpha"].values.detach()[found.alive & found.runs]
+
+        def tell(name: str, level: str, values: Tensor, whole: int) -> None:
+            self.tensors[f"threshold {name}"].values.data.fill_(threshold_for(shares.get(level, 1.0), values, whole))
+
+        tell("ops", "operations", alpha.sigmoid(), int(found.runs.sum()))
+        tell("filters", "filters", kappa.sigmoid(), born)
+        masks, flat = self.masks(at), found.levels.flat(at.parameters())
+        relative = found.levels.relative(flat, found.levels.standing(masks.ops, masks.filters))
+        tell("weights", "weights", relative.masked_fill(self.gone, 0.0), len(relative))
+
+    def revival(self, at: Stand) -> Plan | None:
+        """A share of the operations that the stage dropped comes back."""
+        assert self.gates is not None
+        many, found = int(self.settings.regrow * len(self.values["dropped"])), self.gates
+        dead = [p for p, a, r in zip(found.ops, found.alive, found.runs, strict=True) if r and not a]
+        alive = [p for p, a, r in zip(found.ops, found.alive, found.runs, strict=True) if r and a]
+        drift = dict(zip(found.ops, self.tensors["drift"].values.abs().tolist(), strict=True))
+        share = dict(zip(found.ops, self.tensors["alpha"].values.detach().sigmoid().tolist(), strict=True))
+        back = drawn(dead, alive, drift, share, many, at.drawn(at.epoch, 7)) if dead else []
+        return Plan(back=tuple(back), origin={"method": "mgas", "epoch": at.epoch}) if back else None
+
+    def restoring(self, at: Stand) -> Plan | None:
+        """A share of the filters that the stage cut comes back, and of the weights that it set to 0."""
+        self._let_back(at)
+        fallen = [
+            (share, key, int(one))
+            for key, lost in self.values["fallen"].items()
+            if key in at.axes.axes and key in self.attic.gone
+            for one, share in lost.items()
+            if int(one) in self.attic.gone[key]
+        ]
+        back: dict[str, list[int]] = {}
+        for _, key, one in sorted(fallen, reverse=True)[: int(self.settings.regrow_filters * len(fallen))]:
+            back.setdefault(key, []).append(one)
+        return Plan.restoring(at.axes, back, origin={"method": "mgas", "epoch": at.epoch}) if back else None
+
+    def _let_back(self, at: Stand) -> None:
+        """Weights that are 0 for good, and whose gradient is greatest, may stand again."""
+        assert self.gates is not None
+        if not (many := int(self.settings.regrow_weights * int(self.gone.sum()))):
+            return
+        batch = next(at.task.train.batches(256, seed=at.drawn(at.epoch, 8).initial_seed()))
+        at.model.eval()
+        at.model.zero_grad(set_to_none=True)
+        with standing_in(at.model, self._standing(at, False)):
+            F.cross_entropy(self.asked(at, batch.inputs), batch.labels).backward()
+        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in at.parameters().items()}
+        pull = torch.where(self.gone, self.gates.levels.flat(grads).abs(), -1.0)
+        at.model.zero_grad(set_to_none=True)
+        self.gone[pull.topk(many).indices] = False
+        for name, own in self.gates.levels.apart(self.gone).items():
+            self.tensors[f"gone {name}"].values.copy_(own)
+
+    def grown(self, at: Stand, plan: Plan) -> None:
+        """A plan was carried out: what came back begins as it is told to, and everything has another place."""
+        if self.settings.revive == "fresh":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(at.drawn(at.epoch, 9).initial_seed() % 2**63)
+                for path in plan.back:
+                    for module in at.model.get_submodule(path).modules():
+                        if callable(reset := getattr(module, "reset_parameters", None)):
+                            reset()
+        super().grown(at, plan)

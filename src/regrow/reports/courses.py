@@ -1,0 +1,283 @@
+"""The page that compares networks that learned task after task: what each knows, at what size."""
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+from regrow.reports import quantities as q
+from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, SMALL, Canvas, Drawing, draw, steps
+
+MAX_LINES = 24
+
+
+def _signed(difference: float | None) -> str:
+    return q.points(difference).removesuffix(f"{q.SPACE}points")
+
+
+_FIGURES = (
+    ("Final average", "average", q.percent, 1),
+    ("Along the way", "average_along", q.percent, 1),
+    ("Learning", "learning", q.percent, 1),
+    ("Forgetting", "forgetting", _signed, -1),
+    ("Backward transfer", "backward_transfer", _signed, 1),
+    ("Forward transfer", "forward_transfer", _signed, 1),
+)
+COLUMNS = tuple(label for label, *_ in _FIGURES)
+
+Run = dict[str, Any]
+Line = tuple[str, list[float | None]]
+"""A run's label, and its value after each task."""
+
+
+def learned(summary: dict[str, Any]) -> bool:
+    """Whether every run learned task after task."""
+    return all(run["course"] for run in summary["runs"])
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """One sentence: which networks, and how many tasks."""
+    runs = summary["runs"]
+    models = sorted({run["model"] for run in runs})
+    what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} networks"
+    counts = sorted({len(run["course"]["rows"]) for run in runs})
+    n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{what}, which learned {n} task{'s' * (counts[-1] != 1)}{', one after the other' * (counts[-1] > 1)}."
+
+
+def details(summary: dict[str, Any]) -> list[str]:
+    """Which run knows most at the end, and which the least."""
+    known = [(v, run) for run in summary["runs"] if (v := run["course"]["figures"]["average"]) is not None]
+    if len(known) < 2 or not same(summary):
+        return []
+    (most, best), (least, worst) = (pick(known, key=lambda one: one[0]) for pick in (max, min))
+    size = _parameters(best)
+    return [
+        f"{best['label']} knows most at the end, {q.percent(most)} on average over the tasks"
+        f"{'' if size is None else f', with {q.count(size)} parameters'}; {worst['label']} least, {q.percent(least)}."
+    ]
+
+
+def alarms(summary: dict[str, Any]) -> list[str]:
+    """Why figures of the runs do not compare, if they do not."""
+    return [] if same(summary) else ["The runs did not learn the same tasks: their accuracies do not compare."]
+
+
+def same(summary: dict[str, Any]) -> bool:
+    """Whether all runs learned the same tasks, by their names, in the same order, and answered in the same way."""
+    asked = {
+        (tuple(run["course"]["tasks"][: len(run["course"]["rows"])]), pair["value"])
+        for run in summary["runs"]
+        for pair in run["settings"]
+        if pair["name"] == "scenario"
+    }
+    return len(asked) <= 1
+
+
+def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each run knows, and what it took.
+
+    Args:
+        summary: A summary of several learning runs.
+
+    Returns:
+        One row per run: ``label``, ``cells`` (``value`` in words, and whether it is ``best`` at its size),
+        ``parameters`` and ``first`` (at the end, and after the first task), ``growths`` and ``seconds``.
+    """
+    runs = summary["runs"]
+    sizes = [_parameters(run) for run in runs]
+    columns = []
+    for _, name, unit, sign in _FIGURES:
+        values = [run["course"]["figures"][name] for run in runs]
+        leads = leaders(sizes, [None if v is None else sign * v for v in values])
+        columns.append([{"value": unit(v), "best": lead} for v, lead in zip(values, leads, strict=True)])
+    found = []
+    for i, run in enumerate(runs):
+        seconds = [row["seconds"] for row in run["course"]["sizes"]]
+        found.append(
+            {
+                "label": run["label"],
+                "cells": [column[i] for column in columns],
+                "parameters": sizes[i],
+                "first": run["course"]["sizes"][0]["parameters"] if run["course"]["sizes"] else None,
+                "growths": len(run["course"]["events"]),
+                "seconds": sum(seconds) if seconds and None not in seconds else None,
+            }
+        )
+    return found
+
+
+def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> list[bool]:
+    """Which values no other beats that has as few parameters or fewer (within half a per cent counts as equal).
+
+    >>> leaders([100, 100, 200], [0.7, 0.6, 0.8])
+    [True, False, True]
+    """
+    known = [(v, s) for v, s in zip(values, sizes, strict=True) if v is not None and s is not None]
+    return [
+        v is not None and s is not None and not any(other > v and size <= 1.005 * s for other, size in known)
+        for v, s in zip(values, sizes, strict=True)
+    ]
+
+
+def accuracy(summary: dict[str, Any]) -> Drawing | None:
+    """After each task, the mean accuracy over the tasks learned by then: one line per run."""
+    lines = [
+        (run["label"], [_mean(row[: i + 1]) for i, row in enumerate(run["course"]["rows"])]) for run in _few(summary)
+    ]
+    return _lines("fig-courses", "Average accuracy over the tasks learned, after each task", lines, q.percent)
+
+
+def widths(summary: dict[str, Any]) -> Drawing | None:
+    """After each task, the units of all axes together: one line per run."""
+    lines = [
+        (run["label"], [_sum(units) for units in zip(*run["course"]["widths"].values(), strict=True)])
+        for run in _few(summary)
+    ]
+    return _lines("fig-courses-widths", "Units of all axes together, after each task", lines, q.count)
+
+
+def sizes(summary: dict[str, Any]) -> Drawing | None:
+    """Final average accuracy against parameters; runs that no smaller one beats are joined."""
+    points = [(run["label"], _parameters(run), run["course"]["figures"]["average"]) for run in summary["runs"]]
+    known = [(label, x, y) for label, x, y in points if x and y is not None]
+    if len({x for _, x, _ in known}) < 2:
+        return None
+    told = "; ".join(f"{label}: {q.count(x)} parameters, {q.percent(y)}" for label, x, y in known)
+    leads = leaders([x for _, x, _ in known], [y for _, _, y in known])
+    front = sorted((x, y) for (_, x, y), lead in zip(known, leads, strict=True) if lead)
+
+    def paint(canvas: Canvas) -> None:
+        canvas.start(340)
+        axes = canvas.panel(34, 254, left=58, right=8)
+        xs, ys = ([point[i] for point in known] for i in (1, 2))
+        spread, room = max(xs) - min(xs), max(max(ys) - min(ys), 0.02) * 0.12
+        axes.set_xlim(min(xs) - 0.08 * spread, max(xs) + spread * 120 / (canvas.width - 190))
+        axes.set_ylim(min(ys) - room, max(ys) + room)
+        axes.locator_params(axis="x", nbins=3 if canvas.narrow else 7)
+        axes.xaxis.set_major_formatter(lambda value, _: q.count(value))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
+        axes.grid(color=LINE, linewidth=1)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("parameters at the end", color=MUTED, fontsize=SMALL, labelpad=6)
+        canvas.text(0, 12, "final average accuracy", color=MUTED, fontsize=SMALL)
+        axes.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, linewidth=1.5)
+        for (label, x, y), on in zip(known, leads, strict=True):
+            axes.plot([x], [y], "o", markersize=10, markerfacecolor=ACCENT if on else FAINT, markeredgecolor=PAPER)
+            axes.annotate(
+                label[:18],
+                (x, y),
+                xytext=(8, 3),
+                textcoords="offset points",
+                color=INK if on else MUTED,
+                fontsize=SMALL,
+                annotation_clip=False,
+            )
+
+    return draw("fig-courses-size", "Final average accuracy against parameters", told, paint)
+
+
+def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing | None:
+    """One line per run over tasks, with its label at its end; the one that ends highest stands out."""
+    lines = [(label, values) for label, values in lines if any(v is not None for v in values)]
+    if not lines:
+        return None
+    ends = [next(v for v in reversed(values) if v is not None) for _, values in lines]
+    told = "; ".join(f"{label}: {', '.join(map(unit, values[:12]))}" for label, values in lines[:12])
+
+    def paint(canvas: Canvas) -> None:
+        top, right = 12, 118
+        high = max(240, 15 * len(lines))
+        canvas.start(top + high + 46)
+        axes = canvas.panel(top, high, left=54, right=right)
+        n = max(len(values) for _, values in lines)
+        known = [v for _, values in lines for v in values if v is not None]
+        room = max(max(known) - min(known), 0.02 * max(*known, 1e-9)) * 0.06
+        low, up = min(known) - room, max(known) + room
+        axes.set_xlim(0.8, max(n, 2) + 0.2)
+        axes.set_ylim(low, up)
+        axes.set_xticks(steps(1, n, 5 if canvas.narrow else 10))
+        axes.locator_params(axis="y", nbins=6)
+        axes.yaxis.set_major_formatter(
+            lambda value, _: q.count(value) if unit is q.count else f"{100 * value:.3g}{q.SPACE}%"
+        )
+        axes.grid(axis="y", color=LINE, linewidth=1)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("tasks learned", color=MUTED, fontsize=SMALL, labelpad=4)
+        heights = apart([high * (up - end) / (up - low) for end in ends], 14, high)
+        for i, ((label, values), height) in enumerate(zip(lines, heights, strict=True)):
+            best = i == ends.index(max(ends))
+            colour, style = (ACCENT, "-") if best else ((INK, MUTED)[i % 2], _STYLES[i // 2 % len(_STYLES)])
+            shown = [math.nan if v is None else v for v in values]
+            axes.plot(
+                range(1, len(shown) + 1),
+                shown,
+                "o-",
+                ls=style,
+                color=colour,
+                lw=2 if best else 1.2,
+                ms=4,
+                zorder=3 if best else 2,
+                clip_on=False,
+            )
+            axes.annotate(
+                text_of(label),
+                (len(shown), ends[i]),
+                xytext=(canvas.width - right + 10, canvas.height - top - height),
+                textcoords="figure points",
+                va="center",
+                color=INK if best else MUTED,
+                fontsize=SMALL,
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkA": 1, "shrinkB": 3},
+            )
+
+    return draw(name, title, told, paint)
+
+
+_STYLES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
+
+
+def apart(places: Sequence[float], least: float, room: float) -> list[float]:
+    """Places moved so that they lie ``least`` apart, in their order, and within 0 and ``room`` as far as that goes.
+
+    >>> apart([10, 12, 80], 10, 100)
+    [10, 20, 80]
+    >>> apart([99, 98], 10, 100)
+    [100, 90]
+    """
+    order = sorted(range(len(places)), key=lambda i: places[i])
+    found = list(places)
+    for before, i in zip([None, *order], order, strict=False):
+        found[i] = max(found[i], 0 if before is None else found[before] + least)
+    limit = room
+    for i in reversed(order):
+        found[i] = min(found[i], limit)
+        limit = found[i] - least
+    return found
+
+
+def text_of(label: str) -> str:
+    """A label short enough for the margin of a figure."""
+    return label if len(label) <= 17 else label[:16] + "…"
+
+
+def _few(summary: dict[str, Any]) -> list[Run]:
+    found: list[Run] = summary["runs"][:MAX_LINES]
+    return found
+
+
+def _parameters(run: Run) -> int | None:
+    rows = run["course"]["sizes"]
+    found: int | None = rows[-1]["parameters"] if rows else None
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return fmean(known) if known and len(known) == len(values) else None
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    return sum(known) if known and len(known) == len(values) else None

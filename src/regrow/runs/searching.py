@@ -1,0 +1,391 @@
+"""A search: a space, data and a size; and a folder with the network that was found, how it came about, and its test."""
+
+import copy
+import re
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.allocation.cost import Cost
+from regrow.allocation.stages import Stages, in_bytes, stages
+from regrow.axes import AxisGraph
+from regrow.data import streams
+from regrow.evaluation import measured, prefix_peaks, training
+from regrow.evaluation.continual import share_right
+from regrow.learner import Learner, Stand
+from regrow.method import Measure
+from regrow.methods import searcher_entry
+from regrow.methods.retrain import Retrain
+from regrow.nets.cells import Cells, described, whole
+from regrow.nets.loaded import Origin
+from regrow.nets.small import small
+from regrow.progress import Progress, silent
+from regrow.runs import store
+from regrow.runs.courses import read_course, write_course
+from regrow.runs.folder import RunFolder
+from regrow.runs.learning import Course, Schedule, changed, learn
+from regrow.sources import Batch
+from regrow.surgery.stand_in import standing_in
+from regrow.tasks import Examples, Task
+from regrow.tracing import trace
+from regrow.tracing.stand import stands_in
+
+EARLIER = 0.44
+"""The share of its operations that an earlier cell is taken to have when memory is planned: 0.3, and what regrows."""
+
+MASKS = 1.05
+"""How much more a step needs with masks than without, as far as tensors are counted."""
+
+COURSE, RETRAINING = "course.safetensors", "retraining.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a search depends on; ``run.json`` holds exactly this.
+
+    Args:
+        space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), or a network of ``regrow learn``
+            (``resnet:16-3``), of which filters and weights are searched.
+        data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
+        target: ``params=0.05M``, ``macs=3M``, or a share of the whole space's parameters, such as ``0.2``.
+        method: One of ``regrow.methods.SEARCHERS``.
+        method_settings: Its settings, where they differ from the defaults.
+        stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says.
+        memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
+        epochs: Passes over the training part in the search; 0 for methods that learn nothing.
+        retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
+        batch_size: Examples per step.
+        lr: Learning rate of the network's weights.
+        weight_decay: Of them.
+        train: Most examples of the training set that are used; 0: all.
+        test: Most of the test set; 0: all.
+        validation: The share of the training examples that masks are judged by, and never learned from in the search.
+        stride: Of the stem.
+        seed: Of weights, orders and everything drawn.
+    """
+
+    space: str
+    data: str
+    target: str
+    method: str = "mgas"
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    stages: int = 3
+    memory: str = ""
+    epochs: int = 30
+    retrain: int = 30
+    batch_size: int = 96
+    lr: float = 0.025
+    weight_decay: float = 3e-4
+    train: int = 0
+    test: int = 0
+    validation: float = 0.2
+    stride: int = 2
+    seed: int = 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that a ``run.json`` holds."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+
+    def schedule(self, epochs: int, decay: str) -> Schedule:
+        """How the search, or the training after it, goes."""
+        return Schedule(
+            epochs=epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            decay=decay,
+        )
+
+    def command(self, out: str) -> str:
+        """The command line that does this run again."""
+        default = Settings(self.space, self.data, self.target)
+        words = ["regrow", "search", self.space, "--data", self.data, "--target", self.target]
+        for name in default.__dataclass_fields__:
+            if name not in ("space", "data", "target", "method_settings") and getattr(self, name) != getattr(
+                default, name
+            ):
+                words += [f"--{name.replace('_', '-')}", f"{getattr(self, name)}"]
+        for name, value in self.method_settings.items():
+            words += ["--set", f"{name}={value}"]
+        return shlex.join([*words, "--out", out])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The data of a search by what they are for.
+
+    Args:
+        search: Trained on, and validated on, in the search.
+        whole: Both together; what it validates on is only watched.
+        test: Read once, at the end.
+    """
+
+    search: Task
+    whole: Task
+    test: Examples
+
+
+def run(settings: Settings, out: str | Path, progress: Progress = silent) -> RunFolder:
+    """Search, train what was found anew, and leave a run folder behind; an interrupted run goes on where it was.
+
+    Args:
+        settings: What to do.
+        out: The run folder; new, empty, or of this very run.
+        progress: Called as work goes on.
+
+    Raises:
+        ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
+    """
+    RunFolder.check(out, verb="search", settings=asdict(settings))
+    parts = parts_of(settings)
+    model, origin, plan = network(settings, parts.search)
+    axes = trace(model, parts.search.train.inputs[:2])
+    learner = built(settings, model, axes)
+    folder = RunFolder.create(out, verb="search", settings=asdict(settings), command=settings.command(str(out)))
+    if plan is not None and not folder.resumed:
+        folder.log("stages", **plan.record())
+    start = time.perf_counter()
+    found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
+    seconds = {"search": round(time.perf_counter() - start, 3)}
+    store.save(found, folder.path / "found", origin=described_by)
+    folder.log("found", accuracy=share_right(found, parts.search.test), **sizes(found))
+    start = time.perf_counter()
+    trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
+    store.save(trained, folder.path, origin=described_by)
+    folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **sizes(trained))
+    folder.finish(seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
+    return folder
+
+
+def _searched(
+    folder: RunFolder,
+    settings: Settings,
+    parts: Parts,
+    model: nn.Module,
+    axes: AxisGraph,
+    origin: Origin,
+    learner: Learner,
+    progress: Progress,
+) -> tuple[nn.Module, Origin]:
+    """The network that a search leaves, as a plain network, and how to build it."""
+    place, course = folder.path / COURSE, Course()
+    if folder.resumed and place.is_file():
+        axes, course = read_course(place, model, axes, learner)
+    there = [row["what"] for row in folder.metrics()]
+    told, logged = there.count("commit"), there.count("epoch")
+
+    def keep(now: Course, here: AxisGraph) -> None:
+        nonlocal told, logged
+        write_course(place, model, learner, now)
+        for event in now.events[told:]:
+            folder.log("commit", **event)
+        for row in learner.values.get("history", [])[logged:]:
+            folder.log("epoch", **row)
+        if len(learner.values["history"]) > logged and settings.memory and learner.values["stage"] not in seen:
+            seen.add(learner.values["stage"])
+            at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs)
+            folder.log("memory", stage=learner.values["stage"], **stage_memory(learner, at, settings.batch_size))
+        told, logged = len(now.events), len(learner.values.get("history", []))
+
+    seen: set[int] = set()
+    if settings.epochs:
+        schedule = settings.schedule(settings.epochs, "constant")
+        axes, course = learn(
+            model, axes, [parts.search], learner, schedule, course=course, on_epoch=keep, progress=progress
+        )
+    at = Stand(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed)
+    if not settings.epochs:
+        learner.begin(at)
+    last = []
+    while plan := learner.final(at):
+        changed(at, learner, plan)
+        last.append(plan)
+    for plan in [*course.plans, *last][len(folder.ledger) :]:
+        folder.ledger.append(plan)
+    learner.baked(at)
+    folder.log("levels", saved=learner.values["saved"], kept=learner.kept())
+    if not isinstance(model, Cells):
+        return model.eval(), origin
+    config = described(model, origin.config, stands_in(model).keys())
+    return rebuilt(config, model), Origin("cells", "cells", config, origin.name)
+
+
+def rebuilt(config: Mapping[str, Any], model: Cells) -> Cells:
+    """The network of a description with the numbers of the super-network that it describes."""
+    found = Cells(config)
+    state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
+    for path, node in model.named_modules():
+        if f"{path}.scale" in state:
+            gone = stands_in(node)
+            alive = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in gone]
+            state[f"{path}.scale"] = state[f"{path}.scale"][alive]
+    found.load_state_dict(state)
+    return found.eval()
+
+
+def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
+    """The found network, drawn anew and trained on training and validation part; zeros of the search stay."""
+    fresh = copy.deepcopy(found)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        for module in fresh.modules():
+            if callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    axes = trace(fresh, parts.whole.train.inputs[:2])
+    at, learner, course = Stand(fresh, axes, parts.whole), Retrain(), Course()
+    learner.masked(at, dict(found.named_parameters()))
+    place = folder.path / RETRAINING
+    if folder.resumed and place.is_file():
+        axes, course = read_course(place, fresh, axes, learner)
+    schedule = settings.schedule(settings.retrain, "cosine")
+
+    def keep(now: Course, _: AxisGraph) -> None:
+        write_course(place, fresh, learner, now)
+
+    learn(fresh, axes, [parts.whole], learner, schedule, course=course, on_epoch=keep, progress=progress)
+    with torch.no_grad():
+        for name, value in learner.answering(at, 0).items():
+            fresh.get_parameter(name).copy_(value)
+    return fresh.eval()
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """How many parameters a network has, and how many of them are not 0."""
+    parameters = [*model.parameters()]
+    found = {"parameters": sum(p.numel() for p in parameters)}
+    return found | {"nonzero": sum(int(p.count_nonzero()) for p in parameters)}
+
+
+def parts_of(settings: Settings) -> Parts:
+    """The data of a search, in three disjoint parts.
+
+    Raises:
+        SourceError: If they are not there.
+    """
+    if not 0 < settings.validation < 1:
+        raise ValueError(f"validation is a share, above 0 and below 1; got {settings.validation:g}")
+    base = streams.of(settings.data, settings.train, settings.test, settings.seed)
+    n = len(base.train)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
+    many = max(1, round(settings.validation * n))
+    held, learned = (
+        Examples(base.train.inputs[part], base.train.labels[part]) for part in order.split([many, n - many])
+    )
+    return Parts(
+        search=Task("search", learned, held, base.classes),
+        whole=Task("retraining", base.train, held, base.classes),
+        test=base.test,
+    )
+
+
+def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
+    """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them.
+
+    Raises:
+        ValueError: If there is no such space, or the budget is too small for any stages.
+    """
+    shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
+    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", settings.space)
+    if not fit:
+        return *small(settings.space, shape, classes, settings.seed), None
+    width, cells, nodes = map(int, fit.groups())
+    plan = None
+    if settings.memory:
+        config = whole(shape, classes, width=width, cells=cells, nodes=nodes, stride=settings.stride)
+        batch = Batch((task.train.inputs[: settings.batch_size],), labels=task.train.labels[: settings.batch_size])
+        step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+        plan = stages(prefix_peaks(config, batch, step, EARLIER), cells, int(in_bytes(settings.memory) / MASKS))
+    last = plan.ends if plan else ends(cells, settings.stages)
+    config = whole(
+        shape,
+        classes,
+        width=width,
+        cells=cells,
+        nodes=nodes,
+        stride=settings.stride,
+        heads=last,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        return Cells(config), Origin("cells", "cells", config, settings.space), plan
+
+
+def stage_memory(learner: Learner, at: Stand, size: int) -> dict[str, Any]:
+    """What one step of a search needs now, in bytes: of live tensors, and of the process. Nothing learns from it."""
+    twin = replace(at, model=copy.deepcopy(at.model))
+    batch = Examples(at.task.train.inputs[:size], at.task.train.labels[:size])
+    mine = copy.copy(learner)
+    mine.values = dict(learner.values)
+
+    def step(model: nn.Module, _: Batch) -> None:
+        model.zero_grad(set_to_none=True)
+        with standing_in(model, mine.standing(twin)):
+            mine.loss(twin, batch).backward()
+
+    with torch.random.fork_rng(devices=[]):
+        found = measured(twin.model.train(), Batch((batch.inputs,), labels=batch.labels), step)
+    for one in learner.tensors.values():
+        one.values.grad = None
+    return asdict(found)
+
+
+def ends(parts: int, stages: int) -> tuple[int, ...]:
+    """The last part of each of so many stages, as equal as can be.
+
+    >>> ends(8, 3), ends(6, 1)
+    ((2, 4, 7), (5,))
+    """
+    if not 1 <= stages <= parts:
+        raise ValueError(f"stages are from 1 to the number of cells, {parts}; got {stages}")
+    return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
+
+
+def built(settings: Settings, model: nn.Module, axes: AxisGraph) -> Learner:
+    """The learner of a search.
+
+    Raises:
+        ValueError: If there is no such method, or a setting of it is wrong.
+    """
+    entry = searcher_entry(settings.method)
+    measure, most = target(settings.target, model, axes)
+    given: dict[str, Any] = {"target": most, "measure": str(measure), "seed": settings.seed}
+    given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells) else ()
+    known = {one.name for one in fields(entry.settings)}
+    chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
+    found: Learner = entry.made(settings.method, chosen)
+    return found
+
+
+def target(text: str, model: nn.Module, axes: AxisGraph) -> tuple[Measure, float]:
+    """A target as a measure and a number.
+
+    Args:
+        text: ``params=0.5M``, ``macs=3M``, ``bytes=200k``; or a share of all parameters, ``0.2``.
+        model: The whole space.
+        axes: Its axes.
+
+    Raises:
+        ValueError: If it is none of these, or more than the whole space has.
+    """
+    fit = re.fullmatch(r"(?:(params|macs|bytes)=)?(\d+(?:\.\d+)?|\.\d+)([kMG]?)", text.strip())
+    if not fit:
+        raise ValueError(f"the target is like params=0.5M, macs=3M, bytes=200k or a share such as 0.2; got {text!r}")
+    number = float(fit[2]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[3]]
+    measure = Measure(fit[1] or "params")
+    whole_cost = Cost(axes, measure, counted=False).total
+    if not fit[1]:
+        if number >= 1:
+            raise ValueError(f"a target without a measure is a share, below 1; got {text}; or write params={text}")
+        number *= whole_cost
+    if not 0 < number < whole_cost:
+        raise ValueError(f"the target {text} is not below what the whole space has, {whole_cost:,} {measure}")
+    return measure, number

@@ -1,0 +1,242 @@
+"""Searching by masks: operations, filters and weights that do not stand are 0 while the network learns, then cut."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from regrow.allocation.commits import cut, excess, savings, spared
+from regrow.allocation.gates import Gates, Masks, gates
+from regrow.candidates import Staged, candidates_in
+from regrow.evaluation.continual import share_right
+from regrow.learner import Along, Learner, Stand, flags
+from regrow.method import Measure
+from regrow.plan import Plan
+from regrow.surgery import Attic
+from regrow.surgery.stand_in import standing_in
+
+LEVELS = ("operations", "filters", "weights")
+
+
+@dataclass
+class Searcher(Learner):
+    """What a search by masks is made of; a method says how importances and thresholds learn, and when what goes.
+
+    Its tensors: ``alpha`` of every operation, ``kappa KEY`` of the filters of every axis, ``threshold`` of ``ops``,
+    ``filters`` (one per axis) and ``weights`` (one per operation, and one for the rest), and ``gone NAME``: entries of
+    a weight that are 0 for good.
+    """
+
+    attic: Any = field(default_factory=Attic)
+    gates: Gates | None = field(default=None, repr=False)
+    """What may go in the part of the network that runs now."""
+    gone: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
+    """Weights that are 0 for good, ``[N]``."""
+    now: Masks | None = field(default=None, repr=False)
+    """What stands in this step."""
+
+    searched: tuple[str, ...] = LEVELS
+    ends: tuple[int, ...] = ()
+    """The last part of the network that each stage runs; none: all of it, always."""
+    most: float = 0.0
+    """What the network may cost at the end."""
+    measure: Measure = Measure.PARAMETERS
+
+    @property
+    def optimizer(self) -> str:
+        """Adam: its steps do not depend on how steep a level is, so one rate suits all three."""
+        return "adam"
+
+    learns: bool = True
+    """Whether thresholds learn."""
+
+    def rates(self, at: Stand) -> tuple[float, float]:
+        """How fast α and κ learn, and thresholds."""
+        return 0.02, 0.005
+
+    def allowed(self, at: Stand) -> float:
+        """What the part that runs may cost now; a commit leaves no less standing than that."""
+        return self.most
+
+    def joint(self, at: Stand) -> bool:
+        """Whether importances learn in this epoch."""
+        return True
+
+    def begin(self, at: Stand) -> None:
+        """Everything stands."""
+        sums = candidates_in(at.model)
+        ops, axes = [path for paths in sums.values() for path in paths], [axis.key for axis in at.axes.units()]
+        self.values |= {"axes": axes, "stage": 0, "mu": 0.0, "history": [], "saved": dict.fromkeys(LEVELS, 0.0)}
+        self.values |= {"dropped": [], "fallen": {}}
+        self.tensors["alpha"] = Along(torch.zeros(len(ops)), (len(ops),), self.rates(at)[0])
+        for name, n in (("ops", len(ops)), ("filters", len(axes)), ("weights", len(ops) + 1)):
+            self.tensors[f"threshold {name}"] = Along(torch.zeros(n), (n,), self.rates(at)[1])
+        self.settle(at)
+
+    @property
+    def last(self) -> int:
+        """The part of the network up to which it runs; −1: all of it."""
+        return self.ends[self.values["stage"]] if self.ends else -1
+
+    def settle(self, at: Stand) -> None:
+        """Where units lie now; κ and flags of what a branch took along are forgotten, of what came back are new."""
+        staged = bool(self.ends)
+        parameters = {n: p for n, p in at.parameters().items() if not staged or _parts(at).within(n, self.last)}
+        sums = candidates_in(at.model)
+        self.gates = gates(
+            at.axes,
+            parameters,
+            sums,
+            self.values["axes"],
+            _parts(at).needed() if staged else [*sums.values()],
+            lambda path: not staged or _parts(at).within(path, self.last),
+            self.measure,
+        )
+        for name in [*self.tensors]:
+            kind, _, rest = name.partition(" ")
+            if (kind == "kappa" and rest not in at.axes.axes) or (kind == "gone" and rest not in at.axes.shapes):
+                del self.tensors[name]
+        for key, (_, size, _) in self.spans():
+            if f"kappa {key}" not in self.tensors:
+                self.tensors[f"kappa {key}"] = Along(torch.zeros(size), (key,), self.rates(at)[0])
+        for name in self.gates.levels.weights:
+            if f"gone {name}" not in self.tensors:
+                self.tensors[f"gone {name}"] = flags(at, name)
+        self.gone = torch.cat([self.tensors[f"gone {name}"].values.reshape(-1) for name in self.gates.levels.weights])
+        self.masks(at)
+
+    def spans(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
+        """Key of each axis → the place of its first filter, how many it has, and how many it keeps at least."""
+        assert self.gates is not None
+        return zip(self.gates.levels.axes, self.gates.spans, strict=True)
+
+    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> Masks:
+        """What stands now."""
+        found, searched = self.gates, self.searched
+        assert found is not None
+        flat = found.levels.flat(at.parameters()) if flat is None else flat
+
+        def own(name: str) -> Tensor:
+            values = self.tensors[name].values
+            return values if learning and (self.learns or name.startswith(("alpha", "kappa"))) else values.detach()
+
+        kappa = [own(f"kappa {key}") for key in found.levels.axes]
+        self.now = found.masks(
+            (own("alpha"), own("threshold ops")) if "operations" in searched else None,
+            (torch.cat(kappa), own("threshold filters")) if "filters" in searched and kappa else None,
+            (flat, self.gone, own("threshold weights")) if "weights" in searched else None,
+        )
+        return self.now
+
+    def _standing(self, at: Stand, learning: bool) -> dict[str, Tensor]:
+        assert self.gates is not None
+        parameters, found = at.parameters(), self.gates.levels
+        flat = found.flat(parameters)
+        masks = self.masks(at, flat, learning)
+        stood = found.apart(found.masked(flat, masks.filter_scale, masks.over))
+        start = 0
+        for path, paths in candidates_in(at.model).items():
+            name = f"{path}.scale".lstrip(".")
+            stood[name] = parameters[name] * masks.op_scale[start : start + len(paths)]
+            start += len(paths)
+        return stood
+
+    def standing(self, at: Stand) -> Mapping[str, Tensor]:
+        """The network's numbers under the masks."""
+        return self._standing(at, self.joint(at))
+
+    def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
+        """The same when it is evaluated."""
+        with torch.no_grad():
+            return self._standing(at, False)
+
+    def asked(self, at: Stand, inputs: Tensor) -> Tensor:
+        """The logits of the classifier at which the stage ends."""
+        found: Tensor = _parts(at).upto(inputs, self.last) if self.ends else at.logits(inputs)
+        return found
+
+    def size_now(self) -> Tensor:
+        """What the part that runs costs under the masks that stand, with their gradients."""
+        assert self.gates is not None and self.now is not None
+        return self.gates.levels.size(self.now.ops, self.now.filters, self.now.weights)
+
+    def size(self) -> float:
+        """What the part that runs costs under the masks that stand."""
+        with torch.no_grad():
+            return float(self.size_now())
+
+    def passed(self, at: Stand) -> None:
+        """Accuracy on the held-out part, size and what each level keeps, for the record."""
+        assert self.gates is not None
+        self.masks(at)
+        with standing_in(at.model, self.answering(at, at.number)):
+            right = share_right(at.model, at.task.test, ask=lambda x: self.asked(at, x))
+        record = {"epoch": at.epoch + 1, "stage": self.values["stage"], "accuracy": right, "size": self.size()}
+        self.values["history"].append(record | {"mu": self.values["mu"], **self.kept()})
+
+    def kept(self) -> dict[str, float]:
+        """The share of each level that stands, in the part that runs."""
+        assert self.gates is not None and self.now is not None
+        here = self.gates.runs
+        found = {"operations": float(self.now.ops[here].mean()) if bool(here.any()) else 1.0}
+        found["filters"] = float(self.now.filters.mean()) if self.gates.levels.filters else 1.0
+        weights = self.now.weights
+        found["weights"] = 1.0 if weights is None else float(weights.mean())
+        return found
+
+    def commit(self, at: Stand) -> Plan | None:
+        """What does not stand now goes."""
+        assert self.gates is not None
+        with torch.no_grad():
+            masks = spared(self.gates, self.masks(at), self.allowed(at))
+            drop, keep = cut(self.gates, masks, at.axes)
+            saved = savings(self.gates, masks)
+            if masks.over is not None:
+                for name, below in self.gates.levels.apart(masks.over < 0).items():
+                    self.tensors[f"gone {name}"].values.logical_or_(below)
+        for key, units in keep.items():
+            share, ids = self.tensors[f"kappa {key}"].values.detach().sigmoid(), at.axes[key].ids
+            lost = {str(ids[i]): float(share[i]) for i in range(len(ids)) if i not in units}
+            self.values["fallen"].setdefault(key, {}).update(lost)
+        before = self.values["saved"]
+        self.values["saved"] = saved | {level: before[level] + saved[level] for level in ("operations", "filters")}
+        self.values["dropped"] += drop
+        origin = {"method": "search", "epoch": at.epoch}
+        if drop:
+            return Plan.dropping(at.axes, drop, keep, origin=origin)
+        self.settle(at)
+        return Plan.keeping(at.axes, keep, origin=origin) if keep else None
+
+    def grown(self, at: Stand, plan: Plan) -> None:
+        """A plan was carried out: everything has another place."""
+        self.settle(at)
+
+    def final(self, at: Stand) -> Plan | None:
+        """The last commit, with as much more left out, least important first, as the target asks for.
+
+        Raises:
+            ValueError: If the target is below what can be reached.
+        """
+        if self.gates is None:  # a run was taken up again
+            self.settle(at)
+        assert self.gates is not None
+        with torch.no_grad():
+            masks, flat = self.masks(at), self.gates.levels.flat(at.parameters())
+            relative = self.gates.levels.relative(flat, self.gates.levels.standing(masks.ops, masks.filters))
+            ops, filters, weights = excess(self.gates, masks, relative, self.most)
+            self.tensors["alpha"].values.data[ops] = -50.0
+            places = {base + i: (key, i) for key, (base, n, _) in self.spans() for i in range(n)}
+            for key, i in (places[one] for one in filters):
+                self.tensors[f"kappa {key}"].values.data[i] = -50.0
+            self.gone |= weights
+        plan = self.commit(at)
+        for name in ("ops", "filters", "weights"):  # what is left stands
+            self.tensors[f"threshold {name}"].values.data.zero_()
+        self.masks(at)
+        return plan
+
+
+def _parts(at: Stand) -> Staged:
+    return cast(Staged, at.model)

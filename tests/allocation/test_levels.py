@@ -1,0 +1,137 @@
+"""Three levels as vectors: what is masked is what is cut, and the price is what is left."""
+
+import copy
+
+import pytest
+import torch
+
+from regrow import Plan, apply, trace
+from regrow.allocation.commits import cut, excess, threshold_for
+from regrow.allocation.gates import gates
+from regrow.allocation.regrowth import drawn
+from regrow.candidates import candidates_in
+from regrow.evaluation import macs
+from regrow.method import Measure
+from regrow.nets.cells import Cells, described, whole
+from regrow.surgery.stand_in import standing_in
+from regrow.tracing.stand import stands_in
+from zoo import randomised
+
+CONFIG = whole((3, 16, 16), 5, width=4, cells=2, nodes=2)
+
+
+@pytest.fixture(scope="module")
+def traced():
+    net = randomised(Cells(CONFIG)).double()
+    example = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    return net, trace(net, example), example
+
+
+def found_in(net, axes, measure=Measure.PARAMETERS):
+    sums, parameters = candidates_in(net), dict(net.named_parameters())
+    keys = [axis.key for axis in axes.units()]
+    return gates(axes, parameters, sums, keys, net.needed(), lambda path: True, measure), parameters
+
+
+def drawn_masks(found, parameters, seed):
+    """Importances drawn at random against one threshold, so that about a third of each level goes."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randn(n, generator=generator)  # noqa: E731
+    alpha, kappa = draw(len(found.ops)), draw(found.levels.filters)
+    flat = found.levels.flat(parameters)
+    gone = torch.zeros(len(flat), dtype=torch.bool)
+    level = (torch.full((len(found.ops),), 0.4), torch.full((len(found.keys),), 0.4))
+    return found.masks((alpha, level[0]), (kappa, level[1]), (flat, gone, torch.full((len(found.ops) + 1,), 0.3)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
+    net, axes, x = copy.deepcopy(traced[0]), traced[1], traced[2]
+    found, parameters = found_in(net, axes)
+    masks = drawn_masks(found, parameters, seed)
+    assert all(0.2 < float(mask.mean()) < 0.95 for mask in (masks.ops, masks.filters, masks.weights))
+    flat = found.levels.flat(parameters)
+    stood = found.levels.apart(found.levels.masked(flat, masks.filter_scale.double(), masks.over))
+    start = 0
+    for path, paths in candidates_in(net).items():
+        stood[f"{path}.scale"] = parameters[f"{path}.scale"] * masks.op_scale[start : start + len(paths)]
+        start += len(paths)
+    with torch.no_grad(), standing_in(net, stood):
+        masked = net(x)
+    with torch.no_grad():
+        for name, value in stood.items():
+            net.get_parameter(name).copy_(value)
+    drop, keep = cut(found, masks, axes)
+    small, after = apply(net, axes, Plan.dropping(axes, drop, keep))
+    assert torch.allclose(small(x), masked, rtol=0, atol=1e-10)
+    left = Cells(described(small, CONFIG, stands_in(small).keys()))
+    assert sum(p.numel() for p in left.parameters()) == float(found.levels.size(masks.ops, masks.filters))
+    state = {name: value for name, value in small.named_parameters() if not name.endswith("scale")}
+    nonzero = sum(int(p.count_nonzero()) for p in state.values()) + sum(map(len, candidates_in(left).values()))
+    # A weight between filters that stand may be 0 by itself; none is here.
+    assert nonzero == float(found.levels.size(masks.ops, masks.filters, masks.weights))
+    with torch.no_grad():
+        assert float(found_in(small, after)[0].levels.size(masks.ops, torch.ones(after_filters(small, after)))) == sum(
+            p.numel() for p in left.parameters()
+        )
+
+
+def after_filters(net, axes):
+    return found_in(net, axes)[0].levels.filters
+
+
+def test_multiply_accumulates_are_those_of_the_cut_network(traced):
+    net, axes = copy.deepcopy(traced[0]), traced[1]
+    found, parameters = found_in(net, axes, Measure.MACS)
+    ones = torch.ones(found.levels.filters)
+    assert float(found.levels.size(torch.ones(len(found.ops)), ones)) == pytest.approx(macs(axes))
+    masks = drawn_masks(found, parameters, 5)
+    drop, keep = cut(found, masks, axes)
+    _, after = apply(net, axes, Plan.dropping(axes, drop, keep))
+    assert float(found.levels.size(masks.ops, masks.filters)) == pytest.approx(macs(after))
+
+
+def test_a_needed_operation_and_a_last_filter_stay(traced):
+    net, axes, _ = traced
+    found, _ = found_in(net, axes)
+    low = torch.full((len(found.ops),), -9.0), torch.zeros(len(found.ops)) + 0.5
+    masks = found.masks(low, (torch.full((found.levels.filters,), -9.0), torch.zeros(len(found.keys)) + 0.5), None)
+    assert all(float(masks.ops[one].sum()) >= 1 for one in found.needed)
+    assert all(float(masks.filters[base : base + size].sum()) == min(least, size) for base, size, least in found.spans)
+
+
+@pytest.mark.parametrize("levels", [(True, True, True), (True, True, False), (True, False, False)])
+def test_what_a_target_asks_for_goes_and_no_more(traced, levels):
+    net, axes, _ = traced
+    found, parameters = found_in(net, axes)
+    n, flat = len(found.ops), found.levels.flat(parameters)
+    weights = (flat, torch.zeros(len(flat), dtype=torch.bool), torch.zeros(n + 1)) if levels[2] else None
+    filters = (torch.randn(found.levels.filters), torch.zeros(len(found.keys))) if levels[1] else None
+    masks = found.masks((torch.randn(n), torch.zeros(n)), filters, weights)
+    relative = found.levels.relative(flat, torch.ones(len(flat), dtype=torch.bool))
+    whole_size = float(found.levels.size(masks.ops, masks.filters))
+    ops, units, gone = excess(found, masks, relative, 0.7 * whole_size)
+    mask_o, mask_f = masks.ops.clone(), masks.filters.clone()
+    mask_o[ops], mask_f[units] = 0, 0
+    left = float(found.levels.size(mask_o, mask_f, (~gone).float()))
+    assert left <= 0.7 * whole_size
+    if levels[2]:
+        assert left > 0.7 * whole_size - 1
+    with pytest.raises(ValueError, match="the target 1 "):
+        excess(found, masks, relative, 1.0)
+
+
+def test_a_share_is_kept_by_its_threshold():
+    values = torch.rand(50, generator=torch.Generator().manual_seed(0))
+    assert int((values >= threshold_for(0.3, values, 50)).sum()) == 15
+    assert threshold_for(1.0, values, 50) == 0.0
+
+
+def test_what_comes_back_is_drawn_by_kind_and_cell():
+    alive = [f"cells.{c}.nodes.0.ops.{kind}_0" for c in (0, 1) for kind in ("sep3", "skip")]
+    dead = [f"cells.{c}.nodes.0.ops.{kind}_1" for c in (0, 1) for kind in ("sep3", "skip")]
+    strong = {path: 1.0 if "cells.1" in path and "sep3" in path else 1e-9 for path in alive}
+    found = drawn(dead, alive, strong, strong, 40, torch.Generator().manual_seed(0))
+    assert found == ["cells.1.nodes.0.ops.sep3_1"]  # further draws there are lost
+    even = dict.fromkeys(alive, 1.0)
+    assert sorted(drawn(dead, alive, even, even, 60, torch.Generator().manual_seed(0))) == sorted(dead)

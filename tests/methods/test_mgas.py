@@ -1,0 +1,180 @@
+"""MGAS: three levels searched together, cut exactly, stopped and resumed."""
+
+import copy
+from importlib import import_module
+
+import pytest
+import torch
+
+from regrow import trace
+from regrow.data import streams
+from regrow.learner import Stand
+from regrow.methods.mgas import Mgas, Settings
+from regrow.nets.cells import Cells, whole
+from regrow.nets.small import small
+from regrow.runs.courses import read_course, write_course
+from regrow.runs.learning import Schedule, changed, learn
+from regrow.surgery.stand_in import standing_in
+from regrow.tasks import Task
+
+CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
+SCHEDULE = Schedule(epochs=6, batch_size=50, lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def task():
+    base = streams.fewer(streams.digits_task(), 150, 100)
+    return Task("digits", base.train, base.test, base.classes)
+
+
+@pytest.fixture(scope="module")
+def axes():
+    return trace(Cells(CONFIG), torch.zeros(2, 1, 8, 8))
+
+
+def network():
+    torch.manual_seed(0)
+    return Cells(CONFIG)
+
+
+def learner(**more):
+    given = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 1, "regrow": 0.5}
+    return Mgas(settings=Settings(**{**given, **more}))
+
+
+def searched(task, axes, own, on_epoch=None, schedule=SCHEDULE):
+    net = network()
+    axes, course = learn(net, axes, [task], own, schedule, on_epoch=on_epoch)
+    return Stand(net, axes, task, 0, schedule.epochs, schedule.epochs, -(-len(task.train) // 50)), course
+
+
+def test_at_first_nothing_stands_otherwise(task, axes):
+    at, own = Stand(network().eval(), axes, task, epochs=4), learner()
+    own.begin(at)
+    x = task.test.inputs[:8]
+    for stage, last in enumerate((0, 1)):
+        own._start(at, stage)
+        plain = at.model.upto(x, last)
+        with standing_in(at.model, own.answering(at, 0)):
+            assert torch.equal(own.asked(at, x), plain)
+
+
+@pytest.fixture(scope="module")
+def run(task, axes):
+    own = learner()
+    at, course = searched(task, axes, own)
+    return at, own, course
+
+
+def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
+    at, own, course = copy.deepcopy(run)
+    assert any(event["dropped"] for event in course.events)
+    assert any(event["back"] for event in course.events)
+    assert {row["stage"] for row in own.values["history"]} == {0, 1}
+    while plan := own.final(at):
+        changed(at, own, plan)
+    assert 0.9 * own.settings.target < own.size() <= own.settings.target
+    x = task.test.inputs[:16]
+    with torch.no_grad(), standing_in(at.model, own.answering(at, 0)):
+        masked = own.asked(at, x)
+    own.baked(at)
+    assert torch.equal(at.model.upto(x, 1), masked)
+    left = sum(int(p.count_nonzero()) for n, p in at.model.named_parameters() if at.model.within(n, 1))
+    dropped = sum(len(node.ops) for node in at.model.modules() if hasattr(node, "scale")) - len(at.axes.branches)
+    assert left - dropped <= own.settings.target
+
+
+def test_a_commit_changes_no_answer(run):
+    for event in run[2].events:
+        if not event["back"]:
+            assert event["logits_moved"] < 1e-4, event["epoch"]
+
+
+def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypatch):
+    module = import_module("regrow.runs.learning")
+    joined, seen = module._join, []
+
+    def watched(movers, at, own):
+        joined(movers, at, own)
+        moved = [id(one) for mover in movers for group in mover.param_groups for one in group["params"]]
+        learned = [id(one.values) for one in own.tensors.values() if one.lr is not None]
+        assert sorted(moved) == sorted([*map(id, at.parameters().values()), *learned])
+        assert all(id(one) in moved for mover in movers for one in mover.state)
+        seen.append(len(moved))
+
+    monkeypatch.setattr(module, "_join", watched)
+    searched(task, axes, learner())
+    assert len(set(seen)) > 2
+
+
+@pytest.mark.parametrize("revive", ["fresh", "old"])
+def test_killed_and_resumed_is_never_stopped(task, axes, tmp_path, revive):
+    more = {"revive": revive, "regrow_filters": 0.5, "regrow_weights": 0.3}
+    straight = learner(**more)
+    at, course = searched(task, axes, straight)
+    place = tmp_path / "course.safetensors"
+    for last in (2, 3, 4):  # before and after the stages change
+        own, net = learner(**more), network()
+
+        def stop(now, _, own=own, last=last, net=net):
+            write_course(place, net, own, now)
+            if now.epoch == last:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            learn(net, axes, [task], own, SCHEDULE, on_epoch=stop)
+        again, net = learner(**more), network()
+        here, stood = read_course(place, net, axes, again)
+        here, stood = learn(net, here, [task], again, SCHEDULE, course=stood)
+        assert stood.rows == course.rows
+        assert again.values["history"] == straight.values["history"]
+        for name, value in at.model.state_dict().items():
+            assert torch.equal(net.state_dict()[name], value), (last, name)
+        for name, one in straight.tensors.items():
+            assert torch.equal(again.tensors[name].values, one.values), (last, name)
+
+
+@pytest.mark.parametrize("level", ["operations", "filters", "weights"])
+def test_one_level_alone_leaves_the_others_whole(task, axes, level):
+    own = learner(levels=(level,), target=5200.0 if level == "operations" else 4000.0, regrow=0.0)
+    at, course = searched(task, axes, own)
+    while plan := own.final(at):
+        changed(at, own, plan)
+    assert own.size() <= own.settings.target
+    saved = own.values["saved"]
+    assert all((saved[other] > 0) == (other == level) for other in saved)
+    assert level != "weights" or not course.events
+
+
+def test_told_shares_are_kept_to_the_unit(task, axes):
+    own = learner(controller="ratios", ratios=(0.6, 0.75, 0.8), stages=(1,), target=9000.0, regrow=0.0)
+    at, _ = searched(task, axes, own)
+    own.commit(at)
+    assert own.kept()["weights"] == pytest.approx(0.8, abs=0.02)
+    assert len(at.axes.branches) <= 0.75 * 28
+
+
+def test_the_authors_controller_raises_its_pressure(task, axes):
+    own = learner(controller="feedback", levels=("operations",), stages=(1,), regrow=0.0)
+    searched(task, axes, own, schedule=Schedule(epochs=4, batch_size=75))
+    assert own.values["lambda"] > 0 and own.values["mu"] == 0
+
+
+def test_filters_and_weights_of_ones_own_network(task):
+    net = small("resnet:4-2", (1, 8, 8), 10)[0]
+    axes = trace(net, torch.zeros(2, 1, 8, 8))
+    most = 0.4 * sum(p.numel() for p in net.parameters())
+    own = Mgas(settings=Settings(target=most, warm=1, every=1))
+    axes, _ = learn(net, axes, [task], own, Schedule(epochs=4, batch_size=50))
+    at = Stand(net, axes, task, 0, 4, 4)
+    while plan := own.final(at):
+        changed(at, own, plan)
+    own.baked(at)
+    assert sum(int(p.count_nonzero()) for p in net.parameters()) <= most
+    assert sum(p.numel() for p in net.parameters()) < most / 0.4
+
+
+def test_settings_that_say_nothing_are_refused():
+    for wrong in ({"levels": ("ops",)}, {"controller": "pid"}, {"stages": (3, 1)}, {"controller": "ratios"}):
+        with pytest.raises(ValueError):
+            Settings(**wrong)

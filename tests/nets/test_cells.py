@@ -1,0 +1,83 @@
+"""Networks of cells: the whole space, what is left of it, and descriptions that are none."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from regrow.nets.cells import OPERATIONS, Cells, described, operation, whole
+from regrow.nets.errors import ModelError
+
+
+def small(**more):
+    return whole((3, 16, 16), 5, width=4, cells=3, nodes=2, heads=(0,), **more)
+
+
+def test_every_operation_keeps_or_halves_the_picture():
+    x = torch.randn(2, 4, 8, 8)
+    for name in OPERATIONS:
+        assert operation(name, 4, 4, 1)(x).shape == (2, 4, 8, 8)
+        assert operation(name, 4, 4, 2)(x).shape == (2, 4, 4, 4)
+
+
+def test_the_classifier_of_a_stage_is_one_answer_of_the_whole():
+    net = Cells(small()).eval()
+    x = torch.randn(2, 3, 16, 16)
+    first, last = net(x)
+    assert torch.equal(net.upto(x, 0), first)
+    assert torch.equal(net.upto(x, 2), last)
+
+
+def test_a_stage_runs_what_lies_within_it_and_nothing_else():
+    net = Cells(small())
+    net.upto(torch.randn(2, 3, 16, 16), 0).sum().backward()
+    for name, parameter in net.named_parameters():
+        assert (parameter.grad is not None) == net.within(name, 0), name
+
+
+def test_a_description_builds_what_it_describes():
+    config = small()
+    net = Cells(config)
+    again = Cells(json.loads(json.dumps(described(net, config, ()))))
+    left = {name: value.shape for name, value in net.state_dict().items() if not name.startswith("heads.0.")}
+    assert {name: value.shape for name, value in again.state_dict().items()} == left
+
+
+def test_each_input_of_a_cell_and_each_node_needs_an_operation():
+    found = Cells(small()).needed()
+    assert len(found) == 3 * 2 + 3 * 2
+    assert ("cells.0.nodes.0.ops.skip_0" in one for one in found)
+
+
+def changed(path, value):
+    config = copy.deepcopy(small())
+    *way, last = path
+    place = config
+    for step in way:
+        place = place[step]
+    place[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        changed(["stem"], -3),
+        changed(["stem"], 10**9),
+        changed(["classes"], "ten"),
+        changed(["cells"], []),
+        changed(["cells", 0, "inputs"], [4]),
+        changed(["cells", 0, "nodes", 0, "ops"], []),
+        changed(["cells", 0, "nodes", 0, "ops", 0], ["exec", 0, 4]),
+        changed(["cells", 0, "nodes", 0, "ops", 0], ["skip", 2, 4]),
+        changed(["cells", 0, "nodes", 0, "ops", 0], ["skip", -1, 4]),
+        changed(["cells", 0, "nodes", 0, "width"], 5),
+        changed(["cells", 1, "reduce"], "yes"),
+        changed(["heads"], [7]),
+        {"shape": [3, 16, 16]},
+    ],
+)
+def test_what_is_no_description_is_refused(config):
+    with pytest.raises(ModelError):
+        Cells(config)

@@ -1,0 +1,137 @@
+"""A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import regrow
+from regrow.evaluation.continual import share_right
+from regrow.nets.cells import Cells
+from regrow.runs import searching
+from regrow.runs.searching import Settings, network, parts_of, run, target
+from regrow.tracing import trace
+
+SMALL: dict[str, Any] = {
+    "stages": 2,
+    "train": 240,
+    "test": 100,
+    "batch_size": 48,
+    "epochs": 4,
+    "retrain": 2,
+    "stride": 1,
+}
+QUICK = {"warm": 1, "every": 1, "share": 0.3}
+SETTINGS = Settings("cells:4-2-1", "digits", "params=3k", method_settings=QUICK, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(SETTINGS, tmp_path_factory.mktemp("search") / "run")
+
+
+def rows(folder: Any, what: str) -> list[dict[str, Any]]:
+    return [row for row in folder.metrics() if row["what"] == what]
+
+
+def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
+    net = regrow.load(done.path)
+    parts = parts_of(SETTINGS)
+    told = rows(done, "test")[0]
+    assert told["accuracy"] == share_right(net, parts.test) and told["images"] == 100
+    assert told["nonzero"] <= 3000
+    assert sum(int(p.count_nonzero()) for p in net.parameters()) == told["nonzero"]
+    found = regrow.load(done.path / "found")
+    assert rows(done, "found")[0]["accuracy"] == share_right(found, parts.search.test)
+    zero = {name for name, p in found.named_parameters() if not bool(p.all())}
+    assert all(bool((net.get_parameter(n)[found.get_parameter(n) == 0] == 0).all()) for n in zero if "weight" in n)
+
+
+def test_what_is_told_of_it_fits(done: Any) -> None:
+    history = rows(done, "epoch")
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert [row["stage"] for row in history] == [0, 0, 1, 1]
+    assert rows(done, "levels")[0]["saved"]["operations"] > 0
+    assert len(done.ledger) >= len(rows(done, "commit"))
+
+
+def test_parts_are_disjoint() -> None:
+    parts = parts_of(SETTINGS)
+    learned, held, test = (
+        {tuple(one.flatten().tolist()) for one in part.inputs}
+        for part in (parts.search.train, parts.search.test, parts.test)
+    )
+    assert len(parts.search.train) == 192 and len(parts.search.test) == 48
+    assert not learned & held and not (learned | held) & test
+    assert {tuple(one.flatten().tolist()) for one in parts.whole.train.inputs} == learned | held
+
+
+def test_killed_and_resumed_is_never_stopped(done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, seen = searching.write_course, []
+
+    def stopping(*given: Any) -> None:
+        write(*given)
+        seen.append(given[-1].epoch)
+        if len(seen) in (3, 5):  # once in the search, once in the training after it
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "write_course", stopping)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(SETTINGS, tmp_path / "killed")
+    again = run(SETTINGS, tmp_path / "killed")
+    whole, other = regrow.load(done.path), regrow.load(again.path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+    assert [_same(row) for row in rows(done, "epoch")] == [_same(row) for row in rows(again, "epoch")]
+    for what in ("found", "levels", "test"):  # told again by each process that came so far
+        assert _same(rows(done, what)[-1]) == _same(rows(again, what)[-1])
+
+
+def _same(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("time", "at")}
+
+
+@pytest.mark.parametrize("what", ["operations", "filters"])
+def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
+    given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
+    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    told = rows(folder, "found")[0]
+    whole = sum(p.numel() for p in network(SETTINGS, parts_of(SETTINGS).search)[0].parameters())
+    assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
+
+
+def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:
+    given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1}}
+    folder = run(Settings("resnet:4-2", "digits", "macs=20k", **given), tmp_path / "run")
+    assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
+    assert rows(folder, "levels")[0]["saved"]["filters"] > 0
+
+
+def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
+    model, _, plan = network(
+        Settings("cells:4-3-1", "digits", "0.3", memory="8MiB", **SMALL), parts_of(SETTINGS).search
+    )
+    assert isinstance(model, Cells) and plan is not None
+    assert plan.peak <= 8 * 2**20 and plan.ends[-1] == 2 and sorted(map(int, model.heads)) == list(plan.ends)
+    with pytest.raises(ValueError, match="do not suffice"):
+        network(Settings("cells:4-3-1", "digits", "0.3", memory="100KiB", **SMALL), parts_of(SETTINGS).search)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("half", "target is like"), ("2", "is a share"), ("params=9M", "not below"), ("params=0", "not below")],
+)
+def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
+    parts = parts_of(SETTINGS)
+    model = network(SETTINGS, parts.search)[0]
+    with pytest.raises(ValueError, match=message):
+        target(text, model, trace(model, parts.search.train.inputs[:2]))
+
+
+def test_a_space_and_a_method_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no small network 'cells:8'"):
+        run(Settings("cells:8", "digits", "0.3", **SMALL), tmp_path / "run")
+    with pytest.raises(ValueError, match="did you mean 'mgas'"):
+        run(Settings("cells:4-2-1", "digits", "0.3", method="mgass", **SMALL), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
