@@ -1,6 +1,6 @@
 """Learners: what a method of continual learning adds to plain training on one task after the other."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -144,8 +144,13 @@ class Learner:
         """An epoch is over; what is measured and stored comes next."""
 
     def plan(self, at: Stand) -> Plan | None:
-        """What changes in the network's shape before this epoch, if anything; asked until it is nothing."""
+        """What changes in the network's shape before this epoch, if anything."""
         return None
+
+    def plans(self, at: Stand) -> Iterator[Plan]:
+        """Everything that changes before this epoch; each is carried out before the next is asked for."""
+        if plan := self.plan(at):
+            yield plan
 
     def grown(self, at: Stand, plan: Plan) -> None:
         """A plan of this learner has been carried out; ``tensors`` have followed."""

@@ -43,14 +43,13 @@ class Searcher(Learner):
     most: float = 0.0
     """What the network may cost at the end."""
     measure: Measure = Measure.PARAMETERS
+    learns: bool = True
+    """Whether thresholds learn."""
 
     @property
     def optimizer(self) -> str:
         """Adam: its steps do not depend on how steep a level is, so one rate suits all three."""
         return "adam"
-
-    learns: bool = True
-    """Whether thresholds learn."""
 
     def rates(self, at: Stand) -> tuple[float, float]:
         """How fast α and κ learn, and thresholds."""

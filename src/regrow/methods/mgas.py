@@ -154,13 +154,14 @@ class Mgas(Searcher):
         """What the part that runs may cost now: evenly in logarithms from what it did to the stage's goal."""
         if self.settings.controller == "ratios" and at.epoch < at.epochs:
             return 0.0  # what each level is told goes, whatever that leaves
+        if self.settings.controller == "feedback":
+            return float(self.values["goal"])  # it knows no schedule
         return float(self.values["start"] * (self.values["goal"] / self.values["start"]) ** self.progress(at))
 
     def begin(self, at: Stand) -> None:
         """Everything is kept."""
         super().begin(at)
         self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
-        self.values["done"] = {}
         self._start(at, 0)
 
     def _start(self, at: Stand, stage: int) -> None:
@@ -217,28 +218,21 @@ class Mgas(Searcher):
 
     # Commits.
 
-    def plan(self, at: Stand) -> Plan | None:
+    def plans(self, at: Stand) -> Iterator[Plan]:
         """What is cut and brought back before this epoch: at every second one of a stage, and when the next begins."""
         self.seen = 0
         if self.gates is None:  # a run was taken up again
             self.settle(at)
         stage = self.values["stage"]
-        end = self.span(at.epochs, stage)[1]
-        epochs = at.epoch - self.span(at.epochs, stage)[0] - self.settings.warm
-        if self.values["done"].get("epoch") != at.epoch:
-            self.values["done"] = {"epoch": at.epoch, "tried": []}
-        tried = self.values["done"]["tried"]
-        steps = [("commit", self.commit)] if epochs > 0 and epochs % self.settings.every == 0 else []
-        if at.epoch == end:
-            steps = [("commit", self.commit), ("revive", self.revival), ("restore", self.restoring)]
-        for name, step in steps:
-            if name not in tried:
-                tried.append(name)
+        first, end = self.span(at.epochs, stage)
+        epochs = at.epoch - first - self.settings.warm
+        steps = (self.commit, self.revival, self.restoring) if at.epoch == end else (self.commit,)
+        if at.epoch == end or (epochs > 0 and epochs % self.settings.every == 0):
+            for step in steps:
                 if plan := step(at):
-                    return plan
-        if at.epoch == end and end < at.epochs:
+                    yield plan
+        if at.epoch == end < at.epochs:
             self._start(at, stage + 1)
-        return None
 
     def commit(self, at: Stand) -> Plan | None:
         """What does not stand now goes."""

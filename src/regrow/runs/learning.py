@@ -151,7 +151,7 @@ def _learn_task(
     _recall(movers, at, learner, course.moments)
     for at.epoch in range(course.epoch, schedule.epochs):
         young: dict[str, Tensor] = {}
-        while plan := learner.plan(at):
+        for plan in learner.plans(at):
             young = _change(at, tasks, learner, schedule, course, plan, movers)
         _join(movers, at, learner)  # what a learner begins anew without a plan learns too
         torch.manual_seed(at.drawn(at.epoch, 1).initial_seed() % 2**63)  # what Dropout draws
