@@ -167,13 +167,14 @@ class Searcher(Learner):
             return float(self.size_now())
 
     def passed(self, at: Stand) -> None:
-        """Accuracy on the held-out part, size and what each level keeps, for the record."""
+        """Accuracy on the held-out part, size, what it may be and what each level keeps, for the record."""
         assert self.gates is not None
         self.masks(at)
         with standing_in(at.model, self.answering(at, at.number)):
             right = share_right(at.model, at.task.test, ask=lambda x: self.asked(at, x))
         record = {"epoch": at.epoch + 1, "stage": self.values["stage"], "accuracy": right, "size": self.size()}
-        self.values["history"].append(record | {"mu": self.values["mu"], **self.kept()})
+        record |= {"allowed": self.allowed(at), "mu": self.values["mu"]}
+        self.values["history"].append(record | self.kept())
 
     def kept(self) -> dict[str, float]:
         """The share of each level that stands, in the part that runs."""
@@ -184,6 +185,10 @@ class Searcher(Learner):
         weights = self.now.weights
         found["weights"] = 1.0 if weights is None else float(weights.mean())
         return found
+
+    def account(self, at: Stand) -> dict[str, Any]:
+        """What the part that runs costs, and what it was to cost."""
+        return {"measure": str(self.measure), "asked": self.most, "size": self.size()}
 
     def commit(self, at: Stand) -> Plan | None:
         """What does not stand now goes."""

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = """\b
@@ -53,6 +54,8 @@ def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: A
     with working() as progress:
         folder = run(settings, out, progress)
     _tell(folder)
+    page_of(folder, "network")
+    say(f"load it with regrow.load({str(folder.path)!r})")
 
 
 def _tell(folder: Any) -> None:
@@ -70,4 +73,3 @@ def _tell(folder: Any) -> None:
         f"{found['accuracy']:.3f} as the search left it; "
         f"test after training anew {tested['accuracy']:.3f} on {tested['images']} images"
     )
-    say(f"load it with regrow.load({str(folder.path)!r})")

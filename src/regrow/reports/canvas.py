@@ -18,6 +18,7 @@ from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError
 
 INK, MUTED, LINE, FAINT, ACCENT, PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"
+COOL, WARM = "#0a0b07", "#0a0b08"
 _VARIABLES = {
     INK: "currentColor",
     MUTED: "var(--muted)",
@@ -25,6 +26,8 @@ _VARIABLES = {
     FAINT: "var(--faint)",
     ACCENT: "var(--accent)",
     PAPER: "var(--paper)",
+    COOL: "var(--cool)",
+    WARM: "var(--warm)",
 }
 WIDE, NARROW = 760, 350
 SMALL = 11.5
@@ -169,7 +172,7 @@ def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
     """Draw a row of marks with their meaning."""
     x = 6.0
     for words, colour, marker, strength in entries:
-        line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker == "_" else {}
+        line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker in "_|" else {}
         canvas.dot(x, y, marker=marker, color=colour, alpha=strength, **({"markeredgewidth": 0} | line))
         canvas.text(x + 11, y, words, color=MUTED, fontsize=SMALL)
         x += 30 + 6.9 * len(words)

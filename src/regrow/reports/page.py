@@ -7,7 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import behaviour, comparison, course, courses, figures, quantities, words
+from regrow.reports import behaviour, cells, comparison, course, courses, epochs, figures, quantities, words
+from regrow.reports import search as quest
+from regrow.reports import searches as quests
 from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.summary import summarise
@@ -50,6 +52,22 @@ LEARNED_FIGURES = {
     "owned": course.shares,
     "times": figures.times,
 }
+SEARCHED_SECTIONS = {
+    "found": "What was found",
+    "epochs": "How it came about",
+    "levels": "Levels",
+    "memory": "Memory",
+    "ran": "What was run",
+    "notes": "Notes and limits",
+}
+SEARCHED_FIGURES = {
+    "cells": cells.picture,
+    "search_size": epochs.size,
+    "search_levels": epochs.levels,
+    "saved": epochs.saved,
+    "search_memory": epochs.memory,
+    "times": figures.times,
+}
 COMPARED_SECTIONS = {
     "runs": "Quality",
     "front": "Quality against size",
@@ -66,6 +84,7 @@ COURSES_SECTIONS = {
     "remarks": "Notes and limits",
 }
 COURSES_FIGURES = {"accuracy": courses.accuracy, "sizes": courses.sizes, "widths": courses.widths}
+SEARCHES_SECTIONS = {"searches": "What was found", "setup": "What was run", "remarks": "Notes and limits"}
 
 
 def write_page(folders: list[Path], out: Path) -> Path:
@@ -117,17 +136,20 @@ def to_html(summary: Summary) -> str:
     Raises:
         ReportError: If jinja2 or matplotlib is not installed.
     """
-    run, several, learned = summary["runs"][0], len(summary["runs"]) > 1, courses.learned(summary)
+    run, several = summary["runs"][0], len(summary["runs"]) > 1
+    learned, searched = courses.learned(summary), quests.searched(summary)
     drawings: dict[str, Drawing | None]
     if several:
-        made = COURSES_FIGURES if learned else COMPARED_FIGURES
-        sections = COURSES_SECTIONS if learned else COMPARED_SECTIONS
+        made = COURSES_FIGURES if learned else {} if searched else COMPARED_FIGURES
+        sections = COURSES_SECTIONS if learned else SEARCHES_SECTIONS if searched else COMPARED_SECTIONS
         drawings = {name: make(summary) for name, make in made.items()}
     else:
-        drawings = {name: make(run) for name, make in (LEARNED_FIGURES if learned else FIGURES).items()}
-        sections = LEARNED_SECTIONS if learned else SECTIONS
-    # Most methods have neither, which is no gap to speak of.
-    absent = [name for name, drawn in (("behaviour", run["findings"]), ("owned", drawings.get("owned"))) if not drawn]
+        chosen = LEARNED_FIGURES if learned else SEARCHED_FIGURES if searched else FIGURES
+        drawings = {name: make(run) for name, make in chosen.items()}
+        sections = LEARNED_SECTIONS if learned else SEARCHED_SECTIONS if searched else SECTIONS
+    # Most runs have none of these, which is no gap to speak of.
+    said = {"behaviour": run["findings"], "owned": drawings.get("owned"), "memory": (run["search"] or {}).get("stages")}
+    absent = [name for name, there in said.items() if not there]
     shown = [(name, title) for name, title in sections.items() if name not in absent]
     context = _context(summary) | {"figures": drawings, "sections": shown}
     return _environment(html=True).get_template("page.html").render(context)
@@ -152,7 +174,8 @@ def _context(summary: Summary) -> dict[str, Any]:
     runs = summary["runs"]
     run = runs[0]
     if len(runs) == 1:
-        told = course if run["course"] else words
+        told: Any = course if run["course"] else quest if run["search"] else words
+        found = run["search"]["cells"] if run["search"] else []
         return {
             "title": f"{run['model']}: {run['label']}",
             "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],
@@ -164,6 +187,8 @@ def _context(summary: Summary) -> dict[str, Any]:
             "modules": words.modules(run),
             "learning": words.learning(run),
             "proof": words.proof(run),
+            "cells": [cell | {"nodes": cells.told(cell)} for cell in found],
+            "counts": cells.counts(found),
             "run": run,
             "runs": runs,
         }
@@ -173,6 +198,7 @@ def _context(summary: Summary) -> dict[str, Any]:
         "keys": [],
         "differences": _differences(runs),
         "courses": [],
+        "searches": [],
         "runs": runs,
     }
     if courses.learned(summary):
@@ -184,6 +210,14 @@ def _context(summary: Summary) -> dict[str, Any]:
             "columns": courses.COLUMNS,
             "courses": courses.table(summary),
             "most": courses.MAX_LINES,
+        }
+    if quests.searched(summary):
+        return shared | {
+            "title": quests.headline(summary),
+            "headline": quests.headline(summary),
+            "details": quests.details(summary),
+            "alarms": quests.alarms(summary) + shared["alarms"],
+            "searches": quests.table(summary),
         }
     dense = words.same_dense(summary) or {}
     known = [math.log(dense[kind]) for kind in summary["kinds"] if kind in dense]
@@ -202,7 +236,7 @@ def _context(summary: Summary) -> dict[str, Any]:
 
 def _alarms(run: dict[str, Any]) -> list[str]:
     """What must not be overlooked."""
-    found = []
+    found = quest.alarms(run) if run["search"] else []
     if any(row["holds"] is False for row in run["verify"]):
         found.append(words.proof(run))
     if any(unit["kept"] is False for unit in (run["scores"] or {"massive": []})["massive"]):

@@ -18,6 +18,7 @@ MAX_BYTES = {
     "scores.json": 2**28,
     "metrics.jsonl": 2**27,
     "findings.json": 2**26,
+    "shapes.json": 2**26,
 }
 MAX_ITEMS = 20_000
 MAX_SIZE = 10**15
@@ -29,6 +30,10 @@ ABSENT = {
     "metrics.jsonl": "every measurement: perplexity, size, speed, proof",
 }
 ABSENT_LEARNING = {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"}
+ABSENT_SEARCHING = {
+    "metrics.jsonl": "every measurement: size and accuracy over epochs, levels, memory, the test",
+    "shapes.json": "the network that was found",
+}
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+")
 
@@ -49,6 +54,7 @@ class RunFolder:
         scores: ``scores.json``.
         metrics: The lines of ``metrics.jsonl``.
         findings: ``findings.json``, which most methods do not write.
+        origin: How to build the network that a search left, from ``shapes.json``.
         missing: Files that are not there, with what the page lacks for it.
         problems: What could not be read, in words.
     """
@@ -60,6 +66,7 @@ class RunFolder:
     scores: dict[str, Any] = field(default_factory=dict)
     metrics: list[dict[str, Any]] = field(default_factory=list)
     findings: dict[str, Any] = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
     missing: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -84,7 +91,9 @@ def read_run(path: Path) -> RunFolder:
         why = problems[0] if problems else f"expected the format {RUN_FORMAT!r}"
         raise ReportError(f"{path / 'run.json'} cannot be read: {why}")
     folder = RunFolder(path, run, problems=problems)
-    for name, meaning in (ABSENT_LEARNING if run.get("verb") == "learn" else ABSENT).items():
+    searched = run.get("verb") == "search"
+    needed = ABSENT_SEARCHING if searched else ABSENT_LEARNING if run.get("verb") == "learn" else ABSENT
+    for name, meaning in needed.items():
         if not (path / name).is_file():
             folder.missing.append({"file": name, "means": meaning})
     ledger = _object(path / "ledger.json", problems)
@@ -97,6 +106,8 @@ def read_run(path: Path) -> RunFolder:
     folder.scores = _object(path / "scores.json", problems)
     folder.metrics = _lines(path / "metrics.jsonl", problems)
     folder.findings = _object(path / "findings.json", problems)
+    if searched:
+        folder.origin = mapping(_object(path / "shapes.json", problems).get("origin"))
     return folder
 
 

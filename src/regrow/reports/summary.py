@@ -7,6 +7,7 @@ from typing import Any
 from regrow.reports.course import course
 from regrow.reports.findings import findings
 from regrow.reports.reading import ReportError, RunFolder, mapping, number, objects, read_run, size, text
+from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 
 FORMAT = "regrow-summary/1"
@@ -56,7 +57,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "name": text(folder.path.resolve().name) or "run",
         "verb": text(run.get("verb")) or "prune",
         "command": text(run.get("command"), 8000),
-        "model": _short(text(settings.get("model"), 300)) or "the model",
+        "model": _short(text(settings.get("model", settings.get("space")), 300)) or "the model",
         "method": text(settings.get("method")),
         "keep": number(settings.get("keep"), 0, 1),
         "settings": _pairs(settings, skip=("sources", "method_settings")),
@@ -86,6 +87,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "scores": scores(folder, kinds),
         "findings": findings(folder),
         "course": course(folder),
+        "search": search(folder),
         "missing": folder.missing,
         "problems": folder.problems[:20],
     }

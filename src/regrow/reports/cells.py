@@ -1,0 +1,192 @@
+"""The cells that a search found: what is kept of them, as data and as a picture."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from regrow.reports import quantities as q
+from regrow.reports.canvas import (
+    ACCENT,
+    COOL,
+    FAINT,
+    INK,
+    LINE,
+    MUTED,
+    SMALL,
+    WARM,
+    Canvas,
+    Drawing,
+    Entry,
+    draw,
+    legend,
+)
+from regrow.reports.reading import mapping, objects, size, text
+
+Run = dict[str, Any]
+Cell = dict[str, Any]
+
+KINDS: dict[str, tuple[str, float]] = {
+    "skip": (INK, 1.0),
+    "sep3": (ACCENT, 0.55),
+    "sep5": (ACCENT, 1.0),
+    "dil3": (COOL, 0.55),
+    "dil5": (COOL, 1.0),
+    "avg": (WARM, 0.55),
+    "max": (WARM, 1.0),
+}
+"""Kinds of operations, in the order of a description → colour and opacity."""
+
+EDGE = len(KINDS) + 1
+"""Places of an edge in the picture: one of each kind, and one that stays free."""
+
+NAME = 8.5
+"""Pixels from line to line that the name of an operation needs, written upright."""
+
+MAX_CELLS = 64
+MAX_NODES = 16
+MAX_DRAWN = 16
+
+
+def cells(origin: dict[str, Any]) -> list[Cell]:
+    """The cells of a description, as far as it is one.
+
+    Args:
+        origin: How to build the network that was found.
+
+    Returns:
+        Per cell ``reduce`` (it halves the picture), ``inputs`` (their two widths inside) and ``nodes``: for each
+        ``width`` and ``ops`` (``kind``, ``source``, ``mid``: channels inside a ``sep``, and whether it is ``bare``: has
+        no weights). Sources 0 and 1 are the inputs, 2 is the first node.
+    """
+    found = []
+    for plan in objects(mapping(origin.get("config")).get("cells"))[:MAX_CELLS]:
+        inputs = plan["inputs"][:2] if isinstance(plan.get("inputs"), list) else []
+        nodes = []
+        for i, node in enumerate(objects(plan.get("nodes"))[:MAX_NODES]):
+            ops = {}
+            for op in node["ops"][: 8 * (MAX_NODES + 2)] if isinstance(node.get("ops"), list) else []:
+                kind, source, mid = op if isinstance(op, list) and len(op) == 3 else ("", None, None)
+                if text(kind) in KINDS and (known := size(source, i + 1)) is not None:
+                    halves = plan.get("reduce") is True and known < 2
+                    bare = kind in ("avg", "max") or (kind == "skip" and not halves)
+                    ops[kind, known] = {"kind": kind, "source": known, "mid": size(mid), "bare": bare}
+            nodes.append({"width": size(node.get("width")), "ops": list(ops.values())})
+        widths = [size(width) for width in inputs] + [None] * (2 - len(inputs))
+        found.append({"reduce": plan.get("reduce") is True, "inputs": widths, "nodes": nodes})
+    return found
+
+
+def kept(found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """All operations of some cells."""
+    return [op for cell in found for node in cell["nodes"] for op in node["ops"]]
+
+
+def counts(found: Sequence[Cell]) -> list[dict[str, Any]]:
+    """How many operations of each kind each cell keeps: ``kind``, ``cells`` and ``all``."""
+    table = [[op["kind"] for op in kept([cell])] for cell in found]
+    rows = [(kind, [kinds.count(kind) for kinds in table]) for kind in KINDS]
+    return [{"kind": kind, "cells": many, "all": sum(many)} for kind, many in rows]
+
+
+def told(cell: Cell) -> list[dict[str, Any]]:
+    """What each node of a cell sums, in words: ``name``, ``width`` and ``sums``."""
+    rows = []
+    for i, node in enumerate(cell["nodes"]):
+        sources: dict[int, list[str]] = {}
+        for op in node["ops"]:
+            inside = f" ({op['mid']} inside)" if op["kind"].startswith("sep") and op["mid"] else ""
+            sources.setdefault(op["source"], []).append(f"{op['kind']}{inside}")
+        sums = "; ".join(f"{named(source)}: {', '.join(ops)}" for source, ops in sorted(sources.items()))
+        rows.append({"name": named(i + 2), "width": node["width"], "sums": sums or "nothing"})
+    return rows
+
+
+def named(source: int) -> str:
+    """What a source is called.
+
+    >>> named(0), named(1), named(2)
+    ('cell before last', 'last cell', 'node 1')
+    """
+    return ("cell before last", "last cell")[source] if source < 2 else f"node {source - 1}"
+
+
+def picture(run: Run) -> Drawing | None:
+    """Each cell as a wiring: a level line per value, and a coloured line down for each operation that is kept.
+
+    Each kind has its place on each edge, so that cells can be compared and what went is a gap.
+    """
+    found = (run["search"] or {"cells": []})["cells"][:MAX_DRAWN]
+    if not kept(found):
+        return None
+    most = max(len(cell["nodes"]) for cell in found)
+    slots = sum(EDGE * (i + 2) for i in range(most))
+    said = "; ".join(
+        f"cell {i + 1}: " + ", ".join(f"{row['name']} sums {row['sums']}" for row in told(cell))
+        for i, cell in enumerate(found[:6])
+    )
+    entries: list[Entry] = [(kind, colour, "s", strength) for kind, (colour, strength) in KINDS.items()]
+
+    def paint(canvas: Canvas) -> None:
+        left, gap = 92, 26
+
+        def step(across: int) -> float:
+            return ((canvas.width - gap * (across - 1)) / across - left - 4) / slots
+
+        # Names are written where they find room; a picture of many cells, or of broad ones, does without.
+        across = 1 if canvas.narrow or (step(2) < NAME and step(1) >= NAME and len(found) <= 8) else 2
+        head, wire = (64 if step(across) >= NAME else 34), 22
+        width, high = (canvas.width - gap * (across - 1)) / across, head + wire * (most + 2) + 18
+        rows = [entries[:4], entries[4:]] if canvas.narrow else [entries]
+        top = 8 + 20 * len(rows)
+        canvas.start(top + math.ceil(len(found) / across) * high)
+        for i, row in enumerate(rows):
+            legend(canvas, 10 + 20 * i, row)
+        for i, cell in enumerate(found):
+            x, y = (i % across) * (width + gap), top + (i // across) * high
+            n = len(kept([cell]))
+            canvas.text(x, y + 14, f"Cell {i + 1}{', halves the picture' * cell['reduce']}")
+            words = f"{q.count(n)} operation{'s' * (n != 1)}, gives {_given(cell)}"
+            if not canvas.narrow or not cell["reduce"]:
+                canvas.text(x + width, y + 14, words, color=MUTED, fontsize=SMALL, ha="right")
+            axes = canvas.panel(y + head, wire * (len(cell["nodes"]) + 2), left=x + left, width=width - left - 4)
+            _wiring(axes, cell, slots, step(across) >= NAME)
+            for place, value in enumerate([*cell["inputs"], *(node["width"] for node in cell["nodes"])]):
+                at = y + head + (place + 0.5) * wire
+                canvas.text(x, at, named(place).replace("cell before last", "before last"), fontsize=SMALL)
+                canvas.text(x + left - 6, at, q.count(value), color=MUTED, fontsize=SMALL, ha="right")
+
+    return draw("fig-cells", "The cells that were found", said, paint)
+
+
+def _wiring(axes: Any, cell: Cell, slots: int, names: bool) -> None:
+    """One cell: rows are values, columns are places of operations, grouped by node and then by source."""
+    many, kinds = len(cell["nodes"]) + 2, list(KINDS)
+    axes.set_axis_off()
+    axes.set_xlim(0, slots)
+    axes.set_ylim(many - 0.5, -0.5)
+    start, lines = 0, dict[str, list[tuple[float, int, int]]]()
+    for value in (0, 1):
+        axes.plot([0, slots], [value, value], color=FAINT, lw=1, zorder=1)
+    for i, node in enumerate(cell["nodes"]):
+        axes.plot([start, slots], [i + 2, i + 2], color=FAINT, lw=1, zorder=1)
+        for op in node["ops"]:
+            x = start + EDGE * op["source"] + kinds.index(op["kind"]) + 0.5
+            lines.setdefault(op["kind"], []).append((x, op["source"], i + 2))
+            if names:
+                style = {"ha": "center", "va": "bottom", "color": MUTED, "fontsize": 8.5}
+                axes.text(x, -0.6, op["kind"], rotation=90, **style)
+        start += EDGE * (i + 2)
+        if i + 1 < len(cell["nodes"]):
+            axes.plot([start - 0.5, start - 0.5], [-0.5, many - 0.5], color=LINE, lw=1, ls=(0, (3, 3)), zorder=1)
+    for kind, places in lines.items():
+        colour, strength = KINDS[kind]
+        xs, tops, bottoms = zip(*places, strict=True)
+        axes.vlines(xs, tops, bottoms, colors=colour, alpha=strength, lw=2.4, zorder=2)
+        for ys, marker in ((tops, "o"), (bottoms, "v")):
+            axes.plot(xs, ys, marker, color=colour, ms=4, mew=0, alpha=strength, zorder=3)
+
+
+def _given(cell: Cell) -> str:
+    """The width of all nodes side by side."""
+    widths = [node["width"] for node in cell["nodes"]]
+    return q.NONE if None in widths else q.count(sum(widths))

@@ -1,0 +1,268 @@
+"""The page of a search: what was found, how it came about, and what must not be overlooked in it."""
+
+import re
+from typing import Any
+
+from regrow.allocation.stages import in_bytes
+from regrow.reports import cells
+from regrow.reports import quantities as q
+from regrow.reports.reading import RunFolder, mapping, number, size, text
+
+Run = dict[str, Any]
+Lines = dict[str, list[dict[str, Any]]]
+
+LEVELS = ("operations", "filters", "weights")
+MAX_EPOCHS = 5_000
+MAX_COMMITS = 2_000
+MAX_STAGES = 64
+
+COLLAPSE, BARE = 0.5, 0.75
+"""From which share of skips, and of operations without weights, on a network is said to have collapsed."""
+
+OVERSHOT = 0.8
+"""Below which share of what it may cost a network is said to be too small."""
+
+MOVED = 1e-3
+"""How far logits may move where nothing came back."""
+
+_UNITS = {"params": "parameters", "macs": "multiply-adds", "bytes": "bytes"}
+
+
+def search(folder: RunFolder) -> dict[str, Any] | None:
+    """What a search measured.
+
+    Args:
+        folder: A run folder.
+
+    Returns:
+        ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
+        ``commits``, ``stages`` (memory of each), ``budget``, ``levels``, ``found``, ``test`` and ``cells``; ``None`` if
+        it is a run of another kind.
+    """
+    if folder.run.get("verb") != "search":
+        return None
+    settings = mapping(folder.run.get("settings"))
+    lines: Lines = {}
+    for line in folder.metrics:
+        lines.setdefault(text(line.get("what")), []).append(line)
+    last = {what: mapping((lines.get(what) or [{}])[-1]) for what in ("levels", "found", "test", "stages")}
+    target, levels = text(settings.get("target"), 40), last["levels"]
+    measure = text(levels.get("measure")) or (target.partition("=")[0] if "=" in target else "params")
+    sizes = {"parameters": size(last["found"].get("parameters")), "nonzero": size(last["found"].get("nonzero"))}
+    reached = number(levels.get("size"), 0)
+    return {
+        "target": target,
+        "unit": _UNITS.get(measure, "parameters"),
+        "asked": number(levels.get("asked"), 0) or _told(target),
+        "reached": sizes["nonzero"] if reached is None and measure == "params" else reached,
+        "retrained": size(settings.get("retrain")),
+        "epochs": _epochs(lines.get("epoch", [])),
+        "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
+        "stages": _stages(last["stages"], lines.get("memory", [])),
+        "budget": _budget(settings.get("memory")),
+        "levels": [
+            {
+                "level": level,
+                "saved": number(mapping(levels.get("saved")).get(level), 0),
+                "kept": number(mapping(levels.get("kept")).get(level), 0, 1),
+            }
+            for level in LEVELS
+        ]
+        if levels
+        else [],
+        "found": {"accuracy": number(last["found"].get("accuracy"), 0, 1)} | sizes,
+        "test": {
+            "accuracy": number(last["test"].get("accuracy"), 0, 1),
+            "images": size(last["test"].get("images")),
+            "parameters": size(last["test"].get("parameters")),
+            "nonzero": size(last["test"].get("nonzero")),
+        },
+        "cells": cells.cells(folder.origin),
+    }
+
+
+def headline(run: Run) -> str:
+    """One sentence: what was found, and how well it answers."""
+    found = run["search"]
+    deed = f"{run['method'] or 'regrow search'} searched {run['model']}"
+    if (many := found["found"]["nonzero"]) is None:
+        return f"{deed}. It had not come to its end."
+    deed += f" and found a network of {q.count(many)} parameters."
+    if (right := found["test"]["accuracy"]) is None:
+        return f"{deed} How well it answers was not tested."
+    state = "Trained anew" if found["retrained"] else "As the search left it"
+    return f"{deed} {state}, it answers {q.percent(right)} of the test set right."
+
+
+def details(run: Run) -> list[str]:
+    """Sentences behind the headline: where the method is from, and what was done."""
+    found, lines = run["search"], []
+    if run["method"] == "mgas":
+        lines.append(
+            "MGAS is reconstructed: the paper's body was not available, so it follows the abstract and the authors' "
+            "public code, and what these leave open is ours."
+        )
+    if found["epochs"]:
+        n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
+        anew = f", and {found['retrained']} of training anew" if found["retrained"] else ""
+        lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
+    if found["test"]["accuracy"] is not None:
+        lines.append("Choices were judged on a validation part; the test set was read once, at the end.")
+    return lines
+
+
+def key_numbers(run: Run) -> list[dict[str, str]]:
+    """The figures at the head of the page: ``label``, ``value`` and a line ``below`` each."""
+    found, ops = run["search"], cells.kept(run["search"]["cells"])
+    rows = []
+
+    def add(label: str, value: Any, unit: Any, below: str) -> None:
+        if value is not None:
+            rows.append({"label": label, "value": unit(value), "below": below})
+
+    test, left = found["test"], found["found"]
+    anew = "trained anew" if found["retrained"] else "as the search left it"
+    add("Test accuracy", test["accuracy"], q.percent, f"{anew}, on {q.count(test['images'])} images")
+    add("Validation accuracy", left["accuracy"], q.percent, "as the search left it")
+    add("Parameters", left["nonzero"], q.count, f"that are not 0; {q.count(left['parameters'])} with zeros")
+    if found["asked"]:
+        below = f"of {q.count(found['asked'])} {found['unit']} asked for"
+        add("Size", found["reached"], q.count, below)
+    if ops:
+        skips = sum(op["kind"] == "skip" for op in ops)
+        add("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}")
+        bare = sum(op["bare"] for op in ops)
+        add("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: skips and pools")
+    return rows
+
+
+def alarms(run: Run) -> list[str]:
+    """What must not be overlooked: collapse, thin nodes, sizes and memory off their marks, answers that changed."""
+    found = run["search"]
+    return [line for made in (_collapse, _thin, _off, _overshot, _moved, _memory) if (line := made(found))]
+
+
+def _collapse(found: dict[str, Any]) -> str:
+    ops = cells.kept(found["cells"])
+    if not ops:
+        return ""
+    skips, bare = (sum(kind) / len(ops) for kind in ([op["kind"] == "skip" for op in ops], [op["bare"] for op in ops]))
+    if skips >= COLLAPSE:
+        return f"The search may have collapsed: {q.percent(skips)} of the operations that it kept are skips."
+    if bare >= BARE:
+        return f"The search may have collapsed: {q.percent(bare)} of the operations that it kept have no weights."
+    return ""
+
+
+def _thin(found: dict[str, Any]) -> str:
+    thin = [
+        f"node {j + 1} of cell {i + 1} ({node['ops'][0]['kind']})"
+        for i, cell in enumerate(found["cells"])
+        for j, node in enumerate(cell["nodes"])
+        if len(node["ops"]) == 1
+    ]
+    many = f" and {len(thin) - 12} more" if len(thin) > 12 else ""
+    return f"One operation only is left in {', '.join(thin[:12])}{many}." if thin else ""
+
+
+def _off(found: dict[str, Any]) -> str:
+    asked, reached = found["asked"], found["reached"]
+    if not asked or reached is None:
+        return ""
+    said = f"{q.count(reached)} {found['unit']} are left of {q.count(asked)} that were asked for"
+    if reached > 1.01 * asked:
+        return f"The target was missed: {said}."
+    return f"The target was overshot: {said}." if reached < OVERSHOT * asked else ""
+
+
+def _overshot(found: dict[str, Any]) -> str:
+    """Stages at whose end less stood than was to; of the last one, the target speaks."""
+    ends = list({row["stage"]: row for row in found["epochs"]}.values())
+    over = [row for row in ends[:-1] if row["allowed"] and row["size"] is not None]
+    over = [row for row in over if row["size"] < OVERSHOT * row["allowed"]][:12]
+    said = [f"{q.count(row['size'])} of {q.count(row['allowed'])} in stage {row['stage'] + 1}" for row in over]
+    return f"Thresholds overshot: at the end, there stood {', '.join(said)}." if said else ""
+
+
+def _moved(found: dict[str, Any]) -> str:
+    moved = [
+        row for row in found["commits"] if not row["back"] and not row["grown"] and (row["logits_moved"] or 0) > MOVED
+    ]
+    if not moved:
+        return ""
+    most = max(moved, key=lambda row: row["logits_moved"])
+    at = ", ".join(dict.fromkeys(q.count(row["epoch"]) for row in moved[:12]))
+    return (
+        f"A commit is to change no answer, but {len(moved)} of {len(found['commits'])} did (after epoch {at}): logits "
+        f"moved by up to {q.significant(most['logits_moved'])}."
+    )
+
+
+def _memory(found: dict[str, Any]) -> str:
+    budget = found["budget"]
+    over = [row for row in found["stages"] if budget and (row["peak"] or 0) > budget]
+    said = [f"stage {row['stage'] + 1} needed {q.octets(row['peak'])}" for row in over]
+    return f"More memory was needed than the {q.octets(budget)} there were to be: {', '.join(said)}." if said else ""
+
+
+def _epochs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per epoch; one that was run twice counts as it was at last."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        epoch, stage = size(line.get("epoch"), MAX_EPOCHS), size(line.get("stage"), MAX_STAGES - 1)
+        if epoch is not None and stage is not None:
+            rows[epoch] = {"epoch": epoch, "stage": stage, "accuracy": number(line.get("accuracy"), 0, 1)}
+            rows[epoch] |= {name: number(line.get(name), 0) for name in ("size", "allowed")}
+            rows[epoch] |= {level: number(line.get(level), 0, 1) for level in LEVELS}
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def _commit(line: dict[str, Any]) -> dict[str, Any]:
+    """One change of the network; ``epoch`` is the one it came after."""
+
+    def units(name: str) -> int:
+        return sum(n for value in mapping(line.get(name)).values() if (n := size(value)))
+
+    def mean(name: str) -> float | None:
+        values = line[name] if isinstance(line.get(name), list) else []
+        known = [v for value in values[:MAX_STAGES] if (v := number(value, 0, 1)) is not None]
+        return sum(known) / len(known) if known else None
+
+    return {
+        "epoch": size(line.get("epoch"), MAX_EPOCHS),
+        "dropped": len(line["dropped"]) if isinstance(line.get("dropped"), list) else 0,
+        "back": len(line["back"]) if isinstance(line.get("back"), list) else 0,
+        "cut": units("cut"),
+        "grown": units("grown"),
+        "before": mean("accuracy_before"),
+        "after": mean("accuracy_after"),
+        "logits_moved": number(line.get("logits_moved"), 0),
+        "parameters": size(line.get("parameters")),
+    }
+
+
+def _stages(planned: dict[str, Any], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Memory of each stage in bytes, and the last cell that it runs (the first one is 1)."""
+    ends, peaks = (planned[k][:MAX_STAGES] if isinstance(planned.get(k), list) else [] for k in ("ends", "peaks"))
+    rows = {
+        i: {"stage": i, "last": None if (last := size(end)) is None else last + 1, "planned": size(peak)}
+        for i, (end, peak) in enumerate(zip(ends, peaks, strict=False))
+    }
+    for line in measured:
+        if (stage := size(line.get("stage"), MAX_STAGES - 1)) is not None:
+            row = rows.setdefault(stage, {"stage": stage, "last": None, "planned": None})
+            row |= {name: size(line.get(name)) for name in ("held", "peak", "resident")}
+    return [{"held": None, "peak": None, "resident": None} | rows[stage] for stage in sorted(rows)]
+
+
+def _budget(asked: Any) -> int | None:
+    try:
+        return size(in_bytes(text(asked, 40)))
+    except ValueError:
+        return None
+
+
+def _told(target: str) -> float | None:
+    """The number in a target that names its measure."""
+    fit = re.fullmatch(r"(?:params|macs|bytes)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
+    return float(fit[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[2]] if fit else None

@@ -1,0 +1,67 @@
+"""The page that compares searches: what each found, at what size."""
+
+from typing import Any
+
+from regrow.reports import quantities as q
+from regrow.reports.courses import leaders
+
+Run = dict[str, Any]
+
+
+def searched(summary: dict[str, Any]) -> bool:
+    """Whether every run is a search."""
+    return all(run["search"] for run in summary["runs"])
+
+
+def headline(summary: dict[str, Any]) -> str:
+    """One sentence: how many searches, of which space."""
+    spaces = sorted({run["model"] for run in summary["runs"]})
+    of = spaces[0] if len(spaces) == 1 else f"{len(spaces)} spaces"
+    return f"{len(summary['runs'])} searches of {of}."
+
+
+def details(summary: dict[str, Any]) -> list[str]:
+    """Where the methods are from, and which network answers best."""
+    lines = []
+    if any(run["method"] == "mgas" for run in summary["runs"]):
+        lines.append("MGAS is reconstructed from its abstract and the authors' public code.")
+    known = [(v, run) for run in summary["runs"] if (v := run["search"]["test"]["accuracy"]) is not None]
+    if len(known) > 1 and not alarms(summary):
+        most, best = max(known, key=lambda one: one[0])
+        lines.append(f"{best['label']} answers best: {q.percent(most)} of the test set.")
+    return lines
+
+
+def alarms(summary: dict[str, Any]) -> list[str]:
+    """Why figures of the runs do not compare, if they do not."""
+    names = ("data", "train", "test", "validation")
+    asked = {tuple(pair["value"] for pair in run["settings"] if pair["name"] in names) for run in summary["runs"]}
+    return ["The searches had different data: their accuracies do not compare."] if len(asked) > 1 else []
+
+
+def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each search found, and what it took.
+
+    Args:
+        summary: A summary of several searches.
+
+    Returns:
+        One row per run: ``label``, ``target``, ``test``, ``best`` (no run with as few parameters that are not 0 tests
+        better), ``validation``, ``parameters``, ``nonzero`` and ``seconds``.
+    """
+    runs = summary["runs"]
+    found = [run["search"] for run in runs]
+    leads = leaders([one["test"]["nonzero"] for one in found], [one["test"]["accuracy"] for one in found])
+    return [
+        {
+            "label": run["label"],
+            "target": one["target"],
+            "test": one["test"]["accuracy"],
+            "best": lead,
+            "validation": one["found"]["accuracy"],
+            "parameters": one["test"]["parameters"],
+            "nonzero": one["test"]["nonzero"],
+            "seconds": sum(row["seconds"] for row in run["seconds"]) if run["seconds"] else None,
+        }
+        for run, one, lead in zip(runs, found, leads, strict=True)
+    ]

@@ -1,0 +1,257 @@
+"""The page of a search, from made-up run folders, a real short run, and damaged ones."""
+
+import json
+import random
+import re
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from regrow.cli import regrow
+from regrow.nets.cells import OPERATIONS, whole
+from regrow.reports import ReportError, cells, epochs, summarise, to_html, to_markdown, write_page
+from reports.test_page import check_self_contained
+from reports.test_summary import ODD
+
+SECTIONS = {"found", "epochs", "levels", "memory", "ran", "notes"}
+DRAWN = {"fig-cells", "fig-search-size", "fig-search-levels", "fig-search-saved", "fig-search-memory"}
+CELLS = [
+    {
+        "reduce": False,
+        "inputs": [5, 6],
+        "nodes": [
+            {"width": 7, "ops": [["skip", 0, 8], ["sep3", 0, 3], ["sep5", 1, 8]]},
+            {"width": 9, "ops": [["dil3", 1, 8], ["max", 2, 8]]},
+        ],
+    },
+    {
+        "reduce": True,
+        "inputs": [11, 12],
+        "nodes": [
+            {"width": 13, "ops": [["skip", 0, 16], ["dil5", 1, 16]]},
+            {"width": 14, "ops": [["skip", 2, 16], ["sep3", 1, 15]]},
+        ],
+    },
+]
+EPOCHS = [
+    {"epoch": 1, "stage": 0, "accuracy": 0.25, "size": 900.0, "allowed": 900.0},
+    {"epoch": 2, "stage": 0, "accuracy": 0.45, "size": 460.0, "allowed": 450.0},
+    {"epoch": 3, "stage": 1, "accuracy": 0.35, "size": 2000.0, "allowed": 2000.0},
+    {"epoch": 4, "stage": 1, "accuracy": 0.65, "size": 510.0, "allowed": 500.0},
+]
+COMMIT = {"what": "commit", "epoch": 2, "grown": {}, "cut": {"a": 2, "b": 3}, "dropped": ["x", "y"], "back": []}
+COMMIT |= {"accuracy_before": [0.45], "accuracy_after": [0.45], "logits_moved": 0.0, "parameters": 1234}
+MEMORY = ((0, 3_100_000, 3_000_000), (1, 3_900_000, 4_000_000))
+
+
+def searched(path, plan=CELLS, target="params=500", budget="4MB", **change):
+    """A run folder of a search; ``change`` replaces or leaves out records by what they are."""
+    path.mkdir(parents=True)
+    settings = {"space": "cells:8-2-2", "data": "digits", "target": target, "method": "mgas", "method_settings": {}}
+    settings |= {"stages": 2, "memory": budget, "epochs": 4, "retrain": 2, "train": 0, "test": 0, "seed": 0}
+    told = {"format": "regrow-run/1", "verb": "search", "command": "regrow search cells:8-2-2", "settings": settings}
+    told |= {"versions": {"regrow": "0.1.0"}, "started": "2026-11-25T20:00:00+00:00", "seconds": {"search": 60.0}}
+    told |= {"finished": "2026-11-25T20:02:00+00:00"}
+    told["seconds"]["retrain"] = 15.0
+    shares = {"operations": 0.75, "filters": 0.5, "weights": 0.875}
+    levels = {"saved": {"operations": 1100.0, "filters": 330.0, "weights": 44.0}, "kept": shares}
+    records = {
+        "stages": [{"ends": [0, 1], "peaks": [planned for _, _, planned in MEMORY]}],
+        "epoch": [row | shares for row in EPOCHS],
+        "commit": [COMMIT, COMMIT | {"cut": {}, "dropped": [], "back": ["x"], "logits_moved": 0.5}],
+        "memory": [{"stage": i, "held": 10**6, "peak": peak, "resident": peak + 10**5} for i, peak, _ in MEMORY],
+        "levels": [levels | {"measure": "params", "asked": 500.0, "size": 495.0}],
+        "found": [{"accuracy": 0.66, "parameters": 610, "nonzero": 495}],
+        "test": [{"accuracy": 0.7125, "images": 450, "parameters": 610, "nonzero": 493}],
+    }
+    rows = [{"what": what, **row} for what, many in (records | change).items() for row in many]
+    (path / "run.json").write_text(json.dumps(told))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "shapes.json").write_text(json.dumps({"format": "regrow-shapes/1", "origin": {"config": {"cells": plan}}}))
+    return path
+
+
+def alarms(folder):
+    return re.findall(r'<p class="alarm">([^<]*)</p>', to_html(summarise([folder])))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return searched(tmp_path_factory.mktemp("searches") / "quest")
+
+
+def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
+    text = write_page([folder], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = check_self_contained(text)
+    assert set(page.ids) >= SECTIONS | DRAWN and not {"perplexity", "known", "proof"} & set(page.ids)
+    assert "reconstructed" in text and "is not in the run folder" not in text and not alarms(folder)
+    assert "mgas searched cells:8-2-2 and found a network of 495 parameters" in text
+    for value in ("71.2\xa0%", "66.0\xa0%", "495"):
+        assert f'<dd class="value">{value}</dd>' in text
+    assert "trained anew, on 450 images" in text and "of operations, 3 of 9" in text and "of 500 parameters" in text
+    assert "cell before last: skip, sep3 (3 inside); last cell: sep5 (8 inside)" in text
+    assert '<th scope="row">skip</th><td>1</td><td>2</td><td>3</td>' in text
+    assert '<th scope="row">operations</th><td>1,100</td><td>75.0\xa0%</td>' in text
+    assert "<td>2</td><td>0</td><td>5</td><td>0</td><td>45.0\xa0%</td>" in text  # a commit
+    assert "<td>3.00\xa0MB</td><td>3.10\xa0MB</td><td>×1.03</td><td>3.20\xa0MB</td><td>4.00\xa0MB</td>" in text
+
+
+def test_every_kept_operation_is_a_line_of_its_own(folder):
+    drawing = cells.picture(summarise([folder])["runs"][0])
+    for variant in (drawing.wide, drawing.narrow):
+        for colour in ("currentColor", "var(--accent)", "var(--cool)", "var(--warm)"):
+            assert f"stroke: {colour}" in variant
+    names = re.findall(r"<text[^>]*>([^<]*)</text>", drawing.wide)
+    legend = 1
+    for kind in OPERATIONS:
+        kept = sum(op[0] == kind for cell in CELLS for node in cell["nodes"] for op in node["ops"])
+        assert names.count(kind) == legend + kept, kind
+    widths = [str(w) for cell in CELLS for w in (*cell["inputs"], *(node["width"] for node in cell["nodes"]))]
+    assert all(width in names for width in widths) and "4 operations, gives 27" in names
+    assert "node 2 sums last cell: dil3; node 1: max" in drawing.description
+
+
+def test_kinds_are_those_of_the_networks():
+    assert tuple(cells.KINDS) == OPERATIONS
+
+
+@pytest.mark.parametrize(("many", "nodes"), [(6, 3), (12, 4), (2, 5), (1, 1)])
+def test_whole_spaces_are_drawn(tmp_path, many, nodes):
+    space = whole((3, 32, 32), 10, cells=many, nodes=nodes)
+    (found,) = summarise([searched(tmp_path / "whole", space["cells"])])["runs"]
+    assert len(cells.kept(found["search"]["cells"])) == many * 7 * nodes * (nodes + 3) // 2
+    drawing = cells.picture(found)
+    assert f"Cell {many}" in drawing.wide and len(drawing.wide) < 2_000_000
+    assert [row["all"] for row in cells.counts(found["search"]["cells"])] == [many * nodes * (nodes + 3) // 2] * 7
+
+
+def only(kinds):
+    node = {"width": 8, "ops": [[kind, source, 8] for source in (0, 1) for kind in kinds]}
+    return [{"reduce": False, "inputs": [8, 8], "nodes": [node]}]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"plan": only(["skip", "sep3"])}, "50.0\xa0% of the operations that it kept are skips"),
+        ({"plan": only(["skip", "avg", "max", "sep3"])}, "75.0\xa0% of the operations that it kept have no weights"),
+        (
+            {"plan": [CELLS[0], {**CELLS[1], "nodes": [{"width": 3, "ops": [["dil5", 1, 8]]}]}]},
+            "One operation only is left in node 1 of cell 2 (dil5).",
+        ),
+        ({"levels": [{"asked": 500.0, "size": 300.0}]}, "overshot: 300 parameters are left of 500"),
+        ({"levels": [{"asked": 2e6, "size": 3e6, "measure": "macs"}]}, "missed: 3.00\xa0M multiply-adds are left of"),
+        ({"levels": []}, ""),
+        ({"levels": [], "target": "params=0.6k"}, ""),
+        ({"levels": [], "target": "params=2k"}, "overshot: 495 parameters are left of 2,000"),
+        ({"levels": [], "target": "macs=2k"}, ""),
+        ({"epoch": [*EPOCHS[:1], {**EPOCHS[1], "size": 99.0}, *EPOCHS[2:]]}, "there stood 99 of 450 in stage 1"),
+        ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits moved by up to 0.250"),
+        ({"commit": [{**COMMIT, "logits_moved": 0.25, "grown": {"a": 1}}]}, ""),
+        ({"commit": [{**COMMIT, "logits_moved": 0.0009}]}, ""),
+        ({"memory": [{"stage": 1, "peak": 4_200_000}]}, "than the 4.00\xa0MB there were to be: stage 2 needed 4.20"),
+        ({"memory": [{"stage": 1, "peak": 4_200_000}], "target": "params=500"}, "More memory"),
+    ],
+)
+def test_what_must_not_be_overlooked_is_said(tmp_path, change, said):
+    told = alarms(searched(tmp_path / "run", **change))
+    assert len(told) == bool(said) and said in "".join(told)
+    markdown = to_markdown(summarise([tmp_path / "run"]))
+    assert said.split(" (")[0] in markdown.replace("\\", "")
+
+
+def test_a_skip_that_halves_the_picture_has_weights(tmp_path):
+    plan = [{**only(["skip"])[0], "reduce": True}]
+    (found,) = summarise([searched(tmp_path / "run", plan)])["runs"]
+    assert [op["bare"] for op in cells.kept(found["search"]["cells"])] == [False, False]
+
+
+def test_what_a_search_without_stages_or_cells_lacks(tmp_path):
+    text = to_html(summarise([searched(tmp_path / "run", [], budget="", stages=[], memory=[])]))
+    page = check_self_contained(text)
+    assert "not made of cells" in text and not {"memory", "fig-cells"} & set(page.ids)
+    assert set(page.ids) >= SECTIONS - {"memory"}
+
+
+def test_a_budget_is_a_line_in_the_figure(folder):
+    drawing = epochs.memory(summarise([folder])["runs"][0])
+    assert "budget 4.00\xa0MB" in drawing.wide and "stage 2, measured 3.90\xa0MB" in drawing.description
+
+
+def test_a_run_under_way_has_a_page(folder, tmp_path):
+    run_json = json.loads((folder / "run.json").read_text())
+    run_json.pop("finished")
+    for left in (0, 1, 3, 6):
+        here = tmp_path / str(left)
+        here.mkdir()
+        lines = (folder / "metrics.jsonl").read_text().splitlines()[:left]
+        (here / "metrics.jsonl").write_text("\n".join(lines))
+        (here / "run.json").write_text(json.dumps(run_json))
+        text = to_html(summarise([here]))
+        page = check_self_contained(text)
+        assert "It had not come to its end" in text and "shapes.json" in text
+        assert ("fig-search-size" in page.ids) == (left > 1)
+        to_markdown(summarise([here]))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_damage_does_not_break_the_page(folder, tmp_path, seed):
+    rng, here = random.Random(seed), shutil.copytree(folder, tmp_path / "run")
+
+    def damaged(value):
+        if rng.random() < 0.1:
+            return rng.choice(ODD)
+        if isinstance(value, dict):
+            return {key: damaged(part) for key, part in value.items()}
+        return [damaged(part) for part in value] if isinstance(value, list) else value
+
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [{"what": row["what"]} | {k: damaged(v) for k, v in row.items() if k != "what"} for row in rows]
+    (here / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (here / "shapes.json").write_text(json.dumps(damaged(json.loads((folder / "shapes.json").read_text()))))
+    told = json.loads((folder / "run.json").read_text())
+    (here / "run.json").write_text(json.dumps(told | {"settings": damaged(told["settings"])}))
+    check_self_contained(to_html(summarise([here])))
+    to_markdown(summarise([here, folder]))
+    check_self_contained(to_html(summarise([here, folder])))
+
+
+def test_searches_are_compared_a_row_each(folder, tmp_path):
+    test = {"accuracy": 0.5, "images": 450, "parameters": 700, "nonzero": 600}
+    other = searched(tmp_path / "other", target="params=600", test=[test])
+    text = write_page([folder, other], tmp_path / "page.html").read_text(encoding="utf-8")
+    page = check_self_contained(text)
+    assert {"searches", "setup", "remarks"} <= set(page.ids) and not {"runs", "front"} & set(page.ids)
+    first = '<td>params=500</td><td class="best">71.2\xa0%</td><td>66.0\xa0%</td><td>610</td><td>493</td>'
+    second = "<td>params=600</td><td>50.0\xa0%</td><td>66.0\xa0%</td><td>700</td><td>600</td><td>75.0</td>"
+    assert first in text and second in text and "2 searches of cells:8-2-2." in text and "reconstructed" in text
+    told = to_markdown(summarise([folder, other]))
+    assert "| 71.2\xa0% | 66.0\xa0% | 610 | 493 | 75.0 |" in told and "mgas seed 0 quest answers best" in told
+
+
+def test_searches_of_other_data_are_told_apart(folder, tmp_path):
+    other = searched(tmp_path / "other")
+    run_json = json.loads((other / "run.json").read_text())
+    run_json["settings"]["data"] = "cifar/"
+    (other / "run.json").write_text(json.dumps(run_json))
+    told = to_html(summarise([folder, other]))
+    assert "different data" in told and "answers best" not in told
+
+
+def test_a_real_search_leaves_its_page(tmp_path):
+    words = "search cells:4-2-1 --data digits --target 0.3 --epochs 6 --retrain 1 --stages 2 --train 200 --test 100"
+    result = CliRunner().invoke(regrow, [*words.split(), "--out", str(tmp_path / "run")])
+    assert result.exit_code == 0, result.output
+    (found,) = summarise([tmp_path / "run"])["runs"]
+    search = found["search"]
+    assert len(search["cells"]) == 2 and len(search["epochs"]) == 6 and not found["problems"] and not found["missing"]
+    assert search["asked"] and search["reached"] and search["reached"] <= 1.01 * search["asked"]
+    assert all(row["allowed"] and row["size"] for row in search["epochs"])
+    page = check_self_contained((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
+    assert set(page.ids) >= (SECTIONS | DRAWN) - {"memory", "fig-search-memory"}
+
+
+def test_a_folder_without_a_run_has_no_page(tmp_path):
+    with pytest.raises(ReportError, match="not a run folder"):
+        summarise([tmp_path])
