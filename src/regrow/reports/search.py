@@ -104,7 +104,7 @@ def details(run: Run) -> list[str]:
         )
     if found["epochs"]:
         n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
-        anew = f", and {found['retrained']} of training anew" if found["retrained"] else ""
+        anew = f", and {found['retrained']} of training anew" if found["retrained"] and run["finished"] else ""
         lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
     if found["test"]["accuracy"] is not None:
         lines.append("Choices were judged on a validation part; the test set was read once, at the end.")
