@@ -21,6 +21,7 @@ Every other epoch what is masked is cut out of the network. A stage runs the net
 the next one begins, thresholds start anew and a share of the operations dropped since comes back, by the authors' draw.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
