@@ -183,10 +183,11 @@ def _without(model: nn.Module, axes: AxisGraph, gone: Sequence[Branch]) -> AxisG
     try:
         exchange(hollowed, {path: stand for branch in summed for path, stand in branch.stands.items()})
         recorded = capture(hollowed, given)
-        if idle := [n for n in recorded.unused if n not in axes.unreached and n in axes.without(gone).shapes]:
+        left, tied = axes.without(gone), {*axes.ties, *axes.ties.values(), *axes.unreached}
+        if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
             raise RefusedError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
-            return _described(hollowed, given, recorded, axes.without(gone))
+            return _described(hollowed, given, recorded, left)
         whole = Effects(recorded)
         replaced = located(Recorded(whole), proved)
         exchange(hollowed, {path: stand for branch in proved for path, stand in branch.stands.items()})
@@ -202,7 +203,7 @@ def _without(model: nn.Module, axes: AxisGraph, gone: Sequence[Branch]) -> AxisG
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(hollowed, given, small.capture, axes.without(gone))
+    return _described(hollowed, given, small.capture, left)
 
 
 def _described(hollowed: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
