@@ -212,7 +212,7 @@ def _searched(
     for plan in [*course.plans, *last][len(folder.ledger) :]:
         folder.ledger.append(plan)
     learner.baked(at)
-    folder.log("levels", saved=learner.values["saved"], kept=learner.kept())
+    folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
     if not isinstance(model, Cells):
         return model.eval(), origin
     config = described(model, origin.config, stands_in(model).keys())
