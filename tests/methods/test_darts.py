@@ -78,7 +78,8 @@ def test_one_half_moves_alpha_alone_and_the_other_weights_alone(task, axes):
 
     def otherwise(rows):
         labels = torch.where(rows, (task.train.labels + 3) % 10, task.train.labels)
-        return Task("other", Examples(task.train.inputs, labels), task.test, task.classes)
+        inputs = torch.where(rows[:, None, None, None], task.train.inputs.flip(-1) + 1, task.train.inputs)
+        return Task("other", Examples(inputs, labels), task.test, task.classes)
 
     own = learner()
     mine = lies_in(task.train, own.examples(Stand(network(), axes, task)))
