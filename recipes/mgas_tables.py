@@ -6,8 +6,9 @@
 
 PICTURES has CIFAR-10 as ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets a run per row, so that a row which is
 stopped goes on. A row is written when it is whole. Every arm ends at the same number of parameters that are not 0 (a
-share of the super-network's), is trained anew for equally many epochs on training and validation part, and is tested
-once. What the search learns from is the training part alone; choices are judged on the validation part.
+share of the super-network's; DARTS at fewer, where its two edges per node leave fewer), is trained anew for equally
+many epochs on training and validation part, and is tested once. What the search learns from is the training part alone;
+choices are judged on the validation part.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1``.
 """
@@ -49,6 +50,7 @@ ARMS = (
     MGAS,
     Arm("random operations", {"what": "operations"}, BLIND),
     Arm("uniform width", {"what": "filters"}, BLIND),
+    Arm("DARTS, first order", {}, {"method": "darts"}),
     Arm("operations alone", {"levels": ("operations",)}),
     Arm("filters alone", {"levels": ("filters",)}),
     Arm("weights alone", {"levels": ("weights",)}),

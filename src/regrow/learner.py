@@ -122,6 +122,10 @@ class Learner:
     def begin(self, at: Stand) -> None:
         """A task begins; nothing of it has been learned."""
 
+    def examples(self, at: Stand) -> Examples:
+        """What weights learn from: all training examples of the task, unless some are for something else."""
+        return at.task.train
+
     def mode(self, at: Stand) -> None:
         """Before each epoch: how modules answer while they learn."""
         at.model.train()

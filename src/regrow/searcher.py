@@ -106,6 +106,13 @@ class Searcher(Learner):
         self.gone = torch.cat([self.tensors[f"gone {name}"].values.reshape(-1) for name in self.gates.levels.weights])
         self.masks(at)
 
+    def evenly(self) -> None:
+        """A filter counts by its place in its axis, so that every axis loses the same share of them."""
+        for name, one in self.tensors.items():
+            if name.startswith("kappa "):
+                n = len(one.values)
+                one.values = torch.logit((torch.arange(n, 0, -1) - 0.5) / n)
+
     def spans(self) -> Iterator[tuple[str, tuple[int, int, int]]]:
         """Key of each axis → the place of its first filter, how many it has, and how many it keeps at least."""
         assert self.gates is not None

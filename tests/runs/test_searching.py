@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import regrow
+from regrow.candidates import Candidates
 from regrow.evaluation.continual import share_right
 from regrow.nets.cells import Cells
 from regrow.runs import searching
@@ -99,6 +100,19 @@ def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     told = rows(folder, "found")[0]
     whole = sum(p.numel() for p in network(SETTINGS, parts_of(SETTINGS).search)[0].parameters())
     assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
+
+
+@pytest.mark.parametrize("most", [1700, 4000])
+def test_what_darts_leaves_is_cut_to_the_target_or_told_to_be_below_it(most: int, tmp_path: Path) -> None:
+    given = SMALL | {"epochs": 1, "retrain": 0, "method": "darts"}
+    folder = run(Settings("cells:4-2-1", "digits", f"params={most}", **given), tmp_path / "run")
+    told, levels = rows(folder, "found")[0], rows(folder, "levels")[0]
+    assert told["parameters"] == told["nonzero"] <= most
+    assert levels["below"] == (levels["discretised"] <= most) == (levels["saved"]["filters"] == 0)
+    assert not levels["below"] or told["parameters"] == levels["discretised"]
+    nodes = [one for one in regrow.load(folder.path).modules() if isinstance(one, Candidates)]
+    assert [len(node.ops) for node in nodes] == [2, 2]
+    assert "skips" in rows(folder, "epoch")[0]
 
 
 def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:

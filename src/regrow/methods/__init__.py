@@ -10,6 +10,7 @@ from typing import Any
 
 from regrow.methods import (
     blind,
+    darts,
     ewc,
     flap,
     gprune,
@@ -91,6 +92,7 @@ LEARNERS: Mapping[str, Entry] = {
 SEARCHERS: Mapping[str, Entry] = {
     "mgas": Entry(mgas.Settings, mgas.build, mgas.CITATION, mgas.__doc__ or ""),
     "blind": Entry(blind.Settings, blind.build, blind.CITATION, blind.__doc__ or ""),
+    "darts": Entry(darts.Settings, darts.build, darts.CITATION, darts.__doc__ or ""),
 }
 """Every method that searches."""
 

@@ -59,8 +59,5 @@ class Blind(Searcher):
         super().begin(at)
         drawn = torch.randn(len(self.tensors["alpha"].values), generator=at.drawn(11))
         self.tensors["alpha"].values = drawn
-        for name, one in self.tensors.items():
-            if name.startswith("kappa "):
-                n = len(one.values)
-                one.values = torch.logit((torch.arange(n, 0, -1) - 0.5) / n)
+        self.evenly()
         self.masks(at)

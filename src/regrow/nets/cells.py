@@ -152,6 +152,15 @@ class Cells(nn.Module):
         found += [tuple(paths) for (_, source), paths in reads.items() if source < 2]
         return found
 
+    def alike(self) -> dict[str, str]:
+        """Path of each node → its kind and number: the same in all cells that reduce, and in all that do not."""
+        found = {}
+        for path in candidates_in(self):
+            cell, _, number = path.partition(".nodes.")
+            strides = [getattr(one, "stride", 1) for one in self.get_submodule(f"{cell}.nodes").modules()]
+            found[path] = f"{'reducing' if 2 in strides or (2, 2) in strides else 'normal'} {number}"
+        return found
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Logits ``[N, classes]``; of every classifier, if there are several."""
         found = self._heads(x, sorted(map(int, self.heads)))

@@ -144,7 +144,8 @@ def _learn_task(
     progress: Progress,
 ) -> AxisGraph:
     start = time.perf_counter()
-    at.steps = steps = -(-len(at.task.train) // schedule.batch_size)
+    examples = learner.examples(at)
+    at.steps = steps = -(-len(examples) // schedule.batch_size)
     if at.epoch == 0:
         learner.begin(at)
     movers = _movers(at, learner, schedule)
@@ -157,7 +158,7 @@ def _learn_task(
         torch.manual_seed(at.drawn(at.epoch, 1).initial_seed() % 2**63)  # what Dropout draws
         learner.mode(at)
         order = at.drawn(at.epoch).initial_seed()
-        for i, batch in enumerate(at.task.train.batches(schedule.batch_size, seed=order)):
+        for i, batch in enumerate(examples.batches(schedule.batch_size, seed=order)):
             if schedule.decay == "cosine":
                 movers[0].param_groups[0]["lr"] = schedule.rate((at.epoch * steps + i) / (schedule.epochs * steps))
             for mover in movers:
