@@ -15,18 +15,23 @@ class Candidates(nn.Module):
     Args:
         ops: Name → module; each takes one tensor, and all give the same shape.
         sources: Which of the inputs each one takes, in their order; the first, unless given.
+        tied: Candidates of one name, in different places of a network, are decided together; empty: by themselves.
+        single: Whether a search leaves one of them, rather than any number.
 
-    >>> mixed = Candidates({"double": nn.Upsample(scale_factor=1), "same": nn.Identity()})
+    >>> mixed = Candidates({"wide": nn.Upsample(scale_factor=1), "same": nn.Identity()})
     >>> mixed(torch.ones(1, 1, 2)).tolist()
     [[[2.0, 2.0]]]
     """
 
-    def __init__(self, ops: Mapping[str, nn.Module], sources: Sequence[int] = ()) -> None:
+    def __init__(
+        self, ops: Mapping[str, nn.Module], sources: Sequence[int] = (), *, tied: str = "", single: bool = False
+    ) -> None:
         super().__init__()
         if (sources and len(sources) != len(ops)) or not ops:
             raise ValueError(f"{len(ops)} candidates with {len(sources)} sources: one for each, at least one candidate")
         self.ops = nn.ModuleDict(ops)
         self.sources = tuple(sources) or (0,) * len(ops)
+        self.tied, self.single = tied, single
         self.scale = nn.Parameter(torch.ones(len(ops)))
 
     def reset_parameters(self) -> None:
@@ -72,3 +77,35 @@ def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
         for path, module in model.named_modules()
         if isinstance(module, Candidates)
     }
+
+
+def tied_in(model: nn.Module) -> dict[str, str]:
+    """Path of each operation that is decided together with an earlier one → the path of the first of those.
+
+    Raises:
+        ValueError: If candidates that are tied have not the same names.
+
+    >>> tied_in(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
+    {'1.ops.a': '0.ops.a'}
+    """
+    first: dict[str, tuple[str, ...]] = {}
+    found: dict[str, str] = {}
+    for path, paths in candidates_in(model).items():
+        name = _candidates(model, path).tied
+        if name and name in first:
+            if [one.rpartition(".")[2] for one in paths] != [one.rpartition(".")[2] for one in first[name]]:
+                raise ValueError(f"candidates tied by {name!r} have the same operations in the same order; {path} not")
+            found |= dict(zip(paths, first[name], strict=True))
+        first.setdefault(name, paths)
+    return found
+
+
+def single_in(model: nn.Module) -> list[tuple[str, ...]]:
+    """Sets of operations of which a search leaves one."""
+    return [paths for path, paths in candidates_in(model).items() if _candidates(model, path).single]
+
+
+def _candidates(model: nn.Module, path: str) -> Candidates:
+    found = model.get_submodule(path)
+    assert isinstance(found, Candidates)
+    return found

@@ -1,7 +1,7 @@
 """Searching by masks: operations, filters and weights that do not stand are 0 while the network learns, then cut."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from regrow.allocation.commits import cut, excess, savings, spared
 from regrow.allocation.gates import Gates, Masks, gates
-from regrow.candidates import Staged, candidates_in
+from regrow.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.evaluation.continual import share_right
 from regrow.learner import Along, Learner, Stand, flags
 from regrow.method import Measure
@@ -92,6 +92,7 @@ class Searcher(Learner):
             _parts(at).needed() if staged else [*sums.values()],
             lambda path: not staged or _parts(at).within(path, self.last),
             self.measure,
+            tied_in(at.model),
         )
         for name in [*self.tensors]:
             kind, _, rest = name.partition(" ")
@@ -237,7 +238,7 @@ class Searcher(Learner):
             masks, flat = self.masks(at), self.gates.levels.flat(at.parameters())
             relative = self.gates.levels.relative(flat, self.gates.levels.standing(masks.ops, masks.filters))
             ops, filters, weights = excess(self.gates, masks, relative, self.most)
-            self.tensors["alpha"].values.data[ops] = -50.0
+            self.tensors["alpha"].values.data[self.gates.tied[ops]] = -50.0
             places = {base + i: (key, i) for key, (base, n, _) in self.spans() for i in range(n)}
             for key, i in (places[one] for one in filters):
                 self.tensors[f"kappa {key}"].values.data[i] = -50.0
@@ -246,7 +247,23 @@ class Searcher(Learner):
         for name in ("ops", "filters", "weights"):  # what is left stands
             self.tensors[f"threshold {name}"].values.data.zero_()
         self.masks(at)
-        return plan
+        return plan or self.alone(at)
+
+    def alone(self, at: Stand) -> Plan | None:
+        """Where one operation is to be left, all go but the most important one."""
+        assert self.gates is not None and self.now is not None
+        singles, found, alpha = single_in(at.model), self.gates, self.tensors["alpha"].values.detach()
+        number, ops = {path: i for i, path in enumerate(found.ops)}, self.now.ops.detach().clone()
+        for paths in singles:
+            own = [number[path] for path in paths if found.alive[number[path]]]
+            best = max(own, key=lambda i: float(alpha[found.tied[i]]))
+            ops[[i for i in own if i != best]] = 0.0
+        drop, _ = cut(found, replace(self.now, ops=ops), at.axes)
+        if not drop or not singles:
+            return None
+        self.values["saved"]["operations"] += savings(found, replace(self.now, ops=ops))["operations"]
+        self.values["dropped"] += drop
+        return Plan.dropping(at.axes, drop, {}, origin={"method": "search", "epoch": at.epoch})
 
 
 def _parts(at: Stand) -> Staged:

@@ -1,17 +1,20 @@
 """Three levels as vectors: what is masked is what is cut, and the price is what is left."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from regrow import Plan, apply, trace
-from regrow.allocation.commits import cut, excess, threshold_for
+from regrow.allocation.commits import cut, excess, spared, threshold_for
 from regrow.allocation.gates import gates
 from regrow.allocation.regrowth import drawn
-from regrow.candidates import candidates_in
+from regrow.candidates import candidates_in, tied_in
 from regrow.evaluation import macs
 from regrow.method import Measure
+from regrow.nets import bench201
+from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, described, whole
 from regrow.surgery.stand_in import standing_in
 from regrow.tracing.stand import stands_in
@@ -135,3 +138,29 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
     assert found == ["cells.1.nodes.0.ops.sep3_1"]  # further draws there are lost
     even = dict.fromkeys(alive, 1.0)
     assert sorted(drawn(dead, alive, even, even, 60, torch.Generator().manual_seed(0))) == sorted(dead)
+
+
+def test_what_is_tied_stands_and_falls_together():
+    net = randomised(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
+    axes, sums, parameters = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net), dict(net.named_parameters())
+    keys, needed = [axis.key for axis in axes.units()], [*sums.values()]
+    found = gates(axes, parameters, sums, keys, needed, lambda path: True, Measure.PARAMETERS, tied_in(net))
+    alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3)).requires_grad_()
+    masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
+    per_cell = masks.ops.detach().view(3, 30)
+    assert 5 < int(per_cell[0].sum()) < 25 and bool((per_cell == per_cell[0]).all())
+    found.levels.size(masks.ops, masks.filters).backward()
+    assert bool((alpha.grad[30:] == 0).all()) and int((alpha.grad[:30] != 0).sum()) > 0  # the first cell decides
+    size = float(found.levels.size(masks.ops, masks.filters).detach())
+    masks = replace(masks, ops=masks.ops.detach())
+    spares = [masks, spared(found, masks, 1.05 * size)]
+    flat = found.levels.flat(parameters)
+    lost = excess(found, masks, flat.abs(), 0.8 * size)[0]
+    spares.append(replace(masks, ops=masks.ops.detach().clone()))
+    for at in lost:
+        spares[-1].ops[found.together(at)] = 0.0
+    sizes = [float(found.levels.size(one.ops, one.filters).detach()) for one in spares]
+    assert sizes[0] <= sizes[1] <= 1.05 * size and sizes[2] <= 0.8 * size
+    for one in spares:
+        assert bool((one.ops.view(3, 30) == one.ops[:30]).all())
+        assert all(int(one.ops[own].sum()) >= 1 for own in found.needed)

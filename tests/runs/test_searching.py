@@ -9,6 +9,7 @@ import torch
 import regrow
 from regrow.candidates import Candidates
 from regrow.evaluation.continual import share_right
+from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.runs import searching
 from regrow.runs.searching import Settings, network, parts_of, run, target
@@ -120,6 +121,35 @@ def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None
     folder = run(Settings("resnet:4-2", "digits", "macs=20k", **given), tmp_path / "run")
     assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "given"), [("mgas", 2, {"warm": 0, "every": 9}), ("blind", 0, {"what": "operations"})]
+)
+def test_one_topology_for_all_cells_is_left(method: str, epochs: int, given: dict[str, Any], tmp_path: Path) -> None:
+    more = SMALL | {"epochs": epochs, "retrain": 0, "train": 120, "method": method, "method_settings": given}
+    settings = Settings("bench201:4-1", "digits", "params=14k", **more)
+    folder = run(settings, tmp_path / "run")
+    found = regrow.load(folder.path)
+    assert isinstance(found, Bench201) and all(len(ops) == 1 for ops in found.config["edges"])
+    gone = {tuple(path.split(".")[-4:]) for plan in folder.ledger.plans() for path in plan.drop}
+    assert len(gone) == 6 * 4 and sum(len(plan.drop) for plan in folder.ledger.plans()) == 3 * 6 * 4
+    told, parts = rows(folder, "found")[0], parts_of(settings)
+    assert told["parameters"] == sum(p.numel() for p in found.parameters()) <= 14_000
+    assert told["accuracy"] == share_right(found, parts.search.test)
+    whole = sum(p.numel() for p in network(settings, parts.search)[0].parameters())
+    assert rows(folder, "levels")[0]["saved"]["operations"] == whole - told["parameters"]
+
+
+def test_widths_of_a_fixed_skeleton_are_not_searched(tmp_path: Path) -> None:
+    for method, given in (("mgas", {"levels": ("filters",)}), ("blind", {"what": "filters"})):
+        with pytest.raises(ValueError, match="the widths they have"):
+            run(
+                Settings("bench201:4-1", "digits", "0.5", method=method, method_settings=given, **SMALL),
+                tmp_path / "run",
+            )
+    with pytest.raises(ValueError, match="no --memory"):
+        run(Settings("bench201:4-1", "digits", "0.5", memory="1GiB", **SMALL), tmp_path / "run")
 
 
 def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ def spared(found: Gates, masks: Masks, allowed: float) -> Masks:
     here = torch.cat([found.alive & found.runs, torch.ones_like(filters, dtype=torch.bool)])
     lost = (here & (torch.cat([ops, filters]) == 0)).nonzero()[:, 0]
     for at in lost[margins[lost].argsort(descending=True)].tolist():
-        mask, i = (ops, at) if at < len(ops) else (filters, at - len(ops))
+        mask, i = (ops, found.together(at)) if at < len(ops) else (filters, at - len(ops))
         mask[i] = 1.0
         if float(found.levels.size(ops, filters, masks.weights)) > allowed:
             mask[i] = 0.0
@@ -139,7 +139,7 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
             if not bool(open_.any()):
                 break
             at = int(torch.where(open_, margin, torch.inf).argmin())
-            mask[at] = 0.0
+            mask[found.together(at) if level == 0 else at] = 0.0
             lost[level].append(at)
     if size() > target:
         raise ValueError(f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave")

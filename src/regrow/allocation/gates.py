@@ -54,6 +54,7 @@ class Gates:
         alive: Which of them are there, ``[operations]`` bool.
         runs: Which of them lie in the part that runs, ``[operations]`` bool.
         needed: Sets of operations of each of which one stays, as numbers.
+        tied: The operation whose importance and threshold decide each one: itself, unless several are decided together.
         node: The sum that each operation flows into, ``[operations]``.
         axis: The number of the axis of each filter, among ``keys``, ``[filters]``.
         keys: The axes in the order of their thresholds.
@@ -65,6 +66,7 @@ class Gates:
     alive: Tensor
     runs: Tensor
     needed: tuple[Tensor, ...]
+    tied: Tensor
     node: Tensor
     axis: Tensor
     keys: tuple[str, ...]
@@ -88,8 +90,8 @@ class Gates:
         if ops is None:
             margin_o, mask_o, scale_o = one, self.alive.float(), self.alive.float()
         else:
-            share = ops[0].sigmoid()
-            margin_o = torch.where(self.alive & self.runs, share - ops[1] - _JUST, NEVER)
+            share = ops[0].sigmoid()[self.tied]
+            margin_o = torch.where(self.alive & self.runs, share - ops[1][self.tied] - _JUST, NEVER)
             mask_o = stepped(margin_o).masked_fill(self._last(margin_o.detach()), 1.0)
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
@@ -107,6 +109,10 @@ class Gates:
             over = self.levels.relative(flat, stands) - thresholds[self.levels.ops[:n]] - _JUST
             over = over.masked_fill(gone, NEVER)
         return Masks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
+
+    def together(self, at: int) -> Tensor:
+        """The operations that are decided with one, as bool."""
+        return self.tied == self.tied[at]
 
     def open(self, level: int, mask: Tensor) -> Tensor:
         """Which operations (level 0) or filters (1) that stand could still go, as bool."""
@@ -133,11 +139,11 @@ class Gates:
         Source: the authors' code (model_search.py), with N of each node its own.
         """
         stands = (masks.ops.detach() > 0) & self.alive & self.runs
-        share, node = alpha.sigmoid()[stands], self.node[stands]
+        share, node = alpha.sigmoid()[self.tied][stands], self.node[stands]
         total = share.new_zeros(len(self.ops)).index_add(0, node, share)
         many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
         ops, filters, weights = thresholds
-        parts = [torch.log1p(many[node] * share / total[node]), torch.exp(-ops[stands])]
+        parts = [torch.log1p(many[node] * share / total[node]), torch.exp(-ops[self.tied][stands])]
         parts += [torch.exp(-filters[self.axis.unique()]), torch.exp(-weights[:-1][stands])]
         return torch.cat(parts).sum()
 
@@ -168,6 +174,7 @@ def gates(
     needed: Sequence[Sequence[str]],
     runs: Callable[[str], bool],
     measure: Measure,
+    tied: Mapping[str, str] | None = None,
 ) -> Gates:
     """Work out what may go in the part of a network that runs.
 
@@ -179,6 +186,7 @@ def gates(
         needed: Sets of operations of each of which one stays.
         runs: Whether an operation lies in the part that runs.
         measure: What is priced.
+        tied: Path of each operation that is decided together with others → the one that decides.
     """
     found = levels(axes, parameters, sums, measure=measure)
     ops = tuple(path for paths in sums.values() for path in paths)
@@ -191,6 +199,7 @@ def gates(
         alive=torch.tensor([path in axes.branches for path in ops], dtype=torch.bool),
         runs=torch.tensor([runs(path) for path in ops], dtype=torch.bool),
         needed=tuple(torch.tensor([number[path] for path in one]) for one in needed if all(map(runs, one))),
+        tied=torch.tensor([number[(tied or {}).get(path, path)] for path in ops], dtype=torch.long),
         node=torch.tensor([i for i, paths in enumerate(sums.values()) for _ in paths], dtype=torch.long),
         axis=torch.tensor([order[key] for key, n in sizes.items() for _ in range(n)], dtype=torch.long),
         keys=tuple(keys),

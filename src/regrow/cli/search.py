@@ -10,8 +10,9 @@ from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = """\b
-SPACE is cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell), or a
-small network such as resnet:16-3, of which filters and weights are searched.
+SPACE is cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell),
+bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all cells), or a small
+network such as resnet:16-3, of which filters and weights are searched.
 
 \b
 Examples

@@ -14,6 +14,7 @@ from torch import nn
 
 from regrow.axes import Example
 from regrow.nets.attention import opened
+from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example
@@ -89,6 +90,8 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
             return build_small(origin)
         case "cells":
             return Cells(origin.config).eval()
+        case "bench201":
+            return Bench201(origin.config).eval()
         case "callable" if trust:
             return _called(origin.reference)[0].eval()
         case "callable":

@@ -6,7 +6,6 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,34 +13,28 @@ import torch
 from torch import nn
 
 from regrow.allocation.cost import Cost
-from regrow.allocation.stages import Stages, in_bytes, stages
+from regrow.allocation.stages import Stages
 from regrow.axes import AxisGraph
 from regrow.data import streams
-from regrow.evaluation import measured, prefix_peaks, training
+from regrow.evaluation import measured
 from regrow.evaluation.continual import share_right
 from regrow.learner import Learner, Stand
 from regrow.method import Measure
 from regrow.methods import searcher_entry
 from regrow.methods.retrain import Retrain
-from regrow.nets.cells import Cells, described, whole
+from regrow.nets.bench201 import Bench201
+from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
-from regrow.nets.small import small
 from regrow.progress import Progress, silent
-from regrow.runs import store
+from regrow.runs import spaces, store
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder
 from regrow.runs.learning import Course, Schedule, changed, learn
+from regrow.searcher import Searcher
 from regrow.sources import Batch
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
-from regrow.tracing.stand import stands_in
-
-EARLIER = 0.44
-"""The share of its operations that an earlier cell is taken to have when memory is planned: 0.3, and what regrows."""
-
-MASKS = 1.05
-"""How much more a step needs with masks than without, as far as tensors are counted."""
 
 COURSE, RETRAINING = "course.safetensors", "retraining.safetensors"
 
@@ -51,7 +44,8 @@ class Settings:
     """Everything that a search depends on; ``run.json`` holds exactly this.
 
     Args:
-        space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), or a network of ``regrow learn``
+        space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), ``bench201:WIDTH-N`` (NAS-Bench-201's, N cells
+            per stage, of which operations are searched, in one stage), or a network of ``regrow learn``
             (``resnet:16-3``), of which filters and weights are searched.
         data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
         target: ``params=0.05M``, ``macs=3M``, or a share of the whole space's parameters, such as ``0.2``.
@@ -213,23 +207,7 @@ def _searched(
         folder.ledger.append(plan)
     learner.baked(at)
     folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
-    if not isinstance(model, Cells):
-        return model.eval(), origin
-    config = described(model, origin.config, stands_in(model).keys())
-    return rebuilt(config, model), Origin("cells", "cells", config, origin.name)
-
-
-def rebuilt(config: Mapping[str, Any], model: Cells) -> Cells:
-    """The network of a description with the numbers of the super-network that it describes."""
-    found = Cells(config)
-    state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
-    for path, node in model.named_modules():
-        if f"{path}.scale" in state:
-            gone = stands_in(node)
-            alive = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in gone]
-            state[f"{path}.scale"] = state[f"{path}.scale"][alive]
-    found.load_state_dict(state)
-    return found.eval()
+    return spaces.left(model, origin)
 
 
 def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
@@ -288,35 +266,9 @@ def parts_of(settings: Settings) -> Parts:
 
 
 def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
-    """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them.
-
-    Raises:
-        ValueError: If there is no such space, or the budget is too small for any stages.
-    """
-    shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
-    fit = re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", settings.space)
-    if not fit:
-        return *small(settings.space, shape, classes, settings.seed), None
-    width, cells, nodes = map(int, fit.groups())
-    plan = None
-    if settings.memory:
-        config = whole(shape, classes, width=width, cells=cells, nodes=nodes, stride=settings.stride)
-        batch = Batch((task.train.inputs[: settings.batch_size],), labels=task.train.labels[: settings.batch_size])
-        step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-        plan = stages(prefix_peaks(config, batch, step, EARLIER), cells, int(in_bytes(settings.memory) / MASKS))
-    last = plan.ends if plan else ends(cells, settings.stages)
-    config = whole(
-        shape,
-        classes,
-        width=width,
-        cells=cells,
-        nodes=nodes,
-        stride=settings.stride,
-        heads=last,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        return Cells(config), Origin("cells", "cells", config, settings.space), plan
+    """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them."""
+    names = ("stages", "memory", "batch_size", "stride", "seed")
+    return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names})
 
 
 def stage_memory(learner: Learner, at: Stand, size: int) -> dict[str, Any]:
@@ -338,17 +290,6 @@ def stage_memory(learner: Learner, at: Stand, size: int) -> dict[str, Any]:
     return asdict(found)
 
 
-def ends(parts: int, stages: int) -> tuple[int, ...]:
-    """The last part of each of so many stages, as equal as can be.
-
-    >>> ends(8, 3), ends(6, 1)
-    ((2, 4, 7), (5,))
-    """
-    if not 1 <= stages <= parts:
-        raise ValueError(f"stages are from 1 to the number of cells, {parts}; got {stages}")
-    return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
-
-
 def built(settings: Settings, model: nn.Module, axes: AxisGraph) -> Learner:
     """The learner of a search.
 
@@ -359,9 +300,13 @@ def built(settings: Settings, model: nn.Module, axes: AxisGraph) -> Learner:
     measure, most = target(settings.target, model, axes)
     given: dict[str, Any] = {"target": most, "measure": str(measure), "seed": settings.seed}
     given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells) else ()
+    if isinstance(model, Bench201):
+        given["levels"] = ("operations",)
     known = {one.name for one in fields(entry.settings)}
     chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
-    found: Learner = entry.made(settings.method, chosen)
+    found: Searcher = entry.made(settings.method, chosen)
+    if isinstance(model, Bench201) and "filters" in found.searched:
+        raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     return found
 
 

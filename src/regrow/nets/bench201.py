@@ -1,0 +1,235 @@
+"""The networks of NAS-Bench-201: one cell of four nodes, repeated, whole (the super-network) or one topology.
+
+Dong and Yang (arXiv 2001.00326): a stem, three stages of cells with the width doubled and the picture halved between
+them by a residual block, and a linear classifier. All cells have the same topology: one of five operations on each of
+six edges.
+"""
+
+import re
+from collections.abc import Container, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from regrow.candidates import Candidates
+from regrow.nets.errors import ModelError
+
+OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
+"""By the names of NAS-Bench-201."""
+
+EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
+"""From which node to which, in the order of its notation."""
+
+MOST = 2**14
+
+
+class Nothing(nn.Module):
+    """The operation ``none``: zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros in the form of the input."""
+        return torch.zeros_like(x)
+
+
+class ReluConvNorm(nn.Sequential):
+    """relu → convolution → BatchNorm."""
+
+    def __init__(self, before: int, after: int, kernel: int, stride: int = 1) -> None:
+        conv = nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False)
+        super().__init__(nn.ReLU(), conv, nn.BatchNorm2d(after))
+
+
+def operation(name: str, width: int) -> nn.Module:
+    """An operation of the space, from so many channels to as many."""
+    match name:
+        case "none":
+            return Nothing()
+        case "skip_connect":
+            return nn.Identity()
+        case "avg_pool_3x3":
+            return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
+    return ReluConvNorm(width, width, int(name[-1]))
+
+
+class Cell(nn.Module):
+    """Four nodes; each sums what its edges make of earlier ones, and the last is the answer.
+
+    Args:
+        width: Channels of every node.
+        edges: The operations on each of ``EDGES``. The same edge of all cells is decided at once, and one stays.
+    """
+
+    def __init__(self, width: int, edges: Sequence[Sequence[str]]) -> None:
+        super().__init__()
+        self.edges = nn.ModuleDict(
+            {
+                f"{a}{b}": Candidates({name: operation(name, width) for name in ops}, tied=f"{a}{b}", single=True)
+                for (a, b), ops in zip(EDGES, edges, strict=True)
+            }
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` → the same form."""
+        values = [x]
+        for node in range(1, 4):
+            total: Tensor = self.edges[f"0{node}"](x)
+            for a in range(1, node):
+                total = total + self.edges[f"{a}{node}"](values[a])
+            values.append(total)
+        return values[-1]
+
+
+class Reduction(nn.Module):
+    """A residual block that doubles the width and halves the picture."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(ReluConvNorm(before, after, 3, 2), ReluConvNorm(after, after, 3))
+        # Rounded up as the strided convolution does, where the picture is odd.
+        self.short = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True), nn.Conv2d(before, after, 1, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, C, H, W]`` → ``[N, 2 C, H / 2, W / 2]``."""
+        found: Tensor = self.short(x) + self.body(x)
+        return found
+
+
+class Bench201(nn.Module):
+    """A network of NAS-Bench-201's skeleton.
+
+    Args:
+        config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``width`` of the first stage, ``cells`` per stage,
+            ``stride`` of the stem, and ``edges``: the operations on each of ``EDGES``.
+
+    Raises:
+        ModelError: If the description is none.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        config = checked(config)
+        self.config = config
+        width, parts = config["width"], list[nn.Module]()
+        self.stem = nn.Sequential(
+            nn.Conv2d(config["shape"][0], width, 3, config["stride"], 1, bias=False), nn.BatchNorm2d(width)
+        )
+        for stage in range(3):
+            if stage:
+                parts.append(Reduction(width, 2 * width))
+                width *= 2
+            parts += [Cell(width, config["edges"]) for _ in range(config["cells"])]
+        self.parts = nn.Sequential(*parts)
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, config["classes"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, classes]``."""
+        x = F.relu(self.norm(self.parts(self.stem(x))))
+        found: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return found
+
+
+def whole(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
+    """The description of the super-network: every operation on every edge; the defaults are the paper's skeleton."""
+    edges = [[*OPERATIONS] for _ in EDGES]
+    return {"shape": [*shape], "classes": classes, "width": width, "cells": cells, "stride": stride, "edges": edges}
+
+
+def described(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+    """The description of what a search left.
+
+    Args:
+        config: What the network was built from.
+        gone: Paths of the operations that were dropped, of all cells alike.
+    """
+    edges = [
+        [name for name in ops if f"parts.0.edges.{a}{b}.ops.{name}" not in gone]
+        for (a, b), ops in zip(EDGES, config["edges"], strict=True)
+    ]
+    return {**config, "edges": edges}
+
+
+def checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A description, once it is seen to be one; sizes are checked before anything is built.
+
+    Raises:
+        ModelError: If it is none; says what is wrong.
+    """
+    try:
+        shape, edges = config["shape"], config["edges"]
+        sizes = [*shape, config["classes"], config["width"], config["cells"], config["stride"]]
+        right = len(shape) == 3 and len(edges) == len(EDGES)
+        right = right and all(type(ops) is list and 0 < len(ops) == len({*ops}) for ops in edges)
+        right = right and all(name in OPERATIONS for ops in edges for name in ops)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"not the description of a network of NAS-Bench-201: {error!r:.80}") from None
+    if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MOST]:
+        raise ModelError(f"a network of NAS-Bench-201 has sizes from 1 to {MOST}; got {odd[0]!r:.40}")
+    if config["cells"] > 64 or config["width"] > MOST // 4:
+        raise ModelError(
+            f"at most 64 cells per stage and {MOST // 4} channels; got {config['cells']}-{config['width']}"
+        )
+    if not right:
+        raise ModelError(f"each of its {len(EDGES)} edges has one or more of {', '.join(OPERATIONS)}, each once")
+    return config
+
+
+def written(edges: Sequence[str]) -> str:
+    """A topology in the notation of NAS-Bench-201.
+
+    >>> written(["skip_connect"] * 5 + ["none"])
+    '|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|none~2|'
+    """
+    nodes = [[f"{name}~{a}" for (a, b), name in zip(EDGES, edges, strict=True) if b == node] for node in (1, 2, 3)]
+    return "+".join(f"|{'|'.join(node)}|" for node in nodes)
+
+
+def read(text: str) -> tuple[str, ...]:
+    """The operation on each of ``EDGES``.
+
+    Raises:
+        ModelError: If the text is no topology.
+
+    >>> read(written(OPERATIONS + ("none",))) == OPERATIONS + ("none",)
+    True
+    """
+    found = tuple(re.findall(r"\|(\w+)(?=~)", text[:400]))
+    if len(found) != len(EDGES) or not {*found} <= {*OPERATIONS} or written(found) != text:
+        raise ModelError(f"not a topology of NAS-Bench-201: {text[:80]!r}")
+    return found
+
+
+def topologies() -> list[tuple[str, ...]]:
+    """All 15,625."""
+    return [*product(OPERATIONS, repeat=len(EDGES))]
+
+
+def counted(
+    edges: Sequence[str], *, width: int = 16, cells: int = 5, size: int = 32, classes: int = 10
+) -> dict[str, int]:
+    """Parameters and multiply–accumulates of a topology on square pictures of three colours, ``scale`` not counted.
+
+    Args:
+        edges: The operation on each of ``EDGES``.
+        width: Channels of the first stage.
+        cells: Per stage.
+        size: Of a picture; a multiple of 4.
+        classes: How many logits.
+    """
+    params, macs = 27 * width + 2 * width, 27 * width * size**2
+    for stage in range(3):
+        c, pixels = width << stage, (size >> stage) ** 2
+        if stage:
+            half = c // 2
+            params += 9 * half * c + 9 * c * c + 4 * c + half * c
+            macs += (9 * half * c + 9 * c * c + half * c) * pixels
+        for name in edges:
+            if name.startswith("nor"):
+                inner = int(name[-1]) ** 2 * c * c
+                params += cells * (inner + 2 * c)
+                macs += cells * inner * pixels
+    last = width << 2
+    return {"params": params + 2 * last + (last + 1) * classes, "macs": macs + last * classes}

@@ -1,0 +1,113 @@
+"""Spaces that a search begins with, by name, and the plain network that it leaves of one."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.allocation.stages import Stages, in_bytes
+from regrow.allocation.stages import stages as cut
+from regrow.evaluation import prefix_peaks, training
+from regrow.nets import bench201
+from regrow.nets.bench201 import Bench201
+from regrow.nets.cells import Cells, described, whole
+from regrow.nets.loaded import Origin
+from regrow.nets.small import small
+from regrow.sources import Batch
+from regrow.tasks import Task
+from regrow.tracing.stand import stands_in
+
+EARLIER = 0.44
+"""The share of its operations that an earlier cell is taken to have when memory is planned: 0.3, and what regrows."""
+
+MASKS = 1.05
+"""How much more a step needs with masks than without, as far as tensors are counted."""
+
+
+def network(
+    space: str, task: Task, *, stages: int, memory: str, batch_size: int, stride: int, seed: int
+) -> tuple[nn.Module, Origin, Stages | None]:
+    """A space as a network with drawn weights, and its stages, where a memory budget cuts them.
+
+    Args:
+        space: Its name.
+        task: The data of the search.
+        stages: In how many stages it is searched.
+        memory: What a stage may need; empty: no budget.
+        batch_size: Examples per step.
+        stride: Of the stem.
+        seed: Of the weights.
+
+    Raises:
+        ValueError: If there is no such space, or the budget is too small for any stages.
+    """
+    shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
+    if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
+        if memory:
+            raise ValueError(f"{space} has one topology for all cells, so it is searched in one stage: no --memory")
+        config = bench201.whole(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
+        return _drawn(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
+    if not (fit := re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", space)):
+        return *small(space, shape, classes, seed), None
+    width, cells, nodes = map(int, fit.groups())
+    plan = None
+    if memory:
+        config = whole(shape, classes, width=width, cells=cells, nodes=nodes, stride=stride)
+        batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
+        step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
+        plan = cut(prefix_peaks(config, batch, step, EARLIER), cells, int(in_bytes(memory) / MASKS))
+    last = plan.ends if plan else ends(cells, stages)
+    config = whole(shape, classes, width=width, cells=cells, nodes=nodes, stride=stride, heads=last)
+    return _drawn(Cells, config, seed), Origin("cells", "cells", config, space), plan
+
+
+def _drawn(kind: type[Cells] | type[Bench201], config: Mapping[str, Any], seed: int) -> Cells | Bench201:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(config)
+
+
+def ends(parts: int, stages: int) -> tuple[int, ...]:
+    """The last part of each of so many stages, as equal as can be.
+
+    >>> ends(8, 3), ends(6, 1)
+    ((2, 4, 7), (5,))
+    """
+    if not 1 <= stages <= parts:
+        raise ValueError(f"stages are from 1 to the number of cells, {parts}; got {stages}")
+    return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
+
+
+def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
+    """What a search left of a space, as a plain network, and how to build it.
+
+    Args:
+        model: The network, cut by plans.
+        origin: How it was built.
+    """
+    gone = stands_in(model).keys()
+    match model:
+        case Cells():
+            config = described(model, origin.config, gone)
+        case Bench201():
+            config = bench201.described(origin.config, gone)
+        case _:
+            return model.eval(), origin
+    return rebuilt(config, model), replace(origin, config=config)
+
+
+def rebuilt(config: Mapping[str, Any], model: Cells | Bench201) -> Cells | Bench201:
+    """The network of a description with the numbers of the super-network that it describes."""
+    found = type(model)(config)
+    state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
+    for path, node in model.named_modules():
+        if f"{path}.scale" in state:
+            gone = stands_in(node)
+            alive = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in gone]
+            state[f"{path}.scale"] = state[f"{path}.scale"][alive]
+    found.load_state_dict(state)
+    return found.eval()
