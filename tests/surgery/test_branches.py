@@ -550,8 +550,12 @@ def test_a_branch_that_cannot_come_back_says_why() -> None:
     with laws.untouched(net), pytest.raises(PlanError, match="make two"):
         apply(net, left, replace(Plan.keeping(left, {width: range(30)}), back=(mlp,)), attic=attic)
     narrow, less = apply(deepcopy(net), left, Plan.keeping(left, {width: range(30)}), attic=(store := deepcopy(attic)))
-    with laws.untouched(narrow), pytest.raises(PlanError, match="has other units than when"):
-        apply(narrow, less, Plan(back=(mlp,)), attic=store)
+    back, _ = apply(deepcopy(narrow), less, Plan(back=(mlp,)), attic=deepcopy(store))
+    straight, _ = apply(deepcopy(model), axes, Plan.keeping(axes, {width: range(30)}))
+    laws.same_network(back, straight)
+    grown, more = apply(deepcopy(net), left, Plan.growing(left, {width: 2}))
+    with laws.untouched(grown), pytest.raises(PlanError, match="has other units than when"):
+        apply(grown, more, Plan(back=(mlp,)), attic=deepcopy(attic))
     wide, same = apply(narrow, less, Plan.restoring(less, store.gone), attic=store)
     wide, same = apply(wide, same, Plan(back=(mlp,)), attic=store)
     laws.same_network(wide, model)
