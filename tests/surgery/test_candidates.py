@@ -86,6 +86,18 @@ def test_what_comes_back_was_cut_with_the_rest(traced):
     assert torch.equal(restored(x), traced[0](x))
 
 
+def test_an_attic_holds_each_number_once_however_often_branches_go(traced):
+    net, axes, _ = traced
+    net, attic = copy.deepcopy(net), Attic()
+    whole = sum(tensor.numel() for tensor in net.state_dict().values())
+    for place in (0, 1, 2, 3):
+        paths = [own[place] for own in candidates_in(net).values()]
+        net, axes = apply(net, axes, Plan.dropping(axes, paths), attic=attic)
+    keep = {axis.key: range(1, axis.size) for axis in axes.free()}
+    net, axes = apply(net, axes, Plan.keeping(axes, keep), attic=attic)
+    assert sum(tensor.numel() for tensor in attic.contents().values()) <= whole
+
+
 def test_one_candidate_stays(traced):
     net, axes, _ = traced
     own = next(iter(candidates_in(net).values()))
