@@ -91,7 +91,7 @@ class Attic:
         for branch in branches:
             stays = axes.without([branch]).axes.keys()
             names = {name: branch.holds(name.partition(":")[0]) for name in rest._names()}
-            # What was dropped before stays here: each branch would else hold all earlier ones, and they all earlier ones.
+            # What was dropped before stays here: else each branch would hold all earlier ones, and they in turn.
             goes = replace(rest._of({n for n in names if names[n]}, axes.axes.keys() - stays), branches={})
             found[branch.module] = Gone(branch, axes, goes)
             rest = rest._of({name for name in names if not names[name]}, {*stays})
