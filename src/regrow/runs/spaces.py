@@ -24,7 +24,7 @@ from regrow.tracing.stand import stands_in
 EARLIER = 0.44
 """The share of its operations that an earlier cell is taken to have when memory is planned: 0.3, and what regrows."""
 
-MASKS = 1.05
+MASKS = 1.1
 """How much more a step needs with masks than without, as far as tensors are counted."""
 
 
