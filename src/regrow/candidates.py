@@ -29,7 +29,10 @@ class Candidates(nn.Module):
         super().__init__()
         if (sources and len(sources) != len(ops)) or not ops:
             raise ValueError(f"{len(ops)} candidates with {len(sources)} sources: one for each, at least one candidate")
-        self.ops = nn.ModuleDict(ops)
+        try:
+            self.ops = nn.ModuleDict(ops)
+        except KeyError as error:  # "type", "double" and the like are names of a module's own
+            raise ValueError(f"a candidate cannot have this name ({error.args[0]}); take another") from None
         self.sources = tuple(sources) or (0,) * len(ops)
         self.tied, self.single = tied, single
         self.scale = nn.Parameter(torch.ones(len(ops)))

@@ -105,6 +105,11 @@ def test_one_candidate_stays(traced):
         apply(copy.deepcopy(net), axes, Plan.dropping(axes, own))
 
 
+def test_a_name_that_modules_have_themselves_is_refused():
+    with pytest.raises(ValueError, match="take another"):
+        Candidates({"type": nn.Identity(), "same": nn.Identity()})
+
+
 def test_a_sum_of_ones_own_is_proved_as_ever():
     class Loud(Candidates):
         def forward(self, *inputs):
