@@ -1,0 +1,58 @@
+"""Blocks: what each layer of a Llama-like decoder holds, in the words of those who serve it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from regrow.nets.errors import ModelError
+
+ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
+
+
+@dataclass(frozen=True)
+class Block:
+    """One layer.
+
+    Args:
+        heads: Query heads; 0 where the attention was dropped.
+        kv_heads: Heads of keys and values.
+        head_dim: Channels of a head.
+        width: Neurons of the MLP; 0 where that was dropped.
+        linear: Path within the layer → each linear layer that is there.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    width: int
+    linear: Mapping[str, nn.Linear]
+
+
+def blocks(model: nn.Module) -> list[Block]:
+    """The layers of a decoder with separate query, key and value layers and a gated MLP, however wide each is.
+
+    Raises:
+        ModelError: If the network is another kind of decoder, or none.
+    """
+    layers = getattr(getattr(model, "model", None), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise ModelError(f"{type(model).__name__} is no Llama-like decoder: it has no model.layers")
+    return [_block(layer, f"{type(model).__name__}, layer {i}") for i, layer in enumerate(layers)]
+
+
+def _block(layer: nn.Module, name: str) -> Block:
+    modules = dict(layer.named_modules())
+    linear = {path: found for path in (*ATTENTION, *MLP) if isinstance(found := modules.get(path), nn.Linear)}
+    for parts in (ATTENTION, MLP):
+        there = [path for path in parts if path in linear]
+        if there and len(there) < len(parts):
+            missing = next(path for path in parts if path not in linear)
+            raise ModelError(f"{name} is no Llama-like one: it has {there[0]} and no {missing}")
+    attention: Any = modules.get("self_attn")
+    head_dim = int(getattr(attention, "head_dim", 0))
+    heads, kv_heads = (linear[path].out_features // head_dim if path in linear else 0 for path in ATTENTION[:2])
+    width = linear[MLP[0]].out_features if MLP[0] in linear else 0
+    return Block(heads, kv_heads, head_dim, width, linear)
