@@ -1,6 +1,7 @@
 """regrow changes the shape of trained networks, exactly: it prunes them, grows them and searches them."""
 
 from regrow.candidates import Candidates
+from regrow.export.formats import exported
 from regrow.plan import Fill, Plan
 from regrow.runs import load
 from regrow.runs.prune import prune
@@ -15,6 +16,7 @@ __all__ = [
     "aligned",
     "apply",
     "declare",
+    "exported",
     "fitted",
     "load",
     "prune",

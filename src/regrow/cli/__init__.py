@@ -7,6 +7,7 @@ import click
 from regrow.cli.apply import apply
 from regrow.cli.compare import compare
 from regrow.cli.evaluate import evaluate
+from regrow.cli.export import export
 from regrow.cli.learn import learn
 from regrow.cli.methods import methods
 from regrow.cli.prune import prune
@@ -20,6 +21,7 @@ Start with
   regrow show smollm2-135m                     what can be cut, and what a unit costs
   regrow prune smollm2-135m --keep 0.9 --source news --source code --out RUN
   regrow evaluate RUN --source news            perplexity of the result
+  regrow export RUN --to gguf --out m.gguf     the result for llama.cpp; or for transformers, onnxruntime
 """
 
 
@@ -29,7 +31,7 @@ def regrow() -> None:
     """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
 
 
-for verb in (show, prune, learn, search, apply, evaluate, compare, report, methods):
+for verb in (show, prune, learn, search, apply, evaluate, export, compare, report, methods):
     regrow.add_command(verb)
 
 

@@ -48,7 +48,7 @@ def load_torchvision(name: str, weights: Path | None = None) -> Loaded:
         if arguments:
             model = _build(name, arguments)
         _fill(model, state, name, weights)
-    return Loaded(model.eval(), None, _example(name, model), Origin("torchvision", name, arguments, name), notes)
+    return Loaded(model.eval(), None, example_of(name, model), Origin("torchvision", name, arguments, name), notes)
 
 
 def build_torchvision(origin: Origin) -> nn.Module:
@@ -69,15 +69,21 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         near = difflib.get_close_matches(name, known_names(), n=1)
         hint = f"; did you mean torchvision:{near[0]}?" if near else ""
         raise ModelError(f"torchvision has no model {name!r}{hint}")
-    more: dict[str, Any] = {"init_weights": False} if name in _SLOW_START else {}
-    if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):
-        more["weights_backbone"] = None
+    more = unweighted(name)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return get_model(name, weights=None, **(more | dict(arguments)))
     except (TypeError, ValueError) as error:
         raise ModelError(f"torchvision cannot build {name} with {dict(arguments)}: {first_line(error)}") from None
+
+
+def unweighted(name: str) -> dict[str, Any]:
+    """What a builder has to be told so that it neither fetches weights nor draws them for minutes."""
+    more: dict[str, Any] = {"init_weights": False} if name in _SLOW_START else {}
+    if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):
+        more["weights_backbone"] = None
+    return more
 
 
 def _read(weights: Path) -> dict[str, Tensor]:
@@ -104,7 +110,8 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], name: str, weights: Pat
         raise ModelError(f"{weights} does not fit torchvision's {name}: {detail}") from None
 
 
-def _example(name: str, model: nn.Module) -> Example:
+def example_of(name: str, model: nn.Module) -> Example:
+    """An input of the form that a torchvision network was made for."""
     from torchvision.models import get_model_builder, get_model_weights
 
     family = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")

@@ -33,8 +33,17 @@ def as_saved(origin: Origin, model: Any, dtype: torch.dtype) -> Origin:
     return replace(origin, config=config)
 
 
-def write_configuration(origin: Origin, model: Any, folder: Path) -> None:
+def write_configuration(
+    origin: Origin, model: Any, folder: Path, changes: Mapping[str, Any] | None = None, architecture: str = ""
+) -> None:
     """Write ``config.json`` (of the architecture before any cut) and ``generation_config.json``.
+
+    Args:
+        origin: How to build the architecture.
+        model: The network, for its generation settings.
+        folder: Where to.
+        changes: What ``config.json`` says beside that.
+        architecture: The class that it names; the origin's, unless given.
 
     Raises:
         StoreError: If transformers does not know the configuration, or the disk is full.
@@ -48,8 +57,11 @@ def write_configuration(origin: Origin, model: Any, folder: Path) -> None:
         raise StoreError(
             f"transformers cannot make the configuration of {origin.name!r}: {first_line(error)}"
         ) from None
-    config.architectures = [origin.reference]
-    write_text(folder / "config.json", config.to_json_string())
+    config.architectures = [architecture or origin.reference]
+    text = config.to_json_string()
+    if changes:
+        text = json.dumps(json.loads(text) | dict(changes), indent=2, sort_keys=True) + "\n"
+    write_text(folder / "config.json", text)
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         write_text(folder / "generation_config.json", generation.to_json_string())

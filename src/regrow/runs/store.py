@@ -20,6 +20,7 @@ from regrow.nets import Loaded, ModelError, Origin, build, opened
 from regrow.nets.errors import first_line
 from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
+from regrow.runs import portable
 from regrow.runs.atomic import StoreError, partial, sync, telling, write_text
 from regrow.runs.pretrained import (
     as_saved,
@@ -83,7 +84,7 @@ def save(
     with _staged(folder) as stage:
         files = write_weights(net, shapes, stage)
         if origin.kind == "transformers":
-            write_configuration(origin, net, stage)
+            _write_pretrained(net, shapes, stage)
         if hasattr(tokenizer, "save_pretrained"):
             write_tokenizer(tokenizer, stage)
         write_text(stage / SHAPES, replace(shapes, files=files, versions=versions()).to_json())
@@ -209,6 +210,16 @@ def _fresh(origin: Origin) -> nn.Module | None:
         if origin.kind == "callable":
             return None
         raise StoreError(f"the model could not be built again: {error}") from None
+
+
+def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
+    changes = portable.settings(net, shapes) if portable.changed(shapes) else None
+    if changes is None:
+        write_configuration(shapes.origin, net, folder)
+        return
+    reference = shapes.origin.reference
+    write_configuration(shapes.origin, net, folder, changes, portable.class_name(reference))
+    portable.write_code(reference, folder)
 
 
 def _guessed(model: nn.Module) -> Origin:

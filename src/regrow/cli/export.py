@@ -1,0 +1,39 @@
+"""``regrow export``: a result in the form in which others load it."""
+
+from pathlib import Path
+
+import click
+
+from regrow.cli.screen import number, say, working
+
+EPILOG = """\b
+Formats
+  transformers   a folder for from_pretrained where regrow is not installed; irregular widths carry a small file of
+                 code (trust_remote_code=True), networks whose layers are all alike need none
+  gguf           a file for llama.cpp; f16 unless told: --dtype f32, bf16, q8_0, q6_k
+  onnx           a file for onnxruntime; --dtype int8 quantises its weights
+  torchvision    a state_dict and a file that builds an image network with torchvision
+
+\b
+Examples
+  regrow export RUN --to transformers --out my-model
+  regrow export RUN --to gguf --dtype q8_0 --out my-model.gguf
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("run")
+@click.option("--to", required=True, metavar="FORMAT", help="transformers, gguf, onnx or torchvision.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
+@click.option("--dtype", default="", metavar="DTYPE", help="What weights are stored in; see below.")
+def export(run: str, to: str, out: Path, dtype: str) -> None:
+    """Export RUN (a run folder, or any model that `regrow prune` takes), and check what was written by reading it."""
+    from regrow.export.formats import exported
+
+    with working() as progress:
+        written = exported(run, to, out, dtype=dtype, progress=progress)
+    say(f"{written.path}: {number(written.bytes)} bytes")
+    for note in written.notes:
+        say(f"note: {note}")
+    for what, value in written.checked.items():
+        say(f"checked: {what.replace('_', ' ')} {value if isinstance(value, str) else number(value)}")

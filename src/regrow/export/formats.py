@@ -1,0 +1,75 @@
+"""The formats by name."""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.export.written import ExportError, Written
+from regrow.progress import Progress, silent
+from regrow.runs.evaluating import loaded_from
+from regrow.runs.pruning_run import Settings
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format.
+
+    Args:
+        about: What it is for, in one line.
+        dtypes: What weights can be stored in; the first unless told.
+        suffix: How its files end; empty where it is a folder.
+    """
+
+    about: str
+    dtypes: tuple[str, ...]
+    suffix: str = ""
+
+
+FORMATS: Mapping[str, Format] = {
+    "transformers": Format(
+        "a folder for from_pretrained, vLLM and whatever reads such folders", ("", "float32", "bfloat16", "float16")
+    ),
+    "gguf": Format("a file for llama.cpp and what is built on it", ("f16", "f32", "bf16", "q8_0", "q6_k"), ".gguf"),
+    "onnx": Format("a file for onnxruntime", ("", "int8"), ".onnx"),
+    "torchvision": Format("a state_dict and a file that builds an image network", ("",)),
+}
+"""What :func:`exported` writes; each in the module of its name."""
+
+
+def exported(model: str | Path, to: str, out: str | Path, *, dtype: str = "", progress: Progress = silent) -> Written:
+    """Hand a network to other tools, and check that they read what it says.
+
+    Args:
+        model: A run folder, or anything that ``regrow prune`` takes.
+        to: ``"transformers"``, ``"gguf"``, ``"onnx"`` or ``"torchvision"``.
+        out: The file or folder to write.
+        dtype: What weights are stored in: one of ``FORMATS[to].dtypes``; the first, unless given.
+        progress: Called as work goes on.
+
+    Returns:
+        What was written and how it was checked.
+
+    Raises:
+        ExportError: If there is no such format or dtype, the format cannot hold the network, or what is read back
+            says something else.
+        ValueError: If the model cannot be loaded or the disk is full.
+    """
+    if to not in FORMATS:
+        raise ExportError(f"there is no format {to!r}; known: {', '.join(FORMATS)}")
+    form, out = FORMATS[to], Path(out)
+    dtype = dtype or form.dtypes[0]
+    if dtype not in form.dtypes:
+        raise ExportError(f"{to} does not store {dtype!r}; it stores {', '.join(filter(None, form.dtypes))}")
+    if form.suffix and out.is_dir():
+        raise ExportError(f"{out} is a folder; name a file, for example {out / f'model{form.suffix}'}")
+    progress(0, 1, "loading the model")
+    loaded = loaded_from(Settings(str(model)), progress)
+    net: Any = loaded.model
+    for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
+        if value is not None and not hasattr(net, name):
+            setattr(net, name, value)
+    writer = importlib.import_module(f"regrow.export.{to}")
+    written: Written = writer.write(net, out, dtype=dtype, progress=progress)
+    return written

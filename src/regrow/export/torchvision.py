@@ -1,0 +1,90 @@
+"""torchvision: weights as a plain ``state_dict``, and a short file that builds the network without regrow."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.export.written import ExportError, Written
+from regrow.nets import Origin
+from regrow.nets.vision import example_of, unweighted
+from regrow.progress import Progress, silent
+from regrow.runs import portable, store
+from regrow.runs.atomic import write_text
+
+ROUNDING = 1e-4
+"""How far the same weights at other places in memory may lead, of the largest output."""
+FILES = ("load_regrow.py", "reshape_regrow.py")
+
+
+def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = silent) -> Written:
+    """Write a folder from which ``load_regrow.load()`` builds the network, and try it.
+
+    Args:
+        model: A network that torchvision made, cut in whatever way.
+        out: The folder; new, empty, or an earlier export.
+        dtype: Not to be given: weights are stored as they are.
+        progress: Called as work goes on.
+
+    Returns:
+        What was written; ``checked`` compares the outputs of the built network with those of ``model``.
+
+    Raises:
+        ExportError: If torchvision alone could not build the network.
+        StoreError: If the disk is full, or the folder holds something else.
+    """
+    origin = getattr(model, "origin", None)
+    if not isinstance(origin, Origin) or origin.kind != "torchvision":
+        raise ExportError("this is no torchvision network; export it to onnx")
+    if dtype:
+        raise ExportError(f"weights are stored as they are; --dtype {dtype} is for other formats")
+    progress(0, 2, "writing the folder")
+    store.save(model, out, origin=origin)
+    record = portable.record(model, store.read_shapes(out))
+    if record is None:
+        raise ExportError(
+            f"{origin.name} has modules that torchvision has not (attention that was opened); export it to onnx"
+        )
+    made = {
+        "builder": origin.reference,
+        "settings": unweighted(origin.reference) | dict(origin.config),
+        "regrow": record,
+    }
+    write_text(out / "network.json", json.dumps(made, indent=1) + "\n")
+    for name in FILES:
+        write_text(out / name, portable.code(name))
+    progress(1, 2, "building it with torchvision")
+    difference = _tried(model, out, origin.reference)
+    progress(2, 2, "building it with torchvision")
+    size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
+    return Written(out, size, {"max_abs_diff": difference}, ("load it with load_regrow.load() of the folder",))
+
+
+@torch.no_grad()
+def _tried(model: nn.Module, folder: Path, name: str) -> float:
+    """Build the network with the files just written; how far its outputs are from those of ``model``.
+
+    Raises:
+        ExportError: If they differ.
+    """
+    modules = [file.removesuffix(".py") for file in FILES]
+    sys.path.insert(0, str(folder.resolve()))
+    try:
+        again = importlib.import_module(modules[0]).load()
+    finally:
+        sys.path.remove(str(folder.resolve()))
+        for module in modules:
+            sys.modules.pop(module, None)
+    example = example_of(name, model)
+    said, says = (
+        [leaf for leaf in tree_leaves(net(*example.args, **example.kwargs)) if isinstance(leaf, torch.Tensor)]
+        for net in (model, again)
+    )
+    difference = max((float((a - b).abs().max()) for a, b in zip(said, says, strict=True) if a.numel()), default=0.0)
+    if difference > ROUNDING * max((float(a.abs().max()) for a in said if a.numel()), default=0.0):
+        raise ExportError(f"{folder}: what torchvision builds answers otherwise, by {difference:.3g}; please report it")
+    return difference

@@ -1,0 +1,162 @@
+"""transformers: a folder that ``from_pretrained`` reads where regrow is not installed.
+
+A network whose layers are all alike becomes a plain model of its family: other numbers in ``config.json``, no code.
+Any other carries a small modelling file that builds the recorded widths (``trust_remote_code=True``).
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.export.written import ExportError, Written
+from regrow.nets import ModelError, Origin, build
+from regrow.nets.blocks import ATTENTION, MLP, Block, blocks
+from regrow.nets.examples import guessed_example, text_example
+from regrow.nets.language import origin_of, quiet, require_transformers
+from regrow.progress import Progress, silent
+from regrow.runs import store
+from regrow.runs.shapes import Number
+from regrow.runs.state import held, numbers
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ROUNDING = 1e-4
+"""How far the same weights at other places in memory may lead, of the largest output."""
+BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
+"""Settings that give every linear layer of a kind a bias; those that have none get one of zeros."""
+
+
+def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = silent) -> Written:
+    """Write a folder for ``from_pretrained``, and load it again with transformers alone.
+
+    Args:
+        model: A network that transformers made, cut in whatever way.
+        out: The folder; new, empty, or an earlier export.
+        dtype: What its weights are stored in; as they are, unless given.
+        progress: Called as work goes on.
+
+    Returns:
+        What was written; ``checked`` compares the outputs of the loaded network with those of ``model``.
+
+    Raises:
+        ExportError: If transformers could not build the network, or what it loads says something else.
+        StoreError: If the disk is full, or the folder holds something else.
+    """
+    origin = getattr(model, "origin", None)
+    origin = origin if isinstance(origin, Origin) else origin_of(model, type(model).__name__)
+    if origin.kind != "transformers":
+        raise ExportError(f"{origin.name or 'the network'} is no transformers model; export it to onnx or torchvision")
+    if dtype and dtype not in DTYPES:
+        raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    progress(0, 2, "writing the folder")
+    stored = DTYPES[dtype] if dtype else None
+    same = plain(model, origin)
+    if same is None:
+        store.save(model, out, origin=origin, dtype=stored)
+    else:
+        store.save(same, out, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
+    regular = not (out / "modeling_regrow.py").exists()
+    if not regular and "auto_map" not in (out / "config.json").read_text(encoding="utf-8"):
+        raise ExportError(f"transformers has no automatic class for {origin.reference}; export it to onnx")
+    progress(1, 2, "loading it with transformers")
+    checked = check(model, out, stored)
+    progress(2, 2, "loading it with transformers")
+    note = (
+        "all layers alike: any tool that loads this family loads it, no code needed"
+        if regular
+        else "widths differ from layer to layer: load it with trust_remote_code=True"
+    )
+    return Written(out, sum(path.stat().st_size for path in out.iterdir() if path.is_file()), checked, (note,))
+
+
+def plain(model: nn.Module, origin: Origin) -> Any | None:
+    """The same network as its family's own class with other settings; ``None`` if no settings build it.
+
+    What a network built from those settings holds is compared with what ``model`` holds, tensor by tensor.
+    """
+    try:
+        found = blocks(model)
+    except ModelError:
+        return None
+    settings = _settings(model, found, origin)
+    if settings is None:
+        return None
+    try:
+        whole, fresh = build(origin), build(replace(origin, config=settings))
+    except ModelError:
+        return None
+    now, made = held(model), held(fresh)
+    if now.keys() - made.keys() or not _alike(numbers(model), numbers(fresh), numbers(whole)):
+        return None
+    zeros = {name for name in made.keys() - now.keys() if name.endswith("_proj.bias")}
+    if made.keys() - now.keys() != zeros or any(now[name].tensor.shape != made[name].tensor.shape for name in now):
+        return None
+    for name, here in now.items():
+        there = made[name].tensor
+        if here.kind == "derived" and not torch.equal(here.tensor.to(there), there):
+            return None
+    state = {
+        name: now[name].tensor if name in now else torch.zeros_like(made[name].tensor) for name in fresh.state_dict()
+    }
+    fresh.load_state_dict(state, strict=True)
+    fresh.to(next(model.parameters()).dtype).eval()
+    setattr(fresh, "origin", replace(origin, config=settings))  # noqa: B010
+    fresh.generation_config = getattr(model, "generation_config", None)  # type: ignore[assignment]
+    return fresh
+
+
+def _alike(now: Mapping[str, Number], made: Mapping[str, Number], before: Mapping[str, Number]) -> bool:
+    """Whether the numbers that modules hold agree, but for sizes that no cut has had to change: nobody reads those."""
+    read = [place for place, number in now.items() if isinstance(number, float) or number != before.get(place)]
+    return all(made.get(place) == now[place] for place in read)
+
+
+def _settings(model: Any, found: Iterable[Block], origin: Origin) -> dict[str, Any] | None:
+    widths = {(block.heads, block.kv_heads, block.head_dim, block.width) for block in found}
+    if len(widths) != 1 or 0 in (only := widths.pop()):
+        return None
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size")
+    settings = {**origin.config, **dict(zip(names, only, strict=True))}
+    settings["hidden_size"] = model.get_input_embeddings().weight.shape[1]
+    if "rms_norm_eps" in settings:  # a narrower residual stream has another one
+        settings["rms_norm_eps"] = getattr(model.model.norm, "variance_epsilon", settings["rms_norm_eps"])
+    for setting, parts in BIASES.items():
+        if any(part in parts and layer.bias is not None for block in found for part, layer in block.linear.items()):
+            if setting not in settings:
+                return None
+            settings[setting] = True
+    return settings
+
+
+def check(model: Any, folder: Path, dtype: torch.dtype | None) -> dict[str, float | int | str]:
+    """Load the folder with transformers' automatic class and compare its outputs with those of the network.
+
+    Raises:
+        ExportError: If they differ by more than the stored dtype rounds.
+    """
+    transformers = require_transformers()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    automatic = next(iter(config.get("auto_map", {})), "")
+    maker = getattr(transformers, automatic or config["architectures"][0])
+    more = {"trust_remote_code": True} if automatic else {}
+    with quiet():
+        again = maker.from_pretrained(str(folder), local_files_only=True, **more).eval()
+        again.set_attn_implementation(getattr(model.config, "_attn_implementation", "sdpa"))
+    said, says = _answers(model), _answers(again)
+    difference = max((float((a - b).abs().max()) for a, b in zip(said, says, strict=True) if a.numel()), default=0.0)
+    size = max((float(a.abs().max()) for a in said if a.numel()), default=0.0)
+    if difference > (ROUNDING if dtype in (None, next(model.parameters()).dtype) else 0.2) * size:
+        raise ExportError(f"{folder}: what transformers loads answers otherwise, by {difference:.3g}; please report it")
+    return {"max_abs_diff": difference, "loaded_as": type(again).__name__}
+
+
+@torch.no_grad()
+def _answers(model: Any) -> list[torch.Tensor]:
+    example = guessed_example(model) or text_example(model, model.config.get_text_config().vocab_size)
+    leaves = tree_leaves(model(*example.args, **example.kwargs))
+    return [leaf.float() for leaf in leaves if isinstance(leaf, torch.Tensor)]

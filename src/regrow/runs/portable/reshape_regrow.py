@@ -1,0 +1,71 @@
+"""From the network that a configuration builds to the one whose weights were saved: its shapes, numbers and gaps.
+
+Written by regrow beside the weights. Needs torch alone. Licence: Apache-2.0.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Dropped(nn.Module):
+    """Stands for a module that is gone: it gives zeros, or its own input, in the form of the answer that was."""
+
+    def __init__(self, stand: dict[str, Any], of: nn.Module) -> None:
+        super().__init__()
+        self.stand = stand
+        for name, value in vars(of).items():
+            if type(value) in (bool, int, float, str) and not name.startswith("_"):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Zeros or the input."""
+        takes, of = self.stand["takes"], self.stand["of"]
+        given = args[takes] if isinstance(takes, int) else kwargs[takes]
+        value = torch.zeros_like(given) if self.stand["gives"] == "zero" else given
+        return tuple(value if i == self.stand["at"] else None for i in range(of)) if of else value
+
+
+def place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that holds a tensor, and the tensor's own name."""
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def reshape(model: nn.Module, record: dict[str, Any]) -> None:
+    """Give every tensor its recorded shape (its numbers come later), drop what was dropped, set the numbers."""
+    for path, stand in record["stands"].items():
+        module, leaf = place(model, path)
+        setattr(module, leaf, Dropped(stand, model.get_submodule(path)))
+    some = next(model.parameters())
+    for name, shape in record["tensors"].items():
+        module, leaf = place(model, name)
+        old = getattr(module, leaf, None)
+        like = some if old is None else old
+        new = torch.empty(shape, dtype=like.dtype, device=like.device)
+        setattr(module, leaf, new if leaf in module._buffers else nn.Parameter(new))
+    for name in record["dropped"]:
+        module, leaf = place(model, name)
+        setattr(module, leaf, None)
+    for where, number in record["attributes"].items():
+        path, _, name = where.partition(":")
+        module, (owner, _, leaf) = model.get_submodule(path), name.rpartition(".")
+        if owner:  # a configuration that other layers share
+            setattr(module, owner, copy.copy(getattr(module, owner)))
+        holder: Any = getattr(module, owner) if owner else module
+        old = getattr(holder, leaf, None)
+        setattr(holder, leaf, type(old)(number) if isinstance(old, tuple | list) else number)
+
+
+def finish(model: nn.Module, record: dict[str, Any]) -> None:
+    """Assert that every tensor has the planned shape, and set buffers that no file of weights holds."""
+    there = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    for name, shape in record["tensors"].items():
+        if tuple(there[name].shape) != tuple(shape):
+            raise ValueError(f"{name} has the shape {tuple(there[name].shape)}, planned is {tuple(shape)}")
+    for name, value in record["derived"].items():
+        module, leaf = place(model, name)
+        numbers = torch.tensor(value["numbers"], dtype=getattr(torch, value["dtype"]), device=there[name].device)
+        setattr(module, leaf, numbers.reshape(value["shape"]))
