@@ -5,6 +5,7 @@ import sys
 import click
 
 from regrow.cli.apply import apply
+from regrow.cli.chat import chat
 from regrow.cli.compare import compare
 from regrow.cli.evaluate import evaluate
 from regrow.cli.export import export
@@ -21,6 +22,7 @@ Start with
   regrow show smollm2-135m                     what can be cut, and what a unit costs
   regrow prune smollm2-135m --keep 0.9 --source news --source code --out RUN
   regrow evaluate RUN --source news            perplexity of the result
+  regrow chat smollm2-135m RUN                 before and after, side by side
   regrow export RUN --to gguf --out m.gguf     the result for llama.cpp; or for transformers, onnxruntime
 """
 
@@ -31,7 +33,7 @@ def regrow() -> None:
     """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
 
 
-for verb in (show, prune, learn, search, apply, evaluate, export, compare, report, methods):
+for verb in (show, prune, learn, search, apply, evaluate, chat, export, compare, report, methods):
     regrow.add_command(verb)
 
 

@@ -6,8 +6,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from regrow.progress import Progress as Told
 
@@ -84,6 +87,40 @@ def _plain() -> Told:
         sys.stderr.flush()
 
     return tell
+
+
+def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]:
+    """Show texts as they come, in columns side by side; one after the other where this is not a terminal.
+
+    Args:
+        titles: What each is called.
+        streams: Their pieces; each stream in turn gives one.
+
+    Returns:
+        The whole texts.
+    """
+    texts = [""] * len(streams)
+    if not out.is_terminal:
+        for i, (title, stream) in enumerate(zip(titles, streams, strict=True)):
+            texts[i] = "".join(stream)
+            say(f"{title}: {texts[i].strip()}")
+        return texts
+    with Live(console=out, refresh_per_second=12, vertical_overflow="visible") as live:
+        going = dict(enumerate(streams))
+        while going:
+            for i, stream in list(going.items()):
+                piece = next(stream, None)
+                if piece is None:
+                    del going[i]
+                else:
+                    texts[i] += piece
+            panels = [Panel(Text(text.strip()), title=title) for title, text in zip(titles, texts, strict=True)]
+            shown = Table.grid(expand=True)
+            for _ in panels:
+                shown.add_column(ratio=1)
+            shown.add_row(*panels)
+            live.update(shown)
+    return texts
 
 
 def number(value: float | None, digits: int = 4) -> str:

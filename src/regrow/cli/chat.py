@@ -1,0 +1,71 @@
+"""``regrow chat``: talk to a model, or to two side by side."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from regrow.cli import options
+from regrow.cli.screen import beside, say, working
+
+EPILOG = """\b
+Examples
+  regrow chat RUN                              talk to the result
+  regrow chat smollm2-135m RUN                 before and after, side by side
+  regrow chat RUN --prompt "What is a river?"  one answer, and out
+
+End with an empty line or Ctrl-D. /new forgets what was said.
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.argument("model")
+@click.argument("other", required=False)
+@click.option("--prompt", help="Ask this, and end.")
+@click.option("--longest", default=256, show_default=True, type=click.IntRange(min=1), help="Tokens of an answer.")
+@click.option(
+    "--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 takes the likeliest token."
+)
+@click.option("--seed", default=0, show_default=True, type=int, help="Of what is drawn at a temperature above 0.")
+@options.dtype
+@options.device
+def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: str, **given: Any) -> None:
+    """Talk to MODEL, and to OTHER beside it: run folders, or anything that `regrow prune` takes."""
+    from regrow.runs.evaluating import loaded_from
+    from regrow.runs.pruning_run import Settings
+
+    names = [model, *([other] if other else [])]
+    with working() as progress:
+        loaded = [loaded_from(Settings(name, dtype=dtype, device=device), progress) for name in names]
+    for name, one in zip(names, loaded, strict=True):
+        if one.tokenizer is None:
+            raise click.UsageError(f"{name} has no tokenizer; chat needs a language model")
+    history: list[list[dict[str, str]]] = [[] for _ in loaded]
+    for question in [prompt] if prompt is not None else _questions(history):
+        for said in history:
+            said.append({"role": "user", "content": question})
+        answers = beside(names, [_reply(one, said, given) for one, said in zip(loaded, history, strict=True)])
+        for said, answer in zip(history, answers, strict=True):
+            said.append({"role": "assistant", "content": answer})
+
+
+def _reply(one: Any, said: list[dict[str, str]], given: dict[str, Any]) -> Iterator[str]:
+    from regrow.evaluation.replies import reply
+
+    return reply(one.model, one.tokenizer, said, **given)
+
+
+def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:
+    while True:
+        try:
+            text = click.prompt("you", prompt_suffix=" › ", default="", show_default=False).strip()
+        except click.exceptions.Abort:
+            say("")
+            return
+        if not text:
+            return
+        if text == "/new":
+            for said in history:
+                said.clear()
+            continue
+        yield text

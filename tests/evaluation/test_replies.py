@@ -1,0 +1,42 @@
+"""What a model says next: equal to transformers' own generation, in whole characters."""
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from regrow.evaluation.replies import prompt, reply
+from runs import saved
+from zoo import ZOO
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One token per byte, so that a character of several bytes comes in parts."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())[:53]
+    made = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token=letters[0]))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token=letters[5])
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "gemma3"])
+def test_it_says_what_generate_says(name, tokenizer):
+    net = saved.cut(saved.CASES[name])[0] if name != "gpt2" else ZOO[name].build()
+    messages = [{"role": "user", "content": "ABC"}]
+    tokens = prompt(tokenizer, messages)
+    net.generation_config.eos_token_id = tokenizer.eos_token_id
+    whole = net.generate(tokens, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, tokens.shape[1] :]
+    expected = tokenizer.decode(whole, skip_special_tokens=True)
+    pieces = list(reply(net, tokenizer, messages, longest=12))
+    assert expected.startswith("".join(pieces)) and len(expected) - len("".join(pieces)) <= expected.count("\ufffd")
+
+
+def test_what_is_drawn_depends_on_the_seed_alone(tokenizer):
+    net = ZOO["llama_tied"].build()
+    ask = lambda seed: "".join(reply(net, tokenizer, [{"content": "ABC"}], longest=16, temperature=5.0, seed=seed))  # noqa: E731
+    assert ask(0) == ask(0) and len({ask(seed) for seed in range(4)}) > 1
+
+
+def test_nothing_to_answer_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="empty"):
+        next(reply(ZOO["llama_tied"].build(), tokenizer, [{"content": ""}]))
