@@ -2,6 +2,7 @@
 
     python benchmarks/peers.py --jobs 2
     python benchmarks/peers.py --only transformers --match llama --again
+    python benchmarks/peers.py --ours            regrow alone again
     python benchmarks/peers.py --show
 
 Both cut half of everything they can cut: Torch-Pruning as ``peer.py`` says, regrow half of the units of every axis
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120, help="limit of one network in one tool")
     parser.add_argument("--jobs", type=int, default=1, help="networks at a time")
     parser.add_argument("--again", action="store_true", help="also those that have a row")
+    parser.add_argument("--ours", action="store_true", help="regrow alone again, beside what the peers have shown")
     parser.add_argument("--show", action="store_true", help="print the tables in Markdown")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     peer.options(parser)
@@ -166,18 +168,22 @@ def main() -> None:
     if args.one:
         ours(*args.one, judge=args.one[0] != "speed")
         return
-    pythons = peer.pythons(args)
+    before = apart.rows(args.out) if args.ours else {}
+    pythons = {} if args.ours else peer.pythons(args)
 
     def job(key: str) -> apart.Row:
         start = time.perf_counter()
         row: apart.Row = {"regrow": apart.run([sys.executable, __file__, "--one", "net", key], args.seconds)}
+        if args.ours:
+            row["regrow"]["date"] = time.strftime("%Y-%m-%d")
+            return before.get(key, {}) | row | {"wall_s": round(time.perf_counter() - start, 1)}
         for version, python in pythons.items():
             if version != "1.5.2" or key.startswith("transformers/"):
                 row[version] = peer.run(python, "net", key, args.seconds)
         return row | {"wall_s": round(time.perf_counter() - start, 1)}
 
     keys = [f"{net.kind}/{net.name}" for net in nets(args.only, args.match)]
-    apart.collect(keys, job, args.out, args.jobs, args.again)
+    apart.collect(keys, job, args.out, args.jobs, args.again or args.ours)
 
 
 if __name__ == "__main__":
