@@ -41,7 +41,7 @@ def reply(
     ends = _ends(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     said: list[int] = []
-    told, cache = "", _cache(model)
+    told, cache = "", empty_cache(model)
     for _ in range(longest):
         with torch.no_grad():
             logits = model(tokens, **cache).logits[0, -1].float().cpu()
@@ -72,7 +72,7 @@ def prompt(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
     return tokens.long()
 
 
-def _cache(model: Any) -> dict[str, Any]:
+def empty_cache(model: Any) -> dict[str, Any]:
     """An empty cache as an argument, which the network fills; none where it takes none."""
     from transformers import DynamicCache
 
