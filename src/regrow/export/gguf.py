@@ -1,0 +1,292 @@
+"""GGUF for llama.cpp: regular networks as architecture ``llama``, irregular widths and output biases as ``deci``.
+
+llama.cpp's ``llama`` graph knows one number of heads and one feed-forward width for all layers. Its ``deci`` graph,
+made for networks that another search had found, reads both layer by layer, and adds biases where a file has them: what
+a cut network is. Both turn pairs of neighbours, where transformers turns i with i + d/2, so rows of queries and keys
+are laid out anew. Whatever rotary frequencies a network has become factors on the usual ones (``rope_freqs``), and a
+scale of attention that is not 1/√d goes into the queries.
+
+What deci would compute otherwise than its file says is never written: a layer that kept its attention but no MLP (its
+graph forgets the attention) gets an MLP of zeros, a first layer without attention a head of zeros, and a layer without
+either is left out.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from regrow.export.gguf_network import NORMS, PARTS, Decoder, Layer, described, present
+from regrow.export.gguf_quants import BLOCK, KINDS, Floats, allowed, encoded, kind_for
+from regrow.export.gguf_tokens import Vocabulary, told, vocabulary
+from regrow.export.written import ExportError, Written
+from regrow.nets.blocks import ATTENTION, MLP
+from regrow.nets.errors import needs
+from regrow.progress import Progress, silent
+from regrow.runs.atomic import StoreError, written
+
+_FILE_TYPES = {
+    "F32": "ALL_F32",
+    "F16": "MOSTLY_F16",
+    "BF16": "MOSTLY_BF16",
+    "Q8_0": "MOSTLY_Q8_0",
+    "Q6_K": "MOSTLY_Q6_K",
+}
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the file.
+
+    Args:
+        name: GGUF's.
+        shape: As torch has it.
+        kind: GGUF's name of the type it is stored in.
+        values: Makes its numbers.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    values: Callable[[], Tensor]
+
+    def floats(self) -> Floats:
+        """Its numbers in float32."""
+        return np.ascontiguousarray(self.values().detach().to("cpu", torch.float32).numpy())
+
+
+def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Progress = silent) -> Written:
+    """Write a network for llama.cpp, and read every tensor back; the whole file, or none.
+
+    One tensor at a time is held in float32. Norms and biases are stored in float32 always. Rows that a type does not
+    take (Q6_K: multiples of 256, Q8_0: of 32) go into the next wider one.
+
+    Args:
+        model: A Llama-like decoder of any widths, with its tokenizer as ``model.tokenizer`` (as :func:`regrow.load`
+            gives it); without one llama.cpp takes token numbers only.
+        out: The file to make or replace.
+        dtype: What matrices are stored as: ``f32``, ``bf16``, ``f16``, ``q8_0`` or ``q6_k``.
+        progress: Called as it goes on.
+
+    Returns:
+        The file, its architecture, and the largest difference of a number from the network's.
+
+    Raises:
+        ExportError: If llama.cpp would compute something else, the file cannot be written, or does not say what the
+            network says.
+    """
+    gguf, out = _package(), Path(out)
+    if dtype not in KINDS:
+        raise ExportError(f"dtype={dtype!r} is no type that is written here; known are {', '.join(KINDS)}")
+    if out.is_dir():
+        raise ExportError(f"{out} is a folder; give the name of the file to write, such as {out / 'model.gguf'}")
+    decoder = described(model)
+    rows = decoder.model.model.embed_tokens.weight.shape[0]
+    words = vocabulary(getattr(model, "tokenizer", None), rows)
+    pieces = list(_pieces(decoder, KINDS[dtype]))
+    try:
+        with written(out) as temporary:
+            _put(gguf, temporary, decoder, words, pieces, KINDS[dtype], progress)
+            checked = _checked(gguf, temporary, decoder, pieces, progress)
+    except StoreError as error:
+        raise ExportError(str(error)) from None
+    return Written(
+        out, out.stat().st_size, checked, (*decoder.notes, *words.notes, *_fallen(decoder, pieces, KINDS[dtype]))
+    )
+
+
+def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
+    """Every tensor of the file, in order."""
+    net, width = decoder.model, decoder.model.model.norm.weight.shape[0]
+
+    def matrix(name: str, shape: tuple[int, int], values: Callable[[], Tensor]) -> Piece:
+        return Piece(f"{name}.weight", shape, kind_for(kind, shape[1]), values)
+
+    def plain(name: str, values: Tensor) -> Piece:
+        return Piece(name, tuple(values.shape), "F32", lambda: values)
+
+    embedding = net.model.embed_tokens.weight
+    yield matrix("token_embd", tuple(embedding.shape), lambda: embedding)
+    if decoder.factors is not None:
+        yield plain("rope_freqs.weight", decoder.factors)
+    for i, one in enumerate(decoder.layers):
+        for norm, there, parts in zip(NORMS, present(one), (ATTENTION, MLP), strict=True):
+            if not there and not (one.heads if parts is ATTENTION else one.width):
+                continue
+            gain = getattr(one.module, norm).weight if there else torch.ones(width)
+            yield plain(f"blk.{i}.{NORMS[norm]}.weight", gain)
+            for path in parts:
+                name, shape = f"blk.{i}.{PARTS[path]}", _shape(one, path, width, decoder.head_dim)
+                if not there:
+                    yield matrix(name, shape, partial(torch.zeros, shape))
+                    continue
+                linear = one.block.linear[path]
+                turn = _turned(one, path, net.model.rotary_emb.attention_scaling)
+                yield matrix(name, shape, partial(turn, linear.weight.detach()))
+                if linear.bias is not None:
+                    yield plain(f"{name}.bias", turn(linear.bias.detach().float()))
+    yield plain("output_norm.weight", net.model.norm.weight)
+    if net.lm_head.weight is not embedding:
+        head = net.lm_head.weight
+        yield matrix("output", tuple(head.shape), lambda: head)
+
+
+def _shape(layer: Layer, path: str, width: int, dim: int) -> tuple[int, int]:
+    """Rows and columns of a matrix."""
+    inner = {"q": layer.heads * dim, "k": layer.kv_heads * dim, "v": layer.kv_heads * dim, "o": layer.heads * dim}
+    size = inner.get(path.removeprefix("self_attn.")[0], layer.width) if path in ATTENTION else layer.width
+    return (width, size) if path in ("self_attn.o_proj", "mlp.down_proj") else (size, width)
+
+
+def _turned(layer: Layer, path: str, attention_scaling: float) -> Callable[[Tensor], Tensor]:
+    """How rows are laid out for llama.cpp: of queries and keys, pair i of a head becomes rows 2i and 2i + 1."""
+    heads = {"self_attn.q_proj": layer.heads, "self_attn.k_proj": layer.kv_heads}.get(path, 0)
+    scale = layer.scale * attention_scaling**2 if path == "self_attn.q_proj" else 1.0
+
+    def turn(rows: Tensor) -> Tensor:
+        if abs(scale - 1) > 1e-6:
+            rows = rows.float() * scale
+        return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2) if heads else rows
+
+    return turn
+
+
+def _put(
+    gguf: Any,
+    path: Path,
+    decoder: Decoder,
+    words: Vocabulary,
+    pieces: Sequence[Piece],
+    kind: str,
+    progress: Progress,
+) -> None:
+    """Write the file: what it says of itself, then tensor after tensor."""
+    with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
+        _tell(gguf, writer, decoder, kind)
+        told(words, writer)
+        kinds = gguf.GGMLQuantizationType
+        for one in pieces:
+            block, size = gguf.GGML_QUANT_SIZES[kinds[one.kind]]
+            count = math.prod(one.shape) // block * size
+            # A type other than bytes tells the writer that the shape counts numbers.
+            writer.add_tensor_info(
+                one.name, one.shape, np.dtype(np.float32), count, gguf.GGMLQuantizationType[one.kind]
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for i, one in enumerate(pieces):
+            progress(i, 2 * len(pieces), f"writing {one.name}")
+            values = encoded(one.floats(), one.kind, gguf)
+            if values.dtype != np.uint8 and not np.isfinite(values).all():
+                raise ExportError(f"{one.name} holds numbers that {one.kind} does not reach; write f32 or bf16")
+            writer.write_tensor_data(values)
+
+
+def _tell(gguf: Any, writer: Any, decoder: Decoder, kind: str) -> None:
+    """What a file says of its network."""
+    net, layers = decoder.model, decoder.layers
+    name = str(getattr(getattr(net, "origin", None), "name", "") or type(net).__name__)
+    writer.add_type("model")
+    writer.add_name(Path(name).name[:100])
+    writer.add_file_type(int(gguf.LlamaFileType[_FILE_TYPES[kind]]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(len(layers))
+    writer.add_context_length(decoder.context)
+    writer.add_embedding_length(net.model.norm.weight.shape[0])
+    writer.add_vocab_size(net.model.embed_tokens.weight.shape[0])
+    for key, values in _counts(decoder).items():
+        getattr(writer, f"add_{key}")(values)
+    writer.add_layer_norm_rms_eps(decoder.epsilon)
+    writer.add_rope_freq_base(decoder.base)
+    for add in (writer.add_rope_dimension_count, writer.add_key_length, writer.add_value_length):
+        add(decoder.head_dim)
+
+
+def _counts(decoder: Decoder) -> dict[str, int | list[int]]:
+    """What may differ between layers: one number where deci is not needed, else a list."""
+    every = {
+        "head_count": [one.heads for one in decoder.layers],
+        "head_count_kv": [one.kv_heads for one in decoder.layers],
+        "feed_forward_length": [one.width for one in decoder.layers],
+    }
+    return {key: values[0] if decoder.architecture == "llama" else values for key, values in every.items()}
+
+
+def _checked(
+    gguf: Any, path: Path, decoder: Decoder, pieces: Sequence[Piece], progress: Progress
+) -> Mapping[str, float | int | str]:
+    """Read a file back and compare it, tensor by tensor, with the network.
+
+    Raises:
+        ExportError: If anything is missing, or further off than its type explains.
+    """
+    reader = gguf.GGUFReader(path)
+    for key, values in _counts(decoder).items():
+        place = f"attention.{key}" if key.startswith("head") else key
+        if (said := reader.get_field(f"{decoder.architecture}.{place}").contents()) != values:
+            raise ExportError(f"the file says {key} = {said}, the network has {values}; write it again")
+    stored = {one.name: one for one in reader.tensors}
+    if stored.keys() != {one.name for one in pieces}:
+        raise ExportError("the file holds other tensors than were written; write it again")
+    worst, total, off = 0.0, 0.0, 0.0
+    for i, piece in enumerate(pieces):
+        progress(len(pieces) + i, 2 * len(pieces), f"checking {piece.name}")
+        here = stored[piece.name]
+        if tuple(here.shape[::-1]) != piece.shape or here.tensor_type.name != piece.kind:
+            raise ExportError(f"{piece.name} is {here.shape[::-1]} in {here.tensor_type.name}; write it again")
+        rows = piece.floats().reshape(-1, piece.shape[-1])
+        data = here.data.reshape(len(rows), -1)
+        for start in range(0, len(rows), step := max(1, _CHUNK // rows.shape[-1])):
+            part = rows[start : start + step]
+            back = gguf.quants.dequantize(np.ascontiguousarray(data[start : start + step]), here.tensor_type)
+            difference = np.abs(part - back)
+            limit = allowed(part, piece.kind)
+            wrong = back != _rounded(part, piece.kind) if limit is None else difference > limit
+            if wrong.any():
+                raise ExportError(f"{piece.name} is off by up to {difference.max():.3g} in the file; write it again")
+            worst = max(worst, float(difference.max(initial=0)))
+            off, total = off + float(np.square(difference).sum()), total + float(np.square(part).sum())
+    progress(2 * len(pieces), 2 * len(pieces), "checked")
+    return {
+        "architecture": decoder.architecture,
+        "tensors": len(pieces),
+        "max_abs_diff": worst,
+        "relative_rms": math.sqrt(off / total) if total else 0.0,
+    }
+
+
+def _rounded(values: Floats, kind: str) -> Floats:
+    """What torch makes of numbers in a floating-point type."""
+    types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    return torch.from_numpy(values).to(types[kind]).float().numpy()
+
+
+def _fallen(decoder: Decoder, pieces: Sequence[Piece], kind: str) -> Iterator[str]:
+    """What is to be said of matrices in another type than was asked for."""
+    matrices = [one for one in pieces if len(one.shape) == 2]
+    fallen = [one for one in matrices if one.kind != kind]
+    if not fallen:
+        return
+    rows, own = sorted({one.shape[1] for one in fallen}), decoder.model.model.norm.weight.shape[0]
+    told = ", ".join(map(str, rows[:4])) + (", …" if len(rows) > 4 else "")
+    kinds = " or ".join(sorted({one.kind for one in fallen}))
+    note = f"{len(fallen)} of {len(matrices)} matrices are {kinds}: their rows ({told} numbers) are no multiple of "
+    note += f"{BLOCK[kind]}; widths pruned with --round {BLOCK[kind]} are"
+    yield f"{note}, but the network's own width, {own}, is not" if own in rows else note
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise ExportError(str(needs("export", "gguf"))) from None
+    return gguf

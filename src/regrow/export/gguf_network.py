@@ -1,0 +1,202 @@
+"""A network in llama.cpp's words: its layers, heads, rotary frequencies; and what llama.cpp would compute otherwise."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from regrow.export.written import ExportError
+from regrow.nets.blocks import ATTENTION, Block, blocks
+from regrow.nets.errors import ModelError
+from regrow.tracing.stand import Dropped
+
+CHECKED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+"""The classes whose logits were compared with llama.cpp's."""
+
+STEADY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions whose frequencies do not depend on the length of a text."""
+
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+_EMPTY = 32
+"""The width of an MLP of zeros."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer as the file has it.
+
+    Args:
+        module: The layer.
+        block: What it holds.
+        heads: Query heads in the file: those of the network, or one of zeros.
+        kv_heads: Heads of keys and values.
+        width: Neurons in the file: those of the network, or some of zeros.
+        scale: What queries are multiplied by, for llama.cpp divides by √d.
+    """
+
+    module: nn.Module
+    block: Block
+    heads: int
+    kv_heads: int
+    width: int
+    scale: float
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A network in llama.cpp's words.
+
+    Args:
+        model: The network.
+        layers: Those in the file.
+        head_dim: Channels of a head.
+        epsilon: Of every norm.
+        base: Of rotary frequencies.
+        factors: What the usual frequencies are divided by, one per pair; none where they are the usual ones.
+        context: The longest text.
+        notes: What its user must know.
+    """
+
+    model: Any
+    layers: Sequence[Layer]
+    head_dim: int
+    epsilon: float
+    base: float
+    factors: Tensor | None
+    context: int
+    notes: tuple[str, ...]
+
+    @property
+    def architecture(self) -> str:
+        """``"llama"`` where all layers are alike and have no bias, else ``"deci"``."""
+        alike = len({(one.heads, one.kv_heads, one.width) for one in self.layers}) == 1
+        biased = any(linear.bias is not None for one in self.layers for linear in one.block.linear.values())
+        dropped = any(len(one.block.linear) < len(PARTS) for one in self.layers)
+        return "llama" if alike and not biased and not dropped else "deci"
+
+
+def described(model: nn.Module) -> Decoder:
+    """A network in llama.cpp's words.
+
+    Raises:
+        ExportError: Naming what llama.cpp has no place for, or computes otherwise.
+    """
+    try:
+        found = blocks(model)
+    except ModelError as error:
+        raise ExportError(str(error)) from None
+    net = cast(Any, model)
+    _check_kind(net)
+    layers = [_layer(i, net.model.layers[i], block) for i, block in enumerate(found)]
+    kept = [one for one in layers if one is not None]
+    if not kept:
+        raise ExportError("every layer was dropped, so there is nothing for llama.cpp to run")
+    dims = {one.block.head_dim for one in kept if one.block.heads}
+    rotary = net.model.rotary_emb
+    dim = 2 * rotary.inv_freq.numel()
+    if dims - {dim}:
+        raise ExportError(
+            f"heads have {', '.join(map(str, sorted(dims)))} channels, of which {dim} are rotated; llama.cpp takes one "
+            "size for all, rotated whole: cut neither head channels nor rotary pairs"
+        )
+    if kept[0].heads == 0:
+        # llama.cpp reads from the first layer how large a head is.
+        kept[0] = Layer(kept[0].module, kept[0].block, 1, 1, kept[0].width, 1)
+    notes = []
+    if len(kept) < len(layers):
+        notes.append(f"{len(layers) - len(kept)} layers that do nothing are left out, so layers have other numbers")
+    config = net.config
+    context, window = int(config.max_position_embeddings), getattr(config, "sliding_window", None)
+    if window and window < context:
+        context = int(window)
+        notes.append(f"llama.cpp looks back without end, the network {window} tokens; so the longest text is that long")
+    if any(abs(one.scale - 1) > 1e-6 for one in kept):
+        notes.append("attention divides by another number than √d; the queries' weights take up the quotient")
+    base, factors = _rotation(config, rotary, dim)
+    return Decoder(net, kept, dim, _epsilon(net, kept), base, factors, context, tuple(notes))
+
+
+def _check_kind(net: Any) -> None:
+    """Assert that a network is one that was compared with llama.cpp, and holds nothing else."""
+    name = type(net).__name__
+    places = {*PARTS, *NORMS}
+    for path, _ in (*net.named_parameters(), *net.named_buffers()):
+        module = path.rpartition(".")[0]
+        inside = module.split(".", 3)[-1] if path.startswith("model.layers.") else ""
+        if path not in _TOP and inside not in places and not module.startswith("model.rotary_emb"):
+            raise ExportError(f"{name} holds {path}, for which llama.cpp's llama and deci have no place")
+    if name not in CHECKED or not type(net).__module__.startswith("transformers.models."):
+        raise ExportError(f"{name} was not compared with llama.cpp; {', '.join(CHECKED)} of transformers were")
+    config = net.config
+    if config.hidden_act not in ("silu", "swish"):
+        raise ExportError(f"the MLP's function is {config.hidden_act!r}; llama.cpp computes SiLU there")
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind not in STEADY:
+        raise ExportError(
+            f"rotary positions of kind {kind!r} change with a text's length; {', '.join(STEADY)} can be told"
+        )
+
+
+def _layer(i: int, module: nn.Module, block: Block) -> Layer | None:
+    """A layer as the file will have it; ``None`` for one that does nothing."""
+    if isinstance(module, Dropped) and module.stand.gives == "input":
+        return None
+    net, dim = cast(Any, module), block.head_dim
+    for part, there in (("self_attn", block.heads), ("mlp", block.width)):
+        stands = getattr(net, part, None)
+        if not there and not (isinstance(stands, Dropped) and stands.stand.gives == "zero"):
+            raise ExportError(f"layer {i} has a {part} that is neither like Llama's nor dropped")
+    if not block.heads and not block.width:
+        return None
+    if not block.heads:
+        return Layer(module, block, 0, 0, block.width, 1)
+    q, k, v, o = (block.linear[path] for path in ATTENTION)
+    heads, kv = block.heads * dim, block.kv_heads * dim
+    if (q.out_features, o.in_features) != (heads, heads) or (k.out_features, v.out_features) != (kv, kv):
+        raise ExportError(f"layer {i}: queries, keys and values have heads of other sizes; llama.cpp takes one size")
+    if dim % 2 or not block.kv_heads or block.kv_heads * net.self_attn.num_key_value_groups != block.heads:
+        raise ExportError(f"layer {i}: {block.heads} query heads of {dim} channels for {block.kv_heads} of keys")
+    scale = float(net.self_attn.scaling) * math.sqrt(dim)
+    return Layer(module, block, block.heads, block.kv_heads, block.width or _EMPTY, scale)
+
+
+def _rotation(config: Any, rotary: Any, dim: int) -> tuple[float, Tensor | None]:
+    """The base of rotary frequencies, and by what the network's differ from base^(−2i/d)."""
+    base = float(config.rope_parameters["rope_theta"])
+    usual = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    factors = usual / rotary.inv_freq.detach().cpu().double()
+    if bool((factors - 1).abs().max() < 1e-5):
+        return base, None
+    return base, factors.float()
+
+
+def _epsilon(net: Any, layers: Sequence[Layer]) -> float:
+    """The constant under the root of every norm.
+
+    Raises:
+        ExportError: If they differ, for a file has one.
+    """
+    parts = [(one, name) for one in layers for name, there in zip(NORMS, present(one), strict=True) if there]
+    norms = [*(getattr(one.module, name) for one, name in parts), net.model.norm]
+    found = sorted({float(norm.variance_epsilon) for norm in norms})
+    if len(found) > 1:
+        raise ExportError(f"norms have different ε ({found[0]:g} to {found[-1]:g}), of which GGUF has one for all")
+    return found[0]
+
+
+def present(layer: Layer) -> tuple[bool, bool]:
+    """Whether the network has the attention, and the MLP."""
+    return bool(layer.block.heads), bool(layer.block.width)

@@ -1,0 +1,291 @@
+"""A tokenizer in llama.cpp's words: tokens, their kinds, merges, and the name of the rule that splits text.
+
+llama.cpp does not read a tokenizer's rule; it knows rules by name. Those here are the ones whose splits were compared
+with it. Any other is refused, for a file that splits text in another way than its network learnt gives bad text and no
+error.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from regrow.export.written import ExportError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+"""GGUF's numbers for kinds of tokens."""
+
+SPACE = "\u2581"
+"""What SentencePiece writes for a space."""
+
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RULES: Mapping[tuple[str, ...], str] = {
+    ("words",): "gpt-2",
+    ("digits", "words"): "smollm",
+    (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", "bytes"): "llama-bpe",
+    (rf"{_WORDS}|\p{{N}}|{_REST}", "bytes"): "qwen2",
+}
+"""Steps that split text → llama.cpp's name (``words``: GPT-2's expression, built into ByteLevel)."""
+
+_WHOLE = {"llama-bpe": True}
+"""Rules in whose name llama.cpp takes a word that is a token as it is, before any merge."""
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a GGUF file says of a tokenizer.
+
+    Args:
+        model: ``"gpt2"`` (merges of bytes), ``"llama"`` (SentencePiece) or ``"no_vocab"``.
+        rule: llama.cpp's name for how text is split.
+        tokens: The text of each.
+        kinds: The kind of each.
+        merges: Pairs, best first; none for SentencePiece.
+        scores: For SentencePiece: a better merge has a higher score.
+        special: GGUF's name of a role → token.
+        begins: Whether text begins with the token for that.
+        ends: Whether it ends with one.
+        spaced: Whether a space is put before it.
+        template: How a chat is written, in jinja.
+        notes: What its user must know.
+    """
+
+    model: str
+    rule: str = ""
+    tokens: Sequence[str] = ()
+    kinds: Sequence[int] = ()
+    merges: Sequence[str] = ()
+    scores: Sequence[float] = ()
+    special: Mapping[str, int] = field(default_factory=dict)
+    begins: bool = False
+    ends: bool = False
+    spaced: bool = False
+    template: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
+    """A tokenizer as GGUF has it.
+
+    Args:
+        tokenizer: One of transformers, or ``None``: llama.cpp then takes token numbers alone.
+        rows: Rows of the embedding.
+
+    Raises:
+        ExportError: If llama.cpp would tokenize in another way.
+    """
+    if tokenizer is None:
+        note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
+        return Vocabulary("no_vocab", notes=(note,))
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ExportError(f"{type(tokenizer).__name__} is not backed by a tokenizer.json, of which GGUF is made")
+    data = json.loads(backend.to_str())
+    model = data["model"]
+    odd = [name for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout") if model.get(name)]
+    if (kind := model.get("type")) != "BPE" or odd:
+        what = f"is {kind}" if kind != "BPE" else f"has the setting {odd[0]!r}"
+        raise ExportError(f"the tokenizer {what}; GGUF files are written for plain BPE")
+    tokens, kinds = _tokens(data, rows)
+    begins, ends = _ends(tokenizer)
+    notes: list[str] = []
+    if any(one.get("lstrip") or one.get("rstrip") for one in data["added_tokens"]):
+        notes.append("some special tokens swallow spaces beside them, which llama.cpp does not do")
+    template = getattr(tokenizer, "chat_template", None)
+    words = Vocabulary(
+        "gpt2",
+        tokens=tokens,
+        kinds=kinds,
+        special=_special(tokenizer),
+        begins=begins,
+        ends=ends,
+        template=template if isinstance(template, str) else "",
+    )
+    if model.get("byte_fallback"):
+        ranked, spaced = _ranked(data, tokens), _spaced(data, notes)
+        scores = [-float(ranked.get(t, 0)) if k == NORMAL else -1e6 for t, k in zip(tokens, kinds, strict=True)]
+        return replace(words, model="llama", rule="default", scores=scores, spaced=spaced, notes=tuple(notes))
+    if (normalizer := data.get("normalizer")) and normalizer.get("type") != "NFC":
+        raise ExportError(f"the tokenizer rewrites text ({_told(normalizer)}) before it splits it; llama.cpp does not")
+    if normalizer:
+        notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
+    merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
+    return replace(words, rule=_rule(data), merges=merges, notes=tuple(notes))
+
+
+def _tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+    """The text and the kind of every row of the embedding; rows of no token are called so."""
+    known: dict[int, tuple[str, int]] = {n: (text, NORMAL) for text, n in data["model"]["vocab"].items()}
+    if data["model"].get("byte_fallback"):
+        known |= {n: (text, BYTE) for n, (text, _) in known.items() if _is_byte(text)}
+        unknown = data["model"].get("unk_token")
+        known |= {n: (text, UNKNOWN) for n, (text, _) in known.items() if text == unknown}
+    for one in data["added_tokens"]:
+        if known.get(one["id"], ("", NORMAL))[1] == NORMAL:
+            known[one["id"]] = (one["content"], CONTROL if one["special"] else USER_DEFINED)
+    if known and max(known) >= rows:
+        raise ExportError(
+            f"the tokenizer has {max(known) + 1} tokens, the embedding {rows} rows; give the one it was for"
+        )
+    every = [known.get(n, (f"[PAD{n}]", UNUSED)) for n in range(rows)]
+    texts = [text for text, _ in every]
+    if len({*texts}) < rows or "" in texts:
+        raise ExportError("two tokens have the same text, or one has none; llama.cpp takes no such tokenizer")
+    return texts, [kind for _, kind in every]
+
+
+def _is_byte(text: str) -> bool:
+    return len(text) == 6 and text.startswith("<0x") and text.endswith(">")
+
+
+def _rule(data: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how text is split before merges."""
+    steps = tuple(_step(one) for one in _flat(data.get("pre_tokenizer")))
+    rule = RULES.get(steps, "")
+    if not rule:
+        known = ", ".join(sorted(RULES.values()))
+        raise ExportError(
+            f"the tokenizer splits text by a rule of which we know no name in llama.cpp "
+            f"({_told(data.get('pre_tokenizer'))}); known are {known}"
+        )
+    whole = bool(data["model"].get("ignore_merges"))
+    if whole != _WHOLE.get(rule, False):
+        how = "takes" if whole else "does not take"
+        raise ExportError(f"the tokenizer {how} words that are tokens before any merge, unlike {rule!r} in llama.cpp")
+    return rule
+
+
+def _flat(steps: Any) -> list[Mapping[str, Any]]:
+    """The steps of a part of a tokenizer, one after the other."""
+    if not steps:
+        return []
+    if steps.get("type") == "Sequence":
+        inner: list[Any] = next((steps[name] for name in ("pretokenizers", "normalizers") if name in steps), [])
+        return [one for step in inner for one in _flat(step)]
+    return [steps]
+
+
+def _step(one: Mapping[str, Any]) -> str:
+    match one:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return "words" if one.get("use_regex", True) else "bytes"
+        case {"type": "Digits", "individual_digits": True}:
+            return "digits"
+        case {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return str(pattern)
+    return f"? {one.get('type')}"
+
+
+def _told(part: Any) -> str:
+    text = json.dumps(part, ensure_ascii=False)
+    return text if len(text) < 120 else f"{text[:119]}…"
+
+
+def _spaced(data: Mapping[str, Any], notes: list[str]) -> bool:
+    """Whether SentencePiece puts a space before text; that it does nothing else to it is asserted.
+
+    Args:
+        data: The tokenizer.
+        notes: What its user must know is added.
+
+    Raises:
+        ExportError: If it does.
+    """
+    spaced = replaced = False
+    for one in (*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))):
+        match one:
+            case {"type": "Prepend", "prepend": prepend} if prepend == SPACE:
+                spaced = True
+            case {"type": "Replace", "pattern": {"String": " "}, "content": content} if content == SPACE:
+                replaced = True
+            case {"type": "Metaspace", "replacement": sign, "prepend_scheme": scheme, "split": False} if sign == SPACE:
+                spaced, replaced = scheme != "never", True
+                if spaced:
+                    notes.append("llama.cpp puts a space before text that begins with one too; the tokenizer does not")
+            case _:
+                raise ExportError(f"the tokenizer does more to text than llama.cpp's SentencePiece does: {_told(one)}")
+    if not replaced:
+        raise ExportError("the tokenizer leaves spaces as they are, unlike SentencePiece")
+    return spaced
+
+
+def _ranked(data: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, int]:
+    """Token → its place in the order of merges.
+
+    llama.cpp joins any two pieces that make up a token, the best token first; a tokenizer.json lists pairs. Both do the
+    same if every way to make up a token is listed, and the ways of one token stand together. Runs of one sign (spaces)
+    may share a place: the first one grows as long as it can either way.
+
+    Raises:
+        ExportError: If that is not so.
+    """
+    pairs = [tuple(one.split(" ", 1)) if isinstance(one, str) else tuple(one) for one in data["model"]["merges"]]
+    made = [left + right for left, right in pairs]
+    last = {token: i for i, token in enumerate(made)}
+    ranks: dict[str, int] = {}
+    place = end = 0
+    for i, token in enumerate(made):
+        if i > end or not i:
+            place, end = place + 1, i
+        end = max(end, last[token])
+        ranks[token] = place
+    shared = Counter(ranks.values())
+    if mixed := next((token for token, at in ranks.items() if shared[at] > 1 and len({*token}) > 1), ""):
+        raise ExportError(f"the merges of the token {mixed!r} are apart; SentencePiece has one place for a token")
+    listed, vocab = {*pairs}, data["model"]["vocab"]
+    for token in tokens:
+        if token in vocab and not _is_byte(token):
+            splits = ((token[:i], token[i:]) for i in range(1, len(token)))
+            if lost := next((s for s in splits if s[0] in vocab and s[1] in vocab and s not in listed), None):
+                raise ExportError(f"{token!r} is not made of {lost[0]!r} and {lost[1]!r}, as SentencePiece would do")
+    return ranks
+
+
+def _ends(tokenizer: Any) -> tuple[bool, bool]:
+    """Whether text gets a token at its beginning, and at its end.
+
+    Raises:
+        ExportError: If it gets others than those for beginning and end.
+    """
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    at = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    before, after = (full[:at], full[at + len(bare) :]) if at is not None else (full, [])
+    if before not in ([], [tokenizer.bos_token_id]) or after not in ([], [tokenizer.eos_token_id]):
+        raise ExportError(f"the tokenizer puts tokens around text ({full} for {bare}) that llama.cpp would not")
+    return bool(before), bool(after)
+
+
+def _special(tokenizer: Any) -> dict[str, int]:
+    """GGUF's name of a role → token."""
+    roles = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad"}
+    found = {role: getattr(tokenizer, f"{name}_token_id", None) for role, name in roles.items()}
+    return {role: number for role, number in found.items() if isinstance(number, int)}
+
+
+def told(words: Vocabulary, writer: Any) -> None:
+    """Put what a vocabulary says into a file's metadata.
+
+    Args:
+        words: The vocabulary.
+        writer: A ``gguf.GGUFWriter``.
+    """
+    writer.add_tokenizer_model(words.model)
+    if words.model == "no_vocab":
+        return
+    writer.add_tokenizer_pre(words.rule)
+    writer.add_token_list(list(words.tokens))
+    writer.add_token_types(list(words.kinds))
+    if words.scores:
+        writer.add_token_scores(list(words.scores))
+    if words.merges:
+        writer.add_token_merges(list(words.merges))
+    for role, number in words.special.items():
+        getattr(writer, f"add_{role}_token_id")(number)
+    writer.add_add_bos_token(words.begins)
+    writer.add_add_eos_token(words.ends)
+    writer.add_add_space_prefix(words.spaced)
+    if words.template:
+        writer.add_chat_template(words.template)

@@ -1,0 +1,291 @@
+"""A GGUF file says what the network says: read back tensor by tensor, and computed as llama.cpp would."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from export.deci import File, logits
+from regrow import Plan, apply, load, trace, with_branches
+from regrow.branches import Stand
+from regrow.export import gguf as export
+from regrow.export.gguf import write
+from regrow.export.gguf_network import described
+from regrow.export.gguf_quants import allowed, encoded, q6_k
+from regrow.export.written import ExportError
+from regrow.runs import save
+from regrow.tracing.stand import exchange
+from runs.saved import Case, cut
+from zoo import GROUPED, SMALL, ZOO, randomised
+
+MEANS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")
+
+
+def llama(layers: int = 4, family: str = "Llama", **settings: object) -> nn.Module:
+    """A small one, of random weights."""
+    import transformers
+
+    wanted = SMALL | GROUPED | {"num_hidden_layers": layers, "rope_theta": 500.0} | settings
+    config = getattr(transformers, f"{family}Config")(**wanted)
+    return randomised(getattr(transformers, f"{family}ForCausalLM")(config))
+
+
+def ids(tokens: int = 9) -> Tensor:
+    return torch.randint(0, SMALL["vocab_size"], (tokens,), generator=torch.Generator().manual_seed(3))
+
+
+def same(model: nn.Module, path: Path, tokens: int = 9) -> None:
+    """What the file computes is what the network computes."""
+    with torch.no_grad():
+        expected = model.double()(ids(tokens)[None], use_cache=False).logits[0]
+    model.float()
+    torch.testing.assert_close(logits(path, ids(tokens)), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "llama_single", "mistral", "qwen2"])
+def test_an_irregular_network_is_written_as_deci(name: str, tmp_path: Path) -> None:
+    case = Case(ZOO[name].build, ZOO[name].example, lambda _: None, MEANS)
+    model, _, plan = cut(case, seed=2)
+    assert plan.means, "no bias, no test of biases"
+    done = write(model, tmp_path / "model.gguf", dtype="f32")
+    file = File(done.path)
+    assert file.architecture == done.checked["architecture"] == "deci"
+    assert (done.checked["max_abs_diff"], done.bytes) == (0.0, done.path.stat().st_size)
+    assert "blk.0.ffn_down.bias" in file.tensors and file.kinds["blk.0.ffn_down.bias"] == "F32"
+    assert ("output.weight" in file.tensors) == (not model.config.tie_word_embeddings)
+    assert len({*file.number("feed_forward_length")}) > 1
+    same(model, done.path, tokens=4 if name == "mistral" else 9)  # its window
+
+
+def test_a_regular_network_is_written_as_llama(tmp_path: Path) -> None:
+    model = llama()
+    done = write(model, tmp_path / "model.gguf", dtype="f32")
+    file = File(done.path)
+    assert file.architecture == done.checked["architecture"] == "llama"
+    assert (file.number("attention.head_count"), file.number("feed_forward_length")) == (6, 56)
+    assert not any("token numbers" not in note for note in done.notes)
+    same(model, done.path)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16,
+        },
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_scaled_rotary_positions_are_written_as_factors(rope: dict, tmp_path: Path) -> None:
+    model = llama(2, rope_parameters=rope | {"rope_theta": 500.0})
+    done = write(model, tmp_path / "model.gguf", dtype="f32")
+    assert float((File(done.path).tensors["rope_freqs.weight"] - 1).abs().max()) > 0.1
+    same(model, done.path)
+
+
+def test_frequencies_that_half_precision_rounded_are_kept_as_they_are(tmp_path: Path) -> None:
+    model = llama(2).to(torch.bfloat16)
+    rounded = model.model.rotary_emb.inv_freq.float()
+    file = File(write(model, tmp_path / "model.gguf", dtype="bf16").path)
+    usual = 500.0 ** (-torch.arange(0, 8, 2) / 8)
+    torch.testing.assert_close((usual / file.tensors["rope_freqs.weight"]).float(), rounded)
+
+
+DROPS = {
+    "an attention": ["model.layers.2.self_attn"],
+    "last attention": ["model.layers.3.self_attn"],
+    "an MLP": ["model.layers.1.mlp"],
+    "last MLP": ["model.layers.3.mlp"],
+    "both of a layer": ["model.layers.3.self_attn", "model.layers.3.mlp"],
+    "a layer": ["model.layers.1"],
+}
+
+
+@pytest.mark.parametrize("drop", DROPS.values(), ids=DROPS.keys())
+def test_dropped_branches(drop: list[str], tmp_path: Path) -> None:
+    model = llama()
+    axes = with_branches(model, trace(model, input_ids=ids()[None]))
+    apply(model, axes, Plan.dropping(axes, drop))
+    done = write(model, tmp_path / "model.gguf", dtype="f32")
+    file = File(done.path)
+    gone = len(drop) == 2 or drop == ["model.layers.1"]
+    assert file.number("block_count") == (3 if gone else 4)
+    assert any("left out" in note for note in done.notes) == gone
+    assert 0 not in file.per_layer("feed_forward_length"), "llama.cpp would forget the attention"
+    same(model, done.path)
+
+
+def test_a_first_layer_without_attention_gets_a_head_of_zeros(tmp_path: Path) -> None:
+    model = llama()
+    exchange(model, {"model.layers.0.self_attn": Stand("zero", "hidden_states", 2)})
+    done = write(model, tmp_path / "model.gguf", dtype="f32")
+    assert File(done.path).number("attention.head_count") == [1, 6, 6, 6]
+    same(model, done.path)
+
+
+@pytest.mark.parametrize("dtype", ["f16", "bf16", "q8_0", "q6_k"])
+def test_types_are_as_near_as_they_can_be(dtype: str, tmp_path: Path) -> None:
+    model = llama(2, hidden_size=256, intermediate_size=544, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    done = write(model, tmp_path / "model.gguf", dtype=dtype)
+    file, kind = File(done.path), dtype.upper()
+    assert file.kinds["token_embd.weight"] == file.kinds["blk.1.attn_q.weight"] == kind
+    assert file.kinds["blk.1.ffn_down.weight"] == ("Q8_0" if dtype == "q6_k" else kind)
+    assert any("--round 256" in note for note in done.notes) == (dtype == "q6_k")
+    assert file.kinds["blk.1.ffn_norm.weight"] == "F32"
+    most = {"f16": 3e-4, "bf16": 3e-3, "q8_0": 8e-3, "q6_k": 2e-2}[dtype]
+    assert most / 10 < done.checked["relative_rms"] < most
+    rows = model.model.layers[1].mlp.gate_proj.weight.detach()
+    back = file.tensors["blk.1.ffn_gate.weight"].float()
+    if dtype in ("f16", "bf16"):
+        assert torch.equal(back, rows.to(torch.float16 if dtype == "f16" else torch.bfloat16).float())
+    assert float((back - rows).norm() / rows.norm()) < most
+
+
+def test_rows_of_no_whole_blocks_stay_wide(tmp_path: Path) -> None:
+    model, _, _ = cut(Case(ZOO["llama"].build, ZOO["llama"].example, lambda _: None, MEANS))
+    done = write(model, tmp_path / "model.gguf", dtype="q8_0")
+    kinds = File(done.path).kinds
+    assert kinds["blk.0.ffn_down.weight"] == "F16"
+    assert any("no multiple of 32" in note for note in done.notes)
+
+
+@pytest.mark.parametrize("draw", ["normal", "tailed", "tiny", "zeros", "spike", "scales"])
+def test_q6_k_is_near_and_packed_as_gguf_reads_it(draw: str) -> None:
+    import gguf
+
+    rng = np.random.default_rng(1)
+    rows = {
+        "normal": rng.standard_normal((9, 512)),
+        "tailed": rng.standard_t(2, (9, 512)),
+        "tiny": rng.standard_normal((9, 512)) * 1e-7,
+        "zeros": np.zeros((2, 256)),
+        "spike": np.eye(1, 256, 77) * -300,
+        "scales": rng.standard_normal((9, 512)) * np.exp(3 * rng.standard_normal((9, 512))),
+    }[draw].astype(np.float32)
+    back = gguf.quants.dequantize(encoded(rows, "Q6_K", gguf), gguf.GGMLQuantizationType.Q6_K)
+    assert (np.abs(back - rows) <= allowed(rows, "Q6_K")).all()
+    if draw == "normal":
+        assert np.linalg.norm(back - rows) / np.linalg.norm(rows) < 0.019
+    if draw == "spike":
+        assert np.flatnonzero(back).tolist() == [77] and abs(back[0, 77] + 300) < 0.2
+
+
+def test_q6_k_keeps_what_it_can_hold() -> None:
+    import gguf
+
+    rng = np.random.default_rng(2)
+    d, s, q = 0.125, rng.integers(-128, 128, (3, 16)), rng.integers(-32, 32, (3, 16, 16))
+    s[:, 0], q[..., 0] = -128, -32  # each scale is needed, and the largest is the largest
+    exact = (d * s[..., None] * q).astype(np.float32).reshape(3, 256)
+    back = gguf.quants.dequantize(q6_k(exact), gguf.GGMLQuantizationType.Q6_K)
+    assert np.array_equal(back, exact)
+
+
+REFUSED = {
+    "qwen3": (lambda: ZOO["qwen3"].build(), "q_norm.weight, for which"),
+    "gemma3": (lambda: ZOO["gemma3"].build(), "for which llama.cpp's llama and deci have no place"),
+    "gpt2": (lambda: ZOO["gpt2"].build(), "no model.layers"),
+    "phi3": (lambda: ZOO["phi3"].build(), "no self_attn.q_proj"),
+    "vision": (lambda: nn.Sequential(nn.Linear(2, 2)), "no Llama-like decoder"),
+    "gelu": (lambda: llama(2, hidden_act="gelu"), "function is 'gelu'"),
+    "dynamic": (lambda: llama(2, rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "kind 'dynamic'"),
+    "epsilon": (lambda: changed("model.layers.1.input_layernorm", "variance_epsilon", 0.1), "norms have different ε"),
+    "values": (lambda: changed("model.layers.0.self_attn.v_proj", "out_features", 48), "heads of other sizes"),
+    "groups": (lambda: changed("model.layers.0.self_attn", "num_key_value_groups", 3), "6 query heads"),
+}
+
+
+def changed(path: str, name: str, value: object) -> nn.Module:
+    model = llama(2)
+    setattr(model.get_submodule(path), name, value)
+    return model
+
+
+@pytest.mark.parametrize(("build", "why"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_llama_cpp_would_compute_otherwise_is_refused(build, why: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=why):
+        write(build(), tmp_path / "model.gguf")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_class_that_nobody_compared_is_refused(tmp_path: Path) -> None:
+    class LlamaForCausalLM(type(llama(1))):
+        pass
+
+    model = llama(1)
+    model.__class__ = LlamaForCausalLM
+    with pytest.raises(ExportError, match="was not compared"):
+        write(model, tmp_path / "model.gguf")
+
+
+def test_numbers_beyond_half_precision_are_refused_and_the_old_file_stands(tmp_path: Path) -> None:
+    model, out = llama(1), tmp_path / "model.gguf"
+    out.write_text("old")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[3, 3] = 1e5
+    with pytest.raises(ExportError, match=r"blk\.0\.ffn_up\.weight holds numbers that F16 does not reach"):
+        write(model, out)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
+    write(model, out, dtype="bf16")
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "q8_0", "q6_k"])
+def test_a_file_that_says_something_else_is_noticed(dtype: str, tmp_path: Path, monkeypatch) -> None:
+    model = llama(1, hidden_size=256, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2)
+
+    def wrong(values, kind, gguf):
+        values = values.copy()
+        values.flat[-1] += values.max() / 8
+        return encoded(values, kind, gguf)
+
+    monkeypatch.setattr(export, "encoded", wrong)
+    with pytest.raises(ExportError, match="is off by up to"):
+        write(model, tmp_path / "model.gguf", dtype=dtype)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_places_and_types_that_make_no_sense(tmp_path: Path) -> None:
+    model = llama(1)
+    with pytest.raises(ExportError, match="is a folder"):
+        write(model, tmp_path)
+    with pytest.raises(ExportError, match="its folder does not exist"):
+        write(model, tmp_path / "no" / "model.gguf")
+    with pytest.raises(ExportError, match="known are f32, bf16, f16, q8_0, q6_k"):
+        write(model, tmp_path / "model.gguf", dtype="int4")
+
+
+def test_a_saved_run_gives_the_same_file_and_a_name_leads_nowhere(tmp_path: Path) -> None:
+    model = llama(2)
+    axes = trace(model, input_ids=ids()[None])
+    keep = {axis.key: range(0, axis.size, 2) for axis in axes.free() if axis.size == GROUPED["intermediate_size"]}
+    apply(model, axes, Plan.keeping(axes, keep))
+    path = save(deepcopy(model), tmp_path / "run") / "shapes.json"
+    record = json.loads(path.read_text())
+    record["origin"]["name"] = "../../evil"
+    path.write_text(json.dumps(record))
+    again = load(tmp_path / "run")
+    (tmp_path / "out").mkdir()
+    steps: list[tuple[int, int]] = []
+    done = write(again, tmp_path / "out" / "model.gguf", progress=lambda i, n, _: steps.append((i, n)))
+    assert File(done.path).said["general.name"] == "evil"
+    assert [one.name for one in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert steps == [(i, steps[-1][1]) for i in range(len(steps))] and steps[-1][0] == steps[-1][1]
+    first, second = File(done.path), File(write(model, tmp_path / "model.gguf").path)
+    assert all(torch.equal(tensor, second.tensors[name]) for name, tensor in first.tensors.items())
+
+
+def test_what_is_said_of_a_network_costs_no_copy_of_it() -> None:
+    model = llama(2)
+    decoder = described(model)
+    held = {id(p) for p in model.parameters()}
+    assert {id(linear.weight) for one in decoder.layers for linear in one.block.linear.values()} <= held
