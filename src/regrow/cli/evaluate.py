@@ -15,7 +15,14 @@ from regrow.cli.screen import number, say, table, working
 @click.option(
     "--choices", multiple=True, type=click.Path(path_type=Path), help="Multiple-choice items, JSON lines (.gz)."
 )
-@click.option("--items", default=200, show_default=True, type=int, help="How many items of each file.")
+@click.option(
+    "--harness",
+    multiple=True,
+    metavar="TASK|FILE",
+    help="Let EleutherAI's lm-eval run one of its tasks (arc_easy; it fetches the data), or a file of items as for "
+    "--choices, on which it fetches nothing.",
+)
+@click.option("--items", default=200, show_default=True, type=int, help="How many items of each file or task.")
 @click.option("--speed", is_flag=True, help="Also time a forward pass.")
 @options.eval_tokens
 @options.seq_len
@@ -44,8 +51,17 @@ def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
             f"{row[key]:.3f} ± {row[f'error{key[8:]}']:.3f}" for key in ("accuracy", "accuracy_per_byte")
         )
         say(f"{row['task']}: accuracy {whole}, length-normalised {by_length} (n = {row['items']})")
+    for row in result["harness"]:
+        say(f"{row['task']} in lm-eval: {_figures(row['metrics'])} (n = {row['items']})")
     for row in result["accuracy"]:
         say(f"{row['source']}: accuracy {row['accuracy']:.3f} ± {row['error']:.3f} ({row['images']} images)")
     if result["speed"]:
         speed = result["speed"]
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
+
+
+def _figures(metrics: dict[str, float]) -> str:
+    """``acc 0.500 ± 0.050, acc_norm …``."""
+    errors = {name: f" ± {metrics[f'{name}_stderr']:.3f}" for name in metrics if f"{name}_stderr" in metrics}
+    names = [name for name in metrics if not name.endswith("_stderr")]
+    return ", ".join(f"{name} {metrics[name]:.3f}{errors.get(name, '')}" for name in names)

@@ -1,6 +1,7 @@
 """Measuring networks: perplexity, choices, accuracy, speed, memory and size, each with its error or spread."""
 
 from regrow.evaluation.choice import Choices, choices, items_in
+from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, paired, perplexity
 from regrow.evaluation.memory import Live, Memory, UnpredictableError, measured, predicted, training
 from regrow.evaluation.prefixes import prefix_peaks
@@ -11,6 +12,7 @@ from regrow.evaluation.vision import Accuracy, accuracy
 __all__ = [
     "Accuracy",
     "Choices",
+    "Harnessed",
     "Live",
     "Memory",
     "Paired",
@@ -20,6 +22,7 @@ __all__ = [
     "UnpredictableError",
     "accuracy",
     "choices",
+    "harness",
     "items_in",
     "macs",
     "measured",

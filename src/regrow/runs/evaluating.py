@@ -22,6 +22,7 @@ def evaluated(
     *,
     sources: Sequence[str] = (),
     choices: Sequence[Path] = (),
+    harness: Sequence[str] = (),
     items: int = 200,
     speed: bool = False,
     eval_tokens: int = 2048,
@@ -36,7 +37,8 @@ def evaluated(
         model: A run folder or a name.
         sources: Kinds of text or images; their evaluation half is used.
         choices: Files of multiple-choice items.
-        items: How many items of each.
+        harness: Tasks of lm-eval by name, or files of items for it to run.
+        items: How many items of each file and task.
         speed: Whether to time a forward pass.
         eval_tokens: Tokens (or images) per source.
         seq_len: Tokens per window.
@@ -45,7 +47,7 @@ def evaluated(
         progress: Called as work goes on.
 
     Returns:
-        ``size``, ``perplexity``, ``accuracy``, ``choices`` and ``speed``, as JSON data.
+        ``size``, ``perplexity``, ``accuracy``, ``choices``, ``harness`` and ``speed``, as JSON data.
 
     Raises:
         ValueError: If the model or a source cannot be used.
@@ -62,6 +64,7 @@ def evaluated(
         "perplexity": [],
         "accuracy": [],
         "choices": [],
+        "harness": [],
         "speed": None,
     }
     for i, test in enumerate(tests):
@@ -78,6 +81,9 @@ def evaluated(
             loaded.model, loaded.tokenizer, evaluation.items_in(file, items), task=file.name.split(".")[0]
         )
         result["choices"].append(found.record())
+    for task in harness:
+        tasks = evaluation.harness(loaded.model, loaded.tokenizer, task, items=items, progress=progress)
+        result["harness"] += [one.record() for one in tasks]
     if speed:
         batch = tests[0].batches[0] if tests else Batch(loaded.example.args, loaded.example.kwargs)
         result["speed"] = evaluation.speed({"model": loaded.model}, batch, progress=progress)["model"].record()

@@ -1,0 +1,220 @@
+"""The bridge to EleutherAI's lm-eval: its tasks, and files of our own items, on the very network that is in memory.
+
+A task of the harness is fetched by the harness. A file of items (:func:`regrow.evaluation.items_in`) becomes a task of
+it through the task files in ``evaluation/tasks``, and nothing is fetched. On such a file ``acc`` is our accuracy and
+``acc_bytes`` our accuracy per byte, item by item; ``acc_norm`` divides by characters instead of bytes, which is the
+same wherever the choices are ASCII.
+"""
+
+import contextlib
+import difflib
+import functools
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.evaluation.choice import Item, items_in
+from regrow.evaluation.forward import evaluating
+from regrow.nets.errors import first_line, needs
+from regrow.progress import Progress, silent
+
+TASKS = Path(__file__).parent / "tasks"
+"""The folder of our task files, which ``lm_eval --include_path`` takes as well."""
+
+# Numbers of one forward pass's logits per token of a row: rows times vocabulary.
+_LOGITS = 2**19
+_LONGEST = 2048
+
+
+@dataclass(frozen=True)
+class Harnessed:
+    """What the harness measured on one task.
+
+    Args:
+        task: The task's name.
+        items: How many items it was asked.
+        metrics: What the harness calls a figure → its value; also its standard error, ``acc_stderr``.
+        per_item: Metric → its value for each item, in the order of the items, where the harness keeps it.
+        version: The version of the task, as it says itself.
+    """
+
+    task: str
+    items: int
+    metrics: Mapping[str, float]
+    per_item: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    version: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON-able data."""
+        per_item = {name: list(values) for name, values in self.per_item.items()}
+        return {**vars(self), "metrics": dict(self.metrics), "per_item": per_item}
+
+
+def harness(
+    model: nn.Module, tokenizer: Any, task: str, *, items: int | None = None, progress: Progress = silent
+) -> list[Harnessed]:
+    """Run a task of lm-eval on a network as it is, of whatever widths.
+
+    Args:
+        model: A language model of transformers, loaded; cut or not.
+        tokenizer: Its tokenizer.
+        task: The name of a task, group or tag of the harness (``arc_easy``), or a file of items (``.jsonl``,
+            ``.jsonl.gz``), which is run without any network.
+        items: How many items of each task; all, unless given.
+        progress: Called as requests are answered.
+
+    Returns:
+        One record per task; a group has several.
+
+    Raises:
+        ValueError: If lm-eval is not installed, knows no such task, cannot fetch its data, or fails on it.
+    """
+    try:
+        from lm_eval import evaluator
+    except ImportError:
+        raise needs("harness", "lm-eval") from None
+    if tokenizer is None or not hasattr(model, "config"):
+        raise ValueError(f"harness task {task!r}: only language models of transformers, with a tokenizer, can run it")
+    with _quiet(), evaluating(model):
+        loaded = _loaded(task, items)
+        asked = _asked(model, tokenizer, task, progress)
+        try:
+            found = evaluator.evaluate(asked, loaded, limit=items, log_samples=True)
+        except Exception as error:
+            raise ValueError(f"harness task {task!r} failed: {type(error).__name__}: {first_line(error)}") from None
+    name = Path(task).name.split(".")[0] if _is_file(task) else ""
+    return [_record(one, found, name or one) for one in loaded["tasks"]]
+
+
+def dataset(file: str, items: int | None = None, **_: Any) -> Any:
+    """The items of a file as the data set of a task file; the harness calls this.
+
+    Args:
+        file: Items, as :func:`regrow.evaluation.items_in` reads them.
+        items: How many of them; all, unless given.
+    """
+    from datasets import Dataset, DatasetDict
+
+    return DatasetDict({"test": Dataset.from_list([_prepared(item) for item in items_in(Path(file), items)])})
+
+
+def _prepared(item: Item) -> dict[str, Any]:
+    """An item whose parts the harness joins to the text that :func:`regrow.evaluation.choices` scores."""
+    if "continuation" in item:
+        beginnings = [option.rstrip() for option in item["context_options"]]
+        return {"context_options": beginnings, "continuation": item["continuation"].strip(), "gold": item["gold"]}
+    endings = [choice.strip() for choice in item["choices"]]
+    return {"query": item["query"].rstrip(" "), "choices": endings, "gold": item["gold"]}
+
+
+def _loaded(task: str, items: int | None) -> dict[str, Any]:
+    """The tasks of a name, or the one of a file."""
+    from lm_eval.tasks import TaskManager
+
+    if _is_file(task):
+        held = [_prepared(item) for item in items_in(Path(task), items)]
+        known = TaskManager(include_path=TASKS, include_defaults=False, metadata={"file": task, "items": items})
+        name, between = _form(held, task)
+        loaded = known.load([name])
+        loaded["tasks"][name].set_config("target_delimiter", between)
+        return loaded
+    known = _known()
+    if task not in known.all_tasks:
+        near = difflib.get_close_matches(task, known.all_tasks, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "lm_eval ls tasks lists them; a file of items ends in .jsonl"
+        raise ValueError(f"lm-eval has no task {task!r}; {hint}")
+    try:
+        loaded = known.load([task])
+    except Exception as error:
+        raise ValueError(
+            f"harness task {task!r} cannot be loaded ({type(error).__name__}: {first_line(error)[:200]}); it fetches "
+            "its data from the network: connect, or give a file of items instead"
+        ) from None
+    for one in loaded["tasks"].values():
+        if one.get_config("num_fewshot") is None:
+            one.set_config("num_fewshot", 0)
+        one.set_fewshot_seed(1234)  # the harness's own default
+    return loaded
+
+
+@functools.cache
+def _known() -> Any:
+    """All tasks that the harness has; reading them takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _form(items: Sequence[Mapping[str, Any]], task: str) -> tuple[str, str]:
+    """Which task file, and what stands between the parts that it joins.
+
+    Raises:
+        ValueError: If that is not one and the same for all items.
+    """
+    kinds = {"continuation" in item for item in items}
+    between = {"" if item.get("query", ".")[-1:] in ("", "\n") else " " for item in items}
+    if len(kinds) > 1 or len(between) > 1:
+        what = "one form" if len(kinds) > 1 else "queries that all end with a line break, or none of them"
+        raise ValueError(f"{task}: the harness wants items of {what}; split the file")
+    return "regrow_contexts" if kinds.pop() else "regrow_choice", between.pop()
+
+
+def _asked(model: nn.Module, tokenizer: Any, task: str, progress: Progress) -> Any:
+    """The network as the harness sees it, which tells how far it is."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Asked(HFLM):
+        done = total = 0
+
+        def _loglikelihood_tokens(self, requests: Any, *_: Any, **more: Any) -> Any:
+            self.done, self.total = 0, len(requests)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=more.get("override_bs"))
+
+        def _model_call(self, inps: Tensor, *more: Any, **named: Any) -> Tensor:
+            answer = super()._model_call(inps, *more, **named)
+            self.done = min(self.done + len(inps), self.total)
+            progress(self.done, self.total, f"{task} in lm-eval")
+            return answer
+
+    longest = getattr(model.config, "max_position_embeddings", None) or _LONGEST
+    rows = max(1, min(16, _LOGITS // len(tokenizer)))
+    return Asked(pretrained=model, tokenizer=tokenizer, batch_size=rows, max_length=min(_LONGEST, longest))
+
+
+def _record(task: str, found: Mapping[str, Any], name: str) -> Harnessed:
+    figures = {}
+    for key, value in found["results"][task].items():
+        metric, _, kept = key.partition(",")
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and kept:
+            figures[metric if kept == "none" else key] = float(value)
+    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    first = [sample for sample in samples if sample["filter"] == samples[0]["filter"]] if samples else []
+    per_item = {
+        metric: tuple(float(sample[metric]) for sample in first)
+        for metric in (first[0]["metrics"] if first else ())
+        if all(isinstance(sample[metric], int | float) for sample in first)
+    }
+    return Harnessed(name, len(first), figures, per_item, str(found["versions"].get(task, "")))
+
+
+def _is_file(task: str) -> bool:
+    return task.endswith((".jsonl", ".jsonl.gz")) or Path(task).is_file()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's log, and with the caller's random state as it was."""
+    log = logging.getLogger("lm_eval")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,251 @@
+"""How a network is called from outside torch: named tensors in, named tensors out, and which sizes are open."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
+
+from regrow.axes import Example
+from regrow.export.written import ExportError
+from regrow.nets.errors import first_line
+from regrow.sources import logits_in
+
+BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
+"""What sizes are called. The total is that of tokens seen and new ones, which an attention mask covers."""
+
+Labels = Mapping[str, Mapping[int, str]]
+"""Name of an input → dimension → what its size is called."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A network as a function of tensors.
+
+    Args:
+        run: Takes the inputs in their order; gives a tuple of tensors.
+        inputs: Name → the tensor of the example.
+        outputs: Names of what it gives.
+        text: Whether it is a language model that foresees the next token.
+        most: The longest sequence that it takes; 0 if it does not say.
+    """
+
+    run: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: tuple[str, ...]
+    text: bool = False
+    most: int = 0
+
+    @property
+    def cached(self) -> bool:
+        """Whether it takes keys and values of earlier tokens."""
+        return any(name.startswith("past_key_values") for name in self.inputs)
+
+
+class Flat(nn.Module):
+    """A network that takes its tensors one after the other, and gives a tuple of tensors.
+
+    Args:
+        model: The network.
+        leaves: Everything that it is called with, flattened; tensors are replaced by what is given.
+        spec: How it was nested, ``(args, kwargs)``.
+    """
+
+    def __init__(self, model: nn.Module, leaves: list[Any], spec: Any) -> None:
+        super().__init__()
+        self.model, self.spec = model, spec
+        self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors of the network's answer."""
+        return tuple(named(self.answer(*tensors)).values())
+
+    def answer(self, *tensors: Tensor) -> Any:
+        """The network's answer, as it gives it."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=True):
+            leaves[place] = tensor
+        args, kwargs = tree_unflatten(leaves, self.spec)
+        return self.model(*args, **kwargs)
+
+
+class Cached(nn.Module):
+    """A language model of transformers that takes keys and values of earlier tokens, and gives all of them back.
+
+    Args:
+        model: The model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Logits ``[batch, sequence, vocabulary]``; then keys and values per layer, with those of the new tokens.
+
+        Args:
+            tensors: Tokens, the attention mask, and keys and values per layer.
+        """
+        from transformers import DynamicCache
+
+        input_ids, attention_mask, *past = tensors
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(zip(past[::2], past[1::2], strict=True)):
+            cache.update(keys, values, layer)
+        answer = self.model(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
+        return answer.logits, *_kept(answer.past_key_values)
+
+
+def described(model: nn.Module, example: Example, *, cache: bool = False) -> Call:
+    """How a network is called, learned from one call with an example.
+
+    Args:
+        model: The network, in eval mode, in float32 on the CPU.
+        example: What it is called with. A language model that takes an ``attention_mask`` gets one, of ones.
+        cache: Whether the call takes and gives keys and values.
+
+    Raises:
+        ExportError: If the network does not take its example, gives no tensor, or has no cache as asked for.
+    """
+    takes = inspect.signature(model.forward).parameters
+    args, kwargs = example.args, dict(example.kwargs)
+    names = [name for name, one in takes.items() if one.kind is not one.VAR_POSITIONAL]
+    tokens = next((leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), None)
+    if tokens is not None and (tokens.dim() != 2 or tokens.is_floating_point()):
+        tokens = None
+    if tokens is not None and "attention_mask" in takes and "attention_mask" not in [*names[: len(args)], *kwargs]:
+        kwargs["attention_mask"] = torch.ones_like(tokens)
+    if cache:
+        return _cached(model, tokens)
+    pairs, spec = tree_flatten_with_path((args, kwargs))
+    leaves = [leaf.detach().to("cpu") if isinstance(leaf, Tensor) else leaf for _, leaf in pairs]
+    leaves = [leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
+    run = Flat(model, leaves, spec)
+    told = {_name(path, names): leaf for (path, _), leaf in zip(pairs, leaves, strict=True) if isinstance(leaf, Tensor)}
+    if len(told) < len(run.places) or not told:
+        raise ExportError(
+            f"{len(run.places)} tensors go into the network under {len(told)} names; give another example"
+        )
+    try:
+        with torch.no_grad():
+            given = named(run.answer(*told.values()))
+    except Exception as error:
+        raise ExportError(
+            f"the network does not take the example ({first_line(error)}); give one that it takes"
+        ) from None
+    if not given:
+        raise ExportError("the network gives no tensor for the example; nothing can be written")
+    return Call(run, told, tuple(given), tokens is not None and "logits" in given, _most(model))
+
+
+def labelled(call: Call, open_to: tuple[str, ...]) -> Labels:
+    """Which sizes of the inputs are open: name of an input → dimension → what the size is called.
+
+    Args:
+        call: The call.
+        open_to: The sizes that may be open.
+
+    >>> labelled(Call(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
+    {'x': {0: 'batch'}}
+    """
+    batch = {tensor.shape[0] for tensor in call.inputs.values() if tensor.dim()}
+    found: dict[str, dict[int, str]] = {}
+    for name, tensor in call.inputs.items():
+        labels = {0: BATCH} if tensor.dim() and len(batch) == 1 else {}
+        if name.startswith("past_key_values"):
+            labels[2] = PAST
+        elif name == "attention_mask" and call.cached:
+            labels[1] = TOTAL
+        elif tensor.dim() == 2 and not tensor.is_floating_point():
+            # What a decoder reads is as long as it likes.
+            labels[1] = f"decoder {SEQUENCE}" if name.startswith("decoder") else SEQUENCE
+        found[name] = {dim: label for dim, label in labels.items() if label.removeprefix("decoder ") in open_to}
+    return found
+
+
+def sizes_of(call: Call, labels: Labels) -> dict[str, int]:
+    """What an open size is called → its value in the example."""
+    return {label: call.inputs[name].shape[dim] for name, dims in labels.items() for dim, label in dims.items()}
+
+
+def resized(call: Call, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The inputs at other sizes: rows are those of the example again, each moved on or scaled, so that they differ.
+
+    Args:
+        call: The call.
+        labels: What :func:`labelled` says.
+        sizes: What a size is called → its new value. Sizes that are not named stay.
+    """
+    found = {}
+    for name, tensor in call.inputs.items():
+        for dim, label in labels[name].items():
+            if (size := sizes.get(label)) is not None:
+                tensor = tensor.index_select(dim, torch.arange(size) % max(tensor.shape[dim], 1))
+        if BATCH in labels[name].values() and name != "attention_mask":
+            tensor = torch.stack([_other(row, i) for i, row in enumerate(tensor)])
+        found[name] = tensor
+    if (mask := found.get("attention_mask")) is not None and mask.dim() == 2 and len(mask) > 1 and mask.shape[1] > 2:
+        found["attention_mask"] = torch.ones_like(mask)
+        found["attention_mask"][-1, -mask.shape[1] // 3 :] = 0  # a shorter text, filled up on the right
+    return found
+
+
+def named(answer: Any) -> dict[str, Tensor]:
+    """The tensors of a network's answer by name: the logits alone, where there are any."""
+    if isinstance(answer, Tensor):
+        return {"output": answer}
+    if isinstance(answer, Mapping):
+        if isinstance(answer.get("logits"), Tensor):
+            return {"logits": logits_in(answer)}
+        return {str(key): value for key, value in answer.items() if isinstance(value, Tensor)}
+    return {f"output_{i}": leaf for i, leaf in enumerate(tree_leaves(answer)) if isinstance(leaf, Tensor)}
+
+
+def _cached(model: nn.Module, tokens: Tensor | None) -> Call:
+    """A call in the middle of a text: the first half of the example's tokens are seen, the second half is new."""
+    if tokens is None or not hasattr(model, "config") or tokens.shape[1] < 6:
+        raise ExportError("only a language model of transformers has keys and values to take; write without a cache")
+    tokens = tokens.cpu()
+    half = tokens.shape[1] // 2 - 1  # at least 2, and fewer than are new: neither is to be taken for the other
+    try:
+        with torch.no_grad():
+            cache = model(input_ids=tokens[:, :half], use_cache=True).past_key_values
+        kinds = {type(layer).__name__ for layer in cache.layers}
+        if kinds != {"DynamicLayer"}:
+            raise ExportError(
+                f"its cache is made of {', '.join(sorted(kinds))}, which no file holds yet; write without"
+            )
+        kept = _kept(cache)
+    except (AttributeError, TypeError) as error:
+        raise ExportError(f"its cache cannot be read ({first_line(error)}); write without a cache") from None
+    inputs = {"input_ids": tokens[:, half:], "attention_mask": torch.ones_like(tokens)}
+    places = [f"{i}.{kind}" for i in range(len(kept) // 2) for kind in ("key", "value")]
+    inputs |= {f"past_key_values.{place}": one for place, one in zip(places, kept, strict=True)}
+    return Call(Cached(model), inputs, ("logits", *(f"present.{place}" for place in places)), True, _most(model))
+
+
+def _kept(cache: Any) -> list[Tensor]:
+    return [one for layer in cache.layers for one in (layer.keys, layer.values)]
+
+
+def _most(model: nn.Module) -> int:
+    found = getattr(getattr(model, "config", None), "max_position_embeddings", 0)
+    return found if type(found) is int else 0
+
+
+def _other(row: Tensor, number: int) -> Tensor:
+    if not number or row.dtype == torch.bool:
+        return row
+    return row * (1 - 0.1 * number) if row.is_floating_point() else row.roll(number, -1) if row.dim() else row
+
+
+def _name(path: tuple[Any, ...], names: list[str]) -> str:
+    """``(0, 1, …)`` is the second positional argument, ``(1, "x", …)`` the one called x."""
+    where, first, *rest = [getattr(key, "idx", getattr(key, "key", key)) for key in path]
+    if where == 0:
+        first = names[first] if first < len(names) else f"input_{first}"
+    return "_".join(map(str, [first, *rest]))

@@ -1,0 +1,303 @@
+"""ONNX: a network as a graph that onnxruntime and many other tools run, compared with torch before it takes its name.
+
+Recorded by ``torch.export``, written by torch's own exporter, read back by onnxruntime. Language models take
+``input_ids`` and ``attention_mask`` and give ``logits``; the file has no key–value cache, unless asked for one.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import logging
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import Example
+from regrow.evaluation.forward import evaluating
+from regrow.export.calls import BATCH, PAST, SEQUENCE, TOTAL, Call, Labels, described, labelled, resized, sizes_of
+from regrow.export.onnx_int8 import quantise
+from regrow.export.onnx_reading import Reading, difference, foreseen
+from regrow.export.written import ExportError, Written
+from regrow.nets.errors import first_line, needs
+from regrow.nets.examples import guessed_example, image_example
+from regrow.progress import Progress, silent
+from regrow.runs.atomic import StoreError, partial, sync, telling
+
+OPSET = 20
+"""The operators that files are written in: what torch's exporter recommends; onnxruntime reads them since 1.17."""
+
+LARGEST = 2_000_000_000
+"""Bytes of weights that fit into the file itself; protobuf ends at 2 GiB."""
+
+TOLERANCE = 1e-3
+"""The difference to torch, as a share of the largest number of the answer, above which a file is refused."""
+
+DTYPES = ("", "float32", "int8")
+
+Checked = dict[str, float | int | str]
+
+
+OPEN = ((BATCH, SEQUENCE, PAST, TOTAL), (BATCH,), ())
+"""Which sizes are tried to be left open, one after the other."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A file in its temporary place, and what is known of it."""
+
+    path: Path
+    reading: Reading
+    labels: Labels
+    checked: Checked
+    fixed: Mapping[str, int]
+    notes: tuple[str, ...]
+
+
+def write(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    dtype: str = "",
+    example: Example | None = None,
+    cache: bool = False,
+    progress: Progress = silent,
+) -> Written:
+    """Write a network as ONNX, and compare what onnxruntime says with what torch says.
+
+    Args:
+        model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It stays as it is.
+        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB go into ``….onnx.data`` beside it.
+        dtype: ``""`` or ``"float32"``: float32, whatever the network is. ``"int8"``: the weights of linear layers in
+            8 bits, what they are multiplied with rounded as it comes (dynamic quantisation); all else is float32, and
+            so are linear layers whose input has outliers.
+        example: What the network is called with; guessed from its origin or its first layer, unless given. The sizes
+            of batch and sequence stay open where the network allows; all others are those of the example.
+        cache: For a language model of transformers: a file that takes the keys and values of earlier tokens
+            (``past_key_values.0.key`` …) and gives all of them back (``present.0.key`` …), for generating text.
+        progress: Called as the work goes on.
+
+    Returns:
+        The file; the largest differences to torch at the example and at other sizes, and for language models how many
+        next tokens on real text differ; notes on opset, inputs and outputs.
+
+    Raises:
+        ExportError: If the network cannot be recorded, the file says something else than the network, or cannot be
+            written. What was there before stays then.
+    """
+    out, steps = Path(out), 5 if dtype == "int8" else 4
+    _check(out, dtype)
+    net, notes = _plain(model)
+    tokenizer = getattr(model, "tokenizer", None)
+    with _staged(out) as stage, _quiet(), evaluating(net):
+        progress(0, steps, "recording the network")
+        call = described(net, _example(net, example), cache=cache)
+        found = _recorded(call, stage / "float32" / out.name, progress, steps)
+        checked: Checked = {"opset": OPSET, "dtype": dtype or "float32", **found.checked}
+        notes = [*notes, *_told(found)]
+        if call.text:
+            progress(2, steps, "next tokens, torch and onnxruntime")
+            checked |= foreseen(found.reading, tokenizer, found.fixed)
+        path = found.path
+        if dtype == "int8":
+            progress(3, steps, "weights in 8 bits")
+            path = stage / "int8" / out.name
+            notes.append(quantise(found.path, path, call, LARGEST))
+            checked |= _lost(Reading(path, call), tokenizer, found.fixed)
+        progress(steps - 1, steps, "writing")
+        size = _moved(path, out)
+        progress(steps, steps, "written")
+    return Written(out, size, checked, tuple(notes))
+
+
+def _check(out: Path, dtype: str) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(package) is None:
+            raise ExportError(str(needs("export", package)))
+    if dtype not in DTYPES:
+        raise ExportError(f"ONNX files are written in float32 or int8, not {dtype!r}; give dtype='' or 'int8'")
+    if out.suffix != ".onnx":
+        raise ExportError(f"{out}: an ONNX file is called ….onnx; give {out.with_suffix('.onnx')}")
+
+
+def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The network in float32 on the CPU: itself, or a copy."""
+    tensors = [*model.parameters(), *model.buffers()]
+    kinds = sorted({str(one.dtype).removeprefix("torch.") for one in tensors if one.is_floating_point()} - {"float32"})
+    if not kinds and all(one.device.type == "cpu" for one in tensors):
+        return model, []
+    # onnxruntime lacks most operations in 16 bits on a CPU, and runs few in 64.
+    said = f"the network is in {', '.join(kinds)}; the file is in float32, and was compared with it in float32"
+    return copy.deepcopy(model).to("cpu", torch.float32), [said] if kinds else []
+
+
+def _example(model: nn.Module, example: Example | None) -> Example:
+    """What a network is called with."""
+    shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
+    found = example or (image_example(model, *shape) if shape else guessed_example(model))
+    if found is None:
+        raise ExportError("the network does not say what input it takes; give an example")
+    return found
+
+
+def _recorded(call: Call, path: Path, progress: Progress, steps: int) -> _Found:
+    """The network as a file, with as many sizes open as it allows.
+
+    Raises:
+        ExportError: If it cannot be written even with none.
+    """
+    path.parent.mkdir()
+    whole = sizes_of(call, labelled(call, OPEN[0]))
+    refused: dict[str, str] = {}
+    for number, open_to in enumerate(OPEN):
+        labels = labelled(call, open_to)
+        if number and sizes_of(call, labels) == whole:
+            continue
+        try:
+            _export(call, labels, path)
+            progress(1, steps, "comparing with torch")
+            reading = Reading(path, call)
+            checked = _compared(reading, labels)
+        except Exception as error:
+            reason = first_line(error)[:300]
+            if open_to == ():
+                raise ExportError(f"the network cannot be written as ONNX: {reason}") from None
+            refused = {**dict.fromkeys(sizes_of(call, labels), reason), **refused}
+            continue
+        open_sizes = sizes_of(call, labels)
+        fixed = {label: size for label, size in whole.items() if label not in open_sizes}
+        notes = [f"{label} is fixed at {size}: {refused[label]}" for label, size in fixed.items()]
+        return _Found(path, reading, labels, checked, fixed, tuple(notes))
+    raise AssertionError("without open sizes there is a file or an error")
+
+
+def _export(call: Call, labels: Labels, path: Path) -> None:
+    """Record the network and write the file."""
+    # A size of 1 would be taken for a constant.
+    inputs = resized(call, labels, {label: max(2, size) for label, size in sizes_of(call, labels).items()})
+    shapes = tuple(dict.fromkeys(labels[name], torch.export.Dim.DYNAMIC) or None for name in inputs)
+    recorded = torch.export.export(
+        call.run,
+        tuple(inputs.values()),
+        dynamic_shapes=(shapes,),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    program = torch.onnx.export(
+        recorded, input_names=list(inputs), output_names=list(call.outputs), opset_version=OPSET, verbose=False
+    )
+    assert program is not None
+    called: dict[Any, str] = {}
+    for value in program.model.graph.inputs:
+        for dim, label in labels.get(value.name or "", {}).items():
+            if value.shape is not None and not isinstance(size := value.shape[dim], int):
+                called.setdefault(str(size.value), label)
+    program.rename_axes(called)
+    weights = sum(one.numel() * one.element_size() for one in [*call.run.parameters(), *call.run.buffers()])
+    program.save(path, external_data=weights > LARGEST)
+
+
+def _compared(reading: Reading, labels: Labels) -> Checked:
+    """The differences to torch, at the example and at other sizes.
+
+    Raises:
+        ExportError: If one is too large, or the file does not run.
+    """
+    checked: Checked = {}
+    for where, inputs in [("", reading.call.inputs), *_others(reading.call, labels)]:
+        worst, largest = difference(reading, inputs)
+        if not worst <= TOLERANCE * largest + 1e-6:
+            raise ExportError(f"{worst:.3g} away from torch, whose largest number is {largest:.3g}{where}")
+        checked[f"max_abs_diff{where}"] = worst
+        checked.setdefault("largest_output", largest)
+    return checked
+
+
+def _others(call: Call, labels: Labels) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Where and with what the file is compared besides: other sizes of all that is open."""
+    known = sizes_of(call, labels)
+    for batch, more, past in ((3, 5, 7), (1, -3, 0)) if known else ():
+        sizes = {label: max(1, size + more) if label.endswith(SEQUENCE) else size for label, size in known.items()}
+        if call.most and past + max(sizes.values()) > call.most:
+            sizes = {label: 1 if label.endswith(SEQUENCE) else size for label, size in sizes.items()}
+        given = {BATCH: batch, PAST: past, TOTAL: past + sizes.get(SEQUENCE, 0)}
+        sizes |= {label: size for label, size in given.items() if label in known}
+        said = ", ".join(f"{label} {size}" for label, size in sizes.items() if label != TOTAL)
+        yield f" at {said}", resized(call, labels, sizes)
+
+
+def _told(found: _Found) -> list[str]:
+    """What whoever runs the file must give it, and gets."""
+    call = found.reading.call
+    takes = []
+    for name, tensor in call.inputs.items():
+        sizes = ", ".join(found.labels[name].get(dim, str(size)) for dim, size in enumerate(tensor.shape))
+        if not name.startswith("past_key_values"):
+            takes.append(f"{name} [{sizes}] {str(tensor.dtype).removeprefix('torch.')}")
+    gives = [name for name in call.outputs if not name.startswith("present")]
+    if call.cached:
+        layers = (len(call.inputs) - 2) // 2
+        takes.append(f"past_key_values.0.key … {layers - 1}.value [batch, heads, past, size of a head] float32")
+        gives.append(f"present.0.key … {layers - 1}.value")
+    return [f"opset {OPSET}; takes {'; '.join(takes)}; gives {', '.join(gives)}", *found.notes]
+
+
+def _lost(reading: Reading, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
+    """What 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
+    worst, _ = difference(reading, reading.call.inputs)
+    found = foreseen(reading, tokenizer, lengths) if reading.call.text else {}
+    lost = {name.replace("onnx", "int8"): value for name, value in found.items() if name != "nats_torch"}
+    return {"int8_max_abs_diff": worst, **{name if "int8" in name else f"int8_{name}": v for name, v in lost.items()}}
+
+
+@contextlib.contextmanager
+def _staged(out: Path) -> Iterator[Path]:
+    """A folder beside the file, for what is not finished; it goes away at the end.
+
+    Raises:
+        ExportError: If the disk does not let us write.
+    """
+    try:
+        with telling(out):
+            stage = partial(out)
+            try:
+                stage.mkdir()
+                yield stage
+            finally:
+                shutil.rmtree(stage, ignore_errors=True)
+    except StoreError as error:
+        raise ExportError(str(error)) from None
+
+
+def _moved(path: Path, out: Path) -> int:
+    """Give a file, and the weights beside it where there are any, their names; their bytes together."""
+    weights, old = path.with_name(f"{path.name}.data"), out.with_name(f"{out.name}.data")
+    files = [one for one in (weights, path) if one.exists()]
+    for one in files:
+        sync(one)
+    if weights.exists() or old.exists():
+        out.unlink(missing_ok=True)  # never a graph beside the weights of another
+        old.unlink(missing_ok=True)
+    size = sum(one.stat().st_size for one in files)
+    for one in files:
+        one.replace(out.with_name(one.name))
+    sync(out.parent)
+    return size
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing of what exporters warn of: what matters of it is compared afterwards."""
+    before = logging.root.manager.disable
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

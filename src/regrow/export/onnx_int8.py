@@ -1,0 +1,87 @@
+"""Weights of linear layers in 8 bits, and what they are multiplied with rounded to 8 bits as it comes.
+
+One scale per column of a weight, one per tensor for its input. Where one number of an input is far larger than the
+others (the massive activations of large language models), 256 steps between the extremes leave the others none; such
+layers stay in float32.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from regrow.export.calls import Call
+
+OUTLIER = 100.0
+"""How many times the mean of its numbers, all taken as positive, the largest one of an input may be."""
+
+_SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules that a node comes from
+
+
+def quantise(path: Path, to: Path, call: Call, largest: int) -> str:
+    """Write a file again in 8 bits.
+
+    Args:
+        path: The file in float32.
+        to: Where the new one goes.
+        call: What the file was written from.
+        largest: Bytes above which weights go into a file beside it.
+
+    Returns:
+        What its user must know.
+    """
+    import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    to.parent.mkdir()
+    size = path.stat().st_size + sum(one.stat().st_size for one in path.parent.glob("*.data"))
+    graph = onnx.load(path, load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.name]
+    wide = {name for name, ratio in spread(call).items() if ratio > OUTLIER}
+    scopes = {node.name: {one.value for one in node.metadata_props if one.key == _SCOPES} for node in nodes}
+    kept = [name for name, told in scopes.items() if any(f"'{one}'" in text for text in told for one in wide)]
+    quantize_dynamic(
+        path,
+        to,
+        op_types_to_quantize=["MatMul"],
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        nodes_to_exclude=[*kept, *(f"{name}_MatMul" for name in kept)],  # what becomes of a Gemm
+        use_external_data_format=size > largest,
+    )
+    made = onnx.load(to, load_external_data=False).graph
+    many = sum(node.op_type == "MatMulInteger" for node in made.node)
+    convolutions = sum(node.op_type == "Conv" for node in made.node)
+    said = f"int8: {many} linear layers multiply in 8 bits"
+    if kept:
+        said += f"; {len(kept)} stay in float32, for their inputs have numbers {OUTLIER:g} times as large as is usual"
+    if convolutions:
+        said += f"; {convolutions} convolutions stay in float32"
+    return f"{said}; what it costs is under int8_… in what was checked, and on your own data only you can tell"
+
+
+def spread(call: Call) -> dict[str, float]:
+    """Path of each linear layer → the largest number of its input in the example, over the mean of all."""
+    found: dict[str, float] = {}
+
+    def hook(name: str) -> object:
+        def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            values = args[0].float()
+            ratio = float(values.abs().max() / values.abs().mean().clamp(min=1e-30))
+            found[name] = max(found.get(name, 0.0), ratio)
+
+        return look
+
+    linear = [
+        (name, module)
+        for name, module in call.run.named_modules()
+        if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and not isinstance(module, nn.Embedding)
+    ]
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in linear]
+    try:
+        with torch.no_grad():
+            call.run(*call.inputs.values())
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,139 @@
+"""What an ONNX file says in onnxruntime, beside what the network says in torch."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.data import Half, text, windows
+from regrow.export.calls import Call
+from regrow.export.written import ExportError
+
+WINDOWS, TOKENS = 16, 64
+
+
+class Reading:
+    """A file, open in onnxruntime on the CPU.
+
+    Args:
+        path: The file.
+        call: What it was written from.
+
+    Raises:
+        ExportError: If onnxruntime cannot open it.
+    """
+
+    def __init__(self, path: Path, call: Call) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        try:
+            self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise ExportError(f"onnxruntime cannot open the file ({str(error)[:200]})") from None
+        self.call = call
+        self.takes = {one.name for one in self.session.get_inputs()}
+
+    def says(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the file gives, in the order of the call's outputs.
+
+        Raises:
+            ExportError: If onnxruntime fails.
+        """
+        given = {name: one.contiguous().numpy() for name, one in inputs.items() if name in self.takes}
+        try:
+            return [torch.from_numpy(one) for one in self.session.run(list(self.call.outputs), given)]
+        except Exception as error:
+            raise ExportError(f"onnxruntime fails on the file ({str(error)[:200]})") from None
+
+    def meant(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        """What the network gives in torch."""
+        with torch.no_grad():
+            return [*self.call.run(*inputs.values())]
+
+
+def difference(reading: Reading, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+    """The largest difference between file and network on some inputs, and the largest number of the network's answer.
+
+    Where there is an ``attention_mask``, positions of filled-up tokens do not count: nobody reads them.
+
+    Raises:
+        ExportError: If the file fails, or gives other shapes.
+    """
+    gaps, sizes = [0.0], [0.0]
+    mask = inputs.get("attention_mask")
+    for name, said, meant in zip(reading.call.outputs, reading.says(inputs), reading.meant(inputs), strict=True):
+        if said.shape != meant.shape:
+            raise ExportError(f"{name} has the shape {list(said.shape)} in onnxruntime, {list(meant.shape)} in torch")
+        gap, size = (said.double() - meant.double()).abs(), meant.double().abs()
+        gap[said == meant] = 0  # two infinities as well
+        if mask is not None and name == "logits":
+            counts = mask[:, -meant.shape[1] :].bool()
+            gap, size = gap[counts], size[counts]
+        gaps, sizes = [*gaps, _most(gap)], [*sizes, _most(size[size.isfinite()])]
+    return _most(torch.tensor(gaps)), max(sizes)
+
+
+def foreseen(reading: Reading, tokenizer: Any, lengths: Mapping[str, int]) -> dict[str, float | int | str]:
+    """How many next tokens differ between file and network, and what each foresees of the text.
+
+    Args:
+        reading: The file of a language model.
+        tokenizer: Its tokenizer, to read real text with (Python's own manual, its evaluation half); ``None``: drawn
+            tokens.
+        lengths: ``batch`` and ``sequence`` where they are fixed.
+
+    Returns:
+        ``next_tokens`` (how many), ``next_tokens_differ``, ``next_tokens_margin`` (the largest distance, in torch's
+        logits, between the two tokens where they differ), ``next_tokens_on`` (what text), and for real text
+        ``nats_torch`` and ``nats_onnx`` per token.
+    """
+    many, differ, margin, nats = 0, 0, 0.0, torch.zeros(2, dtype=torch.float64)
+    rows, told = _rows(reading.call, tokenizer, lengths)
+    for row in rows:
+        inputs = started(reading.call, row)
+        said, meant = reading.says(inputs)[0], reading.meant(inputs)[0]
+        first, second = meant.argmax(-1), said.argmax(-1)
+        gap = (meant.gather(-1, first[..., None]) - meant.gather(-1, second[..., None])).squeeze(-1)
+        many, differ, margin = many + first.numel(), differ + int((first != second).sum()), max(margin, _most(gap))
+        for i, one in enumerate((meant, said)):
+            chances = one[:, :-1].double().log_softmax(-1)
+            nats[i] -= chances.gather(-1, row[:, 1:, None]).sum() / (row.numel() - len(row))
+    found: dict[str, float | int | str] = {"next_tokens": many, "next_tokens_differ": differ}
+    found |= {"next_tokens_margin": margin, "next_tokens_on": told}
+    if tokenizer is not None:
+        found |= {"nats_torch": float(nats[0]) / len(rows), "nats_onnx": float(nats[1]) / len(rows)}
+    return found
+
+
+def started(call: Call, tokens: Tensor) -> dict[str, Tensor]:
+    """The inputs for the beginning of texts ``[batch, sequence]``: all tokens count, and none was seen before."""
+    found = {}
+    for name, tensor in call.inputs.items():
+        if name.startswith("past_key_values"):
+            found[name] = tensor.new_zeros(len(tokens), tensor.shape[1], 0, tensor.shape[3])
+        else:
+            found[name] = torch.ones_like(tokens) if name == "attention_mask" else tokens
+    return found
+
+
+def _rows(call: Call, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
+    batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.most or TOKENS))
+    n = max(2, WINDOWS // batch) * batch
+    if tokenizer is None:
+        known = next(iter(call.inputs.values())).flatten()
+        drawn = torch.randint(len(known), (n, length), generator=torch.Generator().manual_seed(0))
+        return list(known[drawn].split(batch)), "drawn tokens"
+    kind = text("manual")
+    source = windows(kind, tokenizer, n=n, seq_len=length, half=Half.EVALUATION, batch_size=batch)
+    rows = [one.args[0] for one in source if len(one.args[0]) == batch]
+    return rows, kind.origin
+
+
+def _most(values: Tensor) -> float:
+    """The largest of some numbers; NaN if one is, 0 if there are none."""
+    return float(values.max()) if values.numel() else 0.0
