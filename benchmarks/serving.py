@@ -98,24 +98,42 @@ def transformers_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]
 
 
 def onnx_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]:
-    """Prefill in onnxruntime (the exported graph has no cache, so there is no decode)."""
+    """Prefill and decode in onnxruntime, with the graph that has a cache."""
+    import numpy
     import onnxruntime
 
     path = folder / "model.onnx"
     if not path.is_file():
-        exported(folder, "onnx", path)
+        exported(folder, "onnx", path, cache=True)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     window = (torch.arange(tokens)[None] % 40_000 + 100).numpy()
-    given = {one.name: window if one.name == "input_ids" else window * 0 + 1 for one in session.get_inputs()}
+    past = {one.name: one.shape for one in session.get_inputs() if one.name.startswith("past_key_values")}
+    empty = {name: numpy.zeros((1, shape[1], 0, shape[3]), numpy.float32) for name, shape in past.items()}
+
+    def given(ids: Any, cache: dict[str, Any]) -> dict[str, Any]:
+        held = next(iter(cache.values())).shape[2]
+        mask = numpy.ones((1, held + ids.shape[1]), numpy.int64)
+        return {"input_ids": ids, "attention_mask": mask, **cache}
+
+    def ask(ids: Any, cache: dict[str, Any]) -> dict[str, Any]:
+        said = session.run(None, given(ids, cache))
+        return dict(zip(cache, said[1:], strict=True))
 
     def prefill() -> float:
         start = time.perf_counter()
-        session.run(None, given)
+        ask(window, empty)
         return time.perf_counter() - start
 
-    return {"prefill": prefill}
+    def decode() -> float:
+        cache = ask(window[:, :32], empty)
+        start = time.perf_counter()
+        for i in range(steps):
+            cache = ask(window[:, i : i + 1], cache)
+        return (time.perf_counter() - start) / steps
+
+    return {"prefill": prefill, "decode": decode}
 
 
 def in_turns(turns: Mapping[str, Mapping[str, Turn]], repeats: int) -> dict[str, dict[str, Any]]:

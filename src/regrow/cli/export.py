@@ -11,7 +11,7 @@ Formats
   transformers   a folder for from_pretrained where regrow is not installed; irregular widths carry a small file of
                  code (trust_remote_code=True), networks whose layers are all alike need none
   gguf           a file for llama.cpp; f16 unless told: --dtype f32, bf16, q8_0, q6_k
-  onnx           a file for onnxruntime; --dtype int8 quantises its weights
+  onnx           a file for onnxruntime; --dtype int8 quantises its weights, --cache makes one for generating text
   torchvision    a state_dict and a file that builds an image network with torchvision
 
 \b
@@ -26,12 +26,13 @@ Examples
 @click.option("--to", required=True, metavar="FORMAT", help="transformers, gguf, onnx or torchvision.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
 @click.option("--dtype", default="", metavar="DTYPE", help="What weights are stored in; see below.")
-def export(run: str, to: str, out: Path, dtype: str) -> None:
+@click.option("--cache", is_flag=True, help="For onnx: a graph that takes and gives keys and values.")
+def export(run: str, to: str, out: Path, dtype: str, cache: bool) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check what was written by reading it."""
     from regrow.export.formats import exported
 
     with working() as progress:
-        written = exported(run, to, out, dtype=dtype, progress=progress)
+        written = exported(run, to, out, dtype=dtype, cache=cache, progress=progress)
     say(f"{written.path}: {number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")

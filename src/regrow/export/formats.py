@@ -20,11 +20,13 @@ class Format:
         about: What it is for, in one line.
         dtypes: What weights can be stored in; the first unless told.
         suffix: How its files end; empty where it is a folder.
+        takes: What its writer takes beside that: an ``example`` input, whether with a ``cache`` of keys and values.
     """
 
     about: str
     dtypes: tuple[str, ...]
     suffix: str = ""
+    takes: tuple[str, ...] = ()
 
 
 FORMATS: Mapping[str, Format] = {
@@ -32,13 +34,21 @@ FORMATS: Mapping[str, Format] = {
         "a folder for from_pretrained, vLLM and whatever reads such folders", ("", "float32", "bfloat16", "float16")
     ),
     "gguf": Format("a file for llama.cpp and what is built on it", ("f16", "f32", "bf16", "q8_0", "q6_k"), ".gguf"),
-    "onnx": Format("a file for onnxruntime", ("", "int8"), ".onnx"),
+    "onnx": Format("a file for onnxruntime", ("float32", "int8"), ".onnx", ("example", "cache")),
     "torchvision": Format("a state_dict and a file that builds an image network", ("",)),
 }
 """What :func:`exported` writes; each in the module of its name."""
 
 
-def exported(model: str | Path, to: str, out: str | Path, *, dtype: str = "", progress: Progress = silent) -> Written:
+def exported(
+    model: str | Path,
+    to: str,
+    out: str | Path,
+    *,
+    dtype: str = "",
+    cache: bool = False,
+    progress: Progress = silent,
+) -> Written:
     """Hand a network to other tools, and check that they read what it says.
 
     Args:
@@ -46,6 +56,7 @@ def exported(model: str | Path, to: str, out: str | Path, *, dtype: str = "", pr
         to: ``"transformers"``, ``"gguf"``, ``"onnx"`` or ``"torchvision"``.
         out: The file or folder to write.
         dtype: What weights are stored in: one of ``FORMATS[to].dtypes``; the first, unless given.
+        cache: For ``"onnx"``: a graph that takes and gives keys and values, for generating text.
         progress: Called as work goes on.
 
     Returns:
@@ -62,6 +73,8 @@ def exported(model: str | Path, to: str, out: str | Path, *, dtype: str = "", pr
     dtype = dtype or form.dtypes[0]
     if dtype not in form.dtypes:
         raise ExportError(f"{to} does not store {dtype!r}; it stores {', '.join(filter(None, form.dtypes))}")
+    if cache and "cache" not in form.takes:
+        raise ExportError(f"{to} has no graph with a cache to choose; cache is for onnx")
     if form.suffix and out.is_dir():
         raise ExportError(f"{out} is a folder; name a file, for example {out / f'model{form.suffix}'}")
     progress(0, 1, "loading the model")
@@ -71,5 +84,7 @@ def exported(model: str | Path, to: str, out: str | Path, *, dtype: str = "", pr
         if value is not None and not hasattr(net, name):
             setattr(net, name, value)
     writer = importlib.import_module(f"regrow.export.{to}")
-    written: Written = writer.write(net, out, dtype=dtype, progress=progress)
+    more = {"example": loaded.example, "cache": cache}
+    taken = {name: value for name, value in more.items() if name in form.takes}
+    written: Written = writer.write(net, out, dtype=dtype, progress=progress, **taken)
     return written
