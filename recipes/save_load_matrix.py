@@ -20,6 +20,7 @@ Yes means that it says what the network said before it was saved: logits within 
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -146,7 +147,8 @@ def run(python: str, code: str, *arguments: str) -> str:
     done = subprocess.run([python, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True, cwd="/")
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line.split(":")[0]] or lines
-    return "" if done.returncode == 0 else (errors[-1] if errors else "it failed")[:300]
+    text = re.sub(r"\x1b\[[0-9;]*m", "", errors[-1] if errors else "it failed")
+    return "" if done.returncode == 0 else text[:300]
 
 
 def gguf(tool: str, out: Path, tokens: str, args: argparse.Namespace) -> str:

@@ -1,0 +1,176 @@
+"""One pruned language model in five places, and whether all of them foresee the same next token.
+
+    python recipes/five_places.py RUN --plain PYTHON --llama-cpp PYTHON
+
+The places: regrow (the reference, in float32); transformers in PYTHON, an interpreter with torch and transformers where
+regrow is not installed; onnxruntime; stock llama.cpp, in an interpreter that has llama-cpp-python; and lm-eval. The
+first two read the run folder itself. 200 prompts are windows of real text of four kinds, from their evaluation halves.
+Told per place: of how many prompts the next token is another one and by how much torch prefers its own, the largest
+difference of a logit, and how many of the first prompts go on with the same words.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf_check import asked, prompts_of
+
+import regrow
+from regrow.runs.pretrained import read_tokenizer
+from regrow.runs.versions import versions
+
+GREEDY = 4
+"""Prompts that are carried on."""
+
+SPEAK = """
+import json, sys
+from pathlib import Path
+import numpy
+folder = Path(sys.argv[1])
+job = json.loads((folder / "job.json").read_text())
+def speak(ask, name):
+    numpy.save(folder / f"{name}.npy", numpy.stack([ask(ids) for ids in job["prompts"]]))
+    told = []
+    for ids in job["prompts"][: job["greedy"]]:
+        said = list(ids)
+        for _ in range(job["steps"]):
+            said.append(int(ask(said).argmax()))
+        told.append(said[len(ids):])
+    (folder / f"{name}.json").write_text(json.dumps(told))
+"""
+TORCH = """
+import torch
+def asking(model):
+    model.eval()
+    def ask(ids):
+        with torch.inference_mode():
+            return model(torch.tensor([ids])).logits[0, -1].float().numpy()
+    return ask
+"""
+PLACES = {
+    "regrow": SPEAK
+    + TORCH
+    + """
+import regrow
+speak(asking(regrow.load(job["run"], dtype=torch.float32)), "regrow")
+""",
+    "transformers": SPEAK
+    + TORCH
+    + """
+import importlib.util
+assert importlib.util.find_spec("regrow") is None, "regrow is installed here; it must not be"
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(job["run"], trust_remote_code=True, dtype=torch.float32)
+speak(asking(model), "transformers")
+""",
+    "onnxruntime": SPEAK
+    + """
+import onnxruntime
+session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
+def ask(ids):
+    ids = numpy.array([ids])
+    return session.run(None, {"input_ids": ids, "attention_mask": numpy.ones_like(ids)})[0][0, -1]
+speak(ask, "onnxruntime")
+""",
+    "lm-eval": SPEAK
+    + TORCH
+    + """
+from lm_eval.models.huggingface import HFLM
+harness = HFLM(pretrained=job["run"], trust_remote_code=True, device="cpu", dtype="float32")
+def ask(ids):
+    return harness._model_call(torch.tensor([ids]))[0, -1].float().numpy()
+speak(ask, "lm-eval")
+""",
+}
+
+
+def ran(python: str, code: str, folder: Path) -> None:
+    """Run a piece of code.
+
+    Raises:
+        SystemExit: If it fails.
+    """
+    done = subprocess.run([python, "-W", "ignore", "-c", code, str(folder)], capture_output=True, text=True, cwd="/")
+    if done.returncode:
+        raise SystemExit(done.stderr[-1500:])
+
+
+def llama_cpp(run: Path, folder: Path, job: dict[str, Any], python: str) -> None:
+    """Stock llama.cpp with a file in float32."""
+    regrow.exported(run, "gguf", folder / "model.gguf", dtype="f32")
+    one = {"file": str(folder / "model.gguf"), "name": "llama", "exact": True, "prompts": job["prompts"], "whole": 1}
+    scratch = folder / "llama"
+    scratch.mkdir()
+    said = asked(python, [one | {"greedy": [job["greedy"], job["steps"]], "texts": []}], scratch)
+    (scratch / "llama.last.npy").replace(folder / "llama.cpp.npy")
+    (folder / "llama.cpp.json").write_text(json.dumps(said["said"]["llama"]["greedy"]))
+
+
+def compared(name: str, folder: Path, tokenizer: Any) -> dict[str, Any]:
+    """A place beside the reference."""
+    ours, theirs = np.load(folder / "regrow.npy"), np.load(folder / f"{name}.npy")
+    other = np.flatnonzero(ours.argmax(-1) != theirs.argmax(-1))
+    margins = [float(ours[i].max() - ours[i, theirs[i].argmax()]) for i in other]
+    mine, told = (json.loads((folder / f"{one}.json").read_text()) for one in ("regrow", name))
+    return {
+        "next_tokens_differ": len(other),
+        "margins": [round(m, 5) for m in sorted(margins)],
+        "max_logit_difference": float(np.abs(ours - theirs).max()),
+        "same_text": sum(a == b for a, b in zip(mine, told, strict=True)),
+        "texts": [tokenizer.decode(one) for one in told[:2]],
+    }
+
+
+def main() -> None:
+    """Ask everywhere, and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--plain", metavar="PYTHON", help="an interpreter with transformers and without regrow")
+    parser.add_argument("--llama-cpp", metavar="PYTHON", help="an interpreter with llama-cpp-python")
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
+    parser.add_argument("--steps", type=int, default=24, help="tokens that a prompt is carried on by")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "five_places.json")
+    args = parser.parse_args()
+    run = args.run.resolve()
+    tokenizer = read_tokenizer(run)
+    prompts = prompts_of(tokenizer, args.prompts, args.tokens)
+    settings = json.loads((run / "run.json").read_text())["settings"]
+    result: dict[str, Any] = {
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "run": {name: settings[name] for name in ("model", "method", "method_settings", "keep", "seed")},
+        "prompts": len(prompts),
+        "tokens_of_a_prompt": args.tokens,
+        "carried_on": {"prompts": GREEDY, "tokens": args.steps},
+        "places": {},
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        job = {"run": str(run), "prompts": prompts.tolist(), "greedy": GREEDY, "steps": args.steps}
+        (folder / "job.json").write_text(json.dumps(job))
+        ran(sys.executable, PLACES["regrow"], folder)
+        result["largest_logit"] = float(np.abs(np.load(folder / "regrow.npy")).max())
+        result["texts"] = [tokenizer.decode(one) for one in json.loads((folder / "regrow.json").read_text())[:2]]
+        regrow.exported(run, "onnx", folder / "model.onnx")
+        for name in ("transformers", "onnxruntime", "lm-eval"):
+            python = args.plain if name == "transformers" else sys.executable
+            if python:
+                ran(python, PLACES[name], folder)
+                result["places"][name] = compared(name, folder, tokenizer)
+                print(name, result["places"][name], flush=True)
+        if args.llama_cpp:
+            llama_cpp(run, folder, job, args.llama_cpp)
+            result["places"]["llama.cpp"] = compared("llama.cpp", folder, tokenizer)
+            print("llama.cpp", result["places"]["llama.cpp"], flush=True)
+    args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
