@@ -6,6 +6,7 @@ from regrow.evaluation.memory import Live, Memory, UnpredictableError, measured,
 from regrow.evaluation.prefixes import prefix_peaks
 from regrow.evaluation.size import Size, macs, size
 from regrow.evaluation.speed import Speed, speed
+from regrow.evaluation.timing import fastest_pass, lengthened, timing
 from regrow.evaluation.vision import Accuracy, accuracy
 
 __all__ = [
@@ -20,7 +21,9 @@ __all__ = [
     "UnpredictableError",
     "accuracy",
     "choices",
+    "fastest_pass",
     "items_in",
+    "lengthened",
     "macs",
     "measured",
     "paired",
@@ -29,5 +32,6 @@ __all__ = [
     "prefix_peaks",
     "size",
     "speed",
+    "timing",
     "training",
 ]
