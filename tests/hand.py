@@ -1,12 +1,14 @@
 """Small networks with their axes written down by hand, so that scores and budgets can be tested without tracing."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.axes import Axis, AxisGraph, Dim, Product, Role, Slot, Work
+from regrow.axes import Axis, AxisGraph, Cache, Dim, Product, Role, Slot, Work
+from regrow.budget import Timing
 from regrow.sources import Batch, Source
 
 P, C, S = Role.PRODUCES, Role.CONSUMES, Role.SCALES
@@ -106,7 +108,7 @@ def lm(seed: int = 0, **sizes: int) -> tuple[LM, AxisGraph]:
     """A small language model: per block one axis of MLP neurons and one of key-value groups."""
     torch.manual_seed(seed)
     model = LM(**sizes)
-    axes, dims = [], {}
+    axes, dims, caches = [], {}, []
     d = model.head.in_features
     for i, block in enumerate(model.decoder.blocks):
         n, ff = f"decoder.blocks.{i}", block.gate.out_features
@@ -117,11 +119,24 @@ def lm(seed: int = 0, **sizes: int) -> tuple[LM, AxisGraph]:
         ends = [slot(f"{n}.gate.weight", 0, P), slot(f"{n}.up.weight", 0, P), slot(f"{n}.down.weight", 1, C)]
         neurons = Axis(f"{n}.gate.weight:0", ff, tuple(ends))
         axes += [kv, neurons]
+        caches.append(Cache(n, (kv.key, block.size), (kv.key, block.size), 4))
         heads = Product((kv.key, wide))
         dims |= {f"{n}.q.weight": (heads, d), f"{n}.o.weight": (d, heads)}
         dims |= {f"{n}.{m}.weight": (Product((kv.key, block.size)), d) for m in "kv"}
         dims |= {f"{n}.{m}.weight": (neurons.key, d) for m in ("gate", "up")} | {f"{n}.down.weight": (d, neurons.key)}
-    return model, graph(model, axes, dims)
+    return model, replace(graph(model, axes, dims), caches=tuple(caches))
+
+
+def timed(axes: AxisGraph, seed: int = 0) -> Timing:
+    """Times as a device might have them: of each axis a curve through a few widths, and 100 ns of everything else."""
+    random = torch.Generator().manual_seed(seed)
+    curves, total = {}, 100
+    for axis in axes:
+        widths = sorted({1, max(1, axis.size // 2), axis.size})
+        times = torch.randint(0, 400, (len(widths),), generator=random).cumsum(0).tolist()
+        curves[axis.key] = tuple(zip(widths, times, strict=True))
+        total += times[-1]
+    return Timing("none", 1, total, curves, {axis.key: axis.key for axis in axes})
 
 
 def conv(channels: int = 6, padding: int = 1, groups: int = 1) -> tuple[nn.Module, AxisGraph]:

@@ -177,6 +177,7 @@ def test_the_import_floors_catch_a_planted_violation(where, line, tmp_path):
     for name in (
         "axes",
         "branches",
+        "budget",
         "candidates",
         "change",
         "dims",

@@ -8,7 +8,7 @@ tensor's shape written in them. Everything here is plain data; tracing makes it,
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from regrow.branches import Branch, lies_in
-from regrow.dims import Dim, Product, Sum, axes_in, size_of
+from regrow.dims import Cache, Dim, Product, Sum, axes_in, size_of
 
 __all__ = [
     "Axis",
     "AxisGraph",
+    "Cache",
     "Decision",
     "Dim",
     "Example",
@@ -137,6 +138,12 @@ class Axis:
     def free(self) -> bool:
         """Whether units of it can be cut."""
         return self.mark is not Mark.FROZEN
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What it is but for the number of its block: equal for axes of one size and role in every block."""
+        slots = ((re.sub(r"(^|\.)\d+(?=\.)", r"\1#", s.name), *astuple(s)[1:]) for s in self.slots)
+        return (self.size, *sorted(set(slots)))
 
     def consumers(self) -> tuple[Slot, ...]:
         """The slots that read the units."""
@@ -256,6 +263,7 @@ class AxisGraph:
             network looks its input up in an embedding, the embedding and the head that mirrors it are left out.
         itemsize: Name → bytes per entry.
         work: The multiply–accumulates of the traced example, per contraction.
+        caches: What each attention reads of every token that went before.
         integers: ``module:attribute`` → the dimension whose size the attribute holds (``out_features``, ``head_dim``).
         folds: Sizes that stand in divisors.
         unreached: Parameters that the example did not use.
@@ -278,6 +286,7 @@ class AxisGraph:
     itemsize: Mapping[str, int] = field(default_factory=dict)
     ties: Mapping[str, str] = field(default_factory=dict)
     work: tuple[Work, ...] = ()
+    caches: tuple[Cache, ...] = ()
     integers: Mapping[str, Dim] = field(default_factory=dict)
     folds: tuple[Fold, ...] = ()
     unreached: tuple[str, ...] = ()
@@ -362,6 +371,7 @@ class AxisGraph:
             itemsize={name: size for name, size in self.itemsize.items() if stays(name)},
             ties={name: first for name, first in self.ties.items() if stays(name)},
             work=tuple(one for one in self.work if stays(one.module) and known(*one.dims)),
+            caches=tuple(one for one in self.caches if stays(one.module) and known(*one.keys, *one.values)),
             integers={at: dim for at, dim in self.integers.items() if stays(at.partition(":")[0]) and known(dim)},
             folds=tuple(fold for fold in self.folds if stays(fold.weight)),
             unreached=tuple(filter(stays, self.unreached)),

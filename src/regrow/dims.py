@@ -23,6 +23,23 @@ Dim = int | str | Product | Sum
 """A dimension: a fixed size, the key of an axis, or a product or sum of dimensions."""
 
 
+@dataclass(frozen=True)
+class Cache:
+    """What one attention reads of each token that went before, and a cache therefore keeps.
+
+    Args:
+        module: Where the attention runs.
+        keys: The dimensions of a token's keys, before any repetition of heads.
+        values: Those of its values.
+        itemsize: Bytes per entry.
+    """
+
+    module: str
+    keys: tuple[Dim, ...]
+    values: tuple[Dim, ...]
+    itemsize: int
+
+
 def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
     """The number of entries of a dimension, given the size of each axis.
 

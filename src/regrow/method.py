@@ -10,11 +10,14 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from regrow.axes import AxisGraph, Mark
+from regrow.axes import AxisGraph
+from regrow.budget import Budget, Measure
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores, Statistics, merged
 from regrow.sources import Batch, Source
+
+__all__ = ["Budget", "Evidence", "Group", "Measure", "Method", "Need", "State", "Training"]
 
 
 class Need(StrEnum):
@@ -23,51 +26,6 @@ class Need(StrEnum):
     WEIGHTS = "weights"
     ACTIVATIONS = "activations"
     GRADIENTS = "gradients"
-
-
-class Measure(StrEnum):
-    """What a budget counts."""
-
-    PARAMETERS = "params"
-    MACS = "macs"
-    BYTES = "bytes"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much may stay, and which axes may pay for it.
-
-    Args:
-        keep: The fraction of the measure that stays, in (0, 1]. Parameters are the weights in ``AxisGraph.counted``.
-        measure: What is counted.
-        only: Patterns; work only on axes all of whose tensors match one.
-        exclude: Patterns; leave out axes with a tensor that matches.
-        marks: Which kinds of axes to work on.
-        round_to: Sizes left are multiples of this, as far as an axis has that many units.
-    """
-
-    keep: float
-    measure: Measure = Measure.PARAMETERS
-    only: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    marks: frozenset[Mark] = frozenset({Mark.NEUTRAL})
-    round_to: int = 1
-
-    def __post_init__(self) -> None:
-        if not 0 < self.keep <= 1:
-            raise ValueError(f"keep is the fraction that stays, above 0 and at most 1; got {self.keep:g}")
-        if self.round_to < 1:
-            raise ValueError(f"round is a number of units, at least 1; got {self.round_to}")
-
-    def record(self) -> dict[str, Any]:
-        """What a plan says of its budget, as JSON data."""
-        return {
-            "keep": self.keep,
-            "measure": str(self.measure),
-            "round_to": self.round_to,
-            "only": list(self.only),
-            "exclude": list(self.exclude),
-        }
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,17 @@
 
 import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hand import conv, graph, lm, mlp, slot
-from regrow.allocation import BudgetError, Cost, allocation, ranked, uniform
+from hand import conv, graph, lm, mlp, slot, timed
+from regrow.allocation import BudgetError, Cost, allocation, priced, ranked, uniform
 from regrow.axes import Axis, AxisGraph, Role
-from regrow.method import Budget, Measure
+from regrow.budget import IN_CONTEXT, STEPS, Budget, Measure, Target
 from regrow.plan import Plan
 from regrow.scoring import random
 
@@ -22,13 +23,29 @@ def drawn(axes: AxisGraph, seed: int) -> dict[str, torch.Tensor]:
     return dict(random(axes, seed=seed).values)
 
 
-def steps_up(axes: AxisGraph, kept: dict[str, tuple[int, ...]], round_to: int) -> list[dict[str, int]]:
-    """The next larger network of each axis (axes with one count together)."""
-    lanes: dict[str, list[str]] = {}
+def groups(axes: AxisGraph, kept: dict[str, tuple[int, ...]], regular: bool) -> list[list[str]]:
+    """Axes that must keep equally many units: those of one count, and in a regular budget those of one kind too."""
+    found: list[list[str]] = []
     for key in kept:
-        lanes.setdefault(axes[key].count or key, []).append(key)
+        own = [
+            one
+            for one in found
+            if any(
+                (axes[other].count and axes[other].count == axes[key].count)
+                or (regular and axes[other].kind == axes[key].kind)
+                for other in one
+            )
+        ]
+        found = [one for one in found if one not in own] + [[key, *(other for one in own for other in one)]]
+    return found
+
+
+def steps_up(
+    axes: AxisGraph, kept: dict[str, tuple[int, ...]], round_to: int, regular: bool = False
+) -> list[dict[str, int]]:
+    """The next larger network of each axis (those that keep equally many units together)."""
     result = []
-    for keys in lanes.values():
+    for keys in groups(axes, kept, regular):
         size, now = axes[keys[0]].size, len(kept[keys[0]])
         step = round_to if size >= round_to else 1
         if now < size:
@@ -36,39 +53,90 @@ def steps_up(axes: AxisGraph, kept: dict[str, tuple[int, ...]], round_to: int) -
     return result
 
 
+NETS = {"mlp": lambda: mlp(13, 9), "lm": lm, "conv": lambda: conv(8), "tied": lambda: mlp(9, 9)}
+
+
 @given(
-    st.sampled_from(["mlp", "lm", "conv", "tied"]),
+    st.sampled_from(list(NETS)),
     st.integers(0, 50),
     st.floats(0.25, 1.0),
     st.sampled_from([1, 2, 4]),
     st.sampled_from(list(Measure)),
     st.sampled_from([ranked, uniform]),
+    st.booleans(),
+    st.booleans(),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=300, deadline=None)
 def test_budget_is_never_exceeded_and_no_further_step_fits(
-    net: str, seed: int, keep: float, round_to: int, measure: Measure, allocate: object
+    net: str, seed: int, keep: float, round_to: int, measure: Measure, allocate: Any, regular: bool, absolute: bool
 ) -> None:
-    axes = {"mlp": lambda: mlp(13, 9), "lm": lm, "conv": lambda: conv(8), "tied": lambda: mlp(9, 9)}[net]()[1]
+    assume(measure != Measure.CACHE or net == "lm")
+    axes = NETS[net]()[1]
     if net == "tied":
         axes = axes.with_axes({key: replace(axis, count="n") for key, axis in axes.axes.items()})
-    budget = Budget(keep, measure, round_to=round_to)
-    cost = Cost(axes, measure)
+    asked = Budget(keep, measure, round_to=round_to, regular=regular, timing=timed(axes, seed))
+    if absolute:
+        context = 7 if measure in IN_CONTEXT else 0
+        whole = priced(axes, replace(asked, keep=1.0, target=Target(measure, 1, context))).total / STEPS.get(measure, 1)
+        assume(whole)
+        asked = replace(asked, keep=1.0, target=Target(measure, keep * whole, context))
+    cost = priced(axes, asked)
     try:
-        kept = allocate(axes, drawn(axes, seed), budget)  # type: ignore[operator]
+        kept = allocate(axes, drawn(axes, seed), asked)
     except BudgetError as error:
-        least = allocate(axes, drawn(axes, seed), Budget(error.least, measure, round_to=round_to))  # type: ignore[operator]
-        assert keep < error.least
-        assert cost({key: len(units) for key, units in least.items()}) <= error.least * cost.total
+        told = {"target": replace(asked.target, amount=error.least)} if asked.target else {"keep": error.least}
+        kept = allocate(axes, drawn(axes, seed), replace(asked, **told))
+        assert cost({key: len(units) for key, units in kept.items()}) <= replace(asked, **told).limit(cost.total)
+        assert asked.limit(cost.total) < replace(asked, **told).limit(cost.total)
+        assert not asked.target or str(replace(asked.target, amount=error.least)) in str(error)
         return
     sizes = {key: len(units) for key, units in kept.items()}
-    limit = keep * cost.total * (1 + 1e-12)
+    limit = asked.limit(cost.total)
     assert cost(sizes) <= limit
     if cost.total:
-        assert all(cost(sizes | step) > limit for step in steps_up(axes, kept, round_to))
+        assert all(cost(sizes | step) > limit for step in steps_up(axes, kept, round_to, regular))
     for key, size in sizes.items():
         assert size >= 1
         assert size == axes[key].size or size % (round_to if axes[key].size >= round_to else 1) == 0
+    assert all(len({sizes[key] for key in keys}) == 1 for keys in groups(axes, kept, regular))
     Plan.keeping(axes, {key: units for key, units in kept.items() if len(units) < axes[key].size}).check(axes)
+
+
+@given(st.integers(0, 50), st.sampled_from([1, 4]), st.sampled_from([ranked, uniform]))
+@settings(max_examples=30, deadline=None)
+def test_a_regular_plan_keeps_the_best_units_of_each_block(seed: int, round_to: int, allocate: Any) -> None:
+    _, axes = lm(kv=4, rep=2, size=4, ff=24, blocks=3)
+    scores = drawn(axes, seed)
+    kept = allocate(axes, scores, Budget(0.7, round_to=round_to, regular=True))
+    assert len({axes[key].kind for key in kept}) == 2 and len(kept) == 6
+    for kind in {axes[key].kind for key in kept}:
+        assert len({len(kept[key]) for key in kept if axes[key].kind == kind}) == 1
+    for key, units in kept.items():
+        assert set(units) == set(scores[key].argsort(descending=True)[: len(units)].tolist())
+    assert any(len(units) < axes[key].size for key, units in kept.items())
+
+
+def test_a_kind_that_one_block_cannot_give_of_is_cut_nowhere_in_a_regular_plan() -> None:
+    _, axes = lm(kv=4, rep=2, size=4, ff=24, blocks=3)
+    scores = drawn(axes, 0)
+    first = next(key for key in scores if "gate" in key)
+    some = {key: value for key, value in scores.items() if key != first}
+    kept = ranked(axes, some, Budget(0.8, regular=True))
+    assert all(len(units) == 24 for key, units in kept.items() if "gate" in key)
+    assert {len(units) for key, units in kept.items() if "gate" not in key} <= {1, 2, 3}
+    with pytest.raises(BudgetError, match="in every block or in none"):
+        ranked(axes, some, Budget(0.3, regular=True))
+    ranked(axes, some, Budget(0.5))
+    uneven = axes.with_axes({key: replace(a, size=20) if key == first else a for key, a in axes.axes.items()})
+    assert uneven[first].kind != axes[first].kind, "axes of unequal size are of unequal kinds"
+
+
+def test_axes_that_cost_nothing_of_a_measure_stay_whole() -> None:
+    _, axes = lm()
+    budget = Budget(target=Target(Measure.CACHE, 2 * 2 * 2 * 4 * 4 * 100, 100))  # two groups of three in both blocks
+    kept = ranked(axes, drawn(axes, 0), budget)
+    assert all(len(units) == axes[key].size for key, units in kept.items() if "gate" in key)
+    assert sum(len(units) for key, units in kept.items() if "gate" not in key) == 4
 
 
 def test_the_best_units_stay_within_and_across_axes() -> None:

@@ -1,35 +1,15 @@
 """The command line: what works, and what every mistake is answered with."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from cli.conftest import Run
 from regrow import Plan, load, trace, with_branches
-from regrow.cli import main
 from regrow.runs import Ledger, replay
-
-Run = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def regrow(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Run the command line in an empty folder; gives exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["regrow", *words])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        captured = capfd.readouterr()
-        return int(stop.value.code or 0), captured.out, captured.err
-
-    return run
-
 
 PRUNE = (
     "prune",
@@ -187,6 +167,16 @@ MISTAKES = {
     "keep abc": ((*PRUNE, "--keep", "abc", "--out", "run"), "'abc'"),
     "keep nan": ((*PRUNE, "--keep", "nan", "--out", "run"), "above 0"),
     "no keep": ((*PRUNE, "--out", "run"), "--keep 0.8"),
+    "keep and target": ((*PRUNE, "--keep", "0.8", "--target", "macs=2M", "--out", "run"), "one of --keep"),
+    "target of nothing known": ((*PRUNE, "--target", "watts=3", "--out", "run"), "params=100M"),
+    "target and measure": ((*PRUNE, "--target", "macs=2M", "--measure", "bytes", "--out", "run"), "counts macs"),
+    "infeasible target": ((*PRUNE, "--target", "params=100", "--out", "run"), "least possible is params="),
+    "cache without attention": ((*PRUNE, "--target", "kv_cache=1M@64", "--out", "run"), "no kv_cache"),
+    "tokens of a picture": ((*PRUNE, "--target", "ms=1@64", "--out", "run"), "no rows of tokens"),
+    "cut in one block alone": (
+        (*PRUNE, "--keep", "0.5", "--regular", "--only", "none", "--out", "run"),
+        "no axis is left",
+    ),
     "infeasible keep": ((*PRUNE, "--keep", "0.001", "--out", "run"), "least"),
     "no source": (("prune", "toys:classifier", "--method", "wanda_sp", "--keep", "0.8", "--out", "run"), "--source"),
     "unknown source": (("prune", "toys:classifier", "--keep", "0.8", "--source", "x", "--out", "run"), "NAME=FOLDER"),
@@ -241,29 +231,6 @@ def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_langua
     )
     assert code == 2 and says in err and "mail" in err and "Traceback" not in err, err
     assert not Path("run").exists()
-
-
-@pytest.fixture(scope="module")
-def tiny_language_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A transformers folder of a tiny random Llama with the tokenizer of a real model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from regrow.nets import load as load_by_name
-
-    tokenizer = load_by_name("smollm2-135m").tokenizer
-    folder = tmp_path_factory.mktemp("tiny")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=48,
-        intermediate_size=40,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        num_hidden_layers=2,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_language_model: Path) -> None:

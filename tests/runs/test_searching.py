@@ -164,7 +164,7 @@ def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("half", "target is like"), ("2", "is a share"), ("params=9M", "not below"), ("params=0", "not below")],
+    [("half", "target is like"), ("2", "is a share"), ("params=9M", "not below"), ("params=0", "above 0")],
 )
 def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
     parts = parts_of(SETTINGS)

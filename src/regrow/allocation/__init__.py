@@ -1,12 +1,14 @@
 """How many units, and where: scores and a budget → the units kept.
 
-``cost.Cost`` says what a network costs at given sizes; ``ranked`` and ``uniform`` choose units under a budget;
-``ratios`` solves for shares that meet one while they are learned; ``stages`` cuts a search where memory has one.
+``cost.Cost`` says what a network costs at given sizes, ``priced`` what a budget counts of it; ``ranked`` and
+``uniform`` choose units under a budget; ``ratios`` solves for shares that meet one while they are learned; ``stages``
+cuts a search where memory has one.
 """
 
 from collections.abc import Callable, Mapping
 
 from regrow.allocation.cost import Cost
+from regrow.allocation.priced import TimeCost, payers, priced
 from regrow.allocation.ranked import BudgetError, ranked
 from regrow.allocation.solved import module_costs, ratios, slopes, soft_step
 from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes, stages
@@ -33,9 +35,12 @@ __all__ = [
     "Cost",
     "MemoryBudgetError",
     "Stages",
+    "TimeCost",
     "allocation",
     "in_bytes",
     "module_costs",
+    "payers",
+    "priced",
     "ranked",
     "ratios",
     "slopes",

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 
 from regrow.axes import AxisGraph, Dim, Product, Sum
-from regrow.method import Measure
+from regrow.budget import Measure
 
 Monomials = dict[tuple[str, ...], int]
 """Axis keys (sorted, with repetition) → coefficient."""
@@ -20,20 +20,21 @@ class Cost:
 
     Args:
         axes: The network's axes.
-        measure: Parameters, multiply–accumulates of the traced example, or bytes (parameters and buffers).
+        measure: Parameters, multiply–accumulates of the traced example, bytes (parameters and buffers), or bytes of the
+            cache of keys and values.
         counted: For parameters: the weights in ``AxisGraph.counted`` alone, as a ``keep`` fraction means; otherwise
             every parameter, tied ones once.
+        tokens: For the cache: how many tokens it holds, of one sequence; each attention holds all of them.
     """
 
-    def __init__(self, axes: AxisGraph, measure: Measure = Measure.PARAMETERS, *, counted: bool = True) -> None:
+    def __init__(
+        self, axes: AxisGraph, measure: Measure = Measure.PARAMETERS, *, counted: bool = True, tokens: int = 1
+    ) -> None:
         terms: Monomials = {}
-        for dims, factor in _tensors(axes, measure, counted):
-            for keys, coefficient in _expand(dims).items():
+        for dims, factor in _tensors(axes, measure, counted, tokens):
+            for keys, coefficient in expanded(dims).items():
                 terms[keys] = terms.get(keys, 0) + coefficient * factor
-        self.measure = measure
-        self.keys = tuple(axes.axes)
-        self.index = {key: i for i, key in enumerate(self.keys)}
-        self.present = self.vector(axes.sizes())
+        self._over(axes, measure)
         degree = max((len(keys) for keys in terms), default=0)
         # A last, constant size of 1 pads the shorter terms.
         self._axes = np.full((len(terms), degree), len(self.keys), dtype=np.int64)
@@ -44,6 +45,12 @@ class Cost:
         for row, keys in enumerate(terms):
             for key in set(keys):
                 self._touching[self.index[key]].append(row)
+
+    def _over(self, axes: AxisGraph, measure: Measure) -> None:
+        self.measure = measure
+        self.keys = tuple(axes.axes)
+        self.index = {key: i for i, key in enumerate(self.keys)}
+        self.present = self.vector(axes.sizes())
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
         """The cost at the given sizes; axes not named stay as they are."""
@@ -77,7 +84,7 @@ class Cost:
         return int((self._coefficients[rows] * vector[self._axes[rows]].prod(axis=1)).sum())
 
 
-def _tensors(axes: AxisGraph, measure: Measure, counted: bool) -> Iterable[tuple[tuple[Dim, ...], int]]:
+def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
     """The products of dimensions that are summed, each with a factor."""
     match measure:
         case Measure.MACS:
@@ -89,12 +96,17 @@ def _tensors(axes: AxisGraph, measure: Measure, counted: bool) -> Iterable[tuple
         case Measure.PARAMETERS:
             names = axes.counted if counted else [name for name in axes.shapes if name in axes.parameters]
             yield from ((axes.shapes[name], 1) for name in names if name not in axes.ties)
+        case Measure.CACHE:
+            for one in axes.caches:
+                yield from ((dims, one.itemsize * tokens) for dims in (one.keys, one.values))
+        case Measure.TIME:
+            raise ValueError("time is no polynomial in sizes; allocation.priced makes a cost of measured times")
 
 
-def _expand(dims: Iterable[Dim]) -> Monomials:
+def expanded(dims: Iterable[Dim]) -> Monomials:
     """A product of dimensions as a sum of monomials.
 
-    >>> _expand([Sum((2, "a")), "b", 3])
+    >>> expanded([Sum((2, "a")), "b", 3])
     {('b',): 6, ('a', 'b'): 3}
     """
     result: Monomials = {(): 1}
@@ -105,11 +117,11 @@ def _expand(dims: Iterable[Dim]) -> Monomials:
             case str():
                 factor = {(dim,): 1}
             case Product(parts):
-                factor = _expand(parts)
+                factor = expanded(parts)
             case Sum(parts):
                 factor = {}
                 for part in parts:
-                    for keys, coefficient in _expand([part]).items():
+                    for keys, coefficient in expanded([part]).items():
                         factor[keys] = factor.get(keys, 0) + coefficient
         multiplied: Monomials = {}
         for (a, x), (b, y) in product(result.items(), factor.items()):

@@ -196,6 +196,8 @@ def _prices(axes: AxisGraph, measure: Measure) -> Callable[[str], float]:
             return lambda name: 1.0
         case Measure.BYTES:
             return lambda name: float(axes.itemsize.get(name, 4))
+        case Measure.CACHE | Measure.TIME:
+            raise ValueError(f"what single weights have of {measure} is not known; count params, macs or bytes")
     sizes = axes.sizes()
     done: dict[str, int] = {}
     for one in axes.work:

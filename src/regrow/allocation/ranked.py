@@ -1,8 +1,8 @@
 """One ranking over the units of many axes, cut where the planned network fits the budget."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from math import ceil, floor, lcm
+from dataclasses import dataclass, replace
+from math import ceil, lcm
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.cost import Cost
+from regrow.allocation.priced import priced
 from regrow.axes import AxisGraph
-from regrow.method import Budget
+from regrow.budget import STEPS, Budget
 from regrow.scores import Scores
 
 
@@ -20,7 +21,7 @@ class BudgetError(ValueError):
 
     Args:
         message: What went wrong, and what would work.
-        least: The least reachable keep fraction, in (0, 1].
+        least: The least keep fraction, in (0, 1], or the least amount of the target's measure, that can be reached.
     """
 
     def __init__(self, message: str, least: float) -> None:
@@ -62,13 +63,14 @@ def ranked(
     the budget, and no step of any axis would fit any more.
 
     Axes with the same ``count`` lose their i-th worst units together, at the mean of their scores; if one of them is
-    free but not scored, none is cut. Rounding is part of the steps: all sizes reached are multiples of
-    ``budget.round_to``, or the present size; axes with fewer units than that are not rounded.
+    free but not scored, none is cut. In a regular budget so do all axes of one kind, in whatever block; if one of them
+    is not scored, none is cut. Rounding is part of the steps: all sizes reached are multiples of ``budget.round_to``,
+    or the present size; axes with fewer units than that are not rounded.
 
     Args:
         axes: The network's axes.
         scores: Axis key → one number per unit, comparable between axes; higher is kept.
-        budget: ``keep``, ``measure`` and ``round_to`` (which axes to cut is said by ``scores``).
+        budget: ``keep`` or ``target``, ``measure``, ``round_to`` and ``regular`` (which axes to cut, ``scores`` says).
         minimum: How many units every axis keeps at least.
         share: What share of its units every axis keeps at least.
 
@@ -80,9 +82,9 @@ def ranked(
         ValueError: If scores do not fit the axes or are not numbers.
     """
     values = scores.values if isinstance(scores, Scores) else scores
-    lanes = list(_lanes(axes, values, budget.round_to, minimum, share))
-    cost = Cost(axes, budget.measure)
-    limit = floor(budget.keep * cost.total + 1e-6)
+    lanes = list(_lanes(axes, values, budget, minimum, share))
+    cost = priced(axes, budget)
+    limit = budget.limit(cost.total)
     members = [np.array([cost.index[key] for key in lane.keys]) for lane in lanes]
     steps = [np.concatenate([[0], np.cumsum(lane.steps)]) for lane in lanes]
 
@@ -106,24 +108,21 @@ def ranked(
     return kept
 
 
-def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], round_to: int, minimum: int, share: float) -> Iterator[Lane]:
+def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimum: int, share: float) -> Iterator[Lane]:
     """The lanes of the scored axes, by key."""
-    together: dict[str, list[str]] = {}
-    for axis in sorted(axes, key=lambda axis: axis.key):
-        if axis.key in values or (axis.count and axis.free):
-            together.setdefault(f"count:{axis.count}" if axis.count else axis.key, []).append(axis.key)
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
             raise ValueError(f"the scores of {key!r} do not fit the network: {len(scores)} numbers")
         if not bool(torch.isfinite(scores).all()):
             raise ValueError(f"the scores of {key!r} hold NaN or infinity")
-    for keys in together.values():
+    for keys in _groups(axes, values, budget.regular):
         size = axes[keys[0]].size
         if any(key not in values or axes[key].size != size for key in keys):
             continue
         floor_ = max(minimum, ceil(share * size - 1e-9), *(axes[key].least for key in keys))
         own = lcm(*(axes[key].multiple for key in keys))
-        steps = _steps(size, min(floor_, size), lcm(round_to, own) if size >= lcm(round_to, own) else own)
+        rounded = lcm(budget.round_to, own)
+        steps = _steps(size, min(floor_, size), rounded if size >= rounded else own)
         arrays = [values[key].double().numpy() for key in keys]
         orders = tuple(np.argsort(array, kind="stable") for array in arrays)
         mean = np.mean([array[order] for array, order in zip(arrays, orders, strict=True)], axis=0)
@@ -131,6 +130,26 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], round_to: int, minimum
         sums = np.add.reduceat(mean, np.append(starts, steps.sum()))[:-1] if 0 < steps.sum() < size else np.zeros(0)
         # Rounding errors must not let a later step come before an earlier one.
         yield Lane(tuple(keys), size, orders, steps, np.maximum.accumulate(sums / steps) if len(steps) else sums)
+
+
+def _groups(axes: AxisGraph, values: Mapping[str, Tensor], regular: bool) -> list[list[str]]:
+    """The scored axes, those together that must keep equally many units, with those not scored that bind them."""
+    kinds = {axes[key].kind for key in values} if regular else frozenset()
+    home: dict[Any, int] = {}
+    groups: dict[int, list[str]] = {}
+    for number, axis in enumerate(sorted(axes, key=lambda axis: axis.key)):
+        labels: list[Any] = [axis.count] if axis.count and axis.free else []
+        if kinds and axis.kind in kinds:
+            labels.append(axis.kind)
+        if not labels and axis.key not in values:
+            continue
+        first, *others = sorted({home[label] for label in labels if label in home}) or [number]
+        for other in others:
+            groups[first] += groups.pop(other)
+            home = {label: first if at == other else at for label, at in home.items()}
+        groups.setdefault(first, []).append(axis.key)
+        home |= dict.fromkeys(labels, first)
+    return [sorted(keys) for keys in groups.values()]
 
 
 def _steps(size: int, least: int, round_to: int) -> np.ndarray:
@@ -189,10 +208,19 @@ def _refill(
 
 
 def _infeasible(budget: Budget, least: int, total: int, axes: int) -> BudgetError:
-    fraction = min(1.0, ceil(least / total * 1e4) / 1e4)
     why = f"{axes} axes keep their least" if axes else "no axis is left to cut: loosen --only, --exclude"
+    if axes and budget.regular:
+        why += "; axes of one kind are cut in every block or in none"
+    reachable = budget.least(least, total)
+    if budget.target is None:
+        return BudgetError(
+            f"keep {budget.keep:g} of {budget.measure} cannot be reached ({why}); the least reachable keep is "
+            f"{reachable:g}",
+            reachable,
+        )
+    now = total / STEPS.get(budget.measure, 1)
     return BudgetError(
-        f"keep {budget.keep:g} of {budget.measure.value} cannot be reached ({why}); the least reachable keep is "
-        f"{fraction:g}",
-        fraction,
+        f"the target {budget.target} cannot be reached ({why}); the least possible is "
+        f"{replace(budget.target, amount=reachable)}, of {now:,.10g} now",
+        reachable,
     )

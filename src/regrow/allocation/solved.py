@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from regrow.allocation.cost import Cost
+from regrow.allocation.priced import priced
 from regrow.axes import AxisGraph
-from regrow.method import Budget
+from regrow.budget import Budget
 
 
 def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
@@ -53,7 +53,8 @@ def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95)
 def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:
     """What all units of each module cost at present sizes (``[modules]``), and how much has to go.
 
-    Units are priced one by one, which is exact where no two of the axes meet in one weight, as in a transformer.
+    A unit costs what one does on average of all that can go from its axis alone, which is exact where no two of the
+    axes meet in one weight, as in a transformer.
 
     Args:
         axes: The network's axes.
@@ -61,11 +62,14 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
         modules: How many there are.
         budget: What is counted, and how much stays.
     """
-    cost, costs = Cost(axes, budget.measure), torch.zeros(modules, dtype=torch.float64)
+    cost, costs = priced(axes, budget), torch.zeros(modules, dtype=torch.float64)
     for key, label in labels.items():
-        one = float(cost.total - cost({key: axes[key].size - 1}))
-        costs += torch.bincount(label, minlength=modules) * one
-    return costs, cost.total * (1 - budget.keep)
+        size = axes[key].size
+        low = min(axes[key].least, size - 1)
+        costs += torch.bincount(label, minlength=modules) * ((cost.total - cost({key: low})) / (size - low))
+    if budget.target is None:
+        return costs, cost.total * (1 - budget.keep)
+    return costs, float(max(0, cost.total - budget.limit(cost.total)))
 
 
 def slopes(curve: Tensor) -> Tensor:

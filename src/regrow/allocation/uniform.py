@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regrow.allocation.ranked import ranked
 from regrow.axes import AxisGraph
-from regrow.method import Budget
+from regrow.budget import Budget
 from regrow.scores import Scores
 
 

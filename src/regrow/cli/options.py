@@ -48,6 +48,20 @@ def fraction(text: str | None, name: str) -> float:
     return value
 
 
+def checked_target(text: str) -> str:
+    """The unit of a target.
+
+    Raises:
+        click.UsageError: If it is no target.
+    """
+    from regrow.budget import Target
+
+    try:
+        return str(Target.parse(text).measure)
+    except ValueError as error:
+        raise click.UsageError(f"--target: {error}") from None
+
+
 def settings(pairs: Iterable[str]) -> dict[str, Any]:
     """``key=value`` pairs; values are read as JSON where they can be, as text otherwise.
 

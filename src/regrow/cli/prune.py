@@ -14,6 +14,7 @@ EPILOG = f"""{options.MODEL_HELP}
 \b
 Examples
   regrow prune smollm2-135m --keep 0.9 --source news --source code --source manual --source talk --out RUN
+  regrow prune ./my-llama --target bytes=200M --regular --round 64 --source mail=letters/ --out RUN
   regrow prune ./my-llama --method wanda_sp --keep 0.8 --only mlp --source mail=letters/ --out RUN
   regrow prune resnet18 --method magnitude --keep 0.7 --source photos=images/ --finetune 2 --out RUN
   regrow prune --again RUN --out RUN2
@@ -27,6 +28,14 @@ Examples
     "--keep",
     metavar="FRACTION",
     help="How much stays, of the weights of a decoder's linear layers (image models: convolutions and linear layers).",
+)
+@click.option(
+    "--target",
+    default="",
+    metavar="UNIT=AMOUNT",
+    help="What stays at most, instead of --keep: params=100M (all parameters), macs=2G, bytes=200M (in the dtype it is "
+    "loaded in), kv_cache=50M@4096 (bytes of keys and values at 4096 tokens), ms=120 or ms=120@512 (a pass of so many "
+    "tokens, measured on this device).",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder. The same command resumes a stopped run.")
 @options.source
@@ -44,12 +53,24 @@ Examples
     type=click.Choice(["neutral", "competed", "folded", "restated"]),
     help="Cut axes of this kind (see `regrow show`); folded takes in a residual width. Repeat it for several.",
 )
-@click.option("--round", "round_to", default=1, show_default=True, type=int, help="Sizes left are multiples of this.")
+@click.option(
+    "--round",
+    "round_to",
+    default=1,
+    show_default=True,
+    type=int,
+    help="Widths are multiples of this (8, 64), where an axis has so many units; the budget still holds.",
+)
+@click.option(
+    "--regular",
+    is_flag=True,
+    help="One width per kind of axis in all blocks, as an ordinary model has; each block keeps its own best units.",
+)
 @click.option(
     "--measure",
     default="params",
     show_default=True,
-    type=click.Choice(["params", "macs", "bytes"]),
+    type=click.Choice(["params", "macs", "bytes", "kv_cache", "ms"]),
     help="What --keep counts.",
 )
 @click.option("--base", metavar="METHOD", help="What gprune wraps: flap (default), wanda_sp, llm_pruner or magnitude.")
@@ -105,15 +126,20 @@ def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any
 
     if model is None:
         raise click.UsageError("name the model to prune, for example `regrow prune smollm2-135m --keep 0.9 --out run`")
-    if keep is None:
-        raise click.UsageError("--keep says how much stays, for example --keep 0.8")
+    target, measure = given["target"], given["measure"]
+    if (keep is None) == (not target):
+        raise click.UsageError("say how much stays, by one of --keep 0.8 and --target bytes=200M")
+    if target:
+        unit = options.checked_target(target)
+        if measure not in ("params", unit):
+            raise click.UsageError(f"--target counts {unit}, --measure {measure} is what --keep counts: leave it away")
     for name in ("tokens", "eval_tokens", "seq_len", "round_to"):
         if given[name] < 1:
             raise click.UsageError(f"--{name.replace('_', '-').removesuffix('-to')} is at least 1; got {given[name]}")
     pairs, no_verify, base = given.pop("pairs"), given.pop("no_verify"), given.pop("base")
     return Settings(
         model,
-        keep=options.fraction(keep, "--keep"),
+        keep=options.fraction(keep, "--keep") if keep is not None else None,
         method_settings=options.settings(pairs) | ({"base": base} if base else {}),
         proof=not no_verify,
         **given,
@@ -137,6 +163,14 @@ def _tell(folder: Any) -> None:
         f"{pruned['params_all'] / dense['params_all']:.4f} of all parameters, "
         f"{pruned['macs'] / max(dense['macs'], 1):.4f} of the multiply–accumulates"
     )
+    for row in rows:
+        if row["what"] == "budget":
+            context = f" at {row['context']} tokens" if row["context"] else ""
+            predicted = f" ({number(row['predicted'])} predicted)" if "predicted" in row else ""
+            say(
+                f"{row['measure']}{context}: {number(row['after'])}{predicted}, of {number(row['before'])}; "
+                f"asked for at most {number(row['asked'])}"
+            )
     quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
     lines = [
         (

@@ -7,6 +7,7 @@ from regrow.evaluation.memory import Live, Memory, UnpredictableError, measured,
 from regrow.evaluation.prefixes import prefix_peaks
 from regrow.evaluation.size import Size, macs, size
 from regrow.evaluation.speed import Speed, speed
+from regrow.evaluation.timing import fastest_pass, lengthened, timing
 from regrow.evaluation.vision import Accuracy, accuracy
 
 __all__ = [
@@ -22,8 +23,10 @@ __all__ = [
     "UnpredictableError",
     "accuracy",
     "choices",
+    "fastest_pass",
     "harness",
     "items_in",
+    "lengthened",
     "macs",
     "measured",
     "paired",
@@ -32,5 +35,6 @@ __all__ = [
     "prefix_peaks",
     "size",
     "speed",
+    "timing",
     "training",
 ]

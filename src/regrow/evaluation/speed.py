@@ -115,7 +115,7 @@ def speed(
                 seconds[name].append(taken)
                 peaks[name] += [] if peak is None else [peak]
             progress(turn * len(names) + step + 1, total, "speed")
-    positions = _positions(batch)
+    positions = positions_of(batch)
     return {name: Speed(name, tuple(seconds[name]), positions, tuple(peaks[name])) for name in names}
 
 
@@ -128,10 +128,10 @@ def _one_call(model: nn.Module, batch: Batch) -> tuple[float, int | None]:
         gc.disable()
         try:
             peak = peak_meter(device)
-            _wait(device)
+            waiting_for(device)
             begin = time.perf_counter()
             model(*args, **kwargs)
-            _wait(device)
+            waiting_for(device)
             taken = time.perf_counter() - begin
             extra = peak()
         finally:
@@ -140,7 +140,8 @@ def _one_call(model: nn.Module, batch: Batch) -> tuple[float, int | None]:
     return taken, None if extra is None else extra + _weight_bytes(model)
 
 
-def _wait(device: torch.device) -> None:
+def waiting_for(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -149,7 +150,8 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
 
 
-def _positions(batch: Batch) -> int:
+def positions_of(batch: Batch) -> int:
+    """How many tokens, or pictures, a batch holds."""
     tensors = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor)]
     if not tensors:
         return 1

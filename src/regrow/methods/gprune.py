@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from regrow import scoring
-from regrow.allocation import BudgetError, allocation, module_costs, ranked, ratios, uniform
+from regrow.allocation import BudgetError, allocation, module_costs, payers, ranked, ratios, uniform
 from regrow.axes import Axis, AxisGraph, Mark
 from regrow.masked import Comparison, Masks, least_curvature
 from regrow.method import Budget, Evidence, Group, Need, State, Training
 from regrow.plan import Plan
-from regrow.pruner import told
+from regrow.pruner import compensating, told
 from regrow.scores import Scores, Statistics
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import PARTITIONS, Modules, partition
@@ -154,7 +154,7 @@ class GPrune:
         Raises:
             ValueError: If not.
         """
-        units = scoring.scorable(axes, axes.units(budget.only, budget.exclude, budget.marks))
+        units = scoring.scorable(axes, payers(axes, budget))
         ranked(axes, scoring.random(axes, units=units), budget, minimum=self.settings.minimum)
         if alien := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
             raise ValueError(
@@ -173,6 +173,8 @@ class GPrune:
         """
         if state.scores is not None:
             return None, state
+        if self.settings.compensate:
+            state = replace(state, budget=compensating(model, axes, state.budget))
         stage = self._judged if state.tensors else self._begun
         state = stage(model, axes, evidence, state)
         if evidence.step < self.settings.steps:
@@ -230,6 +232,7 @@ class GPrune:
             base, scores = BASES[s.base], seen.views[0].scores.values
             allocate = allocation(base.allocation) if how == "base" else uniform
             outer = {"base": base.spare, "inner": OUTER}.get(how, (0.0, 0.0))
+            outer = (0.0, 0.0) if state.budget.regular else outer  # every block gives alike
             spared = [axis for axis in inner(seen.units, *outer) if how != "inner" or axis.size >= FEW]
             try:
                 some = {axis.key: scores[axis.key] for axis in spared}
@@ -328,7 +331,7 @@ class _Measured:
 
 
 def _measured(s: Settings, model: nn.Module, axes: AxisGraph, budget: Budget, evidence: Evidence) -> _Measured:
-    units = scoring.scorable(axes, axes.units(budget.only, budget.exclude, budget.marks))
+    units = scoring.scorable(axes, payers(axes, budget))
     weights, among, sums = scoring.weights_of(model), spaces(units), evidence.statistics
 
     def score(statistics: Statistics | None) -> Scores:

@@ -1,8 +1,8 @@
 """LLM-Pruner: drop the units whose weights, set to zero, would change the loss least (first-order Taylor).
 
 Like the original: the same share from every block but the first eighth and the last sixteenth, which stay whole (4 and
-2 of 32). Unlike it: the gradient is that of all sources together (there: 10 × 64 tokens), dropped inputs are replaced
-by their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
+2 of 32; a regular plan spares none). Unlike it: the gradient is that of all sources together (there: 10 × 64 tokens),
+dropped inputs are replaced by their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
 """
 
 from dataclasses import asdict, dataclass
@@ -12,7 +12,6 @@ from regrow import scoring
 from regrow.allocation import allocation
 from regrow.method import Need
 from regrow.pruner import Pruner
-from regrow.scoring.spaces import inner
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
 
@@ -40,14 +39,11 @@ class Settings:
 
 def build(settings: Settings) -> Pruner:
     """Taylor importance, the same share of all but the outer blocks, compensated."""
-    spared = settings.spare_first, settings.spare_last
     how = "zscore" if settings.allocation == "ranked" else "none"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
         score=lambda model, axes, units, evidence: scoring.normalise(
-            scoring.taylor(
-                scoring.weights_of(model), axes, evidence.pooled(), units=inner(units, *spared), form=settings.form
-            ),
+            scoring.taylor(scoring.weights_of(model), axes, evidence.pooled(), units=units, form=settings.form),
             how,
         ),
         allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
@@ -55,4 +51,5 @@ def build(settings: Settings) -> Pruner:
         if settings.compensate
         else None,
         origin={"method": "llm_pruner", "settings": asdict(settings)},
+        spare=(settings.spare_first, settings.spare_last),
     )

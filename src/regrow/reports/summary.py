@@ -60,6 +60,9 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "model": _short(text(settings.get("model", settings.get("space")), 300)) or "the model",
         "method": text(settings.get("method")),
         "keep": number(settings.get("keep"), 0, 1),
+        "target": text(settings.get("target"), 60),
+        "regular": settings.get("regular") is True,
+        "budget": _budget(metrics.get("budget", [])),
         "settings": _pairs(settings, skip=("sources", "method_settings")),
         "method_settings": _pairs(mapping(settings.get("method_settings"))),
         "sources": sources,
@@ -162,6 +165,15 @@ def _sides(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, dic
     return sides
 
 
+def _budget(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What a target counts: asked for, before, after, and for time what was predicted."""
+    line = lines[-1] if lines else {}
+    found: dict[str, Any] = {name: number(line.get(name), 0) for name in ("asked", "before", "after", "predicted")}
+    if found["asked"] is None or found["after"] is None:
+        return None
+    return found | {"measure": text(line.get("measure"), 20), "context": size(line.get("context")) or 0}
+
+
 def _verify(line: dict[str, Any]) -> dict[str, Any]:
     difference, bound = number(line.get("max_abs_diff"), 0), number(line.get("bound"), 0)
     return {
@@ -209,7 +221,8 @@ def _name(runs: list[dict[str, Any]]) -> None:
     """Give each run a short label that tells it from the others: method and keep, then seed, then its folder."""
     for run in runs:
         seed = next((pair["value"] for pair in run["settings"] if pair["name"] == "seed"), "")
-        kept = "" if run["keep"] is None else f" {run['keep']:g}"
+        kept = f" {run['target']}" if run["keep"] is None else f" {run['keep']:g}"
+        kept = kept.rstrip() + " regular" * run["regular"]
         run["label"], run["_seed"] = f"{run['method'] or run['name']}{kept}", seed
     for suffix in (
         lambda run, i: f" seed {run['_seed']}",

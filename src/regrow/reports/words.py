@@ -8,6 +8,11 @@ from regrow.reports.findings import GRID
 
 Run = dict[str, Any]
 
+_UNITS: dict[str, Callable[[float | None], str]] = {
+    "bytes": q.octets,
+    "kv_cache": q.octets,
+    "ms": lambda value: f"{q.significant(value)} ms",
+}
 _DONE = {"prune": "removed", "apply": "removed"}
 
 
@@ -32,6 +37,11 @@ def details(run: Run) -> list[str]:
         lines.append(
             f"All parameters together went from {q.count(before['params_all'])} to "
             f"{q.count(after['params_all'])}, which is {share}."
+        )
+    if run["regular"]:
+        lines.append(
+            "The plan is regular: axes of one kind keep equally many units in every block, each block its own best. "
+            "What that costs, a comparison with the same run without it shows."
         )
     parts = [
         f"from {q.significant(mean['before'])} to {q.significant(mean['after'])} over {_kinds(mean['count'])}{words}"
@@ -58,6 +68,12 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
         add("Counted weights kept", q.percent(share), figures)
     elif run["keep"] is not None:
         add("Asked to keep", q.percent(run["keep"]), "of the counted weights")
+    if budget := run["budget"]:
+        unit = _UNITS.get(budget["measure"], q.count)
+        label = f"{budget['measure']} at {budget['context']:,} tokens" if budget["context"] else budget["measure"]
+        was = f", before {unit(budget['before'])}" if budget["before"] else ""
+        guess = f"; predicted {unit(budget['predicted'])}" if budget["predicted"] else ""
+        add(label, unit(budget["after"]), f"at most {unit(budget['asked'])} asked for{was}{guess}")
     named = [(which, run["means"][which]) for which in ("seen", "unseen") if run["means"][which]]
     for which, mean in named or [("all kinds", run["means"]["all"])]:
         if mean and mean["ratio"]:

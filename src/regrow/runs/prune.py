@@ -2,16 +2,20 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
+from regrow import evaluation
 from regrow.axes import AxisGraph, Example
-from regrow.method import Budget, Evidence, Measure, Method, Need, State
+from regrow.budget import Budget, Measure, Target, Timing
+from regrow.method import Evidence, Method, Need, State
 from regrow.methods import entry
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs.loop import proposed
+from regrow.runs.measuring import passed
 from regrow.scoring import collect
 from regrow.sources import Source
 from regrow.surgery import apply
@@ -22,7 +26,8 @@ def prune(
     model: nn.Module,
     *,
     method: str = "flap",
-    keep: float = 0.8,
+    keep: float | None = None,
+    target: str | Target = "",
     sources: Sequence[Source] = (),
     example: Example | None = None,
     axes: AxisGraph | None = None,
@@ -36,13 +41,16 @@ def prune(
         model: The network; it is changed in place.
         method: One of ``regrow.methods.METHODS``.
         keep: The fraction that stays, of the weights of linear layers and convolutions (of a language model: of its
-            decoder's linear layers).
+            decoder's linear layers); 0.8 unless given, or a target.
+        target: So much may stay, instead of a fraction: ``"params=100M"``, ``"macs=2G"``, ``"bytes=200M"``,
+            ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device.
         sources: What to measure importance on; the more kinds, the better the result carries over.
         example: What to trace the network with; the first batch of the first source, unless given.
         axes: Its axes, where they are known (:func:`regrow.declare`); nothing is traced then.
         settings: Settings of the method; its defaults, unless given.
         progress: Called with (batches done, batches in all, what).
-        **budget: More fields of :class:`regrow.method.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``.
+        **budget: More fields of :class:`regrow.method.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``,
+            ``regular``.
 
     Returns:
         The same model, smaller, and the plan that was applied. A source that had to be split is told as a warning.
@@ -59,10 +67,14 @@ def prune(
     4
     """
     chosen = built(method, settings or {})
+    if target and keep is not None:
+        raise ValueError(f"give keep or target, not both; got keep {keep:g} and target {target}")
+    much = 0.8 if keep is None else keep
+    wanted = Budget(target=Target.parse(str(target)), **budget) if target else Budget(much, **budget)
     if axes is None:
         example = _example(example, sources)
         axes = trace(model, *example.args, **example.kwargs)
-    wanted = Budget(keep, **budget)
+    wanted = timed(model, axes, wanted, progress=progress)
     state = begun(axes, chosen, wanted, sources)
     evidence = measured(model, axes, chosen, sources, progress)
     for note in evidence.notes:
@@ -129,6 +141,50 @@ def spread(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[s
     return [*sources[:longest], *parts, *sources[longest + 1 :]], (note,)
 
 
+def timed(
+    model: nn.Module,
+    axes: AxisGraph,
+    budget: Budget,
+    *,
+    known: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+) -> Budget:
+    """The budget, with how long the network takes if that is what it counts.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        budget: What may stay.
+        known: ``Timing.record()`` of an earlier measurement that is to hold.
+        progress: Called as it is measured.
+
+    Raises:
+        ValueError: If its axes are declared and not traced, or a module cannot be timed.
+    """
+    if budget.measure != Measure.TIME or budget.timing is not None:
+        return budget
+    _known_of(axes, budget)
+    if known:
+        return replace(budget, timing=Timing.from_record(known))
+    batch, units = passed(axes, budget), budget.units(axes)
+    found = evaluation.timing(model, axes, units, batch, round_to=budget.round_to, progress=progress)
+    return replace(budget, timing=found)
+
+
+def _known_of(axes: AxisGraph, budget: Budget) -> None:
+    """Check that what a budget counts is known of axes that no recording shows."""
+    what = {
+        Measure.MACS: "how many multiply–accumulates",
+        Measure.CACHE: "how much of a cache",
+        Measure.TIME: "how much time",
+    }
+    if budget.measure in what and axes.declared:
+        raise ValueError(
+            f"{what[budget.measure]} the declared axes {', '.join(axes.declared)} cost is not known, since no "
+            "recording shows them; budget by params or bytes"
+        )
+
+
 def begun(axes: AxisGraph, method: Method, budget: Budget, sources: Sequence[Source]) -> State:
     """The first state of a method: the budget can be met and there is something to measure on.
 
@@ -137,9 +193,5 @@ def begun(axes: AxisGraph, method: Method, budget: Budget, sources: Sequence[Sou
     """
     if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")
-    if budget.measure == Measure.MACS and axes.declared:
-        raise ValueError(
-            f"how many multiply–accumulates the declared axes {', '.join(axes.declared)} cost is not known, since no "
-            "recording shows them; budget by params or bytes"
-        )
+    _known_of(axes, budget)
     return method.init(axes, budget)

@@ -14,14 +14,15 @@ import torch
 from regrow import data, evaluation, nets
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph, Mark
+from regrow.budget import Budget, Measure, Target
 from regrow.data import Half
 from regrow.data.vision import digits, images
-from regrow.method import Budget, Evidence, Measure
+from regrow.method import Evidence
 from regrow.methods import entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.runs import loop, prune, store, tune
+from regrow.runs import loop, measuring, prune, store, tune
 from regrow.runs.calibration import calibrated
 from regrow.runs.folder import RunFolder
 from regrow.scores import Scores
@@ -41,8 +42,10 @@ class Settings:
         model: What :func:`regrow.nets.load` takes.
         method: One of ``regrow.methods.METHODS``.
         method_settings: Its settings, where they differ from the defaults.
-        keep: The fraction of the measure that stays.
-        measure: ``params``, ``macs`` or ``bytes``.
+        keep: The fraction of the measure that stays; ``None`` if there is a target.
+        measure: ``params``, ``macs``, ``bytes``, ``kv_cache`` or ``ms``.
+        target: So much may stay instead, like ``bytes=200M`` or ``kv_cache=50M@4096``.
+        regular: One width per kind of axis in all blocks.
         sources: Kinds of text (``news``) or ``NAME=PATH``; for image models ``digits`` or ``NAME=FOLDER``.
         unseen: Further kinds, on which the result is only evaluated.
         only: Patterns: cut only axes all of whose tensors match one.
@@ -62,8 +65,10 @@ class Settings:
     model: str
     method: str = "flap"
     method_settings: Mapping[str, Any] = field(default_factory=dict)
-    keep: float = 0.8
+    keep: float | None = 0.8
     measure: str = "params"
+    target: str = ""
+    regular: bool = False
     sources: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
@@ -79,6 +84,15 @@ class Settings:
     finetune: int = 0
     proof: bool = True
 
+    def __post_init__(self) -> None:
+        if self.target:
+            object.__setattr__(self, "keep", None)
+            object.__setattr__(self, "measure", str(Target.parse(self.target).measure))
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` holds; settings that came later only where they are used, so that older runs go on."""
+        return {name: value for name, value in asdict(self).items() if value or name not in ("target", "regular")}
+
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that a ``run.json`` holds."""
@@ -90,12 +104,16 @@ class Settings:
     def budget(self) -> Budget:
         """How much may stay, and which axes may pay for it."""
         marks = frozenset(map(Mark, self.marks))
-        return Budget(self.keep, Measure(self.measure), self.only, self.exclude, marks, self.round_to)
+        target = Target.parse(self.target) if self.target else None
+        much = 1.0 if self.keep is None else self.keep
+        rest = self.only, self.exclude, marks, self.round_to, self.regular, target
+        return Budget(much, Measure(self.measure), *rest)
 
     def command(self, out: str) -> str:
         """The command line that does this run again."""
         default = Settings(self.model)
-        words = ["regrow", "prune", self.model, "--method", self.method, "--keep", f"{self.keep:g}"]
+        words = ["regrow", "prune", self.model, "--method", self.method]
+        words += ["--target", self.target] if self.keep is None else ["--keep", f"{self.keep:g}"]
         for spec in self.sources:
             words += ["--source", spec]
         for flag in ("unseen", "only", "exclude"):
@@ -106,9 +124,10 @@ class Settings:
         for name, value in self.method_settings.items():
             words += ["--set", f"{name}={value}"]
         for name, flag in _FLAGS.items():
-            if getattr(self, name) != getattr(default, name):
+            if getattr(self, name) != getattr(default, name) and not (name == "measure" and self.target):
                 words += [flag, str(getattr(self, name))]
-        return shlex.join([*words, *([] if self.proof else ["--no-verify"]), "--out", out])
+        words += [flag for flag, on in (("--regular", self.regular), ("--no-verify", not self.proof)) if on]
+        return shlex.join([*words, "--out", out])
 
 
 _FLAGS = {
@@ -130,6 +149,11 @@ class Kinds:
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """The names of those that calibrate."""
+        return frozenset(source.name for source in self.calibration)
 
 
 @dataclass
@@ -160,6 +184,7 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     loaded = load_model(settings, progress)
     kinds = sources_of(settings, loaded)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    budget = prune.timed(loaded.model, axes, budget, progress=progress)
     state = prune.begun(axes, method, budget, kinds.calibration)
     evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress)
     return loop.proposed(loaded.model, axes, method, evidence, state, progress=progress)[0]
@@ -181,17 +206,22 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     """
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
-    RunFolder.check(out, verb="prune", settings=asdict(settings))
+    again = RunFolder.check(out, verb="prune", settings=settings.record())
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(settings, progress)
         kinds = sources_of(settings, loaded)
     with clock.stage("trace"):
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    with clock.stage("time"):
+        known = RunFolder.open(out).run().get("timing") if again else None
+        budget = prune.timed(loaded.model, axes, budget, known=known, progress=progress)
     state = prune.begun(axes, method, budget, kinds.calibration)
-    folder = RunFolder.create(out, verb="prune", settings=asdict(settings), command=settings.command(str(out)))
+    folder = RunFolder.create(out, verb="prune", settings=settings.record(), command=settings.command(str(out)))
     clock.folder = folder
     folder.update(notes=list(loaded.notes), sources=_described(settings, kinds))
+    if budget.timing:  # another measurement would be another plan
+        folder.update(timing=budget.timing.record())
     with clock.stage("calibrate"):
         evidence, key = calibrated(folder, loaded, axes, method, kinds.calibration, progress)
         if evidence.notes:
@@ -207,14 +237,14 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         if state.findings:
             folder.write_findings(settings.method, state.findings)
     with clock.stage("evaluate"):
-        before = measure(folder, loaded, axes, kinds, "dense", progress)
+        before = measuring.measure(folder, loaded, axes, kinds.evaluation, kinds.seen, "dense", progress)
     if settings.proof:
         with clock.stage("verify"):
             progress(0, 1, "proving that masked = shrunk")
             _prove(folder, loaded, axes, plan)
     rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
-        _, axes = apply(loaded.model, axes, plan)
+        whole, (_, axes) = axes, apply(loaded.model, axes, plan)
         if not len(folder.ledger):
             folder.ledger.append(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
@@ -224,7 +254,8 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     with clock.stage("save"):
         store.save(loaded, folder.path)
     with clock.stage("evaluate"):
-        after = measure(folder, loaded, axes, kinds, "pruned", progress)
+        after = measuring.measure(folder, loaded, axes, kinds.evaluation, kinds.seen, "pruned", progress)
+        measuring.counted(folder, loaded.model, whole, axes, budget)
         for name in before.keys() & after.keys():
             pair = evaluation.paired(before[name], after[name])
             folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
@@ -273,56 +304,6 @@ def _source(settings: Settings, loaded: Loaded, spec: str, half: Half, amount: i
     if not equals:
         raise ValueError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
     return images(name, Path(path), n=amount, size=shape[-1], seed=seed, half=half)
-
-
-def measure(
-    folder: RunFolder,
-    loaded: Loaded,
-    axes: AxisGraph,
-    kinds: Kinds,
-    name: str,
-    progress: Progress = silent,
-) -> dict[str, evaluation.Perplexity]:
-    """Log size and quality of a model; give back its perplexities, for pairing."""
-    size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
-    folder.log(
-        "size",
-        model=name,
-        params_all=size.parameters,
-        params_counted=size.counted,
-        macs=evaluation.macs(axes),
-        bytes=size.bytes,
-        dtype=size.dtype,
-    )
-    found: dict[str, evaluation.Perplexity] = {}
-    sources, seen = kinds.evaluation, {source.name for source in kinds.calibration}
-    for i, source in enumerate(sources):
-        progress(i, len(sources), f"evaluating the {name} model on {source.name}")
-        if loaded.tokenizer is None:
-            result = evaluation.accuracy(loaded.model, source)
-            folder.log("choice", task=source.name, model=name, **_accuracy(result))
-            continue
-        one = evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer)
-        found[source.name] = one
-        folder.log("perplexity", model=name, source=source.name, seen=source.name in seen, **_perplexity(one))
-    progress(len(sources), len(sources), f"evaluating the {name} model")
-    return found
-
-
-def _perplexity(one: evaluation.Perplexity) -> dict[str, Any]:
-    record = one.record()
-    return {
-        "ppl": one.ppl,
-        "nll": one.mean,
-        "se": one.error,
-        "tokens": record["tokens"],
-        "bits_per_byte": one.bits_per_byte,
-        "nll_per_window": record["nll_per_window"],
-    }
-
-
-def _accuracy(result: evaluation.Accuracy) -> dict[str, Any]:
-    return {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
 
 
 def _seeded(settings: Settings) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """A search: a space, data and a size; and a folder with the network that was found, how it came about, and its test."""
 
 import copy
-import re
 import shlex
 import time
 from collections.abc import Mapping
@@ -15,11 +14,11 @@ from torch import nn
 from regrow.allocation.cost import Cost
 from regrow.allocation.stages import Stages
 from regrow.axes import AxisGraph
+from regrow.budget import Measure, Target
 from regrow.data import streams
 from regrow.evaluation import measured
 from regrow.evaluation.continual import share_right
 from regrow.learner import Learner, Stand
-from regrow.method import Measure
 from regrow.methods import searcher_entry
 from regrow.methods.retrain import Retrain
 from regrow.nets.bench201 import Bench201
@@ -310,6 +309,10 @@ def built(settings: Settings, model: nn.Module, axes: AxisGraph) -> Learner:
     return found
 
 
+SIZES = ("params", "macs", "bytes")
+"""The measures that a search knows of single weights and operations."""
+
+
 def target(text: str, model: nn.Module, axes: AxisGraph) -> tuple[Measure, float]:
     """A target as a measure and a number.
 
@@ -321,13 +324,18 @@ def target(text: str, model: nn.Module, axes: AxisGraph) -> tuple[Measure, float
     Raises:
         ValueError: If it is none of these, or more than the whole space has.
     """
-    fit = re.fullmatch(r"(?:(params|macs|bytes)=)?(\d+(?:\.\d+)?|\.\d+)([kMG]?)", text.strip())
-    if not fit:
-        raise ValueError(f"the target is like params=0.5M, macs=3M, bytes=200k or a share such as 0.2; got {text!r}")
-    number = float(fit[2]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[3]]
-    measure = Measure(fit[1] or "params")
+    unit, equals, _ = text.partition("=")
+    like = f"the target is like params=0.5M, macs=3M, bytes=200k or a share such as 0.2; got {text!r}"
+    if equals and unit.strip() not in SIZES:
+        raise ValueError(like)
+    wanted = Target.parse(text) if equals else None
+    measure = wanted.measure if wanted else Measure.PARAMETERS
     whole_cost = Cost(axes, measure, counted=False).total
-    if not fit[1]:
+    try:
+        number = wanted.amount if wanted else float(text)
+    except ValueError:
+        raise ValueError(like) from None
+    if wanted is None:
         if number >= 1:
             raise ValueError(f"a target without a measure is a share, below 1; got {text}; or write params={text}")
         number *= whole_cost

@@ -51,6 +51,19 @@ def means(
     return {name: dict(sorted(row.items())) for name, row in result.items()}
 
 
+def unbiased(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
+    """The weights without a bias that get one once inputs of theirs are dropped.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        units: The axes that may be cut.
+    """
+    names = dict.fromkeys(reader.slot.name for reader in readers(axes, units))
+    owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in names}
+    return tuple(name for name in names if takes_constant(model, name) and getattr(owners[name], "bias", 0) is None)
+
+
 def takes_constant(model: nn.Module, name: str) -> bool:
     """Whether a constant input of a weight is the same as a bias: of a linear map, or of a plain unpadded convolution.
 

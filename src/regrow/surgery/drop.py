@@ -18,6 +18,7 @@ from regrow.surgery.carry import carry_out
 from regrow.surgery.gone import Gone
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.tracing.branches import Recorded, RefusedError, branches, located, offered
+from regrow.tracing.caches import caches
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import Effects, otherwise
 from regrow.tracing.graph import Names, assemble
@@ -232,6 +233,7 @@ def _described(hollowed: nn.Module, given: Example, recorded: Capture, axes: Axi
         folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
         steps=steps(w, names),
         work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
+        caches=caches(w, names),
         notes=fresh.notes,
         trained=fresh.trained,
         branches=(branches(hollowed, recorded, axes.example) if looked else {}) | offered(hollowed),

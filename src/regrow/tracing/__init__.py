@@ -7,6 +7,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.tracing.branches import offered, with_branches
+from regrow.tracing.caches import caches
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
 from regrow.tracing.reach import reach
@@ -46,4 +47,4 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     w = walk(recorded, RULES, POINTWISE)
     reach(model, example, w)
     axes, names = assemble(model, w, example)
-    return proved(model, replace(axes, steps=steps(w, names), branches=offered(model)))
+    return proved(model, replace(axes, steps=steps(w, names), caches=caches(w, names), branches=offered(model)))

@@ -1,0 +1,124 @@
+"""What a budget counts: the polynomial of sizes for its measure, or the times that were measured."""
+
+from collections.abc import Iterable
+from math import prod
+
+import numpy as np
+
+from regrow.allocation.cost import Cost, expanded
+from regrow.axes import Axis, AxisGraph, Role, axes_in
+from regrow.budget import Budget, Measure, Timing
+
+
+class TimeCost(Cost):
+    """Nanoseconds of a forward pass at given sizes: those of the network as it was timed, less what each axis saves.
+
+    Between two measured widths time is taken to be linear, and below the least one as there. What axes save adds up;
+    where two of them meet in one weight, as in convolutions that follow one another, less is saved in truth.
+
+    Args:
+        axes: The network's axes; those without a curve save nothing.
+        timing: What was measured.
+    """
+
+    def __init__(self, axes: AxisGraph, timing: Timing) -> None:
+        self._over(axes, Measure.TIME)
+        self._whole = timing.total
+        saved: dict[str, np.ndarray] = {}
+        for name, curve in timing.curves.items():
+            widths, times = (np.array(row, dtype=np.float64) for row in zip(*curve, strict=True))
+            at_each = np.interp(np.arange(int(widths[-1]) + 1), widths, times).round().astype(np.int64)
+            saved[name] = at_each[-1] - at_each
+        self._saved = {self.index[key]: saved[name] for key, name in timing.names.items() if key in self.index}
+
+    def at(self, vector: np.ndarray) -> int:
+        """The nanoseconds at a vector of sizes (``vector``)."""
+        return self._whole - sum(self._less(i, int(vector[i])) for i in self._saved)
+
+    def rise(self, vector: np.ndarray, members: Iterable[int], units: int) -> int:
+        """What ``units`` more units of each of some axes (their indices in ``keys``) would add at these sizes."""
+        timed = [i for i in members if i in self._saved]
+        return sum(self._less(i, int(vector[i])) - self._less(i, int(vector[i]) + units) for i in timed)
+
+    def _less(self, axis: int, width: int) -> int:
+        row = self._saved[axis]
+        return int(row[min(width, len(row) - 1)])
+
+
+class BiasedCost(Cost):
+    """Parameters or bytes at given sizes, with the biases that weights get once inputs of theirs are dropped.
+
+    Dropping an input saves at least as many entries as the bias has, so less never costs more.
+
+    Args:
+        axes: The network's axes.
+        measure: All parameters, or bytes.
+        weights: The weights that get a bias.
+    """
+
+    def __init__(self, axes: AxisGraph, measure: Measure, weights: Iterable[str]) -> None:
+        super().__init__(axes, measure, counted=False)
+        self._biases: list[tuple[list[int], list[tuple[int, list[int]]]]] = []
+        self._beside: list[list[int]] = [[] for _ in self.keys]
+        for name in weights:
+            each = axes.itemsize.get(name, 4) if measure == Measure.BYTES else 1
+            reads = {
+                slot.dim for axis in axes for slot in axis.slots if slot.name == name and slot.role is Role.CONSUMES
+            }
+            made = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
+            read = sorted({self.index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
+            terms = [(each * n, [self.index[key] for key in keys]) for keys, n in expanded(made).items()]
+            for i in {*read, *(i for _, own in terms for i in own)}:
+                self._beside[i].append(len(self._biases))
+            self._biases.append((read, terms))
+
+    def at(self, vector: np.ndarray) -> int:
+        """The cost at a vector of sizes (``vector``)."""
+        return super().at(vector) + sum(self._bias(one, vector) for one in range(len(self._biases)))
+
+    def rise(self, vector: np.ndarray, members: Iterable[int], units: int) -> int:
+        """What ``units`` more units of each of some axes (their indices in ``keys``) would add at these sizes."""
+        members = list(members)
+        wider = vector.copy()
+        wider[members] += units
+        some = {one for i in members for one in self._beside[i]}
+        return super().rise(vector, members, units) + sum(self._bias(i, wider) - self._bias(i, vector) for i in some)
+
+    def _bias(self, one: int, vector: np.ndarray) -> int:
+        read, terms = self._biases[one]
+        if all(vector[i] >= self.present[i] for i in read):
+            return 0
+        return sum(n * prod(int(vector[i]) for i in own) for n, own in terms)
+
+
+def priced(axes: AxisGraph, budget: Budget) -> Cost:
+    """What a budget counts, as a function of sizes, in whole steps of its measure.
+
+    Raises:
+        ValueError: If it counts a cache and no attention reads one, or time and none was measured.
+    """
+    if budget.measure == Measure.TIME:
+        if budget.timing is None:
+            raise ValueError("how long the network takes was not measured: Budget(timing=evaluation.timing(…))")
+        return TimeCost(axes, budget.timing)
+    if budget.measure == Measure.CACHE and not axes.caches:
+        raise ValueError("no attention of this network reads keys and values of earlier tokens: there is no kv_cache")
+    if budget.compensated and (
+        budget.measure == Measure.BYTES or (budget.target and budget.measure == Measure.PARAMETERS)
+    ):
+        return BiasedCost(axes, budget.measure, budget.compensated)
+    tokens = budget.target.context if budget.target else 1
+    return Cost(axes, budget.measure, counted=budget.target is None, tokens=tokens)
+
+
+def payers(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
+    """The axes that a budget is met with: those it may be met with, as far as units of them cost anything.
+
+    Args:
+        axes: The network's axes.
+        budget: What is counted, and which axes may pay.
+    """
+    cost, units = priced(axes, budget), budget.units(axes)
+    paying = [axis for axis in units if cost({axis.key: min(axis.least, axis.size - 1)}) < cost.total]
+    keys, counts = {axis.key for axis in paying}, {axis.count for axis in paying if axis.count}
+    return tuple(axis for axis in units if axis.key in keys or axis.count in counts)

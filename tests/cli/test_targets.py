@@ -1,0 +1,87 @@
+"""Targets, rounding and regular widths from the command line: met, told, and taken up again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cli.conftest import Run
+from regrow import load
+from regrow.runs import RunFolder, prune
+from regrow.runs.pruning_run import Settings
+
+SMALL = ("--tokens", "512", "--eval-tokens", "128", "--seq-len", "64", "--no-verify")
+
+
+def told(folder: str) -> dict[str, Any]:
+    rows = [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+    return next(row for row in rows if row["what"] == "budget")
+
+
+def test_parameters_are_all_parameters(regrow: Run) -> None:
+    code, out, err = regrow(
+        "prune", "toys:classifier", "--method", "magnitude", "--target", "params=1.5k", "--round", "4", "--out", "run"
+    )
+    assert code == 0, err
+    import toys
+
+    model = load("run", model=lambda: toys.classifier()[0])
+    left = sum(p.numel() for p in model.parameters())
+    assert told("run")["after"] == left <= 1500 and model.body[0].out_channels % 4 == 0
+    assert f"params: {left:,} of" in out.replace("\n", " ").replace(", of", " of")
+    assert "at most 1,500 asked for" in Path("run/report.html").read_text()
+    run = json.loads(Path("run/run.json").read_text())
+    assert "--target params=1.5k" in run["command"] and "--measure" not in run["command"]
+    code, _, err = regrow("prune", "--again", "run", "--out", "again")
+    assert code == 0, err
+    assert told("again")["after"] == left
+
+
+def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model: Path) -> None:
+    words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--regular")
+    code, out, err = regrow(*words, "--target", "kv_cache=20K@64", "--out", "cache")
+    assert code == 0, err
+    assert "kv_cache at 64 tokens" in out
+    model = load("cache")
+    with torch.no_grad():
+        layers = model(torch.arange(64)[None], use_cache=True).past_key_values.layers
+    held = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
+    assert held == told("cache")["after"] <= 20_000 < told("cache")["before"] == 2 * held
+    code, _, err = regrow(*words, "--keep", "0.6", "--round", "8", "--out", "widths")
+    assert code == 0, err
+    (wide,) = {layer.mlp.up_proj.out_features for layer in load("widths").model.layers}
+    assert wide % 8 == 0 and wide < 40
+    assert "--regular" in json.loads(Path("widths/run.json").read_text())["command"]
+    assert "The plan is regular" in Path("widths/report.html").read_text()
+    assert regrow("compare", "cache", "widths", "--out", "both.html")[0] == 0
+
+
+def test_times_are_measured_once_for_a_run(
+    regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--keep", "0.8", "--measure", "ms")
+    real = prune.measured
+    monkeypatch.setattr(prune, "measured", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert regrow(*words, "--out", "run")[0] == 130
+    first = RunFolder.open("run").run()["timing"]
+    assert set(first["names"].values()) == set(first["curves"]) and len(first["names"]) == 4
+    monkeypatch.setattr(prune, "measured", real)
+    code, out, err = regrow(*words, "--out", "run")
+    assert code == 0, err
+    assert RunFolder.open("run").run()["timing"] == first
+    row = told("run")
+    assert row["predicted"] <= row["asked"] == pytest.approx(0.8 * row["before"], rel=1e-5) and row["after"] > 0
+    assert "predicted" in out
+
+
+def test_settings_of_older_runs_are_read_and_gone_on_with() -> None:
+    old = {"model": "m", "keep": 0.7, "measure": "macs", "sources": ["news"], "something": 1}
+    settings = Settings.from_json(old)
+    assert settings.budget().target is None and not settings.budget().regular and settings.budget().keep == 0.7
+    assert not {"target", "regular"} & settings.record().keys()
+    new = Settings("m", target="kv_cache=5M@64", regular=True, round_to=8)
+    assert Settings.from_json(json.loads(json.dumps(new.record()))) == new
+    assert new.command("o") == "regrow prune m --method flap --target kv_cache=5M@64 --round 8 --regular --out o"
+    assert new.budget().measure == "kv_cache" and new.keep is None

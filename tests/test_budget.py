@@ -1,0 +1,68 @@
+"""Budgets read what people write, and refuse what they cannot mean."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from regrow.budget import IN_CONTEXT, Budget, Measure, Target, Timing, amount
+
+
+@given(st.sampled_from(list(Measure)), st.integers(1, 10**13), st.integers(1, 10**6))
+def test_a_target_reads_as_it_is_written(measure: Measure, much: int, tokens: int) -> None:
+    target = Target(measure, float(much), tokens if measure in IN_CONTEXT else 0)
+    assert Target.parse(str(target)) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "target"),
+    [
+        ("params=0.5M", Target(Measure.PARAMETERS, 5e5)),
+        ("macs=2G", Target(Measure.MACS, 2e9)),
+        ("bytes=200MB", Target(Measure.BYTES, 2e8)),
+        ("bytes=64MiB", Target(Measure.BYTES, 64 * 2**20)),
+        ("bytes=1Gi", Target(Measure.BYTES, 2**30)),
+        (" kv_cache=50M@4096 ", Target(Measure.CACHE, 5e7, 4096)),
+        ("ms=7.5", Target(Measure.TIME, 7.5)),
+        ("ms=120@512", Target(Measure.TIME, 120, 512)),
+    ],
+)
+def test_amounts_have_the_units_people_have(text: str, target: Target) -> None:
+    assert Target.parse(text) == target
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("0.8", "is like params=100M"),
+        ("watts=3", "is like params=100M"),
+        ("params=", "0.5M or 500000"),
+        ("params=-3", "0.5M or 500000"),
+        ("params=0", "above 0"),
+        ("params=3MiB", "0.5M or 500000"),
+        ("bytes=3i", "64MiB"),
+        ("ms=3k", "120 or 7.5"),
+        ("kv_cache=5M", "kv_cache=5000000@4096"),
+        ("kv_cache=5M@0", "like @4096"),
+        ("kv_cache=5M@x", "like @4096"),
+        ("macs=5M@16", "only kv_cache and ms"),
+    ],
+)
+def test_what_is_no_target_is_refused_with_what_one_looks_like(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Target.parse(text)
+
+
+def test_a_budget_has_a_fraction_or_a_target() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        Budget(0.5, target=Target(Measure.MACS, 9))
+    budget = Budget(target=Target(Measure.MACS, 9.5))
+    assert budget.measure == Measure.MACS and budget.limit(100) == 9
+    assert budget.record()["target"] == "macs=9.5" and "keep" not in budget.record()
+    assert Budget(0.29).limit(100) == 29, "0.29 · 100 is a little less than 29 in binary"
+    assert Budget(target=Target(Measure.TIME, 1.235)).limit(10**9) == 1_235_000
+
+
+def test_a_timing_survives_its_record() -> None:
+    timing = Timing("cpu", 16, 90, {"a": ((1, 2), (4, 9))}, {"a": "a", "b": "a"})
+    assert Timing.from_record(timing.record()) == timing
+    assert amount("1.5k", Measure.MACS) == 1500
