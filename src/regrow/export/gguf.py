@@ -12,6 +12,7 @@ either is left out.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
     pieces = list(_pieces(decoder, KINDS[dtype]))
     try:
         with written(out) as temporary:
-            _put(gguf, temporary, decoder, words, pieces, KINDS[dtype], progress)
+            _put(gguf, temporary, decoder, words, pieces, progress)
             checked = _checked(gguf, temporary, decoder, pieces, progress)
     except StoreError as error:
         raise ExportError(str(error)) from None
@@ -158,12 +159,11 @@ def _put(
     decoder: Decoder,
     words: Vocabulary,
     pieces: Sequence[Piece],
-    kind: str,
     progress: Progress,
 ) -> None:
     """Write the file: what it says of itself, then tensor after tensor."""
     with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
-        _tell(gguf, writer, decoder, kind)
+        _tell(gguf, writer, decoder, Counter(one.kind for one in pieces if len(one.shape) == 2).most_common(1)[0][0])
         told(words, writer)
         kinds = gguf.GGMLQuantizationType
         for one in pieces:
@@ -183,7 +183,7 @@ def _put(
 
 
 def _tell(gguf: Any, writer: Any, decoder: Decoder, kind: str) -> None:
-    """What a file says of its network."""
+    """What a file says of its network, and that most of it is of a kind."""
     net, layers = decoder.model, decoder.layers
     name = str(getattr(getattr(net, "origin", None), "name", "") or type(net).__name__)
     writer.add_type("model")
