@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--python", required=True, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--dense", default="smollm2-135m", help="the model before pruning")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--tokens", type=int, default=32, help="of a prompt")
+    parser.add_argument("--tokens", type=int, default=16, help="of a prompt")
     parser.add_argument("--steps", type=int, default=24, help="tokens of greedy text")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the others stay as they are in --out")
     parser.add_argument("--out", type=Path, default=Path("recipes/results/gguf_check.json"))

@@ -159,6 +159,13 @@ def test_rows_of_no_whole_blocks_stay_wide(tmp_path: Path) -> None:
     assert any("no multiple of 32" in note for note in done.notes)
 
 
+def test_a_file_is_called_what_most_of_it_is(tmp_path: Path) -> None:
+    model = llama(1, hidden_size=64, intermediate_size=512, num_attention_heads=4, num_key_value_heads=2)
+    file = File(write(model, tmp_path / "model.gguf", dtype="q6_k").path)
+    assert file.kinds["blk.0.ffn_down.weight"] == "Q6_K" and file.kinds["blk.0.ffn_up.weight"] == "Q8_0"
+    assert file.said["general.file_type"] == 7, "which is Q8_0"
+
+
 @pytest.mark.parametrize("draw", ["normal", "tailed", "tiny", "zeros", "spike", "scales"])
 def test_q6_k_is_near_and_packed_as_gguf_reads_it(draw: str) -> None:
     import gguf
@@ -271,7 +278,7 @@ def test_a_saved_run_gives_the_same_file_and_a_name_leads_nowhere(tmp_path: Path
     apply(model, axes, Plan.keeping(axes, keep))
     path = save(deepcopy(model), tmp_path / "run") / "shapes.json"
     record = json.loads(path.read_text())
-    record["origin"]["name"] = "../../evil"
+    record["origin"]["name"] = "../../ev\ud800\nil"
     path.write_text(json.dumps(record))
     again = load(tmp_path / "run")
     (tmp_path / "out").mkdir()

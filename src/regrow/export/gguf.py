@@ -12,6 +12,7 @@ either is left out.
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -94,20 +95,19 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
     pieces = list(_pieces(decoder, KINDS[dtype]))
     try:
         with written(out) as temporary:
-            _put(gguf, temporary, decoder, words, pieces, KINDS[dtype], progress)
+            _put(gguf, temporary, decoder, words, pieces, progress)
             checked = _checked(gguf, temporary, decoder, pieces, progress)
     except StoreError as error:
         raise ExportError(str(error)) from None
-    return Written(
-        out, out.stat().st_size, checked, (*decoder.notes, *words.notes, *_fallen(decoder, pieces, KINDS[dtype]))
-    )
+    notes = (*decoder.notes, *words.notes, *_fallen(decoder, pieces, KINDS[dtype]))
+    return Written(out, out.stat().st_size, checked, notes)
 
 
 def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
     """Every tensor of the file, in order."""
     net, width = decoder.model, decoder.model.model.norm.weight.shape[0]
 
-    def matrix(name: str, shape: tuple[int, int], values: Callable[[], Tensor]) -> Piece:
+    def matrix(name: str, shape: tuple[int, ...], values: Callable[[], Tensor]) -> Piece:
         return Piece(f"{name}.weight", shape, kind_for(kind, shape[1]), values)
 
     def plain(name: str, values: Tensor) -> Piece:
@@ -124,13 +124,14 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
             gain = getattr(one.module, norm).weight if there else torch.ones(width)
             yield plain(f"blk.{i}.{NORMS[norm]}.weight", gain)
             for path in parts:
-                name, shape = f"blk.{i}.{PARTS[path]}", _shape(one, path, width, decoder.head_dim)
+                name = f"blk.{i}.{PARTS[path]}"
                 if not there:
+                    inner = decoder.head_dim if parts is ATTENTION else one.width
+                    shape = (width, inner) if path.endswith(("o_proj", "down_proj")) else (inner, width)
                     yield matrix(name, shape, partial(torch.zeros, shape))
                     continue
-                linear = one.block.linear[path]
-                turn = _turned(one, path, net.model.rotary_emb.attention_scaling)
-                yield matrix(name, shape, partial(turn, linear.weight.detach()))
+                linear, turn = one.block.linear[path], _turned(one, path)
+                yield matrix(name, tuple(linear.weight.shape), partial(turn, linear.weight.detach()))
                 if linear.bias is not None:
                     yield plain(f"{name}.bias", turn(linear.bias.detach().float()))
     yield plain("output_norm.weight", net.model.norm.weight)
@@ -139,17 +140,10 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
         yield matrix("output", tuple(head.shape), lambda: head)
 
 
-def _shape(layer: Layer, path: str, width: int, dim: int) -> tuple[int, int]:
-    """Rows and columns of a matrix."""
-    inner = {"q": layer.heads * dim, "k": layer.kv_heads * dim, "v": layer.kv_heads * dim, "o": layer.heads * dim}
-    size = inner.get(path.removeprefix("self_attn.")[0], layer.width) if path in ATTENTION else layer.width
-    return (width, size) if path in ("self_attn.o_proj", "mlp.down_proj") else (size, width)
-
-
-def _turned(layer: Layer, path: str, attention_scaling: float) -> Callable[[Tensor], Tensor]:
+def _turned(layer: Layer, path: str) -> Callable[[Tensor], Tensor]:
     """How rows are laid out for llama.cpp: of queries and keys, pair i of a head becomes rows 2i and 2i + 1."""
     heads = {"self_attn.q_proj": layer.heads, "self_attn.k_proj": layer.kv_heads}.get(path, 0)
-    scale = layer.scale * attention_scaling**2 if path == "self_attn.q_proj" else 1.0
+    scale = layer.scale if path == "self_attn.q_proj" else 1.0
 
     def turn(rows: Tensor) -> Tensor:
         if abs(scale - 1) > 1e-6:
@@ -165,21 +159,18 @@ def _put(
     decoder: Decoder,
     words: Vocabulary,
     pieces: Sequence[Piece],
-    kind: str,
     progress: Progress,
 ) -> None:
     """Write the file: what it says of itself, then tensor after tensor."""
     with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
-        _tell(gguf, writer, decoder, kind)
+        _tell(gguf, writer, decoder, Counter(one.kind for one in pieces if len(one.shape) == 2).most_common(1)[0][0])
         told(words, writer)
         kinds = gguf.GGMLQuantizationType
         for one in pieces:
             block, size = gguf.GGML_QUANT_SIZES[kinds[one.kind]]
             count = math.prod(one.shape) // block * size
             # A type other than bytes tells the writer that the shape counts numbers.
-            writer.add_tensor_info(
-                one.name, one.shape, np.dtype(np.float32), count, gguf.GGMLQuantizationType[one.kind]
-            )
+            writer.add_tensor_info(one.name, one.shape, np.dtype(np.float32), count, kinds[one.kind])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -192,11 +183,11 @@ def _put(
 
 
 def _tell(gguf: Any, writer: Any, decoder: Decoder, kind: str) -> None:
-    """What a file says of its network."""
+    """What a file says of its network, and that most of it is of a kind."""
     net, layers = decoder.model, decoder.layers
     name = str(getattr(getattr(net, "origin", None), "name", "") or type(net).__name__)
     writer.add_type("model")
-    writer.add_name(Path(name).name[:100])
+    writer.add_name("".join(sign for sign in Path(name).name[:100] if sign.isprintable()))
     writer.add_file_type(int(gguf.LlamaFileType[_FILE_TYPES[kind]]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(layers))

@@ -100,12 +100,14 @@ def described(model: nn.Module) -> Decoder:
         raise ExportError(str(error)) from None
     net = cast(Any, model)
     _check_kind(net)
-    layers = [_layer(i, net.model.layers[i], block) for i, block in enumerate(found)]
+    rotary = net.model.rotary_emb
+    # Sine and cosine may be scaled (yarn): once in the query, once in the key.
+    more = float(rotary.attention_scaling) ** 2
+    layers = [_layer(i, net.model.layers[i], block, more) for i, block in enumerate(found)]
     kept = [one for one in layers if one is not None]
     if not kept:
         raise ExportError("every layer was dropped, so there is nothing for llama.cpp to run")
     dims = {one.block.head_dim for one in kept if one.block.heads}
-    rotary = net.model.rotary_emb
     dim = 2 * rotary.inv_freq.numel()
     if dims - {dim}:
         raise ExportError(
@@ -150,13 +152,15 @@ def _check_kind(net: Any) -> None:
         )
 
 
-def _layer(i: int, module: nn.Module, block: Block) -> Layer | None:
+def _layer(i: int, module: nn.Module, block: Block, more: float) -> Layer | None:
     """A layer as the file will have it; ``None`` for one that does nothing."""
     if isinstance(module, Dropped) and module.stand.gives == "input":
         return None
     net, dim = cast(Any, module), block.head_dim
-    for part, there in (("self_attn", block.heads), ("mlp", block.width)):
+    for part, norm, there in zip(("self_attn", "mlp"), NORMS, (block.heads, block.width), strict=True):
         stands = getattr(net, part, None)
+        if there and not hasattr(getattr(net, norm, None), "variance_epsilon"):
+            raise ExportError(f"layer {i} has no {norm} in front of its {part}, which llama.cpp puts there")
         if not there and not (isinstance(stands, Dropped) and stands.stand.gives == "zero"):
             raise ExportError(f"layer {i} has a {part} that is neither like Llama's nor dropped")
     if not block.heads and not block.width:
@@ -169,7 +173,7 @@ def _layer(i: int, module: nn.Module, block: Block) -> Layer | None:
         raise ExportError(f"layer {i}: queries, keys and values have heads of other sizes; llama.cpp takes one size")
     if dim % 2 or not block.kv_heads or block.kv_heads * net.self_attn.num_key_value_groups != block.heads:
         raise ExportError(f"layer {i}: {block.heads} query heads of {dim} channels for {block.kv_heads} of keys")
-    scale = float(net.self_attn.scaling) * math.sqrt(dim)
+    scale = float(net.self_attn.scaling) * math.sqrt(dim) * more
     return Layer(module, block, block.heads, block.kv_heads, block.width or _EMPTY, scale)
 
 

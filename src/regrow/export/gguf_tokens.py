@@ -101,7 +101,7 @@ def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
         special=_special(tokenizer),
         begins=begins,
         ends=ends,
-        template=template if isinstance(template, str) else "",
+        template=template.encode("utf-8", "replace").decode() if isinstance(template, str) else "",
     )
     if model.get("byte_fallback"):
         ranked, spaced = _ranked(data, tokens), _spaced(data, notes)
