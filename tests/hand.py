@@ -131,12 +131,12 @@ def timed(axes: AxisGraph, seed: int = 0) -> Timing:
     """Times as a device might have them: of each axis a curve through a few widths, and 100 ns of everything else."""
     random = torch.Generator().manual_seed(seed)
     curves, total = {}, 100
-    for axis in axes:
+    for axis in axes.units():
         widths = sorted({1, max(1, axis.size // 2), axis.size})
         times = torch.randint(0, 400, (len(widths),), generator=random).cumsum(0).tolist()
         curves[axis.key] = tuple(zip(widths, times, strict=True))
         total += times[-1]
-    return Timing("none", 1, total, curves, {axis.key: axis.key for axis in axes})
+    return Timing("none", 1, total, curves, {axis.key: axis.key for axis in axes.units()})
 
 
 def conv(channels: int = 6, padding: int = 1, groups: int = 1) -> tuple[nn.Module, AxisGraph]:

@@ -30,7 +30,7 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
     model = load("run", model=lambda: toys.classifier()[0])
     left = sum(p.numel() for p in model.parameters())
     assert told("run")["after"] == left <= 1500 and model.body[0].out_channels % 4 == 0
-    assert f"params: {left:,} of" in out.replace("\n", " ").replace(", of", " of")
+    assert f"params: {left:,}, of" in out
     assert "at most 1,500 asked for" in Path("run/report.html").read_text()
     run = json.loads(Path("run/run.json").read_text())
     assert "--target params=1.5k" in run["command"] and "--measure" not in run["command"]
@@ -41,14 +41,14 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
 
 def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model: Path) -> None:
     words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--regular")
-    code, out, err = regrow(*words, "--target", "kv_cache=20K@64", "--out", "cache")
+    code, out, err = regrow(*words, "--target", "kv_cache=10K@64", "--out", "cache")
     assert code == 0, err
     assert "kv_cache at 64 tokens" in out
     model = load("cache")
     with torch.no_grad():
         layers = model(torch.arange(64)[None], use_cache=True).past_key_values.layers
     held = sum(t.numel() * t.element_size() for layer in layers for t in (layer.keys, layer.values))
-    assert held == told("cache")["after"] <= 20_000 < told("cache")["before"] == 2 * held
+    assert held == told("cache")["after"] <= 10_000 < told("cache")["before"] == 2 * held
     code, _, err = regrow(*words, "--keep", "0.6", "--round", "8", "--out", "widths")
     assert code == 0, err
     (wide,) = {layer.mlp.up_proj.out_features for layer in load("widths").model.layers}
@@ -61,10 +61,11 @@ def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model:
 def test_times_are_measured_once_for_a_run(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--keep", "0.8", "--measure", "ms")
+    words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--keep", "1", "--measure", "ms")
     real = prune.measured
     monkeypatch.setattr(prune, "measured", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert regrow(*words, "--out", "run")[0] == 130
+    code, _, err = regrow(*words, "--out", "run")
+    assert code == 130, err
     first = RunFolder.open("run").run()["timing"]
     assert set(first["names"].values()) == set(first["curves"]) and len(first["names"]) == 4
     monkeypatch.setattr(prune, "measured", real)
@@ -72,7 +73,7 @@ def test_times_are_measured_once_for_a_run(
     assert code == 0, err
     assert RunFolder.open("run").run()["timing"] == first
     row = told("run")
-    assert row["predicted"] <= row["asked"] == pytest.approx(0.8 * row["before"], rel=1e-5) and row["after"] > 0
+    assert row["predicted"] <= row["asked"] == row["before"] and row["after"] > 0
     assert "predicted" in out
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hand import lm, texts, timed
-from regrow import apply
+from regrow import apply, trace
 from regrow.allocation import priced
 from regrow.budget import STEPS, Budget, Measure, Target
 from regrow.methods import entry
@@ -33,7 +33,8 @@ SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
 def test_the_target_is_met_with_round_and_regular_widths(
     name: str, settings: dict[str, object], measure: Measure, regular: bool
 ) -> None:
-    model, axes = lm(**SIZES, blocks=4)
+    model, _ = lm(**SIZES, blocks=4)
+    axes = trace(model, texts("a").batches[0].args[0])
     asked = Budget(
         round_to=8, regular=regular, timing=timed(axes), target=Target(measure, 1, 9 * (measure == "kv_cache"))
     )
@@ -50,9 +51,9 @@ def test_the_target_is_met_with_round_and_regular_widths(
     assert priced(axes, asked)(kept) <= asked.limit(whole) < whole
     assert all(kept[key] % 8 == 0 for key in kept if "gate" in key), "four groups are too few to be rounded"
     if regular:
-        assert (
-            len({kept[key] for key in kept if "gate" in key}) == len({kept[key] for key in kept if ".q." in key}) == 1
-        )
+        units = axes.units()
+        kinds = {kind: {kept[axis.key] for axis in units if axis.kind == kind} for kind in {a.kind for a in units}}
+        assert len(kinds) == 3 and all(len(widths) == 1 for widths in kinds.values())
     if measure == Measure.CACHE:
         assert all(".q." in key for key in plan.changes)
     if measure in (Measure.PARAMETERS, Measure.BYTES):

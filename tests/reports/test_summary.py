@@ -102,6 +102,25 @@ def test_rows_of_findings_that_cannot_be_used_are_counted(tmp_path):
     assert len(run["findings"]["history"]) == 6 and not run["findings"]["tested"]
 
 
+def test_a_target_and_a_regular_plan_are_told(folder):
+    def asked(run):
+        run["settings"] |= {"keep": None, "target": "kv_cache=50M@4096", "regular": True}
+
+    edit(folder / "run.json", asked)
+    row = {"what": "budget", "measure": "kv_cache", "context": 4096, "asked": 5e7, "before": 9.4e7, "after": 4.9e7}
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    summary = summarise([folder])
+    (run,) = summary["runs"]
+    assert run["label"] == "flap kv_cache=50M@4096 regular" and run["keep"] is None
+    found = to_markdown(summary)
+    assert "The plan is regular" in found and "at 4,096 tokens" in found
+    assert "at most 50.0\N{NO-BREAK SPACE}MB asked for, before 94.0\N{NO-BREAK SPACE}MB" in found
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"measure": "ms", "context": 0, "after": "fast"}) + "\n")
+    assert summarise([folder])["runs"][0]["budget"] is None, "a row without figures says nothing"
+
+
 def test_figures_and_templates_are_loaded_only_when_asked_for():
     code = "import sys, regrow.reports; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

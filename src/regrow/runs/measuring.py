@@ -88,14 +88,14 @@ def counted(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisG
     """
     if budget.target is None and budget.measure != Measure.TIME:
         return
-    steps = STEPS.get(budget.measure, 1)
-    was, now = (priced(axes, budget).total / steps for axes in (before, after))
-    row: dict[str, Any] = {"measure": str(budget.measure), "asked": budget.limit(priced(before, budget).total) / steps}
-    row |= {"context": budget.target.context if budget.target else 0, "before": was, "after": now}
+    was, now = (priced(axes, budget).total for axes in (before, after))
+    row: dict[str, Any] = {"asked": budget.limit(was), "before": was, "after": now}
     if budget.measure == Measure.TIME:
-        taken = evaluation.fastest_pass(model, passed(before, budget))
-        row |= {"predicted": now, "after": taken / steps, "device": budget.timing.device if budget.timing else ""}
-    folder.log("budget", **row)
+        row |= {"predicted": now, "after": evaluation.fastest_pass(model, passed(before, budget))}
+        row = {name: steps / STEPS[Measure.TIME] for name, steps in row.items()}
+    context = budget.target.context if budget.target else 0
+    device = budget.timing.device if budget.timing else ""
+    folder.log("budget", measure=str(budget.measure), context=context, device=device, **row)
 
 
 def passed(axes: AxisGraph, budget: Budget) -> Batch:

@@ -128,7 +128,7 @@ def spread(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[s
     [('news/1', [1, 4]), ('news/2', [2]), ('news/3', [3])]
     """
     missing = least - len(sources)
-    if missing <= 0:
+    if missing <= 0 or not sources:
         return list(sources), ()
     longest = max(range(len(sources)), key=lambda i: len(sources[i]))
     one, many = sources[longest], missing + 1
