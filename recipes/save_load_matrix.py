@@ -11,7 +11,8 @@ a process of its own, without the tool:
 
 * ``own``: the tool's own way back with default arguments: ``torch.load(file)``, ``from_pretrained``, ``regrow.load``;
 * ``from_pretrained``: transformers' ``AutoModelForCausalLM`` with ``trust_remote_code=True``;
-* ``GGUF``: stock llama.cpp runs a GGUF file of it, by llama.cpp's own converter for the other tools;
+* ``GGUF``: stock llama.cpp runs a GGUF file of it, by llama.cpp's own converter for the other tools (which wants
+  sentencepiece);
 * ``lm-eval``: the harness's ``HFLM`` reads the folder.
 
 Yes means that it says what the network said before it was saved: logits within 1e-3 of the largest (GGUF in 16 bits:
