@@ -9,7 +9,8 @@ four kinds, from their evaluation halves. Torch computes in float32 on one threa
 a difference can be told from that of llama.cpp's own arithmetic; so can the dense model's.
 
 First a few small random networks of every form that is exported: widths, heads, rotary pairs and residual cut, with
-biases; dropped layers, attentions, MLPs; scaled rotary positions.
+biases; dropped layers, attentions, MLPs; scaled rotary positions. Then, for every rule by which text is split, a
+tokenizer that has learnt 3,000 tokens under it: texts of all kinds, and odd ones, in both's tokens.
 """
 
 import argparse
@@ -31,16 +32,28 @@ from regrow.branches import Stand
 from regrow.data import Half, text, windows
 from regrow.data.halves import half_of
 from regrow.export.gguf import write
+from regrow.export.gguf_tokens import RULES, WHOLE_WORDS
 from regrow.nets import load as load_dense
 from regrow.tracing.stand import exchange
 
 KINDS = ("news", "code", "manual", "talk")
-PARTS = ("small", "pruned", "dense")
+PARTS = ("small", "rules", "pruned", "dense")
 TYPES = ("f32", "f16", "q8_0", "q6_k")
 WHOLE = 8
 """Prompts of which logits after every token are compared, and that are carried on."""
 
 Said: TypeAlias = tuple[np.ndarray, np.ndarray, list[list[int]]]
+
+ODD = (
+    "I've 'told he's there, 'RE you sure? WE'LL 12345 3.14  x\n\n  y\t\tz \r\n q  1 22 333 4444",
+    "e\u0301 \u00e9 Stra\u00dfe \u6211\u60f3\u5728apple\u5de5\u4f5c1314151\u5929\uff5e",
+    "\u041d\u0435\u0449\u043e \u043d\u0430 \U0001f999\U0001f680 (normal) \u17d2\u1780\u17b6 ``````....!!??==== --x",
+    "  leading",
+    "trailing  ",
+    "\n\n\n a \n  b",
+    "a\u00a0b\u3000c \u0661\u0662\u0663 \u00bd \u2167",
+)
+"""Texts that rules split differently."""
 
 SMALL = {
     "vocab_size": 97,
@@ -158,6 +171,52 @@ def check_small(python: str, folder: Path) -> dict[str, Any]:
     return rows
 
 
+def learnt(steps: tuple[str, ...], rule: str) -> Any:
+    """A tokenizer that splits text by some steps, and has learnt from the calibration halves."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = Tokenizer(models.BPE(ignore_merges=WHOLE_WORDS.get(rule, False)))
+    known = {
+        "words": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        "bytes": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        "digits": pre_tokenizers.Digits(individual_digits=True),
+    }
+    split = [known[one] if one in known else pre_tokenizers.Split(Regex(one), "isolated") for one in steps]
+    made.pre_tokenizer = pre_tokenizers.Sequence(split)
+    if rule == "qwen2":
+        made.normalizer = normalizers.NFC()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    made.train_from_iterator(texts_of(Half.CALIBRATION, 60, 4000), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
+
+
+def check_rules(python: str, folder: Path) -> dict[str, Any]:
+    """Texts that llama.cpp splits otherwise, for every rule."""
+    texts, rows, job = [*texts_of(Half.EVALUATION, 40, 1500), *ODD], {}, []
+    for steps, rule in RULES.items():
+        tokenizer, net = learnt(steps, rule), random_net(vocab_size=3000, num_hidden_layers=1)
+        net.tokenizer = tokenizer
+        done = write(net, folder / f"{rule}.gguf", dtype="f32")
+        one = {"file": str(done.path), "name": rule, "exact": True, "prompts": [[1]], "whole": 1, "greedy": [0, 0]}
+        job.append(one | {"texts": texts})
+        rows[rule] = {"expected": [tokenizer(text)["input_ids"] for text in texts]}
+    said = asked(python, job, folder)["said"]
+    for rule, row in rows.items():
+        expected = row.pop("expected")
+        other = [text for text, a, b in zip(texts, expected, said[rule]["tokens"], strict=True) if a != b]
+        row |= {"texts": len(texts), "tokens": sum(map(len, expected)), "tokenized_otherwise": other}
+    return rows
+
+
+def texts_of(half: Half, n: int, length: int) -> list[str]:
+    """Documents of every kind, each cut to a length."""
+    return [d[:length] for kind in KINDS for d in half_of(text(kind).documents, half, kind)[:n]]
+
+
 def prompts_of(tokenizer: Any, n: int, length: int) -> Tensor:
     """Windows of all kinds of text, one kind after the other, (n, length)."""
     each = -(-n // len(KINDS))
@@ -206,7 +265,7 @@ def compared(
 def check(python: str, model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All types of file of one network."""
     prompts = prompts_of(model.tokenizer, args.prompts, args.tokens)
-    texts = [d[:1000] for kind in KINDS for d in half_of(text(kind).documents, Half.EVALUATION, kind)[:40]]
+    texts = texts_of(Half.EVALUATION, 40, 1000)
     ours = torch_says(model, prompts, args.steps)
     expected = [model.tokenizer(one)["input_ids"] for one in texts]
     result: dict[str, Any] = {
@@ -258,6 +317,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             if part == "small":
                 found = check_small(args.python, Path(scratch))
+            elif part == "rules":
+                found = check_rules(args.python, Path(scratch))
             elif part == "pruned":
                 found = check(args.python, load(args.run, dtype=torch.float32), Path(scratch), args)
             else:

@@ -29,7 +29,7 @@ RULES: Mapping[tuple[str, ...], str] = {
 }
 """Steps that split text → llama.cpp's name (``words``: GPT-2's expression, built into ByteLevel)."""
 
-_WHOLE = {"llama-bpe": True}
+WHOLE_WORDS = {"llama-bpe": True}
 """Rules in whose name llama.cpp takes a word that is a token as it is, before any merge."""
 
 
@@ -151,7 +151,7 @@ def _rule(data: Mapping[str, Any]) -> str:
             f"({_told(data.get('pre_tokenizer'))}); known are {known}"
         )
     whole = bool(data["model"].get("ignore_merges"))
-    if whole != _WHOLE.get(rule, False):
+    if whole != WHOLE_WORDS.get(rule, False):
         how = "takes" if whole else "does not take"
         raise ExportError(f"the tokenizer {how} words that are tokens before any merge, unlike {rule!r} in llama.cpp")
     return rule
