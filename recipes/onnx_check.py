@@ -63,6 +63,7 @@ def compared(run: str, dtype: str) -> dict[str, Any]:
 
     row = {
         "model": Path(run).name,
+        "run": settings_of(Path(run)),
         "parameters": sum(one.numel() for one in model.parameters()),
         "dtype": dtype,
         "bytes": written.bytes,
@@ -76,6 +77,15 @@ def compared(run: str, dtype: str) -> dict[str, Any]:
     }
     print(json.dumps({key: value for key, value in row.items() if key not in ("by_kind", "checked")}))
     return row
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """How a run folder came about; nothing for a model by name."""
+    record = run / "run.json"
+    settings = json.loads(record.read_text())["settings"] if record.exists() else {}
+    return {
+        name: settings[name] for name in ("model", "method", "method_settings", "keep", "sources") if name in settings
+    }
 
 
 def foreseen(reading: Reading, kind: str, tokenizer: Any) -> dict[str, float]:

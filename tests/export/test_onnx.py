@@ -227,6 +227,8 @@ def test_what_cannot_be_written_is_refused_and_the_old_file_stays(
         write(nn.Sequential(nn.BatchNorm1d(3)), path)
     with pytest.raises(ExportError, match="does not take the example"):
         write(nn.Linear(3, 2), path, example=Example((torch.randn(2, 5),)))
+    with pytest.raises(ExportError, match="no linear layer"):
+        write(nn.Conv2d(1, 2, 3), path, dtype="int8", example=Example((torch.randn(2, 1, 5, 5),)))
     with pytest.raises(ExportError, match="'float16'"):
         write(nn.Linear(3, 2), path, dtype="float16")
     with pytest.raises(ExportError, match="only a language model"):

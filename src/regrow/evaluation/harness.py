@@ -179,7 +179,7 @@ def _asked(model: nn.Module, tokenizer: Any, task: str, progress: Progress) -> A
         def _model_call(self, inps: Tensor, *more: Any, **named: Any) -> Tensor:
             answer = super()._model_call(inps, *more, **named)
             self.done = min(self.done + len(inps), self.total)
-            progress(self.done, self.total, f"{task} in lm-eval")
+            progress(self.done, self.total, f"{Path(task).name} in lm-eval")
             return answer
 
     longest = getattr(model.config, "max_position_embeddings", None) or _LONGEST

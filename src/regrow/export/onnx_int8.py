@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.export.calls import Call
+from regrow.export.written import ExportError
 
 OUTLIER = 100.0
 """How many times the mean of its numbers, all taken as positive, the largest one of an input may be."""
@@ -29,6 +30,9 @@ def quantise(path: Path, to: Path, call: Call, largest: int) -> str:
 
     Returns:
         What its user must know.
+
+    Raises:
+        ExportError: If there is nothing to write in 8 bits.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -52,6 +56,8 @@ def quantise(path: Path, to: Path, call: Call, largest: int) -> str:
     made = onnx.load(to, load_external_data=False).graph
     many = sum(node.op_type == "MatMulInteger" for node in made.node)
     convolutions = sum(node.op_type == "Conv" for node in made.node)
+    if not many:
+        raise ExportError("no linear layer of the network can be written in 8 bits; write it in float32, dtype=''")
     said = f"int8: {many} linear layers multiply in 8 bits"
     if kept:
         said += f"; {len(kept)} stay in float32, for their inputs have numbers {OUTLIER:g} times as large as is usual"
