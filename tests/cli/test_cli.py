@@ -170,7 +170,7 @@ MISTAKES = {
     "keep and target": ((*PRUNE, "--keep", "0.8", "--target", "macs=2M", "--out", "run"), "one of --keep"),
     "target of nothing known": ((*PRUNE, "--target", "watts=3", "--out", "run"), "params=100M"),
     "target and measure": ((*PRUNE, "--target", "macs=2M", "--measure", "bytes", "--out", "run"), "counts macs"),
-    "infeasible target": ((*PRUNE, "--target", "params=100", "--out", "run"), "least possible is params="),
+    "infeasible target": ((*PRUNE, "--target", "params=10", "--out", "run"), "least possible is params="),
     "cache without attention": ((*PRUNE, "--target", "kv_cache=1M@64", "--out", "run"), "no kv_cache"),
     "tokens of a picture": ((*PRUNE, "--target", "ms=1@64", "--out", "run"), "no rows of tokens"),
     "cut in one block alone": (

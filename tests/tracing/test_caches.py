@@ -88,4 +88,7 @@ def test_a_cache_target_is_met_by_key_value_groups_alone() -> None:
 def test_attention_over_other_things_than_tokens_is_no_cache() -> None:
     model, _ = lm()
     assert len(trace(model, TOKENS).caches) == 2
+    pictures = ZOO["vit"]
+    args, kwargs = pictures.example()
+    assert trace(pictures.build(), *args, **kwargs).caches == ()
     assert trace(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.ones(1, 4)).caches == ()

@@ -10,7 +10,7 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.graph import Names
-from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
+from regrow.tracing.walk import ALIASES, Dims, Walk, arg, op_name
 
 MOST_STEPS = 16
 """So many operations at most lie between a softmax and the products on either side of it."""
@@ -29,7 +29,9 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
     tokens = {leaf.number for node in given for expr in w.dims[node] or () for leaf in d.leaves(expr)}
     found: dict[tuple[Node, Node], Cache] = {}
     for node in w.capture.graph.nodes:
-        for key, value in _read(w, node):
+        for key, value, over in _read(w, node):
+            if not _is_token(over, tokens):
+                continue
             both = _kept(w, key), _kept(w, value)
             own = [_per_token(w.of(one), tokens) for one in both]
             if own[0] is not None and own[1] is not None:
@@ -38,18 +40,18 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
     return tuple(found.values())
 
 
-def _read(w: Walk, node: Node) -> Iterator[tuple[Node, Node]]:
-    """The keys and values that an operation attends to, if it attends: in one operation or by a softmax."""
+def _read(w: Walk, node: Node) -> Iterator[tuple[Node, Node, Expr]]:
+    """The keys and values that an operation attends to, and over what, if it attends: all in one, or by a softmax."""
     if node.op != "call_function":
         return
     if op_name(node) == "scaled_dot_product_attention":
         key, value = (node.kwargs.get(name, node.args[i] if len(node.args) > i else None) for i, name in _PLACES)
         if isinstance(key, Node) and isinstance(value, Node):
-            yield key, value
+            yield key, value, w.of(key)[-2]
     elif op_name(node) in ("softmax", "_softmax"):
         asked, answered = _product(w, node, back=True), _product(w, node, back=False)
         if asked is not None and answered is not None:
-            yield asked, answered
+            yield asked, answered, w.of(node)[int(arg(node, 1))]
 
 
 _PLACES = ((1, "key"), (2, "value"))
