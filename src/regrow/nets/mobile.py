@@ -178,7 +178,7 @@ def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, A
 
     >>> config = thinned(whole((3, 8, 8), 2, blocks=1), before=2, share=0.3)
     >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
-    [['mb3e3', 'mb3e6'], ['mb3e3', 'mb3e6'], ['mb3e3', 'mb5e3', 'mb7e3', 'mb3e6', 'mb5e6', 'mb7e6']]
+    [['mb3e3', 'mb3e6'], ['mb3e3', 'mb5e6'], ['mb3e3', 'mb5e3', 'mb7e3', 'mb3e6', 'mb5e6', 'mb7e6']]
     """
     found, n = [], 0
     for i, plan in enumerate(config["blocks"]):

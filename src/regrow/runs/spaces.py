@@ -23,8 +23,8 @@ from regrow.sources import Batch
 from regrow.tasks import Task
 from regrow.tracing.stand import stands_in
 
-EARLIER = 0.44
-"""The share of its operations that an earlier part is taken to have when memory is planned: 0.3, and what regrows."""
+EARLIER = 0.6
+"""The share of its operations that an earlier part is taken to have when memory is planned: 0.5, and what regrows."""
 
 MASKS, WEIGHT = 1.05, 96
 """How much more a step needs with masks than without, as far as tensors are counted: a share, and bytes per weight."""
