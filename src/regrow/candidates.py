@@ -1,7 +1,7 @@
 """Candidates: operations of which a search keeps some, summed into one value."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,30 @@ class Staged(Protocol):
     def needed(self) -> list[tuple[str, ...]]:
         """Sets of operations of each of which one must stay."""
         ...
+
+
+class Prefix(nn.Module):
+    """A network that can be searched in stages up to one of its parts, as a network of its own.
+
+    Later parts are there and do not run.
+
+    Args:
+        net: The network; a classifier follows part ``last``.
+        last: The last part that runs.
+    """
+
+    def __init__(self, net: nn.Module, last: int) -> None:
+        super().__init__()
+        self.net, self.last = net, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits ``[N, classes]``."""
+        return cast(Staged, self.net).upto(x, self.last)
+
+    def many(self) -> int:
+        """How many parameters take part."""
+        net = cast(Staged, self.net)
+        return sum(p.numel() for name, p in self.net.named_parameters() if net.within(name, self.last))
 
 
 def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -13,19 +13,24 @@ from regrow.allocation.regrowth import drawn
 from regrow.candidates import candidates_in, tied_in
 from regrow.evaluation import macs
 from regrow.method import Measure
-from regrow.nets import bench201
+from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
-from regrow.nets.cells import Cells, described, whole
+from regrow.nets.cells import Cells
+from regrow.nets.mobile import Mobile
 from regrow.surgery.stand_in import standing_in
 from regrow.tracing.stand import stands_in
 from zoo import randomised
 
-CONFIG = whole((3, 16, 16), 5, width=4, cells=2, nodes=2)
+CONFIGS = {
+    Cells: cells.whole((3, 16, 16), 5, width=4, cells=2, nodes=2),
+    Mobile: mobile.whole((3, 16, 16), 5, width=4, blocks=2),
+}
+DESCRIBED = {Cells: cells.described, Mobile: mobile.described}
 
 
-@pytest.fixture(scope="module")
-def traced():
-    net = randomised(Cells(CONFIG)).double()
+@pytest.fixture(scope="module", params=[Cells, Mobile])
+def traced(request):
+    net = randomised(request.param(CONFIGS[request.param])).double()
     example = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     return net, trace(net, example), example
 
@@ -67,7 +72,8 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     drop, keep = cut(found, masks, axes)
     small, after = apply(net, axes, Plan.dropping(axes, drop, keep))
     assert torch.allclose(small(x), masked, rtol=0, atol=1e-10)
-    left = Cells(described(small, CONFIG, stands_in(small).keys()))
+    kind = type(net)
+    left = kind(DESCRIBED[kind](small, CONFIGS[kind], stands_in(small).keys()))
     assert sum(p.numel() for p in left.parameters()) == float(found.levels.size(masks.ops, masks.filters))
     state = {name: value for name, value in small.named_parameters() if not name.endswith("scale")}
     nonzero = sum(int(p.count_nonzero()) for p in state.values()) + sum(map(len, candidates_in(left).values()))

@@ -43,7 +43,7 @@ def test_no_choice_of_cuts_needs_fewer_stages(sizes: list[int], share: float, bu
 
 
 def test_the_refusal_says_what_would_do() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"5 KiB of memory do not suffice: cell 1, .* needs 7.5 KiB \(7680 b"):
+    with pytest.raises(MemoryBudgetError, match=r"5 KiB of memory do not suffice: part 1, .* needs 7.5 KiB \(7680 b"):
         stages(lambda first, last: 7680 if last else 1024, 2, 5 * 1024)
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from regrow.allocation import MemoryBudgetError, stages
 from regrow.allocation.thresholds import thresholded
+from regrow.candidates import Prefix
 from regrow.evaluation import Live, UnpredictableError, measured, predicted, prefix_peaks, training
-from regrow.nets.cells import OPERATIONS, Cells, Prefix, thinned, whole
+from regrow.nets.cells import OPERATIONS, Cells, prefix, thinned, whole
 from regrow.sources import Batch
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -170,7 +171,7 @@ def test_stages_keep_the_budget_in_the_run_itself() -> None:
     """Planned on shapes alone, then learned: half of what the whole network needs is enough, and is not exceeded."""
     config = whole((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
     batch, step = images(64), training(SGD)
-    peak = prefix_peaks(config, batch, step, share=0.2)
+    peak = prefix_peaks(partial(prefix, config, share=0.2), batch, step)
     budget = peak(0, 3) // 2
     plan = stages(peak, 4, budget)
     begin = 0

@@ -129,6 +129,45 @@ def test_an_edge_shares_one_with_none_and_cells_of_a_kind_share_alpha():
     assert not torch.equal(cells[0], cells[1])
 
 
+def test_edges_into_a_node_share_one_and_scale_their_operations(task, axes):
+    at, own = Stand(network(), axes, task), learner(edges=True)
+    own.begin(at)
+    edges, plain = own.edges, Edges.share
+    assert edges.betas == len(edges.table) == 2 * (2 + 3)
+    alpha = torch.randn(edges.entries, generator=torch.Generator().manual_seed(0))
+    beta = torch.randn(edges.betas, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    own.tensors["alpha"].values, own.tensors["beta"].values = alpha, beta
+    for node in range(4):
+        here = edges.node == node
+        weight = beta[edges.beta[here]].softmax(0)
+        for edge, own_weight in zip(here.nonzero()[:, 0], weight, strict=True):
+            ops = edges.edge == edge
+            assert torch.allclose(own.share()[ops], plain(edges, alpha)[ops] * own_weight)
+    own.share()[edges.edge == 0].sum().backward()
+    assert beta.grad[0] > 0 > beta.grad[1] and bool((beta.grad[2:] == 0).all())  # its node's other edge pays
+    net = Cells(whole((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
+    assert Edges.of(net, {}).betas == 2 * Edges.of(net, net.alike()).betas == 4 * (2 + 3)
+    own.tensors["beta"].values = torch.where(torch.arange(10) == 3, 9.0, 0.0)  # an edge of the second node
+    kept = own.choice() & (edges.edge == 3)
+    assert int(kept.sum()) == 1
+
+
+def test_alpha_and_beta_wait_until_weights_are_warm(task, axes):
+    seen = []
+
+    class Watched(Darts):
+        def passed(self, at):
+            super().passed(at)
+            seen.append([self.tensors[name].values.detach().clone() for name in ("alpha", "beta")])
+
+    own = Watched(settings=Settings(target=1e4, stages=(0, 1), edges=True, warm=0.5))
+    learn(network(), axes, [task], own, Schedule(epochs=4, batch_size=25, lr=0.02))
+    for first, second, third in zip(*seen[:3], strict=True):
+        assert torch.equal(first, second) and not torch.equal(second, third)
+    with pytest.raises(ValueError, match="share of the epochs"):
+        Settings(warm=1.0)
+
+
 def test_two_edges_into_a_node_stay_with_their_best_operation(run):
     at, own = ended(run, 1e4)
     share = dict(zip(own.gates.ops, own.edges.share(own.tensors["alpha"].values.detach()).tolist(), strict=True))
@@ -166,11 +205,14 @@ def test_what_is_left_answers_as_its_masks_did(run, task):
     assert torch.equal(at.model.upto(task.test.inputs, 1), masked)
 
 
-def test_killed_and_resumed_is_never_stopped(task, axes, run, tmp_path):
-    at, straight, course = run
+@pytest.mark.parametrize("more", [{}, {"edges": True, "warm": 0.5}])
+def test_killed_and_resumed_is_never_stopped(task, axes, more, tmp_path):
+    straight, net = learner(**more), network()
+    here, course = learn(net, axes, [task], straight, SCHEDULE)
+    at = Stand(net, here, task, 0, SCHEDULE.epochs, SCHEDULE.epochs)
     place = tmp_path / "course.safetensors"
     for last in (1, 2):
-        own, net = learner(), network()
+        own, net = learner(**more), network()
 
         def stop(now, _, own=own, last=last, net=net):
             write_course(place, net, own, now)
@@ -179,14 +221,15 @@ def test_killed_and_resumed_is_never_stopped(task, axes, run, tmp_path):
 
         with pytest.raises(KeyboardInterrupt):
             learn(net, axes, [task], own, SCHEDULE, on_epoch=stop)
-        again, net = learner(), network()
+        again, net = learner(**more), network()
         here, stood = read_course(place, net, axes, again)
         here, stood = learn(net, here, [task], again, SCHEDULE, course=stood)
         assert stood.rows == course.rows
         assert again.values["history"] == straight.values["history"]
         for name, value in at.model.state_dict().items():
             assert torch.equal(net.state_dict()[name], value), (last, name)
-        assert torch.equal(again.tensors["alpha"].values, straight.tensors["alpha"].values)
+        for name in {"alpha", "beta"} & straight.tensors.keys():
+            assert torch.equal(again.tensors[name].values, straight.tensors[name].values)
 
 
 def test_a_collapse_to_skips_is_told(run):

@@ -9,8 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from regrow.cli import regrow
+from regrow.nets import mobile
 from regrow.nets.cells import OPERATIONS, whole
-from regrow.reports import ReportError, cells, epochs, summarise, to_html, to_markdown, write_page
+from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_html, to_markdown, write_page
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD
 
@@ -113,7 +114,25 @@ def test_every_kept_operation_is_a_line_of_its_own(folder):
 
 
 def test_kinds_are_those_of_the_networks():
-    assert tuple(cells.KINDS) == OPERATIONS
+    assert tuple(cells.KINDS) == OPERATIONS and blocks.KINDS == mobile.OPERATIONS
+
+
+def test_blocks_are_listed_and_a_collapse_of_them_is_told(tmp_path):
+    def of_blocks(name, plans):
+        path = searched(tmp_path / name)
+        told = {"format": "regrow-shapes/1", "origin": {"config": {"blocks": plans}}}
+        (path / "shapes.json").write_text(json.dumps(told))
+        return path
+
+    plans = mobile.whole((1, 8, 8), 10, width=4, blocks=2, operations=("mb3e6", "skip"))["blocks"]
+    folder = of_blocks("whole", [*plans, {"ops": [["x", 1], 2]}, 3])  # of the last, nothing is known
+    text, words = to_html(summarise([folder])), to_markdown(summarise([folder]))
+    check_self_contained(text)
+    row = '<tr><th scope="row">Block 1, halves the picture</th><td>4</td><td class="words">3 × 3 bottleneck (24 inside)'
+    assert row in text and "of 12</dd>" in text and not alarms(folder)
+    assert "* block 2, 4 wide: 3 × 3 bottleneck (24 inside); its input" in words and "* block 12, – wide" in words
+    bare = of_blocks("collapsed", [plan | {"ops": [["skip", 4]]} for plan in plans])
+    assert alarms(bare)[0] == "The search may have collapsed: 11 of 11 blocks do nothing."
 
 
 @pytest.mark.parametrize(("many", "nodes"), [(6, 3), (12, 4), (2, 5), (1, 1)])

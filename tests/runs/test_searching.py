@@ -7,12 +7,16 @@ import pytest
 import torch
 
 import regrow
+from regrow.allocation.stages import Stages
 from regrow.candidates import Candidates
 from regrow.evaluation.continual import share_right
+from regrow.learner import Stand
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
+from regrow.nets.mobile import Mobile
+from regrow.reports import write_page
 from regrow.runs import searching
-from regrow.runs.searching import Settings, network, parts_of, run, target
+from regrow.runs.searching import Settings, built, network, parts_of, run, stage_memory, target
 from regrow.tracing import trace
 
 SMALL: dict[str, Any] = {
@@ -160,6 +164,61 @@ def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
     assert plan.peak <= 8 * 2**20 and plan.ends[-1] == 2 and sorted(map(int, model.heads)) == list(plan.ends)
     with pytest.raises(ValueError, match="do not suffice"):
         network(Settings("cells:4-3-1", "digits", "0.3", memory="100KiB", **SMALL), parts_of(SETTINGS).search)
+
+
+@pytest.mark.parametrize("space", ["cells:4-3-1", "mobile:4-1"])
+def test_what_a_stage_needs_with_its_masks_is_planned(space: str) -> None:
+    """Masks cost by the weight: where those are many, a plan without them would be far off."""
+    settings = Settings(space, "digits", "0.3", memory="64MiB", **SMALL)
+    parts = parts_of(settings)
+    model, _, plan = network(settings, parts.search)
+    axes = trace(model, parts.search.train.inputs[:2])
+    own = built(settings, model, axes, plan)
+    at = Stand(model, axes, parts.search, epochs=4, steps=5, epoch=3)
+    own.begin(at)
+    assert plan is not None and len(plan.ends) == 1 and own.joint(at)
+    for one in own.tensors.values():
+        one.values.requires_grad_(one.lr is not None)
+    assert 0.85 * plan.peak < stage_memory(own, at, settings.batch_size)["peak"] <= plan.peak
+
+
+@pytest.mark.parametrize("method", ["blind", "darts"])
+def test_a_method_that_runs_all_of_the_network_gets_no_stages_to_fit_memory(method: str, tmp_path: Path) -> None:
+    given = SMALL | {"method": method, "memory": "8MiB"}
+    with pytest.raises(ValueError, match=f"{method} does not search in these"):
+        run(Settings("cells:4-3-1", "digits", "0.3", **given), tmp_path / "run")
+    with pytest.raises(ValueError, match="one stage: no --memory"):
+        run(Settings("resnet:4-2", "digits", "0.3", **given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    model, parts = network(Settings("cells:4-3-1", "digits", "0.3"), parts_of(SETTINGS).search)[0], parts_of(SETTINGS)
+    axes, all_of_it = trace(model, parts.search.train.inputs[:2]), Stages((2,), (1,))
+    built(Settings("cells:4-3-1", "digits", "0.3", method=method), model, axes, all_of_it)  # which is one stage
+
+
+def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings("mobile:4-1", "digits", "params=70k", method_settings=QUICK, **SMALL | {"retrain": 1})
+    done = run(settings, tmp_path / "run")
+    net, told = regrow.load(done.path), rows(done, "test")[0]
+    assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, parts_of(settings).test)
+    assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
+    assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
+    page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
+    assert "Block 6" in page and "of 70,000 parameters asked for" in page
+    write, seen = searching.write_course, []
+
+    def stopping(*given: Any) -> None:
+        write(*given)
+        seen.append(given[-1].epoch)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "write_course", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed")
+    again = run(settings, tmp_path / "killed")
+    other = regrow.load(again.path)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert _same(rows(done, "test")[-1]) == _same(rows(again, "test")[-1])
 
 
 @pytest.mark.parametrize(

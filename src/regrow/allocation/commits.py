@@ -1,5 +1,6 @@
 """What a commit of a search takes out: what does not stand, what a share tells, or what a target still asks for."""
 
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
 from math import ceil
@@ -40,16 +41,22 @@ def spared(found: Gates, masks: Masks, allowed: float) -> Masks:
         masks: What stands.
         allowed: What the network may cost.
     """
-    ops, filters = masks.ops.clone(), masks.filters.clone()
     margins = torch.cat(masks.margins)
-    here = torch.cat([found.alive & found.runs, torch.ones_like(filters, dtype=torch.bool)])
-    lost = (here & (torch.cat([ops, filters]) == 0)).nonzero()[:, 0]
-    for at in lost[margins[lost].argsort(descending=True)].tolist():
-        mask, i = (ops, found.together(at)) if at < len(ops) else (filters, at - len(ops))
-        mask[i] = 1.0
-        if float(found.levels.size(ops, filters, masks.weights)) > allowed:
-            mask[i] = 0.0
-            break
+    here = torch.cat([found.alive & found.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
+    lost = (here & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
+    order = lost[margins[lost].argsort(descending=True)].tolist()
+
+    def back(many: int) -> tuple[Tensor, Tensor]:
+        ops, filters = masks.ops.clone(), masks.filters.clone()
+        for at in order[:many]:
+            mask, i = (ops, found.together(at)) if at < len(ops) else (filters, at - len(ops))
+            mask[i] = 1.0
+        return ops, filters
+
+    def too_large(many: int) -> bool:
+        return float(found.levels.size(*back(many), masks.weights)) > allowed
+
+    ops, filters = back(bisect_left(range(1, len(order) + 1), True, key=too_large))  # pricing everything takes long
     return replace(masks, ops=ops, filters=filters)
 
 
@@ -131,16 +138,29 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
             )
         return [], [], gone & stands
     lost: tuple[list[int], list[int]] = ([], [])
-    for level, (mask, margin) in enumerate(((ops, masks.margins[0]), (filters, masks.margins[1]))):
+    for level, margin in enumerate(masks.margins):
         if level == 0 and bool((masks.margins[1] != 1).any()):
             continue  # filters pay
-        while size() > target:
-            open_ = found.open(level, mask)
-            if not bool(open_.any()):
-                break
-            at = int(torch.where(open_, margin, torch.inf).argmin())
-            mask[found.together(at) if level == 0 else at] = 0.0
-            lost[level].append(at)
+        lost[level].extend(_going(found, level, (ops, filters), margin, target))
+        for at in lost[level]:
+            (ops, filters)[level][found.together(at) if level == 0 else at] = 0.0
     if size() > target:
         raise ValueError(f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave")
     return *lost, none
+
+
+def _going(found: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> list[int]:
+    """The fewest operations (level 0) or filters (1), least important first, without which the target is met."""
+    last, order = masks[level].clone(), []
+    for at in margin.argsort(stable=True).tolist():
+        if bool(found.open(level, last)[at]):
+            last[found.together(at) if level == 0 else at] = 0.0
+            order.append(at)
+
+    def enough(many: int) -> bool:
+        left = [mask.clone() for mask in masks]
+        for at in order[:many]:
+            left[level][found.together(at) if level == 0 else at] = 0.0
+        return float(found.levels.size(left[0], left[1])) <= target
+
+    return order[: bisect_left(range(len(order) + 1), True, key=enough)]  # pricing everything takes long

@@ -11,19 +11,28 @@ from regrow.candidates import Candidates, candidates_in
 
 @dataclass(frozen=True)
 class Edges:
-    """Where the operations of a network lie on its edges, and which entry of α is whose.
+    """Where the operations of a network lie on its edges, and which entry of α, and of β, is whose.
 
     Args:
         table: The entries of α on each edge, that of none first, ``[edges, most]``; ``entries`` where there are fewer.
         edge: The edge of each operation, ``[operations]``.
         column: Its column of the table, ``[operations]``.
         entries: How many entries α has.
+        node: The node that each edge leads into, ``[edges]``.
+        beta: The entry of β of each edge, ``[edges]``.
     """
 
     table: Tensor
     edge: Tensor
     column: Tensor
     entries: int
+    node: Tensor
+    beta: Tensor
+
+    @property
+    def betas(self) -> int:
+        """How many entries β has."""
+        return int(self.beta.max()) + 1
 
     @classmethod
     def of(cls, model: nn.Module, names: Mapping[str, str]) -> "Edges":
@@ -38,8 +47,10 @@ class Edges:
         """
         entries: dict[tuple[str, int, str], int] = {}
         rows: list[list[int]] = []
-        edge, column = [], []
-        for path in candidates_in(model):
+        edge, column, nodes = [], [], []
+        weights: dict[tuple[str, int], int] = {}
+        betas = []
+        for number, path in enumerate(candidates_in(model)):
             node, name = model.get_submodule(path), names.get(path, path)
             assert isinstance(node, Candidates)
             here: dict[int, int] = {}
@@ -47,6 +58,8 @@ class Edges:
                 if source not in here:
                     here[source] = len(rows)
                     rows.append([entries.setdefault((name, source, ""), len(entries))])
+                    nodes.append(number)
+                    betas.append(weights.setdefault((name, source), len(weights)))
                 row = rows[here[source]]
                 edge.append(here[source])
                 column.append(len(row))
@@ -55,12 +68,23 @@ class Edges:
             raise ValueError("the network has no candidates to choose from: mark them with regrow.Candidates")
         most = max(map(len, rows))
         table = [row + [len(entries)] * (most - len(row)) for row in rows]
-        return cls(torch.tensor(table), torch.tensor(edge), torch.tensor(column), len(entries))
+        own = [torch.tensor(one) for one in (table, edge, column, nodes, betas)]
+        return cls(own[0], own[1], own[2], len(entries), own[3], own[4])
 
-    def share(self, alpha: Tensor) -> Tensor:
-        """The weight of each operation among those of its edge and none, ``[operations]``; α is ``[entries]``."""
+    def share(self, alpha: Tensor, beta: Tensor | None = None) -> Tensor:
+        """The weight of each operation among those of its edge and none, ``[operations]``.
+
+        Args:
+            alpha: Of operations, ``[entries]``.
+            beta: Of edges, ``[betas]``: what it makes of each edge among those into its node is multiplied in.
+        """
         logits = torch.cat([alpha, alpha.new_full((1,), -torch.inf)])[self.table]
-        return logits.softmax(1)[self.edge, self.column]
+        found = logits.softmax(1)[self.edge, self.column]
+        if beta is None:
+            return found
+        grown = (beta - beta.detach().max()).exp()[self.beta]
+        total = grown.new_zeros(len(self.node)).index_add(0, self.node, grown)
+        return found * (grown / total[self.node])[self.edge]
 
 
 def chosen(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:

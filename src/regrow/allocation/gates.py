@@ -123,10 +123,12 @@ class Gates:
                 if int((mask[one] > 0).sum()) <= 1:
                     found[one] = False
             return found
-        for base, size, least in self.spans:
-            if int((mask[base : base + size] > 0).sum()) <= least:
-                found[base : base + size] = False
-        return found
+        if not self.spans:
+            return found
+        _, sizes, least = torch.tensor(self.spans).unbind(1)
+        axis = torch.arange(len(sizes)).repeat_interleave(sizes)
+        many = torch.zeros_like(sizes).index_add(0, axis, found.long())
+        return found & (many > least)[axis]
 
     def pressure(self, masks: Masks, alpha: Tensor, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node; and Σ exp(−t).

@@ -71,8 +71,13 @@ def kind_of(path: str) -> str:
 
 
 def cell_of(path: str) -> str:
-    """The cell that an operation lies in: what comes before its node."""
-    return path.rpartition(".ops.")[0].rpartition(".nodes.")[0]
+    """The cell that an operation lies in: what comes before its node, or the sum itself where there are no nodes.
+
+    >>> cell_of("blocks.3.ops.skip")
+    'blocks.3'
+    """
+    total = path.rpartition(".ops.")[0]
+    return total.rpartition(".nodes.")[0] or total
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -99,7 +99,7 @@ def _too_little(peak: Peak, cells: Iterable[int], budget: int) -> MemoryBudgetEr
     alone = {cell: peak(cell, cell) for cell in cells}
     cell = max(alone, key=alone.__getitem__)
     return MemoryBudgetError(
-        f"{in_words(budget)} of memory do not suffice: cell {cell}, searched in a stage of its own, needs "
+        f"{in_words(budget)} of memory do not suffice: part {cell}, searched in a stage of its own, needs "
         f"{in_words(alone[cell])} ({alone[cell]} bytes). Give that much, or a smaller batch or width",
         alone[cell],
         cell,

@@ -11,6 +11,7 @@ from regrow.cli.screen import number, say, table, working
 
 EPILOG = """\b
 SPACE is cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell),
+mobile:WIDTH-BLOCKS (inverted bottlenecks of six kinds and a skip, WIDTH in the first stage, BLOCKS in each),
 bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all cells), or a small
 network such as resnet:16-3, of which filters and weights are searched.
 
@@ -18,6 +19,7 @@ network such as resnet:16-3, of which filters and weights are searched.
 Examples
   regrow search cells:4-3-2 --data digits --target 0.2 --out RUN
   regrow search cells:8-6-3 --data cifar/ --target params=50k --stages 3 --epochs 30 --retrain 60 --out RUN
+  regrow search mobile:8-2 --data cifar/ --target macs=2M --stride 1 --memory 1GiB --out RUN
   regrow search resnet:16-3 --data fashion/ --target macs=2M --stages 1 --out RUN
 """
 

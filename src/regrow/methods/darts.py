@@ -10,6 +10,12 @@ only watched. At the end each node keeps its two edges with the largest weight o
 operation alone. If that costs more than the target, every axis then loses the same share of its filters; if less, it
 stays as it is.
 
+With ``edges`` each edge has a weight of its own beside it, softmax over β of the edges into its node, which scales its
+operations and counts in the choice; with ``warm`` weights learn alone at first. These two are of PC-DARTS (Xu et al.,
+arXiv 1907.05737): ``edges=true``, ``warm=0.3`` and ``lr=2.9`` are its rates, **without partial channels**. There an
+operation runs on a quarter of its channels while it is searched, so what is searched has other weights than what is
+kept; here what a search leaves is a cut of what it searched, with its weights, and each cut is proved.
+
 Where we differ: every cell has an α of its own, unless ``shared``; there is no operation "none", only its logit;
 BatchNorms are affine; and the rate of α is a share of the steps, equal to the authors' at their 50 epochs.
 """
@@ -33,7 +39,10 @@ from regrow.searcher import Searcher
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples
 
-CITATION = "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order"
+CITATION = (
+    "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order; edges and warm: "
+    "Xu et al., PC-DARTS (arXiv 1907.05737), without partial channels"
+)
 
 
 @dataclass(frozen=True)
@@ -45,8 +54,11 @@ class Settings:
         measure: ``params``, ``macs`` or ``bytes``.
         stages: The last part of the network; set by the run.
         shared: One α for all normal cells and one for all reducing ones, as the authors have it.
-        lr: The rate of α times the number of steps; the authors' 3e-4 for 50 epochs of 391 steps is 5.9.
-        decay: Weight decay of α.
+        lr: The rate of α times the number of steps; the authors' 3e-4 for 50 epochs of 391 steps is 5.9, and
+            PC-DARTS's 6e-4 for 50 epochs of 98 steps 2.9.
+        edges: Whether edges have weights of their own, β.
+        warm: The share of the epochs, at the start, in which α and β do not learn; PC-DARTS's 15 of 50 are 0.3.
+        decay: Weight decay of α and β.
         clip: The network's gradients are clipped to this norm.
         augment: Whether pictures are moved and mirrored.
     """
@@ -56,11 +68,15 @@ class Settings:
     stages: tuple[int, ...] = ()
     shared: bool = False
     lr: float = 5.9
+    edges: bool = False
+    warm: float = 0.0
     decay: float = 1e-3
     clip: float = 5.0
     augment: bool = True
 
     def __post_init__(self) -> None:
+        if not 0 <= self.warm < 1:
+            raise ValueError(f"warm is a share of the epochs, from 0 to below 1; got {self.warm:g}")
         Measure(self.measure)
 
 
@@ -105,6 +121,10 @@ class Darts(Searcher):
         many = self.edges.entries
         drawn = 1e-3 * torch.randn(many, generator=at.drawn(11))
         self.tensors["alpha"] = Along(drawn, (many,), self.rates(at)[0])
+        if self.settings.edges:
+            many = self.edges.betas
+            drawn = 1e-3 * torch.randn(many, generator=at.drawn(14))
+            self.tensors["beta"] = Along(drawn, (many,), self.rates(at)[0])
 
     def settle(self, at: Stand) -> None:
         """Where operations and filters lie now.
@@ -118,11 +138,17 @@ class Darts(Searcher):
         self.edges = self.edges or Edges.of(at.model, names)
         super().settle(at)
 
+    def share(self) -> Tensor:
+        """The weight of each operation, its edge's included, ``[operations]``."""
+        assert self.edges is not None
+        beta = self.tensors.get("beta")
+        return self.edges.share(self.tensors["alpha"].values, None if beta is None else beta.values)
+
     def scales(self, at: Stand) -> dict[str, Tensor]:
         """What stands in for the scales of each node."""
-        assert self.edges is not None and self.gates is not None
+        assert self.gates is not None
         sums = candidates_in(at.model)
-        share = self.edges.share(self.tensors["alpha"].values) * self.gates.alive
+        share = self.share() * self.gates.alive
         parts = share.split([*map(len, sums.values())])
         return {f"{path}.scale".lstrip("."): part for path, part in zip(sums, parts, strict=True)}
 
@@ -152,19 +178,23 @@ class Darts(Searcher):
         return F.cross_entropy(self.asked(at, inputs), batch.labels)
 
     def gate(self, at: Stand) -> None:
-        """The network's own gradients are clipped; α gets its own, of the half that is held out, and they stay."""
+        """The network's own gradients are clipped; α and β get theirs, of the half that is held out, and they stay."""
         nn.utils.clip_grad_norm_(at.parameters().values(), self.settings.clip)
-        alpha, buffers = self.tensors["alpha"].values, [*at.model.buffers()]
+        if at.epoch < self.settings.warm * at.epochs:
+            return
+        learned = [self.tensors[name].values for name in ("alpha", "beta") if name in self.tensors]
+        buffers = [*at.model.buffers()]
         before = [one.clone() for one in buffers]
         assert self.held is not None
         part = self.batches.pop(0)
         self.batches.append(part)
         batch = Examples(self.held.inputs[part], self.held.labels[part])
         with standing_in(at.model, self.scales(at)):
-            (pull,) = torch.autograd.grad(self.loss(at, batch), [alpha])
+            pulls = torch.autograd.grad(self.loss(at, batch), learned)
         for one, value in zip(buffers, before, strict=True):  # running statistics are the weights' half's alone
             one.copy_(value)
-        alpha.grad = pull + self.settings.decay * alpha.detach()
+        for one, pull in zip(learned, pulls, strict=True):
+            one.grad = pull + self.settings.decay * one.detach()
 
     # What is kept.
 
@@ -177,7 +207,7 @@ class Darts(Searcher):
     def choice(self) -> Tensor:
         """The operations that would be kept now, ``[operations]`` bool."""
         assert self.edges is not None and self.gates is not None
-        return chosen(self.edges.share(self.tensors["alpha"].values.detach()), self.edges.edge, self.gates.node)
+        return chosen(self.share().detach(), self.edges.edge, self.gates.node)
 
     def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> Masks:
         """What stands now: every operation until the end."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.candidates import Candidates, candidates_in
+from regrow.candidates import Candidates, Prefix, candidates_in
 from regrow.nets.errors import ModelError
 
 OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
@@ -219,23 +219,6 @@ def whole(
     return {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": found, "heads": ends}
 
 
-class Prefix(nn.Module):
-    """A network of cells up to one of them, as a network of its own: later cells are there and do not run.
-
-    Args:
-        net: The network; a classifier follows cell ``last``.
-        last: The last cell that runs.
-    """
-
-    def __init__(self, net: Cells, last: int) -> None:
-        super().__init__()
-        self.net, self.last = net, last
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N, classes]``."""
-        return self.net.upto(x, self.last)
-
-
 def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
     """The description with a share of the operations of its first cells left, as a search may leave them.
 
@@ -262,6 +245,19 @@ def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, A
         ]
         cells.append({**cell, "nodes": nodes})
     return {**config, "cells": cells}
+
+
+def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
+    """A network up to a cell, as a stage of a search runs it.
+
+    Args:
+        config: The description of the whole one.
+        first: The first cell that has all its operations; those before have a share of them.
+        last: The last cell that runs.
+        share: Which.
+    """
+    heads = sorted({*config["heads"], last})
+    return Prefix(Cells(thinned({**config, "heads": heads}, first, share)), last)
 
 
 def _ceil(value: float) -> int:

@@ -20,6 +20,7 @@ from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example
 from regrow.nets.language import build_transformers, load_folder, load_gguf, load_hub
 from regrow.nets.loaded import Loaded, Origin
+from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, known_names, load_torchvision
@@ -90,6 +91,8 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
             return build_small(origin)
         case "cells":
             return Cells(origin.config).eval()
+        case "mobile":
+            return Mobile(origin.config).eval()
         case "bench201":
             return Bench201(origin.config).eval()
         case "callable" if trust:

@@ -10,7 +10,7 @@ from torch import nn
 from regrow.axes import Example
 from regrow.nets.errors import ModelError
 
-KINDS = ("transformers", "torchvision", "small", "cells", "bench201", "callable")
+KINDS = ("transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable")
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,8 @@ class Origin:
     """How to build an architecture again, as plain data: no weights and no code.
 
     Args:
-        kind: ``"transformers"``, ``"torchvision"``, ``"small"``, ``"cells"``, ``"bench201"`` or ``"callable"``.
+        kind: ``"transformers"``, ``"torchvision"``, ``"small"``, ``"cells"``, ``"mobile"``, ``"bench201"`` or
+            ``"callable"``.
         reference: The class (transformers), the model's name (torchvision, small) or ``pkg.mod:fn`` (callable).
         config: What it is built with: a transformers configuration, the builder's arguments, or nothing.
         name: What the user called the model (it may be a path); informative, nothing is built from it.

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from regrow.reports import behaviour, cells, comparison, course, courses, epochs, figures, quantities, words
+from regrow.reports import behaviour, blocks, cells, comparison, course, courses, epochs, figures, quantities, words
 from regrow.reports import search as quest
 from regrow.reports import searches as quests
 from regrow.reports.canvas import Drawing
@@ -175,7 +175,7 @@ def _context(summary: Summary) -> dict[str, Any]:
     run = runs[0]
     if len(runs) == 1:
         told: Any = course if run["course"] else quest if run["search"] else words
-        found = run["search"]["cells"] if run["search"] else []
+        found, parts = (run["search"][what] if run["search"] else [] for what in ("cells", "blocks"))
         return {
             "title": f"{run['model']}: {run['label']}",
             "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],
@@ -189,6 +189,7 @@ def _context(summary: Summary) -> dict[str, Any]:
             "proof": words.proof(run),
             "cells": [cell | {"nodes": cells.told(cell)} for cell in found],
             "counts": cells.counts(found),
+            "blocks": [block | {"sums": blocks.told(block)} for block in parts],
             "run": run,
             "runs": runs,
         }

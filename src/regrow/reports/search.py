@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from regrow.allocation.stages import in_bytes
-from regrow.reports import cells
+from regrow.reports import blocks, cells
 from regrow.reports import quantities as q
 from regrow.reports.reading import RunFolder, mapping, number, size, text
 
@@ -36,8 +36,8 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
 
     Returns:
         ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
-        ``commits``, ``stages`` (memory of each), ``budget``, ``levels``, ``found``, ``test`` and ``cells``; ``None`` if
-        it is a run of another kind.
+        ``commits``, ``stages`` (memory of each), ``budget``, ``levels``, ``found``, ``test``, ``cells`` and ``blocks``;
+        ``None`` if it is a run of another kind.
     """
     if folder.run.get("verb") != "search":
         return None
@@ -78,6 +78,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
             "nonzero": size(last["test"].get("nonzero")),
         },
         "cells": cells.cells(folder.origin),
+        "blocks": blocks.blocks(folder.origin),
     }
 
 
@@ -133,6 +134,8 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
         add("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}")
         bare = sum(op["bare"] for op in ops)
         add("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: skips and pools")
+    if found["blocks"]:
+        add("Blocks", len(found["blocks"]) - blocks.skipped(found["blocks"]), q.count, f"of {len(found['blocks'])}")
     return rows
 
 
@@ -143,7 +146,9 @@ def alarms(run: Run) -> list[str]:
 
 
 def _collapse(found: dict[str, Any]) -> str:
-    ops = cells.kept(found["cells"])
+    ops, left = cells.kept(found["cells"]), found["blocks"]
+    if left and blocks.skipped(left) >= COLLAPSE * len(left):
+        return f"The search may have collapsed: {blocks.skipped(left)} of {len(left)} blocks do nothing."
     if not ops:
         return ""
     skips, bare = (sum(kind) / len(ops) for kind in ([op["kind"] == "skip" for op in ops], [op["bare"] for op in ops]))

@@ -24,6 +24,7 @@ from regrow.methods.retrain import Retrain
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
+from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
 from regrow.runs import spaces, store
 from regrow.runs.courses import read_course, write_course
@@ -43,9 +44,10 @@ class Settings:
     """Everything that a search depends on; ``run.json`` holds exactly this.
 
     Args:
-        space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), ``bench201:WIDTH-N`` (NAS-Bench-201's, N cells
-            per stage, of which operations are searched, in one stage), or a network of ``regrow learn``
-            (``resnet:16-3``), of which filters and weights are searched.
+        space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), ``mobile:WIDTH-BLOCKS`` (inverted bottlenecks,
+            BLOCKS per stage), ``bench201:WIDTH-N`` (NAS-Bench-201's, N cells per stage, of which operations are
+            searched, in one stage), or a network of ``regrow learn`` (``resnet:16-3``), of which filters and weights
+            are searched.
         data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
         target: ``params=0.05M``, ``macs=3M``, or a share of the whole space's parameters, such as ``0.2``.
         method: One of ``regrow.methods.SEARCHERS``.
@@ -142,7 +144,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     parts = parts_of(settings)
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
-    learner = built(settings, model, axes)
+    learner = built(settings, model, axes, plan)
     folder = RunFolder.create(out, verb="search", settings=asdict(settings), command=settings.command(str(out)))
     if plan is not None and not folder.resumed:
         folder.log("stages", **plan.record())
@@ -289,16 +291,16 @@ def stage_memory(learner: Learner, at: Stand, size: int) -> dict[str, Any]:
     return asdict(found)
 
 
-def built(settings: Settings, model: nn.Module, axes: AxisGraph) -> Learner:
+def built(settings: Settings, model: nn.Module, axes: AxisGraph, plan: Stages | None = None) -> Learner:
     """The learner of a search.
 
     Raises:
-        ValueError: If there is no such method, or a setting of it is wrong.
+        ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
     entry = searcher_entry(settings.method)
     measure, most = target(settings.target, model, axes)
     given: dict[str, Any] = {"target": most, "measure": str(measure), "seed": settings.seed}
-    given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells) else ()
+    given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
     if isinstance(model, Bench201):
         given["levels"] = ("operations",)
     known = {one.name for one in fields(entry.settings)}
@@ -306,6 +308,12 @@ def built(settings: Settings, model: nn.Module, axes: AxisGraph) -> Learner:
     found: Searcher = entry.made(settings.method, chosen)
     if isinstance(model, Bench201) and "filters" in found.searched:
         raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
+    if plan is not None and found.ends != plan.ends:
+        ends = ", ".join(str(end + 1) for end in plan.ends)
+        raise ValueError(
+            f"within {settings.memory}, stages end at parts {ends}, and {settings.method} does not search in these: "
+            "give more --memory or none, or a method and settings that do"
+        )
     return found
 
 

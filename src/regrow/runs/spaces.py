@@ -1,31 +1,36 @@
 """Spaces that a search begins with, by name, and the plain network that it leaves of one."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from regrow.allocation.stages import Stages, in_bytes
+from regrow.allocation.stages import Peak, Stages, in_bytes
 from regrow.allocation.stages import stages as cut
+from regrow.candidates import Prefix
 from regrow.evaluation import prefix_peaks, training
-from regrow.nets import bench201
+from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
-from regrow.nets.cells import Cells, described, whole
+from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
+from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
 from regrow.sources import Batch
 from regrow.tasks import Task
 from regrow.tracing.stand import stands_in
 
-EARLIER = 0.44
-"""The share of its operations that an earlier cell is taken to have when memory is planned: 0.3, and what regrows."""
+EARLIER = 0.6
+"""The share of its operations that an earlier part is taken to have when memory is planned: 0.5, and what regrows."""
 
-MASKS = 1.1
-"""How much more a step needs with masks than without, as far as tensors are counted."""
+MASKS, WEIGHT = 1.05, 96
+"""How much more a step needs with masks than without, as far as tensors are counted: a share, and bytes per weight."""
+
+Found = Cells | Mobile | Bench201
+"""A network of a space."""
 
 
 def network(
@@ -43,7 +48,7 @@ def network(
         seed: Of the weights.
 
     Raises:
-        ValueError: If there is no such space, or the budget is too small for any stages.
+        ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
     """
     shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
@@ -51,21 +56,55 @@ def network(
             raise ValueError(f"{space} has one topology for all cells, so it is searched in one stage: no --memory")
         config = bench201.whole(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
         return _drawn(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
-    if not (fit := re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", space)):
+    found = _growing(space, shape, classes, stride)
+    if found is None:
+        if memory:
+            raise ValueError(f"{space} is searched in one stage: no --memory")
         return *small(space, shape, classes, seed), None
-    width, cells, nodes = map(int, fit.groups())
     plan = None
     if memory:
-        config = whole(shape, classes, width=width, cells=cells, nodes=nodes, stride=stride)
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
-        step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
-        plan = cut(prefix_peaks(config, batch, step, EARLIER), cells, int(in_bytes(memory) / MASKS))
-    last = plan.ends if plan else ends(cells, stages)
-    config = whole(shape, classes, width=width, cells=cells, nodes=nodes, stride=stride, heads=last)
-    return _drawn(Cells, config, seed), Origin("cells", "cells", config, space), plan
+        plan = cut(_peak(partial(found.prefix, found.whole(), share=EARLIER), batch), found.parts, in_bytes(memory))
+    config = found.whole(heads=plan.ends if plan else ends(found.parts, stages))
+    return _drawn(found.net, config, seed), Origin(found.kind, found.kind, config, space), plan
 
 
-def _drawn(kind: type[Cells] | type[Bench201], config: Mapping[str, Any], seed: int) -> Cells | Bench201:
+@dataclass(frozen=True)
+class _Growing:
+    """A space that is searched in stages: its name, its network and description, and how many parts it has."""
+
+    kind: str
+    net: type[Cells] | type[Mobile]
+    whole: Callable[..., dict[str, Any]]
+    prefix: Callable[..., Prefix]
+    parts: int
+
+
+def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Growing | None:
+    if fit := re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", space):
+        width, many, nodes = map(int, fit.groups())
+        whole = partial(cells.whole, shape, classes, width=width, cells=many, nodes=nodes, stride=stride)
+        return _Growing("cells", Cells, whole, cells.prefix, many)
+    if fit := re.fullmatch(r"mobile:(\d{1,3})-(\d{1,2})", space):
+        width, many = map(int, fit.groups())
+        whole = partial(mobile.whole, shape, classes, width=width, blocks=many, stride=stride)
+        return _Growing("mobile", Mobile, whole, mobile.prefix, len(whole()["blocks"]))
+    return None
+
+
+def _peak(prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
+    """(first part that is whole, last part that runs) → the most bytes that searching there needs."""
+    plain = prefix_peaks(prefix, batch, training(partial(torch.optim.SGD, lr=0.1, momentum=0.9)))
+
+    def peak(first: int, last: int) -> int:
+        with torch.device("meta"):
+            many = prefix(first, last).many()
+        return int(MASKS * plain(first, last)) + WEIGHT * many
+
+    return peak
+
+
+def _drawn(kind: type[Found], config: Mapping[str, Any], seed: int) -> Found:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config)
@@ -78,7 +117,7 @@ def ends(parts: int, stages: int) -> tuple[int, ...]:
     ((2, 4, 7), (5,))
     """
     if not 1 <= stages <= parts:
-        raise ValueError(f"stages are from 1 to the number of cells, {parts}; got {stages}")
+        raise ValueError(f"stages are from 1 to the number of cells or blocks, {parts}; got {stages}")
     return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
 
 
@@ -92,7 +131,9 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
     gone = stands_in(model).keys()
     match model:
         case Cells():
-            config = described(model, origin.config, gone)
+            config = cells.described(model, origin.config, gone)
+        case Mobile():
+            config = mobile.described(model, origin.config, gone)
         case Bench201():
             config = bench201.described(origin.config, gone)
         case _:
@@ -100,7 +141,7 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
     return rebuilt(config, model), replace(origin, config=config)
 
 
-def rebuilt(config: Mapping[str, Any], model: Cells | Bench201) -> Cells | Bench201:
+def rebuilt(config: Mapping[str, Any], model: Found) -> Found:
     """The network of a description with the numbers of the super-network that it describes."""
     found = type(model)(config)
     state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}

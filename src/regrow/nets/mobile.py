@@ -1,0 +1,272 @@
+"""Networks of inverted bottlenecks, whole (the super-network) or as a search left it, from one description.
+
+The space is that of ProxylessNAS (Cai, Zhu, Han, arXiv 1812.00332): a stem, six stages of blocks, each block a sum of
+any number of inverted bottlenecks and, where it keeps the form of its input, of that input itself, and a classifier.
+"""
+
+from collections.abc import Container, Mapping, Sequence
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.candidates import Candidates, Prefix, candidates_in
+from regrow.nets.errors import ModelError
+
+OPERATIONS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
+"""Bottlenecks by their kernel and by how many times as many channels they had inside at first."""
+
+STAGES = ((24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 1))
+"""Width, blocks and stride of each stage of the paper's space; its stem has 32 and 16 channels, its last layer 1280."""
+
+MOST = 2**14
+
+
+class Bottleneck(nn.Sequential):
+    """1 × 1 → depthwise → 1 × 1 convolution, each with a BatchNorm, the first two with relu6."""
+
+    def __init__(self, before: int, mid: int, after: int, kernel: int, stride: int) -> None:
+        super().__init__(
+            nn.Conv2d(before, mid, 1, bias=False),
+            nn.BatchNorm2d(mid),
+            nn.ReLU6(),
+            *_depthwise(mid, after, kernel, stride),
+        )
+
+
+def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Module]:
+    return [
+        nn.Conv2d(before, before, kernel, stride, kernel // 2, groups=before, bias=False),
+        nn.BatchNorm2d(before),
+        nn.ReLU6(),
+        nn.Conv2d(before, after, 1, bias=False),
+        nn.BatchNorm2d(after),
+    ]
+
+
+def block(before: int, plan: Mapping[str, Any]) -> Candidates:
+    """The candidates of a block. ``skip`` reads an input of its own, so that it does not compete with bottlenecks.
+
+    Args:
+        before: Channels in.
+        plan: ``width`` (channels out), ``stride`` and ``ops``, a list of ``[name, mid]``: channels inside.
+    """
+    ops, sources = dict[str, nn.Module](), []
+    for name, mid in plan["ops"]:
+        skips = name == "skip"
+        ops[name] = nn.Identity() if skips else Bottleneck(before, mid, plan["width"], int(name[2]), plan["stride"])
+        sources.append(0 if skips else 1)
+    return Candidates(ops, sources)
+
+
+class Mobile(nn.Module):
+    """A stem, blocks, and a classifier behind the last of them, and behind each at which a stage of a search ends.
+
+    Args:
+        config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (its two widths), ``stride`` of the stem,
+            ``blocks`` as :func:`block` has them, ``mix`` (channels of the 1 × 1 convolution before the last classifier)
+            and ``heads``: numbers of the blocks that a classifier follows, ascending.
+
+    Raises:
+        ModelError: If the description is none, or its sizes do not fit each other.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        config = checked(config)
+        (first, width), last = config["stem"], len(config["blocks"]) - 1
+        self.stem = nn.Sequential(
+            nn.Conv2d(config["shape"][0], first, 3, config["stride"], 1, bias=False),
+            nn.BatchNorm2d(first),
+            nn.ReLU6(),
+            *_depthwise(first, width, 3, 1),
+        )
+        self.blocks, self.heads = nn.ModuleList(), nn.ModuleDict()
+        for i, plan in enumerate(config["blocks"]):
+            self.blocks.append(block(width, plan))
+            width = plan["width"]
+            if i in config["heads"]:
+                mix, layers = width, list[nn.Module]()
+                if i == last:
+                    mix = config["mix"]
+                    layers = [nn.Conv2d(width, mix, 1, bias=False), nn.BatchNorm2d(mix), nn.ReLU6()]
+                layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(mix, config["classes"])]
+                self.heads[str(i)] = nn.Sequential(*layers)
+
+    def upto(self, x: Tensor, last: int) -> Tensor:
+        """Logits ``[N, classes]`` of the classifier behind block ``last``; later blocks do not run."""
+        return self._heads(x, [last])[0]
+
+    def within(self, name: str, last: int) -> bool:
+        """Whether a parameter takes part in :meth:`upto`."""
+        part, _, rest = name.partition(".")
+        number = int(rest.partition(".")[0])
+        return part == "stem" or (number <= last if part == "blocks" else number == last)
+
+    def needed(self) -> list[tuple[str, ...]]:
+        """Sets of operations of which one must stay: those of each block."""
+        return [*candidates_in(self).values()]
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Logits ``[N, classes]``; of every classifier, if there are several."""
+        found = self._heads(x, sorted(map(int, self.heads)))
+        return found[0] if len(found) == 1 else tuple(found)
+
+    def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
+        found = []
+        # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        for i in range(wanted[-1] + 1):
+            x = self.blocks[i](x, x)
+            if i in wanted:
+                found.append(self.heads[str(i)](x))
+        return found
+
+
+def whole(
+    shape: Sequence[int],
+    classes: int,
+    *,
+    width: int = 24,
+    blocks: int = 4,
+    stride: int = 2,
+    heads: Sequence[int] = (),
+    operations: Sequence[str] = OPERATIONS,
+) -> dict[str, Any]:
+    """The description of the super-network; the defaults are the paper's.
+
+    Args:
+        shape: Of an input, ``[C, H, W]``.
+        classes: How many logits.
+        width: Channels of the first stage; all others are as many times wider as in ``STAGES``, in multiples of 4.
+        blocks: Of each stage; the last one has one.
+        stride: Of the stem.
+        heads: Blocks at which a stage of a search ends; the last one has a classifier anyway.
+        operations: The candidates of each block; ``skip`` only where a block keeps the form of its input.
+
+    >>> config = whole((3, 32, 32), 10, width=8, blocks=1)
+    >>> [plan["width"] for plan in config["blocks"]], config["stem"], config["mix"]
+    ([8, 12, 28, 32, 64, 108], [12, 4], 428)
+    """
+
+    def scaled(channels: int) -> int:
+        return max(4, 4 * round(channels * width / STAGES[0][0] / 4))
+
+    stem = [scaled(32), scaled(16)]
+    before, found = stem[1], list[dict[str, Any]]()
+    for channels, many, first in STAGES:
+        after = scaled(channels)
+        for i in range(blocks if many > 1 else 1):
+            step = first if i == 0 else 1
+            names = [name for name in operations if name != "skip" or (step == 1 and before == after)]
+            ops = [[name, after if name == "skip" else int(name[-1]) * before] for name in names]
+            found.append({"width": after, "stride": step, "ops": ops})
+            before = after
+    ends = sorted({*heads, len(found) - 1})
+    told = {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride}
+    return {**told, "blocks": found, "mix": scaled(1280), "heads": ends}
+
+
+def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+    """The description with a share of the operations of its first blocks left, evenly, as a search may leave them.
+
+    Args:
+        config: The description of a network.
+        before: How many blocks are thinned; each keeps at least one operation.
+        share: What share of their operations stays, rounded up.
+
+    >>> config = thinned(whole((3, 8, 8), 2, blocks=1), before=2, share=0.3)
+    >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
+    [['mb3e3', 'mb3e6'], ['mb3e3', 'mb5e6'], ['mb3e3', 'mb5e3', 'mb7e3', 'mb3e6', 'mb5e6', 'mb7e6']]
+    """
+    found, n = [], 0
+    for i, plan in enumerate(config["blocks"]):
+        kept = []
+        for op in plan["ops"]:
+            if i >= before or ceil(round((n + 1) * share, 9)) > ceil(round(n * share, 9)):
+                kept.append(op)
+            n += 1
+        found.append({**plan, "ops": kept or plan["ops"][:1]})
+    return {**config, "blocks": found}
+
+
+def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
+    """A network up to a block, as a stage of a search runs it.
+
+    Args:
+        config: The description of the whole one.
+        first: The first block that has all its operations; those before have a share of them.
+        last: The last block that runs.
+        share: Which.
+    """
+    heads = sorted({*config["heads"], last})
+    return Prefix(Mobile(thinned({**config, "heads": heads}, first, share)), last)
+
+
+def described(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+    """The description of what is left of a network, with the last classifier alone; it builds exactly that.
+
+    Args:
+        net: The network, cut by plans.
+        config: What it was built from.
+        gone: Paths of the operations that were dropped.
+    """
+    stem = [_features(net.stem, 1), _features(net.stem, -1)]
+    width, found = stem[1], []
+    for i, plan in enumerate(config["blocks"]):
+        left = [(name, f"blocks.{i}.ops.{name}") for name, _ in plan["ops"]]
+        left = [(name, path) for name, path in left if path not in gone]
+        inside = {name: _features(net.get_submodule(path), 1) for name, path in left if name != "skip"}
+        after = [_features(net.get_submodule(path), -1) for name, path in left if name != "skip"]
+        width = after[0] if after else width
+        ops = [[name, inside.get(name, width)] for name, _ in left]
+        found.append({"width": width, "stride": plan["stride"], "ops": ops})
+    last = len(found) - 1
+    mix = _features(net.get_submodule(f"heads.{last}"), 1)
+    return {**config, "stem": stem, "blocks": found, "mix": mix, "heads": [last]}
+
+
+def _features(module: nn.Module, at: int) -> int:
+    """The channels of the norm at a place of a chain."""
+    assert isinstance(module, nn.Sequential)
+    norm = module[at]
+    assert isinstance(norm, nn.BatchNorm2d)
+    return norm.num_features
+
+
+def checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A description, once it is seen to be one; sizes are checked before anything is built.
+
+    Raises:
+        ModelError: If it is none; says what is wrong.
+    """
+    try:
+        blocks, shape = config["blocks"], config["shape"]
+        sizes = [*shape, config["classes"], *config["stem"], config["stride"], config["mix"]]
+        sizes += [size for plan in blocks for size in (plan["width"], plan["stride"], *(mid for _, mid in plan["ops"]))]
+        names = [[name for name, _ in plan["ops"]] for plan in blocks]
+        before = [config["stem"][-1], *(plan["width"] for plan in blocks)]
+        skips = [
+            plan["stride"] == 1 and plan["width"] == wide
+            for plan, wide, own in zip(blocks, before, names, strict=False)
+            if "skip" in own
+        ]
+        right = (
+            len(shape) == 3
+            and len(config["stem"]) == 2
+            and 0 < len(blocks) <= 128
+            and all(0 < len(own) == len({*own}) and {*own} <= {*OPERATIONS} for own in names)
+            and all(plan["stride"] in (1, 2) for plan in blocks)
+            and all(type(at) is int and 0 <= at < len(blocks) for at in config["heads"])
+            and len(blocks) - 1 in config["heads"]
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise ModelError(f"not the description of a network of blocks: {error!r:.80}") from None
+    if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MOST]:
+        raise ModelError(f"a network of blocks has sizes from 1 to {MOST}; got {odd[0]!r:.40}")
+    if not right:
+        raise ModelError("not the description of a network of blocks: see regrow.nets.mobile.Mobile for what it holds")
+    if not all(skips):
+        raise ModelError("skip is for blocks of stride 1 that are as wide as what they read; leave it out elsewhere")
+    return config

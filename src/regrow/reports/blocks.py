@@ -1,0 +1,51 @@
+"""The blocks that a search found: what is kept of them, as data and in words."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from regrow.reports.reading import mapping, objects, size, text
+
+Block = dict[str, Any]
+
+KINDS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
+"""Kinds of operations, in the order of a description."""
+
+MAX_BLOCKS = 128
+
+
+def blocks(origin: dict[str, Any]) -> list[Block]:
+    """The blocks of a description, as far as it is one.
+
+    Args:
+        origin: How to build the network that was found.
+
+    Returns:
+        Per block ``width``, ``stride`` and ``ops`` (``kind``, and ``mid``: channels inside a bottleneck).
+    """
+    found = []
+    for plan in objects(mapping(origin.get("config")).get("blocks"))[:MAX_BLOCKS]:
+        ops = {}
+        for op in plan["ops"][: len(KINDS)] if isinstance(plan.get("ops"), list) else []:
+            kind, mid = op if isinstance(op, list) and len(op) == 2 else ("", None)
+            if text(kind) in KINDS:
+                ops[kind] = {"kind": kind, "mid": size(mid)}
+        found.append({"width": size(plan.get("width")), "stride": size(plan.get("stride")), "ops": list(ops.values())})
+    return found
+
+
+def skipped(found: Sequence[Block]) -> int:
+    """How many blocks do nothing: what they read is all that they give."""
+    return sum([op["kind"] for op in block["ops"]] == ["skip"] for block in found)
+
+
+def told(block: Block) -> str:
+    """What a block sums, in words.
+
+    >>> told({"ops": [{"kind": "mb3e6", "mid": 40}, {"kind": "skip", "mid": 8}]})
+    '3 × 3 bottleneck (40 inside); its input'
+    """
+    words = []
+    for op in block["ops"]:
+        inside = f" ({op['mid']} inside)" if op["mid"] else ""
+        words.append("its input" if op["kind"] == "skip" else f"{op['kind'][2]} × {op['kind'][2]} bottleneck{inside}")
+    return "; ".join(words) or "nothing"
