@@ -11,7 +11,7 @@ from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, recovery_entry
-from regrow.recovery import Stand, Task, bias, distil, lora, refit, training
+from regrow.recovery import Stand, Task, bias, distil, lora, refit, streams, training
 from regrow.recovery.solve import Sums, chosen, ridged
 from regrow.sources import Batch, Source, logits_in
 
@@ -58,7 +58,7 @@ def error(one: Task, seed: int) -> float:
 # --- refit ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [refit.Settings(), refit.Settings(target="output"), refit.Settings(even=False)])
+@pytest.mark.parametrize("settings", [refit.Settings(target=target) for target in ("own", "dense")])
 @pytest.mark.parametrize("build", [perceptron, language])
 def test_refit_brings_a_network_closer_to_the_dense_one_on_other_inputs(build, settings):
     one = build()
@@ -69,36 +69,33 @@ def test_refit_brings_a_network_closer_to_the_dense_one_on_other_inputs(build, s
     assert sum(row["after"] < 0.9 * row["before"] for row in found["layers"]) >= len(found["layers"]) / 2
 
 
-def test_refit_is_the_closed_form():
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_refit_is_the_closed_form(target):
     one = perceptron()
     ridge = 0.05
-    refit.refit(one, refit.Settings(ridges=(ridge,), even=False))
+    refit.refit(one, refit.Settings(ridges=(ridge,), target=target))
     x = torch.cat([batch.args[0] for batch in one.sources[0]]).double()
     own, dense = one.model.double(), one.dense.double()
-    cut = torch.relu(own[0](x))
-    fed = torch.cat([cut, torch.ones(len(cut), 1)], 1)
-    with torch.no_grad():
-        target = dense[:3](x)[:, 1:7]
-        start = torch.cat([dense[2].weight[1:7, :7], dense[2].bias[1:7, None]], 1)
+
+    def solved(fed, wanted, start):
+        """W′ = (Y Xᵀ + λ W)(X Xᵀ + λ)⁻¹, the bias as a last column."""
+        fed = torch.cat([fed, torch.ones(len(fed), 1)], 1)
         gram = fed.T @ fed
         lam = ridge * gram.diagonal().mean()
-        wanted = torch.linalg.solve(
-            gram + lam * torch.eye(len(gram)).double(), (target.T @ fed + lam * start).T
-        ).T  # W′ = (Y Xᵀ + λ W)(X Xᵀ + λ)⁻¹
-    torch.testing.assert_close(own[2].weight.data, wanted[:, :-1], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(own[2].bias.data, wanted[:, -1], rtol=1e-5, atol=1e-6)
+        return torch.linalg.solve(gram + lam * torch.eye(len(gram)).double(), (wanted.T @ fed + lam * start).T).T
 
-
-def test_even_positions_are_not_outvoted_by_a_huge_one():
-    def small(even):
-        model, source = mlp(width=12, second=9)[0], rows()
-        axes = trace(model, torch.randn(2, 4))
-        source.batches[0].args[0][0] *= 1e4
-        one = task(model, axes, {"0.weight:0": range(6)}, source)
-        refit.refit(one, refit.Settings(even=even))
-        return error(one, 9)
-
-    assert small(True) < 0.5 * small(False)
+    with torch.no_grad():
+        first, full = torch.relu(own[0](x)), torch.relu(dense[0](x))
+        start = torch.cat([dense[2].weight[1:7, :7], dense[2].bias[1:7, None]], 1)
+        middle = solved(first, dense[2](full)[:, 1:7], start)
+        second, wide = torch.relu(own[2](first)), torch.relu(dense[2](full))
+        if target == "own":  # the units that went, of a layer that reads what the cut network has, are as they were
+            wide[:, 1:7] = second
+        start = torch.cat([dense[4].weight[:, 1:7], dense[4].bias[:, None]], 1)
+        last = solved(second, dense[4](wide), start)
+    for layer, wanted in ((own[2], middle), (own[4], last)):
+        torch.testing.assert_close(layer.weight.data, wanted[:, :-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.bias.data, wanted[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_nothing_changes_where_nothing_is_missing():
@@ -133,12 +130,12 @@ def test_a_stream_is_made_up_for():
     axes = trace(model, torch.randn(2, 4))
     keep = {"a.weight:0": range(2), "c.weight:0": range(9)}
     left = {}
-    for target in refit.TARGETS:
+    for target in ("own", "dense"):
         one = task(copy.deepcopy(model), axes, keep, rows())
         refit.refit(one, refit.Settings(target=target))
         assert one.model.d.bias is not None  # it had none, and can have one
         left[target] = error(one, 9)
-    assert left["sum"] < 0.7 * left["output"]
+    assert left["dense"] < 0.7 * left["own"]
 
 
 def test_convolutions_are_refitted_and_others_are_told():
@@ -154,12 +151,15 @@ def test_convolutions_are_refitted_and_others_are_told():
     ).eval()
     source = rows(width=3, size=6, shape=(10, 10))
     axes = trace(model, source.batches[0].args[0])
-    keep = {"0.weight:0": range(6)} | {axis.key: range(axis.size // 2) for axis in axes.units(only=("4", "6"))}
+    keep = {"0.weight:0": range(6), "2.weight:0": range(2), "4.weight:0": range(2)}
     one = task(model, axes, keep, source)
     other = rows(seed=5, width=3, size=6, shape=(10, 10))
     away = lambda: float((answers(one.model, other) - answers(one.dense, other)).square().mean())  # noqa: E731
     before = away()
+    with pytest.raises(ValueError, match=r"4\.weight.* cannot be refitted: a convolution in groups.*target=dense"):
+        refit.refit(one, refit.Settings(target="own"))
     found = refit.refit(one, refit.Settings())
+    assert found["target"] == "dense" and "in groups" in found["left_out"]["4.weight"]
     assert {"2.weight", "6.weight"} == {row["weight"] for row in found["layers"]} and away() < before
     assert model[2].bias is not None and model[2].bias.requires_grad
 
@@ -185,6 +185,16 @@ def test_the_ridge_is_the_one_that_held_out_rows_like_best():
     assert ridge == min(ridges, key=lambda r: left[r]) == 0.3
     assert told == pytest.approx(float(left[ridge]))
     torch.testing.assert_close(change, ridged(Sums.of(x, missing, missing), ridge), rtol=1e-6, atol=1e-9)
+
+
+def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
+    one = language()
+    distil.distil(one, distil.Settings(lr=3e-2))
+    with pytest.raises(ValueError, match=r"differs from the dense one .* trained since.*target=dense"):
+        refit.refit(one, refit.Settings(target="own"))
+    before = error(one, 9)
+    found = refit.refit(one, refit.Settings())
+    assert found["target"] == "dense" and "trained since" in found["note"] and error(one, 9) < before
 
 
 # --- bias, LoRA, distillation ---------------------------------------------------------------------------------------
@@ -275,7 +285,7 @@ def test_the_best_stand_is_kept_and_the_start_is_one():
 def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, monkeypatch):
     if name == "lora":
         pytest.importorskip("peft")
-    for module in (refit, training):
+    for module in (streams, training):
         monkeypatch.setattr(module, "SECONDS", -1.0)  # a stand after every step
     stands: list[Stand] = []
 
