@@ -1,6 +1,7 @@
 """Recovery: least squares equals its closed form, training can be stopped anywhere, and what comes back is better."""
 
 import copy
+import signal
 from dataclasses import replace
 
 import pytest
@@ -305,6 +306,14 @@ def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, monkeypat
     work(twice)
     same = all(torch.equal(tensor, wanted[key]) for key, tensor in twice.model.state_dict().items())
     assert same is (name in ("bias", "refit"))  # nothing is drawn there
+
+
+def test_a_key_that_is_pressed_waits_for_the_end_of_a_step():
+    done = []
+    with pytest.raises(KeyboardInterrupt), training.unbroken():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_settings_are_checked_and_unknown_names_are_told():

@@ -7,6 +7,7 @@ Hu et al., LoRA (arXiv 2106.09685), through the package peft. LLM-Pruner (arXiv 
 
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -47,7 +48,13 @@ class Settings:
 
 
 def build(settings: Settings) -> Recovery:
-    """LoRA with these settings."""
+    """LoRA with these settings.
+
+    Raises:
+        ModelError: If peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise needs("recover", "peft")
     return partial(lora, settings=settings)
 
 
@@ -107,15 +114,9 @@ def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
 
 
 def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:
-    """Put an adapter around each of some layers, in place; name → what it trains.
+    """Put an adapter around each of some layers, in place; name → what it trains."""
+    import peft
 
-    Raises:
-        ModelError: If peft is not installed.
-    """
-    try:
-        import peft
-    except ImportError:
-        raise needs("recover", "peft") from None
     known = {id(parameter) for parameter in model.parameters()}
     config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths, lora_dropout=0.0)
     with torch.random.fork_rng(devices=[]):

@@ -1,8 +1,11 @@
 """Training after a cut: one course of steps that can be stopped anywhere, judged on text that no step has seen."""
 
 import math
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -70,26 +73,51 @@ def trained(
     else:
         history, first = [dict(row) for row in task.done.values["history"]], task.done.step
         best = _resumed(task.done, parameters, optimiser)
-    last = time.monotonic()
-    for step in range(first, steps):
-        for group in optimiser.param_groups:
-            group["lr"] = course.lr * rate(step, steps)
-        batches = [batch.to(device) for _, batch in drawn(fit, course.windows, step, task.seed)]
-        total = _stepped(batches, loss, optimiser, list(parameters.values()), course.clip)
-        task.progress(step + 1, steps, f"training, loss {total:.3f}")
-        if step + 1 in marks:
-            found = _judged(held, loss)
-            if found < min(row["held_out"] for row in history):
-                best = {name: p.detach().clone() for name, p in parameters.items()}
-            history.append({"step": step + 1, "held_out": found})
-        if step + 1 in marks or time.monotonic() - last > SECONDS:
-            task.kept(_stand(step + 1, parameters, optimiser, best, history))
-            last = time.monotonic()
+    at, last = first, time.monotonic()
+    try:
+        for step in range(first, steps + 1):
+            if step in marks and history[-1]["step"] < step:
+                found = _judged(held, loss)
+                if found < min(row["held_out"] for row in history):
+                    best = {name: p.detach().clone() for name, p in parameters.items()}
+                history.append({"step": step, "held_out": found})
+                last = -math.inf
+            if time.monotonic() - last > SECONDS:
+                task.kept(_stand(at, parameters, optimiser, best, history))
+                last = time.monotonic()
+            if step < steps:
+                for group in optimiser.param_groups:
+                    group["lr"] = course.lr * rate(step, steps)
+                batches = [batch.to(device) for _, batch in drawn(fit, course.windows, step, task.seed)]
+                total = _pushed(batches, loss, optimiser, list(parameters.values()), course.clip)
+                with unbroken():
+                    optimiser.step()
+                    at = step + 1
+                task.progress(at, steps, f"training, loss {total:.3f}")
+    except KeyboardInterrupt:
+        task.kept(_stand(at, parameters, optimiser, best, history))
+        raise
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(best[name])
     kept = min(history, key=lambda row: row["held_out"])
     return {"steps": steps, "best": kept["step"], "history": history}
+
+
+@contextmanager
+def unbroken() -> Iterator[None]:
+    """Let Ctrl-C wait until what is inside is done, so that it is done as a whole."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt
 
 
 def rate(step: int, steps: int) -> float:
@@ -104,13 +132,14 @@ def rate(step: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
-def _stepped(
+def _pushed(
     batches: list[Batch],
     loss: Callable[[Batch], Tensor],
     optimiser: torch.optim.Optimizer,
     parameters: list[nn.Parameter],
     clip: float,
 ) -> float:
+    """Put gradients in place; the loss."""
     total = 0.0
     optimiser.zero_grad(set_to_none=True)
     for batch in batches:
@@ -120,7 +149,6 @@ def _stepped(
         one.backward()
         total += float(one.detach())
     nn.utils.clip_grad_norm_(parameters, clip)
-    optimiser.step()
     return total
 
 

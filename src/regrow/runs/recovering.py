@@ -76,10 +76,10 @@ def check_recovery(by: str, sources: Sequence[str]) -> None:
     """Find out before anything is begun what is wrong with a wish to recover; an empty one is in order.
 
     Raises:
-        ValueError: If there is no such recovery, or it has nothing to learn from.
+        ValueError: If there is no such recovery, it needs a package that is missing, or it has nothing to learn from.
     """
     if by:
-        recovery_entry(by)
+        recovery_entry(by).made(by, {})
         if not sources:
             raise ValueError(f"--recover {by} learns from text or images; give at least one source, like --source news")
 
