@@ -34,7 +34,7 @@ class Settings:
         before: The recoveries that the run to recover has had already.
         model: As in the pruning run; so are the others below.
         method: What pruned.
-        keep: The fraction kept.
+        keep: The fraction kept, if that was asked for.
         seed: Of what is drawn.
     """
 
@@ -46,7 +46,7 @@ class Settings:
     before: tuple[str, ...] = ()
     model: str = ""
     method: str = ""
-    keep: float = 1.0
+    keep: float | None = None
     seed: int = 0
 
     def command(self, run: str, out: str) -> str:
@@ -125,7 +125,7 @@ def _settings(source: RunFolder, by: str, tokens: int, settings: Mapping[str, An
     inner = known if data["verb"] == "prune" else known["pruning"]
     before = [*known.get("before", ()), known["by"]] if data["verb"] == "recover" else [inner.get("recover", "")]
     done = tuple(name for name in before if name)
-    named = {"model": inner["model"], "method": "+".join([inner["method"], *done, by]), "keep": inner["keep"]}
+    named = {"model": inner["model"], "method": "+".join([inner["method"], *done, by]), "keep": inner.get("keep")}
     return Settings(source.path.resolve().name, by, tokens, dict(settings), inner, done, **named, seed=seed)
 
 
