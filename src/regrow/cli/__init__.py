@@ -12,6 +12,7 @@ from regrow.cli.export import export
 from regrow.cli.learn import learn
 from regrow.cli.methods import methods
 from regrow.cli.prune import prune
+from regrow.cli.recover import recover
 from regrow.cli.report import report
 from regrow.cli.screen import failure
 from regrow.cli.search import search
@@ -33,7 +34,7 @@ def regrow() -> None:
     """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
 
 
-for verb in (show, prune, learn, search, apply, evaluate, chat, export, compare, report, methods):
+for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export, compare, report, methods):
     regrow.add_command(verb)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.recover import tell
 from regrow.cli.screen import number, say, table, working
 
 
@@ -58,6 +59,10 @@ def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     if result["speed"]:
         speed = result["speed"]
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
+    if Path(model, "run.json").is_file():
+        from regrow.runs import RunFolder
+
+        tell(RunFolder.open(model).metrics())  # where the run recovered a cut: dense, pruned and recovered
 
 
 def _figures(metrics: dict[str, float]) -> str:

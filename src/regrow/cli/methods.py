@@ -12,15 +12,33 @@ from regrow.cli.screen import say, table
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain NAME: what it does, its settings, whom to cite."""
-    from regrow.methods import LEARNERS, METHODS, SEARCHERS, entry, learner_entry, searcher_entry
+    from regrow.methods import (
+        LEARNERS,
+        METHODS,
+        RECOVERIES,
+        SEARCHERS,
+        entry,
+        learner_entry,
+        recovery_entry,
+        searcher_entry,
+    )
 
     if name is None:
-        for verb, known in (("prune", METHODS), ("learn", LEARNERS), ("search", SEARCHERS)):
+        for verb, known in (
+            ("prune", METHODS),
+            ("recover", RECOVERIES),
+            ("learn", LEARNERS),
+            ("search", SEARCHERS),
+        ):
             rows = [(key, one.about.strip().splitlines()[0].rstrip(".")) for key, one in known.items()]
             table(f"Methods of `regrow {verb}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return
-    of = {**dict.fromkeys(LEARNERS, learner_entry), **dict.fromkeys(SEARCHERS, searcher_entry)}
+    of = {
+        **dict.fromkeys(LEARNERS, learner_entry),
+        **dict.fromkeys(SEARCHERS, searcher_entry),
+        **dict.fromkeys(RECOVERIES, recovery_entry),
+    }
     one = of.get(name, entry)(name)
     say(one.about.strip() + "\n")
     helps = _helps(one.settings.__doc__ or "")

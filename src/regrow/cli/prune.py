@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.recover import tell
 from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
@@ -83,6 +84,14 @@ Examples
 @click.option(
     "--finetune", default=0, show_default=True, type=int, help="Epochs of fine-tuning after the cut (image models)."
 )
+@click.option("--recover", default="", metavar="NAME", help="Win back what was lost: bias, refit, lora or distil.")
+@click.option(
+    "--recover-tokens",
+    default=32768,
+    show_default=True,
+    type=int,
+    help="Tokens (or images) that --recover learns from.",
+)
 @click.option(
     "--seed", default=0, show_default=True, type=int, help="Which windows are drawn; the same seed, the same plan."
 )
@@ -118,6 +127,8 @@ def prune(
     with working() as progress:
         folder = run(settings, out, progress)
     _tell(folder)
+    if settings.recover:
+        tell(folder.metrics())
     page_of(folder, "model")
 
 
@@ -133,7 +144,7 @@ def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any
         unit = options.checked_target(target)
         if measure not in ("params", unit):
             raise click.UsageError(f"--target counts {unit}, --measure {measure} is what --keep counts: leave it away")
-    for name in ("tokens", "eval_tokens", "seq_len", "round_to"):
+    for name in ("tokens", "eval_tokens", "seq_len", "round_to", "recover_tokens"):
         if given[name] < 1:
             raise click.UsageError(f"--{name.replace('_', '-').removesuffix('-to')} is at least 1; got {given[name]}")
     pairs, no_verify, base = given.pop("pairs"), given.pop("no_verify"), given.pop("base")

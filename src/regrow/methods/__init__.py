@@ -27,6 +27,7 @@ from regrow.methods import (
     wanda_sp,
     wsn,
 )
+from regrow.recovery import bias, distil, lora, refit
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,14 @@ SEARCHERS: Mapping[str, Entry] = {
 }
 """Every method that searches."""
 
+RECOVERIES: Mapping[str, Entry] = {
+    "bias": Entry(bias.Settings, bias.build, bias.CITATION, bias.__doc__ or ""),
+    "refit": Entry(refit.Settings, refit.build, refit.CITATION, refit.__doc__ or ""),
+    "lora": Entry(lora.Settings, lora.build, lora.CITATION, lora.__doc__ or ""),
+    "distil": Entry(distil.Settings, distil.build, distil.CITATION, distil.__doc__ or ""),
+}
+"""Every way to win back what pruning lost."""
+
 
 def entry(name: str) -> Entry:
     """The method that prunes, of a name.
@@ -124,9 +133,18 @@ def searcher_entry(name: str) -> Entry:
     return _of(SEARCHERS, name)
 
 
-def _of(known: Mapping[str, Entry], name: str) -> Entry:
+def recovery_entry(name: str) -> Entry:
+    """The recovery of a name.
+
+    Raises:
+        ValueError: If there is none; suggests the nearest.
+    """
+    return _of(RECOVERIES, name, "recovery", "recoveries")
+
+
+def _of(known: Mapping[str, Entry], name: str, what: str = "method", all_of: str = "methods") -> Entry:
     if name in known:
         return known[name]
     near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no method {name!r}; {hint}The methods are {', '.join(known)}")
+    raise ValueError(f"there is no {what} {name!r}; {hint}The {all_of} are {', '.join(known)}")

@@ -14,7 +14,7 @@ FORMAT = "regrow-summary/1"
 MAX_RUNS = 64
 MAX_KINDS = 200
 
-_MODELS = {"dense": "before", "before": "before", "pruned": "after", "after": "after"}
+_MODELS = {"dense": "before", "before": "before", "pruned": "after", "after": "after", "recovered": "after"}
 _SIZES = ("params_all", "params_counted", "macs", "bytes")
 _SPEEDS = ("tokens_per_s", "spread", "latency_ms", "peak_bytes")
 
@@ -63,8 +63,8 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "target": text(settings.get("target"), 60) if "keep" in settings else "",  # of a search it is a column
         "regular": settings.get("regular") is True,
         "budget": _budget(metrics.get("budget", [])),
-        "settings": _pairs(settings, skip=("sources", "method_settings")),
-        "method_settings": _pairs(mapping(settings.get("method_settings"))),
+        "settings": _pairs(settings, skip=("sources", "method_settings", "pruning", "recovery_settings")),
+        "method_settings": _pairs(mapping(settings.get("method_settings", settings.get("recovery_settings")))),
         "sources": sources,
         "versions": _pairs(mapping(run.get("versions"))),
         "started": text(run.get("started"), 40),
@@ -97,15 +97,21 @@ def _run(folder: RunFolder) -> dict[str, Any]:
 
 
 def _perplexity(metrics: dict[str, list[dict[str, Any]]], sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per kind of text: what it was before and after, and how many times larger it became."""
+    """One row per kind of text: what it was before and after, and how many times larger it became.
+
+    Where a recovery followed a cut, ``after`` is what that left, and ``cut`` what the cut had left.
+    """
     calibrated = {row["name"]: bool(row["calibration_tokens"]) for row in sources}
     rows: dict[str, dict[str, Any]] = {}
     for line in metrics.get("perplexity", []):
         source, side = text(line.get("source"), 60), _MODELS.get(text(line.get("model")))
         if not source or not side or (source not in rows and len(rows) >= MAX_KINDS):
             continue
-        row = rows.setdefault(source, {"source": source, "seen": calibrated.get(source), "before": None, "after": None})
+        blank = {"source": source, "seen": calibrated.get(source), "before": None, "cut": None, "after": None}
+        row = rows.setdefault(source, blank)
         row["seen"] = line["seen"] if isinstance(line.get("seen"), bool) else row["seen"]
+        if line["model"] == "recovered":
+            row["cut"] = row["cut"] or row["after"]
         row[side] = _measured(line)
     paired = {text(line.get("source"), 60): line for line in metrics.get("paired", [])}
     for source, row in rows.items():
@@ -138,12 +144,18 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     after = [math.log(ppl) for _, ppl in sides if ppl]
     if both:
         a, b = (sum(column) / len(both) for column in zip(*both, strict=True))
-        return {"count": len(both), "before": math.exp(a), "after": math.exp(b), "ratio": math.exp(b - a)}
-    return (
-        {"count": len(after), "before": None, "after": math.exp(sum(after) / len(after)), "ratio": None}
-        if after
-        else None
-    )
+        cut = [math.log(ppl) for row in rows if (ppl := (row["cut"] or {}).get("ppl"))]
+        middle = math.exp(sum(cut) / len(cut)) if len(cut) == len(both) else None
+        return {
+            "count": len(both),
+            "before": math.exp(a),
+            "cut": middle,
+            "after": math.exp(b),
+            "ratio": math.exp(b - a),
+        }
+    if not after:
+        return None
+    return {"count": len(after), "before": None, "cut": None, "after": math.exp(sum(after) / len(after)), "ratio": None}
 
 
 def _choice(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
 from regrow.axes import AxisGraph
 from regrow.method import Evidence, Method
 from regrow.nets import Loaded
@@ -31,7 +33,9 @@ def calibrated(
     """
     model, several = asdict(loaded.origin), prune.spread(sources, method.sources)[0]
     keys = {
-        source.name: checkpoints.fingerprint(source, method.shards, sorted(method.needs), str(model), _digest(loaded))
+        source.name: checkpoints.fingerprint(
+            source, method.shards, sorted(method.needs), str(model), glance(loaded.model)
+        )
         for source in several
     }
     done = folder.statistics(keys, method.shards)
@@ -43,6 +47,6 @@ def calibrated(
     return evidence, checkpoints.fingerprint(Source("", ()), keys)
 
 
-def _digest(loaded: Loaded) -> list[float]:
+def glance(model: nn.Module) -> list[float]:
     """A few numbers that tell one set of weights from another."""
-    return [float(p.detach().float().flatten()[:4096].double().sum()) for p in loaded.model.parameters()]
+    return [float(p.detach().float().flatten()[:4096].double().sum()) for p in model.parameters()]

@@ -4,7 +4,7 @@ import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget, Measure, Target
 from regrow.data import Half
 from regrow.data.vision import digits, images
-from regrow.method import Evidence
 from regrow.methods import entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
@@ -25,8 +24,8 @@ from regrow.progress import Progress, silent
 from regrow.runs import loop, measuring, prune, store, tune
 from regrow.runs.calibration import calibrated
 from regrow.runs.folder import RunFolder
-from regrow.scores import Scores
-from regrow.scoring import energy, massive, weights_of
+from regrow.runs.recovering import check_recovery, compared, recovered
+from regrow.runs.scored import write_scores
 from regrow.sources import Source
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
@@ -59,6 +58,8 @@ class Settings:
         eval_tokens: Evaluation tokens per source.
         seq_len: Tokens per window.
         finetune: Epochs of fine-tuning after the cut (image models).
+        recover: One of ``regrow.methods.RECOVERIES``, for after the cut; empty: none.
+        recover_tokens: How many tokens that learns from, of all sources together (images: how many of them).
         proof: Verify on the model that masked = shrunk.
     """
 
@@ -82,6 +83,8 @@ class Settings:
     eval_tokens: int = 2048
     seq_len: int = 256
     finetune: int = 0
+    recover: str = ""
+    recover_tokens: int = 32768
     proof: bool = True
 
     def __post_init__(self) -> None:
@@ -100,6 +103,10 @@ class Settings:
         for name in ("sources", "unseen", "only", "exclude", "marks"):
             known[name] = tuple(known.get(name, getattr(cls, name)))
         return cls(**known)
+
+    def learning_from(self, tokens: int) -> "Settings":
+        """The same, with as many calibration tokens as a recovery may use, shared among the sources."""
+        return replace(self, tokens=tokens // max(1, len(self.sources)))
 
     def budget(self) -> Budget:
         """How much may stay, and which axes may pay for it."""
@@ -140,6 +147,8 @@ _FLAGS = {
     "eval_tokens": "--eval-tokens",
     "seq_len": "--seq-len",
     "finetune": "--finetune",
+    "recover": "--recover",
+    "recover_tokens": "--recover-tokens",
 }
 
 
@@ -206,6 +215,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     """
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
+    check_recovery(settings.recover, settings.sources)
     again = RunFolder.check(out, verb="prune", settings=settings.record())
     clock = Clock(None)
     with clock.stage("load"):
@@ -219,7 +229,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     state = prune.begun(axes, method, budget, kinds.calibration)
     folder = RunFolder.create(out, verb="prune", settings=settings.record(), command=settings.command(str(out)))
     clock.folder = folder
-    folder.update(notes=list(loaded.notes), sources=_described(settings, kinds))
+    folder.update(notes=list(loaded.notes), sources=described(settings, kinds))
     if budget.timing:  # another measurement would be another plan
         folder.update(timing=budget.timing.record())
     with clock.stage("calibrate"):
@@ -233,7 +243,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
             loaded.model, axes, method, evidence, state, done=done, on_done=keep, progress=progress
         )
         if state.scores is not None:
-            _write_scores(folder, loaded, axes, plan, state.scores, evidence)
+            write_scores(folder, loaded, axes, plan, state.scores, evidence)
         if state.findings:
             folder.write_findings(settings.method, state.findings)
     with clock.stage("evaluate"):
@@ -244,7 +254,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
             _prove(folder, loaded, axes, plan)
     rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
-        whole, (_, axes) = axes, apply(loaded.model, axes, plan)
+        traced, (_, axes) = axes, apply(loaded.model, axes, plan)
         if not len(folder.ledger):
             folder.ledger.append(plan)
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
@@ -255,10 +265,16 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         store.save(loaded, folder.path)
     with clock.stage("evaluate"):
         after = measuring.measure(folder, loaded, axes, kinds.evaluation, kinds.seen, "pruned", progress)
-        measuring.counted(folder, loaded.model, whole, axes, budget)
+        measuring.counted(folder, loaded.model, traced, axes, budget)
         for name in before.keys() & after.keys():
             pair = evaluation.paired(before[name], after[name])
             folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
+    if settings.recover:
+        with clock.stage("recover"):
+            _recovered(settings, folder, loaded, traced, plan, progress)
+        with clock.stage("evaluate"):
+            now = measuring.measure(folder, loaded, axes, kinds.evaluation, kinds.seen, "recovered", progress)
+            compared(folder, now)
     folder.finish(seconds=clock.seconds)
     return folder
 
@@ -312,7 +328,8 @@ def _seeded(settings: Settings) -> dict[str, Any]:
     return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}
 
 
-def _described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
+def described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
+    """What ``run.json`` says of each source."""
     seen = {source.name: source for source in kinds.calibration}
     specs = (*settings.sources, *settings.unseen)
     rows = []
@@ -324,28 +341,6 @@ def _described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
         counts = {"calibration_tokens": own.tokens if own else 0, "evaluation_tokens": test.tokens}
         rows.append({"name": test.name, "spec": spec, "origin": origin, **counts})
     return rows
-
-
-def _write_scores(
-    folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
-) -> None:
-    entries: dict[str, dict[str, Any]] = {}
-    for key, values in scores.values.items():
-        steps = torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
-        keep = list(plan.changes[key].keep) if key in plan.changes else list(range(len(values)))
-        dropped = list(plan.changes[key].dropped) if key in plan.changes else []
-        entries[key] = {
-            "quantiles": steps,
-            "kept_min": float(values[keep].min()),
-            "dropped_max": float(values[dropped].max()) if dropped else None,
-            "massive": [],
-        }
-    if evidence.statistics and evidence.pooled().moments:
-        found = massive(axes, energy(weights_of(loaded.model), axes, evidence.pooled()))
-        for one in found:
-            if one.axis in entries:
-                entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})
-    folder.write_scores(scores.metric, entries)
 
 
 def _prove(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:
@@ -364,3 +359,13 @@ def _tuned(settings: Settings, loaded: Loaded, kinds: Kinds, progress: Progress)
         for source in kinds.calibration:
             tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=steps)
     tune.recalibrate(loaded.model, kinds.calibration)
+
+
+def _recovered(
+    settings: Settings, folder: RunFolder, loaded: Loaded, traced: AxisGraph, plan: Plan, progress: Progress
+) -> None:
+    """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
+    texts = sources_of(settings.learning_from(settings.recover_tokens), loaded).calibration
+    dense, by, seed = load_model(settings, progress), settings.recover, settings.seed
+    recovered(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, progress=progress)
+    store.save(loaded, folder.path)

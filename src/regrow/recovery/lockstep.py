@@ -1,0 +1,190 @@
+"""Two runs in lockstep: the dense network waits at each layer until the cut one has come to the same place.
+
+Neither run is repeated and no output is kept longer than needed: what is held of a network is what one forward pass of
+all the text holds.
+"""
+
+import queue
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from regrow.scoring.watch import CONTRACTIONS, named
+from regrow.sources import Batch
+
+ADDITIONS = frozenset(
+    {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
+)
+_ASKING = frozenset(
+    {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
+)
+"""Methods that ask for the form of a tensor and not for its numbers."""
+
+
+@dataclass(frozen=True)
+class Met:
+    """A watched layer whose output is about to be used for the first time.
+
+    Args:
+        name: Its weight.
+        value: What it was fed.
+        dim: Which dimension of that it contracts.
+        output: What it gave; whoever holds it sees what is written into it.
+        again: Computes that anew.
+        other: What is added to the output, if that is what it is used for.
+    """
+
+    name: str
+    value: Tensor
+    dim: int
+    output: Tensor
+    again: Callable[[], Tensor]
+    other: Tensor | None = None
+
+
+class StopRunError(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+class Meetings(TorchFunctionMode, ABC):
+    """Calls :meth:`meet` for each watched layer, once it is known what its output is used for.
+
+    Args:
+        watched: ``id`` of a weight → its name.
+    """
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
+        super().__init__()
+        self.watched = watched
+        self.waiting: dict[int, Met] = {}
+
+    @abstractmethod
+    def meet(self, met: Met) -> None:
+        """Do something with a layer."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Meet layers whose outputs are operands, then do what was asked."""
+        kwargs = kwargs or {}
+        if self.waiting and getattr(func, "__name__", "") not in _ASKING:
+            used = [
+                leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) in self.waiting
+            ]
+            if used and getattr(func, "__name__", "") == "__get__":
+                answer = func(*args, **kwargs)  # .shape, .dtype; but .T is the tensor itself
+                if not isinstance(answer, Tensor):
+                    return answer
+            for tensor in reversed(used):
+                self._settle(self.waiting.pop(id(tensor)), func, args, kwargs)
+        result = func(*args, **kwargs)
+        read = CONTRACTIONS.get(func)
+        for weight, value, dim in read(*args, **kwargs) if read else ():
+            name = named(self.watched, weight)
+            if name is not None:
+                self.waiting[id(result)] = Met(name, value, dim, result, lambda: func(*args, **kwargs))
+                break
+        return result
+
+    def _settle(self, met: Met, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        other = None
+        if func in ADDITIONS and len(args) == 2 and not kwargs:
+            a, b = args
+            other = b if a is met.output else a
+        same = isinstance(other, Tensor) and other is not met.output and other.shape == met.output.shape
+        self.meet(Met(met.name, met.value, met.dim, met.output, met.again, other if same else None))
+
+    def finish(self) -> None:
+        """Meet what is left once a run has ended."""
+        while self.waiting:
+            self.meet(self.waiting.pop(next(iter(self.waiting))))
+
+
+class _Telling(Meetings):
+    def __init__(self, watched: Mapping[int, str], run: "Answers") -> None:
+        super().__init__(watched)
+        self.run = run
+
+    def meet(self, met: Met) -> None:
+        self.run.offer(met.name, met.output, met.other)
+
+
+class Answers:
+    """What the layers of a network give, layer by layer, as the network runs in a thread of its own.
+
+    Args:
+        model: The network.
+        batch: What it is run on.
+        watched: ``id`` of a weight → its name.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> None:
+        self._turn, self._told = threading.Semaphore(0), queue.SimpleQueue[Any]()
+        self._stop, self._kept = False, dict[str, tuple[Tensor, Tensor | None]]()
+        self._thread = threading.Thread(target=self._run, args=(model, batch, watched), daemon=True)
+
+    def __call__(self, name: str) -> tuple[Tensor, Tensor | None] | None:
+        """What a layer gives, and what that is added to, if it is; ``None`` if the network does not come to it.
+
+        Raises:
+            Exception: What stopped the network.
+        """
+        while name not in self._kept:
+            if not self._thread.is_alive() and self._told.empty():
+                return None
+            self._turn.release()
+            told = self._told.get()
+            if told is None:
+                return None
+            if isinstance(told, BaseException):
+                raise told
+            found, output, other = told
+            early = found != name  # what is told early may be written over before it is asked for
+            self._kept[found] = (
+                (output.clone(), other if other is None else other.clone()) if early else (output, other)
+            )
+        return self._kept.pop(name)
+
+    def offer(self, name: str, output: Tensor, other: Tensor | None) -> None:
+        """Tell what a layer gives, in the thread, and wait until more is asked for."""
+        self._told.put((name, output, other))
+        self._wait()
+
+    def _wait(self) -> None:
+        self._turn.acquire()
+        if self._stop:
+            raise StopRunError
+
+    def _run(self, model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> None:
+        try:
+            self._wait()
+            with torch.no_grad():
+                with _Telling(watched, self) as mode:
+                    model(*batch.args, **batch.kwargs)
+                mode.finish()
+            self._told.put(None)
+        except StopRunError:
+            self._told.put(None)
+        except BaseException as error:
+            self._told.put(error)
+
+
+@contextmanager
+def answers(model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> Iterator[Answers]:
+    """A network that runs as far as it is asked for its answers, and no further."""
+    run = Answers(model, batch, watched)
+    run._thread.start()
+    try:
+        yield run
+    finally:
+        run._stop = True
+        run._turn.release()
+        run._thread.join()

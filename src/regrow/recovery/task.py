@@ -1,0 +1,129 @@
+"""What a recovery is given: the network before and after a cut, text to learn from, and where an earlier call stood."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.sources import Batch, Source
+
+
+@dataclass(frozen=True)
+class Stand:
+    """How far a recovery has got, so that a killed one goes on as if nothing had happened.
+
+    Args:
+        step: Steps (or layers) done.
+        tensors: What they have made.
+        values: What else must be known, as JSON data.
+    """
+
+    step: int
+    tensors: Mapping[str, Tensor]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cut network that is to win back what it lost.
+
+    Args:
+        model: The network after the cut; it is changed in place.
+        dense: The network before the cut.
+        axes: The axes of the network before the cut.
+        plan: The cut.
+        sources: What to learn from; the last part of each is held out, and judges.
+        seed: Of what is drawn.
+        done: Where an earlier, interrupted call stood.
+        on_done: Called with each stand that can be resumed from.
+        progress: Called with (steps done, steps in all, what).
+    """
+
+    model: nn.Module
+    dense: nn.Module
+    axes: AxisGraph
+    plan: Plan
+    sources: Sequence[Source]
+    seed: int = 0
+    done: Stand | None = None
+    on_done: Callable[[Stand], None] | None = None
+    progress: Progress = silent
+
+    def parts(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
+        """The batches of each source to learn from, and those of all sources to judge by; no batch is both.
+
+        Args:
+            share: What share of each source is held out.
+
+        Raises:
+            ValueError: If there is no source, or one has a single batch.
+        """
+        if not self.sources:
+            raise ValueError("recovery learns from text or images; give at least one source, like --source news")
+        if few := next((source for source in self.sources if len(source) < 2), None):
+            raise ValueError(
+                f"source {few.name!r} has {len(few)} batches; one is held out, so give at least two (more tokens)"
+            )
+        halves = [source.held_out(share) for source in self.sources]
+        return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
+
+    def kept(self, stand: Stand) -> None:
+        """Let a stand be kept."""
+        if self.on_done:
+            self.on_done(stand)
+
+
+Recovery = Callable[[Task], dict[str, Any]]
+"""Changes a task's network in place, and says as JSON data what it did."""
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network's parameters are."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+@contextmanager
+def resting(*models: nn.Module) -> Iterator[None]:
+    """Networks in eval mode, their parameters without gradients; modes and flags come back afterwards."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    wanted = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
+    for model in models:
+        model.eval().requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in wanted:
+            parameter.requires_grad_(flag)
+
+
+@contextmanager
+def precise(model: nn.Module) -> Iterator[None]:
+    """A network in float32, if it is in half precision; each tensor goes back to its own precision afterwards."""
+    half = (torch.float16, torch.bfloat16)
+    parameters = [(p, p.dtype) for p in model.parameters() if p.dtype in half]
+    buffers = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.dtype in half
+    ]
+    for parameter, _ in parameters:
+        parameter.data = parameter.data.float()
+    for module, name, buffer in buffers:
+        module._buffers[name] = buffer.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in parameters:
+            parameter.data = parameter.data.to(dtype)
+        for module, name, buffer in buffers:
+            module._buffers[name] = buffer

@@ -1,0 +1,166 @@
+"""A recovery run: what a pruning run lost, won back in a folder of its own, with both measured on the same windows."""
+
+import copy
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from regrow.allocation.inventory import inventory
+from regrow.axes import AxisGraph
+from regrow.methods import recovery_entry
+from regrow.nets import Loaded
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.runs import pruning_run, store
+from regrow.runs.atomic import StoreError
+from regrow.runs.folder import RunFolder
+from regrow.runs.measuring import measure
+from regrow.runs.pruning_run import DTYPES, Clock, load_model, sources_of
+from regrow.runs.recovering import compared, recovered
+from regrow.tracing import trace
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a recovery run depends on; ``run.json`` holds exactly this.
+
+    Args:
+        run: The folder of the run to recover, without the folders before it; informative.
+        by: One of ``regrow.methods.RECOVERIES``.
+        tokens: How many tokens it learns from, of all sources together (images: how many of them).
+        recovery_settings: Its settings, where they differ from the defaults.
+        pruning: The settings of the pruning run.
+        before: The recoveries that the run to recover has had already.
+        model: As in the pruning run; so are the others below.
+        method: What pruned.
+        keep: The fraction kept, if that was asked for.
+        seed: Of what is drawn.
+    """
+
+    run: str
+    by: str
+    tokens: int = 32768
+    recovery_settings: Mapping[str, Any] = field(default_factory=dict)
+    pruning: Mapping[str, Any] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
+    model: str = ""
+    method: str = ""
+    keep: float | None = None
+    seed: int = 0
+
+    def command(self, run: str, out: str) -> str:
+        """The command line that does this run again."""
+        words = ["regrow", "recover", run, "--by", self.by, "--tokens", str(self.tokens), "--seed", str(self.seed)]
+        for name, value in self.recovery_settings.items():
+            words += ["--set", f"{name}={value}"]
+        return shlex.join([*words, "--out", out])
+
+
+def run(
+    pruned: str | Path,
+    out: str | Path,
+    *,
+    by: str,
+    tokens: int = 32768,
+    settings: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> RunFolder:
+    """Recover the model of a finished pruning run (or of a run that has recovered one) into a new folder.
+
+    The dense model is loaded as the pruning run loaded it, and the sources and evaluation windows are that run's; what
+    it measured of the dense and the pruned model is taken over. An interrupted call goes on where it was.
+
+    Args:
+        pruned: The folder of that run; it is only read.
+        out: The new run folder; new, empty, or of this very run.
+        by: One of ``regrow.methods.RECOVERIES``.
+        tokens: How many tokens to learn from, of all sources together (images: how many of them).
+        settings: Settings of the recovery, where they differ from the defaults.
+        seed: Of what is drawn.
+        progress: Called as work goes on.
+
+    Raises:
+        ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown.
+    """
+    recovery_entry(by).made(by, settings or {})
+    source = RunFolder.open(pruned)
+    origin, wanted = _origin(source), _settings(source, by, tokens, settings or {}, seed)
+    RunFolder.check(out, verb="recover", settings=asdict(wanted))
+    clock = Clock(None)
+    with clock.stage("load"):
+        dense, loaded = _loaded(source, origin, progress)
+        kinds = sources_of(origin.learning_from(tokens), loaded)
+        axes, plan = _cut(source, dense)
+    folder = RunFolder.create(
+        out, verb="recover", settings=asdict(wanted), command=wanted.command(str(pruned), str(out))
+    )
+    clock.folder = folder
+    folder.update(notes=list(dense.notes), sources=pruning_run.described(origin, kinds))
+    if not len(folder.ledger):
+        folder.ledger.append(plan)
+        for row in source.metrics():
+            if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
+                folder.log(**row)
+    with clock.stage("recover"):
+        recovered(
+            folder, loaded.model, dense, axes, plan, kinds.calibration, by,
+            settings=settings, seed=seed, progress=progress,
+        )  # fmt: skip
+    with clock.stage("save"):
+        store.save(loaded, folder.path)
+    with clock.stage("evaluate"):
+        after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+        folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
+        found = measure(folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress)
+        compared(folder, found)
+    folder.finish(seconds=clock.seconds)
+    return folder
+
+
+def _settings(source: RunFolder, by: str, tokens: int, settings: Mapping[str, Any], seed: int) -> Settings:
+    data = source.run()
+    known = data["settings"]
+    inner = known if data["verb"] == "prune" else known["pruning"]
+    before = [*known.get("before", ()), known["by"]] if data["verb"] == "recover" else [inner.get("recover", "")]
+    done = tuple(name for name in before if name)
+    named = {"model": inner["model"], "method": "+".join([inner["method"], *done, by]), "keep": inner.get("keep")}
+    return Settings(source.path.resolve().name, by, tokens, dict(settings), inner, done, **named, seed=seed)
+
+
+def _origin(source: RunFolder) -> pruning_run.Settings:
+    """The settings of the pruning run behind a run.
+
+    Raises:
+        StoreError: If it is no finished pruning run.
+    """
+    data = source.run()
+    if data["verb"] not in ("prune", "recover"):
+        raise StoreError(f"{source.path} holds a run of {data['verb']!r}; give the folder of a pruning run")
+    if not data.get("finished"):
+        raise StoreError(f"{source.path}: the run is not finished; go on with it first: {data['command']}")
+    return pruning_run.Settings.from_json(data["settings"] if data["verb"] == "prune" else data["settings"]["pruning"])
+
+
+def _loaded(source: RunFolder, origin: pruning_run.Settings, progress: Progress) -> tuple[Loaded, Loaded]:
+    """The model before the cut, and after it."""
+    dense = load_model(origin, progress)
+    built = copy.deepcopy(dense.model) if dense.origin.kind == "callable" else None
+    net = store.load(source.path, model=built, device=origin.device, dtype=DTYPES.get(origin.dtype))
+    return dense, replace(dense, model=net)
+
+
+def _cut(source: RunFolder, dense: Loaded) -> tuple[AxisGraph, Plan]:
+    """The axes of the model before the cut, and the plan that cut it.
+
+    Raises:
+        StoreError: If there is not one plan, or it does more than cut.
+    """
+    plans = source.ledger.plans()
+    if len(plans) != 1 or plans[0].back or any(change.births for change in plans[0].changes.values()):
+        raise StoreError(f"{source.path}: recovery needs a run of one plan that only cuts; this has {len(plans)} plans")
+    axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
+    plans[0].check(axes)
+    return axes, plans[0]
