@@ -94,7 +94,8 @@ class Settings:
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds; settings that came later only where they are used, so that older runs go on."""
-        return {name: value for name, value in asdict(self).items() if value or name not in ("target", "regular")}
+        default = Settings(self.model)
+        return {name: v for name, v in asdict(self).items() if name not in _LATER or v != getattr(default, name)}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
@@ -137,6 +138,7 @@ class Settings:
         return shlex.join([*words, "--out", out])
 
 
+_LATER = frozenset({"target", "regular", "recover", "recover_tokens"})
 _FLAGS = {
     "measure": "--measure",
     "round_to": "--round",
