@@ -60,7 +60,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "model": _short(text(settings.get("model", settings.get("space")), 300)) or "the model",
         "method": text(settings.get("method")),
         "keep": number(settings.get("keep"), 0, 1),
-        "target": text(settings.get("target"), 60) if "keep" in settings else "",  # of a search it is a column
+        "target": text(settings.get("target"), 60) if run.get("verb") == "prune" else "",
         "regular": settings.get("regular") is True,
         "budget": _budget(metrics.get("budget", [])),
         "settings": _pairs(settings, skip=("sources", "method_settings", "pruning", "recovery_settings")),
