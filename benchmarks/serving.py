@@ -38,6 +38,7 @@ FORMS: Mapping[str, dict[str, Any]] = {
     "irregular, multiples of 16": {"round_to": 16},
     "regular, multiples of 16": {"round_to": 16, "regular": True},
 }
+GGUF = ("f32", "q8_0")
 Turn = Callable[[], float]
 """Does one thing once; gives back its seconds."""
 
@@ -97,14 +98,26 @@ def transformers_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]
     return {"prefill": prefill, "decode": decode}
 
 
+def _onnx(folder: Path) -> Path:
+    path = folder / "model.onnx"
+    if not path.is_file():
+        exported(folder, "onnx", path, cache=True)
+    return path
+
+
+def _gguf(folder: Path, dtype: str) -> Path:
+    path = folder / f"model-{dtype}.gguf"
+    if not path.is_file():
+        exported(folder, "gguf", path, dtype=dtype)
+    return path
+
+
 def onnx_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]:
     """Prefill and decode in onnxruntime, with the graph that has a cache."""
     import numpy
     import onnxruntime
 
-    path = folder / "model.onnx"
-    if not path.is_file():
-        exported(folder, "onnx", path, cache=True)
+    path = _onnx(folder)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -177,12 +190,7 @@ print(json.dumps(took))
 
 def llama_cpp(python: str, nets: Mapping[str, dict[str, Any]], dtype: str, args: argparse.Namespace) -> dict[str, Any]:
     """Prefill and decode in llama.cpp, in an interpreter that has it."""
-    paths = {}
-    for name, net in nets.items():
-        path = net["folder"] / f"model-{dtype}.gguf"
-        if not path.is_file():
-            exported(net["folder"], "gguf", path, dtype=dtype)
-        paths[name] = str(path)
+    paths = {name: str(_gguf(net["folder"], dtype)) for name, net in nets.items()}
     job = json.dumps([paths, args.tokens, args.steps, args.repeats, args.threads])
     done = subprocess.run([python, "-c", LLAMA_CPP, job], check=True, capture_output=True, text=True)
     return {
@@ -206,6 +214,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--llama-cpp", default="", metavar="PYTHON")
+    parser.add_argument(
+        "--onnx", nargs="*", choices=FORMS, default=list(FORMS), help="forms for onnxruntime; each export takes minutes"
+    )
+    parser.add_argument("--prepare", action="store_true", help="only make the files; measure another time")
     parser.add_argument("--show", action="store_true", help="print the table")
     args = parser.parse_args()
     if args.show:
@@ -213,6 +225,14 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     nets = made(args.work, args.keep, args.tokens)
+    graphs = {name: net for name, net in nets.items() if name.partition(", ")[2] in ("", *args.onnx)}
+    if args.prepare:
+        for net in graphs.values():
+            _onnx(net["folder"])
+        for net in nets.values() if args.llama_cpp else ():
+            for dtype in GGUF:
+                _gguf(net["folder"], dtype)
+        return
     told = ("macs", "macs_last", "cache_bytes_per_token", "parameters")
     size = lambda path: path.stat().st_size if path.is_file() else None  # noqa: E731
     result: dict[str, Any] = {
@@ -223,11 +243,14 @@ def main() -> None:
         "settings": {"tokens": args.tokens, "steps": args.steps, "repeats": args.repeats},
     }
     runtimes: dict[str, Any] = {}
-    for runtime, turns in (("transformers", transformers_turns), ("onnxruntime", onnx_turns)):
-        ready = {name: turns(net["folder"], args.tokens, args.steps) for name, net in nets.items()}
+    for runtime, turns, those in (
+        ("transformers", transformers_turns, nets),
+        ("onnxruntime", onnx_turns, graphs),
+    ):
+        ready = {name: turns(net["folder"], args.tokens, args.steps) for name, net in those.items()}
         runtimes[runtime] = in_turns(ready, args.repeats)
         del ready
-    for dtype in ("f32", "q8_0") if args.llama_cpp else ():
+    for dtype in GGUF if args.llama_cpp else ():
         runtimes[f"llama.cpp {dtype}"] = llama_cpp(args.llama_cpp, nets, dtype, args)
     result["nets"] = {
         name: {key: net[key] for key in told} | {"bytes": size(net["folder"] / "model.safetensors")}
