@@ -21,7 +21,7 @@ TOP = {
     "README.md": "this page",
     "REPRODUCTIONS.md": "what of each paper is reproduced, and what is not",
     "benchmarks/": "speed and memory, beside others, in one run; results with their date",
-    "docs/": "axes, learning, how to choose, how the papers fit; the picture above",
+    "docs/": "axes, what was tried, how to choose, learning, searching, serving; the picture above",
     "examples/": "short scripts",
     "pyproject.toml": "dependencies, style, types, import floors",
     "recipes/": "golden runs in plain Python",
