@@ -32,7 +32,7 @@ from regrow.branches import Stand
 from regrow.data import Half, text, windows
 from regrow.data.halves import half_of
 from regrow.export.gguf import write
-from regrow.export.gguf_tokens import RULES, WHOLE_WORDS
+from regrow.export.gguf.tokens import RULES, WHOLE_WORDS
 from regrow.nets import load as load_dense
 from regrow.tracing.stand import exchange
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from regrow.data import Half, text, windows
-from regrow.export.calls import described
 from regrow.export.onnx import OPSET, write
-from regrow.export.onnx_reading import Reading, started
+from regrow.export.onnx.calls import described
+from regrow.export.onnx.reading import Reading, started
 from regrow.nets.examples import text_example
 from regrow.runs.evaluating import loaded_from
 from regrow.runs.pruning_run import Settings

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from export.deci import File, logits
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.branches import Stand
-from regrow.export import gguf as export
 from regrow.export.gguf import write
-from regrow.export.gguf_network import described
-from regrow.export.gguf_quants import allowed, encoded, q6_k
+from regrow.export.gguf import writer as export
+from regrow.export.gguf.network import described
+from regrow.export.gguf.quants import allowed, encoded, q6_k
 from regrow.export.written import ExportError
 from regrow.runs import save
 from regrow.tracing.stand import exchange

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import laws
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.axes import Example
-from regrow.export import onnx as format
 from regrow.export.onnx import write
+from regrow.export.onnx import writer as format
 from regrow.export.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.cells import Cells, whole

@@ -1,1 +1,1 @@
-"""Export: a network handed to the tools in which people load models. One file is one format; none imports another."""
+"""Export: a network handed to the tools in which people load models. One file or folder is one format."""

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from regrow.axes import Example
 from regrow.evaluation.forward import evaluating
-from regrow.export.calls import BATCH, PAST, SEQUENCE, TOTAL, Call, Labels, described, labelled, resized, sizes_of
-from regrow.export.onnx_int8 import quantise
-from regrow.export.onnx_reading import Reading, difference, foreseen
+from regrow.export.onnx.calls import BATCH, PAST, SEQUENCE, TOTAL, Call, Labels, described, labelled, resized, sizes_of
+from regrow.export.onnx.int8 import quantise
+from regrow.export.onnx.reading import Reading, difference, foreseen
 from regrow.export.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example

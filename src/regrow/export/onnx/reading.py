@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from regrow.data import Half, text, windows
-from regrow.export.calls import Call
+from regrow.export.onnx.calls import Call
 from regrow.export.written import ExportError
 
 WINDOWS, TOKENS = 16, 64

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow.export.gguf_network import NORMS, PARTS, Decoder, Layer, described, present
-from regrow.export.gguf_quants import BLOCK, KINDS, Floats, allowed, encoded, kind_for
-from regrow.export.gguf_tokens import Vocabulary, told, vocabulary
+from regrow.export.gguf.network import NORMS, PARTS, Decoder, Layer, described, present
+from regrow.export.gguf.quants import BLOCK, KINDS, Floats, allowed, encoded, kind_for
+from regrow.export.gguf.tokens import Vocabulary, told, vocabulary
 from regrow.export.written import ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.errors import needs

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from regrow.export.calls import Call
+from regrow.export.onnx.calls import Call
 from regrow.export.written import ExportError
 
 OUTLIER = 100.0

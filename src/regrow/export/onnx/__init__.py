@@ -1,0 +1,5 @@
+"""ONNX: a graph for onnxruntime and many other tools."""
+
+from regrow.export.onnx.writer import OPSET, write
+
+__all__ = ["OPSET", "write"]
