@@ -20,7 +20,7 @@ from regrow.nets.blocks import ATTENTION, MLP, Block, blocks
 from regrow.nets.examples import guessed_example, text_example
 from regrow.nets.language import origin_of, quiet, require_transformers
 from regrow.progress import Progress, silent
-from regrow.runs import store
+from regrow.runs import portable, store
 from regrow.runs.shapes import Number
 from regrow.runs.state import held, numbers
 
@@ -60,16 +60,16 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         store.save(model, out, origin=origin, dtype=stored)
     else:
         store.save(same, out, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
-    regular = not (out / "modeling_regrow.py").exists()
-    if not regular and "auto_map" not in (out / "config.json").read_text(encoding="utf-8"):
-        raise ExportError(f"transformers has no automatic class for {origin.reference}; export it to onnx")
+    carried = (out / "modeling_regrow.py").is_file()
+    if not carried and portable.changed(store.read_shapes(out)):
+        raise ExportError(f"transformers cannot build this {origin.reference} from what it records; export it to onnx")
     progress(1, 2, "loading it with transformers")
     checked = check(model, out, stored)
     progress(2, 2, "loading it with transformers")
     note = (
-        "all layers alike: any tool that loads this family loads it, no code needed"
-        if regular
-        else "widths differ from layer to layer: load it with trust_remote_code=True"
+        "widths differ from layer to layer: load it with trust_remote_code=True"
+        if carried
+        else "all layers alike: any tool that loads this family loads it, no code needed"
     )
     return Written(out, sum(path.stat().st_size for path in out.iterdir() if path.is_file()), checked, (note,))
 

@@ -259,6 +259,6 @@ def _staged(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
     names = {path.name for path in fresh}
-    for path in [*folder.glob("model*.safetensors*"), *folder.glob("buffers.safetensors")]:
-        if path.name not in names:
+    for pattern in ("model*.safetensors*", "buffers.safetensors", "*_regrow.py"):
+        for path in (path for path in folder.glob(pattern) if path.name not in names):
             path.unlink()

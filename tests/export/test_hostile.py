@@ -1,0 +1,66 @@
+"""Folders from strangers: nothing of theirs runs, nothing outside is touched, and what is wrong is said."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from regrow import exported, load
+from regrow.runs import save
+from runs import saved
+
+
+@pytest.fixture(scope="module")
+def honest(tmp_path_factory):
+    case = saved.CASES["llama_tied"]
+    net, _, _ = saved.cut(case)
+    return save(net, tmp_path_factory.mktemp("honest") / "m", origin=case.origin(net))
+
+
+def shapes(change):
+    def tamper(folder):
+        data = json.loads((folder / "shapes.json").read_text())
+        change(data)
+        (folder / "shapes.json").write_text(json.dumps(data))
+
+    return tamper
+
+
+def first(data):
+    return next(iter(data["tensors"].values()))
+
+
+TAMPERED = {
+    "a path upward": shapes(lambda d: d["files"].update({"../../model.safetensors": {"bytes": 1, "sha256": "0"}})),
+    "a tensor of a strange name": shapes(lambda d: d["tensors"].update({"../up.weight": first(d)})),
+    "a huge size": shapes(lambda d: first(d).update(shape=[2**40, 2**40])),
+    "a negative width": shapes(lambda d: first(d).update(shape=[-4, 4])),
+    "an unknown dtype": shapes(lambda d: first(d).update(dtype="quaternion")),
+    "code to fetch": shapes(lambda d: d["origin"]["config"].update(auto_map={"AutoConfig": "evil.Config"})),
+    "an attribute that is code": shapes(lambda d: d["attributes"].update({"model:forward": "__import__('os')"})),
+    "many layers": shapes(lambda d: d["origin"]["config"].update(num_hidden_layers=10**6)),
+}
+
+
+@pytest.mark.parametrize("to", ["transformers", "gguf", "onnx"])
+@pytest.mark.parametrize("name", TAMPERED)
+def test_a_hostile_folder_is_refused(honest, tmp_path, name, to):
+    folder = Path(shutil.copytree(honest, tmp_path / "in" / "m"))
+    TAMPERED[name](folder)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError) as caught:
+        exported(folder, to, tmp_path / f"out.{to}")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_code_in_a_folder_does_not_run(honest, tmp_path):
+    folder = Path(shutil.copytree(honest, tmp_path / "m"))
+    marker = tmp_path / "ran"
+    for name in ("modeling_regrow.py", "reshape_regrow.py"):
+        (folder / name).write_text(f"open({str(marker)!r}, 'w').close()\n")
+    load(folder)
+    exported(folder, "transformers", tmp_path / "out")
+    assert not marker.exists()
+    assert "class RegrownLlamaForCausalLM" in (tmp_path / "out" / "modeling_regrow.py").read_text()
