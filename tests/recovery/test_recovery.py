@@ -308,12 +308,28 @@ def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, monkeypat
     assert same is (name in ("bias", "refit"))  # nothing is drawn there
 
 
-def test_a_key_that_is_pressed_waits_for_the_end_of_a_step():
+@pytest.fixture
+def interrupts():
+    """SIGINT as a terminal sends it, or ignored as of a job behind; whatever the tests run as."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_key_that_is_pressed_waits_for_the_end_of_a_step(interrupts):
+    interrupts(signal.default_int_handler)
     done = []
     with pytest.raises(KeyboardInterrupt), training.unbroken():
         signal.raise_signal(signal.SIGINT)
         done.append(1)
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
+    interrupts(signal.SIG_IGN)
+    with training.unbroken():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_settings_are_checked_and_unknown_names_are_told():

@@ -107,7 +107,8 @@ def trained(
 @contextmanager
 def unbroken() -> Iterator[None]:
     """Let Ctrl-C wait until what is inside is done, so that it is done as a whole."""
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # as of jobs that a shell runs behind
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     pressed: list[int] = []
