@@ -268,11 +268,11 @@ def shown(result: dict[str, Any]) -> str:
         "| decode tokens/s: best, median | speed-up |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    tokens, whole = result["settings"]["tokens"], result["nets"]["dense"]["macs"]
+    tokens, sizes = result["settings"]["tokens"], result["nets"]
     for runtime, nets in result["runtimes"].items():
-        dense = nets["dense"]
+        dense, macs = nets["dense"], "macs" if runtime == "onnxruntime" else "macs_last"
         for name, acts in nets.items():
-            ratio = result["nets"][name]["macs"] / whole
+            ratio = sizes[name][macs] / sizes["dense"][macs]
             prefill, decode = acts["prefill"], acts.get("decode")
             faster = dense["prefill"]["min_s"] / prefill["min_s"]
             row = [
