@@ -40,3 +40,11 @@ def test_what_is_drawn_depends_on_the_seed_alone(tokenizer):
 def test_nothing_to_answer_is_refused(tokenizer):
     with pytest.raises(ValueError, match="empty"):
         next(reply(ZOO["llama_tied"].build(), tokenizer, [{"content": ""}]))
+
+
+def test_it_ends_where_the_model_knows_no_further_positions(tokenizer):
+    net = ZOO["gpt2"].build()
+    most = net.config.n_positions
+    assert len(list(reply(net, tokenizer, [{"content": "ABC"}], longest=10 * most))) <= most - 3
+    with pytest.raises(ValueError, match="begin a new one"):
+        next(reply(net, tokenizer, [{"content": "A" * most}]))

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from regrow import exported, load
+from regrow.nets.language import origin_of
 from regrow.runs import save
 from runs import saved
+from zoo import ZOO
 
 
 @pytest.fixture(scope="module")
@@ -64,3 +66,47 @@ def test_code_in_a_folder_does_not_run(honest, tmp_path):
     exported(folder, "transformers", tmp_path / "out")
     assert not marker.exists()
     assert "class RegrownLlamaForCausalLM" in (tmp_path / "out" / "modeling_regrow.py").read_text()
+
+
+def test_code_that_a_plain_folder_names_does_not_run(tmp_path):
+    stranger, marker = tmp_path / "stranger", tmp_path / "ran"
+    ZOO["llama_tied"].build().save_pretrained(stranger)
+    (stranger / "evil.py").write_text(f"open({str(marker)!r}, 'w').close()\nEvil = None\n")
+    config = json.loads((stranger / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": f"{stranger}--evil.Evil", "AutoConfig": "evil.Evil"}
+    (stranger / "config.json").write_text(json.dumps(config))
+    exported(stranger, "transformers", tmp_path / "out")
+    assert not marker.exists() and "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    net = ZOO["llama_tied"].build()
+    net.config.auto_map = config["auto_map"]
+    load(save(net, tmp_path / "saved", origin=origin_of(net, "with a map")))
+    assert not marker.exists()
+
+
+def test_what_is_there_stays_unless_it_was_an_export(honest, tmp_path):
+    with pytest.raises(ValueError, match="the model itself"):
+        exported(honest, "transformers", honest)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds something else"):
+        exported(honest, "transformers", mine)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="folder of a run"):
+        exported(honest, "transformers", run)
+    out = tmp_path / "out"
+    exported(honest, "transformers", out)
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="no torchvision network"):
+        exported(honest, "torchvision", out)
+    assert (out / "model.safetensors").read_bytes() == before and not list(tmp_path.glob(".*partial"))
+
+
+def test_saving_leaves_other_files_alone(tmp_path):
+    names = ("train_regrow.py", "model_old.safetensors")
+    for name in names:
+        (tmp_path / name).write_text("mine")
+    save(saved.small(), tmp_path)
+    assert all((tmp_path / name).read_text() == "mine" for name in names)

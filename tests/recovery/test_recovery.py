@@ -339,5 +339,8 @@ def test_settings_are_checked_and_unknown_names_are_told():
         recovery_entry("lora").made("lora", {"ranks": 3})
     with pytest.raises(ValueError, match="a mix from 0 to 1"):
         distil.distil(language(), distil.Settings(mix=2.0))
+    for name, value in (("windows", 0), ("held_out", 1.0), ("held_out", -1.0)):
+        with pytest.raises(ValueError, match=name):
+            distil.distil(language(), distil.Settings(**{name: value}))
     with pytest.raises(ValueError, match="smaller learning rate"):
         distil.distil(language(), distil.Settings(lr=1e30, windows=1))

@@ -89,6 +89,11 @@ def _plain() -> Told:
     return tell
 
 
+def _printable(text: str) -> str:
+    """A text without what would steer a terminal."""
+    return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
+
+
 def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]:
     """Show texts as they come, in columns side by side; one after the other where this is not a terminal.
 
@@ -99,7 +104,7 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
     Returns:
         The whole texts.
     """
-    texts = [""] * len(streams)
+    texts, streams = [""] * len(streams), [map(_printable, stream) for stream in streams]
     if not out.is_terminal:
         for i, (title, stream) in enumerate(zip(titles, streams, strict=True)):
             texts[i] = "".join(stream)
@@ -114,7 +119,10 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
                     del going[i]
                 else:
                     texts[i] += piece
-            panels = [Panel(Text(text.strip()), title=title) for title, text in zip(titles, texts, strict=True)]
+            panels = [
+                Panel(Text(text.strip()), title=Text(_printable(title)))
+                for title, text in zip(titles, texts, strict=True)
+            ]
             shown = Table.grid(expand=True)
             for _ in panels:
                 shown.add_column(ratio=1)

@@ -77,6 +77,8 @@ def exported(
         raise ExportError(f"{to} has no graph with a cache to choose; cache is for onnx")
     if form.suffix and out.is_dir():
         raise ExportError(f"{out} is a folder; name a file, for example {out / f'model{form.suffix}'}")
+    if out.exists() and out.resolve() == Path(model).resolve():
+        raise ExportError(f"{out} is the model itself; name another place")
     progress(0, 1, "loading the model")
     loaded = loaded_from(Settings(str(model)), progress)
     net: Any = loaded.model

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from regrow.export.staging import staged
 from regrow.export.written import ExportError, Written
 from regrow.nets import Origin
 from regrow.nets.vision import example_of, unweighted
@@ -42,24 +43,22 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         raise ExportError("this is no torchvision network; export it to onnx")
     if dtype:
         raise ExportError(f"weights are stored as they are; --dtype {dtype} is for other formats")
-    progress(0, 2, "writing the folder")
-    store.save(model, out, origin=origin)
-    record = portable.record(model, store.read_shapes(out))
-    if record is None:
-        raise ExportError(
-            f"{origin.name} has modules that torchvision has not (attention that was opened); export it to onnx"
-        )
-    made = {
-        "builder": origin.reference,
-        "settings": unweighted(origin.reference) | dict(origin.config),
-        "regrow": record,
-    }
-    write_text(out / "network.json", json.dumps(made, indent=1) + "\n")
-    for name in FILES:
-        write_text(out / name, portable.code(name))
-    progress(1, 2, "building it with torchvision")
-    difference = _tried(model, out, origin.reference)
-    progress(2, 2, "building it with torchvision")
+    with staged(out) as folder:
+        progress(0, 2, "writing the folder")
+        store.save(model, folder, origin=origin)
+        record = portable.record(model, store.read_shapes(folder))
+        if record is None:
+            raise ExportError(
+                f"{origin.name} has modules that torchvision has not (attention that was opened); export it to onnx"
+            )
+        settings = unweighted(origin.reference) | dict(origin.config)
+        made = {"builder": origin.reference, "settings": settings, "regrow": record}
+        write_text(folder / "network.json", json.dumps(made, indent=1) + "\n")
+        for name in FILES:
+            write_text(folder / name, portable.code(name))
+        progress(1, 2, "building it with torchvision")
+        difference = _tried(model, folder, origin.reference)
+        progress(2, 2, "building it with torchvision")
     size = sum(path.stat().st_size for path in out.iterdir() if path.is_file())
     return Written(out, size, {"max_abs_diff": difference}, ("load it with load_regrow.load() of the folder",))
 
@@ -71,14 +70,16 @@ def _tried(model: nn.Module, folder: Path, name: str) -> float:
     Raises:
         ExportError: If they differ.
     """
-    modules = [file.removesuffix(".py") for file in FILES]
+    modules, places = [file.removesuffix(".py") for file in FILES], [*sys.path]
+    before = {name: sys.modules.pop(name) for name in modules if name in sys.modules}  # of another export
     sys.path.insert(0, str(folder.resolve()))
     try:
         again = importlib.import_module(modules[0]).load()
     finally:
-        sys.path.remove(str(folder.resolve()))
+        sys.path[:] = places
         for module in modules:
             sys.modules.pop(module, None)
+        sys.modules.update(before)
     example = example_of(name, model)
     said, says = (
         [leaf for leaf in tree_leaves(net(*example.args, **example.kwargs)) if isinstance(leaf, torch.Tensor)]

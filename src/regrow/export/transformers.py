@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from regrow.export.staging import staged
 from regrow.export.written import ExportError, Written
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.blocks import ATTENTION, MLP, Block, blocks
@@ -53,19 +54,22 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         raise ExportError(f"{origin.name or 'the network'} is no transformers model; export it to onnx or torchvision")
     if dtype and dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    progress(0, 2, "writing the folder")
     stored = DTYPES[dtype] if dtype else None
-    same = plain(model, origin)
-    if same is None:
-        store.save(model, out, origin=origin, dtype=stored)
-    else:
-        store.save(same, out, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
-    carried = (out / "modeling_regrow.py").is_file()
-    if not carried and portable.changed(store.read_shapes(out)):
-        raise ExportError(f"transformers cannot build this {origin.reference} from what it records; export it to onnx")
-    progress(1, 2, "loading it with transformers")
-    checked = check(model, out, stored)
-    progress(2, 2, "loading it with transformers")
+    with staged(out) as made:
+        progress(0, 2, "writing the folder")
+        same = plain(model, origin)
+        if same is None:
+            store.save(model, made, origin=origin, dtype=stored)
+        else:
+            store.save(same, made, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
+        carried = (made / "modeling_regrow.py").is_file()
+        if not carried and portable.changed(store.read_shapes(made)):
+            raise ExportError(
+                f"transformers cannot build this {origin.reference} from what it records; export it to onnx"
+            )
+        progress(1, 2, "loading it with transformers")
+        checked = check(model, made, stored, carried=carried)
+        progress(2, 2, "loading it with transformers")
     note = (
         "widths differ from layer to layer: load it with trust_remote_code=True"
         if carried
@@ -133,15 +137,21 @@ def _settings(model: Any, found: Iterable[Block], origin: Origin) -> dict[str, A
     return settings
 
 
-def check(model: Any, folder: Path, dtype: torch.dtype | None) -> dict[str, float | int | str]:
+def check(model: Any, folder: Path, dtype: torch.dtype | None, *, carried: bool) -> dict[str, float | int | str]:
     """Load the folder with transformers' automatic class and compare its outputs with those of the network.
+
+    Args:
+        model: The network.
+        folder: What was written of it.
+        dtype: What its weights were stored in, if not as they are.
+        carried: Whether the code in it was written by this very export; no other is run.
 
     Raises:
         ExportError: If they differ by more than the stored dtype rounds.
     """
     transformers = require_transformers()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    automatic = next(iter(config.get("auto_map", {})), "")
+    automatic = next(iter(config["auto_map"])) if carried else ""
     maker = getattr(transformers, automatic or config["architectures"][0])
     more = {"trust_remote_code": True} if automatic else {}
     with quiet():

@@ -78,9 +78,13 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None, trust: bool =
 def origin_of(model: Any, name: str) -> Origin:
     """How to build a transformers model again."""
     config = configured(model.config.to_json_string(use_diff=False))
-    for path_like in ("_name_or_path", "quantization_config"):
-        config.pop(path_like, None)
-    return Origin("transformers", type(model).__name__, config, name)
+    return Origin("transformers", type(model).__name__, _plain(config), name)
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration, nested ones too, without paths and without what names code."""
+    away = ("_name_or_path", "quantization_config", "auto_map", "custom_pipelines")
+    return {k: _plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
 
 
 def configured(text: str) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class Task:
             raise ValueError(
                 f"source {few.name!r} has {len(few)} batches; one is held out, so give at least two (more tokens)"
             )
+        if not 0 < share < 1:
+            raise ValueError(f"held_out is the share that judges, above 0 and below 1; got {share:g}")
         halves = [source.held_out(share) for source in self.sources]
         return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
 

@@ -41,6 +41,11 @@ class Course:
     held_out: float = 0.125
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        for name in ("passes", "windows", "checks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1; got {getattr(self, name)}")
+
 
 def trained(
     task: Task, parameters: Mapping[str, nn.Parameter], loss: Callable[[Batch], Tensor], course: Course

@@ -88,6 +88,11 @@ def run(
     recovery_entry(by).made(by, settings or {})
     source = RunFolder.open(pruned)
     origin, wanted = _origin(source), _settings(source, by, tokens, settings or {}, seed)
+    if by == "bias" and wanted.before:
+        raise ValueError(
+            f"{pruned} was recovered by {', '.join(wanted.before)} already, which may have moved its biases; "
+            "bias comes first, on the pruned run"
+        )
     RunFolder.check(out, verb="recover", settings=asdict(wanted))
     clock = Clock(None)
     with clock.stage("load"):

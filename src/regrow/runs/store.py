@@ -36,6 +36,8 @@ from regrow.runs.versions import versions
 from regrow.runs.weights import inside, read_weights, write_weights
 
 SHAPES = "shapes.json"
+CARRIED = ("modeling_regrow.py", "reshape_regrow.py", "load_regrow.py", "network.json", "buffers.safetensors")
+"""Files that some saved models have and others have not."""
 _LONGEST = 2**28
 
 Builder = Callable[[], Any]
@@ -242,6 +244,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     """A folder inside ``folder`` whose files move out into it once all are written; the record moves last."""
     if (folder / "config.json").exists() and not (folder / SHAPES).exists():
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
+    ours = (folder / SHAPES).exists()
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
         stage = partial(folder / "model")
@@ -259,6 +262,6 @@ def _staged(folder: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(stage, ignore_errors=True)
     names = {path.name for path in fresh}
-    for pattern in ("model*.safetensors*", "buffers.safetensors", "*_regrow.py"):
-        for path in (path for path in folder.glob(pattern) if path.name not in names):
-            path.unlink()
+    for path in [*folder.glob("model*.safetensors*"), *(folder / name for name in CARRIED)] if ours else ():
+        if path.name not in names:
+            path.unlink(missing_ok=True)
