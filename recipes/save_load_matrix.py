@@ -201,6 +201,7 @@ def main() -> None:
                     # A pickle of the peer's wants the peer's package, so it is opened where that is.
                     where = python if place == "own" and tool != "regrow" else sys.executable
                     row[place] = run(where, CHECKS[place][tool], str(out), tokens) or "yes"
+            row |= {place: text.replace(str(args.work), "FOLDER") for place, text in row.items()}
             print(tool, shape, row, flush=True)
     told = {"date": time.strftime("%Y-%m-%d"), "prompt": PROMPT, "table": table}
     OUT.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
