@@ -17,25 +17,21 @@ class Format:
     """A format.
 
     Args:
-        about: What it is for, in one line.
         dtypes: What weights can be stored in; the first unless told.
         suffix: How its files end; empty where it is a folder.
         takes: What its writer takes beside that: an ``example`` input, whether with a ``cache`` of keys and values.
     """
 
-    about: str
     dtypes: tuple[str, ...]
     suffix: str = ""
     takes: tuple[str, ...] = ()
 
 
 FORMATS: Mapping[str, Format] = {
-    "transformers": Format(
-        "a folder for from_pretrained, vLLM and whatever reads such folders", ("", "float32", "bfloat16", "float16")
-    ),
-    "gguf": Format("a file for llama.cpp and what is built on it", ("f16", "f32", "bf16", "q8_0", "q6_k"), ".gguf"),
-    "onnx": Format("a file for onnxruntime", ("float32", "int8"), ".onnx", ("example", "cache")),
-    "torchvision": Format("a state_dict and a file that builds an image network", ("",)),
+    "transformers": Format(("", "float32", "bfloat16", "float16")),
+    "gguf": Format(("f16", "f32", "bf16", "q8_0", "q6_k"), ".gguf"),
+    "onnx": Format(("float32", "int8"), ".onnx", ("example", "cache")),
+    "torchvision": Format(("",)),
 }
 """What :func:`exported` writes; each in the module of its name."""
 
