@@ -2,10 +2,14 @@
 
 import os
 
-# Before torch is imported, and inherited by the processes that tests start: bit-equality needs equal threads.
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-_threads = max(1, (os.cpu_count() or 1) // _workers)
-os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+# Before torch is imported, and inherited by the processes that tests start: bit-equality needs equal threads, and more
+# threads than cores make everything several times slower. A worker inherits what its controller, which counts no
+# workers, has set: there it is set anew.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))
+_threads = str(max(1, (os.cpu_count() or 1) // max(1, _workers)))
+if _workers:
+    os.environ["OMP_NUM_THREADS"] = _threads
+os.environ.setdefault("OMP_NUM_THREADS", _threads)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "Agg")
