@@ -57,7 +57,7 @@ class Masks:
     def gates(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
         """1 for units that stay and 0 for those cut, with a gradient to the shares."""
         return {
-            key: soft_step(place[view], share[label], self.width[label]).float()
+            key: soft_step(place[view], share.index_select(0, label), self.width[label]).float()
             for key, place in self.places.items()
             for label in (self.modules[key][view],)
         }

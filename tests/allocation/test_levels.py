@@ -100,6 +100,34 @@ def test_multiply_accumulates_are_those_of_the_cut_network(traced):
     assert float(found.levels.size(masks.ops, masks.filters)) == pytest.approx(macs(after))
 
 
+def test_gradients_are_the_same_every_time_on_several_threads():
+    net = randomised(Cells(cells.whole((3, 16, 16), 5, width=16, cells=3, nodes=2)))
+    found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
+    flat = found.levels.flat(parameters).detach()
+    gone, levels = torch.zeros(len(flat), dtype=torch.bool), (len(found.ops), len(found.keys), len(found.ops) + 1)
+    generator = torch.Generator().manual_seed(0)
+    given = [torch.randn(n, generator=generator) for n in (len(found.ops), found.levels.filters)]
+    given += [torch.full((n,), 0.4) for n in levels]
+    for one in given:
+        one.requires_grad_()
+    a, b, ops, filters, weights = given
+
+    def gradients():
+        masks = found.masks((a, ops), (b, filters), (flat, gone, weights))
+        total = found.levels.size(masks.ops, masks.filters, masks.weights) / len(flat)
+        total = total + found.levels.masked(flat, masks.filter_scale, masks.over).square().sum()
+        return torch.autograd.grad(total + found.pressure(masks, a, (ops, filters, weights)), given)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        first, *others = (gradients() for _ in range(12))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(flat) > 50_000 and all(bool(one.any()) for one in first)
+    assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+
 def test_a_needed_operation_and_a_last_filter_stay(traced):
     net, axes, _ = traced
     found, _ = found_in(net, axes)

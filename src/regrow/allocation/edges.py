@@ -78,13 +78,13 @@ class Edges:
             alpha: Of operations, ``[entries]``.
             beta: Of edges, ``[betas]``: what it makes of each edge among those into its node is multiplied in.
         """
-        logits = torch.cat([alpha, alpha.new_full((1,), -torch.inf)])[self.table]
-        found = logits.softmax(1)[self.edge, self.column]
+        logits = torch.cat([alpha, alpha.new_full((1,), -torch.inf)]).index_select(0, self.table.reshape(-1))
+        found = logits.view_as(self.table).softmax(1)[self.edge, self.column]
         if beta is None:
             return found
-        grown = (beta - beta.detach().max()).exp()[self.beta]
+        grown = (beta - beta.detach().max()).exp().index_select(0, self.beta)
         total = grown.new_zeros(len(self.node)).index_add(0, self.node, grown)
-        return found * (grown / total[self.node])[self.edge]
+        return found * (grown / total.index_select(0, self.node)).index_select(0, self.edge)
 
 
 def chosen(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:

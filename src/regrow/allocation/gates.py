@@ -90,8 +90,8 @@ class Gates:
         if ops is None:
             margin_o, mask_o, scale_o = one, self.alive.float(), self.alive.float()
         else:
-            share = ops[0].sigmoid()[self.tied]
-            margin_o = torch.where(self.alive & self.runs, share - ops[1][self.tied] - _JUST, NEVER)
+            share = ops[0].sigmoid().index_select(0, self.tied)
+            margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _JUST, NEVER)
             mask_o = stepped(margin_o).masked_fill(self._last(margin_o.detach()), 1.0)
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
@@ -99,14 +99,14 @@ class Gates:
             margin_f = mask_f = scale_f = torch.ones(self.levels.filters)
         else:
             share = filters[0].sigmoid()
-            margin_f = share - filters[1][self.axis] - _JUST
+            margin_f = share - filters[1].index_select(0, self.axis) - _JUST
             mask_f = stepped(margin_f).masked_fill(self._fewest(margin_f.detach()), 1.0)
             scale_f = 2 * share * mask_f
         over = None
         if weights is not None:
             flat, gone, thresholds = weights
             n, stands = len(flat), self.levels.standing(mask_o.detach(), mask_f.detach())
-            over = self.levels.relative(flat, stands) - thresholds[self.levels.ops[:n]] - _JUST
+            over = self.levels.relative(flat, stands) - thresholds.index_select(0, self.levels.ops[:n]) - _JUST
             over = over.masked_fill(gone, NEVER)
         return Masks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
@@ -141,11 +141,12 @@ class Gates:
         Source: the authors' code (model_search.py), with N of each node its own.
         """
         stands = (masks.ops.detach() > 0) & self.alive & self.runs
-        share, node = alpha.sigmoid()[self.tied][stands], self.node[stands]
+        tied, node = self.tied[stands], self.node[stands]
+        share = alpha.sigmoid().index_select(0, tied)
         total = share.new_zeros(len(self.ops)).index_add(0, node, share)
         many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
         ops, filters, weights = thresholds
-        parts = [torch.log1p(many[node] * share / total[node]), torch.exp(-ops[self.tied][stands])]
+        parts = [torch.log1p(many[node] * share / total.index_select(0, node)), torch.exp(-ops.index_select(0, tied))]
         parts += [torch.exp(-filters[self.axis.unique()]), torch.exp(-weights[:-1][stands])]
         return torch.cat(parts).sum()
 

@@ -2,6 +2,9 @@
 
 Every entry of every parameter knows which filter it makes, which one it reads, and which operation it lies in. So the
 three levels are masked and priced together by a few operations on long vectors, however many filters there are.
+
+Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of ``x[i]`` adds up in
+whatever order they come, so that no run would be the same as another.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -72,7 +75,7 @@ class Levels:
             filters: The scale of each filter, ``[filters]``.
             over_by: How far each weight is above its threshold, ``[N]``; ``None`` if none is left out.
         """
-        scaled = flat * torch.cat([filters, filters.new_ones(1)])[self.reads]
+        scaled = flat * torch.cat([filters, filters.new_ones(1)]).index_select(0, self.reads)
         return scaled if over_by is None else kept(scaled, over_by)
 
     def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
@@ -94,9 +97,9 @@ class Levels:
             A scalar, with the gradients of the masks.
         """
         here = torch.cat([filters, filters.new_ones(1)])
-        alive = torch.cat([ops, ops.new_ones(1)])[self.ops] * here[self.makes]
+        alive = torch.cat([ops, ops.new_ones(1)]).index_select(0, self.ops) * here.index_select(0, self.makes)
         n = len(self.reads)
-        inner = alive[:n] * here[self.reads]
+        inner = alive[:n] * here.index_select(0, self.reads)
         if weights is not None:
             inner = inner * weights
         return (inner * self.price[:n]).sum() + (alive[n:] * self.price[n:]).sum()

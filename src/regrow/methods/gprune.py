@@ -282,7 +282,7 @@ class GPrune:
         return Plan.keeping(axes, kept, means=means, origin=origin), replace(state, scores=scores, findings=findings)
 
     def _ratios(self, state: State, view: int = 0) -> Tensor:
-        logits = state.tensors["logits"] + state.tensors["shared"][state.tensors["home"]]
+        logits = state.tensors["logits"] + state.tensors["shared"].index_select(0, state.tensors["home"])
         return ratios(logits, state.tensors["costs"][view], state.values["removed"], most=self.settings.most)
 
     def _loss(self, model: nn.Module, axes: AxisGraph, batch: Batch, view: int, state: State) -> Tensor:
