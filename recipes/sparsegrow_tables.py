@@ -3,6 +3,7 @@
     python recipes/sparsegrow_tables.py tune --mnist FOLDER
     python recipes/sparsegrow_tables.py main --fashion FOLDER --seeds 5
     python recipes/sparsegrow_tables.py conv --cifar PICTURES --seeds 3
+    python recipes/sparsegrow_tables.py shift --mnist FOLDER --cifar PICTURES --seeds 5
     python recipes/sparsegrow_tables.py main --show
 
 FOLDER has MNIST's four files (``train-images-idx3-ubyte`` …, or ``.gz``), PICTURES has CIFAR-10 as
@@ -14,7 +15,9 @@ looks at permuted and rotated MNIST (seeds 0 and 1), what it does with a memory 
 per task, 5 epochs, batches of 64, SGD with momentum 0.9 and rate 0.01, two hidden layers of 100; no task is named when
 it is evaluated. ``classes`` and ``relief`` split 5,000 images into five tasks; ``conv`` has 5,000 in each of its five,
 of two classes that every task calls 0 and 1, and a residual network with GroupNorm; all strengths are those of the
-other tables.
+other tables. ``shift`` is a natural change of domain, ten digits each: MNIST, the UCI digits of other writers at lower
+resolution (scikit-learn's, 1,347 to learn from), and MNIST over photographs, |photograph − digit| in grey, as MNIST-M
+(Ganin et al., JMLR 2016) is made.
 """
 
 import argparse
@@ -31,11 +34,11 @@ import torch
 from scipy.stats import ttest_rel
 from torch import nn
 
-from regrow.data.streams import fewer, idx, permuted, pictures, rotated, split
+from regrow.data.streams import alike, digits_task, fewer, idx, permuted, pictures, rotated, split
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.runs.learning import Schedule, learn
-from regrow.tasks import Task
+from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 
 OUT = Path(__file__).parent / "results" / "sparsegrow.jsonl"
@@ -156,6 +159,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "classes": (("split:fashion:5",), BUFFERS),
     "relief": (("split:mnist:5",), RELIEVED),
     "conv": (("domains:cifar:5",), CONVS),
+    "shift": (("digits:mnist:3",), (OWN, *BASELINES, *CONTROLS, *BOUNDS)),
 }
 
 
@@ -167,9 +171,23 @@ def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
     if kind == "domains":
         return split(pictures(folder, data, int(n) * folders.train, int(n) * folders.test, seed), int(n), relabel=True)
     base = fewer(idx(folder, data), folders.train, folders.test, seed)
+    if kind == "digits":
+        return alike([base, digits_task(), over_photographs(idx(folder, data), folders, seed)])
     if kind == "permuted":
         return permuted(base, int(n), seed)
     return rotated(base, int(n)) if kind == "rotated" else split(base, int(n))
+
+
+def over_photographs(digits: Task, folders: argparse.Namespace, seed: int) -> Task:
+    """Other digits than those of the seed, each over a photograph that no other one lies over: |photograph − digit|."""
+    if folders.cifar is None:
+        raise SystemExit("--cifar FOLDER is needed: photographs to lay digits over")
+    base = fewer(digits, folders.train, folders.test, seed + 1000)
+    photographs = pictures(folders.cifar, "photographs", len(base.train), len(base.test), seed)
+    found = []
+    for part, photo in ((base.train, photographs.train), (base.test, photographs.test)):
+        found.append(Examples((photo.inputs[:, :, 2:30, 2:30] - part.inputs).abs(), part.labels))
+    return Task("over photographs", found[0], found[1], base.classes)
 
 
 def network(tasks: list[Task], seed: int, parameters: int = 0) -> nn.Module:

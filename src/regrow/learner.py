@@ -88,6 +88,17 @@ class Stand:
         """The network's logits ``[N, classes]``; −∞ for classes that answers are not chosen among."""
         return among(logits_in(self.model(inputs)), self.classes)
 
+    def remembered(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """Logits of examples of tasks so far; where tasks are told, each is chosen among the classes of its own."""
+        logits = logits_in(self.model(inputs))
+        if self.classes is None:
+            return logits
+        choice = self.classes.repeat(len(labels), 1)
+        for task in self.past:
+            foreign = torch.isin(labels, torch.tensor(task.classes)) & ~self.classes[labels]
+            choice[foreign] = torch.isin(torch.arange(len(self.classes)), torch.tensor(task.classes))
+        return among(logits, choice)
+
     def drawn(self, *what: int) -> torch.Generator:
         """A generator for something drawn here; the same for the same seed, task and ``what``."""
         seed = self.seed

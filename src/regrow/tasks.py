@@ -50,15 +50,16 @@ def among(logits: Tensor, classes: Tensor | None) -> Tensor:
 
     Args:
         logits: ``[N, outputs]``.
-        classes: ``[classes]`` bool, for the first outputs; the others are not chosen. ``None``: all are.
+        classes: ``[classes]`` or ``[N, classes]`` bool, for the first outputs; the others are not chosen. ``None``: all.
 
     >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
     [[0.0, -inf, -inf]]
     """
     if classes is None:
         return logits
-    chosen = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    chosen[: len(classes)] = classes.to(logits.device)
+    shape = (*classes.shape[:-1], logits.shape[-1])
+    chosen = torch.zeros(shape, dtype=torch.bool, device=logits.device)
+    chosen[..., : classes.shape[-1]] = classes.to(logits.device)
     return logits.masked_fill(~chosen, -torch.inf)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from regrow.data import SourceError
-from regrow.data.streams import digits_task, fewer, idx, of_datasets, permuted, pictures, rotated, split
+from regrow.data.streams import alike, digits_task, fewer, idx, of_datasets, permuted, pictures, rotated, split
+from regrow.tasks import Examples, Task
 
 
 def test_permuted_tasks_hold_the_same_pixels_in_one_order_per_task() -> None:
@@ -40,6 +41,18 @@ def test_split_tasks_share_no_image_and_lose_none(relabel: bool) -> None:
         assert set(task.train.labels.tolist()) == ({0, 1} if relabel else {2 * i, 2 * i + 1}) == set(task.classes)
     with pytest.raises(SourceError, match="10 classes do not divide into 3"):
         split(base, 3)
+
+
+def test_pictures_of_several_sets_take_the_form_of_the_first() -> None:
+    small, plain = digits_task(), torch.rand(4, 3, 16, 16)
+    large = Task("large", Examples(plain, torch.arange(4)), Examples(plain, torch.arange(4)), (0, 1, 2, 3))
+    first, second = alike([small, large])
+    assert torch.equal(first.train.inputs, small.train.inputs) and second.name == "large"
+    means = plain.mean(1, keepdim=True).unflatten(2, (8, 2)).unflatten(4, (8, 2)).mean((3, 5))
+    assert second.test.inputs.shape == (4, 1, 8, 8) and float((second.test.inputs - means).abs().max()) < 0.35
+    assert torch.allclose(second.test.inputs.mean(), plain.mean(), atol=0.02)
+    coloured = alike([large, small])[1].train.inputs
+    assert coloured.shape[1:] == (3, 16, 16) and torch.equal(coloured[:, 0], coloured[:, 2])
 
 
 def test_training_and_test_images_are_apart() -> None:

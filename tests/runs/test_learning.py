@@ -1,14 +1,17 @@
 """The loop over tasks and its run folder: resuming, further tasks, and the account of what is known."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import regrow
-from regrow.data.streams import digits_task, permuted
+from regrow.data.streams import digits_task, permuted, split
 from regrow.evaluation.continual import Matrix, share_right
+from regrow.learner import Stand
 from regrow.methods import LEARNERS, learner_entry
 from regrow.nets.small import small
 from regrow.runs import learning_run
@@ -62,6 +65,26 @@ def test_killed_and_resumed_is_never_stopped(name: str, tmp_path: Path, monkeypa
     assert told[0] == told[1]
 
 
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("replay", {"memory": 60}),
+        ("replay", {"memory": 60, "answers": 0.5, "own": True}),
+        ("sparsegrow", {"memory": 60}),
+    ],
+)
+def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: str, given: dict[str, Any]) -> None:
+    tasks = split(digits_task(), 5)
+    model, _ = small("mlp:32", (1, 8, 8), 10)
+    axes = trace(model, tasks[0].train.inputs[:2])
+    learner = learner_entry(method).made(method, given)
+    axes, course = learn(model, axes, tasks, learner, Schedule("task", epochs=3, batch_size=32, lr=0.05))
+    assert course.matrix.average > 0.9 and course.matrix.forgetting < 0.08
+    at = Stand(model, axes, tasks[2], 2, past=tuple(tasks[:2]), classes=torch.tensor([0, 0, 0, 0, 1, 1]).bool())
+    told = at.remembered(tasks[0].train.inputs[:3], torch.tensor([1, 2, 5])).isfinite()
+    assert [row.nonzero()[:, 0].tolist() for row in told] == [[0, 1], [2, 3], [4, 5]]
+
+
 def regrow_rows(path: Path) -> list[dict[str, Any]]:
     from regrow.runs import RunFolder
 
@@ -82,6 +105,17 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     tasks = tasks_of(Settings(("permuted:digits:2", "rotated:digits:2"), train=300, test=100))
     assert tuple(share_right(model, task.test) for task in tasks) == tuple(last["matrix"][-1])
     assert model[1].out_features > 16
+
+
+def test_a_later_set_of_pictures_takes_the_form_of_the_first(tmp_path: Path) -> None:
+    """A network takes one size: what comes later, even months later, is brought to it."""
+    for half in ("train", "test"):
+        for label in "0123456789":
+            (tmp_path / "large" / half / label).mkdir(parents=True)
+            Image.new("RGB", (12, 12), (int(label) * 25, 0, 90)).save(tmp_path / "large" / half / label / "one.png")
+    run(replace(SETTINGS, tasks=("digits",)), tmp_path / "run")
+    matrix = [row for row in extend(tmp_path / "run", (str(tmp_path / "large"),)).metrics() if row["what"] == "matrix"]
+    assert matrix[-1]["tasks"] == ["digits", "large"] and [len(row) for row in matrix[-1]["matrix"]] == [2, 2]
 
 
 def test_what_is_wrong_is_told(tmp_path: Path) -> None:

@@ -87,6 +87,29 @@ def split(base: Task, n: int, *, relabel: bool = False) -> list[Task]:
     ]
 
 
+def alike(tasks: Sequence[Task]) -> list[Task]:
+    """The same tasks with all pictures in the form of the first task's, as one network takes them.
+
+    Sizes are resampled bilinearly, without aliasing where they shrink; grey becomes three equal colours, colours become
+    their mean.
+
+    Args:
+        tasks: Of pictures ``[N, C, H, W]``.
+
+    >>> small, large = (Examples(torch.ones(2, c, n, n), torch.zeros(2).long()) for c, n in ((1, 8), (3, 32)))
+    >>> [one.train.inputs.shape[1:] for one in alike([Task("a", small, small, (0,)), Task("b", large, large, (0,))])]
+    [torch.Size([1, 8, 8]), torch.Size([1, 8, 8])]
+    """
+    channels, *size = tasks[0].train.inputs.shape[1:]
+
+    def change(x: Tensor) -> Tensor:
+        if [*x.shape[2:]] != size:
+            x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+        return x if x.shape[1] == channels else x.mean(1, keepdim=True).expand(-1, channels, -1, -1)
+
+    return [_changed(task, task.name, change) for task in tasks]
+
+
 def of_datasets(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]], names: Sequence[str] = ()) -> list[Task]:
     """Tasks from any data sets of (image, class) pairs: torchvision's, or experiences of Avalanche and Continuum.
 

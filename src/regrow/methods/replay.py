@@ -53,7 +53,7 @@ class Replay(Learner):
         loss = F.cross_entropy(among(logits, at.own) if self.settings.own else logits, batch.labels)
         if held := reservoir.recall(self, at, size, len(batch), "inputs", "labels", "logits"):
             inputs, labels, then = held
-            again = at.logits(inputs)
+            again = at.remembered(inputs, labels)
             loss = loss + self.settings.labels * F.cross_entropy(again, labels)
             if self.settings.answers:
                 known = torch.isfinite(then) & torch.isfinite(again)

@@ -179,7 +179,7 @@ class SparseGrow(Learner):
         loss = F.cross_entropy(among(at.logits(batch.inputs), own), batch.labels)
         if size := self.settings.memory:
             if held := reservoir.recall(self, at, size, len(batch), "inputs", "labels"):
-                loss = loss + super().loss(at, Examples(*held))
+                loss = loss + F.cross_entropy(at.remembered(*held), held[1])
             reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels)
         for name in at.weights if self.settings.threshold != "none" else ():
             each = torch.exp(-self._threshold(name))

@@ -37,7 +37,7 @@ class Settings:
     Args:
         tasks: Sequences of tasks, one after the other: ``permuted:DATA:10``, ``rotated:DATA:10``, ``split:DATA:5``, or
             ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files, or with pictures in
-            ``train/CLASS/…`` and ``test/CLASS/…``.
+            ``train/CLASS/…`` and ``test/CLASS/…``. All pictures are brought to the size and colours of the first task.
         model: ``mlp:100-100``, ``resnet:16-3`` or ``resnet-gn:16-3``.
         method: One of ``regrow.methods.LEARNERS``.
         method_settings: Its settings, where they differ from the defaults.
@@ -206,10 +206,7 @@ def tasks_of(settings: Settings) -> list[Task]:
     found: list[Task] = []
     for spec in settings.tasks:
         found += _sequence(spec, settings)
-    shapes = {tuple(task.train.inputs.shape[1:]) for task in found}
-    if len(shapes) > 1:
-        raise SourceError(f"inputs of all tasks have one shape; got {', '.join(map(str, sorted(shapes)))}")
-    return found
+    return streams.alike(found)
 
 
 def _sequence(spec: str, settings: Settings) -> list[Task]:
