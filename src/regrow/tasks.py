@@ -50,7 +50,7 @@ def among(logits: Tensor, classes: Tensor | None) -> Tensor:
 
     Args:
         logits: ``[N, outputs]``.
-        classes: ``[classes]`` or ``[N, classes]`` bool, for the first outputs; the others are not chosen. ``None``: all.
+        classes: ``[classes]`` or ``[N, classes]`` bool, for the first outputs; no others are chosen. ``None``: all.
 
     >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
     [[0.0, -inf, -inf]]
