@@ -113,6 +113,12 @@ class Table:
         }
 
 
+def table_of(path: Path) -> Table:
+    """A converted table."""
+    with path.open(newline="") as rows:
+        return Table({row["topology"]: float(row["accuracy"]) for row in csv.DictReader(rows)})
+
+
 def threes(text: str) -> int:
     """How many of its operations are 3 × 3 convolutions.
 
@@ -202,8 +208,7 @@ def main() -> None:
         with args.table.open("w", newline="") as out:
             csv.writer(out).writerows([("topology", "accuracy"), *sorted(found.items())])
         return
-    with args.table.open(newline="") as rows:
-        table = Table({row["topology"]: float(row["accuracy"]) for row in csv.DictReader(rows)})
+    table = table_of(args.table)
     if args.verb == "summary":
         args.out.write_text(json.dumps(summary(table), indent=2) + "\n")
         print(args.out.read_text(), end="")

@@ -56,6 +56,9 @@ class Candidates(nn.Module):
 class Staged(Protocol):
     """What a network offers that can be searched in stages: a part of it runs, with a classifier of its own."""
 
+    recomputed: bool
+    """Whether parts are computed anew in the backward pass while it learns, to save memory."""
+
     def upto(self, x: Tensor, last: int) -> Tensor:
         """The logits behind part ``last``; what comes later does not run."""
         ...

@@ -162,21 +162,44 @@ def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
     )
     assert isinstance(model, Cells) and plan is not None
     assert plan.peak <= 8 * 2**20 and plan.ends[-1] == 2 and sorted(map(int, model.heads)) == list(plan.ends)
+    assert not plan.recomputed and not model.recomputed
     with pytest.raises(ValueError, match="do not suffice"):
         network(Settings("cells:4-3-1", "digits", "0.3", memory="100KiB", **SMALL), parts_of(SETTINGS).search)
 
 
-@pytest.mark.parametrize("space", ["cells:4-3-1", "mobile:4-1"])
-def test_what_a_stage_needs_with_its_masks_is_planned(space: str) -> None:
+def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
+    """A third of what one stage needs: the same search as in one stage without a budget, number by number."""
+    given: dict[str, Any] = {"method_settings": QUICK, **SMALL | {"retrain": 0, "stages": 1}}
+    plain = run(Settings("cells:4-6-1", "digits", "0.3", **given), tmp_path / "plain")
+    parts = parts_of(SETTINGS)
+    least = {}
+    for memory in ("64MiB", "8MiB"):
+        _, _, plan = network(Settings("cells:4-6-1", "digits", "0.3", memory=memory, **given), parts.search)
+        assert plan is not None
+        least[plan.recomputed] = plan.peak
+    assert least[True] < 0.5 * least[False]
+    small = run(Settings("cells:4-6-1", "digits", "0.3", memory="8MiB", **given), tmp_path / "small")
+    nets = [regrow.load(folder.path) for folder in (plain, small)]
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    assert all(row["peak"] <= 8 * 2**20 for row in rows(small, "memory"))
+    pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, small)]
+    assert ["computed a second time" in page for page in pages] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("space", "memory", "batch", "recomputed"),
+    [("cells:4-3-1", "64MiB", 48, False), ("mobile:4-1", "64MiB", 48, False), ("cells:4-6-1", "14MiB", 96, True)],
+)
+def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, batch: int, recomputed: bool) -> None:
     """Masks cost by the weight: where those are many, a plan without them would be far off."""
-    settings = Settings(space, "digits", "0.3", memory="64MiB", **SMALL)
+    settings = Settings(space, "digits", "0.3", memory=memory, **SMALL | {"batch_size": batch})
     parts = parts_of(settings)
     model, _, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
     own = built(settings, model, axes, plan)
     at = Stand(model, axes, parts.search, epochs=4, steps=5, epoch=3)
     own.begin(at)
-    assert plan is not None and len(plan.ends) == 1 and own.joint(at)
+    assert plan is not None and len(plan.ends) == 1 and own.joint(at) and plan.recomputed == recomputed
     for one in own.tensors.values():
         one.values.requires_grad_(one.lr is not None)
     assert 0.85 * plan.peak < stage_memory(own, at, settings.batch_size)["peak"] <= plan.peak

@@ -42,10 +42,12 @@ class Stages:
     Args:
         ends: The last cell of each, ascending.
         peaks: The most bytes that each needs.
+        recomputed: Whether parts have to be computed anew in the backward pass.
     """
 
     ends: tuple[int, ...]
     peaks: tuple[int, ...]
+    recomputed: bool = False
 
     @property
     def peak(self) -> int:
@@ -54,7 +56,7 @@ class Stages:
 
     def record(self) -> dict[str, Any]:
         """Everything as JSON-able data."""
-        return {"ends": list(self.ends), "peaks": list(self.peaks)}
+        return {"ends": list(self.ends), "peaks": list(self.peaks), "recomputed": self.recomputed}
 
 
 def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> Stages:
@@ -76,7 +78,7 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> Stages:
         ValueError: If there is no cell to search.
 
     >>> stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
-    Stages(ends=(2, 4, 5), peaks=(30, 29, 25))
+    Stages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)
     """
     if not 0 <= first < cells:
         raise ValueError(f"cells {first} to {cells - 1} are to be searched: there is none")

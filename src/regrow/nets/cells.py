@@ -5,6 +5,7 @@ the cell, and gives its nodes side by side. Every cell has parameters and a wiri
 """
 
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from regrow.candidates import Candidates, Prefix, candidates_in
 from regrow.nets.errors import ModelError
+from regrow.nets.recomputed import again
 
 OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
 """In the order of the authors' genotypes."""
@@ -107,6 +109,8 @@ class Cell(nn.Module):
 class Cells(nn.Module):
     """A stem, cells, and a linear classifier behind the last of them, and behind each at which a stage ends.
 
+    Where ``recomputed`` is set, cells are computed a second time in the backward pass, and need little memory.
+
     Args:
         config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (channels), ``stride`` of the stem, ``cells``
             as :class:`Cell` has them, and ``heads``: numbers of the cells that a classifier follows, ascending.
@@ -123,6 +127,7 @@ class Cells(nn.Module):
             nn.Conv2d(config["shape"][0], stem, 3, config["stride"], 1, bias=False), nn.BatchNorm2d(stem)
         )
         self.cells, self.heads = nn.ModuleList(), nn.ModuleDict()
+        self.recomputed = False
         widths, scales = [stem, stem], [0, 0]
         for i, plan in enumerate(config["cells"]):
             level = max(scales)
@@ -171,7 +176,8 @@ class Cells(nn.Module):
         # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
         first = second = self.stem(x.contiguous(memory_format=torch.channels_last))
         for i in range(wanted[-1] + 1):
-            first, second = second, self.cells[i](first, second)
+            run = partial(again, self.cells[i]) if self.recomputed and self.training else self.cells[i]
+            first, second = second, run(first, second)
             if i in wanted:
                 found.append(self.heads[str(i)](F.adaptive_avg_pool2d(second, 1).flatten(1)))
         return found

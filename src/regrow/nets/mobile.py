@@ -5,6 +5,7 @@ any number of inverted bottlenecks and, where it keeps the form of its input, of
 """
 
 from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from regrow.candidates import Candidates, Prefix, candidates_in
 from regrow.nets.errors import ModelError
+from regrow.nets.recomputed import again
 
 OPERATIONS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
 """Bottlenecks by their kernel and by how many times as many channels they had inside at first."""
@@ -63,6 +65,8 @@ def block(before: int, plan: Mapping[str, Any]) -> Candidates:
 class Mobile(nn.Module):
     """A stem, blocks, and a classifier behind the last of them, and behind each at which a stage of a search ends.
 
+    Where ``recomputed`` is set, blocks are computed a second time in the backward pass, and need little memory.
+
     Args:
         config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (its two widths), ``stride`` of the stem,
             ``blocks`` as :func:`block` has them, ``mix`` (channels of the 1 × 1 convolution before the last classifier)
@@ -83,6 +87,7 @@ class Mobile(nn.Module):
             *_depthwise(first, width, 3, 1),
         )
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleDict()
+        self.recomputed = False
         for i, plan in enumerate(config["blocks"]):
             self.blocks.append(block(width, plan))
             width = plan["width"]
@@ -118,7 +123,8 @@ class Mobile(nn.Module):
         # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for i in range(wanted[-1] + 1):
-            x = self.blocks[i](x, x)
+            run = partial(again, self.blocks[i]) if self.recomputed and self.training else self.blocks[i]
+            x = run(x, x)
             if i in wanted:
                 found.append(self.heads[str(i)](x))
         return found

@@ -36,8 +36,8 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
 
     Returns:
         ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
-        ``commits``, ``stages`` (memory of each), ``budget``, ``levels``, ``found``, ``test``, ``cells`` and ``blocks``;
-        ``None`` if it is a run of another kind.
+        ``commits``, ``stages`` (memory of each), ``recomputed``, ``budget``, ``levels``, ``found``, ``test``, ``cells``
+        and ``blocks``; ``None`` if it is a run of another kind.
     """
     if folder.run.get("verb") != "search":
         return None
@@ -59,6 +59,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         "epochs": _epochs(lines.get("epoch", [])),
         "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
         "stages": _stages(last["stages"], lines.get("memory", [])),
+        "recomputed": last["stages"].get("recomputed") is True,
         "budget": _budget(settings.get("memory")),
         "levels": [
             {

@@ -4,14 +4,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
-from regrow.allocation.stages import Peak, Stages, in_bytes
+from regrow.allocation.stages import MemoryBudgetError, Peak, Stages, in_bytes
 from regrow.allocation.stages import stages as cut
-from regrow.candidates import Prefix
+from regrow.candidates import Prefix, Staged
 from regrow.evaluation import prefix_peaks, training
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
@@ -64,9 +64,11 @@ def network(
     plan = None
     if memory:
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
-        plan = cut(_peak(partial(found.prefix, found.whole(), share=EARLIER), batch), found.parts, in_bytes(memory))
+        plan = _planned(found, batch, in_bytes(memory))
     config = found.whole(heads=plan.ends if plan else ends(found.parts, stages))
-    return _drawn(found.net, config, seed), Origin(found.kind, found.kind, config, space), plan
+    net = _drawn(found.net, config, seed)
+    net.recomputed = plan is not None and plan.recomputed
+    return net, Origin(found.kind, found.kind, config, space), plan
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,21 @@ def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Gr
         whole = partial(mobile.whole, shape, classes, width=width, blocks=many, stride=stride)
         return _Growing("mobile", Mobile, whole, mobile.prefix, len(whole()["blocks"]))
     return None
+
+
+def _planned(found: _Growing, batch: Batch, budget: int) -> Stages:
+    """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
+    prefix = partial(found.prefix, found.whole(), share=EARLIER)
+
+    def recomputed(first: int, last: int) -> Prefix:
+        made = prefix(first, last)
+        cast(Staged, made.net).recomputed = True
+        return made
+
+    try:
+        return cut(_peak(prefix, batch), found.parts, budget)
+    except MemoryBudgetError:
+        return replace(cut(_peak(recomputed, batch), found.parts, budget), recomputed=True)
 
 
 def _peak(prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
