@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regrow.allocation.commits import cut, excess, savings, spared
 from regrow.allocation.gates import Gates, Masks, gates
+from regrow.allocation.timed import Timed
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.evaluation.continual import share_right
 from regrow.learner import Along, Learner, Stand, flags
@@ -45,6 +46,8 @@ class Searcher(Learner):
     measure: Measure = Measure.PARAMETERS
     learns: bool = True
     """Whether thresholds learn."""
+    timed: Timed | None = None
+    """What entries and operations take of a pass, where time is what it may cost."""
 
     @property
     def optimizer(self) -> str:
@@ -93,6 +96,7 @@ class Searcher(Learner):
             lambda path: not staged or _parts(at).within(path, self.last),
             self.measure,
             tied_in(at.model),
+            self.timed,
         )
         for name in [*self.tensors]:
             kind, _, rest = name.partition(" ")

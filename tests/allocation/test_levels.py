@@ -10,6 +10,7 @@ from regrow import Plan, apply, trace
 from regrow.allocation.commits import cut, excess, spared, threshold_for
 from regrow.allocation.gates import gates
 from regrow.allocation.regrowth import drawn
+from regrow.allocation.timed import timed
 from regrow.candidates import candidates_in, tied_in
 from regrow.evaluation import macs
 from regrow.method import Measure
@@ -126,6 +127,32 @@ def test_gradients_are_the_same_every_time_on_several_threads():
         torch.set_num_threads(threads)
     assert len(flat) > 50_000 and all(bool(one.any()) for one in first)
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
+
+
+def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
+    net, axes, _ = traced
+    sums = candidates_in(net)
+    ops = [path for paths in sums.values() for path in paths]
+    layers = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Conv2d) and ".ops." not in name]
+    table = {path: 0.5 + 0.01 * i for i, path in enumerate([*ops, *sums, *layers])} | {"": 2.0}
+    keys = [axis.key for axis in axes.units()]
+    spread = timed(axes, sums, table)
+    found = gates(
+        axes, dict(net.named_parameters()), sums, keys, net.needed(), lambda path: True, Measure.TIME, timed=spread
+    )
+    every, filters = torch.ones(len(ops)), torch.ones(found.levels.filters)
+    whole = float(found.levels.size(every, filters))
+    assert whole == pytest.approx(sum(table.values()))
+    first, paths = next(iter(sums.items()))
+    one = every.clone()
+    one[0] = 0.0
+    assert whole - float(found.levels.size(one, filters)) == pytest.approx(table[ops[0]] + table[first] / len(paths))
+    none = torch.zeros(len(found.levels.reads))
+    assert float(found.levels.size(every, filters, none)) == whole, "a weight that is 0 takes as long as another"
+    stem = net.get_parameter("stem.0.weight")
+    assert spread.entries["stem.0.weight"] * stem.numel() == pytest.approx(table["stem.0"])
+    filters[1::2] = 0.0
+    assert table[""] < float(found.levels.size(every, filters)) < whole
 
 
 def test_a_needed_operation_and_a_last_filter_stay(traced):

@@ -1,5 +1,6 @@
 """A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import regrow
 from regrow.allocation.stages import Stages
 from regrow.candidates import Candidates
+from regrow.evaluation import latency
 from regrow.evaluation.continual import share_right
 from regrow.learner import Stand
 from regrow.nets.bench201 import Bench201
@@ -17,6 +19,7 @@ from regrow.nets.mobile import Mobile
 from regrow.reports import write_page
 from regrow.runs import searching
 from regrow.runs.searching import Settings, built, network, parts_of, run, stage_memory, target
+from regrow.sources import Batch
 from regrow.tracing import trace
 
 SMALL: dict[str, Any] = {
@@ -246,13 +249,35 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("half", "target is like"), ("2", "is a share"), ("params=9M", "not below"), ("params=0", "above 0")],
+    [
+        ("half", "target is like"),
+        ("2", "is a share"),
+        ("params=9M", "not below"),
+        ("params=0", "above 0"),
+        ("ms=5@9", "target is like"),
+    ],
 )
 def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
     parts = parts_of(SETTINGS)
     model = network(SETTINGS, parts.search)[0]
     with pytest.raises(ValueError, match=message):
-        target(text, model, trace(model, parts.search.train.inputs[:2]))
+        target(text, trace(model, parts.search.train.inputs[:2]))
+
+
+def test_a_target_in_milliseconds_is_met_by_the_table_that_was_measured(tmp_path: Path) -> None:
+    given = {"method_settings": QUICK, **SMALL, "retrain": 0, "train": 480}
+    parts = parts_of(Settings("cells:8-2-2", "digits", "0.3", **given))
+    model = network(Settings("cells:8-2-2", "digits", "0.3", **given), parts.search)[0]
+    batch = Batch((parts.search.train.inputs[:48],))
+    table = latency(model, batch)
+    whole = sum(table.values())
+    assert min(table.values()) >= 0 and {path for path in table if path.endswith("sep3_0")} and "stem.0" in table
+    done = run(Settings("cells:8-2-2", "digits", f"ms={0.5 * whole:.4f}", **given), tmp_path / "run")
+    told = rows(done, "latency")[0]
+    assert (done.path / "latency.json").is_file() and told["found"] > 0
+    assert told["whole"] == pytest.approx(sum(json.loads((done.path / "latency.json").read_text()).values()))
+    levels = rows(done, "levels")[0]
+    assert levels["measure"] == "ms" and levels["size"] <= 0.5 * whole and levels["saved"]["weights"] == 0
 
 
 def test_a_space_and_a_method_that_are_none_are_refused(tmp_path: Path) -> None:

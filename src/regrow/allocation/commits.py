@@ -105,7 +105,7 @@ def controlled(values: Mapping[str, Any], dropped: int) -> dict[str, Any]:
 def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple[list[int], list[int], Tensor]:
     """What must go beyond what does not stand, least important first, for the target to be met.
 
-    Weights pay where they are searched, else filters, else operations.
+    Weights pay where they are searched and cost anything, else filters, else operations.
 
     Args:
         found: What may go.
@@ -125,7 +125,7 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
     def size() -> float:
         return float(found.levels.size(ops, filters, weights))
 
-    if weights is not None:
+    if weights is not None and found.levels.by_weight:
         stands = found.levels.standing(ops, filters) & (weights > 0)
         price = torch.where(stands, found.levels.price[: len(relative)], 0.0)
         order = torch.where(stands, relative, torch.inf).argsort()

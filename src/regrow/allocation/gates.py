@@ -8,6 +8,7 @@ from torch import Tensor
 
 from regrow.allocation.levels import Levels, levels
 from regrow.allocation.thresholds import stepped
+from regrow.allocation.timed import Timed
 from regrow.axes import AxisGraph
 from regrow.method import Measure
 
@@ -178,6 +179,7 @@ def gates(
     runs: Callable[[str], bool],
     measure: Measure,
     tied: Mapping[str, str] | None = None,
+    timed: Timed | None = None,
 ) -> Gates:
     """Work out what may go in the part of a network that runs.
 
@@ -190,8 +192,9 @@ def gates(
         runs: Whether an operation lies in the part that runs.
         measure: What is priced.
         tied: Path of each operation that is decided together with others → the one that decides.
+        timed: What entries and operations take of a pass, where time is priced.
     """
-    found = levels(axes, parameters, sums, measure=measure)
+    found = levels(axes, parameters, sums, measure=measure, timed=timed)
     ops = tuple(path for paths in sums.values() for path in paths)
     number = {path: i for i, path in enumerate(ops)}
     sizes = {key: axes[key].size for key in found.axes}

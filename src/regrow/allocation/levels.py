@@ -9,13 +9,13 @@ whatever order they come, so that no run would be the same as another.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 import torch
 from torch import Tensor
 
 from regrow.allocation.thresholds import kept
-from regrow.axes import AxisGraph, Role, size_of
+from regrow.allocation.timed import Timed, above, macs_of
+from regrow.axes import AxisGraph, Role
 from regrow.method import Measure
 
 
@@ -33,6 +33,8 @@ class Levels:
         ops: The operation that it lies in, ``[N + M]``; the number of operations for none.
         weight: The number of the weight that an entry lies in, ``[N]``.
         price: What it costs, ``[N + M]`` float64.
+        rest: What the network costs beside its entries.
+        by_weight: Whether a weight that is 0 costs nothing; it takes as long as another.
     """
 
     weights: tuple[str, ...]
@@ -44,6 +46,8 @@ class Levels:
     ops: Tensor
     weight: Tensor
     price: Tensor
+    rest: float = 0.0
+    by_weight: bool = True
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """All weights in one vector, ``[N]``."""
@@ -100,9 +104,9 @@ class Levels:
         alive = torch.cat([ops, ops.new_ones(1)]).index_select(0, self.ops) * here.index_select(0, self.makes)
         n = len(self.reads)
         inner = alive[:n] * here.index_select(0, self.reads)
-        if weights is not None:
+        if weights is not None and self.by_weight:
             inner = inner * weights
-        return (inner * self.price[:n]).sum() + (alive[n:] * self.price[n:]).sum()
+        return (inner * self.price[:n]).sum() + (alive[n:] * self.price[n:]).sum() + self.rest
 
 
 def levels(
@@ -112,6 +116,7 @@ def levels(
     *,
     measure: Measure = Measure.PARAMETERS,
     counts: Callable[[str], bool] = lambda name: True,
+    timed: Timed | None = None,
 ) -> Levels:
     """Work out where the units of three levels lie.
 
@@ -120,8 +125,10 @@ def levels(
         parameters: Its parameters, tied ones once.
         candidates: Path of each sum of candidates → the paths of its operations, in order; all of them together are
             numbered from 0.
-        measure: What an entry costs: 1, the multiply–accumulates of the traced example that it takes part in, or bytes.
+        measure: What an entry costs: 1, the multiply–accumulates of the traced example that it takes part in, bytes, or
+            milliseconds.
         counts: Whether a parameter counts (a stage of a search runs a part of the network).
+        timed: What entries and operations take of a pass, where time is what is counted.
     """
     names = [name for name in parameters if counts(name) and name in axes.shapes]
     units = [
@@ -160,13 +167,10 @@ def levels(
         )
 
     of = {path: i for i, path in enumerate(path for paths in candidates.values() for path in paths)}
-    lies = [next((of[path] for path in _paths(name) if path in of), len(of)) for name in order]
-    scales = {f"{path}.scale".lstrip("."): [of[one] for one in paths] for path, paths in candidates.items()}
+    lies = [next((of[path] for path in above(name) if path in of), len(of)) for name in order]
+    paths = {f"{path}.scale".lstrip("."): own for path, own in candidates.items()}
+    scales = {name: [of[one] for one in own] for name, own in paths.items()}
     numbers = [parameters[name].numel() for name in order]
-    prices = _prices(axes, measure)
-
-    def each(values: Sequence[float], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(numbers[: len(values)]))
 
     return Levels(
         weights=tuple(weights),
@@ -178,36 +182,39 @@ def levels(
         ops=torch.cat(
             [torch.tensor(scales.get(name, [at] * n)) for name, at, n in zip(order, lies, numbers, strict=True)]
         ),
-        weight=each(range(len(weights)), torch.long),
-        price=each([prices(name) for name in order], torch.float64),
+        weight=torch.arange(len(weights)).repeat_interleave(torch.tensor(numbers[: len(weights)])),
+        price=_price(axes, measure, timed, dict(zip(order, numbers, strict=True)), paths),
+        rest=timed.rest if timed else 0.0,
+        by_weight=measure != Measure.TIME,
     )
 
 
-def _paths(name: str) -> list[str]:
-    """A dotted name and everything that it lies in.
+def _price(
+    axes: AxisGraph,
+    measure: Measure,
+    timed: Timed | None,
+    numbers: Mapping[str, int],
+    sums: Mapping[str, Sequence[str]],
+) -> Tensor:
+    """What each entry of each parameter costs; those of a scale, besides, what an operation is by itself."""
+    prices, alone = _prices(axes, measure, timed), timed.ops if timed else {}
+    parts = []
+    for name, n in numbers.items():
+        own = torch.full((n,), prices(name), dtype=torch.float64)
+        parts.append(own + torch.tensor([alone.get(path, 0.0) for path in sums[name]]) if name in sums else own)
+    return torch.cat(parts)
 
-    >>> _paths("a.b.weight")
-    ['a.b.weight', 'a.b', 'a']
-    """
-    parts = name.split(".")
-    return [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
 
-
-def _prices(axes: AxisGraph, measure: Measure) -> Callable[[str], float]:
+def _prices(axes: AxisGraph, measure: Measure, timed: Timed | None) -> Callable[[str], float]:
     match measure:
         case Measure.PARAMETERS:
             return lambda name: 1.0
         case Measure.BYTES:
             return lambda name: float(axes.itemsize.get(name, 4))
-        case Measure.CACHE | Measure.TIME:
-            raise ValueError(f"what single weights have of {measure} is not known; count params, macs or bytes")
-    sizes = axes.sizes()
-    done: dict[str, int] = {}
-    for one in axes.work:
-        done[one.module] = done.get(one.module, 0) + prod(size_of(dim, sizes) for dim in one.dims)
-
-    def macs(name: str) -> float:
-        module, _, leaf = name.rpartition(".")
-        return done.get(module, 0) / prod(size_of(dim, sizes) for dim in axes.shapes[name]) if leaf == "weight" else 0.0
-
-    return macs
+        case Measure.TIME:
+            if timed is None:
+                raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
+            return lambda name: timed.entries.get(name, 0.0)
+        case Measure.CACHE:
+            raise ValueError(f"what single weights have of {measure} is not known; count params, macs, bytes or ms")
+    return macs_of(axes)

@@ -29,7 +29,11 @@ Examples
 @click.option(
     "--data", required=True, help="digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…"
 )
-@click.option("--target", required=True, help="params=50k, macs=3M, bytes=200k, or a share of all parameters: 0.2.")
+@click.option(
+    "--target",
+    required=True,
+    help="params=50k, macs=3M, bytes=200k, ms=20 (a pass of a batch, here), or a share of all parameters: 0.2.",
+)
 @click.option("--method", default="mgas", show_default=True, help="What searches: see `regrow methods`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder. The same command resumes.")
 @click.option("--stages", default=3, show_default=True, type=int, help="In how many stages the space is searched.")

@@ -223,7 +223,7 @@ def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress
     fastest = [0] * len(calls)
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time_ns if alone else time.perf_counter_ns
-    with _uncollected():
+    with uncollected():
         for turn in range(1 + repeats):
             for step in range(len(calls)):
                 at = (turn + step) % len(calls)
@@ -239,7 +239,7 @@ def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress
 
 
 @contextmanager
-def _uncollected() -> Iterator[None]:
+def uncollected() -> Iterator[None]:
     """No collection during timed calls: it would be blamed on one of them."""
     gc.collect()
     enabled = gc.isenabled()

@@ -25,7 +25,7 @@ OVERSHOT = 0.8
 MOVED = 1e-3
 """How far logits may move where nothing came back."""
 
-_UNITS = {"params": "parameters", "macs": "multiply-adds", "bytes": "bytes"}
+_UNITS = {"params": "parameters", "macs": "multiply-adds", "bytes": "bytes", "ms": "ms of a pass"}
 
 
 def search(folder: RunFolder) -> dict[str, Any] | None:
@@ -270,5 +270,5 @@ def _budget(asked: Any) -> int | None:
 
 def _told(target: str) -> float | None:
     """The number in a target that names its measure."""
-    fit = re.fullmatch(r"(?:params|macs|bytes)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
+    fit = re.fullmatch(r"(?:params|macs|bytes|ms)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
     return float(fit[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[2]] if fit else None

@@ -13,10 +13,12 @@ from torch import nn
 
 from regrow.allocation.cost import Cost
 from regrow.allocation.stages import Stages
+from regrow.allocation.timed import timed
 from regrow.axes import AxisGraph
 from regrow.budget import Measure, Target
+from regrow.candidates import candidates_in
 from regrow.data import streams
-from regrow.evaluation import measured
+from regrow.evaluation import fastest_pass, measured
 from regrow.evaluation.continual import share_right
 from regrow.learner import Learner, Stand
 from regrow.methods import searcher_entry
@@ -26,7 +28,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
-from regrow.runs import spaces, store
+from regrow.runs import latencies, spaces, store
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder
 from regrow.runs.learning import Course, Schedule, changed, learn
@@ -49,7 +51,8 @@ class Settings:
             searched, in one stage), or a network of ``regrow learn`` (``resnet:16-3``), of which filters and weights
             are searched.
         data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
-        target: ``params=0.05M``, ``macs=3M``, or a share of the whole space's parameters, such as ``0.2``.
+        target: ``params=0.05M``, ``macs=3M``, ``bytes=200k``, ``ms=20`` (a pass of a batch on this device), or a share
+            of the whole space's parameters, such as ``0.2``.
         method: One of ``regrow.methods.SEARCHERS``.
         method_settings: Its settings, where they differ from the defaults.
         stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says.
@@ -144,10 +147,14 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     parts = parts_of(settings)
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
-    learner = built(settings, model, axes, plan)
+    batch = Batch((parts.search.train.inputs[: settings.batch_size],))
+    table = latencies.of(Path(out), model, batch) if settings.target.startswith(f"{Measure.TIME}=") else {}
+    learner = built(settings, model, axes, plan, table)
     folder = RunFolder.create(out, verb="search", settings=asdict(settings), command=settings.command(str(out)))
     if plan is not None and not folder.resumed:
         folder.log("stages", **plan.record())
+    if table:
+        latencies.keep(folder.path, table)
     start = time.perf_counter()
     found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
     seconds = {"search": round(time.perf_counter() - start, 3)}
@@ -156,6 +163,8 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     start = time.perf_counter()
     trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
     store.save(trained, folder.path, origin=described_by)
+    if table:
+        folder.log("latency", whole=sum(table.values()), found=fastest_pass(trained, batch) / 1e6)
     folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **sizes(trained))
     folder.finish(seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
     return folder
@@ -291,14 +300,27 @@ def stage_memory(learner: Learner, at: Stand, size: int) -> dict[str, Any]:
     return asdict(found)
 
 
-def built(settings: Settings, model: nn.Module, axes: AxisGraph, plan: Stages | None = None) -> Learner:
+def built(
+    settings: Settings,
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Stages | None = None,
+    table: Mapping[str, float] | None = None,
+) -> Learner:
     """The learner of a search.
+
+    Args:
+        settings: Of the run.
+        model: The space.
+        axes: Its axes.
+        plan: Its stages, where a memory budget cut them.
+        table: How long what takes (:func:`regrow.runs.latencies.of`), for a target in ms.
 
     Raises:
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
     entry = searcher_entry(settings.method)
-    measure, most = target(settings.target, model, axes)
+    measure, most = target(settings.target, axes, sum((table or {}).values()))
     given: dict[str, Any] = {"target": most, "measure": str(measure), "seed": settings.seed}
     given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
     if isinstance(model, Bench201):
@@ -306,6 +328,7 @@ def built(settings: Settings, model: nn.Module, axes: AxisGraph, plan: Stages | 
     known = {one.name for one in fields(entry.settings)}
     chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
     found: Searcher = entry.made(settings.method, chosen)
+    found.timed = timed(axes, candidates_in(model), table) if table else None
     if isinstance(model, Bench201) and "filters" in found.searched:
         raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     if plan is not None and found.ends != plan.ends:
@@ -317,28 +340,28 @@ def built(settings: Settings, model: nn.Module, axes: AxisGraph, plan: Stages | 
     return found
 
 
-SIZES = ("params", "macs", "bytes")
+SIZES = ("params", "macs", "bytes", "ms")
 """The measures that a search knows of single weights and operations."""
 
 
-def target(text: str, model: nn.Module, axes: AxisGraph) -> tuple[Measure, float]:
+def target(text: str, axes: AxisGraph, time: float = 0.0) -> tuple[Measure, float]:
     """A target as a measure and a number.
 
     Args:
-        text: ``params=0.5M``, ``macs=3M``, ``bytes=200k``; or a share of all parameters, ``0.2``.
-        model: The whole space.
-        axes: Its axes.
+        text: ``params=0.5M``, ``macs=3M``, ``bytes=200k``, ``ms=20``; or a share of all parameters, ``0.2``.
+        axes: Those of the whole space.
+        time: Milliseconds that a pass of it takes.
 
     Raises:
         ValueError: If it is none of these, or more than the whole space has.
     """
     unit, equals, _ = text.partition("=")
-    like = f"the target is like params=0.5M, macs=3M, bytes=200k or a share such as 0.2; got {text!r}"
-    if equals and unit.strip() not in SIZES:
+    like = f"the target is like params=0.5M, macs=3M, bytes=200k, ms=20 or a share such as 0.2; got {text!r}"
+    if equals and (unit.strip() not in SIZES or "@" in text):
         raise ValueError(like)
     wanted = Target.parse(text) if equals else None
     measure = wanted.measure if wanted else Measure.PARAMETERS
-    whole_cost = Cost(axes, measure, counted=False).total
+    whole_cost = time if measure == Measure.TIME else Cost(axes, measure, counted=False).total
     try:
         number = wanted.amount if wanted else float(text)
     except ValueError:
@@ -348,5 +371,5 @@ def target(text: str, model: nn.Module, axes: AxisGraph) -> tuple[Measure, float
             raise ValueError(f"a target without a measure is a share, below 1; got {text}; or write params={text}")
         number *= whole_cost
     if not 0 < number < whole_cost:
-        raise ValueError(f"the target {text} is not below what the whole space has, {whole_cost:,} {measure}")
+        raise ValueError(f"the target {text} is not below what the whole space has, {whole_cost:,.6g} {measure}")
     return measure, number
