@@ -79,8 +79,8 @@ def ours(arm: str, tasks: list[Task], seed: int) -> tuple[float, float]:
     return course.matrix.average, spent
 
 
-def theirs(arm: str, tasks: list[Task], seed: int) -> tuple[float, float]:
-    """The same of Avalanche's."""
+def strategy_of(arm: str, tasks: list[Task], seed: int) -> tuple[Any, Any]:
+    """Avalanche's learner, and its stream."""
     from avalanche.benchmarks import tensors_benchmark
     from avalanche.training import supervised
     from avalanche.training.plugins import EvaluationPlugin
@@ -101,11 +101,17 @@ def theirs(arm: str, tasks: list[Task], seed: int) -> tuple[float, float]:
         evaluator=EvaluationPlugin(loggers=[]),
         **settings,
     )
+    return strategy, benchmark
+
+
+def theirs(arm: str, tasks: list[Task], seed: int) -> tuple[float, float]:
+    """The same of Avalanche's."""
+    strategy, benchmark = strategy_of(arm, tasks, seed)
     start = time.perf_counter()
     for experience in benchmark.train_stream:
         strategy.train(experience)
     spent = time.perf_counter() - start
-    return fmean(share_right(model, task.test, None) for task in tasks), spent
+    return fmean(share_right(strategy.model, task.test, None) for task in tasks), spent
 
 
 def compare(args: argparse.Namespace) -> None:

@@ -77,13 +77,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("memory-runs"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search_memory.json"))
     parser.add_argument("--space", default="cells:8-6-3")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.3, 0.1])
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.1])
     parser.add_argument("--train", type=int, default=480)
-    parser.add_argument("--epochs", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--note", default="", help="what else ran on the machine")
     args = parser.parse_args()
-    own = {"warm": 1, "every": 1}
+    own = {"warm": 1, "every": 2}
     given: dict[str, Any] = {"target": "0.25", "method_settings": own, "retrain": 0, "train": args.train, "test": 100}
     settings = Settings(args.space, str(args.cifar), epochs=args.epochs, **given)
     _, _, plan = network(Settings(**{**vars(settings), "memory": "1TiB"}), parts_of(settings).search)
