@@ -50,7 +50,7 @@ def ours(arm: str, tasks: list[Task], until: int, file: Path | None) -> nn.Modul
 
 def theirs(arm: str, tasks: list[Task], until: int, file: Path | None) -> nn.Module:
     """The same with Avalanche's learners and its ``save_checkpoint`` and ``maybe_load_checkpoint``."""
-    from avalanche.training.checkpoint import maybe_load_checkpoint, save_checkpoint
+    from avalanche.checkpointing import maybe_load_checkpoint, save_checkpoint
     from avalanche.training.determinism.rng_manager import RNGManager
 
     RNGManager.set_random_seeds(0)
