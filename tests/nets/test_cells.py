@@ -19,6 +19,13 @@ def test_every_operation_keeps_or_halves_the_picture():
     for name in OPERATIONS:
         assert operation(name, 4, 4, 1)(x).shape == (2, 4, 8, 8)
         assert operation(name, 4, 4, 2)(x).shape == (2, 4, 4, 4)
+        assert operation(name, 4, 4, 2)(x[..., :7]).shape == (2, 4, 4, 4)
+
+
+def test_pictures_of_any_size_are_taken():
+    for side in (28, 27):
+        net = Cells(whole((1, side, side), 5, width=4, cells=3, nodes=1))
+        assert net(torch.randn(2, 1, side, side)).shape == (2, 5)
 
 
 def test_the_classifier_of_a_stage_is_one_answer_of_the_whole():

@@ -27,7 +27,7 @@ class Pointwise(nn.Sequential):
     """relu → 1 × 1 convolution → BatchNorm, after averaging 2 × 2 where the picture gets smaller."""
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
-        first: list[nn.Module] = [nn.ReLU()] + ([nn.AvgPool2d(2)] if stride == 2 else [])
+        first: list[nn.Module] = [nn.ReLU()] + ([nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else [])
         super().__init__(*first, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
 
 
