@@ -35,7 +35,8 @@ COLUMNS = ("accuracy", "percentile", "params", "as many and skips, mean", "best 
 def measured(arm: str, target: float, seed: int, table: Table, args: argparse.Namespace) -> dict[str, Any]:
     """A row: the search, and what the table says of what it left."""
     given: dict[str, Any] = {"space": args.space, "data": str(args.cifar), "target": f"{target:g}", "seed": seed}
-    given |= {"epochs": args.epochs, "train": args.train, "test": args.train, "stride": 1, "retrain": 0, "stages": 1}
+    given |= {"epochs": args.epochs, "train": args.train, "test": args.train, "batch_size": args.batch}
+    given |= {"stride": 1, "retrain": 0, "stages": 1}
     folder = run(Settings(**{**given, **ARMS[arm]}), args.work / f"{arm.split()[0].strip(',')}-{target:g}-{seed}")
     seconds = round(folder.run()["seconds"]["search"])
     return {**table.look(topology(str(folder.path)), args.draws), "seconds": seconds}
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.5])
     parser.add_argument("--train", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--draws", type=int, default=10, help="of the random search beside what is found")
     parser.add_argument("--match", default="", help="part of an arm's name")
@@ -83,7 +85,10 @@ def main() -> None:
     if args.show:
         print("\n".join(shown(args.out)))
         return
-    table, setting = table_of(args.table), f"{args.space}, {args.train} images, {args.epochs} epochs"
+    table, setting = (
+        table_of(args.table),
+        f"{args.space}, {args.train} images in batches of {args.batch}, {args.epochs} epochs",
+    )
     for seed in range(args.seeds):
         for target in args.targets:
             for arm in ARMS:
