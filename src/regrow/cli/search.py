@@ -37,7 +37,12 @@ Examples
 @click.option("--method", default="mgas", show_default=True, help="What searches: see `regrow methods`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder. The same command resumes.")
 @click.option("--stages", default=3, show_default=True, type=int, help="In how many stages the space is searched.")
-@click.option("--memory", default="", metavar="BYTES", help="What a stage may need, like 2GiB: cuts stages to fit.")
+@click.option(
+    "--memory",
+    default="",
+    metavar="BYTES",
+    help="What a stage may need, like 2GiB: cuts stages to fit, or computes parts twice.",
+)
 @click.option("--epochs", default=30, show_default=True, type=int, help="Passes over the training part in the search.")
 @click.option("--retrain", default=30, show_default=True, type=int, help="Passes of the training after it; 0: none.")
 @click.option("--batch-size", default=96, show_default=True, type=int, help="Examples per step.")
