@@ -26,7 +26,6 @@ from regrow.runs.searching import Settings, run
 OUT = Path(__file__).parent / "results" / "bench201.jsonl"
 ARMS: dict[str, dict[str, Any]] = {
     "MGAS (reconstructed), operations": {},
-    "DARTS, first order": {"method": "darts"},
     "random": {"method": "blind", "epochs": 0},
 }
 COLUMNS = ("accuracy", "percentile", "params", "as many and skips, mean", "best of the size")
@@ -36,8 +35,9 @@ def measured(arm: str, target: float, seed: int, table: Table, args: argparse.Na
     """A row: the search, and what the table says of what it left."""
     given: dict[str, Any] = {"space": args.space, "data": str(args.cifar), "target": f"{target:g}", "seed": seed}
     given |= {"epochs": args.epochs, "train": args.train, "test": args.train, "batch_size": args.batch}
+    told = f"{args.space.replace(':', '-')}-{args.train}-{args.batch}-{args.epochs}"
     given |= {"stride": 1, "retrain": 0, "stages": 1}
-    folder = run(Settings(**{**given, **ARMS[arm]}), args.work / f"{arm.split()[0].strip(',')}-{target:g}-{seed}")
+    folder = run(Settings(**{**given, **ARMS[arm]}), args.work / told / f"{arm.split()[0]}-{target:g}-{seed}")
     seconds = round(folder.run()["seconds"]["search"])
     return {**table.look(topology(str(folder.path)), args.draws), "seconds": seconds}
 

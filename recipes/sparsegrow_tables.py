@@ -179,10 +179,13 @@ def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
 
 
 def over_photographs(digits: Task, folders: argparse.Namespace, seed: int) -> Task:
-    """Other digits than those of the seed, each over a photograph that no other one lies over: |photograph − digit|."""
+    """Other digits than those of the first task, each over a photograph of its own: |photograph − digit|."""
     if folders.cifar is None:
         raise SystemExit("--cifar FOLDER is needed: photographs to lay digits over")
-    base = fewer(digits, folders.train, folders.test, seed + 1000)
+    # The first task has the first ones of the same order.
+    base = fewer(digits, 2 * folders.train, 2 * folders.test, seed)
+    halves = [(base.train, folders.train), (base.test, folders.test)]
+    base = Task("", *(Examples(part.inputs[n:], part.labels[n:]) for part, n in halves), base.classes)
     photographs = pictures(folders.cifar, "photographs", len(base.train), len(base.test), seed)
     found = []
     for part, photo in ((base.train, photographs.train), (base.test, photographs.test)):

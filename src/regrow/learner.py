@@ -89,7 +89,10 @@ class Stand:
         return among(logits_in(self.model(inputs)), self.classes)
 
     def remembered(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits of examples of tasks so far; where tasks are told, each is chosen among the classes of its own."""
+        """Logits of examples of tasks so far; where tasks are told, each is chosen among the classes of its own.
+
+        Whose an example is, its label says: the task at hand, or else the last one that has this class.
+        """
         logits = logits_in(self.model(inputs))
         if self.classes is None:
             return logits

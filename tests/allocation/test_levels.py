@@ -133,16 +133,18 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     net, axes, _ = traced
     sums = candidates_in(net)
     ops = [path for paths in sums.values() for path in paths]
-    layers = [name for name, m in net.named_modules() if isinstance(m, torch.nn.Conv2d) and ".ops." not in name]
-    table = {path: 0.5 + 0.01 * i for i, path in enumerate([*ops, *sums, *layers])} | {"": 2.0}
+    kinds = (torch.nn.Conv2d, torch.nn.BatchNorm2d)
+    layers = [name for name, m in net.named_modules() if isinstance(m, kinds) and ".ops." not in name]
+    table = {path: 0.5 + 0.01 * i for i, path in enumerate([*ops, *sums, *layers])}
+    parts = {"ops": ops, "beside": sums, "layers": layers}
     keys = [axis.key for axis in axes.units()]
-    spread = timed(axes, sums, table)
+    spread = timed(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
     found = gates(
         axes, dict(net.named_parameters()), sums, keys, net.needed(), lambda path: True, Measure.TIME, timed=spread
     )
     every, filters = torch.ones(len(ops)), torch.ones(found.levels.filters)
     whole = float(found.levels.size(every, filters))
-    assert whole == pytest.approx(sum(table.values()))
+    assert whole == pytest.approx(sum(table.values()) + 2.0)
     first, paths = next(iter(sums.items()))
     one = every.clone()
     one[0] = 0.0
@@ -152,7 +154,7 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     stem = net.get_parameter("stem.0.weight")
     assert spread.entries["stem.0.weight"] * stem.numel() == pytest.approx(table["stem.0"])
     filters[1::2] = 0.0
-    assert table[""] < float(found.levels.size(every, filters)) < whole
+    assert 2.0 < float(found.levels.size(every, filters)) < whole
 
 
 def test_a_needed_operation_and_a_last_filter_stay(traced):

@@ -71,6 +71,7 @@ def test_killed_and_resumed_is_never_stopped(name: str, tmp_path: Path, monkeypa
         ("replay", {"memory": 60}),
         ("replay", {"memory": 60, "answers": 0.5, "own": True}),
         ("sparsegrow", {"memory": 60}),
+        ("naive", {"keep": "data"}),
     ],
 )
 def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: str, given: dict[str, Any]) -> None:

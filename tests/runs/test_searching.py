@@ -1,6 +1,5 @@
 """A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +8,17 @@ import torch
 
 import regrow
 from regrow.allocation.stages import Stages
-from regrow.candidates import Candidates
-from regrow.evaluation import latency
+from regrow.candidates import Candidates, candidates_in
+from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
 from regrow.learner import Stand
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.reports import write_page
-from regrow.runs import searching
+from regrow.runs import latencies, searching
+from regrow.runs.atomic import StoreError
 from regrow.runs.searching import Settings, built, network, parts_of, run, stage_memory, target
-from regrow.sources import Batch
 from regrow.tracing import trace
 
 SMALL: dict[str, Any] = {
@@ -264,20 +263,64 @@ def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
         target(text, trace(model, parts.search.train.inputs[:2]))
 
 
-def test_a_target_in_milliseconds_is_met_by_the_table_that_was_measured(tmp_path: Path) -> None:
-    given = {"method_settings": QUICK, **SMALL, "retrain": 0, "train": 480}
-    parts = parts_of(Settings("cells:8-2-2", "digits", "0.3", **given))
-    model = network(Settings("cells:8-2-2", "digits", "0.3", **given), parts.search)[0]
-    batch = Batch((parts.search.train.inputs[:48],))
-    table = latency(model, batch)
-    whole = sum(table.values())
-    assert min(table.values()) >= 0 and {path for path in table if path.endswith("sep3_0")} and "stem.0" in table
-    done = run(Settings("cells:8-2-2", "digits", f"ms={0.5 * whole:.4f}", **given), tmp_path / "run")
-    told = rows(done, "latency")[0]
-    assert (done.path / "latency.json").is_file() and told["found"] > 0
-    assert told["whole"] == pytest.approx(sum(json.loads((done.path / "latency.json").read_text()).values()))
-    levels = rows(done, "levels")[0]
-    assert levels["measure"] == "ms" and levels["size"] <= 0.5 * whole and levels["saved"]["weights"] == 0
+def invented(model: torch.nn.Module, scale: float = 1.0) -> Latency:
+    """A latency table of the same form as one that is measured, with times that are nobody's."""
+    sums = candidates_in(model)
+    ops = {path: scale * (1 + i / 100) for i, path in enumerate(p for paths in sums.values() for p in paths)}
+    layers = {
+        name: 0.5 for name, one in model.named_modules() if isinstance(one, torch.nn.Conv2d) and ".ops." not in name
+    }
+    total = sum(ops.values()) + 0.1 * len(sums) + sum(layers.values()) + 2.0
+    return Latency(total, ops, dict.fromkeys(sums, 0.1), layers)
+
+
+def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"method_settings": QUICK, **SMALL, "retrain": 0}
+    table = invented(network(Settings("cells:4-2-1", "digits", "0.3", **given), parts_of(SETTINGS).search)[0])
+    settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
+    monkeypatch.setattr(latencies, "latency", lambda *_: table)
+    done = run(settings, tmp_path / "run")
+    told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
+    assert told["whole"] == table.total and told["found"] > 0
+    assert levels["measure"] == "ms" and levels["size"] <= levels["asked"] == pytest.approx(0.5 * table.total, abs=1e-3)
+    assert levels["saved"]["weights"] == 0 and all(bool(p.all()) for p in regrow.load(done.path / "found").parameters())
+    page = write_page([done.path], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "ms of a pass by the clock" in page and f"of {levels['asked']:.3g}" in page
+
+    write, seen = searching.write_course, []
+
+    def stopping(*now: Any) -> None:
+        write(*now)
+        seen.append(now[-1].epoch)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "write_course", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed")
+    monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
+    kept = tmp_path / "killed" / "latency.json"
+    text = kept.read_text()
+    for damaged in ("{}", text.replace('"total": ', '"total": -'), None):
+        kept.unlink() if damaged is None else kept.write_text(damaged)
+        with pytest.raises(StoreError, match="latency.json cannot be used"):
+            run(settings, tmp_path / "killed")
+    kept.write_text(text)
+    again = run(settings, tmp_path / "killed")
+    both = [regrow.load(folder.path) for folder in (done, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in both), strict=True))
+
+
+def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model))
+    for target_, message in (("ms=1.9", "left whatever goes"), ("ms=1000", "not below")):
+        with pytest.raises(ValueError, match=message):
+            run(Settings("cells:4-2-1", "digits", target_, **SMALL), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_space_and_a_method_that_are_none_are_refused(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ def controlled(values: Mapping[str, Any], dropped: int) -> dict[str, Any]:
 def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple[list[int], list[int], Tensor]:
     """What must go beyond what does not stand, least important first, for the target to be met.
 
-    Weights pay where they are searched and cost anything, else filters, else operations.
+    Weights pay where they are searched and cost anything; else filters, where they are, and then operations.
 
     Args:
         found: What may go.
@@ -138,10 +138,8 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
             )
         return [], [], gone & stands
     lost: tuple[list[int], list[int]] = ([], [])
-    for level, margin in enumerate(masks.margins):
-        if level == 0 and bool((masks.margins[1] != 1).any()):
-            continue  # filters pay
-        lost[level].extend(_going(found, level, (ops, filters), margin, target))
+    for level in (1, 0) if bool((masks.margins[1] != 1).any()) else (0, 1):
+        lost[level].extend(_going(found, level, (ops, filters), masks.margins[level], target))
         for at in lost[level]:
             (ops, filters)[level][found.together(at) if level == 0 else at] = 0.0
     if size() > target:

@@ -34,7 +34,7 @@ class Levels:
         weight: The number of the weight that an entry lies in, ``[N]``.
         price: What it costs, ``[N + M]`` float64.
         rest: What the network costs beside its entries.
-        by_weight: Whether a weight that is 0 costs nothing; it takes as long as another.
+        by_weight: Whether a weight that is 0 costs nothing; of time, it takes as much as another.
     """
 
     weights: tuple[str, ...]

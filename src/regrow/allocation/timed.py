@@ -22,8 +22,16 @@ class Timed:
     rest: float
 
 
-def timed(axes: AxisGraph, sums: Mapping[str, Sequence[str]], table: Mapping[str, float]) -> Timed:
-    """Spread the times of a table over parameters and operations.
+def timed(
+    axes: AxisGraph,
+    sums: Mapping[str, Sequence[str]],
+    *,
+    ops: Mapping[str, float],
+    beside: Mapping[str, float],
+    layers: Mapping[str, float],
+    rest: float,
+) -> Timed:
+    """Spread times that were measured over parameters and operations.
 
     A module takes its time in proportion to the multiply–accumulates of its weights, so a layer with half its inputs
     and half its outputs is taken to need a quarter; one without any takes it evenly over its parameters; an operation
@@ -32,32 +40,30 @@ def timed(axes: AxisGraph, sums: Mapping[str, Sequence[str]], table: Mapping[str
     Args:
         axes: The axes of the network as it was timed.
         sums: Path of each sum of candidates → the paths of its operations.
-        table: Module → milliseconds (:func:`regrow.evaluation.latency`); under ``""`` what no module accounts for.
+        ops: Operation → milliseconds (:func:`regrow.evaluation.latency`).
+        beside: Sum → milliseconds beside its operations.
+        layers: Layer that lies in no operation → milliseconds.
+        rest: Milliseconds that no module accounts for.
     """
-    ops = dict.fromkeys((path for paths in sums.values() for path in paths), 0.0)
-    sizes, own = axes.sizes(), dict[str, list[str]]()
-    for name in axes.shapes:
-        lies = next((path for path in above(name) if path in table and path not in sums), None)
-        if lies is not None:
+    sizes, each, modules = axes.sizes(), macs_of(axes), {**layers, **ops}
+    own: dict[str, list[str]] = {}
+    for name in axes.parameters - axes.ties.keys():
+        if (lies := next((path for path in above(name) if path in modules), None)) is not None:
             own.setdefault(lies, []).append(name)
     entries: dict[str, float] = {}
-    rest, each = table.get("", 0.0), macs_of(axes)
-    for path, time in table.items():
-        names = own.get(path, [])
-        many = {name: prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in names}
-        done = {name: each(name) * many[name] for name in names}
-        if path in sums:
-            for one in sums[path]:
-                ops[one] += time / len(sums[path])
-        elif total := sum(done.values()):
-            entries |= {name: time * done[name] / total / many[name] for name in names}
-        elif names:
-            entries |= dict.fromkeys(names, time / sum(many.values()))
+    alone = {path: beside.get(total, 0.0) / len(paths) for total, paths in sums.items() for path in paths}
+    for path, time in modules.items():
+        many = {name: prod(size_of(dim, sizes) for dim in axes.shapes[name]) for name in sorted(own.get(path, []))}
+        done = {name: each(name) * n for name, n in many.items()}
+        if total := sum(done.values()):
+            entries |= {name: time * done[name] / total / n for name, n in many.items()}
+        elif many:
+            entries |= dict.fromkeys(many, time / sum(many.values()))
         elif path in ops:
-            ops[path] += time
-        elif path:
+            alone[path] = alone.get(path, 0.0) + time
+        else:
             rest += time
-    return Timed(entries, ops, rest)
+    return Timed(entries, alone, rest)
 
 
 def macs_of(axes: AxisGraph) -> Callable[[str], float]:

@@ -96,10 +96,15 @@ def alike(tasks: Sequence[Task]) -> list[Task]:
     Args:
         tasks: Of pictures ``[N, C, H, W]``.
 
+    Raises:
+        SourceError: If there are none.
+
     >>> small, large = (Examples(torch.ones(2, c, n, n), torch.zeros(2).long()) for c, n in ((1, 8), (3, 32)))
     >>> [one.train.inputs.shape[1:] for one in alike([Task("a", small, small, (0,)), Task("b", large, large, (0,))])]
     [torch.Size([1, 8, 8]), torch.Size([1, 8, 8])]
     """
+    if not tasks:
+        raise SourceError("there is no task to learn; name one, like permuted:digits:5")
     channels, *size = tasks[0].train.inputs.shape[1:]
 
     def change(x: Tensor) -> Tensor:

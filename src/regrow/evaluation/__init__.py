@@ -3,7 +3,7 @@
 from regrow.evaluation.choice import Choices, choices, items_in
 from regrow.evaluation.harness import Harnessed, harness
 from regrow.evaluation.language import Paired, Perplexity, paired, perplexity
-from regrow.evaluation.latency import latency
+from regrow.evaluation.latency import Latency, latency
 from regrow.evaluation.memory import Live, Memory, UnpredictableError, measured, predicted, training
 from regrow.evaluation.prefixes import prefix_peaks
 from regrow.evaluation.size import Size, macs, size
@@ -15,6 +15,7 @@ __all__ = [
     "Accuracy",
     "Choices",
     "Harnessed",
+    "Latency",
     "Live",
     "Memory",
     "Paired",

@@ -1,7 +1,9 @@
 """A latency table: how long each operation of a network takes in a pass, and each layer that lies in none."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,22 +16,46 @@ from regrow.evaluation.timing import uncollected
 from regrow.sources import Batch, moved
 
 
-def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> dict[str, float]:
-    """Milliseconds of each candidate operation, of each sum of candidates without its operations, and of each layer.
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a pass.
 
-    Every one is timed where it stands, in the same passes; its fastest call counts. What no module accounts for is
-    under ``""``, so that all of them together are a whole pass.
+    Args:
+        total: Of all of it.
+        ops: Path of a candidate operation → its share.
+        sums: Path of candidates → what they take beside their operations.
+        layers: Path of a layer that lies in no operation → its share.
+    """
+
+    total: float
+    ops: dict[str, float]
+    sums: dict[str, float]
+    layers: dict[str, float]
+
+    @property
+    def rest(self) -> float:
+        """What no module accounts for."""
+        return max(0.0, self.total - sum(sum(one.values()) for one in (self.ops, self.sums, self.layers)))
+
+
+def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
+    """How long each candidate operation takes, each sum of them, and each layer outside.
+
+    Every one is timed where it stands, in the same passes; passes without any clock inside, between those, tell how
+    long all of it takes. The fastest counts. Candidates within an operation are a part of it.
 
     Args:
         model: The network, on the device that counts.
         batch: What it is called with.
-        repeats: Timed passes, after one that is not.
+        repeats: Timed passes of both kinds, after one that is not.
 
     >>> table = latency(nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), Batch((torch.ones(8, 4),)))
-    >>> list(table)
-    ['0', '2', '']
+    >>> list(table.layers), table.total >= sum(table.layers.values())
+    (['0', '2'], True)
     """
     sums = candidates_in(model)
+    every = tuple(f"{path}." for paths in sums.values() for path in paths)
+    sums = {path: paths for path, paths in sums.items() if not f"{path}.".startswith(every)}
     ops = [path for paths in sums.values() for path in paths]
     inside = tuple(f"{path}." for path in ops)
     layers = [
@@ -37,57 +63,63 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> dict[str, fl
         for name, module in model.named_modules()
         if next(module.parameters(recurse=False), None) is not None
         and name not in sums
-        and name not in ops
-        and not name.startswith(inside)
+        and not f"{name}.".startswith(inside)
     ]
     with evaluating(model) as device, uncollected():
-        alone = device.type == "cpu" and torch.get_num_threads() == 1
-        clock = _Clock(model, [*ops, *sums, *layers], device, time.thread_time_ns if alone else time.perf_counter_ns)
         args, kwargs = moved(batch.args, device), moved(dict(batch.kwargs), device)
-        try:
-            for turn in range(1 + repeats):
-                waiting_for(device)
-                begin = clock.now()
+        clock, total = _Clock(device), float("inf")
+        for turn in range(1 + repeats):
+            waiting_for(device)
+            begin = clock.now()
+            model(*args, **kwargs)
+            waiting_for(device)
+            total = min(total, clock.now() - begin) if turn else total
+            with clock.inside(model, [*ops, *sums, *layers]):
                 model(*args, **kwargs)
-                waiting_for(device)
-                clock.fastest[""] = min(clock.fastest.get("", torch.inf), clock.now() - begin)
-                if not turn:
-                    clock.fastest.clear()
-        finally:
-            clock.remove()
-    found = {name: value / 1e6 for name, value in clock.fastest.items()}
+            if not turn:
+                clock.fastest.clear()
+    # What is never called takes no time.
+    found = {path: clock.fastest.get(path, 0.0) for path in (*ops, *sums, *layers)}
     for path, paths in sums.items():
-        found[path] = max(0.0, found[path] - sum(found[one] for one in paths if one in found))
-    total = found.pop("")
-    return found | {"": max(0.0, total - sum(found.values()))}
+        found[path] = max(0.0, found[path] - sum(found[one] for one in paths))
+    # Clocks inside take time themselves: together, parts are no more than the whole.
+    part = min(1.0, total / (sum(found.values()) or 1.0)) / 1e6
+    ops_, sums_, layers_ = ({path: found[path] * part for path in paths} for paths in (ops, sums, layers))
+    return Latency(total / 1e6, ops_, sums_, layers_)
 
 
 class _Clock:
     """The fastest call of each of some modules, in nanoseconds."""
 
-    def __init__(self, model: nn.Module, paths: Iterable[str], device: torch.device, now: Callable[[], int]) -> None:
-        self.now, self.fastest, self.begun = now, dict[str, float](), dict[str, int]()
-        self.hooks = []
+    def __init__(self, device: torch.device) -> None:
+        alone = device.type == "cpu" and torch.get_num_threads() == 1
+        self.now = time.thread_time_ns if alone else time.perf_counter_ns
+        self.device, self.fastest, self.begun = device, dict[str, float](), dict[str, int]()
+
+    @contextmanager
+    def inside(self, model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
+        """While it lasts, calls of these modules are timed."""
+        hooks = []
         for path in paths:
             module = model.get_submodule(path)
-            self.hooks.append(module.register_forward_pre_hook(self._begins(path, device)))
-            self.hooks.append(module.register_forward_hook(self._ends(path, device)))
+            hooks.append(module.register_forward_pre_hook(self._begins(path)))
+            hooks.append(module.register_forward_hook(self._ends(path)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
-    def remove(self) -> None:
-        """No call is timed any more."""
-        for hook in self.hooks:
-            hook.remove()
-
-    def _begins(self, path: str, device: torch.device) -> Callable[..., None]:
+    def _begins(self, path: str) -> Callable[..., None]:
         def begins(*_: Any) -> None:
-            waiting_for(device)
+            waiting_for(self.device)
             self.begun[path] = self.now()
 
         return begins
 
-    def _ends(self, path: str, device: torch.device) -> Callable[..., None]:
+    def _ends(self, path: str) -> Callable[..., None]:
         def ends(*_: Any) -> None:
-            waiting_for(device)
-            self.fastest[path] = min(self.fastest.get(path, torch.inf), self.now() - self.begun[path])
+            waiting_for(self.device)
+            self.fastest[path] = min(self.fastest.get(path, float("inf")), self.now() - self.begun[path])
 
         return ends

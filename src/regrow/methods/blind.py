@@ -20,7 +20,7 @@ class Settings:
 
     Args:
         target: What the network may cost.
-        measure: ``params``, ``macs`` or ``bytes``.
+        measure: ``params``, ``macs``, ``bytes`` or ``ms``.
         what: ``operations``: they go in a drawn order until the target is met; ``filters``: every axis loses the same
             share of them.
         stages: The last part of the network; set by the run.

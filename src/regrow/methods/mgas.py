@@ -49,7 +49,7 @@ class Settings:
 
     Args:
         target: What the network may cost at the end.
-        measure: ``params``, ``macs`` or ``bytes``; weights that are 0 cost nothing.
+        measure: ``params``, ``macs`` or ``bytes``, of which weights that are 0 cost nothing, or ``ms``.
         levels: Which levels are searched.
         stages: The last part of the network that each stage runs, ascending, the whole last; none: one stage.
         share: What a stage but the last leaves of what it found.

@@ -51,10 +51,11 @@ class Control(Learner):
             if many := int((whose == i).sum()):
                 picked = torch.randint(len(task.train), (many,), generator=generator)
                 parts.append(Examples(task.train.inputs[picked], task.train.labels[picked]))
-        logits = at.logits(torch.cat([part.inputs for part in parts]))
+        inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
+        logits = at.remembered(inputs, labels)
         weight = [1.0 / len(at.past), 1.0]
-        new = F.cross_entropy(logits[: len(batch)], batch.labels)
-        old = F.cross_entropy(logits[len(batch) :], torch.cat([part.labels for part in parts[1:]]))
+        new = F.cross_entropy(logits[: len(batch)], labels[: len(batch)])
+        old = F.cross_entropy(logits[len(batch) :], labels[len(batch) :])
         return (weight[0] * new + weight[1] * old) / sum(weight)
 
     def gate(self, at: Stand) -> None:

@@ -59,13 +59,15 @@ def tick(value: float) -> str:
 
 
 def count(value: float | None) -> str:
-    """How many: in full below 100,000, else in thousands, millions or billions.
+    """How many: in full below 100,000, else in thousands, millions or billions; small fractions to three digits.
 
-    >>> count(1536), count(134_515_008), count(None)
-    ('1,536', '134.5\\xa0M', '–')
+    >>> count(1536), count(134_515_008), count(6.866), count(None)
+    ('1,536', '134.5\\xa0M', '6.87', '–')
     """
     if value is None:
         return NONE
+    if value % 1 and abs(value) < 1000:
+        return significant(value)
     if abs(value) < 1e5:
         return f"{value:,.0f}"
     for unit, name in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -36,7 +36,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
 
     Returns:
         ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
-        ``commits``, ``stages`` (memory of each), ``recomputed``, ``budget``, ``levels``, ``found``, ``test``, ``cells``
+        ``commits``, ``stages`` (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``
         and ``blocks``; ``None`` if it is a run of another kind.
     """
     if folder.run.get("verb") != "search":
@@ -45,7 +45,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
     lines: Lines = {}
     for line in folder.metrics:
         lines.setdefault(text(line.get("what")), []).append(line)
-    last = {what: mapping((lines.get(what) or [{}])[-1]) for what in ("levels", "found", "test", "stages")}
+    last = {what: mapping((lines.get(what) or [{}])[-1]) for what in ("levels", "found", "test", "stages", "latency")}
     target, levels = text(settings.get("target"), 40), last["levels"]
     measure = text(levels.get("measure")) or (target.partition("=")[0] if "=" in target else "params")
     sizes = {"parameters": size(last["found"].get("parameters")), "nonzero": size(last["found"].get("nonzero"))}
@@ -60,6 +60,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
         "stages": _stages(last["stages"], lines.get("memory", [])),
         "recomputed": last["stages"].get("recomputed") is True,
+        "clock": {name: number(last["latency"].get(name), 0) for name in ("whole", "found")},
         "budget": _budget(settings.get("memory")),
         "levels": [
             {
@@ -128,8 +129,10 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     add("Validation accuracy", left["accuracy"], q.percent, "as the search left it")
     add("Parameters", left["nonzero"], q.count, f"that are not 0; {q.count(left['parameters'])} with zeros")
     if found["asked"]:
-        below = f"of {q.count(found['asked'])} {found['unit']} asked for"
-        add("Size", found["reached"], q.count, below)
+        add("Size", found["reached"], q.count, f"of {q.count(found['asked'])} {found['unit']} asked for")
+    if found["clock"]["whole"]:
+        below = f"ms of a pass by the clock; the whole space took {q.significant(found['clock']['whole'])}"
+        add("Time", found["clock"]["found"], q.significant, below)
     if ops:
         skips = sum(op["kind"] == "skip" for op in ops)
         add("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}")

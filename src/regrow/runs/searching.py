@@ -18,7 +18,7 @@ from regrow.axes import AxisGraph
 from regrow.budget import Measure, Target
 from regrow.candidates import candidates_in
 from regrow.data import streams
-from regrow.evaluation import fastest_pass, measured
+from regrow.evaluation import Latency, fastest_pass, measured
 from regrow.evaluation.continual import share_right
 from regrow.learner import Learner, Stand
 from regrow.methods import searcher_entry
@@ -148,7 +148,8 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
-    table = latencies.of(Path(out), model, batch) if settings.target.startswith(f"{Measure.TIME}=") else {}
+    begun = (Path(out) / COURSE).is_file()
+    table = latencies.of(Path(out), model, batch, begun) if _measure(settings.target) == Measure.TIME else None
     learner = built(settings, model, axes, plan, table)
     folder = RunFolder.create(out, verb="search", settings=asdict(settings), command=settings.command(str(out)))
     if plan is not None and not folder.resumed:
@@ -164,7 +165,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
     store.save(trained, folder.path, origin=described_by)
     if table:
-        folder.log("latency", whole=sum(table.values()), found=fastest_pass(trained, batch) / 1e6)
+        folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
     folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **sizes(trained))
     folder.finish(seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
     return folder
@@ -305,7 +306,7 @@ def built(
     model: nn.Module,
     axes: AxisGraph,
     plan: Stages | None = None,
-    table: Mapping[str, float] | None = None,
+    table: Latency | None = None,
 ) -> Learner:
     """The learner of a search.
 
@@ -320,15 +321,21 @@ def built(
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
     entry = searcher_entry(settings.method)
-    measure, most = target(settings.target, axes, sum((table or {}).values()))
+    measure, most = target(settings.target, axes, table)
     given: dict[str, Any] = {"target": most, "measure": str(measure), "seed": settings.seed}
     given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
     if isinstance(model, Bench201):
         given["levels"] = ("operations",)
+    elif measure == Measure.TIME:
+        given["levels"] = ("operations", "filters")  # a weight that is 0 takes as long as another
     known = {one.name for one in fields(entry.settings)}
     chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
     found: Searcher = entry.made(settings.method, chosen)
-    found.timed = timed(axes, candidates_in(model), table) if table else None
+    if table:
+        parts = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
+        found.timed = timed(axes, candidates_in(model), **parts, rest=table.rest)
+        if most <= found.timed.rest:
+            raise ValueError(f"{found.timed.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
     if isinstance(model, Bench201) and "filters" in found.searched:
         raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
     if plan is not None and found.ends != plan.ends:
@@ -344,13 +351,18 @@ SIZES = ("params", "macs", "bytes", "ms")
 """The measures that a search knows of single weights and operations."""
 
 
-def target(text: str, axes: AxisGraph, time: float = 0.0) -> tuple[Measure, float]:
+def _measure(text: str) -> Measure | None:
+    unit = text.partition("=")[0].strip()
+    return Measure(unit) if unit in SIZES else None
+
+
+def target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
     """A target as a measure and a number.
 
     Args:
         text: ``params=0.5M``, ``macs=3M``, ``bytes=200k``, ``ms=20``; or a share of all parameters, ``0.2``.
         axes: Those of the whole space.
-        time: Milliseconds that a pass of it takes.
+        table: How long it takes, for a target in ms.
 
     Raises:
         ValueError: If it is none of these, or more than the whole space has.
@@ -361,7 +373,9 @@ def target(text: str, axes: AxisGraph, time: float = 0.0) -> tuple[Measure, floa
         raise ValueError(like)
     wanted = Target.parse(text) if equals else None
     measure = wanted.measure if wanted else Measure.PARAMETERS
-    whole_cost = time if measure == Measure.TIME else Cost(axes, measure, counted=False).total
+    if measure == Measure.TIME and table is None:
+        raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
+    whole_cost = table.total if table else Cost(axes, measure, counted=False).total
     try:
         number = wanted.amount if wanted else float(text)
     except ValueError:
@@ -371,5 +385,6 @@ def target(text: str, axes: AxisGraph, time: float = 0.0) -> tuple[Measure, floa
             raise ValueError(f"a target without a measure is a share, below 1; got {text}; or write params={text}")
         number *= whole_cost
     if not 0 < number < whole_cost:
-        raise ValueError(f"the target {text} is not below what the whole space has, {whole_cost:,.6g} {measure}")
+        has = f"{whole_cost:.4g}" if table else f"{whole_cost:,}"
+        raise ValueError(f"the target {text} is not below what the whole space has, {has} {measure}")
     return measure, number
