@@ -36,8 +36,8 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
 
     Returns:
         ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
-        ``commits``, ``stages`` (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``
-        and ``blocks``; ``None`` if it is a run of another kind.
+        ``commits``, ``stages`` (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``,
+        ``test``, ``cells`` and ``blocks``; ``None`` if it is a run of another kind.
     """
     if folder.run.get("verb") != "search":
         return None
