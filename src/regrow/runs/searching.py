@@ -327,7 +327,8 @@ def built(
     if isinstance(model, Bench201):
         given["levels"] = ("operations",)
     elif measure == Measure.TIME:
-        given["levels"] = ("operations", "filters")  # a weight that is 0 takes as long as another
+        # A weight that is 0 takes as long as another, and a narrow layer may take longer than a wide one.
+        given["levels"] = ("operations",) if candidates_in(model) else ("filters",)
     known = {one.name for one in fields(entry.settings)}
     chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
     found: Searcher = entry.made(settings.method, chosen)
