@@ -1,5 +1,6 @@
 """A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
 
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ def rows(folder: Any, what: str) -> list[dict[str, Any]]:
     return [row for row in folder.metrics() if row["what"] == what]
 
 
+def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
+    """From now on a run is interrupted behind these of the checkpoints that it writes."""
+    write, seen = searching.write_course, count(1)
+
+    def stopping(*given: Any) -> None:
+        write(*given)
+        if next(seen) in writes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "write_course", stopping)
+
+
 def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
     net = regrow.load(done.path)
     parts = parts_of(SETTINGS)
@@ -76,15 +89,7 @@ def test_parts_are_disjoint() -> None:
 
 
 def test_killed_and_resumed_is_never_stopped(done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, seen = searching.write_course, []
-
-    def stopping(*given: Any) -> None:
-        write(*given)
-        seen.append(given[-1].epoch)
-        if len(seen) in (3, 5):  # once in the search, once in the training after it
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(searching, "write_course", stopping)
+    stopped(monkeypatch, 3, 5)  # once in the search, once in the training after it
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(SETTINGS, tmp_path / "killed")
@@ -229,15 +234,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
     page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
     assert "Block 6" in page and "of 70,000 parameters asked for" in page
-    write, seen = searching.write_course, []
-
-    def stopping(*given: Any) -> None:
-        write(*given)
-        seen.append(given[-1].epoch)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(searching, "write_course", stopping)
+    stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
     again = run(settings, tmp_path / "killed")
@@ -288,16 +285,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     assert levels["saved"]["weights"] == 0 and all(bool(p.all()) for p in regrow.load(done.path / "found").parameters())
     page = write_page([done.path], tmp_path / "page.html").read_text(encoding="utf-8")
     assert "ms of a pass by the clock" in page and f"of {levels['asked']:.3g}" in page
-
-    write, seen = searching.write_course, []
-
-    def stopping(*now: Any) -> None:
-        write(*now)
-        seen.append(now[-1].epoch)
-        if len(seen) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(searching, "write_course", stopping)
+    stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
     monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
