@@ -51,6 +51,7 @@ ARMS = (
     Arm("random operations", {"what": "operations"}, BLIND),
     Arm("uniform width", {"what": "filters"}, BLIND),
     Arm("DARTS, first order", {}, {"method": "darts"}),
+    Arm("PC-DARTS", {"edges": True, "warm": 0.3, "lr": 2.9, "partial": 4}, {"method": "darts"}),
     Arm("PC-DARTS without partial channels", {"edges": True, "warm": 0.3, "lr": 2.9}, {"method": "darts"}),
     Arm("operations alone", {"levels": ("operations",)}),
     Arm("filters alone", {"levels": ("filters",)}),

@@ -149,6 +149,13 @@ CONVS = (
     Arm("LwF", "lwf"),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
+CHOSEN = (
+    *(Arm(f"SparseGrow {s:g}", "sparsegrow", {"multiple": 1, "strength": s}) for s in (2.0, 5.0, 20.0, 80.0)),
+    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0)),
+    *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0)),
+    *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
+    Arm("naive", "naive"),
+)
 SIX = tuple(arm for arm in (*BASELINES, *CONTROLS) if arm.name in ("naive", "EWC", "SI", "LwF") or arm == CONTROLS[1])
 
 TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
@@ -159,6 +166,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "classes": (("split:fashion:5",), BUFFERS),
     "relief": (("split:mnist:5",), RELIEVED),
     "conv": (("domains:cifar:5",), CONVS),
+    "tune-conv": (("domains:fashion:5",), CHOSEN),
     "shift": (("digits:mnist:3",), (OWN, *BASELINES, *CONTROLS, *BOUNDS)),
 }
 
@@ -169,7 +177,9 @@ def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
     if (folder := getattr(folders, data)) is None:
         raise SystemExit(f"--{data} FOLDER is needed: where the files of {data} are")
     if kind == "domains":
-        return split(pictures(folder, data, int(n) * folders.train, int(n) * folders.test, seed), int(n), relabel=True)
+        many = (int(n) * folders.train, int(n) * folders.test, seed)
+        base = fewer(idx(folder, data), *many) if data == "fashion" else pictures(folder, data, *many)
+        return split(base, int(n), relabel=True)
     base = fewer(idx(folder, data), folders.train, folders.test, seed)
     if kind == "digits":
         return alike([base, digits_task(), over_photographs(idx(folder, data), folders, seed)])
@@ -193,20 +203,21 @@ def over_photographs(digits: Task, folders: argparse.Namespace, seed: int) -> Ta
     return Task("over photographs", found[0], found[1], base.classes)
 
 
-def network(tasks: list[Task], seed: int, parameters: int = 0) -> nn.Module:
+def network(tasks: list[Task], seed: int, parameters: int = 0, *, conv: bool = False) -> nn.Module:
     """The network of a stream, as wide as usual, or just as wide that it has at least so many parameters."""
     shape, classes = tuple(tasks[0].train.inputs.shape[1:]), 1 + max(c for task in tasks for c in task.classes)
     for width in count(0):
-        grey = f"mlp:{WIDTH + width}-{WIDTH + width}"
-        model, _ = small(grey if shape[0] == 1 else f"resnet-gn:{CHANNELS + 2 * width}-3", shape, classes, seed)
+        name = f"resnet-gn:{CHANNELS + 2 * width}-3" if conv else f"mlp:{WIDTH + width}-{WIDTH + width}"
+        model, _ = small(name, shape, classes, seed)
         if sum(p.numel() for p in model.parameters()) >= parameters:
             return model
     raise AssertionError
 
 
-def measured(arm: Arm, tasks: list[Task], scenario: str, seed: int, parameters: int) -> dict[str, Any]:
+def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int) -> dict[str, Any]:
     """One run: what is read from its matrix, and what it cost."""
-    model = network(tasks, seed, parameters if arm.like else 0)
+    scenario = "class" if spec.startswith("split") else "domain"
+    model = network(tasks, seed, parameters if arm.like else 0, conv=spec.startswith("domains"))
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = LEARNERS[arm.method].made(arm.method, arm.settings)
     try:
@@ -244,9 +255,8 @@ def run(table: str, args: argparse.Namespace) -> None:
                 if arm.name in there or args.match not in arm.name:
                     continue
                 tasks = tasks or stream(spec, args, seed)
-                scenario = "class" if spec.startswith("split") else "domain"
                 size = there.get(arm.like, {}).get("parameters", 0)
-                found = measured(arm, tasks, scenario, seed, size)
+                found = measured(arm, tasks, spec, seed, size)
                 row = {"stream": spec, "arm": arm.name, "seed": seed, **found, "date": str(date.today())}
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")

@@ -4,14 +4,17 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from regrow import trace
 from regrow.allocation.edges import Edges
+from regrow.allocation.partial import partial_channels
 from regrow.candidates import Candidates, candidates_in
 from regrow.data import streams
 from regrow.learner import Stand
 from regrow.methods.darts import Darts, Settings
-from regrow.nets.cells import Cells, whole
+from regrow.nets.cells import Cells, operation, whole
 from regrow.nets.small import small
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.learning import Schedule, changed, learn
@@ -98,16 +101,19 @@ def test_one_half_moves_alpha_alone_and_the_other_weights_alone(task, axes):
     assert all(torch.equal(value, seen_state[name]) for name, value in state.items())
 
 
-def test_the_gradient_of_alpha_is_that_of_the_held_out_loss(task, axes):
-    at, own = Stand(network().double(), axes, task), learner(augment=False, decay=0.0)
+@pytest.mark.parametrize("name", ["alpha", "beta"])
+def test_the_gradient_of_alpha_and_beta_is_that_of_the_held_out_loss(name, task, axes):
+    more = {"edges": True, "partial": 2} if name == "beta" else {}
+    at, own = Stand(network().double(), axes, task), learner(augment=False, decay=0.0, **more)
     held = Examples(task.train.inputs[:40].double(), task.train.labels[:40])
     own.begin(at)
-    alpha = own.tensors["alpha"]
-    alpha.values = alpha.values.double().requires_grad_()
+    for one in (own.tensors["alpha"], own.tensors.get("beta", own.tensors["alpha"])):
+        one.values = one.values.double().detach().requires_grad_()
+    alpha = own.tensors[name]
     own.held, own.batches = held, [torch.arange(40)]
     own.gate(at)
     assert all(p.grad is None for p in at.model.parameters())
-    way, eps, losses = torch.randn(len(alpha.values), generator=torch.Generator().manual_seed(1)).double(), 1e-5, []
+    way, eps, losses = torch.randn(len(alpha.values), generator=torch.Generator().manual_seed(1)).double(), 1e-6, []
     found, middle = alpha.values.grad, alpha.values.detach()
     for sign in (1, -1):
         alpha.values = middle + sign * eps * way
@@ -205,7 +211,51 @@ def test_what_is_left_answers_as_its_masks_did(run, task):
     assert torch.equal(at.model.upto(task.test.inputs, 1), masked)
 
 
-@pytest.mark.parametrize("more", [{}, {"edges": True, "warm": 0.5}])
+def test_partial_channels_are_narrower_operations_beside_what_goes_by():
+    torch.manual_seed(0)
+    config = whole((1, 8, 8), 10, width=8, cells=2, nodes=1, stride=1, operations=("sep3", "dil3", "avg"))
+    net = Cells(config).eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    for cell, width, step in ((net.cells[0], 8, 1), (net.cells[1], 16, 2)):  # the second halves the picture
+        node, few = cell.nodes[0], width // 4
+        given = [torch.randn(2, width, 8, 8) for _ in range(2)]
+        total = torch.zeros(2, few, 8 // step, 8 // step)
+        for (key, op), source in zip(node.ops.items(), node.sources, strict=True):
+            same = operation(key.partition("_")[0], few, few, step).eval()
+            state = {
+                n: v[:few, :few] if v.dim() == 4 else v[:few] if v.dim() else v for n, v in op.state_dict().items()
+            }
+            same.load_state_dict(state)
+            total = total + same(given[source][:, :few])
+        rest = sum(w * x[:, few:] for w, x in zip((0.3, 0.7), given, strict=True))
+        if step == 2:
+            rest = sum(w * F.max_pool2d(x[:, few:], 2) for w, x in zip((0.3, 0.7), given, strict=True))
+        handles = partial_channels(cell, 4, lambda: [torch.tensor([0.3, 0.7])])
+        found = node(*given)
+        assert torch.allclose(found, F.channel_shuffle(torch.cat([total, rest], 1), 4), atol=1e-6)
+        plain = [handle.remove() for handle in handles] and node(*given)
+        assert not torch.allclose(found, plain, atol=0.1)
+    with pytest.raises(ValueError, match="one channel of 16"):
+        partial_channels(net, 16, list)
+
+
+def test_with_partial_channels_what_is_left_is_whole_and_answers_as_its_masks_did(task, axes):
+    own, net = learner(edges=True, partial=2), network()
+    here, _ = learn(net, axes, [task], own, SCHEDULE)
+    at = Stand(net, here, task, 0, SCHEDULE.epochs, SCHEDULE.epochs)
+    while plan := own.final(at):
+        changed(at, own, plan)
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
+    with torch.no_grad(), standing_in(net, own.answering(at, 0)):
+        masked = own.asked(at, task.test.inputs)
+    own.baked(at)
+    assert torch.equal(net.upto(task.test.inputs, 1), masked)
+
+
+@pytest.mark.parametrize("more", [{}, {"edges": True, "warm": 0.5}, {"edges": True, "partial": 2}])
 def test_killed_and_resumed_is_never_stopped(task, axes, more, tmp_path):
     straight, net = learner(**more), network()
     here, course = learn(net, axes, [task], straight, SCHEDULE)
@@ -248,3 +298,7 @@ def test_a_network_without_candidates_is_refused(task):
         Darts(settings=Settings(target=1e3)).begin(at)
     with pytest.raises(ValueError, match="none"):
         Darts(settings=Settings(target=1e3, shared=True)).begin(at)
+    with pytest.raises(ValueError, match="none"):
+        Darts(settings=Settings(target=1e3, partial=4)).begin(at)
+    with pytest.raises(ValueError, match="at least 1"):
+        Settings(partial=0)

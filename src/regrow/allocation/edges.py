@@ -80,11 +80,13 @@ class Edges:
         """
         logits = torch.cat([alpha, alpha.new_full((1,), -torch.inf)]).index_select(0, self.table.reshape(-1))
         found = logits.view_as(self.table).softmax(1)[self.edge, self.column]
-        if beta is None:
-            return found
+        return found if beta is None else found * self.between(beta).index_select(0, self.edge)
+
+    def between(self, beta: Tensor) -> Tensor:
+        """The weight of each edge among those into its node, ``[edges]``; ``beta`` as in :meth:`share`."""
         grown = (beta - beta.detach().max()).exp().index_select(0, self.beta)
         total = grown.new_zeros(len(self.node)).index_add(0, self.node, grown)
-        return found * (grown / total.index_select(0, self.node)).index_select(0, self.edge)
+        return grown / total.index_select(0, self.node)
 
 
 def chosen(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:

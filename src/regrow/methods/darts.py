@@ -11,10 +11,10 @@ operation alone. If that costs more than the target, every axis then loses the s
 stays as it is.
 
 With ``edges`` each edge has a weight of its own beside it, softmax over β of the edges into its node, which scales its
-operations and counts in the choice; with ``warm`` weights learn alone at first. These two are of PC-DARTS (Xu et al.,
-arXiv 1907.05737): ``edges=true``, ``warm=0.3`` and ``lr=2.9`` are its rates, **without partial channels**. There an
-operation runs on a quarter of its channels while it is searched, so what is searched has other weights than what is
-kept; here what a search leaves is a cut of what it searched, with its weights, and each cut is proved.
+operations and counts in the choice; with ``warm`` weights learn alone at first; with ``partial`` operations see and
+change one channel of so many while they are weighed, and the rest goes by. These three are PC-DARTS (Xu et al., arXiv
+1907.05737): ``partial=4``, ``edges=true``, ``warm=0.3`` and ``lr=2.9`` are its numbers. Channels are masked, not cut:
+what is searched has the memory and the time of the whole, and what is kept has weights that did not learn.
 
 Where we differ: every cell has an α of its own, unless ``shared``; there is no operation "none", only its logit;
 BatchNorms are affine; and the rate of α is a share of the steps, equal to the authors' at their 50 epochs.
@@ -26,9 +26,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from regrow.allocation.edges import Edges, chosen
 from regrow.allocation.gates import Masks
+from regrow.allocation.partial import partial_channels
 from regrow.candidates import candidates_in
 from regrow.data.augment import moved
 from regrow.learner import Along, Stand
@@ -40,8 +42,8 @@ from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples
 
 CITATION = (
-    "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order; edges and warm: "
-    "Xu et al., PC-DARTS (arXiv 1907.05737), without partial channels"
+    "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order; edges, warm, "
+    "partial: Xu et al., PC-DARTS (arXiv 1907.05737)"
 )
 
 
@@ -58,6 +60,7 @@ class Settings:
             PC-DARTS's 6e-4 for 50 epochs of 98 steps 2.9.
         edges: Whether edges have weights of their own, β.
         warm: The share of the epochs, at the start, in which α and β do not learn; PC-DARTS's 15 of 50 are 0.3.
+        partial: One channel of so many is worked on while operations are weighed; PC-DARTS's is 4. 1: all are.
         decay: Weight decay of α and β.
         clip: The network's gradients are clipped to this norm.
         augment: Whether pictures are moved and mirrored.
@@ -70,6 +73,7 @@ class Settings:
     lr: float = 5.9
     edges: bool = False
     warm: float = 0.0
+    partial: int = 1
     decay: float = 1e-3
     clip: float = 5.0
     augment: bool = True
@@ -77,6 +81,10 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.warm < 1:
             raise ValueError(f"warm is a share of the epochs, from 0 to below 1; got {self.warm:g}")
+        if self.partial < 1:
+            raise ValueError(
+                f"partial is a number of channels, at least 1, of which one is worked on; got {self.partial}"
+            )
         Measure(self.measure)
 
 
@@ -96,6 +104,10 @@ class Darts(Searcher):
     """What α learns from."""
     batches: list[Tensor] = field(default_factory=list, repr=False)
     """Which of them come together, the next ones first."""
+    beside: list[RemovableHandle] = field(default_factory=list, repr=False)
+    """What lets channels go by operations."""
+    between: list[Tensor] = field(default_factory=list, repr=False)
+    """The weights of the edges into each node, as they are in this pass."""
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -130,12 +142,14 @@ class Darts(Searcher):
         """Where operations and filters lie now.
 
         Raises:
-            ValueError: If there is nothing to choose from, or α is to be shared in a network that has no cells.
+            ValueError: If there is nothing to choose from, or cells are needed and there are none.
         """
-        if self.settings.shared and not isinstance(at.model, Cells):
-            raise ValueError("shared is for networks of cells; this is none")
+        if (self.settings.shared or self.settings.partial > 1) and not isinstance(at.model, Cells):
+            raise ValueError("shared and partial are for networks of cells; this is none")
         names = at.model.alike() if self.settings.shared and isinstance(at.model, Cells) else {}
         self.edges = self.edges or Edges.of(at.model, names)
+        if self.settings.partial > 1 and not self.values["discrete"] and not self.beside:
+            self.beside = partial_channels(at.model, self.settings.partial, lambda: self.between)
         super().settle(at)
 
     def share(self) -> Tensor:
@@ -149,6 +163,10 @@ class Darts(Searcher):
         assert self.gates is not None
         sums = candidates_in(at.model)
         share = self.share() * self.gates.alive
+        assert self.edges is not None
+        beta = self.tensors["beta"].values if self.settings.edges else None
+        edges = share.new_ones(len(self.edges.node)) if beta is None else self.edges.between(beta)
+        self.between = [edges[self.edges.node == node] for node in range(len(sums))]
         parts = share.split([*map(len, sums.values())])
         return {f"{path}.scale".lstrip("."): part for path, part in zip(sums, parts, strict=True)}
 
@@ -237,6 +255,8 @@ class Darts(Searcher):
             self.settle(at)
         if not self.values["discrete"]:
             self.values["discrete"] = True
+            for handle in self.beside:
+                handle.remove()
             plan = self.commit(at)
             self.values["left"] = self.size()
             if plan:

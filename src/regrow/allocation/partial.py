@@ -1,0 +1,68 @@
+"""Channels that go by operations while these are weighed: they see and change a part of them alone.
+
+Xu et al.: PC-DARTS, Partial Channel Connections for Memory-Efficient Architecture Search (arXiv 1907.05737), section
+3.2.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from regrow.candidates import Candidates, candidates_in
+
+
+def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Tensor]]) -> list[RemovableHandle]:
+    """From now on each node gives  shuffle([operations on the first C / many channels ; Σ w_e · the rest of edge e]).
+
+    An operation on the first channels is the whole one of which no convolution sees another channel: the same numbers
+    as those of a narrower one, in the memory and time of the whole. The rest is max-pooled where the node halves it.
+
+    Args:
+        model: A network whose operations lead from C channels to C.
+        many: One channel of so many is worked on; 4 in the paper.
+        weights: w of the edges into each node, node by node, ``[edges]`` each; asked for in every pass.
+
+    Returns:
+        What takes it back: ``remove`` each.
+
+    Raises:
+        ValueError: If a node has fewer channels than that.
+
+    >>> net = nn.Sequential(Candidates({"mixed": nn.Conv2d(2, 2, 1, bias=False)}))
+    >>> _ = nn.init.constant_(net[0].ops["mixed"].weight, 5.0)
+    >>> handles = partial_channels(net, 2, lambda: [torch.ones(1)])
+    >>> net(torch.tensor([1.0, 3.0]).view(1, 2, 1, 1)).flatten().tolist()
+    [5.0, 3.0]
+    """
+    handles = []
+    for number, path in enumerate(candidates_in(model)):
+        node = model.get_submodule(path)
+        assert isinstance(node, Candidates)
+        for module in node.modules():
+            if isinstance(module, nn.Conv2d):
+                if many > module.out_channels:
+                    raise ValueError(
+                        f"one channel of {many}: {path} has {module.out_channels}; take fewer, or more width"
+                    )
+                handles.append(module.register_forward_pre_hook(lambda _, given: (_first(given[0], many),)))
+
+        def beside(node: Any, given: tuple[Tensor, ...], total: Tensor, number: int = number) -> Tensor:
+            found = _first(total, many)
+            for source, weight in zip(dict.fromkeys(node.sources), weights()[number], strict=True):
+                rest = given[source]
+                if rest.shape[2:] != total.shape[2:]:
+                    rest = F.max_pool2d(rest, 2, ceil_mode=True)
+                found = found + weight * (rest - _first(rest, many))
+            return F.channel_shuffle(found, many)
+
+        handles.append(node.register_forward_hook(beside))
+    return handles
+
+
+def _first(x: Tensor, many: int) -> Tensor:
+    """The first of so many parts of the channels, 0 in the place of the others."""
+    return x * (torch.arange(x.shape[1], device=x.device) < x.shape[1] // many).to(x.dtype)[:, None, None]
