@@ -12,14 +12,13 @@ against all topologies of at most as many parameters: the share of them that are
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from bench201_table import Table, table_of, topology
+from rows import add, head, line, rows, spread
 
 from regrow.runs.searching import Settings, run
 
@@ -42,11 +41,6 @@ def measured(arm: str, target: float, seed: int, table: Table, args: argparse.Na
     return {**table.look(topology(str(folder.path)), args.draws), "seconds": seconds}
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """What is there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def shown(path: Path) -> Iterator[str]:
     """A table per setting and target, in Markdown."""
     for setting, target in dict.fromkeys((row["setting"], row["target"]) for row in rows(path)):
@@ -54,15 +48,11 @@ def shown(path: Path) -> Iterator[str]:
         draws = next(name for name in own[0] if name.startswith("random, best"))
         names = (*COLUMNS[:3], draws, *COLUMNS[3:], "seconds")
         yield f"\n{setting}, target {target:g} of the space\n"
-        yield f"| | seeds | {' | '.join(names)} |\n|{'---|' * (len(names) + 2)}"
+        yield head(["", "seeds", *names])
         for arm in ARMS:
             if done := [row for row in own if row["arm"] == arm]:
                 each = [[float(row[name]) for row in done] for name in names]
-                yield f"| {arm} | {len(done)} | {' | '.join(map(_spread, each))} |"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{fmean(values):,.2f}" + (f" ± {stdev(values):,.2f}" if len(values) > 1 else "")
+                yield line([arm, str(len(done)), *(spread(one, 1) for one in each)])
 
 
 def main() -> None:
@@ -96,8 +86,7 @@ def main() -> None:
                 if args.match not in arm or any(told.items() <= row.items() for row in rows(args.out)):
                     continue
                 row = told | measured(arm, target, seed, table, args) | {"date": str(date.today())}
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add(args.out, row)
                 print(f"{target:g}, seed {seed}, {arm}: {row['accuracy']}, percentile {row['percentile']}", flush=True)
 
 

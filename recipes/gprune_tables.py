@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import add, rows
 
 from regrow import apply, trace
 from regrow.axes import Axis, AxisGraph
@@ -351,12 +352,12 @@ def run(args: argparse.Namespace) -> None:
     if args.match:
         wanted = [point for point in wanted if any(part in point.arm for part in args.match)]
     wanted = [p for p in wanted if p.keep in (1.0, *args.keep) and p.fold in args.fold]
-    rows = [row for row in _rows(out) if row["model"] == args.model]
-    done, known = {row["key"] for row in rows}, {Point.of(row).work: row for row in rows}
+    there = [row for row in rows(out) if row["model"] == args.model]
+    done, known = {row["key"] for row in there}, {Point.of(row).work: row for row in there}
     todo = []
     for point in wanted:
         if point.key not in done and point.work in known:
-            _add(out, {**known[point.work], **vars(point), "key": point.key})
+            add(out, {**known[point.work], **vars(point), "key": point.key})
         elif point.key not in done:
             todo.append(point)
     bench = Bench(args, todo)
@@ -364,18 +365,13 @@ def run(args: argparse.Namespace) -> None:
         start = time.perf_counter()
         row = {"model": args.model, "key": point.key, **vars(point), **bench.run(point)}
         row |= {"windows": args.windows, "eval_windows": args.eval_windows, "dtype": args.dtype}
-        _add(out, row)
+        add(out, row)
         took = time.perf_counter() - start
         print(
             f"{number}/{len(todo)} {point.arm} keep {point.keep} fold {point.fold} draw {point.draw}: "
             f"{_told(row)}, {took:.0f} s",
             flush=True,
         )
-
-
-def _add(out: Path, row: dict[str, Any]) -> None:
-    with out.open("a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def _told(row: dict[str, Any]) -> str:
@@ -393,7 +389,7 @@ def observe(args: argparse.Namespace) -> None:
     sources = [s for fold in (0, 1) for s in bench.sources(fold, 0)]
     found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
     weights, units = weights_of(bench.model), bench.axes.units()
-    rows = {}
+    found_by = {}
     for name in ("wifv", "wanda_sp"):
         score = lambda s: METRICS[name][0](weights, bench.axes, s, units=units, pool="standardised")  # noqa: B023, E731
         by = {
@@ -401,16 +397,12 @@ def observe(args: argparse.Namespace) -> None:
         }
         for scale in ("raw", "probit"):
             among = spaces(units)
-            rows[f"{name} {scale}"] = spectrum(ranks(by, among, scale), among)
+            found_by[f"{name} {scale}"] = spectrum(ranks(by, among, scale), among)
     out = Path(args.out).with_name(OBSERVATION)
     out.write_text(
-        json.dumps({"windows": args.windows, "shards": SHARDS, "kinds": list(found), "rows": rows}, indent=1)
+        json.dumps({"windows": args.windows, "shards": SHARDS, "kinds": list(found), "rows": found_by}, indent=1)
     )
     print(f"written to {out}")
-
-
-def _rows(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
 
 
 def main() -> None:

@@ -14,15 +14,14 @@ The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: 
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import ttest_rel
+from rows import add, difference, head, line, rows, spread
 
 from regrow.runs.searching import Settings, run
 
@@ -81,22 +80,17 @@ def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> di
     }
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """What is there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def shown(path: Path) -> Iterator[str]:
     """The table in Markdown, a block per space, size of the data and target."""
     kinds = dict.fromkeys((row["setting"], row["target"]) for row in rows(path))
     for setting, target in kinds:
         own = [row for row in rows(path) if (row["setting"], row["target"]) == (setting, target)]
         whole = {row["seed"]: row["accuracy"] for row in own if row["arm"] == MGAS.name}
-        head = ("", "test accuracy, %", "difference, paired", "as the search left it", "parameters, not 0", "stored")
-        head += ("left out: operations, filters, weights", "s")
+        names = ("", "test accuracy, %", "difference, paired", "as the search left it", "parameters, not 0", "stored")
+        names += ("left out: operations, filters, weights", "s")
         seeds = ", ".join(map(str, sorted({row["seed"] for row in own})))
         yield f"\n{setting}, target {target:g} of the space, seeds {seeds}\n"
-        yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        yield head(names)
         for arm in ARMS:
             done = [row for row in own if row["arm"] == arm.name]
             if done:
@@ -104,26 +98,14 @@ def shown(path: Path) -> Iterator[str]:
                 saved = [f"{fmean(row['saved'][level] for row in done):,.0f}" for level in done[0]["saved"]]
                 cells = [
                     arm.name,
-                    _spread([row["accuracy"] for row in done]),
-                    _difference(both) if arm is not MGAS else "",
-                    _spread([row["found"] for row in done]),
+                    spread([row["accuracy"] for row in done]),
+                    difference(both) if arm is not MGAS else "",
+                    spread([row["found"] for row in done]),
                     *(f"{fmean(row[name] for row in done):,.0f}" for name in ("nonzero", "parameters")),
                     ", ".join(saved),
                     f"{fmean(row['seconds'] for row in done):.0f}",
                 ]
-                yield f"| {' | '.join(cells)} |"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{100 * fmean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def _difference(both: list[tuple[float, float]]) -> str:
-    """How far the arm is from MGAS, and how surely, by a paired t-test."""
-    gaps = [a - b for a, b in both]
-    if len(gaps) < 2:
-        return f"{100 * gaps[0]:+.2f}" if gaps else ""
-    return f"{100 * fmean(gaps):+.2f} (p = {float(ttest_rel(*zip(*both, strict=True)).pvalue):.3f})"
+                yield line(cells)
 
 
 def main() -> None:
@@ -156,8 +138,7 @@ def main() -> None:
                 if there or args.match not in arm.name:
                     continue
                 row = told | measured(arm, target, seed, args) | {"date": str(date.today())}
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add(args.out, row)
                 print(f"{setting}, {target:g}, seed {seed}, {arm.name}: {row['accuracy']:.4f}", flush=True)
 
 

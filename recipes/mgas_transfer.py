@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import onnxruntime
 import torch
+from rows import add, head, line, rows, spread
 from torch import nn
 
 import regrow
@@ -73,22 +74,15 @@ def as_file(folder: RunFolder, pictures: torch.Tensor) -> float:
         return float((torch.from_numpy(answer) - net.eval()(pictures)).abs().max())
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """What is there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def shown(path: Path) -> Iterator[str]:
     """The table in Markdown."""
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows(path)})))
     yield f"Fashion-MNIST, searched on CIFAR-10, seeds {seeds}\n"
-    yield "| | accuracy, % | parameters, not 0 | ONNX: largest difference of a logit |\n|---|---|---|---|"
+    yield head(["", "accuracy, %", "parameters, not 0", "ONNX: largest difference of a logit"])
     for arm in ARMS:
         if own := [row for row in rows(path) if row["arm"] == arm]:
-            values = [100 * row["accuracy"] for row in own]
-            spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
             many, most = fmean(row["nonzero"] for row in own), max(row["onnx"] for row in own)
-            yield f"| {arm} | {fmean(values):.2f}{spread} | {many:,.0f} | {most:.1e} |"
+            yield line([arm, spread([row["accuracy"] for row in own]), f"{many:,.0f}", f"{most:.1e}"])
 
 
 def main() -> None:
@@ -116,8 +110,7 @@ def main() -> None:
             continue
         row = told | again(done, args.fashion, args.work.parent / f"transfer-{folder.name}")
         row |= {"onnx": as_file(done, pictures), "date": str(date.today())}
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(args.out, row)
         print(json.dumps(row), flush=True)
 
 

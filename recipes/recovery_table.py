@@ -12,7 +12,6 @@ won = (nll pruned − nll recovered) / (nll pruned − nll dense), with mean nll
 """
 
 import argparse
-import json
 import math
 import os
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import add, rows
 
 from regrow.cli.options import settings as pairs
 from regrow.cli.screen import working
@@ -88,9 +88,8 @@ def run(args: argparse.Namespace) -> None:
         if not (base / "run.json").is_file() or not RunFolder.open(base).run().get("finished"):
             prune(pruning(args), base, progress)
         for arm in args.arms:
-            rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
             key = {key: getattr(args, key) for key in KEYS if key != "arm"} | {"arm": arm}
-            if any(all(row[part] == value for part, value in key.items()) for row in rows):
+            if any(all(row[part] == value for part, value in key.items()) for row in rows(out)):
                 continue
             by, _, given = arm.partition(":")
             place = (
@@ -102,8 +101,7 @@ def run(args: argparse.Namespace) -> None:
                     base, place, by=by, tokens=args.tokens, settings=settings, seed=args.seed, progress=progress
                 )
             row = row_of(args, arm, RunFolder.open(place))
-            with out.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            add(out, row)
             print(f"{arm}: won {row['won_seen']:.3f} seen, {row['won_unseen']:.3f} unseen", flush=True)
 
 
@@ -113,7 +111,7 @@ def table(args: argparse.Namespace) -> None:
     print(f"| keep | tokens | recovery | {' | '.join(kinds)} | won, seen | won, unseen | seconds |")
     print("|---|---|---|" + "---|" * (len(kinds) + 3))
     shown = set()
-    for row in (json.loads(line) for line in Path(args.out).read_text().splitlines()):
+    for row in rows(Path(args.out)):
         base = (row["keep"], row["compensate"], row["prune_tokens"], row["eval_tokens"])
         for side in SIDES if base not in shown else SIDES[2:]:
             cells = " | ".join(f"{math.exp(min(row['nll'][kind][side], 50)):.4g}" for kind in kinds)

@@ -15,7 +15,6 @@ and ``--draws`` set the size.
 import argparse
 import copy
 import itertools
-import json
 import math
 import statistics
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import add, rows
 
 from regrow import apply, trace
 from regrow.data import Half, corpora, text, windows
@@ -74,8 +74,8 @@ def run(args: argparse.Namespace) -> None:
     """Fill in the points that are missing."""
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    done = {key_of(row) for row in rows if row["method"] != "dense"}
+    there = rows(out)
+    done = {key_of(row) for row in there if row["method"] != "dense"}
     # Half precision is faster only where the processor computes in it. Calibration is always in float32.
     loaded = load("smollm2-135m", dtype=getattr(torch, args.dtype))
     wide = load("smollm2-135m").model if args.draws else None
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
         for t in texts.values()
     ]
     write = _writer(out, args)
-    if not any(row["method"] == "dense" and row.get("dtype", "bfloat16") == args.dtype for row in rows):
+    if not any(row["method"] == "dense" and row.get("dtype", "bfloat16") == args.dtype for row in there):
         dense = {"method": "dense", "keep": 1.0, "only": "", "compensate": False, "draw": 0}
         write(dense, evaluate(loaded.model, tests))
     evidence: dict[int, Evidence] = {}
@@ -120,18 +120,15 @@ def _writer(out: Path, args: argparse.Namespace) -> Any:
     def write(point: dict[str, Any], nll: dict[str, float]) -> None:
         row = {**point, "nll": nll, "windows": args.windows, "eval_windows": args.eval_windows, "seq_len": 256}
         row["dtype"] = args.dtype
-        with out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        add(out, row)
 
     return write
 
 
 def table(args: argparse.Namespace) -> None:
     """Print mean ± sd over draws of the geometric mean perplexity, seen and unseen kinds apart."""
-    rows = [json.loads(line) for line in Path(args.out).read_text().splitlines()]
-    rows.sort(key=key_of)
     cells: dict[tuple, list[tuple[float, float, float]]] = {}
-    for row in rows:
+    for row in sorted(rows(Path(args.out)), key=key_of):
         if row["method"] == "dense" and row.get("dtype") != "float32":
             continue  # the same model, evaluated in half precision
         logs = row["nll"]

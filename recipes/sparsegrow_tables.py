@@ -21,17 +21,16 @@ resolution (scikit-learn's, 1,347 to learn from), and MNIST over photographs, |p
 """
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import date
 from itertools import count
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
-from scipy.stats import ttest_rel
+from rows import add, difference, head, line, rows, spread
 from torch import nn
 
 from regrow.data.streams import alike, digits_task, fewer, idx, permuted, pictures, rotated, split
@@ -42,6 +41,7 @@ from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 
 OUT = Path(__file__).parent / "results" / "sparsegrow.jsonl"
+HEAD = ("", "final average accuracy, %", "difference, paired", "forgetting", "learning accuracy", "parameters", "s")
 WIDTH = 100
 CHANNELS = 8
 
@@ -150,7 +150,10 @@ CONVS = (
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
 CHOSEN = (
-    *(Arm(f"SparseGrow {s:g}", "sparsegrow", {"multiple": 1, "strength": s}) for s in (2.0, 5.0, 20.0, 80.0)),
+    *(
+        Arm(f"SparseGrow {s:g}", "sparsegrow", {"multiple": 1, "strength": s})
+        for s in (2.0, 5.0, 20.0, 80.0, 320.0, 1280.0)
+    ),
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0)),
     *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0)),
     *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
@@ -239,11 +242,6 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
-    """What is there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def run(table: str, args: argparse.Namespace) -> None:
     """Everything of a table that is not there yet, seed by seed."""
     streams, arms = TABLES[table]
@@ -258,20 +256,18 @@ def run(table: str, args: argparse.Namespace) -> None:
                 size = there.get(arm.like, {}).get("parameters", 0)
                 found = measured(arm, tasks, spec, seed, size)
                 row = {"stream": spec, "arm": arm.name, "seed": seed, **found, "date": str(date.today())}
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                add(args.out, row)
                 print(f"{spec} seed {seed} {arm.name}: {found.get('accuracy', found)}", flush=True)
 
 
 def shown(table: str, path: Path, against: str = OWN.name) -> Iterator[str]:
     """The table in Markdown, a block per stream; differences are to the arm of that name."""
     streams, arms = TABLES[table]
-    head = ("", "final average accuracy, %", "difference, paired", "forgetting", "learning accuracy", "parameters", "s")
     for spec in streams:
         own = [row for row in rows(path) if row["stream"] == spec]
         whole = {row["seed"]: row for row in own if row["arm"] == against and "accuracy" in row}
         yield f"\n{spec}, seeds {', '.join(map(str, sorted({row['seed'] for row in own})))}\n"
-        yield f"| {' | '.join(head)} |\n|{'---|' * len(head)}"
+        yield head(HEAD)
         for arm in arms:
             done = sorted((row for row in own if row["arm"] == arm.name), key=lambda row: row["seed"])
             fine = [row for row in done if "accuracy" in row]
@@ -282,27 +278,14 @@ def shown(table: str, path: Path, against: str = OWN.name) -> Iterator[str]:
             both = [(row["accuracy"], whole[row["seed"]]["accuracy"]) for row in fine if row["seed"] in whole]
             cells = [
                 arm.name,
-                _spread([row["accuracy"] for row in fine]),
-                _difference(both) if arm.name != against else "",
-                _spread([row["forgetting"] for row in fine]),
-                _spread([row["learning"] for row in fine]),
+                spread([row["accuracy"] for row in fine]),
+                difference(both) if arm.name != against else "",
+                spread([row["forgetting"] for row in fine]),
+                spread([row["learning"] for row in fine]),
                 f"{fmean(row['parameters'] for row in fine):,.0f}",
                 f"{fmean(row['seconds'] for row in fine):.0f}",
             ]
-            yield f"| {' | '.join(cells)} |"
-
-
-def _spread(values: list[float]) -> str:
-    return f"{100 * fmean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
-
-
-def _difference(both: list[tuple[float, float]]) -> str:
-    """How far the arm is from the other, and how surely, by a paired t-test."""
-    gaps = [a - b for a, b in both]
-    if len(gaps) < 2:
-        return f"{100 * gaps[0]:+.2f}" if gaps else ""
-    chance = float(ttest_rel(*zip(*both, strict=True)).pvalue)
-    return f"{100 * fmean(gaps):+.2f} (p {'<' if chance < 0.001 else '='} {max(chance, 0.001):.3f})"
+            yield line(cells)
 
 
 def main() -> None:

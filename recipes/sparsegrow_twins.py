@@ -12,14 +12,14 @@ show, since most of these births change no answer at first.
 import argparse
 import contextlib
 import copy
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
+from rows import add, head, line, rows, spread
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
@@ -165,14 +165,14 @@ def twins(tasks: list[Task], at: int, seed: int) -> list[dict[str, Any]]:
         else:
             own, axes, mine, course = reshaped(twin, own, first, course, tasks)
         _, course = learn(own, axes, tasks, mine, schedule, course=course)
-        rows = course.rows
+        matrix = course.rows
         found.append(
             {
                 "twin": twin,
-                "old_then": fmean(rows[at][:at]),
-                "old_later": fmean(rows[at + 1][:at]),
-                "task": rows[at][at],
-                "next": rows[at + 1][at + 1],
+                "old_then": fmean(matrix[at][:at]),
+                "old_later": fmean(matrix[at + 1][:at]),
+                "task": matrix[at][at],
+                "next": matrix[at + 1][at + 1],
                 "parameters": sum(p.numel() for p in own.parameters()),
             }
         )
@@ -189,9 +189,9 @@ def main() -> None:
     parser.add_argument("--show", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    there = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    there = rows(args.out)
     if args.show:
-        print(shown(there))
+        print("\n".join(shown(there)))
         return
     if args.fashion is None:
         parser.error("--fashion FOLDER: where MNIST's four files of Fashion-MNIST are")
@@ -201,35 +201,24 @@ def main() -> None:
                 continue
             base = fewer(idx(args.fashion, "fashion"), 5000, 2000, seed)
             tasks = permuted(base, 10, seed) if kind == "permuted" else rotated(base, 10)
-            with args.out.open("a") as file:
-                for row in twins(tasks, args.at, seed):
-                    row = {"stream": kind, "seed": seed, "at": args.at, **row, "date": str(date.today())}
-                    file.write(json.dumps(row) + "\n")
-                    print(row, flush=True)
+            for row in twins(tasks, args.at, seed):
+                add(args.out, {"stream": kind, "seed": seed, "at": args.at, **row, "date": str(date.today())})
+                print(row, flush=True)
 
 
-def shown(rows: list[dict[str, Any]]) -> str:
+def shown(there: list[dict[str, Any]]) -> Iterator[str]:
     """The tables in Markdown: points of accuracy on the tasks before, that the twin which did not grow has more."""
-    lines = []
     for kind in ("permuted", "rotated"):
-        own = [row for row in rows if row["stream"] == kind]
+        own = [row for row in there if row["stream"] == kind]
         rest = {row["seed"]: row for row in own if row["twin"] == "not grown"}
-        lines += [
-            f"\n{kind}, {len(rest)} seeds\n",
-            "| twin | forgotten through growth, end of the task | of the next |",
-        ]
-        lines[-1] += " the task itself | the next one | parameters |"
-        lines.append("|---|---|---|---|---|---|")
+        yield f"\n{kind}, {len(rest)} seeds\n"
+        names = ("twin", "forgotten through growth, end of the task", "of the next", "the task itself", "the next one")
+        yield head([*names, "parameters"])
         for twin in dict.fromkeys(row["twin"] for row in own):
             mine = [row for row in own if row["twin"] == twin]
-            gaps = {key: [rest[row["seed"]][key] - row[key] for row in mine] for key in ("old_then", "old_later")}
-            cells = [twin, *(map(_spread, gaps.values())), *(_spread([r[k] for r in mine]) for k in ("task", "next"))]
-            lines.append(f"| {' | '.join(cells)} | {fmean(r['parameters'] for r in mine):,.0f} |")
-    return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{100 * fmean(values):.2f}" + (f" ± {100 * stdev(values):.2f}" if len(values) > 1 else "")
+            gaps = [[rest[row["seed"]][key] - row[key] for row in mine] for key in ("old_then", "old_later")]
+            learned = [[row[key] for row in mine] for key in ("task", "next")]
+            yield line([twin, *map(spread, gaps + learned), f"{fmean(row['parameters'] for row in mine):,.0f}"])
 
 
 if __name__ == "__main__":
