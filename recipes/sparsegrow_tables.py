@@ -55,12 +55,14 @@ class Arm:
         method: A learner's name.
         settings: Its settings.
         like: Another arm, whose final number of parameters the network has from the start.
+        lr: Learning rate.
     """
 
     name: str
     method: str
     settings: dict[str, Any] = field(default_factory=dict)
     like: str = ""
+    lr: float = 0.01
 
 
 OWN = Arm("SparseGrow", "sparsegrow")
@@ -102,6 +104,8 @@ ABLATIONS = (
     Arm("gate at every step", "sparsegrow", {"every": 1}),
     Arm("gate every 16 steps", "sparsegrow", {"every": 16}),
     Arm("grown where short (0.7)", "sparsegrow", {"grow": "short", "short": 0.7}),
+    Arm("half the rate", "sparsegrow", lr=0.005),
+    Arm("twice the rate", "sparsegrow", lr=0.02),
 )
 TUNED = (
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (5.0, 10.0, 20.0, 30.0)),
@@ -154,9 +158,9 @@ CHOSEN = (
         Arm(f"SparseGrow {s:g}", "sparsegrow", {"multiple": 1, "strength": s})
         for s in (2.0, 5.0, 20.0, 80.0, 320.0, 1280.0)
     ),
-    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0)),
-    *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0)),
-    *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
+    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
+    *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0, 10.0)),
+    *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0)),
     Arm("naive", "naive"),
 )
 SIX = tuple(arm for arm in (*BASELINES, *CONTROLS) if arm.name in ("naive", "EWC", "SI", "LwF") or arm == CONTROLS[1])
@@ -224,7 +228,7 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = LEARNERS[arm.method].made(arm.method, arm.settings)
     try:
-        axes, course = learn(model, axes, tasks, learner, Schedule(scenario=scenario, seed=seed))
+        axes, course = learn(model, axes, tasks, learner, Schedule(scenario=scenario, seed=seed, lr=arm.lr))
     except ValueError as error:
         return {"failed": str(error)[:200]}
     matrix = course.matrix
