@@ -46,7 +46,7 @@ def shown(path: Path) -> Iterator[str]:
     for setting, target in dict.fromkeys((row["setting"], row["target"]) for row in rows(path)):
         own = [row for row in rows(path) if (row["setting"], row["target"]) == (setting, target)]
         draws = next(name for name in own[0] if name.startswith("random, best"))
-        names = (*COLUMNS[:3], draws, *COLUMNS[3:], "seconds")
+        names = (*COLUMNS[:3], "random, one draw", draws, *COLUMNS[3:], "seconds")
         yield f"\n{setting}, target {target:g} of the space\n"
         yield head(["", "seeds", *names])
         for arm in ARMS:
