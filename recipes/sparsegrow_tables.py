@@ -155,6 +155,8 @@ CONVS = (
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
     Arm("SparseGrow, strength 20 as for the MLP", "sparsegrow", {"multiple": 1}),
     Arm("EWC, strength 10 as for the MLP", "ewc", {"strength": 10.0}),
+    *(Arm(f"EWC, strength {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0)),
+    *(Arm(f"SI, strength {s:g}", "si", {"strength": s}) for s in (1.0, 3.0)),
 )
 CHOSEN = (
     *(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.axes import AxisGraph, Dim, axes_in
 from regrow.plan import Plan
@@ -198,6 +199,13 @@ class Learner:
     def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
         """What stands in for parameters when task ``number`` is evaluated: methods that are told the task use it."""
         return {}
+
+
+def norms_stay(model: nn.Module) -> None:
+    """BatchNorms answer by the running statistics that they have, and keep them, until the network trains again."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.eval()
 
 
 def along(at: Stand, name: str, values: Tensor | None = None) -> Along:

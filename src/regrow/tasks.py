@@ -30,9 +30,9 @@ class Examples:
         return len(self.labels)
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
-        """All examples once, ``size`` at a time; in a drawn order if there is a seed. A rest of one joins no batch.
+        """All examples once, ``size`` at a time; in a drawn order if there is a seed, and then no rest of one.
 
-        A single example is left out because a BatchNorm cannot train on it.
+        A BatchNorm cannot train on a single example; where batches are of one anyway, none is left out.
 
         >>> found = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
         >>> [len(batch) for batch in found]
@@ -41,7 +41,7 @@ class Examples:
         n = len(self)
         order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
         for part in order.split(size):
-            if len(part) > 1 or n == 1 or seed is None:
+            if len(part) > 1 or size == 1 or n == 1 or seed is None:
                 yield Examples(self.inputs[part], self.labels[part])
 
 

@@ -191,12 +191,15 @@ def test_two_edges_into_a_node_stay_with_their_best_operation(run):
 def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run):
     at, own = ended(run, 1e4)
     whole_size, widths = size(at), {key: axis.size for key, axis in at.axes.axes.items()}
-    assert own.account(at) == {"discretised": whole_size, "below": True} and own.values["saved"]["filters"] == 0
+    assert (
+        own.account(at).items() >= {"discretised": whole_size, "below": True, "asked": 1e4}.items()
+        and own.values["saved"]["filters"] == 0
+    )
     assert all(axis.size == axis.born for axis in at.axes.axes.values())
     for share in (0.9, 0.7):
         at, own = ended(run, share * whole_size)
         assert 0.85 * share * whole_size < size(at) <= share * whole_size
-        assert own.account(at) == {"discretised": whole_size, "below": False}
+        assert own.account(at).items() >= {"discretised": whole_size, "below": False}.items()
         lost = {widths[axis.key] - axis.size for axis in at.axes.units() if axis.size < 6}
         assert lost <= {0, 1, 2} and len(lost) <= 2
     with pytest.raises(ValueError, match="cannot be reached"):
@@ -238,7 +241,7 @@ def test_partial_channels_are_narrower_operations_beside_what_goes_by():
         assert torch.allclose(found, F.channel_shuffle(torch.cat([total, rest], 1), 4), atol=1e-6)
         plain = [handle.remove() for handle in handles] and node(*given)
         assert not torch.allclose(found, plain, atol=0.1)
-    with pytest.raises(ValueError, match="one channel of 16"):
+    with pytest.raises(ValueError, match="take a divisor"):
         partial_channels(net, 16, list)
 
 

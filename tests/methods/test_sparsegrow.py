@@ -56,12 +56,19 @@ def test_a_network_with_group_norms_grows_by_whole_groups(tasks: list[Task]) -> 
     assert model[3].bn1.num_groups == 5 and model[3].conv1.out_channels == 10
 
 
+class Still(Learner):
+    """No parameter moves after the first task; running statistics go on."""
+
+    def gate(self, at: Stand) -> None:
+        for parameter in at.parameters().values() if at.number else ():
+            parameter.grad = None
+
+
 @pytest.mark.parametrize("spec", ["resnet:8-2", "resnet-gn:8-2"])
 def test_without_running_statistics_frozen_answers_stay(tasks: list[Task], spec: str) -> None:
     """When nothing learns any more, a BatchNorm still forgets through its statistics; a GroupNorm has none."""
     model, axes = begun(tasks, spec)
-    learner = LEARNERS["naive"].made("naive", {"keep": "network"})
-    course, said = None, []
+    learner, course, said = Still(), None, []
     for n in (1, 2):
         course = course and replace(course, before=(0.1, 0.1))
         axes, course = learn(model, axes, tasks[:n], learner, replace(SCHEDULE, epochs=1), course=course)
@@ -184,6 +191,31 @@ def test_classes_to_come_stay_free() -> None:
     _, _, learner, _ = learned(parts[:2], Settings(grow="never"), scenario="class", epochs=2)
     owned = learner.tensors["owned 5.weight"].values
     assert bool(owned[:4].any()) and not bool(owned[4:].any())
+
+
+def test_outputs_of_classes_to_come_stay_free_when_it_grows() -> None:
+    """Newborn hidden units count as used; rows of classes that nobody has learned do not."""
+    parts = split(digits_task(), 5)
+    _, _, learner, _ = learned(parts[:2], Settings(grow="always"), scenario="class", epochs=2)
+    head, hidden = (learner.tensors[f"used {name}.weight"].values.diagonal() for name in ("5", "1"))
+    assert bool((head[:4] > 0).all()) and not bool(head[4:].any()) and bool((hidden > 0).all())
+
+
+def test_newborn_units_press_no_threshold_of_a_whole_layer(tasks: list[Task]) -> None:
+    """The penalty alone moves it, and it is pressed as hard after growth as without."""
+
+    class Watched(SparseGrow):
+        def end(self, at: Stand) -> None:
+            pressed.append(
+                [float(one.values.detach()) for name, one in self.tensors.items() if name.startswith("threshold")]
+            )
+            super().end(at)
+
+    pressed: list[list[float]] = []
+    for grow in ("always", "never"):
+        model, axes = begun(tasks)
+        learn(model, axes, tasks[:1], Watched(settings=Settings(grow=grow, threshold="adaptcl")), SCHEDULE)
+    assert pressed[0] == pressed[1] and min(pressed[0]) > 0
 
 
 @pytest.mark.parametrize("gate", ["hard", "block", "soft", "none"])

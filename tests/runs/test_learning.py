@@ -108,6 +108,27 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     assert model[1].out_features > 16
 
 
+def test_classes_that_come_later_need_outputs(tmp_path: Path) -> None:
+    """Refused before anything is written; with outputs from the start they are learned."""
+    few = replace(SETTINGS, tasks=("split:digits:5",), epochs=1, method="naive", method_settings={})
+    run(few, tmp_path / "few")
+    told = (tmp_path / "few" / "run.json").read_bytes()
+    with pytest.raises(ValueError, match="outputs for 2: begin a run with --classes 10"):
+        extend(tmp_path / "few", ("digits",))
+    assert (tmp_path / "few" / "run.json").read_bytes() == told
+    run(replace(few, classes=10), tmp_path / "many")
+    matrix = [row for row in extend(tmp_path / "many", ("digits",)).metrics() if row["what"] == "matrix"][-1]
+    assert len(matrix["matrix"]) == 6 and regrow.load(tmp_path / "many")[-1].out_features == 10
+
+
+def test_batches_of_one_are_learned_from(tmp_path: Path) -> None:
+    folder = run(
+        replace(SETTINGS, tasks=("digits",), train=60, epochs=4, batch_size=1, method="naive", method_settings={}),
+        tmp_path / "run",
+    )
+    assert [row for row in folder.metrics() if row["what"] == "matrix"][-1]["learning"] > 0.2
+
+
 def test_a_later_set_of_pictures_takes_the_form_of_the_first(tmp_path: Path) -> None:
     """A network takes one size: what comes later, even months later, is brought to it."""
     for half in ("train", "test"):

@@ -30,7 +30,7 @@ def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Ten
         What takes it back: ``remove`` each.
 
     Raises:
-        ValueError: If a node has fewer channels than that.
+        ValueError: If the channels of a node are no multiple of that.
 
     >>> net = nn.Sequential(Candidates({"mixed": nn.Conv2d(2, 2, 1, bias=False)}))
     >>> _ = nn.init.constant_(net[0].ops["mixed"].weight, 5.0)
@@ -44,9 +44,9 @@ def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Ten
         assert isinstance(node, Candidates)
         for module in node.modules():
             if isinstance(module, nn.Conv2d):
-                if many > module.out_channels:
+                if module.out_channels % many:
                     raise ValueError(
-                        f"one channel of {many}: {path} has {module.out_channels}; take fewer, or more width"
+                        f"one channel of {many} is worked on, and {path} has {module.out_channels}: take a divisor"
                     )
                 handles.append(module.register_forward_pre_hook(lambda _, given: (_first(given[0], many),)))
 

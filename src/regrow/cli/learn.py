@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from regrow.cli import options
 from regrow.cli.report import page_of
@@ -47,6 +48,7 @@ Examples
 @click.option("--weight-decay", default=0.0, show_default=True, type=float)
 @click.option("--train", default=0, type=int, help="Learn from at most so many examples per task; 0: all.")
 @click.option("--test", default=0, type=int, help="Evaluate on at most so many; 0: all.")
+@click.option("--classes", default=0, type=int, help="Outputs at least; classes of tasks that come later need some.")
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of weights, orders and everything drawn.")
 def learn(
@@ -58,9 +60,15 @@ def learn(
     if resume:
         if tasks or out:
             raise click.UsageError("--resume goes on in its own folder; name what is to be learned with --task")
+        if told := [f"--{name.replace('_', '-')}" for name in given if _given(name)] + ["--set"] * bool(pairs):
+            raise click.UsageError(f"--resume goes on with the settings of its run; leave out {', '.join(told)}")
         with working() as progress:
             folder = extend(resume, more, progress)
     else:
+        if more:
+            raise click.UsageError(
+                "--task is what a run learns further, with --resume RUN; a new run names TASKS alone"
+            )
         if not tasks:
             raise click.UsageError("name what is to be learned, for example `regrow learn permuted:digits:5 --out RUN`")
         if out is None:
@@ -70,6 +78,11 @@ def learn(
     _tell(folder)
     page_of(folder, "network")
     say(f"further tasks: regrow learn --resume {folder.path} --task TASKS")
+
+
+def _given(name: str) -> bool:
+    """Whether an option was written, rather than left at its default."""
+    return click.get_current_context().get_parameter_source(name) == ParameterSource.COMMANDLINE
 
 
 def _tell(folder: Any) -> None:

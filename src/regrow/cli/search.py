@@ -80,8 +80,9 @@ def _tell(folder: Any) -> None:
         [[level, number(round(saved))] for level, saved in levels["saved"].items()],
         numbers=(1,),
     )
+    anew = " after training anew" if folder.run()["settings"]["retrain"] else ""
     say(
         f"{number(found['nonzero'])} parameters that are not 0, of {number(found['parameters'])}; validation "
         f"{found['accuracy']:.3f} as the search left it; "
-        f"test after training anew {tested['accuracy']:.3f} on {tested['images']} images"
+        f"test{anew} {tested['accuracy']:.3f} on {tested['images']} images"
     )

@@ -7,7 +7,7 @@ from regrow.learner import Along, Learner, Stand
 
 
 def offer(learner: Learner, at: Stand, size: int, **rows: Tensor) -> None:
-    """Offer a batch to the memory, in the first epoch of a task only: each example once.
+    """Offer a batch to the memory.
 
     Args:
         learner: Whose memory it is; its tensors hold the rows, its values how many went by.
@@ -17,8 +17,6 @@ def offer(learner: Learner, at: Stand, size: int, **rows: Tensor) -> None:
 
     Source: Vitter's algorithm R (ACM TOMS 11, 1985).
     """
-    if at.epoch:
-        return
     seen = learner.values.setdefault("seen", 0)
     for name, like in rows.items():
         shape = (size, *like.shape[1:])

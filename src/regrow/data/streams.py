@@ -190,6 +190,8 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
     Raises:
         SourceError: If there is no such data.
     """
+    if min(train, test) < 0:
+        raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
     folder = Path(name)
     if name != "digits" and not folder.is_dir():
         raise SourceError(

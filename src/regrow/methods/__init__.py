@@ -59,6 +59,8 @@ class Entry:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults)}")
             if type(value) is int and type(defaults[key]) is float:
                 value = given[key] = float(value)
+            if type(value) is str and type(defaults[key]) is tuple:
+                value = value.split(",")
             if type(value) is list and type(defaults[key]) is tuple:
                 value = given[key] = tuple(value)
             if type(value) is not type(defaults[key]):

@@ -53,6 +53,7 @@ class Blind(Searcher):
     def __post_init__(self) -> None:
         s = self.settings
         self.searched, self.ends, self.most, self.measure = (s.what,), s.stages[-1:], s.target, Measure(s.measure)
+        self.learns = False
 
     def begin(self, at: Stand) -> None:
         """Importances are drawn once, or stand for the place of a filter in its axis."""

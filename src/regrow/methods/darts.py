@@ -267,4 +267,5 @@ class Darts(Searcher):
     def account(self, at: Stand) -> dict[str, Any]:
         """What the chosen operations cost with all their filters, and whether that is below the target already."""
         left = self.values.get("left")
-        return {} if left is None else {"discretised": left, "below": left <= self.most}
+        told = {} if left is None else {"discretised": left, "below": left <= self.most}
+        return super().account(at) | told

@@ -30,6 +30,13 @@ class Settings:
     decay: float = 1.0
     samples: int = 200
 
+    def __post_init__(self) -> None:
+        if self.strength < 0 or not 0 <= self.decay <= 1 or self.samples < 1:
+            raise ValueError(
+                "strength is at least 0, decay from 0 to 1, samples at least 1; got "
+                f"strength={self.strength:g}, decay={self.decay:g}, samples={self.samples}"
+            )
+
 
 def build(settings: Settings) -> "EWC":
     """The learner."""

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.learner import Learner, Stand, along
-from regrow.surgery.stand_in import standing_in
-from regrow.tasks import Examples
+from regrow.learner import Along, Learner, Stand, along
+from regrow.sources import logits_in
+from regrow.tasks import Examples, among
 
 CITATION = "Li and Hoiem, Learning without forgetting, ECCV 2016"
 
@@ -28,6 +28,13 @@ class Settings:
 
     strength: float = 1.0
     temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        if self.strength < 0 or self.temperature <= 0:
+            raise ValueError(
+                "strength is at least 0 and temperature above 0; got "
+                f"strength={self.strength:g}, temperature={self.temperature:g}"
+            )
 
 
 def build(settings: Settings) -> "LwF":
@@ -45,17 +52,26 @@ class LwF(Learner):
         """Keep the network as it is; it is the teacher."""
         for name, parameter in at.parameters().items():
             self.tensors[f"old {name}"] = along(at, name, parameter.detach().clone())
+        for name, value in at.model.named_buffers():
+            self.tensors[f"old {name}"] = Along(value.clone(), tuple(value.shape))
         self.values["known"] = self.values.get("seen", [])
         self.values["seen"] = sorted({*self.values["known"], *at.task.classes})
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """The loss, and how far the answers are from the old ones on the same inputs."""
-        loss = super().loss(at, batch)
+        logits = logits_in(at.model(batch.inputs))
+        loss = F.cross_entropy(among(logits, at.classes), batch.labels)
         if not at.number:
             return loss
-        old = {name: self.tensors[f"old {name}"].values for name in at.parameters()}
-        with torch.no_grad(), standing_in(at.model, old):
-            before = at.logits(batch.inputs)[:, self.values["known"]] / self.settings.temperature
-        now = at.logits(batch.inputs)[:, self.values["known"]] / self.settings.temperature
+        now, before = (x[:, self.values["known"]] / self.settings.temperature for x in (logits, self._then(at, batch)))
         distance = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="batchmean", log_target=True)
         return loss + self.settings.strength * self.settings.temperature**2 * distance
+
+    def _then(self, at: Stand, batch: Examples) -> Tensor:
+        """What the network before the task would answer."""
+        old = {name[4:]: one.values for name, one in self.tensors.items() if name.startswith("old ")}
+        at.model.eval()
+        with torch.no_grad():
+            found = logits_in(torch.func.functional_call(at.model, old, (batch.inputs,)))
+        at.model.train()
+        return found

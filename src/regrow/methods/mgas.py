@@ -98,6 +98,11 @@ class Settings:
             raise ValueError(f"controller is dual, feedback or ratios; got {self.controller!r}")
         if self.controller == "ratios" and len(self.ratios) != len(self.levels):
             raise ValueError(f"ratios has one share per level, {len(self.levels)}; got {len(self.ratios)}")
+        if self.every < 1 or self.warm < 0:
+            raise ValueError(f"every is at least 1 and warm at least 0; got every={self.every}, warm={self.warm}")
+        for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
         if self.revive not in ("old", "fresh"):
             raise ValueError(f"revive is old or fresh; got {self.revive!r}")
         if list(self.stages) != sorted({*self.stages}):

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.learner import Learner, Stand
+from regrow.learner import Learner, Stand, norms_stay
 from regrow.tasks import Examples
 
 CITATION = "controls"
@@ -57,6 +57,12 @@ class Control(Learner):
         new = F.cross_entropy(logits[: len(batch)], labels[: len(batch)])
         old = F.cross_entropy(logits[len(batch) :], labels[len(batch) :])
         return (weight[0] * new + weight[1] * old) / sum(weight)
+
+    def mode(self, at: Stand) -> None:
+        """As usual; with the network kept, norms stay too."""
+        super().mode(at)
+        if self.settings.keep == "network" and at.number:
+            norms_stay(at.model)
 
     def gate(self, at: Stand) -> None:
         """With the network kept, nothing moves."""

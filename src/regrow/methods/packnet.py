@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regrow.learner import Along, Learner, Stand
+from regrow.learner import Along, Learner, Stand, norms_stay
 from regrow.plan import Plan
 
 CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
@@ -28,6 +28,10 @@ class Settings:
 
     prune: float = 0.5
     named: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.prune < 1:
+            raise ValueError(f"prune is a share, from 0 to below 1; got {self.prune:g}")
 
 
 def build(settings: Settings) -> "PackNet":
@@ -54,6 +58,12 @@ class PackNet(Learner):
         if at.epoch == (at.epochs + 1) // 2 and not self.values["pruned"]:
             self._take(at)
         return None
+
+    def mode(self, at: Stand) -> None:
+        """As usual; norms stay in later tasks."""
+        super().mode(at)
+        if at.number:
+            norms_stay(at.model)
 
     def gate(self, at: Stand) -> None:
         """Only what is the task's own moves."""

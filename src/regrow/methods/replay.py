@@ -3,7 +3,8 @@
 Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); with ``answers`` above 0 DER++, Buzzega et al., NeurIPS
 2020 (arXiv 2004.07211), which also holds the answers that the network gave:  loss + α |z − z_then|² + β CE; with
 ``own`` ER-ACE, Caccia et al., ICLR 2022 (arXiv 2104.05025), where new classes push old ones down through the memory
-alone. The memory is filled by reservoir sampling, so each example seen is in it with equal chance.
+alone. The memory is filled by reservoir sampling, so each example seen is in it with equal chance: once, in the first
+epoch of its task; for DER++ in every epoch, as its authors do, so that answers of a network that has learned are held.
 """
 
 from dataclasses import dataclass, field
@@ -35,6 +36,13 @@ class Settings:
     labels: float = 1.0
     own: bool = False
 
+    def __post_init__(self) -> None:
+        if self.memory < 1 or self.answers < 0 or self.labels < 0:
+            raise ValueError(
+                "memory is at least 1, answers and labels are at least 0; got "
+                f"memory={self.memory}, answers={self.answers:g}, labels={self.labels:g}"
+            )
+
 
 def build(settings: Settings) -> "Replay":
     """The learner."""
@@ -59,5 +67,6 @@ class Replay(Learner):
                 known = torch.isfinite(then) & torch.isfinite(again)
                 away = torch.where(known, again - then, 0.0)
                 loss = loss + self.settings.answers * away.square().sum() / known.sum()
-        reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels, logits=logits.detach())
+        if self.settings.answers or not at.epoch:
+            reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels, logits=logits.detach())
         return loss

@@ -1,7 +1,8 @@
 """Synaptic intelligence: each parameter is held by what its own path gave to the loss.
 
 Zenke, Poole, Ganguli, ICML 2017 (arXiv 1703.04200):  w ← w − g · Δθ along the path,  Ω ← Ω + w / (Δ² + ξ) at a task's
-end,  loss + c Σ Ω (θ − θ*)².
+end,  loss + c Σ Ω (θ − θ*)².  Where we differ: g is the gradient that moves the network, springs included (the paper's
+is that of the task's loss alone), and a path that gave less than nothing makes no spring.
 """
 
 from dataclasses import dataclass, field
@@ -26,6 +27,12 @@ class Settings:
 
     strength: float = 0.1
     damping: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.strength < 0 or self.damping <= 0:
+            raise ValueError(
+                f"strength is at least 0 and damping above 0; got strength={self.strength:g}, damping={self.damping:g}"
+            )
 
 
 def build(settings: Settings) -> "SI":

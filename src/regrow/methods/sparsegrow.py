@@ -27,13 +27,12 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.allocation.growth import growth, hidden, makers
 from regrow.allocation.thresholds import over, thresholded
 from regrow.axes import Axis
 from regrow.data import reservoir
-from regrow.learner import Along, Learner, Stand, along, flags
+from regrow.learner import Along, Learner, Stand, along, flags, norms_stay
 from regrow.plan import Fill, Plan
 from regrow.scoring import memory
 from regrow.scoring.factors import Gate, joined, part
@@ -62,7 +61,7 @@ class Settings:
         threshold: ``dst``: one per unit, learning from the loss; ``adaptcl``: one per layer, moved by the penalty
             alone; ``none``: nothing is left out.
         alpha: Strength of the penalty Σ exp(−t).
-        young: How many times as strong it is for newborn units.
+        young: How many times as strong it is for newborn units, where they have thresholds of their own.
         gate: ``kronecker``: a layer moves little in directions that old tasks read and used; ``hard``: owned entries
             do not move; ``block``: nor do free ones that old hidden units read; ``soft``: all move, less the more they
             mattered; ``none``.
@@ -111,6 +110,9 @@ class Settings:
                 raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
         if self.cap < 1:
             raise ValueError(f"cap is a factor on the first parameters, at least 1; got {self.cap:g}")
+        for name, least in (("multiple", 1), ("samples", 1), ("every", 1), ("memory", 0), ("strength", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is at least {least}; got {getattr(self, name):g}")
 
 
 _CHOICES = {
@@ -157,9 +159,7 @@ class SparseGrow(Learner):
         """As usual; running statistics stay in later tasks where that is asked."""
         super().mode(at)
         if self.settings.norms == "freeze" and at.number:
-            for module in at.model.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+            norms_stay(at.model)
 
     def standing(self, at: Stand) -> dict[str, Tensor]:
         """W ∘ [|W| ≥ t or owned] in the place of W."""
@@ -180,10 +180,11 @@ class SparseGrow(Learner):
         if size := self.settings.memory:
             if held := reservoir.recall(self, at, size, len(batch), "inputs", "labels"):
                 loss = loss + F.cross_entropy(at.remembered(*held), held[1])
-            reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels)
+            if not at.epoch:
+                reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels)
         for name in at.weights if self.settings.threshold != "none" else ():
             each = torch.exp(-self._threshold(name))
-            if (old := self.tensors.get(f"old {name}")) is not None:
+            if each.dim() and (old := self.tensors.get(f"old {name}")) is not None:
                 each = each * torch.where(old.values, 1.0, self.settings.young)
             loss = loss + self.settings.alpha * each.sum()
         return loss

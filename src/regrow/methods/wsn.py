@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.learner import Along, Learner, Stand, flags
+from regrow.learner import Along, Learner, Stand, flags, norms_stay
 
 CITATION = "Kang et al., Forget-free continual learning with winning subnetworks, ICML 2022"
 
@@ -33,6 +33,10 @@ class Settings:
     lr: float = 0.01
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is above 0 and at most 1; got {self.share:g}")
+
 
 def build(settings: Settings) -> "WSN":
     """The learner."""
@@ -44,9 +48,12 @@ class WSN(Learner):
     """See the module."""
 
     settings: Settings = field(default_factory=Settings)
+    still: dict[str, Tensor] = field(default_factory=dict, repr=False)
+    """The weights as they were when the task began, or a run was taken up again."""
 
     def begin(self, at: Stand) -> None:
         """Draw the scores, at the first task."""
+        self.still.clear()
         if at.number:
             return
         generator = torch.Generator().manual_seed(self.settings.seed)
@@ -63,13 +70,28 @@ class WSN(Learner):
             for name in at.weights
         }
 
+    def mode(self, at: Stand) -> None:
+        """As usual; norms stay in later tasks."""
+        super().mode(at)
+        if at.number:
+            norms_stay(at.model)
+
     def gate(self, at: Stand) -> None:
         """Weights that a task used stay."""
+        if at.number and not self.still:
+            self.still = {name: at.parameters()[name].detach().clone() for name in at.weights}
         for name, parameter in at.parameters().items():
             if f"used {name}" not in self.tensors:
                 parameter.grad = None if at.number else parameter.grad
             elif parameter.grad is not None:
                 parameter.grad.masked_fill_(self.tensors[f"used {name}"].values, 0.0)
+
+    def stepped(self, at: Stand) -> None:
+        """Put back what momentum and decay moved."""
+        with torch.no_grad():
+            for name, value in self.still.items():
+                parameter = at.parameters()[name]
+                torch.where(self.tensors[f"used {name}"].values, value, parameter, out=parameter)
 
     def end(self, at: Stand) -> None:
         """Keep the task's mask, and note what it used."""

@@ -282,6 +282,16 @@ class RunFolder:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def set_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a method as the command line takes them.
+
+    >>> set_words({"named": True, "levels": ("operations", "weights"), "gate": "hard"})
+    ['--set', 'named=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
+    """
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [word for name, value in told.items() for word in ("--set", f"{name}={value}")]
+
+
 def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
     if run is None:
         raise StoreError(f"{path} exists and is not empty; choose another folder, or delete it")

@@ -1,5 +1,6 @@
 """A learning run: a network, a sequence of tasks, and a folder that tells what happened and takes further tasks."""
 
+import copy
 import re
 import shlex
 import time
@@ -13,7 +14,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.data import SourceError, streams
-from regrow.learner import Learner
+from regrow.learner import Learner, Stand
 from regrow.methods import learner_entry
 from regrow.nets.loaded import Origin
 from regrow.nets.small import small
@@ -22,7 +23,7 @@ from regrow.runs import store
 from regrow.runs.atomic import StoreError
 from regrow.runs.births import over
 from regrow.runs.courses import read_course, write_course
-from regrow.runs.folder import RunFolder
+from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, accuracies, learn
 from regrow.tasks import Task
 from regrow.tracing import trace
@@ -49,6 +50,8 @@ class Settings:
         weight_decay: Of the optimiser.
         train: Most examples a task is learned from; 0: all.
         test: Most examples it is evaluated on; 0: all.
+        classes: For how many classes the network has outputs at least; those of the tasks anyway. Classes of tasks that
+            come later need some.
         seed: Of weights, orders and everything drawn.
     """
 
@@ -64,6 +67,7 @@ class Settings:
     weight_decay: float = 0.0
     train: int = 0
     test: int = 0
+    classes: int = 0
     seed: int = 0
 
     @classmethod
@@ -82,11 +86,21 @@ class Settings:
         """The command line that does this run again."""
         default = Settings(self.tasks)
         words = ["regrow", "learn", *self.tasks, "--method", self.method, "--model", self.model]
-        for name in ("scenario", "epochs", "batch_size", "optimizer", "lr", "weight_decay", "train", "test", "seed"):
+        for name in (
+            "scenario",
+            "epochs",
+            "batch_size",
+            "optimizer",
+            "lr",
+            "weight_decay",
+            "train",
+            "test",
+            "classes",
+            "seed",
+        ):
             if getattr(self, name) != getattr(default, name):
                 words += [f"--{name.replace('_', '-')}", f"{getattr(self, name)}"]
-        for name, value in self.method_settings.items():
-            words += ["--set", f"{name}={value}"]
+        words += set_words(self.method_settings)
         return shlex.join([*words, "--out", out])
 
 
@@ -123,9 +137,15 @@ def extend(out: str | Path, more: Sequence[str], progress: Progress = silent) ->
     told = folder.run()
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
-    settings = Settings.from_json(told["settings"])
-    settings = replace(settings, tasks=(*settings.tasks, *more))
+    was = Settings.from_json(told["settings"])
+    settings = replace(was, tasks=(*was.tasks, *more))
     learner, tasks = built(settings), tasks_of(settings)
+    outputs, wanted = outputs_of(was, tasks_of(was)), outputs_of(settings, tasks)
+    if wanted > outputs:
+        raise ValueError(
+            f"{', '.join(more)} has classes up to {wanted - 1}, and the network of {out} has outputs for {outputs}: "
+            f"begin a run with --classes {wanted}"
+        )
     folder.update(settings=asdict(settings), command=settings.command(str(out)), finished=None)
     return _go_on(replace(folder, resumed=True), settings, learner, settings.schedule(), tasks, progress)
 
@@ -166,7 +186,9 @@ def _go_on(
         # Tasks have come since: what an untrained network knows of them is measured anew.
         course.before = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
     axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
-    store.save(model, folder.path, origin=origin)
+    plain = copy.deepcopy(model)
+    learner.baked(Stand(plain, axes, tasks[-1], number=len(tasks) - 1))
+    store.save(plain, folder.path, origin=origin)
     folder.log("matrix", tasks=[task.name for task in tasks], **course.matrix.record())
     folder.finish(seconds={"learn": round(time.perf_counter() - start, 3)})
     return folder
@@ -179,8 +201,13 @@ def _settled(course: Course) -> int:
 
 def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
     """The network of a run, with drawn weights."""
-    classes = 1 + max(c for task in tasks for c in task.classes)
-    return small(settings.model, tuple(tasks[0].train.inputs.shape[1:]), classes, settings.seed)
+    shape = tuple(tasks[0].train.inputs.shape[1:])
+    return small(settings.model, shape, outputs_of(settings, tasks), settings.seed)
+
+
+def outputs_of(settings: Settings, tasks: Sequence[Task]) -> int:
+    """For how many classes the network of a run has outputs."""
+    return max(settings.classes, 1 + max(c for task in tasks for c in task.classes))
 
 
 def built(settings: Settings) -> Learner:

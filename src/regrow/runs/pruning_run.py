@@ -23,7 +23,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import loop, measuring, prune, store, tune
 from regrow.runs.calibration import calibrated
-from regrow.runs.folder import RunFolder
+from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.recovering import check_recovery, compared, recovered
 from regrow.runs.scored import write_scores
 from regrow.sources import Source
@@ -129,8 +129,7 @@ class Settings:
                 words += [f"--{flag}", pattern]
         for mark in self.marks if self.marks != default.marks else ():
             words += ["--mark", mark]
-        for name, value in self.method_settings.items():
-            words += ["--set", f"{name}={value}"]
+        words += set_words(self.method_settings)
         for name, flag in _FLAGS.items():
             if getattr(self, name) != getattr(default, name) and not (name == "measure" and self.target):
                 words += [flag, str(getattr(self, name))]

@@ -15,7 +15,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import pruning_run, store
 from regrow.runs.atomic import StoreError
-from regrow.runs.folder import RunFolder
+from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.measuring import measure
 from regrow.runs.pruning_run import DTYPES, Clock, load_model, sources_of
 from regrow.runs.recovering import compared, recovered
@@ -53,8 +53,7 @@ class Settings:
     def command(self, run: str, out: str) -> str:
         """The command line that does this run again."""
         words = ["regrow", "recover", run, "--by", self.by, "--tokens", str(self.tokens), "--seed", str(self.seed)]
-        for name, value in self.recovery_settings.items():
-            words += ["--set", f"{name}={value}"]
+        words += set_words(self.recovery_settings)
         return shlex.join([*words, "--out", out])
 
 

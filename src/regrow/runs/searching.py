@@ -30,7 +30,7 @@ from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
 from regrow.runs import latencies, spaces, store
 from regrow.runs.courses import read_course, write_course
-from regrow.runs.folder import RunFolder
+from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, changed, learn
 from regrow.searcher import Searcher
 from regrow.sources import Batch
@@ -112,8 +112,7 @@ class Settings:
                 default, name
             ):
                 words += [f"--{name.replace('_', '-')}", f"{getattr(self, name)}"]
-        for name, value in self.method_settings.items():
-            words += ["--set", f"{name}={value}"]
+        words += set_words(self.method_settings)
         return shlex.join([*words, "--out", out])
 
 
@@ -266,6 +265,8 @@ def parts_of(settings: Settings) -> Parts:
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
     many = max(1, round(settings.validation * n))
+    if n - many < 2:
+        raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
     held, learned = (
         Examples(base.train.inputs[part], base.train.labels[part]) for part in order.split([many, n - many])
     )
@@ -332,6 +333,8 @@ def built(
     known = {one.name for one in fields(entry.settings)}
     chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
     found: Searcher = entry.made(settings.method, chosen)
+    if settings.epochs < 1 and found.learns:
+        raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     if table:
         parts = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
         found.timed = timed(axes, candidates_in(model), **parts, rest=table.rest)

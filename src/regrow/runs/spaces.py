@@ -134,7 +134,7 @@ def ends(parts: int, stages: int) -> tuple[int, ...]:
     ((2, 4, 7), (5,))
     """
     if not 1 <= stages <= parts:
-        raise ValueError(f"stages are from 1 to the number of cells or blocks, {parts}; got {stages}")
+        raise ValueError(f"stages are from 1 to the number of cells or blocks, {parts}; got --stages {stages}")
     return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
 
 

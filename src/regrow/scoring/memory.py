@@ -31,11 +31,16 @@ def remember(at: Stand, tensors: dict[str, Along], samples: int) -> None:
 
 
 def born(at: Stand, tensors: dict[str, Along]) -> None:
-    """Newborn outputs count as much as the others on average: what they answer to old tasks will be read one day."""
+    """Newborn units count as much as the others on average: what they answer to old tasks will be read one day.
+
+    So do hidden units that were silent in all old tasks: moved freely, they would wake on old inputs. Outputs do not:
+    a class that no task has had yet is free.
+    """
     for name in remembered(at, tensors):
-        used = tensors[f"used {name}"].values
-        new = used.diagonal() == 0
-        used.diagonal()[new] = used.diagonal()[~new].mean() if not bool(new.all()) else 1.0
+        diagonal = tensors[f"used {name}"].values.diagonal()
+        new = diagonal == 0
+        if name not in at.head:
+            diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
 
 
 def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int) -> dict[str, Gate]:
