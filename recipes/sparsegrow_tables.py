@@ -111,8 +111,8 @@ TUNED = (
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (5.0, 10.0, 20.0, 30.0)),
     *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0)),
     *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
-    *(Arm(f"PackNet {s:g}", "packnet", {"prune": s}) for s in (0.5, 0.8)),
-    *(Arm(f"WSN {s:g}", "wsn", {"share": s}) for s in (0.1, 0.5)),
+    *(Arm(f"PackNet {s:g}", "packnet", {"prune": s}) for s in (0.5, 0.8, 0.9)),
+    *(Arm(f"WSN {s:g}", "wsn", {"share": s}) for s in (0.1, 0.5, 0.8)),
 )
 _BOTH = "SparseGrow + ER-ACE 500, relieved"
 _WITHOUT: dict[str, dict[str, Any]] = {"no gate": {"gate": "none"}, "never grown": {"grow": "never"}}
@@ -262,6 +262,9 @@ def run(table: str, args: argparse.Namespace) -> None:
                 if arm.name in there or args.match not in arm.name:
                     continue
                 tasks = tasks or stream(spec, args, seed)
+                if arm.like and "parameters" not in there.get(arm.like, {}):
+                    print(f"{spec} seed {seed} {arm.name}: waits for the size of {arm.like}", flush=True)
+                    continue
                 size = there.get(arm.like, {}).get("parameters", 0)
                 found = measured(arm, tasks, spec, seed, size)
                 row = {"stream": spec, "arm": arm.name, "seed": seed, **found, "date": str(date.today())}
@@ -282,11 +285,12 @@ def shown(table: str, path: Path, against: str = OWN.name) -> Iterator[str]:
             fine = [row for row in done if "accuracy" in row]
             if not fine:
                 if done:
-                    yield f"| {arm.name} | failed: {done[0]['failed']} |||||| "
+                    yield line([arm.name, f"all {len(done)} diverged", *[""] * (len(HEAD) - 2)])
                 continue
             both = [(row["accuracy"], whole[row["seed"]]["accuracy"]) for row in fine if row["seed"] in whole]
             cells = [
-                arm.name,
+                arm.name
+                + (f" ({len(fine)} of {len(done)} runs; the others diverged)" if len(fine) < len(done) else ""),
                 spread([row["accuracy"] for row in fine]),
                 difference(both) if arm.name != against else "",
                 spread([row["forgetting"] for row in fine]),

@@ -144,6 +144,10 @@ def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: R
         and "regrow learn --resume run" in out
         and "digits" in Path("run/report.html").read_text("utf-8")
     )
+    code, _, err = regrow("learn", "--resume", "run", "--epochs", "7", "--set", "strength=3")
+    assert code == 2 and "leave out --epochs, --set" in err
+    code, _, err = regrow("learn", "digits", "--task", "digits", "--out", "other")
+    assert code == 2 and "--resume" in err
     code, _, err = regrow("learn", "permuted:digits:2", "--method", "sparsgrow", "--out", "other")
     assert code == 2 and "did you mean 'sparsegrow'?" in err
     code, out, _ = regrow("methods", "sparsegrow")

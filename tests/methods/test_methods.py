@@ -9,7 +9,7 @@ from hand import conv, lm, texts
 from regrow.allocation import BudgetError, Cost
 from regrow.axes import AxisGraph
 from regrow.method import Budget, Evidence, Need
-from regrow.methods import METHODS, entry
+from regrow.methods import METHODS, entry, searcher_entry
 from regrow.plan import Plan
 from regrow.runs import loop
 from regrow.runs.prune import measured
@@ -118,6 +118,12 @@ def test_an_unknown_method_suggests_the_nearest() -> None:
         entry("zzz")
     with pytest.raises(ValueError, match="ranked, uniform"):
         proposed("flap", allocation="best")
+
+
+def test_several_words_of_a_setting_come_with_commas() -> None:
+    assert searcher_entry("mgas").made("mgas", {"levels": "operations,filters"}).settings.levels[1] == "filters"
+    with pytest.raises(ValueError, match="levels are some of"):
+        searcher_entry("mgas").made("mgas", {"levels": "operations,kernels"})
 
 
 def test_needs_are_no_more_than_what_is_used() -> None:

@@ -1,5 +1,6 @@
 """A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
 
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ def test_killed_and_resumed_is_never_stopped(done: Any, tmp_path: Path, monkeypa
 
 def _same(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in ("time", "at")}
+
+
+def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
+    for more, told in (
+        ({"epochs": 0}, "take --epochs 1"),
+        ({"validation": 0.999}, "leaves 0"),
+        ({"train": -5}, "or more"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(replace(SETTINGS, **more), tmp_path / "run")
 
 
 @pytest.mark.parametrize("what", ["operations", "filters"])
