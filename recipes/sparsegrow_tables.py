@@ -73,7 +73,7 @@ BASELINES = (
     Arm("SI", "si", {"strength": 1.0}),
     Arm("LwF", "lwf"),
     Arm("PackNet, task not named", "packnet", {"prune": 0.8}),
-    Arm("WSN, task not named", "wsn"),
+    Arm("WSN, task not named", "wsn", {"share": 0.8}),
     Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl"}),
 )
 CONTROLS = (
@@ -87,6 +87,9 @@ BOUNDS = (
     Arm("DER++, 500 examples kept", "replay", {"memory": 500, "answers": 0.5}),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
+LIGHT = {"strength": 20.0, "damping": 0.0}
+"""The gate as it was when the tables of classes and of convolutional networks were made."""
+
 ABLATIONS = (
     Arm("births not silent", "sparsegrow", {"silent": False}),
     Arm("births not fitted to data", "sparsegrow", {"fit": False}),
@@ -99,6 +102,8 @@ ABLATIONS = (
     Arm("gate block", "sparsegrow", {"gate": "block"}),
     Arm("gate soft (SPG)", "sparsegrow", {"gate": "soft"}),
     Arm("no gate", "sparsegrow", {"gate": "none"}),
+    Arm("no damping", "sparsegrow", {"damping": 0.0}),
+    Arm("strength 20, no damping", "sparsegrow", LIGHT),
     Arm("strength 5", "sparsegrow", {"strength": 5.0}),
     Arm("strength 80", "sparsegrow", {"strength": 80.0}),
     Arm("gate at every step", "sparsegrow", {"every": 1}),
@@ -118,30 +123,33 @@ _BOTH = "SparseGrow + ER-ACE 500, relieved"
 _WITHOUT: dict[str, dict[str, Any]] = {"no gate": {"gate": "none"}, "never grown": {"grow": "never"}}
 BUFFERS = (
     Arm("naive", "naive"),
-    OWN,
+    Arm("SparseGrow", "sparsegrow", LIGHT),
     *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
     *(Arm(f"DER++ {n}", "replay", {"memory": n, "answers": 0.5}) for n in (200, 500)),
     *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "own": True}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n, "relief": 1.0, "own": False}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", {"memory": n, "own": False}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER-ACE {n}, relieved", "sparsegrow", {"memory": n}) for n in (200, 500)),
+    *(
+        Arm(f"SparseGrow + ER {n}", "sparsegrow", LIGHT | {"memory": n, "relief": 1.0, "own": False})
+        for n in (200, 500)
+    ),
+    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", LIGHT | {"memory": n, "own": False}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER-ACE {n}, relieved", "sparsegrow", LIGHT | {"memory": n}) for n in (200, 500)),
     *(Arm(f"ER {n}, final size", "replay", {"memory": n}, like="SparseGrow") for n in (200, 500)),
     *(Arm(f"ER-ACE {n}, final size", "replay", {"memory": n, "own": True}, like="SparseGrow") for n in (200, 500)),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
-    *(Arm(f"{_BOTH}, {what}", "sparsegrow", {"memory": 500} | given) for what, given in _WITHOUT.items()),
-    Arm(f"{_BOTH}, never grown, final size", "sparsegrow", {"memory": 500, "grow": "never"}, like="SparseGrow"),
+    *(Arm(f"{_BOTH}, {what}", "sparsegrow", LIGHT | {"memory": 500} | given) for what, given in _WITHOUT.items()),
+    Arm(f"{_BOTH}, never grown, final size", "sparsegrow", LIGHT | {"memory": 500, "grow": "never"}, like="SparseGrow"),
 )
 RELIEVED = (
     *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
     *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "own": True}) for n in (200, 500)),
     *(
-        Arm(f"SparseGrow + ER-ACE {n}, relief {r:g}", "sparsegrow", {"memory": n, "relief": r})
+        Arm(f"SparseGrow + ER-ACE {n}, relief {r:g}", "sparsegrow", LIGHT | {"memory": n, "relief": r})
         for n in (200, 500)
         for r in (1.0, 0.25, 0.05, 0.01, 0.0025)
     ),
-    *(Arm(f"SparseGrow + ER {n}, relief 0.01", "sparsegrow", {"memory": n, "own": False}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER {n}, relief 0.01", "sparsegrow", LIGHT | {"memory": n, "own": False}) for n in (200, 500)),
 )
-CONV = {"multiple": 1, "strength": 80.0}
+CONV = LIGHT | {"multiple": 1, "strength": 80.0}
 CONVS = (
     Arm("SparseGrow", "sparsegrow", CONV),
     Arm("naive", "naive"),
@@ -153,14 +161,14 @@ CONVS = (
     Arm("ER, 500 examples kept", "replay", {"memory": 500}),
     Arm("frozen after task 1", "naive", {"keep": "network"}),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
-    Arm("SparseGrow, strength 20 as for the MLP", "sparsegrow", {"multiple": 1}),
+    Arm("SparseGrow, strength 20 as for the MLP", "sparsegrow", LIGHT | {"multiple": 1}),
     Arm("EWC, strength 10 as for the MLP", "ewc", {"strength": 10.0}),
     *(Arm(f"EWC, strength {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0)),
     *(Arm(f"SI, strength {s:g}", "si", {"strength": s}) for s in (1.0, 3.0)),
 )
 CHOSEN = (
     *(
-        Arm(f"SparseGrow {s:g}", "sparsegrow", {"multiple": 1, "strength": s})
+        Arm(f"SparseGrow {s:g}", "sparsegrow", LIGHT | {"multiple": 1, "strength": s})
         for s in (2.0, 5.0, 20.0, 80.0, 320.0, 1280.0)
     ),
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),

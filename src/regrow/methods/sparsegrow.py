@@ -13,9 +13,9 @@ A task, for weights W with thresholds t and the entries M that earlier tasks own
    to the spread of the old units on the data at hand; nothing reads them yet; their penalty is ``young`` times as much;
 3. at its end set what is below its threshold to 0, own what is left, begin t anew.
 
-What the gate lets through of a layer's step Δ (``kronecker``, the default; ours):  (1 + s A ⊗ B)⁻¹ Δ,  with A the
+What the gate lets through of a layer's step Δ (``kronecker``, the default; ours):  (1 + s A ⊗ (B + d))⁻¹ Δ,  with A the
 second moments of what the layer read in earlier tasks, and B those of how its outputs mattered there: no examples are
-kept, a direction that old tasks neither read nor used stays free, and widening adds such directions. The other gates
+kept, a direction that old tasks did not read stays free, and widening adds such directions. The other gates
 look at single entries; under ``hard`` what is owned is put back after each step, so that neither momentum nor decay
 moves it. Parameters that no gate covers, as scales and shifts of norms, are owned whole.
 """
@@ -66,6 +66,8 @@ class Settings:
             do not move; ``block``: nor do free ones that old hidden units read; ``soft``: all move, less the more they
             mattered; ``none``.
         strength: Of the gate ``kronecker``.
+        damping: How much a hidden unit counts under it that old tasks did not use, as a share of the mean: moved freely
+            it would wake on what they read.
         samples: Examples of each task that it looks at.
         every: The gate works on what so many steps changed together, which costs a fraction of its time.
         silent: Under that gate, newborn units are turned away from what old tasks fed their layer.
@@ -90,7 +92,8 @@ class Settings:
     alpha: float = 1e-4
     young: float = 10.0
     gate: str = "kronecker"
-    strength: float = 20.0
+    strength: float = 15.0
+    damping: float = 0.1
     samples: int = 2000
     every: int = 4
     silent: bool = True
@@ -110,7 +113,8 @@ class Settings:
                 raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
         if self.cap < 1:
             raise ValueError(f"cap is a factor on the first parameters, at least 1; got {self.cap:g}")
-        for name, least in (("multiple", 1), ("samples", 1), ("every", 1), ("memory", 0), ("strength", 0)):
+        at_least = {"multiple": 1, "samples": 1, "every": 1, "memory": 0, "strength": 0, "damping": 0}
+        for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is at least {least}; got {getattr(self, name):g}")
 
@@ -319,7 +323,9 @@ class SparseGrow(Learner):
         relief = self.settings.relief if self._relieved(at) else 1.0
         alone = at.head if relief < 1 else ()
         if self.settings.gate == "kronecker":
-            self.gates = memory.gates(at, self.tensors, self.settings.strength * relief, at.number)
+            self.gates = memory.gates(
+                at, self.tensors, self.settings.strength * relief, at.number, self.settings.damping
+            )
             self.gates = {name: gate for name, gate in self.gates.items() if name not in alone}
             self.last = {name: joined(at.model, name) for name in self.gates}
             self.values["free"] = {name: round(gate.free, 4) for name, gate in self.gates.items()}

@@ -43,8 +43,17 @@ def born(at: Stand, tensors: dict[str, Along]) -> None:
             diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
 
 
-def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int) -> dict[str, Gate]:
-    """Name of a weight → the gate of what so many tasks read and used."""
+def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int, damping: float = 0.0) -> dict[str, Gate]:
+    """Name of a weight → the gate of what so many tasks read and used, A and B + d·I for hidden layers.
+
+    Args:
+        at: Where the network stands.
+        tensors: What the learner remembers.
+        strength: s of :class:`Gate`.
+        tasks: Over how many tasks factors were added up.
+        damping: d, beside a mean diagonal of B of 1: what a hidden unit counts for that old tasks did not use. B looks
+            at the old weights alone; a unit that was silent there has none, and wakes when it moves.
+    """
     found = {}
     for name in remembered(at, tensors):
         read, bias, used = (tensors[f"{kind} {name}"].values for kind in ("read", "bias", "used"))
@@ -52,7 +61,8 @@ def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int) -> 
         inputs = read.new_empty(n + 1, n + 1)
         inputs[:-1, :-1], inputs[-1, :-1], inputs[:-1, -1] = read.reshape(n, n), bias.flatten(), bias.flatten()
         inputs[-1, -1] = tasks
-        found[name] = Gate.of(Factors(inputs, used / tasks), strength)
+        least = 0.0 if name in at.head else damping
+        found[name] = Gate.of(Factors(inputs, used / tasks + least * torch.eye(len(used)).to(used)), strength)
     return found
 
 
