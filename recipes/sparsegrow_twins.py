@@ -94,7 +94,7 @@ def deeper(identity: bool) -> Callable[[nn.Sequential], tuple[nn.Sequential, Cal
 
 def still(axes: AxisGraph, learner: SparseGrow, settings: Settings, kind: type[SparseGrow] = SparseGrow) -> SparseGrow:
     """The learner's copy with other settings."""
-    return kind(copy.deepcopy(learner.tensors), copy.deepcopy(learner.values), settings)
+    return kind(copy.deepcopy(learner.tensors), copy.deepcopy(learner.values), settings=settings)
 
 
 WIDE: dict[str, tuple[Settings, type[SparseGrow]]] = {

@@ -13,6 +13,7 @@ from regrow.methods import LEARNERS
 from regrow.methods.sparsegrow import Settings, SparseGrow
 from regrow.nets.small import small
 from regrow.runs.learning import Schedule, learn
+from regrow.scoring.memory import gates
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
@@ -246,6 +247,23 @@ def test_what_old_tasks_read_moves_little(tasks: list[Task]) -> None:
             free, owned = course.sizes[1]["free"], course.sizes[1]["owned"]
             assert all(0 < share < 1 for share in free.values()) and free.keys() == owned.keys()
     assert lost["kronecker"] < lost["none"] / 2
+
+
+def test_hidden_units_that_were_silent_are_held_and_outputs_are_not(tasks: list[Task]) -> None:
+    """The gate looks at old weights alone: a unit that answered nothing there would wake on what old tasks read."""
+    model, axes, learner, _ = learned(tasks[:1], Settings(grow="never"))
+    at = Stand(model, axes, tasks[1], number=1)
+    held = {}
+    for name in ("1.weight", "5.weight"):
+        used = learner.tensors[f"used {name}"].values
+        used[3], used[:, 3] = 0.0, 0.0
+        read = learner.tensors[f"read {name}"].values
+        change = torch.zeros(len(used), len(read) + 1)
+        change[3, :-1] = read[read.diagonal().argmax()]  # a direction that was read
+        through = [gates(at, learner.tensors, 15.0, 1, d)[name].through(change) for d in (0.0, 0.1)]
+        assert torch.allclose(through[0], change, atol=1e-4)
+        held[name] = float(through[1].norm() / change.norm())
+    assert held["1.weight"] < 0.5 and held["5.weight"] == pytest.approx(1.0, abs=1e-3)
 
 
 @pytest.mark.parametrize("silent", [True, False])
