@@ -113,6 +113,10 @@ ABLATIONS = (
     Arm("twice the rate", "sparsegrow", lr=0.02),
 )
 TUNED = (
+    *(
+        Arm(f"SparseGrow {s:g}, damping {d:g}", "sparsegrow", {"strength": s, "damping": d})
+        for s, d in ((20.0, 0.0), (20.0, 0.03), (20.0, 0.1), (15.0, 0.1), (10.0, 0.1))
+    ),
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (5.0, 10.0, 20.0, 30.0)),
     *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0)),
     *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
