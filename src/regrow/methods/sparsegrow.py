@@ -298,12 +298,14 @@ class SparseGrow(Learner):
     def _weigh(self, at: Stand) -> None:
         """How much each entry mattered to the task: |tanh| of its standardised gradient, the most over all tasks."""
         sums = {name: torch.zeros_like(p) for name, p in at.parameters().items()}
+        at.model.eval()
         for batch in at.task.train.batches(256):
             at.model.zero_grad(set_to_none=True)
             Learner.loss(self, at, batch).backward()
             for name, parameter in at.parameters().items():
                 if parameter.grad is not None:
                     sums[name] += parameter.grad
+        at.model.train()
         at.model.zero_grad(set_to_none=True)
         for name, total in sums.items():
             now = ((total - total.mean()) / total.std().clamp_min(1e-12)).tanh().abs() if total.numel() > 1 else total
