@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench201_table import Table, table_of, topology
-from rows import add, head, line, rows, spread
+from rows import add, difference, head, line, rows, spread
 
 from regrow.runs.searching import Settings, run
 
@@ -53,6 +53,12 @@ def shown(path: Path) -> Iterator[str]:
             if done := [row for row in own if row["arm"] == arm]:
                 each = [[float(row[name]) for row in done] for name in names]
                 yield line([arm, str(len(done)), *(spread(one, 1) for one in each)])
+        first, other = ({row["seed"]: row for row in own if row["arm"] == arm} for arm in ARMS)
+        yield f"\n{next(iter(ARMS))}, points of accuracy above, paired by seed:\n"
+        for name in (*(name for name in names if name.startswith("random")), "as many of them, mean"):
+            yield f"* {name}: {difference([(row['accuracy'] / 100, row[name] / 100) for row in first.values()])}"
+        both = [(first[seed]["accuracy"] / 100, other[seed]["accuracy"] / 100) for seed in first if seed in other]
+        yield f"* the arm random: {difference(both)}"
 
 
 def main() -> None:

@@ -389,7 +389,7 @@ def observe(args: argparse.Namespace) -> None:
     sources = [s for fold in (0, 1) for s in bench.sources(fold, 0)]
     found = collect(bench.model, bench.axes, sources, {Need.ACTIVATIONS}, shards=SHARDS)
     weights, units = weights_of(bench.model), bench.axes.units()
-    found_by = {}
+    spectra = {}
     for name in ("wifv", "wanda_sp"):
         score = lambda s: METRICS[name][0](weights, bench.axes, s, units=units, pool="standardised")  # noqa: B023, E731
         by = {
@@ -397,10 +397,10 @@ def observe(args: argparse.Namespace) -> None:
         }
         for scale in ("raw", "probit"):
             among = spaces(units)
-            found_by[f"{name} {scale}"] = spectrum(ranks(by, among, scale), among)
+            spectra[f"{name} {scale}"] = spectrum(ranks(by, among, scale), among)
     out = Path(args.out).with_name(OBSERVATION)
     out.write_text(
-        json.dumps({"windows": args.windows, "shards": SHARDS, "kinds": list(found), "rows": found_by}, indent=1)
+        json.dumps({"windows": args.windows, "shards": SHARDS, "kinds": list(found), "rows": spectra}, indent=1)
     )
     print(f"written to {out}")
 
