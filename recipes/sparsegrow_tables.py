@@ -65,6 +65,11 @@ class Arm:
     like: str = ""
     lr: float = 0.01
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a row says of how it was made: one that was made otherwise is none of this arm's."""
+        return {"arm": self.name, "method": self.method, "settings": self.settings, "lr": self.lr}
+
 
 OWN = Arm("SparseGrow", "sparsegrow")
 BASELINES = (
@@ -88,9 +93,6 @@ BOUNDS = (
     Arm("DER++, 500 examples kept", "replay", {"memory": 500, "answers": 0.5}),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
-LIGHT = {"strength": 20.0, "damping": 0.0}
-"""The gate as it was when the tables of classes and of convolutional networks were made."""
-
 ABLATIONS = (
     Arm("births not silent", "sparsegrow", {"silent": False}),
     Arm("births not fitted to data", "sparsegrow", {"fit": False}),
@@ -104,9 +106,9 @@ ABLATIONS = (
     Arm("gate soft (SPG)", "sparsegrow", {"gate": "soft"}),
     Arm("no gate", "sparsegrow", {"gate": "none"}),
     Arm("no damping", "sparsegrow", {"damping": 0.0}),
-    Arm("strength 20, no damping", "sparsegrow", LIGHT),
+    Arm("strength 20, no damping", "sparsegrow", {"strength": 20.0, "damping": 0.0}),
     Arm("strength 5", "sparsegrow", {"strength": 5.0}),
-    Arm("strength 80", "sparsegrow", {"strength": 80.0}),
+    *(Arm(f"strength {s:g}", "sparsegrow", {"strength": s}) for s in (20.0, 30.0, 80.0)),
     Arm("gate at every step", "sparsegrow", {"every": 1}),
     Arm("gate every 16 steps", "sparsegrow", {"every": 16}),
     Arm("grown where short (0.7)", "sparsegrow", {"grow": "short", "short": 0.7}),
@@ -128,33 +130,30 @@ _BOTH = "SparseGrow + ER-ACE 500, relieved"
 _WITHOUT: dict[str, dict[str, Any]] = {"no gate": {"gate": "none"}, "never grown": {"grow": "never"}}
 BUFFERS = (
     Arm("naive", "naive"),
-    Arm("SparseGrow", "sparsegrow", LIGHT),
+    Arm("SparseGrow", "sparsegrow"),
     *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
     *(Arm(f"DER++ {n}", "replay", {"memory": n, "answers": 0.5}) for n in (200, 500)),
     *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "own": True}) for n in (200, 500)),
-    *(
-        Arm(f"SparseGrow + ER {n}", "sparsegrow", LIGHT | {"memory": n, "relief": 1.0, "own": False})
-        for n in (200, 500)
-    ),
-    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", LIGHT | {"memory": n, "own": False}) for n in (200, 500)),
-    *(Arm(f"SparseGrow + ER-ACE {n}, relieved", "sparsegrow", LIGHT | {"memory": n}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER {n}", "sparsegrow", {"memory": n, "relief": 1.0, "own": False}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER {n}, relieved", "sparsegrow", {"memory": n, "own": False}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER-ACE {n}, relieved", "sparsegrow", {"memory": n}) for n in (200, 500)),
     *(Arm(f"ER {n}, final size", "replay", {"memory": n}, like="SparseGrow") for n in (200, 500)),
     *(Arm(f"ER-ACE {n}, final size", "replay", {"memory": n, "own": True}, like="SparseGrow") for n in (200, 500)),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
-    *(Arm(f"{_BOTH}, {what}", "sparsegrow", LIGHT | {"memory": 500} | given) for what, given in _WITHOUT.items()),
-    Arm(f"{_BOTH}, never grown, final size", "sparsegrow", LIGHT | {"memory": 500, "grow": "never"}, like="SparseGrow"),
+    *(Arm(f"{_BOTH}, {what}", "sparsegrow", {"memory": 500} | given) for what, given in _WITHOUT.items()),
+    Arm(f"{_BOTH}, never grown, final size", "sparsegrow", {"memory": 500, "grow": "never"}, like="SparseGrow"),
 )
 RELIEVED = (
     *(Arm(f"ER {n}", "replay", {"memory": n}) for n in (200, 500)),
     *(Arm(f"ER-ACE {n}", "replay", {"memory": n, "own": True}) for n in (200, 500)),
     *(
-        Arm(f"SparseGrow + ER-ACE {n}, relief {r:g}", "sparsegrow", LIGHT | {"memory": n, "relief": r})
+        Arm(f"SparseGrow + ER-ACE {n}, relief {r:g}", "sparsegrow", {"memory": n, "relief": r})
         for n in (200, 500)
         for r in (1.0, 0.25, 0.05, 0.01, 0.0025)
     ),
-    *(Arm(f"SparseGrow + ER {n}, relief 0.01", "sparsegrow", LIGHT | {"memory": n, "own": False}) for n in (200, 500)),
+    *(Arm(f"SparseGrow + ER {n}, relief 0.01", "sparsegrow", {"memory": n, "own": False}) for n in (200, 500)),
 )
-CONV = LIGHT | {"multiple": 1, "strength": 80.0}
+CONV: dict[str, Any] = {"multiple": 1, "strength": 80.0}
 CONVS = (
     Arm("SparseGrow", "sparsegrow", CONV),
     Arm("naive", "naive"),
@@ -166,15 +165,15 @@ CONVS = (
     Arm("ER, 500 examples kept", "replay", {"memory": 500}),
     Arm("frozen after task 1", "naive", {"keep": "network"}),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
-    Arm("SparseGrow, strength 20 as for the MLP", "sparsegrow", LIGHT | {"multiple": 1}),
+    Arm("SparseGrow, strength 20 as for the MLP", "sparsegrow", {"multiple": 1}),
     Arm("EWC, strength 10 as for the MLP", "ewc", {"strength": 10.0}),
     *(Arm(f"EWC, strength {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0)),
     *(Arm(f"SI, strength {s:g}", "si", {"strength": s}) for s in (1.0, 3.0)),
 )
 CHOSEN = (
     *(
-        Arm(f"SparseGrow {s:g}", "sparsegrow", LIGHT | {"multiple": 1, "strength": s})
-        for s in (2.0, 5.0, 20.0, 80.0, 320.0, 1280.0)
+        Arm(f"SparseGrow {s:g}, damping {d:g}", "sparsegrow", {"multiple": 1, "strength": s, "damping": d})
+        for s, d in ((5.0, 0.1), (15.0, 0.1), (60.0, 0.1), (20.0, 0.0), (80.0, 0.0), (320.0, 0.0))
     ),
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
     *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
@@ -271,7 +270,8 @@ def run(table: str, args: argparse.Namespace) -> None:
         for spec in streams:
             tasks = None
             for arm in arms:
-                there = {row["arm"]: row for row in rows(args.out) if (row["stream"], row["seed"]) == (spec, seed)}
+                here = [row for row in rows(args.out) if (row["stream"], row["seed"]) == (spec, seed)]
+                there = {one.name: row for one in arms for row in here if one.told.items() <= row.items()}
                 if arm.name in there or args.match not in arm.name:
                     continue
                 tasks = tasks or stream(spec, args, seed)
@@ -280,7 +280,7 @@ def run(table: str, args: argparse.Namespace) -> None:
                     continue
                 size = there.get(arm.like, {}).get("parameters", 0)
                 found = measured(arm, tasks, spec, seed, size)
-                row = {"stream": spec, "arm": arm.name, "seed": seed, **found, "date": str(date.today())}
+                row = {"stream": spec, "seed": seed, **arm.told, **found, "date": str(date.today())}
                 add(args.out, row)
                 print(f"{spec} seed {seed} {arm.name}: {found.get('accuracy', found)}", flush=True)
 
@@ -289,7 +289,9 @@ def shown(table: str, path: Path, against: str = OWN.name) -> Iterator[str]:
     """The table in Markdown, a block per stream; differences are to the arm of that name."""
     streams, arms = TABLES[table]
     for spec in streams:
-        own = [row for row in rows(path) if row["stream"] == spec]
+        own = [
+            row for row in rows(path) if row["stream"] == spec and any(arm.told.items() <= row.items() for arm in arms)
+        ]
         whole = {row["seed"]: row for row in own if row["arm"] == against and "accuracy" in row}
         yield f"\n{spec}, seeds {', '.join(map(str, sorted({row['seed'] for row in own})))}\n"
         yield head(HEAD)

@@ -1,13 +1,14 @@
 """Searching by masks: operations, filters and weights that do not stand are 0 while the network learns, then cut."""
 
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from regrow.allocation.commits import cut, excess, savings, spared
+from regrow.allocation.commits import cut, excess, least, savings, spared
 from regrow.allocation.gates import Gates, Masks, gates
 from regrow.allocation.timed import Timed
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
@@ -65,6 +66,30 @@ class Searcher(Learner):
     def joint(self, at: Stand) -> bool:
         """Whether importances learn in this epoch."""
         return True
+
+    def check(self, at: Stand) -> None:
+        """Refuse a search before it begins whose target no choice meets.
+
+        Args:
+            at: The whole network, and how many epochs there will be.
+
+        Raises:
+            ValueError: If there is one; names the least that can be left.
+        """
+        probe = copy.copy(self)
+        probe.tensors, probe.values, probe.ends = {}, {}, self.ends[-1:]
+        Searcher.begin(probe, at)
+        assert probe.gates is not None
+        if (left := least(probe.gates, self.cuts)) > self.most:
+            raise ValueError(
+                f"a target of {self.most:g} {self.measure} is below what is left whatever goes, {left:g}: take a "
+                "higher one, a smaller space, or more levels"
+            )
+
+    @property
+    def cuts(self) -> Collection[str]:
+        """The levels of which something may go."""
+        return self.searched
 
     def begin(self, at: Stand) -> None:
         """Everything stands."""

@@ -114,7 +114,7 @@ def test_fitting_and_aligning_keep_the_function_bit_for_bit(name: str) -> None:
     key = NETS[name][1]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     made = {slot.name for slot in axes[key].slots if slot.role == "produces" and slot.name.endswith("weight")}
-    assert changed == made
+    assert made <= changed <= made | {name.replace("weight", "bias") for name in made}
     old = axes[key].size - 3
     assert all(torch.equal(model.get_parameter(n)[:old], before[n][:old]) for n in changed), "old units stay"
     assert all(p.grad is None for p in model.parameters())

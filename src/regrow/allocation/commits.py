@@ -1,7 +1,7 @@
 """What a commit of a search takes out: what does not stand, what a share tells, or what a target still asks for."""
 
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from math import ceil
 from typing import Any
@@ -71,6 +71,30 @@ def savings(found: Gates, masks: Masks) -> dict[str, float]:
     ]
     names = ("operations", "filters", "weights")
     return {name: float(steps[i] - steps[i + 1]) for i, name in enumerate(names)}
+
+
+def least(found: Gates, searched: Collection[str]) -> float:
+    """No choice leaves less: of each node the cheapest operation, of each axis the fewest filters, no weight.
+
+    Args:
+        found: What may go.
+        searched: Which levels are.
+    """
+    levels = found.levels
+    ops, filters, weights = found.alive.float(), torch.ones(levels.filters), None
+    if "operations" in searched and len(ops):
+        price = levels.price.new_zeros(len(ops) + 1).index_add(0, levels.ops, levels.price)[:-1]
+        price = torch.where(found.alive, price, torch.inf)
+        ops.zero_()
+        for node in found.node.unique():
+            own = (found.node == node).nonzero()[:, 0]
+            ops[own[price[own].argmin()]] = 1.0
+        ops = torch.where(found.runs, ops, found.alive.float())
+    for base, size, fewest in found.spans if "filters" in searched else ():
+        filters[base + min(fewest, size) : base + size] = 0.0
+    if "weights" in searched:
+        weights = torch.zeros(len(levels.reads))
+    return float(levels.size(ops, filters, weights))
 
 
 def threshold_for(share: float, importance: Tensor, whole: int) -> float:

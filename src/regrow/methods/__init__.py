@@ -6,7 +6,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from regrow.methods import (
     blind,
@@ -59,14 +59,21 @@ class Entry:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults)}")
             if type(value) is int and type(defaults[key]) is float:
                 value = given[key] = float(value)
-            if type(value) is str and type(defaults[key]) is tuple:
-                value = value.split(",")
-            if type(value) is list and type(defaults[key]) is tuple:
-                value = given[key] = tuple(value)
+            if type(value) in (str, list) and type(defaults[key]) is tuple:
+                value = given[key] = self._several(name, key, value)
             if type(value) is not type(defaults[key]):
                 kind = type(defaults[key]).__name__
                 raise ValueError(f"{name}: {key} is of type {kind}, like its default {defaults[key]!r}; got {value!r}")
         return self.build(self.settings(**given))
+
+    def _several(self, name: str, key: str, value: str | list[Any]) -> tuple[Any, ...]:
+        """A tuple of what the setting holds, from words with commas between them."""
+        parts = value.split(",") if isinstance(value, str) else value
+        kind = get_args(get_type_hints(self.settings)[key])[0]
+        try:
+            return tuple(kind(part.strip() if isinstance(part, str) else part) for part in parts)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name}: {key} is several of type {kind.__name__}; got {value!r}") from None
 
 
 METHODS: Mapping[str, Entry] = {

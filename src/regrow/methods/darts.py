@@ -20,6 +20,7 @@ Where we differ: every cell has an α of its own, unless ``shared``; there is no
 BatchNorms are affine; and the rate of α is a share of the steps, equal to the authors' at their 50 epochs.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,6 +113,11 @@ class Darts(Searcher):
     def __post_init__(self) -> None:
         s = self.settings
         self.searched, self.ends, self.most, self.measure = ("filters",), s.stages[-1:], s.target, Measure(s.measure)
+
+    @property
+    def cuts(self) -> Collection[str]:
+        """What goes in the end: operations that are not chosen, and then filters."""
+        return ("operations", "filters")
 
     def rates(self, at: Stand) -> tuple[float, float]:
         """How fast α learns; thresholds do not."""

@@ -137,6 +137,22 @@ class Mgas(Searcher):
         n = max(1, len(self.settings.stages))
         return round(stage * epochs / n), round((stage + 1) * epochs / n)
 
+    def check(self, at: Stand) -> None:
+        """Besides, refuse a stage in which masks would not learn: the target would be met by trimming alone.
+
+        Raises:
+            ValueError: If there is one; says how many epochs all stages need.
+        """
+        n = max(1, len(self.ends))
+        spans = [self.span(at.epochs, stage) for stage in range(n)]
+        if any(end - first <= self.settings.warm for first, end in spans):
+            raise ValueError(
+                f"in {at.epochs} epochs, a stage of {n} has none in which masks learn, as the first "
+                f"{self.settings.warm} are for weights alone: take --epochs {n * (self.settings.warm + 1)} or more, "
+                "fewer stages, or a smaller warm"
+            )
+        super().check(at)
+
     def joint(self, at: Stand) -> bool:
         """Whether masks learn in this epoch."""
         return at.epoch >= self.span(at.epochs, self.values["stage"])[0] + self.settings.warm

@@ -9,8 +9,9 @@ A task, for weights W with thresholds t and the entries M that earlier tasks own
 
 1. train on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W; every step passes the gate;
 2. in the last ``late`` of its epochs widen every hidden axis that is short of what is free by ``width`` of its first
-   size: newborn units read a ``density`` of their inputs, turned away from what old tasks fed their layer and scaled
-   to the spread of the old units on the data at hand; nothing reads them yet; their penalty is ``young`` times as much;
+   size: newborn units read a ``density`` of their inputs, turned (among these) away from what old tasks fed their layer
+   and scaled to the spread of the old units on the data at hand, with the sign with which they answer it; nothing reads
+   them yet; their penalty is ``young`` times as much;
 3. at its end set what is below its threshold to 0, own what is left, begin t anew.
 
 What the gate lets through of a layer's step Δ (``kronecker``, the default; ours):  (1 + s A ⊗ (B + d))⁻¹ Δ,  with A the
@@ -224,10 +225,11 @@ class SparseGrow(Learner):
         parameters = at.parameters()
         for name, gate in self.gates.items():
             before = self.last[name]
-            before += gate.through(joined(at.model, name) - before)
+            let = before + gate.through(joined(at.model, name) - before)
             with torch.no_grad():
-                for which, value in part(at.model, name, before).items():
+                for which, value in part(at.model, name, let).items():
                     parameters[which].copy_(value)
+            self.last[name] = joined(at.model, name)
 
     def plan(self, at: Stand) -> Plan | None:
         """At the start of the late phase: widen where free weights run short."""

@@ -150,6 +150,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     begun = (Path(out) / COURSE).is_file()
     table = latencies.of(Path(out), model, batch, begun) if _measure(settings.target) == Measure.TIME else None
     learner = built(settings, model, axes, plan, table)
+    learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
     folder = RunFolder.create(out, verb="search", settings=asdict(settings), command=settings.command(str(out)))
     if plan is not None and not folder.resumed:
         folder.log("stages", **plan.record())
@@ -308,7 +309,7 @@ def built(
     axes: AxisGraph,
     plan: Stages | None = None,
     table: Latency | None = None,
-) -> Learner:
+) -> Searcher:
     """The learner of a search.
 
     Args:

@@ -163,8 +163,22 @@ class Gate:
         return self.outputs @ inside @ self.inputs.T
 
     def away(self, rows: Tensor) -> Tensor:
-        """Rows turned away from what was read: (1 + s A)⁻¹ applied to each, ``[k, n + 1]``."""
-        return (rows @ self.inputs).mul_(self.kept) @ self.inputs.T
+        """Rows turned away from what was read, ``[k, n + 1]``: (1 + s A)⁻¹ of each, among what it reads and the bias.
+
+        What a row does not read stays 0.
+
+        >>> gate = Gate.of(Factors(torch.diag(torch.tensor([9.0, 1.0, 0.0])), torch.eye(1)), strength=1.0)
+        >>> gate.away(torch.tensor([[1.0, 0.0, 2.0]])).round(decimals=3).tolist()
+        [[0.10000000149011612, 0.0, 2.0]]
+        """
+        turned, read = torch.zeros_like(rows), (self.inputs * (1 / self.kept - 1)) @ self.inputs.T
+        for row, into in zip(rows, turned, strict=True):
+            reads = row != 0
+            reads[-1] = True
+            own = reads.nonzero()[:, 0]
+            within = read[own][:, own].double() + torch.eye(len(own)).to(read).double()
+            into[own] = torch.linalg.solve(within, row[own].double()).to(row)
+        return turned
 
 
 def joined(model: nn.Module, name: str) -> Tensor:

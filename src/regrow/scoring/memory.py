@@ -61,6 +61,8 @@ def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int, dam
         inputs = read.new_empty(n + 1, n + 1)
         inputs[:-1, :-1], inputs[-1, :-1], inputs[:-1, -1] = read.reshape(n, n), bias.flatten(), bias.flatten()
         inputs[-1, -1] = tasks
+        if layers(at.model)[name].bias is None:  # no step moves it: it must not stand for what weights do
+            inputs[-1], inputs[:, -1] = 0.0, 0.0
         least = 0.0 if name in at.head else damping
         found[name] = Gate.of(Factors(inputs, used / tasks + least * torch.eye(len(used)).to(used)), strength)
     return found

@@ -17,11 +17,13 @@ from regrow.tracing.capture import evaluating
 
 
 def fitted(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
-    """Give newborn units the spread of the old ones: w ← w · median(std of old outputs) / std of its own output.
+    """Give newborn units the spread of the old ones: w ← ± w · median(std of old outputs) / std of its own output.
 
     The standard deviation is that of what each row of a linear layer or convolution gives, over all positions of all
-    batches. The running statistics of newborn channels are set to what their batch normalisation is fed. The units must
-    have grown by ``zero_out``: nothing reads them yet, so the network's function stays as it is.
+    batches; its bias goes along. A unit whose mean is further than that below 0 changes its sign: behind a ReLU it
+    would hardly answer, and hardly learn. The running statistics of newborn channels are set to what their batch
+    normalisation is fed. The units must have grown by ``zero_out``: nothing reads them yet, so the network's function
+    stays as it is.
 
     Args:
         model: The network after the plan; changed in place.
@@ -200,10 +202,13 @@ class _Rows:
         spread = variance.sqrt()
         own, usual = spread[list(self.young)], spread[list(self.old)].median()
         factor = torch.where((own > 0) & (usual > 0), usual / own, 1.0)
-        weight, at = model.get_parameter(self.name).detach(), torch.tensor(self.young)
-        shape = [-1 if dim == self.dim else 1 for dim in range(weight.dim())]
-        at, factor = at.to(weight.device), factor.view(shape).to(weight)
-        weight.index_copy_(self.dim, at, weight.index_select(self.dim, at) * factor)
+        factor *= torch.where(mean[list(self.young)] < -own, -1.0, 1.0)
+        path, _, leaf = self.name.rpartition(".")
+        bias = dict(model.named_parameters()).get(f"{path}.bias".lstrip(".")) if leaf == "weight" else None
+        for one, dim in ((model.get_parameter(self.name), self.dim), *([] if bias is None else [(bias, 0)])):
+            value, at = one.detach(), torch.tensor(self.young, device=one.device)
+            shape = [-1 if d == dim else 1 for d in range(value.dim())]
+            value.index_copy_(dim, at, value.index_select(dim, at) * factor.view(shape).to(value))
 
 
 @dataclass(frozen=True)
