@@ -1,5 +1,7 @@
 """The loop over tasks and its run folder: resuming, further tasks, and the account of what is known."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,27 +41,44 @@ def test_every_method_learns_and_tells(name: str) -> None:
         assert again == course.rows[-1]
 
 
-@pytest.mark.parametrize("name", LEARNERS)
-def test_killed_and_resumed_is_never_stopped(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GROWING = {"grow": "always", "late": 0.6}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "given"),
+    [
+        *((name, "mlp:16-16", GROWING if name == "sparsegrow" else {}) for name in LEARNERS),
+        ("sparsegrow", "mlp:16-16", GROWING | {"gate": "hard", "threshold": "adaptcl", "cap": 9.0}),
+        ("sparsegrow", "resnet:8-2", GROWING),
+        ("sparsegrow", "resnet-gn:8-2", GROWING | {"multiple": 1}),
+    ],
+)
+def test_killed_and_resumed_is_never_stopped(
+    name: str, model: str, given: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped in the middle of the second task, after growth where there is any: the same numbers, bit for bit."""
-    given: Any = {"method": name, "method_settings": {"grow": "always"} if name == "sparsegrow" else {}}
-    settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, **given)
+    own: Any = {"model": model, "method": name, "method_settings": given}
+    settings = Settings(("permuted:digits:2",), epochs=4, train=200, test=80, **own)
     whole = regrow.load(run(settings, tmp_path / "whole").path)
     write, seen = learning_run.write_course, []
 
     def stopping(path: Path, model: Any, learner: Any, course: Any) -> None:
         write(path, model, learner, course)
-        seen.append(course.epoch)
+        seen.append((course.number, course.epoch, [event["task"] for event in course.events]))
         if len(seen) == 7:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(learning_run, "write_course", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
-    assert seen[-1] == 3, "in the middle of a task, past its growth"
+    assert seen[-1][:2] == (1, 3) and (1 in seen[-1][2]) == bool(given), "in the middle of a task, past its growth"
     monkeypatch.undo()
-    folder = run(settings, tmp_path / "killed")
-    again = regrow.load(folder.path)
+    if model == "mlp:16-16":
+        run(settings, tmp_path / "killed")
+    else:  # a fresh process
+        call = f"from regrow.runs.learning_run import Settings, run; run({settings!r}, {str(tmp_path / 'killed')!r})"
+        subprocess.run([sys.executable, "-c", call], check=True, timeout=300)
+    again = regrow.load(tmp_path / "killed")
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
     told = [[r for r in regrow_rows(tmp_path / one) if r["what"] == "matrix"][-1] for one in ("whole", "killed")]
     assert told[0] == told[1]
