@@ -80,6 +80,8 @@ BASELINES = (
     Arm("LwF", "lwf"),
     Arm("PackNet, task not named", "packnet", {"prune": 0.8}),
     Arm("WSN, task not named", "wsn", {"share": 0.8}),
+    Arm("PackNet, task named", "packnet", {"prune": 0.8, "named": True}),
+    Arm("WSN, task named", "wsn", {"share": 0.8, "named": True}),
     Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl"}),
 )
 CONTROLS = (
@@ -123,6 +125,10 @@ TUNED = (
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (5.0, 10.0, 20.0, 30.0)),
     *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0)),
     *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0)),
+    *(
+        Arm(f"AdaptCL {a:g}", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl", "alpha": a})
+        for a in (1e-5, 1e-4, 1e-3, 5e-3, 2e-2)
+    ),
     *(Arm(f"PackNet {s:g}", "packnet", {"prune": s}) for s in (0.5, 0.8, 0.9)),
     *(Arm(f"WSN {s:g}", "wsn", {"share": s}) for s in (0.1, 0.5, 0.8)),
 )
@@ -252,6 +258,8 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
     found = {
         "accuracy": matrix.average,
         "along": matrix.average_along,
+        "backward": matrix.backward_transfer,
+        "forward": matrix.forward_transfer,
         "learning": matrix.learning,
         "forgetting": matrix.forgetting,
         "last": course.rows[-1],

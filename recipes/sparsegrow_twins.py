@@ -13,22 +13,28 @@ import argparse
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from rows import add, head, line, rows, spread
+from rows import add, difference, head, line, rows, spread
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
+from regrow.change import Fill
 from regrow.data.streams import fewer, idx, permuted, rotated
 from regrow.learner import Stand, along, flags
 from regrow.methods.sparsegrow import Settings, SparseGrow
 from regrow.nets.small import small
 from regrow.plan import Plan
 from regrow.runs.learning import Course, Schedule, learn
+from regrow.scoring import memory
+from regrow.sources import Batch
+from regrow.surgery.align import aligned
 from regrow.surgery.fill import newborn, sides
 from regrow.tasks import Task
 from regrow.tracing import trace
@@ -53,6 +59,43 @@ class Loud(SparseGrow):
             whole = at.parameters()[entries.name].detach()
             part = entries.of(whole)
             entries.set(at.model, torch.randn(part.shape, generator=at.drawn(9)) * whole.std())
+        self._settle(at)
+
+
+class Born(SparseGrow):
+    """Born as under the gate, also where there is none."""
+
+    def grown(self, at: Stand, plan: Plan) -> None:
+        """The gate's memory says what to be silent on."""
+        own, self.settings = self.settings, replace(self.settings, gate="kronecker")
+        super().grown(at, plan)
+        self.settings = own
+        self._settle(at)
+
+
+class Wider(SparseGrow):
+    """Newborn units are copies of old ones, which share what reads them: Net2Wider (Chen et al., arXiv 1511.05641)."""
+
+    def plan(self, at: Stand) -> Plan | None:
+        """As it would, with another birth."""
+        plan = super().plan(at)
+        many = {key: change.grow for key, change in plan.changes.items()} if plan else {}
+        return Plan.growing(at.axes, many, Fill("split", seed=self.settings.seed)) if many else None
+
+    def grown(self, at: Stand, plan: Plan) -> None:
+        """They are as they are."""
+        memory.born(at, self.tensors)
+        self._settle(at)
+
+
+class Max(SparseGrow):
+    """Newborn units are turned to where the loss would learn most: GradMax (Evci et al., arXiv 2201.05125)."""
+
+    def grown(self, at: Stand, plan: Plan) -> None:
+        """Nothing reads them yet."""
+        batches = [Batch((one.inputs,), labels=one.labels) for one in at.task.train.batches(256)]
+        aligned(at.model, at.axes, plan, batches[:4])
+        memory.born(at, self.tensors)
         self._settle(at)
 
 
@@ -99,8 +142,10 @@ def still(axes: AxisGraph, learner: SparseGrow, settings: Settings, kind: type[S
 
 WIDE: dict[str, tuple[Settings, type[SparseGrow]]] = {
     "not grown": (Settings(grow="never"), SparseGrow),
-    "layer expansion, SparseGrow": (Settings(cap=ONCE), SparseGrow),
+    "layer expansion, SparseGrow": (Settings(cap=ONCE), Born),
     "layer expansion, not silent": (Settings(silent=False, cap=ONCE), SparseGrow),
+    "layer expansion, Net2Wider": (Settings(cap=ONCE), Wider),
+    "layer expansion, GradMax": (Settings(cap=ONCE), Max),
     "layer expansion, drawn and read at once": (Settings(silent=False, density=1.0, cap=ONCE), Loud),
 }
 OTHER: dict[str, Callable[[nn.Sequential], tuple[nn.Sequential, Callable[[str], str]]]] = {
@@ -137,7 +182,7 @@ def _split(tensors: dict[str, Any]) -> list[tuple[str, str, str, Any]]:
     return [(*key.partition(" "), one) for key, one in tensors.items()]
 
 
-def twins(tasks: list[Task], at: int, seed: int) -> list[dict[str, Any]]:
+def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, Any]]:
     """A row per twin."""
     model, _ = small(f"mlp:{WIDTH}-{WIDTH}", tasks[0].train.inputs.shape[1:], 10, seed)
     axes, learner = trace(model, tasks[0].train.inputs[:2]), SparseGrow(settings=Settings(grow="never", seed=seed))
@@ -161,9 +206,11 @@ def twins(tasks: list[Task], at: int, seed: int) -> list[dict[str, Any]]:
         own, axes, first, course = start[0], start[1], start[2], copy.deepcopy(start[3])
         own = copy.deepcopy(own)
         if twin in WIDE:
-            mine = still(axes, first, *WIDE[twin])
+            settings, kind = WIDE[twin]
+            mine = still(axes, first, replace(settings, gate=gate), kind)
         else:
             own, axes, mine, course = reshaped(twin, own, first, course, tasks)
+            mine.settings = replace(mine.settings, gate=gate)
         _, course = learn(own, axes, tasks, mine, schedule, course=course)
         matrix = course.rows
         found.append(
@@ -196,29 +243,33 @@ def main() -> None:
     if args.fashion is None:
         parser.error("--fashion FOLDER: where MNIST's four files of Fashion-MNIST are")
     for seed in range(args.seeds):
-        for kind in ("permuted", "rotated"):
-            if any((row["stream"], row["seed"], row["at"]) == (kind, seed, args.at) for row in there):
+        for kind, gate in product(("permuted", "rotated"), ("kronecker", "none")):
+            told = {"stream": kind, "gate": gate, "seed": seed, "at": args.at}
+            if any(told.items() <= row.items() for row in there):
                 continue
             base = fewer(idx(args.fashion, "fashion"), 5000, 2000, seed)
             tasks = permuted(base, 10, seed) if kind == "permuted" else rotated(base, 10)
-            for row in twins(tasks, args.at, seed):
-                add(args.out, {"stream": kind, "seed": seed, "at": args.at, **row, "date": str(date.today())})
+            for row in twins(tasks, args.at, seed, gate):
+                add(args.out, told | row | {"date": str(date.today())})
                 print(row, flush=True)
 
 
 def shown(there: list[dict[str, Any]]) -> Iterator[str]:
     """The tables in Markdown: points of accuracy on the tasks before, that the twin which did not grow has more."""
-    for kind in ("permuted", "rotated"):
-        own = [row for row in there if row["stream"] == kind]
+    for kind, gate in product(("permuted", "rotated"), ("kronecker", "none")):
+        own = [row for row in there if (row["stream"], row["gate"]) == (kind, gate)]
         rest = {row["seed"]: row for row in own if row["twin"] == "not grown"}
-        yield f"\n{kind}, {len(rest)} seeds\n"
-        names = ("twin", "forgotten through growth, end of the task", "of the next", "the task itself", "the next one")
-        yield head([*names, "parameters"])
+        yield f"\n{kind}, {'under the gate' if gate != 'none' else 'without a gate'}, {len(rest)} seeds\n"
+        names = ("twin", "forgotten through growth, end of the task", "of the next", "paired")
+        yield head([*names, "the task itself", "the next one", "parameters"])
         for twin in dict.fromkeys(row["twin"] for row in own):
             mine = [row for row in own if row["twin"] == twin]
             gaps = [[rest[row["seed"]][key] - row[key] for row in mine] for key in ("old_then", "old_later")]
+            pairs = [(rest[row["seed"]]["old_later"], row["old_later"]) for row in mine]
+            told = difference(pairs).partition(" ")[2] if twin != "not grown" else ""
             learned = [[row[key] for row in mine] for key in ("task", "next")]
-            yield line([twin, *map(spread, gaps + learned), f"{fmean(row['parameters'] for row in mine):,.0f}"])
+            parameters = f"{fmean(row['parameters'] for row in mine):,.0f}"
+            yield line([twin, *map(spread, gaps), told.strip("()"), *map(spread, learned), parameters])
 
 
 if __name__ == "__main__":

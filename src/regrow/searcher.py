@@ -96,7 +96,7 @@ class Searcher(Learner):
         sums = candidates_in(at.model)
         ops, axes = [path for paths in sums.values() for path in paths], [axis.key for axis in at.axes.units()]
         self.values |= {"axes": axes, "stage": 0, "mu": 0.0, "history": [], "saved": dict.fromkeys(LEVELS, 0.0)}
-        self.values |= {"dropped": [], "fallen": {}}
+        self.values |= {"dropped": [], "fallen": {}, "whole": self.whole(at)}
         self.tensors["alpha"] = Along(torch.zeros(len(ops)), (len(ops),), self.rates(at)[0])
         for name, n in (("ops", len(ops)), ("filters", len(axes)), ("weights", len(ops) + 1)):
             self.tensors[f"threshold {name}"] = Along(torch.zeros(n), (n,), self.rates(at)[1])
@@ -107,22 +107,31 @@ class Searcher(Learner):
         """The part of the network up to which it runs; −1: all of it."""
         return self.ends[self.values["stage"]] if self.ends else -1
 
-    def settle(self, at: Stand) -> None:
-        """Where units lie now; κ and flags of what a branch took along are forgotten, of what came back are new."""
-        staged = bool(self.ends)
-        parameters = {n: p for n, p in at.parameters().items() if not staged or _parts(at).within(n, self.last)}
+    def upto(self, at: Stand, last: int) -> Gates:
+        """What may go in the network up to one of its parts; −1: in all of it."""
+        staged = last >= 0
+        parameters = {n: p for n, p in at.parameters().items() if not staged or _parts(at).within(n, last)}
         sums = candidates_in(at.model)
-        self.gates = gates(
+        return gates(
             at.axes,
             parameters,
             sums,
             self.values["axes"],
             _parts(at).needed() if staged else [*sums.values()],
-            lambda path: not staged or _parts(at).within(path, self.last),
+            lambda path: not staged or _parts(at).within(path, last),
             self.measure,
             tied_in(at.model),
             self.timed,
         )
+
+    def whole(self, at: Stand) -> float:
+        """What the network costs as it is, with nothing masked, and without classifiers of stages but the last."""
+        found = self.upto(at, self.ends[-1] if self.ends else -1)
+        return float(found.levels.size(found.alive.float(), torch.ones(found.levels.filters)))
+
+    def settle(self, at: Stand) -> None:
+        """Where units lie now; κ and flags of what a branch took along are forgotten, of what came back are new."""
+        self.gates = self.upto(at, self.last)
         for name in [*self.tensors]:
             kind, _, rest = name.partition(" ")
             if (kind == "kappa" and rest not in at.axes.axes) or (kind == "gone" and rest not in at.axes.shapes):
@@ -241,8 +250,7 @@ class Searcher(Learner):
             share, ids = self.tensors[f"kappa {key}"].values.detach().sigmoid(), at.axes[key].ids
             lost = {str(ids[i]): float(share[i]) for i in range(len(ids)) if i not in units}
             self.values["fallen"].setdefault(key, {}).update(lost)
-        before = self.values["saved"]
-        self.values["saved"] = saved | {level: before[level] + saved[level] for level in ("operations", "filters")}
+        self.values["saved"]["weights"], self.values["going"] = saved["weights"], saved["operations"]
         self.values["dropped"] += drop
         origin = {"method": "search", "epoch": at.epoch}
         if drop:
@@ -251,7 +259,12 @@ class Searcher(Learner):
         return Plan.keeping(at.axes, keep, origin=origin) if keep else None
 
     def grown(self, at: Stand, plan: Plan) -> None:
-        """A plan was carried out: everything has another place."""
+        """A plan was carried out: everything has another place, and the ledger follows what the network costs now."""
+        before, saved = self.values["whole"], self.values["saved"]
+        self.values["whole"] = now = self.whole(at)
+        operations = before - now if plan.back else self.values.pop("going", 0.0)
+        saved["operations"] += operations
+        saved["filters"] += before - now - operations
         self.settle(at)
 
     def final(self, at: Stand) -> Plan | None:
@@ -290,7 +303,7 @@ class Searcher(Learner):
         drop, _ = cut(found, replace(self.now, ops=ops), at.axes)
         if not drop or not singles:
             return None
-        self.values["saved"]["operations"] += savings(found, replace(self.now, ops=ops))["operations"]
+        self.values["going"] = savings(found, replace(self.now, ops=ops))["operations"]
         self.values["dropped"] += drop
         return Plan.dropping(at.axes, drop, {}, origin={"method": "search", "epoch": at.epoch})
 

@@ -78,6 +78,26 @@ def test_what_is_told_of_it_fits(done: Any) -> None:
     assert len(done.ledger) >= len(rows(done, "commit"))
 
 
+@pytest.mark.parametrize("measure", ["params", "macs"])
+def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
+    """What the levels left out and what is left make the whole space, but for classifiers of earlier stages."""
+    more = QUICK | {"regrow": 0.9, "regrow_filters": 0.5, "warm": 0}
+    model, _, _ = network(SETTINGS, parts_of(SETTINGS).search)
+    assert isinstance(model, Cells)
+    axes = trace(model, parts_of(SETTINGS).search.train.inputs[:2])
+    target = f"{measure}={'3k' if measure == 'params' else '60k'}"
+    own = replace(SETTINGS, target=target, epochs=6, retrain=0, method_settings=more)
+    folder = run(own, tmp_path / "run")
+    assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
+    first = built(own, model, axes)
+    first.begin(Stand(model, axes, parts_of(own).search, epochs=6))
+    levels = rows(folder, "levels")[-1]
+    assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(first.values["whole"], rel=1e-9)
+    assert min(levels["saved"].values()) >= 0
+    if measure == "params":
+        assert levels["size"] == rows(folder, "found")[-1]["nonzero"]
+
+
 def test_parts_are_disjoint() -> None:
     parts = parts_of(SETTINGS)
     learned, held, test = (
