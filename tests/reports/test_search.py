@@ -201,6 +201,13 @@ def only(kinds):
         ({"levels": [], "target": "params=2k"}, "overshot: 495 parameters are left of 2,000"),
         ({"levels": [], "target": "macs=2k"}, ""),
         ({"epoch": [*EPOCHS[:1], {**EPOCHS[1], "size": 99.0}, *EPOCHS[2:]]}, "there stood 99 of 450 in stage 1"),
+        # The last stage: of what thresholds left out, the final commit brings back what the target allows.
+        ({"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}]}, "there stood 99 of 500 in stage 2. What came back"),
+        ({"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": []}, ""),
+        (
+            {"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": [{"asked": 500.0, "size": 99.0}]},
+            "The target was overshot: 99 parameters",
+        ),
         ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits moved by up to 0.250"),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "grown": {"a": 1}}]}, ""),
         ({"commit": [{**COMMIT, "logits_moved": 0.0009}]}, ""),

@@ -189,12 +189,17 @@ def _off(found: dict[str, Any]) -> str:
 
 
 def _overshot(found: dict[str, Any]) -> str:
-    """Stages at whose end less stood than was to; of the last one, the target speaks."""
+    """Stages at whose end less stood than was to; of the last one, unless the target speaks.
+
+    Its final commit brings back as much as the target allows, so a size that was reached may hide what had stood.
+    """
     ends = list({row["stage"]: row for row in found["epochs"]}.values())
-    over = [row for row in ends[:-1] if row["allowed"] and row["size"] is not None]
+    told = not found["levels"] or _off(found)  # a stage that is not over tells nothing yet
+    over = [row for row in (ends[:-1] if told else ends) if row["allowed"] and row["size"] is not None]
     over = [row for row in over if row["size"] < OVERSHOT * row["allowed"]][:12]
     said = [f"{q.count(row['size'])} of {q.count(row['allowed'])} in stage {row['stage'] + 1}" for row in over]
-    return f"Thresholds overshot: at the end, there stood {', '.join(said)}." if said else ""
+    back = " What came back to meet the target had not been learning." * (bool(over) and over[-1] is ends[-1])
+    return f"Thresholds overshot: at the end, there stood {', '.join(said)}.{back}" if said else ""
 
 
 def _moved(found: dict[str, Any]) -> str:
