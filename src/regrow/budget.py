@@ -58,6 +58,19 @@ def amount(text: str, measure: Measure) -> float:
     return number
 
 
+def short(number: float) -> str:
+    """A number in three digits, as :func:`amount` reads it.
+
+    >>> short(33_640), short(999_700), short(950.4), short(7.25), short(2e13)
+    ('33.6k', '1M', '950', '7.25', '20T')
+    """
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
 @dataclass(frozen=True)
 class Target:
     """So much and no more.

@@ -162,6 +162,10 @@ class Learner:
     def passed(self, at: Stand) -> None:
         """An epoch is over; what is measured and stored comes next."""
 
+    def told(self, at: Stand) -> str:
+        """What people see while it learns: the task, and behind a comma how it goes."""
+        return at.task.name
+
     def plan(self, at: Stand) -> Plan | None:
         """What changes in the network's shape before this epoch, if anything."""
         return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from regrow.allocation.commits import cut, excess, least, savings, spared
 from regrow.allocation.gates import Gates, Masks, gates
 from regrow.allocation.timed import Timed
+from regrow.budget import short
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.evaluation.continual import share_right
 from regrow.learner import Along, Learner, Stand, flags
@@ -221,6 +222,17 @@ class Searcher(Learner):
         record = {"epoch": at.epoch + 1, "stage": self.values["stage"], "accuracy": right, "size": self.size()}
         record |= {"allowed": self.allowed(at), "mu": self.values["mu"]}
         self.values["history"].append(record | self.kept())
+
+    def told(self, at: Stand) -> str:
+        """The stage, and what the last epoch of it left: size of what it may be, accuracy, the share of each level."""
+        stage, words = self.values["stage"], [at.task.name]
+        words += [f"stage {stage + 1}"] * (len(self.ends) > 1)
+        last = (self.values["history"] or [{"stage": None}])[-1]
+        if last["stage"] == stage:
+            most = f" of {short(last['allowed'])}" if last["allowed"] else ""
+            words += [f"{short(last['size'])}{most} {self.measure}", f"validation {last['accuracy']:.2f}"]
+            words += [f"{level} {last[level]:.0%}" for level in LEVELS if level in self.searched]
+        return ", ".join(words)
 
     def kept(self) -> dict[str, float]:
         """The share of each level that stands, in the part that runs."""

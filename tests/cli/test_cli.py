@@ -1,6 +1,7 @@
 """The command line: what works, and what every mistake is answered with."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,16 @@ def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     assert code == 2 and "is a share" in err and not Path("other").exists()
     code, out, _ = regrow("methods", "mgas")
     assert code == 0 and "reconstructed" in out.lower() and "--set controller=dual" in out
+
+
+def test_what_must_not_be_overlooked_in_a_search_is_noted(regrow: Run) -> None:
+    given = ("--data", "digits", "--train", "100", "--test", "50", "--method", "blind", "--set", "what=operations")
+    given += ("--stages", "1", "--epochs", "0", "--retrain", "0", "--target", "0.2")
+    code, out, err = regrow("search", "cells:3-2-1", *given, "--out", "run")
+    assert code == 0, err
+    noted = [line.removeprefix("note: ") for line in out.splitlines() if line.startswith("note: ")]
+    page = Path("run/report.html").read_text(encoding="utf-8")
+    assert noted and noted == re.findall(r'<p class="alarm">([^<]*)</p>', page)
 
 
 def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: Run) -> None:

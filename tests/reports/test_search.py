@@ -9,9 +9,9 @@ import pytest
 from click.testing import CliRunner
 
 from regrow.cli import regrow
-from regrow.nets import mobile
+from regrow.nets import bench201, mobile
 from regrow.nets.cells import OPERATIONS, whole
-from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_html, to_markdown, write_page
+from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_html, to_markdown, topology, write_page
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD
 
@@ -115,14 +115,49 @@ def test_every_kept_operation_is_a_line_of_its_own(folder):
 
 def test_kinds_are_those_of_the_networks():
     assert tuple(cells.KINDS) == OPERATIONS and blocks.KINDS == mobile.OPERATIONS
+    assert tuple(topology.NAMES.values()) == bench201.OPERATIONS and topology.EDGES == bench201.EDGES
+    assert tuple(cells.SINGLE) == tuple(topology.NAMES)
+
+
+def found_as(path, **config):
+    """A run folder of a search that found what a description says."""
+    told = {"format": "regrow-shapes/1", "origin": {"config": config}}
+    (searched(path) / "shapes.json").write_text(json.dumps(told))
+    return path
+
+
+def test_the_topology_of_a_search_in_nas_bench_201_is_drawn_and_named(tmp_path):
+    chosen = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
+    edges = [[name] for name in bench201.read(chosen)]
+    folder = found_as(tmp_path / "run", **bench201.whole((3, 8, 8), 10, width=8, cells=1) | {"edges": edges})
+    text, words = to_html(summarise([folder])), to_markdown(summarise([folder]))
+    page = check_self_contained(text)
+    assert "fig-cells" in page.ids and f"<code>{chosen}</code>" in text and f"`{chosen}`" in words
+    assert "not made of cells" not in text and not alarms(folder)  # one operation per edge is no thin node
+    assert "* node 3, 8 wide: node 0: skip; node 1: avg; node 2: conv3" in words
+    assert "of operations, 1 of 6</dd>" in text and "of operations, 3 of 6: none, skips and pools" in text
+    drawing = cells.picture(summarise([folder])["runs"][0])
+    names = re.findall(r"<text[^>]*>([^<]*)</text>", drawing.wide)
+    assert [names.count(kind) for kind in cells.SINGLE] == [1 + n for n in (1, 1, 1, 2, 1)]  # 1: in the legend
+    assert "Every cell" in names and [names.count(f"node {i}") for i in range(5)] == [1, 1, 1, 1, 0]
+    assert "node 2 sums node 0: none; node 1: conv1" in drawing.description
+
+
+def test_what_an_edge_still_has_is_drawn_and_a_collapse_of_a_topology_told(tmp_path):
+    space = bench201.whole((3, 8, 8), 10, width=8, cells=1)
+    (run,) = summarise([found_as(tmp_path / "whole", **space)])["runs"]
+    assert len(cells.kept(cells.drawn(run))) == 6 * 5 and not run["search"]["notation"] and cells.picture(run)
+    skips = found_as(tmp_path / "skips", **space | {"edges": [["skip_connect"]] * 3 + [["nor_conv_3x3"]] * 3})
+    assert alarms(skips) == ["The search may have collapsed: 50.0\xa0% of the operations that it kept are skips."]
+    bare = found_as(tmp_path / "bare", **space | {"edges": [["none"], ["avg_pool_3x3"]] * 2 + [["none"]] * 2})
+    assert "100.0\xa0% of the operations that it kept have no weights" in "".join(alarms(bare))
+    for edges in ([["none"]] * 5, [3, None, "none", [{}], [["none"]], []], {"a": 1}):
+        check_self_contained(to_html(summarise([found_as(tmp_path / f"{edges}"[:9], edges=edges)])))
 
 
 def test_blocks_are_listed_and_a_collapse_of_them_is_told(tmp_path):
     def of_blocks(name, plans):
-        path = searched(tmp_path / name)
-        told = {"format": "regrow-shapes/1", "origin": {"config": {"blocks": plans}}}
-        (path / "shapes.json").write_text(json.dumps(told))
-        return path
+        return found_as(tmp_path / name, blocks=plans)
 
     plans = mobile.whole((1, 8, 8), 10, width=4, blocks=2, operations=("mb3e6", "skip"))["blocks"]
     folder = of_blocks("whole", [*plans, {"ops": [["x", 1], 2]}, 3])  # of the last, nothing is known
@@ -166,6 +201,13 @@ def only(kinds):
         ({"levels": [], "target": "params=2k"}, "overshot: 495 parameters are left of 2,000"),
         ({"levels": [], "target": "macs=2k"}, ""),
         ({"epoch": [*EPOCHS[:1], {**EPOCHS[1], "size": 99.0}, *EPOCHS[2:]]}, "there stood 99 of 450 in stage 1"),
+        # The last stage: of what thresholds left out, the final commit brings back what the target allows.
+        ({"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}]}, "there stood 99 of 500 in stage 2. What came back"),
+        ({"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": []}, ""),
+        (
+            {"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": [{"asked": 500.0, "size": 99.0}]},
+            "The target was overshot: 99 parameters",
+        ),
         ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits moved by up to 0.250"),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "grown": {"a": 1}}]}, ""),
         ({"commit": [{**COMMIT, "logits_moved": 0.0009}]}, ""),

@@ -1,5 +1,6 @@
 """A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
 
+import re
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 import regrow
+from regrow import budget
 from regrow.allocation.stages import Stages
+from regrow.budget import Measure
 from regrow.candidates import Candidates, candidates_in
 from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
@@ -21,6 +24,7 @@ from regrow.reports import write_page
 from regrow.runs import latencies, searching
 from regrow.runs.atomic import StoreError
 from regrow.runs.searching import Settings, built, network, parts_of, run, stage_memory, target
+from regrow.searcher import LEVELS
 from regrow.tracing import trace
 
 SMALL: dict[str, Any] = {
@@ -96,6 +100,22 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     assert min(levels["saved"].values()) >= 0
     if measure == "params":
         assert levels["size"] == rows(folder, "found")[-1]["nonzero"]
+
+
+def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = replace(SETTINGS, retrain=1)
+    folder = run(settings, tmp_path / "run", lambda done, total, what: said.append(what))
+    told = [*dict.fromkeys(said)]
+    first, _, second, _ = rows(folder, "epoch")
+    assert told[0] == "search, stage 1" and told[2] == "search, stage 2" and told[4:] == ["retraining"]
+    for line, row, start in ((told[1], first, "search, stage 1, "), (told[3], second, "search, stage 2, ")):
+        size, most, accuracy, *shares = re.findall(r"[\d.]+k?", line.removeprefix(start))
+        assert line.startswith(start) and [budget.amount(one, Measure.PARAMETERS) for one in (size, most)] == (
+            pytest.approx([row["size"], row["allowed"]], rel=5e-3)
+        )
+        assert float(accuracy) == pytest.approx(row["accuracy"], abs=6e-3)
+        assert [int(share) for share in shares] == [round(100 * row[level]) for level in LEVELS]
 
 
 def test_parts_are_disjoint() -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -40,9 +40,22 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
     out.print(made)
 
 
+class _Line(Progress):
+    """A bar behind what is being done, and below it how it goes, in as many lines as the terminal needs for it."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        for task in self.tasks:
+            if how := task.fields.get("how"):
+                yield Text(how, no_wrap=False, overflow="fold")
+
+
 @contextmanager
 def working() -> Iterator[Told]:
-    """A progress line with the time left, on the error stream; plain lines where that is not a terminal."""
+    """A progress line with the time left, on the error stream; plain lines where that is not a terminal.
+
+    What stands behind the first comma of what is being done is how it goes; a bar begins anew with what stands before.
+    """
     if not err.is_terminal:
         yield _plain()
         return
@@ -53,16 +66,17 @@ def working() -> Iterator[Told]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=err, transient=True) as progress:
+    with _Line(*columns, console=err, transient=True) as progress:
         task = progress.add_task("starting", total=1)
         shown = ""
 
         def tell(done: int, total: int, what: str) -> None:
             nonlocal shown
-            if what.split(",")[0] != shown.split(",")[0]:
+            what, _, how = what.partition(", ")
+            if what != shown:
                 progress.reset(task)
             shown = what
-            progress.update(task, description=what, completed=done, total=max(total, 1))
+            progress.update(task, description=what, completed=done, total=max(total, 1), how=how)
 
         yield tell
 

@@ -71,6 +71,9 @@ def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: A
 
 
 def _tell(folder: Any) -> None:
+    from regrow.reports import summarise
+    from regrow.reports.search import alarms
+
     rows = folder.metrics()
     found, tested = ([row for row in rows if row["what"] == what][-1] for what in ("found", "test"))
     levels = [row for row in rows if row["what"] == "levels"][-1]
@@ -86,3 +89,6 @@ def _tell(folder: Any) -> None:
         f"{found['accuracy']:.3f} as the search left it; "
         f"test{anew} {tested['accuracy']:.3f} on {tested['images']} images"
     )
+    (told,) = summarise([folder.path])["runs"]
+    for alarm in alarms(told):
+        say(f"note: {alarm}")

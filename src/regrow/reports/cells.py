@@ -1,7 +1,7 @@
 """The cells that a search found: what is kept of them, as data and as a picture."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import Any
 
 from regrow.reports import quantities as q
@@ -36,8 +36,14 @@ KINDS: dict[str, tuple[str, float]] = {
 }
 """Kinds of operations, in the order of a description → colour and opacity."""
 
-EDGE = len(KINDS) + 1
-"""Places of an edge in the picture: one of each kind, and one that stays free."""
+SINGLE: dict[str, tuple[str, float]] = {
+    "none": (MUTED, 0.4),
+    "skip": (INK, 1.0),
+    "conv1": (ACCENT, 0.55),
+    "conv3": (ACCENT, 1.0),
+    "avg": (WARM, 0.55),
+}
+"""The same of cells with one input, which are NAS-Bench-201's."""
 
 NAME = 8.5
 """Pixels from line to line that the name of an operation needs, written upright."""
@@ -90,24 +96,30 @@ def counts(found: Sequence[Cell]) -> list[dict[str, Any]]:
 
 def told(cell: Cell) -> list[dict[str, Any]]:
     """What each node of a cell sums, in words: ``name``, ``width`` and ``sums``."""
-    rows = []
+    rows, inputs = [], len(cell["inputs"])
     for i, node in enumerate(cell["nodes"]):
         sources: dict[int, list[str]] = {}
         for op in node["ops"]:
             inside = f" ({op['mid']} inside)" if op["kind"].startswith("sep") and op["mid"] else ""
             sources.setdefault(op["source"], []).append(f"{op['kind']}{inside}")
-        sums = "; ".join(f"{named(source)}: {', '.join(ops)}" for source, ops in sorted(sources.items()))
-        rows.append({"name": named(i + 2), "width": node["width"], "sums": sums or "nothing"})
+        sums = "; ".join(f"{named(source, inputs)}: {', '.join(ops)}" for source, ops in sorted(sources.items()))
+        rows.append({"name": named(i + inputs, inputs), "width": node["width"], "sums": sums or "nothing"})
     return rows
 
 
-def named(source: int) -> str:
-    """What a source is called.
+def named(source: int, inputs: int = 2) -> str:
+    """What a source is called; where there is one input, it is node 0.
 
-    >>> named(0), named(1), named(2)
-    ('cell before last', 'last cell', 'node 1')
+    >>> named(0), named(1), named(2), named(0, inputs=1)
+    ('cell before last', 'last cell', 'node 1', 'node 0')
     """
-    return ("cell before last", "last cell")[source] if source < 2 else f"node {source - 1}"
+    return ("cell before last", "last cell")[source] if source < inputs == 2 else f"node {source - inputs + 1}"
+
+
+def drawn(run: Run) -> list[Cell]:
+    """The cells of a search, or the one of a topology that all its cells have."""
+    found: dict[str, list[Cell]] = run["search"] or {"cells": [], "topology": []}
+    return found["cells"] or found["topology"]
 
 
 def picture(run: Run) -> Drawing | None:
@@ -115,16 +127,18 @@ def picture(run: Run) -> Drawing | None:
 
     Each kind has its place on each edge, so that cells can be compared and what went is a gap.
     """
-    found = (run["search"] or {"cells": []})["cells"][:MAX_DRAWN]
+    found = drawn(run)[:MAX_DRAWN]
     if not kept(found):
         return None
-    most = max(len(cell["nodes"]) for cell in found)
-    slots = sum(EDGE * (i + 2) for i in range(most))
+    inputs, most = len(found[0]["inputs"]), max(len(cell["nodes"]) for cell in found)
+    kinds = KINDS if inputs == 2 else SINGLE
+    slots = sum(_edge(kinds) * (i + inputs) for i in range(most))
+    titles = [f"Cell {i + 1}" for i in range(len(found))] if inputs == 2 else ["Every cell"]
     said = "; ".join(
-        f"cell {i + 1}: " + ", ".join(f"{row['name']} sums {row['sums']}" for row in told(cell))
+        f"{titles[i].lower()}: " + ", ".join(f"{row['name']} sums {row['sums']}" for row in told(cell))
         for i, cell in enumerate(found[:6])
     )
-    entries: list[Entry] = [(kind, colour, "s", strength) for kind, (colour, strength) in KINDS.items()]
+    entries: list[Entry] = [(kind, colour, "s", strength) for kind, (colour, strength) in kinds.items()]
 
     def paint(canvas: Canvas) -> None:
         left, gap = 92, 26
@@ -135,7 +149,7 @@ def picture(run: Run) -> Drawing | None:
         # Names are written where they find room; a picture of many cells, or of broad ones, does without.
         across = 1 if canvas.narrow or (step(2) < NAME and step(1) >= NAME and len(found) <= 8) else 2
         head, wire = (64 if step(across) >= NAME else 34), 22
-        width, high = (canvas.width - gap * (across - 1)) / across, head + wire * (most + 2) + 18
+        width, high = (canvas.width - gap * (across - 1)) / across, head + wire * (most + inputs) + 18
         rows = [entries[:4], entries[4:]] if canvas.narrow else [entries]
         top = 8 + 20 * len(rows)
         canvas.start(top + math.ceil(len(found) / across) * high)
@@ -144,42 +158,48 @@ def picture(run: Run) -> Drawing | None:
         for i, cell in enumerate(found):
             x, y = (i % across) * (width + gap), top + (i // across) * high
             n = len(kept([cell]))
-            canvas.text(x, y + 14, f"Cell {i + 1}{', halves the picture' * cell['reduce']}")
+            canvas.text(x, y + 14, f"{titles[i]}{', halves the picture' * cell['reduce']}")
             words = f"{q.count(n)} operation{'s' * (n != 1)}, gives {_given(cell)}"
             if not canvas.narrow or not cell["reduce"]:
                 canvas.text(x + width, y + 14, words, color=MUTED, fontsize=SMALL, ha="right")
-            axes = canvas.panel(y + head, wire * (len(cell["nodes"]) + 2), left=x + left, width=width - left - 4)
-            _wiring(axes, cell, slots, step(across) >= NAME)
+            axes = canvas.panel(y + head, wire * (len(cell["nodes"]) + inputs), left=x + left, width=width - left - 4)
+            _wiring(axes, cell, kinds, slots, step(across) >= NAME)
             for place, value in enumerate([*cell["inputs"], *(node["width"] for node in cell["nodes"])]):
                 at = y + head + (place + 0.5) * wire
-                canvas.text(x, at, named(place).replace("cell before last", "before last"), fontsize=SMALL)
+                canvas.text(x, at, named(place, inputs).replace("cell before last", "before last"), fontsize=SMALL)
                 canvas.text(x + left - 6, at, q.count(value), color=MUTED, fontsize=SMALL, ha="right")
 
     return draw("fig-cells", "The cells that were found", said, paint)
 
 
-def _wiring(axes: Any, cell: Cell, slots: int, names: bool) -> None:
+def _edge(kinds: Sized) -> int:
+    """Places of an edge in the picture: one of each kind, and one that stays free."""
+    return len(kinds) + 1
+
+
+def _wiring(axes: Any, cell: Cell, looks: dict[str, tuple[str, float]], slots: int, names: bool) -> None:
     """One cell: rows are values, columns are places of operations, grouped by node and then by source."""
-    many, kinds = len(cell["nodes"]) + 2, list(KINDS)
+    inputs, kinds = len(cell["inputs"]), list(looks)
+    many = len(cell["nodes"]) + inputs
     axes.set_axis_off()
     axes.set_xlim(0, slots)
     axes.set_ylim(many - 0.5, -0.5)
     start, lines = 0, dict[str, list[tuple[float, int, int]]]()
-    for value in (0, 1):
+    for value in range(inputs):
         axes.plot([0, slots], [value, value], color=FAINT, lw=1, zorder=1)
     for i, node in enumerate(cell["nodes"]):
-        axes.plot([start, slots], [i + 2, i + 2], color=FAINT, lw=1, zorder=1)
+        axes.plot([start, slots], [i + inputs, i + inputs], color=FAINT, lw=1, zorder=1)
         for op in node["ops"]:
-            x = start + EDGE * op["source"] + kinds.index(op["kind"]) + 0.5
-            lines.setdefault(op["kind"], []).append((x, op["source"], i + 2))
+            x = start + _edge(kinds) * op["source"] + kinds.index(op["kind"]) + 0.5
+            lines.setdefault(op["kind"], []).append((x, op["source"], i + inputs))
             if names:
                 style = {"ha": "center", "va": "bottom", "color": MUTED, "fontsize": 8.5}
                 axes.text(x, -0.6, op["kind"], rotation=90, **style)
-        start += EDGE * (i + 2)
+        start += _edge(kinds) * (i + inputs)
         if i + 1 < len(cell["nodes"]):
             axes.plot([start - 0.5, start - 0.5], [-0.5, many - 0.5], color=LINE, lw=1, ls=(0, (3, 3)), zorder=1)
     for kind, places in lines.items():
-        colour, strength = KINDS[kind]
+        colour, strength = looks[kind]
         xs, tops, bottoms = zip(*places, strict=True)
         axes.vlines(xs, tops, bottoms, colors=colour, alpha=strength, lw=2.4, zorder=2)
         for ys, marker in ((tops, "o"), (bottoms, "v")):
@@ -187,6 +207,7 @@ def _wiring(axes: Any, cell: Cell, slots: int, names: bool) -> None:
 
 
 def _given(cell: Cell) -> str:
-    """The width of all nodes side by side."""
+    """The width of all nodes side by side; of the last one where there is one input."""
     widths = [node["width"] for node in cell["nodes"]]
+    widths = widths if len(cell["inputs"]) == 2 else widths[-1:]
     return q.NONE if None in widths else q.count(sum(widths))

@@ -175,7 +175,7 @@ def _context(summary: Summary) -> dict[str, Any]:
     run = runs[0]
     if len(runs) == 1:
         told: Any = course if run["course"] else quest if run["search"] else words
-        found, parts = (run["search"][what] if run["search"] else [] for what in ("cells", "blocks"))
+        found, parts = cells.drawn(run), run["search"]["blocks"] if run["search"] else []
         return {
             "title": f"{run['model']}: {run['label']}",
             "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],

@@ -4,7 +4,7 @@ import re
 from typing import Any
 
 from regrow.allocation.stages import in_bytes
-from regrow.reports import blocks, cells
+from regrow.reports import blocks, cells, topology
 from regrow.reports import quantities as q
 from regrow.reports.reading import RunFolder, mapping, number, size, text
 
@@ -37,7 +37,8 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
     Returns:
         ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
         ``commits``, ``stages`` (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``,
-        ``test``, ``cells`` and ``blocks``; ``None`` if it is a run of another kind.
+        ``test``, ``cells``, ``topology`` (one cell that all are), its ``notation`` and ``blocks``; ``None`` if it is a
+        run of another kind.
     """
     if folder.run.get("verb") != "search":
         return None
@@ -80,6 +81,8 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
             "nonzero": size(last["test"].get("nonzero")),
         },
         "cells": cells.cells(folder.origin),
+        "topology": (topologies := topology.topology(folder.origin)),
+        "notation": topology.notation(topologies),
         "blocks": blocks.blocks(folder.origin),
     }
 
@@ -116,7 +119,7 @@ def details(run: Run) -> list[str]:
 
 def key_numbers(run: Run) -> list[dict[str, str]]:
     """The figures at the head of the page: ``label``, ``value`` and a line ``below`` each."""
-    found, ops = run["search"], cells.kept(run["search"]["cells"])
+    found, ops = run["search"], cells.kept(cells.drawn(run))
     rows = []
 
     def add(label: str, value: Any, unit: Any, below: str) -> None:
@@ -137,7 +140,8 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
         skips = sum(op["kind"] == "skip" for op in ops)
         add("Skips", skips / len(ops), q.percent, f"of operations, {skips} of {len(ops)}")
         bare = sum(op["bare"] for op in ops)
-        add("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: skips and pools")
+        kinds = "none, skips and pools" if found["topology"] else "skips and pools"
+        add("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: {kinds}")
     if found["blocks"]:
         add("Blocks", len(found["blocks"]) - blocks.skipped(found["blocks"]), q.count, f"of {len(found['blocks'])}")
     return rows
@@ -150,7 +154,7 @@ def alarms(run: Run) -> list[str]:
 
 
 def _collapse(found: dict[str, Any]) -> str:
-    ops, left = cells.kept(found["cells"]), found["blocks"]
+    ops, left = cells.kept(found["cells"] or found["topology"]), found["blocks"]
     if left and blocks.skipped(left) >= COLLAPSE * len(left):
         return f"The search may have collapsed: {blocks.skipped(left)} of {len(left)} blocks do nothing."
     if not ops:
@@ -185,12 +189,17 @@ def _off(found: dict[str, Any]) -> str:
 
 
 def _overshot(found: dict[str, Any]) -> str:
-    """Stages at whose end less stood than was to; of the last one, the target speaks."""
+    """Stages at whose end less stood than was to; of the last one, unless the target speaks.
+
+    Its final commit brings back as much as the target allows, so a size that was reached may hide what had stood.
+    """
     ends = list({row["stage"]: row for row in found["epochs"]}.values())
-    over = [row for row in ends[:-1] if row["allowed"] and row["size"] is not None]
+    told = not found["levels"] or _off(found)  # a stage that is not over tells nothing yet
+    over = [row for row in (ends[:-1] if told else ends) if row["allowed"] and row["size"] is not None]
     over = [row for row in over if row["size"] < OVERSHOT * row["allowed"]][:12]
     said = [f"{q.count(row['size'])} of {q.count(row['allowed'])} in stage {row['stage'] + 1}" for row in over]
-    return f"Thresholds overshot: at the end, there stood {', '.join(said)}." if said else ""
+    back = " What came back to meet the target had not been learning." * (bool(over) and over[-1] is ends[-1])
+    return f"Thresholds overshot: at the end, there stood {', '.join(said)}.{back}" if said else ""
 
 
 def _moved(found: dict[str, Any]) -> str:

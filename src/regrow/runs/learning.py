@@ -176,7 +176,7 @@ def _learn_task(
             course.loss = births.smoothed(course.loss, loss.item())
             births.watched(course.events, at.number, course.loss)
             done = (at.number * schedule.epochs + at.epoch) * steps + i + 1
-            progress(done, len(tasks) * schedule.epochs * steps, f"{at.task.name}")
+            progress(done, len(tasks) * schedule.epochs * steps, learner.told(at))
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} in {at.task.name}, epoch {at.epoch + 1}: take a smaller --lr")
         learner.passed(at)

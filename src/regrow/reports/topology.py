@@ -1,0 +1,51 @@
+"""The topology that a search found in NAS-Bench-201's space: its one cell, in the form of other cells, and its name."""
+
+from typing import Any
+
+from regrow.reports.cells import Cell
+from regrow.reports.reading import mapping, size
+
+NAMES = {
+    "none": "none",
+    "skip": "skip_connect",
+    "conv1": "nor_conv_1x1",
+    "conv3": "nor_conv_3x3",
+    "avg": "avg_pool_3x3",
+}
+"""Kinds of operations → NAS-Bench-201's names, in the order of a description."""
+
+EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
+"""From which node to which, in the order of its notation."""
+
+
+def topology(origin: dict[str, Any]) -> list[Cell]:
+    """The cell that all cells of the network are, as :func:`regrow.reports.cells.cells` gives them; none if it is none.
+
+    Args:
+        origin: How to build the network that was found.
+
+    Returns:
+        One cell, of one input and three nodes; widths are those of the first stage.
+    """
+    config = mapping(origin.get("config"))
+    edges = config.get("edges")
+    if not isinstance(edges, list) or len(edges) != len(EDGES):
+        return []
+    width = size(config.get("width"))
+    nodes: list[dict[str, Any]] = [{"width": width, "ops": []} for _ in range(3)]
+    for (source, node), ops in zip(EDGES, edges, strict=True):
+        there = ops if isinstance(ops, list) else []
+        nodes[node - 1]["ops"] += [
+            {"kind": kind, "source": source, "mid": None, "bare": not kind.startswith("conv")}
+            for kind, name in NAMES.items()
+            if name in there
+        ]
+    return [{"reduce": False, "inputs": [width], "nodes": nodes}]
+
+
+def notation(found: list[Cell]) -> str:
+    """A topology as NAS-Bench-201 writes it; nothing where an edge has not exactly one operation."""
+    nodes = [node["ops"] for cell in found for node in cell["nodes"]]
+    if not nodes or any([op["source"] for op in ops] != [*range(i + 1)] for i, ops in enumerate(nodes)):
+        return ""
+    return "+".join("|" + "".join(f"{NAMES[op['kind']]}~{op['source']}|" for op in ops) for ops in nodes)
