@@ -48,6 +48,8 @@ class Searcher(Learner):
     measure: Measure = Measure.PARAMETERS
     learns: bool = True
     """Whether thresholds learn."""
+    shrinks: bool = False
+    """Whether what stands becomes less while it learns, so that each epoch leaves a network of a size of its own."""
     timed: Timed | None = None
     """What entries and operations take of a pass, where time is what it may cost."""
 

@@ -15,8 +15,15 @@ from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_htm
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD
 
-SECTIONS = {"found", "epochs", "levels", "memory", "ran", "notes"}
-DRAWN = {"fig-cells", "fig-search-size", "fig-search-levels", "fig-search-saved", "fig-search-memory"}
+SECTIONS = {"found", "epochs", "passed", "levels", "memory", "ran", "notes"}
+DRAWN = {
+    "fig-cells",
+    "fig-search-size",
+    "fig-search-front",
+    "fig-search-levels",
+    "fig-search-saved",
+    "fig-search-memory",
+}
 CELLS = [
     {
         "reduce": False,
@@ -61,6 +68,7 @@ def searched(path, plan=CELLS, target="params=500", budget="4MB", **change):
         "stages": [{"ends": [0, 1], "peaks": [planned for _, _, planned in MEMORY]}],
         "epoch": [row | shares for row in EPOCHS],
         "commit": [COMMIT, COMMIT | {"cut": {}, "dropped": [], "back": ["x"], "logits_moved": 0.5}],
+        "front": [{"epoch": 3, "size": 800.0, "parameters": 900, "nonzero": 790, "accuracy": 0.7}],
         "memory": [{"stage": i, "held": 10**6, "peak": peak, "resident": peak + 10**5} for i, peak, _ in MEMORY],
         "levels": [levels | {"measure": "params", "asked": 500.0, "size": 495.0}],
         "found": [{"accuracy": 0.66, "parameters": 610, "nonzero": 495}],
@@ -95,7 +103,10 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     assert '<th scope="row">skip</th><td>1</td><td>2</td><td>3</td>' in text
     assert '<th scope="row">operations</th><td>1,100</td><td>75.0\xa0%</td>' in text
     assert "<td>2</td><td>0</td><td>5</td><td>0</td><td>45.0\xa0%</td>" in text  # a commit
-    assert "<td>3.00\xa0MB</td><td>3.10\xa0MB</td><td>×1.03</td><td>3.20\xa0MB</td><td>4.00\xa0MB</td>" in text
+    assert '<th scope="row">3</th><td>800</td><td>790</td><td>70.0\xa0%</td>' in text
+    drawing = epochs.front(summarise([folder])["runs"][0])
+    assert drawing is not None
+    assert drawing.description == "epoch 3: 800 parameters, 70.0\xa0%; found: 495 parameters, 66.0\xa0%"
 
 
 def test_every_kept_operation_is_a_line_of_its_own(folder):
@@ -310,7 +321,7 @@ def test_a_real_search_leaves_its_page(tmp_path):
     assert search["asked"] and search["reached"] and search["reached"] <= 1.01 * search["asked"]
     assert all(row["allowed"] and row["size"] for row in search["epochs"])
     page = check_self_contained((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
-    assert set(page.ids) >= (SECTIONS | DRAWN) - {"memory", "fig-search-memory"}
+    assert set(page.ids) >= (SECTIONS | DRAWN) - {"memory", "fig-search-memory", "fig-search-front"}
 
 
 def test_a_folder_without_a_run_has_no_page(tmp_path):

@@ -118,6 +118,21 @@ def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
         assert [int(share) for share in shares] == [round(100 * row[level]) for level in LEVELS]
 
 
+def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
+    """What stood after an epoch of the last stage is a network of its own, and nothing of the search knows of it."""
+    own = replace(SETTINGS, retrain=0, method_settings=QUICK | {"warm": 0})
+    folder = run(own, tmp_path / "run")
+    (row,) = rows(folder, "front")
+    assert row["epoch"] == 3 and row["size"] == row["nonzero"] > rows(folder, "found")[-1]["nonzero"]
+    net = regrow.load(folder.path / "front" / "0003")
+    assert share_right(net, parts_of(own).search.test) == row["accuracy"]
+    assert sum(int(p.count_nonzero()) for p in net.parameters()) == row["nonzero"]
+    assert row["size"] >= rows(folder, "epoch")[2]["size"]
+    assert not rows(done, "front"), (
+        "its last stage learns masks in the last epoch alone, whose network is what is found"
+    )
+
+
 def test_parts_are_disjoint() -> None:
     parts = parts_of(SETTINGS)
     learned, held, test = (

@@ -128,7 +128,7 @@ class Mgas(Searcher):
     def __post_init__(self) -> None:
         s = self.settings
         self.searched, self.ends, self.most, self.measure = s.levels, s.stages, s.target, Measure(s.measure)
-        self.learns = s.controller != "ratios"
+        self.learns, self.shrinks = s.controller != "ratios", True
 
     # Stages.
 

@@ -6,7 +6,8 @@ from statistics import fmean
 from typing import Any
 
 from regrow.reports import quantities as q
-from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, SMALL, Canvas, Drawing, draw, steps
+from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, SMALL, Canvas, Drawing, draw, steps
+from regrow.reports.fronts import against, leaders
 
 MAX_LINES = 24
 
@@ -107,19 +108,6 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> list[bool]:
-    """Which values no other beats that has as few parameters or fewer (within half a per cent counts as equal).
-
-    >>> leaders([100, 100, 200], [0.7, 0.6, 0.8])
-    [True, False, True]
-    """
-    known = [(v, s) for v, s in zip(values, sizes, strict=True) if v is not None and s is not None]
-    return [
-        v is not None and s is not None and not any(other > v and size <= 1.005 * s for other, size in known)
-        for v, s in zip(values, sizes, strict=True)
-    ]
-
-
 def accuracy(summary: dict[str, Any]) -> Drawing | None:
     """After each task, the mean accuracy over the tasks learned by then: one line per run."""
     lines = [
@@ -140,41 +128,8 @@ def widths(summary: dict[str, Any]) -> Drawing | None:
 def sizes(summary: dict[str, Any]) -> Drawing | None:
     """Final average accuracy against parameters; runs that no smaller one beats are joined."""
     points = [(run["label"], _parameters(run), run["course"]["figures"]["average"]) for run in summary["runs"]]
-    known = [(label, x, y) for label, x, y in points if x and y is not None]
-    if len({x for _, x, _ in known}) < 2:
-        return None
-    told = "; ".join(f"{label}: {q.count(x)} parameters, {q.percent(y)}" for label, x, y in known)
-    leads = leaders([x for _, x, _ in known], [y for _, _, y in known])
-    front = sorted((x, y) for (_, x, y), lead in zip(known, leads, strict=True) if lead)
-
-    def paint(canvas: Canvas) -> None:
-        canvas.start(340)
-        axes = canvas.panel(34, 254, left=58, right=8)
-        xs, ys = ([point[i] for point in known] for i in (1, 2))
-        spread, room = max(xs) - min(xs), max(max(ys) - min(ys), 0.02) * 0.12
-        axes.set_xlim(min(xs) - 0.08 * spread, max(xs) + spread * 120 / (canvas.width - 190))
-        axes.set_ylim(min(ys) - room, max(ys) + room)
-        axes.locator_params(axis="x", nbins=3 if canvas.narrow else 7)
-        axes.xaxis.set_major_formatter(lambda value, _: q.count(value))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
-        axes.grid(color=LINE, linewidth=1)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("parameters at the end", color=MUTED, fontsize=SMALL, labelpad=6)
-        canvas.text(0, 12, "final average accuracy", color=MUTED, fontsize=SMALL)
-        axes.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, linewidth=1.5)
-        for (label, x, y), on in zip(known, leads, strict=True):
-            axes.plot([x], [y], "o", markersize=10, markerfacecolor=ACCENT if on else FAINT, markeredgecolor=PAPER)
-            axes.annotate(
-                label[:18],
-                (x, y),
-                xytext=(8, 3),
-                textcoords="offset points",
-                color=INK if on else MUTED,
-                fontsize=SMALL,
-                annotation_clip=False,
-            )
-
-    return draw("fig-courses-size", "Final average accuracy against parameters", told, paint)
+    words = ("parameters at the end", "final average accuracy")
+    return against("fig-courses-size", "Final average accuracy against parameters", points, *words)
 
 
 def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing | None:

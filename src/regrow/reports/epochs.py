@@ -21,6 +21,7 @@ from regrow.reports.canvas import (
     legend,
     steps,
 )
+from regrow.reports.fronts import against
 
 Run = dict[str, Any]
 Panel = tuple[str, Sequence[tuple[str, str, str]], Any, float | None]
@@ -42,6 +43,16 @@ def size(run: Run) -> Drawing | None:
         ("Accuracy on the validation part", (("accuracy", "validation", INK),), q.percent, None),
     ]
     return _over_epochs(run, "fig-search-size", "Size and validation accuracy over epochs", panels)
+
+
+def front(run: Run) -> Drawing | None:
+    """The networks that the last stage passed on its way down: validation accuracy against size."""
+    found = run["search"] or {"front": [], "unit": ""}
+    points = [(f"epoch {row['epoch']}", row["size"], row["accuracy"]) for row in found["front"]]
+    if found["front"]:
+        points.append(("found", found["reached"], found["found"]["accuracy"]))
+    title = "Validation accuracy against size, on the way down"
+    return against("fig-search-front", title, points, found["unit"], "accuracy on the validation part, before training")
 
 
 def levels(run: Run) -> Drawing | None:

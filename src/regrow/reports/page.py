@@ -55,6 +55,7 @@ LEARNED_FIGURES = {
 SEARCHED_SECTIONS = {
     "found": "What was found",
     "epochs": "How it came about",
+    "passed": "Sizes on the way",
     "levels": "Levels",
     "memory": "Memory",
     "ran": "What was run",
@@ -63,6 +64,7 @@ SEARCHED_SECTIONS = {
 SEARCHED_FIGURES = {
     "cells": cells.picture,
     "search_size": epochs.size,
+    "search_front": epochs.front,
     "search_levels": epochs.levels,
     "saved": epochs.saved,
     "search_memory": epochs.memory,

@@ -36,9 +36,9 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
 
     Returns:
         ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
-        ``commits``, ``stages`` (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``,
-        ``test``, ``cells``, ``topology`` (one cell that all are), its ``notation`` and ``blocks``; ``None`` if it is a
-        run of another kind.
+        ``commits``, ``front`` (networks that the last stage passed), ``stages`` (memory of each), ``recomputed``,
+        ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``, ``topology``, ``notation`` and
+        ``blocks``; ``None`` if it is a run of another kind.
     """
     if folder.run.get("verb") != "search":
         return None
@@ -59,6 +59,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         "retrained": size(settings.get("retrain")),
         "epochs": _epochs(lines.get("epoch", [])),
         "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
+        "front": _front(lines.get("front", [])),
         "stages": _stages(last["stages"], lines.get("memory", [])),
         "recomputed": last["stages"].get("recomputed") is True,
         "clock": {name: number(last["latency"].get(name), 0) for name in ("whole", "found")},
@@ -113,7 +114,9 @@ def details(run: Run) -> list[str]:
         anew = f", and {found['retrained']} of training anew" if found["retrained"] and run["finished"] else ""
         lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
     if found["test"]["accuracy"] is not None:
-        lines.append("Choices were judged on a validation part; the test set was read once, at the end.")
+        lines.append(
+            "A validation part was watched and not learned from in the search; the test set was read once, at the end."
+        )
     return lines
 
 
@@ -232,6 +235,16 @@ def _epochs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rows[epoch] = {"epoch": epoch, "stage": stage, "accuracy": number(line.get("accuracy"), 0, 1)}
             rows[epoch] |= {name: number(line.get(name), 0) for name in ("size", "allowed")}
             rows[epoch] |= {level: number(line.get(level), 0, 1) for level in LEVELS}
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def _front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry per network, smallest last; one that was left twice counts as it was at last."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        if (epoch := size(line.get("epoch"), MAX_EPOCHS)) is not None:
+            rows[epoch] = {"epoch": epoch, "accuracy": number(line.get("accuracy"), 0, 1)}
+            rows[epoch] |= {"size": number(line.get("size"), 0), "nonzero": size(line.get("nonzero"))}
     return [rows[epoch] for epoch in sorted(rows)]
 
 

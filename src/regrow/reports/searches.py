@@ -3,7 +3,7 @@
 from typing import Any
 
 from regrow.reports import quantities as q
-from regrow.reports.courses import leaders
+from regrow.reports.fronts import leaders
 
 Run = dict[str, Any]
 

@@ -28,7 +28,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
-from regrow.runs import latencies, spaces, store
+from regrow.runs import front, latencies, spaces, store
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, changed, learn
@@ -178,7 +178,7 @@ def _searched(
     model: nn.Module,
     axes: AxisGraph,
     origin: Origin,
-    learner: Learner,
+    learner: Searcher,
     progress: Progress,
 ) -> tuple[nn.Module, Origin]:
     """The network that a search leaves, as a plain network, and how to build it."""
@@ -190,6 +190,9 @@ def _searched(
 
     def keep(now: Course, here: AxisGraph) -> None:
         nonlocal told, logged
+        if now.epoch:
+            at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs, seed=settings.seed)
+            front.passed(folder, learner, at, origin)
         write_course(place, model, learner, now)
         for event in now.events[told:]:
             folder.log("commit", **event)
