@@ -1,6 +1,5 @@
 """Searching by masks: operations, filters and weights that do not stand are 0 while the network learns, then cut."""
 
-import copy
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -79,11 +78,7 @@ class Searcher(Learner):
         Raises:
             ValueError: If there is one; names the least that can be left.
         """
-        probe = copy.copy(self)
-        probe.tensors, probe.values, probe.ends = {}, {}, self.ends[-1:]
-        Searcher.begin(probe, at)
-        assert probe.gates is not None
-        if (left := least(probe.gates, self.cuts)) > self.most:
+        if (left := least(self.upto(at, (self.ends or (-1,))[-1]), self.cuts)) > self.most:
             raise ValueError(
                 f"a target of {self.most:g} {self.measure} is below what is left whatever goes, {left:g}: take a "
                 "higher one, a smaller space, or more levels"
@@ -119,7 +114,7 @@ class Searcher(Learner):
             at.axes,
             parameters,
             sums,
-            self.values["axes"],
+            self.values.get("axes") or [axis.key for axis in at.axes.units()],
             _parts(at).needed() if staged else [*sums.values()],
             lambda path: not staged or _parts(at).within(path, last),
             self.measure,
@@ -129,7 +124,7 @@ class Searcher(Learner):
 
     def whole(self, at: Stand) -> float:
         """What the network costs as it is, with nothing masked, and without classifiers of stages but the last."""
-        found = self.upto(at, self.ends[-1] if self.ends else -1)
+        found = self.upto(at, (self.ends or (-1,))[-1])
         return float(found.levels.size(found.alive.float(), torch.ones(found.levels.filters)))
 
     def settle(self, at: Stand) -> None:

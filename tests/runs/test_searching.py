@@ -166,9 +166,13 @@ def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
         ({"epochs": 0}, "take --epochs 1"),
         ({"validation": 0.999}, "leaves 0"),
         ({"train": -5}, "or more"),
+        ({"epochs": 3}, "a stage of 2 has none in which masks learn, .* take --epochs 4 or more"),
+        ({"target": "params=60", "method_settings": QUICK | {"levels": ("operations",)}}, "below what is left"),
+        ({"target": "params=60", "method": "darts", "method_settings": {}}, "below what is left whatever goes"),
     ):
         with pytest.raises(ValueError, match=told):
             run(replace(SETTINGS, **more), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("what", ["operations", "filters"])
