@@ -115,15 +115,19 @@ def alike(tasks: Sequence[Task]) -> list[Task]:
     return [_changed(task, task.name, change) for task in tasks]
 
 
-def of_datasets(pairs: Iterable[tuple[Sequence[Any], Sequence[Any]]], names: Sequence[str] = ()) -> list[Task]:
+def of_datasets(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] = ()) -> list[Task]:
     """Tasks from any data sets of (image, class) pairs: torchvision's, or experiences of Avalanche and Continuum.
 
+    Pictures of whole numbers, as torchvision gives them without a transform, come to ``[C, H, W]`` from 0 to 1; tensors
+    of floating point stay as they are.
+
     Args:
-        pairs: A training and a test set per task. Entries may have more than two parts (Avalanche adds the task).
+        pairs: A training and a test set per task: ``zip(benchmark.train_stream, benchmark.test_stream)`` of Avalanche,
+            ``zip(train_scenario, test_scenario)`` of Continuum. Entries may have more than two parts (the task).
         names: What results call them.
 
     Raises:
-        SourceError: If an entry is not a tensor or array with a class.
+        SourceError: If an entry is not a picture, tensor or array with a class, or pictures differ in size.
     """
     tasks = []
     for i, pair in enumerate(pairs):
@@ -245,14 +249,20 @@ def _of(part: Examples, group: Sequence[int], relabel: bool) -> Examples:
     return Examples(part.inputs[mine], labels)
 
 
-def _collected(data: Sequence[Any]) -> Examples:
+def _collected(data: Any) -> Examples:
+    if not hasattr(data, "__getitem__"):  # an experience of Avalanche
+        data = data.dataset
     inputs, labels = [], []
     for i in range(len(data)):
         x, y = data[i][0], data[i][1]
         if not isinstance(x, Tensor):
-            x = torch.as_tensor(np.asarray(x))
-        inputs.append(x.float())
+            x = torch.as_tensor(np.array(x))
+            if x.dtype == torch.uint8 and x.dim() in (2, 3):
+                x = x.unsqueeze(0) if x.dim() == 2 else x.movedim(-1, 0)
+        inputs.append(x.float() / 255 if x.dtype == torch.uint8 else x.float())
         labels.append(int(y))
+    if len({x.shape for x in inputs}) > 1:
+        raise SourceError(f"pictures differ in size: {', '.join({str(tuple(x.shape)) for x in inputs})}; resize them")
     return Examples(torch.stack(inputs), torch.tensor(labels))
 
 
