@@ -218,8 +218,13 @@ class SparseGrow(Learner):
                 torch.where(held, value, parameters[name], out=parameters[name])
 
     def passed(self, at: Stand) -> None:
-        """What has not been through the gate yet goes through it."""
+        """What has not been through the gate yet goes through it; thresholds and what they leave are noted."""
         self._let_through(at)
+        for name in at.weights if self.settings.threshold != "none" else ():
+            threshold = self._threshold(name).detach()
+            kept = (over(at.parameters()[name].detach(), threshold) >= 0) | self._owned(name)
+            told = {"threshold": float(threshold.mean()), "density": float(kept.double().mean())}
+            self.values.setdefault("kept", {})[name] = {what: round(value, 6) for what, value in told.items()}
 
     def _let_through(self, at: Stand) -> None:
         parameters = at.parameters()
@@ -293,9 +298,12 @@ class SparseGrow(Learner):
         self.gates.clear()
 
     def account(self, at: Stand) -> dict[str, dict[str, float]]:
-        """Per weight the share that tasks own, and under the Kronecker gate what was open when the task began."""
+        """Per weight the share that tasks own, and under the Kronecker gate what was open when the task began.
+
+        Besides, its mean threshold and the share above it (or owned) at the end, before thresholds began anew.
+        """
         owned = {name: round(float(self._owned(name).double().mean()), 4) for name in at.weights}
-        return {"owned": owned, "free": dict(self.values.get("free", {}))}
+        return {"owned": owned, "free": dict(self.values.get("free", {})), "kept": dict(self.values.get("kept", {}))}
 
     def _weigh(self, at: Stand) -> None:
         """How much each entry mattered to the task: |tanh| of its standardised gradient, the most over all tasks."""

@@ -42,8 +42,9 @@ def course(folder: RunFolder) -> dict[str, Any] | None:
     Returns:
         ``tasks`` (names), ``rows`` (the accuracy matrix, one list per task learned), ``before`` (accuracy of the
         untrained network), ``figures``, ``sizes`` (one entry per task learned: ``parameters``, ``nonzero``,
-        ``seconds``), ``widths``, ``owned`` and ``free`` (name → value after each task) and ``events`` (one entry per
-        growth); ``None`` if it is a run of another kind.
+        ``macs`` of an example, ``remembered`` (bytes beside the network) and ``seconds``), ``widths``, ``owned`` and
+        ``free`` (name → value after each task) and ``events`` (one entry per growth); ``None`` if it is a run of
+        another kind.
     """
     if folder.run.get("verb") != "learn":
         return None
@@ -69,7 +70,7 @@ def course(folder: RunFolder) -> dict[str, Any] | None:
         "before": _shares(last.get("before")),
         "figures": {name: number(last.get(name), -1, 1) if whole else None for name in _FIGURES},
         "sizes": [
-            {name: size(record.get(name)) for name in ("parameters", "nonzero")}
+            {name: size(record.get(name)) for name in ("parameters", "nonzero", "macs", "remembered")}
             | {"seconds": number(record.get("seconds"), 0)}
             for record in records
         ],

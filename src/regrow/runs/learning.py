@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.axes import AxisGraph
 from regrow.evaluation.continual import Matrix, share_right
@@ -185,7 +186,9 @@ def _learn_task(
             on_epoch(course, at.axes)
     learner.end(at)
     course.rows.append(accuracies(at.model, tasks, learner, schedule, at.number))
-    course.sizes.append(_sizes(at) | dict(learner.account(at)) | {"seconds": round(time.perf_counter() - start, 2)})
+    course.sizes.append(
+        _sizes(at, learner) | dict(learner.account(at)) | {"seconds": round(time.perf_counter() - start, 2)}
+    )
     course.number, course.epoch, course.moments, course.loss = at.number + 1, 0, {}, None
     if on_epoch:
         on_epoch(course, at.axes)
@@ -372,11 +375,19 @@ def _answers(at: Stand, learner: Learner, inputs: Tensor) -> Tensor:
         at.model.train(was)
 
 
-def _sizes(at: Stand) -> dict[str, Any]:
+def _sizes(at: Stand, learner: Learner) -> dict[str, Any]:
     parameters = at.parameters()
+    was = at.model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        at.model.eval()(at.task.train.inputs[:1])
+    at.model.train(was)
+    held = [one.values for one in learner.tensors.values()]
     return {
         "task": at.number,
         "parameters": sum(p.numel() for p in parameters.values()),
         "nonzero": sum(int(p.count_nonzero()) for p in parameters.values()),
+        "macs": counter.get_total_flops() // 2,  # of one example
+        # Bytes of masks, memories and factors; a mask takes a bit per entry.
+        "remembered": sum(-(-x.numel() // 8) if x.dtype == torch.bool else x.numel() * x.itemsize for x in held),
         "widths": {axis.key: axis.size for axis in at.axes.units()},
     }
