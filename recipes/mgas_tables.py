@@ -8,7 +8,7 @@ PICTURES has CIFAR-10 as ``train/CLASS/…`` and ``test/CLASS/…``; FOLDER gets
 stopped goes on. A row is written when it is whole. Every arm ends at the same number of parameters that are not 0 (a
 share of the super-network's; DARTS at fewer, where its two edges per node leave fewer), is trained anew for equally
 many epochs on training and validation part, and is tested once. What the search learns from is the training part alone;
-choices are judged on the validation part.
+the validation part is only watched.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1``.
 """

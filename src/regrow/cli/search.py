@@ -57,7 +57,7 @@ Examples
 def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: Any) -> None:
     """Search SPACE for a network that fits the target, train it anew, and leave a folder with it and how it was found.
 
-    The training examples are split into a part that is learned from and one that choices are judged by; the test set
+    The training examples are split into a part that is learned from and one that is only watched; the test set
     is read once, at the end.
     """
     from regrow.runs.searching import Settings, run

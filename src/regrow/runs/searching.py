@@ -64,7 +64,7 @@ class Settings:
         weight_decay: Of them.
         train: Most examples of the training set that are used; 0: all.
         test: Most of the test set; 0: all.
-        validation: The share of the training examples that masks are judged by, and never learned from in the search.
+        validation: The share of the training examples that is watched, and never learned from in the search.
         stride: Of the stem.
         seed: Of weights, orders and everything drawn.
     """
