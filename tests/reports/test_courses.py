@@ -46,6 +46,11 @@ def test_every_figure_of_every_run_is_there(several, tmp_path):
         assert shown[6] == f"{last['parameters']:,}"
         assert shown[8] == str(sum(row["what"] == "growth" for row in rows(folder)))
         assert all(value in told for value in shown[:7])
+        owned = last.get("owned")
+        assert (shown[9] == "–" or float(shown[9].split("\xa0")[0]) < 0.1) and (shown[10] != "–") == bool(owned)
+        ends = [f"{100 * value:.1f}\xa0%" for value in matrix["matrix"][-1]]
+        line = "".join(f"<td>{value}</td>" for value in ends)
+        assert f'<tr><th scope="row">{folder.name}</th>{line}</tr>' in text
     assert "points.\n\n## What was run" in told
 
 

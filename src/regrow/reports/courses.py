@@ -83,7 +83,9 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         One row per run: ``label``, ``cells`` (``value`` in words, and whether it is ``best`` at its size),
-        ``parameters`` and ``first`` (at the end, and after the first task), ``growths`` and ``seconds``.
+        ``parameters`` and ``first`` (at the end, and after the first task), ``growths``, ``shock`` (the most that mean
+        accuracy changed by one), ``owned`` (the share that tasks own at the end, mean over weights), ``seconds`` and
+        ``known`` (accuracy on each task at the end).
     """
     runs = summary["runs"]
     sizes = [_parameters(run) for run in runs]
@@ -102,10 +104,19 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "parameters": sizes[i],
                 "first": run["course"]["sizes"][0]["parameters"] if run["course"]["sizes"] else None,
                 "growths": len(run["course"]["events"]),
+                "shock": _shock(run),
+                "owned": _mean([values[-1] for values in run["course"]["owned"].values() if values]),
+                "known": run["course"]["rows"][-1] if run["course"]["rows"] else [],
                 "seconds": sum(seconds) if seconds and None not in seconds else None,
             }
         )
     return found
+
+
+def _shock(run: dict[str, Any]) -> float | None:
+    events = run["course"]["events"]
+    gaps = [abs(one["after"] - one["before"]) for one in events if None not in (one["after"], one["before"])]
+    return max(gaps, default=None)
 
 
 def accuracy(summary: dict[str, Any]) -> Drawing | None:
