@@ -9,16 +9,17 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regrow.allocation.stages import MemoryBudgetError, Peak, Stages, in_bytes
+from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes
 from regrow.allocation.stages import stages as cut
 from regrow.candidates import Prefix, Staged
-from regrow.evaluation import prefix_peaks, training
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
+from regrow.runs.stage_memory import planned
+from regrow.searcher import Searcher
 from regrow.sources import Batch
 from regrow.tasks import Task
 from regrow.tracing.stand import stands_in
@@ -26,15 +27,20 @@ from regrow.tracing.stand import stands_in
 EARLIER = 0.6
 """The share of its operations that an earlier part is taken to have when memory is planned: 0.5, and what regrows."""
 
-MASKS, WEIGHT = 1.05, 96
-"""How much more a step needs with masks than without, as far as tensors are counted: a share, and bytes per weight."""
-
 Found = Cells | Mobile | Bench201
 """A network of a space."""
 
 
 def network(
-    space: str, task: Task, *, stages: int, memory: str, batch_size: int, stride: int, seed: int
+    space: str,
+    task: Task,
+    *,
+    stages: int,
+    memory: str,
+    batch_size: int,
+    stride: int,
+    seed: int,
+    method: Searcher | None = None,
 ) -> tuple[nn.Module, Origin, Stages | None]:
     """A space as a network with drawn weights, and its stages, where a memory budget cuts them.
 
@@ -46,6 +52,7 @@ def network(
         batch_size: Examples per step.
         stride: Of the stem.
         seed: Of the weights.
+        method: What searches, with its settings; memory depends on it.
 
     Raises:
         ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
@@ -64,7 +71,7 @@ def network(
     plan = None
     if memory:
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
-        plan = _planned(found, batch, in_bytes(memory))
+        plan = _planned(found, batch, in_bytes(memory), method or Searcher())
     config = found.whole(heads=plan.ends if plan else ends(found.parts, stages))
     net = _drawn(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed
@@ -94,7 +101,7 @@ def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Gr
     return None
 
 
-def _planned(found: _Growing, batch: Batch, budget: int) -> Stages:
+def _planned(found: _Growing, batch: Batch, budget: int, method: Searcher) -> Stages:
     """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
     prefix = partial(found.prefix, found.whole(), share=EARLIER)
 
@@ -104,21 +111,9 @@ def _planned(found: _Growing, batch: Batch, budget: int) -> Stages:
         return made
 
     try:
-        return cut(_peak(prefix, batch), found.parts, budget)
+        return cut(planned(method, prefix, batch), found.parts, budget)
     except MemoryBudgetError:
-        return replace(cut(_peak(recomputed, batch), found.parts, budget), recomputed=True)
-
-
-def _peak(prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
-    """(first part that is whole, last part that runs) → the most bytes that searching there needs."""
-    plain = prefix_peaks(prefix, batch, training(partial(torch.optim.SGD, lr=0.1, momentum=0.9)))
-
-    def peak(first: int, last: int) -> int:
-        with torch.device("meta"):
-            many = prefix(first, last).many()
-        return int(MASKS * plain(first, last)) + WEIGHT * many
-
-    return peak
+        return replace(cut(planned(method, recomputed, batch), found.parts, budget), recomputed=True)
 
 
 def _drawn(kind: type[Found], config: Mapping[str, Any], seed: int) -> Found:
