@@ -1,4 +1,4 @@
-"""A memory budget while a search runs: what a stage needs is measured, once per stage."""
+"""A memory budget while a search runs: what a stage needs is foretold, kept below it, and measured; once per stage."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +8,10 @@ import pytest
 import torch
 
 import regrow
-from regrow.runs import searching
+from regrow.allocation.stages import MemoryBudgetError
+from regrow.methods import searcher_entry
+from regrow.reports import write_page
+from regrow.runs import searching, stage_memory
 from regrow.runs.learning import learn
 from regrow.runs.searching import Settings, built, network, parts_of, run
 from regrow.runs.stage_memory import Watch
@@ -32,10 +35,12 @@ def same(one: Path, other: Path) -> bool:
 
 
 def kept(folder: Any) -> list[dict[str, Any]]:
-    """What was measured, once it is seen to be of each stage, where masks learn."""
+    """What was measured, once it is seen that it kept the budget, and what was foretold of each stage."""
     found, plan = rows(folder, "memory"), rows(folder, "stages")[0]
     assert [row["stage"] for row in found] == [*range(len(plan["ends"]))]
-    assert all(row["joint"] for row in found)
+    for row, planned in zip(found, plan["peaks"], strict=True):
+        foretold = row["predicted"] or planned
+        assert row["joint"] and 0.85 * foretold < row["peak"] <= foretold <= BUDGET, row
     return found
 
 
@@ -57,7 +62,7 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     axes = trace(model, parts.search.train.inputs[:2])
     own = built(settings, model, axes, plan)
     assert plan is not None and len(plan.ends) == 1 and plan.recomputed == recomputed
-    learn(model, axes, [parts.search], own, settings.schedule(1, "constant"), around=Watch(own))
+    learn(model, axes, [parts.search], own, settings.schedule(1, "constant"), around=Watch(own, plan.peak, batch))
     assert own.values["memory"]["0"]["joint"]
     assert 0.85 * plan.peak < own.values["memory"]["0"]["peak"] <= plan.peak
 
@@ -65,6 +70,16 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
 def test_a_step_in_which_masks_learn_is_measured_once_a_stage(tight: Any) -> None:
     """Weights learn alone in the first epoch of a stage, and need less."""
     assert [row["epoch"] for row in kept(tight)] == [2, 4]
+
+
+def test_where_a_stage_left_more_than_was_planned_parts_are_computed_anew(tight: Any, tmp_path: Path) -> None:
+    """The same search, number by number, as in these stages without a budget."""
+    assert [row["recomputed"] for row in kept(tight)] == [False, True]
+    assert not rows(tight, "stages")[0]["recomputed"]
+    plain = run(replace(TIGHT, memory="", stages=2), tmp_path / "plain")
+    assert same(plain.path, tight.path)
+    pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, tight)]
+    assert ["computed a second time" in page for page in pages] == [False, True]
 
 
 @pytest.mark.parametrize("at", [1, 3])
@@ -85,6 +100,40 @@ def test_a_run_that_goes_on_measures_each_stage_once(
         run(TIGHT, tmp_path / "killed")
     again = run(TIGHT, tmp_path / "killed")
     told = [
-        [{name: row[name] for name in ("stage", "epoch", "peak")} for row in kept(folder)] for folder in (tight, again)
+        [{name: row[name] for name in ("stage", "epoch", "peak", "recomputed")} for row in kept(folder)]
+        for folder in (tight, again)
     ]
     assert told[0] == told[1] and same(tight.path, again.path)
+
+
+def test_what_settings_tell_of_earlier_stages_is_planned_with() -> None:
+    for given, expected in (
+        ({}, 0.6),
+        ({"share": 0.9}, 0.92),
+        ({"regrow": 0.0}, 0.5),
+        ({"levels": "weights"}, 1.0),
+        ({"levels": "filters,weights"}, 1.0),
+    ):
+        method = searcher_entry("mgas").made("mgas", given)
+        assert stage_memory.left_of(method) == pytest.approx(expected), given
+    assert stage_memory.left_of(searcher_entry("blind").made("blind", {})) == 1
+
+
+@pytest.mark.parametrize("more", [{"levels": "weights"}, {"share": 0.9}])
+def test_where_earlier_stages_leave_much_the_budget_is_kept(more: dict[str, Any], tmp_path: Path) -> None:
+    target = "0.8" if "share" in more else "0.3"
+    kept(run(replace(TIGHT, target=target, method_settings=QUICK | more), tmp_path / "run"))
+
+
+def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def much(*_: Any) -> int:
+        return BUDGET + 1024
+
+    monkeypatch.setattr(stage_memory, "foretold", much)
+    for _ in range(2):
+        with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 6\.772 MiB \(7101024 bytes\).*more --memory"):
+            run(TIGHT, tmp_path / "run")
+    found = regrow.runs.folder.RunFolder.open(tmp_path / "run")
+    assert [row["epoch"] for row in rows(found, "epoch")] == [1, 2]

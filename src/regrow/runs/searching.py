@@ -6,17 +6,17 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from regrow.allocation.cost import Cost
-from regrow.allocation.stages import Stages
+from regrow.allocation.stages import Stages, in_bytes
 from regrow.allocation.timed import timed
 from regrow.axes import AxisGraph
 from regrow.budget import Measure, Target
-from regrow.candidates import candidates_in
+from regrow.candidates import Staged, candidates_in
 from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
@@ -183,6 +183,8 @@ def _searched(
     place, course = folder.path / COURSE, Course()
     if folder.resumed and place.is_file():
         axes, course = read_course(place, model, axes, learner)
+    if learner.values.get("recomputed"):
+        cast(Staged, model).recomputed = True
     there = [row["what"] for row in folder.metrics()]
     told, logged, measured = there.count("commit"), there.count("epoch"), there.count("memory")
 
@@ -202,7 +204,7 @@ def _searched(
         schedule = settings.schedule(settings.epochs, "constant")
         more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}
         if settings.memory:
-            more["around"] = stage_memory.Watch(learner)
+            more["around"] = stage_memory.Watch(learner, in_bytes(settings.memory), settings.batch_size)
         axes, course = learn(model, axes, [parts.search], learner, schedule, **more)
     for row in [*learner.values.get("memory", {}).values()][measured:]:
         folder.log("memory", **row)

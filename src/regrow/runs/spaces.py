@@ -18,14 +18,11 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
-from regrow.runs.stage_memory import planned
+from regrow.runs.stage_memory import left_of, planned
 from regrow.searcher import Searcher
 from regrow.sources import Batch
 from regrow.tasks import Task
 from regrow.tracing.stand import stands_in
-
-EARLIER = 0.6
-"""The share of its operations that an earlier part is taken to have when memory is planned: 0.5, and what regrows."""
 
 Found = Cells | Mobile | Bench201
 """A network of a space."""
@@ -103,7 +100,8 @@ def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Gr
 
 def _planned(found: _Growing, batch: Batch, budget: int, method: Searcher) -> Stages:
     """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
-    prefix = partial(found.prefix, found.whole(), share=EARLIER)
+    # Where stages end is not known yet: a classifier behind every part is no less than there will be.
+    prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=left_of(method))
 
     def recomputed(first: int, last: int) -> Prefix:
         made = prefix(first, last)
