@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import regrow
 from regrow.allocation.stages import MemoryBudgetError
@@ -137,3 +138,20 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
             run(TIGHT, tmp_path / "run")
     found = regrow.runs.folder.RunFolder.open(tmp_path / "run")
     assert [row["epoch"] for row in rows(found, "epoch")] == [1, 2]
+
+
+def test_what_a_budget_needs_holds_while_the_found_network_is_trained_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both where the plan has it and where it was seen in the search; the network that is delivered is a plain one."""
+    seen: list[bool] = []
+
+    def watched(model: nn.Module, *given: Any, **more: Any) -> Any:
+        seen.append(bool(model.recomputed))
+        return learn(model, *given, **more)
+
+    monkeypatch.setattr(searching, "learn", watched)
+    for i, memory in enumerate(("6MiB", f"{BUDGET}")):
+        folder = run(replace(TIGHT, memory=memory, retrain=1, target="0.5"), tmp_path / f"{i}")
+        assert not regrow.load(folder.path).recomputed
+    assert seen == [True, True, False, True]

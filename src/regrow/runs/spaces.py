@@ -154,6 +154,8 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
 def rebuilt(config: Mapping[str, Any], model: Found) -> Found:
     """The network of a description with the numbers of the super-network that it describes."""
     found = type(model)(config)
+    if isinstance(model, Cells | Mobile):
+        found.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
     state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
     for path, node in model.named_modules():
         if f"{path}.scale" in state:
