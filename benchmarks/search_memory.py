@@ -3,9 +3,10 @@
     python benchmarks/search_memory.py --cifar PICTURES --work FOLDER --out benchmarks/results/search_memory.json
 
 The super-network is searched by MGAS on real pictures (few, for few epochs: sizes do not depend on them) under budgets
-that are shares of what one stage of it needs. Per stage: bytes planned from shapes alone; bytes of live tensors in one
-step of it, as a dispatch mode counts them; and by how much the process grew. A budget that cannot be kept is refused
-before anything runs. Last, a step with parts computed anew over one without, taken in turns.
+that are shares of what one stage of it needs; some cut it into several. Per stage: bytes planned from shapes alone, and
+foretold when it began from what earlier ones had left (``null``: the first one, as it was planned); bytes of live
+tensors in a step of it in which masks learn, as a dispatch mode counts them; and by how much the process grew. A budget
+that cannot be kept is refused before anything runs. Last, a step with parts computed anew over one without, in turns.
 """
 
 import argparse
@@ -41,8 +42,11 @@ def searched(settings: Settings, whole: int, work: Path) -> dict[str, Any]:
             "up to part": end,
             "planned": peak,
             "of one stage": round(peak / whole, 3),
+            "foretold": one["predicted"],
+            "recomputed": one["recomputed"],
             "live": one["peak"],
             "live / planned": round(one["peak"] / peak, 3),
+            "live / foretold": round(one["peak"] / (one["predicted"] or peak), 3),
             "process": one["resident"],
             "process / planned": one["resident"] and round(one["resident"] / peak, 3),
         }
@@ -77,7 +81,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("memory-runs"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search_memory.json"))
     parser.add_argument("--space", default="cells:8-6-3")
-    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.6, 0.4, 0.1])
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.85, 0.6, 0.4, 0.1])
     parser.add_argument("--train", type=int, default=480)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=9)

@@ -43,8 +43,11 @@ def test_no_choice_of_cuts_needs_fewer_stages(sizes: list[int], share: float, bu
 
 
 def test_the_refusal_says_what_would_do() -> None:
-    with pytest.raises(MemoryBudgetError, match=r"5 KiB of memory do not suffice: part 1, .* needs 7.5 KiB \(7680 b"):
+    with pytest.raises(
+        MemoryBudgetError, match=r"5 KiB of memory do not suffice: part 2, .* needs 7.5 KiB \(7680 b"
+    ) as refused:
         stages(lambda first, last: 7680 if last else 1024, 2, 5 * 1024)
+    assert refused.value.cell == 1  # parts are counted from 1 where people read of them
 
 
 def test_the_rest_is_planned_again() -> None:

@@ -23,7 +23,7 @@ from regrow.nets.mobile import Mobile
 from regrow.reports import write_page
 from regrow.runs import latencies, searching
 from regrow.runs.atomic import StoreError
-from regrow.runs.searching import Settings, built, network, parts_of, run, stage_memory, target
+from regrow.runs.searching import Settings, built, network, parts_of, run, target
 from regrow.searcher import LEVELS
 from regrow.tracing import trace
 
@@ -261,25 +261,6 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     assert all(row["peak"] <= 8 * 2**20 for row in rows(small, "memory"))
     pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, small)]
     assert ["computed a second time" in page for page in pages] == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("space", "memory", "batch", "recomputed"),
-    [("cells:4-3-1", "64MiB", 48, False), ("mobile:4-1", "64MiB", 48, False), ("cells:4-6-1", "14MiB", 96, True)],
-)
-def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, batch: int, recomputed: bool) -> None:
-    """Masks cost by the weight: where those are many, a plan without them would be far off."""
-    settings = Settings(space, "digits", "0.3", memory=memory, **SMALL | {"batch_size": batch})
-    parts = parts_of(settings)
-    model, _, plan = network(settings, parts.search)
-    axes = trace(model, parts.search.train.inputs[:2])
-    own = built(settings, model, axes, plan)
-    at = Stand(model, axes, parts.search, epochs=4, steps=5, epoch=3)
-    own.begin(at)
-    assert plan is not None and len(plan.ends) == 1 and own.joint(at) and plan.recomputed == recomputed
-    for one in own.tensors.values():
-        one.values.requires_grad_(one.lr is not None)
-    assert 0.85 * plan.peak < stage_memory(own, at, settings.batch_size)["peak"] <= plan.peak
 
 
 @pytest.mark.parametrize("method", ["blind", "darts"])

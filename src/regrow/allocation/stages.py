@@ -27,7 +27,7 @@ class MemoryBudgetError(ValueError):
     Args:
         message: What went wrong, and what would work.
         least: The least budget in bytes that can be kept.
-        cell: The cell that needs it, searched in a stage of its own.
+        cell: The cell that needs it, searched in a stage of its own; the first is 0, and part 1 in the message.
     """
 
     def __init__(self, message: str, least: int, cell: int) -> None:
@@ -101,7 +101,7 @@ def _too_little(peak: Peak, cells: Iterable[int], budget: int) -> MemoryBudgetEr
     alone = {cell: peak(cell, cell) for cell in cells}
     cell = max(alone, key=alone.__getitem__)
     return MemoryBudgetError(
-        f"{in_words(budget)} of memory do not suffice: part {cell}, searched in a stage of its own, needs "
+        f"{in_words(budget)} of memory do not suffice: part {cell + 1}, searched in a stage of its own, needs "
         f"{in_words(alone[cell])} ({alone[cell]} bytes). Give that much, or a smaller batch or width",
         alone[cell],
         cell,

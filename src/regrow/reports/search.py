@@ -61,7 +61,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
         "front": _front(lines.get("front", [])),
         "stages": _stages(last["stages"], lines.get("memory", [])),
-        "recomputed": last["stages"].get("recomputed") is True,
+        "recomputed": any(line.get("recomputed") is True for line in [last["stages"], *lines.get("memory", [])]),
         "clock": {name: number(last["latency"].get(name), 0) for name in ("whole", "found")},
         "budget": _budget(settings.get("memory")),
         "levels": [

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import cos, pi
 from typing import Any
@@ -21,6 +22,9 @@ from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Task
 
 SCENARIOS = ("domain", "class", "task")
+
+Around = Callable[[Stand, int], AbstractContextManager[None]]
+"""(where it stands, number of the step in its epoch) → what the step is taken inside."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def learn(
     *,
     course: Course | None = None,
     on_epoch: Callable[[Course, AxisGraph], None] | None = None,
+    around: Around = lambda at, number: nullcontext(),
     progress: Progress = silent,
 ) -> tuple[AxisGraph, Course]:
     """Learn tasks one after the other.
@@ -116,6 +121,7 @@ def learn(
         schedule: How each task is learned.
         course: Where an earlier, interrupted call stood.
         on_epoch: Called after each epoch and each task with where it stands, so that it can be stored.
+        around: Asked before each step; what it changes in the network holds from that step on.
         progress: Called with (steps done, steps in all, what).
 
     Returns:
@@ -131,7 +137,7 @@ def learn(
         at = Stand(model, axes, tasks[course.number], course.number, course.epoch, schedule.epochs, seed=schedule.seed)
         at.past = tuple(tasks[: at.number])
         at.classes = _choice(schedule, tasks, at.number, at.number)
-        axes = _learn_task(at, tasks, learner, schedule, course, on_epoch, progress)
+        axes = _learn_task(at, tasks, learner, schedule, course, on_epoch, around, progress)
     return axes, course
 
 
@@ -142,6 +148,7 @@ def _learn_task(
     schedule: Schedule,
     course: Course,
     on_epoch: Callable[[Course, AxisGraph], None] | None,
+    around: Around,
     progress: Progress,
 ) -> AxisGraph:
     start = time.perf_counter()
@@ -162,18 +169,19 @@ def _learn_task(
         for i, batch in enumerate(examples.batches(schedule.batch_size, seed=order)):
             if schedule.decay == "cosine":
                 movers[0].param_groups[0]["lr"] = schedule.rate((at.epoch * steps + i) / (schedule.epochs * steps))
-            for mover in movers:
-                mover.zero_grad(set_to_none=True)
-            with standing_in(at.model, learner.standing(at)):
-                loss = learner.loss(at, batch)
-                loss.backward()
-            if young:
-                course.events[-1] |= births.shares(at, young)
-                young = {}
-            learner.gate(at)
-            for mover in movers:
-                mover.step()
-            learner.stepped(at)
+            with around(at, i):
+                for mover in movers:
+                    mover.zero_grad(set_to_none=True)
+                with standing_in(at.model, learner.standing(at)):
+                    loss = learner.loss(at, batch)
+                    loss.backward()
+                if young:
+                    course.events[-1] |= births.shares(at, young)
+                    young = {}
+                learner.gate(at)
+                for mover in movers:
+                    mover.step()
+                learner.stepped(at)
             course.loss = births.smoothed(course.loss, loss.item())
             births.watched(course.events, at.number, course.loss)
             done = (at.number * schedule.epochs + at.epoch) * steps + i + 1
@@ -376,8 +384,7 @@ def _answers(at: Stand, learner: Learner, inputs: Tensor) -> Tensor:
 
 
 def _sizes(at: Stand, learner: Learner) -> dict[str, Any]:
-    parameters = at.parameters()
-    was = at.model.training
+    parameters, was = at.parameters(), at.model.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         at.model.eval()(at.task.train.inputs[:1])
     at.model.train(was)

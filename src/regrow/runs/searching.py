@@ -4,23 +4,23 @@ import copy
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from regrow.allocation.cost import Cost
-from regrow.allocation.stages import Stages
+from regrow.allocation.stages import Stages, in_bytes
 from regrow.allocation.timed import timed
 from regrow.axes import AxisGraph
 from regrow.budget import Measure, Target
-from regrow.candidates import candidates_in
+from regrow.candidates import Staged, candidates_in
 from regrow.data import streams
-from regrow.evaluation import Latency, fastest_pass, measured
+from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
-from regrow.learner import Learner, Stand
+from regrow.learner import Stand
 from regrow.methods import searcher_entry
 from regrow.methods.retrain import Retrain
 from regrow.nets.bench201 import Bench201
@@ -28,13 +28,12 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
-from regrow.runs import front, latencies, spaces, store
+from regrow.runs import front, latencies, spaces, stage_memory, store
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, changed, learn
 from regrow.searcher import Searcher
 from regrow.sources import Batch
-from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 
@@ -185,11 +184,13 @@ def _searched(
     place, course = folder.path / COURSE, Course()
     if folder.resumed and place.is_file():
         axes, course = read_course(place, model, axes, learner)
+    if learner.values.get("recomputed"):
+        cast(Staged, model).recomputed = True
     there = [row["what"] for row in folder.metrics()]
-    told, logged = there.count("commit"), there.count("epoch")
+    told, logged, measured = there.count("commit"), there.count("epoch"), there.count("memory")
 
     def keep(now: Course, here: AxisGraph) -> None:
-        nonlocal told, logged
+        nonlocal told, logged, measured
         if now.epoch:
             at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs, seed=settings.seed)
             front.passed(folder, learner, at, origin)
@@ -198,18 +199,19 @@ def _searched(
             folder.log("commit", **event)
         for row in learner.values.get("history", [])[logged:]:
             folder.log("epoch", **row)
-        if len(learner.values["history"]) > logged and settings.memory and learner.values["stage"] not in seen:
-            seen.add(learner.values["stage"])
-            at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs)
-            folder.log("memory", stage=learner.values["stage"], **stage_memory(learner, at, settings.batch_size))
         told, logged = len(now.events), len(learner.values.get("history", []))
+        for row in [*learner.values.get("memory", {}).values()][measured:-1]:  # more may be seen of the last
+            folder.log("memory", **row)
+            measured += 1
 
-    seen: set[int] = set()
     if settings.epochs:
         schedule = settings.schedule(settings.epochs, "constant")
-        axes, course = learn(
-            model, axes, [parts.search], learner, schedule, course=course, on_epoch=keep, progress=progress
-        )
+        more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}
+        if settings.memory:
+            more["around"] = stage_memory.Watch(learner, in_bytes(settings.memory), settings.batch_size)
+        axes, course = learn(model, axes, [parts.search], learner, schedule, **more)
+    for row in [*learner.values.get("memory", {}).values()][measured:]:
+        folder.log("memory", **row)
     at = Stand(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed)
     if not settings.epochs:
         learner.begin(at)
@@ -284,26 +286,8 @@ def parts_of(settings: Settings) -> Parts:
 def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
     """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them."""
     names = ("stages", "memory", "batch_size", "stride", "seed")
-    return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names})
-
-
-def stage_memory(learner: Learner, at: Stand, size: int) -> dict[str, Any]:
-    """What one step of a search needs now, in bytes: of live tensors, and of the process. Nothing learns from it."""
-    twin = replace(at, model=copy.deepcopy(at.model))
-    batch = Examples(at.task.train.inputs[:size], at.task.train.labels[:size])
-    mine = copy.copy(learner)
-    mine.values = dict(learner.values)
-
-    def step(model: nn.Module, _: Batch) -> None:
-        model.zero_grad(set_to_none=True)
-        with standing_in(model, mine.standing(twin)):
-            mine.loss(twin, batch).backward()
-
-    with torch.random.fork_rng(devices=[]):
-        found = measured(twin.model.train(), Batch((batch.inputs,), labels=batch.labels), step)
-    for one in learner.tensors.values():
-        one.values.grad = None
-    return asdict(found)
+    method = searcher_entry(settings.method).made(settings.method, settings.method_settings)
+    return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names}, method=method)
 
 
 def built(

@@ -9,32 +9,35 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regrow.allocation.stages import MemoryBudgetError, Peak, Stages, in_bytes
+from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes
 from regrow.allocation.stages import stages as cut
 from regrow.candidates import Prefix, Staged
-from regrow.evaluation import prefix_peaks, training
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
+from regrow.runs.stage_memory import left_of, planned
+from regrow.searcher import Searcher
 from regrow.sources import Batch
 from regrow.tasks import Task
 from regrow.tracing.stand import stands_in
-
-EARLIER = 0.6
-"""The share of its operations that an earlier part is taken to have when memory is planned: 0.5, and what regrows."""
-
-MASKS, WEIGHT = 1.05, 96
-"""How much more a step needs with masks than without, as far as tensors are counted: a share, and bytes per weight."""
 
 Found = Cells | Mobile | Bench201
 """A network of a space."""
 
 
 def network(
-    space: str, task: Task, *, stages: int, memory: str, batch_size: int, stride: int, seed: int
+    space: str,
+    task: Task,
+    *,
+    stages: int,
+    memory: str,
+    batch_size: int,
+    stride: int,
+    seed: int,
+    method: Searcher | None = None,
 ) -> tuple[nn.Module, Origin, Stages | None]:
     """A space as a network with drawn weights, and its stages, where a memory budget cuts them.
 
@@ -46,6 +49,7 @@ def network(
         batch_size: Examples per step.
         stride: Of the stem.
         seed: Of the weights.
+        method: What searches, with its settings; memory depends on it.
 
     Raises:
         ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
@@ -64,7 +68,7 @@ def network(
     plan = None
     if memory:
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
-        plan = _planned(found, batch, in_bytes(memory))
+        plan = _planned(found, batch, in_bytes(memory), method or Searcher())
     config = found.whole(heads=plan.ends if plan else ends(found.parts, stages))
     net = _drawn(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed
@@ -94,9 +98,10 @@ def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Gr
     return None
 
 
-def _planned(found: _Growing, batch: Batch, budget: int) -> Stages:
+def _planned(found: _Growing, batch: Batch, budget: int, method: Searcher) -> Stages:
     """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
-    prefix = partial(found.prefix, found.whole(), share=EARLIER)
+    # Where stages end is not known yet: a classifier behind every part is no less than there will be.
+    prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=left_of(method))
 
     def recomputed(first: int, last: int) -> Prefix:
         made = prefix(first, last)
@@ -104,21 +109,9 @@ def _planned(found: _Growing, batch: Batch, budget: int) -> Stages:
         return made
 
     try:
-        return cut(_peak(prefix, batch), found.parts, budget)
+        return cut(planned(method, prefix, batch), found.parts, budget)
     except MemoryBudgetError:
-        return replace(cut(_peak(recomputed, batch), found.parts, budget), recomputed=True)
-
-
-def _peak(prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
-    """(first part that is whole, last part that runs) → the most bytes that searching there needs."""
-    plain = prefix_peaks(prefix, batch, training(partial(torch.optim.SGD, lr=0.1, momentum=0.9)))
-
-    def peak(first: int, last: int) -> int:
-        with torch.device("meta"):
-            many = prefix(first, last).many()
-        return int(MASKS * plain(first, last)) + WEIGHT * many
-
-    return peak
+        return replace(cut(planned(method, recomputed, batch), found.parts, budget), recomputed=True)
 
 
 def _drawn(kind: type[Found], config: Mapping[str, Any], seed: int) -> Found:
@@ -161,6 +154,8 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
 def rebuilt(config: Mapping[str, Any], model: Found) -> Found:
     """The network of a description with the numbers of the super-network that it describes."""
     found = type(model)(config)
+    if isinstance(model, Cells | Mobile):
+        found.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
     state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
     for path, node in model.named_modules():
         if f"{path}.scale" in state:
