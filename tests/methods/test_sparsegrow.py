@@ -330,6 +330,28 @@ def test_hidden_units_that_were_silent_are_held_and_outputs_are_not(tasks: list[
     assert held["1.weight"] < 0.5 and held["5.weight"] == pytest.approx(1.0, abs=1e-3)
 
 
+@pytest.mark.parametrize(("spec", "loud"), [("resnet-gn:8-2", True), ("resnet:8-2", False), ("mlp:24-16", False)])
+def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
+    tasks: list[Task], spec: str, loud: bool
+) -> None:
+    """A GroupNorm rescales them on old inputs; else they are silent there, and what reads them is free."""
+    open_: list[float] = []
+
+    class Looking(SparseGrow):
+        def grown(self, at: Stand, plan: Any) -> None:
+            super().grown(at, plan)
+            for key, change in plan.changes.items():
+                into = next(slot for slot in at.axes[key].consumers() if slot.name in self.gates)
+                step = torch.zeros_like(at.parameters()[into.name])
+                step[:, -change.grow :] = 1.0  # of the first axis that grew: its newborn units lie last
+                flat = torch.cat([step.flatten(1), torch.zeros(len(step), 1)], 1)
+                open_.append(float(self.gates[into.name].through(flat).norm() / flat.norm()))
+
+    model, axes = begun(tasks, spec)
+    learn(model, axes, tasks[:2], Looking(settings=Settings(multiple=1, strength=80.0)), replace(SCHEDULE, epochs=2))
+    assert open_ and (max(open_) < 0.7 if loud else min(open_) > 0.95)
+
+
 @pytest.mark.parametrize("silent", [True, False])
 def test_newborn_units_are_silent_on_old_tasks(tasks: list[Task], silent: bool) -> None:
     """At birth they answer what is new, and hardly what is old."""

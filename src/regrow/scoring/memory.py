@@ -1,8 +1,10 @@
 """What a network that keeps learning remembers of its tasks: second moments, no example."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from regrow.axes import axes_in
 from regrow.learner import Along, Stand
 from regrow.scoring.factors import Factors, Gate, factors, joined, layers, part
 
@@ -34,13 +36,26 @@ def born(at: Stand, tensors: dict[str, Along]) -> None:
     """Newborn units count as much as the others on average: what they answer to old tasks will be read one day.
 
     So do hidden units that were silent in all old tasks: moved freely, they would wake on old inputs. Outputs do not:
-    a class that no task has had yet is free.
+    a class that no task has had yet is free. Behind a norm that rescales each group of units by itself, newborn units
+    are as loud on old inputs as the others, however little they answer before it: there what reads them counts too.
     """
+    loud = _rescaled(at)
     for name in remembered(at, tensors):
         diagonal = tensors[f"used {name}"].values.diagonal()
         new = diagonal == 0
         if name not in at.head:
             diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
+        if loud & set(axes_in(at.axes.shapes[name][1])):
+            many = tensors[f"bias {name}"].values.numel()
+            read = tensors[f"read {name}"].values.view(many, many).diagonal()
+            read[read == 0] = read[read != 0].mean()
+
+
+def _rescaled(at: Stand) -> set[str]:
+    """The axes whose units a norm rescales on each input, by themselves or by few."""
+    modules = dict(at.model.named_modules())
+    norms = {path for path, one in modules.items() if isinstance(one, nn.GroupNorm | _InstanceNorm)}
+    return {axis.key for axis in at.axes.units() if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)}
 
 
 def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int, damping: float = 0.0) -> dict[str, Gate]:
