@@ -51,6 +51,8 @@ class Searcher(Learner):
     """Whether what stands becomes less while it learns, so that each epoch leaves a network of a size of its own."""
     timed: Timed | None = None
     """What entries and operations take of a pass, where time is what it may cost."""
+    traced: int = 1
+    """How many examples the network was traced with."""
 
     @property
     def optimizer(self) -> str:
@@ -120,6 +122,7 @@ class Searcher(Learner):
             self.measure,
             tied_in(at.model),
             self.timed,
+            self.traced,
         )
 
     def whole(self, at: Stand) -> float:

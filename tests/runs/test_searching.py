@@ -89,7 +89,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     model, _, _ = network(SETTINGS, parts_of(SETTINGS).search)
     assert isinstance(model, Cells)
     axes = trace(model, parts_of(SETTINGS).search.train.inputs[:2])
-    target = f"{measure}={'3k' if measure == 'params' else '60k'}"
+    target = f"{measure}={'3k' if measure == 'params' else '30k'}"
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, method_settings=more)
     folder = run(own, tmp_path / "run")
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
@@ -199,7 +199,7 @@ def test_what_darts_leaves_is_cut_to_the_target_or_told_to_be_below_it(most: int
 
 def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:
     given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1}}
-    folder = run(Settings("resnet:4-2", "digits", "macs=20k", **given), tmp_path / "run")
+    folder = run(Settings("resnet:4-2", "digits", "macs=10k", **given), tmp_path / "run")
     assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
     assert rows(folder, "levels")[0]["saved"]["filters"] > 0
 

@@ -180,6 +180,7 @@ def gates(
     measure: Measure,
     tied: Mapping[str, str] | None = None,
     timed: Timed | None = None,
+    examples: int = 1,
 ) -> Gates:
     """Work out what may go in the part of a network that runs.
 
@@ -193,8 +194,9 @@ def gates(
         measure: What is priced.
         tied: Path of each operation that is decided together with others → the one that decides.
         timed: What entries and operations take of a pass, where time is priced.
+        examples: How many there were in the traced example: multiply–accumulates are those of one.
     """
-    found = levels(axes, parameters, sums, measure=measure, timed=timed)
+    found = levels(axes, parameters, sums, measure=measure, timed=timed, examples=examples)
     ops = tuple(path for paths in sums.values() for path in paths)
     number = {path: i for i, path in enumerate(ops)}
     sizes = {key: axes[key].size for key in found.axes}

@@ -117,6 +117,7 @@ def levels(
     measure: Measure = Measure.PARAMETERS,
     counts: Callable[[str], bool] = lambda name: True,
     timed: Timed | None = None,
+    examples: int = 1,
 ) -> Levels:
     """Work out where the units of three levels lie.
 
@@ -129,6 +130,7 @@ def levels(
             milliseconds.
         counts: Whether a parameter counts (a stage of a search runs a part of the network).
         timed: What entries and operations take of a pass, where time is what is counted.
+        examples: How many there were in the traced example: multiply–accumulates are those of one.
     """
     names = [name for name in parameters if counts(name) and name in axes.shapes]
     units = [
@@ -183,7 +185,7 @@ def levels(
             [torch.tensor(scales.get(name, [at] * n)) for name, at, n in zip(order, lies, numbers, strict=True)]
         ),
         weight=torch.arange(len(weights)).repeat_interleave(torch.tensor(numbers[: len(weights)])),
-        price=_price(axes, measure, timed, dict(zip(order, numbers, strict=True)), paths),
+        price=_price(axes, measure, timed, examples, dict(zip(order, numbers, strict=True)), paths),
         rest=timed.rest if timed else 0.0,
         by_weight=measure != Measure.TIME,
     )
@@ -193,11 +195,12 @@ def _price(
     axes: AxisGraph,
     measure: Measure,
     timed: Timed | None,
+    examples: int,
     numbers: Mapping[str, int],
     sums: Mapping[str, Sequence[str]],
 ) -> Tensor:
     """What each entry of each parameter costs; those of a scale, besides, what an operation is by itself."""
-    prices, alone = _prices(axes, measure, timed), timed.ops if timed else {}
+    prices, alone = _prices(axes, measure, timed, examples), timed.ops if timed else {}
     parts = []
     for name, n in numbers.items():
         own = torch.full((n,), prices(name), dtype=torch.float64)
@@ -205,7 +208,7 @@ def _price(
     return torch.cat(parts)
 
 
-def _prices(axes: AxisGraph, measure: Measure, timed: Timed | None) -> Callable[[str], float]:
+def _prices(axes: AxisGraph, measure: Measure, timed: Timed | None, examples: int) -> Callable[[str], float]:
     match measure:
         case Measure.PARAMETERS:
             return lambda name: 1.0
@@ -217,4 +220,5 @@ def _prices(axes: AxisGraph, measure: Measure, timed: Timed | None) -> Callable[
             return lambda name: timed.entries.get(name, 0.0)
         case Measure.CACHE:
             raise ValueError(f"what single weights have of {measure} is not known; count params, macs, bytes or ms")
-    return macs_of(axes)
+    each = macs_of(axes)
+    return lambda name: each(name) / examples

@@ -38,6 +38,8 @@ from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 
 COURSE, RETRAINING = "course.safetensors", "retraining.safetensors"
+TRACED = 2
+"""Images that a space is traced with; multiply–accumulates are told of one."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ class Settings:
             searched, in one stage), or a network of ``regrow learn`` (``resnet:16-3``), of which filters and weights
             are searched.
         data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
-        target: ``params=0.05M``, ``macs=3M``, ``bytes=200k``, ``ms=20`` (a pass of a batch on this device), or a share
-            of the whole space's parameters, such as ``0.2``.
+        target: ``params=0.05M``, ``macs=3M`` (of one image), ``bytes=200k``, ``ms=20`` (a pass of a batch on this
+            device), or a share of the whole space's parameters, such as ``0.2``.
         method: One of ``regrow.methods.SEARCHERS``.
         method_settings: Its settings, where they differ from the defaults.
         stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says.
@@ -144,7 +146,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     RunFolder.check(out, verb="search", settings=asdict(settings))
     parts = parts_of(settings)
     model, origin, plan = network(settings, parts.search)
-    axes = trace(model, parts.search.train.inputs[:2])
+    axes = trace(model, parts.search.train.inputs[:TRACED])
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
     begun = (Path(out) / COURSE).is_file()
     table = latencies.of(Path(out), model, batch, begun) if _measure(settings.target) == Measure.TIME else None
@@ -321,6 +323,7 @@ def built(
     known = {one.name for one in fields(entry.settings)}
     chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
     found: Searcher = entry.made(settings.method, chosen)
+    found.traced = TRACED
     if settings.epochs < 1 and found.learns:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     if table:
@@ -367,7 +370,9 @@ def target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Me
     measure = wanted.measure if wanted else Measure.PARAMETERS
     if measure == Measure.TIME and table is None:
         raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
-    whole_cost = table.total if table else Cost(axes, measure, counted=False).total
+    whole_cost: float = table.total if table else Cost(axes, measure, counted=False).total
+    if measure == Measure.MACS:
+        whole_cost = whole_cost / TRACED
     try:
         number = wanted.amount if wanted else float(text)
     except ValueError:
@@ -377,6 +382,6 @@ def target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Me
             raise ValueError(f"a target without a measure is a share, below 1; got {text}; or write params={text}")
         number *= whole_cost
     if not 0 < number < whole_cost:
-        has = f"{whole_cost:.4g}" if table else f"{whole_cost:,}"
+        has = f"{whole_cost:.4g}" if table else f"{whole_cost:,.0f}"
         raise ValueError(f"the target {text} is not below what the whole space has, {has} {measure}")
     return measure, number
