@@ -32,7 +32,7 @@ Examples
 @click.option(
     "--target",
     required=True,
-    help="params=50k, macs=3M (of an image), bytes=200k, ms=20 (a batch passes, here), or a share of all parameters: 0.2.",
+    help="params=50k, macs=3M (of an image), bytes=200k, ms=20 (a batch passes, here), or a share of parameters: 0.2.",
 )
 @click.option("--method", default="mgas", show_default=True, help="What searches: see `regrow methods`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder. The same command resumes.")
