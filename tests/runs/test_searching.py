@@ -264,10 +264,15 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["blind", "darts"])
-def test_a_method_that_runs_all_of_the_network_gets_no_stages_to_fit_memory(method: str, tmp_path: Path) -> None:
-    given = SMALL | {"method": method, "memory": "8MiB"}
-    with pytest.raises(ValueError, match=f"{method} does not search in these"):
-        run(Settings("cells:4-3-1", "digits", "0.3", **given), tmp_path / "run")
+def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(method: str, tmp_path: Path) -> None:
+    given = SMALL | {"method": method, "memory": "8MiB", "train": 120, "epochs": 1, "retrain": 0}
+    done = run(Settings("cells:4-3-1", "digits", "0.5", **given), tmp_path / "done")
+    plan = rows(done, "stages")[0]
+    assert plan["ends"] == [2] and plan["recomputed"]
+    assert [row["stage"] for row in rows(done, "memory")] == [0]
+    assert all(row["peak"] <= plan["peaks"][0] <= 8 * 2**20 for row in rows(done, "memory"))
+    with pytest.raises(ValueError, match="do not suffice"):
+        run(Settings("cells:4-3-1", "digits", "0.3", **given | {"memory": "3MiB"}), tmp_path / "run")
     with pytest.raises(ValueError, match="one stage: no --memory"):
         run(Settings("resnet:4-2", "digits", "0.3", **given), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -59,7 +59,9 @@ def _step() -> Callable[[nn.Module, Batch], Any]:
 
 
 def _masked(method: Searcher, plain: int, weights: int) -> int:
-    return int(MASKS * plain) + (WEIGHT + sum(LEVEL[level] for level in method.searched)) * weights
+    # Where levels cannot be chosen, a step may do other things besides: DARTS takes gradients twice.
+    levels = getattr(getattr(method, "settings", None), "levels", LEVEL)
+    return int(MASKS * plain) + (WEIGHT + sum(LEVEL[level] for level in levels)) * weights
 
 
 @dataclass
