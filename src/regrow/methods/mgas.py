@@ -315,7 +315,8 @@ class Mgas(Searcher):
         assert self.gates is not None
         if not (many := int(self.settings.regrow_weights * int(self.gone.sum()))):
             return
-        batch = next(at.task.train.batches(256, seed=at.drawn(at.epoch, 8).initial_seed()))
+        many_at_once = -(-len(at.task.train) // at.steps)  # more than in a step may be more than the memory holds
+        batch = next(at.task.train.batches(many_at_once, seed=at.drawn(at.epoch, 8).initial_seed()))
         at.model.eval()
         at.model.zero_grad(set_to_none=True)
         with standing_in(at.model, self._standing(at, False)):

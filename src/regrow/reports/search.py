@@ -282,8 +282,9 @@ def _stages(planned: dict[str, Any], measured: list[dict[str, Any]]) -> list[dic
     for line in measured:
         if (stage := size(line.get("stage"), MAX_STAGES - 1)) is not None:
             row = rows.setdefault(stage, {"stage": stage, "last": None, "planned": None})
-            row |= {name: size(line.get(name)) for name in ("held", "peak", "resident")}
-    return [{"held": None, "peak": None, "resident": None} | rows[stage] for stage in sorted(rows)]
+            row |= {name: size(line.get(name)) for name in ("held", "peak", "resident", "predicted")}
+    none = dict.fromkeys(("held", "peak", "resident", "predicted"))
+    return [none | rows[stage] for stage in sorted(rows)]
 
 
 def _budget(asked: Any) -> int | None:
