@@ -348,7 +348,13 @@ def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
                 open_.append(float(self.gates[into.name].through(flat).norm() / flat.norm()))
 
     model, axes = begun(tasks, spec)
-    learn(model, axes, tasks[:2], Looking(settings=Settings(multiple=1, strength=80.0)), replace(SCHEDULE, epochs=2))
+    learn(
+        model,
+        axes,
+        tasks[:2],
+        Looking(settings=Settings(multiple=1, strength=80.0, loud=1.0)),
+        replace(SCHEDULE, epochs=2),
+    )
     assert open_ and (max(open_) < 0.7 if loud else min(open_) > 0.95)
 
 

@@ -197,6 +197,45 @@ def test_what_darts_leaves_is_cut_to_the_target_or_told_to_be_below_it(most: int
     assert "skips" in rows(folder, "epoch")[0]
 
 
+OWN = """
+from torch import nn
+from regrow import Candidates
+
+def conv(kernel, inputs=6):
+    return nn.Sequential(nn.Conv2d(inputs, 6, kernel, padding=kernel // 2), nn.BatchNorm2d(6), nn.ReLU())
+
+def tiny(classes=10):
+    def choice():
+        return Candidates({"one": conv(1), "three": conv(3), "five": conv(5), "same": nn.Identity()})
+    return nn.Sequential(conv(3, 1), choice(), choice(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes))
+
+def wrong():
+    return tiny(3)
+"""
+
+
+def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it marks goes too; the found network is trained, saved, and read with the function that makes it."""
+    (tmp_path / "own_nets.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    given = SMALL | {"method_settings": {"warm": 0, "every": 1}}
+    folder = run(Settings("own_nets:tiny", "digits", "0.3", **given), tmp_path / "run")
+    levels = rows(folder, "levels")[0]
+    assert (
+        levels["saved"]["operations"] > 0 and levels["size"] == rows(folder, "found")[0]["nonzero"] <= levels["asked"]
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_nets  # type: ignore[import-not-found]
+
+    net = regrow.load(folder.path, model=own_nets.tiny)
+    assert (
+        share_right(net, parts_of(Settings("own_nets:tiny", "digits", "0.3", **given)).test)
+        == (rows(folder, "test")[0]["accuracy"])
+    )
+    with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
+        run(Settings("own_nets:wrong", "digits", "0.3", **given), tmp_path / "other")
+
+
 def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:
     given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1}}
     folder = run(Settings("resnet:4-2", "digits", "macs=10k", **given), tmp_path / "run")

@@ -12,8 +12,9 @@ from regrow.cli.screen import number, say, table, working
 EPILOG = """\b
 SPACE is cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell),
 mobile:WIDTH-BLOCKS (inverted bottlenecks of six kinds and a skip, WIDTH in the first stage, BLOCKS in each),
-bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all cells), or a small
-network such as resnet:16-3, of which filters and weights are searched.
+bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all cells), a small
+network such as resnet:16-3, of which filters and weights are searched, or pkg.mod:fn, a function of your own code that
+gives a network: its filters and weights, and the operations that it marks with regrow.Candidates.
 
 \b
 Examples
@@ -21,6 +22,7 @@ Examples
   regrow search cells:8-6-3 --data cifar/ --target params=50k --stages 3 --epochs 30 --retrain 60 --out RUN
   regrow search mobile:8-2 --data cifar/ --target macs=2M --stride 1 --memory 1GiB --out RUN
   regrow search resnet:16-3 --data fashion/ --target macs=2M --stages 1 --out RUN
+  regrow search mynets:tiny --data fashion/ --target 0.2 --out RUN
 """
 
 

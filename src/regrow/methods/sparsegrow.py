@@ -69,6 +69,8 @@ class Settings:
         strength: Of the gate ``kronecker``.
         damping: How much a hidden unit counts under it that old tasks did not use, as a share of the mean: moved freely
             it would wake on what they read.
+        loud: Behind a norm that rescales each group of units (GroupNorm), newborn ones are heard on old inputs, and what
+            reads them counts under it: this share of the mean.
         samples: Examples of each task that it looks at.
         every: The gate works on what so many steps changed together, which costs a fraction of its time.
         silent: Under that gate, newborn units are turned away from what old tasks fed their layer.
@@ -95,6 +97,7 @@ class Settings:
     gate: str = "kronecker"
     strength: float = 15.0
     damping: float = 0.1
+    loud: float = 0.1
     samples: int = 2000
     every: int = 4
     silent: bool = True
@@ -114,7 +117,7 @@ class Settings:
                 raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
         if self.cap < 1:
             raise ValueError(f"cap is a factor on the first parameters, at least 1; got {self.cap:g}")
-        at_least = {"multiple": 1, "samples": 1, "every": 1, "memory": 0, "strength": 0, "damping": 0}
+        at_least = {"multiple": 1, "samples": 1, "every": 1, "memory": 0, "strength": 0, "damping": 0, "loud": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is at least {least}; got {getattr(self, name):g}")
@@ -261,7 +264,7 @@ class SparseGrow(Learner):
         """Thin newborn units out, turn them away from old tasks, and give them the spread of the old ones."""
         unread = sides(at.model, at.axes, newborn(at.model, at.axes, plan))[1]
         thinned(at.model, at.axes, plan, self.settings.density, at.drawn(2))
-        memory.born(at, self.tensors)
+        memory.born(at, self.tensors, self.settings.loud)
         self._settle(at)
         if self.settings.silent:
             old = {name[4:]: one.values for name, one in self.tensors.items() if name.startswith("old ")}

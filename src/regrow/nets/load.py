@@ -96,7 +96,7 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
         case "bench201":
             return Bench201(origin.config).eval()
         case "callable" if trust:
-            return _called(origin.reference)[0].eval()
+            return called(origin.reference)[0].eval()
         case "callable":
             raise ModelError(
                 f"this model is built by your function {origin.reference!r}; pass the model yourself, "
@@ -164,7 +164,7 @@ def _pickle_advice(path: Path) -> str:
 
 
 def _from_callable(name: str) -> Loaded:
-    model, example = _called(name)
+    model, example = called(name)
     if example is None:
         example = guessed_example(model)
     if example is None:
@@ -180,7 +180,15 @@ def _from_callable(name: str) -> Loaded:
     return Loaded(model, None, example, Origin("callable", name, {}, name))
 
 
-def _called(name: str) -> tuple[nn.Module, Example | None]:
+def called(name: str) -> tuple[nn.Module, Example | None]:
+    """What a function of the user's own code gives: a model, and an example input if it gives one.
+
+    Args:
+        name: ``pkg.mod:fn``, importable from where Python runs.
+
+    Raises:
+        ModelError: If it cannot be imported, fails, or gives something else.
+    """
     module_name, _, function_name = name.partition(":")
     here = str(Path.cwd())
     # A module beside the user, as `python -m` finds it; console scripts do not look there.

@@ -49,8 +49,9 @@ class Settings:
     Args:
         space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), ``mobile:WIDTH-BLOCKS`` (inverted bottlenecks,
             BLOCKS per stage), ``bench201:WIDTH-N`` (NAS-Bench-201's, N cells per stage, of which operations are
-            searched, in one stage), or a network of ``regrow learn`` (``resnet:16-3``), of which filters and weights
-            are searched.
+            searched, in one stage), a network of ``regrow learn`` (``resnet:16-3``), of which filters and weights
+            are searched, or ``pkg.mod:fn``: a function of your own code that gives a network, of which what it marks
+            with ``Candidates`` is searched too.
         data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
         target: ``params=0.05M``, ``macs=3M`` (of one image), ``bytes=200k``, ``ms=20`` (a pass of a batch on this
             device), or a share of the whole space's parameters, such as ``0.2``.

@@ -15,12 +15,13 @@ from regrow.candidates import Prefix, Staged
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
+from regrow.nets.load import called
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
 from regrow.runs.stage_memory import left_of, planned
 from regrow.searcher import Searcher
-from regrow.sources import Batch
+from regrow.sources import Batch, logits_in
 from regrow.tasks import Task
 from regrow.tracing.stand import stands_in
 
@@ -64,6 +65,8 @@ def network(
     if found is None:
         if memory:
             raise ValueError(f"{space} is searched in one stage: no --memory")
+        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", space):
+            return _own(space, task, seed), Origin("callable", space, {}, space), None
         return *small(space, shape, classes, seed), None
     plan = None
     if memory:
@@ -73,6 +76,17 @@ def network(
     net = _drawn(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(found.kind, found.kind, config, space), plan
+
+
+def _own(space: str, task: Task, seed: int) -> nn.Module:
+    """A network of the user's own code, with drawn weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, _ = called(space)
+    said = logits_in(model.eval()(task.train.inputs[:2]))
+    if said.shape != (2, len(task.classes)):
+        raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {len(task.classes)} classes")
+    return model
 
 
 @dataclass(frozen=True)

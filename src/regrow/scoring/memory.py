@@ -32,23 +32,28 @@ def remember(at: Stand, tensors: dict[str, Along], samples: int) -> None:
             tensors[f"{kind} {name}"] = Along(values if before is None else before.values + values, dims)
 
 
-def born(at: Stand, tensors: dict[str, Along]) -> None:
+def born(at: Stand, tensors: dict[str, Along], loud: float = 0.0) -> None:
     """Newborn units count as much as the others on average: what they answer to old tasks will be read one day.
 
     So do hidden units that were silent in all old tasks: moved freely, they would wake on old inputs. Outputs do not:
     a class that no task has had yet is free. Behind a norm that rescales each group of units by itself, newborn units
-    are as loud on old inputs as the others, however little they answer before it: there what reads them counts too.
+    are heard on old inputs, however little they answer before it: there what reads them counts too.
+
+    Args:
+        at: Where the network stands, just grown.
+        tensors: What the learner remembers; changed in place.
+        loud: How much that counts, as a share of the mean over what was read.
     """
-    loud = _rescaled(at)
+    rescaled = _rescaled(at)
     for name in remembered(at, tensors):
         diagonal = tensors[f"used {name}"].values.diagonal()
         new = diagonal == 0
         if name not in at.head:
             diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
-        if loud & set(axes_in(at.axes.shapes[name][1])):
+        if rescaled & set(axes_in(at.axes.shapes[name][1])):
             many = tensors[f"bias {name}"].values.numel()
             read = tensors[f"read {name}"].values.view(many, many).diagonal()
-            read[read == 0] = read[read != 0].mean()
+            read[read == 0] = loud * read[read != 0].mean()
 
 
 def _rescaled(at: Stand) -> set[str]:
