@@ -69,7 +69,7 @@ class Settings:
         strength: Of the gate ``kronecker``.
         damping: How much a hidden unit counts under it that old tasks did not use, as a share of the mean: moved freely
             it would wake on what they read.
-        loud: Behind a norm that rescales each group of units (GroupNorm), newborn ones are heard on old inputs, and what
+        loud: Behind a norm that rescales each group of units (GroupNorm) newborn ones are heard on old inputs, and what
             reads them counts under it: this share of the mean.
         samples: Examples of each task that it looks at.
         every: The gate works on what so many steps changed together, which costs a fraction of its time.
