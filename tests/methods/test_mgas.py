@@ -175,6 +175,13 @@ def test_filters_and_weights_of_ones_own_network(task):
 
 
 def test_settings_that_say_nothing_are_refused():
-    for wrong in ({"levels": ("ops",)}, {"controller": "pid"}, {"stages": (3, 1)}, {"controller": "ratios"}):
+    for wrong in (
+        {"levels": ("ops",)},
+        {"controller": "pid"},
+        {"stages": (3, 1)},
+        {"controller": "ratios"},
+        {"lr": -3.0},
+        {"clip": 0.0},
+    ):
         with pytest.raises(ValueError):
             Settings(**wrong)

@@ -103,6 +103,11 @@ class Settings:
         for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
+        for name in ("gain", "press", "lr", "lr_threshold"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
+        if self.clip <= 0:
+            raise ValueError(f"clip is a norm above 0; got {self.clip:g}")
         if self.revive not in ("old", "fresh"):
             raise ValueError(f"revive is old or fresh; got {self.revive!r}")
         if list(self.stages) != sorted({*self.stages}):
