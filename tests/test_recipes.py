@@ -30,11 +30,12 @@ def test_what_is_committed_prints_its_table(words: str, arm: str) -> None:
     assert arm in said.stdout
 
 
-def test_twins_part_and_learn_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gate", ["kronecker", "none"])
+def test_twins_part_and_learn_on(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way of growing goes through the rest of a task and the next one."""
     monkeypatch.syspath_prepend(str(RECIPES))
     recipe = importlib.import_module("sparsegrow_twins")
-    rows = recipe.twins(permuted(fewer(digits_task(), 200, 80), 3), at=1, seed=0)
+    rows = recipe.twins(permuted(fewer(digits_task(), 200, 80), 3), at=1, seed=0, gate=gate)
     assert [row["twin"] for row in rows] == [*recipe.WIDE, *recipe.OTHER]
     plain, *grown = (row["parameters"] for row in rows)
     assert min(grown) > plain
