@@ -9,16 +9,17 @@
 FOLDER has MNIST's four files (``train-images-idx3-ubyte`` …, or ``.gz``), PICTURES has CIFAR-10 as
 ``train/CLASS/…`` and ``test/CLASS/…``. A row is written when it is whole; rows that are there are not run again, so the
 same command goes on where it was stopped.
-The baselines' strengths were chosen by ``tune`` (SI's 3.0 diverges on Fashion-MNIST, so 1.0), SparseGrow's defaults by
-looks at permuted and rotated MNIST (seeds 0 and 1), what it does with a memory by looks at split MNIST, of which
+The baselines' strengths were chosen by ``tune`` (SI's 3.0 diverges on Fashion-MNIST, so 1.0), SparseGrow's defaults
+by looks at permuted and rotated MNIST (seeds 0 and 1), what it does with a memory by looks at split MNIST, of which
 ``relief`` holds the most telling; every other table of the MLP is Fashion-MNIST, which no number of its settings was
 chosen on (that its gate needs damping was seen there). 5,000 images per task, 5 epochs, batches of 64, SGD with
-momentum 0.9 and rate 0.01, two hidden layers of 100; no task is named when it is evaluated. ``classes`` and ``relief`` split 5,000 images into five tasks; ``conv`` has 5,000 in
-each of its five, of two classes that every task calls 0 and 1, and a residual network with GroupNorm; its strengths
-were chosen by ``tune-conv``: Fashion-MNIST in the same kind of tasks, ``--train 2000 --test 1000``, seed 0; how much
-counts what reads newborn units behind its norms, by a look at seed 0 of ``conv`` itself. ``shift`` is a natural change
-of domain, ten digits each: MNIST, the UCI digits of other writers at lower resolution (scikit-learn's, 1,347 to learn
-from), and MNIST over photographs, |photograph − digit| in grey, as MNIST-M (Ganin et al., JMLR 2016) is made.
+momentum 0.9 and rate 0.01, two hidden layers of 100; no task is named when it is evaluated. ``classes`` and
+``relief`` split 5,000 images into five tasks; ``conv`` has 5,000 in each of its five, of two classes that every task
+calls 0 and 1, and a residual network with GroupNorm; its strengths were chosen by ``tune-conv``: Fashion-MNIST in the
+same kind of tasks, ``--train 2000 --test 1000``, seed 0; how much counts what reads newborn units behind its norms,
+by a look at seed 0 of ``conv`` itself. ``shift`` is a natural change of domain, ten digits each: MNIST, the UCI
+digits of other writers at lower resolution (scikit-learn's, 1,347 to learn from), and MNIST over photographs,
+|photograph − digit| in grey, as MNIST-M (Ganin et al., JMLR 2016) is made.
 """
 
 import argparse
