@@ -3,7 +3,8 @@
 import copy
 from dataclasses import replace
 from math import inf
-from typing import Any
+
+from torch import nn
 
 from regrow.evaluation.continual import share_right
 from regrow.learner import Along, Stand
@@ -35,9 +36,13 @@ def passed(folder: RunFolder, learner: Searcher, at: Stand, origin: Origin) -> N
         changed(there, twin, plan)
     twin.baked(there)
     net, described = spaces.left(there.model, origin)
-    told: dict[str, Any] = {"epoch": at.epoch + 1, "size": twin.size()}
-    store.save(net, folder.path / FOLDER / f"{told['epoch']:04d}", origin=described)
-    parameters = [*net.parameters()]
-    told |= {"parameters": sum(p.numel() for p in parameters)}
-    told |= {"nonzero": sum(int(p.count_nonzero()) for p in parameters)}
-    folder.log("front", **told, accuracy=share_right(net, at.task.test))
+    epoch = at.epoch + 1
+    store.save(net, folder.path / FOLDER / f"{epoch:04d}", origin=described)
+    folder.log("front", epoch=epoch, size=twin.size(), accuracy=share_right(net, at.task.test), **sizes(net))
+
+
+def sizes(model: nn.Module) -> dict[str, int]:
+    """How many parameters a network has, and how many of them are not 0."""
+    parameters = [*model.parameters()]
+    found = {"parameters": sum(p.numel() for p in parameters)}
+    return found | {"nonzero": sum(int(p.count_nonzero()) for p in parameters)}

@@ -162,13 +162,13 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
     seconds = {"search": round(time.perf_counter() - start, 3)}
     store.save(found, folder.path / "found", origin=described_by)
-    folder.log("found", accuracy=share_right(found, parts.search.test), **sizes(found))
+    folder.log("found", accuracy=share_right(found, parts.search.test), **front.sizes(found))
     start = time.perf_counter()
     trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
     store.save(trained, folder.path, origin=described_by)
     if table:
         folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
-    folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **sizes(trained))
+    folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **front.sizes(trained))
     folder.finish(seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
     return folder
 
@@ -253,13 +253,6 @@ def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Mod
         for name, value in learner.answering(at, 0).items():
             fresh.get_parameter(name).copy_(value)
     return fresh.eval()
-
-
-def sizes(model: nn.Module) -> dict[str, int]:
-    """How many parameters a network has, and how many of them are not 0."""
-    parameters = [*model.parameters()]
-    found = {"parameters": sum(p.numel() for p in parameters)}
-    return found | {"nonzero": sum(int(p.count_nonzero()) for p in parameters)}
 
 
 def parts_of(settings: Settings) -> Parts:
