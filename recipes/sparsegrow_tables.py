@@ -176,6 +176,7 @@ CONVS = (
 OTHERS = (
     Arm("naive", "naive"),
     Arm("SparseGrow, strength and damping as for the MLP", "sparsegrow", {"multiple": 1}),
+    *(Arm(f"SparseGrow, loud {x:g}", "sparsegrow", CONV | {"loud": x}) for x in (0.0, 1.0)),
     *(Arm(f"EWC, strength {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0, 10.0)),
     *(Arm(f"SI, strength {s:g}", "si", {"strength": s}) for s in (1.0, 3.0)),
 )
@@ -184,6 +185,7 @@ CHOSEN = (
         Arm(f"SparseGrow {s:g}, damping {d:g}", "sparsegrow", {"multiple": 1, "strength": s, "damping": d})
         for s, d in ((5.0, 0.1), (15.0, 0.1), (60.0, 0.1), (20.0, 0.0), (80.0, 0.0), (320.0, 0.0))
     ),
+    *(Arm(f"SparseGrow 80, damping 0, loud {x:g}", "sparsegrow", CONV | {"loud": x}) for x in (0.0, 0.02, 1.0)),
     *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0, 30.0, 100.0)),
     *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)),
     *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0)),

@@ -53,7 +53,8 @@ def born(at: Stand, tensors: dict[str, Along], loud: float = 0.0) -> None:
         if rescaled & set(axes_in(at.axes.shapes[name][1])):
             many = tensors[f"bias {name}"].values.numel()
             read = tensors[f"read {name}"].values.view(many, many).diagonal()
-            read[read == 0] = loud * read[read != 0].mean()
+            if bool(read.any()):
+                read[read == 0] = loud * read[read != 0].mean()
 
 
 def _rescaled(at: Stand) -> set[str]:
