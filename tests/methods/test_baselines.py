@@ -30,6 +30,22 @@ def learned(name: str, given: dict[str, Any], tasks: Any, model: str = "mlp:16",
 TWO = permuted(fewer(digits_task(), 200, 80), 2)
 
 
+@pytest.mark.parametrize("model", ["mlp:16", "resnet:8-2"])
+@pytest.mark.parametrize("method", sorted(LEARNERS))
+def test_learns_in_mixed_precision(method: str, model: str) -> None:
+    """Losses are taken in bfloat16; parameters, gradients and what is remembered stay in float32."""
+    given = {"memory": 50} if method == "replay" else {}
+    whole, half = (
+        learned(method, given, TWO, model, precision=precision, lr=0.05) for precision in ("float32", "bfloat16")
+    )
+    net, learner, course = half
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert torch.bfloat16 not in {one.values.dtype for one in learner.tensors.values()}
+    pairs = list(zip(net.parameters(), whole[0].parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in pairs), "nothing was taken in bfloat16"
+    assert abs(course.matrix.learning - whole[2].matrix.learning) < 0.1
+
+
 @pytest.mark.parametrize(("method", "given"), [("packnet", {}), ("wsn", {}), ("naive", {"keep": "network"})])
 def test_norms_stay_after_the_first_task(method: str, given: dict[str, Any]) -> None:
     seen = []

@@ -49,6 +49,13 @@ Examples
 @click.option("--train", default=0, type=int, help="Learn from at most so many examples per task; 0: all.")
 @click.option("--test", default=0, type=int, help="Evaluate on at most so many; 0: all.")
 @click.option("--classes", default=0, type=int, help="Outputs at least; classes of tasks that come later need some.")
+@click.option(
+    "--precision",
+    default="float32",
+    show_default=True,
+    type=click.Choice(["float32", "bfloat16"]),
+    help="What losses are taken in; weights stay in float32.",
+)
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of weights, orders and everything drawn.")
 def learn(

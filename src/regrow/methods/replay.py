@@ -68,5 +68,5 @@ class Replay(Learner):
                 away = torch.where(known, again - then, 0.0)
                 loss = loss + self.settings.answers * away.square().sum() / known.sum()
         if self.settings.answers or not at.epoch:
-            reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels, logits=logits.detach())
+            reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels, logits=logits.detach().float())
         return loss

@@ -1,7 +1,7 @@
 """The loop over tasks: train, let the learner change the network's shape, evaluate; it learns no learner's name."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from math import cos, pi
@@ -13,10 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from regrow.axes import AxisGraph
 from regrow.evaluation.continual import Matrix, share_right
-from regrow.learner import Along, Learner, Stand
+from regrow.learner import Learner, Stand
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import births
+from regrow.runs.movers import Movers
 from regrow.surgery import apply
 from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Task
@@ -41,6 +42,8 @@ class Schedule:
         weight_decay: As the optimiser takes it.
         decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the epochs of each task.
         seed: Of orders, and of everything a learner draws.
+        precision: ``float32``, or ``bfloat16``: losses are taken in mixed precision; parameters, moments and what a
+            learner remembers stay in float32.
     """
 
     scenario: str = "domain"
@@ -51,10 +54,13 @@ class Schedule:
     weight_decay: float = 0.0
     seed: int = 0
     decay: str = "constant"
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         if self.decay not in ("constant", "cosine"):
             raise ValueError(f"decay is constant or cosine; got {self.decay!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"the precision is float32 or bfloat16; got {self.precision!r}")
         if self.scenario not in SCENARIOS:
             raise ValueError(f"the scenario is one of {', '.join(SCENARIOS)}; got {self.scenario!r}")
         if self.optimizer not in ("sgd", "adamw"):
@@ -153,34 +159,34 @@ def _learn_task(
 ) -> AxisGraph:
     start = time.perf_counter()
     examples = learner.examples(at)
+    half = torch.autocast("cpu", torch.bfloat16, enabled=schedule.precision == "bfloat16")
     at.steps = steps = -(-len(examples) // schedule.batch_size)
     if at.epoch == 0:
         learner.begin(at)
-    movers = _movers(at, learner, schedule)
-    _recall(movers, at, learner, course.moments)
+    movers = Movers(at, learner, schedule.optimizer, schedule.lr, schedule.weight_decay)
+    movers.recall(at, learner, course.moments)
     for at.epoch in range(course.epoch, schedule.epochs):
         young: dict[str, Tensor] = {}
         for plan in learner.plans(at):
             young = _change(at, tasks, learner, schedule, course, plan, movers)
-        _join(movers, at, learner)  # what a learner begins anew without a plan learns too
+        movers.join(at, learner)  # what a learner begins anew without a plan learns too
         torch.manual_seed(at.drawn(at.epoch, 1).initial_seed() % 2**63)  # what Dropout draws
         learner.mode(at)
         order = at.drawn(at.epoch).initial_seed()
         for i, batch in enumerate(examples.batches(schedule.batch_size, seed=order)):
             if schedule.decay == "cosine":
-                movers[0].param_groups[0]["lr"] = schedule.rate((at.epoch * steps + i) / (schedule.epochs * steps))
+                movers.rate(schedule.rate((at.epoch * steps + i) / (schedule.epochs * steps)))
             with around(at, i):
-                for mover in movers:
-                    mover.zero_grad(set_to_none=True)
+                movers.forget()
                 with standing_in(at.model, learner.standing(at)):
-                    loss = learner.loss(at, batch)
+                    with half:
+                        loss = learner.loss(at, batch)
                     loss.backward()
                 if young:
                     course.events[-1] |= births.shares(at, young)
                     young = {}
                 learner.gate(at)
-                for mover in movers:
-                    mover.step()
+                movers.step()
                 learner.stepped(at)
             course.loss = births.smoothed(course.loss, loss.item())
             births.watched(course.events, at.number, course.loss)
@@ -189,7 +195,7 @@ def _learn_task(
         if not torch.isfinite(loss):
             raise ValueError(f"the loss is {loss.item()} in {at.task.name}, epoch {at.epoch + 1}: take a smaller --lr")
         learner.passed(at)
-        course.epoch, course.moments = at.epoch + 1, _moments(movers, at, learner)
+        course.epoch, course.moments = at.epoch + 1, movers.moments(at, learner)
         if on_epoch and course.epoch < schedule.epochs:
             on_epoch(course, at.axes)
     learner.end(at)
@@ -210,7 +216,7 @@ def _change(
     schedule: Schedule,
     course: Course,
     plan: Plan,
-    movers: Sequence[torch.optim.Optimizer],
+    movers: Movers,
 ) -> dict[str, Tensor]:
     """Carry out a plan between two steps; optimisers and learner follow. Accuracy is taken on both sides.
 
@@ -242,93 +248,28 @@ def _change(
     return births.young(there, old, plan) if course.events[-1]["grown"] else {}
 
 
-def changed(at: Stand, learner: Learner, plan: Plan, movers: Sequence[torch.optim.Optimizer] = ()) -> None:
+def changed(at: Stand, learner: Learner, plan: Plan, movers: Movers | None = None) -> None:
     """Carry out a plan; what the learner remembers follows, and what moves it and the network.
 
     Args:
         at: Where the network stands; it stands otherwise then.
         learner: Whose plan it is.
         plan: The plan.
-        movers: What moves the network, first, and the learner's own tensors.
+        movers: What moves the network and the learner's own tensors; ``None``: nothing does.
     """
     held = {name: one.values for name, one in learner.tensors.items() if one.lr is not None}
     old = at.axes
-    following = () if plan.back else movers[:1]  # of what comes back no optimiser knows a group yet
+    # Of what comes back no optimiser knows a group yet.
+    following = [movers.network] if movers and not plan.back else []
     at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, attic=learner.attic)
     learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
     for name, value in held.items():
-        _exchange(movers, value, learner.tensors[name], old, plan)
+        learner.tensors[name].values.requires_grad_()
+        if movers:
+            movers.exchange(value, learner.tensors[name], old, plan)
     learner.grown(at, plan)
     if movers:
-        _join(movers, at, learner)
-
-
-def _exchange(movers: Sequence[torch.optim.Optimizer], old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:
-    """A learned tensor of the learner's has another shape: what moved the old one moves the new one on."""
-    new.values.requires_grad_()
-    for mover in movers:
-        if memory := mover.state.pop(old, {}):
-            mover.state[new.values] = {
-                what: followed(Along(value, new.dims), axes, plan).values
-                if isinstance(value, Tensor) and value.dim()
-                else value
-                for what, value in memory.items()
-            }
-
-
-def _movers(at: Stand, learner: Learner, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """What moves the network, in its first group, and the tensors of the learner that learn."""
-    groups: list[dict[str, Any]] = [{"params": []}]
-    movers: list[torch.optim.Optimizer]
-    if schedule.optimizer == "adamw":
-        movers = [torch.optim.AdamW(groups, lr=schedule.lr, weight_decay=schedule.weight_decay)]
-    else:
-        decay = schedule.weight_decay
-        movers = [torch.optim.SGD(groups, lr=schedule.lr, momentum=0.9, nesterov=True, weight_decay=decay)]
-    if learner.optimizer == "adam":
-        movers.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
-    _join(movers, at, learner)
-    return movers
-
-
-def _join(movers: Sequence[torch.optim.Optimizer], at: Stand, learner: Learner) -> None:
-    """Every parameter that is there now, and every tensor that learns, in exactly one group; nothing else."""
-    movers[0].param_groups[0]["params"] = [p for p in at.parameters().values() if p.requires_grad]
-    by_rate: dict[float, list[Tensor]] = {}
-    for one in learner.tensors.values():
-        if one.lr is not None:
-            one.values.requires_grad_()
-            by_rate.setdefault(one.lr, []).append(one.values)
-    own = movers[-1]
-    del own.param_groups[1 if own is movers[0] else 0 :]
-    for rate, tensors in by_rate.items():
-        own.add_param_group({"params": tensors, "lr": rate, "weight_decay": 0.0})
-    known = {id(p) for mover in movers for group in mover.param_groups for p in group["params"]}
-    for mover in movers:
-        for lost in [moved for moved in mover.state if id(moved) not in known]:
-            del mover.state[lost]
-
-
-def _learned(at: Stand, learner: Learner) -> Iterator[tuple[str, Tensor]]:
-    yield from at.parameters().items()
-    for name, one in learner.tensors.items():
-        if one.lr is not None:
-            yield f"learner {name}", one.values
-
-
-def _moments(movers: Sequence[torch.optim.Optimizer], at: Stand, learner: Learner) -> dict[str, dict[str, Any]]:
-    return {n: dict(mover.state[one]) for n, one in _learned(at, learner) for mover in movers if one in mover.state}
-
-
-def _recall(
-    movers: Sequence[torch.optim.Optimizer], at: Stand, learner: Learner, moments: Mapping[str, Mapping[str, Any]]
-) -> None:
-    for name, one in _learned(at, learner):
-        if name in moments:
-            mover = movers[-1] if name.startswith("learner ") else movers[0]
-            mover.state[one] = {
-                what: value.clone() if isinstance(value, Tensor) else value for what, value in moments[name].items()
-            }
+        movers.join(at, learner)
 
 
 def _choice(schedule: Schedule, tasks: Sequence[Task], after: int, asked: int) -> Tensor | None:

@@ -52,6 +52,7 @@ class Settings:
         test: Most examples it is evaluated on; 0: all.
         classes: For how many classes the network has outputs at least; those of the tasks anyway. Classes of tasks that
             come later need some.
+        precision: ``float32`` or ``bfloat16``, of what losses are taken in.
         seed: Of weights, orders and everything drawn.
     """
 
@@ -68,6 +69,7 @@ class Settings:
     train: int = 0
     test: int = 0
     classes: int = 0
+    precision: str = "float32"
     seed: int = 0
 
     @classmethod
@@ -78,9 +80,8 @@ class Settings:
 
     def schedule(self) -> Schedule:
         """How every task is learned."""
-        return Schedule(
-            self.scenario, self.epochs, self.batch_size, self.optimizer, self.lr, self.weight_decay, self.seed
-        )
+        given = (one.name for one in fields(Schedule) if one.name in self.__dataclass_fields__)
+        return Schedule(**{name: getattr(self, name) for name in given})
 
     def command(self, out: str) -> str:
         """The command line that does this run again."""
@@ -96,6 +97,7 @@ class Settings:
             "train",
             "test",
             "classes",
+            "precision",
             "seed",
         ):
             if getattr(self, name) != getattr(default, name):
