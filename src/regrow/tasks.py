@@ -72,9 +72,17 @@ class Task:
         train: What is learned from.
         test: What is only evaluated on.
         classes: The classes that it is about, ascending.
+        gone: Whether its examples are not there any more and a few zeros stand for them: it is not evaluated on.
     """
 
     name: str
     train: Examples
     test: Examples
     classes: tuple[int, ...]
+    gone: bool = False
+
+    @classmethod
+    def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
+        """A task of which no more is known than what its inputs were like, without the first dimension."""
+        none = Examples(torch.zeros(2, *shape), torch.full((2,), classes[0]))
+        return cls(name, none, none, classes, gone=True)

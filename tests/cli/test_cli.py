@@ -155,6 +155,10 @@ def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: R
         and "regrow learn --resume run" in out
         and "digits" in Path("run/report.html").read_text("utf-8")
     )
+    parameters = [line.split()[-1] for line in out.splitlines() if line.startswith(("permuted-", "digits"))]
+    assert parameters[0] == "610" and all(one.replace(",", "").isdecimal() for one in parameters), "in one column"
+    code, _, err = regrow("learn", "digits", "--without-old", "--out", "other")
+    assert code == 2 and "--resume RUN" in err
     code, _, err = regrow("learn", "--resume", "run", "--epochs", "7", "--set", "strength=3")
     assert code == 2 and "leave out --epochs, --set" in err
     code, _, err = regrow("learn", "digits", "--task", "digits", "--out", "other")

@@ -1,5 +1,6 @@
 """The loop over tasks and its run folder: resuming, further tasks, and the account of what is known."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,15 +12,18 @@ import torch
 from PIL import Image
 
 import regrow
+from regrow.data import SourceError
 from regrow.data.streams import digits_task, permuted, split
 from regrow.evaluation.continual import Matrix, share_right
 from regrow.learner import Stand
 from regrow.methods import LEARNERS, learner_entry
 from regrow.nets.small import small
+from regrow.reports import write_page
 from regrow.runs import learning_run
 from regrow.runs.atomic import StoreError
 from regrow.runs.learning import Schedule, learn
 from regrow.runs.learning_run import Settings, extend, run, tasks_of
+from regrow.tasks import Task
 from regrow.tracing import trace
 
 SETTINGS = Settings(
@@ -164,6 +168,43 @@ def test_a_later_set_of_pictures_takes_the_form_of_the_first(tmp_path: Path) -> 
     run(replace(SETTINGS, tasks=("digits",)), tmp_path / "run")
     matrix = [row for row in extend(tmp_path / "run", (str(tmp_path / "large"),)).metrics() if row["what"] == "matrix"]
     assert matrix[-1]["tasks"] == ["digits", "large"] and [len(row) for row in matrix[-1]["matrix"]] == [1, 2]
+
+
+def test_data_of_tasks_that_are_over_may_be_gone(tmp_path: Path) -> None:
+    """Months later: what is there is learned and measured, what is gone is not, and nothing is made up for it."""
+    old = tmp_path / "old"
+    for half in ("train", "test"):
+        for label in "0123456789":
+            (old / half / label).mkdir(parents=True)
+            for i in range(3):
+                Image.new("L", (8, 8), int(label) * 25 + i).save(old / half / label / f"{i}.png")
+    folder = run(replace(SETTINGS, tasks=(str(old),)), tmp_path / "run")
+    first = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
+    shutil.rmtree(old)
+    with pytest.raises(SourceError, match=r"no data .*old.*; with --without-old, tasks that are over need no data"):
+        extend(tmp_path / "run", ("permuted:digits:2",))
+    for more in ("permuted:digits:2", "rotated:digits:1"):
+        folder = extend(tmp_path / "run", (more,), without_old=True)
+    last = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
+    assert last["tasks"][0] == "old" and last["before"][0] == first["before"][0]
+    assert [row[0] for row in last["matrix"]] == [first["matrix"][0][0], None, None, None]
+    end = last["matrix"][-1]
+    assert last["average"] == pytest.approx(sum(end[1:]) / 3) == pytest.approx(Matrix.of(last).average)
+    best = [max(last["matrix"][i][j] for i in range(j, 3)) for j in (1, 2)]
+    assert last["forgetting"] == pytest.approx(sum(a - b for a, b in zip(best, end[1:3], strict=True)) / 2)
+    assert last["learning"] == pytest.approx(sum(last["matrix"][i][i] for i in range(4)) / 4)
+    grown = [row for row in folder.metrics() if row["what"] == "growth"]
+    assert len(grown[-1]["accuracy_before"]) == grown[-1]["task"] > 0, "the task that is gone is not asked about"
+    assert "Accuracy on every task after each task" in write_page([folder.path], tmp_path / "page.html").read_text()
+
+
+def test_examples_that_are_gone_are_not_learned_from(tmp_path: Path) -> None:
+    tasks = tasks_of(replace(SETTINGS, tasks=("permuted:digits:2",)))
+    gone = Task.of_gone("a", (1, 8, 8), tuple(range(10)))
+    model, _ = small("mlp:16", (1, 8, 8), 10)
+    learner = learner_entry("naive").made("naive", {"keep": "data"})
+    with pytest.raises(ValueError, match="keep=data learns from all examples, and those of a are not there"):
+        learner.begin(Stand(model, trace(model, gone.train.inputs), tasks[1], 1, past=(gone,)))
 
 
 def test_what_is_wrong_is_told(tmp_path: Path) -> None:

@@ -35,6 +35,11 @@ Examples
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run of this folder.")
 @click.option("--task", "more", multiple=True, metavar="TASKS", help="With --resume: what it is to learn now.")
 @click.option(
+    "--without-old",
+    is_flag=True,
+    help="With --resume: data of tasks that are over may be gone; what is still known of those is not measured then.",
+)
+@click.option(
     "--scenario",
     default="domain",
     show_default=True,
@@ -59,7 +64,13 @@ Examples
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of weights, orders and everything drawn.")
 def learn(
-    tasks: tuple[str, ...], out: Path | None, resume: Path | None, more: tuple[str, ...], pairs: Any, **given: Any
+    tasks: tuple[str, ...],
+    out: Path | None,
+    resume: Path | None,
+    more: tuple[str, ...],
+    without_old: bool,
+    pairs: Any,
+    **given: Any,
 ) -> None:
     """Learn TASKS one after the other, and leave a folder with the network, the accuracy matrix and every plan."""
     from regrow.runs.learning_run import Settings, extend, run
@@ -70,11 +81,11 @@ def learn(
         if told := [f"--{name.replace('_', '-')}" for name in given if _given(name)] + ["--set"] * bool(pairs):
             raise click.UsageError(f"--resume goes on with the settings of its run; leave out {', '.join(told)}")
         with working() as progress:
-            folder = extend(resume, more, progress)
+            folder = extend(resume, more, progress, without_old=without_old)
     else:
-        if more:
+        if more or without_old:
             raise click.UsageError(
-                "--task is what a run learns further, with --resume RUN; a new run names TASKS alone"
+                "--task and --without-old are of a run that goes on, with --resume RUN; a new run names TASKS alone"
             )
         if not tasks:
             raise click.UsageError("name what is to be learned, for example `regrow learn permuted:digits:5 --out RUN`")
@@ -96,17 +107,25 @@ def _tell(folder: Any) -> None:
     rows = folder.metrics()
     matrix = [row for row in rows if row["what"] == "matrix"][-1]
     sizes = {row["task"]: row for row in rows if row["what"] == "task"}
+    shown = [  # of tasks that came later, earlier rows tell nothing
+        ["–" if value is None else f"{100 * value:.1f}" for value in row] + [""] * (len(matrix["tasks"]) - len(row))
+        for row in matrix["matrix"]
+    ]
     table(
         "Accuracy, per cent",
         ["after learning", *(f"{i + 1}" for i in range(len(matrix["tasks"]))), "parameters"],
         [
-            [name, *(f"{100 * value:.1f}" for value in row), number(sizes[i]["parameters"]) if i in sizes else ""]
-            for i, (name, row) in enumerate(zip(matrix["tasks"], matrix["matrix"], strict=True))
+            [name, *cells, number(sizes[i]["parameters"]) if i in sizes else ""]
+            for i, (name, cells) in enumerate(zip(matrix["tasks"], shown, strict=True))
         ],
         numbers=range(1, len(matrix["tasks"]) + 2),
     )
-    say(
-        f"final average accuracy {matrix['average']:.3f}, along the way {matrix['average_along']:.3f}, "
-        f"learning accuracy {matrix['learning']:.3f}, forgetting {matrix['forgetting']:.3f}, "
-        f"backward transfer {matrix['backward_transfer']:+.3f}, forward transfer {matrix['forward_transfer']:+.3f}"
+    names = (
+        ("final average accuracy", "average", ".3f"),
+        ("along the way", "average_along", ".3f"),
+        ("learning accuracy", "learning", ".3f"),
+        ("forgetting", "forgetting", ".3f"),
+        ("backward transfer", "backward_transfer", "+.3f"),
+        ("forward transfer", "forward_transfer", "+.3f"),
     )
+    say(", ".join(f"{words} {matrix[name]:{form}}" for words, name, form in names if matrix[name] is not None))

@@ -3,6 +3,7 @@
 import gzip
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -238,7 +239,7 @@ def fewer(base: Task, train: int, test: int, seed: int = 0) -> Task:
 
 def _changed(base: Task, name: str, change: Any) -> Task:
     train, test = (Examples(change(part.inputs), part.labels) for part in (base.train, base.test))
-    return Task(name, train, test, base.classes)
+    return replace(base, name=name, train=train, test=test)
 
 
 def _of(part: Examples, group: Sequence[int], relabel: bool) -> Examples:

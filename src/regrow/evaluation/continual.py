@@ -1,11 +1,13 @@
 """What a network that learns task after task still knows: the accuracy matrix, and what is read from it.
 
 ``R[i][j]`` is the accuracy on task ``j`` after task ``i`` has been learned, ``b[j]`` that of the network before any.
+What was not measured, for want of examples, is not a number, and figures are taken over the rest.
 The words mean what they mean in Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import isnan, nan
 from statistics import fmean
 from typing import Any
 
@@ -37,36 +39,36 @@ class Matrix:
     @property
     def average(self) -> float:
         """Final average accuracy: mean over tasks of R[T][j]."""
-        return fmean(self.rows[-1][: len(self.rows)])
+        return _mean(self.rows[-1][: len(self.rows)])
 
     @property
     def average_along(self) -> float:
         """Average accuracy along the way: mean over i of the mean of R[i][j] over the tasks seen, j ≤ i."""
-        return fmean(fmean(row[: i + 1]) for i, row in enumerate(self.rows))
+        return _mean(_mean(row[: i + 1]) for i, row in enumerate(self.rows))
 
     @property
     def learning(self) -> float:
         """Learning accuracy: mean of R[j][j]."""
-        return fmean(row[i] for i, row in enumerate(self.rows))
+        return _mean(row[i] for i, row in enumerate(self.rows))
 
     @property
     def backward_transfer(self) -> float:
         """Mean over all but the last task of R[T][j] − R[j][j]; 0 for one task."""
         past = range(len(self.rows) - 1)
-        return fmean(self.rows[-1][j] - self.rows[j][j] for j in past) if past else 0.0
+        return _mean(self.rows[-1][j] - self.rows[j][j] for j in past) if past else 0.0
 
     @property
     def forgetting(self) -> float:
         """Mean over all but the last task of (most of R[i][j] over j ≤ i < T) − R[T][j]; 0 for one task."""
         past = range(len(self.rows) - 1)
-        best = [max(row[j] for row in self.rows[j:-1]) for j in past]
-        return fmean(top - self.rows[-1][j] for j, top in enumerate(best)) if past else 0.0
+        best = [max((row[j] for row in self.rows[j:-1] if not isnan(row[j])), default=nan) for j in past]
+        return _mean(top - self.rows[-1][j] for j, top in enumerate(best)) if past else 0.0
 
     @property
     def forward_transfer(self) -> float:
         """Mean over all but the first task of R[j−1][j] − b[j], where the task was known by then; 0 for none."""
         later = [j for j in range(1, len(self.rows)) if len(self.rows[j - 1]) > j]
-        return fmean(self.rows[j - 1][j] - self.before[j] for j in later) if later else 0.0
+        return _mean(self.rows[j - 1][j] - self.before[j] for j in later) if later else 0.0
 
     def record(self) -> dict[str, Any]:
         """The matrix and every figure as JSON data."""
@@ -80,7 +82,14 @@ class Matrix:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Matrix":
         """The inverse of :meth:`record`."""
-        return cls(tuple(tuple(row) for row in record["matrix"]), tuple(record["before"]))
+        rows = (*record["matrix"], record["before"])
+        *matrix, before = (tuple(nan if value is None else value for value in row) for row in rows)
+        return cls(tuple(matrix), before)
+
+
+def _mean(values: Iterable[float]) -> float:
+    there = [value for value in values if not isnan(value)]
+    return fmean(there) if there else nan
 
 
 def share_right(

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from math import cos, pi
+from math import cos, nan, pi
 from typing import Any
 
 import torch
@@ -294,7 +294,8 @@ def accuracies(
     for number, task in enumerate(tasks):
         with standing_in(model, learner.answering(at, number)):
             choice = _choice(schedule, tasks, after, number)
-            found.append(share_right(model, task.test, choice, ask=lambda inputs: learner.asked(at, inputs)))
+            right = share_right(model, task.test, choice, ask=lambda inputs: learner.asked(at, inputs))
+            found.append(nan if task.gone else right)
     return tuple(found)
 
 
@@ -311,6 +312,7 @@ def _past(at: Stand, tasks: Sequence[Task], learner: Learner, schedule: Schedule
         return [
             share_right(at.model, task.test, _choice(schedule, tasks, at.number, number), ask=ask)
             for number, task in enumerate(tasks[: at.number + 1])
+            if not task.gone
         ]
 
 

@@ -6,7 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -124,13 +124,16 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     return _go_on(folder, settings, learner, schedule, tasks, progress)
 
 
-def extend(out: str | Path, more: Sequence[str], progress: Progress = silent) -> RunFolder:
+def extend(
+    out: str | Path, more: Sequence[str], progress: Progress = silent, *, without_old: bool = False
+) -> RunFolder:
     """Have a run learn further tasks: months later, by another process.
 
     Args:
         out: The folder of a run, finished or interrupted.
         more: Further sequences, as ``Settings.tasks``; none to finish what was interrupted.
         progress: Called as work goes on.
+        without_old: Go on although data of tasks that are over are not there any more: it is not evaluated on those.
 
     Raises:
         ValueError: If the folder is no learning run, or a sequence is not usable.
@@ -141,8 +144,13 @@ def extend(out: str | Path, more: Sequence[str], progress: Progress = silent) ->
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = Settings.from_json(told["settings"])
     settings = replace(was, tasks=(*was.tasks, *more))
-    learner, tasks = built(settings), tasks_of(settings)
-    outputs, wanted = outputs_of(was, tasks_of(was)), outputs_of(settings, tasks)
+    known = told.get("sequence", {}) if without_old else {}
+    try:
+        outputs = outputs_of(was, tasks_of(was, known))
+    except SourceError as error:
+        raise SourceError(f"{error}; with --without-old, tasks that are over need no data any more") from None
+    learner, tasks = built(settings), tasks_of(settings, known)
+    wanted = outputs_of(settings, tasks)
     if wanted > outputs:
         raise ValueError(
             f"{', '.join(more)} has classes up to {wanted - 1}, and the network of {out} has outputs for {outputs}: "
@@ -163,6 +171,7 @@ def _go_on(
     start = time.perf_counter()
     model, origin = network(settings, tasks)
     axes = trace(model, tasks[0].train.inputs[:2])
+    folder.update(sequence=_known(settings, tasks))
     course, place = Course(), folder.path / COURSE
     if folder.resumed and place.is_file():
         axes, course = read_course(place, model, axes, learner)
@@ -186,7 +195,10 @@ def _go_on(
     tell(course)
     if len(course.before) < len(tasks):
         # Tasks have come since: what an untrained network knows of them is measured anew.
-        course.before = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
+        now = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
+        course.before += now[len(course.before) :]
+    if gone := [task.name for task in tasks[course.number :] if task.gone]:
+        raise SourceError(f"{', '.join(gone)} is not over, and its data are not there: it cannot be learned")
     axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
     plain = copy.deepcopy(model)
     learner.baked(Stand(plain, axes, tasks[-1], number=len(tasks) - 1))
@@ -226,29 +238,66 @@ def built(settings: Settings) -> Learner:
     return found
 
 
-def tasks_of(settings: Settings) -> list[Task]:
+def tasks_of(settings: Settings, known: Mapping[str, Any] | None = None) -> list[Task]:
     """The tasks of a run.
+
+    Args:
+        settings: Its settings.
+        known: What ``run.json`` tells of the tasks of each sequence, if those whose data are not there may be left at
+            that.
 
     Raises:
         SourceError: If a sequence is not spelled as it should be, or its data are not there.
     """
     found: list[Task] = []
     for spec in settings.tasks:
-        found += _sequence(spec, settings)
+        try:
+            found += _sequence(spec, settings)
+        except SourceError:
+            if not known or spec not in known:
+                raise
+            found += _gone(known[spec])
     return streams.alike(found)
 
 
 def _sequence(spec: str, settings: Settings) -> list[Task]:
-    fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
-    base = streams.of(fit[2] if fit else spec, settings.train, settings.test, settings.seed)
-    if not fit:
-        return [base]
-    n = int(fit[3])
+    kind, data, n = _spelled(spec)
+    base = streams.of(data, settings.train, settings.test, settings.seed)
     if n < 1:
         raise SourceError(f"{spec}: a sequence has at least one task")
-    match fit[1]:
+    match kind:
+        case "":
+            return [base]
         case "permuted":
             return streams.permuted(base, n, settings.seed)
         case "rotated":
             return streams.rotated(base, n)
     return streams.split(base, n, relabel=settings.scenario == "domain")
+
+
+def _spelled(spec: str) -> tuple[str, str, int]:
+    """What is done to the data, their name, and how many tasks that gives."""
+    fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
+    return (fit[1], fit[2], int(fit[3])) if fit else ("", spec, 1)
+
+
+def _known(settings: Settings, tasks: Sequence[Task]) -> dict[str, Any]:
+    """What is to be known of each sequence when its data are not there any more."""
+    rest = iter(tasks)
+    return {
+        spec: [
+            {"name": task.name, "inputs": list(task.train.inputs.shape[1:]), "classes": list(task.classes)}
+            for task in islice(rest, _spelled(spec)[2])
+        ]
+        for spec in settings.tasks
+    }
+
+
+def _gone(known: Sequence[Mapping[str, Any]]) -> list[Task]:
+    found = []
+    for told in known:
+        inputs, classes = tuple(told["inputs"]), tuple(told["classes"])
+        if len(inputs) != 3 or not classes or any(type(n) is not int or not 0 <= n <= 4096 for n in inputs + classes):
+            raise StoreError(f"run.json says of a task {str(dict(told))[:100]}, which cannot be; restore it")
+        found.append(Task.of_gone(str(told["name"]), inputs, classes))
+    return found
