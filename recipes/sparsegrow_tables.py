@@ -186,7 +186,7 @@ CHOSEN = (
         for s, d in ((15.0, 0.1), (60.0, 0.1), (20.0, 0.0), (80.0, 0.0), (320.0, 0.0))
     ),
     *(Arm(f"SparseGrow 80, damping 0, loud {x:g}", "sparsegrow", CONV | {"loud": x}) for x in (0.0, 1.0)),
-    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (0.3, 1.0, 3.0, 10.0)),
+    *(Arm(f"EWC {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0, 10.0, 30.0, 100.0)),
     *(Arm(f"SI {s:g}", "si", {"strength": s}) for s in (0.03, 0.1, 0.3)),
     *(Arm(f"LwF {s:g}", "lwf", {"strength": s}) for s in (0.1, 0.3, 1.0, 3.0)),
     Arm("naive", "naive"),

@@ -1,10 +1,13 @@
 """Candidates: operations of which a search keeps some, summed into one value."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 
 class Candidates(nn.Module):
@@ -51,6 +54,37 @@ class Candidates(nn.Module):
         if total is None:
             raise ValueError(f"all of {', '.join(self.ops)} were dropped; one of them must stay")
         return total
+
+
+def fold_scales(model: nn.Module) -> None:
+    """Candidates that end in a layer take their scale into its weight and bias: it is 1 then, and answers stay.
+
+    Scales of what ends otherwise (a pool, what is left as it is, a layer that something else holds too) stay.
+
+    >>> mixed = Candidates({"one": nn.Conv1d(1, 1, 1), "same": nn.Identity()})
+    >>> with torch.no_grad():
+    ...     _ = mixed.scale.fill_(0.5)
+    >>> fold_scales(mixed)
+    >>> mixed.scale.tolist()
+    [1.0, 0.5]
+    """
+    held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for node in [one for one in model.modules() if isinstance(one, Candidates)]:
+            for i, end in enumerate(node.ops.values()):
+                while isinstance(end, nn.Sequential) and len(end):
+                    end = end[-1]
+                own = dict(end.named_parameters())
+                if not isinstance(end, _LINEAR) or not own or own.keys() - {"weight", "bias"}:
+                    continue
+                if all(held[id(p)] == 1 for p in own.values()):
+                    for parameter in own.values():
+                        parameter.mul_(node.scale[i])
+                    node.scale[i] = 1.0
+
+
+_LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
+"""Layers whose answer is as many times larger as weight and bias are."""
 
 
 class Staged(Protocol):

@@ -5,9 +5,14 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
+from regrow.candidates import Candidates, fold_scales
+from regrow.nets import bench201, mobile
+from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import OPERATIONS, Cells, described, operation, whole
 from regrow.nets.errors import ModelError
+from regrow.nets.mobile import Mobile
 
 
 def small(**more):
@@ -41,6 +46,42 @@ def test_a_stage_runs_what_lies_within_it_and_nothing_else():
     net.upto(torch.randn(2, 3, 16, 16), 0).sum().backward()
     for name, parameter in net.named_parameters():
         assert (parameter.grad is not None) == net.within(name, 0), name
+
+
+SPACES = (
+    (Cells, small()),
+    (Mobile, mobile.whole((3, 32, 32), 5, width=4, blocks=1)),
+    (Bench201, bench201.whole((3, 16, 16), 5, width=4, cells=1)),
+)
+
+
+@pytest.mark.parametrize(("kind", "config"), SPACES)
+def test_scales_are_folded_into_what_an_operation_ends_in(kind, config):
+    net = kind(config).double().eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, value in net.state_dict().items():
+            if name.endswith(("scale", "running_mean", "running_var")):
+                value.copy_(torch.rand_like(value) + 0.5)
+    x = torch.randn(2, *config["shape"], dtype=torch.double)
+    before = net(x)
+    fold_scales(net)
+    after = net(x)
+    for a, b in zip(before, after, strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+    nodes = [one for one in net.modules() if isinstance(one, Candidates)]
+    folded = {name.split("_")[0] for node in nodes for name, s in zip(node.ops, node.scale, strict=True) if s == 1}
+    kept = {name.split("_")[0] for node in nodes for name, s in zip(node.ops, node.scale, strict=True) if s != 1}
+    assert folded and kept <= {"skip", "avg", "max", "none"}, (folded, kept)
+
+
+def test_a_scale_stays_where_its_layer_is_held_twice():
+    both = nn.Conv1d(1, 1, 1)
+    mixed = Candidates({"a": both, "b": nn.Sequential(nn.ReLU(), both)})
+    with torch.no_grad():
+        mixed.scale.copy_(torch.tensor([0.5, 2.0]))
+    fold_scales(mixed)
+    assert mixed.scale.tolist() == [0.5, 2.0]
 
 
 def test_a_description_builds_what_it_describes():

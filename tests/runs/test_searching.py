@@ -34,6 +34,7 @@ SMALL: dict[str, Any] = {
     "batch_size": 48,
     "epochs": 4,
     "retrain": 2,
+    "cutout": 3,
     "stride": 1,
 }
 QUICK = {"warm": 1, "every": 1, "share": 0.3}

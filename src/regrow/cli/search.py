@@ -47,6 +47,9 @@ Examples
 )
 @click.option("--epochs", default=30, show_default=True, type=int, help="Passes over the training part in the search.")
 @click.option("--retrain", default=30, show_default=True, type=int, help="Passes of the training after it; 0: none.")
+@click.option(
+    "--cutout", default=0, type=int, help="In that training, cut a square of so many pixels out of each picture."
+)
 @click.option("--batch-size", default=96, show_default=True, type=int, help="Examples per step.")
 @click.option("--lr", default=0.025, show_default=True, type=float, help="Learning rate of weights.")
 @click.option("--weight-decay", default=3e-4, show_default=True, type=float)

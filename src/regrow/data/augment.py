@@ -1,4 +1,4 @@
-"""Pictures moved and mirrored, a whole batch at once; what is drawn comes from torch's own generator."""
+"""Pictures moved, mirrored and cut out of, a whole batch at once; what is drawn comes from torch's own generator."""
 
 import torch
 import torch.nn.functional as F
@@ -25,3 +25,25 @@ def moved(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tensor:
         columns = torch.where(torch.rand(n)[:, None, None, None] < 0.5, columns.flip(-1), columns)
     which, channels = torch.arange(n)[:, None, None, None], torch.arange(pictures.shape[1])[None, :, None, None]
     return padded[which, channels, rows, columns]
+
+
+def cut_out(pictures: Tensor, side: int) -> Tensor:
+    """Each picture with a square set to 0 whose middle lies anywhere in it; what reaches beyond the edge is lost.
+
+    Args:
+        pictures: ``[N, C, H, W]``.
+        side: Of the square, pixels; 0: the pictures as they are.
+
+    Source: DeVries and Taylor (arXiv 1708.04552).
+
+    >>> int((cut_out(torch.ones(1, 1, 8, 8), 4) == 0).sum()) in range(4, 17)
+    True
+    """
+    if not side:
+        return pictures
+    n, _, height, width = pictures.shape
+    inside = []
+    for size in (height, width):
+        first = torch.randint(size, (n, 1)) - side // 2
+        inside.append((torch.arange(size) >= first) & (torch.arange(size) < first + side))
+    return pictures.masked_fill((inside[0][:, :, None] & inside[1][:, None, :])[:, None], 0.0)

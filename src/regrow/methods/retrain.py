@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.data.augment import moved
+from regrow.data.augment import cut_out, moved
 from regrow.learner import Along, Learner, Stand
 from regrow.tasks import Examples
 
@@ -23,10 +23,16 @@ class Settings:
     Args:
         clip: Most norm of the gradient.
         augment: Whether pictures are moved and mirrored.
+        cutout: Side of the square that is cut out of each picture, pixels; 0: none is.
     """
 
     clip: float = 5.0
     augment: bool = True
+    cutout: int = 0
+
+    def __post_init__(self) -> None:
+        if self.cutout < 0:
+            raise ValueError(f"cutout is a side in pixels, 0 for none; got {self.cutout}")
 
 
 def build(settings: Settings) -> "Retrain":
@@ -64,7 +70,7 @@ class Retrain(Learner):
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """Cross-entropy on moved pictures."""
         inputs = moved(batch.inputs) if self.settings.augment else batch.inputs
-        return F.cross_entropy(self.asked(at, inputs), batch.labels)
+        return F.cross_entropy(self.asked(at, cut_out(inputs, self.settings.cutout)), batch.labels)
 
     def gate(self, at: Stand) -> None:
         """Gradients are clipped."""

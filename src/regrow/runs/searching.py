@@ -16,13 +16,14 @@ from regrow.allocation.stages import Stages, in_bytes
 from regrow.allocation.timed import timed
 from regrow.axes import AxisGraph
 from regrow.budget import Measure, Target
-from regrow.candidates import Staged, candidates_in
+from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
 from regrow.learner import Stand
 from regrow.methods import searcher_entry
 from regrow.methods.retrain import Retrain
+from regrow.methods.retrain import Settings as Anew
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
@@ -61,6 +62,7 @@ class Settings:
         memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
         epochs: Passes over the training part in the search; 0 for methods that learn nothing.
         retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
+        cutout: Side of the square cut out of each picture in the training anew, pixels; 0: none is.
         batch_size: Examples per step.
         lr: Learning rate of the network's weights.
         weight_decay: Of them.
@@ -80,6 +82,7 @@ class Settings:
     memory: str = ""
     epochs: int = 30
     retrain: int = 30
+    cutout: int = 0
     batch_size: int = 96
     lr: float = 0.025
     weight_decay: float = 3e-4
@@ -145,6 +148,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
     RunFolder.check(out, verb="search", settings=asdict(settings))
+    Anew(cutout=settings.cutout)  # refused before anything is read
     parts = parts_of(settings)
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:TRACED])
@@ -238,7 +242,7 @@ def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Mod
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
     axes = trace(fresh, parts.whole.train.inputs[:2])
-    at, learner, course = Stand(fresh, axes, parts.whole), Retrain(), Course()
+    at, learner, course = Stand(fresh, axes, parts.whole), Retrain(settings=Anew(cutout=settings.cutout)), Course()
     learner.masked(at, dict(found.named_parameters()))
     place = folder.path / RETRAINING
     if folder.resumed and place.is_file():
@@ -252,6 +256,7 @@ def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Mod
     with torch.no_grad():
         for name, value in learner.answering(at, 0).items():
             fresh.get_parameter(name).copy_(value)
+    fold_scales(fresh)
     return fresh.eval()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes
 from regrow.allocation.stages import stages as cut
-from regrow.candidates import Prefix, Staged
+from regrow.candidates import Prefix, Staged, fold_scales
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
@@ -146,13 +146,14 @@ def ends(parts: int, stages: int) -> tuple[int, ...]:
 
 
 def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
-    """What a search left of a space, as a plain network, and how to build it.
+    """What a search left of a space, as a plain network, and how to build it; scales are folded where they can be.
 
     Args:
-        model: The network, cut by plans.
+        model: The network, cut by plans; its scales are folded too.
         origin: How it was built.
     """
     gone = stands_in(model).keys()
+    fold_scales(model)
     match model:
         case Cells():
             config = cells.described(model, origin.config, gone)
