@@ -68,6 +68,8 @@ ARMS = (
     Arm("hand-set ratios per level", {"controller": "ratios", "ratios": (0.6, 0.7, 0.85)}),
     Arm("one stage", {}, {"stages": 1}),
     Arm("nothing regrown", {"regrow": 0.0}),
+    Arm("nothing regrown, nor pruned again", {"regrow": 0.0, "again": False}),
+    Arm("the authors' controller", {"controller": "feedback"}),
     Arm("filters and weights regrown too", {"regrow_filters": 0.2, "regrow_weights": 0.2}),
     Arm("operations come back with what they held", {"revive": "old"}),
 )

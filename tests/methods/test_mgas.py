@@ -1,7 +1,6 @@
 """MGAS: three levels searched together, cut exactly, stopped and resumed."""
 
 import copy
-from importlib import import_module
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.learning import Schedule, changed, learn
+from regrow.runs.movers import Movers
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Task
 
@@ -84,6 +84,26 @@ def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
     assert left - dropped <= own.settings.target
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_what_earlier_stages_kept_is_pruned_again_or_not(task, axes, again):
+    """Where it is not, no threshold of theirs moves, so nothing of them can fall below one."""
+    at, own = Stand(network(), axes, task, epochs=4), learner(again=again)
+    own.begin(at)
+    own._start(at, 1)
+    for name in ("ops", "filters", "weights"):
+        own.tensors[f"threshold {name}"].values.data.fill_(0.6)
+    own.stepped(at)
+    masks, found = own.masks(at), own.upto(at, 0)
+    earlier = found.runs
+    least = len(found.needed)
+    assert (int(masks.ops[earlier].sum()) > least) is not again and int(masks.ops[~earlier].sum()) <= least
+    keys = [*own.gates.levels.axes]
+    standing = {key: float(masks.filters[base : base + n].mean()) for key, (base, n, _) in own.spans()}
+    first = {own.values["axes"][i] for i in found.axis.unique().tolist()}
+    assert first and {*keys} - first
+    assert all((standing[key] == 1) is not again for key in first) and all(standing[key] < 1 for key in {*keys} - first)
+
+
 def test_a_commit_changes_no_answer(run):
     for event in run[2].events:
         if not event["back"]:
@@ -91,18 +111,17 @@ def test_a_commit_changes_no_answer(run):
 
 
 def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypatch):
-    module = import_module("regrow.runs.learning")
-    joined, seen = module._join, []
+    joined, seen = Movers.join, []
 
     def watched(movers, at, own):
         joined(movers, at, own)
-        moved = [id(one) for mover in movers for group in mover.param_groups for one in group["params"]]
+        moved = [id(one) for mover in movers.all for group in mover.param_groups for one in group["params"]]
         learned = [id(one.values) for one in own.tensors.values() if one.lr is not None]
         assert sorted(moved) == sorted([*map(id, at.parameters().values()), *learned])
-        assert all(id(one) in moved for mover in movers for one in mover.state)
+        assert all(id(one) in moved for mover in movers.all for one in mover.state)
         seen.append(len(moved))
 
-    monkeypatch.setattr(module, "_join", watched)
+    monkeypatch.setattr(Movers, "join", watched)
     searched(task, axes, learner())
     assert len(set(seen)) > 2
 

@@ -59,6 +59,7 @@ class Settings:
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
         press: λ; under ``feedback`` where it starts.
+        again: Whether a stage prunes further what earlier stages kept.
         regrow: The share of a stage's dropped operations that comes back.
         regrow_filters: The share of its cut filters that comes back, the most important at their cut first.
         regrow_weights: The share of its weights set to 0 that is let back, by the size of their gradient.
@@ -81,6 +82,7 @@ class Settings:
     ratios: tuple[float, ...] = ()
     gain: float = 40.0
     press: float = 0.0
+    again: bool = True
     regrow: float = 0.2
     regrow_filters: float = 0.0
     regrow_weights: float = 0.0
@@ -98,6 +100,10 @@ class Settings:
             raise ValueError(f"controller is dual, feedback or ratios; got {self.controller!r}")
         if self.controller == "ratios" and len(self.ratios) != len(self.levels):
             raise ValueError(f"ratios has one share per level, {len(self.levels)}; got {len(self.ratios)}")
+        if self.controller == "ratios" and not self.again:
+            raise ValueError(
+                "under ratios every level is told its share of everything: again=false has no meaning there"
+            )
         if self.every < 1 or self.warm < 0:
             raise ValueError(f"every is at least 1 and warm at least 0; got every={self.every}, warm={self.warm}")
         for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
@@ -129,6 +135,8 @@ class Mgas(Searcher):
     """By what share the part that runs is too large in this step."""
     seen: int = 0
     """Examples of this epoch so far."""
+    earlier: tuple[int, Tensor, Tensor] | None = field(default=None, repr=False)
+    """A stage, and the operations and axes of the stages before it."""
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -240,8 +248,21 @@ class Mgas(Searcher):
             self.tensors["threshold ops"].values.clamp_(0, 0.99)
             self.tensors["threshold filters"].values.clamp_(0, 0.99)
             self.tensors["threshold weights"].values.clamp_(0, 2)
+            if self.values["stage"] and not self.settings.again:
+                self._spare(at)
         if self.joint(at) and self.settings.controller == "dual":
             self.values["mu"] = max(0.0, self.values["mu"] + self.settings.gain / self.paced(at) * self.over)
+
+    def _spare(self, at: Stand) -> None:
+        """What earlier stages kept has thresholds that nothing falls below."""
+        stage = self.values["stage"]
+        if self.earlier is None or self.earlier[0] != stage:
+            found = self.upto(at, self.ends[stage - 1])
+            self.earlier = stage, found.runs, found.axis.unique()
+        _, ops, axes = self.earlier
+        self.tensors["threshold ops"].values[ops] = 0.0
+        self.tensors["threshold weights"].values[:-1][ops] = 0.0
+        self.tensors["threshold filters"].values[axes] = 0.0
 
     # Commits.
 
