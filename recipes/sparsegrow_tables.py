@@ -16,9 +16,10 @@ chosen on (that its gate needs damping was seen there). 5,000 images per task, 5
 momentum 0.9 and rate 0.01, two hidden layers of 100; no task is named when it is evaluated, but in ``told``.
 ``classes``, ``told`` and ``relief`` split 5,000 images into five tasks; ``conv`` has 5,000 in each of its five, of two
 classes that every task calls 0 and 1, and a residual network with GroupNorm; its strengths were chosen by
-``tune-conv --test 1000``: other pairs of CIFAR-10's classes, and training images alone, to test on too. ``shift`` is a natural change of domain, ten digits each: MNIST, the UCI
-digits of other writers at lower resolution (scikit-learn's, 1,347 to learn from), and MNIST over photographs,
-|photograph − digit| in grey, as MNIST-M (Ganin et al., JMLR 2016) is made.
+``tune-conv --test 1000``: other pairs of CIFAR-10's classes, and training images alone, to test on too. ``shift``
+is a natural change of domain, ten digits each: MNIST, the UCI digits of other writers at lower resolution
+(scikit-learn's, 1,347 to learn from), and MNIST over photographs, |photograph − digit| in grey, as MNIST-M (Ganin et
+al., JMLR 2016) is made.
 """
 
 import argparse
