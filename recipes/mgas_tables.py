@@ -13,7 +13,7 @@ is tested once. What the search learns from is the training part alone; the vali
 trains four random draws on the training part, as long as any network is trained anew, and takes the one that is best on
 the validation part.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
---epochs 75 --retrain 600 --stride 1``.
+--epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from rows import add, difference, head, line, rows, spread
 import regrow
 from regrow.evaluation.continual import share_right
 from regrow.progress import silent
+from regrow.runs import RunFolder
 from regrow.runs.searching import Settings, parts_of, retrained, run
 
 OUT = Path(__file__).parent / "results" / "mgas.jsonl"
@@ -68,19 +69,27 @@ ARMS = (
     Arm("hand-set ratios per level", {"controller": "ratios", "ratios": (0.6, 0.7, 0.85)}),
     Arm("one stage", {}, {"stages": 1}),
     Arm("nothing regrown", {"regrow": 0.0}),
-    Arm("nothing regrown, nor pruned again", {"regrow": 0.0, "again": False}),
+    Arm("nothing regrown, nor pruned again", {"regrow": 0.0, "reprune": False}),
     Arm("the authors' controller", {"controller": "feedback"}),
     Arm("filters and weights regrown too", {"regrow_filters": 0.2, "regrow_weights": 0.2}),
     Arm("operations come back with what they held", {"revive": "old"}),
 )
 
 
+def once(settings: Settings, place: Path) -> RunFolder:
+    """The run of a folder: gone on with, or as it is if it is over."""
+    if (place / "run.json").is_file() and (folder := RunFolder.open(place)).run().get("finished"):
+        return replace(folder, resumed=True)
+    return run(settings, place)
+
+
 def best(settings: Settings, place: Path, draws: int) -> Settings:
     """Of some networks drawn at random the one that, trained on the training part, is best on the validation part."""
     parts, found = parts_of(settings), {}
     for i in range(draws):
-        drawn = replace(settings, method_settings={**settings.method_settings, "seed": 100 * settings.seed + i})
-        folder = run(replace(drawn, retrain=0, test=1), place.with_name(f"{place.name}-{i}"))
+        # Others than the one draw of *random operations*, whose seed is the run's.
+        drawn = replace(settings, method_settings={**settings.method_settings, "seed": 1000 + 100 * settings.seed + i})
+        folder = once(replace(drawn, retrain=0, cutout=0, test=1), place.with_name(f"{place.name}-{i}"))
         trained = retrained(
             folder, drawn, replace(parts, whole=parts.search), regrow.load(folder.path / "found"), silent
         )
@@ -93,11 +102,12 @@ def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> di
     start, data = time.perf_counter(), args.fashion or args.cifar
     given: dict[str, Any] = {"space": args.space, "data": str(data), "target": f"{target:g}", "train": args.train}
     given |= {"epochs": args.epochs, "retrain": args.retrain, "stride": args.stride, "stages": args.stages}
+    given |= {"cutout": args.cutout}
     settings = Settings(**{**given, **arm.more, "method_settings": arm.settings, "seed": seed})
-    place = args.work / f"{arm.name.replace(' ', '-')}-{target:g}-{seed}"
+    place = args.work / setting(args) / f"{arm.name.replace(' ', '-')}-{target:g}-{seed}"
     if arm.draws > 1:
         settings = best(settings, place, arm.draws)
-    folder = run(settings, place)
+    folder = once(settings, place)
     seconds = time.perf_counter() - start if arm.draws > 1 else sum(folder.run()["seconds"].values())
     by = {row["what"]: row for row in folder.metrics()}
     return {
@@ -138,6 +148,13 @@ def shown(path: Path) -> Iterator[str]:
                 yield line(cells)
 
 
+def setting(args: argparse.Namespace) -> str:
+    """What all arms have in common."""
+    told = f"{args.space}, {args.train} images, {args.epochs} + {args.retrain} epochs"
+    told += f", cutout {args.cutout}" if args.cutout else ""
+    return f"Fashion-MNIST, {told}" if args.fashion else told
+
+
 def main() -> None:
     """Run what is not there yet, or show the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -149,6 +166,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--retrain", type=int, default=30)
+    parser.add_argument("--cutout", type=int, default=0)
     parser.add_argument("--stages", type=int, default=3)
     parser.add_argument("--stride", type=int, default=2)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
@@ -160,18 +178,16 @@ def main() -> None:
     if args.show:
         print("\n".join(shown(args.out)))
         return
-    setting = f"{args.space}, {args.train} images, {args.epochs} + {args.retrain} epochs"
-    setting = f"Fashion-MNIST, {setting}" if args.fashion else setting
     for seed in range(args.first, args.seeds):
         for target in args.targets:
             for arm in ARMS:
-                told = {"setting": setting, "target": target, "arm": arm.name, "seed": seed}
+                told = {"setting": setting(args), "target": target, "arm": arm.name, "seed": seed}
                 there = any(told.items() <= row.items() for row in rows(args.out))
                 if there or args.match not in arm.name:
                     continue
                 row = told | measured(arm, target, seed, args) | {"date": str(date.today())}
                 add(args.out, row)
-                print(f"{setting}, {target:g}, seed {seed}, {arm.name}: {row['accuracy']:.4f}", flush=True)
+                print(f"{setting(args)}, {target:g}, seed {seed}, {arm.name}: {row['accuracy']:.4f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     python recipes/mgas_transfer.py --work FOLDER --fashion FASHION --cifar PICTURES
     python recipes/mgas_transfer.py --show
 
-FOLDER has the runs of ``mgas_tables.py``. Of each, the found network (operations, widths and zeros) is drawn anew for
-grey pictures, trained as there (same images, epochs and rates) on Fashion-MNIST, and tested once on 10,000 images that
-no search has seen. It is also written as an ONNX file, whose logits on 500 test images of CIFAR-10 are held against
-torch's. A row is written when it is whole; rows that are there are not made again.
+FOLDER has the runs of one setting of ``mgas_tables.py`` (it names a folder by each). Of each, the found network
+(operations, widths and zeros) is drawn anew for grey pictures, trained as there (same images, epochs and rates) on
+Fashion-MNIST, and tested once on 10,000 images that no search has seen. It is also written as an ONNX file, whose
+logits on 500 test images of CIFAR-10 are held against torch's. A row is written when it is whole; rows that are there
+are not made again.
 """
 
 import argparse

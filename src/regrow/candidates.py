@@ -59,7 +59,7 @@ class Candidates(nn.Module):
 def fold_scales(model: nn.Module) -> None:
     """Candidates that end in a layer take their scale into its weight and bias: it is 1 then, and answers stay.
 
-    Scales of what ends otherwise (a pool, what is left as it is, a layer that something else holds too) stay.
+    Scales of what ends otherwise (a pool, what is left as it is, a module of one's own, a layer held twice) stay.
 
     >>> mixed = Candidates({"one": nn.Conv1d(1, 1, 1), "same": nn.Identity()})
     >>> with torch.no_grad():
@@ -72,15 +72,20 @@ def fold_scales(model: nn.Module) -> None:
     with torch.no_grad():
         for node in [one for one in model.modules() if isinstance(one, Candidates)]:
             for i, end in enumerate(node.ops.values()):
-                while isinstance(end, nn.Sequential) and len(end):
+                while isinstance(end, nn.Sequential) and len(end) and _plain(end):
                     end = end[-1]
                 own = dict(end.named_parameters())
-                if not isinstance(end, _LINEAR) or not own or own.keys() - {"weight", "bias"}:
+                if not isinstance(end, _LINEAR) or not _plain(end) or not own or own.keys() - {"weight", "bias"}:
                     continue
                 if all(held[id(p)] == 1 for p in own.values()):
                     for parameter in own.values():
                         parameter.mul_(node.scale[i])
                     node.scale[i] = 1.0
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether what a module answers is what torch's own of its kind does."""
+    return type(module).forward.__module__.startswith("torch.nn.modules") and not module._forward_hooks
 
 
 _LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, nn.LayerNorm)

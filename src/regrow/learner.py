@@ -130,6 +130,11 @@ class Learner:
         """What moves the tensors that learn: ``adam``, or nothing for what moves the network."""
         return ""
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it learns from examples of earlier tasks that it has not kept itself, as bounds do."""
+        return False
+
     def asked(self, at: Stand, inputs: Tensor) -> Tensor:
         """The logits ``[N, classes]`` that the network gives now."""
         return at.logits(inputs)

@@ -84,10 +84,10 @@ def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
     assert left - dropped <= own.settings.target
 
 
-@pytest.mark.parametrize("again", [True, False])
-def test_what_earlier_stages_kept_is_pruned_again_or_not(task, axes, again):
+@pytest.mark.parametrize("reprune", [True, False])
+def test_what_earlier_stages_kept_is_pruned_again_or_not(task, axes, reprune):
     """Where it is not, no threshold of theirs moves, so nothing of them can fall below one."""
-    at, own = Stand(network(), axes, task, epochs=4), learner(again=again)
+    at, own = Stand(network(), axes, task, epochs=4), learner(reprune=reprune)
     own.begin(at)
     own._start(at, 1)
     for name in ("ops", "filters", "weights"):
@@ -96,12 +96,14 @@ def test_what_earlier_stages_kept_is_pruned_again_or_not(task, axes, again):
     masks, found = own.masks(at), own.upto(at, 0)
     earlier = found.runs
     least = len(found.needed)
-    assert (int(masks.ops[earlier].sum()) > least) is not again and int(masks.ops[~earlier].sum()) <= least
+    assert (int(masks.ops[earlier].sum()) > least) is not reprune and int(masks.ops[~earlier].sum()) <= least
     keys = [*own.gates.levels.axes]
     standing = {key: float(masks.filters[base : base + n].mean()) for key, (base, n, _) in own.spans()}
     first = {own.values["axes"][i] for i in found.axis.unique().tolist()}
     assert first and {*keys} - first
-    assert all((standing[key] == 1) is not again for key in first) and all(standing[key] < 1 for key in {*keys} - first)
+    assert all((standing[key] == 1) is not reprune for key in first) and all(
+        standing[key] < 1 for key in {*keys} - first
+    )
 
 
 def test_a_commit_changes_no_answer(run):
@@ -115,10 +117,10 @@ def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypa
 
     def watched(movers, at, own):
         joined(movers, at, own)
-        moved = [id(one) for mover in movers.all for group in mover.param_groups for one in group["params"]]
+        moved = [id(one) for mover in movers.optimizers for group in mover.param_groups for one in group["params"]]
         learned = [id(one.values) for one in own.tensors.values() if one.lr is not None]
         assert sorted(moved) == sorted([*map(id, at.parameters().values()), *learned])
-        assert all(id(one) in moved for mover in movers.all for one in mover.state)
+        assert all(id(one) in moved for mover in movers.optimizers for one in mover.state)
         seen.append(len(moved))
 
     monkeypatch.setattr(Movers, "join", watched)

@@ -75,13 +75,30 @@ def test_scales_are_folded_into_what_an_operation_ends_in(kind, config):
     assert folded and kept <= {"skip", "avg", "max", "none"}, (folded, kept)
 
 
-def test_a_scale_stays_where_its_layer_is_held_twice():
-    both = nn.Conv1d(1, 1, 1)
-    mixed = Candidates({"a": both, "b": nn.Sequential(nn.ReLU(), both)})
+class Residual(nn.Sequential):
+    def forward(self, x):
+        return x + super().forward(x)
+
+
+class Bent(nn.Conv1d):
+    def forward(self, x):
+        return super().forward(x).tanh()
+
+
+def test_a_scale_stays_where_a_layer_does_not_say_all():
+    """Held twice, inside a module of one's own, of a kind of one's own, or with a hook: answers come first."""
+    both, hooked = nn.Conv1d(1, 1, 1), nn.Conv1d(1, 1, 1)
+    hooked.register_forward_hook(lambda module, given, answer: answer + 1)
+    ops = {"a": both, "b": nn.Sequential(nn.ReLU(), both), "c": Residual(nn.Conv1d(1, 1, 1)), "d": Bent(1, 1, 1)}
+    mixed = Candidates({**ops, "e": hooked, "f": nn.Sequential(nn.ReLU(), nn.Conv1d(1, 1, 1))}).double()
+    scales = [0.5, 2.0, 0.3, 0.7, 1.4, 0.2]
     with torch.no_grad():
-        mixed.scale.copy_(torch.tensor([0.5, 2.0]))
+        mixed.scale.copy_(torch.tensor(scales))
+    x = torch.randn(2, 1, 5, dtype=torch.double)
+    before = mixed(x)
     fold_scales(mixed)
-    assert mixed.scale.tolist() == [0.5, 2.0]
+    assert torch.allclose(mixed(x), before, rtol=1e-12)
+    assert mixed.scale.tolist() == pytest.approx([*scales[:-1], 1.0])
 
 
 def test_a_description_builds_what_it_describes():

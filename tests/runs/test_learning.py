@@ -1,5 +1,6 @@
 """The loop over tasks and its run folder: resuming, further tasks, and the account of what is known."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from regrow.nets.small import small
 from regrow.reports import write_page
 from regrow.runs import learning_run
 from regrow.runs.atomic import StoreError
+from regrow.runs.courses import write_course
 from regrow.runs.learning import Schedule, learn
 from regrow.runs.learning_run import Settings, extend, run, tasks_of
-from regrow.tasks import Task
 from regrow.tracing import trace
 
 SETTINGS = Settings(
@@ -172,12 +173,7 @@ def test_a_later_set_of_pictures_takes_the_form_of_the_first(tmp_path: Path) -> 
 
 def test_data_of_tasks_that_are_over_may_be_gone(tmp_path: Path) -> None:
     """Months later: what is there is learned and measured, what is gone is not, and nothing is made up for it."""
-    old = tmp_path / "old"
-    for half in ("train", "test"):
-        for label in "0123456789":
-            (old / half / label).mkdir(parents=True)
-            for i in range(3):
-                Image.new("L", (8, 8), int(label) * 25 + i).save(old / half / label / f"{i}.png")
+    old = dots(tmp_path / "old")
     folder = run(replace(SETTINGS, tasks=(str(old),)), tmp_path / "run")
     first = [row for row in folder.metrics() if row["what"] == "matrix"][-1]
     shutil.rmtree(old)
@@ -194,17 +190,82 @@ def test_data_of_tasks_that_are_over_may_be_gone(tmp_path: Path) -> None:
     assert last["forgetting"] == pytest.approx(sum(a - b for a, b in zip(best, end[1:3], strict=True)) / 2)
     assert last["learning"] == pytest.approx(sum(last["matrix"][i][i] for i in range(4)) / 4)
     grown = [row for row in folder.metrics() if row["what"] == "growth"]
-    assert len(grown[-1]["accuracy_before"]) == grown[-1]["task"] > 0, "the task that is gone is not asked about"
-    assert "Accuracy on every task after each task" in write_page([folder.path], tmp_path / "page.html").read_text()
+    asked = grown[-1]["accuracy_before"]
+    assert asked[0] is None and None not in asked[1:] and len(asked) == grown[-1]["task"] + 1 > 1
+    assert grown[-1]["shock"] is not None
+    text = write_page([folder.path], tmp_path / "page.html").read_text().replace("\n", " ")
+    assert "on average over the 3 of them that could be asked" in text and "The examples of old were not there" in text
+    run(replace(SETTINGS, tasks=("digits",)), tmp_path / "other")
+    text = write_page([folder.path, tmp_path / "other"], tmp_path / "both.html").read_text()
+    assert "did not learn the same tasks, or were not asked the same" in text
 
 
-def test_examples_that_are_gone_are_not_learned_from(tmp_path: Path) -> None:
-    tasks = tasks_of(replace(SETTINGS, tasks=("permuted:digits:2",)))
-    gone = Task.of_gone("a", (1, 8, 8), tuple(range(10)))
-    model, _ = small("mlp:16", (1, 8, 8), 10)
-    learner = learner_entry("naive").made("naive", {"keep": "data"})
-    with pytest.raises(ValueError, match="keep=data learns from all examples, and those of a are not there"):
-        learner.begin(Stand(model, trace(model, gone.train.inputs), tasks[1], 1, past=(gone,)))
+def dots(folder: Path) -> Path:
+    """Thirty pictures to learn from, and as many to test on."""
+    for half in ("train", "test"):
+        for label in "0123456789":
+            (folder / half / label).mkdir(parents=True)
+            for i in range(3):
+                Image.new("L", (8, 8), int(label) * 25 + i).save(folder / half / label / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "message"),
+    [
+        (
+            {"method": "naive", "method_settings": {"keep": "data"}},
+            "digits",
+            "naive learns from all examples, and those",
+        ),
+        ({}, "old", "no data '.*old'"),
+        ({"stopped": True}, "digits", "old is not over, and its data are not there"),
+        ({"sequence": None}, "digits", "this run did not note what its tasks were like"),
+    ],
+)
+def test_what_cannot_go_on_without_data_is_refused_and_stays_as_it_was(
+    given: dict[str, Any], more: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = dots(tmp_path / "old")
+    settings = replace(
+        SETTINGS, tasks=(str(old),), **{name: value for name, value in given.items() if name in SETTINGS.__dict__}
+    )
+    if "stopped" in given:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(learning_run, "write_course", stopping)
+            run(settings, tmp_path / "run")
+    else:
+        run(settings, tmp_path / "run")
+    told = tmp_path / "run" / "run.json"
+    if "sequence" in given:
+        told.write_text(json.dumps({n: v for n, v in json.loads(told.read_text()).items() if n != "sequence"}))
+    before = told.read_bytes()
+    shutil.rmtree(old)
+    with pytest.raises(SourceError, match=message):
+        extend(tmp_path / "run", (str(old) if more == "old" else more,), without_old=True)
+    assert told.read_bytes() == before
+
+
+def stopping(*given: Any) -> None:
+    write_course(*given)
+    raise KeyboardInterrupt
+
+
+ONE = {"name": "old", "inputs": [1, 8, 8], "classes": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [
+        *([one] for one in (5, [], [{}], [ONE, ONE], [ONE | {"inputs": [4096] * 3}], [ONE | {"inputs": [0, 8, 8]}])),
+        *([[ONE | more]] for more in ({"classes": []}, {"classes": [0, "1"]}, {"classes": [-1]}, {"name": 3})),
+    ],
+)
+def test_what_a_file_says_of_tasks_that_are_gone_is_checked(sequence: Any, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, tasks=(str(tmp_path / "old"),))
+    with pytest.raises(StoreError, match=r"run\.json tells of 1 tasks what cannot be"):
+        tasks_of(settings, sequence)
+    assert tasks_of(settings, [[ONE]])[0].gone
 
 
 def test_what_is_wrong_is_told(tmp_path: Path) -> None:

@@ -14,14 +14,16 @@ from regrow import budget
 from regrow.allocation.stages import Stages
 from regrow.budget import Measure
 from regrow.candidates import Candidates, candidates_in
+from regrow.data.augment import cut_out
 from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
 from regrow.learner import Stand
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
+from regrow.progress import silent
 from regrow.reports import write_page
-from regrow.runs import latencies, searching
+from regrow.runs import RunFolder, latencies, searching
 from regrow.runs.atomic import StoreError
 from regrow.runs.searching import Settings, built, network, parts_of, run, target
 from regrow.searcher import LEVELS
@@ -34,11 +36,10 @@ SMALL: dict[str, Any] = {
     "batch_size": 48,
     "epochs": 4,
     "retrain": 2,
-    "cutout": 3,
     "stride": 1,
 }
 QUICK = {"warm": 1, "every": 1, "share": 0.3}
-SETTINGS = Settings("cells:4-2-1", "digits", "params=3k", method_settings=QUICK, **SMALL)
+SETTINGS = Settings("cells:4-2-1", "digits", "params=3k", method_settings=QUICK, cutout=3, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +92,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     assert isinstance(model, Cells)
     axes = trace(model, parts_of(SETTINGS).search.train.inputs[:2])
     target = f"{measure}={'3k' if measure == 'params' else '30k'}"
-    own = replace(SETTINGS, target=target, epochs=6, retrain=0, method_settings=more)
+    own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
     folder = run(own, tmp_path / "run")
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
     first = built(own, model, axes)
@@ -121,7 +122,7 @@ def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
 
 def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
     """What stood after an epoch of the last stage is a network of its own, and nothing of the search knows of it."""
-    own = replace(SETTINGS, retrain=0, method_settings=QUICK | {"warm": 0})
+    own = replace(SETTINGS, retrain=0, cutout=0, method_settings=QUICK | {"warm": 0})
     folder = run(own, tmp_path / "run")
     (row,) = rows(folder, "front")
     assert row["epoch"] == 3 and row["size"] == row["nonzero"] > rows(folder, "found")[-1]["nonzero"]
@@ -132,6 +133,44 @@ def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
     assert not rows(done, "front"), (
         "its last stage learns masks in the last epoch alone, whose network is what is found"
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cutout": 8}, "take 0, for none, to 7"),
+        ({"cutout": -1}, "take 0"),
+        ({"retrain": 0}, "leaves that out"),
+    ],
+)
+def test_a_cutout_that_means_nothing_is_refused(given: dict[str, int], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(replace(SETTINGS, **given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sides = []
+
+    def watched(pictures: Any, side: int) -> Any:
+        sides.append(side)
+        return cut_out(pictures, side)
+
+    monkeypatch.setattr("regrow.methods.retrain.cut_out", watched)
+    parts = parts_of(SETTINGS)
+    net = regrow.load(done.path / "found")
+    searching.retrained(RunFolder.create(tmp_path / "run", verb="t", settings={}), SETTINGS, parts, net, silent)
+    assert set(sides) == {3}
+
+
+def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
+    """On the same data and from the same weights; the seed of the run is that of the draw unless told."""
+    found = []
+    for i, more in enumerate(({}, {"seed": 0}, {"seed": 1})):
+        given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind"}
+        folder = run(Settings("cells:4-2-1", "digits", "0.3", method_settings=more, **given), tmp_path / f"{i}")
+        found.append([n for n, _ in regrow.load(folder.path).named_parameters()])
+    assert found[0] == found[1] != found[2]
 
 
 def test_parts_are_disjoint() -> None:

@@ -128,4 +128,6 @@ def _tell(folder: Any) -> None:
         ("backward transfer", "backward_transfer", "+.3f"),
         ("forward transfer", "forward_transfer", "+.3f"),
     )
+    for row in [row for row in rows if row["what"] == "gone"][-1:]:
+        say(f"note: not there any more, and not asked: {', '.join(row['tasks'])}")
     say(", ".join(f"{words} {matrix[name]:{form}}" for words, name, form in names if matrix[name] is not None))

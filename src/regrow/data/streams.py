@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.data.errors import SourceError
+from regrow.data.errors import MissingError, SourceError
 from regrow.data.vision import image_files, read_images
 from regrow.tasks import Examples, Task
 
@@ -199,7 +199,7 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
     folder = Path(name)
     if name != "digits" and not folder.is_dir():
-        raise SourceError(
+        raise MissingError(
             f"no data {name!r}: write digits, or a folder with MNIST's four files, or with pictures in train/CLASS/… "
             "and test/CLASS/…"
         )

@@ -3,7 +3,7 @@
 What any search must beat at the same size, trained the same way (Li and Talwalkar, arXiv 1902.07638; ours).
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -58,7 +58,8 @@ class Blind(Searcher):
     def begin(self, at: Stand) -> None:
         """Importances are drawn once, or stand for the place of a filter in its axis."""
         super().begin(at)
-        drawn = torch.randn(len(self.tensors["alpha"].values), generator=at.drawn(11))
+        order = replace(at, seed=self.settings.seed).drawn(11)
+        drawn = torch.randn(len(self.tensors["alpha"].values), generator=order)
         self.tensors["alpha"].values = drawn
         self.evenly()
         self.masks(at)

@@ -59,7 +59,8 @@ class Settings:
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
         press: λ; under ``feedback`` where it starts.
-        again: Whether a stage prunes further what earlier stages kept.
+        reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
+            their operations, and what is above the target at the very end.
         regrow: The share of a stage's dropped operations that comes back.
         regrow_filters: The share of its cut filters that comes back, the most important at their cut first.
         regrow_weights: The share of its weights set to 0 that is let back, by the size of their gradient.
@@ -82,7 +83,7 @@ class Settings:
     ratios: tuple[float, ...] = ()
     gain: float = 40.0
     press: float = 0.0
-    again: bool = True
+    reprune: bool = True
     regrow: float = 0.2
     regrow_filters: float = 0.0
     regrow_weights: float = 0.0
@@ -100,10 +101,8 @@ class Settings:
             raise ValueError(f"controller is dual, feedback or ratios; got {self.controller!r}")
         if self.controller == "ratios" and len(self.ratios) != len(self.levels):
             raise ValueError(f"ratios has one share per level, {len(self.levels)}; got {len(self.ratios)}")
-        if self.controller == "ratios" and not self.again:
-            raise ValueError(
-                "under ratios every level is told its share of everything: again=false has no meaning there"
-            )
+        if self.controller == "ratios" and not self.reprune:
+            raise ValueError("under ratios each level is told its share of everything, so reprune=false means nothing")
         if self.every < 1 or self.warm < 0:
             raise ValueError(f"every is at least 1 and warm at least 0; got every={self.every}, warm={self.warm}")
         for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
@@ -157,6 +156,8 @@ class Mgas(Searcher):
             ValueError: If there is one; says how many epochs all stages need.
         """
         n = max(1, len(self.ends))
+        if n == 1 and not self.settings.reprune:
+            raise ValueError("reprune=false is of a search in several stages, and this one has one: take --stages 2")
         spans = [self.span(at.epochs, stage) for stage in range(n)]
         if any(end - first <= self.settings.warm for first, end in spans):
             raise ValueError(
@@ -196,6 +197,7 @@ class Mgas(Searcher):
     def begin(self, at: Stand) -> None:
         """Everything is kept."""
         super().begin(at)
+        self.earlier = None
         self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
         self._start(at, 0)
 
@@ -248,13 +250,13 @@ class Mgas(Searcher):
             self.tensors["threshold ops"].values.clamp_(0, 0.99)
             self.tensors["threshold filters"].values.clamp_(0, 0.99)
             self.tensors["threshold weights"].values.clamp_(0, 2)
-            if self.values["stage"] and not self.settings.again:
+            if self.values["stage"] and not self.settings.reprune:
                 self._spare(at)
         if self.joint(at) and self.settings.controller == "dual":
             self.values["mu"] = max(0.0, self.values["mu"] + self.settings.gain / self.paced(at) * self.over)
 
     def _spare(self, at: Stand) -> None:
-        """What earlier stages kept has thresholds that nothing falls below."""
+        """What earlier stages kept of operations, of filters, and of weights in operations falls below nothing."""
         stage = self.values["stage"]
         if self.earlier is None or self.earlier[0] != stage:
             found = self.upto(at, self.ends[stage - 1])

@@ -39,14 +39,10 @@ class Control(Learner):
 
     settings: Settings = field(default_factory=Settings)
 
-    def begin(self, at: Stand) -> None:
-        """With all data kept, they have to be there.
-
-        Raises:
-            ValueError: If those of an earlier task are not.
-        """
-        if self.settings.keep == "data" and (gone := [task.name for task in at.past if task.gone]):
-            raise ValueError(f"keep=data learns from all examples, and those of {', '.join(gone)} are not there")
+    @property
+    def looks_back(self) -> bool:
+        """With all data kept, it does."""
+        return self.settings.keep == "data"
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """The loss; with all data kept, that of as many earlier examples too, each task as much as another."""

@@ -30,10 +30,6 @@ class Settings:
     augment: bool = True
     cutout: int = 0
 
-    def __post_init__(self) -> None:
-        if self.cutout < 0:
-            raise ValueError(f"cutout is a side in pixels, 0 for none; got {self.cutout}")
-
 
 def build(settings: Settings) -> "Retrain":
     """The learner."""

@@ -41,9 +41,10 @@ def course(folder: RunFolder) -> dict[str, Any] | None:
 
     Returns:
         ``tasks`` (names), ``rows`` (the accuracy matrix, one list per task learned), ``before`` (accuracy of the
-        untrained network), ``figures``, ``sizes`` (one entry per task learned: ``parameters``, ``nonzero``,
-        ``macs`` of an example, ``remembered`` (bytes beside the network) and ``seconds``), ``widths``, ``owned`` and
-        ``free`` (name → value after each task) and ``events`` (one entry per growth); ``None`` if it is a run of
+        untrained network), ``gone`` (names of tasks that could not be asked any more), ``figures``, ``sizes`` (one
+        entry per task learned: ``parameters``, ``nonzero``, ``macs`` of an example, ``remembered`` (bytes beside the
+        network) and ``seconds``), ``widths``, ``owned`` and ``free`` (name → value after each task) and ``events`` (one
+        entry per growth); ``None`` if it is a run of
         another kind.
     """
     if folder.run.get("verb") != "learn":
@@ -68,6 +69,7 @@ def course(folder: RunFolder) -> dict[str, Any] | None:
         "tasks": [name or f"task {i + 1}" for i, name in enumerate(names + [""] * (asked - len(names)))],
         "rows": [rows[i] for i in range(count)],
         "before": _shares(last.get("before")),
+        "gone": [text(name, 60) for name in _list(mapping((lines.get("gone") or [{}])[-1]).get("tasks"))],
         "figures": {name: number(last.get(name), -1, 1) if whole else None for name in _FIGURES},
         "sizes": [
             {name: size(record.get(name)) for name in ("parameters", "nonzero", "macs", "remembered")}
@@ -88,7 +90,8 @@ def headline(run: Run) -> str:
     deed = f"{who} taught {run['model']} {n} task{'s' * (n != 1)}{', one after the other' * (n > 1)}."
     if (average := found["figures"]["average"]) is None:
         return f"{deed} What it knows of all of them was not measured."
-    return f"{deed} At the end it answers {q.percent(average)} right{', on average over them' * (n > 1)}."
+    over = f", on average over {'them' if (k := _asked(found)) == n else f'the {k} of them that could be asked'}"
+    return f"{deed} At the end it answers {q.percent(average)} right{over * (n > 1)}."
 
 
 def details(run: Run) -> list[str]:
@@ -99,6 +102,11 @@ def details(run: Run) -> list[str]:
         lines.append(
             "SparseGrow is reconstructed: the paper's body was not available, so it follows the abstracts and the "
             "public code of a predecessor, and what these leave open is ours."
+        )
+    if found["gone"]:
+        lines.append(
+            f"The examples of {', '.join(found['gone'])} were not there any more: what it still knows of those was not "
+            "measured, and the figures are of the others."
         )
     first, last = (found["sizes"][i]["parameters"] if found["sizes"] else None for i in (0, -1))
     n = len(found["events"])
@@ -114,9 +122,10 @@ def details(run: Run) -> list[str]:
 
 def key_numbers(run: Run) -> list[dict[str, str]]:
     """The six figures of the accuracy matrix: ``label``, ``value`` and a line ``below`` each."""
-    found = run["course"]["figures"]
+    found, n, k = run["course"]["figures"], len(run["course"]["rows"]), _asked(run["course"])
+    over = "all tasks" if k == n else f"the {k} of {n} tasks that could be asked"
     shown = (
-        ("Final average accuracy", "average", q.percent, "over all tasks, after the last"),
+        ("Final average accuracy", "average", q.percent, f"over {over}, after the last"),
         ("Average along the way", "average_along", q.percent, "over the tasks seen, after each"),
         ("Learning accuracy", "learning", q.percent, "of each task, just learned"),
         ("Backward transfer", "backward_transfer", q.points, "at the end, against just learned"),
@@ -124,6 +133,11 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
         ("Forward transfer", "forward_transfer", q.points, "before learning it, against untrained"),
     )
     return [{"label": a, "value": unit(found[b]), "below": c} for a, b, unit, c in shown if found[b] is not None]
+
+
+def _asked(found: dict[str, Any]) -> int:
+    """Of how many tasks it was measured at the end what is still known."""
+    return sum(v is not None for v in found["rows"][-1][: len(found["rows"])]) if found["rows"] else 0
 
 
 def matrix(run: Run) -> Drawing | None:

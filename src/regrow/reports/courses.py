@@ -61,13 +61,18 @@ def details(summary: dict[str, Any]) -> list[str]:
 
 def alarms(summary: dict[str, Any]) -> list[str]:
     """Why figures of the runs do not compare, if they do not."""
-    return [] if same(summary) else ["The runs did not learn the same tasks: their accuracies do not compare."]
+    told = "The runs did not learn the same tasks, or were not asked the same: their accuracies do not compare."
+    return [] if same(summary) else [told]
 
 
 def same(summary: dict[str, Any]) -> bool:
-    """Whether all runs learned the same tasks, by their names, in the same order, and answered in the same way."""
+    """Whether all runs learned the same tasks, by name and in order, were asked the same, and answered in one way."""
     asked = {
-        (tuple(run["course"]["tasks"][: len(run["course"]["rows"])]), pair["value"])
+        (
+            tuple(run["course"]["tasks"][: len(run["course"]["rows"])]),
+            tuple(v is None for v in (run["course"]["rows"] or [[]])[-1]),
+            pair["value"],
+        )
         for run in summary["runs"]
         for pair in run["settings"]
         if pair["name"] == "scenario"
@@ -120,10 +125,11 @@ def _shock(run: dict[str, Any]) -> float | None:
 
 
 def accuracy(summary: dict[str, Any]) -> Drawing | None:
-    """After each task, the mean accuracy over the tasks learned by then: one line per run."""
-    lines = [
-        (run["label"], [_mean(row[: i + 1]) for i, row in enumerate(run["course"]["rows"])]) for run in _few(summary)
-    ]
+    """After each task, the mean accuracy over the tasks learned by then that could be asked: one line per run."""
+    lines: list[Line] = []
+    for run in _few(summary):
+        known = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(run["course"]["rows"])]
+        lines.append((run["label"], [_mean(values) for values in known]))
     return _lines("fig-courses", "Average accuracy over the tasks learned, after each task", lines, q.percent)
 
 

@@ -55,6 +55,21 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course)
         save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
 
 
+def tasks_over(path: Path) -> int:
+    """How many tasks a file says are over; 0 if it is not there.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    if not path.is_file():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as content:
+            return int(json.loads((content.metadata() or {})["regrow"])["course"]["number"])
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None
+
+
 def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner) -> tuple[AxisGraph, Course]:
     """Put a network and its learner where a file says they stood.
 

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from math import cos, nan, pi
+from math import cos, isnan, nan, pi
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -159,7 +160,7 @@ def _learn_task(
 ) -> AxisGraph:
     start = time.perf_counter()
     examples = learner.examples(at)
-    half = torch.autocast("cpu", torch.bfloat16, enabled=schedule.precision == "bfloat16")
+    precision = torch.autocast("cpu", torch.bfloat16, enabled=schedule.precision == "bfloat16")
     at.steps = steps = -(-len(examples) // schedule.batch_size)
     if at.epoch == 0:
         learner.begin(at)
@@ -177,9 +178,9 @@ def _learn_task(
             if schedule.decay == "cosine":
                 movers.rate(schedule.rate((at.epoch * steps + i) / (schedule.epochs * steps)))
             with around(at, i):
-                movers.forget()
+                movers.clear()
                 with standing_in(at.model, learner.standing(at)):
-                    with half:
+                    with precision:
                         loss = learner.loss(at, batch)
                     loss.backward()
                 if young:
@@ -239,7 +240,7 @@ def _change(
             "back": list(plan.back),
             "accuracy_before": before,
             "accuracy_after": after,
-            "shock": sum(a - b for a, b in zip(before, after, strict=True)) / len(before),
+            "shock": fmean(a - b for a, b in zip(before, after, strict=True) if not isnan(a)),
             "logits_moved": float((moved - logits).abs().max()),
             "parameters": sum(p.numel() for p in at.model.parameters()),
             **births.begun(course.loss),
@@ -310,9 +311,8 @@ def _past(at: Stand, tasks: Sequence[Task], learner: Learner, schedule: Schedule
 
     with torch.no_grad(), standing_in(at.model, learner.standing(at)):
         return [
-            share_right(at.model, task.test, _choice(schedule, tasks, at.number, number), ask=ask)
+            nan if task.gone else share_right(at.model, task.test, _choice(schedule, tasks, at.number, number), ask=ask)
             for number, task in enumerate(tasks[: at.number + 1])
-            if not task.gone
         ]
 
 

@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import islice, takewhile
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from regrow.axes import AxisGraph
-from regrow.data import SourceError, streams
+from regrow.data import MissingError, SourceError, streams
 from regrow.learner import Learner, Stand
 from regrow.methods import learner_entry
 from regrow.nets.loaded import Origin
@@ -22,13 +23,15 @@ from regrow.progress import Progress, silent
 from regrow.runs import store
 from regrow.runs.atomic import StoreError
 from regrow.runs.births import over
-from regrow.runs.courses import read_course, write_course
+from regrow.runs.courses import read_course, tasks_over, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, accuracies, learn
 from regrow.tasks import Task
 from regrow.tracing import trace
 
 COURSE = "course.safetensors"
+MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
+"""How many numbers an example may be, and classes there may be, by what a file says."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +147,21 @@ def extend(
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = Settings.from_json(told["settings"])
     settings = replace(was, tasks=(*was.tasks, *more))
-    known = told.get("sequence", {}) if without_old else {}
+    learner = built(settings)
     try:
-        outputs = outputs_of(was, tasks_of(was, known))
-    except SourceError as error:
-        raise SourceError(f"{error}; with --without-old, tasks that are over need no data any more") from None
-    learner, tasks = built(settings), tasks_of(settings, known)
-    wanted = outputs_of(settings, tasks)
+        old = tasks_of(was, told.get("sequence") if without_old else None)
+    except MissingError as error:
+        if without_old:
+            raise SourceError(f"{error}; this run did not note what its tasks were like") from None
+        raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
+    if gone := [task.name for task in old if task.gone]:
+        over = tasks_over(folder.path / COURSE)
+        if late := [task.name for task in old[over:] if task.gone]:
+            raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
+        if learner.looks_back:
+            raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
+    tasks = streams.alike([*old, *(task for spec in more for task in _sequence(spec, settings))])
+    outputs, wanted = outputs_of(was, old), outputs_of(settings, tasks)
     if wanted > outputs:
         raise ValueError(
             f"{', '.join(more)} has classes up to {wanted - 1}, and the network of {out} has outputs for {outputs}: "
@@ -195,14 +206,14 @@ def _go_on(
     tell(course)
     if len(course.before) < len(tasks):
         # Tasks have come since: what an untrained network knows of them is measured anew.
-        now = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
-        course.before += now[len(course.before) :]
-    if gone := [task.name for task in tasks[course.number :] if task.gone]:
-        raise SourceError(f"{', '.join(gone)} is not over, and its data are not there: it cannot be learned")
+        row = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
+        course.before += row[len(course.before) :]
     axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
     plain = copy.deepcopy(model)
     learner.baked(Stand(plain, axes, tasks[-1], number=len(tasks) - 1))
     store.save(plain, folder.path, origin=origin)
+    if gone := [task.name for task in tasks if task.gone]:
+        folder.log("gone", tasks=gone)
     folder.log("matrix", tasks=[task.name for task in tasks], **course.matrix.record())
     folder.finish(seconds={"learn": round(time.perf_counter() - start, 3)})
     return folder
@@ -238,25 +249,26 @@ def built(settings: Settings) -> Learner:
     return found
 
 
-def tasks_of(settings: Settings, known: Mapping[str, Any] | None = None) -> list[Task]:
+def tasks_of(settings: Settings, known: Any = None) -> list[Task]:
     """The tasks of a run.
 
     Args:
         settings: Its settings.
-        known: What ``run.json`` tells of the tasks of each sequence, if those whose data are not there may be left at
-            that.
+        known: What ``run.json`` tells of the tasks of each sequence: those of data that are not there may be left at
+            that. ``None``: all are to be there.
 
     Raises:
         SourceError: If a sequence is not spelled as it should be, or its data are not there.
+        StoreError: If what is told of one cannot be.
     """
     found: list[Task] = []
-    for spec in settings.tasks:
+    for i, spec in enumerate(settings.tasks):
         try:
             found += _sequence(spec, settings)
-        except SourceError:
-            if not known or spec not in known:
+        except MissingError:
+            if not isinstance(known, list) or i >= len(known):
                 raise
-            found += _gone(known[spec])
+            found += _gone(known[i], _spelled(spec)[2])
     return streams.alike(found)
 
 
@@ -281,23 +293,30 @@ def _spelled(spec: str) -> tuple[str, str, int]:
     return (fit[1], fit[2], int(fit[3])) if fit else ("", spec, 1)
 
 
-def _known(settings: Settings, tasks: Sequence[Task]) -> dict[str, Any]:
+def _known(settings: Settings, tasks: Sequence[Task]) -> list[list[dict[str, Any]]]:
     """What is to be known of each sequence when its data are not there any more."""
     rest = iter(tasks)
-    return {
-        spec: [
+    return [
+        [
             {"name": task.name, "inputs": list(task.train.inputs.shape[1:]), "classes": list(task.classes)}
             for task in islice(rest, _spelled(spec)[2])
         ]
         for spec in settings.tasks
-    }
+    ]
 
 
-def _gone(known: Sequence[Mapping[str, Any]]) -> list[Task]:
+def _gone(told: Any, many: int) -> list[Task]:
+    """The tasks of a sequence as ``run.json`` tells of them; it may tell anything."""
     found = []
-    for told in known:
-        inputs, classes = tuple(told["inputs"]), tuple(told["classes"])
-        if len(inputs) != 3 or not classes or any(type(n) is not int or not 0 <= n <= 4096 for n in inputs + classes):
-            raise StoreError(f"run.json says of a task {str(dict(told))[:100]}, which cannot be; restore it")
-        found.append(Task.of_gone(str(told["name"]), inputs, classes))
+    for one in told if isinstance(told, list) else []:
+        match one:
+            case {"name": str(name), "inputs": [int(), int(), int()] as inputs, "classes": [int(), *_] as classes}:
+                if (
+                    min(inputs) > 0
+                    and prod(inputs) <= MOST_INPUTS
+                    and all(type(c) is int and 0 <= c < MOST_CLASSES for c in classes)
+                ):
+                    found.append(Task.of_gone(name, tuple(inputs), tuple(classes)))
+    if len(found) != many:
+        raise StoreError(f"run.json tells of {many} tasks what cannot be ({str(told)[:80]}); restore it")
     return found

@@ -30,23 +30,23 @@ class Movers:
             self.network = torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay)
         else:
             self.network = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, weight_decay=weight_decay)
-        self.all: list[torch.optim.Optimizer] = [self.network]
+        self.optimizers: list[torch.optim.Optimizer] = [self.network]
         if learner.optimizer == "adam":
-            self.all.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
+            self.optimizers.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
         self.join(at, learner)
 
     def rate(self, lr: float) -> None:
         """The network's parameters move at another rate from now on."""
         self.network.param_groups[0]["lr"] = lr
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """No gradients any more."""
-        for mover in self.all:
+        for mover in self.optimizers:
             mover.zero_grad(set_to_none=True)
 
     def step(self) -> None:
         """Everything moves by its gradient."""
-        for mover in self.all:
+        for mover in self.optimizers:
             mover.step()
 
     def join(self, at: Stand, learner: Learner) -> None:
@@ -57,18 +57,18 @@ class Movers:
             if one.lr is not None:
                 one.values.requires_grad_()
                 by_rate.setdefault(one.lr, []).append(one.values)
-        own = self.all[-1]
+        own = self.optimizers[-1]
         del own.param_groups[1 if own is self.network else 0 :]
         for rate, tensors in by_rate.items():
             own.add_param_group({"params": tensors, "lr": rate, "weight_decay": 0.0})
-        known = {id(p) for mover in self.all for group in mover.param_groups for p in group["params"]}
-        for mover in self.all:
+        known = {id(p) for mover in self.optimizers for group in mover.param_groups for p in group["params"]}
+        for mover in self.optimizers:
             for lost in [moved for moved in mover.state if id(moved) not in known]:
                 del mover.state[lost]
 
     def exchange(self, old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:
         """A learned tensor of the learner's has another shape: what moved the old one moves the new one on."""
-        for mover in self.all:
+        for mover in self.optimizers:
             if memory := mover.state.pop(old, {}):
                 mover.state[new.values] = {
                     what: followed(Along(value, new.dims), axes, plan).values
@@ -82,7 +82,7 @@ class Movers:
         return {
             name: dict(mover.state[one])
             for name, one in _learned(at, learner)
-            for mover in self.all
+            for mover in self.optimizers
             if one in mover.state
         }
 
@@ -90,7 +90,7 @@ class Movers:
         """Remember what others of before remembered."""
         for name, one in _learned(at, learner):
             if name in moments:
-                mover = self.all[-1] if name.startswith("learner ") else self.network
+                mover = self.optimizers[-1] if name.startswith("learner ") else self.network
                 mover.state[one] = {
                     what: value.clone() if isinstance(value, Tensor) else value for what, value in moments[name].items()
                 }

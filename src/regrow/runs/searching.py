@@ -148,8 +148,8 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
     RunFolder.check(out, verb="search", settings=asdict(settings))
-    Anew(cutout=settings.cutout)  # refused before anything is read
     parts = parts_of(settings)
+    _check_cutout(settings, parts)
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:TRACED])
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
@@ -231,6 +231,14 @@ def _searched(
     learner.baked(at)
     folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
     return spaces.left(model, origin)
+
+
+def _check_cutout(settings: Settings, parts: Parts) -> None:
+    side, most = settings.cutout, min(parts.test.inputs.shape[2:])
+    if not 0 <= side < most:
+        raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
+    if side and not settings.retrain:
+        raise ValueError(f"--cutout {side} is of the training anew, and --retrain 0 leaves that out")
 
 
 def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
