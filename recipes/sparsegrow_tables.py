@@ -83,7 +83,7 @@ BASELINES = (
     Arm("WSN, task not named", "wsn", {"share": 0.8}),
     Arm("PackNet, task named", "packnet", {"prune": 0.8, "named": True}),
     Arm("WSN, task named", "wsn", {"share": 0.8, "named": True}),
-    Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl"}),
+    Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl", "alpha": 1e-3}),
 )
 CONTROLS = (
     Arm("SparseGrow, never grown", "sparsegrow", {"grow": "never"}),
@@ -165,8 +165,8 @@ CONVS = (
     Arm("SparseGrow", "sparsegrow", CONV),
     Arm("naive", "naive"),
     Arm("EWC", "ewc", {"strength": 30.0}),
-    Arm("SI", "si", {"strength": 10.0}),
-    Arm("LwF", "lwf", {"strength": 3.0}),
+    Arm("SI", "si", {"strength": 0.1}),
+    Arm("LwF", "lwf"),
     Arm("SparseGrow, never grown", "sparsegrow", CONV | {"grow": "never"}),
     Arm("SparseGrow, never grown, final size", "sparsegrow", CONV | {"grow": "never"}, like="SparseGrow"),
     Arm("ER, 500 examples kept", "replay", {"memory": 500}),
