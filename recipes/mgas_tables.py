@@ -9,9 +9,9 @@ FILES has Fashion-MNIST's four files (``train-images-idx3-ubyte`` …, or ``.gz`
 and ``test/CLASS/…``; FOLDER gets a run per row, so that a row which is stopped goes on. A row is written when it is
 whole. Every arm ends at the same number of parameters that are not 0 (a share of the super-network's; DARTS at fewer,
 where its two edges per node leave fewer), is trained anew for equally many epochs on training and validation part, and
-is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4 random networks*
-trains four random draws on the training part, as long as any network is trained anew, and takes the one that is best on
-the validation part.
+is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4
+random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
+one that is best on the validation part.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
