@@ -84,6 +84,7 @@ BASELINES = (
     Arm("PackNet, task named", "packnet", {"prune": 0.8, "named": True}),
     Arm("WSN, task named", "wsn", {"share": 0.8, "named": True}),
     Arm("AdaptCL", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl", "alpha": 1e-3}),
+    Arm("AdaptCL, penalty 1e-4", "sparsegrow", {"grow": "never", "gate": "hard", "threshold": "adaptcl"}),
 )
 CONTROLS = (
     Arm("SparseGrow, never grown", "sparsegrow", {"grow": "never"}),
@@ -173,6 +174,13 @@ CONVS = (
     Arm("frozen after task 1", "naive", {"keep": "network"}),
     Arm("joint: all examples kept", "naive", {"keep": "data"}),
 )
+OTHERS = (
+    Arm("SparseGrow, strength 80, no damping", "sparsegrow", CONV | {"strength": 80.0, "damping": 0.0}),
+    Arm("SparseGrow, strength as for the MLP", "sparsegrow", {"multiple": 1}),
+    *(Arm(f"EWC, strength {s:g}", "ewc", {"strength": s}) for s in (1.0, 3.0, 10.0)),
+    *(Arm(f"SI, strength {s:g}", "si", {"strength": s}) for s in (1.0, 3.0, 10.0)),
+    Arm("LwF, strength 3", "lwf", {"strength": 3.0}),
+)
 CHOSEN = (
     *(
         Arm(f"SparseGrow {s:g}, damping {d:g}", "sparsegrow", {"multiple": 1, "strength": s, "damping": d})
@@ -199,6 +207,7 @@ TABLES: dict[str, tuple[tuple[str, ...], tuple[Arm, ...]]] = {
     "told": (("told:fashion:5",), (OWN, *TOLD, *CONTROLS[:2], *BOUNDS)),
     "relief": (("split:mnist:5",), RELIEVED),
     "conv": (("domains:cifar:5",), CONVS),
+    "conv-others": (("domains:cifar:5",), OTHERS),
     "tune-conv": (("held:cifar:5",), CHOSEN),
     "shift": (("digits:mnist:3",), (OWN, *BASELINES, *CONTROLS, *BOUNDS)),
 }

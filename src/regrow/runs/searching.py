@@ -166,7 +166,8 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
     seconds = {"search": round(time.perf_counter() - start, 3)}
     store.save(found, folder.path / "found", origin=described_by)
-    folder.log("found", accuracy=share_right(found, parts.search.test), **front.sizes(found))
+    if "found" not in [row["what"] for row in folder.metrics()]:
+        folder.log("found", accuracy=share_right(found, parts.search.test), **front.sizes(found))
     start = time.perf_counter()
     trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
     store.save(trained, folder.path, origin=described_by)
@@ -229,7 +230,8 @@ def _searched(
     for plan in [*course.plans, *last][len(folder.ledger) :]:
         folder.ledger.append(plan)
     learner.baked(at)
-    folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
+    if "levels" not in there:  # a run that was stopped while it trained anew has told all this
+        folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
     return spaces.left(model, origin)
 
 
