@@ -16,7 +16,7 @@ chosen on (that its gate needs damping was seen there). 5,000 images per task, 5
 momentum 0.9 and rate 0.01, two hidden layers of 100; no task is named when it is evaluated, but in ``told``.
 ``classes``, ``told`` and ``relief`` split 5,000 images into five tasks; ``conv`` has 5,000 in each of its five, of two
 classes that every task calls 0 and 1, and a residual network with GroupNorm; its strengths were chosen by
-``tune-conv --test 1000``: other pairs of CIFAR-10's classes, and training images alone, to test on too. ``shift``
+``tune-conv --test 1000``: pairs of CIFAR-10's classes drawn anew, and training images alone, to test on too. ``shift``
 is a natural change of domain, ten digits each: MNIST, the UCI digits of other writers at lower resolution
 (scikit-learn's, 1,347 to learn from), and MNIST over photographs, |photograph − digit| in grey, as MNIST-M (Ganin et
 al., JMLR 2016) is made.
@@ -233,7 +233,7 @@ def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
 
 
 def held(folder: Path, data: str, n: int, folders: argparse.Namespace, seed: int) -> list[Task]:
-    """Pairs of classes as ``domains`` has them, of training pictures alone: other ones to test on, other pairs."""
+    """Pairs of classes as ``domains`` has them, of training pictures alone: other ones to test on, pairs drawn anew."""
     base = pictures(folder, data, n * (folders.train + folders.test), 1, seed).train
     names = torch.randperm(10, generator=torch.Generator().manual_seed(seed))[base.labels]
     halves = [Examples(base.inputs[part], names[part]) for part in torch.arange(len(base)).split(n * folders.train)]

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import cos, isnan, nan, pi
 from statistics import fmean
 from typing import Any
@@ -295,8 +296,7 @@ def accuracies(
     for number, task in enumerate(tasks):
         with standing_in(model, learner.answering(at, number)):
             choice = _choice(schedule, tasks, after, number)
-            right = share_right(model, task.test, choice, ask=lambda inputs: learner.asked(at, inputs))
-            found.append(nan if task.gone else right)
+            found.append(nan if task.gone else share_right(model, task.test, choice, ask=partial(learner.asked, at)))
     return tuple(found)
 
 
