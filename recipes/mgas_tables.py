@@ -63,6 +63,7 @@ ARMS = (
     Arm("DARTS, first order", {}, {"method": "darts"}),
     Arm("PC-DARTS", {"edges": True, "warm": 0.3, "lr": 2.9, "partial": 4}, {"method": "darts"}),
     Arm("PC-DARTS without partial channels", {"edges": True, "warm": 0.3, "lr": 2.9}, {"method": "darts"}),
+    Arm("GOLD-NAS-like", {}, {"method": "gold_nas"}),
     Arm("operations alone", {"levels": ("operations",)}),
     Arm("filters alone", {"levels": ("filters",)}),
     Arm("weights alone", {"levels": ("weights",)}),

@@ -312,10 +312,16 @@ class Searcher(Learner):
             own = [number[path] for path in paths if found.alive[number[path]]]
             best = max(own, key=lambda i: float(alpha[found.tied[i]]))
             ops[[i for i in own if i != best]] = 0.0
-        drop, _ = cut(found, replace(self.now, ops=ops), at.axes)
-        if not drop or not singles:
+        return self.without(at, ops) if singles else None
+
+    def without(self, at: Stand, ops: Tensor) -> Plan | None:
+        """What stands now goes where a mask of operations, ``[operations]``, leaves it out."""
+        assert self.gates is not None and self.now is not None
+        masks = replace(self.now, ops=ops)
+        drop, _ = cut(self.gates, masks, at.axes)
+        if not drop:
             return None
-        self.values["going"] = savings(found, replace(self.now, ops=ops))["operations"]
+        self.values["going"] = savings(self.gates, masks)["operations"]
         self.values["dropped"] += drop
         return Plan.dropping(at.axes, drop, {}, origin={"method": "search", "epoch": at.epoch})
 

@@ -342,9 +342,12 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     assert ["computed a second time" in page for page in pages] == [False, True]
 
 
-@pytest.mark.parametrize("method", ["blind", "darts"])
-def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(method: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "set_to"), [("blind", {}), ("darts", {}), ("gold_nas", {"warm": 0})])
+def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
+    method: str, set_to: dict[str, Any], tmp_path: Path
+) -> None:
     given = SMALL | {"method": method, "memory": "8MiB", "train": 120, "epochs": 1, "retrain": 0}
+    given |= {"method_settings": set_to}
     done = run(Settings("cells:4-3-1", "digits", "0.5", **given), tmp_path / "done")
     plan = rows(done, "stages")[0]
     assert plan["ends"] == [2] and plan["recomputed"]

@@ -83,8 +83,7 @@ def least(found: Gates, searched: Collection[str]) -> float:
     levels = found.levels
     ops, filters, weights = found.alive.float(), torch.ones(levels.filters), None
     if "operations" in searched and len(ops):
-        price = levels.price.new_zeros(len(ops) + 1).index_add(0, levels.ops, levels.price)[:-1]
-        price = torch.where(found.alive, price, torch.inf)
+        price = torch.where(found.alive, found.prices(), torch.inf)
         ops.zero_()
         for node in found.node.unique():
             own = (found.node == node).nonzero()[:, 0]
@@ -107,22 +106,28 @@ def threshold_for(share: float, importance: Tensor, whole: int) -> float:
     return float(importance.sort().values[many]) if many > 0 else 0.0
 
 
-def controlled(values: Mapping[str, Any], dropped: int) -> dict[str, Any]:
-    """λ after a commit, as the authors' controller moves it.
+def controlled(
+    values: Mapping[str, Any], dropped: int, few: int = 24, many: int = 48, factor: int = 4
+) -> dict[str, Any]:
+    """λ after a commit, as the controller of MG-DARTS moves it, and that of GOLD-NAS by other numbers.
 
-    At 48 dropped operations or more λ is halved and its step begins anew; below 24 it rises by four times its last
-    step, unless the loss it makes exceeds the network's own: then it has found its cap.
+    At ``many`` dropped operations or more λ is halved and its step begins anew; below ``few`` it rises by ``factor``
+    times its last step, unless the loss it makes exceeds the network's own: then it has found its cap.
 
     Args:
         values: ``lambda``, ``step``, ``cap``, and ``loss``: the network's own and what λ makes.
         dropped: How many operations the commit drops.
+        few: So many are enough.
+        many: So many are too many.
+        factor: How its step grows.
     """
     plain, pressure = values.get("loss", (1.0, 0.0))
     cap = values["lambda"] if plain < pressure else values["cap"]
-    if dropped >= 48:
+    if dropped >= many:
         return {"cap": cap, "step": 1e-5, "lambda": values["lambda"] / 2}
-    if dropped < 24 and values["lambda"] < cap:
-        return {"cap": cap, "step": 4 * values["step"], "lambda": values["lambda"] + 4 * values["step"]}
+    if dropped < few and values["lambda"] < cap:
+        step = factor * values["step"]
+        return {"cap": cap, "step": step, "lambda": values["lambda"] + step}
     return {"cap": cap}
 
 

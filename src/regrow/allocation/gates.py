@@ -131,6 +131,27 @@ class Gates:
         many = torch.zeros_like(sizes).index_add(0, axis, found.long())
         return found & (many > least)[axis]
 
+    def prices(self) -> Tensor:
+        """What each operation costs with all that it has, ``[operations]``."""
+        return self.levels.price.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, self.levels.price)[:-1]
+
+    def shares(self, masks: Masks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """How much each operation that stands weighs in its node.
+
+        Args:
+            masks: What stands.
+            alpha: Of every operation.
+
+        Returns:
+            Which ones stand, ``[operations]`` bool; and of those a / Σ a over their node, with its gradients, and N,
+            how many it has.
+        """
+        stands = (masks.ops.detach() > 0) & self.alive & self.runs
+        node, share = self.node[stands], alpha.sigmoid().index_select(0, self.tied[stands])
+        total = share.new_zeros(len(self.ops)).index_add(0, node, share)
+        many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
+        return stands, share / total.index_select(0, node), many[node]
+
     def pressure(self, masks: Masks, alpha: Tensor, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node; and Σ exp(−t).
 
@@ -141,13 +162,9 @@ class Gates:
 
         Source: the authors' code (model_search.py), with N of each node its own.
         """
-        stands = (masks.ops.detach() > 0) & self.alive & self.runs
-        tied, node = self.tied[stands], self.node[stands]
-        share = alpha.sigmoid().index_select(0, tied)
-        total = share.new_zeros(len(self.ops)).index_add(0, node, share)
-        many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
+        stands, share, many = self.shares(masks, alpha)
         ops, filters, weights = thresholds
-        parts = [torch.log1p(many[node] * share / total.index_select(0, node)), torch.exp(-ops.index_select(0, tied))]
+        parts = [torch.log1p(many * share), torch.exp(-ops.index_select(0, self.tied[stands]))]
         parts += [torch.exp(-filters[self.axis.unique()]), torch.exp(-weights[:-1][stands])]
         return torch.cat(parts).sum()
 

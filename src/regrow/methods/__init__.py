@@ -13,6 +13,7 @@ from regrow.methods import (
     darts,
     ewc,
     flap,
+    gold_nas,
     gprune,
     llm_pruner,
     lwf,
@@ -103,6 +104,7 @@ SEARCHERS: Mapping[str, Entry] = {
     "mgas": Entry(mgas.Settings, mgas.build, mgas.CITATION, mgas.__doc__ or ""),
     "blind": Entry(blind.Settings, blind.build, blind.CITATION, blind.__doc__ or ""),
     "darts": Entry(darts.Settings, darts.build, darts.CITATION, darts.__doc__ or ""),
+    "gold_nas": Entry(gold_nas.Settings, gold_nas.build, gold_nas.CITATION, gold_nas.__doc__ or ""),
 }
 """Every method that searches."""
 
