@@ -1,10 +1,12 @@
 """Searching by masks: operations, filters and weights that do not stand are 0 while the network learns, then cut."""
 
-from collections.abc import Collection, Iterator, Mapping
+import copy
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation.commits import cut, excess, least, savings, spared
@@ -16,8 +18,9 @@ from regrow.evaluation.continual import share_right
 from regrow.learner import Along, Learner, Stand, flags
 from regrow.method import Measure
 from regrow.plan import Plan
-from regrow.surgery import Attic
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery import Attic, apply
+from regrow.surgery.stand_in import followed, standing_in
+from regrow.tasks import Examples
 
 LEVELS = ("operations", "filters", "weights")
 
@@ -259,9 +262,8 @@ class Searcher(Learner):
                 for name, below in self.gates.levels.apart(masks.over < 0).items():
                     self.tensors[f"gone {name}"].values.logical_or_(below)
         for key, units in keep.items():
-            share, ids = self.tensors[f"kappa {key}"].values.detach().sigmoid(), at.axes[key].ids
-            lost = {str(ids[i]): float(share[i]) for i in range(len(ids)) if i not in units}
-            self.values["fallen"].setdefault(key, {}).update(lost)
+            lost = [int(one) for i, one in enumerate(at.axes[key].ids) if i not in units]
+            self.values["fallen"].setdefault(key, []).extend(lost)
         self.values["saved"]["weights"], self.values["going"] = saved["weights"], saved["operations"]
         self.values["dropped"] += drop
         origin = {"method": "search", "epoch": at.epoch}
@@ -278,6 +280,46 @@ class Searcher(Learner):
         saved["operations"] += operations
         saved["filters"] += before - now - operations
         self.settle(at)
+
+    def pulls(self, at: Stand, lost: Mapping[str, Sequence[int]], batch: Examples) -> list[tuple[float, str, int]]:
+        """How strongly the loss pulls at filters that were cut: |∂ loss / ∂ g|, g = 0 the scale of what is read of one.
+
+        A copy of the network has them all back at this scale, so it answers as the network does. It sees few examples
+        at a time, since it is larger.
+
+        Args:
+            at: The network.
+            lost: Key of an axis → the birth numbers of filters that the attic has.
+            batch: What the loss is of.
+
+        Returns:
+            Of each filter its pull, its axis and its birth number.
+        """
+        plan = Plan.restoring(at.axes, lost)
+        model, axes = apply(copy.deepcopy(at.model).eval(), at.axes, plan, attic=copy.copy(self.attic))
+        there, probe = replace(at, model=model, axes=axes), copy.copy(self)
+        probe.values = copy.deepcopy(self.values)
+        probe.tensors = {name: followed(one, at.axes, plan) for name, one in self.tensors.items()}
+        probe.settle(there)
+        places = {key: [list(axes[key].ids).index(one) for one in ids] for key, ids in lost.items()}
+        for key, own in places.items():
+            kappa = probe.tensors[f"kappa {key}"].values
+            kappa[own] = -50.0
+            kappa.requires_grad_()
+        total = torch.zeros(())
+        for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
+            with standing_in(model, probe._standing(there, True)):
+                logits = probe.asked(there, batch.inputs[piece])
+                loss = F.cross_entropy(logits, batch.labels[piece], reduction="sum") / len(batch)
+                assert probe.now is not None
+                total = total + torch.autograd.grad(loss, probe.now.filter_scale)[0]
+        base = {key: first for key, (first, _, _) in probe.spans()}
+        found = total.abs().tolist()
+        return [
+            (found[base[key] + i], key, one)
+            for key, ids in lost.items()
+            for i, one in zip(places[key], ids, strict=True)
+        ]
 
     def final(self, at: Stand) -> Plan | None:
         """The last commit, with as much more left out, least important first, as the target asks for.

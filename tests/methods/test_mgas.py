@@ -1,21 +1,24 @@
 """MGAS: three levels searched together, cut exactly, stopped and resumed."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from regrow import trace
 from regrow.data import streams
-from regrow.learner import Stand
+from regrow.learner import Learner, Stand
 from regrow.methods.mgas import Mgas, Settings
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
+from regrow.plan import Plan
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.learning import Schedule, changed, learn
 from regrow.runs.movers import Movers
 from regrow.surgery.stand_in import standing_in
-from regrow.tasks import Task
+from regrow.tasks import Examples, Task
 
 CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 SCHEDULE = Schedule(epochs=6, batch_size=50, lr=0.02)
@@ -126,6 +129,53 @@ def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypa
     monkeypatch.setattr(Movers, "join", watched)
     searched(task, axes, learner())
     assert len(set(seen)) > 2
+
+
+def test_the_pull_at_a_cut_filter_is_the_gradient_of_its_scale(task, axes):
+    """Held against a network that was never cut, in which the filter stands at a small scale, and at none."""
+    net = network()
+    learn(net, axes, [task], Learner(), Schedule(epochs=8, batch_size=25, lr=0.1))
+    at, own = Stand(net.double().eval(), axes, task, epochs=4), learner()
+    own.begin(at)
+    inputs, labels = task.train.inputs.double(), task.train.labels
+    other, whole_at = learner(), replace(at, model=copy.deepcopy(at.model))
+    other.begin(whole_at)
+    lost = {key: [1, size - 1] for key, (_, size, _) in own.spans() if size > 3}
+    keep = {key: [i for i in range(axes[key].size) if i not in ids] for key, ids in lost.items()}
+    changed(at, own, Plan.keeping(axes, keep))
+    answers = at.model(inputs)
+    pulls = {(key, one): pull for pull, key, one in own.pulls(at, lost, Examples(inputs, labels))}
+    assert all(torch.equal(a, b) for a, b in zip(at.model(inputs), answers, strict=True))  # on a copy alone
+    assert len(pulls) == 2 * len(lost) and len({f"{pull:.6f}" for pull in pulls.values()}) > len(lost)
+
+    def loss(scales):
+        for key, ids in lost.items():
+            kappa = other.tensors[f"kappa {key}"].values
+            for one in ids:
+                kappa[one] = torch.logit(torch.tensor(scales.get((key, one), 1e-12) / 2, dtype=torch.float64))
+        with torch.no_grad(), standing_in(whole_at.model, other.answering(whole_at, 0)):
+            return float(F.cross_entropy(other.asked(whole_at, inputs), labels))
+
+    none = loss({})
+    for unit in pulls:
+        assert abs(loss({unit: 1e-4}) - none) / 1e-4 == pytest.approx(pulls[unit], rel=1e-2, abs=1e-6), unit
+
+
+def test_filters_come_back_where_the_loss_pulls_most(task, axes, monkeypatch):
+    own = learner(regrow_filters=0.3)
+    at, seen = Stand(network(), axes, task, epochs=4, steps=3), []
+    own.begin(at)
+    keys = [key for key, (_, size, _) in own.spans() if size > 3][:2]
+    changed(at, own, Plan.keeping(axes, {key: range(1, axes[key].size - 1) for key in keys}))
+    own.values["fallen"] = {key: [0, axes[key].size - 1] for key in keys}
+    monkeypatch.setattr(Mgas, "pulls", lambda self, at, lost, batch: seen.append((lost, len(batch))) or told(lost))
+
+    def told(lost):
+        return [(float(one == 0) + (key == keys[1]), key, one) for key, ids in lost.items() for one in ids]
+
+    plan = own.restoring(at)
+    assert seen == [(own.values["fallen"], 50)]  # as many examples as a step has
+    assert {key: change.restore for key, change in plan.changes.items()} == {keys[1]: (0,)}
 
 
 @pytest.mark.parametrize("revive", ["fresh", "old"])

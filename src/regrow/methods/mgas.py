@@ -62,7 +62,7 @@ class Settings:
         reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
             their operations, and what is above the target at the very end.
         regrow: The share of a stage's dropped operations that comes back.
-        regrow_filters: The share of its cut filters that comes back, the most important at their cut first.
+        regrow_filters: The share of its cut filters that comes back, by the size of the gradient of their scale.
         regrow_weights: The share of its weights set to 0 that is let back, by the size of their gradient.
         revive: ``old``: operations come back with what they held; ``fresh``: drawn anew, as the authors do.
         lr: Of α and κ: how far they could go in the joint epochs of a stage.
@@ -324,27 +324,30 @@ class Mgas(Searcher):
         return Plan(back=tuple(back), origin={"method": "mgas", "epoch": at.epoch}) if back else None
 
     def restoring(self, at: Stand) -> Plan | None:
-        """A share of the filters that the stage cut comes back, and of the weights that it set to 0."""
+        """Of the filters that the stage cut, and the weights that are 0, a share comes back: what the loss pulls at."""
         self._let_back(at)
-        fallen = [
-            (share, key, int(one))
-            for key, lost in self.values["fallen"].items()
-            if key in at.axes.axes and key in self.attic.gone
-            for one, share in lost.items()
-            if int(one) in self.attic.gone[key]
-        ]
+        there = {key: self.attic.gone.get(key, ()) for key in at.axes.axes}
+        cut = {key: [one for one in ids if one in there.get(key, ())] for key, ids in self.values["fallen"].items()}
+        lost = {key: ids for key, ids in cut.items() if ids}
+        if not (many := int(self.settings.regrow_filters * sum(map(len, lost.values())))):
+            return None
         back: dict[str, list[int]] = {}
-        for _, key, one in sorted(fallen, reverse=True)[: int(self.settings.regrow_filters * len(fallen))]:
+        for _, key, one in sorted(self.pulls(at, lost, self._some(at)), reverse=True)[:many]:
             back.setdefault(key, []).append(one)
-        return Plan.restoring(at.axes, back, origin={"method": "mgas", "epoch": at.epoch}) if back else None
+        return Plan.restoring(at.axes, back, origin={"method": "mgas", "epoch": at.epoch})
+
+    def _some(self, at: Stand) -> Examples:
+        """As many examples as a step has: more may be more than the memory holds."""
+        return next(
+            at.task.train.batches(-(-len(at.task.train) // at.steps), seed=at.drawn(at.epoch, 8).initial_seed())
+        )
 
     def _let_back(self, at: Stand) -> None:
         """Weights that are 0 for good, and whose gradient is greatest, may stand again."""
         assert self.gates is not None
         if not (many := int(self.settings.regrow_weights * int(self.gone.sum()))):
             return
-        many_at_once = -(-len(at.task.train) // at.steps)  # more than in a step may be more than the memory holds
-        batch = next(at.task.train.batches(many_at_once, seed=at.drawn(at.epoch, 8).initial_seed()))
+        batch = self._some(at)
         at.model.eval()
         at.model.zero_grad(set_to_none=True)
         with standing_in(at.model, self._standing(at, False)):
