@@ -357,7 +357,7 @@ class Searcher(Learner):
         return self.without(at, ops) if singles else None
 
     def without(self, at: Stand, ops: Tensor) -> Plan | None:
-        """What stands now goes where a mask of operations, ``[operations]``, leaves it out."""
+        """Operations that stand go where a mask, ``[operations]``, leaves them out; so answers change."""
         assert self.gates is not None and self.now is not None
         masks = replace(self.now, ops=ops)
         drop, _ = cut(self.gates, masks, at.axes)
@@ -365,7 +365,7 @@ class Searcher(Learner):
             return None
         self.values["going"] = savings(self.gates, masks)["operations"]
         self.values["dropped"] += drop
-        return Plan.dropping(at.axes, drop, {}, origin={"method": "search", "epoch": at.epoch})
+        return Plan.dropping(at.axes, drop, {}, origin={"method": "search", "epoch": at.epoch, "stood": True})
 
 
 def _parts(at: Stand) -> Staged:

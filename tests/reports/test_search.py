@@ -1,5 +1,6 @@
 """The page of a search, from made-up run folders, a real short run, and damaged ones."""
 
+import html
 import json
 import random
 import re
@@ -12,6 +13,7 @@ from regrow.cli import regrow
 from regrow.nets import bench201, mobile
 from regrow.nets.cells import OPERATIONS, whole
 from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_html, to_markdown, topology, write_page
+from regrow.reports.search import RECONSTRUCTED
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD
 
@@ -221,6 +223,7 @@ def only(kinds):
         ),
         ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits moved by up to 0.250"),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "grown": {"a": 1}}]}, ""),
+        ({"commit": [{**COMMIT, "logits_moved": 0.25, "stood": True}]}, ""),  # it was not masked before, as told
         ({"commit": [{**COMMIT, "logits_moved": 0.0009}]}, ""),
         ({"memory": [{"stage": 1, "peak": 4_200_000}]}, "than the 4.00\xa0MB there were to be: stage 2 needed 4.20"),
         ({"memory": [{"stage": 1, "peak": 4_200_000}], "target": "params=500"}, "More memory"),
@@ -287,6 +290,16 @@ def test_damage_does_not_break_the_page(folder, tmp_path, seed):
     check_self_contained(to_html(summarise([here])))
     to_markdown(summarise([here, folder]))
     check_self_contained(to_html(summarise([here, folder])))
+
+
+@pytest.mark.parametrize("method", RECONSTRUCTED)
+def test_where_results_stand_it_is_said_that_a_method_is_reconstructed(method, folder, tmp_path):
+    own = searched(tmp_path / "own")
+    told = json.loads((own / "run.json").read_text())
+    told["settings"]["method"] = method
+    (own / "run.json").write_text(json.dumps(told))
+    for place, runs in (("one", [own]), ("two", [own, folder])):
+        assert RECONSTRUCTED[method] in html.unescape(write_page(runs, tmp_path / place).read_text(encoding="utf-8"))
 
 
 def test_searches_are_compared_a_row_each(folder, tmp_path):

@@ -1,4 +1,4 @@
-"""GOLD-NAS, in the way of: operations alone, few at a time, under a pressure that grows until enough of them go.
+"""GOLD-NAS-like: operations alone are searched, and go a few at a time under a pressure that grows until enough do.
 
 Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331). **Reconstructed** from its rules as the code
 of MG-DARTS keeps them and as they are told elsewhere; its own code was not run. With a = σ(α) of an operation, and over

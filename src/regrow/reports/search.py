@@ -25,6 +25,13 @@ OVERSHOT = 0.8
 MOVED = 1e-3
 """How far logits may move where nothing came back."""
 
+RECONSTRUCTED = {
+    "mgas": "MGAS is reconstructed: the paper's body was not available, so it follows the abstract and the authors' "
+    "public code, and what these leave open is ours.",
+    "gold_nas": "GOLD-NAS is reconstructed from its rules as others tell them: neither paper nor code was at hand.",
+}
+"""Method → what must stand where its results do."""
+
 _UNITS = {"params": "parameters", "macs": "multiply-adds", "bytes": "bytes", "ms": "ms of a pass"}
 
 
@@ -104,11 +111,8 @@ def headline(run: Run) -> str:
 def details(run: Run) -> list[str]:
     """Sentences behind the headline: where the method is from, and what was done."""
     found, lines = run["search"], []
-    if run["method"] == "mgas":
-        lines.append(
-            "MGAS is reconstructed: the paper's body was not available, so it follows the abstract and the authors' "
-            "public code, and what these leave open is ours."
-        )
+    if run["method"] in RECONSTRUCTED:
+        lines.append(RECONSTRUCTED[run["method"]])
     if found["epochs"]:
         n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
         anew = f", and {found['retrained']} of training anew" if found["retrained"] and run["finished"] else ""
@@ -207,7 +211,9 @@ def _overshot(found: dict[str, Any]) -> str:
 
 def _moved(found: dict[str, Any]) -> str:
     moved = [
-        row for row in found["commits"] if not row["back"] and not row["grown"] and (row["logits_moved"] or 0) > MOVED
+        row
+        for row in found["commits"]
+        if not (row["back"] or row["grown"] or row["stood"]) and (row["logits_moved"] or 0) > MOVED
     ]
     if not moved:
         return ""
@@ -265,6 +271,7 @@ def _commit(line: dict[str, Any]) -> dict[str, Any]:
         "back": len(line["back"]) if isinstance(line.get("back"), list) else 0,
         "cut": units("cut"),
         "grown": units("grown"),
+        "stood": line.get("stood") is True,
         "before": mean("accuracy_before"),
         "after": mean("accuracy_after"),
         "logits_moved": number(line.get("logits_moved"), 0),

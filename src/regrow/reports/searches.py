@@ -4,6 +4,7 @@ from typing import Any
 
 from regrow.reports import quantities as q
 from regrow.reports.fronts import leaders
+from regrow.reports.search import RECONSTRUCTED
 
 Run = dict[str, Any]
 
@@ -22,9 +23,9 @@ def headline(summary: dict[str, Any]) -> str:
 
 def details(summary: dict[str, Any]) -> list[str]:
     """Where the methods are from, and which network answers best."""
-    lines = []
-    if any(run["method"] == "mgas" for run in summary["runs"]):
-        lines.append("MGAS is reconstructed from its abstract and the authors' public code.")
+    lines: list[str] = []
+    methods = {run["method"] for run in summary["runs"]}
+    lines += [told for method, told in RECONSTRUCTED.items() if method in methods]
     known = [(v, run) for run in summary["runs"] if (v := run["search"]["test"]["accuracy"]) is not None]
     if len(known) > 1 and not alarms(summary):
         most, best = max(known, key=lambda one: one[0])

@@ -239,6 +239,7 @@ def _change(
             "cut": {key: n for key, change in plan.changes.items() if (n := change.size - len(change.keep))},
             "dropped": list(plan.drop),
             "back": list(plan.back),
+            "stood": bool(plan.origin.get("stood")),
             "accuracy_before": before,
             "accuracy_after": after,
             "shock": fmean(a - b for a, b in zip(before, after, strict=True) if not isnan(a)),
