@@ -30,7 +30,6 @@ from regrow.searcher import LEVELS
 from regrow.tracing import trace
 
 SMALL: dict[str, Any] = {
-    "stages": 2,
     "train": 240,
     "test": 100,
     "batch_size": 48,
@@ -215,6 +214,17 @@ def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "run").exists()
 
 
+def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> None:
+    task = parts_of(SETTINGS).search
+    for space, given, heads in (("cells:4-2-1", 0, 2), ("cells:4-4-1", 0, 3), ("cells:4-4-1", 4, 4)):
+        model, _, _ = network(replace(SETTINGS, space=space, stages=given), task)
+        assert isinstance(model, Cells) and len(model.heads) == heads
+    for space in ("resnet:4-2", "bench201:4-1"):
+        assert network(replace(SETTINGS, space=space, stages=0), task)[2] is None
+        with pytest.raises(ValueError, match="one stage: no --stages 2"):
+            network(replace(SETTINGS, space=space, stages=2), task)
+
+
 @pytest.mark.parametrize("what", ["operations", "filters"])
 def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
@@ -364,7 +374,7 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
 
 
 def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings("mobile:4-1", "digits", "params=70k", method_settings=QUICK, **SMALL | {"retrain": 1})
+    settings = Settings("mobile:4-1", "digits", "params=70k", stages=2, method_settings=QUICK, **SMALL | {"retrain": 1})
     done = run(settings, tmp_path / "run")
     net, told = regrow.load(done.path), rows(done, "test")[0]
     assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, parts_of(settings).test)

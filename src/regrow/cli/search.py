@@ -21,7 +21,7 @@ Examples
   regrow search cells:4-3-2 --data digits --target 0.2 --out RUN
   regrow search cells:8-6-3 --data cifar/ --target params=50k --stages 3 --epochs 30 --retrain 60 --out RUN
   regrow search mobile:8-2 --data cifar/ --target macs=2M --stride 1 --memory 1GiB --out RUN
-  regrow search resnet:16-3 --data fashion/ --target macs=2M --stages 1 --out RUN
+  regrow search resnet:16-3 --data fashion/ --target macs=2M --out RUN
   regrow search mynets:tiny --data fashion/ --target 0.2 --out RUN
 """
 
@@ -38,7 +38,9 @@ Examples
 )
 @click.option("--method", default="mgas", show_default=True, help="What searches: see `regrow methods`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder. The same command resumes.")
-@click.option("--stages", default=3, show_default=True, type=int, help="In how many stages the space is searched.")
+@click.option(
+    "--stages", default=0, type=int, help="In how many stages it is searched; else three, or as many as it has parts."
+)
 @click.option(
     "--memory",
     default="",

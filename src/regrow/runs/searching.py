@@ -58,7 +58,8 @@ class Settings:
             device), or a share of the whole space's parameters, such as ``0.2``.
         method: One of ``regrow.methods.SEARCHERS``.
         method_settings: Its settings, where they differ from the defaults.
-        stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says.
+        stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says; 0: three, or as
+            many as it has parts.
         memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
         epochs: Passes over the training part in the search; 0 for methods that learn nothing.
         retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
@@ -78,7 +79,7 @@ class Settings:
     target: str
     method: str = "mgas"
     method_settings: Mapping[str, Any] = field(default_factory=dict)
-    stages: int = 3
+    stages: int = 0
     memory: str = ""
     epochs: int = 30
     retrain: int = 30

@@ -45,7 +45,7 @@ def network(
     Args:
         space: Its name.
         task: The data of the search.
-        stages: In how many stages it is searched.
+        stages: In how many stages it is searched; 0: three, or as many as it has parts.
         memory: What a stage may need; empty: no budget.
         batch_size: Examples per step.
         stride: Of the stem.
@@ -57,14 +57,12 @@ def network(
     """
     shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
-        if memory:
-            raise ValueError(f"{space} has one topology for all cells, so it is searched in one stage: no --memory")
+        _one_stage(f"{space} has one topology for all cells, so it", stages, memory)
         config = bench201.whole(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
         return _drawn(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
     found = _growing(space, shape, classes, stride)
     if found is None:
-        if memory:
-            raise ValueError(f"{space} is searched in one stage: no --memory")
+        _one_stage(space, stages, memory)
         if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", space):
             return _own(space, task, seed), Origin("callable", space, {}, space), None
         return *small(space, shape, classes, seed), None
@@ -72,10 +70,15 @@ def network(
     if memory:
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
         plan = _planned(found, batch, in_bytes(memory), method or Searcher())
-    config = found.whole(heads=plan.ends if plan else ends(found.parts, stages))
+    config = found.whole(heads=plan.ends if plan else ends(found.parts, stages or min(3, found.parts)))
     net = _drawn(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(found.kind, found.kind, config, space), plan
+
+
+def _one_stage(what: str, stages: int, memory: str) -> None:
+    if memory or stages > 1:
+        raise ValueError(f"{what} is searched in one stage: no --{'memory' if memory else f'stages {stages}'}")
 
 
 def _own(space: str, task: Task, seed: int) -> nn.Module:
