@@ -75,14 +75,17 @@ class Searcher(Learner):
         return True
 
     def check(self, at: Stand) -> None:
-        """Refuse a search before it begins whose target no choice meets.
+        """Refuse a search before it begins whose target no choice meets, or that chooses within what it chooses.
 
         Args:
             at: The whole network, and how many epochs there will be.
 
         Raises:
-            ValueError: If there is one; names the least that can be left.
+            ValueError: If there is one; names the least that can be left, or the candidates.
         """
+        ops = [path for paths in candidates_in(at.model).values() for path in paths]
+        for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
+            raise ValueError(f"the candidate {inner} lies in another, {outer}: mark candidates on one level")
         if (left := least(self.upto(at, (self.ends or (-1,))[-1]), self.cuts)) > self.most:
             raise ValueError(
                 f"a target of {self.most:g} {self.measure} is below what is left whatever goes, {left:g}: take a "
@@ -99,7 +102,7 @@ class Searcher(Learner):
         sums = candidates_in(at.model)
         ops, axes = [path for paths in sums.values() for path in paths], [axis.key for axis in at.axes.units()]
         self.values |= {"axes": axes, "stage": 0, "mu": 0.0, "history": [], "saved": dict.fromkeys(LEVELS, 0.0)}
-        self.values |= {"dropped": [], "fallen": {}, "whole": self.whole(at)}
+        self.values |= {"dropped": [], "fallen": {}, "whole": self.whole(at), "loss": [0.0, 0.0]}
         self.tensors["alpha"] = Along(torch.zeros(len(ops)), (len(ops),), self.rates(at)[0])
         for name, n in (("ops", len(ops)), ("filters", len(axes)), ("weights", len(ops) + 1)):
             self.tensors[f"threshold {name}"] = Along(torch.zeros(n), (n,), self.rates(at)[1])
@@ -281,11 +284,33 @@ class Searcher(Learner):
         saved["filters"] += before - now - operations
         self.settle(at)
 
+    def slopes(self, at: Stand, batch: Examples) -> Tensor:
+        """∂ loss / ∂ what stands in the place of each weight, ``[N]``.
+
+        A network in evaluation recomputes nothing, so it sees an eighth of the examples at a time.
+
+        Args:
+            at: The network.
+            batch: What the loss is of.
+        """
+        assert self.gates is not None
+        levels, stood = self.gates.levels, dict(self.answering(at, at.number))
+        learned = {name: stood[name].detach().requires_grad_() for name in levels.weights}
+        total = torch.zeros(len(levels.reads))
+        at.model.eval()
+        for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
+            with standing_in(at.model, stood | learned):
+                logits = self.asked(at, batch.inputs[piece])
+                loss = F.cross_entropy(logits, batch.labels[piece], reduction="sum") / len(batch)
+                found = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
+            total = total + levels.flat(dict(zip(learned, found, strict=True)))
+        return total
+
     def pulls(self, at: Stand, lost: Mapping[str, Sequence[int]], batch: Examples) -> list[tuple[float, str, int]]:
         """How strongly the loss pulls at filters that were cut: |∂ loss / ∂ g|, g = 0 the scale of what is read of one.
 
-        A copy of the network has them all back at this scale, so it answers as the network does. It sees few examples
-        at a time, since it is larger.
+        A copy of the network has them all back at this scale, so it answers as the network does when a stage begins:
+        with thresholds at 0.
 
         Args:
             at: The network.
@@ -296,27 +321,25 @@ class Searcher(Learner):
             Of each filter its pull, its axis and its birth number.
         """
         plan = Plan.restoring(at.axes, lost)
-        model, axes = apply(copy.deepcopy(at.model).eval(), at.axes, plan, attic=copy.copy(self.attic))
+        model, axes = apply(copy.deepcopy(at.model), at.axes, plan, attic=copy.copy(self.attic))
         there, probe = replace(at, model=model, axes=axes), copy.copy(self)
         probe.values = copy.deepcopy(self.values)
         probe.tensors = {name: followed(one, at.axes, plan) for name, one in self.tensors.items()}
+        probe.tensors |= {
+            n: replace(one, values=one.values * 0) for n, one in probe.tensors.items() if "threshold" in n
+        }
         probe.settle(there)
-        places = {key: [list(axes[key].ids).index(one) for one in ids] for key, ids in lost.items()}
+        places = {key: [axes[key].ids.index(one) for one in ids] for key, ids in lost.items()}
         for key, own in places.items():
-            kappa = probe.tensors[f"kappa {key}"].values
-            kappa[own] = -50.0
-            kappa.requires_grad_()
-        total = torch.zeros(())
-        for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
-            with standing_in(model, probe._standing(there, True)):
-                logits = probe.asked(there, batch.inputs[piece])
-                loss = F.cross_entropy(logits, batch.labels[piece], reduction="sum") / len(batch)
-                assert probe.now is not None
-                total = total + torch.autograd.grad(loss, probe.now.filter_scale)[0]
+            probe.tensors[f"kappa {key}"].values[own] = -50.0
+        slopes = probe.slopes(there, batch)
+        assert probe.gates is not None
+        levels = probe.gates.levels
+        each = slopes * levels.flat(there.parameters()).detach()
+        pull = each.new_zeros(levels.filters + 1).index_add(0, levels.reads, each).abs().tolist()
         base = {key: first for key, (first, _, _) in probe.spans()}
-        found = total.abs().tolist()
         return [
-            (found[base[key] + i], key, one)
+            (pull[base[key] + i], key, one)
             for key, ids in lost.items()
             for i, one in zip(places[key], ids, strict=True)
         ]

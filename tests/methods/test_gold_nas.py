@@ -8,6 +8,8 @@ from regrow.candidates import candidates_in
 from regrow.data import streams
 from regrow.learner import Stand
 from regrow.methods.gold_nas import GoldNas, Settings
+from regrow.nets import bench201
+from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
 from regrow.runs.courses import read_course, write_course
@@ -53,9 +55,33 @@ def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     alpha[two[:3]] = torch.tensor([-0.8, -0.7, -0.6])  # 0.035 and a little more: of these the two lowest
     plan = own.plan(at)
     assert {*plan.drop} == {own.gates.ops[i] for i in (*one[:3].tolist(), *two[:2].tolist())}
-    own, at = begun(axes, task, target=100.0, each=2)
-    own.tensors["alpha"].values[one] = torch.linspace(-0.1, 0.1, len(one))  # 1 / 14 each: above 0.05
-    assert own.plan(at) is None or not {*own.plan(at).drop} & {own.gates.ops[i] for i in one.tolist()}
+    own, at = begun(axes, task, target=100.0, each=1000)
+    plan = own.plan(at)  # 1 / 14 of the first node's operations each, 1 / 21 of the second's
+    assert plan.drop and not {*plan.drop} & {own.gates.ops[i] for i in one.tolist()}
+
+
+def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
+    own, at = begun(axes, task, target=100.0, each=2, low=0.0, high=1.0)
+    ops = own.gates.ops
+    second = [i for i, path in enumerate(ops) if path.startswith("cells.0.") and path.endswith("_1")]
+    left = own.now.ops.clone()
+    left[second[1:]] = 0.0
+    changed(at, own, own.without(at, left))  # one operation alone reads the second input of the first cell
+    own.tensors["alpha"].values.data[second[0]] = -6.0  # and counts least of all
+    plan = own.plan(at)
+    assert len(plan.drop) == 2 and ops[second[0]] not in plan.drop
+
+
+def test_operations_that_are_decided_together_count_as_one(task):
+    net = Bench201(bench201.whole((1, 8, 8), 10, width=4, cells=1, stride=1))
+    own = GoldNas(settings=Settings(target=100.0, warm=1, each=2, high=1.0))
+    at = Stand(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epoch=3, epochs=6)
+    own.begin(at)
+    own.tensors["alpha"].values.copy_(torch.randn(len(own.gates.ops), generator=torch.Generator().manual_seed(0)))
+    plan = own.plan(at)
+    assert len(plan.drop) == 2 * 3  # in each of three cells
+    assert len({own.gates.tied[own.gates.ops.index(path)].item() for path in plan.drop}) == 2
+    assert own.values["lambda"] == 0.0 and own.values["step"] == 1e-5  # two went, as many as there were to
 
 
 def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task, axes):
@@ -69,7 +95,8 @@ def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task,
     lost = sum(prices[path] for path in plan.drop)
     changed(at, own, plan)
     assert own.size() == whole_size - lost <= 6000 < own.size() + max(prices.values())
-    assert own.plan(at) is None
+    own.values["lambda"] = 0.3
+    assert own.plan(at) is None and own.values["lambda"] == 0.0  # and nothing presses any more
 
 
 def test_pressure_grows_while_few_go_and_is_halved_when_many_do(task, axes):
@@ -159,8 +186,10 @@ def test_what_says_nothing_is_refused(task, axes):
         Settings(low=0.2)
     with pytest.raises(ValueError, match="each is 0 or more"):
         Settings(each=-1)
-    with pytest.raises(ValueError, match="take --epochs 4 or more"):
-        learner(warm=3).check(Stand(network(), axes, task, epochs=3))
+    with pytest.raises(ValueError, match="clip is a norm"):
+        Settings(clip=0.0)
+    with pytest.raises(ValueError, match="take --epochs 5 or more"):
+        learner(warm=3).check(Stand(network(), axes, task, epochs=4))
     net = small("resnet:4-2", (1, 8, 8), 10)[0]
     at = Stand(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epochs=3)
     with pytest.raises(ValueError, match="no candidates: mark some"):

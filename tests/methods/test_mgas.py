@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from regrow import trace
+from regrow.candidates import Candidates
 from regrow.data import streams
 from regrow.learner import Learner, Stand
 from regrow.methods.mgas import Mgas, Settings
@@ -142,6 +144,15 @@ def test_the_pull_at_a_cut_filter_is_the_gradient_of_its_scale(task, axes):
     other.begin(whole_at)
     lost = {key: [1, size - 1] for key, (_, size, _) in own.spans() if size > 3}
     keep = {key: [i for i in range(axes[key].size) if i not in ids] for key, ids in lost.items()}
+    own.tensors["threshold weights"].values.fill_(0.5)  # of the stage that ends
+    found = own.gates.levels  # a third of the weights is gone, but for those of filters that come back
+    units = torch.tensor([found.axes[key] + i for key, ids in lost.items() for i in ids])
+    theirs = torch.isin(found.reads, units) | torch.isin(found.makes[: len(found.reads)], units)
+    gone = (torch.rand(len(theirs), generator=torch.Generator().manual_seed(0)) < 0.3) & ~theirs
+    for stand, one in ((at, own), (whole_at, other)):
+        for name, flags in found.apart(gone).items():
+            one.tensors[f"gone {name}"].values.copy_(flags)
+        one.settle(stand)
     changed(at, own, Plan.keeping(axes, keep))
     answers = at.model(inputs)
     pulls = {(key, one): pull for pull, key, one in own.pulls(at, lost, Examples(inputs, labels))}
@@ -256,3 +267,12 @@ def test_settings_that_say_nothing_are_refused():
     ):
         with pytest.raises(ValueError):
             Settings(**wrong)
+
+
+def test_candidates_within_candidates_are_refused(task):
+    inner = Candidates({"one": nn.Conv2d(4, 4, 1), "same": nn.Identity()})
+    outer = Candidates({"deep": nn.Sequential(inner, nn.ReLU()), "same": nn.Identity()})
+    net = nn.Sequential(nn.Conv2d(1, 4, 1), outer, nn.Flatten(), nn.Linear(256, 10))
+    at = Stand(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epochs=4)
+    with pytest.raises(ValueError, match=r"1.ops.deep.0.ops.one lies in another, 1.ops.deep: mark candidates on one"):
+        learner(stages=()).check(at)

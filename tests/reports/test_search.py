@@ -223,6 +223,7 @@ def only(kinds):
         ),
         ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits moved by up to 0.250"),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "grown": {"a": 1}}]}, ""),
+        ({"commit": [{**COMMIT, "logits_moved": 0.25, "restored": {"a": 1}}]}, ""),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "stood": True}]}, ""),  # it was not masked before, as told
         ({"commit": [{**COMMIT, "logits_moved": 0.0009}]}, ""),
         ({"memory": [{"stage": 1, "peak": 4_200_000}]}, "than the 4.00\xa0MB there were to be: stage 2 needed 4.20"),

@@ -352,17 +352,21 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     assert ["computed a second time" in page for page in pages] == [False, True]
 
 
-@pytest.mark.parametrize(("method", "set_to"), [("blind", {}), ("darts", {}), ("gold_nas", {"warm": 0})])
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("blind", {}), ("darts", {}), ("gold_nas", {"epochs": 3, "method_settings": {"warm": 0, "high": 1.0}})],
+)
 def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
-    method: str, set_to: dict[str, Any], tmp_path: Path
+    method: str, more: dict[str, Any], tmp_path: Path
 ) -> None:
-    given = SMALL | {"method": method, "memory": "8MiB", "train": 120, "epochs": 1, "retrain": 0}
-    given |= {"method_settings": set_to}
+    given = SMALL | {"method": method, "memory": "8MiB", "train": 120, "epochs": 1, "retrain": 0} | more
     done = run(Settings("cells:4-3-1", "digits", "0.5", **given), tmp_path / "done")
     plan = rows(done, "stages")[0]
     assert plan["ends"] == [2] and plan["recomputed"]
     assert [row["stage"] for row in rows(done, "memory")] == [0]
     assert all(row["peak"] <= plan["peaks"][0] <= 8 * 2**20 for row in rows(done, "memory"))
+    commits = rows(done, "commit")
+    assert (method == "gold_nas") is bool(commits) and all(row["stood"] and row["dropped"] for row in commits)
     with pytest.raises(ValueError, match="do not suffice"):
         run(Settings("cells:4-3-1", "digits", "0.3", **given | {"memory": "3MiB"}), tmp_path / "run")
     with pytest.raises(ValueError, match="one stage: no --memory"):

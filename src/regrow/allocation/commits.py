@@ -115,7 +115,7 @@ def controlled(
     times its last step, unless the loss it makes exceeds the network's own: then it has found its cap.
 
     Args:
-        values: ``lambda``, ``step``, ``cap``, and ``loss``: the network's own and what λ makes.
+        values: ``lambda``, ``step``, ``cap``, and ``loss``: of an epoch, the network's own and what λ makes.
         dropped: How many operations the commit drops.
         few: So many are enough.
         many: So many are too many.

@@ -1,17 +1,18 @@
 """GOLD-NAS-like: operations alone are searched, and go a few at a time under a pressure that grows until enough do.
 
-Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331). **Reconstructed** from its rules as the code
-of MG-DARTS keeps them and as they are told elsewhere; its own code was not run. With a = σ(α) of an operation, and over
+Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331). **Reconstructed** from notes on the authors'
+code; neither that nor the paper was at hand. With a = σ(α) of an operation, and over
 the N operations that flow into its node, α and weights learn from the same examples
 
     cross-entropy + λ Σ (1 + μ cost / mean cost) log(1 + N a / Σ a).
 
 After each epoch all operations go whose share a / Σ a is at most ``low``, and of those whose share is at most ``high``
 the ``each`` lowest. Where fewer went than that, λ grows, by steps that double; where twice as many did, it is halved.
+One that is the last of its node, or of what reads an input of its cell, stays, and those decided together count as one.
 
-Ours: operations go until the target is met and no further; ``each`` follows from how many epochs there are; what is
-above the target at the end is left out by the size of α; rates are shares of the steps; and the seven operations of our
-space are searched, not the authors' two.
+Ours: operations go until the target is met and no further, and then nothing presses; ``each`` follows from how many
+epochs there are; what is above the target at the end is left out by the size of α; rates are shares of the steps; and
+the seven operations of our space are searched, not the authors' two.
 """
 
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,7 @@ class Settings:
         low: Every operation goes whose share of its node is at most this.
         high: None goes whose share is above this.
         each: Of those between, so many go after an epoch; the authors' is 4. 0: as many as would be all of them
-            after the last epoch.
+            by the last epoch.
         price: μ, how much more the pressure is on an operation that costs more.
         lr: Of α: how far it could go in all epochs.
         clip: The network's gradients are clipped to this norm.
@@ -72,6 +73,8 @@ class Settings:
         for name in ("warm", "each", "price", "lr"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
+        if self.clip <= 0:
+            raise ValueError(f"clip is a norm above 0; got {self.clip:g}")
         Measure(self.measure)
 
 
@@ -92,17 +95,17 @@ class GoldNas(Searcher):
         self.learns, self.shrinks = False, True
 
     def check(self, at: Stand) -> None:
-        """Besides, refuse a search of weights alone, or of a network in which nothing may be chosen.
+        """Besides, refuse a search in which nothing goes by its rules, or of a network with nothing to choose from.
 
         Raises:
             ValueError: If it is one; says how many epochs it needs, or what to mark.
         """
         if not candidates_in(at.model):
             raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
-        if at.epochs <= (warm := self.settings.warm):
+        if at.epochs < (warm := self.settings.warm) + 2:
             raise ValueError(
-                f"in {at.epochs} epochs α never learns, as the first {warm} are for weights alone: take --epochs "
-                f"{warm + 1} or more, or a smaller warm"
+                f"in {at.epochs} epochs nothing goes: the first {warm} are for weights alone, and what goes does after "
+                f"each of the others but the last: take --epochs {warm + 2} or more, or a smaller warm"
             )
         super().check(at)
 
@@ -120,7 +123,7 @@ class GoldNas(Searcher):
         self.values |= {"lambda": 0.0, "step": 1e-5, "cap": 100.0}
 
     def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> Masks:
-        """What stands now: every operation until it goes. There is no threshold for α to learn from."""
+        """What stands now: every operation until it goes (or α is below −13.8). No threshold is there to learn from."""
         found = super().masks(at, flat, learning)
         assert self.gates is not None
         alpha = self.tensors["alpha"].values
@@ -137,35 +140,51 @@ class GoldNas(Searcher):
             stands, share, many = self.gates.shares(self.now, self.tensors["alpha"].values)
             cost = self.gates.prices()[stands]
             weight = 1 + self.settings.price * cost / cost.mean().clamp_min(1e-12)
-            pressure = self.values["lambda"] * (weight * torch.log1p(many * share)).sum()
-            self.values["loss"] = [float(plain.detach()), float(pressure.detach())]
-            loss = loss + pressure
+            pressed = self.values["lambda"] * (weight * torch.log1p(many * share)).sum()
+            before = self.values["loss"]
+            self.values["loss"] = [before[0] + float(plain.detach()), before[1] + float(pressed.detach())]
+            loss = loss + pressed
         return loss
 
     def gate(self, at: Stand) -> None:
         """The network's own gradients are clipped."""
         nn.utils.clip_grad_norm_(at.parameters().values(), self.settings.clip)
 
+    def mode(self, at: Stand) -> None:
+        """A new epoch."""
+        self.values["loss"] = [0.0, 0.0]
+        at.model.train()
+
     def plan(self, at: Stand) -> Plan | None:
-        """After each epoch in which α learned: what goes."""
+        """After each epoch in which α learned, but the last: what goes."""
         if self.gates is None:  # a run was taken up again
             self.settle(at)
-        if at.epoch <= self.settings.warm or self.size() <= self.most:
+        if at.epoch <= self.settings.warm:
             return None
-        each = self.settings.each or -(-len(self.tensors["alpha"].values) // (at.epochs - self.settings.warm))
+        if self.size() <= self.most:
+            self.values["lambda"] = 0.0
+            return None
+        assert self.gates is not None
+        each = self.settings.each or -(-len(self.gates.tied.unique()) // (at.epochs - self.settings.warm - 1))
+        left, many = self._left(each)
+        self.values |= controlled(self.values, many, few=each, many=2 * each, factor=2)
+        return self.without(at, left)
+
+    def _left(self, each: int) -> tuple[Tensor, int]:
+        """Which operations stay, and how many decisions that took."""
         assert self.gates is not None and self.now is not None
+        found, left, size = self.gates, self.now.ops.clone(), self.size()
         with torch.no_grad():
-            stands, share, _ = self.gates.shares(self.now, self.tensors["alpha"].values)
-            order = share.argsort(stable=True)
-            lowest, low_enough = (int((share <= most).sum()) for most in (self.settings.low, self.settings.high))
-            going = stands.nonzero()[order[: min(lowest + each, low_enough)], 0]
-            left, prices = self.now.ops.clone(), self.gates.prices()
-            size = self.size()
-            for i in going.tolist():
-                if size > self.most and bool(self.gates.open(0, left)[i]):
-                    together = self.gates.together(i)
-                    size -= float(prices[together].sum())
-                    left[together] = 0.0
-        plan = self.without(at, left)
-        self.values |= controlled(self.values, len(plan.drop) if plan else 0, few=each, many=2 * each, factor=2)
-        return plan
+            stands, share, _ = found.shares(self.now, self.tensors["alpha"].values)
+        prices, many = found.prices(), 0
+        places = stands.nonzero()[:, 0].tolist()
+        for own, i in sorted(zip(share.tolist(), places, strict=True)):
+            low = own <= self.settings.low
+            if size <= self.most or own > self.settings.high or not (low or each):
+                break
+            together = found.together(i)
+            if found.tied[i] == i and all(bool(found.open(0, left)[j]) for j in together.nonzero()[:, 0]):
+                size -= float(prices[together].sum())
+                left[together] = 0.0
+                each, many = each - (not low), many + 1
+        return left, many

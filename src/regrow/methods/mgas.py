@@ -35,7 +35,6 @@ from regrow.learner import Along, Stand
 from regrow.method import Measure
 from regrow.plan import Plan
 from regrow.searcher import LEVELS, Searcher
-from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples
 
 CITATION = (
@@ -216,7 +215,7 @@ class Mgas(Searcher):
 
     def mode(self, at: Stand) -> None:
         """A new epoch: no example of it has been seen."""
-        self.seen = 0
+        self.seen, self.values["loss"] = 0, [0.0, 0.0]
         at.model.train()
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
@@ -234,8 +233,10 @@ class Mgas(Searcher):
         if self.values["lambda"]:
             own = [self.tensors[f"threshold {name}"].values for name in ("ops", "filters", "weights")]
             pressure = self.gates.pressure(self.now, self.tensors["alpha"].values, (own[0], own[1], own[2]))
-            self.values["loss"] = [float(plain.detach()), float(self.values["lambda"] * pressure.detach())]
-            loss = loss + self.values["lambda"] * pressure
+            pressed = self.values["lambda"] * pressure
+            before = self.values["loss"]
+            self.values["loss"] = [before[0] + float(plain.detach()), before[1] + float(pressed.detach())]
+            loss = loss + pressed
         return loss
 
     def gate(self, at: Stand) -> None:
@@ -326,7 +327,7 @@ class Mgas(Searcher):
     def restoring(self, at: Stand) -> Plan | None:
         """Of the filters that the stage cut, and the weights that are 0, a share comes back: what the loss pulls at."""
         self._let_back(at)
-        there = {key: self.attic.gone.get(key, ()) for key in at.axes.axes}
+        there = {key: self.attic.gone.get(key, ()) for key, _ in self.spans()}
         cut = {key: [one for one in ids if one in there.get(key, ())] for key, ids in self.values["fallen"].items()}
         lost = {key: ids for key, ids in cut.items() if ids}
         if not (many := int(self.settings.regrow_filters * sum(map(len, lost.values())))):
@@ -347,14 +348,10 @@ class Mgas(Searcher):
         assert self.gates is not None
         if not (many := int(self.settings.regrow_weights * int(self.gone.sum()))):
             return
-        batch = self._some(at)
-        at.model.eval()
-        at.model.zero_grad(set_to_none=True)
-        with standing_in(at.model, self._standing(at, False)):
-            F.cross_entropy(self.asked(at, batch.inputs), batch.labels).backward()
-        grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in at.parameters().items()}
-        pull = torch.where(self.gone, self.gates.levels.flat(grads).abs(), -1.0)
-        at.model.zero_grad(set_to_none=True)
+        slopes = self.slopes(at, self._some(at))
+        assert self.now is not None
+        scale = torch.cat([self.now.filter_scale, torch.ones(1)])[self.gates.levels.reads]
+        pull = torch.where(self.gone, (slopes * scale).abs(), -1.0)
         self.gone[pull.topk(many).indices] = False
         for name, own in self.gates.levels.apart(self.gone).items():
             self.tensors[f"gone {name}"].values.copy_(own)

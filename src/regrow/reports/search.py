@@ -28,7 +28,7 @@ MOVED = 1e-3
 RECONSTRUCTED = {
     "mgas": "MGAS is reconstructed: the paper's body was not available, so it follows the abstract and the authors' "
     "public code, and what these leave open is ours.",
-    "gold_nas": "GOLD-NAS is reconstructed from its rules as others tell them: neither paper nor code was at hand.",
+    "gold_nas": "GOLD-NAS is reconstructed from notes on the authors' code: neither that nor the paper was at hand.",
 }
 """Method → what must stand where its results do."""
 
@@ -270,7 +270,7 @@ def _commit(line: dict[str, Any]) -> dict[str, Any]:
         "dropped": len(line["dropped"]) if isinstance(line.get("dropped"), list) else 0,
         "back": len(line["back"]) if isinstance(line.get("back"), list) else 0,
         "cut": units("cut"),
-        "grown": units("grown"),
+        "grown": units("grown") + units("restored"),
         "stood": line.get("stood") is True,
         "before": mean("accuracy_before"),
         "after": mean("accuracy_after"),

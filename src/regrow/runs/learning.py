@@ -239,6 +239,7 @@ def _change(
             "cut": {key: n for key, change in plan.changes.items() if (n := change.size - len(change.keep))},
             "dropped": list(plan.drop),
             "back": list(plan.back),
+            "restored": {key: n for key, change in plan.changes.items() if (n := len(change.restore))},
             "stood": bool(plan.origin.get("stood")),
             "accuracy_before": before,
             "accuracy_after": after,
