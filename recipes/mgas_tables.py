@@ -11,7 +11,8 @@ whole. Every arm ends at the same number of parameters that are not 0 (a share o
 where its two edges per node leave fewer), is trained anew for equally many epochs on training and validation part, and
 is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4
 random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
-one that is best on the validation part.
+one that is best on the validation part. *MGAS's shares of levels, blind*: operations, filters and weights go in the
+shares of MGAS's own row, without anything learned: the difference is what its choice of units is worth.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
@@ -45,12 +46,14 @@ class Arm:
         settings: Settings of the method.
         more: Settings of the run, where they differ.
         draws: How many networks are drawn, of which the best in validation is taken.
+        split: Whether each level bears the share of what goes that it bore in the row of MGAS of the same seed.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     draws: int = 1
+    split: bool = False
 
 
 MGAS = Arm("MGAS (reconstructed)")
@@ -60,6 +63,7 @@ ARMS = (
     Arm("random operations", {"what": "operations"}, BLIND),
     Arm("best of 4 random networks", {"what": "operations"}, BLIND, draws=4),
     Arm("uniform width", {"what": "filters"}, BLIND),
+    Arm("MGAS's shares of levels, blind", {"what": "operations,filters,weights"}, BLIND, split=True),
     Arm("DARTS, first order", {}, {"method": "darts"}),
     Arm("PC-DARTS", {"edges": True, "warm": 0.3, "lr": 2.9, "partial": 4}, {"method": "darts"}),
     Arm("PC-DARTS without partial channels", {"edges": True, "warm": 0.3, "lr": 2.9}, {"method": "darts"}),
@@ -98,13 +102,23 @@ def best(settings: Settings, place: Path, draws: int) -> Settings:
     return found[max(found)]
 
 
+def split(target: float, seed: int, args: argparse.Namespace) -> list[float]:
+    """The share of what goes that each level bore in the row of MGAS."""
+    told = {"setting": setting(args), "target": target, "arm": MGAS.name, "seed": seed}
+    row = next((row for row in rows(args.out) if told.items() <= row.items()), None)
+    if row is None:
+        raise SystemExit(f"there is no row of {MGAS.name} for seed {seed} yet: run it first")
+    return [saved / sum(row["saved"].values()) for saved in row["saved"].values()]
+
+
 def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """A row."""
     start, data = time.perf_counter(), args.fashion or args.cifar
     given: dict[str, Any] = {"space": args.space, "data": str(data), "target": f"{target:g}", "train": args.train}
     given |= {"epochs": args.epochs, "retrain": args.retrain, "stride": args.stride, "stages": args.stages}
     given |= {"cutout": args.cutout}
-    settings = Settings(**{**given, **arm.more, "method_settings": arm.settings, "seed": seed})
+    own = arm.settings | ({"split": split(target, seed, args)} if arm.split else {})
+    settings = Settings(**{**given, **arm.more, "method_settings": own, "seed": seed})
     place = args.work / setting(args) / f"{arm.name.replace(' ', '-')}-{target:g}-{seed}"
     if arm.draws > 1:
         settings = best(settings, place, arm.draws)

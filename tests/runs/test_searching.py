@@ -225,6 +225,25 @@ def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> Non
             network(replace(SETTINGS, space=space, stages=2), task)
 
 
+def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None:
+    own = {"what": "operations,filters,weights", "split": "0.5,0.3,0.2"}
+    given = SMALL | {"epochs": 0, "retrain": 1, "method": "blind", "method_settings": own}
+    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    told, levels = rows(folder, "test")[0], rows(folder, "levels")[0]
+    goes = sum(levels["saved"].values())
+    assert [levels["saved"][level] / goes for level in LEVELS] == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
+    assert 0.98 * levels["asked"] < levels["size"] <= levels["asked"]
+    assert told["nonzero"] == levels["size"] < told["parameters"]  # what is 0 stays 0 in the training anew
+    for wrong, words in (
+        ({"what": "filters,operations", "split": "0.5,0.5"}, "in this order"),
+        ({"what": "operations,filters"}, "split has a share"),
+        ({"what": "operations,filters", "split": "0.7,0.7"}, "1 in all; got 0.7, 0.7"),
+        ({"what": "layers"}, "what is of operations, filters, weights"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(Settings("cells:4-2-1", "digits", "0.4", **given | {"method_settings": wrong}), tmp_path / "wrong")
+
+
 @pytest.mark.parametrize("what", ["operations", "filters"])
 def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
