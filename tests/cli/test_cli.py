@@ -129,6 +129,7 @@ def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     assert code == 2 and "is a share" in err and not Path("other").exists()
     code, out, _ = regrow("methods", "mgas")
     assert code == 0 and "reconstructed" in out.lower() and "--set controller=dual" in out
+    assert "--set levels=operations,filters,weights" in out.replace("\n", "")
 
 
 def test_what_must_not_be_overlooked_in_a_search_is_noted(regrow: Run) -> None:

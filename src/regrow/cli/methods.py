@@ -50,6 +50,9 @@ def methods(name: str | None) -> None:
 
 
 def _shown(value: object) -> str:
+    """A default as one would write it behind ``--set``."""
+    if isinstance(value, tuple):
+        return ",".join(map(_shown, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
