@@ -29,6 +29,7 @@ from typing import Any
 from rows import add, difference, head, line, rows, spread
 
 import regrow
+from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.progress import silent
 from regrow.runs import RunFolder
@@ -125,11 +126,13 @@ def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> di
     folder = once(settings, place)
     seconds = time.perf_counter() - start if arm.draws > 1 else sum(folder.run()["seconds"].values())
     by = {row["what"]: row for row in folder.metrics()}
+    one = parts_of(settings).test.inputs[:1]
     return {
         "accuracy": by["test"]["accuracy"],
         "found": by["found"]["accuracy"],
         "parameters": by["test"]["parameters"],
         "nonzero": by["test"]["nonzero"],
+        "macs": macs(regrow.trace(regrow.load(folder.path), one)),
         "saved": {level: round(saved) for level, saved in by["levels"]["saved"].items()},
         "seconds": round(seconds),
     }
@@ -143,9 +146,10 @@ def shown(path: Path) -> Iterator[str]:
         whole = {row["seed"]: row["accuracy"] for row in own if row["arm"] == MGAS.name}
         names = ("", "test accuracy, %", "difference, paired", "as the search left it", "parameters, not 0", "stored")
         names += ("left out: operations, filters, weights", "s")
+        counted = all("macs" in row for row in own)
         seeds = ", ".join(map(str, sorted({row["seed"] for row in own})))
         yield f"\n{setting}, target {target:g} of the space, seeds {seeds}\n"
-        yield head(names)
+        yield head((*names, *["multiply–accumulates of an image, M"] * counted))
         for arm in ARMS:
             done = [row for row in own if row["arm"] == arm.name]
             if done:
@@ -160,6 +164,7 @@ def shown(path: Path) -> Iterator[str]:
                     ", ".join(saved),
                     f"{fmean(row['seconds'] for row in done):.0f}",
                 ]
+                cells += [f"{fmean(row['macs'] for row in done) / 1e6:.2f}"] * counted
                 yield line(cells)
 
 
