@@ -164,7 +164,8 @@ def shown(path: Path) -> Iterator[str]:
                     ", ".join(saved),
                     f"{fmean(row['seconds'] for row in done):.0f}",
                 ]
-                cells += [f"{fmean(row['macs'] for row in done) / 1e6:.2f}"] * counted
+                if counted:
+                    cells.append(f"{fmean(row['macs'] for row in done) / 1e6:.2f}")
                 yield line(cells)
 
 
