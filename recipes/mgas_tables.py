@@ -19,6 +19,7 @@ The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: 
 
 import argparse
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from datetime import date
@@ -29,6 +30,8 @@ from typing import Any
 from rows import add, difference, head, line, rows, spread
 
 import regrow
+from regrow.allocation.regrowth import kind_of
+from regrow.candidates import candidates_in
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.progress import silent
@@ -126,13 +129,14 @@ def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> di
     folder = once(settings, place)
     seconds = time.perf_counter() - start if arm.draws > 1 else sum(folder.run()["seconds"].values())
     by = {row["what"]: row for row in folder.metrics()}
-    one = parts_of(settings).test.inputs[:1]
+    one, net = parts_of(settings).test.inputs[:1], regrow.load(folder.path)
     return {
         "accuracy": by["test"]["accuracy"],
         "found": by["found"]["accuracy"],
         "parameters": by["test"]["parameters"],
         "nonzero": by["test"]["nonzero"],
-        "macs": macs(regrow.trace(regrow.load(folder.path), one)),
+        "macs": macs(regrow.trace(net, one)),
+        "kinds": Counter(kind_of(path) for paths in candidates_in(net).values() for path in paths),
         "saved": {level: round(saved) for level, saved in by["levels"]["saved"].items()},
         "seconds": round(seconds),
     }

@@ -269,6 +269,25 @@ def test_settings_that_say_nothing_are_refused():
             Settings(**wrong)
 
 
+def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_smaller(task, axes):
+    at, own = Stand(network(), axes, task, epochs=4), learner(floor=0.5)
+    own.begin(at)
+    thresholds = own.tensors["threshold ops"].values.requires_grad_()
+    own.masks(at, learning=True)
+    prices, here = own.gates.prices(), own.gates.runs
+    floor = 0.5 * prices[here].mean()
+    assert float(own._lifted()) == pytest.approx(float((floor - prices[here]).clamp_min(0).sum()))
+    own._lifted().backward()
+    pressed = thresholds.grad < 0  # a higher threshold makes less of it
+    assert torch.equal(pressed, here & (prices < floor)) and bool((prices[pressed] <= 1).any())
+    thresholds.requires_grad_(False)
+    ops = own.gates.ops
+    first = {kind: next(i for i, path in enumerate(ops) if path.endswith(f".{kind}_0")) for kind in ("max", "sep5")}
+    own.values["start"] = own.values["goal"] = 1e9
+    own.tensors["alpha"].values.data[[*first.values()]] = -50.0
+    assert [*own.commit(at).drop] == [ops[first["max"]]]  # what costs comes back, as long as it is allowed
+
+
 def test_candidates_within_candidates_are_refused(task):
     inner = Candidates({"one": nn.Conv2d(4, 4, 1), "same": nn.Identity()})
     outer = Candidates({"deep": nn.Sequential(inner, nn.ReLU()), "same": nn.Identity()})

@@ -36,6 +36,8 @@ def cut(found: Gates, masks: Masks, axes: AxisGraph) -> tuple[list[str], dict[st
 def spared(found: Gates, masks: Masks, allowed: float) -> Masks:
     """Masks under which no more goes than must: the nearest to their thresholds stay, as long as all that is allowed.
 
+    Operations that hold nothing but their scale go nevertheless, unless it is time that counts.
+
     Args:
         found: What may go.
         masks: What stands.
@@ -43,7 +45,8 @@ def spared(found: Gates, masks: Masks, allowed: float) -> Masks:
     """
     margins = torch.cat(masks.margins)
     here = torch.cat([found.alive & found.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
-    lost = (here & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
+    costs = torch.cat([~found.bare(), torch.ones_like(masks.filters, dtype=torch.bool)])
+    lost = (here & costs & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
     order = lost[margins[lost].argsort(descending=True)].tolist()
 
     def back(many: int) -> tuple[Tensor, Tensor]:

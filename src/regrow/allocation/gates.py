@@ -135,6 +135,11 @@ class Gates:
         """What each operation costs with all that it has, ``[operations]``."""
         return self.levels.price.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, self.levels.price)[:-1]
 
+    def bare(self) -> Tensor:
+        """The operations that hold nothing but their scale, such as pools, unless it is time that counts, as bool."""
+        many = torch.bincount(self.levels.ops, minlength=len(self.ops) + 1)[:-1]
+        return (many <= 1) & self.levels.by_weight
+
     def shares(self, masks: Masks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How much each operation that stands weighs in its node.
 

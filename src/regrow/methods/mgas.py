@@ -58,6 +58,8 @@ class Settings:
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
         press: λ; under ``feedback`` where it starts.
+        floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what one costs in
+            the mean (ours). At 0 hardly anything ever presses on a pool or a skip.
         reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
             their operations, and what is above the target at the very end.
         regrow: The share of a stage's dropped operations that comes back.
@@ -82,6 +84,7 @@ class Settings:
     ratios: tuple[float, ...] = ()
     gain: float = 40.0
     press: float = 0.0
+    floor: float = 0.0
     reprune: bool = True
     regrow: float = 0.2
     regrow_filters: float = 0.0
@@ -107,7 +110,7 @@ class Settings:
         for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
-        for name in ("gain", "press", "lr", "lr_threshold"):
+        for name in ("gain", "press", "floor", "lr", "lr_threshold"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
         if self.clip <= 0:
@@ -229,7 +232,7 @@ class Mgas(Searcher):
         if self.settings.controller == "dual":
             over = self.size_now() / self.allowed(at) - 1
             self.over = float(over.detach())
-            loss = loss + self.values["mu"] * over
+            loss = loss + self.values["mu"] * (over + self._lifted() / self.allowed(at))
         if self.values["lambda"]:
             own = [self.tensors[f"threshold {name}"].values for name in ("ops", "filters", "weights")]
             pressure = self.gates.pressure(self.now, self.tensors["alpha"].values, (own[0], own[1], own[2]))
@@ -238,6 +241,16 @@ class Mgas(Searcher):
             self.values["loss"] = [before[0] + float(plain.detach()), before[1] + float(pressed.detach())]
             loss = loss + pressed
         return loss
+
+    def _lifted(self) -> Tensor:
+        """By how much operations that stand cost less than the floor, with the gradients of their masks."""
+        assert self.gates is not None and self.now is not None
+        if not self.settings.floor:
+            return torch.zeros(())
+        prices = self.gates.prices()
+        here = self.gates.alive & self.gates.runs
+        floor = self.settings.floor * prices[here].mean()
+        return (self.now.ops * here * (floor - prices).clamp_min(0)).sum()
 
     def gate(self, at: Stand) -> None:
         """The network's own gradients are clipped; how far each α is pulled is remembered."""
