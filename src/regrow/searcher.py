@@ -52,6 +52,8 @@ class Searcher(Learner):
     """Whether thresholds learn."""
     shrinks: bool = False
     """Whether what stands becomes less while it learns, so that each epoch leaves a network of a size of its own."""
+    spares_bare: bool = True
+    """Whether a commit spares operations that hold nothing but their scale, as it does others."""
     timed: Timed | None = None
     """What entries and operations take of a pass, where time is what it may cost."""
     traced: int = 1
@@ -258,7 +260,7 @@ class Searcher(Learner):
         """What does not stand now goes."""
         assert self.gates is not None
         with torch.no_grad():
-            masks = spared(self.gates, self.masks(at), self.allowed(at))
+            masks = spared(self.gates, self.masks(at), self.allowed(at), self.spares_bare)
             drop, keep = cut(self.gates, masks, at.axes)
             saved = savings(self.gates, masks)
             if masks.over is not None:

@@ -276,7 +276,7 @@ def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_small
     own.masks(at, learning=True)
     prices, here = own.gates.prices(), own.gates.runs
     floor = 0.5 * prices[here].mean()
-    assert float(own._lifted()) == pytest.approx(float((floor - prices[here]).clamp_min(0).sum()))
+    assert float(own._lifted().detach()) == pytest.approx(float((floor - prices[here]).clamp_min(0).sum()))
     own._lifted().backward()
     pressed = thresholds.grad < 0  # a higher threshold makes less of it
     assert torch.equal(pressed, here & (prices < floor)) and bool((prices[pressed] <= 1).any())

@@ -33,20 +33,20 @@ def cut(found: Gates, masks: Masks, axes: AxisGraph) -> tuple[list[str], dict[st
     return drop, keep
 
 
-def spared(found: Gates, masks: Masks, allowed: float) -> Masks:
+def spared(found: Gates, masks: Masks, allowed: float, bare: bool = True) -> Masks:
     """Masks under which no more goes than must: the nearest to their thresholds stay, as long as all that is allowed.
-
-    Operations that hold nothing but their scale go nevertheless, unless it is time that counts.
 
     Args:
         found: What may go.
         masks: What stands.
         allowed: What the network may cost.
+        bare: Whether operations that hold nothing but their scale stay too, which fills nothing up.
     """
     margins = torch.cat(masks.margins)
     here = torch.cat([found.alive & found.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
-    costs = torch.cat([~found.bare(), torch.ones_like(masks.filters, dtype=torch.bool)])
-    lost = (here & costs & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
+    if not bare:
+        here[: len(found.ops)] &= ~found.bare()
+    lost = (here & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
     order = lost[margins[lost].argsort(descending=True)].tolist()
 
     def back(many: int) -> tuple[Tensor, Tensor]:

@@ -142,7 +142,7 @@ class Mgas(Searcher):
     def __post_init__(self) -> None:
         s = self.settings
         self.searched, self.ends, self.most, self.measure = s.levels, s.stages, s.target, Measure(s.measure)
-        self.learns, self.shrinks = s.controller != "ratios", True
+        self.learns, self.shrinks, self.spares_bare = s.controller != "ratios", True, not s.floor
 
     # Stages.
 
