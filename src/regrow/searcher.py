@@ -327,9 +327,8 @@ class Searcher(Learner):
         there, probe = replace(at, model=model, axes=axes), copy.copy(self)
         probe.values = copy.deepcopy(self.values)
         probe.tensors = {name: followed(one, at.axes, plan) for name, one in self.tensors.items()}
-        probe.tensors |= {
-            n: replace(one, values=one.values * 0) for n, one in probe.tensors.items() if "threshold" in n
-        }
+        for name in ("threshold ops", "threshold filters", "threshold weights"):
+            probe.tensors[name].values = torch.zeros_like(probe.tensors[name].values)
         probe.settle(there)
         places = {key: [axes[key].ids.index(one) for one in ids] for key, ids in lost.items()}
         for key, own in places.items():

@@ -264,6 +264,7 @@ def test_settings_that_say_nothing_are_refused():
         {"controller": "ratios"},
         {"lr": -3.0},
         {"clip": 0.0},
+        {"floor": 1.0, "controller": "feedback"},
     ):
         with pytest.raises(ValueError):
             Settings(**wrong)

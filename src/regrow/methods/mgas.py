@@ -113,6 +113,8 @@ class Settings:
         for name in ("gain", "press", "floor", "lr", "lr_threshold"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
+        if self.floor and self.controller != "dual":
+            raise ValueError(f"floor is of what μ presses on, and there is none under controller={self.controller}")
         if self.clip <= 0:
             raise ValueError(f"clip is a norm above 0; got {self.clip:g}")
         if self.revive not in ("old", "fresh"):
