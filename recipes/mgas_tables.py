@@ -65,6 +65,7 @@ BLIND = {"method": "blind", "epochs": 0}
 ARMS = (
     MGAS,
     Arm("random operations", {"what": "operations"}, BLIND),
+    Arm("random operations, all pools and skips", {"what": "operations", "keep_bare": True}, BLIND),
     Arm("best of 4 random networks", {"what": "operations"}, BLIND, draws=4),
     Arm("uniform width", {"what": "filters"}, BLIND),
     Arm("MGAS's shares of levels, blind", {"what": "operations,filters,weights"}, BLIND, split=True),

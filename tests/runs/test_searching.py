@@ -11,6 +11,7 @@ import torch
 
 import regrow
 from regrow import budget
+from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import Stages
 from regrow.budget import Measure
 from regrow.candidates import Candidates, candidates_in
@@ -251,6 +252,15 @@ def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
     told = rows(folder, "found")[0]
     whole = sum(p.numel() for p in network(SETTINGS, parts_of(SETTINGS).search)[0].parameters())
     assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_nothing(keeps: bool, tmp_path: Path) -> None:
+    own = {"what": "operations", "keep_bare": keeps}
+    given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": own}
+    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    left = [path for paths in candidates_in(regrow.load(folder.path)).values() for path in paths]
+    assert (len([path for path in left if kind_of(path) in ("avg", "max")]) == 8) == keeps
 
 
 @pytest.mark.parametrize("most", [1700, 4000])

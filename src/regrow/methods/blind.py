@@ -26,6 +26,7 @@ class Settings:
         what: ``operations``: they go in a drawn order until the target is met; ``filters``: every axis loses the same
             share of them; ``weights``: the smallest go. Several go in this order.
         split: Where they are several: the share of what goes that each bears; 1 in all.
+        keep_bare: Whether operations that hold nothing but their scale, such as pools, all stay.
         stages: The last part of the network; set by the run.
         seed: Of the order.
     """
@@ -34,6 +35,7 @@ class Settings:
     measure: str = "params"
     what: tuple[str, ...] = ("operations",)
     split: tuple[float, ...] = ()
+    keep_bare: bool = False
     stages: tuple[int, ...] = ()
     seed: int = 0
 
@@ -69,6 +71,9 @@ class Blind(Searcher):
         super().begin(at)
         order = replace(at, seed=self.settings.seed).drawn(11)
         drawn = torch.randn(len(self.tensors["alpha"].values), generator=order)
+        if self.settings.keep_bare:
+            assert self.gates is not None
+            drawn[self.gates.bare()] = 50.0
         self.tensors["alpha"].values = drawn
         self.evenly()
         self.masks(at)
