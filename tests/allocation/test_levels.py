@@ -117,7 +117,8 @@ def test_gradients_are_the_same_every_time_on_several_threads():
         masks = found.masks((a, ops), (b, filters), (flat, gone, weights))
         total = found.levels.size(masks.ops, masks.filters, masks.weights) / len(flat)
         total = total + found.levels.masked(flat, masks.filter_scale, masks.over).square().sum()
-        return torch.autograd.grad(total + found.pressure(masks, a, (ops, filters, weights)), given)
+        total = total + found.sharpness(masks, a) + found.lowness(masks, (ops, filters, weights))
+        return torch.autograd.grad(total, given)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(4)

@@ -1,4 +1,4 @@
-"""DARTS: which half moves what, two edges per node, the target, stopped and resumed."""
+"""DARTS: which half moves what, two edges per node, the target."""
 
 import copy
 
@@ -16,7 +16,6 @@ from regrow.learner import Stand
 from regrow.methods.darts import Darts, Settings
 from regrow.nets.cells import Cells, operation, whole
 from regrow.nets.small import small
-from regrow.runs.courses import read_course, write_course
 from regrow.runs.learning import Schedule, changed, learn
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
@@ -256,33 +255,6 @@ def test_with_partial_channels_what_is_left_is_whole_and_answers_as_its_masks_di
         masked = own.asked(at, task.test.inputs)
     own.baked(at)
     assert torch.equal(net.upto(task.test.inputs, 1), masked)
-
-
-@pytest.mark.parametrize("more", [{}, {"edges": True, "warm": 0.5}, {"edges": True, "partial": 2}])
-def test_killed_and_resumed_is_never_stopped(task, axes, more, tmp_path):
-    straight, net = learner(**more), network()
-    here, course = learn(net, axes, [task], straight, SCHEDULE)
-    at = Stand(net, here, task, 0, SCHEDULE.epochs, SCHEDULE.epochs)
-    place = tmp_path / "course.safetensors"
-    for last in (1, 2):
-        own, net = learner(**more), network()
-
-        def stop(now, _, own=own, last=last, net=net):
-            write_course(place, net, own, now)
-            if now.epoch == last:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            learn(net, axes, [task], own, SCHEDULE, on_epoch=stop)
-        again, net = learner(**more), network()
-        here, stood = read_course(place, net, axes, again)
-        here, stood = learn(net, here, [task], again, SCHEDULE, course=stood)
-        assert stood.rows == course.rows
-        assert again.values["history"] == straight.values["history"]
-        for name, value in at.model.state_dict().items():
-            assert torch.equal(net.state_dict()[name], value), (last, name)
-        for name in {"alpha", "beta"} & straight.tensors.keys():
-            assert torch.equal(again.tensors[name].values, straight.tensors[name].values)
 
 
 def test_a_collapse_to_skips_is_told(run):

@@ -1,4 +1,4 @@
-"""GOLD-NAS-like: what goes when, under which pressure, to the target and no further, stopped and resumed."""
+"""GOLD-NAS-like: what goes when, under which pressure, to the target and no further."""
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
-from regrow.runs.courses import read_course, write_course
 from regrow.runs.learning import Schedule, changed, learn
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
@@ -157,28 +156,6 @@ def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     assert torch.equal(net.upto(task.test.inputs, 1), masked)
     assert own.values["saved"]["filters"] == own.values["saved"]["weights"] == 0
     assert {*candidates_in(net)} == {*candidates_in(network())}  # each node is still there
-
-
-def test_killed_and_resumed_is_never_stopped(task, axes, tmp_path):
-    straight, net = learner(), network()
-    _, course = learn(net, axes, [task], straight, SCHEDULE)
-    whole_state, place = net.state_dict(), tmp_path / "course.safetensors"
-    for last in (1, 3, 4):
-        own, net = learner(), network()
-
-        def stop(now, _, own=own, last=last, net=net):
-            write_course(place, net, own, now)
-            if now.epoch == last:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            learn(net, axes, [task], own, SCHEDULE, on_epoch=stop)
-        again, net = learner(), network()
-        here, stood = read_course(place, net, axes, again)
-        learn(net, here, [task], again, SCHEDULE, course=stood)
-        assert stood.rows == course.rows and again.values == straight.values
-        for name, value in whole_state.items():
-            assert torch.equal(net.state_dict()[name], value), (last, name)
 
 
 def test_what_says_nothing_is_refused(task, axes):

@@ -1,4 +1,4 @@
-"""MGAS: three levels searched together, cut exactly, stopped and resumed."""
+"""MGAS: three levels searched together, cut exactly."""
 
 import copy
 from dataclasses import replace
@@ -16,7 +16,6 @@ from regrow.methods.mgas import Mgas, Settings
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
 from regrow.plan import Plan
-from regrow.runs.courses import read_course, write_course
 from regrow.runs.learning import Schedule, changed, learn
 from regrow.runs.movers import Movers
 from regrow.surgery.stand_in import standing_in
@@ -189,33 +188,6 @@ def test_filters_come_back_where_the_loss_pulls_most(task, axes, monkeypatch):
     assert {key: change.restore for key, change in plan.changes.items()} == {keys[1]: (0,)}
 
 
-@pytest.mark.parametrize("revive", ["fresh", "old"])
-def test_killed_and_resumed_is_never_stopped(task, axes, tmp_path, revive):
-    more = {"revive": revive, "regrow_filters": 0.5, "regrow_weights": 0.3}
-    straight = learner(**more)
-    at, course = searched(task, axes, straight)
-    place = tmp_path / "course.safetensors"
-    for last in (2, 3, 4):  # before and after the stages change
-        own, net = learner(**more), network()
-
-        def stop(now, _, own=own, last=last, net=net):
-            write_course(place, net, own, now)
-            if now.epoch == last:
-                raise KeyboardInterrupt
-
-        with pytest.raises(KeyboardInterrupt):
-            learn(net, axes, [task], own, SCHEDULE, on_epoch=stop)
-        again, net = learner(**more), network()
-        here, stood = read_course(place, net, axes, again)
-        here, stood = learn(net, here, [task], again, SCHEDULE, course=stood)
-        assert stood.rows == course.rows
-        assert again.values["history"] == straight.values["history"]
-        for name, value in at.model.state_dict().items():
-            assert torch.equal(net.state_dict()[name], value), (last, name)
-        for name, one in straight.tensors.items():
-            assert torch.equal(again.tensors[name].values, one.values), (last, name)
-
-
 @pytest.mark.parametrize("level", ["operations", "filters", "weights"])
 def test_one_level_alone_leaves_the_others_whole(task, axes, level):
     own = learner(levels=(level,), target=5200.0 if level == "operations" else 4000.0, regrow=0.0)
@@ -242,6 +214,43 @@ def test_the_authors_controller_raises_its_pressure(task, axes):
     assert own.values["lambda"] > 0 and own.values["mu"] == 0
 
 
+def test_beside_the_dual_ascent_each_node_is_pressed_towards_few_operations(task, axes):
+    at, own = Stand(network(), axes, task, epoch=1, epochs=4), learner(press=0.1)
+    own.begin(at)
+    alpha = own.tensors["alpha"].values
+    alpha.data = torch.randn(len(alpha), generator=torch.Generator().manual_seed(0))
+    alpha.requires_grad_()
+    thresholds = own.tensors["threshold ops"].values.requires_grad_()
+    own.masks(at, learning=True)
+    batch, found = Examples(task.train.inputs[:20], task.train.labels[:20]), own.gates
+    here, node = found.runs, found.node
+    a = alpha.detach().sigmoid()
+    n, total = (torch.zeros(len(a)).index_add(0, node, one)[node] for one in (here.float(), a * here))
+    more = 0.1 * torch.log1p(n * a / total)[here].sum()
+
+    def loss(press):
+        own.values["lambda"] = press
+        torch.manual_seed(0)
+        return own.loss(at, batch)
+
+    assert float((loss(0.1) - loss(0.0)).detach()) == pytest.approx(float(more), rel=1e-3)
+    one, other = torch.autograd.grad(found.sharpness(own.now, alpha), (alpha, thresholds), allow_unused=True)
+    assert other is None
+    for own_node in node[here].unique():
+        among = (here & (node == own_node)).nonzero()[:, 0]
+        assert float(one[among[a[among].argmin()]]) > 0 > float(one[among[a[among].argmax()]])
+
+
+def test_thresholds_of_a_level_can_be_told_to_learn_slower(task, axes):
+    at, own = (
+        Stand(network(), axes, task, epochs=4, steps=3),
+        learner(levels=("operations", "weights"), paces=(1.0, 0.5)),
+    )
+    own.begin(at)
+    rate = {name: own.tensors[f"threshold {name}"].lr for name in ("ops", "filters", "weights")}
+    assert rate["ops"] == rate["filters"] == 2 * rate["weights"] > 0
+
+
 def test_filters_and_weights_of_ones_own_network(task):
     net = small("resnet:4-2", (1, 8, 8), 10)[0]
     axes = trace(net, torch.zeros(2, 1, 8, 8))
@@ -265,6 +274,8 @@ def test_settings_that_say_nothing_are_refused():
         {"lr": -3.0},
         {"clip": 0.0},
         {"floor": 1.0, "controller": "feedback"},
+        {"paces": (1.0, 0.5)},
+        {"paces": (1.0, -0.5, 1.0)},
     ):
         with pytest.raises(ValueError):
             Settings(**wrong)
@@ -276,8 +287,8 @@ def test_what_costs_nothing_is_pressed_on_and_goes_though_it_makes_nothing_small
     thresholds = own.tensors["threshold ops"].values.requires_grad_()
     own.masks(at, learning=True)
     prices, here = own.gates.prices(), own.gates.runs
-    floor = 0.5 * prices[here].mean()
-    assert float(own._lifted().detach()) == pytest.approx(float((floor - prices[here]).clamp_min(0).sum()))
+    floor = torch.stack([0.5 * prices[(own.gates.node == node) & (prices > 1)].mean() for node in own.gates.node])
+    assert float(own._lifted().detach()) == pytest.approx(float((floor - prices)[here].clamp_min(0).sum()))
     own._lifted().backward()
     pressed = thresholds.grad < 0  # a higher threshold makes less of it
     assert torch.equal(pressed, here & (prices < floor)) and bool((prices[pressed] <= 1).any())

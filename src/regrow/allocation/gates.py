@@ -135,6 +135,14 @@ class Gates:
         """What each operation costs with all that it has, ``[operations]``."""
         return self.levels.price.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, self.levels.price)[:-1]
 
+    def typical(self) -> Tensor:
+        """What an operation of the same node costs in the mean, of those that hold more than their scale; or 0."""
+        counted = self.alive & ~self.bare()
+        total, many = self.levels.price.new_zeros(2, len(self.ops))
+        total = total.index_add(0, self.node[counted], self.prices()[counted])
+        many = many.index_add(0, self.node[counted], torch.ones_like(self.prices()[counted]))
+        return (total / many.clamp_min(1))[self.node]
+
     def bare(self) -> Tensor:
         """The operations that hold nothing but their scale, such as pools, unless it is time that counts, as bool."""
         many = torch.bincount(self.levels.ops, minlength=len(self.ops) + 1)[:-1]
@@ -157,21 +165,31 @@ class Gates:
         many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
         return stands, share / total.index_select(0, node), many[node]
 
-    def pressure(self, masks: Masks, alpha: Tensor, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node; and Σ exp(−t).
+    def sharpness(self, masks: Masks, alpha: Tensor) -> Tensor:
+        """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node: least where one has all.
 
         Args:
             masks: What stands.
             alpha: Of every operation.
+
+        Source: the authors' code (model_search.py; there of GOLD-NAS), with N of each node its own.
+        """
+        _, share, many = self.shares(masks, alpha)
+        return torch.log1p(many * share).sum()
+
+    def lowness(self, masks: Masks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Σ exp(−t) over the thresholds of what stands.
+
+        Args:
+            masks: What stands.
             thresholds: Of operations, of the filters of ``keys``, and of the weights in each operation.
 
-        Source: the authors' code (model_search.py), with N of each node its own.
+        Source: the authors' code (model_search.py; there of Dynamic Sparse Training).
         """
-        stands, share, many = self.shares(masks, alpha)
+        stands = (masks.ops.detach() > 0) & self.alive & self.runs
         ops, filters, weights = thresholds
-        parts = [torch.log1p(many * share), torch.exp(-ops.index_select(0, self.tied[stands]))]
-        parts += [torch.exp(-filters[self.axis.unique()]), torch.exp(-weights[:-1][stands])]
-        return torch.cat(parts).sum()
+        own = [ops.index_select(0, self.tied[stands]), filters[self.axis.unique()], weights[:-1][stands]]
+        return torch.exp(-torch.cat(own)).sum()
 
     def _last(self, margin: Tensor) -> Tensor:
         """The operations that stay because all others of a needed set go."""
