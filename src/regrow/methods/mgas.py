@@ -58,7 +58,7 @@ class Settings:
         controller: ``dual``, ``feedback`` or ``ratios``.
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
-        press: λ, under ``feedback`` where it starts. Under ``dual`` 0.01 to 0.05 leave nodes with fewer operations each.
+        press: λ, under ``feedback`` where it starts. Under ``dual`` 0.01 to 0.05 leave fewer operations per node.
         floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
             node that hold more than a scale cost in the mean (ours). At 0 hardly anything presses on a pool or a skip.
         reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
