@@ -64,6 +64,7 @@ MGAS = Arm("MGAS (reconstructed)")
 BLIND = {"method": "blind", "epochs": 0}
 ARMS = (
     MGAS,
+    Arm("MGAS, fewer operations per node", {"floor": 1.0, "press": 0.05, "paces": (1.0, 0.25, 1.0)}),
     Arm("random operations", {"what": "operations"}, BLIND),
     Arm("random operations, all pools and skips", {"what": "operations", "keep_bare": True}, BLIND),
     Arm("best of 4 random networks", {"what": "operations"}, BLIND, draws=4),
