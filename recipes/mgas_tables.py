@@ -11,8 +11,11 @@ whole. Every arm ends at the same number of parameters that are not 0 (a share o
 where its two edges per node leave fewer), is trained anew for equally many epochs on training and validation part, and
 is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4
 random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
-one that is best on the validation part. *MGAS's shares of levels, blind*: operations, filters and weights go in the
-shares of MGAS's own row, without anything learned: the difference is what its choice of units is worth.
+one that is best on the validation part. *All pools and identities*: operations that hold nothing but their scale stay
+all, whatever else is drawn. *Fewer operations per node*: a floor for what these cost, the authors' λ on shares within a
+node, and thresholds of filters that learn at a quarter of the rate; settings chosen by ``mgas_choice.py``. *MGAS's
+shares of levels, blind*: operations, filters and weights go in the shares of MGAS's own row, without anything learned:
+the difference is what its choice of units is worth.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
@@ -66,7 +69,7 @@ ARMS = (
     MGAS,
     Arm("MGAS, fewer operations per node", {"floor": 1.0, "press": 0.05, "paces": (1.0, 0.25, 1.0)}),
     Arm("random operations", {"what": "operations"}, BLIND),
-    Arm("random operations, all pools and skips", {"what": "operations", "keep_bare": True}, BLIND),
+    Arm("random operations, all pools and identities", {"what": "operations", "keep_bare": True}, BLIND),
     Arm("best of 4 random networks", {"what": "operations"}, BLIND, draws=4),
     Arm("uniform width", {"what": "filters"}, BLIND),
     Arm("MGAS's shares of levels, blind", {"what": "operations,filters,weights"}, BLIND, split=True),

@@ -214,38 +214,47 @@ def test_the_authors_controller_raises_its_pressure(task, axes):
     assert own.values["lambda"] > 0 and own.values["mu"] == 0
 
 
-def test_beside_the_dual_ascent_each_node_is_pressed_towards_few_operations(task, axes):
-    at, own = Stand(network(), axes, task, epoch=1, epochs=4), learner(press=0.1)
+@pytest.mark.parametrize("controller", ["dual", "feedback"])
+def test_pressure_is_towards_few_operations_per_node_and_high_thresholds_where_nothing_else_is(task, axes, controller):
+    at, own = Stand(network(), axes, task, epoch=1, epochs=4), learner(press=0.1, controller=controller)
     own.begin(at)
-    alpha = own.tensors["alpha"].values
-    alpha.data = torch.randn(len(alpha), generator=torch.Generator().manual_seed(0))
-    alpha.requires_grad_()
-    thresholds = own.tensors["threshold ops"].values.requires_grad_()
+    names = ("alpha", "threshold ops", "threshold filters", "threshold weights")
+    alpha, ops, filters, weights = learned = [own.tensors[name].values for name in names]
+    generator = torch.Generator().manual_seed(0)
+    alpha.data = torch.randn(len(alpha), generator=generator)
+    for one in learned:
+        one.requires_grad_()
     own.masks(at, learning=True)
     batch, found = Examples(task.train.inputs[:20], task.train.labels[:20]), own.gates
     here, node = found.runs, found.node
     a = alpha.detach().sigmoid()
     n, total = (torch.zeros(len(a)).index_add(0, node, one)[node] for one in (here.float(), a * here))
-    more = 0.1 * torch.log1p(n * a / total)[here].sum()
+    more = torch.log1p(n * a / total)[here].sum()
+    if controller == "feedback":
+        more += sum(
+            torch.exp(-one.detach()).sum() for one in (ops[here], filters[found.axis.unique()], weights[:-1][here])
+        )
 
     def loss(press):
         own.values["lambda"] = press
         torch.manual_seed(0)
         return own.loss(at, batch)
 
-    assert float((loss(0.1) - loss(0.0)).detach()) == pytest.approx(float(more), rel=1e-3)
-    one, other = torch.autograd.grad(found.sharpness(own.now, alpha), (alpha, thresholds), allow_unused=True)
-    assert other is None
+    pressed = loss(0.1) - loss(0.0)
+    assert float(pressed.detach()) == pytest.approx(0.1 * float(more), rel=1e-3)
+    slope, *steep = torch.autograd.grad(pressed, learned)
+    raised = [bool((one < -1e-3).any()) for one in steep]
+    assert raised == [controller == "feedback"] * 3
+    if controller == "dual":  # what stands in the loss twice leaves rounding
+        assert all(float(one.abs().max()) < 1e-5 for one in steep)
     for own_node in node[here].unique():
         among = (here & (node == own_node)).nonzero()[:, 0]
-        assert float(one[among[a[among].argmin()]]) > 0 > float(one[among[a[among].argmax()]])
+        assert float(slope[among[a[among].argmin()]]) > 0 > float(slope[among[a[among].argmax()]])
 
 
 def test_thresholds_of_a_level_can_be_told_to_learn_slower(task, axes):
-    at, own = (
-        Stand(network(), axes, task, epochs=4, steps=3),
-        learner(levels=("operations", "weights"), paces=(1.0, 0.5)),
-    )
+    own = learner(levels=("operations", "weights"), paces=(1.0, 0.5))
+    at = Stand(network(), axes, task, epochs=4, steps=3)
     own.begin(at)
     rate = {name: own.tensors[f"threshold {name}"].lr for name in ("ops", "filters", "weights")}
     assert rate["ops"] == rate["filters"] == 2 * rate["weights"] > 0
@@ -276,6 +285,7 @@ def test_settings_that_say_nothing_are_refused():
         {"floor": 1.0, "controller": "feedback"},
         {"paces": (1.0, 0.5)},
         {"paces": (1.0, -0.5, 1.0)},
+        {"controller": "ratios", "ratios": (0.5, 0.5, 0.5), "press": 0.1},
     ):
         with pytest.raises(ValueError):
             Settings(**wrong)

@@ -240,6 +240,7 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
         ({"what": "operations,filters"}, "split has a share"),
         ({"what": "operations,filters", "split": "0.7,0.7"}, "1 in all; got 0.7, 0.7"),
         ({"what": "layers"}, "what is of operations, filters, weights"),
+        ({"what": "filters", "keep_bare": True}, "keep_bare is of operations"),
     ):
         with pytest.raises(ValueError, match=words):
             run(Settings("cells:4-2-1", "digits", "0.4", **given | {"method_settings": wrong}), tmp_path / "wrong")
@@ -255,7 +256,7 @@ def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keeps", [False, True])
-def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_nothing(keeps: bool, tmp_path: Path) -> None:
+def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_no_weights(keeps: bool, tmp_path: Path) -> None:
     own = {"what": "operations", "keep_bare": keeps}
     given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": own}
     folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")

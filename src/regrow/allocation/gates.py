@@ -136,12 +136,12 @@ class Gates:
         return self.levels.price.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, self.levels.price)[:-1]
 
     def typical(self) -> Tensor:
-        """What an operation of the same node costs in the mean, of those that hold more than their scale; or 0."""
+        """What operations of the same node that hold more than their scale cost in the mean, ``[operations]``; or 0."""
         counted = self.alive & ~self.bare()
-        total, many = self.levels.price.new_zeros(2, len(self.ops))
-        total = total.index_add(0, self.node[counted], self.prices()[counted])
-        many = many.index_add(0, self.node[counted], torch.ones_like(self.prices()[counted]))
-        return (total / many.clamp_min(1))[self.node]
+        node, n = self.node[counted], len(self.ops)
+        prices = self.prices()[counted]
+        total = prices.new_zeros(n).index_add(0, node, prices)
+        return (total / torch.bincount(node, minlength=n).clamp_min(1)).index_select(0, self.node)
 
     def bare(self) -> Tensor:
         """The operations that hold nothing but their scale, such as pools, unless it is time that counts, as bool."""
@@ -165,14 +165,16 @@ class Gates:
         many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
         return stands, share / total.index_select(0, node), many[node]
 
-    def sharpness(self, masks: Masks, alpha: Tensor) -> Tensor:
+    def evenness(self, masks: Masks, alpha: Tensor) -> Tensor:
         """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node: least where one has all.
+
+        Greatest where all have the same.
 
         Args:
             masks: What stands.
             alpha: Of every operation.
 
-        Source: the authors' code (model_search.py; there of GOLD-NAS), with N of each node its own.
+        Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
         _, share, many = self.shares(masks, alpha)
         return torch.log1p(many * share).sum()
@@ -184,7 +186,7 @@ class Gates:
             masks: What stands.
             thresholds: Of operations, of the filters of ``keys``, and of the weights in each operation.
 
-        Source: the authors' code (model_search.py; there of Dynamic Sparse Training).
+        Source: the authors' code (model_search.py, after Dynamic Sparse Training).
         """
         stands = (masks.ops.detach() > 0) & self.alive & self.runs
         ops, filters, weights = thresholds

@@ -26,7 +26,7 @@ class Settings:
         what: ``operations``: they go in a drawn order until the target is met; ``filters``: every axis loses the same
             share of them; ``weights``: the smallest go. Several go in this order.
         split: Where they are several: the share of what goes that each bears; 1 in all.
-        keep_bare: Whether operations that hold nothing but their scale, such as pools, all stay.
+        keep_bare: Whether operations that hold nothing but their scale, such as pools, go last.
         stages: The last part of the network; set by the run.
         seed: Of the order.
     """
@@ -47,6 +47,8 @@ class Settings:
         ):
             told = ", ".join(f"{share:g}" for share in self.split) or "none"
             raise ValueError(f"split has a share of what goes for each of {', '.join(self.what)}, 1 in all; got {told}")
+        if self.keep_bare and ("operations" not in self.what or self.measure == Measure.TIME):
+            raise ValueError("keep_bare is of operations, and of a target that some cost nothing of: not of ms")
         Measure(self.measure)
 
 

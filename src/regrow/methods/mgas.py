@@ -14,9 +14,9 @@ stand in the place of the network's own numbers while all of it, thresholds incl
     cross-entropy + μ (size / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
 
 size counts what all three masks leave, and less and less is allowed until the target. Under ``dual`` μ follows the
-excess (ours), which raises thresholds in the place of the last sum, and λ stays; under ``feedback`` μ is 0 and λ
-follows the authors' controller; under ``ratios`` each level is told its share (a control). Filters are those of an
-axis, so what is masked can always be cut.
+excess (ours), and λ stays, without its second sum, since μ raises thresholds; under ``feedback`` μ is 0 and λ follows
+the authors' controller; under ``ratios`` each level is told its share (a control). Filters are those of an axis, so
+what is masked can always be cut.
 
 Every other epoch what is masked is cut out of the network. A stage runs the network up to one of its classifiers; when
 the next one begins, thresholds start anew and a share of the operations dropped since comes back, by the authors' draw.
@@ -42,6 +42,9 @@ CITATION = (
     "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from its abstract and the authors' public code"
 )
 
+THRESHOLDS = {"operations": "ops", "filters": "filters", "weights": "weights"}
+"""Level → what its thresholds are called."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -58,9 +61,10 @@ class Settings:
         controller: ``dual``, ``feedback`` or ``ratios``.
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
-        press: λ, under ``feedback`` where it starts. Under ``dual`` 0.01 to 0.05 leave fewer operations per node.
+        press: λ, under ``feedback`` where it starts. Under ``dual`` it leaves fewer operations per node.
         floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
-            node that hold more than a scale cost in the mean (ours). At 0 hardly anything presses on a pool or a skip.
+            node that hold more than a scale cost in the mean, if there are any (ours). At 0 hardly anything presses on
+            a pool or a skip.
         reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
             their operations, and what is above the target at the very end.
         regrow: The share of a stage's dropped operations that comes back.
@@ -69,7 +73,7 @@ class Settings:
         revive: ``old``: operations come back with what they held; ``fresh``: drawn anew, as the authors do.
         lr: Of α and κ: how far they could go in the joint epochs of a stage.
         lr_threshold: Of thresholds: how far they could go.
-        paces: How fast the thresholds of each level learn, as shares of that, in the order of ``levels``; none: alike.
+        paces: By what that is multiplied for each level, in the order of ``levels``; none: by 1.
         clip: Most norm of the gradient of the network's own parameters.
         augment: Whether pictures are moved and mirrored.
         seed: Of everything drawn.
@@ -118,6 +122,8 @@ class Settings:
                 raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
         if self.floor and self.controller != "dual":
             raise ValueError(f"floor is of what μ presses on, and there is none under controller={self.controller}")
+        if self.controller == "ratios" and (self.paces or self.press):
+            raise ValueError("under ratios each level is told its share: paces and press mean nothing")
         if self.paces and (len(self.paces) != len(self.levels) or min(self.paces) < 0):
             raise ValueError(f"paces has one number per level, 0 or more, {len(self.levels)}; got {self.paces}")
         if self.clip <= 0:
@@ -207,9 +213,9 @@ class Mgas(Searcher):
         """Everything is kept."""
         super().begin(at)
         self.earlier = None
-        names = dict(zip(LEVELS, ("ops", "filters", "weights"), strict=True))
-        for level, pace in zip(self.settings.levels, self.settings.paces, strict=False):
-            self.tensors[f"threshold {names[level]}"].lr = pace * self.rates(at)[1]
+        if self.settings.paces:
+            for level, pace in zip(self.settings.levels, self.settings.paces, strict=True):
+                self.tensors[f"threshold {THRESHOLDS[level]}"].lr = pace * self.rates(at)[1]
         self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
         self._start(at, 0)
 
@@ -217,7 +223,7 @@ class Mgas(Searcher):
         """A stage begins: thresholds anew, and its goal."""
         self.values |= {"stage": stage, "mu": 0.0, "dropped": [], "fallen": {}, "step": 1e-5}
         self.values |= {"lambda": self.settings.press, "cap": 100.0}
-        for name in ("ops", "filters", "weights"):
+        for name in THRESHOLDS.values():
             self.tensors[f"threshold {name}"].values.data.zero_()
         self.settle(at)
         self.values["start"] = self.size()
@@ -244,10 +250,10 @@ class Mgas(Searcher):
             self.over = float(over.detach())
             loss = loss + self.values["mu"] * (over + self._lifted() / self.allowed(at))
         if self.values["lambda"]:
-            own = [self.tensors[f"threshold {name}"].values for name in ("ops", "filters", "weights")]
-            pressure = self.gates.sharpness(self.now, self.tensors["alpha"].values)
+            pressure = self.gates.evenness(self.now, self.tensors["alpha"].values)
             if self.settings.controller == "feedback":  # μ is what raises thresholds otherwise
-                pressure = pressure + self.gates.lowness(self.now, (own[0], own[1], own[2]))
+                ops, filters, weights = (self.tensors[f"threshold {name}"].values for name in THRESHOLDS.values())
+                pressure = pressure + self.gates.lowness(self.now, (ops, filters, weights))
             pressed = self.values["lambda"] * pressure
             before = self.values["loss"]
             self.values["loss"] = [before[0] + float(plain.detach()), before[1] + float(pressed.detach())]

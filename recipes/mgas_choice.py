@@ -1,0 +1,89 @@
+"""By which pictures settings of a search are chosen: training pictures that no run of that seed has seen, never tests.
+
+    python recipes/mgas_choice.py --work FOLDER --cifar PICTURES
+    python recipes/mgas_choice.py --show
+
+FOLDER has finished runs of ``regrow search``, such as those of one setting of ``mgas_tables.py``. The trained network
+of each is asked about 10,000 pictures of the training folder that are not among those which its seed drew: it has not
+learned from them, and they are in no table of results.
+"""
+
+import argparse
+from collections.abc import Iterator
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from rows import add, head, line, rows
+
+import regrow
+from regrow.data import streams
+from regrow.evaluation.continual import share_right
+from regrow.runs import RunFolder
+from regrow.runs.searching import Settings, parts_of
+from regrow.tasks import Examples
+
+OUT = Path(__file__).parent / "results" / "mgas_choice.jsonl"
+
+
+def others(settings: Settings, many: int) -> Examples:
+    """Training pictures that a run did not draw."""
+    own = {one.numpy().tobytes() for one in parts_of(settings).whole.train.inputs}
+    drawn = streams.of(settings.data, 4 * settings.train, 1, settings.seed).train
+    new = [i for i, one in enumerate(drawn.inputs) if one.numpy().tobytes() not in own][:many]
+    return Examples(drawn.inputs[new], drawn.labels[new])
+
+
+def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
+    """A row."""
+    settings = Settings.from_json(folder.run()["settings"] | {"data": data, "test": 1})
+    unseen, net = others(settings, many), regrow.load(folder.path)
+    return {
+        "space": settings.space,
+        "method": settings.method,
+        "settings": settings.method_settings,
+        "seed": settings.seed,
+        "pictures": len(unseen),
+        "unseen": share_right(net, unseen),
+        "learned": share_right(net, parts_of(settings).whole.train),
+    }
+
+
+def shown(path: Path) -> Iterator[str]:
+    """The table in Markdown."""
+    yield head(["", "seed", "unseen training pictures, %", "those learned from, %"])
+    for row in rows(path):
+        told = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        yield line(
+            [
+                f"{row['method']} {told}".strip(),
+                str(row["seed"]),
+                *(f"{100 * row[n]:.1f}" for n in ("unseen", "learned")),
+            ]
+        )
+
+
+def main() -> None:
+    """Ask what is there, or show the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, help="folder of runs")
+    parser.add_argument("--cifar", help="pictures as train/CLASS/…")
+    parser.add_argument("--pictures", type=int, default=10_000, help="how many")
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--show", action="store_true", help="print the table")
+    args = parser.parse_args()
+    if args.show:
+        print("\n".join(shown(args.out)))
+        return
+    there = {row["run"] for row in rows(args.out)}
+    for place in sorted(args.work.iterdir()):
+        if place.name not in there and (place / "run.json").is_file():
+            folder = RunFolder.open(place)
+            if folder.run().get("finished"):
+                row = {"run": place.name} | asked(folder, args.cifar, args.pictures) | {"date": str(date.today())}
+                add(args.out, row)
+                print(f"{place.name}: {row['unseen']:.4f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
