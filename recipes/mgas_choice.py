@@ -49,11 +49,22 @@ def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     }
 
 
+def said(value: Any) -> str:
+    """A setting as the command line has it.
+
+    >>> said([1.0, 0.6470638]), said("filters")
+    ('1,0.647', 'filters')
+    """
+    if isinstance(value, list):
+        return ",".join(map(said, value))
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
 def shown(path: Path) -> Iterator[str]:
     """The table in Markdown."""
     yield head(["", "seed", "unseen training pictures, %", "those learned from, %"])
     for row in rows(path):
-        told = ", ".join(f"{name}={value}" for name, value in row["settings"].items())
+        told = " ".join(f"{name}={said(value)}" for name, value in row["settings"].items())
         yield line(
             [
                 f"{row['method']} {told}".strip(),
