@@ -26,18 +26,21 @@ from regrow.tasks import Examples
 OUT = Path(__file__).parent / "results" / "mgas_choice.jsonl"
 
 
-def others(settings: Settings, many: int) -> Examples:
+def others(settings: Settings, learned: Examples, many: int) -> Examples:
     """Training pictures that a run did not draw."""
-    own = {one.numpy().tobytes() for one in parts_of(settings).whole.train.inputs}
+    own = {one.numpy().tobytes() for one in learned.inputs}
     drawn = streams.of(settings.data, 4 * settings.train, 1, settings.seed).train
     new = [i for i, one in enumerate(drawn.inputs) if one.numpy().tobytes() not in own][:many]
+    if not new:
+        raise SystemExit(f"a run of --train {settings.train} leaves no training pictures that it did not learn from")
     return Examples(drawn.inputs[new], drawn.labels[new])
 
 
 def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     """A row."""
     settings = Settings.from_json(folder.run()["settings"] | {"data": data, "test": 1})
-    unseen, net = others(settings, many), regrow.load(folder.path)
+    learned, net = parts_of(settings).whole.train, regrow.load(folder.path)
+    unseen = others(settings, learned, many)
     return {
         "space": settings.space,
         "method": settings.method,
@@ -45,7 +48,7 @@ def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
         "seed": settings.seed,
         "pictures": len(unseen),
         "unseen": share_right(net, unseen),
-        "learned": share_right(net, parts_of(settings).whole.train),
+        "learned": share_right(net, learned),
     }
 
 
@@ -65,13 +68,8 @@ def shown(path: Path) -> Iterator[str]:
     yield head(["", "seed", "unseen training pictures, %", "those learned from, %"])
     for row in rows(path):
         told = " ".join(f"{name}={said(value)}" for name, value in row["settings"].items())
-        yield line(
-            [
-                f"{row['method']} {told}".strip(),
-                str(row["seed"]),
-                *(f"{100 * row[n]:.1f}" for n in ("unseen", "learned")),
-            ]
-        )
+        right = (f"{100 * row[name]:.1f}" for name in ("unseen", "learned"))
+        yield line([f"{row['method']} {told}".strip(), str(row["seed"]), *right])
 
 
 def main() -> None:
@@ -86,6 +84,8 @@ def main() -> None:
     if args.show:
         print("\n".join(shown(args.out)))
         return
+    if not (args.work and args.cifar):
+        parser.error("--work and --cifar say where runs and pictures are; or take --show")
     there = {row["run"] for row in rows(args.out)}
     for place in sorted(args.work.iterdir()):
         if place.name not in there and (place / "run.json").is_file():

@@ -23,6 +23,8 @@ from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Examples
 
 LEVELS = ("operations", "filters", "weights")
+THRESHOLDS = dict(zip(LEVELS, ("threshold ops", "threshold filters", "threshold weights"), strict=True))
+"""Level → the tensor of its thresholds."""
 
 
 @dataclass
@@ -327,7 +329,7 @@ class Searcher(Learner):
         there, probe = replace(at, model=model, axes=axes), copy.copy(self)
         probe.values = copy.deepcopy(self.values)
         probe.tensors = {name: followed(one, at.axes, plan) for name, one in self.tensors.items()}
-        for name in ("threshold ops", "threshold filters", "threshold weights"):
+        for name in THRESHOLDS.values():
             probe.tensors[name].values = torch.zeros_like(probe.tensors[name].values)
         probe.settle(there)
         places = {key: [axes[key].ids.index(one) for one in ids] for key, ids in lost.items()}
@@ -364,8 +366,8 @@ class Searcher(Learner):
                 self.tensors[f"kappa {key}"].values.data[i] = -50.0
             self.gone |= weights
         plan = self.commit(at)
-        for name in ("ops", "filters", "weights"):  # what is left stands
-            self.tensors[f"threshold {name}"].values.data.zero_()
+        for name in THRESHOLDS.values():  # what is left stands
+            self.tensors[name].values.data.zero_()
         self.masks(at)
         return plan or self.alone(at)
 

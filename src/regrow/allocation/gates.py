@@ -166,9 +166,9 @@ class Gates:
         return stands, share / total.index_select(0, node), many[node]
 
     def evenness(self, masks: Masks, alpha: Tensor) -> Tensor:
-        """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node: least where one has all.
+        """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node.
 
-        Greatest where all have the same.
+        Of each node it is greatest where all weigh the same, and least where one has all.
 
         Args:
             masks: What stands.

@@ -35,15 +35,12 @@ from regrow.data.augment import moved
 from regrow.learner import Along, Stand
 from regrow.method import Measure
 from regrow.plan import Plan
-from regrow.searcher import LEVELS, Searcher
+from regrow.searcher import LEVELS, THRESHOLDS, Searcher
 from regrow.tasks import Examples
 
 CITATION = (
     "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from its abstract and the authors' public code"
 )
-
-THRESHOLDS = {"operations": "ops", "filters": "filters", "weights": "weights"}
-"""Level → what its thresholds are called."""
 
 
 @dataclass(frozen=True)
@@ -215,7 +212,7 @@ class Mgas(Searcher):
         self.earlier = None
         if self.settings.paces:
             for level, pace in zip(self.settings.levels, self.settings.paces, strict=True):
-                self.tensors[f"threshold {THRESHOLDS[level]}"].lr = pace * self.rates(at)[1]
+                self.tensors[THRESHOLDS[level]].lr = pace * self.rates(at)[1]
         self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
         self._start(at, 0)
 
@@ -224,7 +221,7 @@ class Mgas(Searcher):
         self.values |= {"stage": stage, "mu": 0.0, "dropped": [], "fallen": {}, "step": 1e-5}
         self.values |= {"lambda": self.settings.press, "cap": 100.0}
         for name in THRESHOLDS.values():
-            self.tensors[f"threshold {name}"].values.data.zero_()
+            self.tensors[name].values.data.zero_()
         self.settle(at)
         self.values["start"] = self.size()
         final = stage == max(1, len(self.settings.stages)) - 1
@@ -252,7 +249,7 @@ class Mgas(Searcher):
         if self.values["lambda"]:
             pressure = self.gates.evenness(self.now, self.tensors["alpha"].values)
             if self.settings.controller == "feedback":  # μ is what raises thresholds otherwise
-                ops, filters, weights = (self.tensors[f"threshold {name}"].values for name in THRESHOLDS.values())
+                ops, filters, weights = (self.tensors[name].values for name in THRESHOLDS.values())
                 pressure = pressure + self.gates.lowness(self.now, (ops, filters, weights))
             pressed = self.values["lambda"] * pressure
             before = self.values["loss"]
