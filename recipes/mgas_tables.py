@@ -12,10 +12,10 @@ where its two edges per node leave fewer), is trained anew for equally many epoc
 is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4
 random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
 one that is best on the validation part. *All pools and identities*: operations that hold nothing but their scale stay
-all, whatever else is drawn. *Fewer operations per node*: a floor for what these cost, the authors' λ on shares within a
-node, and thresholds of filters that learn at a quarter of the rate; settings chosen by ``mgas_choice.py``. *MGAS's
-shares of levels, blind*: operations, filters and weights go in the shares of MGAS's own row, without anything learned:
-the difference is what its choice of units is worth.
+all, whatever else is drawn. *Without floor, press and pace*: operations count for what they cost, so pools for nearly
+nothing, and thresholds of filters learn as fast as others. *MGAS's shares of levels, blind*: operations, filters and
+weights go in the shares of MGAS's own row, without anything learned: the difference is what its choice of units is
+worth. Likewise with those of the search without floor, press and pace.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """
@@ -53,26 +53,28 @@ class Arm:
         settings: Settings of the method.
         more: Settings of the run, where they differ.
         draws: How many networks are drawn, of which the best in validation is taken.
-        split: Whether each level bears the share of what goes that it bore in the row of MGAS of the same seed.
+        split: Another arm: each level bears the share of what goes that it bore in that one's row of the same seed.
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
     draws: int = 1
-    split: bool = False
+    split: str = ""
 
 
 MGAS = Arm("MGAS (reconstructed)")
+PLAIN = Arm("without floor, press and pace", {"floor": 0.0, "press": 0.0, "pace": 1.0})
 BLIND = {"method": "blind", "epochs": 0}
 ARMS = (
     MGAS,
-    Arm("MGAS, fewer operations per node", {"floor": 1.0, "press": 0.05, "paces": (1.0, 0.25, 1.0)}),
+    PLAIN,
     Arm("random operations", {"what": "operations"}, BLIND),
     Arm("random operations, all pools and identities", {"what": "operations", "keep_bare": True}, BLIND),
     Arm("best of 4 random networks", {"what": "operations"}, BLIND, draws=4),
     Arm("uniform width", {"what": "filters"}, BLIND),
-    Arm("MGAS's shares of levels, blind", {"what": "operations,filters,weights"}, BLIND, split=True),
+    Arm("MGAS's shares of levels, blind", {"what": "operations,filters,weights"}, BLIND, split=MGAS.name),
+    Arm("shares without floor, press and pace, blind", {"what": "operations,filters,weights"}, BLIND, split=PLAIN.name),
     Arm("DARTS, first order", {}, {"method": "darts"}),
     Arm("PC-DARTS", {"edges": True, "warm": 0.3, "lr": 2.9, "partial": 4}, {"method": "darts"}),
     Arm("PC-DARTS without partial channels", {"edges": True, "warm": 0.3, "lr": 2.9}, {"method": "darts"}),
@@ -111,12 +113,12 @@ def best(settings: Settings, place: Path, draws: int) -> Settings:
     return found[max(found)]
 
 
-def split(target: float, seed: int, args: argparse.Namespace) -> list[float]:
-    """The share of what goes that each level bore in the row of MGAS."""
-    told = {"setting": setting(args), "target": target, "arm": MGAS.name, "seed": seed}
+def split(arm: str, target: float, seed: int, args: argparse.Namespace) -> list[float]:
+    """The share of what goes that each level bore in the row of an arm."""
+    told = {"setting": setting(args), "target": target, "arm": arm, "seed": seed}
     row = next((row for row in rows(args.out) if told.items() <= row.items()), None)
     if row is None:
-        raise SystemExit(f"there is no row of {MGAS.name} for seed {seed} yet: run it first")
+        raise SystemExit(f"there is no row of {arm} for seed {seed} yet: run it first")
     return [saved / sum(row["saved"].values()) for saved in row["saved"].values()]
 
 
@@ -126,7 +128,7 @@ def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> di
     given: dict[str, Any] = {"space": args.space, "data": str(data), "target": f"{target:g}", "train": args.train}
     given |= {"epochs": args.epochs, "retrain": args.retrain, "stride": args.stride, "stages": args.stages}
     given |= {"cutout": args.cutout}
-    own = arm.settings | ({"split": split(target, seed, args)} if arm.split else {})
+    own = arm.settings | ({"split": split(arm.split, target, seed, args)} if arm.split else {})
     settings = Settings(**{**given, **arm.more, "method_settings": own, "seed": seed})
     place = args.work / setting(args) / f"{arm.name.replace(' ', '-')}-{target:g}-{seed}"
     if arm.draws > 1:

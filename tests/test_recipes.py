@@ -18,7 +18,7 @@ RECIPES = Path(__file__).parents[1] / "recipes"
         ("sparsegrow_tables.py main --show", "| SparseGrow, never grown, final size |"),
         ("sparsegrow_twins.py --show", "| layer expansion, SparseGrow |"),
         ("mgas_tables.py --show", "| MGAS (reconstructed) |"),
-        ("mgas_choice.py --show", "| mgas floor=1 press=0.05 paces=1,0.25,1 |"),
+        ("mgas_choice.py --show", "| mgas floor=1 press=0.05 pace=0.25 |"),
         ("bench201_search.py --show", "| MGAS (reconstructed), operations |"),
         ("recovery_table.py --out results/recovery.jsonl --table", "| refit |"),
         ("smollm2_methods_table.py --out results/smollm2_methods.jsonl --table", "| flap |"),

@@ -18,6 +18,7 @@ from regrow.nets.small import small
 from regrow.plan import Plan
 from regrow.runs.learning import Schedule, changed, learn
 from regrow.runs.movers import Movers
+from regrow.searcher import LEVELS
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
 
@@ -211,7 +212,7 @@ def test_told_shares_are_kept_to_the_unit(task, axes):
 def test_the_authors_controller_raises_its_pressure(task, axes):
     own = learner(controller="feedback", levels=("operations",), stages=(1,), regrow=0.0)
     searched(task, axes, own, schedule=Schedule(epochs=4, batch_size=75))
-    assert own.values["lambda"] > 0 and own.values["mu"] == 0
+    assert 0 < own.values["lambda"] < 0.01 and own.values["mu"] == 0
 
 
 @pytest.mark.parametrize("controller", ["dual", "feedback"])
@@ -252,12 +253,18 @@ def test_pressure_is_towards_few_operations_per_node_and_high_thresholds_where_n
         assert float(slope[among[a[among].argmin()]]) > 0 > float(slope[among[a[among].argmax()]])
 
 
-def test_thresholds_of_a_level_can_be_told_to_learn_slower(task, axes):
-    own = learner(levels=("operations", "weights"), paces=(1.0, 0.5))
-    at = Stand(network(), axes, task, epochs=4, steps=3)
-    own.begin(at)
+@pytest.mark.parametrize(("levels", "slow"), [(LEVELS, True), (("filters", "weights"), False)])
+def test_thresholds_of_filters_learn_slower_where_operations_are_searched(task, axes, levels, slow):
+    own = learner(levels=levels, pace=0.5)
+    own.begin(Stand(network(), axes, task, epochs=4, steps=3))
     rate = {name: own.tensors[f"threshold {name}"].lr for name in ("ops", "filters", "weights")}
-    assert rate["ops"] == rate["filters"] == 2 * rate["weights"] > 0
+    assert rate["ops"] == rate["weights"] == (2 if slow else 1) * rate["filters"] > 0
+
+
+def test_thresholds_of_filters_learn_at_the_full_rate_where_there_are_no_operations(task):
+    net, own = small("resnet:4-2", (1, 8, 8), 10)[0], Mgas(settings=Settings(target=500.0, pace=0.5))
+    own.begin(Stand(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epochs=4, steps=3))
+    assert own.tensors["threshold filters"].lr == own.tensors["threshold ops"].lr
 
 
 def test_filters_and_weights_of_ones_own_network(task):
@@ -282,10 +289,8 @@ def test_settings_that_say_nothing_are_refused():
         {"controller": "ratios"},
         {"lr": -3.0},
         {"clip": 0.0},
-        {"floor": 1.0, "controller": "feedback"},
-        {"paces": (1.0, 0.5)},
-        {"paces": (1.0, -0.5, 1.0)},
-        {"controller": "ratios", "ratios": (0.5, 0.5, 0.5), "press": 0.1},
+        {"floor": -1.0},
+        {"pace": -0.5},
     ):
         with pytest.raises(ValueError):
             Settings(**wrong)

@@ -17,9 +17,9 @@ STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 
 STAGED |= {"regrow_filters": 0.5, "regrow_weights": 0.3}
 SEARCHES = {
     "mgas": (CONFIG, STAGED),
-    "mgas, pressed, what was dropped back": (
+    "mgas, not pressed, what was dropped back": (
         CONFIG,
-        STAGED | {"revive": "old", "press": 0.01, "floor": 1.0, "paces": (1.0, 0.25, 1.0)},
+        STAGED | {"revive": "old", "press": 0.0, "floor": 0.0, "pace": 1.0},
     ),
     "mgas by its authors' controller": (CONFIG, STAGED | {"controller": "feedback"}),
     "darts": (WIRED, {"target": 1e4, "stages": (1,)}),

@@ -58,7 +58,7 @@ class Settings:
         controller: ``dual``, ``feedback`` or ``ratios``.
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
-        press: λ, under ``feedback`` where it starts. Under ``dual`` it leaves fewer operations per node.
+        press: λ under ``dual``: it leaves fewer operations per node. (Under ``feedback`` λ begins at 0.)
         floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
             node that hold more than a scale cost in the mean, if there are any (ours). At 0 hardly anything presses on
             a pool or a skip.
@@ -70,7 +70,8 @@ class Settings:
         revive: ``old``: operations come back with what they held; ``fresh``: drawn anew, as the authors do.
         lr: Of α and κ: how far they could go in the joint epochs of a stage.
         lr_threshold: Of thresholds: how far they could go.
-        paces: By what that is multiplied for each level, in the order of ``levels``; none: by 1.
+        pace: By what that is multiplied for filters, where there are operations to search (ours): below 1, these give
+            up more, and what they leave is wider.
         clip: Most norm of the gradient of the network's own parameters.
         augment: Whether pictures are moved and mirrored.
         seed: Of everything drawn.
@@ -86,8 +87,8 @@ class Settings:
     controller: str = "dual"
     ratios: tuple[float, ...] = ()
     gain: float = 40.0
-    press: float = 0.0
-    floor: float = 0.0
+    press: float = 0.05
+    floor: float = 1.0
     reprune: bool = True
     regrow: float = 0.2
     regrow_filters: float = 0.0
@@ -95,7 +96,7 @@ class Settings:
     revive: str = "fresh"
     lr: float = 8.0
     lr_threshold: float = 2.0
-    paces: tuple[float, ...] = ()
+    pace: float = 0.25
     clip: float = 5.0
     augment: bool = True
     seed: int = 0
@@ -114,15 +115,9 @@ class Settings:
         for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
-        for name in ("gain", "press", "floor", "lr", "lr_threshold"):
+        for name in ("gain", "press", "floor", "lr", "lr_threshold", "pace"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
-        if self.floor and self.controller != "dual":
-            raise ValueError(f"floor is of what μ presses on, and there is none under controller={self.controller}")
-        if self.controller == "ratios" and (self.paces or self.press):
-            raise ValueError("under ratios each level is told its share: paces and press mean nothing")
-        if self.paces and (len(self.paces) != len(self.levels) or min(self.paces) < 0):
-            raise ValueError(f"paces has one number per level, 0 or more, {len(self.levels)}; got {self.paces}")
         if self.clip <= 0:
             raise ValueError(f"clip is a norm above 0; got {self.clip:g}")
         if self.revive not in ("old", "fresh"):
@@ -152,7 +147,8 @@ class Mgas(Searcher):
     def __post_init__(self) -> None:
         s = self.settings
         self.searched, self.ends, self.most, self.measure = s.levels, s.stages, s.target, Measure(s.measure)
-        self.learns, self.shrinks, self.spares_bare = s.controller != "ratios", True, not s.floor
+        self.learns, self.shrinks = s.controller != "ratios", True
+        self.spares_bare = s.controller != "dual" or not s.floor
 
     # Stages.
 
@@ -210,16 +206,15 @@ class Mgas(Searcher):
         """Everything is kept."""
         super().begin(at)
         self.earlier = None
-        if self.settings.paces:
-            for level, pace in zip(self.settings.levels, self.settings.paces, strict=True):
-                self.tensors[THRESHOLDS[level]].lr = pace * self.rates(at)[1]
+        if "operations" in self.settings.levels and len(self.tensors["alpha"].values):
+            self.tensors[THRESHOLDS["filters"]].lr = self.settings.pace * self.rates(at)[1]
         self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
         self._start(at, 0)
 
     def _start(self, at: Stand, stage: int) -> None:
         """A stage begins: thresholds anew, and its goal."""
         self.values |= {"stage": stage, "mu": 0.0, "dropped": [], "fallen": {}, "step": 1e-5}
-        self.values |= {"lambda": self.settings.press, "cap": 100.0}
+        self.values |= {"lambda": self.settings.press if self.settings.controller == "dual" else 0.0, "cap": 100.0}
         for name in THRESHOLDS.values():
             self.tensors[name].values.data.zero_()
         self.settle(at)
