@@ -37,6 +37,7 @@ from regrow.runs.store import read_shapes
 OUT = Path(__file__).parent / "results" / "mgas_transfer.jsonl"
 ARMS = {
     "MGAS (reconstructed)": "MGAS-(reconstructed)",
+    "without floor, press and pace": "without-floor,-press-and-pace",
     "random operations": "random-operations",
     "uniform width": "uniform-width",
     "DARTS, first order": "DARTS,-first-order",
