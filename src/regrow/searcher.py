@@ -131,6 +131,7 @@ class Searcher(Learner):
             lambda path: not staged or _parts(at).within(path, last),
             self.measure,
             tied_in(at.model),
+            single_in(at.model),
             self.timed,
             self.traced,
         )

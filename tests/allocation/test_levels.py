@@ -11,7 +11,7 @@ from regrow.allocation.commits import cut, excess, spared, threshold_for
 from regrow.allocation.gates import gates
 from regrow.allocation.regrowth import drawn
 from regrow.allocation.timed import timed
-from regrow.candidates import candidates_in, tied_in
+from regrow.candidates import candidates_in, single_in, tied_in
 from regrow.evaluation import macs
 from regrow.method import Measure
 from regrow.nets import bench201, cells, mobile
@@ -202,6 +202,20 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
     assert found == ["cells.1.nodes.0.ops.sep3_1"]  # further draws there are lost
     even = dict.fromkeys(alive, 1.0)
     assert sorted(drawn(dead, alive, even, even, 60, torch.Generator().manual_seed(0))) == sorted(dead)
+
+
+def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_nothing():
+    net = randomised(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
+    axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
+    keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
+    found = gates(axes, parameters, sums, keys, needed, lambda _: True, Measure.PARAMETERS, single=single_in(net))
+    alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3))
+    masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
+    every = torch.ones_like(found.single)
+    assert float(found.evenness(masks, alpha, every)) > 0 == float(found.evenness(masks, alpha, ~found.single))
+    many = replace(found, single=~every)
+    back = [float(spared(one, masks, 1e9, bare=False).ops[one.bare()].mean()) for one in (found, many)]
+    assert back[0] == 1 > back[1] == float(masks.ops[found.bare()].mean())
 
 
 def test_what_is_tied_stands_and_falls_together():

@@ -40,12 +40,13 @@ def spared(found: Gates, masks: Masks, allowed: float, bare: bool = True) -> Mas
         found: What may go.
         masks: What stands.
         allowed: What the network may cost.
-        bare: Whether operations that hold nothing but their scale stay too, which fills nothing up.
+        bare: Whether operations that hold nothing but their scale stay too, which fills nothing up. Where one of a sum
+            is left at the end, they do.
     """
     margins = torch.cat(masks.margins)
     here = torch.cat([found.alive & found.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
     if not bare:
-        here[: len(found.ops)] &= ~found.bare()
+        here[: len(found.ops)] &= found.single | ~found.bare()
     lost = (here & (torch.cat([masks.ops, masks.filters]) == 0)).nonzero()[:, 0]
     order = lost[margins[lost].argsort(descending=True)].tolist()
 

@@ -57,6 +57,7 @@ class Gates:
         needed: Sets of operations of each of which one stays, as numbers.
         tied: The operation whose importance and threshold decide each one: itself, unless several are decided together.
         node: The sum that each operation flows into, ``[operations]``.
+        single: Whether one operation of that sum is left at the end, whatever learns, ``[operations]`` bool.
         axis: The number of the axis of each filter, among ``keys``, ``[filters]``.
         keys: The axes in the order of their thresholds.
         spans: Per axis: the place of its first filter, how many it has, and how many it keeps at least.
@@ -69,6 +70,7 @@ class Gates:
     needed: tuple[Tensor, ...]
     tied: Tensor
     node: Tensor
+    single: Tensor
     axis: Tensor
     keys: tuple[str, ...]
     spans: tuple[tuple[int, int, int], ...]
@@ -165,7 +167,7 @@ class Gates:
         many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
         return stands, share / total.index_select(0, node), many[node]
 
-    def evenness(self, masks: Masks, alpha: Tensor) -> Tensor:
+    def evenness(self, masks: Masks, alpha: Tensor, among: Tensor) -> Tensor:
         """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node.
 
         Of each node it is greatest where all weigh the same, and least where one has all.
@@ -173,11 +175,12 @@ class Gates:
         Args:
             masks: What stands.
             alpha: Of every operation.
+            among: Which of them count, ``[operations]`` bool: whole nodes.
 
         Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
-        _, share, many = self.shares(masks, alpha)
-        return torch.log1p(many * share).sum()
+        stands, share, many = self.shares(masks, alpha)
+        return torch.log1p(many * share)[among[stands]].sum()
 
     def lowness(self, masks: Masks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Σ exp(−t) over the thresholds of what stands.
@@ -221,6 +224,7 @@ def gates(
     runs: Callable[[str], bool],
     measure: Measure,
     tied: Mapping[str, str] | None = None,
+    single: Sequence[Sequence[str]] = (),
     timed: Timed | None = None,
     examples: int = 1,
 ) -> Gates:
@@ -235,12 +239,13 @@ def gates(
         runs: Whether an operation lies in the part that runs.
         measure: What is priced.
         tied: Path of each operation that is decided together with others → the one that decides.
+        single: Sets of operations of which one is left at the end.
         timed: What entries and operations take of a pass, where time is priced.
         examples: How many there were in the traced example: multiply–accumulates are those of one.
     """
     found = levels(axes, parameters, sums, measure=measure, timed=timed, examples=examples)
     ops = tuple(path for paths in sums.values() for path in paths)
-    number = {path: i for i, path in enumerate(ops)}
+    number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single for path in paths}
     sizes = {key: axes[key].size for key in found.axes}
     order = {key: i for i, key in enumerate(keys)}
     return Gates(
@@ -251,6 +256,7 @@ def gates(
         needed=tuple(torch.tensor([number[path] for path in one]) for one in needed if all(map(runs, one))),
         tied=torch.tensor([number[(tied or {}).get(path, path)] for path in ops], dtype=torch.long),
         node=torch.tensor([i for i, paths in enumerate(sums.values()) for _ in paths], dtype=torch.long),
+        single=torch.tensor([path in alone for path in ops], dtype=torch.bool),
         axis=torch.tensor([order[key] for key, n in sizes.items() for _ in range(n)], dtype=torch.long),
         keys=tuple(keys),
         # An axis of one unit is none to a later recording, and could not get its units back.

@@ -58,7 +58,8 @@ class Settings:
         controller: ``dual``, ``feedback`` or ``ratios``.
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
-        press: λ under ``dual``: it leaves fewer operations per node. (Under ``feedback`` λ begins at 0.)
+        press: λ under ``dual``: it leaves fewer operations per node, but for nodes that end with one of them anyway, as
+            the floor does. (Under ``feedback`` λ begins at 0.)
         floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
             node that hold more than a scale cost in the mean, if there are any (ours). At 0 hardly anything presses on
             a pool or a skip.
@@ -242,8 +243,10 @@ class Mgas(Searcher):
             self.over = float(over.detach())
             loss = loss + self.values["mu"] * (over + self._lifted() / self.allowed(at))
         if self.values["lambda"]:
-            pressure = self.gates.evenness(self.now, self.tensors["alpha"].values)
-            if self.settings.controller == "feedback":  # μ is what raises thresholds otherwise
+            dual = self.settings.controller == "dual"
+            among = ~self.gates.single if dual else torch.ones_like(self.gates.single)
+            pressure = self.gates.evenness(self.now, self.tensors["alpha"].values, among)
+            if not dual:  # μ is what raises thresholds otherwise
                 ops, filters, weights = (self.tensors[name].values for name in THRESHOLDS.values())
                 pressure = pressure + self.gates.lowness(self.now, (ops, filters, weights))
             pressed = self.values["lambda"] * pressure
@@ -258,7 +261,7 @@ class Mgas(Searcher):
         if not self.settings.floor:
             return torch.zeros(())
         prices, floor = self.gates.prices(), self.settings.floor * self.gates.typical()
-        here = self.gates.alive & self.gates.runs
+        here = self.gates.alive & self.gates.runs & ~self.gates.single
         return (self.now.ops * here * (floor - prices).clamp_min(0)).sum()
 
     def gate(self, at: Stand) -> None:
