@@ -13,9 +13,9 @@ is tested once. What the search learns from is the training part alone; the vali
 random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
 one that is best on the validation part. *All pools and identities*: operations that hold nothing but their scale stay
 all, whatever else is drawn. *Without floor, press and pace*: operations count for what they cost, so pools for nearly
-nothing, and thresholds of filters learn as fast as others. *MGAS's shares of levels, blind*: operations, filters and
-weights go in the shares of MGAS's own row, without anything learned: the difference is what its choice of units is
-worth. Likewise with those of the search without floor, press and pace.
+nothing, nothing presses on many per node, and thresholds of filters learn as fast as others. *MGAS's shares of levels,
+blind*: operations, filters and weights go in the shares of MGAS's own row, without anything learned: the difference is
+what its choice of units is worth. Likewise with those of the search without floor, press and pace.
 The full setting of the paper's code is C = 16, 8 cells of 4 nodes, all images: ``--space cells:16-8-4 --train 0
 --epochs 75 --retrain 600 --stride 1 --cutout 16``.
 """

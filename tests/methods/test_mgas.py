@@ -1,6 +1,7 @@
 """MGAS: three levels searched together, cut exactly."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,8 @@ from regrow.candidates import Candidates
 from regrow.data import streams
 from regrow.learner import Learner, Stand
 from regrow.methods.mgas import Mgas, Settings
+from regrow.nets import bench201
+from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
 from regrow.plan import Plan
@@ -212,12 +215,13 @@ def test_told_shares_are_kept_to_the_unit(task, axes):
 def test_the_authors_controller_raises_its_pressure(task, axes):
     own = learner(controller="feedback", levels=("operations",), stages=(1,), regrow=0.0)
     searched(task, axes, own, schedule=Schedule(epochs=4, batch_size=75))
-    assert 0 < own.values["lambda"] < 0.01 and own.values["mu"] == 0
+    assert 0 < own.values["lambda"] < 0.01 and own.values["mu"] == 0 and own.spares_bare
+    assert own.tensors["threshold filters"].lr == own.tensors["threshold ops"].lr
 
 
 @pytest.mark.parametrize("controller", ["dual", "feedback"])
 def test_pressure_is_towards_few_operations_per_node_and_high_thresholds_where_nothing_else_is(task, axes, controller):
-    at, own = Stand(network(), axes, task, epoch=1, epochs=4), learner(press=0.1, controller=controller)
+    at, own = Stand(network(), axes, task, epoch=1, epochs=4), learner(controller=controller)
     own.begin(at)
     names = ("alpha", "threshold ops", "threshold filters", "threshold weights")
     alpha, ops, filters, weights = learned = [own.tensors[name].values for name in names]
@@ -261,10 +265,46 @@ def test_thresholds_of_filters_learn_slower_where_operations_are_searched(task, 
     assert rate["ops"] == rate["weights"] == (2 if slow else 1) * rate["filters"] > 0
 
 
-def test_thresholds_of_filters_learn_at_the_full_rate_where_there_are_no_operations(task):
-    net, own = small("resnet:4-2", (1, 8, 8), 10)[0], Mgas(settings=Settings(target=500.0, pace=0.5))
-    own.begin(Stand(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epochs=4, steps=3))
+def ending_with_one():
+    torch.manual_seed(0)
+    net = Bench201(bench201.whole((1, 8, 8), 10, width=4, cells=1))
+    return net, trace(net, torch.zeros(2, 1, 8, 8))
+
+
+def of_ones_own():
+    net = small("resnet:4-2", (1, 8, 8), 10)[0]
+    return net, trace(net, torch.zeros(2, 1, 8, 8))
+
+
+@pytest.mark.parametrize("begun", [ending_with_one, of_ones_own])
+def test_thresholds_of_filters_learn_at_the_full_rate_where_no_node_may_keep_several_operations(task, begun):
+    own = Mgas(settings=Settings(target=500.0, pace=0.5))
+    own.begin(Stand(*begun(), task, epochs=4, steps=3))
     assert own.tensors["threshold filters"].lr == own.tensors["threshold ops"].lr
+
+
+@pytest.mark.parametrize("begun", [ending_with_one, lambda: (network(), trace(network(), torch.zeros(2, 1, 8, 8)))])
+def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
+    def loss(**more):
+        own, at = Mgas(settings=Settings(target=2500.0, warm=0, **more)), Stand(*begun(), task, epochs=4)
+        own.begin(at)
+        own.values["mu"] = 1.0
+        own.masks(at, learning=True)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found = own.loss(at, Examples(task.train.inputs[:20], task.train.labels[:20]))
+        return float(found), own.gates, own.allowed(at)
+
+    (with_both, gates, allowed), (floor, *_), (press, *_), (neither, *_) = (
+        loss(**more) for more in ({}, {"press": 0.0}, {"floor": 0.0}, {"press": 0.0, "floor": 0.0})
+    )
+    if bool(gates.single.all()):
+        assert with_both == floor == press == neither
+    else:  # all weigh the same
+        assert press - neither == pytest.approx(0.05 * math.log(2) * len(gates.ops), rel=1e-3)
+        lifted = float((gates.typical() - gates.prices()).clamp_min(0).sum())
+        assert floor - neither == pytest.approx(lifted / allowed, rel=1e-3)
+        assert with_both - neither == pytest.approx(floor + press - 2 * neither, rel=1e-3)
 
 
 def test_filters_and_weights_of_ones_own_network(task):
@@ -290,6 +330,8 @@ def test_settings_that_say_nothing_are_refused():
         {"lr": -3.0},
         {"clip": 0.0},
         {"floor": -1.0},
+        {"floor": 0.5, "controller": "feedback"},
+        {"press": 0.1, "controller": "ratios", "ratios": (0.5, 0.5, 0.5)},
         {"pace": -0.5},
     ):
         with pytest.raises(ValueError):

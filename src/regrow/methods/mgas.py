@@ -11,10 +11,11 @@ With a = σ(α) of an operation, b = σ(κ) of a filter, r = |w| / mean |w| of a
 
 stand in the place of the network's own numbers while all of it, thresholds included, learns
 
-    cross-entropy + μ (size / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
+    cross-entropy + μ ((size + lifted) / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
 
 size counts what all three masks leave, and less and less is allowed until the target. Under ``dual`` μ follows the
-excess (ours), and λ stays, without its second sum, since μ raises thresholds; under ``feedback`` μ is 0 and λ follows
+excess (ours), lifted is what operations that stand lack of ``floor`` (ours), and λ stays, without its second sum, since
+μ raises thresholds; nodes that end with one operation anyway are in neither. Under ``feedback`` μ is 0 and λ follows
 the authors' controller; under ``ratios`` each level is told its share (a control). Filters are those of an axis, so
 what is masked can always be cut.
 
@@ -58,11 +59,10 @@ class Settings:
         controller: ``dual``, ``feedback`` or ``ratios``.
         ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
-        press: λ under ``dual``: it leaves fewer operations per node, but for nodes that end with one of them anyway, as
-            the floor does. (Under ``feedback`` λ begins at 0.)
+        press: Under ``dual``, λ: it leaves fewer operations per node.
         floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
             node that hold more than a scale cost in the mean, if there are any (ours). At 0 hardly anything presses on
-            a pool or a skip.
+            a pool or a skip. Of no use where time counts, since that a pool takes too.
         reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
             their operations, and what is above the target at the very end.
         regrow: The share of a stage's dropped operations that comes back.
@@ -71,8 +71,8 @@ class Settings:
         revive: ``old``: operations come back with what they held; ``fresh``: drawn anew, as the authors do.
         lr: Of α and κ: how far they could go in the joint epochs of a stage.
         lr_threshold: Of thresholds: how far they could go.
-        pace: By what that is multiplied for filters, where there are operations to search (ours): below 1, these give
-            up more, and what they leave is wider.
+        pace: Under ``dual``, by what that is multiplied for filters, where a node may keep several operations (ours):
+            below 1, operations give up more, and what is left of them is wider.
         clip: Most norm of the gradient of the network's own parameters.
         augment: Whether pictures are moved and mirrored.
         seed: Of everything drawn.
@@ -119,6 +119,9 @@ class Settings:
         for name in ("gain", "press", "floor", "lr", "lr_threshold", "pace"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
+        for name, off in (("press", 0), ("floor", 0), ("pace", 1)):
+            if self.controller != "dual" and getattr(self, name) not in (off, getattr(Settings, name)):
+                raise ValueError(f"{name} is of controller=dual; under {self.controller} it means nothing")
         if self.clip <= 0:
             raise ValueError(f"clip is a norm above 0; got {self.clip:g}")
         if self.revive not in ("old", "fresh"):
@@ -138,6 +141,8 @@ class Mgas(Searcher):
     """See the module."""
 
     settings: Settings = field(default_factory=Settings)
+    thins: bool = True
+    """Whether nodes are pressed towards few operations."""
     over: float = 0.0
     """By what share the part that runs is too large in this step."""
     seen: int = 0
@@ -149,7 +154,8 @@ class Mgas(Searcher):
         s = self.settings
         self.searched, self.ends, self.most, self.measure = s.levels, s.stages, s.target, Measure(s.measure)
         self.learns, self.shrinks = s.controller != "ratios", True
-        self.spares_bare = s.controller != "dual" or not s.floor
+        self.thins = s.controller == "dual" and "operations" in s.levels
+        self.spares_bare = not (self.thins and s.floor)
 
     # Stages.
 
@@ -207,7 +213,8 @@ class Mgas(Searcher):
         """Everything is kept."""
         super().begin(at)
         self.earlier = None
-        if "operations" in self.settings.levels and len(self.tensors["alpha"].values):
+        assert self.gates is not None
+        if self.thins and not bool(self.gates.single.all()):
             self.tensors[THRESHOLDS["filters"]].lr = self.settings.pace * self.rates(at)[1]
         self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
         self._start(at, 0)
@@ -215,7 +222,7 @@ class Mgas(Searcher):
     def _start(self, at: Stand, stage: int) -> None:
         """A stage begins: thresholds anew, and its goal."""
         self.values |= {"stage": stage, "mu": 0.0, "dropped": [], "fallen": {}, "step": 1e-5}
-        self.values |= {"lambda": self.settings.press if self.settings.controller == "dual" else 0.0, "cap": 100.0}
+        self.values |= {"lambda": self.settings.press if self.thins else 0.0, "cap": 100.0}
         for name in THRESHOLDS.values():
             self.tensors[name].values.data.zero_()
         self.settle(at)
@@ -243,10 +250,9 @@ class Mgas(Searcher):
             self.over = float(over.detach())
             loss = loss + self.values["mu"] * (over + self._lifted() / self.allowed(at))
         if self.values["lambda"]:
-            dual = self.settings.controller == "dual"
-            among = ~self.gates.single if dual else torch.ones_like(self.gates.single)
+            among = ~self.gates.single if self.thins else torch.ones_like(self.gates.single)
             pressure = self.gates.evenness(self.now, self.tensors["alpha"].values, among)
-            if not dual:  # μ is what raises thresholds otherwise
+            if not self.thins:  # μ is what raises thresholds otherwise
                 ops, filters, weights = (self.tensors[name].values for name in THRESHOLDS.values())
                 pressure = pressure + self.gates.lowness(self.now, (ops, filters, weights))
             pressed = self.values["lambda"] * pressure
@@ -258,7 +264,7 @@ class Mgas(Searcher):
     def _lifted(self) -> Tensor:
         """By how much operations that stand cost less than the floor, with the gradients of their masks."""
         assert self.gates is not None and self.now is not None
-        if not self.settings.floor:
+        if not (self.thins and self.settings.floor and self.gates.levels.by_weight):
             return torch.zeros(())
         prices, floor = self.gates.prices(), self.settings.floor * self.gates.typical()
         here = self.gates.alive & self.gates.runs & ~self.gates.single
