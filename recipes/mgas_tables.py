@@ -84,6 +84,7 @@ ARMS = (
     Arm("weights alone", {"levels": ("weights",)}),
     Arm("hand-set ratios per level", {"controller": "ratios", "ratios": (0.6, 0.7, 0.85)}),
     Arm("one stage", {}, {"stages": 1}),
+    Arm("filters at the full pace", {"pace": 1.0}),
     Arm("nothing regrown", {"regrow": 0.0}),
     Arm("nothing regrown, nor pruned again", {"regrow": 0.0, "reprune": False}),
     Arm("the authors' controller", {"controller": "feedback"}),
