@@ -408,7 +408,9 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
 
 
 def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = Settings("mobile:4-1", "digits", "params=70k", stages=2, method_settings=QUICK, **SMALL | {"retrain": 1})
+    settings = Settings(
+        "mobile:4-1", "digits", "params=70k", stages=2, method_settings=QUICK | {"pace": 1.0}, **SMALL | {"retrain": 1}
+    )
     done = run(settings, tmp_path / "run")
     net, told = regrow.load(done.path), rows(done, "test")[0]
     assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, parts_of(settings).test)
