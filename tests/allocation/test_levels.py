@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from regrow import Plan, apply, trace
-from regrow.allocation.commits import cut, excess, spared, threshold_for
+from regrow.allocation.commits import cut, excess, least, spared, threshold_for
 from regrow.allocation.gates import gates
 from regrow.allocation.regrowth import drawn
 from regrow.allocation.timed import timed
@@ -187,6 +187,22 @@ def test_what_a_target_asks_for_goes_and_no_more(traced, levels):
         assert left > 0.7 * whole_size - 1
     with pytest.raises(ValueError, match="the target 1 "):
         excess(found, masks, relative, 1.0)
+
+
+def test_where_one_operation_of_each_sum_is_left_and_that_is_too_much_it_is_a_cheaper_one(traced):
+    """Widths that are not searched do not pay."""
+    net, axes, _ = traced
+    found, parameters = found_in(net, axes)
+    alpha = found.prices() / found.prices().max()  # what is most expensive is most important
+    masks = found.masks((alpha, torch.zeros(len(alpha))), None, None)
+    target = least(found, ("operations",)) + 10
+    ops, units, _ = excess(found, masks, found.levels.flat(parameters), target)
+    left = masks.ops.clone()
+    left[ops] = 0.0
+    assert not units and all(int(left[one].sum()) >= 1 for one in found.needed)
+    assert float(found.levels.size(left, masks.filters)) <= target
+    with pytest.raises(ValueError, match="search filters or weights too"):
+        excess(found, masks, found.levels.flat(parameters), target - 11)
 
 
 def test_a_share_is_kept_by_its_threshold():

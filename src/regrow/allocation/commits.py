@@ -138,7 +138,8 @@ def controlled(
 def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple[list[int], list[int], Tensor]:
     """What must go beyond what does not stand, least important first, for the target to be met.
 
-    Weights pay where they are searched and cost anything; else filters, where they are, and then operations.
+    Weights pay where they are searched and cost anything; else filters, where they are, and then operations, of which
+    the least important that must not all go are exchanged for cheaper ones where nothing else is left.
 
     Args:
         found: What may go.
@@ -171,12 +172,19 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
             )
         return [], [], gone & stands
     lost: tuple[list[int], list[int]] = ([], [])
-    for level in (1, 0) if bool((masks.margins[1] != 1).any()) else (0, 1):
+    searched = [level for level in (1, 0) if bool((masks.margins[level] != 1).any())]
+    for level in searched:
         lost[level].extend(_going(found, level, (ops, filters), masks.margins[level], target))
         for at in lost[level]:
             (ops, filters)[level][found.together(at) if level == 0 else at] = 0.0
+    if 0 in searched and size() > target:
+        ops = _exchanged(found, masks.ops, (ops, filters), masks.margins[0], target)
+        lost[0][:] = ((masks.ops > 0) & (ops == 0)).nonzero()[:, 0].tolist()
     if size() > target:
-        raise ValueError(f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave")
+        raise ValueError(
+            f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave; take a "
+            "higher one, or search filters or weights too"
+        )
     return *lost, none
 
 
@@ -195,3 +203,21 @@ def _going(found: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tenso
         return float(found.levels.size(left[0], left[1])) <= target
 
     return order[: bisect_left(range(len(order) + 1), True, key=enough)]  # pricing everything takes long
+
+
+def _exchanged(found: Gates, stood: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
+    """The operations, where the least important that cannot go are the cheapest that can stand for them, as need be."""
+    ops, filters = masks[0].clone(), masks[1]
+    prices = torch.where(stood > 0, found.prices(), torch.inf)
+    for at in margin.argsort(stable=True).tolist():
+        if float(found.levels.size(ops, filters)) <= target:
+            break
+        able = stood > 0
+        for own in found.needed:
+            if ops[at] and bool((own == at).any()) and int((ops[own] > 0).sum()) == 1:
+                able = able & torch.zeros_like(able).index_fill(0, own, True)
+        best = int(torch.where(able, prices, torch.inf).argmin())
+        if ops[at] and prices[best] < prices[at]:
+            ops[found.together(at)] = 0.0
+            ops[found.together(best)] = 1.0
+    return ops
