@@ -212,12 +212,12 @@ def _exchanged(found: Gates, stood: Tensor, masks: tuple[Tensor, Tensor], margin
     for at in margin.argsort(stable=True).tolist():
         if float(found.levels.size(ops, filters)) <= target:
             break
-        able = stood > 0
-        for own in found.needed:
-            if ops[at] and bool((own == at).any()) and int((ops[own] > 0).sum()) == 1:
-                able = able & torch.zeros_like(able).index_fill(0, own, True)
+        sets = [own for own in found.needed if bool((own == at).any()) and int((ops[own] > 0).sum()) == 1]
+        if not ops[at] or not sets:
+            continue
+        able = torch.stack([torch.zeros_like(ops).index_fill(0, own, 1.0) for own in sets]).prod(0) > 0
         best = int(torch.where(able, prices, torch.inf).argmin())
-        if ops[at] and prices[best] < prices[at]:
+        if prices[best] < prices[at]:
             ops[found.together(at)] = 0.0
             ops[found.together(best)] = 1.0
     return ops

@@ -62,7 +62,7 @@ class Settings:
         press: Under ``dual``, λ: it leaves fewer operations per node.
         floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
             node that hold more than a scale cost in the mean, if there are any (ours). At 0 hardly anything presses on
-            a pool or a skip. Of no use where time counts, since that a pool takes too.
+            a pool or a skip. Idle where time counts, of which a pool takes some.
         reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
             their operations, and what is above the target at the very end.
         regrow: The share of a stage's dropped operations that comes back.
