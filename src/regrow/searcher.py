@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.commits import cut, excess, least, savings, spared
+from regrow.allocation.commits import cut, excess, least, reserved, savings, spared
 from regrow.allocation.gates import Gates, Masks, gates
 from regrow.allocation.timed import Timed
 from regrow.budget import short
@@ -264,6 +264,7 @@ class Searcher(Learner):
         assert self.gates is not None
         with torch.no_grad():
             masks = spared(self.gates, self.masks(at), self.allowed(at), self.spares_bare)
+            masks = reserved(self.upto(at, (self.ends or (-1,))[-1]), masks, self.most, self.cuts)
             drop, keep = cut(self.gates, masks, at.axes)
             saved = savings(self.gates, masks)
             if masks.over is not None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from regrow import Plan, apply, trace
-from regrow.allocation.commits import cut, excess, least, spared, threshold_for
+from regrow.allocation.commits import cut, excess, least, reserved, spared, threshold_for
 from regrow.allocation.gates import gates
 from regrow.allocation.regrowth import drawn
 from regrow.allocation.timed import timed
@@ -205,6 +205,30 @@ def test_where_one_operation_of_each_sum_is_left_and_that_is_too_much_it_is_a_ch
         excess(found, masks, found.levels.flat(parameters), target - 11)
 
 
+def test_a_commit_keeps_what_a_target_will_need_and_no_more(traced):
+    net, axes, _ = traced
+    found, parameters = found_in(net, axes)
+    alpha = found.prices() / found.prices().max()
+    masks = found.masks((alpha, torch.full_like(alpha, 0.99)), None, None)  # of each sum the most expensive stands
+    fewest, most = (least(one, ("operations",)) for one in (found, replace(found, alive=masks.ops > 0)))
+    halfway = (fewest + most) / 2
+    many = []
+    for target in (fewest, halfway, most):
+        left = reserved(found, masks, target, ("operations",))
+        assert bool((left.ops >= masks.ops).all())
+        there = replace(found, alive=left.ops > 0)
+        assert least(there, ("operations",)) <= target
+        many.append(int((left.ops - masks.ops).sum()))
+        later = there.masks((alpha, torch.full_like(alpha, 0.99)), None, None)
+        ops, _, _ = excess(there, later, found.levels.flat(parameters), target)
+        assert len({*ops}) == len(ops) and float(found.levels.size(_without(left.ops, ops), masks.filters)) <= target
+    assert many[0] > many[1] > many[2] == 0
+
+
+def _without(ops, gone):
+    return ops.index_fill(0, torch.tensor(gone, dtype=torch.long), 0.0)
+
+
 def test_a_share_is_kept_by_its_threshold():
     values = torch.rand(50, generator=torch.Generator().manual_seed(0))
     assert int((values >= threshold_for(0.3, values, 50)).sum()) == 15
@@ -248,14 +272,17 @@ def test_what_is_tied_stands_and_falls_together():
     assert bool((alpha.grad[30:] == 0).all()) and int((alpha.grad[:30] != 0).sum()) > 0  # the first cell decides
     size = float(found.levels.size(masks.ops, masks.filters).detach())
     masks = replace(masks, ops=masks.ops.detach())
-    spares = [masks, spared(found, masks, 1.05 * size)]
+    dear = found.masks((found.prices() / 1e4, torch.full_like(alpha, 0.99)), None, None)
+    fewest = least(found, ("operations",))
+    spares = [masks, spared(found, masks, 1.05 * size), reserved(found, dear, fewest, ("operations",))]
+    assert int(spares[2].ops.sum()) > int(dear.ops.sum())
     flat = found.levels.flat(parameters)
     lost = excess(found, masks, flat.abs(), 0.8 * size)[0]
     spares.append(replace(masks, ops=masks.ops.detach().clone()))
     for at in lost:
         spares[-1].ops[found.together(at)] = 0.0
     sizes = [float(found.levels.size(one.ops, one.filters).detach()) for one in spares]
-    assert sizes[0] <= sizes[1] <= 1.05 * size and sizes[2] <= 0.8 * size
+    assert sizes[0] <= sizes[1] <= 1.05 * size and sizes[3] <= 0.8 * size
     for one in spares:
         assert bool((one.ops.view(3, 30) == one.ops[:30]).all())
         assert all(int(one.ops[own].sum()) >= 1 for own in found.needed)

@@ -204,6 +204,17 @@ def test_one_level_alone_leaves_the_others_whole(task, axes, level):
     assert level != "weights" or not course.events
 
 
+@pytest.mark.parametrize("target", [500, 800, 1300])
+def test_commits_of_operations_alone_keep_what_a_tight_target_needs(task, axes, target):
+    """The least that can be left is 498; without that, cheap operations are gone by the end."""
+    own = learner(levels=("operations",), target=target, regrow=0.0)
+    at, _ = searched(task, axes, own)
+    while plan := own.final(at):
+        changed(at, own, plan)
+    assert own.size() <= target
+    assert at.model.upto(task.test.inputs[:2], 1).isfinite().all()
+
+
 def test_told_shares_are_kept_to_the_unit(task, axes):
     own = learner(controller="ratios", ratios=(0.6, 0.75, 0.8), stages=(1,), target=9000.0, regrow=0.0)
     at, _ = searched(task, axes, own)

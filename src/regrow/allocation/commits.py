@@ -64,6 +64,25 @@ def spared(found: Gates, masks: Masks, allowed: float, bare: bool = True) -> Mas
     return replace(masks, ops=ops, filters=filters)
 
 
+def reserved(found: Gates, masks: Masks, target: float, searched: Collection[str]) -> Masks:
+    """Masks under which a target can still be met later: of sums whose cheapest operation would go, it stays.
+
+    Of these those nearest to their thresholds stay, as few as the target asks for.
+
+    Args:
+        found: What may go in the whole network, be it searched in this stage or not.
+        masks: What stands.
+        target: What the whole network may cost in the end.
+        searched: Which levels are.
+    """
+    ops, margin = masks.ops.clone(), masks.margins[0]
+    for at in sorted((_cheapest(found) > ops).nonzero()[:, 0].tolist(), key=lambda at: (-margin[at].item(), at)):
+        if least(replace(found, alive=found.alive & (ops > 0)), searched) <= target:
+            break
+        ops[found.together(at)] = 1.0
+    return replace(masks, ops=ops)
+
+
 def savings(found: Gates, masks: Masks) -> dict[str, float]:
     """What each level leaves out, one after the other: operations, filters of the rest, weights of those."""
     ones = torch.ones_like(masks.filters)
@@ -78,7 +97,7 @@ def savings(found: Gates, masks: Masks) -> dict[str, float]:
 
 
 def least(found: Gates, searched: Collection[str]) -> float:
-    """No choice leaves less: of each node the cheapest operation, of each axis the fewest filters, no weight.
+    """No choice leaves less: the cheapest operation into each node, the fewest filters of each axis, no weight.
 
     Args:
         found: What may go.
@@ -87,17 +106,20 @@ def least(found: Gates, searched: Collection[str]) -> float:
     levels = found.levels
     ops, filters, weights = found.alive.float(), torch.ones(levels.filters), None
     if "operations" in searched and len(ops):
-        price = torch.where(found.alive, found.prices(), torch.inf)
-        ops.zero_()
-        for node in found.node.unique():
-            own = (found.node == node).nonzero()[:, 0]
-            ops[own[price[own].argmin()]] = 1.0
-        ops = torch.where(found.runs, ops, found.alive.float())
+        ops = _cheapest(found)
     for base, size, fewest in found.spans if "filters" in searched else ():
         filters[base + min(fewest, size) : base + size] = 0.0
     if "weights" in searched:
         weights = torch.zeros(len(levels.reads))
     return float(levels.size(ops, filters, weights))
+
+
+def _cheapest(found: Gates) -> Tensor:
+    """Of each set that needs one operation the cheapest, ``[operations]``; all that do not run."""
+    ops, prices = torch.zeros(len(found.ops)), torch.where(found.alive & found.runs, found.prices(), torch.inf)
+    for own in found.needed:
+        ops[found.together(int(own[prices[own].argmin()]))] = 1.0
+    return torch.where(found.runs, ops, found.alive.float())
 
 
 def threshold_for(share: float, importance: Tensor, whole: int) -> float:
@@ -178,8 +200,8 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
         for at in lost[level]:
             (ops, filters)[level][found.together(at) if level == 0 else at] = 0.0
     if 0 in searched and size() > target:
-        ops = _exchanged(found, masks.ops, (ops, filters), masks.margins[0], target)
-        lost[0][:] = ((masks.ops > 0) & (ops == 0)).nonzero()[:, 0].tolist()
+        ops = _exchanged(found, (ops, filters), masks.margins[0], target)
+        lost[0][:] = (found.alive & found.runs & (ops == 0)).nonzero()[:, 0].tolist()
     if size() > target:
         raise ValueError(
             f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave; take a "
@@ -205,19 +227,17 @@ def _going(found: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tenso
     return order[: bisect_left(range(len(order) + 1), True, key=enough)]  # pricing everything takes long
 
 
-def _exchanged(found: Gates, stood: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
+def _exchanged(found: Gates, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
     """The operations, where the least important that cannot go are the cheapest that can stand for them, as need be."""
     ops, filters = masks[0].clone(), masks[1]
-    prices = torch.where(stood > 0, found.prices(), torch.inf)
+    prices = torch.where(found.alive & found.runs, found.prices(), torch.inf)
     for at in margin.argsort(stable=True).tolist():
         if float(found.levels.size(ops, filters)) <= target:
-            break
+            return ops
         sets = [own for own in found.needed if bool((own == at).any()) and int((ops[own] > 0).sum()) == 1]
-        if not ops[at] or not sets:
-            continue
-        able = torch.stack([torch.zeros_like(ops).index_fill(0, own, 1.0) for own in sets]).prod(0) > 0
-        best = int(torch.where(able, prices, torch.inf).argmin())
-        if prices[best] < prices[at]:
+        best = [int(own[prices[own].argmin()]) for own in sets]
+        if ops[at] and float(prices[[*{*best}]].sum()) < float(prices[at]):
             ops[found.together(at)] = 0.0
-            ops[found.together(best)] = 1.0
-    return ops
+            for one in best:
+                ops[found.together(one)] = 1.0
+    return ops if float(found.levels.size(ops, filters)) <= target else _cheapest(found)
