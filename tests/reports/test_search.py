@@ -316,6 +316,17 @@ def test_searches_are_compared_a_row_each(folder, tmp_path):
     assert "| 71.2\xa0% | 66.0\xa0% | 610 | 493 | 75.0 |" in told and "mgas seed 0 quest answers best" in told
 
 
+def test_what_one_search_is_told_another_may_have_by_default(folder, tmp_path):
+    runs = []
+    for name, told, taken in (("a", {"pace": 1.0}, {"floor": 1.0}), ("b", {}, {"floor": 0.0, "pace": 0.25})):
+        runs.append(searched(tmp_path / name))
+        run = json.loads((runs[-1] / "run.json").read_text())
+        run["settings"]["method_settings"], run["defaults"] = told, taken
+        (runs[-1] / "run.json").write_text(json.dumps(run))
+    found = to_markdown(summarise(runs))
+    assert "pace" in found and "0.25" in found and "floor" in found
+
+
 def test_searches_of_other_data_are_told_apart(folder, tmp_path):
     other = searched(tmp_path / "other")
     run_json = json.loads((other / "run.json").read_text())

@@ -139,6 +139,19 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     assert model[1].out_features > 16
 
 
+def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Path, monkeypatch: Any) -> None:
+    """Another version may have others."""
+    own = replace(SETTINGS, epochs=1, method="ewc", method_settings={"decay": 0.5})
+    folder = run(own, tmp_path / "run")
+    began = folder.run()["defaults"]
+    assert "decay" not in began and began["strength"] == learner_entry("ewc").settings().strength
+    folder.update(defaults=began | {"strength": 7.0})
+    seen = []
+    monkeypatch.setattr(learning_run, "_go_on", lambda folder, settings, learner, *rest: seen.append(learner.settings))
+    extend(tmp_path / "run", ("rotated:digits:2",))
+    assert (seen[0].strength, seen[0].decay) == (7.0, 0.5)
+
+
 def test_classes_that_come_later_need_outputs(tmp_path: Path) -> None:
     """Refused before anything is written; with outputs from the start they are learned."""
     few = replace(SETTINGS, tasks=("split:digits:5",), epochs=1, method="naive", method_settings={})

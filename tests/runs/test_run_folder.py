@@ -62,6 +62,23 @@ def test_another_run_or_something_else_in_the_folder(run, tmp_path):
     assert (other / "thesis.doc").exists() and len(list(other.iterdir())) == 1
 
 
+def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
+    def again(**defaults):
+        return RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, defaults=defaults)
+
+    assert again(pace=0.25, levels=("a", "b")).run()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
+    assert again(pace=0.25, levels=("a", "b")).resumed
+    for other, words in (({"pace": 1.0}, "pace was 0.25 unless told, here 1.0"), ({"floor": 1}, "floor was unknown")):
+        with pytest.raises(StoreError, match=f"begun by regrow .*, where {words}.*choose another folder"):
+            again(**{"pace": 0.25, "levels": ("a", "b")} | other)
+    (tmp_path / "older").mkdir()
+    told = (tmp_path / "run" / "run.json").read_text()
+    without = {name: value for name, value in json.loads(told).items() if name != "defaults"}
+    (tmp_path / "older" / "run.json").write_text(json.dumps(without))
+    older = RunFolder.create(tmp_path / "older", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
+    assert older.resumed, "what no version noted is not held against a run"
+
+
 def test_a_folder_that_is_a_file_or_has_a_damaged_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="is a file"):

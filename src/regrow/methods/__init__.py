@@ -3,7 +3,7 @@
 ``METHODS`` is the whole list: name → its settings, how to build it from them, and whom to cite.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
@@ -46,6 +46,14 @@ class Entry:
     build: Callable[[Any], Any]
     citation: str
     about: str
+
+    def defaults(self, told: Collection[str]) -> dict[str, Any]:
+        """The settings that are not told, as this version has them: a run notes them, as another may have others.
+
+        >>> entry("wanda_sp").defaults(told={"compensate"})
+        {'allocation': 'uniform', 'minimum': 1}
+        """
+        return {one.name: one.default for one in fields(self.settings) if one.name not in told}
 
     def made(self, name: str, settings: Mapping[str, Any]) -> Any:
         """The method with settings, checked.

@@ -65,6 +65,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
         "budget": _budget(metrics.get("budget", [])),
         "settings": _pairs(settings, skip=("sources", "method_settings", "pruning", "recovery_settings")),
         "method_settings": _pairs(mapping(settings.get("method_settings", settings.get("recovery_settings")))),
+        "defaults": _pairs(mapping(run.get("defaults"))),
         "sources": sources,
         "versions": _pairs(mapping(run.get("versions"))),
         "started": text(run.get("started"), 40),

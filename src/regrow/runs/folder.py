@@ -37,21 +37,30 @@ class RunFolder:
     resumed: bool = False
 
     @classmethod
-    def create(cls, path: str | Path, *, verb: str, settings: Mapping[str, Any], command: str = "") -> "RunFolder":
+    def create(
+        cls,
+        path: str | Path,
+        *,
+        verb: str,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        command: str = "",
+    ) -> "RunFolder":
         """Begin a run in a new or empty folder, or go on with the same run if it was interrupted.
 
         Args:
             path: The folder.
             verb: What is done: ``"prune"``.
             settings: Everything that the result depends on, as JSON data; the run is the same if these are.
+            defaults: What the method takes for granted beside them; a run goes on under the same alone.
             command: The command that does it again.
 
         Raises:
             StoreError: If the folder holds something else, another run, or this one finished; nothing is touched.
         """
         path = Path(path)
-        wanted = json.loads(json.dumps({"verb": verb, "settings": dict(settings)}))
-        if cls.check(path, verb=verb, settings=settings):
+        wanted = _wanted(verb, settings, defaults)
+        if cls.check(path, verb=verb, settings=settings, defaults=defaults):
             cls(path)._sweep()
             return cls(path, resumed=True)
         with telling(path):
@@ -62,14 +71,20 @@ class RunFolder:
         return folder
 
     @classmethod
-    def check(cls, path: str | Path, *, verb: str, settings: Mapping[str, Any]) -> bool:
+    def check(
+        cls,
+        path: str | Path,
+        *,
+        verb: str,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
         """Whether an interrupted run would be resumed in a folder (``False``: a new one would begin); changes nothing.
 
         Raises:
             StoreError: As :meth:`create`.
         """
-        path = Path(path)
-        wanted = json.loads(json.dumps({"verb": verb, "settings": dict(settings)}))
+        path, wanted = Path(path), _wanted(verb, settings, defaults)
         if path.exists() and not path.is_dir():
             raise StoreError(f"{path} is a file; choose a folder that does not exist yet")
         if not path.is_dir() or all(PARTIAL.fullmatch(p.name) for p in path.iterdir()):
@@ -292,6 +307,13 @@ def set_words(settings: Mapping[str, Any]) -> list[str]:
     return [word for name, value in told.items() for word in ("--set", f"{name}={value}")]
 
 
+def _wanted(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What makes a run this one, as it comes back from ``run.json``."""
+    told = {"verb": verb, "settings": dict(settings)} | ({"defaults": dict(defaults)} if defaults else {})
+    found: dict[str, Any] = json.loads(json.dumps(told))
+    return found
+
+
 def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
     if run is None:
         raise StoreError(f"{path} exists and is not empty; choose another folder, or delete it")
@@ -305,6 +327,14 @@ def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) 
         )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
+    old, new = run.get("defaults") or {}, wanted.get("defaults", {})
+    if old and (other := [key for key in {**new, **old} if key not in old or old[key] != new.get(key)]):
+        was, now = (json.dumps(values[other[0]])[:60] if other[0] in values else "unknown" for values in (old, new))
+        version = run.get("versions", {}).get("regrow", "of another version")
+        raise StoreError(
+            f"{path} was begun by regrow {version}, where {other[0]} was {was} unless told, here {now}: finish it with "
+            "that version, or choose another folder"
+        )
 
 
 def _now(what: str) -> dict[str, Any]:

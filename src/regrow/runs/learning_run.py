@@ -120,10 +120,10 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     Raises:
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
     """
-    learner, schedule = built(settings), settings.schedule()
-    RunFolder.check(out, verb="learn", settings=asdict(settings))
+    learner, schedule, told = built(settings), settings.schedule(), _told(settings)
+    RunFolder.check(out, **told)
     tasks = tasks_of(settings)
-    folder = RunFolder.create(out, verb="learn", settings=asdict(settings), command=settings.command(str(out)))
+    folder = RunFolder.create(out, **told, command=settings.command(str(out)))
     return _go_on(folder, settings, learner, schedule, tasks, progress)
 
 
@@ -147,7 +147,8 @@ def extend(
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = Settings.from_json(told["settings"])
     settings = replace(was, tasks=(*was.tasks, *more))
-    learner = built(settings)
+    # It goes on as it began, be the defaults of this version others.
+    learner = built(replace(settings, method_settings={**told.get("defaults", {}), **was.method_settings}))
     try:
         old = tasks_of(was, told.get("sequence") if without_old else None)
     except MissingError as error:
@@ -233,6 +234,12 @@ def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origi
 def outputs_of(settings: Settings, tasks: Sequence[Task]) -> int:
     """For how many classes the network of a run has outputs."""
     return max(settings.classes, 1 + max(c for task in tasks for c in task.classes))
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """What makes a run this one."""
+    taken = learner_entry(settings.method).defaults({*asdict(settings), *settings.method_settings})
+    return {"verb": "learn", "settings": asdict(settings), "defaults": taken}
 
 
 def built(settings: Settings) -> Learner:

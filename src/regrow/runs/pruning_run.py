@@ -217,7 +217,9 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
     check_recovery(settings.recover, settings.sources)
-    again = RunFolder.check(out, verb="prune", settings=settings.record())
+    taken = entry(settings.method).defaults({*settings.record(), *settings.method_settings})
+    told: dict[str, Any] = {"verb": "prune", "settings": settings.record(), "defaults": taken}
+    again = RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(settings, progress)
@@ -228,7 +230,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         known = RunFolder.open(out).run().get("timing") if again else None
         budget = prune.timed(loaded.model, axes, budget, known=known, progress=progress)
     state = prune.begun(axes, method, budget, kinds.calibration)
-    folder = RunFolder.create(out, verb="prune", settings=settings.record(), command=settings.command(str(out)))
+    folder = RunFolder.create(out, **told, command=settings.command(str(out)))
     clock.folder = folder
     folder.update(notes=list(loaded.notes), sources=described(settings, kinds))
     if budget.timing:  # another measurement would be another plan

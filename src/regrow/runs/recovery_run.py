@@ -92,15 +92,15 @@ def run(
             f"{pruned} was recovered by {', '.join(wanted.before)} already, which may have moved its biases; "
             "bias comes first, on the pruned run"
         )
-    RunFolder.check(out, verb="recover", settings=asdict(wanted))
+    taken = recovery_entry(by).defaults({*asdict(wanted), *wanted.recovery_settings})
+    told: dict[str, Any] = {"verb": "recover", "settings": asdict(wanted), "defaults": taken}
+    RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
         dense, loaded = _loaded(source, origin, progress)
         kinds = sources_of(origin.learning_from(tokens), loaded)
         axes, plan = _cut(source, dense)
-    folder = RunFolder.create(
-        out, verb="recover", settings=asdict(wanted), command=wanted.command(str(pruned), str(out))
-    )
+    folder = RunFolder.create(out, **told, command=wanted.command(str(pruned), str(out)))
     clock.folder = folder
     folder.update(notes=list(dense.notes), sources=pruning_run.described(origin, kinds))
     if not len(folder.ledger):

@@ -148,7 +148,9 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
-    RunFolder.check(out, verb="search", settings=asdict(settings))
+    taken = searcher_entry(settings.method).defaults({*asdict(settings), *settings.method_settings, "measure"})
+    told: dict[str, Any] = {"verb": "search", "settings": asdict(settings), "defaults": taken}
+    RunFolder.check(out, **told)
     parts = parts_of(settings)
     _check_cutout(settings, parts)
     model, origin, plan = network(settings, parts.search)
@@ -158,7 +160,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     table = latencies.of(Path(out), model, batch, begun) if _measure(settings.target) == Measure.TIME else None
     learner = built(settings, model, axes, plan, table)
     learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
-    folder = RunFolder.create(out, verb="search", settings=asdict(settings), command=settings.command(str(out)))
+    folder = RunFolder.create(out, **told, command=settings.command(str(out)))
     if plan is not None and not folder.resumed:
         folder.log("stages", **plan.record())
     if table:
