@@ -323,8 +323,9 @@ def test_what_one_search_is_told_another_may_have_by_default(folder, tmp_path):
         run = json.loads((runs[-1] / "run.json").read_text())
         run["settings"]["method_settings"], run["defaults"] = told, taken
         (runs[-1] / "run.json").write_text(json.dumps(run))
-    found = to_markdown(summarise(runs))
-    assert "pace" in found and "0.25" in found and "floor" in found
+    found = to_html(summarise(runs))
+    assert '<th scope="col">pace</th><th scope="col">floor</th>' in found
+    assert "<td>1</td><td>1</td>" in found and "<td>0.25</td><td>0</td>" in found
 
 
 def test_searches_of_other_data_are_told_apart(folder, tmp_path):
