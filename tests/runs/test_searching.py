@@ -140,10 +140,13 @@ def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
     [
         ({"cutout": 8}, "take 0, for none, to 7"),
         ({"cutout": -1}, "take 0"),
-        ({"retrain": 0}, "leaves that out"),
+        ({"retrain": 0}, "--cutout .* leaves that out"),
+        ({"retrain": 0, "cutout": 0, "inherit": True}, "--inherit .* leaves that out"),
     ],
 )
-def test_a_cutout_that_means_nothing_is_refused(given: dict[str, int], message: str, tmp_path: Path) -> None:
+def test_what_means_nothing_in_the_training_anew_is_refused(
+    given: dict[str, int], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=message):
         run(replace(SETTINGS, **given), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -161,6 +164,20 @@ def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest
     net = regrow.load(done.path / "found")
     searching.retrained(RunFolder.create(tmp_path / "run", verb="t", settings={}), SETTINGS, parts, net, silent)
     assert set(sides) == {3}
+
+
+def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, tmp_path: Path) -> None:
+    parts, net, began = parts_of(SETTINGS), regrow.load(done.path / "found"), []
+    for inherit in (True, False):
+        # At a rate this low it ends as it begins.
+        own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
+        folder = RunFolder.create(tmp_path / f"{inherit}", verb="t", settings={})
+        began.append(searching.retrained(folder, own, parts, net, silent))
+    for name, value in net.named_parameters():
+        assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
+    weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
+    assert weights and not any(torch.allclose(began[1].get_parameter(n), v, atol=1e-3) for n, v in weights)
+    assert "--inherit --" in replace(SETTINGS, inherit=True).command("x")
 
 
 def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ Examples
 )
 @click.option("--epochs", default=30, show_default=True, type=int, help="Passes over the training part in the search.")
 @click.option("--retrain", default=30, show_default=True, type=int, help="Passes of the training after it; 0: none.")
+@click.option("--inherit", is_flag=True, help="That training goes on from the weights the search left, not drawn ones.")
 @click.option(
     "--cutout", default=0, type=int, help="In that training, cut a square of so many pixels out of each picture."
 )

@@ -63,6 +63,7 @@ class Settings:
         memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
         epochs: Passes over the training part in the search; 0 for methods that learn nothing.
         retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
+        inherit: Whether that begins with the weights that the search left, instead of drawn ones.
         cutout: Side of the square cut out of each picture in the training anew, pixels; 0: none is.
         batch_size: Examples per step.
         lr: Learning rate of the network's weights.
@@ -83,6 +84,7 @@ class Settings:
     memory: str = ""
     epochs: int = 30
     retrain: int = 30
+    inherit: bool = False
     cutout: int = 0
     batch_size: int = 96
     lr: float = 0.025
@@ -113,11 +115,9 @@ class Settings:
         """The command line that does this run again."""
         default = Settings(self.space, self.data, self.target)
         words = ["regrow", "search", self.space, "--data", self.data, "--target", self.target]
-        for name in default.__dataclass_fields__:
-            if name not in ("space", "data", "target", "method_settings") and getattr(self, name) != getattr(
-                default, name
-            ):
-                words += [f"--{name.replace('_', '-')}", f"{getattr(self, name)}"]
+        for name, value in asdict(self).items():
+            if name not in ("space", "data", "target", "method_settings") and value != getattr(default, name):
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [f"{value}"])]
         words += set_words(self.method_settings)
         return shlex.join([*words, "--out", out])
 
@@ -152,7 +152,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     told: dict[str, Any] = {"verb": "search", "settings": asdict(settings), "defaults": taken}
     RunFolder.check(out, **told)
     parts = parts_of(settings)
-    _check_cutout(settings, parts)
+    _check_training(settings, parts)
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:TRACED])
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
@@ -238,21 +238,22 @@ def _searched(
     return spaces.left(model, origin)
 
 
-def _check_cutout(settings: Settings, parts: Parts) -> None:
+def _check_training(settings: Settings, parts: Parts) -> None:
     side, most = settings.cutout, min(parts.test.inputs.shape[2:])
     if not 0 <= side < most:
         raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
-    if side and not settings.retrain:
-        raise ValueError(f"--cutout {side} is of the training anew, and --retrain 0 leaves that out")
+    for name, asked in (("cutout", side), ("inherit", settings.inherit)):
+        if asked and not settings.retrain:
+            raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
 
 
 def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
-    """The found network, drawn anew and trained on training and validation part; zeros of the search stay."""
+    """The found network, drawn anew unless it inherits, trained on training and validation part; zeros stay."""
     fresh = copy.deepcopy(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         for module in fresh.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
+            if not settings.inherit and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
     axes = trace(fresh, parts.whole.train.inputs[:2])
     at, learner, course = Stand(fresh, axes, parts.whole), Retrain(settings=Anew(cutout=settings.cutout)), Course()
