@@ -36,6 +36,7 @@ class Searcher(Learner):
     a weight that are 0 for good.
     """
 
+    settings: Any = None
     attic: Any = field(default_factory=Attic)
     gates: Gates | None = field(default=None, repr=False)
     """What may go in the part of the network that runs now."""
@@ -211,8 +212,7 @@ class Searcher(Learner):
 
     def asked(self, at: Stand, inputs: Tensor) -> Tensor:
         """The logits of the classifier at which the stage ends."""
-        found: Tensor = _parts(at).upto(inputs, self.last) if self.ends else at.logits(inputs)
-        return found
+        return _parts(at).upto(inputs, self.last) if self.ends else at.logits(inputs)
 
     def size_now(self) -> Tensor:
         """What the part that runs costs under the masks that stand, with their gradients."""
@@ -231,8 +231,7 @@ class Searcher(Learner):
         with standing_in(at.model, self.answering(at, at.number)):
             right = share_right(at.model, at.task.test, ask=lambda x: self.asked(at, x))
         record = {"epoch": at.epoch + 1, "stage": self.values["stage"], "accuracy": right, "size": self.size()}
-        record |= {"allowed": self.allowed(at), "mu": self.values["mu"]}
-        self.values["history"].append(record | self.kept())
+        self.values["history"].append(record | {"allowed": self.allowed(at), "mu": self.values["mu"]} | self.kept())
 
     def told(self, at: Stand) -> str:
         """The stage, and what the last epoch of it left: size of what it may be, accuracy, the share of each level."""
@@ -259,11 +258,15 @@ class Searcher(Learner):
         """What the part that runs costs, and what it was to cost."""
         return {"measure": str(self.measure), "asked": self.most, "size": self.size()}
 
-    def commit(self, at: Stand) -> Plan | None:
-        """What does not stand now goes."""
+    def due(self, at: Stand) -> Masks:
+        """By what masks a commit goes now."""
+        return self.masks(at)
+
+    def commit(self, at: Stand, masks: Masks | None = None) -> Plan | None:
+        """What does not stand now, or under masks, goes."""
         assert self.gates is not None
         with torch.no_grad():
-            masks = spared(self.gates, self.masks(at), self.allowed(at), self.spares_bare)
+            masks = spared(self.gates, masks or self.due(at), self.allowed(at), self.spares_bare)
             masks = reserved(self.upto(at, (self.ends or (-1,))[-1]), masks, self.most, self.cuts)
             drop, keep = cut(self.gates, masks, at.axes)
             saved = savings(self.gates, masks)
@@ -359,15 +362,12 @@ class Searcher(Learner):
             self.settle(at)
         assert self.gates is not None
         with torch.no_grad():
-            masks, flat = self.masks(at), self.gates.levels.flat(at.parameters())
+            masks, flat = self.due(at), self.gates.levels.flat(at.parameters())
             relative = self.gates.levels.relative(flat, self.gates.levels.standing(masks.ops, masks.filters))
             ops, filters, weights = excess(self.gates, masks, relative, self.most)
-            self.tensors["alpha"].values.data[self.gates.tied[ops]] = -50.0
-            places = {base + i: (key, i) for key, (base, n, _) in self.spans() for i in range(n)}
-            for key, i in (places[one] for one in filters):
-                self.tensors[f"kappa {key}"].values.data[i] = -50.0
             self.gone |= weights
-        plan = self.commit(at)
+            masks = replace(self.masks(at), ops=ops, filters=filters)
+        plan = self.commit(at, masks)
         for name in THRESHOLDS.values():  # what is left stands
             self.tensors[name].values.data.zero_()
         self.masks(at)

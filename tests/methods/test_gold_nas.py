@@ -59,6 +59,18 @@ def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     assert plan.drop and not {*plan.drop} & {own.gates.ops[i] for i in one.tolist()}
 
 
+def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
+    own, at = begun(axes, task, target=700.0, each=2, low=0.01, high=0.05)
+    cheap = own.gates.prices() <= 1
+    own.tensors["alpha"].values[cheap] = -9.0
+    plan = own.plan(at)
+    assert plan.drop and not all(path in plan.drop for path, one in zip(own.gates.ops, cheap, strict=True) if one)
+    changed(at, own, plan)
+    while plan := own.final(at):
+        changed(at, own, plan)
+    assert own.size() <= 700
+
+
 def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
     own, at = begun(axes, task, target=100.0, each=2, low=0.0, high=1.0)
     ops = own.gates.ops

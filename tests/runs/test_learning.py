@@ -150,6 +150,7 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     monkeypatch.setattr(learning_run, "_go_on", lambda folder, settings, learner, *rest: seen.append(learner.settings))
     extend(tmp_path / "run", ("rotated:digits:2",))
     assert (seen[0].strength, seen[0].decay) == (7.0, 0.5)
+    assert folder.run()["defaults"] == began | {"strength": 7.0}
 
 
 def test_classes_that_come_later_need_outputs(tmp_path: Path) -> None:

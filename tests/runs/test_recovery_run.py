@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from regrow.cli import main
+from regrow.methods import entry, recovery_entry
 from regrow.reports.summary import summarise
 from regrow.runs import RunFolder, StoreError, recovery_run
 from regrow.runs.pruning_run import Settings, run
@@ -83,6 +84,11 @@ def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch)
     rows = {row["model"]: row["acc"] for row in both.metrics() if row["what"] == "choice"}
     assert set(rows) == {"dense", "pruned", "recovered"}
     assert "--recover refit --recover-tokens 256" in both.run()["command"]
+    taken = after.run()["defaults"]
+    assert taken == json.loads(json.dumps(recovery_entry("refit").defaults({"seed"})))
+    alone = RunFolder.open(pruned).run()["defaults"]
+    assert both.run()["defaults"] == alone | {f"refit {n}": v for n, v in taken.items()}
+    assert alone == entry(PRUNING.method).defaults({*PRUNING.method_settings, "seed"})
 
 
 def test_what_cannot_be_recovered_is_said(pruned, tmp_path):

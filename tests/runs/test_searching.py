@@ -1,5 +1,6 @@
 """A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
 
+import json
 import re
 from dataclasses import replace
 from itertools import count
@@ -26,7 +27,8 @@ from regrow.progress import silent
 from regrow.reports import write_page
 from regrow.runs import RunFolder, latencies, searching
 from regrow.runs.atomic import StoreError
-from regrow.runs.searching import Settings, built, network, parts_of, run, target
+from regrow.runs.searching import Settings, built, network, parts_of, run
+from regrow.runs.targets import target
 from regrow.searcher import LEVELS
 from regrow.tracing import trace
 
@@ -178,6 +180,23 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
     assert weights and not any(torch.allclose(began[1].get_parameter(n), v, atol=1e-3) for n, v in weights)
     assert "--inherit --" in replace(SETTINGS, inherit=True).command("x")
+
+
+def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:
+    taken = done.run()["defaults"]
+    assert taken["pace"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*LEVELS]
+    assert not {*QUICK, "target", "stages", "seed"} & {*taken}
+    assert "inherit" not in done.run()["settings"], "a run that was begun before there was this setting goes on"
+    place = tmp_path / "run"
+    place.mkdir()
+    told = {name: value for name, value in done.run().items() if name != "finished"}
+    (place / "run.json").write_text(json.dumps(told | {"defaults": taken | {"pace": 1.0}}))
+    with pytest.raises(StoreError, match=r"pace was 1\.0 unless told, here 0\.25"):
+        run(SETTINGS, place)
+    assert [one.name for one in place.iterdir()] == ["run.json"]
+    (place / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
+    with pytest.raises(StoreError, match="inherit was true, here null"):
+        run(SETTINGS, place)
 
 
 def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:

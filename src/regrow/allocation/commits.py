@@ -65,9 +65,9 @@ def spared(found: Gates, masks: Masks, allowed: float, bare: bool = True) -> Mas
 
 
 def reserved(found: Gates, masks: Masks, target: float, searched: Collection[str]) -> Masks:
-    """Masks under which a target can still be met later: of sums whose cheapest operation would go, it stays.
+    """Masks under which a target can still be met later: of sets whose cheapest operation would go, it stays.
 
-    Of these those nearest to their thresholds stay, as few as the target asks for.
+    Those nearest to their thresholds stay, one after the other, until the target is within reach, if it ever is.
 
     Args:
         found: What may go in the whole network, be it searched in this stage or not.
@@ -76,7 +76,8 @@ def reserved(found: Gates, masks: Masks, target: float, searched: Collection[str
         searched: Which levels are.
     """
     ops, margin = masks.ops.clone(), masks.margins[0]
-    for at in sorted((_cheapest(found) > ops).nonzero()[:, 0].tolist(), key=lambda at: (-margin[at].item(), at)):
+    lost = (_cheapest(found) > ops).nonzero()[:, 0].tolist() if least(found, searched) <= target else []
+    for at in sorted(lost, key=lambda at: (-margin[at].item(), at)):
         if least(replace(found, alive=found.alive & (ops > 0)), searched) <= target:
             break
         ops[found.together(at)] = 1.0
@@ -97,7 +98,9 @@ def savings(found: Gates, masks: Masks) -> dict[str, float]:
 
 
 def least(found: Gates, searched: Collection[str]) -> float:
-    """No choice leaves less: the cheapest operation into each node, the fewest filters of each axis, no weight.
+    """What the cheapest choice costs: of each node the cheapest operation, of each axis the fewest filters, no weight.
+
+    Where sets of which one operation stays overlap, another choice may cost less, by no more than one of them.
 
     Args:
         found: What may go.
@@ -114,11 +117,19 @@ def least(found: Gates, searched: Collection[str]) -> float:
     return float(levels.size(ops, filters, weights))
 
 
+def _prices(found: Gates) -> Tensor:
+    """What an operation costs with those decided with it, ``[operations]``; ∞ if it is gone or does not run."""
+    here = found.alive & found.runs
+    own = torch.where(here, found.prices(), 0.0)
+    return torch.where(here, torch.zeros_like(own).index_add(0, found.tied, own)[found.tied], torch.inf)
+
+
 def _cheapest(found: Gates) -> Tensor:
-    """Of each set that needs one operation the cheapest, ``[operations]``; all that do not run."""
-    ops, prices = torch.zeros(len(found.ops)), torch.where(found.alive & found.runs, found.prices(), torch.inf)
+    """Of each set that needs an operation and has none yet the cheapest, ``[operations]``; and all that do not run."""
+    ops, prices = torch.zeros(len(found.ops)), _prices(found)
     for own in found.needed:
-        ops[found.together(int(own[prices[own].argmin()]))] = 1.0
+        if not ops[own].any():
+            ops[found.together(int(own[prices[own].argmin()]))] = 1.0
     return torch.where(found.runs, ops, found.alive.float())
 
 
@@ -157,8 +168,8 @@ def controlled(
     return {"cap": cap}
 
 
-def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple[list[int], list[int], Tensor]:
-    """What must go beyond what does not stand, least important first, for the target to be met.
+def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What a target leaves of what stands: the least important goes, as little as must.
 
     Weights pay where they are searched and cost anything; else filters, where they are, and then operations, of which
     the least important that must not all go are exchanged for cheaper ones where nothing else is left.
@@ -170,7 +181,7 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
         target: What may be left.
 
     Returns:
-        Numbers of operations and of filters, and which weights, ``[N]`` bool.
+        Masks of operations and of filters, and which weights go, ``[N]`` bool.
 
     Raises:
         ValueError: If not so much can go; names the least that can be reached.
@@ -192,22 +203,19 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
             raise ValueError(
                 f"the target {target:g} is below what is left without any weight, {size() - price.sum():g}"
             )
-        return [], [], gone & stands
-    lost: tuple[list[int], list[int]] = ([], [])
+        return ops, filters, gone & stands
     searched = [level for level in (1, 0) if bool((masks.margins[level] != 1).any())]
     for level in searched:
-        lost[level].extend(_going(found, level, (ops, filters), masks.margins[level], target))
-        for at in lost[level]:
+        for at in _going(found, level, (ops, filters), masks.margins[level], target):
             (ops, filters)[level][found.together(at) if level == 0 else at] = 0.0
     if 0 in searched and size() > target:
-        ops = _exchanged(found, (ops, filters), masks.margins[0], target)
-        lost[0][:] = (found.alive & found.runs & (ops == 0)).nonzero()[:, 0].tolist()
+        ops = _exchanged(found, masks.ops, (ops, filters), masks.margins[0], target)
     if size() > target:
         raise ValueError(
             f"the target {target:g} cannot be reached: {size():g} is the least that this search can leave; take a "
             "higher one, or search filters or weights too"
         )
-    return *lost, none
+    return ops, filters, none
 
 
 def _going(found: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> list[int]:
@@ -227,17 +235,31 @@ def _going(found: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tenso
     return order[: bisect_left(range(len(order) + 1), True, key=enough)]  # pricing everything takes long
 
 
-def _exchanged(found: Gates, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
-    """The operations, where the least important that cannot go are the cheapest that can stand for them, as need be."""
-    ops, filters = masks[0].clone(), masks[1]
-    prices = torch.where(found.alive & found.runs, found.prices(), torch.inf)
+def _exchanged(found: Gates, stood: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
+    """What a target leaves of operations of which none can go any more, ``[operations]``.
+
+    The least important are exchanged for the cheapest that can stand for them, until the target is met or all are the
+    cheapest; then what stood comes back where it fits, the most important first.
+    """
+    ops, filters, prices = masks[0].clone(), masks[1], _prices(found)
+
+    def fits(ops: Tensor) -> bool:
+        return float(found.levels.size(ops, filters)) <= target
+
     for at in margin.argsort(stable=True).tolist():
-        if float(found.levels.size(ops, filters)) <= target:
-            return ops
+        if fits(ops):
+            break
         sets = [own for own in found.needed if bool((own == at).any()) and int((ops[own] > 0).sum()) == 1]
         best = [int(own[prices[own].argmin()]) for own in sets]
         if ops[at] and float(prices[[*{*best}]].sum()) < float(prices[at]):
             ops[found.together(at)] = 0.0
             for one in best:
                 ops[found.together(one)] = 1.0
-    return ops if float(found.levels.size(ops, filters)) <= target else _cheapest(found)
+    if not fits(ops):
+        ops = _cheapest(found)
+    for at in margin.argsort(stable=True, descending=True).tolist():
+        more = ops.clone()
+        more[found.together(at)] = 1.0
+        if stood[at] and not ops[at] and fits(more):
+            ops = more
+    return ops

@@ -63,7 +63,7 @@ Examples
 @click.option("--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the method.")
 @click.option("--seed", default=0, show_default=True, type=int, help="Of weights, orders and everything drawn.")
 def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: Any) -> None:
-    """Search SPACE for a network that fits the target, train it anew, and leave a folder with it and how it was found.
+    """Search SPACE for a network that fits the target, train it, and leave a folder with it and how it was found.
 
     The training examples are split into a part that is learned from and one that is only watched; the test set
     is read once, at the end.
@@ -91,7 +91,7 @@ def _tell(folder: Any) -> None:
         [[level, number(round(saved))] for level, saved in levels["saved"].items()],
         numbers=(1,),
     )
-    anew = " after training anew" if folder.run()["settings"]["retrain"] else ""
+    anew = " after training" if folder.run()["settings"]["retrain"] else ""
     say(
         f"{number(found['nonzero'])} parameters that are not 0, of {number(found['parameters'])}; validation "
         f"{found['accuracy']:.3f} as the search left it; "

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation.commits import controlled
+from regrow.allocation.commits import controlled, reserved
 from regrow.allocation.gates import Masks
 from regrow.candidates import candidates_in
 from regrow.data.augment import moved
@@ -166,8 +166,10 @@ class GoldNas(Searcher):
             return None
         assert self.gates is not None
         each = self.settings.each or -(-len(self.gates.tied.unique()) // (at.epochs - self.settings.warm - 1))
+        assert self.now is not None
         left, many = self._left(each)
         self.values |= controlled(self.values, many, few=each, many=2 * each, factor=2)
+        left = reserved(self.gates, replace(self.now, ops=left), self.most, self.cuts).ops
         return self.without(at, left)
 
     def _left(self, each: int) -> tuple[Tensor, int]:

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.allocation.commits import controlled, threshold_for
+from regrow.allocation.gates import Masks
 from regrow.allocation.regrowth import drawn
 from regrow.data.augment import moved
 from regrow.learner import Along, Stand
@@ -316,18 +317,18 @@ class Mgas(Searcher):
         if at.epoch == end < at.epochs:
             self._start(at, stage + 1)
 
-    def commit(self, at: Stand) -> Plan | None:
-        """What does not stand now goes."""
+    def commit(self, at: Stand, masks: Masks | None = None) -> Plan | None:
+        """What does not stand now goes, and λ follows how much that is."""
         before = len(self.values["dropped"])
-        if self.settings.controller == "ratios":
-            self._told(at)
-        plan = super().commit(at)
+        plan = super().commit(at, masks)
         if self.settings.controller == "feedback":
             self.values |= controlled(self.values, len(self.values["dropped"]) - before)
         return plan
 
-    def _told(self, at: Stand) -> None:
-        """Set thresholds so that each level keeps the share that it is told to keep by now."""
+    def due(self, at: Stand) -> Masks:
+        """What stands; under ratios, by thresholds at which each level keeps the share that it is told to by now."""
+        if self.settings.controller != "ratios":
+            return super().due(at)
         assert self.gates is not None
         found, done = self.gates, self.progress(at)
         shares = {level: r**done for level, r in zip(self.settings.levels, self.settings.ratios, strict=True)}
@@ -343,6 +344,7 @@ class Mgas(Searcher):
         masks, flat = self.masks(at), found.levels.flat(at.parameters())
         relative = found.levels.relative(flat, found.levels.standing(masks.ops, masks.filters))
         tell("weights", "weights", relative.masked_fill(self.gone, 0.0), len(relative))
+        return super().due(at)
 
     def revival(self, at: Stand) -> Plan | None:
         """A share of the operations that the stage dropped comes back."""
@@ -370,9 +372,8 @@ class Mgas(Searcher):
 
     def _some(self, at: Stand) -> Examples:
         """As many examples as a step has: more may be more than the memory holds."""
-        return next(
-            at.task.train.batches(-(-len(at.task.train) // at.steps), seed=at.drawn(at.epoch, 8).initial_seed())
-        )
+        many, seed = -(-len(at.task.train) // at.steps), at.drawn(at.epoch, 8).initial_seed()
+        return next(at.task.train.batches(many, seed=seed))
 
     def _let_back(self, at: Stand) -> None:
         """Weights that are 0 for good, and whose gradient is greatest, may stand again."""

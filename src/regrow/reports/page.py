@@ -278,11 +278,12 @@ def _seen(summary: Summary) -> dict[str, str]:
 
 
 def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Settings in which the runs differ: name → one value per run; a default, where another run tells or has it too."""
+    """Settings in which the runs differ: name → one value per run, by default where it is not told."""
     tables = [{pair["name"]: pair["value"] for pair in run["settings"] + run["method_settings"]} for run in runs]
     taken = [{pair["name"]: pair["value"] for pair in run["defaults"]} for run in runs]
     whole = [own | table for own, table in zip(taken, tables, strict=True)]
-    shared = [name for name in whole[0] if all(name in one for one in whole)]
+    alike = len({run["method"] for run in runs}) == 1
+    shared = [name for name in whole[0] if alike and all(name in one for one in whole)]
     names = dict.fromkeys([*(name for table in tables for name in table), *shared])
     columns = {name: [one.get(name, quantities.NONE) for one in whole] for name in names}
     return {name: values for name, values in columns.items() if len(set(values)) > 1}

@@ -42,9 +42,10 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         folder: A run folder.
 
     Returns:
-        ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``, ``epochs``,
-        ``commits``, ``front`` (networks that the last stage passed), ``stages`` (memory of each), ``recomputed``,
-        ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``, ``topology``, ``notation`` and
+        ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``,
+        ``trained`` (in words), ``epochs``, ``commits``, ``front`` (networks that the last stage passed), ``stages``
+        (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``,
+        ``topology``, ``notation`` and
         ``blocks``; ``None`` if it is a run of another kind.
     """
     if folder.run.get("verb") != "search":
@@ -64,6 +65,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         "asked": number(levels.get("asked"), 0) or _told(target),
         "reached": sizes["nonzero"] if reached is None and measure == "params" else reached,
         "retrained": size(settings.get("retrain")),
+        "trained": "trained further" if settings.get("inherit") is True else "trained anew",
         "epochs": _epochs(lines.get("epoch", [])),
         "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
         "front": _front(lines.get("front", [])),
@@ -104,7 +106,7 @@ def headline(run: Run) -> str:
     deed += f" and found a network of {q.count(many)} parameters."
     if (right := found["test"]["accuracy"]) is None:
         return f"{deed} How well it answers was not tested."
-    state = "Trained anew" if found["retrained"] else "As the search left it"
+    state = found["trained"].capitalize() if found["retrained"] else "As the search left it"
     return f"{deed} {state}, it answers {q.percent(right)} of the test set right."
 
 
@@ -115,7 +117,8 @@ def details(run: Run) -> list[str]:
         lines.append(RECONSTRUCTED[run["method"]])
     if found["epochs"]:
         n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
-        anew = f", and {found['retrained']} of training anew" if found["retrained"] and run["finished"] else ""
+        after = "training after it" if found["trained"] == "trained further" else "training anew"
+        anew = f", and {found['retrained']} of {after}" if found["retrained"] and run["finished"] else ""
         lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
     if found["test"]["accuracy"] is not None:
         lines.append(
@@ -134,7 +137,7 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
             rows.append({"label": label, "value": unit(value), "below": below})
 
     test, left = found["test"], found["found"]
-    anew = "trained anew" if found["retrained"] else "as the search left it"
+    anew = found["trained"] if found["retrained"] else "as the search left it"
     add("Test accuracy", test["accuracy"], q.percent, f"{anew}, on {q.count(test['images'])} images")
     add("Validation accuracy", left["accuracy"], q.percent, "as the search left it")
     add("Parameters", left["nonzero"], q.count, f"that are not 0; {q.count(left['parameters'])} with zeros")

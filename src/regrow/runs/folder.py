@@ -309,7 +309,7 @@ def set_words(settings: Mapping[str, Any]) -> list[str]:
 
 def _wanted(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
     """What makes a run this one, as it comes back from ``run.json``."""
-    told = {"verb": verb, "settings": dict(settings)} | ({"defaults": dict(defaults)} if defaults else {})
+    told = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
     found: dict[str, Any] = json.loads(json.dumps(told))
     return found
 
@@ -327,8 +327,10 @@ def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) 
         )
     if run.get("finished"):
         raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
-    old, new = run.get("defaults") or {}, wanted.get("defaults", {})
-    if old and (other := [key for key in {**new, **old} if key not in old or old[key] != new.get(key)]):
+    old, new = run.get("defaults"), wanted.get("defaults")
+    if old is None or new is None:  # nothing was noted
+        return
+    if other := [key for key in {**new, **old} if key not in old or old[key] != new.get(key)]:
         was, now = (json.dumps(values[other[0]])[:60] if other[0] in values else "unknown" for values in (old, new))
         version = run.get("versions", {}).get("regrow", "of another version")
         raise StoreError(

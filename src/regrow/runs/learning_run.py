@@ -168,7 +168,8 @@ def extend(
             f"{', '.join(more)} has classes up to {wanted - 1}, and the network of {out} has outputs for {outputs}: "
             f"begin a run with --classes {wanted}"
         )
-    folder.update(settings=asdict(settings), command=settings.command(str(out)), finished=None)
+    taken = _told(settings)["defaults"] | told.get("defaults", {})
+    folder.update(settings=asdict(settings), defaults=taken, command=settings.command(str(out)), finished=None)
     return _go_on(replace(folder, resumed=True), settings, learner, settings.schedule(), tasks, progress)
 
 
@@ -238,7 +239,7 @@ def outputs_of(settings: Settings, tasks: Sequence[Task]) -> int:
 
 def _told(settings: Settings) -> dict[str, Any]:
     """What makes a run this one."""
-    taken = learner_entry(settings.method).defaults({*asdict(settings), *settings.method_settings})
+    taken = learner_entry(settings.method).defaults({*settings.method_settings, "seed"})
     return {"verb": "learn", "settings": asdict(settings), "defaults": taken}
 
 

@@ -17,7 +17,7 @@ from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget, Measure, Target
 from regrow.data import Half
 from regrow.data.vision import digits, images
-from regrow.methods import entry
+from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -217,7 +217,10 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
     check_recovery(settings.recover, settings.sources)
-    taken = entry(settings.method).defaults({*settings.record(), *settings.method_settings})
+    taken = entry(settings.method).defaults({*settings.method_settings, "seed"})
+    if settings.recover:
+        more = recovery_entry(settings.recover).defaults({"seed"})
+        taken |= {f"{settings.recover} {name}": value for name, value in more.items()}
     told: dict[str, Any] = {"verb": "prune", "settings": settings.record(), "defaults": taken}
     again = RunFolder.check(out, **told)
     clock = Clock(None)

@@ -92,7 +92,7 @@ def run(
             f"{pruned} was recovered by {', '.join(wanted.before)} already, which may have moved its biases; "
             "bias comes first, on the pruned run"
         )
-    taken = recovery_entry(by).defaults({*asdict(wanted), *wanted.recovery_settings})
+    taken = recovery_entry(by).defaults({*wanted.recovery_settings, "seed"})
     told: dict[str, Any] = {"verb": "recover", "settings": asdict(wanted), "defaults": taken}
     RunFolder.check(out, **told)
     clock = Clock(None)

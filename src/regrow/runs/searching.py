@@ -11,11 +11,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regrow.allocation.cost import Cost
 from regrow.allocation.stages import Stages, in_bytes
 from regrow.allocation.timed import timed
 from regrow.axes import AxisGraph
-from regrow.budget import Measure, Target
+from regrow.budget import Measure
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
@@ -33,19 +32,20 @@ from regrow.runs import front, latencies, spaces, stage_memory, store
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, changed, learn
+from regrow.runs.targets import TRACED, measure_of, target
 from regrow.searcher import Searcher
 from regrow.sources import Batch
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 
+GIVEN = ("target", "measure", "stages", "seed")
+"""Settings of methods that a run gives them."""
 COURSE, RETRAINING = "course.safetensors", "retraining.safetensors"
-TRACED = 2
-"""Images that a space is traced with; multiply–accumulates are told of one."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a search depends on; ``run.json`` holds exactly this.
+    """Everything that a search depends on; ``run.json`` holds this, and the method's defaults beside it.
 
     Args:
         space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), ``mobile:WIDTH-BLOCKS`` (inverted bottlenecks,
@@ -100,6 +100,10 @@ class Settings:
         """The settings that a ``run.json`` holds."""
         return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` holds: settings that came later only where they are not as before."""
+        return {name: value for name, value in asdict(self).items() if name != "inherit" or value}
+
     def schedule(self, epochs: int, decay: str) -> Schedule:
         """How the search, or the training after it, goes."""
         return Schedule(
@@ -148,18 +152,18 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
-    taken = searcher_entry(settings.method).defaults({*asdict(settings), *settings.method_settings, "measure"})
-    told: dict[str, Any] = {"verb": "search", "settings": asdict(settings), "defaults": taken}
-    RunFolder.check(out, **told)
+    RunFolder.check(out, verb="search", settings=settings.record())
     parts = parts_of(settings)
     _check_training(settings, parts)
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:TRACED])
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
     begun = (Path(out) / COURSE).is_file()
-    table = latencies.of(Path(out), model, batch, begun) if _measure(settings.target) == Measure.TIME else None
+    table = latencies.of(Path(out), model, batch, begun) if measure_of(settings.target) == Measure.TIME else None
     learner = built(settings, model, axes, plan, table)
     learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
+    taken = {n: v for n, v in asdict(learner.settings).items() if n not in {*settings.method_settings, *GIVEN}}
+    told: dict[str, Any] = {"verb": "search", "settings": settings.record(), "defaults": taken}
     folder = RunFolder.create(out, **told, command=settings.command(str(out)))
     if plan is not None and not folder.resumed:
         folder.log("stages", **plan.record())
@@ -353,48 +357,3 @@ def built(
             "give more --memory or none, or a method and settings that do"
         )
     return found
-
-
-SIZES = ("params", "macs", "bytes", "ms")
-"""The measures that a search knows of single weights and operations."""
-
-
-def _measure(text: str) -> Measure | None:
-    unit = text.partition("=")[0].strip()
-    return Measure(unit) if unit in SIZES else None
-
-
-def target(text: str, axes: AxisGraph, table: Latency | None = None) -> tuple[Measure, float]:
-    """A target as a measure and a number.
-
-    Args:
-        text: ``params=0.5M``, ``macs=3M``, ``bytes=200k``, ``ms=20``; or a share of all parameters, ``0.2``.
-        axes: Those of the whole space.
-        table: How long it takes, for a target in ms.
-
-    Raises:
-        ValueError: If it is none of these, or more than the whole space has.
-    """
-    unit, equals, _ = text.partition("=")
-    like = f"the target is like params=0.5M, macs=3M, bytes=200k, ms=20 or a share such as 0.2; got {text!r}"
-    if equals and (unit.strip() not in SIZES or "@" in text):
-        raise ValueError(like)
-    wanted = Target.parse(text) if equals else None
-    measure = wanted.measure if wanted else Measure.PARAMETERS
-    if measure == Measure.TIME and table is None:
-        raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
-    whole_cost: float = table.total if table else Cost(axes, measure, counted=False).total
-    if measure == Measure.MACS:
-        whole_cost = whole_cost / TRACED
-    try:
-        number = wanted.amount if wanted else float(text)
-    except ValueError:
-        raise ValueError(like) from None
-    if wanted is None:
-        if number >= 1:
-            raise ValueError(f"a target without a measure is a share, below 1; got {text}; or write params={text}")
-        number *= whole_cost
-    if not 0 < number < whole_cost:
-        has = f"{whole_cost:.4g}" if table else f"{whole_cost:,.0f}"
-        raise ValueError(f"the target {text} is not below what the whole space has, {has} {measure}")
-    return measure, number
