@@ -100,7 +100,7 @@ def savings(found: Gates, masks: Masks) -> dict[str, float]:
 def least(found: Gates, searched: Collection[str]) -> float:
     """What the cheapest choice costs: of each node the cheapest operation, of each axis the fewest filters, no weight.
 
-    Where sets of which one operation stays overlap, another choice may cost less, by no more than one of them.
+    Where sets of which one operation stays overlap, another choice may cost a little less.
 
     Args:
         found: What may go.
