@@ -217,11 +217,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
     check_recovery(settings.recover, settings.sources)
-    taken = entry(settings.method).defaults({*settings.method_settings, "seed"})
-    if settings.recover:
-        more = recovery_entry(settings.recover).defaults({"seed"})
-        taken |= {f"{settings.recover} {name}": value for name, value in more.items()}
-    told: dict[str, Any] = {"verb": "prune", "settings": settings.record(), "defaults": taken}
+    told: dict[str, Any] = {"verb": "prune", "settings": settings.record(), "defaults": _defaults(settings)}
     again = RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
@@ -326,6 +322,13 @@ def _source(settings: Settings, loaded: Loaded, spec: str, half: Half, amount: i
     if not equals:
         raise ValueError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
     return images(name, Path(path), n=amount, size=shape[-1], seed=seed, half=half)
+
+
+def _defaults(settings: Settings) -> dict[str, Any]:
+    """What the method, and the recovery after it, take for granted."""
+    taken = entry(settings.method).defaults({*settings.method_settings, "seed"})
+    more = recovery_entry(settings.recover).defaults({"seed"}) if settings.recover else {}
+    return taken | {f"{settings.recover} {name}": value for name, value in more.items()}
 
 
 def _seeded(settings: Settings) -> dict[str, Any]:
