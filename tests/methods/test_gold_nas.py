@@ -66,6 +66,8 @@ def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
     plan = own.plan(at)
     assert plan.drop and not all(path in plan.drop for path, one in zip(own.gates.ops, cheap, strict=True) if one)
     changed(at, own, plan)
+    pressed = own.values["lambda"]
+    assert own.plan(at) is None and own.values["lambda"] > pressed, "what is needed does not count as gone"
     while plan := own.final(at):
         changed(at, own, plan)
     assert own.size() <= 700

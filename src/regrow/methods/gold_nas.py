@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation.commits import controlled, reserved
+from regrow.allocation.commits import controlled, least
 from regrow.allocation.gates import Masks
 from regrow.candidates import candidates_in
 from regrow.data.augment import moved
@@ -166,10 +166,8 @@ class GoldNas(Searcher):
             return None
         assert self.gates is not None
         each = self.settings.each or -(-len(self.gates.tied.unique()) // (at.epochs - self.settings.warm - 1))
-        assert self.now is not None
         left, many = self._left(each)
         self.values |= controlled(self.values, many, few=each, many=2 * each, factor=2)
-        left = reserved(self.gates, replace(self.now, ops=left), self.most, self.cuts).ops
         return self.without(at, left)
 
     def _left(self, each: int) -> tuple[Tensor, int]:
@@ -178,7 +176,7 @@ class GoldNas(Searcher):
         found, left, size = self.gates, self.now.ops.clone(), self.size()
         with torch.no_grad():
             stands, share, _ = found.shares(self.now, self.tensors["alpha"].values)
-        prices, many = found.prices(), 0
+        prices, many, reachable = found.prices(), 0, least(found, self.cuts) <= self.most
         places = stands.nonzero()[:, 0].tolist()
         for own, i in sorted(zip(share.tolist(), places, strict=True)):
             low = own <= self.settings.low
@@ -186,7 +184,11 @@ class GoldNas(Searcher):
                 break
             together = found.together(i)
             if found.tied[i] == i and all(bool(found.open(0, left)[j]) for j in together.nonzero()[:, 0]):
+                less = left.masked_fill(together, 0.0)
+                rest = replace(found, alive=found.alive & (less > 0))
+                if reachable and least(rest, self.cuts) > self.most:  # the target will need it
+                    continue
                 size -= float(prices[together].sum())
-                left[together] = 0.0
+                left = less
                 each, many = each - (not low), many + 1
         return left, many
