@@ -71,6 +71,11 @@ def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
     for other, words in (({"pace": 1.0}, "pace was 0.25 unless told, here 1.0"), ({"floor": 1}, "floor was unknown")):
         with pytest.raises(StoreError, match=f"begun by regrow .*, where {words}.*choose another folder"):
             again(**{"pace": 0.25, "levels": ("a", "b")} | other)
+    for name in ("defaults", "versions"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "run.json").write_text(json.dumps(again(pace=0.25, levels=("a", "b")).run() | {name: "x"}))
+        with pytest.raises(StoreError, match="not of the format"):
+            RunFolder.create(tmp_path / "odd", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
     (tmp_path / "older").mkdir()
     told = (tmp_path / "run" / "run.json").read_text()
     without = {name: value for name, value in json.loads(told).items() if name != "defaults"}

@@ -91,11 +91,11 @@ def _tell(folder: Any) -> None:
         [[level, number(round(saved))] for level, saved in levels["saved"].items()],
         numbers=(1,),
     )
-    anew = " after training" if folder.run()["settings"]["retrain"] else ""
+    after = " after training" if folder.run()["settings"]["retrain"] else ""
     say(
         f"{number(found['nonzero'])} parameters that are not 0, of {number(found['parameters'])}; validation "
         f"{found['accuracy']:.3f} as the search left it; "
-        f"test{anew} {tested['accuracy']:.3f} on {tested['images']} images"
+        f"test{after} {tested['accuracy']:.3f} on {tested['images']} images"
     )
     (told,) = summarise([folder.path])["runs"]
     for alarm in alarms(told):

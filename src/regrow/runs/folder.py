@@ -112,7 +112,12 @@ class RunFolder:
         data = self._read("run.json")
         if data is None:
             raise StoreError(f"{self.path} is not a run folder (no run.json); give the folder of a run")
-        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("settings"), dict):
+        objects: dict[str, Any] = {"settings": None, "defaults": {}, "versions": {}}
+        if (
+            not isinstance(data, dict)
+            or data.get("format") != FORMAT
+            or not all(isinstance(data.get(name, missing), dict) for name, missing in objects.items())
+        ):
             raise StoreError(f"{self.path / 'run.json'} is not of the format {FORMAT!r}; restore it")
         return data
 
