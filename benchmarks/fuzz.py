@@ -27,7 +27,7 @@ import torch
 
 from regrow.axes import Mark
 from regrow.plan import FILLS, PlanError
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
 

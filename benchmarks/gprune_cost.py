@@ -20,7 +20,7 @@ from regrow.method import Budget
 from regrow.nets import load
 from regrow.runs.loop import proposed
 from regrow.runs.prune import begun, built, measured
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 
 KINDS = ("news", "code", "manual", "talk")
 

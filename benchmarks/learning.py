@@ -19,7 +19,7 @@ import torch
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.runs.learning import Schedule, learn
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 

@@ -26,8 +26,8 @@ from regrow.nets import load
 from regrow.runs import save
 from regrow.runs.loop import proposed
 from regrow.runs.prune import begun, built, measured
-from regrow.runs.versions import versions
 from regrow.scoring import collect
+from regrow.store.versions import versions
 
 
 def calibration(dtype: torch.dtype, repeats: int) -> dict[str, Any]:

@@ -21,8 +21,8 @@ import torch
 import regrow
 from regrow.evaluation import fastest_pass, latency
 from regrow.runs.searching import Settings, network, parts_of, run
-from regrow.runs.versions import versions
 from regrow.sources import Batch
+from regrow.store.versions import versions
 
 
 def main() -> None:

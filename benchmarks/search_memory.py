@@ -23,7 +23,7 @@ from search_step import in_turns, step_of
 from regrow import trace
 from regrow.learner import Stand
 from regrow.runs.searching import Settings, built, network, parts_of, run
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 from regrow.tasks import Examples
 
 

@@ -25,7 +25,7 @@ from regrow import trace
 from regrow.learner import Learner, Stand
 from regrow.runs import spaces
 from regrow.runs.searching import Settings, built
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
 

@@ -25,12 +25,11 @@ from typing import Any
 import torch
 
 import regrow
-from regrow import evaluation
+from regrow import evaluation, store
 from regrow.evaluation.replies import empty_cache
 from regrow.export.formats import exported
 from regrow.nets import load
-from regrow.runs import store
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 from regrow.tracing import trace
 
 FORMS: Mapping[str, dict[str, Any]] = {

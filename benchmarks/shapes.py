@@ -21,7 +21,7 @@ import torch
 
 from regrow.axes import Axis, AxisGraph
 from regrow.plan import Plan
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace

@@ -22,7 +22,7 @@ import peer
 import peers
 import torch
 
-from regrow.runs.versions import versions
+from regrow.store.versions import versions
 from regrow.tracing import trace
 
 NETS = ("resnet50", "llama-1b")

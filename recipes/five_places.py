@@ -22,8 +22,8 @@ import numpy as np
 from gguf_check import asked, prompts_of
 
 import regrow
-from regrow.runs.pretrained import read_tokenizer
-from regrow.runs.versions import versions
+from regrow.store.pretrained import read_tokenizer
+from regrow.store.versions import versions
 
 GREEDY = 4
 """Prompts that are carried on."""

@@ -32,7 +32,7 @@ from regrow.export.onnx import write
 from regrow.nets.cells import Cells
 from regrow.runs import RunFolder
 from regrow.runs.searching import Parts, Settings, parts_of, retrained
-from regrow.runs.store import read_shapes
+from regrow.store.models import read_shapes
 
 OUT = Path(__file__).parent / "results" / "mgas_transfer.jsonl"
 ARMS = {

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from regrow import store
 from regrow.nets.bench201 import Bench201, counted, read, topologies, whole, written
 from regrow.nets.loaded import Origin
-from regrow.runs import store
 
 PATH = Path(__file__).parents[1] / "recipes" / "bench201_table.py"
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regrow.runs.atomic import PARTIAL, StoreError, partial, write_bytes, write_text, written
+from regrow.store.atomic import PARTIAL, StoreError, partial, write_bytes, write_text, written
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -39,7 +39,7 @@ def test_the_old_file_stands_when_the_disk_does_not_take_the_new_one(tmp_path, m
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch, pytest.raises(StoreError, match="choose") as caught:
-        patch.setattr(f"regrow.runs.atomic.os.{call}", fail)
+        patch.setattr(f"regrow.store.atomic.os.{call}", fail)
         write_text(path, "new")
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
@@ -56,7 +56,7 @@ def test_a_disk_that_fills_up_half_way(tmp_path, monkeypatch):
         room[0] -= taken
         return taken
 
-    monkeypatch.setattr("regrow.runs.atomic.os.write", almost_full)
+    monkeypatch.setattr("regrow.store.atomic.os.write", almost_full)
     with pytest.raises(StoreError, match="disk is full"):
         write_bytes(path, bytes(5000))
     assert not list(tmp_path.iterdir())

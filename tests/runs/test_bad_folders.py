@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import regrow.runs.store as store
+import regrow.store.models as store
 from regrow.nets import Origin
 from regrow.runs import StoreError, load, save
-from regrow.runs.weights import measure
+from regrow.store.weights import measure
 from runs import saved
 
 
@@ -277,7 +277,7 @@ def test_a_failed_save_leaves_the_model_that_was_there(own, mine, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for target in ("regrow.runs.weights.save_file", "regrow.runs.atomic.os.write", "regrow.runs.atomic.os.fsync"):
+    for target in ("regrow.store.weights.save_file", "regrow.store.atomic.os.write", "regrow.store.atomic.os.fsync"):
         with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full") as caught:
             patch.setattr(target, full)
             save(saved.small(), mine, origin=SMALL)

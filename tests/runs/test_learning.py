@@ -21,10 +21,10 @@ from regrow.methods import LEARNERS, learner_entry
 from regrow.nets.small import small
 from regrow.reports import write_page
 from regrow.runs import learning_run
-from regrow.runs.atomic import StoreError
 from regrow.runs.courses import write_course
 from regrow.runs.learning import Schedule, learn
 from regrow.runs.learning_run import Settings, extend, run, tasks_of
+from regrow.store.atomic import StoreError
 from regrow.tracing import trace
 
 SETTINGS = Settings(

@@ -26,10 +26,10 @@ from regrow.nets.mobile import Mobile
 from regrow.progress import silent
 from regrow.reports import write_page
 from regrow.runs import RunFolder, latencies, searching
-from regrow.runs.atomic import StoreError
 from regrow.runs.searching import Settings, built, network, parts_of, run
 from regrow.runs.targets import target
 from regrow.searcher import LEVELS
+from regrow.store.atomic import StoreError
 from regrow.tracing import trace
 
 SMALL: dict[str, Any] = {

@@ -39,7 +39,7 @@ def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     if json_file:
         import json
 
-        from regrow.runs.atomic import write_text
+        from regrow.store.atomic import write_text
 
         write_text(json_file, json.dumps(result, indent=1) + "\n")
     size = result["size"]

@@ -112,7 +112,7 @@ def prune(
 
     settings = _again(again) if again else _settings(model, keep, given)
     if dry_run:
-        from regrow.runs.atomic import write_text
+        from regrow.store.atomic import write_text
 
         with working() as progress:
             plan = plan_only(settings, progress)

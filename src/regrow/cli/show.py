@@ -107,7 +107,7 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
     import json
     from dataclasses import asdict
 
-    from regrow.runs.atomic import write_text
+    from regrow.store.atomic import write_text
 
     data = {
         "format": "regrow-axes/1",

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from regrow.runs.atomic import StoreError, partial, telling
-from regrow.runs.store import CARRIED, SHAPES
+from regrow.store.atomic import StoreError, partial, telling
+from regrow.store.models import CARRIED, SHAPES
 
 
 @contextmanager

@@ -9,13 +9,14 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from regrow import store
 from regrow.export.staging import staged
 from regrow.export.written import ExportError, Written
 from regrow.nets import Origin
 from regrow.nets.vision import example_of, unweighted
 from regrow.progress import Progress, silent
-from regrow.runs import portable, store
-from regrow.runs.atomic import write_text
+from regrow.store import portable
+from regrow.store.atomic import write_text
 
 ROUNDING = 1e-4
 """How far the same weights at other places in memory may lead, of the largest output."""

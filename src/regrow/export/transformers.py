@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from regrow import store
 from regrow.export.staging import staged
 from regrow.export.written import ExportError, Written
 from regrow.nets import ModelError, Origin, build
@@ -21,9 +22,9 @@ from regrow.nets.blocks import ATTENTION, MLP, Block, blocks
 from regrow.nets.examples import guessed_example, text_example
 from regrow.nets.language import origin_of, quiet, require_transformers
 from regrow.progress import Progress, silent
-from regrow.runs import portable, store
-from regrow.runs.shapes import Number
-from regrow.runs.state import held, numbers
+from regrow.store import portable
+from regrow.store.shapes import Number
+from regrow.store.state import held, numbers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = 1e-4

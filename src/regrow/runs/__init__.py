@@ -1,10 +1,9 @@
 """Runs: folders that hold what was done, and models that can be built again."""
 
-from regrow.runs.atomic import StoreError
 from regrow.runs.attics import read_attic, write_attic
 from regrow.runs.checkpoints import fingerprint
 from regrow.runs.folder import RunFolder
 from regrow.runs.ledger import Ledger, replay
-from regrow.runs.store import load, save
+from regrow.store import StoreError, load, save
 
 __all__ = ["Ledger", "RunFolder", "StoreError", "fingerprint", "load", "read_attic", "replay", "save", "write_attic"]

@@ -7,8 +7,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from regrow.plan import PlanError
-from regrow.runs.atomic import StoreError, written
 from regrow.runs.checkpoints import digest
+from regrow.store.atomic import StoreError, written
 from regrow.surgery import Attic
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from regrow.method import State
-from regrow.runs.atomic import written
 from regrow.runs.loop import Learned
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
+from regrow.store.atomic import written
 
 FORMAT = "regrow-statistics/1"
 LEARNED = "regrow-learned/1"

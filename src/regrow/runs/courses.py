@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph, Dim, Product, Sum
 from regrow.learner import Along, Learner
 from regrow.plan import Plan
-from regrow.runs.atomic import StoreError, written
 from regrow.runs.checkpoints import digest
 from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
+from regrow.store.atomic import StoreError, written
 
 FORMAT = "regrow-course/1"
 _COUNTED = ("number", "epoch", "rows", "before", "events", "sizes", "loss")

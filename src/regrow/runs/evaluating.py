@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 
-from regrow import evaluation
+from regrow import evaluation, store
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError
 from regrow.nets.examples import guessed_example, text_example
 from regrow.progress import Progress, silent
-from regrow.runs import store
 from regrow.runs.pruning_run import DTYPES, Settings, load_model, sources_of
 from regrow.sources import Batch
 

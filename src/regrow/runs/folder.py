@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from regrow.method import State
-from regrow.runs.atomic import PARTIAL, StoreError, telling, write_text
 from regrow.runs.attics import read_attic, write_attic
 from regrow.runs.checkpoints import file_name, read_learned, read_statistics, write_learned, write_statistics
-from regrow.runs.journal import append, read
 from regrow.runs.ledger import Ledger
 from regrow.runs.loop import Learned
-from regrow.runs.versions import versions
 from regrow.scores import Statistics
+from regrow.store.atomic import PARTIAL, StoreError, telling, write_text
+from regrow.store.journal import append, read
+from regrow.store.versions import versions
 from regrow.surgery import Attic
 
 FORMAT = "regrow-run/1"

@@ -6,10 +6,11 @@ from math import inf
 
 from torch import nn
 
+from regrow import store
 from regrow.evaluation.continual import share_right
 from regrow.learner import Along, Stand
 from regrow.nets.loaded import Origin
-from regrow.runs import spaces, store
+from regrow.runs import spaces
 from regrow.runs.folder import RunFolder
 from regrow.runs.learning import changed
 from regrow.searcher import Searcher

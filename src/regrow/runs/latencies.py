@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from regrow.evaluation import Latency, latency
-from regrow.runs.atomic import StoreError, written
 from regrow.sources import Batch
+from regrow.store.atomic import StoreError, written
 
 TABLE, _PARTS = "latency.json", ("ops", "sums", "layers")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from regrow import store
 from regrow.axes import AxisGraph
 from regrow.data import MissingError, SourceError, streams
 from regrow.learner import Learner, Stand
@@ -20,12 +21,11 @@ from regrow.methods import learner_entry
 from regrow.nets.loaded import Origin
 from regrow.nets.small import small
 from regrow.progress import Progress, silent
-from regrow.runs import store
-from regrow.runs.atomic import StoreError
 from regrow.runs.births import over
 from regrow.runs.courses import read_course, tasks_over, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, accuracies, learn
+from regrow.store.atomic import StoreError
 from regrow.tasks import Task
 from regrow.tracing import trace
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
-from regrow.runs.atomic import StoreError, write_text
+from regrow.store.atomic import StoreError, write_text
 from regrow.surgery import Attic, apply
 from regrow.tracing import with_branches
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from regrow import data, evaluation, nets
+from regrow import data, evaluation, nets, store
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget, Measure, Target
@@ -21,7 +21,7 @@ from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.runs import loop, measuring, prune, store, tune
+from regrow.runs import loop, measuring, prune, tune
 from regrow.runs.calibration import calibrated
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.recovering import check_recovery, compared, recovered

@@ -7,18 +7,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from regrow import store
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph
 from regrow.methods import recovery_entry
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.runs import pruning_run, store
-from regrow.runs.atomic import StoreError
+from regrow.runs import pruning_run
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.measuring import measure
 from regrow.runs.pruning_run import DTYPES, Clock, load_model, sources_of
 from regrow.runs.recovering import compared, recovered
+from regrow.store.atomic import StoreError
 from regrow.tracing import trace
 
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from regrow import store
 from regrow.allocation.stages import Stages, in_bytes
 from regrow.allocation.timed import timed
 from regrow.axes import AxisGraph
@@ -28,7 +29,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
-from regrow.runs import front, latencies, spaces, stage_memory, store
+from regrow.runs import front, latencies, spaces, stage_memory
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, changed, learn

@@ -7,8 +7,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from regrow.recovery import Stand
-from regrow.runs.atomic import telling, written
 from regrow.runs.checkpoints import digest
+from regrow.store.atomic import telling, written
 
 FORMAT = "regrow-recovery/1"
 

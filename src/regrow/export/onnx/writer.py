@@ -27,7 +27,7 @@ from regrow.export.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
 from regrow.progress import Progress, silent
-from regrow.runs.atomic import StoreError, partial, sync, telling
+from regrow.store.atomic import StoreError, partial, sync, telling
 
 OPSET = 20
 """The operators that files are written in: what torch's exporter recommends; onnxruntime reads them since 1.17."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from regrow.branches import Stand, lies_in
 from regrow.nets import Origin
-from regrow.runs.atomic import StoreError
-from regrow.runs.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
+from regrow.store.atomic import StoreError
+from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.tracing import attributes as named
 from regrow.tracing.stand import exchange, stands_in
 

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from regrow.runs.atomic import StoreError, telling, write_text, written
-from regrow.runs.shapes import DTYPES, File, Kind, Shapes, Stored
-from regrow.runs.state import held
+from regrow.store.atomic import StoreError, telling, write_text, written
+from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
+from regrow.store.state import held
 
 SHARD = 5 * 10**9
 """Bytes of tensors after which another file is begun."""

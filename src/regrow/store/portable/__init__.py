@@ -13,9 +13,9 @@ from regrow.nets import ModelError
 from regrow.nets.attention import Attention
 from regrow.nets.blocks import Block, blocks
 from regrow.nets.language import require_transformers
-from regrow.runs.atomic import write_text
-from regrow.runs.shapes import Kind, Shapes
-from regrow.runs.state import held
+from regrow.store.atomic import write_text
+from regrow.store.shapes import Kind, Shapes
+from regrow.store.state import held
 
 MOST_DERIVED = 2**16
 """Numbers of buffers that no state dict holds, so that they travel in the configuration."""

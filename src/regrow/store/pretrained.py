@@ -13,8 +13,8 @@ from torch import nn
 from regrow.nets import Origin
 from regrow.nets.errors import first_line
 from regrow.nets.language import configured, quiet, require_transformers
-from regrow.runs.atomic import StoreError, telling, write_text
-from regrow.runs.weights import inside
+from regrow.store.atomic import StoreError, telling, write_text
+from regrow.store.weights import inside
 
 ATTENTION = ("eager", "sdpa")
 """Ways to compute attention that need no code but torch's."""

@@ -1,7 +1,7 @@
 """Model folders: save a network of any shape, and build it again without tracing, bit for bit.
 
 A folder holds ``model.safetensors``, ``shapes.json`` (what the architecture does not say, see
-:class:`regrow.runs.shapes.Shapes`) and, for a transformers model, whatever makes it a transformers folder. Nothing in
+:class:`regrow.store.shapes.Shapes`) and, for a transformers model, whatever makes it a transformers folder. Nothing in
 it is a pickle, and no code that it names is run.
 """
 
@@ -20,9 +20,9 @@ from regrow.nets import Loaded, ModelError, Origin, build, opened
 from regrow.nets.errors import first_line
 from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
-from regrow.runs import portable
-from regrow.runs.atomic import StoreError, partial, sync, telling, write_text
-from regrow.runs.pretrained import (
+from regrow.store import portable
+from regrow.store.atomic import StoreError, partial, sync, telling, write_text
+from regrow.store.pretrained import (
     as_saved,
     check_configuration,
     is_pretrained,
@@ -30,10 +30,10 @@ from regrow.runs.pretrained import (
     write_configuration,
     write_tokenizer,
 )
-from regrow.runs.shapes import Shapes
-from regrow.runs.state import check, describe, drop, restore
-from regrow.runs.versions import versions
-from regrow.runs.weights import inside, read_weights, write_weights
+from regrow.store.shapes import Shapes
+from regrow.store.state import check, describe, drop, restore
+from regrow.store.versions import versions
+from regrow.store.weights import inside, read_weights, write_weights
 
 SHAPES = "shapes.json"
 CARRIED = ("modeling_regrow.py", "reshape_regrow.py", "load_regrow.py", "network.json", "buffers.safetensors")

@@ -1,0 +1,67 @@
+"""Run folders that earlier versions left behind are still read, and half-finished ones still come to their end.
+
+The folders and what made them: ``tests/fixtures/make_runs.py``.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from fixtures.make_runs import RUNS
+from regrow import load as load_folder
+from regrow.reports import summarise
+from regrow.runs import RunFolder
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FOLDERS = [(version.name, name) for version in sorted(FIXTURES.glob("[0-9]*")) for name in RUNS]
+CLOCK = {"seconds", "started", "finished"}
+"""Fields that tell the time."""
+
+
+def load(folder):
+    """The network of a run folder."""
+    from toys import classifier
+
+    mine = json.loads((folder / "shapes.json").read_text())["origin"]["kind"] == "callable"
+    return load_folder(folder, model=classifier if mine else None)
+
+
+def rows(folder):
+    """What a run measured, without the time it took."""
+    return [{k: v for k, v in row.items() if k not in CLOCK} for row in RunFolder.open(folder).metrics()]
+
+
+@pytest.fixture
+def folders(tmp_path, regrow):
+    """A copy of the fixtures of a version, where commands run."""
+
+    def copied(version):
+        shutil.copytree(FIXTURES / version, tmp_path, dirs_exist_ok=True)
+        return tmp_path
+
+    return copied
+
+
+@pytest.mark.parametrize(("version", "name"), FOLDERS)
+def test_a_finished_run_of_an_earlier_version_is_read(version, name, folders):
+    folder = folders(version) / name
+    assert load(folder) is not None
+    assert summarise([folder])
+    assert rows(folder)
+
+
+@pytest.mark.parametrize(("version", "name"), FOLDERS)
+def test_a_half_finished_run_of_an_earlier_version_comes_to_its_end(version, name, folders, regrow):
+    here = folders(version)
+    command, _ = RUNS[name]
+    code, _, errors = regrow(*command.split(), "--out", f"{name}-unfinished")
+    assert code == 0, errors
+    whole, resumed = here / name, here / f"{name}-unfinished"
+    expected, found = load(whole).state_dict(), load(resumed).state_dict()
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5)  # another processor adds in another order
+    assert {row["what"] for row in rows(resumed)} == {row["what"] for row in rows(whole)}
