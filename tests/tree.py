@@ -1,6 +1,6 @@
-"""The file tree at the end of README.md, drawn from what is on disk: `make tree` renews it.
+"""The tree of packages at the end of README.md, drawn from what is on disk: `make tree` renews it.
 
-Remarks on files inside the package are the first sentence of their docstring.
+A package's remark is the first sentence of its docstring; what its files hold is the first line of each.
 """
 
 import ast
@@ -29,14 +29,6 @@ TOP = {
     "tests/": "mirrors src/regrow; zoo.py: networks, laws.py: the laws, test_house.py: the rules of this house",
 }
 ORDER = [
-    "__init__.py",
-    "axes.py",
-    "sources.py",
-    "scores.py",
-    "plan.py",
-    "mask.py",
-    "method.py",
-    "pruner.py",
     "tracing",
     "scoring",
     "allocation",
@@ -44,13 +36,15 @@ ORDER = [
     "nets",
     "data",
     "evaluation",
+    "store",
     "methods",
+    "recovery",
     "runs",
     "export",
     "reports",
     "cli",
 ]
-"""The nouns, then the folders from the lowest floor to the highest; further files stand behind."""
+"""The folders from the lowest layer to the highest."""
 
 
 def draw() -> str:
@@ -62,26 +56,21 @@ def draw() -> str:
         lines.append(_line(branch + name, TOP[name]))
         if name == "src/":
             lines.append(f"{indent}└── regrow/")
-            lines.extend(_folder(ROOT / "src" / "regrow", f"{indent}    ", top=True))
+            lines.extend(_folder(ROOT / "src" / "regrow", f"{indent}    "))
     return "\n".join(lines)
 
 
-def _folder(folder, indent, top=False):
-    shown = [path for path in folder.iterdir() if _shown(path, top)]
-    shown.sort(key=lambda p: (ORDER.index(p.name) if top and p.name in ORDER else len(ORDER), p.is_dir(), p.name))
+def _folder(folder, indent):
+    shown = [path for path in folder.iterdir() if _shown(path)]
+    shown.sort(key=lambda path: (ORDER.index(path.name) if path.name in ORDER else len(ORDER), path.name))
     for path in shown:
         branch, deeper = _branch(path == shown[-1])
-        if path.is_dir():
-            yield _line(f"{indent}{branch}{path.name}/", _remark(path / "__init__.py"))
-            yield from _folder(path, indent + deeper)
-        else:
-            yield _line(f"{indent}{branch}{path.name}", _remark(path))
+        yield _line(f"{indent}{branch}{path.name}/", _remark(path / "__init__.py"))
+        yield from _folder(path, indent + deeper)
 
 
-def _shown(path, top):
-    if path.is_dir():
-        return any(path.rglob("*.py"))
-    return path.suffix == ".py" and (top or path.name != "__init__.py")
+def _shown(path):
+    return path.is_dir() and any(path.rglob("*.py"))
 
 
 def _branch(last):
