@@ -1,4 +1,4 @@
-"""The tables of REPRODUCTIONS.md on GPrune-LLM, from what ``gprune_tables.py`` wrote.
+"""The tables of docs/reproductions/gprune.md, from what ``gprune_tables.py`` wrote.
 
     python recipes/gprune_show.py main recipes/results/gprune.jsonl
     python recipes/gprune_show.py ablation recipes/results/gprune.jsonl

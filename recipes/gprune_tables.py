@@ -1,4 +1,4 @@
-"""GPrune-LLM (reconstructed from the abstracts) on SmolLM2-135M: the tables of REPRODUCTIONS.md.
+"""GPrune-LLM (reconstructed from the abstracts) on SmolLM2-135M: the tables of docs/reproductions/gprune.md.
 
     python recipes/gprune_tables.py TABLE --texts FOLDER --out recipes/results/gprune.jsonl
     python recipes/gprune_show.py TABLE recipes/results/gprune.jsonl
