@@ -182,6 +182,8 @@ def test_the_import_floors_catch_a_planted_violation(where, line, tmp_path):
         "change",
         "dims",
         "learner",
+        "errors",
+        "limits",
         "tasks",
         "sources",
         "progress",

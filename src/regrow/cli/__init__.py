@@ -4,6 +4,7 @@ import sys
 
 import click
 
+from regrow.cli import boundary
 from regrow.cli.apply import apply
 from regrow.cli.chat import chat
 from regrow.cli.compare import compare
@@ -14,17 +15,22 @@ from regrow.cli.methods import methods
 from regrow.cli.prune import prune
 from regrow.cli.recover import recover
 from regrow.cli.report import report
-from regrow.cli.screen import failure
+from regrow.cli.screen import failure, prepare
 from regrow.cli.search import search
 from regrow.cli.show import show
 
-EPILOG = """\b
+_CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
+EPILOG = f"""\b
 Start with
   regrow show smollm2-135m                     what can be cut, and what a unit costs
   regrow prune smollm2-135m --keep 0.9 --source news --source code --out RUN
   regrow evaluate RUN --source news            perplexity of the result
   regrow chat smollm2-135m RUN                 before and after, side by side
   regrow export RUN --to gguf --out m.gguf     the result for llama.cpp; or for transformers, onnxruntime
+
+\b
+Exit codes
+{_CODES}
 """
 
 
@@ -39,18 +45,33 @@ for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export,
 
 
 def main() -> None:
-    """Run the command line; what the user can mend is told in one line, with exit code 2."""
+    """Run the command line: every failure is told in one line, with an exit code of ``boundary.EXIT_CODES``."""
+    sys.exit(code_of(sys.argv[1:]))
+
+
+def code_of(words: list[str]) -> int:
+    """Run one command and give back its exit code.
+
+    Args:
+        words: The command line, without the program's name.
+    """
+    prepare()
     try:
-        code = regrow.main(standalone_mode=False)
-    except click.exceptions.Abort:
-        sys.exit(failure("stopped; what was finished is kept, and the same command goes on from there", 130))
+        code = regrow.main(words, prog_name="regrow", standalone_mode=False)
+        return code if isinstance(code, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.ctx.get_help() if error.ctx else "")
-        sys.exit(2)
-    except click.ClickException as error:
-        sys.exit(failure(error.format_message(), 2))
-    except KeyboardInterrupt:
-        sys.exit(failure("stopped; what was finished is kept, and the same command goes on from there", 130))
-    except (ValueError, OSError) as error:
-        sys.exit(failure(str(error) or type(error).__name__, 2))
-    sys.exit(code if isinstance(code, int) else 0)
+        return boundary.USAGE
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return failure(boundary.NOTHING_YET, boundary.INTERRUPTED)
+    except Exception as error:
+        return _failed(error, words)
+
+
+def _failed(error: BaseException, words: list[str]) -> int:
+    found = boundary.failure_of(error)
+    line = found.line
+    if found.report:
+        line += f"; a report was written to {boundary.written_report(error, words)}"
+        line += ", please attach it" if found.code == boundary.BUG else ""
+    return failure(line, found.code)

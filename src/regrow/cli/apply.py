@@ -6,10 +6,11 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, working
 
 
-@click.command(name="apply", epilog=options.MODEL_HELP)
+@click.command(cls=Verb, name="apply", epilog=options.MODEL_HELP)
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.argument("model")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the changed model goes.")

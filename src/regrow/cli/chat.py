@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.screen import beside, say, working
 
 EPILOG = """\b
@@ -18,7 +19,7 @@ End with an empty line or Ctrl-D. /new forgets what was said.
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Verb, epilog=EPILOG)
 @click.argument("model")
 @click.argument("other", required=False)
 @click.option("--prompt", help="Ask this, and end.")

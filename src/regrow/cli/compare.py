@@ -4,10 +4,11 @@ from pathlib import Path
 
 import click
 
+from regrow.cli.boundary import Verb
 from regrow.cli.screen import say
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", default="comparison.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
@@ -16,5 +17,5 @@ def compare(runs: tuple[Path, ...], out: Path) -> None:
 
     if len(runs) < 2:
         raise click.UsageError("compare takes two runs or more; `regrow report RUN` makes the page of one")
-    say(to_markdown(summarise(list(runs))))
+    say(to_markdown(summarise(list(runs))), lines=True)
     say(f"page: {write_page(list(runs), out)}")

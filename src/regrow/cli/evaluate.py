@@ -6,11 +6,12 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.recover import tell
 from regrow.cli.screen import number, say, table, working
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("model")
 @options.source
 @click.option(

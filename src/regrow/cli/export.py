@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from regrow.cli.boundary import Verb
 from regrow.cli.screen import number, say, working
 
 EPILOG = """\b
@@ -21,7 +22,7 @@ Examples
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Verb, epilog=EPILOG)
 @click.argument("run")
 @click.option("--to", required=True, metavar="FORMAT", help="transformers, gguf, onnx or torchvision.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")

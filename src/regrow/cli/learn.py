@@ -7,6 +7,7 @@ import click
 from click.core import ParameterSource
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
@@ -22,7 +23,7 @@ Examples
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Verb, resumed=("resume", "out"), epilog=EPILOG)
 @click.argument("tasks", nargs=-1)
 @click.option("--method", default="sparsegrow", show_default=True, help="What learns: see `regrow methods`.")
 @click.option(

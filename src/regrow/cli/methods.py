@@ -5,10 +5,11 @@ from dataclasses import fields
 
 import click
 
+from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, table
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain NAME: what it does, its settings, whom to cite."""
@@ -40,13 +41,13 @@ def methods(name: str | None) -> None:
         **dict.fromkeys(RECOVERIES, recovery_entry),
     }
     one = of.get(name, entry)(name)
-    say(one.about.strip() + "\n")
+    say(one.about.strip() + "\n", lines=True)
     helps = _helps(one.settings.__doc__ or "")
     rows = [
         (f"--set {field.name}={_shown(field.default)}", helps.get(field.name, "")) for field in fields(one.settings)
     ]
     table("Settings and their defaults", ("flag", "meaning"), rows)
-    say(f"\nCite: {one.citation}")
+    say(f"\nCite: {one.citation}", lines=True)
 
 
 def _shown(value: object) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.recover import tell
 from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
@@ -22,7 +23,7 @@ Examples
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Verb, resumed=("out",), epilog=EPILOG)
 @click.argument("model", required=False)
 @click.option("--method", default="flap", show_default=True, help="What decides: see `regrow methods`.")
 @click.option(

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
@@ -16,7 +17,7 @@ Examples
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Verb, resumed=("out",), epilog=EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--by", required=True, help="bias, refit, lora or distil: see `regrow methods NAME`.")
 @click.option(

@@ -5,10 +5,11 @@ from typing import Any
 
 import click
 
+from regrow.cli.boundary import Verb
 from regrow.cli.screen import say
 
 
-@click.command()
+@click.command(cls=Verb)
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The page; RUN/report.html, unless given.")
 @click.option("--markdown", is_flag=True, help="Print it as Markdown instead.")
@@ -17,7 +18,7 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
     from regrow.reports import summarise, to_markdown, write_page
 
     if markdown:
-        say(to_markdown(summarise([run])))
+        say(to_markdown(summarise([run])), lines=True)
     else:
         say(f"page: {write_page([run], out or run / 'report.html')}")
 

@@ -1,9 +1,12 @@
 """What people see in the terminal: tables, progress with the time left, errors in one line. Only this file prints."""
 
+import io
 import sys
 import time
+import unicodedata
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -18,26 +21,58 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+def prepare() -> None:
+    """Let both streams take any text: what their encoding does not have is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text without what would steer a terminal or hide in it: control, bidirectional and invisible characters.
+
+    >>> print(printable("a" + chr(27) + "[31mb" + chr(10) + "c"))
+    a\\x1b[31mb\\nc
+
+    Args:
+        text: It may come from anybody: a file's name, a model's answer.
+        keep: Characters that may stay: ``TEXT`` for a text of several lines.
+    """
+    return "".join(
+        one if one in keep or unicodedata.category(one) not in _STEERING else ascii(one)[1:-1] for one in text
+    )
+
+
+TEXT = "\n\t\u00ad\u200c\u200d"
+"""What texts need: line ends, tabs, soft hyphens, and what joins or parts letters."""
+_STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
 def failure(text: str, code: int) -> int:
     """Say in one line what went wrong; give back the exit code."""
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
-    err.print(f"regrow: {line}", markup=False)
+    err.print(f"regrow: {printable(line)}", markup=False)
     return code
 
 
-def say(text: str) -> None:
-    """A line of result."""
-    out.print(text, markup=False)
+def say(text: str, *, lines: bool = False) -> None:
+    """A result in one line, or a text of several ``lines``."""
+    out.print(printable(text, keep=TEXT if lines else ""), markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> None:
     """A table; columns named in ``numbers`` are aligned right."""
-    made = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    made = Table(title=_words(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
-        made.add_column(column, justify="right" if i in numbers else "left", overflow="fold")
+        made.add_column(_words(column), justify="right" if i in numbers else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(str(cell) for cell in row))
+        made.add_row(*map(_words, row))
     out.print(made)
+
+
+def _words(cell: object) -> Text:
+    """Words that are shown as they are, whatever markup they hold."""
+    return Text(printable(str(cell)))
 
 
 class _Line(Progress):
@@ -60,7 +95,7 @@ def working() -> Iterator[Told]:
         yield _plain()
         return
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -72,7 +107,7 @@ def working() -> Iterator[Told]:
 
         def tell(done: int, total: int, what: str) -> None:
             nonlocal shown
-            what, _, how = what.partition(", ")
+            what, _, how = printable(what).partition(", ")
             if what != shown:
                 progress.reset(task)
             shown = what
@@ -97,15 +132,10 @@ def _plain() -> Told:
             if 0 < done < total and now - began > 1
             else ""
         )
-        sys.stderr.write(f"{what}: {done}/{total}{left}\n")
+        sys.stderr.write(f"{printable(what)}: {done}/{total}{left}\n")
         sys.stderr.flush()
 
     return tell
-
-
-def _printable(text: str) -> str:
-    """A text without what would steer a terminal."""
-    return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t")
 
 
 def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]:
@@ -118,11 +148,11 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
     Returns:
         The whole texts.
     """
-    texts, streams = [""] * len(streams), [map(_printable, stream) for stream in streams]
+    texts, streams = [""] * len(streams), [map(partial(printable, keep=TEXT), stream) for stream in streams]
     if not out.is_terminal:
         for i, (title, stream) in enumerate(zip(titles, streams, strict=True)):
             texts[i] = "".join(stream)
-            say(f"{title}: {texts[i].strip()}")
+            say(f"{printable(title)}: {texts[i].strip()}", lines=True)
         return texts
     with Live(console=out, refresh_per_second=12, vertical_overflow="visible") as live:
         going = dict(enumerate(streams))
@@ -133,10 +163,7 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
                     del going[i]
                 else:
                     texts[i] += piece
-            panels = [
-                Panel(Text(text.strip()), title=Text(_printable(title)))
-                for title, text in zip(titles, texts, strict=True)
-            ]
+            panels = [Panel(Text(text.strip()), title=_words(title)) for title, text in zip(titles, texts, strict=True)]
             shown = Table.grid(expand=True)
             for _ in panels:
                 shown.add_column(ratio=1)

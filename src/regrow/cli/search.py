@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.report import page_of
 from regrow.cli.screen import number, say, table, working
 
@@ -26,7 +27,7 @@ Examples
 """
 
 
-@click.command(epilog=EPILOG)
+@click.command(cls=Verb, resumed=("out",), epilog=EPILOG)
 @click.argument("space")
 @click.option(
     "--data", required=True, help="digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…"

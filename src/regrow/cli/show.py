@@ -6,10 +6,11 @@ from typing import Any
 import click
 
 from regrow.cli import options
+from regrow.cli.boundary import Verb
 from regrow.cli.screen import number, say, table, working
 
 
-@click.command(epilog=options.MODEL_HELP)
+@click.command(cls=Verb, epilog=options.MODEL_HELP)
 @click.argument("model")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
 @click.option("--all", "everything", is_flag=True, help="List frozen axes one by one, not by reason.")

@@ -1,0 +1,261 @@
+"""Where every failure of the command line ends: one line and an exit code; for a bug, a file to attach to a report."""
+
+import dis
+import errno
+import os
+import platform
+import re
+import sysconfig
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import click
+
+from regrow.errors import RefusedError, ResourceError
+
+USAGE, REFUSED, ENVIRONMENT, BUG, INTERRUPTED = 2, 3, 4, 70, 130
+EXIT_CODES = {
+    0: "success",
+    USAGE: "an option, a file or a setting cannot be used",
+    REFUSED: "a check of the result failed, so it was not kept",
+    ENVIRONMENT: "the machine lacks something: disk space, memory, a permission, a device, a package",
+    BUG: "a bug in regrow; a report was written to a file",
+    INTERRUPTED: "stopped by Ctrl-C",
+}
+"""What the exit codes mean."""
+
+EXTRAS = {
+    **dict.fromkeys(("transformers", "tokenizers", "gguf", "accelerate", "huggingface_hub"), "llm"),
+    **dict.fromkeys(("torchvision", "PIL"), "vision"),
+    **dict.fromkeys(("jinja2", "matplotlib", "markupsafe"), "report"),
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    **dict.fromkeys(("lm_eval", "datasets"), "harness"),
+    "peft": "recover",
+    "ray": "cluster",
+    "yaml": "demo",
+}
+"""Package → the extra that installs it."""
+
+_ROOT = Path(__file__).parents[1]
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_MACHINE = _NO_ROOM | {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.EAGAIN
+}  # fmt: skip
+_REMEDIES = {
+    **dict.fromkeys(_NO_ROOM, "free some space, or choose another disk"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that is yours"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), "check the path"),
+    errno.EISDIR: "name a file",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+_NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|cannot allocate memory", re.IGNORECASE)
+_SECRET = re.compile(r"(?i)(token|secret|passw|key|credential)[^=\s]*=?$|^(hf|sk|ghp|gho|pat)[_-]\w{8,}|://[^/\s]*@")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a failure is told.
+
+    Args:
+        code: The exit code, one of ``EXIT_CODES``.
+        line: What went wrong, and the remedy.
+        report: Whether a file with the traceback is to be written.
+    """
+
+    code: int
+    line: str
+    report: bool = False
+
+
+def failure_of(error: BaseException) -> Failure:
+    """Who can mend an error, and how it is told.
+
+    Errors that regrow raises on purpose say what is wrong in their own words; so do those of the command line. What the
+    machine or a package lacks is told as such. What code named by the user raises is told with its file and line.
+    Everything else is a bug of regrow.
+    """
+    if isinstance(error, click.ClickException):
+        return _of_usage(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error))):
+        return Failure(ENVIRONMENT, "there is not enough memory for this; take a smaller model, batch or --seq-len")
+    if isinstance(error, OSError):
+        return _of_system(error)
+    if isinstance(error, ImportError) and (package := (error.name or "").split(".")[0]) in EXTRAS:
+        line = f"this needs {package}, which cannot be imported: pip install 'regrow[{EXTRAS[package]}]'"
+        return Failure(ENVIRONMENT, line)
+    if isinstance(error, ValueError) and _on_purpose(error):
+        return Failure(_code_of(error), str(error))
+    if (place := _foreign(error.__traceback__)) is not None:
+        return Failure(USAGE, f"{place} failed: {_named(error)}; it is not part of regrow: mend it there", report=True)
+    return Failure(BUG, f"this is a bug in regrow: {_named(error)}", report=True)
+
+
+def _of_usage(error: click.ClickException) -> Failure:
+    line = error.format_message()
+    if isinstance(error, click.UsageError) and error.ctx and "; " not in line:  # Click names no remedy
+        line = f"{line.rstrip('.')}; see `{error.ctx.command_path} --help`"
+    return Failure(INTERRUPTED if isinstance(error, Stopped) else USAGE, line)
+
+
+def _code_of(error: ValueError) -> int:
+    """The code of an error that says in its own words what is wrong; the machine may be what is behind it."""
+    if isinstance(error, RefusedError):
+        return REFUSED
+    if isinstance(error, ResourceError):
+        return ENVIRONMENT
+    seen, cause = {id(error)}, error.__cause__ or error.__context__
+    while cause is not None and id(cause) not in seen:
+        if isinstance(cause, ImportError | MemoryError) or (isinstance(cause, OSError) and cause.errno in _MACHINE):
+            return ENVIRONMENT
+        seen.add(id(cause))
+        cause = cause.__cause__ or cause.__context__
+    return USAGE
+
+
+def _of_system(error: OSError) -> Failure:
+    number = error.errno or 0
+    name = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
+    where = f"{name}: " if name else ""
+    what = (os.strerror(number) if number else _named(error)).rstrip(".")
+    remedy = _REMEDIES.get(number, "check the path and the disk")
+    return Failure(ENVIRONMENT if number in _MACHINE else USAGE, f"{where}{what[:1].lower()}{what[1:]}; {remedy}")
+
+
+def _on_purpose(error: ValueError) -> bool:
+    """Whether code of regrow raised this error by a ``raise``: not a function it called, and not by a slip."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    if tb is None:
+        return False
+    code = tb.tb_frame.f_code
+    return Path(code.co_filename).is_relative_to(_ROOT) and code.co_code[tb.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _foreign(tb: TracebackType | None) -> str | None:
+    """The innermost line of the user's own code in a traceback, as ``file:line in function``, if there is one."""
+    places = [Path(path) for name, path in sysconfig.get_paths().items() if name not in ("scripts", "data")]
+    found = None
+    for frame, line in traceback.walk_tb(tb):
+        name = frame.f_code.co_filename
+        path = Path(name)
+        if not name.startswith("<") and not any(path.is_relative_to(place) for place in (_ROOT, *places)):
+            found = f"{path.name}:{line} in {frame.f_code.co_name}"
+    return found
+
+
+def _named(error: BaseException) -> str:
+    """``KeyError: 'x'``, on one line, without the user's home folder."""
+    text = " ".join(str(error).split())[:200].replace(str(Path.home()), "~")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def written_report(error: BaseException, words: Sequence[str]) -> str:
+    """Write what is needed to find a bug to a file of its own, readable by its user only, and name the file.
+
+    It holds the traceback without the values of variables, versions, and the command line without what looks like a
+    secret and with the last part of each path only.
+    """
+    versions = {name: _version(name) for name in ("regrow", "torch", "transformers", "numpy", "click", "rich")}
+    lines = [
+        "Report of regrow; please read it before you attach it.",
+        f"written   {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
+        f"python    {platform.python_version()} on {platform.system()} {platform.machine()}",
+        *(f"{name:9} {version}" for name, version in versions.items()),
+        f"command   {' '.join(_harmless(words))}",
+        "",
+        *_traced(error),
+    ]
+    try:
+        handle, name = tempfile.mkstemp(prefix="regrow-report-", suffix=".txt")
+        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("\n".join(lines) + "\n")
+    except OSError as failed:
+        return f"nowhere ({failed.strerror})"
+    return name
+
+
+def _traced(error: BaseException) -> Iterator[str]:
+    chain: list[BaseException] = []
+    one: BaseException | None = error
+    while one is not None and one not in chain:
+        chain.append(one)
+        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
+    places = sorted({str(_ROOT.parent), *sysconfig.get_paths().values()}, key=len, reverse=True)
+    for one in reversed(chain):
+        for frame in traceback.extract_tb(one.__traceback__):
+            place = next((p for p in places if frame.filename.startswith(p)), None)
+            # Of the user's own files the name alone is told.
+            file = frame.filename.removeprefix(place or "").lstrip("/\\") if place else Path(frame.filename).name
+            yield f"  {file}:{frame.lineno} in {frame.name}" + (f"\n    {frame.line}" if place else "")
+        yield _named(one)
+
+
+def _harmless(words: Sequence[str]) -> Iterator[str]:
+    hide = False
+    for word in words:
+        name, equals, value = word.partition("=")
+        if hide or _SECRET.search(value or word):
+            yield "***"
+        elif equals:
+            yield f"{name}=***" if _SECRET.search(f"{name}=") else f"{name}={Path(value).name or value}"
+        else:
+            yield word if word.startswith("-") else Path(word).name or word
+        hide = word == "--prompt" or (word.startswith("--") and bool(_SECRET.search(word)))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+NOTHING_YET = "stopped; nothing was written"
+
+
+class Stopped(click.ClickException):
+    """A command that was stopped by Ctrl-C."""
+
+    exit_code = INTERRUPTED
+
+
+class Verb(click.Command):
+    """A command that knows what is left of it when it is stopped.
+
+    Args:
+        resumed: The options that name the folder in which the same command goes on; none: it begins anew.
+        **more: As for ``click.Command``.
+    """
+
+    def __init__(self, *, resumed: tuple[str, ...] = (), **more: Any) -> None:
+        super().__init__(**more)
+        self.resumed = resumed
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it; Ctrl-C becomes one line that is true of this command."""
+        try:
+            return super().invoke(ctx)
+        except (KeyboardInterrupt, click.exceptions.Abort):
+            raise Stopped(self.left(ctx.params)) from None
+        except EOFError as error:  # which click takes for Ctrl-D
+            raise RuntimeError(f"a file ended too early ({error})") from error
+
+    def left(self, values: Mapping[str, Any]) -> str:
+        """What a stopped command says.
+
+        Args:
+            values: Its options.
+        """
+        folders = [Path(values[name]) for name in self.resumed if values.get(name) and not values.get("dry_run")]
+        if any((folder / "run.json").is_file() for folder in folders):
+            return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
+        return NOTHING_YET

@@ -1,0 +1,215 @@
+"""Limits on what is read: kind and size of files, depth of JSON, decompression, pixels, memory; checked before work."""
+
+import gzip
+import json
+import os
+import stat
+import zlib
+from pathlib import Path
+from typing import Any
+
+from regrow.errors import InputError, ResourceError
+
+MAX_JSON_BYTES = 2**28
+"""Of a JSON file; a ledger has its own, larger limit."""
+MAX_JSON_DEPTH = 100
+"""Lists and objects inside each other."""
+MAX_TEXT_BYTES = 64_000_000
+"""Of a text file or folder; what lies behind is not read."""
+MAX_GZIP_RATIO = 200
+"""Decompressed bytes per byte of a ``.gz`` above a mebibyte; text has 3 to 20, a decompression bomb about 1,000."""
+MAX_PIXELS = 2**26
+"""Of one image, as it is stored and as it is scaled: 8,192 × 8,192."""
+MAX_LAYERS = 1024
+"""Of a network that a configuration file describes."""
+MAX_WIDTH = 2**24
+"""Of any size in a configuration file: hidden units, vocabulary, positions."""
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe (FIFO)",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_MIB = 2**20
+
+
+def check_regular(path: Path) -> None:
+    """Assert that a path names a regular file, before it is opened: opening a FIFO waits, a device may never end.
+
+    Raises:
+        InputError: If it is missing, a folder, FIFO, socket or device, or a loop of links.
+    """
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 (Path.stat fails alike; this takes any name)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); check the path") from None
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
+        raise InputError(f"{path} is {kind}; give a regular file")
+
+
+def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
+    """The content of a regular file of at most so many bytes.
+
+    Raises:
+        InputError: If it is no regular file, longer, or not readable.
+    """
+    check_regular(path)
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise InputError(f"{path} has {size:,} bytes, and at most {most:,} are read; give the right file")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({reason(error)}); check its permissions") from error
+
+
+def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
+    """The text of a regular file in UTF-8.
+
+    Raises:
+        InputError: As :func:`read_bytes`, or if it is not UTF-8.
+    """
+    try:
+        return read_bytes(path, most).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8; restore or convert it") from None
+
+
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        InputError: As :func:`read_text`, or if it is not JSON, or nested too deeply.
+    """
+    return parse_json(read_text(path, most), str(path))
+
+
+def parse_json(text: str | bytes, name: str = "the text") -> Any:
+    """The value of a JSON text.
+
+    >>> parse_json("[1, [2]]")
+    [1, [2]]
+    >>> parse_json("[" * 200 + "]" * 200)
+    Traceback (most recent call last):
+    regrow.errors.InputError: the text is JSON nested deeper than 100 levels; restore it
+
+    Args:
+        text: The JSON.
+        name: What messages call it.
+
+    Raises:
+        InputError: If it is not JSON, holds a number of thousands of digits, or is nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{name} is JSON nested deeper than {MAX_JSON_DEPTH} levels; restore it") from None
+    except ValueError as error:
+        raise InputError(f"{name} is not JSON ({reason(error)}); restore it") from None
+    level, depth = [value], 0
+    while level := [one for one in level if isinstance(one, dict | list)]:
+        depth += 1
+        if depth > MAX_JSON_DEPTH:
+            raise InputError(f"{name} is JSON nested deeper than {MAX_JSON_DEPTH} levels; restore it")
+        level = [part for one in level for part in (one.values() if isinstance(one, dict) else one)]
+    return value
+
+
+def read_content(path: Path, most: int) -> bytes:
+    """The first ``most + 1`` bytes of a regular file, decompressed where its name ends in ``.gz``.
+
+    Raises:
+        InputError: If it is no regular file, not readable, a damaged ``.gz``, or one that swells beyond reason.
+    """
+    check_regular(path)
+    if path.suffix != ".gz":
+        try:
+            with path.open("rb") as file:
+                return file.read(most + 1)
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({reason(error)}); check its permissions") from error
+    parts, total, packed = [], 0, path.stat().st_size
+    try:
+        with gzip.open(path) as file:
+            while total <= most and (part := file.read(min(_MIB, most + 1 - total))):
+                parts.append(part)
+                total += len(part)
+                if total > max(_MIB, MAX_GZIP_RATIO * packed):
+                    raise InputError(
+                        f"{path} swells to more than {MAX_GZIP_RATIO} times its size, as no text or image data do; "
+                        "unpack it yourself if you trust it"
+                    )
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path} is no whole gzip file ({reason(error)}); fetch or pack it again") from error
+    return b"".join(parts)
+
+
+def expanded(path: Path) -> Path:
+    """A path with ``~`` replaced.
+
+    Raises:
+        InputError: If there is no such user.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: there is no such user's home folder; write the path out") from None
+
+
+def available_memory() -> int | None:
+    """Bytes of memory that this process can still take, by the system and its control group; ``None``: not known."""
+    known = [1024 * value for value in _figures("/proc/meminfo", "MemAvailable:")]
+    for group, limit, used, cached in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
+    ):
+        limits, taken = _figures(f"{group}/{limit}"), _figures(f"{group}/{used}")
+        # What only caches files is given back when memory is asked for.
+        returned = _figures(f"{group}/memory.stat", cached)
+        known += [max(0, most - now + sum(returned)) for most, now in zip(limits, taken, strict=False)]
+    return min(known, default=None)
+
+
+def _figures(path: str, name: str = "") -> list[int]:
+    """The number in a file of the system, or that behind a name in it; none where there is no such file or number."""
+    try:
+        lines = [line.split() for line in Path(path).read_text("ascii").splitlines()]
+        return [int(words[bool(name)]) for words in lines if not name or words[0] == name]
+    except (OSError, ValueError, IndexError):
+        return []
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Assert that so many bytes are available.
+
+    Args:
+        needed: Bytes.
+        what: What needs them.
+        remedy: What to do if there are fewer.
+
+    Raises:
+        ResourceError: If there are fewer.
+    """
+    there = available_memory()
+    if there is not None and needed > there:
+        raise ResourceError(f"{what} needs {gigabytes(needed)} of memory, and {gigabytes(there)} are free; {remedy}")
+
+
+def gigabytes(number: int) -> str:
+    """Bytes for people.
+
+    >>> gigabytes(1_500_000_000), gigabytes(20_000_000)
+    ('1.5 GB', '0.02 GB')
+    """
+    return f"{number / 1e9:.2g} GB" if number < 1e10 else f"{number / 1e9:,.0f} GB"
+
+
+def reason(error: BaseException) -> str:
+    """Why, in a few words on one line."""
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split())[:100]

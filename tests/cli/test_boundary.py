@@ -1,0 +1,160 @@
+"""The one place where failures end: what they say, with which exit code, and what is written to report a bug."""
+
+import errno
+import os
+import re
+from pathlib import Path
+
+import click
+import pytest
+import torch
+
+from cli.conftest import Run
+from regrow.cli import boundary, screen
+from regrow.errors import RefusedError, ResourceError
+from regrow.nets.errors import ModelError
+from regrow.store.atomic import StoreError, telling
+
+
+def failing(error: BaseException):
+    """A function that takes anything and fails."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
+OUTSIDE = {
+    "what a command raises on purpose": (ModelError, "no model", 70),  # raised here, not by regrow's own code
+    "a missing file": (FileNotFoundError(errno.ENOENT, "No such file", "x.json"), "x.json: no such file", 2),
+    "a full disk": (OSError(errno.ENOSPC, "No space left", "x"), "free some space", 4),
+    "a read-only place": (PermissionError(errno.EACCES, "Permission denied", "x"), "choose a place", 4),
+    "no memory": (MemoryError(), "not enough memory", 4),
+    "no memory in torch": (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "not enough memory", 4),
+    "a missing package": (ModuleNotFoundError("No module named 'peft'", name="peft.tuners"), "regrow[recover]", 4),
+    "the end of a file": (EOFError("ended"), "bug in regrow: RuntimeError: a file ended", 70),
+    "a slip": (KeyError("x"), "bug in regrow: KeyError", 70),
+    "nothing written yet": (KeyboardInterrupt(), "stopped; nothing was written", 130),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in OUTSIDE if not isinstance(OUTSIDE[name][0], type)])
+def test_every_failure_is_one_line_with_an_exit_code(regrow: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    error, says, expected = OUTSIDE[name]
+    monkeypatch.setattr("regrow.methods.entry", failing(error))
+    monkeypatch.setattr(boundary, "_foreign", lambda tb: None)  # this file is no part of regrow either
+    code, out, err = regrow("methods", "flap")
+    assert code == expected and says in err and not out, err
+    assert len(err.splitlines()) == 1 and "Traceback" not in err
+
+
+def test_a_bug_leaves_a_report_without_secrets_and_without_values(
+    regrow: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("regrow.runs.evaluating.evaluated", failing(KeyError("x")))
+    monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
+    words = ("evaluate", str(tmp_path / "my" / "model"), "--source", f"mail={tmp_path}/private/letters.txt")
+    words += ("--harness", "https://me:pass@example.org", "--json", "hf_abcdefghijklmnop")
+    code, _, err = regrow(*words)
+    (report,) = tmp_path.glob("regrow-report-*.txt")
+    assert code == 70 and str(report) in err and len(err.splitlines()) == 1
+    text = report.read_text()
+    assert "KeyError: 'x'" in text and "cli/evaluate.py" in text and torch.__version__.split("+")[0] in text
+    assert "evaluate model --source mail=letters.txt" in text
+    assert not re.search(f"hf_abc|pass@|private|{tmp_path}", text)
+    assert report.stat().st_mode & 0o077 == 0
+
+
+def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mynets.py").write_text("def net():\n    return {}['mine']\n")
+    code, _, err = regrow("show", "mynets:net")
+    assert code == 2 and "KeyError" in err and "mine" in err and "Traceback" not in err
+
+    def call(*_: object, **__: object) -> None:
+        __import__("mynets").net()
+
+    monkeypatch.syspath_prepend(".")
+    monkeypatch.setattr("regrow.runs.pruning_run.load_model", call)
+    code, _, err = regrow("show", "mynets:net")
+    assert code == 2 and "mynets.py:2 in net failed: KeyError: 'mine'" in err and "bug in regrow" not in err, err
+
+
+def test_a_value_error_is_the_users_only_where_regrow_raises_it() -> None:
+    with pytest.raises(ValueError) as slip:
+        list(screen.beside(["one"], []))  # a zip that does not come out even
+    assert boundary.failure_of(slip.value).report
+    with pytest.raises(ModelError) as meant:
+        __import__("regrow.nets", fromlist=["load"]).load("")
+    assert boundary.failure_of(meant.value) == boundary.Failure(2, str(meant.value))
+
+
+def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as full, telling(tmp_path):
+        raise OSError(errno.ENOSPC, "No space left")
+    assert boundary.failure_of(full.value).code == 4
+    with pytest.raises(StoreError) as wrong, telling(tmp_path):
+        raise OSError(errno.ENOENT, "No such folder")
+    assert boundary.failure_of(wrong.value).code == 2
+    assert boundary._code_of(RefusedError("x")) == 3 and boundary._code_of(ResourceError("x")) == 4
+
+
+def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regrow.export.formats.exported", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.runs.pruning_run.run", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.runs.pruning_run.plan_only", failing(KeyboardInterrupt()))
+    prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
+    nothing, goes_on = "stopped; nothing was written", "run keeps what was finished, and the same command goes on"
+    for words, says in (
+        (("export", "x", "--to", "onnx", "--out", "y"), nothing),
+        ((*prune, "--out", "run"), nothing),
+        ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
+        ((*prune, "--out", "made"), goes_on.replace("run", "made")),
+    ):
+        Path("made").mkdir(exist_ok=True)
+        Path("made/run.json").write_text("{}")
+        code, _, err = regrow(*words)
+        assert (code, says in err) == (130, True), err
+
+
+def test_usage_errors_name_the_help(regrow: Run) -> None:
+    for words, says in ((("chat",), "see `regrow chat --help`"), (("bogus",), "see `regrow --help`")):
+        code, _, err = regrow(*words)
+        assert code == 2 and says in err and len(err.splitlines()) == 1
+
+
+def test_the_exit_codes_are_documented(regrow: Run) -> None:
+    _, out, _ = regrow("--help")
+    page = Path(__file__).parents[2].joinpath("docs/command-line.md").read_text("utf-8")
+    for code, meaning in boundary.EXIT_CODES.items():
+        assert meaning in " ".join(out.split()) and f"| {code} | {meaning}" in page
+
+
+HOSTILE = "a\x1b[31mb\x9b1mc\u202ed\ne[red]f[/x]\udcff"
+
+
+def test_what_steers_a_terminal_is_shown_and_not_sent(capfd: pytest.CaptureFixture[str]) -> None:
+    screen.prepare()
+    screen.say(HOSTILE)
+    screen.table(HOSTILE, (HOSTILE, "b"), [(HOSTILE, 1), ("[/x]", 2)])
+    screen.failure(HOSTILE, 2)
+    with screen.working() as tell:
+        tell(0, 1, HOSTILE)
+    shown = "".join(capfd.readouterr())
+    assert shown.count("a\\x1b[31mb\\x9b1mc\\u202ed") == 6 and "[red]f[/x]" in shown and "[/x]" in shown
+    assert not re.search("[\x1b\x9b\u202e]", shown)
+
+
+def test_an_answer_keeps_its_lines_and_loses_its_escapes() -> None:
+    assert screen.printable("a\n\tb\x1b[2Jc", keep=screen.TEXT) == "a\n\tb\\x1b[2Jc"
+
+
+def test_the_end_of_a_file_is_no_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regrow.methods.entry", failing(EOFError()))
+    assert regrow("methods", "flap")[0] != 130
+
+
+def test_errors_of_click_are_not_taken_for_bugs() -> None:
+    assert boundary.failure_of(click.BadParameter("x")).code == 2
+    assert boundary.failure_of(OSError(errno.EROFS, os.strerror(errno.EROFS), b"y")).line.startswith("y: read-only")
