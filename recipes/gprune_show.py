@@ -1,13 +1,18 @@
 """The tables of docs/reproductions/gprune.md, from what ``gprune_tables.py`` wrote.
 
     python recipes/gprune_show.py main recipes/results/gprune.jsonl
+    python recipes/gprune_show.py main recipes/results/gprune.jsonl --against "flap mlp, outer blocks whole"
     python recipes/gprune_show.py ablation recipes/results/gprune.jsonl
+    python recipes/gprune_show.py learning recipes/results/gprune.jsonl
     python recipes/gprune_show.py choice recipes/results/gprune.jsonl
     python recipes/gprune_show.py observation recipes/results/gprune_observation.json   (draws an .svg beside it)
 
-Perplexities are geometric means over the kinds of text. Differences are paired: mean over windows of the unseen kinds
-of the negative log-likelihood per token, against the control (``main``) or the full method (``ablation``), with the
+Perplexities are geometric means over text domains. Differences are paired: mean over windows of the unseen domains
+of the negative log-likelihood per token, against the baseline (``main``) or the full method (``ablation``), with the
 standard error over windows (each the mean of its draws; beyond 2.1 of it is 5 % at 16 windows) and the span over draws.
+The baseline is ``--against``: LLM-Pruner's Taylor score on MLP neurons, compensated, first and last blocks unpruned;
+where that was not run, the best of FLAP and Wanda-sp on MLP neurons. ``learning`` counts the runs whose loss on
+held-out calibration windows was higher after the last step than at the start.
 """
 
 import argparse
@@ -28,6 +33,7 @@ from regrow.reports.reading import RunFolder
 
 Row = dict[str, Any]
 CAPPED = 50.0
+BASELINE = "llm_pruner mlp"
 
 
 @dataclass(frozen=True)
@@ -52,21 +58,27 @@ class Cell:
         """Mean ± sd over draws."""
         return spread([math.exp(min(log, CAPPED)) for log in self.logs(seen)])
 
-    def against(self, other: "Cell") -> str:
-        """The paired difference to another arm on unseen kinds, over the draws that both have."""
+    def paired(self, other: "Cell") -> tuple[float, float, list[float]] | None:
+        """Nats per token above another arm on unseen domains, over the draws that both have: mean, error, each draw."""
         theirs = {row["draw"]: row for row in other.rows}
         both = [(row, theirs[row["draw"]]) for row in self.rows if row["draw"] in theirs]
         if other is self or not both:
-            return ""
+            return None
         each = [
             [x - y for kind in self.kinds(seen=False) for x, y in zip(a["nll"][kind], b["nll"][kind], strict=True)]
             for a, b in both
         ]
         windows = [statistics.fmean(row) for row in zip(*each, strict=True)]
         error = statistics.stdev(windows) / math.sqrt(len(windows))
-        draws = [statistics.fmean(row) for row in each]
-        told = f", draws {min(draws):+.3f} to {max(draws):+.3f}" if len(draws) > 1 else ""
-        return f"{statistics.fmean(windows):+.3f} ± {error:.3f}{told}"
+        return statistics.fmean(windows), error, [statistics.fmean(row) for row in each]
+
+    def against(self, other: "Cell") -> str:
+        """That difference ± its standard error, and the span over draws."""
+        if (found := self.paired(other)) is None:
+            return ""
+        mean, error, draws = found
+        span = f", draws {min(draws):+.3f} to {max(draws):+.3f}" if len(draws) > 1 else ""
+        return f"{mean:+.3f} ± {error:.3f}{span}"
 
     def mean(self, *path: str) -> str:
         """The mean over draws of a number that rows hold."""
@@ -90,8 +102,8 @@ def cells(rows: Sequence[Row], table: str) -> Iterator[Cell]:
         yield Cell(arm, keep, fold, tuple(mine))
 
 
-def main_table(rows: Sequence[Row]) -> Iterator[str]:
-    """One block per keep and fold, then what became of the aims."""
+def main_table(rows: Sequence[Row], against: str = BASELINE) -> Iterator[str]:
+    """One block per keep and fold, then GPrune's perplexity on unseen domains relative to baselines."""
     every = [cell for cell in cells(rows, "main") if cell.arm != "dense"]
     dense = next((row for row in rows if row["arm"] == "dense"), None)
     for fold, unseen in enumerate(reversed(FOLDS)) if dense else ():
@@ -99,42 +111,46 @@ def main_table(rows: Sequence[Row]) -> Iterator[str]:
         told = f"unseen ({', '.join(unseen)}) {plain.perplexity(False)}, seen {plain.perplexity(True)}"
         yield f"Dense, fold {fold}: {told}."
     yield from ("", f"| keep | fold | {' | '.join(_COLUMNS)} |", "|---" * (len(_COLUMNS) + 2) + "|")
-    aims = []
+    relative: list[str] = []
     for keep, fold in sorted({(cell.keep, cell.fold) for cell in every}, key=lambda pair: (-pair[0], pair[1])):
         block = {cell.arm: cell for cell in every if (cell.keep, cell.fold) == (keep, fold)}
         controls = [cell for arm, cell in block.items() if arm.startswith("control")]
-        control = min(controls, key=lambda cell: statistics.fmean(cell.logs(False))) if controls else None
+        best = min(controls, key=lambda cell: statistics.fmean(cell.logs(False))) if controls else None
+        baseline = block.get(against, best)
         for arm, cell in block.items():
             robust = [part for one in ("base", "gprune") if (part := cell.mean("robust_among_cut", one))]
             row = (
-                f"**{arm}**" if cell is control else arm,
+                f"**{arm}**" if cell is baseline else arm,
                 cell.perplexity(False),
                 cell.perplexity(True),
-                cell.against(control) if control else "",
+                cell.against(baseline) if baseline else "",
                 " → ".join(robust),
                 cell.mean("seconds"),
                 str(len(cell.rows)),
             )
             yield f"| {keep} | {fold} | {' | '.join(row)} |"
-        aims += _aims(keep, fold, block, control)
-    yield from ("", "| keep | fold | aim | figure |", "|---|---|---|---|", *aims)
+        relative += _relative(keep, fold, block, baseline)
+    yield from ("", "| keep | fold | perplexity, unseen domains | figure |", "|---|---|---|---|", *relative)
 
 
-_COLUMNS = ("arm", "unseen kinds", "seen kinds", "against the control, nats", "robust among cut", "seconds", "draws")
+_UNSEEN, _SEEN = "PPL, unseen domains", "PPL, calibration domains"
+_COLUMNS = ("arm", _UNSEEN, _SEEN, "difference to the baseline, nats/token", "robust among cut", "seconds", "draws")
 
 
-def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) -> Iterator[str]:
+def _relative(keep: float, fold: int, block: dict[str, Cell], baseline: Cell | None) -> Iterator[str]:
     def level(arm: str) -> float | None:
         return statistics.fmean(block[arm].logs(False)) if arm in block else None
 
     parts = ("mlp", "all")
     for base in BASES:
-        for other, what in ((control and control.arm, "the control"), (f"{base} pooled", "itself pooled, all units")):
+        pooled = block.get(f"{base} pooled")
+        for other, what in ((baseline, baseline and baseline.arm), (pooled, f"{base} pooled, all units")):
             for part in parts:
-                mine, theirs = level(f"gprune {base} {part}"), level(other or "")
-                if mine is not None and theirs is not None:
-                    less = math.exp(mine - theirs) - 1
-                    yield f"| {keep} | {fold} | gprune {base} {part} against {what} | {100 * less:+.1f} % |"
+                mine = block.get(f"gprune {base} {part}")
+                found = mine.paired(other) if mine and other else None
+                if found:
+                    less, error = 100 * math.expm1(found[0]), 100 * math.exp(found[0]) * found[1]
+                    yield f"| {keep} | {fold} | gprune {base} {part} against {what} | {less:+.1f} ± {error:.1f} % |"
     plain = {
         "mlp": ("control flap ranked", "control wanda_sp uniform", "llm_pruner mlp"),
         "all": tuple(f"{base} pooled" for base in BASES),
@@ -146,7 +162,7 @@ def _aims(keep: float, fold: int, block: dict[str, Cell], control: Cell | None) 
             spans += [math.exp(max(levels) - min(levels))] if len(levels) == len(BASES) else []
         if len(spans) == 2:
             span = f"{spans[0]:.2f} → {spans[1]:.2f}"
-            yield f"| {keep} | {fold} | max ÷ min over bases, {part}: without → with | {span} |"
+            yield f"| {keep} | {fold} | max ÷ min over base metrics, {part}: base → gprune | {span} |"
 
 
 def ablation_table(rows: Sequence[Row], table: str = "ablation") -> Iterator[str]:
@@ -155,7 +171,8 @@ def ablation_table(rows: Sequence[Row], table: str = "ablation") -> Iterator[str
     dense = next((cell for cell in every if cell.arm == "dense"), None)
     if dense:
         yield f"Dense: unseen {dense.perplexity(False)}, seen {dense.perplexity(True) if dense.kinds(True) else '–'}."
-    yield from ("", "| arm | unseen kinds | seen kinds | against ‡, nats | held-out loss | robust among cut | draws |")
+    columns = ("arm", _UNSEEN, _SEEN, "difference to ‡, nats/token", "held-out loss", "robust among cut", "draws")
+    yield from ("", f"| {' | '.join(columns)} |")
     yield "|---|---|---|---|---|---|---|"
     for reference in ("full", "unlearned: modules, switch"):
         full = next((cell for cell in every if cell.arm == reference), None)
@@ -168,6 +185,19 @@ def ablation_table(rows: Sequence[Row], table: str = "ablation") -> Iterator[str
                 f"{cell.perplexity(True) if cell.kinds(True) else ''} | {cell.against(full) if full else ''} | "
                 f"{spread(judged)} | {cell.mean('robust_among_cut', 'gprune')} | {len(cell.rows)} |"
             )
+
+
+def learning_table(rows: Sequence[Row]) -> Iterator[str]:
+    """How often the loss on held-out calibration windows is higher after the last step than at the start."""
+    counts: dict[tuple[float, str], list[bool]] = {}
+    runs = [row for row in rows if len(row.get("history") or ()) > 1 and not row["arm"].startswith("choice")]
+    for row in runs:
+        units = "MLP neurons" if row["only"] == "mlp" else "with attention"
+        first, *_, last = (one["held_out"] for one in row["history"])
+        counts.setdefault((row["keep"], units), []).append(last > first)
+    yield from ("| keep | units | ended higher than it started | runs |", "|---|---|---|---|")
+    for (keep, units), higher in sorted(counts.items(), key=lambda item: (-item[0][0], item[0][1])):
+        yield f"| {keep} | {units} | {sum(higher)} | {len(higher)} |"
 
 
 def choice_table(rows: Sequence[Row]) -> Iterator[str]:
@@ -204,16 +234,18 @@ def spread(values: Sequence[float]) -> str:
 def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=("main", "ablation", "validation", "choice", "observation"))
+    parser.add_argument("table", choices=("main", "ablation", "validation", "learning", "choice", "observation"))
     parser.add_argument("results", type=Path, help="what gprune_tables.py wrote")
     parser.add_argument("--model", default="smollm2-135m", help="of which model")
+    parser.add_argument("--against", default=BASELINE, help="main: the arm that differences are to")
     args = parser.parse_args()
     if args.table == "observation":
         draw_observation(args.results)
         return
     rows = [json.loads(line) for line in args.results.read_text().splitlines()]
     rows = [row for row in rows if row["model"] == args.model]
-    tables = {"main": main_table, "ablation": ablation_table, "choice": choice_table}
+    tables = {"main": partial(main_table, against=args.against), "ablation": ablation_table, "choice": choice_table}
+    tables["learning"] = learning_table
     tables["validation"] = partial(ablation_table, table="validation")
     print("\n".join(tables[args.table](rows)))
 
