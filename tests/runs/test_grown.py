@@ -103,7 +103,7 @@ def test_an_attic_on_the_disk_is_whole_or_refused(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"its numbers were changed.*restore the file"):
+    with pytest.raises(StoreError, match=r"recorded SHA-256.*restore the file"):
         folder.attic()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(StoreError, match="restore the file"):

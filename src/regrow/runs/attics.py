@@ -1,15 +1,12 @@
 """An attic on the disk: one safetensors file, whole or not at all."""
 
-import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-
-from regrow.plan import PlanError
-from regrow.runs.checkpoints import digest
-from regrow.store.atomic import StoreError, written
+from regrow.store.atomic import StoreError
+from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import Attic
+
+FORMAT = "regrow-attic/1"
 
 
 def write_attic(path: Path, attic: Attic) -> None:
@@ -22,11 +19,7 @@ def write_attic(path: Path, attic: Attic) -> None:
     Raises:
         StoreError: If the disk is full or does not let us write; the old file stands.
     """
-    named = attic.tensors()
-    tensors = {f"t{i}": tensor.contiguous() for i, tensor in enumerate(named.values())}
-    header = {"attic": attic.record(), "tensors": list(named), "sha256": digest(tensors)}
-    with written(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
+    write_tensors(path, attic.tensors(), {"attic": attic.record()}, FORMAT)
 
 
 def read_attic(path: Path) -> Attic:
@@ -36,13 +29,8 @@ def read_attic(path: Path) -> Attic:
         StoreError: If there is no such file, it is no attic, or it is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as content:
-            header = json.loads((content.metadata() or {}).get("regrow", "null"))
-            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-        if digest(tensors) != header["sha256"]:
-            raise PlanError("its numbers were changed")
-        named = {name: tensors[f"t{i}"] for i, name in enumerate(header["tensors"])}
-        return Attic.read(header["attic"], named)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        why = " ".join(str(error).split())[:120]
+        header, tensors = read_tensors(path, FORMAT, None)
+        return Attic.read(header["attic"], tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = " ".join(str(error).removeprefix(f"{path} ").split())[:200]
         raise StoreError(f"{path} holds no attic that can be used ({why}); restore the file") from None

@@ -1,23 +1,20 @@
 """What calibration has measured so far, on the disk: a run that is killed goes on where it was, bit for bit."""
 
 import hashlib
-import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from regrow.method import State
 from regrow.runs.loop import Learned
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
-from regrow.store.atomic import written
+from regrow.store.atomic import StoreError
+from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FORMAT = "regrow-statistics/1"
 LEARNED = "regrow-learned/1"
@@ -45,6 +42,7 @@ def fingerprint(source: Source, *more: Any) -> str:
         source: Its batches count, not where they came from.
         more: What else counts: the number of shards, what is measured, the digest of the model.
 
+    >>> import torch
     >>> from regrow.sources import Batch
     >>> one, two = (Source("s", [Batch((torch.tensor([i]),))]) for i in (1, 2))
     >>> fingerprint(one) == fingerprint(one), fingerprint(one) == fingerprint(two)
@@ -52,8 +50,8 @@ def fingerprint(source: Source, *more: Any) -> str:
     """
     digest = hashlib.sha256()
     for batch in source:
-        _feed(digest, (batch.args, batch.kwargs, batch.labels))
-    _feed(digest, more)
+        add_to_digest(digest, (batch.args, batch.kwargs, batch.labels))
+    add_to_digest(digest, more)
     return digest.hexdigest()
 
 
@@ -65,31 +63,22 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
     """
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     header = {
-        "format": FORMAT,
         "source": source,
         "shard": shard,
         "key": key,
         "tokens": statistics.tokens,
         "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
         "gradients": list(statistics.gradients),
-        "sha256": digest(tensors),
     }
-    with written(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
+    write_tensors(path, tensors, header, FORMAT)
 
 
 def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics | None:
     """The statistics in a file; ``None`` if they are of something else, or damaged: then they are measured again."""
     try:
-        with safe_open(path, framework="pt") as content:
-            header = json.loads((content.metadata() or {}).get("regrow", "null"))
-            expected = {"format": FORMAT, "source": source, "shard": shard, "key": key}
-            if not isinstance(header, dict) or any(header.get(name) != value for name, value in expected.items()):
-                return None
-            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-        if digest(tensors) != header["sha256"]:
+        header, tensors = read_tensors(path, FORMAT)
+        if (header["source"], header["shard"], header["key"]) != (source, shard, key):
             return None
         moments = {
             name: Moments(count, tensors[f"m{i}.total"], tensors[f"m{i}.square"], sequences, *_means(tensors, i))
@@ -97,7 +86,7 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
         }
         gradients = {name: tensors[f"g{i}"] for i, name in enumerate(header["gradients"])}
         return Statistics(source, int(header["tokens"]), moments, gradients)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (StoreError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -107,22 +96,15 @@ def write_learned(path: Path, learned: Learned, key: str) -> None:
     Raises:
         StoreError: If the disk is full or does not let us write.
     """
-    named = [("state", learned.state.tensors), ("optimiser", learned.optimiser)]
-    places = [(part, name) for part, tensors in named for name in tensors]
-    tensors = {
-        f"t{i}": dict(named)[part][name].detach().cpu().contiguous().clone() for i, (part, name) in enumerate(places)
-    }
+    tensors = {f"state {name}": value for name, value in learned.state.tensors.items()}
+    tensors |= {f"optimiser {name}": value for name, value in learned.optimiser.items()}
     header = {
-        "format": LEARNED,
         "key": key,
         "step": learned.step,
-        "tensors": places,
         "values": dict(learned.state.values),
         "findings": dict(learned.state.findings),
-        "sha256": digest(tensors),
     }
-    with written(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
+    write_tensors(path, tensors, header, LEARNED)
 
 
 def read_learned(path: Path, state: State, key: str) -> Learned | None:
@@ -134,49 +116,19 @@ def read_learned(path: Path, state: State, key: str) -> Learned | None:
         key: What it must have been written with.
     """
     try:
-        with safe_open(path, framework="pt") as content:
-            header = json.loads((content.metadata() or {}).get("regrow", "null"))
-            if not isinstance(header, dict) or header.get("format") != LEARNED or header.get("key") != key:
-                return None
-            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-        if digest(tensors) != header["sha256"]:
+        header, tensors = read_tensors(path, LEARNED)
+        if header["key"] != key:
             return None
         parts: dict[str, dict[str, Tensor]] = {"state": {}, "optimiser": {}}
-        for i, (part, name) in enumerate(header["tensors"]):
-            parts[part][name] = tensors[f"t{i}"]
+        for name, value in tensors.items():
+            part, _, rest = name.partition(" ")
+            parts[part][rest] = value
         values, findings = dict(header["values"]), dict(header["findings"])
         state = replace(state, values=values, tensors=parts["state"], findings=findings)
         return Learned(int(header["step"]), state, parts["optimiser"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (StoreError, ValueError, KeyError, TypeError):
         return None
 
 
 def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
     return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of named tensors, whatever their order."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        _feed(found, (name, tensors[name]))
-    return found.hexdigest()
-
-
-def _feed(digest: Any, value: Any) -> None:
-    """Add a value to a digest, with what tells it from others that have the same bytes."""
-    match value:
-        case Tensor():
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        case Mapping():
-            _feed(digest, sorted(value.items()))
-        case str() | bytes():
-            digest.update(repr(value).encode())
-        case Iterable():
-            parts = list(value)
-            digest.update(f"{len(parts)}(".encode())
-            for part in parts:
-                _feed(digest, part)
-        case _:
-            digest.update(f"{value!r};".encode())

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Dim, Product, Sum
 from regrow.learner import Along, Learner
 from regrow.plan import Plan
-from regrow.runs.checkpoints import digest
 from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
-from regrow.store.atomic import StoreError, written
+from regrow.store.atomic import StoreError
+from regrow.store.tensors import read_header, read_tensors, write_tensors
 
 FORMAT = "regrow-course/1"
 _COUNTED = ("number", "epoch", "rows", "before", "events", "sizes", "loss")
@@ -39,20 +37,14 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course)
                 numbers[f"{what} {name}"] = value
     if learner.attic is not None:
         parts |= {f"attic {name}": value for name, value in learner.attic.contents().items()}
-    names = list(parts)
-    tensors = {f"t{i}": parts[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
     header = {
-        "format": FORMAT,
-        "names": names,
         "along": {name: [_plain(one.dims), one.lr] for name, one in learner.tensors.items()},
         "values": learner.values,
         "numbers": numbers,
         "course": {name: getattr(course, name) for name in _COUNTED},
         "plans": [json.loads(plan.to_json()) for plan in course.plans],
-        "sha256": digest(tensors),
     }
-    with written(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "regrow": json.dumps(header)})
+    write_tensors(path, parts, header, FORMAT)
 
 
 def tasks_over(path: Path) -> int:
@@ -64,10 +56,9 @@ def tasks_over(path: Path) -> int:
     if not path.is_file():
         return 0
     try:
-        with safe_open(path, framework="pt") as content:
-            return int(json.loads((content.metadata() or {})["regrow"])["course"]["number"])
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None
+        return int(read_header(path, FORMAT)["course"]["number"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
 
 
 def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner) -> tuple[AxisGraph, Course]:
@@ -86,17 +77,13 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
         StoreError: If the file is damaged, or is not of this network.
     """
     try:
-        with safe_open(path, framework="pt") as content:
-            header = json.loads((content.metadata() or {}).get("regrow", "null"))
-            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
-        if not isinstance(header, dict) or header.get("format") != FORMAT or digest(tensors) != header["sha256"]:
-            raise ValueError(f"it is not whole, or not of the format {FORMAT!r}")
+        header, tensors = read_tensors(path, FORMAT)
         plans = [Plan.from_json(json.dumps(plan)) for plan in header["plans"]]
         model, axes = replay(model, axes, plans, learner.attic)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
-        for i, name in enumerate(header["names"]):
+        for name, value in tensors.items():
             part, _, rest = name.partition(" ")
-            parts[part][rest] = tensors[f"t{i}"]
+            parts[part][rest] = value
         model.load_state_dict(parts["model"])
         for name, value in parts["attic"].items():
             learner.attic.contents()[name].copy_(value)
@@ -117,9 +104,14 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
             moments=_moments(parts["optimiser"], header["numbers"]),
             loss=told.get("loss"),
         )
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None
+    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise _damaged(path, error) from None
     return axes, course
+
+
+def _damaged(path: Path, error: Exception) -> StoreError:
+    text = " ".join(str(error).split())[:200]
+    return StoreError(text if text.startswith(str(path)) else f"{path} cannot be used ({text}); restore it")
 
 
 def _moments(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

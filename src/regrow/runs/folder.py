@@ -1,11 +1,11 @@
 """A run folder: settings, measurements and plans of one run, so that it can be read, resumed and run again."""
 
 import json
-import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from regrow.runs.attics import read_attic, write_attic
 from regrow.runs.checkpoints import file_name, read_learned, read_statistics, write_learned, write_statistics
 from regrow.runs.ledger import Ledger
 from regrow.runs.loop import Learned
+from regrow.runs.metrics import Metrics, finite
 from regrow.scores import Statistics
 from regrow.store.atomic import PARTIAL, StoreError, telling, write_text
-from regrow.store.journal import append, read
 from regrow.store.versions import versions
 from regrow.surgery import Attic
 
@@ -156,17 +156,19 @@ class RunFolder:
         path = self.path / "attic.safetensors"
         return read_attic(path) if path.exists() else Attic()
 
-    def log(self, what: str, **values: Any) -> None:
-        """Add a measurement to ``metrics.jsonl``; it is on the disk when this returns.
+    def log(self, what: str, *, number: int | None = None, **values: Any) -> None:
+        """Add a measurement to ``metrics.jsonl``, unless it is there; it is on the disk when this returns.
 
         Args:
-            what: The kind of measurement: ``"perplexity"``, ``"size"``.
+            what: The kind of measurement: ``"perplexity"``, ``"size"``. One of ``regrow.runs.metrics.KEYS`` is told
+                from others of its kind by the fields named there; other kinds are always added.
+            number: Which measurement of its kind this is, for ``regrow.runs.metrics.NUMBERED``.
             values: What was measured, as JSON data; numbers that are not finite become null.
 
         Raises:
             StoreError: If the disk is full; the file then holds what it held.
         """
-        append(self.path / "metrics.jsonl", _finite({"what": what, **values}))
+        self._metrics.add({"what": what, **values}, number)
 
     def metrics(self) -> list[dict[str, Any]]:
         """Every measurement, in order; a last line that a crash cut short is left out.
@@ -174,7 +176,11 @@ class RunFolder:
         Raises:
             StoreError: If another line is damaged.
         """
-        return read(self.path / "metrics.jsonl")
+        return self._metrics.rows()
+
+    @cached_property
+    def _metrics(self) -> Metrics:
+        return Metrics(self.path / "metrics.jsonl")
 
     def write_axes(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
         """Write ``axes.json``.
@@ -275,7 +281,7 @@ class RunFolder:
         return self._object("findings.json")
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
-        write_text(self.path / name, json.dumps(_finite(data), indent=1, allow_nan=False) + "\n")
+        write_text(self.path / name, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
     def _read(self, name: str) -> Any:
         path = self.path / name
@@ -347,12 +353,3 @@ def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) 
 def _now(what: str) -> dict[str, Any]:
     time = {what: datetime.now(UTC).isoformat(timespec="seconds")}
     return {"versions": versions(), **time} if what == "started" else time
-
-
-def _finite(value: Any) -> Any:
-    """JSON data without NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

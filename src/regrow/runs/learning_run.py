@@ -188,24 +188,18 @@ def _go_on(
     course, place = Course(), folder.path / COURSE
     if folder.resumed and place.is_file():
         axes, course = read_course(place, model, axes, learner)
-    # Lines are counted, not remembered: a run may have been killed between storing and telling.
-    lines = [line.get("what") for line in folder.metrics()]
-    logged, told = lines.count("task"), lines.count("growth")
 
     def tell(now: Course) -> None:
-        nonlocal logged, told
-        for event in now.events[told : _settled(now)]:
-            folder.log("growth", **event)
-            told += 1
-        for i in range(logged, now.number):
+        for i, event in enumerate(now.events[: _settled(now)]):
+            folder.log("growth", number=i, **event)
+        for i in range(now.number):
             folder.log("task", name=tasks[i].name, accuracy=list(now.rows[i]), **now.sizes[i])
-            logged += 1
 
     def keep(now: Course, _: AxisGraph) -> None:
         write_course(place, model, learner, now)
         tell(now)
 
-    tell(course)
+    tell(course)  # the run may have been killed between storing and telling
     if len(course.before) < len(tasks):
         # Tasks have come since: what an untrained network knows of them is measured anew.
         row = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)

@@ -22,6 +22,8 @@ def measure(
     seen: frozenset[str],
     name: str,
     progress: Progress = silent,
+    *,
+    recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
     """Log size and quality of a model; give back its perplexities, for pairing.
 
@@ -33,11 +35,13 @@ def measure(
         seen: The names of the sources that calibration saw.
         name: What the model is called.
         progress: Called as work goes on.
+        recoveries: How many recoveries the model has had; rows of the second and later ones say so.
     """
+    told: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
     folder.log(
         "size",
-        model=name,
+        **told,
         params_all=size.parameters,
         params_counted=size.counted,
         macs=evaluation.macs(axes),
@@ -49,11 +53,11 @@ def measure(
         progress(i, len(tests), f"evaluating the {name} model on {source.name}")
         if loaded.tokenizer is None:
             result = evaluation.accuracy(loaded.model, source)
-            folder.log("choice", task=source.name, model=name, **_accuracy(result))
+            folder.log("choice", task=source.name, **told, **_accuracy(result))
             continue
         one = evaluation.perplexity(loaded.model, source, tokenizer=loaded.tokenizer)
         found[source.name] = one
-        folder.log("perplexity", model=name, source=source.name, seen=source.name in seen, **_perplexity(one))
+        folder.log("perplexity", **told, source=source.name, seen=source.name in seen, **_perplexity(one))
     progress(len(tests), len(tests), f"evaluating the {name} model")
     return found
 

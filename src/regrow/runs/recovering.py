@@ -32,6 +32,7 @@ def recovered(
     *,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    number: int = 1,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Let a cut network win back what it lost, or go on where an interrupted call stood; logs what was done.
@@ -46,6 +47,7 @@ def recovered(
         by: One of ``regrow.methods.RECOVERIES``.
         settings: Its settings, where they differ from the defaults.
         seed: Of what is drawn.
+        number: Which recovery of the network this is, from 1.
         progress: Called as work goes on.
 
     Returns:
@@ -68,6 +70,7 @@ def recovered(
     found = work(Task(model, dense.model, axes, plan, sources, seed, done, keep, progress))
     tokens = sum(source.tokens for source in sources)
     row = {"by": by, "tokens": tokens, "seconds": round(spent + time.perf_counter() - start, 1), **found}
+    row |= {"round": number} if number > 1 else {}
     folder.log("recovery", **row)
     return row
 
@@ -84,8 +87,15 @@ def check_recovery(by: str, sources: Sequence[str]) -> None:
             raise ValueError(f"--recover {by} learns from text or images; give at least one source, like --source news")
 
 
-def compared(folder: RunFolder, found: Mapping[str, Perplexity]) -> None:
-    """Log how far the recovered model is from the pruned one, and then from the dense one, on the same windows."""
+def compared(folder: RunFolder, found: Mapping[str, Perplexity], number: int = 1) -> None:
+    """Log how far the recovered model is from the pruned one, and then from the dense one, on the same windows.
+
+    Args:
+        folder: Where those were measured, and where the figures go.
+        found: The perplexities of the recovered model.
+        number: Which recovery of the network this is, from 1.
+    """
+    more = {"round": number} if number > 1 else {}
     rows = {(row["model"], row["source"]): row for row in folder.metrics() if row["what"] == "perplexity"}
     for name, after in found.items():
         for model in ("pruned", "dense"):  # a page takes the last: what is left of the damage
@@ -93,4 +103,4 @@ def compared(folder: RunFolder, found: Mapping[str, Perplexity]) -> None:
             nll = row.get("nll_per_window", [])
             if row.get("tokens") == sum(after.tokens) and len(nll) == len(after.nll) and None not in nll:
                 pair = paired(Perplexity(name, tuple(nll), after.tokens, after.bytes, after.origin), after)
-                folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=[model, "recovered"])
+                folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=[model, "recovered"], **more)

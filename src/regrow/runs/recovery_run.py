@@ -106,23 +106,31 @@ def run(
     folder.update(notes=list(dense.notes), sources=pruning_run.described(origin, kinds))
     if not len(folder.ledger):
         folder.ledger.append(plan)
-        for row in source.metrics():
-            if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
-                folder.log(**row)
+    _take_over(source, folder)
+    number = len(wanted.before) + 1
     with clock.stage("recover"):
         recovered(
             folder, loaded.model, dense, axes, plan, kinds.calibration, by,
-            settings=settings, seed=seed, progress=progress,
+            settings=settings, seed=seed, number=number, progress=progress,
         )  # fmt: skip
     with clock.stage("save"):
         store.save(loaded, folder.path)
     with clock.stage("evaluate"):
         after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
-        found = measure(folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress)
-        compared(folder, found)
+        found = measure(folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number)
+        compared(folder, found, number)
     folder.finish(seconds=clock.seconds)
     return folder
+
+
+def _take_over(source: RunFolder, folder: RunFolder) -> None:
+    """Log what a run measured, in the run that recovers it."""
+    recoveries = 0
+    for row in source.metrics():
+        recoveries += row["what"] == "recovery"
+        if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
+            folder.log(**({"round": recoveries} if recoveries > 1 else {}) | row)
 
 
 def _settings(source: RunFolder, by: str, tokens: int, settings: Mapping[str, Any], seed: int) -> Settings:

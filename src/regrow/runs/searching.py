@@ -166,7 +166,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     taken = {n: v for n, v in asdict(learner.settings).items() if n not in {*settings.method_settings, *GIVEN}}
     told: dict[str, Any] = {"verb": "search", "settings": settings.record(), "defaults": taken}
     folder = RunFolder.create(out, **told, command=settings.command(str(out)))
-    if plan is not None and not folder.resumed:
+    if plan is not None:
         folder.log("stages", **plan.record())
     if table:
         latencies.keep(folder.path, table)
@@ -174,8 +174,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
     seconds = {"search": round(time.perf_counter() - start, 3)}
     store.save(found, folder.path / "found", origin=described_by)
-    if "found" not in [row["what"] for row in folder.metrics()]:
-        folder.log("found", accuracy=share_right(found, parts.search.test), **front.sizes(found))
+    folder.log("found", accuracy=share_right(found, parts.search.test), **front.sizes(found))
     start = time.perf_counter()
     trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
     store.save(trained, folder.path, origin=described_by)
@@ -202,32 +201,31 @@ def _searched(
         axes, course = read_course(place, model, axes, learner)
     if learner.values.get("recomputed"):
         cast(Staged, model).recomputed = True
-    there = [row["what"] for row in folder.metrics()]
-    told, logged, measured = there.count("commit"), there.count("epoch"), there.count("memory")
+
+    def tell(now: Course, unfinished: int = 0) -> None:
+        for i, event in enumerate(now.events):
+            folder.log("commit", number=i, **event)
+        for row in learner.values.get("history", []):
+            folder.log("epoch", **row)
+        rows = [*learner.values.get("memory", {}).values()]
+        for i, row in enumerate(rows[: len(rows) - unfinished]):
+            folder.log("memory", number=i, **row)
 
     def keep(now: Course, here: AxisGraph) -> None:
-        nonlocal told, logged, measured
         if now.epoch:
             at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs, seed=settings.seed)
             front.passed(folder, learner, at, origin)
         write_course(place, model, learner, now)
-        for event in now.events[told:]:
-            folder.log("commit", **event)
-        for row in learner.values.get("history", [])[logged:]:
-            folder.log("epoch", **row)
-        told, logged = len(now.events), len(learner.values.get("history", []))
-        for row in [*learner.values.get("memory", {}).values()][measured:-1]:  # more may be seen of the last
-            folder.log("memory", **row)
-            measured += 1
+        tell(now, unfinished=1)  # more may be seen of the last stage's memory
 
+    tell(course, unfinished=1)  # the run may have been killed between storing and telling
     if settings.epochs:
         schedule = settings.schedule(settings.epochs, "constant")
         more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}
         if settings.memory:
             more["around"] = stage_memory.Watch(learner, in_bytes(settings.memory), settings.batch_size)
         axes, course = learn(model, axes, [parts.search], learner, schedule, **more)
-    for row in [*learner.values.get("memory", {}).values()][measured:]:
-        folder.log("memory", **row)
+    tell(course)
     at = Stand(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed)
     if not settings.epochs:
         learner.begin(at)
@@ -238,8 +236,7 @@ def _searched(
     for plan in [*course.plans, *last][len(folder.ledger) :]:
         folder.ledger.append(plan)
     learner.baked(at)
-    if "levels" not in there:  # a run that was stopped while it trained anew has told all this
-        folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
+    folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
     return spaces.left(model, origin)
 
 

@@ -28,6 +28,22 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
             os.close(handle)
 
 
+def mend(path: Path) -> None:
+    """Take off a last line that a crash cut short; one that lacks only its end gets it.
+
+    Raises:
+        StoreError: If the disk does not let us write.
+    """
+    if not path.is_file():
+        return
+    with telling(path):
+        handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        try:
+            _mended(handle)
+        finally:
+            os.close(handle)
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """Every line, in order; a last one that a crash cut short is left out.
 

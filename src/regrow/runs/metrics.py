@@ -1,0 +1,103 @@
+"""The measurements of a run, one JSON object a line; each has a key, so that a resumed run adds none a second time."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from regrow.store.journal import append, mend, read
+
+KEYS: Mapping[str, tuple[str, ...]] = {
+    "budget": (),
+    "choice": ("model", "task", "round"),
+    "epoch": ("epoch",),
+    "found": (),
+    "front": ("epoch",),
+    "gone": ("tasks",),
+    "latency": (),
+    "levels": (),
+    "matrix": ("tasks",),
+    "paired": ("source", "of", "round"),
+    "perplexity": ("model", "source", "round"),
+    "recovery": ("round",),
+    "size": ("model", "round"),
+    "stages": (),
+    "task": ("task",),
+    "test": (),
+    "verify": (),
+}
+"""Kind of measurement → the fields that, with the kind, tell a row from all others of a run."""
+NUMBERED = frozenset({"commit", "growth", "memory"})
+"""Kinds whose rows are told apart by their number: the first, the second."""
+
+
+class Metrics:
+    """The rows of ``metrics.jsonl``.
+
+    Args:
+        path: The file; it need not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Every row, in order; a last one that a crash cut short is left out.
+
+        Raises:
+            StoreError: If another line is damaged.
+        """
+        return read(self.path)
+
+    def add(self, row: Mapping[str, Any], number: int | None = None) -> None:
+        """Add a row, unless one with its key is there; it is on the disk when this returns.
+
+        Args:
+            row: What was measured; ``what`` is its kind. Numbers that are not finite become null.
+            number: Which row of its kind this is, from 0, for the kinds in ``NUMBERED``.
+
+        Raises:
+            StoreError: If the disk is full; the file then holds what it held.
+        """
+        plain = finite(row)
+        key = _key(plain, number)
+        if key is None or key not in self._keys:
+            append(self.path, plain)
+            if key is not None:
+                self._keys.add(key)
+
+    @cached_property
+    def _keys(self) -> set[str]:
+        mend(self.path)
+        counts: Counter[Any] = Counter()
+        keys = set()
+        for row in self.rows():
+            keys.add(_key(row, counts[str(row.get("what"))]))
+            counts[str(row.get("what"))] += 1
+        return {key for key in keys if key is not None}
+
+
+def finite(value: Any) -> Any:
+    """JSON data without NaN and infinity, which JSON does not have.
+
+    >>> finite({"loss": float("nan"), "steps": (1, 2)})
+    {'loss': None, 'steps': [1, 2]}
+    """
+    if isinstance(value, Mapping):
+        return {str(key): finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _key(row: Mapping[str, Any], number: int | None) -> str | None:
+    """What tells a row from the others; ``None`` for kinds that may repeat."""
+    what = str(row.get("what"))
+    if what in NUMBERED and number is not None:
+        return json.dumps([what, number])
+    if what not in KEYS:
+        return None
+    return json.dumps([what, *(row.get(name) for name in KEYS[what])])

@@ -1,0 +1,138 @@
+"""Named tensors with a header in one safetensors file: written whole or not at all, checked against their digest."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from regrow.store.atomic import StoreError, written
+
+_RESERVED = frozenset({"format", "names", "sha256"})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], kind: str) -> None:
+    """Write named tensors and a header, all of it or nothing.
+
+    Args:
+        path: The file to make or replace; its folder must exist.
+        tensors: Name → tensor, of any device and layout in memory; copied.
+        header: JSON data that goes with them. ``format``, ``names`` and ``sha256`` are set here.
+        kind: The name of the format with its version, such as ``"regrow-course/1"``.
+
+    Raises:
+        StoreError: If the disk is full or does not let us write; the old file stands.
+    """
+    if taken := _RESERVED & header.keys():
+        raise ValueError(f"the header may not set {', '.join(sorted(taken))}")
+    names = list(tensors)
+    # The file format knows no views and restricts names: tensors are numbered, and copied.
+    plain = {f"t{i}": tensors[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
+    whole = {"format": kind, **header, "names": names, "sha256": digest(plain)}
+    with written(path) as temporary:
+        save_file(plain, temporary, {"format": "pt", "regrow": json.dumps(whole)})
+
+
+def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:
+    """The header of a file, without its tensors.
+
+    Args:
+        path: The file.
+        kinds: The formats that are known; ``None`` stands for files of version 0.1 that name none.
+
+    Raises:
+        StoreError: If there is no such file, or it is damaged or of another format.
+    """
+    with _telling(path), safe_open(path, framework="pt") as content:
+        return _header(content, kinds)
+
+
+def read_tensors(path: Path, *kinds: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What :func:`write_tensors` wrote.
+
+    Args:
+        path: The file.
+        kinds: As for :func:`read_header`.
+
+    Returns:
+        The header; name → tensor, in storage of its own.
+
+    Raises:
+        StoreError: If there is no such file, or it is damaged, changed or of another format.
+    """
+    with _telling(path):
+        with safe_open(path, framework="pt") as content:
+            header = _header(content, kinds)
+            tensors = {name: content.get_tensor(name).clone() for name in content.keys()}  # noqa: SIM118
+        if digest(tensors) != header["sha256"]:
+            raise ValueError("its numbers do not have the recorded SHA-256")
+        names = header["names"]
+        if names is None:
+            return header, tensors
+        if len(names) != len(tensors):
+            raise ValueError(f"it names {len(names)} tensors and holds {len(tensors)}")
+        return header, {name: tensors[f"t{i}"] for i, name in enumerate(names)}
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of named tensors, whatever their order."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        add_to_digest(found, (name, tensors[name]))
+    return found.hexdigest()
+
+
+def add_to_digest(found: Any, value: Any) -> None:
+    """Add a value to a digest, with what tells it from others that have the same bytes.
+
+    Args:
+        found: The digest, of hashlib.
+        value: A tensor, text, bytes, a mapping, a sequence of values, or anything with a plain ``repr``.
+    """
+    match value:
+        case Tensor():
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        case Mapping():
+            add_to_digest(found, sorted(value.items()))
+        case str() | bytes():
+            found.update(repr(value).encode())
+        case Iterable():
+            parts = list(value)
+            found.update(f"{len(parts)}(".encode())
+            for part in parts:
+                add_to_digest(found, part)
+        case _:
+            found.update(f"{value!r};".encode())
+
+
+def _header(content: Any, kinds: tuple[str | None, ...]) -> dict[str, Any]:
+    header = json.loads((content.metadata() or {}).get("regrow", "null"))
+    if not isinstance(header, dict) or header.get("format") not in kinds:
+        raise ValueError(f"it is not of the format {kinds[0]!r}")
+    # Version 0.1 has the names under "tensors", some of them as [part, name], or the tensors under their own.
+    names = header.get("names", header.get("tensors"))
+    if isinstance(names, list):
+        names = [" ".join(name) if isinstance(name, list) else name for name in names]
+        if not all(isinstance(name, str) for name in names) or len({*names}) != len(names):
+            raise ValueError("its names of tensors are damaged")
+    elif names is not None:
+        raise ValueError("its names of tensors are damaged")
+    if not isinstance(header.get("sha256"), str):
+        raise ValueError("it has no SHA-256")
+    return header | {"names": names}
+
+
+@contextmanager
+def _telling(path: Path) -> Iterator[None]:
+    """Turn every way in which reading a file fails into one line."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be used ({' '.join(str(error).split())[:200]}); restore it") from None
