@@ -77,7 +77,7 @@ def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
     try:
         return read_bytes(path, most).decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{path} is not text in UTF-8; restore or convert it") from None
+        raise InputError(f"{path} is not text in UTF-8; fetch it again, or convert it") from None
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
@@ -110,7 +110,7 @@ def parse_json(text: str | bytes, name: str = "the text") -> Any:
     except RecursionError:
         raise InputError(f"{name} is JSON nested deeper than {MAX_JSON_DEPTH} levels; restore it") from None
     except ValueError as error:
-        raise InputError(f"{name} is not JSON ({reason(error)}); restore it") from None
+        raise InputError(f"{name} is not JSON ({reason(error)}); restore it or fetch it again") from None
     level, depth = [value], 0
     while level := [one for one in level if isinstance(one, dict | list)]:
         depth += 1

@@ -12,7 +12,6 @@
 Files of ``bigbench`` ask never to be trained on: calibrate and measure with them only.
 """
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 from regrow.data.errors import SourceError
 from regrow.data.text import Text
+from regrow.errors import InputError
+from regrow.limits import expanded, read_json, read_text
 
 
 def wiki(path: Path) -> Text:
@@ -91,15 +92,13 @@ def _untagged(content: str) -> str:
 
 def _content(name: str, path: Path) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8")
-    except OSError as error:
-        raise SourceError(f"source {name!r}: cannot read {path} ({error.strerror}); fetch it first") from None
-    except UnicodeDecodeError:
-        raise SourceError(f"source {name!r}: {path} is not text in UTF-8; fetch it again") from None
+        return read_text(expanded(path))
+    except InputError as error:
+        raise SourceError(f"source {name!r}: {error}; fetch it first") from error
 
 
 def _json(name: str, path: Path) -> Any:
     try:
-        return json.loads(_content(name, path))
-    except json.JSONDecodeError as error:
-        raise SourceError(f"source {name!r}: {path} is not JSON ({error.msg}); fetch it again") from None
+        return read_json(expanded(path))
+    except InputError as error:
+        raise SourceError(f"source {name!r}: {error}") from error

@@ -1,6 +1,5 @@
 """Sequences of tasks: one set of images seen in changed ways, or in parts."""
 
-import gzip
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from regrow.data.errors import MissingError, SourceError
 from regrow.data.vision import image_files, read_images
+from regrow.errors import InputError
+from regrow.limits import check_memory, expanded, read_content
 from regrow.tasks import Examples, Task
 
 _MOST = 2**28
@@ -107,6 +108,9 @@ def alike(tasks: Sequence[Task]) -> list[Task]:
     if not tasks:
         raise SourceError("there is no task to learn; name one, like permuted:digits:5")
     channels, *size = tasks[0].train.inputs.shape[1:]
+    examples = sum(len(task.train) + len(task.test) for task in tasks)
+    needed = 4 * examples * channels * prod(size)
+    check_memory(needed, f"{examples} images of {size[0]} × {size[-1]} pixels", "take fewer with --train and --test")
 
     def change(x: Tensor) -> Tensor:
         if [*x.shape[2:]] != size:
@@ -148,14 +152,25 @@ def idx(folder: str | Path, name: str = "images") -> Task:
     Raises:
         SourceError: If a file is missing or is not what its header says.
     """
-    train, test = (
-        Examples(
-            _idx(Path(folder), f"{half}-images-idx3-ubyte", 3).float().unsqueeze(1) / 255,
-            _idx(Path(folder), f"{half}-labels-idx1-ubyte", 1).long(),
+    train, test = (_idx_half(Path(folder), half) for half in ("train", "t10k"))
+    if train.inputs.shape[1:] != test.inputs.shape[1:]:
+        sizes = (" × ".join(map(str, part.inputs.shape[2:])) for part in (train, test))
+        raise SourceError(
+            f"{folder}: training images have {' pixels, test images '.join(sizes)}; fetch the files again"
         )
-        for half in ("train", "t10k")
-    )
-    return Task(name, train, test, tuple(sorted(map(int, train.labels.unique()))))
+    known = train.labels.unique()
+    if strange := sorted(set(test.labels.tolist()) - set(known.tolist())):
+        raise SourceError(f"{folder}: test images have class {strange[0]}, of which there is no training image")
+    return Task(name, train, test, tuple(sorted(map(int, known))))
+
+
+def _idx_half(folder: Path, half: str) -> Examples:
+    pixels = _idx(folder, f"{half}-images-idx3-ubyte", 3)
+    labels = _idx(folder, f"{half}-labels-idx1-ubyte", 1)
+    if len(pixels) != len(labels):
+        raise SourceError(f"{folder}: {len(pixels)} {half} images have {len(labels)} labels; fetch the files again")
+    check_memory(8 * pixels.numel(), f"the {half} set of {folder}", "take a smaller data set")
+    return Examples(pixels.float().unsqueeze(1) / 255, labels.long())
 
 
 def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: int = 0, seed: int = 0) -> Task:
@@ -197,7 +212,10 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
     """
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
-    folder = Path(name)
+    try:
+        folder = expanded(Path(name))
+    except InputError as error:
+        raise SourceError(str(error)) from error
     if name != "digits" and not folder.is_dir():
         raise MissingError(
             f"no data {name!r}: write digits, or a folder with MNIST's four files, or with pictures in train/CLASS/… "
@@ -272,11 +290,10 @@ def _idx(folder: Path, name: str, dims: int) -> Tensor:
     if path is None:
         raise SourceError(f"{folder} has no {name} (or {name}.gz); give the folder of the four files")
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            raw = file.read(_MOST + 1)
-    except (OSError, EOFError) as error:
-        raise SourceError(f"{path} cannot be read ({error}); fetch it again") from None
+        raw = read_content(path, _MOST)
+    except InputError as error:
+        raise SourceError(str(error)) from error
     shape = tuple(int.from_bytes(raw[4 * i + 4 : 4 * i + 8], "big") for i in range(dims))
-    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + prod(shape):
+    if raw[:4] != bytes([0, 0, 8, dims]) or len(raw) != 4 + 4 * dims + prod(shape) or not all(shape):
         raise SourceError(f"{path} is not a whole file of bytes in the idx format; fetch it again")
     return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dims).reshape(shape).copy())

@@ -1,18 +1,15 @@
 """Kinds of text: what Python and small packages bring, and what the user has."""
 
 import difflib
-import gzip
 import importlib.util
-import json
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from regrow.data.errors import SourceError
-
-LIMIT = 64_000_000
-"""How many bytes of a user's file or folder are read at most."""
+from regrow.errors import InputError
+from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 
 _PROSE = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log", ".jsonl")
 _CODE = (".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".java", ".js", ".ts", ".go", ".rs", ".rb", ".sh", ".sql")
@@ -112,21 +109,17 @@ def read(name: str, path: Path) -> Text:
     Raises:
         SourceError: If the path is missing, unreadable, binary or holds no text.
     """
-    path = path.expanduser()
-    if not path.exists():
-        raise SourceError(f"source {name!r}: {path} does not exist; check the path")
-    if path.is_dir():
-        return _folder(name, path)
     try:
+        path = expanded(path)
+        if path.is_dir():
+            return _folder(name, path)
         content, whole = _content(path)
-    except UnicodeDecodeError:
-        raise SourceError(f"source {name!r}: {path} is not text in UTF-8; convert it, or give a text file") from None
-    except OSError as error:
-        raise SourceError(f"source {name!r}: cannot read {path} ({error.strerror or error}); check it") from None
-    documents = tuple(_documents(name, path, content))
+        documents = tuple(_documents(path, content))
+    except InputError as error:
+        raise SourceError(f"source {name!r}: {error}") from error
     if not any(document.strip() for document in documents):
         raise SourceError(f"source {name!r}: {path} is empty; give a file with text in it")
-    return Text(name, documents, path.name if whole else f"{path.name}, its first {LIMIT // 10**6} MB")
+    return Text(name, documents, path.name if whole else f"{path.name}, its first {MAX_TEXT_BYTES // 10**6} MB")
 
 
 def _folder(name: str, path: Path) -> Text:
@@ -138,12 +131,12 @@ def _folder(name: str, path: Path) -> Text:
             continue
         try:
             content, _ = _content(file)
-        except (UnicodeDecodeError, OSError):
+        except InputError:
             skipped += 1
             continue
-        documents += _documents(name, file, content)
+        documents += _documents(file, content)
         total += len(content)
-        if total > LIMIT:
+        if total > MAX_TEXT_BYTES:
             break
     if not any(document.strip() for document in documents):
         raise SourceError(
@@ -154,17 +147,20 @@ def _folder(name: str, path: Path) -> Text:
 
 
 def _content(path: Path) -> tuple[str, bool]:
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-        data = file.read(LIMIT + 1)
-    whole = len(data) <= LIMIT
+    """The text of a file, and whether that is all of it."""
+    data = read_content(path, MAX_TEXT_BYTES)
+    whole = len(data) <= MAX_TEXT_BYTES
     if not whole:
-        data = data[:LIMIT].rpartition(b"\n")[0]
-    if b"\0" in data:
-        raise UnicodeDecodeError("utf-8", b"", 0, 1, "a NUL byte")
-    return data.decode("utf-8-sig"), whole
+        data = data[:MAX_TEXT_BYTES].rpartition(b"\n")[0]
+    try:
+        if b"\0" not in data:
+            return data.decode("utf-8-sig"), whole
+    except UnicodeDecodeError:
+        pass
+    raise InputError(f"{path} is not text in UTF-8; convert it, or give a text file")
 
 
-def _documents(name: str, path: Path, content: str) -> Iterator[str]:
+def _documents(path: Path, content: str) -> Iterator[str]:
     if _suffix(path) != ".jsonl":
         yield content
         return
@@ -172,12 +168,14 @@ def _documents(name: str, path: Path, content: str) -> Iterator[str]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError):
+            value = parse_json(line)
+        except InputError:
             value = None
-        if not isinstance(value, str):
-            raise SourceError(f'source {name!r}: line {number} of {path} is not JSON with a "text": {line[:40]!r}')
-        yield value
+        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
+            raise InputError(
+                f'line {number} of {path} is not a JSON object with a "text": {line[:40]!r}; mend the line'
+            )
+        yield value["text"]
 
 
 def _suffix(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Images as sources: a folder with one sub-folder per class, and the small digits of scikit-learn."""
 
 import random
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from regrow.data.errors import SourceError
 from regrow.data.halves import Half
+from regrow.errors import InputError
+from regrow.limits import MAX_PIXELS, check_memory, check_regular, expanded, reason
 from regrow.sources import Batch, Source
 
 T = TypeVar("T")
@@ -83,7 +86,10 @@ def images(
         SourceError: If there is no such folder, or it holds no class with images in it.
     """
     _check(name, n, batch_size)
-    path = path.expanduser()
+    try:
+        path = expanded(path)
+    except InputError as error:
+        raise SourceError(f"source {name!r}: {error}") from error
     if not path.is_dir():
         raise SourceError(f"source {name!r}: {path} is not a folder; give one with a sub-folder of images per class")
     classes = sorted(folder for folder in path.iterdir() if folder.is_dir() and not folder.name.startswith("."))
@@ -151,7 +157,9 @@ def image_tensor(file: Path, size: int) -> Tensor:
     from PIL.Image import Resampling
 
     scale = size * 8 / 7 / min(picture.size)
-    picture = picture.resize([max(size, round(side * scale)) for side in picture.size], Resampling.BILINEAR)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    _check_pixels(file, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
+    picture = picture.resize((width, height), Resampling.BILINEAR)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
     colours = torch.from_numpy(cut / np.float32(255))
@@ -170,6 +178,8 @@ def read_images(files: Sequence[Path]) -> Tensor:
         SourceError: If a file is no image, or they are not all of one size.
     """
     first = np.asarray(_opened(files[0]))
+    side = f"{first.shape[1]} × {first.shape[0]}"
+    check_memory(9 * len(files) * first.size, f"{len(files)} images of {side} pixels", "take fewer, or scale them down")
     found = np.empty((len(files), *first.shape), np.uint8)
     for i, file in enumerate(files):
         pixels = np.asarray(_opened(file))
@@ -193,10 +203,23 @@ def _opened(file: Path) -> Any:
     except ImportError:
         raise SourceError("images need pillow: pip install 'regrow[vision]'") from None
     try:
-        with Image.open(file) as opened:
-            return opened.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        raise SourceError(f"{file} is not a readable image ({error}); replace or remove it") from None
+        check_regular(file)
+        with warnings.catch_warnings():  # what pillow finds large is below the limit here
+            warnings.simplefilter("ignore")
+            with Image.open(file) as opened:
+                _check_pixels(file, *opened.size)
+                return opened.convert("RGB")
+    except SourceError:
+        raise
+    except Image.DecompressionBombError:
+        raise SourceError(f"{file} has more than the {MAX_PIXELS:,} pixels that are read; scale it down") from None
+    except Exception as error:  # decoders of damaged files raise anything
+        raise SourceError(f"{file} is not a readable image ({reason(error)}); replace or remove it") from error
+
+
+def _check_pixels(file: Path, width: int, height: int) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise SourceError(f"{file} is {width:,} × {height:,} pixels, at most {MAX_PIXELS:,} are read; scale it down")
 
 
 def _part(values: list[T], half: Half) -> list[T]:

@@ -1,18 +1,19 @@
 """Multiple choice: whether a model finds the right ending likelier than the others."""
 
-import gzip
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from regrow.errors import InputError
 from regrow.evaluation.forward import evaluating, logits_of
 from regrow.evaluation.language import token_losses
+from regrow.limits import MAX_TEXT_BYTES, expanded, parse_json, read_content
 from regrow.progress import Progress, silent
 from regrow.sources import Batch
 
@@ -89,17 +90,17 @@ def items_in(path: Path, n: int | None = None) -> list[Item]:
     Raises:
         ValueError: If the file cannot be read, or a line is not an item; names the line.
     """
-    items: list[Item] = []
+    data = read_content(expanded(path), MAX_TEXT_BYTES)
+    if len(data) > MAX_TEXT_BYTES:
+        raise InputError(f"{path} holds more than {MAX_TEXT_BYTES:,} bytes of items; give a smaller file")
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if n is not None and len(items) == n:
-                    break
-                items.append(_checked(json.loads(line), f"line {number} of {path}"))
-    except OSError as error:
-        raise ValueError(f"cannot read the items of {path} ({error.strerror or error}); check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a file of JSON lines ({error}); give a .jsonl or .jsonl.gz file") from None
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not text in UTF-8; give a .jsonl or .jsonl.gz file") from None
+    items = [
+        _checked(parse_json(line, f"line {number} of {path}"), f"line {number} of {path}")
+        for number, line in islice(enumerate(lines, start=1), n)
+    ]
     if not items:
         raise ValueError(f"{path} holds no items")
     return items
@@ -216,9 +217,13 @@ def _checked(item: Any, where: str) -> Item:
         isinstance(item, Mapping)
         and all(field in item for field in (*fields, "gold"))
         and isinstance(item[fields[1]], str)
-        and all(isinstance(option, str) for option in item[fields[0]])
+        and isinstance(item[fields[0]], list | tuple)
+        and all(isinstance(option, str) and option.strip() for option in item[fields[0]])
+        and type(item["gold"]) is int
         and item["gold"] in range(len(item[fields[0]]))
     )
     if not good:
-        raise ValueError(f'{where} is not a choice: it needs "query", "choices" and "gold", the index of the right one')
+        raise ValueError(
+            f'{where} is not a choice: it needs "query", "choices" and "gold", the index of the right one; mend it'
+        )
     return item

@@ -1,0 +1,159 @@
+"""What is not even opened, and what is read only so far."""
+
+import gzip
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow import limits
+from regrow.data import SourceError, streams, text
+from regrow.data.vision import image_tensor, images, read_images
+from regrow.errors import InputError, ResourceError
+from regrow.evaluation import items_in
+
+
+@pytest.fixture(params=["fifo", "socket", "device", "folder", "loop", "missing"])
+def strange(request, tmp_path):
+    """A path that is no regular file."""
+    path = tmp_path / "strange"
+    match request.param:
+        case "fifo":
+            os.mkfifo(path)
+        case "socket":
+            server = socket.socket(socket.AF_UNIX)
+            server.bind(str(path))
+            request.addfinalizer(server.close)
+        case "device":
+            path.symlink_to("/dev/zero")
+        case "folder":
+            path.mkdir()
+        case "loop":
+            path.symlink_to(path)
+    return path
+
+
+def test_only_regular_files_are_opened(strange):
+    for read in (limits.read_bytes, limits.read_json, lambda path: limits.read_content(path, 10), items_in):
+        with pytest.raises(InputError, match="strange"):
+            read(strange)
+    if not strange.is_dir():
+        with pytest.raises(SourceError, match="strange"):
+            text(f"mail={strange}")
+    with pytest.raises(SourceError, match="strange"):
+        image_tensor(strange, 8)
+
+
+def test_long_files_are_not_read(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[1, 2, 3]")
+    with pytest.raises(InputError, match="has 9 bytes, and at most 8 are read"):
+        limits.read_bytes(path, 8)
+    assert limits.read_json(path, 9) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("[" * 100_000, "nested deeper than 100 levels"),
+        ("[" * 500 + "]" * 500, "nested deeper than 100 levels"),
+        ('{"a":' * 500 + "1" + "}" * 500, "nested deeper than 100 levels"),
+        ("1" * 5000, "is not JSON"),
+        ("{]", "is not JSON"),
+        ("", "is not JSON"),
+    ],
+)
+def test_json_that_no_one_writes_is_refused_in_one_line(data, says):
+    with pytest.raises(InputError, match=says) as caught:
+        limits.parse_json(data, "x.json")
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("x.json")
+
+
+def test_a_damaged_or_swelling_gz_is_refused(tmp_path):
+    whole = gzip.compress(os.urandom(1000) + b"word " * 10_000)
+    for name, data in (
+        ("cut", whole[: len(whole) // 2]),
+        ("flipped", whole[:50] + bytes([whole[50] ^ 255]) + whole[51:]),
+        ("none", b"none"),
+        ("bomb", gzip.compress(bytes(2**26))),
+    ):
+        path = tmp_path / f"{name}.txt.gz"
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=f"{name}.txt.gz (swells|is no whole gzip file|is not text)"):
+            text(f"mail={path}")
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceError, match="no whole gzip file"):
+        streams.idx(tmp_path)
+
+
+def test_images_beyond_the_limits_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    from PIL import Image
+
+    for size, says in (
+        ((60_000, 60_000), "more than the 67,108,864 pixels"),
+        ((9_000, 9_000), "9,000 × 9,000 pixels, at most"),
+    ):
+        path = tmp_path / "large.png"
+        Image.new("1", (8, 8)).save(path)
+        data = bytearray(path.read_bytes())
+        data[16:24] = b"".join(side.to_bytes(4, "big") for side in size)  # the header alone says so
+        path.write_bytes(_with_checksum(data))
+        with pytest.raises(SourceError, match=says):
+            image_tensor(path, 8)
+    thin = tmp_path / "thin.png"
+    Image.new("L", (1, 60_000)).save(thin)
+    with pytest.raises(SourceError, match="at most 67,108,864 are read"):
+        image_tensor(thin, 224)
+    dot = tmp_path / "dot.png"
+    Image.new("L", (1, 1)).save(dot)
+    assert image_tensor(dot, 8).shape == (3, 8, 8)
+    monkeypatch.setattr(limits, "available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"needs .* GB of memory, and .* GB are free"):
+        read_images([thin] * 3)
+
+
+def _with_checksum(png):
+    import zlib
+
+    png[29:33] = zlib.crc32(png[12:29]).to_bytes(4, "big")
+    return bytes(png)
+
+
+def test_image_data_that_do_not_belong_together_are_refused(tmp_path):
+    def write(name, *shape, fill=0):
+        head = bytes([0, 0, 8, len(shape)]) + b"".join(n.to_bytes(4, "big") for n in shape)
+        (tmp_path / name).write_bytes(head + bytes([fill]) * int(torch.tensor(shape).prod()))
+
+    def written(train=3, labels=3, side=4, label=0):
+        write("train-images-idx3-ubyte", train, 4, 4)
+        write("train-labels-idx1-ubyte", labels)
+        write("t10k-images-idx3-ubyte", 2, side, side)
+        write("t10k-labels-idx1-ubyte", 2, fill=label)
+
+    for more, says in (
+        ({"labels": 2}, "3 train images have 2 labels"),
+        ({"side": 5}, "training images have 4 × 4 pixels, test images 5 × 5"),
+        ({"label": 7}, "test images have class 7"),
+        ({"side": 0}, "not a whole file"),
+    ):
+        written(**more)
+        with pytest.raises(SourceError, match=says):
+            streams.idx(tmp_path)
+
+
+def test_a_home_folder_of_nobody_is_told(tmp_path):
+    for read in (lambda p: text(f"a={p}"), lambda p: images("a", Path(p)), streams.of):
+        with pytest.raises(SourceError, match="no such user"):
+            read("~nobody-of-this-name/x")
+
+
+def test_free_memory_is_known_and_compared():
+    there = limits.available_memory()
+    assert there is None or 0 < there < 2**50
+    limits.check_memory(1, "nothing", "go on")
+    if there is not None:
+        with pytest.raises(ResourceError, match=r"a network needs 1,126 TB|a network needs [\d,]+ GB of memory"):
+            limits.check_memory(2**50, "a network", "take a smaller one")
