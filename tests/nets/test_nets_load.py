@@ -143,7 +143,7 @@ def test_torchvision_weights_with_other_classes(tmp_path: Path) -> None:
 def test_a_callable_beside_the_user_is_found_and_its_input_guessed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`pkg.mod:fn` works from a console script; code named by an origin runs only if trusted."""
+    """`pkg.mod:fn` works from a console script; an origin's recorded name is never imported."""
     (tmp_path / "beside_me.py").write_text(
         "from torch import nn\nimport torch\n"
         "def net(): return nn.Sequential(nn.Linear(5, 4), nn.Dropout())\n"
@@ -158,9 +158,9 @@ def test_a_callable_beside_the_user_is_found_and_its_input_guessed(
     assert loaded.example.args[0].dtype is torch.float64
     assert not loaded.model[1].training
     assert [a.shape[-1] for a in load("beside_me:pair").example.args] == [2, 3]
-    with pytest.raises(ModelError, match="trust=True"):
-        build(loaded.origin)
-    assert isinstance(build(loaded.origin, trust=True), nn.Sequential)
+    assert isinstance(build(loaded.origin), nn.Sequential), "the function that was named in this process"
+    with pytest.raises(ModelError, match="never imported"):
+        build(Origin.from_json(loaded.origin.to_json()))
     for name, part in (("text", "not a torch.nn.Module"), ("odd", "cannot guess"), ("broken", "OSError: no disk")):
         with pytest.raises(ModelError, match=part):
             load(f"beside_me:{name}")

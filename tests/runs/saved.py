@@ -85,9 +85,17 @@ def _rows() -> tuple[tuple, dict]:
 
 
 CASES: dict[str, Case] = {
-    "callable": Case(small, _rows, lambda _: Origin("callable", "runs.saved:small"), ("fall.weight",), small),
+    "callable": Case(
+        small, _rows, lambda _: Origin("callable", "runs.saved:small", builder=small), ("fall.weight",), small
+    ),
     "object": Case(lambda: small(), _rows, lambda _: None, ("fall.weight",), small),
-    "recurrent": Case(speech, ZOO["gru_speech"].example, lambda _: Origin("callable", "runs.saved:speech"), (), speech),
+    "recurrent": Case(
+        speech,
+        ZOO["gru_speech"].example,
+        lambda _: Origin("callable", "runs.saved:speech", builder=speech),
+        (),
+        speech,
+    ),
     "resnet18": _vision("resnet18", resnet),
     "mobilenet_v2": _vision("mobilenet_v2", mobile),
     "llama_tied": _language("llama_tied", "mlp.down_proj.weight"),

@@ -28,7 +28,7 @@ def own(tmp_path_factory):
     return save(saved.cut(saved.CASES["callable"])[0], tmp_path_factory.mktemp("own") / "m", origin=SMALL)
 
 
-SMALL = Origin("callable", "runs.saved:small")
+SMALL = Origin("callable", "runs.saved:small", builder=lambda: saved.small())
 
 
 @pytest.fixture

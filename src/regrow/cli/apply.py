@@ -14,14 +14,16 @@ from regrow.cli.screen import say, working
 @click.argument("plan", type=click.Path(path_type=Path))
 @click.argument("model")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the changed model goes.")
+@options.code
 @options.dtype
-def apply(plan: Path, model: str, out: Path, dtype: str) -> None:
+def apply(plan: Path, model: str, out: Path, code: str, dtype: str) -> None:
     """Apply PLAN (a plan from `prune --dry-run`, or a run's ledger.json) to MODEL and save the result.
 
     Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
     """
     from regrow.runs import Ledger, replay, save
-    from regrow.runs.pruning_run import Settings, load_model
+    from regrow.runs.evaluating import loaded_from
+    from regrow.runs.pruning_run import Settings
     from regrow.tracing import trace
 
     if not plan.is_file():
@@ -29,8 +31,9 @@ def apply(plan: Path, model: str, out: Path, dtype: str) -> None:
     plans = _plans(plan)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
+    options.say_code(model, code)
     with working() as progress:
-        loaded = load_model(Settings(model, dtype=dtype), progress)
+        loaded = loaded_from(Settings(model, dtype=dtype), progress, code)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
         save(loaded, out)

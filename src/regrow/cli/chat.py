@@ -1,6 +1,7 @@
 """``regrow chat``: talk to a model, or to two side by side."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -32,11 +33,16 @@ End with an empty line or Ctrl-D. /new forgets what was said.
 @options.device
 def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: str, **given: Any) -> None:
     """Talk to MODEL, and to OTHER beside it: run folders, or anything that `regrow prune` takes."""
+    from regrow import store
     from regrow.runs.evaluating import loaded_from
     from regrow.runs.pruning_run import Settings
 
     names = [model, *([other] if other else [])]
+    options.say_code(*names)
     with working() as progress:
+        for name in names:
+            if Path(name, store.SHAPES).is_file() and store.read_shapes(name).origin.kind == "callable":
+                raise click.UsageError(f"{name} has no tokenizer; chat needs a language model")
         loaded = [loaded_from(Settings(name, dtype=dtype, device=device), progress) for name in names]
     for name, one in zip(names, loaded, strict=True):
         if one.tokenizer is None:

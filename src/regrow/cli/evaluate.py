@@ -29,12 +29,14 @@ from regrow.cli.screen import number, say, table, working
 @options.eval_tokens
 @options.seq_len
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
+@options.code
 @options.dtype
 @options.device
 def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
     from regrow.runs.evaluating import evaluated
 
+    options.say_code(model, given["code"])
     with working() as progress:
         result = evaluated(model, progress=progress, **given)
     if json_file:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import number, say, working
 
@@ -27,13 +28,15 @@ Examples
 @click.option("--to", required=True, metavar="FORMAT", help="transformers, gguf, onnx or torchvision.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
 @click.option("--dtype", default="", metavar="DTYPE", help="What weights are stored in; see below.")
+@options.code
 @click.option("--cache", is_flag=True, help="For onnx: a graph that takes and gives keys and values.")
-def export(run: str, to: str, out: Path, dtype: str, cache: bool) -> None:
+def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check what was written by reading it."""
     from regrow.export.formats import exported
 
+    options.say_code(run, code)
     with working() as progress:
-        written = exported(run, to, out, dtype=dtype, cache=cache, progress=progress)
+        written = exported(run, to, out, dtype=dtype, cache=cache, code=code, progress=progress)
     say(f"{written.path}: {number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import click
+
+from regrow.cli.screen import err
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -27,10 +30,26 @@ dtype = click.option(
 device = click.option(
     "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, mps."
 )
+code = click.option(
+    "--code",
+    default="",
+    metavar="PKG:FN",
+    help="The function that builds the network of a run folder, where your own code does. It is run; names that files "
+    "give never are.",
+)
 seq_len = click.option("--seq-len", default=256, show_default=True, type=int, help="Tokens per window of text.")
 eval_tokens = click.option(
     "--eval-tokens", default=2048, show_default=True, type=int, help="Evaluation tokens per source."
 )
+
+
+def say_code(*names: str) -> None:
+    """Say which of the names from the command line are code that will be imported and run."""
+    from regrow.nets.code import names_code
+
+    for name in names:
+        if names_code(name) and not Path(name).exists():
+            err.print(f"running code: {name} (named on the command line)", markup=False)
 
 
 def fraction(text: str | None, name: str) -> float:

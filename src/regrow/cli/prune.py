@@ -104,14 +104,24 @@ Examples
 @click.option(
     "--dry-run", type=click.Path(path_type=Path), help="Only write the plan to this file; `regrow apply` runs it."
 )
+@options.code
 @click.option("--again", type=click.Path(path_type=Path), help="Repeat the run of this folder with its settings.")
 def prune(
-    model: str | None, keep: str | None, out: Path | None, dry_run: Path | None, again: Path | None, **given: Any
+    model: str | None,
+    keep: str | None,
+    out: Path | None,
+    dry_run: Path | None,
+    again: Path | None,
+    code: str,
+    **given: Any,
 ) -> None:
     """Prune MODEL to a fraction of its weights and leave a folder that loads, with a page that says what was lost."""
     from regrow.runs.pruning_run import plan_only, run
 
-    settings = _again(again) if again else _settings(model, keep, given)
+    if code and not again:
+        raise click.UsageError(f"--code is for --again; name the function in the place of MODEL: regrow prune {code}")
+    settings = _again(again, code) if again else _settings(model, keep, given)
+    options.say_code(settings.model)
     if dry_run:
         from regrow.store.atomic import write_text
 
@@ -158,11 +168,18 @@ def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any
     )
 
 
-def _again(folder: Path) -> Any:
+def _again(folder: Path, code: str) -> Any:
+    from regrow.nets import ModelError
     from regrow.runs.folder import RunFolder
     from regrow.runs.pruning_run import Settings
 
-    return Settings.from_json(RunFolder.open(folder).run()["settings"])
+    data = RunFolder.open(folder).run()
+    if data.get("verb") != "prune":
+        raise click.UsageError(f"{folder} holds a run of {data.get('verb')!r}; --again repeats a pruning run")
+    try:
+        return Settings.from_json(data["settings"], code)
+    except ModelError as error:
+        raise click.UsageError(f"{folder}: {error}") from None
 
 
 def _tell(folder: Any) -> None:

@@ -27,21 +27,24 @@ Examples
     "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the recovery (`regrow methods NAME`)."
 )
 @click.option("--seed", default=0, show_default=True, type=int, help="Which windows are drawn, and in which order.")
+@options.code
 @click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path),
     help="The run folder. The same command resumes a stopped run.",
 )
-def recover(run: Path, by: str, tokens: int, pairs: tuple[str, ...], seed: int, out: Path) -> None:
+def recover(run: Path, by: str, tokens: int, pairs: tuple[str, ...], seed: int, code: str, out: Path) -> None:
     """Recover the model of RUN, a finished pruning run, on that run's own sources; RUN is only read."""
     from regrow.runs import recovery_run
 
     if tokens < 1:
         raise click.UsageError(f"--tokens is at least 1; got {tokens}")
+    settings = options.settings(pairs)
+    options.say_code(code)
     with working() as progress:
         folder = recovery_run.run(
-            run, out, by=by, tokens=tokens, settings=options.settings(pairs), seed=seed, progress=progress
+            run, out, by=by, tokens=tokens, settings=settings, seed=seed, code=code, progress=progress
         )
     tell(folder.metrics())
     page_of(folder, "model")

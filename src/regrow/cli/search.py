@@ -72,6 +72,7 @@ def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: A
     from regrow.runs.searching import Settings, run
 
     settings = Settings(space, data, target, method_settings=options.settings(pairs), **given)
+    options.say_code(space)
     with working() as progress:
         folder = run(settings, out, progress)
     _tell(folder)

@@ -15,15 +15,18 @@ from regrow.cli.screen import number, say, table, working
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
 @click.option("--all", "everything", is_flag=True, help="List frozen axes one by one, not by reason.")
 @click.option("--branches", is_flag=True, help="Also list the modules that can be dropped whole.")
+@options.code
 @options.dtype
-def show(model: str, json_file: Path | None, everything: bool, branches: bool, dtype: str) -> None:
+def show(model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str) -> None:
     """Show what can be cut in MODEL, what a unit of it costs, and why the rest is frozen."""
     from regrow.allocation.inventory import inventory
-    from regrow.runs.pruning_run import Settings, load_model
+    from regrow.runs.evaluating import loaded_from
+    from regrow.runs.pruning_run import Settings
     from regrow.tracing import trace, with_branches
 
+    options.say_code(model, code)
     with working() as progress:
-        loaded = load_model(Settings(model, dtype=dtype), progress)
+        loaded = loaded_from(Settings(model, dtype=dtype), progress, code)
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         if branches:

@@ -43,6 +43,7 @@ def exported(
     *,
     dtype: str = "",
     cache: bool = False,
+    code: str = "",
     progress: Progress = silent,
 ) -> Written:
     """Hand a network to other tools, and check that they read what it says.
@@ -53,6 +54,7 @@ def exported(
         out: The file or folder to write.
         dtype: What weights are stored in: one of ``FORMATS[to].dtypes``; the first, unless given.
         cache: For ``"onnx"``: a graph that takes and gives keys and values, for generating text.
+        code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does.
         progress: Called as work goes on.
 
     Returns:
@@ -76,7 +78,7 @@ def exported(
     if out.exists() and out.resolve() == Path(model).resolve():
         raise ExportError(f"{out} is the model itself; name another place")
     progress(0, 1, "loading the model")
-    loaded = loaded_from(Settings(str(model)), progress)
+    loaded = loaded_from(Settings(str(model)), progress, code)
     net: Any = loaded.model
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
         if value is not None and not hasattr(net, name):

@@ -3,6 +3,7 @@
 import importlib
 import io
 import json
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -16,22 +17,24 @@ from regrow.axes import Example
 from regrow.nets.errors import ModelError, first_line, needs
 from regrow.nets.examples import PIXELS, image_example, text_example
 from regrow.nets.files import check_safetensors
+from regrow.nets.library import check_settings, check_tokenizer, model_class
 from regrow.nets.loaded import Loaded, Origin
 
 HUB_TIMEOUT = 10.0
 
 
-def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
+def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     """A model and its tokenizer from a transformers folder whose weights are safetensors.
 
     Raises:
-        ModelError: If the folder holds no model, only pickled weights, or files that are damaged.
+        ModelError: If the folder holds no model, only pickled weights, files that are damaged, or settings that would
+            load code.
     """
     _check_folder(folder, name)
-    return _load(str(folder), name=name, dtype=dtype, trust=trust)
+    return _load(str(folder), name=name, dtype=dtype)
 
 
-def load_hub(name: str, *, dtype: torch.dtype | None, trust: bool) -> Loaded:
+def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
     """A model from the Hugging Face hub, or from its local cache without a word to the network.
 
     Raises:
@@ -50,10 +53,10 @@ def load_hub(name: str, *, dtype: torch.dtype | None, trust: bool) -> Loaded:
                 f"{name!r} is no folder here, and the hub does not give it ({first_line(error)}); "
                 "check the name and the network, or give the folder of a downloaded model"
             ) from None
-    return _load(name, name=name, dtype=dtype, trust=trust, local_files_only=cached)
+    return _load(name, name=name, dtype=dtype, local_files_only=cached)
 
 
-def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None, trust: bool = False) -> Loaded:
+def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     """A model from a GGUF file, its quantised weights turned into dense ones.
 
     Raises:
@@ -65,8 +68,13 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None, trust: bool =
         raise ModelError(f"{name}: not a GGUF file (its first bytes are not 'GGUF'); download it again")
     for package in ("gguf", "accelerate"):
         _require(package)
-    loaded = _load(str(path.parent), name=name, dtype=dtype or torch.float32, trust=trust, gguf_file=path.name)
+    with tempfile.TemporaryDirectory(prefix="regrow-") as alone:
+        # transformers takes a folder, and would read configurations and tokenizers that happen to lie beside the file.
+        place = Path(alone) / "model.gguf"
+        place.symlink_to(path.resolve())
+        loaded = _load(alone, name=name, dtype=dtype or torch.float32, gguf_file=place.name)
     model: Any = loaded.model
+    _check_surplus(path, model, name)
     # save_pretrained refuses a model that still calls itself quantised.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -101,10 +109,11 @@ def build_transformers(origin: Origin) -> nn.Module:
     transformers = require_transformers()
     from transformers.initialization import no_init_weights
 
-    architecture = getattr(transformers, origin.reference, None)
-    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
+    architecture = model_class(origin.reference)
+    if architecture is None:
         raise ModelError(f"transformers {transformers.__version__} has no model class {origin.reference!r}")
     settings, make = dict(origin.config), cast(Any, architecture)
+    check_settings(settings)
     try:
         config = transformers.AutoConfig.for_model(settings.pop("model_type", ""), **settings)
         with quiet(), no_init_weights():
@@ -144,16 +153,16 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _load(where: str, *, name: str, dtype: torch.dtype | None, trust: bool, **files: Any) -> Loaded:
+def _load(where: str, *, name: str, dtype: torch.dtype | None, **files: Any) -> Loaded:
     require_transformers()
     try:
         with quiet():
-            auto = _class_for(where, trust, files)
+            auto = _class_for(where, name, files)
             model, info = auto.from_pretrained(
                 where,
                 dtype=dtype or "auto",
                 use_safetensors=None if "gguf_file" in files else True,
-                trust_remote_code=trust,
+                trust_remote_code=False,
                 output_loading_info=True,
                 **files,
             )
@@ -167,24 +176,39 @@ def _load(where: str, *, name: str, dtype: torch.dtype | None, trust: bool, **fi
             f"{name}: the weights lack {len(info['missing_keys'])} parameters, {first!r} first; "
             "the file is incomplete or belongs to another configuration: download it again"
         )
+    if info["unexpected_keys"]:
+        first = sorted(info["unexpected_keys"])[0]
+        raise ModelError(
+            f"{name}: the weights hold {len(info['unexpected_keys'])} tensors that config.json does not describe, "
+            f"{first!r} first; the configuration belongs to another model: download both again"
+        )
     model.eval()
-    tokenizer = None if not _is_text(model) else _tokenizer(where, trust, files)
+    tokenizer = None if not _is_text(model) else _tokenizer(where, files)
     return Loaded(model, tokenizer, _example(model), origin_of(model, name))
 
 
-def _class_for(where: str, trust: bool, files: dict[str, Any]) -> Any:
+def _class_for(where: str, name: str, files: dict[str, Any]) -> Any:
     transformers = require_transformers()
-    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=trust, **files)
-    names = getattr(config, "architectures", None) or ()
-    known = next((getattr(transformers, n) for n in names if hasattr(transformers, n)), None)
+    settings, _ = transformers.PretrainedConfig.get_config_dict(where, **files)
+    try:
+        check_settings(settings, automatic=True)
+    except ModelError as error:
+        raise ModelError(f"{name}: config.json: {error}") from None
+    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **files)
+    names = [one for one in getattr(config, "architectures", None) or () if isinstance(one, str)]
+    known = next((found for one in names if (found := model_class(one)) is not None), None)
     return known or transformers.AutoModelForCausalLM
 
 
-def _tokenizer(where: str, trust: bool, files: dict[str, Any]) -> Any | None:
+def _tokenizer(where: str, files: dict[str, Any]) -> Any | None:
     transformers = require_transformers()
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
     try:
         with quiet():
-            return transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=trust, **files)
+            if "gguf_file" not in files:
+                check_tokenizer(get_tokenizer_config(where, **files))
+            return transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False, **files)
     except Exception:
         # A model without a tokenizer still has a shape to change; whoever needs text will ask for one.
         return None
@@ -209,6 +233,8 @@ def _check_folder(folder: Path, name: str) -> None:
         json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ModelError(f"{name}: config.json is not JSON ({first_line(error)}); restore it") from None
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{name}: holds an adapter of peft beside the model; merge it first (merge_and_unload)")
     files = sorted(folder.glob("*.safetensors"))
     if not files and any(folder.glob("*.bin")):
         raise ModelError(
@@ -222,10 +248,29 @@ def _check_folder(folder: Path, name: str) -> None:
         check_safetensors(file)
 
 
+def _check_surplus(path: Path, model: nn.Module, name: str) -> None:
+    """Assert that a GGUF file holds no more weights than its metadata describe; transformers leaves others out."""
+    import gguf
+
+    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    tied = embeddings is not None and embeddings.weight is cast(Any, model).get_input_embeddings().weight
+    spare = ("rope_freqs", "rope_factors", *(("output.weight",) if tied else ()))
+    held = {one.name: int(one.n_elements) for one in gguf.GGUFReader(path).tensors if not one.name.startswith(spare)}
+    taken = sum(parameter.numel() for parameter in model.parameters())
+    if sum(held.values()) > taken:
+        raise ModelError(
+            f"{name}: the file holds {sum(held.values()):,} weights, of which its metadata describe {taken:,}; "
+            "it is damaged or of another version: download it again"
+        )
+
+
 def _explained(error: Exception) -> str:
     text = str(error)
     if "trust_remote_code" in text:
-        return "it brings its own Python code; if you trust it, say so with --trust (trust=True)"
+        return (
+            "it brings its own Python code, which is not run; if you trust it, build the model in a function of your "
+            "own and name that: pkg.mod:fn"
+        )
     if "mismatch" in text:
         return "its weights have other shapes than config.json says; a folder made by regrow opens with regrow.load"
     return first_line(error)

@@ -1,9 +1,7 @@
 """One name in, a model with everything needed to change its shape out."""
 
 import difflib
-import importlib
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from regrow.axes import Example
 from regrow.nets.attention import opened
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
+from regrow.nets.code import called, imported, names_code
 from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example
 from regrow.nets.language import build_transformers, load_folder, load_gguf, load_hub
@@ -35,7 +34,6 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
-    trust: bool = False,
     progress: Progress = lambda done, total, what: None,
 ) -> Loaded:
     """Load a model by name.
@@ -44,11 +42,10 @@ def load(
         name: A transformers folder, a ``.gguf`` file, ``smollm2-135m`` or ``gemma3-270m`` (from their PyPI packages),
             a torchvision name (``resnet18``, ``torchvision:resnet18`` or ``torchvision:resnet18:FILE.safetensors``), a
             Python callable ``pkg.mod:fn`` that returns a module (or a module and its example input), or a hub id
-            ``ORG/NAME``.
+            ``ORG/NAME``. A callable is imported and run, so pass no name that a file gave.
         dtype: The dtype of the weights; as they are stored, unless given. Transformers models are loaded in it, so
             that rotary buffers stay exact; casting a loaded model there and back would round them.
         device: Where the model and its example go.
-        trust: Run code that a hub model or its folder brings along.
         progress: Called with (steps done, steps in all, what) where loading takes seconds.
 
     Returns:
@@ -57,7 +54,7 @@ def load(
     Raises:
         ModelError: If there is no such model, or it is not one, or its weights are damaged, not finite, or a pickle.
     """
-    loaded = _found(name, dtype, trust, progress)
+    loaded = _found(name, dtype, progress)
     if not isinstance(loaded.model, nn.Module):
         raise ModelError(f"{name}: not a torch.nn.Module but a {type(loaded.model).__name__}")
     if loaded.origin.kind != "transformers" and dtype is not None:
@@ -69,7 +66,7 @@ def load(
     return replace(loaded, model=model.eval(), example=_moved(loaded.example, dtype, device))
 
 
-def build(origin: Origin, *, trust: bool = False) -> nn.Module:
+def build(origin: Origin) -> nn.Module:
     """Build an architecture again, without its weights.
 
     Parameters hold no meaningful numbers afterwards; buffers that are not saved with a model (rotary frequencies,
@@ -77,10 +74,9 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
 
     Args:
         origin: What :func:`load` said about the model.
-        trust: Call the function that the origin names (kind ``"callable"``): only for origins you trust.
 
     Raises:
-        ModelError: If the architecture is unknown here, or its code is not trusted.
+        ModelError: If the architecture is unknown here, or the user's own code builds it and was not given.
     """
     match origin.kind:
         case "transformers":
@@ -95,12 +91,12 @@ def build(origin: Origin, *, trust: bool = False) -> nn.Module:
             return Mobile(origin.config).eval()
         case "bench201":
             return Bench201(origin.config).eval()
-        case "callable" if trust:
-            return called(origin.reference)[0].eval()
+        case "callable" if origin.builder is not None:
+            return called(origin.builder, origin.reference)[0].eval()
         case "callable":
             raise ModelError(
-                f"this model is built by your function {origin.reference!r}; pass the model yourself, "
-                "or trust=True to call it"
+                f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never "
+                "imported; pass the function: Origin(..., builder=function)"
             )
     raise ModelError(f"cannot build a model of kind {origin.kind!r}")
 
@@ -117,36 +113,36 @@ def check_finite(model: nn.Module, name: str) -> None:
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
 
 
-def _found(name: str, dtype: torch.dtype | None, trust: bool, progress: Progress) -> Loaded:
+def _found(name: str, dtype: torch.dtype | None, progress: Progress) -> Loaded:
     if not name.strip():
         raise ModelError(f"the name of the model is empty; for a first try: {next(iter(PACKAGED))!r}")
     path = Path(name).expanduser()
     if name in PACKAGED:
-        loaded = load_folder(packaged_folder(name, progress), name=name, dtype=dtype, trust=False)
+        loaded = load_folder(packaged_folder(name, progress), name=name, dtype=dtype)
         return replace(loaded, notes=(PACKAGED[name].note, *loaded.notes))
     if path.is_dir():
-        return load_folder(path, name=name, dtype=dtype, trust=trust)
+        return load_folder(path, name=name, dtype=dtype)
     if path.suffix in _PICKLES:
         raise ModelError(_pickle_advice(path))
     if path.is_file():
-        return _file(path, name, dtype, trust)
+        return _file(path, name, dtype)
     if name.startswith("torchvision:"):
         network, _, weights = name.removeprefix("torchvision:").partition(":")
         return load_torchvision(network, Path(weights).expanduser() if weights else None)
-    if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+    if names_code(name):
         return _from_callable(name)
     if name in known_names():
         return load_torchvision(name)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        return load_hub(name, dtype=dtype, trust=trust)
+        return load_hub(name, dtype=dtype)
     near = difflib.get_close_matches(name.lower(), [*PACKAGED, *known_names()], n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"for a first try: {next(iter(PACKAGED))!r}"
     raise ModelError(f"no model {name!r}: no such folder, file, packaged or torchvision model; {hint}")
 
 
-def _file(path: Path, name: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
+def _file(path: Path, name: str, dtype: torch.dtype | None) -> Loaded:
     if path.suffix == ".gguf":
-        return load_gguf(path, name=name, dtype=dtype, trust=trust)
+        return load_gguf(path, name=name, dtype=dtype)
     if path.suffix == ".safetensors":
         raise ModelError(
             f"{name}: weights alone have no architecture; give the folder with config.json, or torchvision:NAME:{name}"
@@ -164,7 +160,8 @@ def _pickle_advice(path: Path) -> str:
 
 
 def _from_callable(name: str) -> Loaded:
-    model, example = called(name)
+    builder = imported(name)
+    model, example = called(builder, name)
     if example is None:
         example = guessed_example(model)
     if example is None:
@@ -177,46 +174,7 @@ def _from_callable(name: str) -> Loaded:
         raise ModelError(
             f"{name}: the model does not take the example input ({first_line(error)}); return (model, example input)"
         ) from None
-    return Loaded(model, None, example, Origin("callable", name, {}, name))
-
-
-def called(name: str) -> tuple[nn.Module, Example | None]:
-    """What a function of the user's own code gives: a model, and an example input if it gives one.
-
-    Args:
-        name: ``pkg.mod:fn``, importable from where Python runs.
-
-    Raises:
-        ModelError: If it cannot be imported, fails, or gives something else.
-    """
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    # A module beside the user, as `python -m` finds it; console scripts do not look there.
-    added = here not in sys.path
-    if added:
-        sys.path.insert(0, here)
-    try:
-        function = getattr(importlib.import_module(module_name), function_name)
-        made = function()
-    except ImportError as error:
-        raise ModelError(f"{name}: cannot import {module_name!r} ({first_line(error)})") from None
-    except AttributeError as error:
-        raise ModelError(f"{name}: {first_line(error)}") from None
-    except Exception as error:
-        raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}") from None
-    finally:
-        if added and here in sys.path:
-            sys.path.remove(here)
-    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"{name}: returned a {type(model).__name__}, not a torch.nn.Module")
-    return model, _as_example(example)
-
-
-def _as_example(value: Any) -> Example | None:
-    if value is None or isinstance(value, Example):
-        return value
-    return Example(tuple(value) if isinstance(value, tuple | list) else (value,))
+    return Loaded(model, None, example, Origin("callable", name, {}, name, builder))
 
 
 def _moved(example: Example, dtype: torch.dtype | None, device: str | torch.device) -> Example:

@@ -1,8 +1,8 @@
 """What loading a model gives: the network, how to call it, and how to build its architecture again."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -20,19 +20,26 @@ class Origin:
     Args:
         kind: ``"transformers"``, ``"torchvision"``, ``"small"``, ``"cells"``, ``"mobile"``, ``"bench201"`` or
             ``"callable"``.
-        reference: The class (transformers), the model's name (torchvision, small) or ``pkg.mod:fn`` (callable).
+        reference: The class (transformers), the model's name (torchvision, small) or ``pkg.mod:fn`` (callable), which
+            is informative: it is never imported.
         config: What it is built with: a transformers configuration, the builder's arguments, or nothing.
         name: What the user called the model (it may be a path); informative, nothing is built from it.
+        builder: For ``"callable"``: the function that the user named in this process; no file holds it.
     """
 
     kind: str
     reference: str
     config: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    builder: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
+
+    def record(self) -> dict[str, Any]:
+        """The origin as JSON data, without the function."""
+        return {"kind": self.kind, "reference": self.reference, "config": dict(self.config), "name": self.name}
 
     def to_json(self) -> str:
         """The origin as JSON text."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.record(), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Origin":

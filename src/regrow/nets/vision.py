@@ -14,6 +14,9 @@ from regrow.nets.examples import PIXELS, image_example
 from regrow.nets.files import check_safetensors
 from regrow.nets.loaded import Loaded, Origin
 
+_FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone"})
+"""Arguments of builders that fetch weights."""
+
 # Builders that would otherwise draw their weights from scipy, one warning and many seconds each.
 _SLOW_START = frozenset({"googlenet", "inception_v3"})
 
@@ -55,8 +58,12 @@ def build_torchvision(origin: Origin) -> nn.Module:
     """The network on CPU, in float32 and eval mode.
 
     Raises:
-        ModelError: If torchvision has no such network or refuses the arguments.
+        ModelError: If torchvision has no such network or refuses the arguments, or one of them would fetch weights.
     """
+    for key, value in origin.config.items():
+        numbers = value if isinstance(value, list | tuple) else [value]
+        if key in _FETCHING or not all(one is None or isinstance(one, int | float) for one in numbers):
+            raise ModelError(f"the setting {key!r} ({value!s:.60}) is no number, or would fetch weights; take it out")
     return _build(origin.reference, origin.config).eval()
 
 

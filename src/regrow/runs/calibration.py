@@ -1,7 +1,6 @@
 """Calibration in a run folder: each finished shard is kept, so that a killed run goes on."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -31,7 +30,7 @@ def calibrated(
     Returns:
         What was measured, and a digest of all it depends on.
     """
-    model, several = asdict(loaded.origin), prune.spread(sources, method.sources)[0]
+    model, several = loaded.origin.record(), prune.spread(sources, method.sources)[0]
     keys = {
         source.name: checkpoints.fingerprint(
             source, method.shards, sorted(method.needs), str(model), glance(loaded.model)

@@ -10,6 +10,7 @@ import torch
 from regrow import evaluation, store
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError
+from regrow.nets.code import called, check_code, imported
 from regrow.nets.examples import guessed_example, text_example
 from regrow.progress import Progress, silent
 from regrow.runs.pruning_run import DTYPES, Settings, load_model, sources_of
@@ -28,6 +29,7 @@ def evaluated(
     seq_len: int = 256,
     dtype: str = "",
     device: str = "cpu",
+    code: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate a run folder, or any model that can be loaded by name.
@@ -43,6 +45,7 @@ def evaluated(
         seq_len: Tokens per window.
         dtype: What the model is loaded in; as stored, unless given.
         device: Where it runs.
+        code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does.
         progress: Called as work goes on.
 
     Returns:
@@ -54,7 +57,7 @@ def evaluated(
     settings = Settings(
         model, unseen=tuple(sources), eval_tokens=eval_tokens, seq_len=seq_len, dtype=dtype, device=device
     )
-    loaded = loaded_from(settings, progress)
+    loaded = loaded_from(settings, progress, code)
     tests = sources_of(settings, loaded).evaluation
     first = next(loaded.model.parameters()).dtype
     result: dict[str, Any] = {
@@ -89,24 +92,39 @@ def evaluated(
     return result
 
 
-def loaded_from(settings: Settings, progress: Progress = silent) -> Loaded:
+def loaded_from(settings: Settings, progress: Progress = silent, code: str = "") -> Loaded:
     """The model of a run folder, or a model by name.
 
+    Args:
+        settings: ``model``, ``dtype`` and ``device`` count.
+        progress: Called as work goes on.
+        code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does: a
+            recorded name is never imported.
+
     Raises:
-        ValueError: If it cannot be loaded.
+        ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
     """
     folder = Path(settings.model)
     if not (folder / store.SHAPES).is_file():
+        check_code(settings.model, False, code)
         return load_model(settings, progress)
     if settings.dtype and settings.dtype not in DTYPES:
         raise ValueError(f"dtype {settings.dtype!r} is not one of {', '.join(DTYPES)}")
-    net = store.load(folder, device=settings.device, dtype=DTYPES.get(settings.dtype))
+    recorded = store.read_shapes(folder).origin
+    try:
+        check_code(recorded.reference, recorded.kind == "callable", code)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    builder = imported(code) if code else None
+    own, example = called(builder, code) if builder else (None, None)
+    net = store.load(folder, model=own, device=settings.device, dtype=DTYPES.get(settings.dtype))
     tokenizer: Any = getattr(net, "tokenizer", None)
-    origin: Any = net.origin
-    example = guessed_example(net) if tokenizer is None else text_example(net, len(tokenizer))
+    origin = replace(recorded, name=folder.name, builder=builder)
+    if example is None:
+        example = guessed_example(net) if tokenizer is None else text_example(net, len(tokenizer))
     if example is None:
         raise ModelError(f"{folder}: the model does not say what input it takes")
-    return Loaded(net, tokenizer, _on(example, settings.device), replace(origin, name=folder.name))
+    return Loaded(net, tokenizer, _on(example, settings.device), origin)
 
 
 def _on(example: Example, device: str) -> Example:

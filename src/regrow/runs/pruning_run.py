@@ -19,6 +19,7 @@ from regrow.data import Half
 from regrow.data.vision import digits, images
 from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
+from regrow.nets.code import check_code, names_code
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import loop, measuring, prune, tune
@@ -98,8 +99,19 @@ class Settings:
         return {name: v for name, v in asdict(self).items() if name not in _LATER or v != getattr(default, name)}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that a ``run.json`` holds."""
+    def from_json(cls, values: Mapping[str, Any], code: str = "") -> "Settings":
+        """The settings that a ``run.json`` holds.
+
+        Args:
+            values: What it says.
+            code: The function ``pkg.mod:fn`` that builds the model, where the user's own code does: a recorded name
+                is never imported.
+
+        Raises:
+            ModelError: If the run needs the user's code and got none, or got some and needs none.
+        """
+        check_code(str(values.get("model")), names_code(str(values.get("model"))), code)
+        values = {**values, "model": code} if code else values
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         for name in ("sources", "unseen", "only", "exclude", "marks"):
             known[name] = tuple(known.get(name, getattr(cls, name)))

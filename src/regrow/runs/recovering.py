@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -59,7 +59,7 @@ def recovered(
     work = recovery_entry(by).made(by, settings or {})
     texts = [fingerprint(source) for source in sources]
     weights = [glance(net) for net in (model, dense.model)]
-    key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(asdict(dense.origin)))
+    key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(dense.origin.record()))
     path, start = folder.path / "statistics" / "recovery.safetensors", time.perf_counter()
 
     def keep(stand: Stand) -> None:

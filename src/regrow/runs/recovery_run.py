@@ -11,7 +11,7 @@ from regrow import store
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph
 from regrow.methods import recovery_entry
-from regrow.nets import Loaded
+from regrow.nets import Loaded, ModelError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import pruning_run
@@ -51,10 +51,10 @@ class Settings:
     keep: float | None = None
     seed: int = 0
 
-    def command(self, run: str, out: str) -> str:
+    def command(self, run: str, out: str, code: str = "") -> str:
         """The command line that does this run again."""
         words = ["regrow", "recover", run, "--by", self.by, "--tokens", str(self.tokens), "--seed", str(self.seed)]
-        words += set_words(self.recovery_settings)
+        words += [*set_words(self.recovery_settings), *(["--code", code] if code else [])]
         return shlex.join([*words, "--out", out])
 
 
@@ -66,6 +66,7 @@ def run(
     tokens: int = 32768,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
+    code: str = "",
     progress: Progress = silent,
 ) -> RunFolder:
     """Recover the model of a finished pruning run (or of a run that has recovered one) into a new folder.
@@ -80,14 +81,17 @@ def run(
         tokens: How many tokens to learn from, of all sources together (images: how many of them).
         settings: Settings of the recovery, where they differ from the defaults.
         seed: Of what is drawn.
+        code: The function ``pkg.mod:fn`` that builds the dense model, where the user's own code does: the name that
+            the folder gives is never imported.
         progress: Called as work goes on.
 
     Raises:
-        ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown.
+        ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown, or ``code`` is
+            missing or not needed.
     """
     recovery_entry(by).made(by, settings or {})
     source = RunFolder.open(pruned)
-    origin, wanted = _origin(source), _settings(source, by, tokens, settings or {}, seed)
+    origin, wanted = _origin(source, code), _settings(source, by, tokens, settings or {}, seed)
     if by == "bias" and wanted.before:
         raise ValueError(
             f"{pruned} was recovered by {', '.join(wanted.before)} already, which may have moved its biases; "
@@ -101,7 +105,7 @@ def run(
         dense, loaded = _loaded(source, origin, progress)
         kinds = sources_of(origin.learning_from(tokens), loaded)
         axes, plan = _cut(source, dense)
-    folder = RunFolder.create(out, **told, command=wanted.command(str(pruned), str(out)))
+    folder = RunFolder.create(out, **told, command=wanted.command(str(pruned), str(out), code))
     clock.folder = folder
     folder.update(notes=list(dense.notes), sources=pruning_run.described(origin, kinds))
     if not len(folder.ledger):
@@ -143,18 +147,23 @@ def _settings(source: RunFolder, by: str, tokens: int, settings: Mapping[str, An
     return Settings(source.path.resolve().name, by, tokens, dict(settings), inner, done, **named, seed=seed)
 
 
-def _origin(source: RunFolder) -> pruning_run.Settings:
+def _origin(source: RunFolder, code: str) -> pruning_run.Settings:
     """The settings of the pruning run behind a run.
 
     Raises:
         StoreError: If it is no finished pruning run.
+        ModelError: If ``code`` is missing or not needed.
     """
     data = source.run()
     if data["verb"] not in ("prune", "recover"):
         raise StoreError(f"{source.path} holds a run of {data['verb']!r}; give the folder of a pruning run")
     if not data.get("finished"):
         raise StoreError(f"{source.path}: the run is not finished; go on with it first: {data['command']}")
-    return pruning_run.Settings.from_json(data["settings"] if data["verb"] == "prune" else data["settings"]["pruning"])
+    settings = data["settings"] if data["verb"] == "prune" else data["settings"]["pruning"]
+    try:
+        return pruning_run.Settings.from_json(settings, code)
+    except ModelError as error:
+        raise ModelError(f"{source.path}: {error}") from None
 
 
 def _loaded(source: RunFolder, origin: pruning_run.Settings, progress: Progress) -> tuple[Loaded, Loaded]:

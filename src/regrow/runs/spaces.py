@@ -15,7 +15,7 @@ from regrow.candidates import Prefix, Staged, fold_scales
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.load import called
+from regrow.nets.code import Builder, called, imported, names_code
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
@@ -63,8 +63,9 @@ def network(
     found = _growing(space, shape, classes, stride)
     if found is None:
         _one_stage(space, stages, memory)
-        if re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", space):
-            return _own(space, task, seed), Origin("callable", space, {}, space), None
+        if names_code(space):
+            builder = imported(space)
+            return _own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
         return *small(space, shape, classes, seed), None
     plan = None
     if memory:
@@ -81,11 +82,11 @@ def _one_stage(what: str, stages: int, memory: str) -> None:
         raise ValueError(f"{what} is searched in one stage: no --{'memory' if memory else f'stages {stages}'}")
 
 
-def _own(space: str, task: Task, seed: int) -> nn.Module:
+def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
     """A network of the user's own code, with drawn weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, _ = called(space)
+        model, _ = called(builder, space)
     said = logits_in(model.eval()(task.train.inputs[:2]))
     if said.shape != (2, len(task.classes)):
         raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {len(task.classes)} classes")

@@ -136,7 +136,9 @@ def load(
     restore(net, shapes, tensors)
     net.to(device, None if transformers else dtype).eval()
     found = read_tokenizer(folder) if transformers else None
-    for name, value in (("origin", shapes.origin), ("tokenizer", found)):
+    own = shapes.origin.kind == "callable" and model is not None and not isinstance(model, nn.Module)
+    origin = replace(shapes.origin, builder=model) if own else shapes.origin
+    for name, value in (("origin", origin), ("tokenizer", found)):
         if value is not None and not hasattr(net, name):
             setattr(net, name, value)
     return net
@@ -201,13 +203,15 @@ def _as_saved(made: nn.Module, names: Iterable[str]) -> nn.Module:
 
 
 def _fresh(origin: Origin) -> nn.Module | None:
-    """The architecture newly built, to compare with; the caller's random state stays as it is."""
-    if origin.kind == "callable" and ":" not in origin.reference:
+    """The architecture newly built, to compare with; the caller's random state stays as it is.
+
+    A user's own code is called only where this process was given the function; a recorded name is never imported.
+    """
+    if origin.kind == "callable" and origin.builder is None:
         return None
     try:
         with torch.random.fork_rng(devices=[]):
-            # A user's own function was named by this user in this very process.
-            return build(origin, trust=True)
+            return build(origin)
     except ModelError as error:
         if origin.kind == "callable":
             return None

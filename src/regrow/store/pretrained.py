@@ -10,18 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.nets import Origin
+from regrow.nets import ModelError, Origin
 from regrow.nets.errors import first_line
 from regrow.nets.language import configured, quiet, require_transformers
+from regrow.nets.library import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
 from regrow.store.atomic import StoreError, telling, write_text
 from regrow.store.weights import inside
 
-ATTENTION = ("eager", "sdpa")
-"""Ways to compute attention that need no code but torch's."""
-
 INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})
 _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
-_DEEPEST = 10_000
 
 
 def as_saved(origin: Origin, model: Any, dtype: torch.dtype) -> Origin:
@@ -78,7 +75,7 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     path = folder / "tokenizer_config.json"
     if path.is_file():
         settings = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in settings.items() if not _leads_away(key, value) and key != "name_or_path"}
+        kept = {key: value for key, value in settings.items() if not leads_away(key, value) and key != "name_or_path"}
         write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -92,11 +89,11 @@ def read_tokenizer(folder: Path) -> Any | None:
         return None
     try:
         settings = json.loads(inside(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
-        away = [key for key, value in settings.items() if _leads_away(key, value)]
+        check_tokenizer(settings)
+    except ModelError as error:
+        raise StoreError(f"{folder}: tokenizer_config.json: {error}") from None
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise StoreError(f"{folder}: tokenizer_config.json cannot be read ({first_line(error)}); restore it") from None
-    if away:
-        raise StoreError(f"{folder}: tokenizer_config.json leads out of the folder by {away[0]!r}; take that line out")
     transformers = require_transformers()
     try:
         with quiet():
@@ -118,12 +115,12 @@ def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
     Raises:
         StoreError: Naming the setting that would fetch something, is absurd, or differs.
     """
-    for key, value in _settings(origin.config):
-        attention = key in ("attn_implementation", "_attn_implementation", "experts_implementation")
-        if (attention and value not in (None, *ATTENTION)) or (key == "quantization_config" and value):
-            raise StoreError(f"{folder}: the setting {key!r} would load other code; take it out of shapes.json")
-        if key in ("use_pretrained_backbone", "auto_map", "use_kernels") and value:
-            raise StoreError(f"{folder}: the setting {key!r} would fetch files or code; take it out of shapes.json")
+    try:
+        check_settings(origin.config)
+        settings = list(settings_of(origin.config))
+    except ModelError as error:
+        raise StoreError(f"{folder}: shapes.json: {error}") from None
+    for key, value in settings:
         if _LAYERS.fullmatch(key) and isinstance(value, int) and not 0 <= value <= max(tensors, 1):
             raise StoreError(f"{folder}: {key!r} is {value}, but {tensors} tensors are stored; restore shapes.json")
     try:
@@ -151,20 +148,3 @@ def _differing(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterat
 def is_pretrained(model: nn.Module) -> bool:
     """Whether transformers' own code makes up the model."""
     return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")
-
-
-def _settings(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every setting, those of nested configurations too."""
-    waiting: list[Any] = [config]
-    for _ in range(_DEEPEST):
-        if not waiting:
-            return
-        for key, value in waiting.pop().items():
-            yield key, value
-            if isinstance(value, Mapping):
-                waiting.append(value)
-    raise StoreError("the configuration is nested without end; restore shapes.json")
-
-
-def _leads_away(key: str, value: Any) -> bool:
-    return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)

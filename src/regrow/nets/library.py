@@ -1,0 +1,108 @@
+"""What a file of a transformers model may name: classes of transformers itself, and settings that load no code."""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from regrow.nets.errors import ModelError
+
+ATTENTION = ("eager", "sdpa")
+"""Ways to compute attention that need no code but torch's."""
+DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
+
+MODELS = r"models\.(?!auto\.)\w+\.modeling_\w+"
+TOKENIZERS = r"models\.(?!auto\.)\w+\.tokenization_\w+|tokenization_utils_\w+"
+_FETCHING = frozenset({"use_pretrained_backbone", "use_kernels"})
+_IGNORED = frozenset({"auto_map", "custom_pipelines"})
+_MOST = 10_000
+
+
+def library_class(name: str, modules: str) -> Any | None:
+    """The class of transformers that a file names; ``None`` if transformers lists none of this name there.
+
+    Args:
+        name: From a file; it is looked up in the package's own list of classes before anything is imported.
+        modules: :data:`MODELS` or :data:`TOKENIZERS`: in which modules of transformers it may lie.
+    """
+    import transformers
+
+    place = getattr(transformers, "_class_to_module", {}).get(name)
+    if not isinstance(place, str) or not re.fullmatch(modules, place):
+        return None
+    found = getattr(transformers, name, None)
+    inside = isinstance(found, type) and found.__module__.startswith("transformers.")
+    return found if inside else None
+
+
+def model_class(name: str) -> Any | None:
+    """The model class of transformers that a file names; ``None`` if it has none."""
+    import transformers
+
+    found = library_class(name, MODELS)
+    return found if found is not None and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def check_settings(config: Mapping[str, Any], *, automatic: bool = False) -> None:
+    """Assert that no setting of a configuration, nested ones included, would load code or fetch files.
+
+    Args:
+        config: A configuration as plain data.
+        automatic: Whether names of code may be there (``auto_map``), as other tools write them; none is followed.
+
+    Raises:
+        ModelError: Naming the setting, its value and the remedy.
+    """
+    for key, value in settings_of(config):
+        if key in _IGNORED and automatic:
+            continue
+        attention = key in ("attn_implementation", "_attn_implementation", "experts_implementation")
+        if (attention and value not in (None, *ATTENTION)) or (key in ("quantization_config", *_IGNORED) and value):
+            raise ModelError(f"the setting {key!r} ({value!s:.60}) would load other code; take it out")
+        if key in _FETCHING and value:
+            raise ModelError(f"the setting {key!r} ({value!s:.60}) would fetch files or code; take it out")
+        if key in ("dtype", "torch_dtype") and value not in (None, "auto", *DTYPES):
+            raise ModelError(f"the setting {key!r} is {value!s:.60}; known dtypes: {', '.join(DTYPES)}")
+
+
+def check_tokenizer(settings: Mapping[str, Any]) -> None:
+    """Assert that the settings of a tokenizer name a class of transformers and no file elsewhere.
+
+    Args:
+        settings: What ``tokenizer_config.json`` holds.
+
+    Raises:
+        ModelError: Naming the setting, its value and the remedy.
+    """
+    named = settings.get("tokenizer_class")
+    if named is not None and (not isinstance(named, str) or library_class(named, TOKENIZERS) is None):
+        raise ModelError(f"'tokenizer_class' is {named!s:.60}, which is no tokenizer of transformers; take it out")
+    if away := next((key for key, value in settings.items() if leads_away(key, value)), ""):
+        raise ModelError(f"{away!r} leads out of the folder ({settings[away]!s:.60}); take that line out")
+
+
+def leads_away(key: str, value: Any) -> bool:
+    """Whether a setting names a file that lies elsewhere.
+
+    >>> leads_away("vocab_file", "../vocab.json"), leads_away("vocab_file", "vocab.json")
+    (True, False)
+    """
+    return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
+
+
+def settings_of(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every setting, those of nested configurations too.
+
+    Raises:
+        ModelError: If there are too many.
+    """
+    waiting: list[Any] = [config]
+    for _ in range(_MOST):
+        if not waiting:
+            return
+        one = waiting.pop()
+        for key, value in one.items() if isinstance(one, Mapping) else (("", part) for part in one):
+            if key:
+                yield key, value
+            if isinstance(value, Mapping | list):
+                waiting.append(value)
+    raise ModelError(f"the configuration has more than {_MOST} nested settings; restore it")
