@@ -111,7 +111,7 @@ def test_a_plan_that_grows_and_a_ledger_that_restores_are_applied(regrow: Run) -
 
 def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:
     regrow(*PRUNE, "--keep", "0.5", "--out", "one")
-    code, _, err = regrow("prune", "--again", "one", "--out", "two")
+    code, _, err = regrow("prune", "--again", "one", "--code", "toys:classifier", "--out", "two")
     assert code == 0, err
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"][0]["changes"] for name in ("one", "two")]
     assert plans[0] == plans[1]

@@ -34,7 +34,7 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
     assert "at most 1,500 asked for" in Path("run/report.html").read_text()
     run = json.loads(Path("run/run.json").read_text())
     assert "--target params=1.5k" in run["command"] and "--measure" not in run["command"]
-    code, _, err = regrow("prune", "--again", "run", "--out", "again")
+    code, _, err = regrow("prune", "--again", "run", "--code", "toys:classifier", "--out", "again")
     assert code == 0, err
     assert told("again")["after"] == left
 

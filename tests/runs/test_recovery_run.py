@@ -26,12 +26,17 @@ def pruned(tmp_path_factory):
         yield run(PRUNING, tmp_path_factory.mktemp("runs") / "pruned").path
 
 
+CODE = "toys:classifier"
+"""What builds the networks of these runs, named anew by whoever recovers one."""
+
+
 def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
 def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(pruned, tmp_path, monkeypatch, capfd):
     words = ["regrow", "recover", str(pruned), "--by", "refit", "--tokens", "256", "--out", str(tmp_path / "out")]
+    words += ["--code", CODE]
     monkeypatch.setattr("sys.argv", words)
     with pytest.raises(SystemExit) as stop:
         main()
@@ -45,14 +50,15 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     assert folder.run()["finished"] and not (folder.path / "statistics").exists() and len(folder.ledger) == 1
     page = summarise([folder.path])["runs"][0]
     assert page["method"] == "magnitude+refit" and page["keep"] == 0.5 and not page["problems"]
-    again = recovery_run.run(folder.path, tmp_path / "more", by="distil", tokens=256, settings={"train": "cut"})
+    more = {"tokens": 256, "settings": {"train": "cut"}, "code": CODE}
+    again = recovery_run.run(folder.path, tmp_path / "more", by="distil", **more)
     assert again.run()["settings"]["method"] == "magnitude+refit+distil"
     assert again.run()["settings"]["pruning"] == folder.run()["settings"]["pruning"]
 
 
 @pytest.mark.parametrize("by", ["refit", "distil"])
 def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, by):
-    asked = {"by": by, "tokens": 256, "seed": 3, "settings": {"passes": 4} if by == "distil" else {}}
+    asked = {"by": by, "tokens": 256, "seed": 3, "code": CODE, "settings": {"passes": 4} if by == "distil" else {}}
     whole = recovery_run.run(pruned, tmp_path / "whole", **asked)
 
     steps = []
@@ -79,7 +85,7 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
 
 def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch):
     both = run(replace(PRUNING, recover="refit", recover_tokens=256), tmp_path / "both")
-    after = recovery_run.run(pruned, tmp_path / "after", by="refit", tokens=256)
+    after = recovery_run.run(pruned, tmp_path / "after", by="refit", tokens=256, code=CODE)
     assert weights(both.path) == weights(after.path) != weights(pruned)
     rows = {row["model"]: row["acc"] for row in both.metrics() if row["what"] == "choice"}
     assert set(rows) == {"dense", "pruned", "recovered"}

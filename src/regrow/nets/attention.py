@@ -1,5 +1,8 @@
 """Attention whose heads can be cut, in the place of ``nn.MultiheadAttention``."""
 
+from collections.abc import Container
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,13 +69,14 @@ class Attention(nn.Module):
         return out if self.batch_first else out.transpose(0, 1), weights
 
 
-def opened(model: nn.Module) -> nn.Module:
+def opened(model: nn.Module, names: Container[str] | None = None) -> nn.Module:
     """Put :class:`Attention` in the place of every ``nn.MultiheadAttention``, so that heads can be cut; in place.
 
     Those with extra entries (``add_bias_kv``, ``add_zero_attn``) stay, and so do their heads.
 
     Args:
         model: Any network. It computes the same afterwards, up to rounding; the names of its weights change.
+        names: The names of weights that it has to have afterwards; others stay closed. All are opened, unless given.
 
     Returns:
         The same model; what stands for the model itself, if that is an ``nn.MultiheadAttention``.
@@ -81,12 +85,21 @@ def opened(model: nn.Module) -> nn.Module:
     >>> type(layer.self_attn).__name__, layer.self_attn.q_proj.weight.shape
     ('Attention', torch.Size([6, 6]))
     """
-    if type(model) is nn.MultiheadAttention and model.bias_k is None and not model.add_zero_attn:
-        return Attention(model)
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.MultiheadAttention) and (made := opened(child)) is not child:
-                setattr(parent, name, made)
+    made: dict[nn.Module, Attention] = {}  # one that two modules share stays shared
+
+    def openable(module: nn.Module | None, path: str) -> bool:
+        if not isinstance(module, nn.MultiheadAttention) or type(module) is not nn.MultiheadAttention:
+            return False
+        closed = module.bias_k is not None or module.add_zero_attn
+        return not closed and (names is None or f"{path}q_proj.weight" in names)
+
+    if openable(model, ""):
+        return Attention(cast(nn.MultiheadAttention, model))
+    for path, parent in list(model.named_modules(remove_duplicate=False)):
+        for name, child in list(parent._modules.items()):
+            if child is not None and (child in made or openable(child, f"{path}.{name}." if path else f"{name}.")):
+                made[child] = made.get(child) or Attention(cast(nn.MultiheadAttention, child))
+                setattr(parent, name, made[child])
     return model
 
 

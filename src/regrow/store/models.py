@@ -7,7 +7,7 @@ it is a pickle, and no code that it names is run.
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -82,7 +82,8 @@ def save(
     except ModelError as error:
         raise StoreError(str(error)) from None
     fresh = _fresh(origin)
-    shapes = describe(net, fresh and _as_saved(fresh, dict(net.named_parameters())), origin, dtype)
+    names = dict(net.named_parameters(remove_duplicate=False))
+    shapes = describe(net, fresh and _as_saved(fresh, names), origin, dtype)
     with _staged(folder) as stage:
         files = write_weights(net, shapes, stage)
         if origin.kind == "transformers":
@@ -178,7 +179,7 @@ def _built(folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtyp
     if origin.kind == "torchvision" and (odd := [k for k, v in origin.config.items() if isinstance(v, str | dict)]):
         raise StoreError(f"the setting {odd[0]!r} would fetch files; take it out of {SHAPES}")
     if isinstance(model, nn.Module):
-        return model
+        return _as_saved(model, {*shapes.tensors, *shapes.ties})
     if model is None and origin.kind == "callable":
         raise StoreError(
             f"this model is built by your own code ({origin.reference or 'a module'}), which is not run unasked; "
@@ -194,12 +195,12 @@ def _built(folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtyp
     made = made[0] if isinstance(made, tuple) and made else made
     if not isinstance(made, nn.Module):
         raise StoreError(f"model= gave a {type(made).__name__}, not a torch.nn.Module")
-    return _as_saved(made, shapes.tensors)
+    return _as_saved(made, {*shapes.tensors, *shapes.ties})
 
 
-def _as_saved(made: nn.Module, names: Iterable[str]) -> nn.Module:
+def _as_saved(made: nn.Module, names: Container[str]) -> nn.Module:
     """With attention opened where it was when the model was saved: its weights have other names then."""
-    return made if any(name.endswith("in_proj_weight") for name in names) else opened(made)
+    return opened(made, names)
 
 
 def _fresh(origin: Origin) -> nn.Module | None:
