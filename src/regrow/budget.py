@@ -11,9 +11,14 @@ from regrow.axes import Axis, AxisGraph, Mark
 
 
 class Measure(StrEnum):
-    """What a budget counts."""
+    """What a budget counts.
+
+    ``params``, ``macs`` and ``bytes`` are those of dense kernels and of the stored file: an entry that is 0 counts like
+    any other. ``nonzero`` counts the parameters that masks leave.
+    """
 
     PARAMETERS = "params"
+    NONZERO = "nonzero"
     MACS = "macs"
     BYTES = "bytes"
     CACHE = "kv_cache"
@@ -76,8 +81,9 @@ class Target:
     """So much and no more.
 
     Args:
-        measure: What is counted: all parameters, multiply–accumulates of the traced example, bytes as loaded, bytes of
-            the cache of keys and values of one sequence, or milliseconds of a forward pass on this device.
+        measure: What is counted: all parameters, those that are not masked, multiply–accumulates of one example, bytes
+            of the file in the dtype as loaded, bytes of the cache of keys and values of one sequence, or milliseconds
+            of a forward pass on this device.
         amount: How much of it may be left.
         context: For so many tokens; 0: those of the traced example.
     """
@@ -187,6 +193,11 @@ class Budget:
             if self.keep != 1:
                 raise ValueError(f"give keep or target, not both; got keep {self.keep:g} and target {self.target}")
             object.__setattr__(self, "measure", self.target.measure)
+        if self.measure == Measure.NONZERO:
+            raise ValueError(
+                "nonzero counts weights that a search masks, and pruning removes whole units; got measure nonzero: "
+                "use params"
+            )
 
     def units(self, axes: AxisGraph) -> tuple[Axis, ...]:
         """The axes that may pay."""

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from regrow.allocation.commits import cut, excess, least, reserved, savings, spared
 from regrow.allocation.gates import Gates, Masks, gates
-from regrow.allocation.timed import Timed
+from regrow.allocation.levels import counted_tensors
+from regrow.allocation.timed import Prices
 from regrow.budget import short
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.evaluation.continual import share_right
@@ -57,10 +58,8 @@ class Searcher(Learner):
     """Whether what stands becomes less while it learns, so that each epoch leaves a network of a size of its own."""
     spares_bare: bool = True
     """Whether a commit spares operations that hold nothing but their scale, as it does others."""
-    timed: Timed | None = None
+    timed: Prices | None = None
     """What entries and operations take of a pass, where time is what it may cost."""
-    traced: int = 1
-    """How many examples the network was traced with."""
 
     @property
     def optimizer(self) -> str:
@@ -121,7 +120,8 @@ class Searcher(Learner):
     def upto(self, at: Stand, last: int) -> Gates:
         """What may go in the network up to one of its parts; −1: in all of it."""
         staged = last >= 0
-        parameters = {n: p for n, p in at.parameters().items() if not staged or _parts(at).within(n, last)}
+        tensors = counted_tensors(at.model, self.measure).items()
+        parameters = {n: p for n, p in tensors if not staged or _parts(at).within(n, last)}
         sums = candidates_in(at.model)
         return gates(
             at.axes,
@@ -134,7 +134,6 @@ class Searcher(Learner):
             tied_in(at.model),
             single_in(at.model),
             self.timed,
-            self.traced,
         )
 
     def whole(self, at: Stand) -> float:

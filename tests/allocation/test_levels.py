@@ -37,7 +37,7 @@ def traced(request):
     return net, trace(net, example), example
 
 
-def found_in(net, axes, measure=Measure.PARAMETERS):
+def found_in(net, axes, measure=Measure.NONZERO):
     sums, parameters = candidates_in(net), dict(net.named_parameters())
     keys = [axis.key for axis in axes.units()]
     return gates(axes, parameters, sums, keys, net.needed(), lambda path: True, measure), parameters
@@ -267,7 +267,7 @@ def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_n
     net = randomised(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
     axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
     keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
-    found = gates(axes, parameters, sums, keys, needed, lambda _: True, Measure.PARAMETERS, single=single_in(net))
+    found = gates(axes, parameters, sums, keys, needed, lambda _: True, Measure.NONZERO, single=single_in(net))
     alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3))
     masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
     every = torch.ones_like(found.single)

@@ -97,10 +97,14 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     page = check_self_contained(text)
     assert set(page.ids) >= SECTIONS | DRAWN and not {"perplexity", "known", "proof"} & set(page.ids)
     assert "reconstructed" in text and "is not in the run folder" not in text and not alarms(folder)
-    assert "mgas searched cells:8-2-2 and found a network of 495 parameters" in text
-    for value in ("71.2\xa0%", "66.0\xa0%", "495"):
+    assert "mgas searched cells:8-2-2 and found a network of 610 parameters, 495 of them nonzero." in text
+    for value in ("71.2\xa0%", "66.0\xa0%", "610", "495"):
         assert f'<dd class="value">{value}</dd>' in text
-    assert "trained anew, on 450 images" in text and "of operations, 3 of 9" in text and "of 500 parameters" in text
+    assert (
+        "trained anew, on 450 images" in text
+        and "of operations, 3 of 9" in text
+        and "of 500 nonzero parameters" in text
+    )
     assert "cell before last: skip, sep3 (3 inside); last cell: sep5 (8 inside)" in text
     assert '<th scope="row">skip</th><td>1</td><td>2</td><td>3</td>' in text
     assert '<th scope="row">operations</th><td>1,100</td><td>75.0\xa0%</td>' in text
@@ -108,7 +112,7 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     assert '<th scope="row">3</th><td>800</td><td>790</td><td>70.0\xa0%</td>' in text
     drawing = epochs.front(summarise([folder])["runs"][0])
     assert drawing is not None
-    assert drawing.description == "epoch 3: 800 parameters, 70.0\xa0%; found: 495 parameters, 66.0\xa0%"
+    assert drawing.description == "epoch 3: 800 nonzero parameters, 70.0\xa0%; found: 495 nonzero parameters, 66.0\xa0%"
 
 
 def test_every_kept_operation_is_a_line_of_its_own(folder):
@@ -207,11 +211,11 @@ def only(kinds):
             {"plan": [CELLS[0], {**CELLS[1], "nodes": [{"width": 3, "ops": [["dil5", 1, 8]]}]}]},
             "One operation only is left in node 1 of cell 2 (dil5).",
         ),
-        ({"levels": [{"asked": 500.0, "size": 300.0}]}, "overshot: 300 parameters are left of 500"),
-        ({"levels": [{"asked": 2e6, "size": 3e6, "measure": "macs"}]}, "missed: 3.00\xa0M multiply-adds are left of"),
+        ({"levels": [{"asked": 500.0, "size": 300.0}]}, "overshot: 300 nonzero parameters are left of 500"),
+        ({"levels": [{"asked": 2e6, "size": 3e6, "measure": "macs"}]}, "missed: 3.00\xa0M MACs of an example are left"),
         ({"levels": []}, ""),
         ({"levels": [], "target": "params=0.6k"}, ""),
-        ({"levels": [], "target": "params=2k"}, "overshot: 495 parameters are left of 2,000"),
+        ({"levels": [], "target": "params=2k"}, "overshot: 495 nonzero parameters are left of 2,000"),
         ({"levels": [], "target": "macs=2k"}, ""),
         ({"epoch": [*EPOCHS[:1], {**EPOCHS[1], "size": 99.0}, *EPOCHS[2:]]}, "there stood 99 of 450 in stage 1"),
         # The last stage: of what thresholds left out, the final commit brings back what the target allows.
@@ -219,7 +223,7 @@ def only(kinds):
         ({"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": []}, ""),
         (
             {"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": [{"asked": 500.0, "size": 99.0}]},
-            "The target was overshot: 99 parameters",
+            "The target was overshot: 99 nonzero parameters",
         ),
         ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits moved by up to 0.250"),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "grown": {"a": 1}}]}, ""),

@@ -41,7 +41,7 @@ SMALL: dict[str, Any] = {
     "stride": 1,
 }
 QUICK = {"warm": 1, "every": 1, "share": 0.3}
-SETTINGS = Settings("cells:4-2-1", "digits", "params=3k", method_settings=QUICK, cutout=3, **SMALL)
+SETTINGS = Settings("cells:4-2-1", "digits", "nonzero=3k", method_settings=QUICK, cutout=3, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +86,14 @@ def test_what_is_told_of_it_fits(done: Any) -> None:
     assert len(done.ledger) >= len(rows(done, "commit"))
 
 
-@pytest.mark.parametrize("measure", ["params", "macs"])
+@pytest.mark.parametrize("measure", ["nonzero", "macs"])
 def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     """What the levels left out and what is left make the whole space, but for classifiers of earlier stages."""
     more = QUICK | {"regrow": 0.9, "regrow_filters": 0.5, "warm": 0}
     model, _, _ = network(SETTINGS, parts_of(SETTINGS).search)
     assert isinstance(model, Cells)
     axes = trace(model, parts_of(SETTINGS).search.train.inputs[:2])
-    target = f"{measure}={'3k' if measure == 'params' else '30k'}"
+    target = f"{measure}={'3k' if measure == 'nonzero' else '30k'}"
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
     folder = run(own, tmp_path / "run")
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
@@ -102,8 +102,7 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     levels = rows(folder, "levels")[-1]
     assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(first.values["whole"], rel=1e-9)
     assert min(levels["saved"].values()) >= 0
-    if measure == "params":
-        assert levels["size"] == rows(folder, "found")[-1]["nonzero"]
+    assert levels["size"] == rows(folder, "found")[-1][measure]
 
 
 def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
@@ -265,7 +264,8 @@ def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> Non
 def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None:
     own = {"what": "operations,filters,weights", "split": "0.5,0.3,0.2"}
     given = SMALL | {"epochs": 0, "retrain": 1, "method": "blind", "method_settings": own}
-    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    settings = Settings("cells:4-2-1", "digits", "nonzero=40%", **given)
+    folder = run(settings, tmp_path / "run")
     told, levels = rows(folder, "test")[0], rows(folder, "levels")[0]
     goes = sum(levels["saved"].values())
     assert [levels["saved"][level] / goes for level in LEVELS] == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
@@ -279,7 +279,10 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
         ({"what": "filters", "keep_bare": True}, "keep_bare is of operations"),
     ):
         with pytest.raises(ValueError, match=words):
-            run(Settings("cells:4-2-1", "digits", "0.4", **given | {"method_settings": wrong}), tmp_path / "wrong")
+            run(
+                Settings("cells:4-2-1", "digits", "nonzero=40%", **given | {"method_settings": wrong}),
+                tmp_path / "wrong",
+            )
 
 
 @pytest.mark.parametrize("what", ["operations", "filters"])
@@ -445,7 +448,7 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
 
 def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(
-        "mobile:4-1", "digits", "params=70k", stages=2, method_settings=QUICK | {"pace": 1.0}, **SMALL | {"retrain": 1}
+        "mobile:4-1", "digits", "nonzero=70k", stages=2, method_settings=QUICK | {"pace": 1.0}, **SMALL | {"retrain": 1}
     )
     done = run(settings, tmp_path / "run")
     net, told = regrow.load(done.path), rows(done, "test")[0]
@@ -453,7 +456,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
     assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
     page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
-    assert "Block 6" in page and "of 70,000 parameters asked for" in page
+    assert "Block 6" in page and "of 70,000 nonzero parameters asked for" in page
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
@@ -471,6 +474,8 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
         ("params=9M", "not below"),
         ("params=0", "above 0"),
         ("ms=5@9", "target is like"),
+        ("macs=150%", "is a share"),
+        ("kv_cache=3k", "target is like"),
     ],
 )
 def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:

@@ -192,7 +192,7 @@ def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple
     def size() -> float:
         return float(found.levels.size(ops, filters, weights))
 
-    if weights is not None and found.levels.by_weight:
+    if weights is not None and found.levels.sparse:
         stands = found.levels.standing(ops, filters) & (weights > 0)
         price = torch.where(stands, found.levels.price[: len(relative)], 0.0)
         order = torch.where(stands, relative, torch.inf).argsort()

@@ -7,6 +7,7 @@ import numpy as np
 
 from regrow.axes import AxisGraph, Dim, Product, Sum
 from regrow.budget import Measure
+from regrow.work import per_example
 
 Monomials = dict[tuple[str, ...], int]
 """Axis keys (sorted, with repetition) → coefficient."""
@@ -20,8 +21,8 @@ class Cost:
 
     Args:
         axes: The network's axes.
-        measure: Parameters, multiply–accumulates of the traced example, bytes (parameters and buffers), or bytes of the
-            cache of keys and values.
+        measure: Parameters, multiply–accumulates of one example, bytes (parameters and buffers), or bytes of the cache
+            of keys and values.
         counted: For parameters: the weights in ``AxisGraph.counted`` alone, as a ``keep`` fraction means; otherwise
             every parameter, tied ones once.
         tokens: For the cache: how many tokens it holds, of one sequence; each attention holds all of them.
@@ -88,7 +89,7 @@ def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> I
     """The products of dimensions that are summed, each with a factor."""
     match measure:
         case Measure.MACS:
-            yield from ((work.dims, 1) for work in axes.work)
+            yield from ((work.dims, 1) for work in per_example(axes))
         case Measure.BYTES:
             for name, dims in axes.shapes.items():
                 if name not in axes.ties:
@@ -99,6 +100,8 @@ def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> I
         case Measure.CACHE:
             for one in axes.caches:
                 yield from ((dims, one.itemsize * tokens) for dims in (one.keys, one.values))
+        case Measure.NONZERO:
+            raise ValueError("which weights are 0 does not follow from sizes; count params")
         case Measure.TIME:
             raise ValueError("time is no polynomial in sizes; allocation.priced makes a cost of measured times")
 

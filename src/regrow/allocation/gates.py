@@ -8,7 +8,7 @@ from torch import Tensor
 
 from regrow.allocation.levels import Levels, levels
 from regrow.allocation.thresholds import stepped
-from regrow.allocation.timed import Timed
+from regrow.allocation.timed import Prices
 from regrow.axes import AxisGraph
 from regrow.method import Measure
 
@@ -148,7 +148,7 @@ class Gates:
     def bare(self) -> Tensor:
         """The operations that hold nothing but their scale, such as pools, unless it is time that counts, as bool."""
         many = torch.bincount(self.levels.ops, minlength=len(self.ops) + 1)[:-1]
-        return (many <= 1) & self.levels.by_weight
+        return (many <= 1) & (not self.levels.timed)
 
     def shares(self, masks: Masks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How much each operation that stands weighs in its node.
@@ -225,8 +225,7 @@ def gates(
     measure: Measure,
     tied: Mapping[str, str] | None = None,
     single: Sequence[Sequence[str]] = (),
-    timed: Timed | None = None,
-    examples: int = 1,
+    timed: Prices | None = None,
 ) -> Gates:
     """Work out what may go in the part of a network that runs.
 
@@ -241,9 +240,8 @@ def gates(
         tied: Path of each operation that is decided together with others → the one that decides.
         single: Sets of operations of which one is left at the end.
         timed: What entries and operations take of a pass, where time is priced.
-        examples: How many there were in the traced example: multiply–accumulates are those of one.
     """
-    found = levels(axes, parameters, sums, measure=measure, timed=timed, examples=examples)
+    found = levels(axes, parameters, sums, measure=measure, timed=timed)
     ops = tuple(path for paths in sums.values() for path in paths)
     number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single for path in paths}
     sizes = {key: axes[key].size for key in found.axes}

@@ -22,7 +22,7 @@ class Row:
         reason: Why it is frozen or marked.
         inside: The key of the axis whose units contain these.
         unit_params: Parameters that one unit less saves, of all parameters.
-        unit_macs: Multiply–accumulates of the example that one unit less saves.
+        unit_macs: Multiply–accumulates of one example that one unit less saves.
         tensors: In how many tensors it lies.
     """
 

@@ -7,14 +7,14 @@ Where gradients flow, entries are picked by ``index_select``: on several threads
 whatever order they come, so that no run would be the same as another.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regrow.allocation.thresholds import kept
-from regrow.allocation.timed import Timed, above, macs_of
+from regrow.allocation.timed import Prices, above, multiplied
 from regrow.axes import AxisGraph, Role
 from regrow.method import Measure
 
@@ -34,7 +34,8 @@ class Levels:
         weight: The number of the weight that an entry lies in, ``[N]``.
         price: What it costs, ``[N + M]`` float64.
         rest: What the network costs beside its entries.
-        by_weight: Whether a weight that is 0 costs nothing; of time, it takes as much as another.
+        sparse: Whether a weight that is 0 costs nothing: dense kernels and files of dense tensors do not spare it.
+        timed: Whether the price is time, of which what holds no weights takes some too.
     """
 
     weights: tuple[str, ...]
@@ -47,7 +48,8 @@ class Levels:
     weight: Tensor
     price: Tensor
     rest: float = 0.0
-    by_weight: bool = True
+    sparse: bool = False
+    timed: bool = False
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """All weights in one vector, ``[N]``."""
@@ -104,9 +106,40 @@ class Levels:
         alive = torch.cat([ops, ops.new_ones(1)]).index_select(0, self.ops) * here.index_select(0, self.makes)
         n = len(self.reads)
         inner = alive[:n] * here.index_select(0, self.reads)
-        if weights is not None and self.by_weight:
+        if weights is not None and self.sparse:
             inner = inner * weights
         return (inner * self.price[:n]).sum() + (alive[n:] * self.price[n:]).sum() + self.rest
+
+
+def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
+    """Name → parameter, tied ones once; of bytes, the buffers that a file holds too.
+
+    Args:
+        model: The network.
+        measure: What is counted.
+    """
+    found: dict[str, Tensor] = dict(model.named_parameters())
+    if measure == Measure.BYTES:
+        stored = model.state_dict().keys()
+        found |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return found
+
+
+def check_levels(searched: Collection[str], measure: Measure) -> None:
+    """Refuse to search weights under a target that counts a weight that is 0 like any other.
+
+    Args:
+        searched: The levels that are searched.
+        measure: What the target counts.
+
+    Raises:
+        ValueError: If weights are among them, and the measure is not ``nonzero``.
+    """
+    if "weights" in searched and measure != Measure.NONZERO:
+        raise ValueError(
+            f"a weight that is 0 counts in {measure} like any other, so weights cannot be searched for such a target; "
+            f"got {', '.join(searched)}: leave weights out, or take a target in nonzero"
+        )
 
 
 def levels(
@@ -116,21 +149,19 @@ def levels(
     *,
     measure: Measure = Measure.PARAMETERS,
     counts: Callable[[str], bool] = lambda name: True,
-    timed: Timed | None = None,
-    examples: int = 1,
+    timed: Prices | None = None,
 ) -> Levels:
     """Work out where the units of three levels lie.
 
     Args:
         axes: The network's axes.
-        parameters: Its parameters, tied ones once.
+        parameters: Its parameters, tied ones once; and, where bytes are counted, the buffers of its state.
         candidates: Path of each sum of candidates → the paths of its operations, in order; all of them together are
             numbered from 0.
-        measure: What an entry costs: 1, the multiply–accumulates of the traced example that it takes part in, bytes, or
+        measure: What an entry costs: 1, the multiply–accumulates of one example that it takes part in, bytes, or
             milliseconds.
         counts: Whether a parameter counts (a stage of a search runs a part of the network).
         timed: What entries and operations take of a pass, where time is what is counted.
-        examples: How many there were in the traced example: multiply–accumulates are those of one.
     """
     names = [name for name in parameters if counts(name) and name in axes.shapes]
     units = [
@@ -139,7 +170,7 @@ def levels(
         if any(slot.name in parameters for slot in axis.consumers()) and not axis.count and axis.multiple == 1
     ]
     reading = {slot.name for axis in units for slot in axis.consumers()}
-    weights = [name for name in names if name in reading or name in axes.counted]
+    weights = [name for name in names if name in axes.parameters and (name in reading or name in axes.counted)]
     order = [*weights, *(name for name in names if name not in {*weights})]
     places: dict[str, int] = {}
     lines: dict[tuple[str, bool], tuple[int, Tensor]] = {}
@@ -173,6 +204,7 @@ def levels(
     paths = {f"{path}.scale".lstrip("."): own for path, own in candidates.items()}
     scales = {name: [of[one] for one in own] for name, own in paths.items()}
     numbers = [parameters[name].numel() for name in order]
+    prices = _prices(axes, measure, timed, of)
 
     return Levels(
         weights=tuple(weights),
@@ -185,40 +217,32 @@ def levels(
             [torch.tensor(scales.get(name, [at] * n)) for name, at, n in zip(order, lies, numbers, strict=True)]
         ),
         weight=torch.arange(len(weights)).repeat_interleave(torch.tensor(numbers[: len(weights)])),
-        price=_price(axes, measure, timed, examples, dict(zip(order, numbers, strict=True)), paths),
-        rest=timed.rest if timed else 0.0,
-        by_weight=measure != Measure.TIME,
+        price=_price(prices, dict(zip(order, numbers, strict=True)), paths),
+        rest=prices.rest,
+        sparse=measure == Measure.NONZERO,
+        timed=measure == Measure.TIME,
     )
 
 
-def _price(
-    axes: AxisGraph,
-    measure: Measure,
-    timed: Timed | None,
-    examples: int,
-    numbers: Mapping[str, int],
-    sums: Mapping[str, Sequence[str]],
-) -> Tensor:
+def _price(prices: Prices, numbers: Mapping[str, int], sums: Mapping[str, Sequence[str]]) -> Tensor:
     """What each entry of each parameter costs; those of a scale, besides, what an operation is by itself."""
-    prices, alone = _prices(axes, measure, timed, examples), timed.ops if timed else {}
     parts = []
     for name, n in numbers.items():
-        own = torch.full((n,), prices(name), dtype=torch.float64)
-        parts.append(own + torch.tensor([alone.get(path, 0.0) for path in sums[name]]) if name in sums else own)
+        own = torch.full((n,), prices.entries.get(name, 0.0), dtype=torch.float64)
+        parts.append(own + torch.tensor([prices.ops.get(path, 0.0) for path in sums[name]]) if name in sums else own)
     return torch.cat(parts)
 
 
-def _prices(axes: AxisGraph, measure: Measure, timed: Timed | None, examples: int) -> Callable[[str], float]:
+def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collection[str]) -> Prices:
     match measure:
-        case Measure.PARAMETERS:
-            return lambda name: 1.0
+        case Measure.PARAMETERS | Measure.NONZERO:
+            return Prices(dict.fromkeys(axes.shapes, 1.0))
         case Measure.BYTES:
-            return lambda name: float(axes.itemsize.get(name, 4))
+            return Prices({name: float(axes.itemsize.get(name, 4)) for name in axes.shapes})
         case Measure.TIME:
             if timed is None:
                 raise ValueError("how long operations take was not measured: evaluation.latency(…) does it")
-            return lambda name: timed.entries.get(name, 0.0)
+            return timed
         case Measure.CACHE:
             raise ValueError(f"what single weights have of {measure} is not known; count params, macs, bytes or ms")
-    each = macs_of(axes)
-    return lambda name: each(name) / examples
+    return multiplied(axes, ops)

@@ -1,25 +1,26 @@
-"""A latency table as prices: what a single entry of a parameter, and an operation by itself, take of a pass."""
+"""Prices: what a single entry of a parameter, an operation by itself, and the rest of a network cost."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 from regrow.axes import AxisGraph, size_of
+from regrow.work import per_example
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Milliseconds of a pass by what it is made of.
+class Prices:
+    """What a network costs by what it is made of.
 
     Args:
-        entries: Parameter → what each of its entries takes.
-        ops: Path of an operation → what it takes beside its entries.
+        entries: Parameter or buffer → what each of its entries costs.
+        ops: Path of an operation → what it costs beside its entries.
         rest: What stays whatever goes.
     """
 
     entries: Mapping[str, float]
-    ops: Mapping[str, float]
-    rest: float
+    ops: Mapping[str, float] = field(default_factory=dict)
+    rest: float = 0.0
 
 
 def timed(
@@ -30,7 +31,7 @@ def timed(
     beside: Mapping[str, float],
     layers: Mapping[str, float],
     rest: float,
-) -> Timed:
+) -> Prices:
     """Spread times that were measured over parameters and operations.
 
     A module takes its time in proportion to the multiply–accumulates of its weights, so a layer with half its inputs
@@ -63,21 +64,47 @@ def timed(
             alone[path] = alone.get(path, 0.0) + time
         else:
             rest += time
-    return Timed(entries, alone, rest)
+    return Prices(entries, alone, rest)
 
 
 def macs_of(axes: AxisGraph) -> Callable[[str], float]:
-    """Name of a parameter → the multiply–accumulates of the traced example that each entry of it takes part in."""
-    sizes = axes.sizes()
-    done: dict[str, int] = {}
-    for one in axes.work:
-        done[one.module] = done.get(one.module, 0) + prod(size_of(dim, sizes) for dim in one.dims)
+    """Name of a parameter → the multiply–accumulates of one example that each entry of it takes part in."""
+    sizes, done = axes.sizes(), _done(axes)
 
     def macs(name: str) -> float:
         module, _, leaf = name.rpartition(".")
         return done.get(module, 0) / prod(size_of(dim, sizes) for dim in axes.shapes[name]) if leaf == "weight" else 0.0
 
     return macs
+
+
+def multiplied(axes: AxisGraph, ops: Collection[str]) -> Prices:
+    """The multiply–accumulates of one example.
+
+    What a module with a weight does is spread over its entries; what others do (attention, products of activations)
+    counts whole as long as the operation that they lie in is there: more than it is, where widths go.
+
+    Args:
+        axes: The network's axes.
+        ops: The paths of all operations.
+    """
+    each, alone, rest = macs_of(axes), dict.fromkeys(ops, 0.0), 0.0
+    for module, many in _done(axes).items():
+        if f"{module}.weight".lstrip(".") in axes.parameters:
+            continue
+        if path := next((path for path in (module, *above(module)) if path in alone), None):
+            alone[path] += many
+        else:
+            rest += many
+    return Prices({name: each(name) for name in axes.shapes}, alone, rest)
+
+
+def _done(axes: AxisGraph) -> dict[str, int]:
+    """Module → the multiply–accumulates of one example that it does."""
+    sizes, done = axes.sizes(), dict[str, int]()
+    for one in per_example(axes):
+        done[one.module] = done.get(one.module, 0) + prod(size_of(dim, sizes) for dim in one.dims)
+    return done
 
 
 def above(name: str) -> list[str]:

@@ -35,7 +35,8 @@ Examples
 @click.option(
     "--target",
     required=True,
-    help="params=50k, macs=3M (of an image), bytes=200k, ms=20 (a batch passes, here), or a share of parameters: 0.2.",
+    help="params=50k (stored), nonzero=50k (masked weights left out), macs=3M (dense, of an image), bytes=200k (of the "
+    "file), ms=20 (a batch passes, here), a share of the whole space (macs=20%), or of its parameters (0.2).",
 )
 @click.option("--method", default="mgas", show_default=True, help="What searches: see `regrow methods`.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder. The same command resumes.")
@@ -95,8 +96,8 @@ def _tell(folder: Any) -> None:
     )
     after = " after training" if folder.run()["settings"]["retrain"] else ""
     say(
-        f"{number(found['nonzero'])} parameters that are not 0, of {number(found['parameters'])}; validation "
-        f"{found['accuracy']:.3f} as the search left it; "
+        f"{number(found['parameters'])} parameters ({number(found['nonzero'])} nonzero), {number(found['macs'])} MACs "
+        f"of an image, {number(found['bytes'])} bytes; validation {found['accuracy']:.3f} as the search left it; "
         f"test{after} {tested['accuracy']:.3f} on {tested['images']} images"
     )
     (told,) = summarise([folder.path])["runs"]

@@ -6,10 +6,11 @@ from regrow.evaluation.language import Paired, Perplexity, paired, perplexity
 from regrow.evaluation.latency import Latency, latency
 from regrow.evaluation.memory import Live, Memory, UnpredictableError, measured, predicted, training
 from regrow.evaluation.prefixes import prefix_peaks
-from regrow.evaluation.size import Size, macs, size
+from regrow.evaluation.size import Size, dense, size
 from regrow.evaluation.speed import Speed, speed
 from regrow.evaluation.timing import fastest_pass, lengthened, timing
 from regrow.evaluation.vision import Accuracy, accuracy
+from regrow.work import macs
 
 __all__ = [
     "Accuracy",
@@ -25,6 +26,7 @@ __all__ = [
     "UnpredictableError",
     "accuracy",
     "choices",
+    "dense",
     "fastest_pass",
     "harness",
     "items_in",

@@ -1,14 +1,14 @@
-"""Size: parameters, multiply–accumulates, and bytes on disk at a stated dtype."""
+"""Size: parameters, multiply–accumulates of dense kernels, and bytes on disk at a stated dtype."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from regrow.axes import AxisGraph, size_of
+from regrow.evaluation.forward import evaluating
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,30 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
     )
 
 
-def macs(axes: AxisGraph) -> int:
-    """The multiply–accumulates of the traced example: Σ over contractions of the product of their dimensions."""
-    sizes = axes.sizes()
-    return sum(prod(size_of(dim, sizes) for dim in work.dims) for work in axes.work)
+def dense(model: nn.Module, inputs: Tensor) -> dict[str, int]:
+    """What a network weighs, counted on the network itself: its tensors, and the kernels that one example runs.
+
+    >>> dense(nn.Linear(3, 2), torch.ones(5, 3))
+    {'parameters': 8, 'nonzero': 8, 'macs': 6, 'bytes': 32}
+
+    Args:
+        model: The network.
+        inputs: Examples, ``[N, …]``; multiply–accumulates are those of one.
+
+    Returns:
+        ``parameters``: stored entries, tied ones once; ``nonzero``: those that are not 0; ``macs`` of dense kernels;
+        ``bytes`` of the tensors of its state.
+    """
+    weights = _distinct(model.parameters())
+    counter = FlopCounterMode(display=False)
+    with evaluating(model) as device, counter:
+        model(inputs.to(device))
+    return {
+        "parameters": sum(p.numel() for p in weights),
+        "nonzero": sum(int(p.count_nonzero()) for p in weights),
+        "macs": counter.get_total_flops() // 2 // len(inputs),
+        "bytes": sum(t.numel() * t.element_size() for t in _distinct(model.state_dict(keep_vars=True).values())),
+    }
 
 
 def _distinct(tensors: Iterable[Any]) -> list[Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from regrow.allocation.levels import check_levels
 from regrow.learner import Stand
 from regrow.method import Measure
 from regrow.plan import Plan
@@ -22,9 +23,9 @@ class Settings:
 
     Args:
         target: What the network may cost.
-        measure: ``params``, ``macs``, ``bytes`` or ``ms``.
+        measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
         what: ``operations``: they go in a drawn order until the target is met; ``filters``: every axis loses the same
-            share of them; ``weights``: the smallest go. Several go in this order.
+            share of them; ``weights``: the smallest go, under ``nonzero`` alone. Several go in this order.
         split: Where they are several: the share of what goes that each bears; 1 in all.
         keep_bare: Whether operations that hold nothing but their scale, such as pools, go last.
         stages: The last part of the network; set by the run.
@@ -49,7 +50,7 @@ class Settings:
             raise ValueError(f"split has a share of what goes for each of {', '.join(self.what)}, 1 in all; got {told}")
         if self.keep_bare and ("operations" not in self.what or self.measure == Measure.TIME):
             raise ValueError("keep_bare is of operations, and of a target that some cost nothing of: not of ms")
-        Measure(self.measure)
+        check_levels(self.what, Measure(self.measure))
 
 
 def build(settings: Settings) -> "Blind":

@@ -54,7 +54,7 @@ class Settings:
 
     Args:
         target: What the network may cost at the end.
-        measure: ``params``, ``macs``, ``bytes`` or ``ms``.
+        measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
         stages: The last part of the network; set by the run.
         shared: One α for all normal cells and one for all reducing ones, as the authors have it.
         lr: The rate of α times the number of steps; the authors' 3e-4 for 50 epochs of 391 steps is 5.9, and

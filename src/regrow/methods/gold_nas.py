@@ -40,7 +40,7 @@ class Settings:
 
     Args:
         target: What the network may cost at the end.
-        measure: ``params``, ``macs``, ``bytes`` or ``ms``.
+        measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
         stages: The last part of the network; set by the run.
         warm: Epochs at the start in which weights alone learn.
         low: Every operation goes whose share of its node is at most this.

@@ -13,7 +13,7 @@ stand in the place of the network's own numbers while all of it, thresholds incl
 
     cross-entropy + μ ((size + lifted) / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
 
-size counts what all three masks leave, and less and less is allowed until the target. Under ``dual`` μ follows the
+size counts what the masks leave, and less and less is allowed until the target. Under ``dual`` μ follows the
 excess (ours), lifted is what operations that stand lack of ``floor`` (ours), and λ stays, without its second sum, since
 μ raises thresholds; nodes that end with one operation anyway are in neither. Under ``feedback`` μ is 0 and λ follows
 the authors' controller; under ``ratios`` each level is told its share (a control). Filters are those of an axis, so
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from regrow.allocation.commits import controlled, threshold_for
 from regrow.allocation.gates import Masks
+from regrow.allocation.levels import check_levels
 from regrow.allocation.regrowth import drawn
 from regrow.data.augment import moved
 from regrow.learner import Along, Stand
@@ -51,8 +52,8 @@ class Settings:
 
     Args:
         target: What the network may cost at the end.
-        measure: ``params``, ``macs`` or ``bytes``, of which weights that are 0 cost nothing, or ``ms``.
-        levels: Which levels are searched.
+        measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
+        levels: Which levels are searched; weights under ``nonzero`` alone, as no other measure spares those that are 0.
         stages: The last part of the network that each stage runs, ascending, the whole last; none: one stage.
         share: What a stage but the last leaves of what it found.
         warm: Epochs at the start of a stage in which weights alone learn.
@@ -62,8 +63,7 @@ class Settings:
         gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
         press: Under ``dual``, λ: it leaves fewer operations per node.
         floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
-            node that hold more than a scale cost in the mean, if there are any (ours). At 0 hardly anything presses on
-            a pool or a skip. Idle where time counts, of which a pool takes some.
+            node that hold more than a scale cost in the mean (ours). Idle where time counts: a pool takes some.
         reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
             their operations, and what is above the target at the very end.
         regrow: The share of a stage's dropped operations that comes back.
@@ -80,7 +80,7 @@ class Settings:
     """
 
     target: float = 0.0
-    measure: str = "params"
+    measure: str = "nonzero"
     levels: tuple[str, ...] = LEVELS
     stages: tuple[int, ...] = ()
     share: float = 0.5
@@ -129,7 +129,7 @@ class Settings:
             raise ValueError(f"revive is old or fresh; got {self.revive!r}")
         if list(self.stages) != sorted({*self.stages}):
             raise ValueError(f"stages end at parts in ascending order; got {self.stages}")
-        Measure(self.measure)
+        check_levels(self.levels, Measure(self.measure))
 
 
 def build(settings: Settings) -> "Mgas":
@@ -265,7 +265,7 @@ class Mgas(Searcher):
     def _lifted(self) -> Tensor:
         """By how much operations that stand cost less than the floor, with the gradients of their masks."""
         assert self.gates is not None and self.now is not None
-        if not (self.thins and self.settings.floor and self.gates.levels.by_weight):
+        if not (self.thins and self.settings.floor) or self.gates.levels.timed:
             return torch.zeros(())
         prices, floor = self.gates.prices(), self.settings.floor * self.gates.typical()
         here = self.gates.alive & self.gates.runs & ~self.gates.single

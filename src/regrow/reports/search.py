@@ -32,7 +32,14 @@ RECONSTRUCTED = {
 }
 """Method → what must stand where its results do."""
 
-_UNITS = {"params": "parameters", "macs": "multiply-adds", "bytes": "bytes", "ms": "ms of a pass"}
+_UNITS = {
+    "params": "parameters",
+    "nonzero": "nonzero parameters",
+    "macs": "MACs of an example",
+    "bytes": "bytes",
+    "ms": "ms of a pass",
+}
+_SIZES = ("parameters", "nonzero", "macs", "bytes")
 
 
 def search(folder: RunFolder) -> dict[str, Any] | None:
@@ -42,7 +49,8 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         folder: A run folder.
 
     Returns:
-        ``target`` (as it was asked for), ``unit``, ``asked`` and ``reached`` (in that unit), ``retrained``,
+        ``target`` (as it was asked for), ``measure``, ``unit``, ``asked`` and ``reached`` (in that unit, counted on
+        the found network where a row says so), ``retrained``,
         ``trained`` (in words), ``epochs``, ``commits``, ``front`` (networks that the last stage passed), ``stages``
         (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``,
         ``topology``, ``notation`` and
@@ -57,13 +65,17 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
     last = {what: mapping((lines.get(what) or [{}])[-1]) for what in ("levels", "found", "test", "stages", "latency")}
     target, levels = text(settings.get("target"), 40), last["levels"]
     measure = text(levels.get("measure")) or (target.partition("=")[0] if "=" in target else "params")
-    sizes = {"parameters": size(last["found"].get("parameters")), "nonzero": size(last["found"].get("nonzero"))}
-    reached = number(levels.get("size"), 0)
+    if measure == "params" and "accounting" not in settings:
+        measure = "nonzero"  # version 0.1 called it so
+    sizes = {name: size(last["found"].get(name)) for name in _SIZES}
+    counted, told = sizes.get({"params": "parameters"}.get(measure, measure)), number(levels.get("size"), 0)
+    reached = told if counted is None or (measure == "nonzero" and told is not None) else counted
     return {
         "target": target,
         "unit": _UNITS.get(measure, "parameters"),
         "asked": number(levels.get("asked"), 0) or _told(target),
-        "reached": sizes["nonzero"] if reached is None and measure == "params" else reached,
+        "measure": measure,
+        "reached": reached,
         "retrained": size(settings.get("retrain")),
         "trained": "trained further" if settings.get("inherit") is True else "trained anew",
         "epochs": _epochs(lines.get("epoch", [])),
@@ -87,8 +99,7 @@ def search(folder: RunFolder) -> dict[str, Any] | None:
         "test": {
             "accuracy": number(last["test"].get("accuracy"), 0, 1),
             "images": size(last["test"].get("images")),
-            "parameters": size(last["test"].get("parameters")),
-            "nonzero": size(last["test"].get("nonzero")),
+            **{name: size(last["test"].get(name)) for name in _SIZES},
         },
         "cells": cells.cells(folder.origin),
         "topology": (topologies := topology.topology(folder.origin)),
@@ -101,9 +112,11 @@ def headline(run: Run) -> str:
     """One sentence: what was found, and how well it answers."""
     found = run["search"]
     deed = f"{run['method'] or 'regrow search'} searched {run['model']}"
-    if (many := found["found"]["nonzero"]) is None:
+    if (many := found["found"]["parameters"]) is None:
         return f"{deed}. It had not come to its end."
-    deed += f" and found a network of {q.count(many)} parameters."
+    nonzero = found["found"]["nonzero"]
+    some = "" if nonzero in (None, many) else f", {q.count(nonzero)} of them nonzero"
+    deed += f" and found a network of {q.count(many)} parameters{some}."
     if (right := found["test"]["accuracy"]) is None:
         return f"{deed} How well it answers was not tested."
     state = found["trained"].capitalize() if found["retrained"] else "As the search left it"
@@ -140,7 +153,8 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     anew = found["trained"] if found["retrained"] else "as the search left it"
     add("Test accuracy", test["accuracy"], q.percent, f"{anew}, on {q.count(test['images'])} images")
     add("Validation accuracy", left["accuracy"], q.percent, "as the search left it")
-    add("Parameters", left["nonzero"], q.count, f"that are not 0; {q.count(left['parameters'])} with zeros")
+    add("Parameters", left["parameters"], q.count, f"stored; {q.count(left['nonzero'])} nonzero")
+    add("MACs", left["macs"], q.count, "of dense kernels, for one image")
     if found["asked"]:
         add("Size", found["reached"], q.count, f"of {q.count(found['asked'])} {found['unit']} asked for")
     if found["clock"]["whole"]:
@@ -193,7 +207,7 @@ def _off(found: dict[str, Any]) -> str:
     if not asked or reached is None:
         return ""
     said = f"{q.count(reached)} {found['unit']} are left of {q.count(asked)} that were asked for"
-    if reached > 1.01 * asked:
+    if reached > asked * (1.01 if found["measure"] == "ms" else 1):
         return f"The target was missed: {said}."
     return f"The target was overshot: {said}." if reached < OVERSHOT * asked else ""
 
@@ -306,5 +320,5 @@ def _budget(asked: Any) -> int | None:
 
 def _told(target: str) -> float | None:
     """The number in a target that names its measure."""
-    fit = re.fullmatch(r"(?:params|macs|bytes|ms)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
+    fit = re.fullmatch(r"(?:params|nonzero|macs|bytes|ms)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
     return float(fit[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[2]] if fit else None

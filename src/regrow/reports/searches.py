@@ -47,7 +47,7 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
         summary: A summary of several searches.
 
     Returns:
-        One row per run: ``label``, ``target``, ``test``, ``best`` (no run with as few parameters that are not 0 tests
+        One row per run: ``label``, ``target``, ``test``, ``best`` (no run with as few nonzero parameters tests
         better), ``validation``, ``parameters``, ``nonzero`` and ``seconds``.
     """
     runs = summary["runs"]

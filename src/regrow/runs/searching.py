@@ -4,14 +4,14 @@ import copy
 import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from regrow import store
+from regrow import evaluation, store
 from regrow.allocation.stages import Stages, in_bytes
 from regrow.allocation.timed import timed
 from regrow.axes import AxisGraph
@@ -33,7 +33,7 @@ from regrow.runs import front, latencies, spaces, stage_memory
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, changed, learn
-from regrow.runs.targets import TRACED, measure_of, target
+from regrow.runs.targets import DENSE, FORMER, levels_for, measure_of, target
 from regrow.searcher import Searcher
 from regrow.sources import Batch
 from regrow.tasks import Examples, Task
@@ -41,6 +41,8 @@ from regrow.tracing import trace
 
 GIVEN = ("target", "measure", "stages", "seed")
 """Settings of methods that a run gives them."""
+_ELSEWHERE = ("space", "data", "target", "method_settings", "accounting")
+"""Settings that are no options of the command line."""
 COURSE, RETRAINING = "course.safetensors", "retraining.safetensors"
 
 
@@ -55,8 +57,8 @@ class Settings:
             are searched, or ``pkg.mod:fn``: a function of your own code that gives a network, of which what it marks
             with ``Candidates`` is searched too.
         data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
-        target: ``params=0.05M``, ``macs=3M`` (of one image), ``bytes=200k``, ``ms=20`` (a pass of a batch on this
-            device), or a share of the whole space's parameters, such as ``0.2``.
+        target: ``params=0.05M``, ``nonzero=50k``, ``macs=3M`` (of one image), ``bytes=200k``, ``ms=20`` (a pass of a
+            batch on this device), a share of the whole space such as ``macs=20%``, or of its parameters, ``0.2``.
         method: One of ``regrow.methods.SEARCHERS``.
         method_settings: Its settings, where they differ from the defaults.
         stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says; 0: three, or as
@@ -74,6 +76,7 @@ class Settings:
         validation: The share of the training examples that is watched, and never learned from in the search.
         stride: Of the stem.
         seed: Of weights, orders and everything drawn.
+        accounting: ``dense``; ``0.1`` for a run of that version, whose target in parameters counted what is not 0.
     """
 
     space: str
@@ -95,15 +98,23 @@ class Settings:
     validation: float = 0.2
     stride: int = 2
     seed: int = 0
+    accounting: str = DENSE
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that a ``run.json`` holds."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+        told = {"accounting": FORMER, **values}
+        return cls(**{name: told[name] for name in cls.__dataclass_fields__ if name in told})
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds: settings that came later only where they are not as before."""
-        return {name: value for name, value in asdict(self).items() if name != "inherit" or value}
+        former = {"inherit": False, "accounting": FORMER}
+        return {name: value for name, value in asdict(self).items() if value != former.get(name)}
+
+    @property
+    def measure(self) -> Measure:
+        """What the target counts."""
+        return measure_of(self.target, self.accounting)
 
     def schedule(self, epochs: int, decay: str) -> Schedule:
         """How the search, or the training after it, goes."""
@@ -121,7 +132,7 @@ class Settings:
         default = Settings(self.space, self.data, self.target)
         words = ["regrow", "search", self.space, "--data", self.data, "--target", self.target]
         for name, value in asdict(self).items():
-            if name not in ("space", "data", "target", "method_settings") and value != getattr(default, name):
+            if name not in _ELSEWHERE and value != getattr(default, name):
                 words += [f"--{name.replace('_', '-')}", *([] if value is True else [f"{value}"])]
         words += set_words(self.method_settings)
         return shlex.join([*words, "--out", out])
@@ -153,14 +164,15 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
+    settings = _counted_as_begun(settings, Path(out))
     RunFolder.check(out, verb="search", settings=settings.record())
     parts = parts_of(settings)
     _check_training(settings, parts)
     model, origin, plan = network(settings, parts.search)
-    axes = trace(model, parts.search.train.inputs[:TRACED])
+    axes = trace(model, parts.search.train.inputs[:2])
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
     begun = (Path(out) / COURSE).is_file()
-    table = latencies.of(Path(out), model, batch, begun) if measure_of(settings.target) == Measure.TIME else None
+    table = latencies.of(Path(out), model, batch, begun) if settings.measure == Measure.TIME else None
     learner = built(settings, model, axes, plan, table)
     learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
     taken = {n: v for n, v in asdict(learner.settings).items() if n not in {*settings.method_settings, *GIVEN}}
@@ -174,13 +186,15 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
     seconds = {"search": round(time.perf_counter() - start, 3)}
     store.save(found, folder.path / "found", origin=described_by)
-    folder.log("found", accuracy=share_right(found, parts.search.test), **front.sizes(found))
+    right = share_right(found, parts.search.test)
+    folder.log("found", accuracy=right, **evaluation.dense(found, parts.test.inputs[:1]))
     start = time.perf_counter()
     trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
     store.save(trained, folder.path, origin=described_by)
     if table:
         folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
-    folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **front.sizes(trained))
+    size = evaluation.dense(trained, parts.test.inputs[:1])
+    folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
     folder.finish(seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
     return folder
 
@@ -300,10 +314,24 @@ def parts_of(settings: Settings) -> Parts:
     )
 
 
+def _counted_as_begun(settings: Settings, out: Path) -> Settings:
+    """The settings, with a target that counts what it did when the run in a folder was begun."""
+    if not (out / "run.json").is_file():
+        return settings
+    return replace(settings, accounting=RunFolder.open(out).run()["settings"].get("accounting", FORMER))
+
+
+def _known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that a method has."""
+    return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
+
+
 def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
     """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them."""
     names = ("stages", "memory", "batch_size", "stride", "seed")
-    method = searcher_entry(settings.method).made(settings.method, settings.method_settings)
+    entry = searcher_entry(settings.method)
+    given = {"measure": str(settings.measure), "levels": levels_for(settings.measure)}
+    method = entry.made(settings.method, _known(entry, given) | dict(settings.method_settings))
     return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names}, method=method)
 
 
@@ -327,18 +355,16 @@ def built(
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
     entry = searcher_entry(settings.method)
-    measure, most = target(settings.target, axes, table)
-    given: dict[str, Any] = {"target": most, "measure": str(measure), "seed": settings.seed}
+    measure, most = target(settings.target, axes, table, settings.accounting)
+    given: dict[str, Any] = {"target": most, "measure": str(measure), "levels": levels_for(measure)}
+    given["seed"] = settings.seed
     given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
     if isinstance(model, Bench201):
         given["levels"] = ("operations",)
     elif measure == Measure.TIME:
-        # A weight that is 0 takes as long as another, and a narrow layer may take longer than a wide one.
+        # A narrow layer may take longer than a wide one.
         given["levels"] = ("operations",) if candidates_in(model) else ("filters",)
-    known = {one.name for one in fields(entry.settings)}
-    chosen = {name: value for name, value in given.items() if name in known} | dict(settings.method_settings)
-    found: Searcher = entry.made(settings.method, chosen)
-    found.traced = TRACED
+    found: Searcher = entry.made(settings.method, _known(entry, given) | dict(settings.method_settings))
     if settings.epochs < 1 and found.learns:
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     if table:

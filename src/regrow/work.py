@@ -1,0 +1,74 @@
+"""Multiply–accumulates of one example, whatever batch a network was traced with."""
+
+from dataclasses import replace
+from math import gcd, prod
+
+from torch import Tensor
+
+from regrow.axes import AxisGraph, Work
+from regrow.dims import Dim, Product, size_of
+
+
+def examples(axes: AxisGraph) -> int:
+    """How many examples the traced input holds.
+
+    That is the number of entries of its first list, or the leading size of its first tensor where the network's last
+    result has the same; 1 otherwise.
+
+    Args:
+        axes: The network's axes.
+    """
+    given = (*axes.example.args, *axes.example.kwargs.values())
+    first = next((value for value in given if isinstance(value, Tensor | list | tuple)), None)
+    if isinstance(first, list | tuple):
+        return max(1, len(first))
+    if first is None or first.dim() < 2 or not first.shape[0]:
+        return 1
+    results = [shape for step in axes.steps[-1:] for shape in step.shapes if shape]
+    last = size_of(results[0][0], axes.sizes()) if results else first.shape[0]
+    return first.shape[0] if last == first.shape[0] else 1
+
+
+def per_example(axes: AxisGraph) -> tuple[Work, ...]:
+    """The contractions of a network with one example; one whose size does not depend on the batch stays whole.
+
+    Args:
+        axes: The network's axes.
+    """
+    many = examples(axes)
+    return axes.work if many == 1 else tuple(replace(one, dims=_divided(one.dims, many)) for one in axes.work)
+
+
+def macs(axes: AxisGraph) -> int:
+    """The multiply–accumulates of one example: Σ over contractions of the product of their dimensions.
+
+    Those are of dense kernels: a weight that is 0 costs as much as another.
+
+    Args:
+        axes: The network's axes.
+    """
+    sizes = axes.sizes()
+    return sum(prod(size_of(dim, sizes) for dim in work.dims) for work in per_example(axes))
+
+
+def _divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
+    """Dimensions without a factor, if their fixed sizes have it; as they are otherwise.
+
+    >>> _divided((128, "a", 3), 64), _divided((3, "a"), 64)
+    ((2, 'a', 3), (3, 'a'))
+    """
+    left = many
+
+    def without(dim: Dim) -> Dim:
+        nonlocal left
+        match dim:
+            case int():
+                shared = gcd(dim, left)
+                left //= shared
+                return dim // shared
+            case Product(parts):
+                return Product(tuple(without(part) for part in parts))
+        return dim
+
+    found = tuple(without(dim) for dim in dims)
+    return found if left == 1 else dims
