@@ -1,11 +1,12 @@
-"""GPrune-LLM: rank units only among units that behave alike over kinds of text, and learn what each such group gives.
+"""GPrune-LLM: rank units only within modules of similar cross-domain behaviour, and learn the ratio of each module.
 
 Reconstructed from the abstracts: the paper's formulas could not be obtained, every formula and default here is ours.
-A wrapper around a base metric: (1) how far does a unit's rank move between sources; (2) modules of units of like
-sensitivity and strength; (3) the more sensitive and weak a module is, the more a metric without activations orders it;
-(4) the share each module gives up is learned under the exact budget: the order in a module is fixed, masks are
-straight-through, the loss is the divergence from the dense network, and the best allocation on held-out text is kept,
-the base method's own among them.
+A wrapper around a base metric: (1) measure how far a unit's rank moves between sources; (2) form modules of units with
+similar sensitivity and score; (3) the more sensitive and weak a module is, the more it is ordered by a metric without
+activations; (4) learn the pruning ratio of each module under the exact budget: the order in a module is fixed, masks
+are straight-through, the loss is the divergence from the dense network, and the best allocation on held-out text is
+kept, the base method's own and that of unpruned first and last blocks among them. The strongest baseline is
+``llm_pruner`` on MLP neurons; partition, switch and learning add little to it: see docs/reproductions/gprune.md.
 """
 
 from collections.abc import Mapping, Sequence

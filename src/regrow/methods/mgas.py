@@ -2,8 +2,8 @@
 
 Liu, Saxena, Cao, Zhao, Ruan: MGAS / MG-DARTS (arXiv 2310.15074). **Reconstructed**: from the abstract and the authors'
 public code (lxy12357/MG_DARTS), whose faults are not followed. The abstract names the parts: a learned discretisation
-per level, stages over growing prefixes, re-evaluation that prunes and regrows. What neither settles is a setting, and
-its default is ours.
+per level, stages over growing prefixes, re-evaluation that prunes and regrows. What neither settles is a setting with a
+default of ours. A search of operations alone (``levels=operations``) is as good: see docs/reproductions/mgas.md.
 
 With a = σ(α) of an operation, b = σ(κ) of a filter, r = |w| / mean |w| of a weight, and thresholds t of each level,
 

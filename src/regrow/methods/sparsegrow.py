@@ -1,9 +1,10 @@
-"""SparseGrow: a network that keeps learning, owns what it has learned, and is widened where it runs short.
+"""SparseGrow: continual learning with a network that is widened late in a task.
 
 Zhao, Saxena, Cao, Liu, Song: SparseGrow (arXiv 2408.10566). **Reconstructed**: the paper's body was not available. Its
 abstracts name the parts (data-driven sparse layer expansion late in a task, initialised on data; sparse training by
 learned thresholds; freezing by gradient gating); their form follows the public code of its predecessor AdaptCL
-(arXiv 2207.11005) and of Dynamic Sparse Training. What neither settles is a setting, and its default is ours.
+(arXiv 2207.11005) and of Dynamic Sparse Training. What neither settles is a setting, and its default is ours. The
+strongest baseline is Kronecker-factored Laplace (Ritter et al., NeurIPS 2018): see docs/reproductions/sparsegrow.md.
 
 A task, for weights W with thresholds t and the entries M that earlier tasks own:
 
@@ -14,11 +15,12 @@ A task, for weights W with thresholds t and the entries M that earlier tasks own
    them yet; their penalty is ``young`` times as much;
 3. at its end set what is below its threshold to 0, own what is left, begin t anew.
 
-What the gate lets through of a layer's step Δ (``kronecker``, the default; ours):  (1 + s A ⊗ (B + d))⁻¹ Δ,  with A the
-second moments of what the layer read in earlier tasks, and B those of how its outputs mattered there: no examples are
-kept, a direction that old tasks did not read stays free, and widening adds such directions. The other gates
-look at single entries; under ``hard`` what is owned is put back after each step, so that neither momentum nor decay
-moves it. Parameters that no gate covers, as scales and shifts of norms, are owned whole.
+The default gate ``kronecker`` multiplies a layer's step Δ by  (1 + s A ⊗ (B + d))⁻¹,  with A the second moments of its
+inputs in earlier tasks and B those of the gradients of its outputs. It is the preconditioner of Natural Continual
+Learning (Kao et al., NeurIPS 2021) with the Kronecker factors of Ritter et al., but without their pull to the
+parameters of earlier tasks; the damping d is ours. No examples are stored, directions that old tasks did not read stay
+free, and widening adds such directions. The other gates act on single entries; ``hard`` restores protected entries
+after each step. Parameters that no gate covers, as scales and shifts of norms, are frozen.
 """
 
 from collections.abc import Iterator
@@ -42,7 +44,7 @@ from regrow.surgery import fitted
 from regrow.surgery.fill import newborn, sides, thinned
 from regrow.tasks import Examples, among
 
-CITATION = "Zhao et al., SparseGrow (arXiv 2408.10566); reconstructed from its abstracts and the code of AdaptCL"
+CITATION = "Zhao et al., SparseGrow (arXiv 2408.10566); reconstructed; gate: Kao et al. (2021), Ritter et al. (2018)"
 
 
 @dataclass(frozen=True)
