@@ -118,17 +118,22 @@ def test_our_record_on_fake_data_is_that_of_an_export(name: str) -> None:
     assert [replace(a, count="") for a in ours] == [replace(a, count="") for a in theirs]  # a count is but a label
 
 
-def test_what_asks_or_keeps_is_not_ours_to_record_on_fake_data() -> None:
-    """We record on fake data only what asks nothing of them and keeps nothing; an export or a real run do else."""
+def test_what_asks_or_reads_what_it_kept_is_not_ours_to_record_on_fake_data() -> None:
+    """We record on fake data only what asks nothing of them and reads nothing that they left; a real run does else."""
 
     def keeps(m: Any, x: Tensor) -> Tensor:
         m.hidden = m.one(x)
         return m.two(m.hidden)
 
-    for wire in (keeps, lambda m, x: m.two(m.one(x)) * x.sum().item()):
+    def reads(m: Any, x: Tensor) -> Tensor:
+        if not hasattr(m, "scale"):
+            m.scale = torch.linspace(1, 2, 6)
+        return m.two(m.one(x) * m.scale)
+
+    for wire, real in ((keeps, False), (reads, True), (lambda m, x: m.two(m.one(x)) * x.sum().item(), True)):
         model = randomised(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
         found = capture(model, Example((torch.ones(2, 4),)), exported=False)
-        assert found.decisions is not None, "a real run"
+        assert (found.decisions is not None) == real
 
 
 def test_a_network_that_asks_whether_it_is_exported_is_told_so() -> None:

@@ -18,6 +18,7 @@ from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import through
 from regrow.surgery.widen import carried, roles_of
 from regrow.tracing.attributes import held, hold
+from regrow.tracing.kinds import recompute_weights
 from regrow.tracing.trial import planned_integers
 
 
@@ -80,6 +81,7 @@ def _commit(model: nn.Module, axes: AxisGraph, done: Outcome, integers: Mapping[
         module = model.get_submodule(path)
         old_value = held(module, name)
         hold(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
+    recompute_weights(model)
 
 
 def _after(

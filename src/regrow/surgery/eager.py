@@ -11,7 +11,8 @@ from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.tracing.capture import evaluating
-from regrow.tracing.hollow import fitting
+from regrow.tracing.hollow import copy_model, fitting
+from regrow.tracing.model_state import preserve_state
 
 
 def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:
@@ -23,11 +24,10 @@ def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any])
         change: Makes of the copy what the network is to become.
     """
     example = fitting(axes.example, model)
-    own = {id(buffer): buffer.detach().clone() for buffer in model.buffers()}  # a run may write into them
-    changed = replaced(model, own)
+    changed = replaced(model, {})
     change(changed)
     try:
-        with evaluating(changed), torch.no_grad(), torch.random.fork_rng():
+        with evaluating(changed), torch.no_grad(), torch.random.fork_rng(), preserve_state(changed, outside=True):
             changed(*copy.deepcopy(example.args), **copy.deepcopy(dict(example.kwargs)))
     except Exception as error:
         line = next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__)
@@ -82,14 +82,15 @@ def _offset(model: nn.Module, axes: AxisGraph, weight: str, means: Mapping[int, 
 
 
 def replaced(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
-    """A copy that shares the numbers, but for some.
+    """A copy that shares the numbers of parameters, but for some; buffers and other tensors have their own.
 
     Args:
         model: Left untouched.
         values: ``id`` of a parameter or buffer → what it is in the copy.
     """
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        value = values.get(id(tensor), tensor.detach())
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    return copy.deepcopy(model, memo)
+
+    def made(tensor: Tensor) -> Tensor:
+        own = tensor.detach() if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
+        return values.get(id(tensor), own)
+
+    return copy_model(model, made)

@@ -1,6 +1,5 @@
 """The law masked = shrunk, on demand, for any network and plan."""
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from regrow.surgery.eager import replaced, zeroed
 from regrow.tracing.branches import Recorded, located
 from regrow.tracing.capture import capture, evaluating
 from regrow.tracing.effects import Effects
+from regrow.tracing.hollow import copy_model
+from regrow.tracing.model_state import preserve_state
 from regrow.tracing.readings import Readings, readings
 from regrow.tracing.record import ORDERS, outputs
 from regrow.tracing.walk import op_name
@@ -172,16 +173,13 @@ _EXACT: Mapping[Any, Any] = {
 
 
 def _longer(value: Any) -> Any:
-    return torch.float64 if value in (torch.float32, torch.float16, torch.bfloat16) else value
+    short = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.float64 if short else value
 
 
 def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
     """A copy in float64; norms that take the epsilon of their precision keep that of the model's."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        value = tensor.detach().double() if tensor.is_floating_point() else tensor.detach().clone()
-        memo[id(tensor)] = nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
-    wide = copy.deepcopy(model, memo)
+    wide = copy_model(model, lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone())
     for fold in axes.folds:
         path, _, name = fold.epsilon.partition(":")
         if name and getattr(wide.get_submodule(path), name) is None:
@@ -204,7 +202,8 @@ def _in_double(example: Example) -> Example:
 def _run(
     model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor] = ()
 ) -> list[Tensor | None]:
-    with _made_in_double(double), _Double() if double else nullcontext():
+    outside = preserve_state(model, outside=True)
+    with outside, _made_in_double(double), _Double() if double else nullcontext():
         if decisions is not None:
             return [*capture(model, example, decisions, orders).values]
         with evaluating(model), torch.no_grad():

@@ -5,11 +5,13 @@ from typing import Any
 
 from torch import nn
 
-from regrow.axes import AxisGraph
+from regrow.axes import AxisGraph, Example
 from regrow.tracing.branches import offered, with_branches
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import TraceError, capture, example_of
 from regrow.tracing.graph import assemble
+from regrow.tracing.kinds import check_traceable, with_remedies
+from regrow.tracing.model_state import preserve_state
 from regrow.tracing.reach import reach
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import steps
@@ -42,7 +44,12 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     >>> [(axis.key, axis.size) for axis in trace(net, torch.ones(1, 4)).free()]
     [('0.weight:0', 8)]
     """
-    example = example_of(model, args, kwargs)
+    check_traceable(model)
+    with preserve_state(model, entries=True):
+        return with_remedies(model, _traced(model, example_of(model, args, kwargs)))
+
+
+def _traced(model: nn.Module, example: Example) -> AxisGraph:
     recorded = capture(model, example)
     w = walk(recorded, RULES, POINTWISE)
     reach(model, example, w)

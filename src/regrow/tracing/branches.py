@@ -15,9 +15,10 @@ from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Stand, lies_in
 from regrow.candidates import Candidates, candidates_in
 from regrow.tracing.attributes import FIRST
-from regrow.tracing.capture import Capture, capture, evaluating, lightly, quiet
+from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
 from regrow.tracing.effects import Effects
 from regrow.tracing.hollow import faked, fitting, hollow
+from regrow.tracing.model_state import preserve_state
 from regrow.tracing.stand import Dropped, exchange, put
 from regrow.tracing.walk import ALIASES, op_name
 
@@ -148,7 +149,8 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     >>> axes.branches["1"].reason
     'linear in 2 reads it, which is no addition'
     """
-    recorded = capture(model, axes.example, axes.decisions)
+    with preserve_state(model, entries=True):
+        recorded = capture(model, axes.example, axes.decisions)
     return replace(axes, branches=branches(model, recorded, axes.example) | offered(model))
 
 
@@ -182,7 +184,7 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     try:
         calls, answer = called(copy, given)
     except Exception as error:
-        reason = f"the network does not run on tensors without numbers: {_line(error)}"
+        reason = f"the network does not run on tensors without numbers: {first_line(error)}"
         return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
     search = _Search(Recorded(Effects(recorded)), copy, calls)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
@@ -378,17 +380,13 @@ def _problem(
     try:
         now, said = called(copy, example)
     except Exception as error:
-        return f"the network does not run without it: {_line(error)}"
+        return f"the network does not run without it: {first_line(error)}"
     finally:
         put(copy, gone)
     for one in members:
         if one.module in now and _forms(now[one.module][0].answer)[:1] != _forms(_part(calls, one))[:1]:
             return "what stands for it would have another shape"
     return "" if _forms(said) == _forms(answer) else "the network would answer in another shape"
-
-
-def _line(error: Exception) -> str:
-    return next((line for line in str(error).strip().splitlines() if line.strip()), type(error).__name__).strip()[:160]
 
 
 def _part(calls: Mapping[str, list[Call]], branch: Branch) -> Any:

@@ -3,9 +3,10 @@
 import gc
 import inspect
 import logging
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from io import StringIO
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Decision, Example
 from regrow.tracing.hollow import faked, hollow
+from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.record import record
 
 
@@ -91,12 +93,12 @@ def capture(
         TraceError: If the model cannot be recorded; says why.
     """
     refusal, refused = "", None
-    with evaluating(model), torch.enable_grad(), quiet(), lightly():
+    with evaluating(model), torch.enable_grad(), quiet(), lightly(), preserve_state(model, outside=True):
         if decisions is None:
             try:
                 return _on_fake_data(model, example, exported)
             except Exception as error:
-                refusal, refused = _reason(error), error
+                refusal, refused = first_line(error), error
                 if not _holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
@@ -104,8 +106,10 @@ def capture(
             return found if decisions is not None else _again(model, example, found)
         except Exception as error:
             if refused is None:
-                raise TraceError(f"{type(model).__name__} cannot be run again as recorded: {_reason(error)}") from error
-            raise _refused(model, f"{refusal}. Nor does it run: {_reason(error)}") from refused
+                raise TraceError(
+                    f"{type(model).__name__} cannot be run again as recorded: {first_line(error)}"
+                ) from error
+            raise _refused(model, f"{refusal}. Nor does it run: {first_line(error)}") from refused
 
 
 def in_training(model: nn.Module, example: Example) -> Capture:
@@ -114,17 +118,26 @@ def in_training(model: nn.Module, example: Example) -> Capture:
     Raises:
         TraceError: If it cannot be recorded so.
     """
-    with in_mode(model, training=True), torch.enable_grad(), quiet(), lightly():
+    with in_mode(model, training=True), torch.enable_grad(), quiet(), lightly(), preserve_state(model, outside=True):
         try:
             return _on_fake_data(model, example)
         except Exception as error:
-            raise _refused(model, _reason(error)) from error
+            raise _refused(model, first_line(error)) from error
+
+
+class _KeptError(RuntimeError):
+    """A network that reads what it kept when it ran before, which fake data do not show."""
+
+    def __str__(self) -> str:
+        return "it reads what it kept when it ran before"
 
 
 def _on_fake_data(model: nn.Module, example: Example, exported: bool | None = None) -> Capture:
     if not exported:
         try:
             return _dry(model, example)
+        except _KeptError:
+            raise
         except Exception:
             if exported is not None:
                 raise
@@ -136,30 +149,19 @@ def _dry(model: nn.Module, example: Example) -> Capture:
     leaves = tree_leaves((example.args, dict(example.kwargs)))
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
+    known = _holds_numbers(model, example)
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, mode = hollow(model, {})
         example = faked(example, mode)
-    before = _tensors_held(model)
     with _as_exporting():
         found = _eager(model, example, (), "", every_name=True)
-    if _tensors_held(model) != before:
-        raise RuntimeError("it keeps what it computes")
+    if known and any(isinstance(x, FakeTensor) for x in found.constants.values()):
+        raise _KeptError
     return replace(found, decisions=None)
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
 """What an example may have besides tensors."""
-
-
-def _tensors_held(model: nn.Module) -> dict[tuple[str, str], int]:
-    """Which tensor each attribute of each module holds."""
-    return {
-        (path, name): id(value)
-        for path, module in model.named_modules()
-        for held in (vars(module), module._parameters, module._buffers)
-        for name, value in held.items()
-        if isinstance(value, Tensor)
-    }
 
 
 @contextmanager
@@ -179,8 +181,11 @@ _ASKED = ("_is_compiling_flag", "_is_exporting_flag")
 
 
 def _exported(model: nn.Module, example: Example) -> Capture:
-    with tracing(TracingContext(_asking_no_data())):
+    before = describe_state(model)
+    with tracing(TracingContext(_asking_no_data())), preserve_state(model):
         program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
+        if describe_state(model) != before:
+            raise _KeptError
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     lifted = signature.inputs_to_lifted_tensor_constants
@@ -249,7 +254,8 @@ def _refused(model: nn.Module, reason: str) -> TraceError:
     )
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, in at most 200 characters."""
     if isinstance(error, DynamicOutputShapeException):
         return f"data decide how much {error.func} gives"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -307,10 +313,16 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        yield
+        with _uncompiled():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Have what ``torch.compile`` made run as it was written, if there can be anything of that kind."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def module_of(node: Node) -> str:

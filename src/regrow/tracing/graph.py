@@ -12,6 +12,7 @@ from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.folds import Found, folds
+from regrow.tracing.kinds import unalterable
 from regrow.tracing.silence import heard
 from regrow.tracing.walk import Dims, Walk
 
@@ -54,6 +55,9 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     ties = _ties(model, w, state)
     _freeze_unreachable(model, w, ties)
     _freeze_unsettable(model, w)
+    for name, reason in unalterable(model):
+        for expr in state.get(name, ()):
+            d.freeze(expr, reason)
     found = folds(model, w)
     integers, alike = attributes.integers(model, w, state)
     w.equal += alike
@@ -70,6 +74,8 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     read = {leaf.number for one in w.readings for leaf in d.leaves(w.of(one.operand)[one.dim])}
     read |= {leaf.number for expr, _ in w.also for leaf in d.leaves(expr)}
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    lasting = {id(tensors[name]) for name in w.capture.states.values() if name in tensors}  # not made by the run itself
+    tensors = {name: tensor for name, tensor in tensors.items() if id(tensor) in lasting}
     axes, keys = _axes(leaf_of, by_leaf, held, read, heard(w, tensors))
     names = Names(keys)
     shapes: dict[str, tuple[Dim, ...]] = {
@@ -264,6 +270,8 @@ def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameter
     """The slot once per thing it does; a parameter that nothing is known of makes its units."""
     names = aliases.get(slot.name, [slot.name])
     roles = {role for name in names for role in w.roles.get((name, slot.dim), ())}
+    if slot.name not in parameters and roles > {Role.PRODUCES}:
+        roles.discard(Role.PRODUCES)  # a mask on the weight that makes the units
     ordered = [role for role in Role if role in roles]
     return [replace(slot, role=role) for role in ordered or [Role.PRODUCES if slot.name in parameters else Role.SCALES]]
 

@@ -81,6 +81,7 @@ class Walk:
     notes: list[str] = field(default_factory=list)
     decided: dict[str, str] = field(default_factory=dict)
     also: list[tuple[Expr, str]] = field(default_factory=list)
+    computed: dict[Node, bool] = field(default_factory=dict)
 
     def of(self, node: Node) -> Dims:
         """The dimensions of a node's tensor."""
@@ -117,8 +118,26 @@ class Walk:
 
     def role(self, node: Any, dim: int, role: Role) -> None:
         """Note what a dimension of a parameter does, if the node is one."""
-        if isinstance(node, Node) and (place := self.place(node, dim)):
+        if not isinstance(node, Node):
+            return
+        if place := self.place(node, dim):
             self.roles.setdefault(place, set()).add(role)
+        elif node.op == "call_function" and op_name(node) in _ENTRYWISE and self.of_states(node):
+            for one in node.all_input_nodes:
+                aligned = dim - len(self.dims[node]) + len(self.dims[one])
+                if aligned >= 0 and d.size(self.dims[one][aligned]) == d.size(self.dims[node][dim]):
+                    self.role(one, aligned, role)
+
+    def of_states(self, node: Node) -> bool:
+        """Whether a value is computed from parameters, buffers and constants alone."""
+        if node not in self.computed:
+            known = node in self.capture.states or node in self.capture.constants
+            self.computed[node] = known or (
+                node.op == "call_function"
+                and bool(node.all_input_nodes)
+                and all(map(self.of_states, node.all_input_nodes))
+            )
+        return self.computed[node]
 
     def reads(self, node: Node, operand: Any, dim: int, fill: float | None = 0.0, **more: Any) -> None:
         """Note that the operation sums or compares over a dimension of the operand."""
@@ -181,6 +200,9 @@ ALIASES = frozenset(
     )
 )
 
+_ENTRYWISE = frozenset(("add", "sub", "mul", "div", "where", "masked_fill"))
+"""Operations that make a weight of a weight and a mask, a scale or an update; it does what the weight does."""
+
 Rule = Callable[[Walk, Node], Any]
 
 
@@ -236,7 +258,13 @@ def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Any:
         return None
     if node in w.capture.states:
         return known.get(w.capture.states[node]) or tuple(d.ONE if n == 1 else d.Leaf(n) for n in shape)
-    return tuple(d.frozen(n, "it is a dimension of the model's input") for n in shape)
+    held = node in w.capture.constants
+    why = (
+        "it is a dimension of a tensor that is no parameter or buffer"
+        if held
+        else "it is a dimension of the model's input"
+    )
+    return tuple(d.frozen(n, why) for n in shape)
 
 
 def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> Any:

@@ -37,9 +37,9 @@ def weight_norm(w: Walk, node: Node) -> Dims:
     v, g = node.args[:2]
     assert isinstance(v, Node) and isinstance(g, Node)
     along = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
-    for i, (expr, gain) in enumerate(zip(w.of(v), w.of(g), strict=True)):
+    for i, expr in enumerate(w.of(v)):  # along = -1: one gain for the whole weight
         if i == along:
-            d.unify(expr, gain, w.why(node, "a weight's gain has another form than the weight"))
+            d.unify(expr, w.of(g)[i], w.why(node, "a weight's gain has another form than the weight"))
             w.role(v, i, Role.PRODUCES)
             w.role(g, i, Role.SCALES)
         else:

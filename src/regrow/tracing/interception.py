@@ -1,0 +1,52 @@
+"""What stands around a run that is recorded: which module runs, and calls that pass the dispatcher by."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+
+class SpellOut(TorchFunctionMode):
+    """Spells out what reads tensors past the dispatcher, and what drops dimensions that happen to have one entry."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__setitem__ and all(isinstance(x, Tensor) for x in args):
+            x, index, value = args
+            if index.dim() == 1 and value.dim() <= x.dim() and value.dtype == x.dtype:
+                x.index_put_((index,), value)
+                return None
+        if func is Tensor.tolist:
+            return _listed(args[0])
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+def _listed(x: Tensor) -> Any:
+    return x.item() if x.dim() == 0 else [_listed(one) for one in x.unbind()]
+
+
+@contextmanager
+def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[str, type]]]]:
+    """Follow which module runs; what is given tells the path and class of each that does, the innermost last."""
+    paths = {module: path for path, module in model.named_modules()}
+    running: list[nn.Module] = []
+
+    def ends(module: nn.Module, given: Any, result: Any) -> None:
+        running.pop()
+
+    hooks = [
+        register_module_forward_pre_hook(lambda module, given: running.append(module)),
+        register_module_forward_hook(ends, always_call=True),
+    ]
+    try:
+        yield lambda: {paths[one]: (paths[one], type(one)) for one in running if one in paths}
+    finally:
+        for hook in hooks:
+            hook.remove()

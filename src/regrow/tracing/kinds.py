@@ -1,0 +1,206 @@
+"""Networks that cannot be traced as they are: what each kind is known by, and what to do instead."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from regrow.axes import AxisGraph
+from regrow.tracing.capture import TraceError
+
+_SCRIPTED = "torch.jit fixed its code and its shapes; trace the Python module that it was made from"
+_QUANTISED = "its weights are quantised, and packed ones cannot be cut; trace and cut the float model, then quantise it"
+_OBSERVED = (
+    "it measures or simulates quantisation, and what it measured belongs to the old shape; "
+    "trace and cut the float model, then prepare it for quantisation again"
+)
+_SHARDED = "several processes share its tensors; trace the module inside it ({path}.module), before it is wrapped"
+
+_CLASSES = {
+    "ScriptModule": _SCRIPTED,
+    "ObserverBase": _OBSERVED,
+    "FakeQuantizeBase": _OBSERVED,
+    "DistributedDataParallel": _SHARDED,
+    "FullyShardedDataParallel": _SHARDED,
+}
+"""Name of a class, or of one that it is derived from → why its modules cannot be traced, and the remedy.
+
+Names stand here, since to import the classes takes torch longer than most traces.
+"""
+
+_PACKAGES = {"torch.ao.nn.quantized": _QUANTISED, "torch.ao.nn.intrinsic.quantized": _QUANTISED}
+"""Package of a class → the same."""
+
+
+def check_traceable(model: nn.Module) -> None:
+    """Raise :class:`TraceError` for a network of a kind that cannot be traced; it names the module and the remedy.
+
+    >>> check_traceable(nn.LazyLinear(3))
+    Traceback (most recent call last):
+    regrow.tracing.capture.TraceError: weight has no shape yet; run the model once on an example, then trace it
+    """
+    problem = next((found for path, module in model.named_modules() if (found := _problem(path, module))), "")
+    problem = problem or next(_of_tensors(model), "")
+    if problem:
+        raise TraceError(problem)
+
+
+def _problem(path: str, module: nn.Module) -> str:
+    where = f"{path or 'the model'} is a {type(module).__name__}"
+    for base in type(module).__mro__:
+        if base.__module__.startswith("torch.") and (why := _CLASSES.get(base.__name__)):
+            return f"{where}: {why.format(path=path or 'model')}"
+    for package, why in _PACKAGES.items():
+        if type(module).__module__.startswith(package):
+            return f"{where}: {why}"
+    if isinstance(module, GraphModule) and getattr(module.train, "__module__", "").startswith("torch.export"):
+        return f"{where}: torch.export fixed its code and its shapes; trace the Python module that it was made from"
+    if isinstance(module, nn.DataParallel) and module.device_ids:
+        return f"{where}: it copies the module inside it to several devices; trace that ({path or 'model'}.module)"
+    packed = next((name for name, value in vars(module).items() if isinstance(value, torch.ScriptObject)), "")
+    return f"{where}, and its attribute {packed!r} is not visible to Python: {_QUANTISED}" if packed else ""
+
+
+def _of_tensors(model: nn.Module) -> Iterator[str]:
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        kind = type(tensor.data)
+        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
+            yield f"{name} has no shape yet; run the model once on an example, then trace it"
+        elif kind not in (Tensor, nn.Parameter, nn.Buffer, FakeTensor):
+            yield (
+                f"{name} is a {kind.__name__}, whose entries only its own class can read; trace the model with plain "
+                "tensors, and convert it after the cut"
+            )
+        elif tensor.is_quantized:
+            yield f"{name} is quantised: {_QUANTISED}"
+
+
+def unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """The parameters and buffers whose shapes must stay, and why: spectral norms divide them, or they share memory."""
+    for path, module in model.named_modules():
+        for name, remedy in _computed(path, module, spectral=True):
+            yield (
+                name,
+                f"the weight is divided by a spectral norm, which the cut would change; remove it first: {remedy}",
+            )
+    for one, other in _overlapping(model):
+        yield (
+            one,
+            f"it shares memory with {other}, which a cut would end; tie them (one parameter, two names), or clone one",
+        )
+
+
+def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """Each tensor some of whose entries are those of another one, and that one."""
+    stores: dict[int, list[tuple[int, int, str, Tensor]]] = {}
+    for name, x in (*model.named_parameters(), *model.named_buffers()):
+        if x.layout is torch.strided and x.numel():
+            start = int(x.storage_offset()) * x.element_size()
+            extent = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True)) + 1
+            stores.setdefault(x.untyped_storage()._cdata, []).append(
+                (start, start + extent * x.element_size(), name, x)
+            )
+    for held in stores.values():
+        held.sort(key=lambda one: one[:2])
+        for i, (_, end, name, x) in enumerate(held):
+            for start, _, other, y in held[i + 1 :]:
+                if start >= end:
+                    break
+                if _meet(x, y):
+                    yield from ((name, other), (other, name))
+
+
+def _meet(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors in one storage have entries in common."""
+    if x.dtype != y.dtype or x.numel() + y.numel() > _MOST_ENTRIES:
+        return True
+    places = []
+    for one in (x, y):
+        place = torch.full((1,) * one.dim(), int(one.storage_offset()))
+        for i, (n, step) in enumerate(zip(one.shape, one.stride(), strict=True)):
+            place = place + (torch.arange(n) * step).view([-1 if j == i else 1 for j in range(one.dim())])
+        places.append(place.flatten())
+    return bool(torch.isin(*places).any())
+
+
+_MOST_ENTRIES = 1 << 22
+"""With more entries than these, tensors that overlap count as sharing some."""
+
+
+def recompute_weights(model: nn.Module) -> None:
+    """Have weights that hooks compute before each run follow what they are computed of.
+
+    >>> net = torch.nn.utils.prune.l1_unstructured(nn.Linear(3, 2), "weight", 2)
+    >>> net.weight_orig, net.weight_mask = nn.Parameter(net.weight_orig[:1]), net.weight_mask[:1]
+    >>> recompute_weights(net)
+    >>> net.weight.shape
+    torch.Size([1, 3])
+    """
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, SpectralNorm):
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+            elif isinstance(hook, WeightNorm | BasePruningMethod):
+                hook(module, None)
+
+
+def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
+    """The axes, of which those that a parametrisation froze say how to remove it.
+
+    A weight that is computed from others at every call, by a norm over some of its dimensions, cannot lose entries of
+    these: all others would change.
+    """
+    computed = {name: remedy for path, module in model.named_modules() for name, remedy in _computed(path, module)}
+    if not computed:
+        return axes
+
+    def told(key: str) -> str:
+        axis = axes[key]
+        remedy = next((computed[slot.name] for slot in axis.slots if slot.name in computed), "")
+        known = axis.free or axis.size == 1 or axis.reason in _OUTER or "remove it first" in axis.reason
+        return "" if known else remedy
+
+    remedies = {key: remedy for key in axes.axes if (remedy := told(key))}
+    return axes.with_axes(
+        {
+            key: replace(axis, reason=f"{axis.reason}; remove it first: {remedies[key]}") if key in remedies else axis
+            for key, axis in axes.axes.items()
+        }
+    )
+
+
+_OUTER = ("it is a dimension of the model's input", "it is an output of the model")
+
+
+def _computed(path: str, module: nn.Module, spectral: bool = False) -> Iterator[tuple[str, str]]:
+    """Each tensor of which a module computes a weight, and the call that ends it.
+
+    Args:
+        path: Of the module.
+        module: The module.
+        spectral: Only those that are divided by a spectral norm.
+    """
+    at, dot = f"model.{path}" if path else "model", f"{path}." if path else ""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm) and not spectral:
+            for end in ("_g", "_v"):
+                yield f"{dot}{hook.name}{end}", f"torch.nn.utils.remove_weight_norm({at}, {hook.name!r})"
+        elif isinstance(hook, SpectralNorm):
+            yield f"{dot}{hook.name}_orig", f"torch.nn.utils.remove_spectral_norm({at}, {hook.name!r})"
+    chains = module.parametrizations if parametrize.is_parametrized(module) else nn.ModuleDict()
+    assert isinstance(chains, nn.ModuleDict)
+    for name, chain in chains.items():
+        if spectral and not any(isinstance(one, _SpectralNorm) for one in chain.children()):
+            continue
+        for own, _ in (*chain.named_parameters(), *chain.named_buffers()):
+            remedy = f"torch.nn.utils.parametrize.remove_parametrizations({at}, {name!r})"
+            yield f"{dot}parametrizations.{name}.{own}", remedy

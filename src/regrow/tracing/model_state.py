@@ -1,0 +1,243 @@
+"""What a network holds: every tensor and every place that code can write to, and how to put all of it back.
+
+A run may change more than tensors: modules store activations on themselves, hooks append to lists, functions keep what
+they computed. Runs on fake data would leave tensors without numbers in all these places.
+"""
+
+import sys
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import _lru_cache_wrapper, partial
+from types import CellType, CodeType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins"}
+"""Packages whose objects (locks, loggers, devices) hold nothing that a network's code writes."""
+
+
+def find_tensors(value: Any) -> Iterator[Tensor]:
+    """Every tensor that a value holds: a network with its lists, dictionaries and objects, or any of these.
+
+    >>> [x.shape for x in find_tensors({"a": [torch.ones(2)], "b": (torch.ones(3), 1)})]
+    [torch.Size([2]), torch.Size([3])]
+    """
+    visited = _Places(code=False)
+    visited.visit(value)
+    yield from visited.tensors
+
+
+def describe_state(model: nn.Module) -> dict[tuple[str, str], Any]:
+    """The form of what each attribute of each module holds: shapes and precisions of tensors, plain values as they are.
+
+    Two runs of a network are only alike if its modules hold the same before both.
+    """
+    return {
+        (path, name): _form(value, 3)
+        for path, module in model.named_modules()
+        for held in (vars(module), module._parameters, module._buffers)
+        for name, value in held.items()
+        if name not in _OF_MODULES
+    }
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""What every module has."""
+
+
+def _form(value: Any, depth: int) -> Any:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping) and depth:
+        return len(value), *(_form(one, depth - 1) for one in list(value.values())[:_MOST])
+    if isinstance(value, list | tuple | deque) and depth:
+        return len(value), *(_form(one, depth - 1) for one in list(value)[:_MOST])
+    if depth and not isinstance(value, nn.Module) and _is_plain_object(value):
+        return type(value).__name__, *(_form(one, depth - 1) for one in vars(value).values())
+    return type(value).__name__
+
+
+_MOST = 64
+
+
+@contextmanager
+def preserve_state(model: nn.Module, outside: bool = False, entries: bool = False) -> Iterator[None]:
+    """Whatever runs inside, modules hold afterwards what they held before: the same objects in the same places.
+
+    This covers attributes, parameters, buffers, lists, dictionaries, other objects, variables of hooks and of other
+    functions that modules hold, dictionaries and lists of the Python modules that define them, cached functions, and
+    the state of the CPU's random numbers.
+
+    Args:
+        model: The network.
+        outside: Leave out what only the network itself holds, as for a copy that is thrown away.
+        entries: Whether the entries of buffers and other tensors are put back too (not those of parameters).
+    """
+    places = _Places(inside=not outside)
+    places.visit(model)
+    plain = [x for x in places.tensors if entries and not isinstance(x, nn.Parameter) and not x.is_meta]
+    saved = [(x, x._version, x.detach().clone()) for x in plain]
+    try:
+        with torch.random.fork_rng(devices=()):
+            yield
+    finally:
+        places.restore()
+        with torch.no_grad():
+            for tensor, version, old in saved:
+                if tensor._version != version:
+                    tensor.detach().copy_(old)
+
+
+@dataclass
+class _Places:
+    """Places found from a value on, with what they held when they were found.
+
+    Args:
+        inside: Whether to note what only the value itself holds.
+        code: Whether to follow functions and classes.
+    """
+
+    inside: bool = True
+    code: bool = True
+    seen: set[int] = field(default_factory=set)
+    tensors: list[Tensor] = field(default_factory=list)
+    containers: list[tuple[Any, Any]] = field(default_factory=list)
+    cells: list[tuple[CellType, Any]] = field(default_factory=list)
+    classes: list[tuple[type, dict[str, Any]]] = field(default_factory=list)
+    caches: list[tuple[Any, int]] = field(default_factory=list)
+
+    def visit(self, value: Any) -> None:
+        """Note a value and what it holds; deep structures need no deep recursion."""
+        ask = [value]
+        while ask:
+            one = ask.pop()
+            if type(one) in _LEAVES or id(one) in self.seen:
+                continue
+            self.seen.add(id(one))
+            ask += reversed(list(self._parts(one)))
+
+    def restore(self) -> None:
+        """Put everything back that has changed."""
+        for container, old in self.containers:
+            _refill(container, old)
+        for cell, value in self.cells:
+            if value is _UNSET and _contents(cell) is not _UNSET:
+                del cell.cell_contents
+            elif _contents(cell) is not value:
+                cell.cell_contents = value
+        for kind, attributes in self.classes:
+            now = _attributes(kind)
+            for name in now.keys() - attributes.keys():
+                delattr(kind, name)
+            for name, value in attributes.items():
+                if now.get(name, now) is not value:
+                    setattr(kind, name, value)
+        for cache, size in self.caches:
+            if cache.cache_info().currsize != size:
+                cache.cache_clear()
+
+    def _parts(self, one: Any) -> Iterator[Any]:
+        if isinstance(one, Tensor):
+            self.tensors.append(one)
+        elif isinstance(one, dict | list | set | deque):
+            yield from self._of_container(one)
+        elif isinstance(one, tuple | frozenset):
+            yield from one
+        elif isinstance(one, FunctionType):
+            yield from self._of_function(one) if self.code else ()
+        elif isinstance(one, MethodType):
+            yield from (one.__self__, one.__func__)
+        elif isinstance(one, partial):
+            yield from (one.func, one.args, one.keywords)
+        elif isinstance(one, _lru_cache_wrapper):
+            self.caches.append((one, one.cache_info().currsize))
+        elif isinstance(one, nn.Module) or _is_plain_object(one):
+            yield from self._of_class(type(one)) if self.code else ()
+            yield from self._of_container(vars(one), self.inside)
+
+    def _of_container(self, container: Any, note: bool = True) -> Iterator[Any]:
+        if note:
+            self.containers.append((container, _contained(container)))
+        yield from dict.values(container) if isinstance(container, dict) else container
+
+    def _of_function(self, function: FunctionType) -> Iterator[Any]:
+        for cell in function.__closure__ or ():
+            value = _contents(cell)
+            self.cells.append((cell, value))
+            yield value
+        yield from function.__defaults__ or ()
+        yield from (function.__kwdefaults__ or {}).values()
+        for name in _names(function.__code__):
+            value = function.__globals__.get(name)
+            near = isinstance(value, FunctionType) and value.__module__ == function.__module__
+            if near or isinstance(value, _lru_cache_wrapper) or type(value) in (dict, list, set, deque):
+                yield value
+
+    def _of_class(self, kind: type) -> Iterator[Any]:
+        for one in kind.__mro__:
+            if _foreign(one) or id(one) in self.seen:
+                continue
+            self.seen.add(id(one))
+            own = _attributes(one)
+            self.classes.append((one, own))
+            for value in own.values():
+                inner = getattr(value, "fget", None) or getattr(value, "__func__", None) or value
+                if isinstance(inner, FunctionType | _lru_cache_wrapper | Tensor | dict | list | set | deque):
+                    yield inner
+
+
+_LEAVES = frozenset((int, float, bool, str, bytes, type(None), torch.dtype, torch.device, torch.Size))
+
+
+def _is_plain_object(value: Any) -> bool:
+    return not isinstance(value, type) and hasattr(value, "__dict__") and not _foreign(type(value))
+
+
+def _foreign(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in _FOREIGN
+
+
+def _attributes(kind: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if not name.startswith("__")}
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _names(one)
+
+
+_UNSET = object()
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:
+        return _UNSET
+
+
+def _contained(container: Any) -> Any:
+    """A copy, past whatever a class of one's own does when it is asked."""
+    return list(dict.items(container)) if isinstance(container, dict) else list(container)
+
+
+def _refill(container: Any, old: list[Any]) -> None:
+    """Have a container hold what it held."""
+    now = _contained(container)
+    if isinstance(container, dict):
+        if len(now) != len(old) or any(a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, old, strict=True)):
+            kind = OrderedDict if isinstance(container, OrderedDict) else dict
+            kind.clear(container)
+            for key, value in old:
+                kind.__setitem__(container, key, value)
+    elif len(now) != len(old) or any(a is not b for a, b in zip(now, old, strict=True)):
+        container.clear()
+        (container.update if isinstance(container, set) else container.extend)(old)
