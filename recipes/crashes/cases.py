@@ -121,7 +121,8 @@ CASES: dict[str, Case] = {
     "prune --recover": Case(f"{PRUNE} --recover refit --recover-tokens 128 --out run", "run", read=("regrow",)),
     "prune --dry-run": Case(f"{PRUNE} --dry-run plan.json", "plan.json"),
     "recover": Case(
-        "recover ../in/pruned --by lora --tokens 96 --set passes=2 --set checks=2 --set windows=1 --out run",
+        "recover ../in/pruned --by lora --tokens 96 --set passes=2 --set checks=2 --set windows=1 "
+        "--code toys:classifier --out run",
         "run",
         (f"{PRUNE} --out ../in/pruned",),
         read=("regrow",),

@@ -245,22 +245,6 @@ def test_a_built_module_can_be_handed_over(mine):
     assert load(mine, model=net) is net and net.rise.out_features == net.rise.weight.shape[0] < 10
 
 
-def test_a_plain_tensor_that_no_file_keeps_is_not_lost_in_silence(tmp_path):
-    model = saved.small()
-    model.note = torch.ones(2)
-    save(model, tmp_path / "a", origin=SMALL)  # a builder that does not know it computes it when it runs
-    model.rise.half, keep = torch.ones(2), saved.small
-
-    def small():
-        net = keep()
-        net.rise.half = torch.zeros(2)
-        return net
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(StoreError, match="register_buffer"):
-        patch.setattr(saved, "small", small)
-        save(model, tmp_path / "b", origin=SMALL)
-
-
 def test_models_without_numbers_or_a_place_in_the_architecture(tmp_path):
     with pytest.raises(StoreError, match="meta"):
         save(saved.small().to("meta"), tmp_path / "a", origin=SMALL)

@@ -111,3 +111,158 @@ def test_a_gguf_file_with_more_weights_than_it_describes_is_refused(llama, tmp_p
     del reader, field, count
     with pytest.raises(ModelError, match=r"weights, of which its metadata describe"):
         load_by_name(str(path))
+
+
+class Holding(nn.Module):
+    """A net with a scale and an offset that are plain attributes, and a list that names its weight again."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.scale, self.weights = torch.ones(8), [self.second.weight]
+
+    def forward(self, x):
+        return self.first(x).relu() * self.scale @ self.weights[0].t() + self.second.bias
+
+
+def holding():
+    torch.manual_seed(1)
+    return Holding().eval()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_tensor_that_is_a_plain_attribute_comes_back(tmp_path, known):
+    net, x = holding(), torch.linspace(-1, 1, 12).reshape(2, 6)
+    net.scale = torch.linspace(0.5, 2, 8)
+    net.first.note = torch.arange(3)
+    with torch.no_grad():
+        net.second.weight.mul_(2)
+    save(net, tmp_path, origin=Origin("callable", "", builder=holding) if known else None, example=x)
+    again = load(tmp_path, model=holding)
+    assert torch.equal(again.scale, net.scale) and torch.equal(again.first.note, torch.arange(3))
+    assert again.weights[0] is again.second.weight
+    assert torch.equal(again(x), net(x))
+    record = json.loads((tmp_path / "shapes.json").read_text())["tensors"]
+    assert record["scale"]["kind"] == "attribute" and "probe.st" in {p.name for p in tmp_path.iterdir()}
+
+
+def test_a_tensor_in_a_list_that_no_file_keeps_is_refused(tmp_path):
+    net = holding()
+    net.first.masks = {"a": [torch.ones(2)]}
+    with pytest.raises(ValueError, match=r"first\.masks\['a'\]\[0\] is a tensor in a list.*register_buffer"):
+        save(net, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("name", ["first.forward", "first.__class__", "first.weight", "first._buffers", "no.where", ""])
+def test_a_record_puts_no_attribute_in_another_place(tmp_path, name):
+    net = holding()
+    net.scale = torch.zeros(8)
+    save(net, tmp_path)
+    fewer_layers(tmp_path / "shapes.json", lambda d: d["tensors"].update({name: d["tensors"].pop("scale")}))
+    with pytest.raises(ValueError, match="no place for a tensor"):
+        load(tmp_path, model=holding)
+
+
+def test_a_changed_tensor_is_named(tmp_path):
+    from regrow.store.weights import measure
+
+    net = holding()
+    save(net, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["second.weight"][0, 0] += 1e-6
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    file = measure(tmp_path / "model.safetensors")
+    fewer_layers(
+        tmp_path / "shapes.json",
+        lambda d: d["files"].update({"model.safetensors": {"bytes": file.bytes, "sha256": file.sha256}}),
+    )
+    with pytest.raises(ValueError, match=r"'second\.weight' does not have the recorded SHA-256"):
+        load(tmp_path, model=holding)
+    assert load(tmp_path, model=holding, check=False) is not None
+
+
+class Powers(Holding):
+    """The same weights, computed otherwise."""
+
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+def test_a_network_that_answers_otherwise_is_refused(tmp_path):
+    net = holding()
+    save(net, tmp_path)
+    with pytest.raises(ValueError, match=r"answers otherwise .* differ by .* check=False"):
+        load(tmp_path, model=lambda: Powers())
+    assert isinstance(load(tmp_path, model=lambda: Powers(), check=False), Powers)
+    path = tmp_path / "probe.st"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"probe\.st .* the recorded SHA-256"):
+        load(tmp_path, model=holding)
+
+
+@pytest.mark.parametrize(
+    ("conditions", "change", "fits"),
+    [
+        ({}, 1e-6, False),  # the same machine: bit for bit
+        ({"threads": "99"}, 1e-6, True),  # another number of threads: within rounding
+        ({"torch": "0.1"}, 1e-2, False),
+    ],
+)
+def test_how_near_an_answer_must_be(tmp_path, conditions, change, fits):
+    net = holding()
+    save(net, tmp_path)
+
+    def other():
+        made = holding()
+        made.second.register_forward_hook(lambda *_: None)
+        made.register_forward_hook(lambda module, given, said: said * (1 + change))
+        return made
+
+    from regrow.store.probe import FILE, FORMAT
+    from regrow.store.tensors import read_tensors, write_tensors
+    from regrow.store.weights import measure
+
+    header, tensors = read_tensors(tmp_path / FILE, FORMAT)
+    header["conditions"] |= conditions
+    kept = {key: value for key, value in header.items() if key not in ("format", "names", "sha256")}
+    write_tensors(tmp_path / FILE, tensors, kept, FORMAT)
+    file = measure(tmp_path / FILE)
+    fewer_layers(tmp_path / "shapes.json", lambda d: d.update(probe={"bytes": file.bytes, "sha256": file.sha256}))
+    if fits:
+        load(tmp_path, model=other)
+    else:
+        with pytest.raises(ValueError, match="answers otherwise"):
+            load(tmp_path, model=other)
+
+
+def test_a_network_without_a_known_input_says_so(tmp_path):
+    net = nn.Bilinear(2, 3, 4)
+    save(net, tmp_path)
+    told = json.loads((tmp_path / "shapes.json").read_text())["probe"]
+    assert told == {"reason": "no example input is known; give one: save(…, example=input)"}
+    load(tmp_path, model=lambda: nn.Bilinear(2, 3, 4))
+
+
+class Counting(nn.Module):
+    """Keeps what it saw, and counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = self.layer(x)
+        return self.last
+
+
+def test_saving_and_loading_leave_no_trace_of_the_probe(tmp_path):
+    net = Counting().train()
+    save(net, tmp_path)
+    again = load(tmp_path, model=Counting)
+    assert net.training and float(net.calls) == float(again.calls) == 0
+    assert not hasattr(net, "last") and not hasattr(again, "last")

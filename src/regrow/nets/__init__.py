@@ -2,7 +2,7 @@
 
 from regrow.nets.attention import opened
 from regrow.nets.errors import ModelError
-from regrow.nets.load import build, load
+from regrow.nets.load import build, example_for, load
 from regrow.nets.loaded import Loaded, Origin
 
-__all__ = ["Loaded", "ModelError", "Origin", "build", "load", "opened"]
+__all__ = ["Loaded", "ModelError", "Origin", "build", "example_for", "load", "opened"]

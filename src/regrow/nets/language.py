@@ -184,7 +184,7 @@ def _load(where: str, *, name: str, dtype: torch.dtype | None, **files: Any) -> 
         )
     model.eval()
     tokenizer = None if not _is_text(model) else _tokenizer(where, files)
-    return Loaded(model, tokenizer, _example(model), origin_of(model, name))
+    return Loaded(model, tokenizer, example_of_transformers(model), origin_of(model, name))
 
 
 def _class_for(where: str, name: str, files: dict[str, Any]) -> Any:
@@ -218,7 +218,8 @@ def _is_text(model: Any) -> bool:
     return model.main_input_name == "input_ids"
 
 
-def _example(model: Any) -> Example:
+def example_of_transformers(model: Any) -> Example:
+    """An input of the form that a model of transformers was made for."""
     if _is_text(model):
         return text_example(model, model.config.get_text_config().vocab_size)
     size = getattr(model.config, "image_size", PIXELS)

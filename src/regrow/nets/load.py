@@ -16,13 +16,13 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.code import called, imported, names_code
 from regrow.nets.errors import ModelError, first_line
-from regrow.nets.examples import guessed_example
-from regrow.nets.language import build_transformers, load_folder, load_gguf, load_hub
+from regrow.nets.examples import guessed_example, image_example
+from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
 from regrow.nets.loaded import Loaded, Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
-from regrow.nets.vision import build_torchvision, known_names, load_torchvision
+from regrow.nets.vision import build_torchvision, example_of, known_names, load_torchvision
 
 Progress = Callable[[int, int, str], None]
 
@@ -99,6 +99,23 @@ def build(origin: Origin) -> nn.Module:
                 "imported; pass the function: Origin(..., builder=function)"
             )
     raise ModelError(f"cannot build a model of kind {origin.kind!r}")
+
+
+def example_for(model: nn.Module, origin: Origin) -> Example | None:
+    """An input that suits a network, by what is known of its origin; ``None`` if nothing is known.
+
+    Args:
+        model: The network; its device and dtype count.
+        origin: Where it comes from.
+    """
+    match origin.kind:
+        case "transformers":
+            return example_of_transformers(model)
+        case "torchvision":
+            return example_of(origin.reference, model)
+        case "small" | "cells" | "mobile" | "bench201":
+            return image_example(model, *origin.config["shape"])
+    return guessed_example(model)
 
 
 def check_finite(model: nn.Module, name: str) -> None:

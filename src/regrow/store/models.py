@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from regrow.nets import Loaded, ModelError, Origin, build, opened
+from regrow.axes import Example
+from regrow.nets import Loaded, ModelError, Origin, build, example_for, opened
 from regrow.nets.errors import first_line
 from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
-from regrow.store import portable
+from regrow.store import portable, probe
 from regrow.store.atomic import StoreError, partial, sync, telling, write_text
+from regrow.store.attributes import attribute_tensors
 from regrow.store.pretrained import (
     as_saved,
     check_configuration,
@@ -30,13 +32,21 @@ from regrow.store.pretrained import (
     write_configuration,
     write_tokenizer,
 )
-from regrow.store.shapes import Shapes
-from regrow.store.state import check, describe, drop, restore
+from regrow.store.shapes import DTYPES, Probe, Shapes
+from regrow.store.state import check as check_architecture
+from regrow.store.state import describe, drop, held, restore
 from regrow.store.versions import versions
-from regrow.store.weights import inside, read_weights, write_weights
+from regrow.store.weights import check_file, inside, measure, read_weights, write_weights
 
 SHAPES = "shapes.json"
-CARRIED = ("modeling_regrow.py", "reshape_regrow.py", "load_regrow.py", "network.json", "buffers.safetensors")
+CARRIED = (
+    "modeling_regrow.py",
+    "reshape_regrow.py",
+    "load_regrow.py",
+    "network.json",
+    "buffers.safetensors",
+    probe.FILE,
+)
 """Files that some saved models have and others have not."""
 _LONGEST = 2**28
 
@@ -50,6 +60,7 @@ def save(
     origin: Origin | None = None,
     tokenizer: Any | None = None,
     dtype: torch.dtype | None = None,
+    example: Example | Tensor | None = None,
 ) -> Path:
     """Write a model folder: all of it, or nothing.
 
@@ -59,6 +70,8 @@ def save(
         origin: How to build the architecture, if ``model`` does not say. Without one, loading will ask for the model.
         tokenizer: Saved along, if ``model`` does not bring one.
         dtype: What floating-point weights are stored in; as they are, unless given.
+        example: An input that the network answers to, kept with the answer so that loading can compare. One that suits
+            the architecture is taken, unless ``model`` brings one or it is given.
 
     Returns:
         The folder.
@@ -71,6 +84,7 @@ def save(
     net = given.model if isinstance(given, Loaded) else given
     if isinstance(given, Loaded):
         origin, tokenizer = origin or given.origin, tokenizer if tokenizer is not None else given.tokenizer
+        example = given.example if example is None else example
     known = getattr(net, "origin", None)
     origin = origin or (known if isinstance(known, Origin) else _guessed(net))
     tokenizer = tokenizer if tokenizer is not None else getattr(net, "tokenizer", None)
@@ -85,12 +99,13 @@ def save(
     names = dict(net.named_parameters(remove_duplicate=False))
     shapes = describe(net, fresh and _as_saved(fresh, names), origin, dtype)
     with _staged(folder) as stage:
-        files = write_weights(net, shapes, stage)
+        shapes = write_weights(net, shapes, stage)
+        kept = _write_probe(net, shapes, example, stage)
         if origin.kind == "transformers":
             _write_pretrained(net, shapes, stage)
         if hasattr(tokenizer, "save_pretrained"):
             write_tokenizer(tokenizer, stage)
-        write_text(stage / SHAPES, replace(shapes, files=files, versions=versions()).to_json())
+        write_text(stage / SHAPES, replace(shapes, probe=kept, versions=versions()).to_json())
     return folder
 
 
@@ -100,6 +115,7 @@ def load(
     model: nn.Module | Builder | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """Build a saved network again, of whatever shape, without tracing it.
 
@@ -109,25 +125,28 @@ def load(
             code that a folder names is run. A module given here becomes the loaded one.
         device: Where it goes.
         dtype: What its floating-point weights become; as they were saved, unless given.
+        check: Compare every tensor with its recorded digest, and what the network answers to the recorded input with
+            what it answered when it was saved: bit for bit with the same number of threads, dtype, torch and
+            processor; otherwise they may differ by three times the network's own rounding.
 
     Returns:
         The network in eval mode, with ``origin`` and, where there is one, ``tokenizer`` as attributes.
 
     Raises:
-        StoreError: If the folder is not a saved model, its files are damaged, changed or do not fit one another, or
-            the architecture is another one.
+        StoreError: If the folder is not a saved model, its files are damaged, changed or do not fit one another, the
+            architecture is another one, or the network answers otherwise; names the tensor that differs.
     """
     folder = Path(folder)
     shapes = read_shapes(folder)
     try:
         net = _built(folder, shapes, model, dtype)
         drop(net, shapes.stands)
-        check(net, shapes)
+        check_architecture(net, shapes)
     except (ModelError, StoreError) as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else text[:399] + "…"
         raise StoreError(text if text.startswith(str(folder)) else f"{folder}: {text}") from None
-    tensors = read_weights(folder, shapes)
+    tensors = read_weights(folder, shapes, check=check)
     transformers = shapes.origin.kind == "transformers"
     if dtype is not None and transformers:
         tensors = {
@@ -135,7 +154,16 @@ def load(
             for name, tensor in tensors.items()
         }
     restore(net, shapes, tensors)
-    net.to(device, None if transformers else dtype).eval()
+    net.eval()
+    if check and shapes.probe.file is not None:
+        check_file(inside(folder, probe.FILE), shapes.probe.file)
+        dtypes = {DTYPES[one.dtype] for one in shapes.tensors.values()}
+        probe.check_probe(net, folder / probe.FILE, stored=dtypes, cast=transformers and dtype is not None)
+    net.to(device, None if transformers else dtype)
+    for name, tensor in attribute_tensors(net).items():  # which `to` leaves where they are
+        if name in tensors:
+            path, _, leaf = name.rpartition(".")
+            vars(net.get_submodule(path))[leaf] = tensor.to(device)
     found = read_tokenizer(folder) if transformers else None
     own = shapes.origin.kind == "callable" and model is not None and not isinstance(model, nn.Module)
     origin = replace(shapes.origin, builder=model) if own else shapes.origin
@@ -227,6 +255,24 @@ def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
     reference = shapes.origin.reference
     write_configuration(shapes.origin, net, folder, changes, portable.class_name(reference))
     portable.write_code(reference, folder)
+
+
+def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path) -> Probe:
+    """Write an input and what the network answers to it; the reason, where it does not answer to any that is known."""
+    if isinstance(example, Tensor):
+        example = Example((example,))
+    try:
+        example = example or example_for(net, shapes.origin)
+        if example is None:
+            raise probe.UnprobedError("no example input is known; give one: save(…, example=input)")
+        there = held(net)
+        cast = any(
+            str(there[n].tensor.dtype) != f"torch.{one.dtype}" for n, one in shapes.tensors.items() if n in there
+        )
+        probe.write_probe(net, example, folder / probe.FILE, cast=cast)
+    except (probe.UnprobedError, ModelError) as error:
+        return Probe(reason=str(error))
+    return Probe(measure(folder / probe.FILE))
 
 
 def _guessed(model: nn.Module) -> Origin:

@@ -4,7 +4,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -25,6 +25,8 @@ DTYPES: Mapping[str, torch.dtype] = {
 """The dtypes that can be stored, by name."""
 
 MOST = 2**31
+PROBE = "probe.st"
+DIGEST = re.compile(r"([0-9a-f]{64})?")
 FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.safetensors")
 
 Number = int | float | tuple[int, ...]
@@ -32,11 +34,20 @@ Number = int | float | tuple[int, ...]
 
 
 class Kind(StrEnum):
-    """What a stored tensor is: a parameter, a buffer, or a buffer that a model's own state dict leaves out."""
+    """What a stored tensor is.
+
+    A parameter, a buffer, a buffer that a model's own state dict leaves out, or a plain attribute of a module.
+    """
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
     DERIVED = "derived"
+    ATTRIBUTE = "attribute"
+
+    @property
+    def carried(self) -> bool:
+        """Whether it is in ``model.safetensors``, the file that others read; else in ``buffers.safetensors``."""
+        return self in (Kind.PARAMETER, Kind.BUFFER)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,7 @@ class Stored:
         trains: Whether it asks for gradients.
         was: Its shape in a freshly built model, where that is another one; ``None`` if it is the same.
         added: Whether a freshly built model has no such tensor (a bias that compensates for dropped units).
+        sha256: Of its bytes; empty in folders of version 0.1.
     """
 
     dtype: str
@@ -58,6 +70,7 @@ class Stored:
     trains: bool = True
     was: tuple[int, ...] | None = None
     added: bool = False
+    sha256: str = ""
 
     @property
     def bytes(self) -> int:
@@ -67,10 +80,24 @@ class Stored:
 
 @dataclass(frozen=True)
 class File:
-    """How long a file must be, and its SHA-256."""
+    """How long a file must be, its SHA-256, and that of its header alone (empty in folders of version 0.1)."""
 
     bytes: int
     sha256: str
+    header: str = ""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The file with an input and what the network answers to it, or the reason why there is none.
+
+    Args:
+        file: How long ``probe.st`` must be, and its SHA-256.
+        reason: Why there is none; empty if there is one, and in folders of version 0.1.
+    """
+
+    file: File | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,6 +111,7 @@ class Shapes:
         ties: Name → the first name of the same tensor.
         dropped: Tensors that a freshly built model has and this one has not.
         stands: Path of a module that was dropped whole → what stands for it. Its tensors are not spoken of.
+        probe: An input, and what the network answers to it.
         compared: Whether a freshly built model was there to compare with. If not, everything is listed, and nothing
             has a ``was``.
         files: The files with the numbers.
@@ -99,6 +127,7 @@ class Shapes:
     files: Mapping[str, File] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     stands: Mapping[str, Stand] = field(default_factory=dict)
+    probe: Probe = Probe()
 
     def to_json(self) -> str:
         """The record as JSON text, one line per entry."""
@@ -107,7 +136,8 @@ class Shapes:
             "origin": json.loads(self.origin.to_json()),
             "versions": dict(self.versions),
             "compared": self.compared,
-            "files": {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in self.files.items()},
+            "files": {name: asdict(file) for name, file in self.files.items()},
+            "probe": asdict(self.probe.file) if self.probe.file else {"reason": self.probe.reason},
             "attributes": dict(self.attributes),
             "ties": dict(self.ties),
             "dropped": list(self.dropped),
@@ -152,6 +182,7 @@ class Shapes:
             {name: _file(name, value) for name, value in parts["files"].items()},
             {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
             stands,
+            _probe(data.get("probe", {"reason": ""})),
         )
 
 
@@ -166,6 +197,8 @@ def _written(stored: Stored) -> dict[str, Any]:
         data["was"] = list(stored.was)
     if stored.added:
         data["added"] = True
+    if stored.sha256:
+        data["sha256"] = stored.sha256
     return data
 
 
@@ -194,7 +227,10 @@ def _tensor(name: str, value: Any) -> Stored:
     if not isinstance(trains, bool) or not isinstance(added, bool):
         raise StoreError(f"tensor {name!r}: 'trains' and 'added' are true or false; restore the file")
     shape = _shape(name, value.get("shape"))
-    return Stored(dtype, shape, Kind(kind), trains, None if was is None else _shape(name, was), added)
+    sha256 = value.get("sha256", "")
+    if not isinstance(sha256, str) or not DIGEST.fullmatch(sha256):
+        raise StoreError(f"tensor {name!r} has the SHA-256 {_short(sha256)}, which is none; restore the file")
+    return Stored(dtype, shape, Kind(kind), trains, None if was is None else _shape(name, was), added, sha256)
 
 
 def _shape(name: str, value: Any) -> tuple[int, ...]:
@@ -218,12 +254,19 @@ def _whole(value: Any) -> bool:
 
 
 def _file(name: str, value: Any) -> File:
-    if not FILE_NAME.fullmatch(name):
+    if name != PROBE and not FILE_NAME.fullmatch(name):
         raise StoreError(f"{_short(name)} is no name of a safetensors file in this folder; restore it")
     length, digest = (value.get("bytes"), value.get("sha256")) if isinstance(value, dict) else (None, None)
     if type(length) is not int or not isinstance(digest, str):
         raise StoreError(f"the length and SHA-256 of {name} are missing; restore them")
-    return File(length, digest)
+    header = value.get("header", "")
+    return File(length, digest, header if isinstance(header, str) else "")
+
+
+def _probe(value: Any) -> Probe:
+    if isinstance(value, dict) and isinstance(value.get("reason"), str):
+        return Probe(reason=value["reason"])
+    return Probe(_file(PROBE, value))
 
 
 def _short(value: Any) -> str:

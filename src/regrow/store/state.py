@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from regrow.branches import Stand, lies_in
 from regrow.nets import Origin
 from regrow.store.atomic import StoreError
+from regrow.store.attributes import attribute_tensors, check_attribute, packed_tensors, replace_tensors
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.tracing import attributes as named
 from regrow.tracing.stand import exchange, stands_in
@@ -121,6 +122,10 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
             tuple(old.tensor.shape) if old is not None and old.tensor.shape != shape else None,
             fresh is not None and old is None,
         )
+    for name, tensor in _loose(model, fresh).items():
+        tensors[name] = Stored(
+            _dtype(name, Held(tensor, Kind.ATTRIBUTE), None), tuple(tensor.shape), Kind.ATTRIBUTE, tensor.requires_grad
+        )
     attributes = numbers(model)
     if fresh is not None:
         fixed, empty = numbers(fresh), unset(fresh)
@@ -129,7 +134,6 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
             for place, number in attributes.items()
             if place in empty or (place in fixed and not _equal(number, fixed[place]))
         }
-        _check_loose(model, fresh)
     dropped = tuple(name for name in before if name not in now)
     shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None, stands=stands)
     if fresh is not None:
@@ -159,7 +163,10 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
     """
     there = held(fresh)
     for name, stored in shapes.tensors.items():
-        _check_tensor(fresh, there.get(name), name, stored, shapes.compared)
+        if stored.kind is Kind.ATTRIBUTE:
+            check_attribute(fresh, name)
+        else:
+            _check_tensor(fresh, there.get(name), name, stored, shapes.compared)
     for name, first in shapes.ties.items():
         if first not in shapes.tensors or name in shapes.tensors:
             raise StoreError(f"{name!r} is tied to {first!r}, which is not stored; restore shapes.json")
@@ -189,6 +196,7 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
         tensors: Name → numbers, in storage of their own.
     """
     made: dict[str, Tensor] = {}
+    before = {name: here.tensor for name, here in held(model).items()}
     for name, stored in shapes.tensors.items():
         value = tensors[name]
         made[name] = nn.Parameter(value, stored.trains) if stored.kind is Kind.PARAMETER else value
@@ -197,6 +205,7 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
     for name in [*made, *shapes.dropped]:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, made.get(name))
+    replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
     fixed, empty = numbers(model), unset(model)
     for place, number in shapes.attributes.items():
         path, name = place.split(":")
@@ -241,18 +250,28 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
             raise StoreError(f"{place!r} is {new} in the record; a size is from 0 to {MOST - 1}: restore shapes.json")
 
 
-def _check_loose(model: nn.Module, fresh: nn.Module) -> None:
-    """A tensor that is neither parameter nor buffer cannot be stored; it must be what a fresh build gives."""
-    others = dict(fresh.named_modules())
-    for path, module in model.named_modules():
-        there = vars(others[path]) if path in others else {}
-        for name, value in vars(module).items():
-            old = there.get(name)
-            if isinstance(value, Tensor) and isinstance(old, Tensor) and not _same(value, old):
-                raise StoreError(
-                    f"module {path!r} holds the tensor {name!r} as a plain attribute, which no file keeps; "
-                    "make it a buffer (register_buffer)"
-                )
+def _loose(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
+    """Plain attributes that have to be stored: those that a freshly built network does not give by itself.
+
+    Raises:
+        StoreError: If a list or mapping holds a tensor that no file keeps.
+    """
+    own = {id(here.tensor): name for name, here in held(model).items()}
+    before = {} if fresh is None else {id(here.tensor): name for name, here in held(fresh).items()}
+    built = attribute_tensors(fresh) if fresh is not None else {}
+    packed = packed_tensors(fresh) if fresh is not None else {}
+    for place, tensor in packed_tensors(model).items():
+        if id(tensor) not in own and (place not in packed or not _same(tensor, packed[place])):
+            raise StoreError(
+                f"{place} is a tensor in a list or mapping of a module, which no file keeps; make it a buffer "
+                "(register_buffer), or delete it"
+            )
+    return {
+        name: tensor
+        for name, tensor in attribute_tensors(model).items()
+        if name not in built
+        or not (_same(tensor, built[name]) or (id(tensor) in own and own[id(tensor)] == before.get(id(built[name]))))
+    }
 
 
 def _dtype(name: str, here: Held, dtype: torch.dtype | None) -> str:

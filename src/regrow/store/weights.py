@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,14 +12,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regrow.store.atomic import StoreError, telling, write_text, written
+from regrow.store.attributes import attribute_tensors
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import held
 
 SHARD = 5 * 10**9
 """Bytes of tensors after which another file is begun."""
+_LONGEST = 2**28
 
 
-def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> dict[str, File]:
+def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
     """Write every recorded tensor once: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
 
     Args:
@@ -28,19 +31,21 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
         shard: Bytes after which another file is begun.
 
     Returns:
-        File name → its length and digest.
+        The record, with the length and digest of every file and the digest of every tensor.
 
     Raises:
         StoreError: If the disk is full or does not let us write.
     """
-    places = held(model)
-    own = {name: stored for name, stored in shapes.tensors.items() if stored.kind is not Kind.DERIVED}
-    rest = {name: stored for name, stored in shapes.tensors.items() if stored.kind is Kind.DERIVED}
+    places = {name: here.tensor for name, here in held(model).items()} | attribute_tensors(model)
+    digests: dict[str, str] = {}
+    own = {name: stored for name, stored in shapes.tensors.items() if stored.kind.carried}
+    rest = {name: stored for name, stored in shapes.tensors.items() if not stored.kind.carried}
     parts = list(_parts(own, shard))
     names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = {"model.safetensors": parts[0]} if len(parts) == 1 else dict(zip(names, parts, strict=True))
     for name, part in {**files, **({"buffers.safetensors": rest} if rest else {})}.items():
-        tensors = _plain({key: places[key].tensor.to(DTYPES[stored.dtype]) for key, stored in part.items()})
+        tensors = _plain({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
+        digests |= {key: digest(tensor) for key, tensor in tensors.items()}
         with written(folder / name) as temporary:
             save_file(tensors, temporary, {"format": "pt"})
     if len(parts) > 1:
@@ -49,33 +54,37 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
             "weight_map": {key: name for name, part in files.items() for key in part},
         }
         write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=1) + "\n")
-    return {name: measure(folder / name) for name in [*files, *(["buffers.safetensors"] if rest else [])]}
+    names = [*files, *(["buffers.safetensors"] if rest else [])]
+    tensors_told = {name: replace(stored, sha256=digests[name]) for name, stored in shapes.tensors.items()}
+    return replace(shapes, tensors=tensors_told, files={name: measure(folder / name) for name in names})
 
 
-def read_weights(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
+def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[str, Tensor]:
     """Every recorded tensor, in storage of its own: the alignment of a memory-mapped one would change results.
 
     Args:
         folder: The model folder.
         shapes: What must be in its files.
+        check: Compare with the recorded digests: of every tensor, or of whole files where an older folder has those
+            alone.
 
     Returns:
         Name → tensor, on the CPU.
 
     Raises:
         StoreError: If a file is missing, truncated or changed, lacks a tensor or has one too many, or if a tensor has
-            another shape or dtype than recorded or holds NaN.
+            another shape, dtype or digest than recorded or holds NaN; names the tensor.
     """
     found: dict[str, Tensor] = {}
     for name, expected in shapes.files.items():
         path = inside(folder, name)
-        _check_file(path, expected)
+        check_file(path, expected, digests=check)
         try:
             with safe_open(path, framework="pt") as content:
                 for key in content.keys():  # noqa: SIM118 (it is no dictionary)
                     if key in found or key not in shapes.tensors:
                         raise StoreError(f"{path} holds the tensor {key!r}, which is not recorded; restore the file")
-                    found[key] = _checked(path, key, content.get_tensor(key), shapes.tensors[key])
+                    found[key] = _checked(path, key, content.get_tensor(key), shapes.tensors[key], check)
         except (SafetensorError, OSError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
     if missing := [name for name in shapes.tensors if name not in found]:
@@ -98,31 +107,65 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def measure(path: Path) -> File:
-    """The length and digest of a file."""
+    """The length of a file, its digest and that of its header."""
     with telling(path), path.open("rb") as file:
-        return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), _header(path))
 
 
-def _check_file(path: Path, expected: File) -> None:
+def digest(tensor: Tensor) -> str:
+    """The SHA-256 of a tensor's bytes, row by row.
+
+    >>> digest(torch.zeros(2))[:8]
+    'af5570f5'
+    """
+    plain = tensor.detach().cpu().contiguous().flatten()
+    return hashlib.sha256(plain.view(torch.uint8).numpy().data if plain.numel() else b"").hexdigest()
+
+
+def _header(path: Path) -> str:
+    """The SHA-256 of the part of a safetensors file that describes the rest."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), _LONGEST))).hexdigest()
+
+
+def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
+    """Assert that a file is the recorded one, as far as its header and length tell.
+
+    Args:
+        path: The file.
+        expected: What is recorded.
+        digests: Whether to compare digests; else lengths alone.
+
+    Raises:
+        StoreError: If it is truncated, damaged or changed.
+    """
     length = path.stat().st_size
     if length != expected.bytes:
         state = "truncated" if length < expected.bytes else "changed"
         raise StoreError(f"{path} has {length} bytes, not the recorded {expected.bytes}: it is {state}; copy it again")
-    if measure(path).sha256 != expected.sha256:
+    if not digests:
+        return
+    # What each tensor holds is compared with a digest of its own, so that it can be named.
+    if _header(path) != expected.header if expected.header else measure(path).sha256 != expected.sha256:
         raise StoreError(f"{path} does not have the recorded SHA-256: it is damaged or was changed; copy it again")
 
 
-def _checked(path: Path, name: str, tensor: Tensor, stored: Stored) -> Tensor:
+def _checked(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -> Tensor:
     if tuple(tensor.shape) != stored.shape or tensor.dtype != DTYPES[stored.dtype]:
         raise StoreError(
             f"{path}: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
             f"the record says {stored.dtype} {stored.shape}; restore the file"
         )
     own = tensor.clone(memory_format=torch.contiguous_format)
-    if own.is_floating_point() and own.element_size() > 1:
+    if own.is_floating_point() and own.element_size() > 1 and stored.kind is not Kind.ATTRIBUTE:
         bad = own.isnan() if stored.kind is not Kind.PARAMETER else ~own.isfinite()
         if bool(bad.any()):
             raise StoreError(f"{path}: {int(bad.sum())} entries of {name!r} are NaN or infinite; use an undamaged file")
+    if check and stored.sha256 and digest(own) != stored.sha256:
+        raise StoreError(
+            f"{path}: {name!r} does not have the recorded SHA-256: it is damaged or was changed; copy it again"
+        )
     return own
 
 

@@ -26,7 +26,7 @@ _CLASS = "class Regrown(Base)"
 
 def changed(shapes: Shapes) -> bool:
     """Whether a network differs from what its architecture's configuration builds."""
-    differing = any(one.was is not None or one.added or one.kind is Kind.DERIVED for one in shapes.tensors.values())
+    differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
     return bool(differing or shapes.dropped or shapes.attributes or shapes.stands)
 
 
@@ -45,7 +45,8 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
     nothing = any(stand.gives == "nothing" for stand in shapes.stands.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
-    if nothing or foreign or sum(found[name].tensor.numel() for name in own) > MOST_DERIVED:
+    loose = any(one.kind is Kind.ATTRIBUTE for one in shapes.tensors.values())
+    if nothing or foreign or loose or sum(found[name].tensor.numel() for name in own) > MOST_DERIVED:
         return None
     return {
         "tensors": {

@@ -1,0 +1,89 @@
+"""Tensors that modules hold outside their parameters and buffers: as plain attributes, or in lists and mappings."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.store.atomic import StoreError
+
+_OWN = frozenset(vars(nn.Module()))
+"""What every module holds: parameters, buffers, modules, hooks."""
+_DEEPEST = 4
+
+
+def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Dotted name → tensor, for every tensor that a module holds as a plain attribute.
+
+    >>> net = nn.Linear(2, 2)
+    >>> net.scale = torch.ones(2)
+    >>> list(attribute_tensors(net))
+    ['scale']
+    """
+    return {
+        f"{path}.{name}" if path else name: value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor) and name not in _OWN
+    }
+
+
+def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Place → tensor, for every tensor in a list, tuple or mapping that a module holds."""
+    return {
+        f"{path}.{name}{place}" if path else f"{name}{place}": tensor
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, list | tuple | dict) and name not in _OWN
+        for place, tensor in _inside(value, _DEEPEST)
+    }
+
+
+def check_attribute(model: nn.Module, name: str) -> None:
+    """Assert that a tensor may be put in the place of a plain attribute.
+
+    Raises:
+        StoreError: If there is no such module, or the name is one of its parts or methods.
+    """
+    path, _, leaf = name.rpartition(".")
+    module = dict(model.named_modules()).get(path)
+    parts = () if module is None else (*module._parameters, *module._buffers, *module._modules, *_OWN)
+    free = module is not None and leaf.isidentifier() and not leaf.startswith("__") and leaf not in parts
+    if not free or hasattr(type(module), leaf) or not isinstance(vars(module).get(leaf), Tensor | None):
+        raise StoreError(f"the architecture has no place for a tensor {name!r} as an attribute; restore shapes.json")
+
+
+def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> None:
+    """Put tensors in the place of others wherever modules hold those outside their parameters and buffers; in place.
+
+    Args:
+        model: The network.
+        new: ``id`` of a tensor → what takes its place.
+    """
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if name not in _OWN and any(id(tensor) in new for _, tensor in _inside([value], _DEEPEST + 1)):
+                vars(module)[name] = _replaced(value, new)
+
+
+def _inside(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in parts:
+        if isinstance(part, Tensor):
+            yield f"[{key!r}]", part
+        elif isinstance(part, list | tuple | dict) and depth:
+            for place, tensor in _inside(part, depth - 1):
+                yield f"[{key!r}]{place}", tensor
+
+
+def _replaced(value: Any, new: Mapping[int, Tensor]) -> Any:
+    match value:
+        case Tensor():
+            return new.get(id(value), value)
+        case list():
+            value[:] = [_replaced(part, new) for part in value]
+        case dict():
+            value.update({key: _replaced(part, new) for key, part in value.items()})
+        case tuple() if type(value) is tuple:
+            return tuple(_replaced(part, new) for part in value)
+    return value

@@ -1,0 +1,282 @@
+"""A probe: an input that is kept with a saved network and what it answered, so that loading can compare."""
+
+import copy
+import platform
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.axes import Example
+from regrow.nets.errors import first_line
+from regrow.store.atomic import StoreError
+from regrow.store.schemas import ProbeHeader, convert
+from regrow.store.shapes import DTYPES, PROBE
+from regrow.store.tensors import digest, read_tensors, write_tensors
+
+FILE, FORMAT = PROBE, "regrow-probe/1"
+"""A safetensors file under a name of its own: some tools take every ``*.safetensors`` for weights of the model."""
+MOST = 2**16
+"""Numbers of an input that are kept as they are; a larger one is replaced by a pattern of the same shape."""
+SAMPLED = 4096
+"""Numbers of each output that are kept beside its digest."""
+LAW = 3
+"""How many times its own rounding an output may differ by where it was computed otherwise."""
+_LARGEST, _ELEMENTS = 2**28, 2**26
+
+
+class UnprobedError(ValueError):
+    """The reason why a network has no probe."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network answers: digests of its outputs, and some of the numbers.
+
+    Args:
+        digests: SHA-256 of each output tensor.
+        samples: At most :data:`SAMPLED` numbers of each, evenly spaced, as float64.
+    """
+
+    digests: tuple[str, ...]
+    samples: tuple[Tensor, ...]
+
+
+def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = False) -> None:
+    """Let a network answer to an input, and write both down.
+
+    Args:
+        model: The network; it is run in eval mode and is afterwards as it was.
+        example: The input. Large floating-point tensors are replaced by a pattern of the same shape.
+        path: The file to make.
+        cast: Whether its weights are stored in another dtype than they have.
+
+    Raises:
+        UnprobedError: If the network does not answer to the input, or the input cannot be written down.
+        StoreError: If the disk is full.
+    """
+    inputs: list[Tensor] = []
+    shape = [_packed(list(example.args), inputs), _packed(dict(example.kwargs), inputs)]
+    inputs = [_small(one) for one in inputs]
+    try:
+        said = answer(model, shape, inputs)
+    except Exception as error:
+        raise UnprobedError(f"the network does not take the example input ({first_line(error)[:120]})") from None
+    parameters = list(model.parameters())
+    header = {
+        "inputs": shape,
+        "patterns": [_told(one) if _patterned(one) else None for one in inputs],
+        "outputs": list(said.digests),
+        # Kernels choose by the alignment and the layout of weights, and a loaded network has both in order.
+        "exact": not cast
+        and all(p.is_contiguous() and p.data_ptr() % 64 == 0 and p.device.type == "cpu" for p in parameters),
+        "conditions": conditions(),
+    }
+    tensors = {f"i{i}": one for i, one in enumerate(inputs) if not _patterned(one)}
+    write_tensors(path, tensors | {f"o{i}": one for i, one in enumerate(said.samples)}, header, FORMAT)
+
+
+def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] = (), cast: bool = False) -> None:
+    """Assert that a network answers as the one that was saved.
+
+    Args:
+        model: The network on the CPU; it is afterwards as it was.
+        path: The file that :func:`write_probe` made.
+        stored: The dtypes in which its weights were stored.
+        cast: Whether they have been cast since.
+
+    Raises:
+        StoreError: If it does not, or the file is damaged; says by how much, and the remedy.
+    """
+    header, inputs, before = _read(path)
+    if cast:
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        inputs = [one.to(dtype) if one.is_floating_point() else one for one in inputs]
+    try:
+        now = answer(model, header.inputs, inputs)
+    except Exception as error:
+        raise StoreError(
+            f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); "
+            "build it with the code and versions it was saved with, or load it with check=False"
+        ) from None
+    if now.digests == tuple(header.outputs):
+        return
+    if [one.shape for one in now.samples] != [one.shape for one in before]:
+        raise StoreError(f"{path.parent}: the network answers in another form than the one that was saved; {_REMEDY}")
+    gap, size = _distance(before, now.samples), max((float(one.abs().max()) for one in before if len(one)), default=0.0)
+    same = header.exact and not cast and header.conditions == conditions()
+    allowed = 0.0 if same else size * 64 * _epsilon(model, stored)
+    if not same and not gap <= allowed:
+        allowed = max(allowed, LAW * _rounding(model, header.inputs, inputs, now))
+    if not gap <= allowed or (same and gap == 0):
+        raise StoreError(
+            f"{path.parent}: the network answers otherwise than the one that was saved: they differ by {gap:.3g} of "
+            f"{size:.3g}, allowed are {allowed:.3g}; {_REMEDY}"
+        )
+
+
+_REMEDY = "build it with the code and versions it was saved with, or load it with check=False"
+
+
+def answer(model: nn.Module, shape: Any, inputs: Sequence[Tensor]) -> Answer:
+    """What a network answers, in eval mode and with fixed random numbers.
+
+    Args:
+        model: The network; it is afterwards as it was.
+        shape: The form of its arguments.
+        inputs: The tensors in them.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    args, kwargs = _filled(shape, [one.to(device) for one in inputs])
+    with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        outputs = [leaf.detach() for leaf in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(leaf, Tensor)]
+        if not outputs:
+            raise ValueError("it gives no tensor")
+        outputs = [one.cpu().contiguous() for one in outputs]
+        samples = (one.flatten()[:: max(1, -(-one.numel() // SAMPLED))] for one in outputs)
+        wide = tuple(_real(one).to(torch.float64).clone() for one in samples)
+        return Answer(tuple(digest({"": one}) for one in outputs), wide)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Whatever modules set on themselves inside, and small buffers they write to, is afterwards as it was."""
+    modules = list(model.modules())
+    states = [dict(vars(module)) for module in modules]
+    buffers = [dict(module._buffers) for module in modules]
+    kept = [(one, one.detach().clone()) for one in model.buffers() if one.numel() <= 2**20]
+    try:
+        yield
+    finally:
+        for module, state, own in zip(modules, states, buffers, strict=True):
+            vars(module).clear()
+            vars(module).update(state)
+            module._buffers.clear()
+            module._buffers.update(own)
+        with torch.no_grad():
+            for one, before in kept:
+                if not torch.equal(one, before):
+                    one.copy_(before)
+
+
+def conditions() -> dict[str, str]:
+    """What the last bits of an output depend on beside network and input."""
+    return {
+        "torch": torch.__version__,
+        "threads": str(torch.get_num_threads()),
+        "cpu": f"{_processor()} {torch.backends.cpu.get_cpu_capability()}",
+        "matmul": torch.get_float32_matmul_precision(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _read(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
+    if path.is_file() and path.stat().st_size > _LARGEST:
+        raise StoreError(f"{path} is larger than any probe; restore it")
+    data, tensors = read_tensors(path, FORMAT)
+    header = convert(data, ProbeHeader, path)
+    try:
+        inputs = [
+            tensors[f"i{i}"] if told is None else _pattern(told[1], DTYPES[told[0]])
+            for i, told in enumerate(header.patterns)
+        ]
+        return header, inputs, [tensors[f"o{i}"] for i in range(len(header.outputs))]
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise StoreError(f"{path} is damaged ({error!s:.60}); copy it again") from None
+
+
+def _told(tensor: Tensor) -> tuple[str, list[int]]:
+    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+
+
+def _packed(value: Any, tensors: list[Tensor]) -> Any:
+    """Arguments as JSON data, their tensors aside."""
+    match value:
+        case Tensor():
+            tensors.append(value.detach())
+            return {"tensor": len(tensors) - 1}
+        case list() | tuple():
+            kind = "tuple" if isinstance(value, tuple) else "list"
+            return {kind: [_packed(part, tensors) for part in value]}
+        case Mapping():
+            return {"dict": {str(key): _packed(part, tensors) for key, part in value.items()}}
+        case None | bool() | int() | float() | str():
+            return {"value": value}
+    raise UnprobedError(f"the example input holds a {type(value).__name__}, which is not written down")
+
+
+def _filled(shape: Any, tensors: Sequence[Tensor]) -> Any:
+    match shape:
+        case {"tensor": int(i)} if 0 <= i < len(tensors):
+            return tensors[i]
+        case {"tuple": [*parts]}:
+            return tuple(_filled(part, tensors) for part in parts)
+        case {"list": [*parts]}:
+            return [_filled(part, tensors) for part in parts]
+        case {"dict": dict(parts)}:
+            return {key: _filled(part, tensors) for key, part in parts.items()}
+        case {"value": None | bool() | int() | float() | str() as value}:
+            return value
+        case [args, kwargs]:
+            return _filled(args, tensors), _filled(kwargs, tensors)
+    raise ValueError(f"not an argument: {shape!s:.60}")
+
+
+def _patterned(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.numel() > MOST
+
+
+def _small(tensor: Tensor) -> Tensor:
+    return _pattern(tensor.shape, tensor.dtype) if _patterned(tensor) else tensor
+
+
+def _pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Numbers from -1 to 1 that every machine computes alike."""
+    count = 1
+    for size in shape:
+        count *= size
+    if not 0 <= count <= _ELEMENTS:
+        raise ValueError(f"a tensor of {count} numbers")
+    return (torch.arange(count) * 7919 % 257).to(torch.float32).div(128).sub(1).to(dtype).reshape(tuple(shape))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor).flatten() if tensor.is_complex() else tensor
+
+
+def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+    """The largest difference; NaN and infinity equal themselves."""
+    found = 0.0
+    for one, other in zip(a, b, strict=True):
+        different = ~((one == other) | (one.isnan() & other.isnan()))
+        gaps = (one - other)[different].abs()
+        found = max(found, float(gaps.nan_to_num(torch.inf).max()) if len(gaps) else 0.0)
+    return found
+
+
+def _epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
+    """The rounding of the coarsest dtype that a network has or was stored in."""
+    dtypes = {dtype for dtype in (*stored, *(p.dtype for p in model.parameters())) if dtype.is_floating_point}
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
+
+
+def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], said: Answer) -> float:
+    """How far a network's answer is from the one it gives in float64."""
+    try:
+        wide = [one.double() if one.is_floating_point() else one for one in inputs]
+        return _distance(answer(copy.deepcopy(model).double(), shape, wide).samples, said.samples)
+    except Exception:
+        return 0.0
