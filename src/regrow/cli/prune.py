@@ -155,9 +155,6 @@ def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any
         unit = options.checked_target(target)
         if measure not in ("params", unit):
             raise click.UsageError(f"--target counts {unit}, --measure {measure} is what --keep counts: leave it away")
-    for name in ("tokens", "eval_tokens", "seq_len", "round_to", "recover_tokens"):
-        if given[name] < 1:
-            raise click.UsageError(f"--{name.replace('_', '-').removesuffix('-to')} is at least 1; got {given[name]}")
     pairs, no_verify, base = given.pop("pairs"), given.pop("no_verify"), given.pop("base")
     return Settings(
         model,

@@ -38,8 +38,6 @@ def recover(run: Path, by: str, tokens: int, pairs: tuple[str, ...], seed: int, 
     """Recover the model of RUN, a finished pruning run, on that run's own sources; RUN is only read."""
     from regrow.runs import recovery_run
 
-    if tokens < 1:
-        raise click.UsageError(f"--tokens is at least 1; got {tokens}")
     settings = options.settings(pairs)
     options.say_code(code)
     with working() as progress:

@@ -1,20 +1,177 @@
-"""Whether a model's files are whole."""
+"""Whether a model's files are whole, of bearable size, and fit into memory."""
 
+import re
+import struct
+from collections.abc import Iterator
+from math import prod
 from pathlib import Path
+from typing import Any, BinaryIO
 
+from regrow.errors import InputError
+from regrow.limits import MAX_LAYERS, MAX_WIDTH, check_memory, check_regular, read_json
 from regrow.nets.errors import ModelError, first_line
 
+_SIZES = re.compile(r"(size|dim|dims|width|widths|heads?|hidden|channels|embd|experts|inner|positions|groups|labels)$")
+_LAYERS = re.compile(r"(layers?|blocks|depths?)$")
+_BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
-def check_safetensors(file: Path) -> None:
+
+def check_safetensors(file: Path) -> dict[str, int]:
     """Assert that a safetensors file is whole: its header reads, and its length fits.
 
+    Returns:
+        Kind of number → how many there are.
+
     Raises:
-        ModelError: If not.
+        ModelError: If it is not whole.
     """
     from safetensors import SafetensorError, safe_open
 
+    counts: dict[str, int] = {}
     try:
+        check_regular(file)
         with safe_open(file, framework="pt") as content:
-            content.keys()
+            for name in content.keys():  # noqa: SIM118 (it is no dictionary)
+                part = content.get_slice(name)
+                counts[part.get_dtype()] = counts.get(part.get_dtype(), 0) + prod(part.get_shape())
+    except InputError as error:
+        raise ModelError(str(error)) from error
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is truncated or damaged ({first_line(error)}); copy or download it again") from None
+    return counts
+
+
+def check_weights(files: list[Path], name: str, width: int | None) -> None:
+    """Assert that weights are whole and fit into memory.
+
+    Args:
+        files: Safetensors files.
+        name: What messages call the model.
+        width: Bytes of a number of floating point as it is loaded; ``None``: as it is stored.
+
+    Raises:
+        ModelError: If a file is not whole.
+        ResourceError: If there is not enough memory.
+    """
+    needed = 0
+    for file in files:
+        for kind, many in check_safetensors(file).items():
+            stored = _BYTES.get(kind, 1)
+            needed += many * (width if width and "F" in kind else stored)
+    check_memory(needed, f"loading {name}", "take a smaller model, or --dtype bfloat16")
+
+
+def check_config(path: Path, name: str) -> dict[str, Any]:
+    """Assert that a ``config.json`` is an object whose sizes a network can have.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ModelError: If not; names the entry.
+    """
+    try:
+        config = read_json(path)
+    except InputError as error:
+        raise ModelError(f"{name}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{name}: config.json is a {type(config).__name__}, not an object; restore it")
+    for key, value in _entries(config):
+        for number in value if isinstance(value, list) else [value]:
+            most = MAX_LAYERS if _LAYERS.search(key) else MAX_WIDTH if _SIZES.search(key) else 2**63 - 1
+            if type(number) is int and not -most <= number <= most:
+                raise ModelError(f"{name}: config.json says {key} = {number:,}, at most {most:,} is built; restore it")
+    return config
+
+
+def _entries(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _entries(value)
+        else:
+            yield key, value
+
+
+_NUMBERS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
+_TEXT, _ARRAY, _MOST_TENSORS = 8, 9, 2**16
+
+
+def check_gguf(path: Path, name: str) -> None:
+    """Assert that the header of a GGUF file ends within it, before a reader follows its counts.
+
+    Raises:
+        ModelError: If it is no GGUF file, or a count or length in it does not fit the file.
+        ResourceError: If its weights, as float32, do not fit into memory.
+    """
+    try:
+        check_regular(path)
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelError(f"{name}: not a GGUF file (its first bytes are not 'GGUF'); download it again")
+            needed = _header(file, size)
+    except InputError as error:
+        raise ModelError(str(error)) from error
+    except (struct.error, ValueError, OSError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{name}: truncated or damaged ({first_line(error)}); download it again") from None
+    check_memory(needed, f"loading {name} as float32", "take a smaller model")
+
+
+def _header(file: BinaryIO, size: int) -> int:
+    """Walk through the header of a GGUF file; how many bytes its tensors take as float32."""
+    version, tensors, pairs = _read(file, "<I"), _read(file, "<Q"), _read(file, "<Q")
+    if version not in (2, 3):
+        raise ValueError(f"its version is {version}, known are 2 and 3")
+    if tensors > _MOST_TENSORS or pairs > _MOST_TENSORS:
+        raise ValueError(f"its header tells of {tensors:,} tensors and {pairs:,} entries")
+    for _ in range(pairs):
+        _skip_text(file, size)
+        _skip_value(file, _read(file, "<I"), size)
+    numbers = 0
+    for _ in range(tensors):
+        _skip_text(file, size)
+        rank = _read(file, "<I")
+        if rank > 8:
+            raise ValueError(f"a tensor of {rank} dimensions")
+        count = prod(_read(file, "<Q") for _ in range(rank))
+        if count > 64 * size:  # no kind of number takes less than a bit or two
+            raise ValueError(f"a tensor of {count:,} numbers in a file of {size:,} bytes")
+        numbers += count
+        _read(file, "<I")
+        if _read(file, "<Q") > size:
+            raise ValueError("a tensor that begins behind the end of the file")
+    return 4 * numbers
+
+
+def _read(file: BinaryIO, form: str) -> int:
+    return int(struct.unpack(form, file.read(struct.calcsize(form)))[0])
+
+
+def _skip(file: BinaryIO, many: int, size: int) -> None:
+    if many > size - file.tell():
+        raise ValueError(f"an entry of {many:,} bytes in a file of {size:,}")
+    file.seek(many, 1)
+
+
+def _skip_text(file: BinaryIO, size: int) -> None:
+    _skip(file, _read(file, "<Q"), size)
+
+
+def _skip_value(file: BinaryIO, kind: int, size: int, inner: bool = False) -> None:
+    if kind == _TEXT:
+        _skip_text(file, size)
+    elif kind == _ARRAY and not inner:
+        of, many = _read(file, "<I"), _read(file, "<Q")
+        if many > size:
+            raise ValueError(f"a list of {many:,} entries in a file of {size:,} bytes")
+        if of in _NUMBERS:
+            _skip(file, many * struct.calcsize(_NUMBERS[of]), size)
+        else:
+            for _ in range(many):
+                _skip_value(file, of, size, inner=True)
+    elif kind in _NUMBERS:
+        _skip(file, struct.calcsize(_NUMBERS[kind]), size)
+    else:
+        raise ValueError(f"an entry of the unknown kind {kind}")

@@ -16,7 +16,7 @@ from torch import nn
 from regrow.axes import Example
 from regrow.nets.errors import ModelError, first_line, needs
 from regrow.nets.examples import PIXELS, image_example, text_example
-from regrow.nets.files import check_safetensors
+from regrow.nets.files import check_config, check_gguf, check_weights
 from regrow.nets.library import check_settings, check_tokenizer, model_class
 from regrow.nets.loaded import Loaded, Origin
 
@@ -30,7 +30,7 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded
         ModelError: If the folder holds no model, only pickled weights, files that are damaged, or settings that would
             load code.
     """
-    _check_folder(folder, name)
+    _check_folder(folder, name, dtype)
     return _load(str(folder), name=name, dtype=dtype)
 
 
@@ -62,10 +62,7 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     Raises:
         ModelError: If the file is not GGUF or holds an architecture that transformers cannot read from one.
     """
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != b"GGUF":
-        raise ModelError(f"{name}: not a GGUF file (its first bytes are not 'GGUF'); download it again")
+    check_gguf(path, name)
     for package in ("gguf", "accelerate"):
         _require(package)
     with tempfile.TemporaryDirectory(prefix="regrow-") as alone:
@@ -227,13 +224,10 @@ def example_of_transformers(model: Any) -> Example:
     return image_example(model, getattr(model.config, "num_channels", 3), height, width)
 
 
-def _check_folder(folder: Path, name: str) -> None:
-    if not (folder / "config.json").is_file():
+def _check_folder(folder: Path, name: str, dtype: torch.dtype | None) -> None:
+    if not (folder / "config.json").exists():
         raise ModelError(f"{name}: not a model folder (it has no config.json); give a transformers folder")
-    try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{name}: config.json is not JSON ({first_line(error)}); restore it") from None
+    check_config(folder / "config.json", name)
     if (folder / "adapter_config.json").exists():
         raise ModelError(f"{name}: holds an adapter of peft beside the model; merge it first (merge_and_unload)")
     files = sorted(folder.glob("*.safetensors"))
@@ -245,8 +239,7 @@ def _check_folder(folder: Path, name: str) -> None:
         )
     if not files:
         raise ModelError(f"{name}: the folder has no .safetensors weights; download the model again")
-    for file in files:
-        check_safetensors(file)
+    check_weights(files, name, None if dtype is None else dtype.itemsize)
 
 
 def _check_surplus(path: Path, model: nn.Module, name: str) -> None:

@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from regrow.axes import Example
+from regrow.limits import expanded
 from regrow.nets.attention import opened
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.code import called, imported, names_code
+from regrow.nets.devices import usable_device
 from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example, image_example
 from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
@@ -54,6 +56,7 @@ def load(
     Raises:
         ModelError: If there is no such model, or it is not one, or its weights are damaged, not finite, or a pickle.
     """
+    device = usable_device(str(device))
     loaded = _found(name, dtype, progress)
     if not isinstance(loaded.model, nn.Module):
         raise ModelError(f"{name}: not a torch.nn.Module but a {type(loaded.model).__name__}")
@@ -133,7 +136,7 @@ def check_finite(model: nn.Module, name: str) -> None:
 def _found(name: str, dtype: torch.dtype | None, progress: Progress) -> Loaded:
     if not name.strip():
         raise ModelError(f"the name of the model is empty; for a first try: {next(iter(PACKAGED))!r}")
-    path = Path(name).expanduser()
+    path = expanded(Path(name))
     if name in PACKAGED:
         loaded = load_folder(packaged_folder(name, progress), name=name, dtype=dtype)
         return replace(loaded, notes=(PACKAGED[name].note, *loaded.notes))
@@ -145,7 +148,7 @@ def _found(name: str, dtype: torch.dtype | None, progress: Progress) -> Loaded:
         return _file(path, name, dtype)
     if name.startswith("torchvision:"):
         network, _, weights = name.removeprefix("torchvision:").partition(":")
-        return load_torchvision(network, Path(weights).expanduser() if weights else None)
+        return load_torchvision(network, expanded(Path(weights)) if weights else None)
     if names_code(name):
         return _from_callable(name)
     if name in known_names():

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.nets.errors import ModelError
+from regrow.nets.fits import check_fits
 from regrow.nets.loaded import Origin
 
 MOST = 2**16
@@ -57,7 +59,10 @@ def build_small(origin: Origin) -> nn.Module:
     numbers = [config.get("classes"), *_list(config.get("widths")), *_list(config.get("shape"))]
     if origin.reference not in BUILDERS or not all(type(n) is int and 0 < n <= MOST for n in numbers):
         raise ModelError(f"not a small network: {origin.reference!r} with {dict(config)!s:.80}")
-    return BUILDERS[origin.reference](config["widths"], config["shape"], config["classes"]).eval()
+    spelled = "-".join(map(str, config["widths"]))
+    build = partial(BUILDERS[origin.reference], config["widths"], config["shape"], config["classes"])
+    check_fits(build, f"the network {origin.reference}:{spelled}")
+    return build().eval()
 
 
 def _list(value: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regrow.axes import Example
 from regrow.nets.errors import ModelError, first_line, needs
 from regrow.nets.examples import PIXELS, image_example
-from regrow.nets.files import check_safetensors
+from regrow.nets.files import check_weights
 from regrow.nets.loaded import Loaded, Origin
 
 _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone"})
@@ -96,9 +96,7 @@ def unweighted(name: str) -> dict[str, Any]:
 def _read(weights: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
-    if not weights.is_file():
-        raise ModelError(f"{weights}: no such file of weights; check the path")
-    check_safetensors(weights)
+    check_weights([weights], str(weights), None)
     return load_file(weights)
 
 

@@ -11,8 +11,9 @@ from regrow import evaluation, store
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError
 from regrow.nets.code import called, check_code, imported
-from regrow.nets.examples import guessed_example, text_example
+from regrow.nets.examples import guessed_example, image_example, text_example
 from regrow.progress import Progress, silent
+from regrow.runs.checks import EVALUATE, check_numbers
 from regrow.runs.pruning_run import DTYPES, Settings, load_model, sources_of
 from regrow.sources import Batch
 
@@ -54,6 +55,7 @@ def evaluated(
     Raises:
         ValueError: If the model or a source cannot be used.
     """
+    check_numbers({"items": items, "eval_tokens": eval_tokens, "seq_len": seq_len}, EVALUATE)
     settings = Settings(
         model, unseen=tuple(sources), eval_tokens=eval_tokens, seq_len=seq_len, dtype=dtype, device=device
     )
@@ -108,8 +110,7 @@ def loaded_from(settings: Settings, progress: Progress = silent, code: str = "")
     if not (folder / store.SHAPES).is_file():
         check_code(settings.model, False, code)
         return load_model(settings, progress)
-    if settings.dtype and settings.dtype not in DTYPES:
-        raise ValueError(f"dtype {settings.dtype!r} is not one of {', '.join(DTYPES)}")
+    settings.check()
     recorded = store.read_shapes(folder).origin
     try:
         check_code(recorded.reference, recorded.kind == "callable", code)
@@ -120,8 +121,11 @@ def loaded_from(settings: Settings, progress: Progress = silent, code: str = "")
     net = store.load(folder, model=own, device=settings.device, dtype=DTYPES.get(settings.dtype))
     tokenizer: Any = getattr(net, "tokenizer", None)
     origin = replace(recorded, name=folder.name, builder=builder)
-    if example is None:
-        example = guessed_example(net) if tokenizer is None else text_example(net, len(tokenizer))
+    shape = origin.config.get("shape")  # of networks that are built for images of one size
+    if example is None and tokenizer is not None:
+        example = text_example(net, len(tokenizer))
+    elif example is None:
+        example = image_example(net, *shape) if isinstance(shape, list) else guessed_example(net)
     if example is None:
         raise ModelError(f"{folder}: the model does not say what input it takes")
     return Loaded(net, tokenizer, _on(example, settings.device), origin)

@@ -22,6 +22,7 @@ from regrow.nets.loaded import Origin
 from regrow.nets.small import small
 from regrow.progress import Progress, silent
 from regrow.runs.births import over
+from regrow.runs.checks import LEARN, check_settings
 from regrow.runs.courses import read_course, tasks_over, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, accuracies, learn
@@ -79,7 +80,10 @@ class Settings:
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that a ``run.json`` holds."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        return cls(**{**known, "tasks": tuple(known["tasks"])})
+        tasks = known.get("tasks")
+        made = cls(**{**known, "tasks": tuple(tasks) if isinstance(tasks, list) else tasks})
+        check_settings(made, LEARN)
+        return made
 
     def schedule(self) -> Schedule:
         """How every task is learned."""
@@ -120,6 +124,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     Raises:
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
     """
+    check_settings(settings, LEARN)
     learner, schedule, told = built(settings), settings.schedule(), _told(settings)
     RunFolder.check(out, **told)
     tasks = tasks_of(settings)

@@ -17,13 +17,16 @@ from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget, Measure, Target
 from regrow.data import Half
 from regrow.data.vision import digits, images
+from regrow.errors import InputError
 from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
 from regrow.nets.code import check_code, names_code
+from regrow.nets.devices import usable_device
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import loop, measuring, prune, tune
 from regrow.runs.calibration import calibrated
+from regrow.runs.checks import PRUNE, check_settings
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.recovering import check_recovery, compared, recovered
 from regrow.runs.scored import write_scores
@@ -89,9 +92,22 @@ class Settings:
     proof: bool = True
 
     def __post_init__(self) -> None:
-        if self.target:
+        if self.target and isinstance(self.target, str):
             object.__setattr__(self, "keep", None)
             object.__setattr__(self, "measure", str(Target.parse(self.target).measure))
+
+    def check(self) -> None:
+        """Assert that settings are of their types, in their ranges, and known by name.
+
+        Raises:
+            ValueError: Naming the first that is not.
+        """
+        check_settings(self, PRUNE)
+        if self.dtype and self.dtype not in DTYPES:
+            raise InputError(
+                f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}; leave it out for as stored"
+            )
+        usable_device(self.device)
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds; settings that came later only where they are used, so that older runs go on."""
@@ -114,8 +130,13 @@ class Settings:
         values = {**values, "model": code} if code else values
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         for name in ("sources", "unseen", "only", "exclude", "marks"):
-            known[name] = tuple(known.get(name, getattr(cls, name)))
-        return cls(**known)
+            given = known.get(name, getattr(cls, name))
+            known[name] = tuple(given) if isinstance(given, list) else given
+        if not isinstance(known.get("model"), str):
+            raise InputError("the settings of the run name no model; restore run.json")
+        made = cls(**known)
+        made.check()
+        return made
 
     def learning_from(self, tokens: int) -> "Settings":
         """The same, with as many calibration tokens as a recovery may use, shared among the sources."""
@@ -201,6 +222,7 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     Raises:
         ValueError: As :func:`run`.
     """
+    settings.check()
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
     loaded = load_model(settings, progress)
@@ -226,6 +248,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     Raises:
         ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
     """
+    settings.check()
     method = prune.built(settings.method, _seeded(settings))
     budget = settings.budget()
     check_recovery(settings.recover, settings.sources)
@@ -299,8 +322,7 @@ def load_model(settings: Settings, progress: Progress = silent) -> Loaded:
     Raises:
         ValueError: If it cannot be loaded.
     """
-    if settings.dtype and settings.dtype not in DTYPES:
-        raise ValueError(f"dtype {settings.dtype!r} is not one of {', '.join(DTYPES)}")
+    settings.check()
     dtype = DTYPES[settings.dtype] if settings.dtype else None
     return nets.load(settings.model, dtype=dtype, device=settings.device, progress=progress)
 
@@ -326,14 +348,32 @@ def _source(settings: Settings, loaded: Loaded, spec: str, half: Half, amount: i
         n = max(1, amount // settings.seq_len)
         seed = settings.seed if half is Half.CALIBRATION else 0
         return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=settings.seq_len, seed=seed, half=half)
-    shape = next(arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor))
+    shape = _image_shape(loaded, spec)
     seed = settings.seed if half is Half.CALIBRATION else 0
     if spec == "digits":
         return digits(n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
     name, equals, path = spec.partition("=")
-    if not equals:
-        raise ValueError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
+    if not equals or not name.strip() or not path.strip():
+        raise InputError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
     return images(name, Path(path), n=amount, size=shape[-1], seed=seed, half=half)
+
+
+def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
+    """The shape ``[N, C, H, W]`` of the images that a model takes.
+
+    Raises:
+        InputError: If it takes no images, or not in float32, in which they are read.
+    """
+    shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
+    if len(shape) != 4:
+        raise InputError(
+            f"source {spec!r} holds images, and the model takes an input of shape {list(shape)}: it can be evaluated "
+            "on no source; leave --source out"
+        )
+    kind = next(loaded.model.parameters()).dtype
+    if kind != torch.float32:
+        raise InputError(f"images are read in float32, and the model is in {str(kind)[6:]}; leave out --dtype")
+    return shape
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:

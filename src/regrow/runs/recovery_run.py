@@ -15,6 +15,7 @@ from regrow.nets import Loaded, ModelError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import pruning_run
+from regrow.runs.checks import RECOVER, check_numbers
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.measuring import measure
 from regrow.runs.pruning_run import DTYPES, Clock, load_model, sources_of
@@ -89,6 +90,7 @@ def run(
         ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown, or ``code`` is
             missing or not needed.
     """
+    check_numbers({"tokens": tokens, "seed": seed}, RECOVER)
     recovery_entry(by).made(by, settings or {})
     source = RunFolder.open(pruned)
     origin, wanted = _origin(source, code), _settings(source, by, tokens, settings or {}, seed)

@@ -30,6 +30,7 @@ from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
 from regrow.runs import front, latencies, spaces, stage_memory
+from regrow.runs.checks import SEARCH, check_settings
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder, set_words
 from regrow.runs.learning import Course, Schedule, changed, learn
@@ -164,6 +165,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
+    check_settings(settings, SEARCH)
     settings = _counted_as_begun(settings, Path(out))
     RunFolder.check(out, verb="search", settings=settings.record())
     parts = parts_of(settings)
