@@ -34,11 +34,13 @@ class ImageFiles(Sequence[Batch]):
         files: The images and their classes, in order.
         size: Height and width in pixels.
         batch_size: Images per batch.
+        channels: 3, or 1: the mean of the colours.
     """
 
     files: tuple[tuple[Path, int], ...]
     size: int
     batch_size: int
+    channels: int = 3
 
     def __len__(self) -> int:
         return -(-len(self.files) // self.batch_size)
@@ -53,8 +55,9 @@ class ImageFiles(Sequence[Batch]):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = range(len(self))[index] * self.batch_size
         rows = self.files[start : start + self.batch_size]
+        pictures = torch.stack([image_tensor(file, self.size) for file, _ in rows])
         return Batch(
-            (torch.stack([image_tensor(file, self.size) for file, _ in rows]),),
+            (pictures if self.channels == 3 else pictures.mean(1, keepdim=True),),
             labels=torch.tensor([label for _, label in rows]),
         )
 
@@ -65,6 +68,7 @@ def images(
     *,
     n: int | None = None,
     size: int = 224,
+    channels: int = 3,
     batch_size: int = 32,
     seed: int = 0,
     half: Half = Half.CALIBRATION,
@@ -78,6 +82,7 @@ def images(
         path: The folder.
         n: How many images, chosen by the seed; all of the half where it holds no more, or where ``None``.
         size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the middle cut out.
+        channels: 3, or 1 for the mean of the colours.
         batch_size: Images per batch.
         seed: Which images, and their order.
         half: Which half.
@@ -99,8 +104,10 @@ def images(
     if not found:
         raise SourceError(f"source {name!r}: no {half} images in sub-folders of {path}; give path/CLASS/image.jpg")
     chosen = random.Random(seed).sample(found, min(len(found), n or len(found)))
+    for file, _ in chosen:  # a damaged one is found before the work begins
+        _opened(file)
     origin = f"{path.name}/, {len(classes)} classes; {_words(half)}; {len(chosen)} images of {size} pixels, seed {seed}"
-    return Source(name, ImageFiles(tuple(chosen), size, batch_size), origin)
+    return Source(name, ImageFiles(tuple(chosen), size, batch_size, channels), origin)
 
 
 def digits(

@@ -14,7 +14,8 @@ from regrow.nets.code import called, check_code, imported
 from regrow.nets.examples import guessed_example, image_example, text_example
 from regrow.progress import Progress, silent
 from regrow.runs.checks import EVALUATE, check_numbers
-from regrow.runs.pruning_run import DTYPES, Settings, load_model, sources_of
+from regrow.runs.inputs import sources_of
+from regrow.runs.pruning_run import DTYPES, Settings, load_model
 from regrow.sources import Batch
 
 

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from regrow import data, evaluation, nets, store
+from regrow import evaluation, nets, store
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget, Measure, Target
-from regrow.data import Half
-from regrow.data.vision import digits, images
 from regrow.errors import InputError
 from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
@@ -28,9 +26,9 @@ from regrow.runs import loop, measuring, prune, tune
 from regrow.runs.calibration import calibrated
 from regrow.runs.checks import PRUNE, check_settings
 from regrow.runs.folder import RunFolder, set_words
+from regrow.runs.inputs import Kinds, described, sources_of
 from regrow.runs.recovering import check_recovery, compared, recovered
 from regrow.runs.scored import write_scores
-from regrow.sources import Source
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 
@@ -186,19 +184,6 @@ _FLAGS = {
 }
 
 
-@dataclass(frozen=True)
-class Kinds:
-    """The sources of a run: calibration halves, and evaluation halves of the same kinds and then of unseen ones."""
-
-    calibration: tuple[Source, ...]
-    evaluation: tuple[Source, ...]
-
-    @property
-    def seen(self) -> frozenset[str]:
-        """The names of those that calibrate."""
-        return frozenset(source.name for source in self.calibration)
-
-
 @dataclass
 class Clock:
     """Seconds per stage, kept in the run folder as they come."""
@@ -327,55 +312,6 @@ def load_model(settings: Settings, progress: Progress = silent) -> Loaded:
     return nets.load(settings.model, dtype=dtype, device=settings.device, progress=progress)
 
 
-def sources_of(settings: Settings, loaded: Loaded) -> Kinds:
-    """Calibration and evaluation halves of every source that settings name.
-
-    Raises:
-        ValueError: If a source is unknown, empty, too short, or named twice.
-    """
-    every = (*settings.sources, *settings.unseen)
-    names = [spec.partition("=")[0] for spec in every]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
-    return Kinds(
-        tuple(_source(settings, loaded, spec, Half.CALIBRATION, settings.tokens) for spec in settings.sources),
-        tuple(_source(settings, loaded, spec, Half.EVALUATION, settings.eval_tokens) for spec in every),
-    )
-
-
-def _source(settings: Settings, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
-    if loaded.tokenizer is not None:
-        n = max(1, amount // settings.seq_len)
-        seed = settings.seed if half is Half.CALIBRATION else 0
-        return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=settings.seq_len, seed=seed, half=half)
-    shape = _image_shape(loaded, spec)
-    seed = settings.seed if half is Half.CALIBRATION else 0
-    if spec == "digits":
-        return digits(n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
-    name, equals, path = spec.partition("=")
-    if not equals or not name.strip() or not path.strip():
-        raise InputError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
-    return images(name, Path(path), n=amount, size=shape[-1], seed=seed, half=half)
-
-
-def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
-    """The shape ``[N, C, H, W]`` of the images that a model takes.
-
-    Raises:
-        InputError: If it takes no images, or not in float32, in which they are read.
-    """
-    shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
-    if len(shape) != 4:
-        raise InputError(
-            f"source {spec!r} holds images, and the model takes an input of shape {list(shape)}: it can be evaluated "
-            "on no source; leave --source out"
-        )
-    kind = next(loaded.model.parameters()).dtype
-    if kind != torch.float32:
-        raise InputError(f"images are read in float32, and the model is in {str(kind)[6:]}; leave out --dtype")
-    return shape
-
-
 def _defaults(settings: Settings) -> dict[str, Any]:
     """What the method, and the recovery after it, take for granted."""
     taken = entry(settings.method).defaults({*settings.method_settings, "seed"})
@@ -387,21 +323,6 @@ def _seeded(settings: Settings) -> dict[str, Any]:
     """The method's settings; a method with a seed takes the run's, unless it was given its own."""
     has_seed = "seed" in getattr(entry(settings.method).settings, "__dataclass_fields__", {})
     return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}
-
-
-def described(settings: Settings, kinds: Kinds) -> list[dict[str, Any]]:
-    """What ``run.json`` says of each source."""
-    seen = {source.name: source for source in kinds.calibration}
-    specs = (*settings.sources, *settings.unseen)
-    rows = []
-    for spec, test in zip(specs, kinds.evaluation, strict=True):
-        own = seen.get(test.name)
-        origin = (
-            f"evaluation: {test.origin}" if own is None else f"calibration: {own.origin}; evaluation: {test.origin}"
-        )
-        counts = {"calibration_tokens": own.tokens if own else 0, "evaluation_tokens": test.tokens}
-        rows.append({"name": test.name, "spec": spec, "origin": origin, **counts})
-    return rows
 
 
 def _prove(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:

@@ -17,8 +17,9 @@ from regrow.progress import Progress, silent
 from regrow.runs import pruning_run
 from regrow.runs.checks import RECOVER, check_numbers
 from regrow.runs.folder import RunFolder, set_words
+from regrow.runs.inputs import described, sources_of
 from regrow.runs.measuring import measure
-from regrow.runs.pruning_run import DTYPES, Clock, load_model, sources_of
+from regrow.runs.pruning_run import DTYPES, Clock, load_model
 from regrow.runs.recovering import compared, recovered
 from regrow.store.atomic import StoreError
 from regrow.tracing import trace
@@ -109,7 +110,7 @@ def run(
         axes, plan = _cut(source, dense)
     folder = RunFolder.create(out, **told, command=wanted.command(str(pruned), str(out), code))
     clock.folder = folder
-    folder.update(notes=list(dense.notes), sources=pruning_run.described(origin, kinds))
+    folder.update(notes=list(dense.notes), sources=described(origin, kinds))
     if not len(folder.ledger):
         folder.ledger.append(plan)
     _take_over(source, folder)

@@ -1,0 +1,1 @@
+"""Malformed inputs: what is done to options and files, and to which commands it is given."""

@@ -1,0 +1,126 @@
+"""The inputs of a run: calibration and evaluation halves of its sources, in the form that its model takes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from regrow import data
+from regrow.data import Half
+from regrow.data.vision import digits, images
+from regrow.errors import InputError
+from regrow.nets import Loaded
+from regrow.sources import Source
+
+
+class SourceSettings(Protocol):
+    """The settings of a run that say which sources, and how much of each."""
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """Those that calibrate, and are evaluated on."""
+
+    @property
+    def unseen(self) -> Sequence[str]:
+        """Those that are evaluated on only."""
+
+    @property
+    def seed(self) -> int:
+        """Which windows are drawn."""
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens (or images) per source."""
+
+    @property
+    def eval_tokens(self) -> int:
+        """Evaluation tokens (or images) per source."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens per window."""
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """The sources of a run: calibration halves, and evaluation halves of the same kinds and then of unseen ones."""
+
+    calibration: tuple[Source, ...]
+    evaluation: tuple[Source, ...]
+
+    @property
+    def seen(self) -> frozenset[str]:
+        """The names of those that calibrate."""
+        return frozenset(source.name for source in self.calibration)
+
+
+def sources_of(settings: SourceSettings, loaded: Loaded) -> Kinds:
+    """Calibration and evaluation halves of every source that settings name.
+
+    Raises:
+        ValueError: If a source is unknown, empty, too short, or named twice.
+    """
+    every = (*settings.sources, *settings.unseen)
+    names = [spec.partition("=")[0] for spec in every]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
+    return Kinds(
+        tuple(_source(settings, loaded, spec, Half.CALIBRATION, settings.tokens) for spec in settings.sources),
+        tuple(_source(settings, loaded, spec, Half.EVALUATION, settings.eval_tokens) for spec in every),
+    )
+
+
+def _source(settings: SourceSettings, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
+    if loaded.tokenizer is not None:
+        n = max(1, amount // settings.seq_len)
+        seed = settings.seed if half is Half.CALIBRATION else 0
+        return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=settings.seq_len, seed=seed, half=half)
+    shape = _image_shape(loaded, spec)
+    seed = settings.seed if half is Half.CALIBRATION else 0
+    if spec == "digits":
+        return digits(n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
+    name, equals, path = spec.partition("=")
+    if not equals or not name.strip() or not path.strip():
+        raise InputError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
+    return images(name, Path(path), n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
+
+
+def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
+    """The shape ``[N, C, H, W]`` of the images that a model takes.
+
+    Raises:
+        InputError: If it takes no images, or not in float32, in which they are read.
+    """
+    shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
+    if len(shape) != 4:
+        raise InputError(
+            f"source {spec!r} holds images, and the model takes an input of shape {list(shape)}: it can be evaluated "
+            "on no source; leave --source out"
+        )
+    height, width = shape[2:]
+    if height != width or (spec != "digits" and shape[1] not in (1, 3)):
+        raise InputError(
+            f"source {spec!r} gives square images of 1 or 3 channels, and the model takes "
+            f"{shape[1]} × {height} × {width}; use regrow.prune in Python with batches of your own"
+        )
+    kind = next(loaded.model.parameters()).dtype
+    if kind != torch.float32:
+        raise InputError(f"images are read in float32, and the model is in {str(kind)[6:]}; leave out --dtype")
+    return shape
+
+
+def described(settings: SourceSettings, kinds: Kinds) -> list[dict[str, Any]]:
+    """What ``run.json`` says of each source."""
+    seen = {source.name: source for source in kinds.calibration}
+    specs = (*settings.sources, *settings.unseen)
+    rows = []
+    for spec, test in zip(specs, kinds.evaluation, strict=True):
+        own = seen.get(test.name)
+        origin = (
+            f"evaluation: {test.origin}" if own is None else f"calibration: {own.origin}; evaluation: {test.origin}"
+        )
+        counts = {"calibration_tokens": own.tokens if own else 0, "evaluation_tokens": test.tokens}
+        rows.append({"name": test.name, "spec": spec, "origin": origin, **counts})
+    return rows
