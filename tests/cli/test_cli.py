@@ -311,7 +311,7 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     monkeypatch.setattr(folder.RunFolder, "save_statistics", stop_at_the_second)
     code, _, err = regrow(*words, *sizes, "--out", "halves")
     assert code == 130 and "goes on from there" in err
-    assert len(list(Path("halves/statistics").iterdir())) == 1
+    assert len(list(Path("halves/.work/statistics").iterdir())) == 1
     monkeypatch.setattr(folder.RunFolder, "save_statistics", real)
     assert regrow(*words, *sizes, "--out", "halves")[0] == 0
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"] for name in ("whole", "halves")]

@@ -66,7 +66,9 @@ def test_times_are_measured_once_for_a_run(
     monkeypatch.setattr(prune, "measured", lambda *args, **more: (_ for _ in ()).throw(KeyboardInterrupt))
     code, _, err = regrow(*words, "--out", "run")
     assert code == 130, err
-    first = RunFolder.open("run").run()["timing"]
+    begun = RunFolder.started("run")
+    assert begun is not None
+    first = begun.run()["timing"]
     assert set(first["names"].values()) == set(first["curves"]) and len(first["names"]) == 4
     monkeypatch.setattr(prune, "measured", real)
     code, out, err = regrow(*words, "--out", "run")

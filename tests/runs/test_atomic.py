@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regrow.store.atomic import PARTIAL, StoreError, partial, write_bytes, write_text, written
+from regrow.store.atomic import LEFTOVER, staged, write_bytes, write_text, written
+from regrow.store.errors import StoreError
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -82,8 +83,9 @@ def test_the_error_of_a_library_that_met_a_full_disk(tmp_path):
 
 
 def test_names_of_unfinished_files(tmp_path):
-    assert PARTIAL.fullmatch(partial(tmp_path / "a.json").name)
-    assert not PARTIAL.fullmatch("a.json") and not PARTIAL.fullmatch(".hidden")
+    with staged(tmp_path / "a.json") as stage:
+        assert LEFTOVER.fullmatch(stage.name)
+    assert not LEFTOVER.fullmatch("a.json") and not LEFTOVER.fullmatch(".hidden")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can mount")
@@ -99,7 +101,7 @@ def test_a_disk_that_is_really_full(tmp_path):
         "except StoreError as error: sys.exit(str(error))"
     )
     try:
-        run = subprocess.run([sys.executable, "-c", code, small], capture_output=True, text=True, check=False)
+        run = subprocess.run([sys.executable, "-c", code, small / "net"], capture_output=True, text=True, check=False)
         assert run.returncode == 1 and "the disk is full" in run.stderr and run.stderr.count("\n") == 1, run.stderr
         assert not list(small.iterdir())
     finally:

@@ -49,7 +49,7 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     answers = said(model, name)
     fresh = ZOO[name].build()
     args, kwargs = ZOO[name].example()
-    again, left = replay(fresh, trace(fresh, *args, **kwargs), RunFolder.open(folder.path).ledger.plans())
+    again, left = replay(fresh, trace(fresh, *args, **kwargs), folder.ledger.plans())
     shapes = {key: (tensor.shape, tensor.dtype) for key, tensor in laws.tensors(model).items()}
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in laws.tensors(again).items()} == shapes
     laws.same_axes(left, axes)

@@ -82,7 +82,7 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     a_fresh_process_says_the_same(model, name, folder.path, tmp_path)
     fresh = ZOO[name].build()
     args, kwargs = ZOO[name].example()
-    plans = RunFolder.open(folder.path).ledger.plans()
+    plans = folder.ledger.plans()
     assert len(plans) == 4 and any(change.recalled for change in plans[-1].changes.values())
     again, left = replay(fresh, trace(fresh, *args, **kwargs), plans)
     laws.same_network(again, model)

@@ -70,7 +70,7 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
 
     with pytest.raises(KeyboardInterrupt):
         recovery_run.run(pruned, tmp_path / "killed", **asked, progress=stopping)
-    assert (tmp_path / "killed" / "statistics" / "recovery.safetensors").exists()
+    assert (tmp_path / "killed" / ".work" / "statistics" / "recovery.safetensors").exists()
     told: list[str] = []
     killed = recovery_run.run(
         pruned, tmp_path / "killed", **asked, progress=lambda done, total, what: told.append(what)
@@ -102,12 +102,12 @@ def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
         recovery_run.run(tmp_path, tmp_path / "out", by="refit")
     with pytest.raises(ValueError, match="no recovery 'fit'"):
         recovery_run.run(pruned, tmp_path / "out", by="fit")
-    other = RunFolder.create(tmp_path / "other", verb="learn", settings={})
+    other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
     with pytest.raises(StoreError, match="a run of 'learn'; give the folder of a pruning run"):
         recovery_run.run(other.path, tmp_path / "out", by="refit")
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
     with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
-        recovery_run.run(half.path, tmp_path / "out", by="refit")
+        recovery_run.run(half.out, tmp_path / "out", by="refit")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="give at least one source"):
         run(Settings("toys:classifier", method="magnitude", recover="refit"), tmp_path / "out")

@@ -29,7 +29,8 @@ SETTINGS = {"model": "m", "keep": 0.9, "only": ("mlp",), "sources": [{"name": "n
 
 @pytest.fixture
 def run(tmp_path):
-    return RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, command="regrow prune m")
+    with RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, command="regrow prune m") as folder:
+        yield folder
 
 
 # --- beginning and resuming -----------------------------------------------------------------------------------------
@@ -38,23 +39,30 @@ def run(tmp_path):
 def test_a_run_that_was_interrupted_goes_on(run):
     (run.path / ".shapes.json.01234567.partial").write_text("half")
     (run.path / ".model.89abcdef.partial").mkdir()
-    again = RunFolder.create(run.path, verb="prune", settings=dict(reversed(SETTINGS.items())))
-    assert again.resumed and not run.resumed
-    assert [path.name for path in run.path.iterdir()] == ["run.json"]
-    assert again.run()["command"] == "regrow prune m" and again.run()["versions"]["torch"]
+    (run.out.parent / ".run.89abcdef.partial").mkdir()
+    run.owner.release()
+    with RunFolder.create(run.out, verb="prune", settings=dict(reversed(SETTINGS.items()))) as again:
+        assert again.resumed and not run.resumed and again.path == run.path
+        assert again.run()["command"] == "regrow prune m" and again.run()["versions"]["torch"]
+        again.finish()
+    assert [path.name for path in run.out.iterdir()] == ["run.json"] and len([*run.out.parent.iterdir()]) == 1
 
 
 def test_another_run_or_something_else_in_the_folder(run, tmp_path):
-    def refused(words, path=run.path, verb="prune", **settings):
+    def refused(words, path=run.out, verb="prune", **settings):
         with pytest.raises(StoreError, match=words) as caught:
             RunFolder.create(path, verb=verb, settings=SETTINGS | settings)
-            assert "\n" not in str(caught.value) and "choose another" in str(caught.value)
+        assert "\n" not in str(caught.value) and "choose another" in str(caught.value)
+
+    refused("is being written by another process")
+    run.owner.release()
 
     refused(r"keep was 0\.9, here 0\.8\); choose another folder", keep=0.8)
     refused("seed was null, here 3", seed=3)
     refused("a run of 'prune'", verb="learn")
     run.finish()
     refused("finished")
+    assert [path.name for path in run.out.iterdir()] == ["run.json"]
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.doc").write_text("years of work")
@@ -64,7 +72,8 @@ def test_another_run_or_something_else_in_the_folder(run, tmp_path):
 
 def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
     def again(**defaults):
-        return RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, defaults=defaults)
+        with RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, defaults=defaults) as folder:
+            return folder
 
     assert again(pace=0.25, levels=("a", "b")).run()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
     assert again(pace=0.25, levels=("a", "b")).resumed
@@ -77,7 +86,7 @@ def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
         with pytest.raises(StoreError, match="not of the format"):
             RunFolder.create(tmp_path / "odd", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
     (tmp_path / "older").mkdir()
-    told = (tmp_path / "run" / "run.json").read_text()
+    told = (tmp_path / "run" / ".work" / "run.json").read_text()
     without = {name: value for name, value in json.loads(told).items() if name != "defaults"}
     (tmp_path / "older" / "run.json").write_text(json.dumps(without))
     older = RunFolder.create(tmp_path / "older", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
@@ -106,10 +115,13 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path):
 def test_finishing(run):
     run.save_statistics("news", 0, measured("news"))
     run.update(notes=["a word"])
-    run.finish(seconds={"load": 1.5})
-    done = RunFolder.open(run.path).run()
+    with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
+        RunFolder.open(run.out)
+    finished = run.finish(seconds={"load": 1.5})
+    done = RunFolder.open(run.out).run()
+    assert done == finished.run()
     assert done["seconds"] == {"load": 1.5} and done["notes"] == ["a word"] and done["started"] <= done["finished"]
-    assert not (run.path / "statistics").exists()
+    assert [path.name for path in run.out.iterdir()] == ["run.json"]
 
 
 def test_a_report_reads_what_is_written(run):
@@ -118,7 +130,10 @@ def test_a_report_reads_what_is_written(run):
     run.write_scores("wifv", {"a.0.w:0": {"quantiles": list(range(21)), "kept_min": 2.0, "dropped_max": math.inf}})
     run.log("size", model="dense", params_all=9, bytes=36)
     run.log("perplexity", model="pruned", source="news", ppl=math.inf, nll=1.0)
-    run.finish()
+    axes, scores = run.axes(), run.scores()
+    assert summarise([run.out])["runs"][0]["name"] == "run", "also while it goes on"
+    run = run.finish()
+    assert (run.axes(), run.scores()) == (axes, scores)
     page = summarise([run.path])["runs"][0]
     assert not page["problems"] and page["size"]["before"]["params_all"] == 9
     assert page["widths"][0]["rows"][0]["after"] == 7
@@ -317,6 +332,7 @@ def pruned(folder, die_after=0):
     axes = trace(model, *saved.CASES["callable"].example()[0])
     sources = [source("news", 1), source("code", 2)]
     run = RunFolder.create(folder, verb="prune", settings={})
+    run.owner.release()
     keys = {s.name: fingerprint(s) for s in sources}
     done = run.statistics(keys, shards=2)
     finished = len(done)
@@ -338,7 +354,7 @@ def pruned(folder, die_after=0):
 def test_a_calibration_killed_half_way_gives_the_same_plan(tmp_path):
     code = "import pathlib, sys; from runs.test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"
     environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "a")], env=environment)

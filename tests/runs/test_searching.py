@@ -514,7 +514,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
     monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
-    kept = tmp_path / "killed" / "latency.json"
+    kept = tmp_path / "killed" / ".work" / "latency.json"
     text = kept.read_text()
     for damaged in ("{}", text.replace('"total": ', '"total": -'), None):
         kept.unlink() if damaged is None else kept.write_text(damaged)

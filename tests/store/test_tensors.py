@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 from regrow.store.tensors import digest, read_header, read_tensors, write_tensors
 
 TENSORS = {

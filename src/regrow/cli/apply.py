@@ -21,14 +21,17 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str) -> None:
 
     Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
     """
-    from regrow.runs import Ledger, replay, save
+    from regrow.runs import Ledger, replay
     from regrow.runs.evaluating import loaded_from
     from regrow.runs.pruning_run import Settings
+    from regrow.store import write_model
+    from regrow.store.replacing import cleared, replaced
     from regrow.tracing import trace
 
     if not plan.is_file():
         raise click.UsageError(f"{plan} is not a file; write a plan with `regrow prune … --dry-run {plan}`")
     plans = _plans(plan)
+    cleared(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
     options.say_code(model, code)
@@ -36,9 +39,10 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str) -> None:
         loaded = loaded_from(Settings(model, dtype=dtype), progress, code)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
-        save(loaded, out)
-    for one in plans:
-        Ledger(out / "ledger.json").append(one)
+        with replaced(out) as made:
+            write_model(loaded, made)
+            for one in plans:
+                Ledger(made / "ledger.json").append(one)
     say(f"{len({key for one in plans for key in one.changes})} axes changed; the model is in {out}")
 
 

@@ -256,6 +256,6 @@ class Verb(click.Command):
             values: Its options.
         """
         folders = [Path(values[name]) for name in self.resumed if values.get(name) and not values.get("dry_run")]
-        if any((folder / "run.json").is_file() for folder in folders):
+        if any((folder / place / "run.json").is_file() for folder in folders for place in ("", ".work")):
             return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
         return NOTHING_YET

@@ -65,7 +65,7 @@ def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     if Path(model, "run.json").is_file():
         from regrow.runs import RunFolder
 
-        tell(RunFolder.open(model).metrics())  # where the run recovered a cut: dense, pruned and recovered
+        tell(RunFolder(Path(model)).metrics())  # where the run recovered a cut: dense, pruned and recovered
 
 
 def _figures(metrics: dict[str, float]) -> str:

@@ -8,7 +8,7 @@ from click.core import ParameterSource
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
-from regrow.cli.report import page_of
+from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = """\b
@@ -76,13 +76,14 @@ def learn(
     """Learn TASKS one after the other, and leave a folder with the network, the accuracy matrix and every plan."""
     from regrow.runs.learning_run import Settings, extend, run
 
+    page = RunPage("network")
     if resume:
         if tasks or out:
             raise click.UsageError("--resume goes on in its own folder; name what is to be learned with --task")
         if told := [f"--{name.replace('_', '-')}" for name in given if _given(name)] + ["--set"] * bool(pairs):
             raise click.UsageError(f"--resume goes on with the settings of its run; leave out {', '.join(told)}")
         with working() as progress:
-            folder = extend(resume, more, progress, without_old=without_old)
+            folder = extend(resume, more, progress, without_old=without_old, write_page=page)
     else:
         if more or without_old:
             raise click.UsageError(
@@ -93,9 +94,10 @@ def learn(
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
         with working() as progress:
-            folder = run(Settings(tasks, method_settings=options.settings(pairs), **given), out, progress)
+            settings = Settings(tasks, method_settings=options.settings(pairs), **given)
+            folder = run(settings, out, progress, write_page=page)
     _tell(folder)
-    page_of(folder, "network")
+    page.tell(folder.path)
     say(f"further tasks: regrow learn --resume {folder.path} --task TASKS")
 
 

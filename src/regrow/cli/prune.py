@@ -8,7 +8,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.recover import tell
-from regrow.cli.report import page_of
+from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = f"""{options.MODEL_HELP}
@@ -135,12 +135,13 @@ def prune(
         return
     if out is None:
         raise click.UsageError("--out names the folder of the run, for example --out run")
+    page = RunPage("model")
     with working() as progress:
-        folder = run(settings, out, progress)
+        folder = run(settings, out, progress, write_page=page)
     _tell(folder)
     if settings.recover:
         tell(folder.metrics())
-    page_of(folder, "model")
+    page.tell(folder.path)
 
 
 def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any:
@@ -170,7 +171,7 @@ def _again(folder: Path, code: str) -> Any:
     from regrow.runs.folder import RunFolder
     from regrow.runs.pruning_run import Settings
 
-    data = RunFolder.open(folder).run()
+    data = (RunFolder.started(folder) or RunFolder.open(folder)).run()
     if data.get("verb") != "prune":
         raise click.UsageError(f"{folder} holds a run of {data.get('verb')!r}; --again repeats a pruning run")
     try:

@@ -7,7 +7,7 @@ import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
-from regrow.cli.report import page_of
+from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = """\b
@@ -38,14 +38,22 @@ def recover(run: Path, by: str, tokens: int, pairs: tuple[str, ...], seed: int, 
     """Recover the model of RUN, a finished pruning run, on that run's own sources; RUN is only read."""
     from regrow.runs import recovery_run
 
-    settings = options.settings(pairs)
+    settings, page = options.settings(pairs), RunPage("model")
     options.say_code(code)
     with working() as progress:
         folder = recovery_run.run(
-            run, out, by=by, tokens=tokens, settings=settings, seed=seed, code=code, progress=progress
+            run,
+            out,
+            by=by,
+            tokens=tokens,
+            settings=settings,
+            seed=seed,
+            code=code,
+            progress=progress,
+            write_page=page,
         )
     tell(folder.metrics())
-    page_of(folder, "model")
+    page.tell(folder.path)
 
 
 def tell(rows: list[dict[str, Any]]) -> None:

@@ -1,12 +1,14 @@
 """``regrow report``: the page of a run."""
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import click
 
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say
+
+PAGE = "report.html"
 
 
 @click.command(cls=Verb)
@@ -20,21 +22,51 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
     if markdown:
         say(to_markdown(summarise([run])), lines=True)
     else:
-        say(f"page: {write_page([run], out or run / 'report.html')}")
+        say(f"page: {write_page([run], out or _place(run))}")
 
 
-def page_of(folder: Any, what: str) -> None:
-    """Write the page of a run that has just ended, and say where it is.
+def _place(run: Path) -> Path:
+    """Where the page of a run goes: a run that is not finished has its working area."""
+    from regrow.runs import RunFolder
+
+    begun = RunFolder.started(run) if not (run / "run.json").is_file() else None
+    return (begun.path if begun else run) / PAGE
+
+
+@dataclass
+class RunPage:
+    """The page of a run, written into its folder right before that takes its place.
+
+    A page that cannot be written keeps no run from its end.
 
     Args:
-        folder: The run's folder.
-        what: What else lies in it.
+        what: What else lies in the folder.
     """
-    from regrow.reports import ReportError, write_page
 
-    try:
-        page = write_page([folder.path], folder.path / "report.html")
-    except ReportError as error:
-        say(f"the {what} is in {folder.path}; no page was written: {error}")
-    else:
-        say(f"{what} and page are in {folder.path}; open {page}")
+    what: str
+    error: Exception | None = None
+
+    def __call__(self, folder: Path) -> None:
+        """Write it."""
+        from regrow.reports import write_page
+
+        self.error = None
+        try:
+            write_page([folder], folder / PAGE)
+        except Exception as error:
+            self.error = error
+
+    def tell(self, folder: Path) -> None:
+        """Say where it is, or why there is none.
+
+        Raises:
+            Exception: If it failed for another reason than a missing package.
+        """
+        from regrow.reports import ReportError
+
+        if self.error is not None:
+            say(f"the {self.what} is in {folder}; no page was written: {self.error}")
+            if not isinstance(self.error, ReportError):
+                raise self.error
+        elif (folder / PAGE).is_file():
+            say(f"{self.what} and page are in {folder}; open {folder / PAGE}")

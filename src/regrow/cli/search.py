@@ -7,7 +7,7 @@ import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
-from regrow.cli.report import page_of
+from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 
 EPILOG = """\b
@@ -74,10 +74,11 @@ def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: A
 
     settings = Settings(space, data, target, method_settings=options.settings(pairs), **given)
     options.say_code(space)
+    page = RunPage("network")
     with working() as progress:
-        folder = run(settings, out, progress)
+        folder = run(settings, out, progress, write_page=page)
     _tell(folder)
-    page_of(folder, "network")
+    page.tell(folder.path)
     say(f"load it with regrow.load({str(folder.path)!r})")
 
 

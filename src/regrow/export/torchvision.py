@@ -46,7 +46,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         raise ExportError(f"weights are stored as they are; --dtype {dtype} is for other formats")
     with staged(out) as folder:
         progress(0, 2, "writing the folder")
-        store.save(model, folder, origin=origin)
+        store.write_model(model, folder, origin=origin)
         record = portable.record(model, store.read_shapes(folder))
         if record is None:
             raise ExportError(
@@ -71,13 +71,14 @@ def _tried(model: nn.Module, folder: Path, name: str) -> float:
     Raises:
         ExportError: If they differ.
     """
-    modules, places = [file.removesuffix(".py") for file in FILES], [*sys.path]
+    modules, places, written = [file.removesuffix(".py") for file in FILES], [*sys.path], sys.dont_write_bytecode
     before = {name: sys.modules.pop(name) for name in modules if name in sys.modules}  # of another export
     sys.path.insert(0, str(folder.resolve()))
+    sys.dont_write_bytecode = True  # the folder is not finished
     try:
         again = importlib.import_module(modules[0]).load()
     finally:
-        sys.path[:] = places
+        sys.path[:], sys.dont_write_bytecode = places, written
         for module in modules:
             sys.modules.pop(module, None)
         sys.modules.update(before)

@@ -60,9 +60,9 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         progress(0, 2, "writing the folder")
         same = plain(model, origin)
         if same is None:
-            store.save(model, made, origin=origin, dtype=stored)
+            store.write_model(model, made, origin=origin, dtype=stored)
         else:
-            store.save(same, made, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
+            store.write_model(same, made, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
         carried = (made / "modeling_regrow.py").is_file()
         if not carried and portable.changed(store.read_shapes(made)):
             raise ExportError(

@@ -1,8 +1,6 @@
 """Run folders → one page: a single HTML file that needs no network and no script, or Markdown."""
 
 import math
-import os
-import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ from regrow.reports import searches as quests
 from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.summary import summarise
+from regrow.store.atomic import write_text
+from regrow.store.errors import StoreError
 
 Summary = dict[str, Any]
 
@@ -105,24 +105,11 @@ def write_page(folders: list[Path], out: Path) -> Path:
     """
     page = to_html(summarise(folders))
     out = Path(out)
-    temporary = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-        temporary = Path(name)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
-        temporary.replace(out)
-    except OSError as error:
-        raise ReportError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        write_text(out, page)
+    except (OSError, StoreError) as error:
+        raise ReportError(f"cannot write the page: {error}") from None
     return out
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regrow.store.replacing import WORK, settle
+
 RUN_FORMAT = "regrow-run/1"
 LEDGER_FORMAT = "regrow-ledger/1"
 PLAN_FORMAT = "regrow-plan/1"
@@ -72,6 +74,12 @@ class RunFolder:
     missing: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
+    @property
+    def name(self) -> str:
+        """What the folder is called, also where the run lies in its working area."""
+        path = self.path.resolve()
+        return path.parent.name if path.name == WORK else path.name
+
 
 def read_run(path: Path) -> RunFolder:
     """Read a run folder.
@@ -85,6 +93,9 @@ def read_run(path: Path) -> RunFolder:
     Raises:
         ReportError: If there is no readable ``run.json`` of the expected format.
     """
+    settle(path)
+    if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
+        path = path / WORK  # it is not finished
     if not (path / "run.json").is_file():
         raise ReportError(f"{path} is not a run folder: it has no run.json")
     problems: list[str] = []

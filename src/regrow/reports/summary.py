@@ -54,7 +54,7 @@ def _run(folder: RunFolder) -> dict[str, Any]:
     if not run.get("finished"):
         folder.problems.append("the run has no finishing time: it was interrupted, or is still going on")
     return {
-        "name": text(folder.path.resolve().name) or "run",
+        "name": text(folder.name) or "run",
         "verb": text(run.get("verb")) or "prune",
         "command": text(run.get("command"), 8000),
         "model": _short(text(settings.get("model", settings.get("space")), 300)) or "the model",

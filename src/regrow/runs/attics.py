@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import Attic
 

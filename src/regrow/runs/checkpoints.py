@@ -13,7 +13,7 @@ from regrow.method import State
 from regrow.runs.loop import Learned
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FORMAT = "regrow-statistics/1"

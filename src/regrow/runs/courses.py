@@ -13,7 +13,7 @@ from regrow.learner import Along, Learner
 from regrow.plan import Plan
 from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 
 FORMAT = "regrow-course/1"

@@ -1,12 +1,16 @@
-"""A run folder: settings, measurements and plans of one run, so that it can be read, resumed and run again."""
+"""A run folder: settings, measurements and plans of one run, so that it can be read, resumed and run again.
+
+While a run is unfinished, its files lie in a working area inside its folder (``.work``), which nobody takes for a
+result. At the end, the complete new folder takes the place of the old one, which may hold an earlier result.
+"""
 
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from regrow.method import State
@@ -15,13 +19,18 @@ from regrow.runs.checkpoints import file_name, read_learned, read_statistics, wr
 from regrow.runs.ledger import Ledger
 from regrow.runs.loop import Learned
 from regrow.runs.metrics import Metrics, finite
+from regrow.runs.record import FORMAT, RUN, identity, read_json, read_run
+from regrow.runs.working_area import adopt, begin_again, cleared_area, resumes, started
 from regrow.scores import Statistics
-from regrow.store.atomic import PARTIAL, StoreError, telling, write_text
+from regrow.store.atomic import write_text
+from regrow.store.errors import StoreError, telling
+from regrow.store.locks import Lock, lock
+from regrow.store.replacing import WORK, check_replaceable, cleared, link_tree, replaced, settle
 from regrow.store.versions import versions
 from regrow.surgery import Attic
 
-FORMAT = "regrow-run/1"
-_LONGEST = 2**24
+WritePage = Callable[[Path], object]
+"""Writes the page of a run into its folder, right before that takes its place."""
 
 
 @dataclass(frozen=True)
@@ -29,17 +38,21 @@ class RunFolder:
     """The folder of a run.
 
     Args:
-        path: Where it is. :meth:`create` begins or resumes a run there, :meth:`open` reads one.
+        path: Where its files lie: the folder of a finished run; the working area of one that goes on.
         resumed: Whether an earlier process had begun this run.
+        out: Where the run will be once it is finished, if it goes on here.
+        owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
     """
 
     path: Path
     resumed: bool = False
+    out: Path | None = None
+    owner: Lock | None = None
 
     @classmethod
     def create(
         cls,
-        path: str | Path,
+        out: str | Path,
         *,
         verb: str,
         settings: Mapping[str, Any],
@@ -49,59 +62,107 @@ class RunFolder:
         """Begin a run in a new or empty folder, or go on with the same run if it was interrupted.
 
         Args:
-            path: The folder.
+            out: The folder; locked until the run is finished or the ``with`` block is left.
             verb: What is done: ``"prune"``.
             settings: Everything that the result depends on, as JSON data; the run is the same if these are.
             defaults: What the method takes for granted beside them; a run goes on under the same alone.
             command: The command that does it again.
 
         Raises:
-            StoreError: If the folder holds something else, another run, or this one finished; nothing is touched.
+            StoreError: If the folder holds something else, another run, or this one finished, or if another process is
+                writing there; nothing is touched.
         """
-        path = Path(path)
-        wanted = _wanted(verb, settings, defaults)
-        if cls.check(path, verb=verb, settings=settings, defaults=defaults):
-            cls(path)._sweep()
-            return cls(path, resumed=True)
-        with telling(path):
-            path.mkdir(parents=True, exist_ok=True)
-        folder = cls(path)
-        folder._sweep()
-        folder._write("run.json", {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
-        return folder
+        out, wanted = Path(out), identity(verb, settings, defaults)
+        cls.check(out, verb=verb, settings=settings, defaults=defaults)
+        with telling(out):
+            out.mkdir(parents=True, exist_ok=True)
+            owner = lock(out)
+        try:
+            resumed = resumes(out, wanted)
+            if resumed:
+                adopt(out)
+                return cls(out / WORK, True, out, owner)
+            folder = cls(cleared_area(out), False, out, owner)
+            folder._write(RUN, {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
+            return folder
+        except BaseException:
+            owner.release()
+            raise
 
     @classmethod
     def check(
         cls,
-        path: str | Path,
+        out: str | Path,
         *,
         verb: str,
         settings: Mapping[str, Any],
         defaults: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Whether an interrupted run would be resumed in a folder (``False``: a new one would begin); changes nothing.
+        """Whether an interrupted run would be resumed in a folder (``False``: a new one would begin).
+
+        What killed processes left beside the folder is deleted; nothing else is changed.
 
         Raises:
             StoreError: As :meth:`create`.
         """
-        path, wanted = Path(path), _wanted(verb, settings, defaults)
-        if path.exists() and not path.is_dir():
-            raise StoreError(f"{path} is a file; choose a folder that does not exist yet")
-        if not path.is_dir() or all(PARTIAL.fullmatch(p.name) for p in path.iterdir()):
-            return False
-        _check_same(path, cls(path).run() if (path / "run.json").is_file() else None, wanted)
-        return True
+        out = Path(out)
+        check_replaceable(out)
+        cleared(out)
+        if out.is_dir():
+            lock(out).release()
+        return resumes(out, identity(verb, settings, defaults))
+
+    @classmethod
+    def reopen(cls, out: str | Path) -> "RunFolder":
+        """Go on with a run, whether it is finished or not; a finished one stays as it is until :meth:`finish`.
+
+        Raises:
+            StoreError: If there is no run, or another process is writing there.
+        """
+        out = Path(out)
+        check_replaceable(out)
+        with telling(out):
+            owner = lock(out)
+        try:
+            if started(out):
+                adopt(out)
+            else:
+                cls.open(out)
+                begin_again(out)
+        except BaseException:
+            owner.release()
+            raise
+        return cls(out / WORK, True, out, owner)
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """An existing run.
+        """A finished run, to be read.
 
         Raises:
-            StoreError: If the folder has no readable ``run.json``.
+            StoreError: If the folder has no readable ``run.json``, or its run is not finished; says how it goes on.
         """
-        folder = cls(Path(path))
-        folder.run()
-        return folder
+        path = Path(path)
+        settle(path)
+        found = cls(path)
+        if not (path / RUN).is_file() or not found.run().get("finished"):
+            begun = cls.started(path)
+            if begun is not None:
+                raise StoreError(f"{path}: the run is not finished; go on with it first: {begun.run().get('command')}")
+            found.run()
+        return found
+
+    @classmethod
+    def started(cls, path: str | Path) -> "RunFolder | None":
+        """The unfinished run in a folder, to be read; ``None`` if there is none."""
+        place = started(Path(path))
+        return cls(place) if place else None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.owner:
+            self.owner.release()
 
     def run(self) -> dict[str, Any]:
         """What ``run.json`` says.
@@ -109,30 +170,39 @@ class RunFolder:
         Raises:
             StoreError: If it is missing or damaged.
         """
-        data = self._read("run.json")
-        if data is None:
-            raise StoreError(f"{self.path} is not a run folder (no run.json); give the folder of a run")
-        objects: dict[str, Any] = {"settings": None, "defaults": {}, "versions": {}}
-        if (
-            not isinstance(data, dict)
-            or data.get("format") != FORMAT
-            or not all(isinstance(data.get(name, missing), dict) for name, missing in objects.items())
-        ):
-            raise StoreError(f"{self.path / 'run.json'} is not of the format {FORMAT!r}; restore it")
-        return data
+        return read_run(self.path)
 
     def update(self, **fields: Any) -> None:
-        """Set fields of ``run.json``: ``seconds``, ``notes``.
+        """Set fields of ``run.json``: ``seconds``, ``notes``. Those that are ``None`` are taken out.
 
         Raises:
             StoreError: If the disk is full; the file is then as it was.
         """
-        self._write("run.json", self.run() | fields)
+        self._write(RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
 
-    def finish(self, **fields: Any) -> None:
-        """Set fields of ``run.json``, and that the run is complete; what was kept for resuming goes."""
-        self.update(**fields, finished=_now("finished")["finished"])
-        shutil.rmtree(self.path / "statistics", ignore_errors=True)
+    def finish(self, write_page: WritePage | None = None, **fields: Any) -> "RunFolder":
+        """Complete the run: its files take the place of the folder that it was begun for, all at once.
+
+        Args:
+            write_page: Writes its page into the folder it is given; the page is then part of the result.
+            fields: What is set in ``run.json`` beside the time.
+
+        Returns:
+            The finished run; what was kept for resuming is gone, and the folder is no longer locked.
+
+        Raises:
+            StoreError: If the disk is full; what was there before stays, and the run can go on.
+        """
+        if self.out is None:
+            raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
+        self.update(**fields, extension=None, **_now("finished"))
+        if write_page:
+            write_page(self.path)
+        with replaced(self.out, self.owner) as new:
+            link_tree(self.path, new, skip={"statistics"})
+        if self.owner:
+            self.owner.release()
+        return RunFolder(self.out)
 
     @property
     def ledger(self) -> Ledger:
@@ -283,71 +353,11 @@ class RunFolder:
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         write_text(self.path / name, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
-    def _read(self, name: str) -> Any:
-        path = self.path / name
-        if not path.is_file():
-            return None
-        if path.stat().st_size > _LONGEST * 16:
-            raise StoreError(f"{path} is too long to be of a run; restore it")
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise StoreError(f"{path} cannot be read ({str(error)[:80]}); restore it") from None
-
     def _object(self, name: str) -> dict[str, Any]:
-        data = self._read(name)
+        data = read_json(self.path / name)
         if data is not None and not isinstance(data, dict):
             raise StoreError(f"{self.path / name} is not a JSON object; restore it")
         return data or {}
-
-    def _sweep(self) -> None:
-        """Delete what a killed process left unfinished."""
-        for place in (self.path, self.path / "statistics"):
-            for path in place.iterdir() if place.is_dir() else ():
-                if PARTIAL.fullmatch(path.name):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def set_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of a method as the command line takes them.
-
-    >>> set_words({"named": True, "levels": ("operations", "weights"), "gate": "hard"})
-    ['--set', 'named=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
-    """
-    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-    return [word for name, value in told.items() for word in ("--set", f"{name}={value}")]
-
-
-def _wanted(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What makes a run this one, as it comes back from ``run.json``."""
-    told = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
-    found: dict[str, Any] = json.loads(json.dumps(told))
-    return found
-
-
-def _check_same(path: Path, run: dict[str, Any] | None, wanted: dict[str, Any]) -> None:
-    if run is None:
-        raise StoreError(f"{path} exists and is not empty; choose another folder, or delete it")
-    if run.get("verb") != wanted["verb"]:
-        raise StoreError(f"{path} holds a run of {run.get('verb')!r}; choose another folder, or delete it")
-    old, new = run["settings"], wanted["settings"]
-    if other := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
-        was, now = (json.dumps(settings.get(other[0]))[:60] for settings in (old, new))
-        raise StoreError(
-            f"{path} holds another run ({other[0]} was {was}, here {now}); choose another folder, or delete it"
-        )
-    if run.get("finished"):
-        raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
-    old, new = run.get("defaults"), wanted.get("defaults")
-    if old is None or new is None:  # nothing was noted
-        return
-    if other := [key for key in {**new, **old} if key not in old or old[key] != new.get(key)]:
-        was, now = (json.dumps(values[other[0]])[:60] if other[0] in values else "unknown" for values in (old, new))
-        version = run.get("versions", {}).get("regrow", "of another version")
-        raise StoreError(
-            f"{path} was begun by regrow {version}, where {other[0]} was {was} unless told, here {now}: finish it with "
-            "that version, or choose another folder"
-        )
 
 
 def _now(what: str) -> dict[str, Any]:

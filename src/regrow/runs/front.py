@@ -38,7 +38,7 @@ def passed(folder: RunFolder, learner: Searcher, at: Stand, origin: Origin) -> N
     twin.baked(there)
     net, described = spaces.left(there.model, origin)
     epoch = at.epoch + 1
-    store.save(net, folder.path / FOLDER / f"{epoch:04d}", origin=described)
+    store.write_model(net, folder.path / FOLDER / f"{epoch:04d}", origin=described)
     folder.log("front", epoch=epoch, size=twin.size(), accuracy=share_right(net, at.task.test), **sizes(net))
 
 

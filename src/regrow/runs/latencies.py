@@ -8,7 +8,8 @@ from torch import nn
 
 from regrow.evaluation import Latency, latency
 from regrow.sources import Batch
-from regrow.store.atomic import StoreError, written
+from regrow.store.atomic import written
+from regrow.store.errors import StoreError
 
 TABLE, _PARTS = "latency.json", ("ops", "sums", "layers")
 

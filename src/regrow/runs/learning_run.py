@@ -24,9 +24,11 @@ from regrow.progress import Progress, silent
 from regrow.runs.births import over
 from regrow.runs.checks import LEARN, check_settings
 from regrow.runs.courses import read_course, tasks_over, write_course
-from regrow.runs.folder import RunFolder, set_words
+from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, accuracies, learn
-from regrow.store.atomic import StoreError
+from regrow.runs.record import set_words
+from regrow.store.errors import StoreError
+from regrow.store.replacing import cleared
 from regrow.tasks import Task
 from regrow.tracing import trace
 
@@ -113,13 +115,16 @@ class Settings:
         return shlex.join([*words, "--out", out])
 
 
-def run(settings: Settings, out: str | Path, progress: Progress = silent) -> RunFolder:
+def run(
+    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+) -> RunFolder:
     """Learn a sequence of tasks and leave a run folder behind; an interrupted run goes on where it was.
 
     Args:
         settings: What to do.
         out: The run folder; new, empty, or of this very run.
         progress: Called as work goes on.
+        write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
@@ -128,30 +133,42 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     learner, schedule, told = built(settings), settings.schedule(), _told(settings)
     RunFolder.check(out, **told)
     tasks = tasks_of(settings)
-    folder = RunFolder.create(out, **told, command=settings.command(str(out)))
-    return _go_on(folder, settings, learner, schedule, tasks, progress)
+    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+        return _go_on(folder, settings, learner, schedule, tasks, progress, write_page)
 
 
 def extend(
-    out: str | Path, more: Sequence[str], progress: Progress = silent, *, without_old: bool = False
+    out: str | Path,
+    more: Sequence[str],
+    progress: Progress = silent,
+    *,
+    without_old: bool = False,
+    write_page: WritePage | None = None,
 ) -> RunFolder:
     """Have a run learn further tasks: months later, by another process.
+
+    A finished run stays as it is until they are learned. A call that was interrupted goes on when it is repeated.
 
     Args:
         out: The folder of a run, finished or interrupted.
         more: Further sequences, as ``Settings.tasks``; none to finish what was interrupted.
         progress: Called as work goes on.
         without_old: Go on although data of tasks that are over are not there any more: it is not evaluated on those.
+        write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
         ValueError: If the folder is no learning run, or a sequence is not usable.
     """
-    folder = RunFolder.open(out)
+    done = cleared(Path(out))
+    folder = RunFolder.started(out) or RunFolder.open(out)
     told = folder.run()
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = Settings.from_json(told["settings"])
-    settings = replace(was, tasks=(*was.tasks, *more))
+    if told.get("finished") and folder.path == Path(out) and (not more or (done and _ends_with(was.tasks, more))):
+        return folder  # nothing is to be learned, or a process that was killed while it cleared up has done it
+    added = () if told.get("extension") == list(more) else tuple(more)
+    settings = replace(was, tasks=(*was.tasks, *added))
     # It goes on as it began, be the defaults of this version others.
     learner = built(replace(settings, method_settings={**told.get("defaults", {}), **was.method_settings}))
     try:
@@ -166,7 +183,7 @@ def extend(
             raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
         if learner.looks_back:
             raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
-    tasks = streams.alike([*old, *(task for spec in more for task in _sequence(spec, settings))])
+    tasks = streams.alike([*old, *(task for spec in added for task in _sequence(spec, settings))])
     outputs, wanted = outputs_of(was, old), outputs_of(settings, tasks)
     if wanted > outputs:
         raise ValueError(
@@ -174,8 +191,21 @@ def extend(
             f"begin a run with --classes {wanted}"
         )
     taken = _told(settings)["defaults"] | told.get("defaults", {})
-    folder.update(settings=asdict(settings), defaults=taken, command=settings.command(str(out)), finished=None)
-    return _go_on(replace(folder, resumed=True), settings, learner, settings.schedule(), tasks, progress)
+    with RunFolder.reopen(out) as reopened:
+        if reopened.run() != told:
+            raise StoreError(f"{out} was changed by another process meanwhile; run this again")
+        reopened.update(
+            settings=asdict(settings),
+            defaults=taken,
+            command=settings.command(str(out)),
+            finished=None,
+            extension=list(more) or None,
+        )
+        return _go_on(reopened, settings, learner, settings.schedule(), tasks, progress, write_page)
+
+
+def _ends_with(tasks: Sequence[str], more: Sequence[str]) -> bool:
+    return tuple(tasks[len(tasks) - len(more) :]) == tuple(more)
 
 
 def _go_on(
@@ -185,6 +215,7 @@ def _go_on(
     schedule: Schedule,
     tasks: Sequence[Task],
     progress: Progress,
+    write_page: WritePage | None,
 ) -> RunFolder:
     start = time.perf_counter()
     model, origin = network(settings, tasks)
@@ -212,12 +243,11 @@ def _go_on(
     axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
     plain = copy.deepcopy(model)
     learner.baked(Stand(plain, axes, tasks[-1], number=len(tasks) - 1))
-    store.save(plain, folder.path, origin=origin)
+    store.write_model(plain, folder.path, origin=origin)
     if gone := [task.name for task in tasks if task.gone]:
         folder.log("gone", tasks=gone)
     folder.log("matrix", tasks=[task.name for task in tasks], **course.matrix.record())
-    folder.finish(seconds={"learn": round(time.perf_counter() - start, 3)})
-    return folder
+    return folder.finish(write_page, seconds={"learn": round(time.perf_counter() - start, 3)})
 
 
 def _settled(course: Course) -> int:

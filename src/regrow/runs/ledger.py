@@ -10,7 +10,8 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
-from regrow.store.atomic import StoreError, write_text
+from regrow.store.atomic import write_text
+from regrow.store.errors import StoreError
 from regrow.surgery import Attic, apply
 from regrow.tracing import with_branches
 

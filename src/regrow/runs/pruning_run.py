@@ -1,9 +1,7 @@
 """A pruning run: everything around one cut, in a folder that tells what happened and can be resumed."""
 
 import shlex
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +14,7 @@ from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget, Measure, Target
 from regrow.errors import InputError
+from regrow.method import Method, State
 from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
 from regrow.nets.code import check_code, names_code
@@ -25,8 +24,10 @@ from regrow.progress import Progress, silent
 from regrow.runs import loop, measuring, prune, tune
 from regrow.runs.calibration import calibrated
 from regrow.runs.checks import PRUNE, check_settings
-from regrow.runs.folder import RunFolder, set_words
+from regrow.runs.clock import Clock
+from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.inputs import Kinds, described, sources_of
+from regrow.runs.record import set_words
 from regrow.runs.recovering import check_recovery, compared, recovered
 from regrow.runs.scored import write_scores
 from regrow.surgery import apply, verify
@@ -184,21 +185,22 @@ _FLAGS = {
 }
 
 
-@dataclass
-class Clock:
-    """Seconds per stage, kept in the run folder as they come."""
+@dataclass(frozen=True)
+class _Job:
+    """What the parts of a run share."""
 
-    folder: RunFolder | None
-    seconds: dict[str, float] = field(default_factory=dict)
+    settings: Settings
+    folder: RunFolder
+    loaded: Loaded
+    kinds: Kinds
+    clock: Clock
+    progress: Progress
 
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Time what is done inside."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(self.seconds.get(name, 0) + time.perf_counter() - start, 3)
-        if self.folder:
-            self.folder.update(seconds=self.seconds)
+    def measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
+        """Measure the model as it is now, under a name."""
+        kinds = self.kinds
+        with self.clock.stage("evaluate"):
+            return measuring.measure(self.folder, self.loaded, axes, kinds.evaluation, kinds.seen, name, self.progress)
 
 
 def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
@@ -219,7 +221,9 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     return loop.proposed(loaded.model, axes, method, evidence, state, progress=progress)[0]
 
 
-def run(settings: Settings, out: str | Path, progress: Progress = silent) -> RunFolder:
+def run(
+    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+) -> RunFolder:
     """Prune a model and leave a run folder behind: model, plan, measurements.
 
     Everything that can be wrong with the settings is found before the folder is made; an interrupted run with the same
@@ -229,6 +233,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         settings: What to do.
         out: The run folder; new, empty, or of this very run.
         progress: Called as work goes on.
+        write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
         ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
@@ -238,7 +243,7 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     budget = settings.budget()
     check_recovery(settings.recover, settings.sources)
     told: dict[str, Any] = {"verb": "prune", "settings": settings.record(), "defaults": _defaults(settings)}
-    again = RunFolder.check(out, **told)
+    RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(settings, progress)
@@ -246,19 +251,29 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     with clock.stage("trace"):
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     with clock.stage("time"):
-        known = RunFolder.open(out).run().get("timing") if again else None
+        begun = RunFolder.started(out)
+        known = begun.run().get("timing") if begun else None
         budget = prune.timed(loaded.model, axes, budget, known=known, progress=progress)
     state = prune.begun(axes, method, budget, kinds.calibration)
-    folder = RunFolder.create(out, **told, command=settings.command(str(out)))
-    clock.folder = folder
-    folder.update(notes=list(loaded.notes), sources=described(settings, kinds))
-    if budget.timing:  # another measurement would be another plan
-        folder.update(timing=budget.timing.record())
-    with clock.stage("calibrate"):
-        evidence, key = calibrated(folder, loaded, axes, method, kinds.calibration, progress)
+    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+        clock.folder = folder
+        folder.update(notes=list(loaded.notes), sources=described(settings, kinds))
+        if budget.timing:  # another measurement would be another plan
+            folder.update(timing=budget.timing.record())
+        job = _Job(settings, folder, loaded, kinds, clock, progress)
+        plan = _planned(job, axes, method, state)
+        _pruned(job, axes, plan, budget)
+        return folder.finish(write_page, seconds=clock.seconds)
+
+
+def _planned(job: _Job, axes: AxisGraph, method: Method, state: State) -> Plan:
+    """Calibrate, and plan the cut."""
+    folder, loaded, progress = job.folder, job.loaded, job.progress
+    with job.clock.stage("calibrate"):
+        evidence, key = calibrated(folder, loaded, axes, method, job.kinds.calibration, progress)
         if evidence.notes:
             folder.update(notes=[*loaded.notes, *evidence.notes])
-    with clock.stage("plan"):
+    with job.clock.stage("plan"):
         keep = partial(folder.save_learned, key=key)
         done = folder.learned(state, key=key)
         plan, state = loop.proposed(
@@ -267,12 +282,17 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         if state.scores is not None:
             write_scores(folder, loaded, axes, plan, state.scores, evidence)
         if state.findings:
-            folder.write_findings(settings.method, state.findings)
-    with clock.stage("evaluate"):
-        before = measuring.measure(folder, loaded, axes, kinds.evaluation, kinds.seen, "dense", progress)
+            folder.write_findings(job.settings.method, state.findings)
+    return plan
+
+
+def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
+    """Cut, measured before and after, and save; recover, if that is asked for."""
+    settings, folder, loaded, kinds, clock = job.settings, job.folder, job.loaded, job.kinds, job.clock
+    before = job.measure(axes, "dense")
     if settings.proof:
         with clock.stage("verify"):
-            progress(0, 1, "proving that masked = shrunk")
+            job.progress(0, 1, "proving that masked = shrunk")
             _prove(folder, loaded, axes, plan)
     rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
@@ -282,23 +302,18 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
     if loaded.tokenizer is None and kinds.calibration:
         with clock.stage("tune"):
-            _tuned(settings, loaded, kinds, progress)
+            _tuned(settings, loaded, kinds, job.progress)
     with clock.stage("save"):
-        store.save(loaded, folder.path)
-    with clock.stage("evaluate"):
-        after = measuring.measure(folder, loaded, axes, kinds.evaluation, kinds.seen, "pruned", progress)
-        measuring.counted(folder, loaded.model, traced, axes, budget)
-        for name in before.keys() & after.keys():
-            pair = evaluation.paired(before[name], after[name])
-            folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
+        store.write_model(loaded, folder.path)
+    after = job.measure(axes, "pruned")
+    measuring.counted(folder, loaded.model, traced, axes, budget)
+    for name in before.keys() & after.keys():
+        pair = evaluation.paired(before[name], after[name])
+        folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
     if settings.recover:
         with clock.stage("recover"):
-            _recovered(settings, folder, loaded, traced, plan, progress)
-        with clock.stage("evaluate"):
-            now = measuring.measure(folder, loaded, axes, kinds.evaluation, kinds.seen, "recovered", progress)
-            compared(folder, now)
-    folder.finish(seconds=clock.seconds)
-    return folder
+            _recovered(settings, folder, loaded, traced, plan, job.progress)
+        compared(folder, job.measure(axes, "recovered"))
 
 
 def load_model(settings: Settings, progress: Progress = silent) -> Loaded:
@@ -350,4 +365,4 @@ def _recovered(
     texts = sources_of(settings.learning_from(settings.recover_tokens), loaded).calibration
     dense, by, seed = load_model(settings, progress), settings.recover, settings.seed
     recovered(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, progress=progress)
-    store.save(loaded, folder.path)
+    store.write_model(loaded, folder.path)

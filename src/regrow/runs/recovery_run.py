@@ -16,12 +16,14 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.runs import pruning_run
 from regrow.runs.checks import RECOVER, check_numbers
-from regrow.runs.folder import RunFolder, set_words
+from regrow.runs.clock import Clock
+from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.inputs import described, sources_of
 from regrow.runs.measuring import measure
-from regrow.runs.pruning_run import DTYPES, Clock, load_model
+from regrow.runs.pruning_run import DTYPES, load_model
+from regrow.runs.record import set_words
 from regrow.runs.recovering import compared, recovered
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 from regrow.tracing import trace
 
 
@@ -70,6 +72,7 @@ def run(
     seed: int = 0,
     code: str = "",
     progress: Progress = silent,
+    write_page: WritePage | None = None,
 ) -> RunFolder:
     """Recover the model of a finished pruning run (or of a run that has recovered one) into a new folder.
 
@@ -86,6 +89,7 @@ def run(
         code: The function ``pkg.mod:fn`` that builds the dense model, where the user's own code does: the name that
             the folder gives is never imported.
         progress: Called as work goes on.
+        write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
         ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown, or ``code`` is
@@ -108,27 +112,28 @@ def run(
         dense, loaded = _loaded(source, origin, progress)
         kinds = sources_of(origin.learning_from(tokens), loaded)
         axes, plan = _cut(source, dense)
-    folder = RunFolder.create(out, **told, command=wanted.command(str(pruned), str(out), code))
-    clock.folder = folder
-    folder.update(notes=list(dense.notes), sources=described(origin, kinds))
-    if not len(folder.ledger):
-        folder.ledger.append(plan)
-    _take_over(source, folder)
-    number = len(wanted.before) + 1
-    with clock.stage("recover"):
-        recovered(
-            folder, loaded.model, dense, axes, plan, kinds.calibration, by,
-            settings=settings, seed=seed, number=number, progress=progress,
-        )  # fmt: skip
-    with clock.stage("save"):
-        store.save(loaded, folder.path)
-    with clock.stage("evaluate"):
-        after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-        folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
-        found = measure(folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number)
-        compared(folder, found, number)
-    folder.finish(seconds=clock.seconds)
-    return folder
+    with RunFolder.create(out, **told, command=wanted.command(str(pruned), str(out), code)) as folder:
+        clock.folder = folder
+        folder.update(notes=list(dense.notes), sources=described(origin, kinds))
+        if not len(folder.ledger):
+            folder.ledger.append(plan)
+        _take_over(source, folder)
+        number = len(wanted.before) + 1
+        with clock.stage("recover"):
+            recovered(
+                folder, loaded.model, dense, axes, plan, kinds.calibration, by,
+                settings=settings, seed=seed, number=number, progress=progress,
+            )  # fmt: skip
+        with clock.stage("save"):
+            store.write_model(loaded, folder.path)
+        with clock.stage("evaluate"):
+            after = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+            folder.write_axes(*([row.record() for row in inventory(one)] for one in (axes, after)))
+            found = measure(
+                folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number
+            )
+            compared(folder, found, number)
+        return folder.finish(write_page, seconds=clock.seconds)
 
 
 def _take_over(source: RunFolder, folder: RunFolder) -> None:
@@ -160,8 +165,6 @@ def _origin(source: RunFolder, code: str) -> pruning_run.Settings:
     data = source.run()
     if data["verb"] not in ("prune", "recover"):
         raise StoreError(f"{source.path} holds a run of {data['verb']!r}; give the folder of a pruning run")
-    if not data.get("finished"):
-        raise StoreError(f"{source.path}: the run is not finished; go on with it first: {data['command']}")
     settings = data["settings"] if data["verb"] == "prune" else data["settings"]["pruning"]
     try:
         return pruning_run.Settings.from_json(settings, code)

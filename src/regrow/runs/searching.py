@@ -32,8 +32,9 @@ from regrow.progress import Progress, silent
 from regrow.runs import front, latencies, spaces, stage_memory
 from regrow.runs.checks import SEARCH, check_settings
 from regrow.runs.courses import read_course, write_course
-from regrow.runs.folder import RunFolder, set_words
+from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, changed, learn
+from regrow.runs.record import RUN, set_words
 from regrow.runs.targets import DENSE, FORMER, levels_for, measure_of, target
 from regrow.searcher import Searcher
 from regrow.sources import Batch
@@ -154,13 +155,16 @@ class Parts:
     test: Examples
 
 
-def run(settings: Settings, out: str | Path, progress: Progress = silent) -> RunFolder:
+def run(
+    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+) -> RunFolder:
     """Search, train what was found anew, and leave a run folder behind; an interrupted run goes on where it was.
 
     Args:
         settings: What to do.
         out: The run folder; new, empty, or of this very run.
         progress: Called as work goes on.
+        write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
@@ -173,32 +177,33 @@ def run(settings: Settings, out: str | Path, progress: Progress = silent) -> Run
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
-    begun = (Path(out) / COURSE).is_file()
-    table = latencies.of(Path(out), model, batch, begun) if settings.measure == Measure.TIME else None
+    started = RunFolder.started(out)
+    place = started.path if started else Path(out)
+    begun = (place / COURSE).is_file()
+    table = latencies.of(place, model, batch, begun) if settings.measure == Measure.TIME else None
     learner = built(settings, model, axes, plan, table)
     learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
     taken = {n: v for n, v in asdict(learner.settings).items() if n not in {*settings.method_settings, *GIVEN}}
     told: dict[str, Any] = {"verb": "search", "settings": settings.record(), "defaults": taken}
-    folder = RunFolder.create(out, **told, command=settings.command(str(out)))
-    if plan is not None:
-        folder.log("stages", **plan.record())
-    if table:
-        latencies.keep(folder.path, table)
-    start = time.perf_counter()
-    found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
-    seconds = {"search": round(time.perf_counter() - start, 3)}
-    store.save(found, folder.path / "found", origin=described_by)
-    right = share_right(found, parts.search.test)
-    folder.log("found", accuracy=right, **evaluation.dense(found, parts.test.inputs[:1]))
-    start = time.perf_counter()
-    trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
-    store.save(trained, folder.path, origin=described_by)
-    if table:
-        folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
-    size = evaluation.dense(trained, parts.test.inputs[:1])
-    folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
-    folder.finish(seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
-    return folder
+    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+        if plan is not None:
+            folder.log("stages", **plan.record())
+        if table:
+            latencies.keep(folder.path, table)
+        start = time.perf_counter()
+        found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
+        seconds = {"search": round(time.perf_counter() - start, 3)}
+        store.write_model(found, folder.path / "found", origin=described_by)
+        right = share_right(found, parts.search.test)
+        folder.log("found", accuracy=right, **evaluation.dense(found, parts.test.inputs[:1]))
+        start = time.perf_counter()
+        trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
+        store.write_model(trained, folder.path, origin=described_by)
+        if table:
+            folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
+        size = evaluation.dense(trained, parts.test.inputs[:1])
+        folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
+        return folder.finish(write_page, seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
 
 
 def _searched(
@@ -318,9 +323,8 @@ def parts_of(settings: Settings) -> Parts:
 
 def _counted_as_begun(settings: Settings, out: Path) -> Settings:
     """The settings, with a target that counts what it did when the run in a folder was begun."""
-    if not (out / "run.json").is_file():
-        return settings
-    return replace(settings, accounting=RunFolder.open(out).run()["settings"].get("accounting", FORMER))
+    there = RunFolder.started(out) or (RunFolder.open(out) if (out / RUN).is_file() else None)
+    return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
 
 
 def _known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:

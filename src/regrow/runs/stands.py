@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from regrow.recovery import Stand
-from regrow.store.atomic import StoreError, telling
+from regrow.store.errors import StoreError, telling
 from regrow.store.tensors import read_tensors, write_tensors
 
 FORMAT = "regrow-recovery/1"

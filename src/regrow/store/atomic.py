@@ -1,21 +1,24 @@
-"""Files that are there whole or not at all: a temporary file beside the old one, synced, then renamed over it."""
+"""Files that are there whole or not at all: made in a folder beside the old one, synced, then renamed over it.
+
+Whatever is not finished lies in a folder ``.NAME.<hex>.partial`` that its process has locked. If that is killed, the
+next command that writes ``NAME`` finds the folder unlocked and deletes it.
+"""
 
 import contextlib
-import errno
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from regrow.store.errors import StoreError, telling
+from regrow.store.locks import LockedError, lock
 
-PARTIAL = re.compile(r"\..+\.[0-9a-f]{8}\.partial")
-"""What unfinished files and folders are called; one that a killed process left behind can be deleted."""
+__all__ = ["LEFTOVER", "StoreError", "staged", "sweep", "sync", "telling", "write_bytes", "write_text", "written"]
 
-
-class StoreError(ValueError):
-    """A folder or file that cannot be written, read or trusted; one line that names the value and the remedy."""
+LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
+"""What unfinished files and folders are called, and folders that were replaced and are being deleted."""
 
 
 @contextlib.contextmanager
@@ -26,25 +29,22 @@ def written(path: Path) -> Iterator[Path]:
         path: The file to make or replace; its folder must exist.
 
     Returns:
-        The name of a temporary file in the same folder. If the block fails it is removed, and the old file stands.
+        A file of the same name in a temporary folder beside it. If the block fails, that goes and the old file stands.
 
     Raises:
         StoreError: If the disk is full or does not let us write.
     """
     path = Path(path)
-    with telling(path):
-        temporary = partial(path)
-        try:
-            os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-            mode = temporary.stat().st_mode
-            yield temporary
-            # A library may have put a file of its own in this place, private to its user.
-            temporary.chmod(mode)
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with telling(path), staged(path) as stage:
+        temporary = stage / path.name
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
+        yield temporary
+        # A library may have put a file of its own in this place, private to its user.
+        temporary.chmod(mode)
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -82,19 +82,6 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-@contextlib.contextmanager
-def telling(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing ``path`` into one line with a remedy.
-
-    Raises:
-        StoreError: Instead of an ``OSError``, or of the error of a library that met one.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path}: {_explained(error)}") from error
-
-
 def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     # Windows cannot open a folder; a rename there is durable in its own time.
@@ -107,21 +94,41 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def partial(path: Path) -> Path:
-    """A new name, beside ``path``, for something that is not finished."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A new, locked folder beside ``path`` for what is not finished; it is deleted at the end.
+
+    What killed processes left of earlier ones is deleted first.
+
+    Raises:
+        OSError: If it cannot be made.
+    """
+    sweep(path)
+    while True:
+        stage = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+        stage.mkdir()
+        with contextlib.suppress(LockedError, FileNotFoundError):  # another process took it for a leftover
+            owner = lock(stage)
+            break
+    try:
+        yield stage
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        owner.release()
 
 
-def _explained(error: Exception) -> str:
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])
-    match number:
-        case errno.ENOSPC | errno.EDQUOT:
-            return "the disk is full, so nothing was changed; free some space or choose another folder, and run again"
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return "may not be written; choose a folder that is yours"
-        case errno.ENOENT:
-            return "its folder does not exist; create it first"
-    why = os.strerror(number) if number else " ".join(str(error).split())[:200]
-    return f"cannot be written ({why}); choose another folder"
+def leftovers(path: Path) -> list[Path]:
+    """Unfinished files and folders beside ``path`` that were to become it, whether or not their process is alive."""
+    name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
+    return sorted(one for one in path.parent.iterdir() if name.fullmatch(one.name)) if path.parent.is_dir() else []
+
+
+def sweep(path: Path) -> None:
+    """Delete what killed processes left beside ``path`` of something that was to become it."""
+    for one in leftovers(path):
+        if one.is_symlink() or not one.is_dir():  # of version 0.1
+            one.unlink(missing_ok=True)
+            continue
+        with contextlib.suppress(LockedError, FileNotFoundError), lock(one) as owner:
+            if owner.sure:
+                shutil.rmtree(one, ignore_errors=True)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.store.atomic import StoreError, telling
+from regrow.store.errors import StoreError, telling
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:

@@ -5,10 +5,8 @@ A folder holds ``model.safetensors``, ``shapes.json`` (what the architecture doe
 it is a pickle, and no code that it names is run.
 """
 
-import shutil
 from collections import Counter
-from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ from regrow.nets.errors import first_line
 from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
 from regrow.store import portable, probe
-from regrow.store.atomic import StoreError, partial, sync, telling, write_text
+from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
+from regrow.store.errors import StoreError, telling
 from regrow.store.pretrained import (
     as_saved,
     check_configuration,
@@ -32,6 +31,7 @@ from regrow.store.pretrained import (
     write_configuration,
     write_tokenizer,
 )
+from regrow.store.replacing import WORK, link_tree, read_whole, replaced, settle
 from regrow.store.shapes import DTYPES, Probe, Shapes
 from regrow.store.state import check as check_architecture
 from regrow.store.state import describe, drop, held, restore
@@ -48,6 +48,12 @@ CARRIED = (
     probe.FILE,
 )
 """Files that some saved models have and others have not."""
+FILES = (
+    *("model*.safetensors", "model.safetensors.index.json", SHAPES, *CARRIED, "config.json", "generation_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
+"""Files of a saved model."""
 _LONGEST = 2**28
 
 Builder = Callable[[], Any]
@@ -66,7 +72,8 @@ def save(
 
     Args:
         model: The network as it is now, or what :func:`regrow.nets.load` gave (its model may have been changed since).
-        folder: Where to; made if need be, and other files in it stay. A model saved here before is replaced.
+        folder: Where to; made if need be, and other files in it stay. A model saved here before is replaced: at every
+            moment the folder holds all of the old one or all of the new one.
         origin: How to build the architecture, if ``model`` does not say. Without one, loading will ask for the model.
         tokenizer: Saved along, if ``model`` does not bring one.
         dtype: What floating-point weights are stored in; as they are, unless given.
@@ -80,7 +87,42 @@ def save(
         StoreError: If the model cannot be rebuilt from what would be written, holds NaN, the folder holds a model
             that regrow did not write, or the disk is full.
     """
-    folder, given = Path(folder), model
+    folder = Path(folder)
+    if (folder / "config.json").exists() and not (folder / SHAPES).exists():
+        raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
+    if (folder / WORK).exists():
+        raise StoreError(f"{folder} holds a run that is not finished; choose another folder")
+    with replaced(folder) as new:
+        write_model(model, new, origin=origin, tokenizer=tokenizer, dtype=dtype, example=example)
+        keep_others(folder, new)
+    return folder
+
+
+def write_model(
+    model: nn.Module | Loaded,
+    folder: Path,
+    *,
+    origin: Origin | None = None,
+    tokenizer: Any | None = None,
+    dtype: torch.dtype | None = None,
+    example: Example | Tensor | None = None,
+) -> None:
+    """Write the files of a model into a folder that is not finished, over those of another model if need be.
+
+    Each file is there whole or not at all, but not all of them together: a finished folder is left to :func:`save`.
+
+    Args:
+        model: As for :func:`save`.
+        folder: Where to; made if need be.
+        origin: As for :func:`save`.
+        tokenizer: As for :func:`save`.
+        dtype: As for :func:`save`.
+        example: As for :func:`save`.
+
+    Raises:
+        StoreError: As :func:`save`.
+    """
+    given = model
     net = given.model if isinstance(given, Loaded) else given
     if isinstance(given, Loaded):
         origin, tokenizer = origin or given.origin, tokenizer if tokenizer is not None else given.tokenizer
@@ -98,15 +140,28 @@ def save(
     fresh = _fresh(origin)
     names = dict(net.named_parameters(remove_duplicate=False))
     shapes = describe(net, fresh and _as_saved(fresh, names), origin, dtype)
-    with _staged(folder) as stage:
-        shapes = write_weights(net, shapes, stage)
-        kept = _write_probe(net, shapes, example, stage)
-        if origin.kind == "transformers":
-            _write_pretrained(net, shapes, stage)
-        if hasattr(tokenizer, "save_pretrained"):
-            write_tokenizer(tokenizer, stage)
-        write_text(stage / SHAPES, replace(shapes, probe=kept, versions=versions()).to_json())
-    return folder
+    with telling(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in _files_of_a_model(folder):
+            path.unlink()
+    shapes = write_weights(net, shapes, folder)
+    kept = _write_probe(net, shapes, example, folder)
+    if origin.kind == "transformers":
+        _write_pretrained(net, shapes, folder)
+    if hasattr(tokenizer, "save_pretrained"):
+        write_tokenizer(tokenizer, folder)
+    write_text(folder / SHAPES, replace(shapes, probe=kept, versions=versions()).to_json())
+
+
+def keep_others(old: Path, new: Path) -> None:
+    """Have a new model folder hold what an old one held beside its model.
+
+    Args:
+        old: The folder that will be replaced; it need not exist.
+        new: The folder that will take its place; its files win.
+    """
+    if old.is_dir():
+        link_tree(old, new, skip={path.name for path in _files_of_a_model(old)})
 
 
 def load(
@@ -137,6 +192,17 @@ def load(
             architecture is another one, or the network answers otherwise; names the tensor that differs.
     """
     folder = Path(folder)
+    return read_whole(folder, lambda: _load(folder, model, device, dtype, check=check))
+
+
+def _load(
+    folder: Path,
+    model: nn.Module | Builder | None,
+    device: str | torch.device,
+    dtype: torch.dtype | None,
+    *,
+    check: bool,
+) -> nn.Module:
     shapes = read_shapes(folder)
     try:
         net = _built(folder, shapes, model, dtype)
@@ -180,9 +246,12 @@ def read_shapes(folder: str | Path) -> Shapes:
         StoreError: If there is none, or it is damaged.
     """
     folder = Path(folder)
+    settle(folder)
     if not folder.is_dir():
         raise StoreError(f"{folder}: no such folder; give the folder of a saved model")
     if not (folder / SHAPES).exists():
+        if (folder / WORK).is_dir():
+            raise StoreError(f"{folder} holds a run that is not finished; run its command again, and it goes on")
         if (folder / "config.json").is_file():
             raise StoreError(
                 f"{folder} is a transformers folder that regrow did not write (no {SHAPES}); "
@@ -290,29 +359,8 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
     return counts.most_common(1)[0][0] if counts else torch.float32
 
 
-@contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
-    """A folder inside ``folder`` whose files move out into it once all are written; the record moves last."""
-    if (folder / "config.json").exists() and not (folder / SHAPES).exists():
-        raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
-    ours = (folder / SHAPES).exists()
-    with telling(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        stage = partial(folder / "model")
-        try:
-            stage.mkdir()
-            yield stage
-            fresh = sorted((p for p in stage.rglob("*") if p.is_file()), key=lambda p: (p.name == SHAPES, p))
-            for path in fresh:
-                sync(path)
-            for path in fresh:
-                place = folder / path.relative_to(stage)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(place)
-            sync(folder)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    names = {path.name for path in fresh}
-    for path in [*folder.glob("model*.safetensors*"), *(folder / name for name in CARRIED)] if ours else ():
-        if path.name not in names:
-            path.unlink(missing_ok=True)
+def _files_of_a_model(folder: Path) -> list[Path]:
+    """The files of a model that was saved in a folder."""
+    if not (folder / SHAPES).exists():
+        return []
+    return [path for path in folder.iterdir() if any(path.match(name) for name in FILES) and path.is_file()]

@@ -14,7 +14,8 @@ from regrow.nets import ModelError, Origin
 from regrow.nets.errors import first_line
 from regrow.nets.language import configured, quiet, require_transformers
 from regrow.nets.library import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
-from regrow.store.atomic import StoreError, telling, write_text
+from regrow.store.atomic import write_text
+from regrow.store.errors import StoreError, telling
 from regrow.store.weights import inside
 
 INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})

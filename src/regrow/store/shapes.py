@@ -12,7 +12,7 @@ import torch
 
 from regrow.branches import Stand
 from regrow.nets import ModelError, Origin
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 
 FORMAT = "regrow-shapes/1"
 DTYPES: Mapping[str, torch.dtype] = {

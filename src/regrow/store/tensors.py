@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from regrow.store.atomic import StoreError, written
+from regrow.store.atomic import written
+from regrow.store.errors import StoreError
 
 _RESERVED = frozenset({"format", "names", "sha256"})
 

@@ -31,7 +31,8 @@ from regrow.export.written import ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.errors import needs
 from regrow.progress import Progress, silent
-from regrow.store.atomic import StoreError, written
+from regrow.store.atomic import written
+from regrow.store.errors import StoreError
 
 _FILE_TYPES = {
     "F32": "ALL_F32",

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import importlib.util
 import logging
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from regrow.axes import Example
 from regrow.evaluation.forward import evaluating
 from regrow.export.onnx.calls import BATCH, PAST, SEQUENCE, TOTAL, Call, Labels, described, labelled, resized, sizes_of
 from regrow.export.onnx.int8 import quantise
+from regrow.export.onnx.placing import placed
 from regrow.export.onnx.reading import Reading, difference, foreseen
 from regrow.export.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
 from regrow.progress import Progress, silent
-from regrow.store.atomic import StoreError, partial, sync, telling
+from regrow.store.atomic import staged
+from regrow.store.errors import StoreError, telling
 
 OPSET = 20
 """The operators that files are written in: what torch's exporter recommends; onnxruntime reads them since 1.17."""
@@ -109,7 +110,7 @@ def write(
             notes.append(quantise(found.path, path, call, LARGEST))
             checked |= _lost(Reading(path, call), tokenizer, found.fixed)
         progress(steps - 1, steps, "writing")
-        size = _moved(path, out)
+        size = placed(path, out)
         progress(steps, steps, "written")
     return Written(out, size, checked, tuple(notes))
 
@@ -262,31 +263,10 @@ def _staged(out: Path) -> Iterator[Path]:
         ExportError: If the disk does not let us write.
     """
     try:
-        with telling(out):
-            stage = partial(out)
-            try:
-                stage.mkdir()
-                yield stage
-            finally:
-                shutil.rmtree(stage, ignore_errors=True)
+        with telling(out), staged(out) as stage:
+            yield stage
     except StoreError as error:
         raise ExportError(str(error)) from None
-
-
-def _moved(path: Path, out: Path) -> int:
-    """Give a file, and the weights beside it where there are any, their names; their bytes together."""
-    weights, old = path.with_name(f"{path.name}.data"), out.with_name(f"{out.name}.data")
-    files = [one for one in (weights, path) if one.exists()]
-    for one in files:
-        sync(one)
-    if weights.exists() or old.exists():
-        out.unlink(missing_ok=True)  # never a graph beside the weights of another
-        old.unlink(missing_ok=True)
-    size = sum(one.stat().st_size for one in files)
-    for one in files:
-        one.replace(out.with_name(one.name))
-    sync(out.parent)
-    return size
 
 
 @contextlib.contextmanager

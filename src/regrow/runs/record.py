@@ -1,0 +1,103 @@
+"""``run.json``: what makes a run this one, so that a folder takes up the same run, and no other."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.store.errors import StoreError
+
+RUN = "run.json"
+FORMAT = "regrow-run/1"
+_LONGEST = 2**28
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """What the ``run.json`` of a folder says.
+
+    Raises:
+        StoreError: If it is missing or damaged.
+    """
+    data = read_json(folder / RUN)
+    if data is None:
+        raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
+    objects: dict[str, Any] = {"settings": None, "defaults": {}, "versions": {}}
+    if (
+        not isinstance(data, dict)
+        or data.get("format") != FORMAT
+        or not all(isinstance(data.get(name, missing), dict) for name, missing in objects.items())
+    ):
+        raise StoreError(f"{folder / RUN} is not of the format {FORMAT!r}; restore it")
+    return data
+
+
+def read_json(path: Path) -> Any:
+    """The JSON data in a file; ``None`` if there is none.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _LONGEST:
+        raise StoreError(f"{path} is too long to be of a run; restore it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"{path} cannot be read ({str(error)[:80]}); restore it") from None
+
+
+def identity(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What makes a run this one, as it comes back from ``run.json``.
+
+    Args:
+        verb: What is done: ``"prune"``.
+        settings: Everything that the result depends on, as JSON data.
+        defaults: What the method takes for granted beside them.
+    """
+    told = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
+    found: dict[str, Any] = json.loads(json.dumps(told))
+    return found
+
+
+def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Assert that a folder's run is the wanted one, and not finished.
+
+    Args:
+        path: The folder.
+        run: What its ``run.json`` says.
+        wanted: What :func:`identity` gave.
+
+    Raises:
+        StoreError: Naming the first difference.
+    """
+    if run.get("verb") != wanted["verb"]:
+        raise StoreError(f"{path} holds a run of {run.get('verb')!r}; choose another folder, or delete it")
+    old, new = run["settings"], wanted["settings"]
+    if other := [key for key in {**new, **old} if old.get(key) != new.get(key)]:
+        was, now = (json.dumps(settings.get(other[0]))[:60] for settings in (old, new))
+        raise StoreError(
+            f"{path} holds another run ({other[0]} was {was}, here {now}); choose another folder, or delete it"
+        )
+    if run.get("finished"):
+        raise StoreError(f"{path} holds this very run, finished; choose another folder, or delete it")
+    old, new = run.get("defaults"), wanted.get("defaults")
+    if old is None or new is None:  # nothing was noted
+        return
+    if other := [key for key in {**new, **old} if key not in old or old[key] != new.get(key)]:
+        was, now = (json.dumps(values[other[0]])[:60] if other[0] in values else "unknown" for values in (old, new))
+        version = run.get("versions", {}).get("regrow", "of another version")
+        raise StoreError(
+            f"{path} was begun by regrow {version}, where {other[0]} was {was} unless told, here {now}: finish it with "
+            "that version, or choose another folder"
+        )
+
+
+def set_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a method as the command line takes them.
+
+    >>> set_words({"named": True, "levels": ("operations", "weights"), "gate": "hard"})
+    ['--set', 'named=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
+    """
+    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [word for name, value in told.items() for word in ("--set", f"{name}={value}")]

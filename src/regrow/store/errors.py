@@ -1,0 +1,42 @@
+"""What can go wrong on the disk, in one line with a remedy."""
+
+import contextlib
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+class StoreError(ValueError):
+    """A folder or file that cannot be written, read or trusted; one line that names the value and the remedy."""
+
+
+@contextlib.contextmanager
+def telling(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing ``path`` into one line with a remedy.
+
+    Raises:
+        StoreError: Instead of an ``OSError``, or of the error of a library that met one.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{path}: {_explained(error)}") from error
+
+
+def _explained(error: Exception) -> str:
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and (found := re.search(r"os error (\d+)", str(error))):
+        number = int(found[1])
+    match number:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "the disk is full; free some space or choose another folder, and run again"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "may not be written; choose a folder that is yours"
+        case errno.ENOENT:
+            return "its folder does not exist; create it first"
+    why = os.strerror(number) if number else " ".join(str(error).split())[:200]
+    return f"cannot be written ({why}); choose another folder"

@@ -1,0 +1,220 @@
+"""Folders that change as a whole: the new one is made beside the old one, and both exchange their names.
+
+At every moment the name leads to the old folder or to the new one. Linux exchanges two names in one step
+(``renameat2`` with ``RENAME_EXCHANGE``). Elsewhere there are two renames: the old folder moves into the temporary
+folder as ``NAME.replaced``, then the new one takes its name. A process killed between the two leaves a temporary folder
+that says what was under way; :func:`settle` completes it, and every reader and writer of ``NAME`` begins with that.
+"""
+
+import contextlib
+import ctypes
+import errno
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from regrow.store.atomic import LEFTOVER, leftovers, staged, sweep, sync
+from regrow.store.errors import StoreError, telling
+from regrow.store.locks import Lock, LockedError, lock
+
+WORK = ".work"
+"""Where the files of an unfinished run lie, in its folder."""
+_EXCHANGE, _HERE = 2, -100
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def replaced(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
+    """A new folder that takes the place of ``folder``, as a whole, once the block ends without an error.
+
+    Args:
+        folder: The folder to make or replace. What it holds is not in the new one unless it is put there
+            (:func:`link_tree`).
+        owner: The lock on ``folder``, if the caller has it.
+
+    Returns:
+        The new folder, empty, of the same name in a temporary folder beside it.
+
+    Raises:
+        LockedError: If another process is writing there.
+        StoreError: If the folder cannot be replaced, the disk is full or does not let us write; nothing is changed.
+    """
+    place = folder.resolve()
+    check_replaceable(folder)
+    with telling(folder), _parents(place), contextlib.ExitStack() as stack:
+        settle(place)
+        if owner is None and place.is_dir():
+            stack.enter_context(lock(place))
+        stage = stack.enter_context(staged(place))
+        new = stage / place.name
+        new.mkdir()
+        stack.enter_context(lock(new))
+        yield new
+        if place.is_dir():
+            shutil.copymode(place, new)
+        _sync_tree(new)
+        _exchange(new, place)
+        sync(place.parent)
+        old = stage.with_suffix(".old")  # says that only this is to be deleted
+        stage.rename(old)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Assert that a folder can be made, or replaced as a whole.
+
+    Raises:
+        StoreError: If it is a file, a mount point or the current folder, or the folder around it may not be written.
+    """
+    place = folder.resolve()
+    if place.exists() and not place.is_dir():
+        raise StoreError(f"{folder} is a file; name a folder that does not exist yet")
+    with contextlib.suppress(FileNotFoundError):
+        if place in (here := Path.cwd(), *here.parents):
+            raise StoreError(f"{folder} is the current folder or around it; name a folder of its own: {folder / 'out'}")
+    if place.is_mount():
+        raise StoreError(f"{folder} is a mount point, which cannot be replaced; name a folder in it: {folder / 'out'}")
+    if place.parent.is_dir() and not os.access(place.parent, os.W_OK | os.X_OK):
+        raise StoreError(f"{place.parent} may not be written; choose a folder that is yours")
+
+
+def settle(folder: Path) -> None:
+    """Complete the replacement of a folder that a killed process left half done; there is none on most systems."""
+    place = folder.resolve()
+    for stage in [] if place.exists() else leftovers(place):
+        if _was(stage, place).is_dir() and (stage / place.name).is_dir():
+            with contextlib.suppress(OSError):  # another reader did it
+                (stage / place.name).rename(place)
+
+
+def cleared(folder: Path) -> bool:
+    """Delete what killed processes left beside a folder that they were replacing.
+
+    Returns:
+        Whether one of them had replaced it already, so that all its work was done.
+    """
+    place = folder.resolve()
+    settle(place)
+    done = False
+    for stage in leftovers(place):
+        replaced_by_name = _was(stage, place).is_dir() and not (stage / place.name).is_dir()
+        done |= stage.suffix == ".old" or replaced_by_name or (stage / place.name / WORK).is_dir()
+    sweep(place)
+    return done
+
+
+def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Collection[str] = ()) -> None:
+    """Have a folder hold the files of another one: the same files by another name where that can be, or copies.
+
+    Args:
+        source: A folder.
+        target: An existing folder; what it holds already stays.
+        skip: Names in ``source`` that are left out. Unfinished files are left out everywhere.
+        copy: Names of files that will be written to in place, and so are copied.
+    """
+    for one in sorted(source.iterdir()):
+        place = target / one.name
+        if one.name in skip or LEFTOVER.fullmatch(one.name):
+            continue
+        if one.is_dir() and not one.is_symlink():
+            place.mkdir(exist_ok=True)
+            link_tree(one, place)
+        elif not place.exists():
+            if one.name in copy:
+                shutil.copy2(one, place)
+                continue
+            try:
+                os.link(one, place, follow_symlinks=False)
+            except OSError:  # a file system without links, or with too many of this file
+                shutil.copy2(one, place, follow_symlinks=False)
+
+
+def read_whole(folder: Path, read: Callable[[], T]) -> T:
+    """Read several files of a folder, all of them before or all of them after it is replaced.
+
+    Args:
+        folder: The folder.
+        read: Reads it; called again if the folder was replaced in the meantime.
+    """
+    while True:
+        settle(folder)
+        before = _identity(folder)
+        try:
+            found = read()
+        except (ValueError, OSError):
+            if _identity(folder) == before:
+                raise
+        else:
+            if _identity(folder) == before:
+                return found
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _was(stage: Path, place: Path) -> Path:
+    return stage / f"{place.name}.replaced"
+
+
+def _exchange(new: Path, place: Path) -> None:
+    """Give a folder the name of another one, which may be there and goes to where the first one was."""
+    if not place.exists():
+        try:
+            new.rename(place)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise LockedError(f"{place} was made by another process meanwhile; choose another folder") from None
+        return
+    if _exchanged(new, place):
+        return
+    place.rename(_was(new.parent, place))
+    try:
+        new.rename(place)
+    except FileNotFoundError:  # a reader has completed it
+        if not place.is_dir():
+            raise
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two names in one step; ``False`` where the system or the file system cannot."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    if not call(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+@contextlib.contextmanager
+def _parents(place: Path) -> Iterator[None]:
+    """Make the folders around a new one; if that does not come about, they go again."""
+    missing = [one for one in place.parents if not one.exists()]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for one in missing:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+        raise
+
+
+def _sync_tree(folder: Path) -> None:
+    for one in folder.iterdir():
+        if one.is_dir() and not one.is_symlink():
+            _sync_tree(one)
+        elif one.is_file():
+            sync(one)
+    sync(folder)
