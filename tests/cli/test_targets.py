@@ -88,3 +88,46 @@ def test_settings_of_older_runs_are_read_and_gone_on_with() -> None:
     assert Settings.from_json(json.loads(json.dumps(new.record()))) == new
     assert new.command("o") == "regrow prune m --method flap --target kv_cache=5M@64 --round 8 --regular --out o"
     assert new.budget().measure == "kv_cache" and new.keep is None
+
+
+OWN = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    first, last = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(8, 10)
+    return nn.Sequential(first, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), last)
+"""
+
+
+def test_an_input_is_that_of_the_source_as_told_or_a_guess_that_is_printed(regrow: Run) -> None:
+    Path("own_small.py").write_text(OWN)
+    guess = "example input: 1x1x224x224 (guessed; set it with --input 1x3x32x32, or give an image source)\n"
+    code, out, err = regrow("show", "own_small:net")
+    assert code == 0 and guess in err and "an input of 1x1x224x224" in out
+    code, out, err = regrow("show", "own_small:net", "--input", "1x1x8x8")
+    assert code == 0 and "example input" not in err and "an input of 1x1x8x8" in out
+    words = (
+        "prune",
+        "own_small:net",
+        "--method",
+        "magnitude",
+        "--source",
+        "digits",
+        "--tokens",
+        "32",
+        "--eval-tokens",
+        "32",
+    )
+    code, _, err = regrow(*words, "--target", "macs=3k", "--out", "run")
+    assert code == 0 and "example input" not in err, err
+    assert told("run")["before"] == 8 * 8 * 8 * 9 + 80 and told("run")["after"] <= 3000
+    assert RunFolder.open("run").run()["input"] == "1x1x8x8"
+    code, _, err = regrow("evaluate", "run", "--code", "own_small:net")
+    assert code == 0 and "example input" not in err
+    code, _, err = regrow(*words, "--target", "macs=9k", "--input", "1x1x16x16", "--out", "larger")
+    assert code == 0 and told("larger")["before"] == 16 * 16 * 8 * 9 + 80, err
+    assert "--input 1x1x16x16" in RunFolder.open("larger").run()["command"]
+    code, _, err = regrow("show", "own_small:net", "--input", "8,8")
+    assert code == 2 and "like 1x3x32x32; got '8,8'" in err

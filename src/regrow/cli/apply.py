@@ -16,7 +16,8 @@ from regrow.cli.screen import say, working
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the changed model goes.")
 @options.code
 @options.dtype
-def apply(plan: Path, model: str, out: Path, code: str, dtype: str) -> None:
+@options.input_shape
+def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) -> None:
     """Apply PLAN (a plan from `prune --dry-run`, or a run's ledger.json) to MODEL and save the result.
 
     Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
@@ -36,7 +37,7 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str) -> None:
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
     options.say_code(model, code)
     with working() as progress:
-        loaded = loaded_from(Settings(model, dtype=dtype), progress, code)
+        loaded = loaded_from(Settings(model, dtype=dtype, input=input), progress, code)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
         with replaced(out) as made:

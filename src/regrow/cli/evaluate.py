@@ -32,6 +32,7 @@ from regrow.cli.screen import number, say, table, working
 @options.code
 @options.dtype
 @options.device
+@options.input_shape
 def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
     from regrow.runs.evaluating import evaluated

@@ -37,6 +37,14 @@ code = click.option(
     help="The function that builds the network of a run folder, where your own code does. It is run; names that files "
     "give never are.",
 )
+input_shape = click.option(
+    "--input",
+    "input",
+    default="",
+    metavar="SHAPE",
+    help="What an image model takes, batch first: 1x3x32x32. Else as the run noted it, as its function says, of its "
+    "source's images, or a guess, which is printed.",
+)
 seq_len = click.option("--seq-len", default=256, show_default=True, type=int, help="Tokens per window of text.")
 eval_tokens = click.option(
     "--eval-tokens", default=2048, show_default=True, type=int, help="Evaluation tokens per source."

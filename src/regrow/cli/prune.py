@@ -98,6 +98,7 @@ Examples
 )
 @options.dtype
 @options.device
+@options.input_shape
 @click.option(
     "--no-verify", is_flag=True, help="Skip the proof that masked = shrunk (it needs 16 bytes per parameter)."
 )

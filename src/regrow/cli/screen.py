@@ -1,6 +1,7 @@
 """What people see in the terminal: tables, progress with the time left, errors in one line. Only this file prints."""
 
 import io
+import logging
 import sys
 import time
 import unicodedata
@@ -21,8 +22,19 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+class _Notes(logging.Handler):
+    """What the library logs, a line each on the error stream."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one."""
+        err.print(printable(record.getMessage()), markup=False)
+
+
 def prepare() -> None:
-    """Let both streams take any text: what their encoding does not have is written as an escape."""
+    """Print what the library logs; what a stream's encoding does not have is written as an escape."""
+    logger = logging.getLogger("regrow")
+    if not any(isinstance(handler, _Notes) for handler in logger.handlers):
+        logger.addHandler(_Notes())
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -17,16 +17,20 @@ from regrow.cli.screen import number, say, table, working
 @click.option("--branches", is_flag=True, help="Also list the modules that can be dropped whole.")
 @options.code
 @options.dtype
-def show(model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str) -> None:
+@options.input_shape
+def show(
+    model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str, input: str
+) -> None:
     """Show what can be cut in MODEL, what a unit of it costs, and why the rest is frozen."""
     from regrow.allocation.inventory import inventory
+    from regrow.nets.examples import written_shape
     from regrow.runs.evaluating import loaded_from
     from regrow.runs.pruning_run import Settings
     from regrow.tracing import trace, with_branches
 
     options.say_code(model, code)
     with working() as progress:
-        loaded = loaded_from(Settings(model, dtype=dtype), progress, code)
+        loaded = loaded_from(Settings(model, dtype=dtype, input=input), progress, code)
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         if branches:
@@ -44,6 +48,7 @@ def show(model: str, json_file: Path | None, everything: bool, branches: bool, c
         if axes.recorded == "export"
         else "traced by recording one eager run"
     )
+    say(f"MACs are those of one example, with dense kernels, of an input of {written_shape(loaded.example)}")
     for note in axes.notes:
         say(f"note: {note}")
     if axes.unreached:

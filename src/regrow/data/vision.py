@@ -178,6 +178,27 @@ def image_files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
+def side_of(folder: Path, most: int = 32) -> int:
+    """The side of the images below a folder in pixels, where those that are looked at are square and of one size.
+
+    Args:
+        folder: In any layout.
+        most: How many are looked at, spread over all.
+
+    Returns:
+        The side; 0 if they differ, are not square, cannot be read, or there are none.
+    """
+    files = image_files(folder)
+    sizes = set()
+    for file in files[:: max(1, len(files) // most)]:
+        try:
+            sizes.add(_opened(file).size)
+        except SourceError:  # reading the source says what is wrong with it
+            return 0
+    (width, height) = next(iter(sizes), (0, 0))
+    return width if len(sizes) == 1 and width == height else 0
+
+
 def read_images(files: Sequence[Path]) -> Tensor:
     """Images as they are, ``[N, 3, H, W]`` float32, values 0 to 1.
 

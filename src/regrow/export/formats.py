@@ -44,6 +44,7 @@ def exported(
     dtype: str = "",
     cache: bool = False,
     code: str = "",
+    input: str = "",
     progress: Progress = silent,
 ) -> Written:
     """Hand a network to other tools, and check that they read what it says.
@@ -55,6 +56,7 @@ def exported(
         dtype: What weights are stored in: one of ``FORMATS[to].dtypes``; the first, unless given.
         cache: For ``"onnx"``: a graph that takes and gives keys and values, for generating text.
         code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does.
+        input: The shape of the input that the result is checked with, like ``1x3x32x32``.
         progress: Called as work goes on.
 
     Returns:
@@ -78,7 +80,7 @@ def exported(
     if out.exists() and out.resolve() == Path(model).resolve():
         raise ExportError(f"{out} is the model itself; name another place")
     progress(0, 1, "loading the model")
-    loaded = loaded_from(Settings(str(model)), progress, code)
+    loaded = loaded_from(Settings(str(model), input=input), progress, code)
     net: Any = loaded.model
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
         if value is not None and not hasattr(net, name):

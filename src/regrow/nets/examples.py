@@ -1,26 +1,36 @@
-"""An input to trace a network with, found by looking at the network."""
+"""An input to trace a network with: of a shape that was given, or found by looking at the network."""
 
 import inspect
+import logging
+import re
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import nn
 
 from regrow.axes import Example
+from regrow.nets.errors import ModelError
 
 TOKENS = 16
 PIXELS = 224
+MOST = 2**28
+"""Entries of an input."""
+
+_log = logging.getLogger("regrow")
 
 
-def text_example(model: nn.Module, vocabulary: int) -> Example:
-    """A short row of different tokens, ``[1, 16]`` int64, without a key-value cache where the model has one.
+def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
+    """A short row of different tokens, int64, without a key-value cache where the model has one.
 
     Args:
         model: The language model; its device is where the tokens go.
         vocabulary: How many tokens it knows.
+        shape: Of the tokens.
     """
     # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
-    tokens = ((torch.arange(1, TOKENS + 1) * 7919) % vocabulary)[None].to(device_of(model))
+    tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(*shape).to(device_of(model))
     accepted = inspect.signature(model.forward).parameters
     kwargs: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -30,16 +40,67 @@ def text_example(model: nn.Module, vocabulary: int) -> Example:
 
 def image_example(model: nn.Module, *shape: int) -> Example:
     """One image of grey noise, ``[1, *shape]``, in the model's dtype and on its device; the same each time."""
-    noise = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
-    parameter = next(model.parameters(), noise)
-    return Example((noise.to(parameter.device, parameter.dtype),))
+    return _noise(model, (1, *shape))
 
 
-def guessed_example(model: nn.Module) -> Example | None:
+def shaped_example(model: nn.Module, shape: Sequence[int]) -> Example:
+    """An input of a shape, batch included: tokens where the network begins by looking them up, grey noise otherwise.
+
+    >>> shaped_example(nn.Linear(3, 2), (5, 3)).args[0].shape, shaped_example(nn.Embedding(7, 2), (1, 4)).args[0].dtype
+    (torch.Size([5, 3]), torch.int64)
+
+    Args:
+        model: The network; the input is in its dtype and on its device.
+        shape: Sizes, such as 1, 3, 32, 32.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Embedding):
+            return text_example(model, layer.num_embeddings, shape)
+        if any(True for _ in layer.parameters(recurse=False)):
+            break
+    return _noise(model, shape)
+
+
+def read_shape(text: str) -> tuple[int, ...]:
+    """A shape as users write it.
+
+    >>> read_shape("1x3x32x32")
+    (1, 3, 32, 32)
+
+    Raises:
+        ModelError: If it is none, or has more than 2^28 entries.
+    """
+    if not re.fullmatch(r"\d{1,9}(x\d{1,9})*", text) or not 0 < prod(map(int, text.split("x"))) <= MOST:
+        raise ModelError(f"an input is sizes joined by x, batch first, like 1x3x32x32; got {text!r:.60}")
+    return tuple(map(int, text.split("x")))
+
+
+def written_shape(example: Example) -> str:
+    """The shapes of the tensors of an input, as :func:`read_shape` reads one; several are separated by commas.
+
+    >>> written_shape(Example((torch.ones(1, 3, 8, 8),)))
+    '1x3x8x8'
+    """
+    flat = [x for one in example.args for x in (one if isinstance(one, list | tuple) else [one])]
+    return ", ".join("x".join(map(str, x.shape)) for x in flat if isinstance(x, torch.Tensor))
+
+
+def say_guess(example: Example) -> None:
+    """Log which input was guessed: multiply–accumulates are counted for it."""
+    _log.warning(
+        "example input: %s (guessed; set it with --input 1x3x32x32, or give an image source)", written_shape(example)
+    )
+
+
+def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
     """An input that suits the first layer with weights, or ``None`` if that layer says nothing about its input.
 
     >>> guessed_example(nn.Sequential(nn.Linear(3, 2))).args[0].shape
     torch.Size([1, 3])
+
+    Args:
+        model: The network.
+        pixels: The side of images, where it is known; 224 otherwise.
     """
     for layer in model.modules():
         match layer:
@@ -50,11 +111,27 @@ def guessed_example(model: nn.Module) -> Example | None:
             case nn.Conv1d() | nn.Conv2d() | nn.Conv3d():
                 spatial = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
                 rank = next(rank for kind, rank in spatial.items() if isinstance(layer, kind))
-                sides = (16, 112, 112) if rank == 3 else (PIXELS,) * rank
+                sides = (16, 112, 112) if rank == 3 else (pixels or PIXELS,) * rank
                 return image_example(model, layer.in_channels, *sides)
             case _ if any(True for _ in layer.parameters(recurse=False)):
                 return None
     return None
+
+
+def _noise(model: nn.Module, shape: Sequence[int]) -> Example:
+    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    parameter = next(model.parameters(), noise)
+    return Example((noise.to(parameter.device, parameter.dtype),))
+
+
+def takes(model: nn.Module, example: Example) -> bool:
+    """Whether a network in eval mode runs on an input."""
+    try:
+        with torch.no_grad():
+            model(*example.args, **example.kwargs)
+    except Exception:  # whatever it raises, it does not run
+        return False
+    return True
 
 
 def device_of(model: nn.Module) -> torch.device:

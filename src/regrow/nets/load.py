@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.code import called, imported, names_code
 from regrow.nets.devices import usable_device
 from regrow.nets.errors import ModelError, first_line
-from regrow.nets.examples import guessed_example, image_example
+from regrow.nets.examples import guessed_example, image_example, say_guess, shaped_example, takes, written_shape
 from regrow.nets.language import build_transformers, example_of_transformers, load_folder, load_gguf, load_hub
 from regrow.nets.loaded import Loaded, Origin
 from regrow.nets.mobile import Mobile
@@ -27,6 +27,8 @@ from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, example_of, known_names, load_torchvision
 
 Progress = Callable[[int, int, str], None]
+Wanted = Callable[[nn.Module], Example]
+"""A network → the input that was asked for."""
 
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
 
@@ -36,6 +38,8 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    example: Example | torch.Tensor | Sequence[Any] | None = None,
+    pixels: int = 0,
     progress: Progress = lambda done, total, what: None,
 ) -> Loaded:
     """Load a model by name.
@@ -48,6 +52,9 @@ def load(
         dtype: The dtype of the weights; as they are stored, unless given. Transformers models are loaded in it, so
             that rotary buffers stay exact; casting a loaded model there and back would round them.
         device: Where the model and its example go.
+        example: An input to trace it with: one tensor, several, an ``Example``, or a shape such as ``(1, 3, 32, 32)``.
+        pixels: The side of the images it will see, where its function gives no example; a model that does not take
+            them keeps the guess, which is logged.
         progress: Called with (steps done, steps in all, what) where loading takes seconds.
 
     Returns:
@@ -57,7 +64,9 @@ def load(
         ModelError: If there is no such model, or it is not one, or its weights are damaged, not finite, or a pickle.
     """
     device = usable_device(str(device))
-    loaded = _found(name, dtype, progress)
+    loaded = _found(name, dtype, progress, _given(example), pixels)
+    if example is not None:
+        loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)
     if not isinstance(loaded.model, nn.Module):
         raise ModelError(f"{name}: not a torch.nn.Module but a {type(loaded.model).__name__}")
     if loaded.origin.kind != "transformers" and dtype is not None:
@@ -66,6 +75,8 @@ def load(
     if loaded.origin.kind != "transformers":  # whose folders others load, by the names they know
         model = opened(model)
     check_finite(model, name)
+    if loaded.guessed:
+        say_guess(loaded.example)
     return replace(loaded, model=model.eval(), example=_moved(loaded.example, dtype, device))
 
 
@@ -133,7 +144,7 @@ def check_finite(model: nn.Module, name: str) -> None:
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
 
 
-def _found(name: str, dtype: torch.dtype | None, progress: Progress) -> Loaded:
+def _found(name: str, dtype: torch.dtype | None, progress: Progress, wanted: Wanted | None, pixels: int) -> Loaded:
     if not name.strip():
         raise ModelError(f"the name of the model is empty; for a first try: {next(iter(PACKAGED))!r}")
     path = expanded(Path(name))
@@ -148,11 +159,11 @@ def _found(name: str, dtype: torch.dtype | None, progress: Progress) -> Loaded:
         return _file(path, name, dtype)
     if name.startswith("torchvision:"):
         network, _, weights = name.removeprefix("torchvision:").partition(":")
-        return load_torchvision(network, expanded(Path(weights)) if weights else None)
+        return load_torchvision(network, expanded(Path(weights)) if weights else None, pixels)
     if names_code(name):
-        return _from_callable(name)
+        return _from_callable(name, wanted, pixels)
     if name in known_names():
-        return load_torchvision(name)
+        return load_torchvision(name, pixels=pixels)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return load_hub(name, dtype=dtype)
     near = difflib.get_close_matches(name.lower(), [*PACKAGED, *known_names()], n=1, cutoff=0.5)
@@ -179,22 +190,54 @@ def _pickle_advice(path: Path) -> str:
     )
 
 
-def _from_callable(name: str) -> Loaded:
+def _from_callable(name: str, wanted: Wanted | None, pixels: int) -> Loaded:
     builder = imported(name)
     model, example = called(builder, name)
-    if example is None:
-        example = guessed_example(model)
-    if example is None:
-        raise ModelError(f"{name}: cannot guess the model's input; return (model, example input)")
     model.eval()
+    origin = Origin("callable", name, {}, name, builder)
+    if wanted is not None:
+        example = wanted(model)
+    if example is not None:
+        return Loaded(model, None, _taken(name, model, example), origin)
+    sized = guessed_example(model, pixels) if pixels else None
+    if sized is not None and takes(model, sized):
+        return Loaded(model, None, sized, origin)
+    example = guessed_example(model)
+    if example is None:
+        raise ModelError(
+            f"{name}: cannot guess the model's input; give its shape with --input 1x3x32x32, or return (model, "
+            "example input)"
+        )
+    return Loaded(model, None, _taken(name, model, example), origin, guessed=True)
+
+
+def _taken(name: str, model: nn.Module, example: Example) -> Example:
+    """The example, if the network takes it."""
     try:
         with torch.no_grad():
             model(*example.args, **example.kwargs)
     except Exception as error:
         raise ModelError(
-            f"{name}: the model does not take the example input ({first_line(error)}); return (model, example input)"
+            f"{name}: the model does not take an input of {written_shape(example)} ({first_line(error)}); give its "
+            "shape with --input 1x3x32x32, or return (model, example input)"
         ) from None
-    return Loaded(model, None, example, Origin("callable", name, {}, name, builder))
+    return example
+
+
+def _given(example: Example | torch.Tensor | Sequence[Any] | None) -> Wanted | None:
+    return None if example is None else lambda model: _input(model, example)
+
+
+def _input(model: nn.Module, value: Example | torch.Tensor | Sequence[Any]) -> Example:
+    """An example as users give it."""
+    match value:
+        case Example():
+            return value
+        case torch.Tensor():
+            return Example((value,))
+    if all(isinstance(size, int) for size in value):
+        return shaped_example(model, tuple(value))
+    return Example(tuple(value))
 
 
 def _moved(example: Example, dtype: torch.dtype | None, device: str | torch.device) -> Example:

@@ -73,6 +73,7 @@ class Loaded:
         example: An input to trace it with, on the model's device.
         origin: How to build the architecture again.
         notes: What a reader of a report must know about these weights (de-quantised, random).
+        guessed: Whether the shape of the example is a guess.
     """
 
     model: nn.Module
@@ -80,3 +81,4 @@ class Loaded:
     example: Example
     origin: Origin
     notes: tuple[str, ...] = ()
+    guessed: bool = False

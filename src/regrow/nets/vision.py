@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.axes import Example
 from regrow.nets.errors import ModelError, first_line, needs
-from regrow.nets.examples import PIXELS, image_example
+from regrow.nets.examples import PIXELS, image_example, takes
 from regrow.nets.files import check_weights
 from regrow.nets.loaded import Loaded, Origin
 
@@ -30,12 +30,13 @@ def known_names() -> list[str]:
     return [name for name in list_models() if not name.startswith("quantized_")]
 
 
-def load_torchvision(name: str, weights: Path | None = None) -> Loaded:
+def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) -> Loaded:
     """A torchvision network with weights from a safetensors file, or else with random ones, the same each time.
 
     Args:
         name: ``"resnet18"``.
         weights: A state dict in safetensors form; the number of classes is taken from its last layer.
+        pixels: The side of the images it will see; one that does not take them is traced with those it was made for.
 
     Raises:
         ModelError: If torchvision has no such network, or the file does not fit it.
@@ -51,7 +52,12 @@ def load_torchvision(name: str, weights: Path | None = None) -> Loaded:
         if arguments:
             model = _build(name, arguments)
         _fill(model, state, name, weights)
-    return Loaded(model.eval(), None, example_of(name, model), Origin("torchvision", name, arguments, name), notes)
+    example, origin = example_of(name, model.eval()), Origin("torchvision", name, arguments, name)
+    plain = len(example.args) == 1 and isinstance(example.args[0], Tensor) and example.args[0].dim() == 4
+    sized = image_example(model, 3, pixels, pixels) if pixels and plain else None
+    if sized is not None and takes(model, sized):
+        return Loaded(model, None, sized, origin, notes)
+    return Loaded(model, None, example, origin, notes, guessed=True)
 
 
 def build_torchvision(origin: Origin) -> nn.Module:

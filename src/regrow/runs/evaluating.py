@@ -11,11 +11,13 @@ from regrow import evaluation, store
 from regrow.axes import Example
 from regrow.nets import Loaded, ModelError
 from regrow.nets.code import called, check_code, imported
-from regrow.nets.examples import guessed_example, image_example, text_example
+from regrow.nets.examples import read_shape, shaped_example
 from regrow.progress import Progress, silent
 from regrow.runs.checks import EVALUATE, check_numbers
+from regrow.runs.example_inputs import input_of
 from regrow.runs.inputs import sources_of
 from regrow.runs.pruning_run import DTYPES, Settings, load_model
+from regrow.runs.record import RUN, read_run
 from regrow.sources import Batch
 
 
@@ -32,6 +34,7 @@ def evaluated(
     dtype: str = "",
     device: str = "cpu",
     code: str = "",
+    input: str = "",
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """Evaluate a run folder, or any model that can be loaded by name.
@@ -48,6 +51,7 @@ def evaluated(
         dtype: What the model is loaded in; as stored, unless given.
         device: Where it runs.
         code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does.
+        input: The shape of the input, like ``1x3x32x32``, unless the run or its sources say it.
         progress: Called as work goes on.
 
     Returns:
@@ -57,9 +61,8 @@ def evaluated(
         ValueError: If the model or a source cannot be used.
     """
     check_numbers({"items": items, "eval_tokens": eval_tokens, "seq_len": seq_len}, EVALUATE)
-    settings = Settings(
-        model, unseen=tuple(sources), eval_tokens=eval_tokens, seq_len=seq_len, dtype=dtype, device=device
-    )
+    where: dict[str, Any] = {"dtype": dtype, "device": device, "input": input}
+    settings = Settings(model, unseen=tuple(sources), eval_tokens=eval_tokens, seq_len=seq_len, **where)
     loaded = loaded_from(settings, progress, code)
     tests = sources_of(settings, loaded).evaluation
     first = next(loaded.model.parameters()).dtype
@@ -99,7 +102,7 @@ def loaded_from(settings: Settings, progress: Progress = silent, code: str = "")
     """The model of a run folder, or a model by name.
 
     Args:
-        settings: ``model``, ``dtype`` and ``device`` count.
+        settings: ``model``, ``dtype``, ``device``, ``input`` and ``unseen`` count.
         progress: Called as work goes on.
         code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does: a
             recorded name is never imported.
@@ -122,13 +125,11 @@ def loaded_from(settings: Settings, progress: Progress = silent, code: str = "")
     net = store.load(folder, model=own, device=settings.device, dtype=DTYPES.get(settings.dtype))
     tokenizer: Any = getattr(net, "tokenizer", None)
     origin = replace(recorded, name=folder.name, builder=builder)
-    shape = origin.config.get("shape")  # of networks that are built for images of one size
-    if example is None and tokenizer is not None:
-        example = text_example(net, len(tokenizer))
-    elif example is None:
-        example = image_example(net, *shape) if isinstance(shape, list) else guessed_example(net)
+    if settings.input:
+        example = shaped_example(net, read_shape(settings.input))
     if example is None:
-        raise ModelError(f"{folder}: the model does not say what input it takes")
+        run = read_run(folder) if (folder / RUN).is_file() else {}
+        example = input_of(net, origin, run, settings.unseen, tokenizer)
     return Loaded(net, tokenizer, _on(example, settings.device), origin)
 
 

@@ -25,6 +25,7 @@ from regrow.runs import loop, measuring, prune, tune
 from regrow.runs.calibration import calibrated
 from regrow.runs.checks import PRUNE, check_settings
 from regrow.runs.clock import Clock
+from regrow.runs.example_inputs import asked_input, noted_input
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.inputs import Kinds, described, sources_of
 from regrow.runs.record import set_words
@@ -57,6 +58,8 @@ class Settings:
         seed: Which windows of the sources are drawn, and the seed of methods that have one.
         dtype: What the model is loaded in; empty: as it is stored.
         device: Where it runs.
+        input: The shape of the input it is traced with, like ``1x3x32x32``; empty: that of its source's images, or a
+            guess.
         tokens: Calibration tokens per source (images: how many of them).
         eval_tokens: Evaluation tokens per source.
         seq_len: Tokens per window.
@@ -82,6 +85,7 @@ class Settings:
     seed: int = 0
     dtype: str = ""
     device: str = "cpu"
+    input: str = ""
     tokens: int = 4096
     eval_tokens: int = 2048
     seq_len: int = 256
@@ -169,13 +173,14 @@ class Settings:
         return shlex.join([*words, "--out", out])
 
 
-_LATER = frozenset({"target", "regular", "recover", "recover_tokens"})
+_LATER = frozenset({"target", "input", "regular", "recover", "recover_tokens"})
 _FLAGS = {
     "measure": "--measure",
     "round_to": "--round",
     "seed": "--seed",
     "dtype": "--dtype",
     "device": "--device",
+    "input": "--input",
     "tokens": "--tokens",
     "eval_tokens": "--eval-tokens",
     "seq_len": "--seq-len",
@@ -257,7 +262,7 @@ def run(
     state = prune.begun(axes, method, budget, kinds.calibration)
     with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
         clock.folder = folder
-        folder.update(notes=list(loaded.notes), sources=described(settings, kinds))
+        folder.update(notes=list(loaded.notes), sources=described(settings, kinds), **noted_input(loaded))
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
         job = _Job(settings, folder, loaded, kinds, clock, progress)
@@ -324,7 +329,8 @@ def load_model(settings: Settings, progress: Progress = silent) -> Loaded:
     """
     settings.check()
     dtype = DTYPES[settings.dtype] if settings.dtype else None
-    return nets.load(settings.model, dtype=dtype, device=settings.device, progress=progress)
+    given = asked_input(settings.model, settings.input, (*settings.sources, *settings.unseen))
+    return nets.load(settings.model, dtype=dtype, device=settings.device, **given, progress=progress)
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
