@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,22 +14,36 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 @pytest.mark.parametrize(
-    ("words", "arm"),
+    ("page", "words", "arm"),
     [
-        ("sparsegrow_tables.py main --show", "| SparseGrow, never grown, final size |"),
-        ("sparsegrow_twins.py --show", "| layer expansion, SparseGrow |"),
-        ("mgas_tables.py --show", "| MGAS (reconstructed) |"),
-        ("mgas_choice.py --show", "| mgas floor=1 press=0.05 pace=0.25 |"),
-        ("bench201_search.py --show", "| MGAS (reconstructed), operations |"),
-        ("recovery_table.py --out results/recovery.jsonl --table", "| refit |"),
-        ("smollm2_methods_table.py --out results/smollm2_methods.jsonl --table", "| flap |"),
-        ("gprune_show.py main results/gprune.jsonl", "| gprune flap mlp |"),
+        ("sparsegrow", "sparsegrow_tables.py main --show", "| SparseGrow, never grown, final size |"),
+        ("sparsegrow", "sparsegrow_tables.py ablation --show", "| no gate |"),
+        ("sparsegrow", "sparsegrow_twins.py --show", "| layer expansion, SparseGrow |"),
+        ("mgas", "mgas_tables.py --show", "| MGAS (reconstructed) |"),
+        ("mgas", "mgas_choice.py --show", "| mgas floor=1 press=0.05 pace=0.25 |"),
+        ("mgas", "bench201_search.py --show", "| MGAS (reconstructed), operations |"),
+        ("baselines", "recovery_table.py --out results/recovery.jsonl --table", "| refit |"),
+        ("baselines", "smollm2_methods_table.py --out results/smollm2_methods.jsonl --table", "| flap |"),
+        ("gprune", "gprune_show.py main results/gprune.jsonl", "| gprune flap mlp |"),
+        ("gprune", "gprune_show.py ablation results/gprune.jsonl", "| full ‡ |"),
     ],
 )
-def test_what_is_committed_prints_its_table(words: str, arm: str) -> None:
+def test_pages_hold_the_tables_of_the_committed_rows(page: str, words: str, arm: str) -> None:
     said = subprocess.run([sys.executable, *words.split()], cwd=RECIPES, capture_output=True, text=True, timeout=300)
     assert said.returncode == 0, said.stderr[-2000:]
     assert arm in said.stdout
+    there = set((RECIPES.parent / "docs" / "reproductions" / f"{page}.md").read_text("utf-8").splitlines())
+    assert not [line for line in said.stdout.splitlines() if line.startswith("|") and line not in there]
+
+
+def test_under_the_gate_no_growth_is_shown_that_trained_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Branches and layers that are added have no factors: their rows under the gate do not measure growth."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module("sparsegrow_twins")
+    tables = "\n".join(recipe.shown(recipe.rows(recipe.OUT))).split("\n\n")
+    gated = [table for title, table in pairwise(tables) if "under the gate" in title]
+    assert len(gated) == 2
+    assert not [arm for arm in recipe.OTHER for table in gated if arm in table]
 
 
 @pytest.mark.parametrize("gate", ["kronecker", "none"])
