@@ -1,0 +1,1 @@
+"""Folders whose files name code, and what watches whether any command imports or calls it."""

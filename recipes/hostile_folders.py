@@ -1,0 +1,209 @@
+"""Every command on folders whose files name code: nothing that a file names may be imported or called.
+
+    python recipes/hostile_folders.py                                every command on every folder, one row each
+    python recipes/hostile_folders.py --sample 40 --seed 1           so many of all, drawn
+    python recipes/hostile_folders.py --out results/hostile_folders.jsonl
+    python recipes/hostile_folders.py --show                         what is committed
+
+The folders: ``hostile/folders.py``. The working directory holds modules with the names that the files give; they are
+found by Python like any other. A process watches its own imports, code, programs and named functions
+(``hostile/watch.py``): audit events, ``sys.setprofile``, and what is loaded afterwards. What the same command does on
+the honest folder as well is told apart (``honest``).
+"""
+
+import argparse
+import contextlib
+import datetime
+import importlib
+import io
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE)]
+sys.dont_write_bytecode = True
+
+from hostile import watch  # noqa: E402
+from hostile.folders import HOSTILE, make_honest, tamper  # noqa: E402
+
+SMALL = "--source digits --tokens 64 --eval-tokens 64"
+COMMANDS: dict[str, str] = {
+    "show": "show {model}",
+    "prune": "prune {model} --method magnitude --keep 0.9 --no-verify --out out",
+    "prune --again": "prune --again {folder} --out out",
+    "recover": "recover {folder} --by refit --tokens 192 --out out",
+    "learn --resume": "learn --resume {folder} --task permuted:digits:1",
+    "search": "search cells:4-2-1 --data digits --target params=3k --train 120 --test 60 --out {folder}",
+    "apply": "apply {folder}/ledger.json {model} --out out",
+    "evaluate": "evaluate {model}",
+    "chat": "chat {model} --prompt hello --longest 2",
+    "export transformers": "export {model} --to transformers --out out",
+    "export onnx": "export {model} --to onnx --out out.onnx",
+    "export gguf": "export {model} --to gguf --out out.gguf",
+    "export torchvision": "export {model} --to torchvision --out out",
+    "report": "report {folder}",
+    "compare": "compare {folder} {folder}",
+    "regrow.load": "",
+    "regrow.load, save": "",
+    "regrow.nets.load": "",
+}
+"""Every command, and what Python does with a folder."""
+PACKAGES = ("jinja2", "matplotlib.pyplot", "onnx", "onnxruntime", "onnxscript", "scipy.sparse", "regrow.cli")
+_QUIET = (OSError, ValueError, AttributeError, TypeError, RuntimeError)
+
+
+def work(command: str, folder: Path) -> int:
+    """Run a command; its exit code (Python: 0 or 2)."""
+    if not COMMANDS[command]:
+        return _in_python(command, folder)
+    from regrow.cli import main
+
+    model = folder / "model.gguf" if (folder / "model.gguf").exists() else folder
+    sys.argv = ["regrow", *COMMANDS[command].format(folder=folder.name, model=model.relative_to(folder.parent)).split()]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0) if not isinstance(stop.code, str) else 99
+    return 0
+
+
+def _in_python(command: str, folder: Path) -> int:
+    from torch import nn
+
+    import regrow
+    from regrow.nets import load
+    from regrow.runs import save
+
+    def mine() -> nn.Module:
+        return nn.Sequential(nn.Linear(2, 2))
+
+    try:
+        if command == "regrow.nets.load":
+            load(str(folder))
+        elif command == "regrow.load":
+            regrow.load(folder)
+        else:
+            net = regrow.load(folder, model=_classifier if folder.name.startswith("prune") else mine)
+            save(net, "copy")
+    except _QUIET as error:
+        print(error)
+        return 2
+    return 0
+
+
+def _classifier() -> Any:
+    """The architecture of the fixtures, given in Python; it is not the module of the same name beside the user."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("given", HERE.parent / "tests" / "cli" / "toys.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.classifier()[0]
+
+
+def tried(name: str, commands: list[str], honest: Path, seed: int) -> list[dict[str, Any]]:
+    """Run commands on copies of one folder in a process of its own; a row for each."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(writing)
+        with os.fdopen(reading) as lines:
+            rows = [json.loads(line) for line in lines]
+        os.waitpid(child, 0)
+        for command in commands[len(rows) :]:  # what ended the process is a finding, too
+            rows.append({"folder": name, "command": command, "code": -1, "foreign": ["the process ended"]})
+            break
+        return rows
+    os.close(reading)
+    with os.fdopen(writing, "w") as out, tempfile.TemporaryDirectory() as place:
+        here = Path(place).resolve()
+        watch.start(here)
+        for i, command in enumerate(commands):
+            begin = time.perf_counter()
+            code, found, said = _once(here / f"{i}", name, command, honest, seed)
+            fair = _once(here / f"{i}-honest", name, command, honest, None)[1] if found else []
+            row = {"folder": name, "command": command, "code": code, "foreign": [e for e in found if e not in fair]}
+            row |= {"said": said, "seconds": round(time.perf_counter() - begin, 2)} | ({"honest": fair} if fair else {})
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+    os._exit(0)
+
+
+def _once(cell: Path, name: str, command: str, honest: Path, seed: int | None) -> tuple[int, list[str], str]:
+    """Run a command on a copy of a folder in a directory of its own: exit code, what happened, the last it said."""
+    cell.mkdir()
+    os.chdir(cell)
+    watch.lay_canaries(cell)
+    sys.path.append(str(cell))
+    folder, noise, codes = cell / HOSTILE[name].base, io.StringIO(), [99]
+    if seed is None:
+        shutil.copytree(honest / folder.name, folder)
+    else:
+        tamper(name, honest, folder, seed)
+    with contextlib.redirect_stdout(noise), contextlib.redirect_stderr(noise):
+        found = watch.watched(lambda: codes.append(work(command, folder)))
+    sys.path.remove(str(cell))
+    lines = [line for line in noise.getvalue().splitlines() if line.strip()] or [""]
+    return codes[-1], [event.replace(str(cell), "HERE") for event in found], lines[-1].replace(str(cell), "HERE")[:300]
+
+
+def main() -> None:
+    """Run what was asked for, or show what is there."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sample", type=int, default=0, help="so many of all pairs of folder and command; 0: all")
+    parser.add_argument("--seed", type=int, default=0, help="which are drawn, and which names the files give")
+    parser.add_argument("--folder", action="append", choices=HOSTILE, help="this one only; several may be given")
+    parser.add_argument("--command", action="append", choices=COMMANDS, help="this one only; several may be given")
+    parser.add_argument("--out", type=Path, help="a file of rows; what is there is not done again")
+    parser.add_argument("--show", action="store_true", help="tell what is in the file")
+    given = parser.parse_args()
+    place = given.out or HERE / "results" / "hostile_folders.jsonl"
+    rows = (
+        [json.loads(line) for line in place.read_text().splitlines()]
+        if (place.exists() and given.out) or given.show
+        else []
+    )
+    if not given.show:
+        pairs = [(name, command) for name in given.folder or HOSTILE for command in given.command or COMMANDS]
+        if given.sample:
+            pairs = random.Random(given.seed).sample(pairs, given.sample)
+        there = {(row["folder"], row["command"]) for row in rows}
+        with tempfile.TemporaryDirectory() as honest, contextlib.redirect_stderr(io.StringIO()):
+            make_honest(Path(honest))
+            for package in PACKAGES:  # once, not in every process
+                importlib.import_module(package)
+            for name in HOSTILE:
+                wanted = [command for one, command in pairs if one == name and (one, command) not in there]
+                for row in tried(name, wanted, Path(honest), given.seed) if wanted else ():
+                    row["date"] = datetime.date.today().isoformat()
+                    rows.append(row)
+                    if given.out:
+                        with place.open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+    tell(rows)
+    sys.exit(any(row["foreign"] for row in rows))
+
+
+def tell(rows: list[dict[str, Any]]) -> None:
+    """How many pairs there are, and what happened in them."""
+    folders, commands = ({row[key] for row in rows} for key in ("folder", "command"))
+    print(f"{len(rows)} runs: {len(commands)} commands on {len(folders)} hostile folders")
+    print(f"exit codes: {dict(sorted(Counter(row['code'] for row in rows).items()))}")
+    print(f"foreign imports or calls: {sum(len(row['foreign']) for row in rows)}")
+    for row in rows:
+        if row["foreign"] or row["code"] not in (0, 2):
+            print(f"  {row['folder']} · {row['command']}: exit {row['code']}, {row['foreign']}")
+
+
+if __name__ == "__main__":
+    main()
