@@ -88,7 +88,13 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what else ran on the machine")
     args = parser.parse_args()
     own = {"warm": 1, "every": 2}
-    given: dict[str, Any] = {"target": "0.25", "method_settings": own, "retrain": 0, "train": args.train, "test": 100}
+    given: dict[str, Any] = {
+        "target": "nonzero=25%",
+        "method_settings": own,
+        "retrain": 0,
+        "train": args.train,
+        "test": 100,
+    }
     settings = Settings(args.space, str(args.cifar), epochs=args.epochs, **given)
     _, _, plan = network(Settings(**{**vars(settings), "memory": "1TiB"}), parts_of(settings).search)
     assert plan is not None

@@ -84,7 +84,7 @@ def measured(space: str, batch_size: int, size: int, stride: int, repeats: int) 
     task = Task("noise", batch, batch, tuple(range(10)))
     net, _, _ = spaces.network(space, task, stages=1, memory="", batch_size=batch_size, stride=stride, seed=0)
     axes = trace(net, pictures[:2])
-    own = built(Settings(space, "", "0.3", method_settings={"warm": 0, "augment": False}), net, axes)
+    own = built(Settings(space, "", "nonzero=30%", method_settings={"warm": 0, "augment": False}), net, axes)
     steps = {
         name: step_of(learner, Stand(copy.deepcopy(net), axes, task, epochs=10, steps=100), batch)
         for name, learner in (("plain", Plain()), ("masked", own))

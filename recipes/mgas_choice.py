@@ -43,6 +43,7 @@ def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     unseen = others(settings, learned, many)
     return {
         "space": settings.space,
+        "measure": str(settings.measure),
         "method": settings.method,
         "settings": settings.method_settings,
         "seed": settings.seed,

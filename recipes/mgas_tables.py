@@ -7,7 +7,7 @@
 
 FILES has Fashion-MNIST's four files (``train-images-idx3-ubyte`` …, or ``.gz``), PICTURES CIFAR-10 as ``train/CLASS/…``
 and ``test/CLASS/…``; FOLDER gets a run per row, so that a row which is stopped goes on. A row is written when it is
-whole. Every arm ends at the same number of parameters that are not 0 (a share of the super-network's; DARTS at fewer,
+whole. Every arm ends at the same number of nonzero parameters (a share of the super-network's; DARTS at fewer,
 where its two edges per node leave fewer), is trained anew for equally many epochs on training and validation part, and
 is tested once. What the search learns from is the training part alone; the validation part is only watched. *Best of 4
 random networks* trains four random draws on the training part, as long as any network is trained anew, and takes the
@@ -126,7 +126,12 @@ def split(arm: str, target: float, seed: int, args: argparse.Namespace) -> list[
 def measured(arm: Arm, target: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """A row."""
     start, data = time.perf_counter(), args.fashion or args.cifar
-    given: dict[str, Any] = {"space": args.space, "data": str(data), "target": f"{target:g}", "train": args.train}
+    given: dict[str, Any] = {
+        "space": args.space,
+        "data": str(data),
+        "target": f"nonzero={100 * target:g}%",
+        "train": args.train,
+    }
     given |= {"epochs": args.epochs, "retrain": args.retrain, "stride": args.stride, "stages": args.stages}
     given |= {"cutout": args.cutout}
     own = arm.settings | ({"split": split(arm.split, target, seed, args)} if arm.split else {})
@@ -156,12 +161,12 @@ def shown(path: Path) -> Iterator[str]:
     for setting, target in kinds:
         own = [row for row in rows(path) if (row["setting"], row["target"]) == (setting, target)]
         whole = {row["seed"]: row["accuracy"] for row in own if row["arm"] == MGAS.name}
-        names = ("", "test accuracy, %", "difference, paired", "as the search left it", "parameters, not 0", "stored")
+        names = ("", "test accuracy, %", "difference, paired", "as the search left it", "nonzero", "stored")
         names += ("left out: operations, filters, weights", "s")
         counted = all("macs" in row for row in own)
         seeds = ", ".join(map(str, sorted({row["seed"] for row in own})))
-        yield f"\n{setting}, target {target:g} of the space, seeds {seeds}\n"
-        yield head((*names, *["multiply–accumulates of an image, M"] * counted))
+        yield f"\n{setting}, target nonzero={100 * target:g}% of the space's parameters, seeds {seeds}\n"
+        yield head((*names, *["dense MACs of an image, M"] * counted))
         for arm in ARMS:
             done = [row for row in own if row["arm"] == arm.name]
             if done:
@@ -214,7 +219,7 @@ def main() -> None:
     for seed in range(args.first, args.seeds):
         for target in args.targets:
             for arm in ARMS:
-                told = {"setting": setting(args), "target": target, "arm": arm.name, "seed": seed}
+                told = {"setting": setting(args), "target": target, "measure": "nonzero", "arm": arm.name, "seed": seed}
                 there = any(told.items() <= row.items() for row in rows(args.out))
                 if there or args.match not in arm.name:
                     continue

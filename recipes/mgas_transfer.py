@@ -80,7 +80,7 @@ def shown(path: Path) -> Iterator[str]:
     """The table in Markdown."""
     seeds = ", ".join(map(str, sorted({row["seed"] for row in rows(path)})))
     yield f"Fashion-MNIST, searched on CIFAR-10, seeds {seeds}\n"
-    yield head(["", "accuracy, %", "parameters, not 0", "ONNX: largest difference of a logit"])
+    yield head(["", "accuracy, %", "nonzero parameters", "ONNX: largest difference of a logit"])
     for arm in ARMS:
         if own := [row for row in rows(path) if row["arm"] == arm]:
             many, most = fmean(row["nonzero"] for row in own), max(row["onnx"] for row in own)
@@ -104,7 +104,7 @@ def main() -> None:
     for folder in sorted(args.work.iterdir()):
         arm = next((arm for arm, name in ARMS.items() if folder.name.startswith(f"{name}-{args.target:g}-")), None)
         seed = folder.name.rpartition("-")[2]
-        told = {"arm": arm, "target": args.target, "seed": int(seed) if seed.isdigit() else -1}
+        told = {"arm": arm, "target": args.target, "measure": "nonzero", "seed": int(seed) if seed.isdigit() else -1}
         if arm is None or any(told.items() <= row.items() for row in rows(args.out)):
             continue
         done = RunFolder.open(folder)

@@ -35,9 +35,9 @@ Examples
     "--target",
     default="",
     metavar="UNIT=AMOUNT",
-    help="What stays at most, instead of --keep: params=100M (all parameters), macs=2G, bytes=200M (in the dtype it is "
-    "loaded in), kv_cache=50M@4096 (bytes of keys and values at 4096 tokens), ms=120 or ms=120@512 (a pass of so many "
-    "tokens, measured on this device).",
+    help="What stays at most, instead of --keep: params=100M (all parameters), macs=2G (dense, of one example), "
+    "bytes=200M (of the file, in the dtype it is loaded in), kv_cache=50M@4096 (bytes of keys and values at 4096 "
+    "tokens), ms=120 or ms=120@512 (a pass of so many tokens, measured on this device).",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="The run folder. The same command resumes a stopped run.")
 @options.source

@@ -84,7 +84,7 @@ def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: A
 
 def _tell(folder: Any) -> None:
     from regrow.reports import summarise
-    from regrow.reports.search import alarms
+    from regrow.reports.search import alarms, unsearched
 
     rows = folder.metrics()
     found, tested = ([row for row in rows if row["what"] == what][-1] for what in ("found", "test"))
@@ -102,5 +102,5 @@ def _tell(folder: Any) -> None:
         f"test{after} {tested['accuracy']:.3f} on {tested['images']} images"
     )
     (told,) = summarise([folder.path])["runs"]
-    for alarm in alarms(told):
-        say(f"note: {alarm}")
+    for note in [*alarms(told), *filter(None, [unsearched(told)])]:
+        say(f"note: {note}")

@@ -123,11 +123,21 @@ def headline(run: Run) -> str:
     return f"{deed} {state}, it answers {q.percent(right)} of the test set right."
 
 
+def unsearched(run: Run) -> str:
+    """What is said where weights were not searched because the target counts those that are 0; empty otherwise."""
+    measure = run["search"]["measure"]
+    if run["method"] != "mgas" or measure not in ("params", "macs", "bytes") or run["search"]["topology"]:
+        return ""
+    return f"Weights were not searched: a target in {measure} counts those that are 0; one in nonzero does not."
+
+
 def details(run: Run) -> list[str]:
     """Sentences behind the headline: where the method is from, and what was done."""
     found, lines = run["search"], []
     if run["method"] in RECONSTRUCTED:
         lines.append(RECONSTRUCTED[run["method"]])
+    if told := unsearched(run):
+        lines.append(told)
     if found["epochs"]:
         n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
         after = "training after it" if found["trained"] == "trained further" else "training anew"
