@@ -126,6 +126,9 @@ class Gate:
     The change Δ ``[m, n + 1]`` becomes  Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and
     eigenvalues λ of both factors; that is (1 + s A ⊗ B)⁻¹ Δ.
 
+    Source: the preconditioner of Kao et al., Natural Continual Learning (NeurIPS 2021), without its pull to the
+    parameters of earlier tasks; factors as in Ritter et al., Online Structured Laplace Approximations (NeurIPS 2018).
+
     Args:
         inputs: Q_A.
         outputs: Q_B.
