@@ -1,0 +1,153 @@
+"""Settings are checked before anything is loaded or written; what is refused leaves nothing behind."""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.conftest import Run
+from regrow.errors import InputError, ResourceError
+from regrow.nets import ModelError
+from regrow.nets.devices import usable_device
+from regrow.nets.files import check_config, check_gguf, check_safetensors
+from regrow.nets.small import small
+from regrow.runs import checks, learning_run, pruning_run, searching
+
+LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a/run")
+PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "a/run")
+SEARCH = ("search", "cells:4-1-1", "--data", "digits", "--target", "0.5", "--out", "a/run")
+REFUSED = {
+    "learn at an infinite rate": ((*LEARN, "--lr", "inf"), "--lr must be between 0 and 1,000, got inf", 2),
+    "learn at no rate": ((*LEARN, "--lr", "nan"), "--lr must be", 2),
+    "learn backwards": ((*LEARN, "--epochs", "-1"), "--epochs must be 1 to 1,000,000, got -1", 2),
+    "learn with a huge net": ((*LEARN[:5], "mlp:65536-65536-65536", *LEARN[6:]), "of memory, and", 4),
+    "prune on no device": ((*PRUNE, "--device", "cuda:77"), "is not available; this machine has cpu", 4),
+    "prune on nonsense": ((*PRUNE, "--device", "nonsense"), "there is no device 'nonsense'", 2),
+    "prune images in bfloat16": (
+        (*PRUNE, "--dtype", "bfloat16", "--source", "digits"),
+        "images are read in float32, and the model is in bfloat16; leave out --dtype",
+        2,
+    ),
+    "prune into multiples of 0": ((*PRUNE, "--round", "0"), "--round must be 1 to", 2),
+    "search with a share of 2": ((*SEARCH, "--validation", "2"), "--validation must be between 0 and 1, got 2", 2),
+    "search at a rate of nothing": ((*SEARCH, "--lr", "nan"), "--lr must be between", 2),
+    "recover nothing": (
+        ("recover", "none", "--by", "bias", "--tokens", "0", "--out", "a/run"),
+        "--tokens must be 1",
+        2,
+    ),
+    "no items": (("evaluate", "toys:classifier", "--items", "0"), "--items must be 1 to", 2),
+    "images of a network of numbers": (("evaluate", "toys:stepping", "--source", "digits"), "shape [2, 8]", 2),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_one_line_and_leaves_no_folder(regrow: Run, name: str) -> None:
+    words, says, expected = REFUSED[name]
+    if name == "learn with a huge net":
+        words = tuple(words)
+    code, _, err = regrow(*words)
+    assert code == expected and says in err and "Traceback" not in err, err
+    assert not Path("a").exists()
+
+
+def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
+    Path("run").mkdir()
+    base = pruning_run.Settings("resnet18", method="magnitude").record()
+    for name, value in (("keep", "much"), ("sources", "digits"), ("sources", [1]), ("tokens", 0.5), ("proof", "no"),
+                        ("model", 3), ("seed", -1), ("target", ["x"]), ("device", "x"), ("dtype", "x")):  # fmt: skip
+        told = {"format": "regrow-run/1", "verb": "prune", "settings": json.loads(json.dumps(base | {name: value}))}
+        Path("run/run.json").write_text(json.dumps(told))
+        code, _, err = regrow("prune", "--again", "run", "--out", "out")
+        assert code == 2 and "Traceback" not in err and len(err.splitlines()) == 1, (name, value, err)
+        assert not Path("out").exists()
+
+
+def test_every_default_is_in_its_range() -> None:
+    for settings, ranges in (
+        (pruning_run.Settings("x"), checks.PRUNE),
+        (learning_run.Settings(("digits",)), checks.LEARN),
+        (searching.Settings("cells:4-1-1", "digits", "0.5"), checks.SEARCH),
+    ):
+        checks.check_settings(settings, ranges)
+    for ranges in (checks.PRUNE, checks.LEARN, checks.SEARCH, checks.RECOVER, checks.EVALUATE):
+        assert all(one.holds(one.like) or one is checks.SEED for one in ranges.values())
+
+
+def test_a_learned_network_is_evaluated_on_the_images_it_takes(regrow: Run) -> None:
+    assert regrow(*LEARN, "--epochs", "1", "--train", "40", "--test", "20")[0] == 0
+    code, out, err = regrow("evaluate", "a/run", "--source", "digits", "--eval-tokens", "20")
+    assert code == 0 and "digits: accuracy" in out, err
+
+
+def test_a_source_may_be_named_like_markup(regrow: Run) -> None:
+    from PIL import Image
+
+    for name in ("a", "b"):
+        Path("photos", name).mkdir(parents=True)
+        for i in range(4):
+            Image.new("L", (8, 8), 60 * i).save(Path("photos", name, f"{i}.png"))
+    code, out, err = regrow("evaluate", "toys:classifier", "--source", "[/x]\x1b[31m=photos")
+    assert code == 0 and "[/x]\\x1b[31m: accuracy" in out and "\x1b" not in out + err, err
+
+
+def test_devices_are_checked_by_name() -> None:
+    assert usable_device("cpu") == torch.device("cpu")
+    for name in ("nonsense", "cuda:x", ""):
+        with pytest.raises(InputError, match="there is no device"):
+            usable_device(name)
+    with pytest.raises(ResourceError, match=r"is not available; this machine has cpu"):
+        usable_device("cuda:99")
+    with pytest.raises(ResourceError):
+        usable_device("meta")
+
+
+def test_widths_are_compared_with_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regrow.limits.available_memory", lambda: 1000)
+    with pytest.raises(ResourceError, match=r"mlp:64 needs .* of memory, and .* are free; take a smaller network"):
+        small("mlp:64", (1, 8, 8), 10)
+
+
+CONFIGS = {
+    "[]": "not an object",
+    '{"num_hidden_layers": 100000}': "num_hidden_layers = 100,000, at most 1,024",
+    '{"text_config": {"hidden_size": 99999999999}}': "hidden_size",
+    '{"a": ' * 200 + "1" + "}" * 200: "nested deeper",
+    '{"vocab_size": 1' + "0" * 5000 + "}": "not JSON",
+}
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=range(len(CONFIGS)))
+def test_configurations_beyond_the_limits_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=CONFIGS[text]):
+        check_config(tmp_path / "config.json", "x")
+
+
+def test_weights_that_are_no_files_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"is a pipe \(FIFO\); give a regular file"):
+        check_safetensors(tmp_path / "model.safetensors")
+
+
+def _gguf(pairs: int = 1, tensors: int = 1, length: int = 1, many: int = 2, size: int = 4) -> bytes:
+    text = struct.pack("<Q", length) + b"a"
+    entry = text + struct.pack("<IIQ", 9, 4, many) + bytes(4 * 2)
+    tensor = struct.pack("<Q", 1) + b"w" + struct.pack("<IQIQ", 1, size, 0, 0)
+    return b"GGUF" + struct.pack("<IQQ", 3, tensors, pairs) + entry + tensor + bytes(64)
+
+
+def test_counts_of_a_gguf_file_that_do_not_fit_it_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(_gguf())
+    check_gguf(path, "m.gguf")
+    for data in (
+        b"GGUX", b"GGUF", _gguf(pairs=2**60), _gguf(tensors=2**60), _gguf(length=2**62), _gguf(many=2**61),
+        _gguf(size=2**60), _gguf()[:40],
+    ):  # fmt: skip
+        path.write_bytes(data)
+        with pytest.raises(ModelError, match=r"m\.gguf"):
+            check_gguf(path, "m.gguf")
