@@ -112,8 +112,7 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
         ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
         ((*prune, "--out", "made"), goes_on.replace("run", "made")),
     ):
-        Path("made").mkdir(exist_ok=True)
-        Path("made/run.json").write_text("{}")
+        monkeypatch.setattr("regrow.runs.folder.RunFolder.started", lambda out: out if out.name == "made" else None)
         code, _, err = regrow(*words)
         assert (code, says in err) == (130, True), err
 

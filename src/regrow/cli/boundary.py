@@ -1,5 +1,6 @@
 """Where every failure of the command line ends: one line and an exit code; for a bug, a file to attach to a report."""
 
+import contextlib
 import dis
 import errno
 import os
@@ -256,6 +257,13 @@ class Verb(click.Command):
             values: Its options.
         """
         folders = [Path(values[name]) for name in self.resumed if values.get(name) and not values.get("dry_run")]
-        if any((folder / place / "run.json").is_file() for folder in folders for place in ("", ".work")):
+        if not folders:
+            return NOTHING_YET
+        from regrow.runs.folder import RunFolder
+
+        resumable = False
+        with contextlib.suppress(ValueError, OSError):
+            resumable = RunFolder.started(folders[0]) is not None
+        if resumable:
             return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
         return NOTHING_YET

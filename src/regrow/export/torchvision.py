@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow import store
 from regrow.export.staging import staged
-from regrow.export.written import ExportError, Written
+from regrow.export.written import CheckError, ExportError, Written
 from regrow.nets import Origin
 from regrow.nets.vision import example_of, unweighted
 from regrow.progress import Progress, silent
@@ -89,5 +89,5 @@ def _tried(model: nn.Module, folder: Path, name: str) -> float:
     )
     difference = max((float((a - b).abs().max()) for a, b in zip(said, says, strict=True) if a.numel()), default=0.0)
     if difference > ROUNDING * max((float(a.abs().max()) for a in said if a.numel()), default=0.0):
-        raise ExportError(f"{folder}: what torchvision builds answers otherwise, by {difference:.3g}; please report it")
+        raise CheckError(f"{folder}: what torchvision builds answers otherwise, by {difference:.3g}; please report it")
     return difference

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow import store
 from regrow.export.staging import staged
-from regrow.export.written import ExportError, Written
+from regrow.export.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.blocks import ATTENTION, MLP, Block, blocks
 from regrow.nets.examples import guessed_example, text_example
@@ -162,7 +162,7 @@ def check(model: Any, folder: Path, dtype: torch.dtype | None, *, carried: bool)
     difference = max((float((a - b).abs().max()) for a, b in zip(said, says, strict=True) if a.numel()), default=0.0)
     size = max((float(a.abs().max()) for a in said if a.numel()), default=0.0)
     if difference > (ROUNDING if dtype in (None, next(model.parameters()).dtype) else 0.2) * size:
-        raise ExportError(f"{folder}: what transformers loads answers otherwise, by {difference:.3g}; please report it")
+        raise CheckError(f"{folder}: what transformers loads answers otherwise, by {difference:.3g}; please report it")
     return {"max_abs_diff": difference, "loaded_as": type(again).__name__}
 
 

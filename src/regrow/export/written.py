@@ -4,9 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from regrow.errors import RefusedError
+
 
 class ExportError(ValueError):
     """A network that a format cannot hold, or a file that does not say what the network says."""
+
+
+class CheckError(ExportError, RefusedError):
+    """An export that does not say what the network says, found when it was read back; it is not kept."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,24 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
     >>> net(torch.zeros(2, 1, 4, 4)).shape, origin.config["widths"]
     (torch.Size([2, 3]), [8, 6])
     """
+    origin = origin_of_small(spec, shape, classes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build_small(origin), origin
+
+
+def origin_of_small(spec: str, shape: Sequence[int], classes: int) -> Origin:
+    """How to build a network of a short name, found to fit into memory.
+
+    Args:
+        spec: As for :func:`small`.
+        shape: Of an input, ``[C, H, W]``.
+        classes: How many logits.
+
+    Raises:
+        ModelError: If there is no such network.
+        ResourceError: If there is not enough memory for it.
+    """
     kind, _, numbers = spec.partition(":")
     if kind not in BUILDERS or not re.fullmatch(r"\d{1,5}(-\d{1,5})*", numbers):
         raise ModelError(
@@ -44,9 +62,9 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
             "resnet-gn:16-3 (the same with GroupNorm)"
         )
     config = {"widths": [int(n) for n in numbers.split("-")], "shape": list(map(int, shape)), "classes": classes}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build_small(Origin("small", kind, config)), Origin("small", kind, config, spec)
+    origin = Origin("small", kind, config, spec)
+    _builder(origin)
+    return origin
 
 
 def build_small(origin: Origin) -> nn.Module:
@@ -55,14 +73,21 @@ def build_small(origin: Origin) -> nn.Module:
     Raises:
         ModelError: If its numbers are no sizes.
     """
+    return _builder(origin)().eval()
+
+
+def _builder(origin: Origin) -> Callable[[], nn.Module]:
+    """What builds the network of an origin; its numbers are checked, and its weights fit into memory."""
     config: Mapping[str, Any] = origin.config
     numbers = [config.get("classes"), *_list(config.get("widths")), *_list(config.get("shape"))]
     if origin.reference not in BUILDERS or not all(type(n) is int and 0 < n <= MOST for n in numbers):
-        raise ModelError(f"not a small network: {origin.reference!r} with {dict(config)!s:.80}")
+        raise ModelError(
+            f"not a small network: {origin.reference!r} with {dict(config)!s:.80}; sizes are up to {MOST:,}"
+        )
     spelled = "-".join(map(str, config["widths"]))
     build = partial(BUILDERS[origin.reference], config["widths"], config["shape"], config["classes"])
     check_fits(build, f"the network {origin.reference}:{spelled}")
-    return build().eval()
+    return build
 
 
 def _list(value: Any) -> list[Any]:

@@ -19,7 +19,7 @@ from regrow.data import MissingError, SourceError, streams
 from regrow.learner import Learner, Stand
 from regrow.methods import learner_entry
 from regrow.nets.loaded import Origin
-from regrow.nets.small import small
+from regrow.nets.small import origin_of_small, small
 from regrow.progress import Progress, silent
 from regrow.runs.births import over
 from regrow.runs.checks import LEARN, check_settings
@@ -133,6 +133,7 @@ def run(
     learner, schedule, told = built(settings), settings.schedule(), _told(settings)
     RunFolder.check(out, **told)
     tasks = tasks_of(settings)
+    origin_of_small(settings.model, tasks[0].train.inputs.shape[1:], outputs_of(settings, tasks))
     with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
         return _go_on(folder, settings, learner, schedule, tasks, progress, write_page)
 

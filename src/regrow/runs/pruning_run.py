@@ -13,7 +13,7 @@ from regrow import evaluation, nets, store
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget, Measure, Target
-from regrow.errors import InputError
+from regrow.errors import InputError, RefusedError
 from regrow.method import Method, State
 from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
@@ -350,9 +350,9 @@ def _prove(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> No
     result = verify(loaded.model, axes, plan)
     folder.log("verify", **asdict(result), dtype="float64")
     if not result.ok:
-        raise ValueError(
+        raise RefusedError(
             f"the plan does not hold on this model: masked and shrunk differ by {result.max_abs_diff:.3g} in float64, "
-            f"the bound is {result.bound:.3g}. Nothing was cut; please report the model"
+            f"the bound is {result.bound:.3g}; no model was saved, please report this one"
         )
 
 

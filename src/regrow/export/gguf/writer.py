@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from regrow.export.gguf.network import NORMS, PARTS, Decoder, Layer, described, present
 from regrow.export.gguf.quants import BLOCK, KINDS, Floats, allowed, encoded, kind_for
 from regrow.export.gguf.tokens import Vocabulary, told, vocabulary
-from regrow.export.written import ExportError, Written
+from regrow.export.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.errors import needs
 from regrow.progress import Progress, silent
@@ -225,7 +225,7 @@ def _checked(
     for key, values in _counts(decoder).items():
         place = f"attention.{key}" if key.startswith("head") else key
         if (said := reader.get_field(f"{decoder.architecture}.{place}").contents()) != values:
-            raise ExportError(f"the file says {key} = {said}, the network has {values}; write it again")
+            raise CheckError(f"the file says {key} = {said}, the network has {values}; write it again")
     stored = {one.name: one for one in reader.tensors}
     if stored.keys() != {one.name for one in pieces}:
         raise ExportError("the file holds other tensors than were written; write it again")
@@ -244,7 +244,7 @@ def _checked(
             limit = allowed(part, piece.kind)
             wrong = back != _rounded(part, piece.kind) if limit is None else difference > limit
             if wrong.any():
-                raise ExportError(f"{piece.name} is off by up to {difference.max():.3g} in the file; write it again")
+                raise CheckError(f"{piece.name} is off by up to {difference.max():.3g} in the file; write it again")
             worst = max(worst, float(difference.max(initial=0)))
             off, total = off + float(np.square(difference).sum()), total + float(np.square(part).sum())
     progress(2 * len(pieces), 2 * len(pieces), "checked")
