@@ -242,13 +242,14 @@ def fuzzed(name: str, seconds: int) -> dict[str, Any]:
             os.dup2(file.fileno(), 2)
         fuzz(name, seconds, seeds)
         os._exit(1)
-    _, status = os.waitpid(child, 0)
+    _, status, usage = os.wait4(child, 0)
     text = said.read_text("utf-8", errors="replace")
     runs, cover = re.search(r"Done (\d+) runs", text), re.findall(r"cov: (\d+) ft: (\d+)", text)
     code = os.waitstatus_to_exitcode(status)
     row = {
         "target": name,
         "seconds": seconds,
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "executions": int(runs[1]) if runs else 0,
         "edges": [int(cover[0][0]), int(cover[-1][0])] if cover else [],
         "features": int(cover[-1][1]) if cover else 0,
