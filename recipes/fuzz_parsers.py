@@ -248,6 +248,7 @@ def fuzzed(name: str, seconds: int) -> dict[str, Any]:
     code = os.waitstatus_to_exitcode(status)
     row = {
         "target": name,
+        "date": datetime.now(UTC).date().isoformat(),
         "seconds": seconds,
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "executions": int(runs[1]) if runs else 0,
@@ -284,9 +285,9 @@ def main() -> None:
         import regrow.reports
         import regrow.runs.learning_run  # noqa: F401
     rows = [fuzzed(name, told.seconds) for name in told.target or SEEDS]
-    if told.target is None:
-        record = {"date": datetime.now(UTC).date().isoformat(), "tool": "atheris", "targets": rows}
-        told.out.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    known = json.loads(told.out.read_text("utf-8")) if told.out.is_file() else []
+    known = [row for row in known if row["target"] not in {one["target"] for one in rows}] + rows
+    told.out.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
     sys.exit(any(row["crashes"] for row in rows))
 
 

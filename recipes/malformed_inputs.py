@@ -1,9 +1,9 @@
 """Give every command malformed inputs, and require one line, a documented exit code, and nothing left behind.
 
-    python recipes/malformed_inputs.py                            600 inputs, drawn with seed 0
-    python recipes/malformed_inputs.py --count 40 --seed 3        so many
-    python recipes/malformed_inputs.py --case 17 --seed 0 -v      one of them, with what it said
-    python recipes/malformed_inputs.py --messages                 the distinct messages of what is committed
+    python recipes/malformed_inputs.py                         620 inputs, drawn with seed 0
+    python recipes/malformed_inputs.py --count 40 --seed 3 --out FILE
+    python recipes/malformed_inputs.py --case 17               one of them, with all it said
+    python recipes/malformed_inputs.py --show --messages       what is committed, with the distinct messages
 
 An input is a command of ``malformed/commands.py`` with one option changed, or one file that it reads damaged
 (``malformed/mutations.py``). Each runs in a child that is forked with everything imported. Faults are:
@@ -41,7 +41,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "cli")]
 from malformed.commands import COMMANDS, Command, prepare  # noqa: E402
 from malformed.mutations import VALUES  # noqa: E402
 
-OUT = HERE / "results" / "malformed_inputs.json"
+OUT = HERE / "results" / "malformed_inputs.jsonl"
 SECONDS, BYTES = 10.0, 2**30
 WAITING = 120.0  # on a machine with other work
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -228,7 +228,7 @@ def rows(found: list[Input], source: Path) -> Iterator[tuple[Input, Outcome, lis
 
     from regrow.cli import code_of
 
-    said = source / "said.txt"
+    said = source / f"said-{os.getpid()}.txt"
     baseline = forked(lambda: code_of(["methods"]), said).peak
     for one in found:
         outcome = tried(one, source, said)
@@ -255,59 +255,83 @@ def made(source: Path) -> None:
         sys.exit(outcome.said)
 
 
+def worked(found: list[Input], numbers: list[int], source: Path, out: Path, loud: bool) -> None:
+    """Try some of the inputs; a row for each is added to the output as it comes."""
+    chosen = [found[i] for i in numbers]
+    for number, (one, outcome, wrong) in zip(numbers, rows(chosen, source), strict=True):
+        row = {
+            "number": number,
+            "words": " ".join(one.words)[:200],
+            "file": one.file,
+            "how": one.how,
+            "draw": one.draw,
+            "code": outcome.code,
+            "message": message(outcome),
+            "cpu_seconds": round(outcome.seconds, 2),
+            "seconds_asleep": round(outcome.asleep, 2),
+            "resident_bytes": outcome.peak,
+            "faults": wrong,
+            "date": datetime.now(UTC).date().isoformat(),
+        }
+        with out.open("a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(json.dumps(row) + "\n")
+        if wrong or loud:
+            print(number, wrong, row["words"], "|", one.file, one.how)
+            print("    ", outcome.said[-3000 if loud else -400 :].strip().replace("\n", "\n     "), flush=True)
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    """The rows of an output, by number."""
+    lines = out.read_text("utf-8").splitlines() if out.is_file() else []
+    return sorted(map(json.loads, lines), key=lambda row: row["number"])
+
+
+def show(found: list[dict[str, Any]], messages: bool) -> None:
+    """Say what came of the inputs."""
+    codes, kinds = Counter(row["code"] for row in found), Counter(f.split(" (")[0] for r in found for f in r["faults"])
+    print(f"{len(found)} inputs, exit codes {dict(sorted(codes.items()))}, faults {dict(kinds)}")
+    most = {name: max(row[name] for row in found) for name in ("cpu_seconds", "seconds_asleep", "resident_bytes")}
+    print(", ".join(f"most {name} {value:,}" for name, value in most.items()))
+    told = Counter(row["message"] for row in found if row["message"])
+    print(f"{len(told)} distinct messages")
+    for text, many in told.most_common() if messages else ():
+        print(f"{many:4}  {text}")
+
+
 def main() -> None:
-    """Try them, and write what came of it."""
+    """Try them, and say what came of it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--count", type=int, default=600)
+    parser.add_argument("--count", type=int, default=620)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--case", type=int, action="append")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--case", type=int, action="append", help="only the input of this number, with all it said")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--out", type=Path, default=OUT, help="rows are added here; what is there is not done again")
     parser.add_argument("--inputs", type=Path, help="a folder to make inputs in, or with those of an earlier call")
-    parser.add_argument("--messages", action="store_true")
-    parser.add_argument("-v", action="store_true")
+    parser.add_argument("--show", action="store_true", help="what is there")
+    parser.add_argument("--messages", action="store_true", help="the distinct messages, too")
     told = parser.parse_args()
-    if told.messages:
-        for text, many in json.loads(OUT.read_text())["messages"].items():
-            print(f"{many:4}  {text}")
+    if told.show:
+        show(read(told.out), told.messages)
         return
     found = inputs(told.count, told.seed)
-    chosen = told.case or range(len(found))
     with tempfile.TemporaryDirectory(prefix="inputs-") as name:
         source = (told.inputs or Path(name)).resolve()
         if not (source / "run2").is_dir():
             source.mkdir(parents=True, exist_ok=True)
             made(source)
-        codes, messages, bad, most = Counter[int](), Counter[str](), list[dict[str, Any]](), [0.0, 0.0, 0]
-        began = time.monotonic()
-        for number, (one, outcome, wrong) in zip(chosen, rows([found[i] for i in chosen], source), strict=True):
-            codes[outcome.code] += 1
-            messages[message(outcome)] += 1
-            most = [max(a, b) for a, b in zip(most, (outcome.seconds, outcome.asleep, outcome.peak), strict=True)]
-            if wrong or told.v:
-                print(number, wrong, " ".join(one.words)[:150], "|", one.file, one.how)
-                print("    ", outcome.said[-3000 if told.v else -400 :].strip().replace("\n", "\n     "), flush=True)
-            if wrong:
-                about = {"words": one.words, "file": one.file, "how": one.how, "draw": one.draw}
-                bad.append({"number": number, "faults": wrong, **about})
-    kinds = Counter(fault.split(" (")[0].split(" out")[0] for row in bad for fault in row["faults"])
-    print(
-        f"{sum(codes.values())} inputs in {time.monotonic() - began:.0f} s, codes {dict(codes)}, faults {dict(kinds)}"
-    )
-    if told.case is None and told.out:
-        record = {
-            "date": datetime.now(UTC).date().isoformat(),
-            "inputs": sum(codes.values()),
-            "seed": told.seed,
-            "exit_codes": {str(code): many for code, many in sorted(codes.items())},
-            "faults": dict(kinds),
-            "most_cpu_seconds": round(most[0], 2),
-            "most_seconds_asleep": round(most[1], 2),
-            "most_resident_bytes": most[2],
-            "faulty": bad,
-            "messages": dict(messages.most_common()),
-        }
-        told.out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    sys.exit(bool(bad))
+        out = told.out.resolve() if told.case is None else source / "cases.jsonl"
+        done = {row["number"] for row in read(out)} if told.case is None else set()
+        left = [number for number in told.case or range(told.count) if number not in done]
+        workers = []
+        for i in range(told.jobs):
+            if not (child := os.fork()):
+                worked(found, left[i :: told.jobs], source, out, told.case is not None)
+                os._exit(0)
+            workers.append(child)
+        ended = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in workers]
+        rows_there = read(out)
+        show(rows_there, told.messages)
+    sys.exit(any(ended) or any(row["faults"] for row in rows_there))
 
 
 if __name__ == "__main__":

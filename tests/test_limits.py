@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from regrow import limits
+from regrow.change import Change
 from regrow.data import SourceError, streams, text
 from regrow.data.vision import image_tensor, images, read_images
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import items_in
+from regrow.plan import Plan, PlanError
 
 
 @pytest.fixture(params=["fifo", "socket", "device", "folder", "loop", "missing"])
@@ -69,6 +71,17 @@ def test_json_that_no_one_writes_is_refused_in_one_line(data, says):
     with pytest.raises(InputError, match=says) as caught:
         limits.parse_json(data, "x.json")
     assert "\n" not in str(caught.value) and str(caught.value).startswith("x.json")
+
+
+def test_a_plan_nested_beyond_reason_is_no_plan():
+    with pytest.raises(PlanError, match="the plan is JSON nested deeper than 100 levels"):
+        Plan.from_json("[" * 100_000)
+
+
+def test_a_plan_for_billions_of_units_is_refused_at_once():
+    for size in (0, 2**31, 2**62):
+        with pytest.raises(PlanError, match="an axis has 1 to 67,108,864 units"):
+            Plan({"a": Change(size, (2,), ())})
 
 
 def test_a_damaged_or_swelling_gz_is_refused(tmp_path):

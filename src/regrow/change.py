@@ -8,6 +8,8 @@ from regrow.axes import Role, Slot
 FILLS = ("zero_out", "split", "pair")
 MOST = 2**24
 """No axis grows by more units at once."""
+MOST_UNITS = 2**26
+"""No axis has more."""
 
 
 class PlanError(ValueError):
@@ -138,6 +140,8 @@ def _flag(value: Any, what: str) -> bool:
 
 
 def _check(key: str, change: Change) -> None:
+    if not 0 < change.size <= MOST_UNITS:
+        raise PlanError(f"axis {key!r}: an axis has 1 to {MOST_UNITS:,} units, the plan says {change.size:,}")
     if not change.keep:
         raise PlanError(f"axis {key!r}: a plan must keep at least one unit")
     if list(change.keep) != sorted(set(change.keep)) or change.keep[0] < 0 or change.keep[-1] >= change.size:

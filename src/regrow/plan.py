@@ -8,6 +8,8 @@ from typing import Any
 from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
 from regrow.branches import Branch, Stand, lies_in
 from regrow.change import FILLS, MOST, Change, Fill, PlanError, whole
+from regrow.errors import InputError
+from regrow.limits import parse_json
 
 __all__ = ["FILLS", "MOST", "Change", "Fill", "Plan", "PlanError"]
 
@@ -205,9 +207,9 @@ class Plan:
             PlanError: If the text is not a plan, names the value that is wrong.
         """
         try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"not JSON: {error}") from None
+            data = parse_json(text, "the plan")
+        except InputError as error:
+            raise PlanError(str(error)) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"not a plan: expected the format {FORMAT!r}")
         try:
