@@ -13,6 +13,7 @@ from regrow.method import State
 from regrow.runs.loop import Learned
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
+from regrow.store import schemas
 from regrow.store.errors import StoreError
 from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
@@ -78,14 +79,15 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
     """The statistics in a file; ``None`` if they are of something else, or damaged: then they are measured again."""
     try:
         header, tensors = read_tensors(path, FORMAT)
-        if (header["source"], header["shard"], header["key"]) != (source, shard, key):
+        record = schemas.convert(header, schemas.StatisticsHeader)
+        if (record.source, record.shard, record.key) != (source, shard, key):
             return None
         moments = {
             name: Moments(count, tensors[f"m{i}.total"], tensors[f"m{i}.square"], sequences, *_means(tensors, i))
-            for i, (name, count, sequences) in enumerate(header["moments"])
+            for i, (name, count, sequences) in enumerate(record.moments)
         }
-        gradients = {name: tensors[f"g{i}"] for i, name in enumerate(header["gradients"])}
-        return Statistics(source, int(header["tokens"]), moments, gradients)
+        gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
+        return Statistics(source, record.tokens, moments, gradients)
     except (StoreError, ValueError, KeyError, TypeError):
         return None
 
@@ -117,15 +119,15 @@ def read_learned(path: Path, state: State, key: str) -> Learned | None:
     """
     try:
         header, tensors = read_tensors(path, LEARNED)
-        if header["key"] != key:
+        record = schemas.convert(header, schemas.LearnedHeader)
+        if record.key != key:
             return None
         parts: dict[str, dict[str, Tensor]] = {"state": {}, "optimiser": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(" ")
             parts[part][rest] = value
-        values, findings = dict(header["values"]), dict(header["findings"])
-        state = replace(state, values=values, tensors=parts["state"], findings=findings)
-        return Learned(int(header["step"]), state, parts["optimiser"])
+        state = replace(state, values=record.values, tensors=parts["state"], findings=record.findings)
+        return Learned(record.step, state, parts["optimiser"])
     except (StoreError, ValueError, KeyError, TypeError):
         return None
 

@@ -13,6 +13,7 @@ from regrow.learner import Along, Learner
 from regrow.plan import Plan
 from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
+from regrow.store import schemas
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 
@@ -56,7 +57,7 @@ def tasks_over(path: Path) -> int:
     if not path.is_file():
         return 0
     try:
-        return int(read_header(path, FORMAT)["course"]["number"])
+        return schemas.convert(read_header(path, FORMAT), schemas.CourseHeader).course.number
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 
@@ -78,7 +79,10 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
     """
     try:
         header, tensors = read_tensors(path, FORMAT)
-        plans = [Plan.from_json(json.dumps(plan)) for plan in header["plans"]]
+        record = schemas.convert(header, schemas.CourseHeader)
+        for plan in record.plans:
+            schemas.convert(plan, schemas.Plan)
+        plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         model, axes = replay(model, axes, plans, learner.attic)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
         for name, value in tensors.items():
@@ -87,22 +91,21 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
         model.load_state_dict(parts["model"])
         for name, value in parts["attic"].items():
             learner.attic.contents()[name].copy_(value)
-        learner.values = dict(header["values"])
+        learner.values = record.values
         learner.tensors = {
-            name: Along(parts["learner"][name], tuple(map(_dim, dims)), lr)
-            for name, (dims, lr) in header["along"].items()
+            name: Along(parts["learner"][name], tuple(map(_dim, dims)), lr) for name, (dims, lr) in record.along.items()
         }
-        told = header["course"]
+        told = record.course
         course = Course(
-            number=int(told["number"]),
-            epoch=int(told["epoch"]),
-            rows=[tuple(row) for row in told["rows"]],
-            before=tuple(told["before"]),
+            number=told.number,
+            epoch=told.epoch,
+            rows=[tuple(row) for row in told.rows],
+            before=tuple(told.before),
             plans=plans,
-            events=list(told["events"]),
-            sizes=list(told["sizes"]),
-            moments=_moments(parts["optimiser"], header["numbers"]),
-            loss=told.get("loss"),
+            events=told.events,
+            sizes=told.sizes,
+            moments=_moments(parts["optimiser"], record.numbers),
+            loss=told.loss,
         )
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise _damaged(path, error) from None

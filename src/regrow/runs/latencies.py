@@ -6,12 +6,15 @@ from pathlib import Path
 
 from torch import nn
 
+from regrow.errors import InputError
 from regrow.evaluation import Latency, latency
+from regrow.limits import read_json
 from regrow.sources import Batch
+from regrow.store import schemas
 from regrow.store.atomic import written
 from regrow.store.errors import StoreError
 
-TABLE, _PARTS = "latency.json", ("ops", "sums", "layers")
+TABLE = "latency.json"
 
 
 def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
@@ -30,14 +33,10 @@ def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
     if not place.is_file() and not begun:
         return latency(model, batch)
     try:
-        told = json.loads(place.read_text())
-        parts = [{str(name): float(value) for name, value in told[part].items()} for part in _PARTS]
-        found = Latency(float(told["total"]), *parts)
-        if not all(0 <= value < 1e9 for value in (found.total, *(v for part in parts for v in part.values()))):
-            raise ValueError("times are from 0 ms")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise StoreError(f"{place} cannot be used ({error!s:.80}); restore it, or take a new folder") from None
-    return found
+        told = schemas.convert(read_json(place), schemas.Latency, place, "restore it, or take a new folder")
+    except InputError as error:
+        raise StoreError(f"{error}, or take a new folder") from None
+    return Latency(told.total, told.ops, told.sums, told.layers)
 
 
 def keep(out: Path, table: Latency) -> None:

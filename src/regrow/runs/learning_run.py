@@ -26,7 +26,7 @@ from regrow.runs.checks import LEARN, check_settings
 from regrow.runs.courses import read_course, tasks_over, write_course
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, accuracies, learn
-from regrow.runs.record import set_words
+from regrow.runs.record import convert_settings, set_words
 from regrow.store.errors import StoreError
 from regrow.store.replacing import cleared
 from regrow.tasks import Task
@@ -81,9 +81,7 @@ class Settings:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that a ``run.json`` holds."""
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        tasks = known.get("tasks")
-        made = cls(**{**known, "tasks": tuple(tasks) if isinstance(tasks, list) else tasks})
+        made = convert_settings(values, cls)
         check_settings(made, LEARN)
         return made
 

@@ -9,7 +9,10 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph
+from regrow.errors import InputError
+from regrow.limits import parse_json
 from regrow.plan import Plan, PlanError
+from regrow.store import schemas
 from regrow.store.atomic import write_text
 from regrow.store.errors import StoreError
 from regrow.surgery import Attic, apply
@@ -38,8 +41,9 @@ class Ledger:
         plans = []
         for i, entry in enumerate(self._entries()):
             try:
+                schemas.convert(entry, schemas.Plan)
                 plans.append(Plan.from_json(json.dumps(entry)))
-            except (PlanError, RecursionError) as error:
+            except (PlanError, StoreError, RecursionError) as error:
                 raise StoreError(f"{self.path}: plan {i + 1} cannot be used ({error}); restore the file") from None
         return tuple(plans)
 
@@ -62,15 +66,14 @@ class Ledger:
         try:
             if self.path.stat().st_size > _LONGEST:
                 raise StoreError(f"{self.path} is longer than any ledger; restore it")
-            data = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            data = parse_json(self.path.read_text(encoding="utf-8"), "its text")
+        except (OSError, ValueError, InputError) as error:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"{self.path} cannot be read ({str(error)[:80]}); restore it") from None
-        entries = data.get("plans") if isinstance(data, dict) and data.get("format") == FORMAT else None
-        if not isinstance(entries, list):
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
-        return entries
+        return schemas.convert(data, schemas.Ledger, self.path).plans
 
 
 def replay(

@@ -28,7 +28,7 @@ from regrow.runs.clock import Clock
 from regrow.runs.example_inputs import asked_input, noted_input
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.inputs import Kinds, described, sources_of
-from regrow.runs.record import set_words
+from regrow.runs.record import convert_settings, set_words
 from regrow.runs.recovering import check_recovery, compared, recovered
 from regrow.runs.scored import write_scores
 from regrow.surgery import apply, verify
@@ -131,13 +131,9 @@ class Settings:
         """
         check_code(str(values.get("model")), names_code(str(values.get("model"))), code)
         values = {**values, "model": code} if code else values
-        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
-        for name in ("sources", "unseen", "only", "exclude", "marks"):
-            given = known.get(name, getattr(cls, name))
-            known[name] = tuple(given) if isinstance(given, list) else given
-        if not isinstance(known.get("model"), str):
+        if not isinstance(values.get("model"), str):
             raise InputError("the settings of the run name no model; restore run.json")
-        made = cls(**known)
+        made = convert_settings(values, cls)
         made.check()
         return made
 

@@ -2,11 +2,16 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from regrow.errors import InputError
+from regrow.limits import parse_json
+from regrow.store import schemas
 from regrow.store.errors import StoreError
 
+Settings = TypeVar("Settings", bound=Any)
 RUN = "run.json"
 FORMAT = "regrow-run/1"
 _LONGEST = 2**28
@@ -21,14 +26,26 @@ def read_run(folder: Path) -> dict[str, Any]:
     data = read_json(folder / RUN)
     if data is None:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
-    objects: dict[str, Any] = {"settings": None, "defaults": {}, "versions": {}}
-    if (
-        not isinstance(data, dict)
-        or data.get("format") != FORMAT
-        or not all(isinstance(data.get(name, missing), dict) for name, missing in objects.items())
-    ):
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise StoreError(f"{folder / RUN} is not of the format {FORMAT!r}; restore it")
+    schemas.convert(data, schemas.Run, folder / RUN)
     return data
+
+
+def convert_settings(values: Mapping[str, Any], kind: type[Settings]) -> Settings:
+    """The settings of a run, as a file holds them.
+
+    Args:
+        values: What the file says.
+        kind: The record of the command.
+
+    Raises:
+        StoreError: If a setting is missing, of another type, or unknown: a setting that is ignored would be another
+            run.
+    """
+    if unknown := sorted(values.keys() - {one.name for one in fields(kind)}):
+        raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
+    return schemas.convert(dict(values), kind, "settings")
 
 
 def read_json(path: Path) -> Any:
@@ -42,8 +59,8 @@ def read_json(path: Path) -> Any:
     if path.stat().st_size > _LONGEST:
         raise StoreError(f"{path} is too long to be of a run; restore it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"), "its text")
+    except (OSError, ValueError, InputError) as error:
         raise StoreError(f"{path} cannot be read ({str(error)[:80]}); restore it") from None
 
 

@@ -34,7 +34,7 @@ from regrow.runs.checks import SEARCH, check_settings
 from regrow.runs.courses import read_course, write_course
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, changed, learn
-from regrow.runs.record import RUN, set_words
+from regrow.runs.record import RUN, convert_settings, set_words
 from regrow.runs.targets import DENSE, FORMER, levels_for, measure_of, target
 from regrow.searcher import Searcher
 from regrow.sources import Batch
@@ -105,8 +105,7 @@ class Settings:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Settings":
         """The settings that a ``run.json`` holds."""
-        told = {"accounting": FORMER, **values}
-        return cls(**{name: told[name] for name in cls.__dataclass_fields__ if name in told})
+        return convert_settings({"accounting": FORMER, **values}, cls)
 
     def record(self) -> dict[str, Any]:
         """What ``run.json`` holds: settings that came later only where they are not as before."""

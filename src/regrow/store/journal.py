@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from regrow.errors import InputError
+from regrow.limits import parse_json
+from regrow.store import schemas
 from regrow.store.errors import StoreError, telling
 
 
@@ -59,7 +62,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
         elif line.strip() and number < len(lines):
-            raise StoreError(f"{path}: line {number} is not a JSON object; restore it or delete that line")
+            raise StoreError(f"{path}: line {number} is no measurement; restore it or delete that line")
     return rows
 
 
@@ -97,7 +100,8 @@ def _mended(handle: int) -> int:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row: dict[str, Any] = parse_json(line)
+        schemas.convert(row, schemas.Row)
+    except (ValueError, InputError):
         return None
-    return row if isinstance(row, dict) else None
+    return row

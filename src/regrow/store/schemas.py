@@ -7,14 +7,222 @@ records know nothing of torch.
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from regrow.store.atomic import StoreError
+from regrow.store.errors import StoreError
 
 Record = TypeVar("Record")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
+
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+Whole = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
+Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
+Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class Run(msgspec.Struct, frozen=True):
+    """``run.json``; it may hold more. What drives the run is ``settings``: see the ``Settings`` of each command."""
+
+    format: Literal["regrow-run/1"]
+    settings: dict[str, Any]
+    verb: str = ""
+    command: str = ""
+    defaults: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    started: str = ""
+    finished: str | None = None
+    notes: list[str] = []
+    sources: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    timing: dict[str, Any] | None = None
+    sequence: list[Any] = []
+
+
+class Row(msgspec.Struct, frozen=True):
+    """A line of ``metrics.jsonl``; it may hold more."""
+
+    what: str
+
+
+class Ledger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``ledger.json``."""
+
+    format: Literal["regrow-ledger/1"]
+    plans: list[Any]
+
+
+class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where the units of an axis lie in a tensor."""
+
+    name: str
+    dim: Count
+    outer: Count
+    stride: Count
+    inner: Count
+    offset: Count
+    role: Literal["produces", "consumes", "scales", "shifts"]
+
+
+class Fill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What new units hold."""
+
+    rule: str = "zero_out"
+    seed: Count = 0
+
+
+class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What happens to an axis."""
+
+    size: Count
+    keep: list[Count]
+    slots: list[Slot]
+    ids: list[Count] = []
+    grow: Count = 0
+    fill: Fill = Fill()
+    restore: list[Count] = []
+    fresh: bool = False
+
+
+class Stand(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands for a dropped module."""
+
+    gives: Literal["zero", "input", "nothing"]
+    takes: Annotated[int, msgspec.Meta(ge=0, lt=256)] | str
+    of: Annotated[int, msgspec.Meta(ge=0, le=256)] = 0
+    at: Annotated[int, msgspec.Meta(ge=0, lt=256)] = 0
+
+
+class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A plan; ``origin`` informs, the rest is done."""
+
+    format: Literal["regrow-plan/1"]
+    changes: dict[str, Change]
+    origin: dict[str, Any] = {}
+    means: dict[str, dict[str, float]] = {}
+    drop: dict[str, dict[str, Stand]] = {}
+    back: list[str] = []
+
+
+class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How an architecture is built."""
+
+    kind: Literal["transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable"]
+    reference: str
+    config: dict[str, Any]
+    name: str = ""
+
+
+class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A tensor in ``shapes.json``."""
+
+    dtype: str
+    shape: Shape
+    kind: Literal["parameter", "buffer", "derived", "attribute"] = "parameter"
+    trains: bool = True
+    was: Shape | None = None
+    added: bool = False
+    sha256: Digest | Literal[""] = ""
+
+
+class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file beside ``shapes.json``."""
+
+    bytes: Count
+    sha256: str
+    header: str = ""
+
+
+class NoProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Why a network was saved without a probe."""
+
+    reason: str
+
+
+class Shapes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``shapes.json``."""
+
+    format: Literal["regrow-shapes/1"]
+    origin: Origin
+    tensors: dict[str, StoredTensor]
+    attributes: dict[str, Whole | float | Annotated[tuple[Whole, ...], msgspec.Meta(max_length=64)]]
+    ties: dict[str, str]
+    files: dict[str, StoredFile]
+    dropped: list[str]
+    versions: dict[str, str] = {}
+    compared: bool = True
+    stands: dict[str, Stand] = {}
+    probe: dict[str, Any] | None = None
+
+
+class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``latency.json``, in milliseconds."""
+
+    total: Milliseconds
+    ops: dict[str, Milliseconds]
+    sums: dict[str, Milliseconds]
+    layers: dict[str, Milliseconds]
+
+
+class TensorsHeader(msgspec.Struct, frozen=True):
+    """The header of a file of named tensors; what more it holds is of its kind."""
+
+    names: list[str] | None
+    sha256: Digest
+
+
+class Course(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What was measured while tasks were learned."""
+
+    number: Count
+    epoch: Count
+    rows: list[list[Any]]
+    before: list[Any]
+    events: list[dict[str, Any]]
+    sizes: list[dict[str, Any]]
+    loss: float | None = None
+
+
+class CourseHeader(msgspec.Struct, frozen=True):
+    """The header of ``course.safetensors``."""
+
+    along: dict[str, tuple[list[Any], float | None]]
+    values: dict[str, Any]
+    numbers: dict[str, float]
+    course: Course
+    plans: list[dict[str, Any]]
+
+
+class StatisticsHeader(msgspec.Struct, frozen=True):
+    """The header of the statistics of one shard of a source."""
+
+    source: str
+    shard: Count
+    key: str
+    tokens: Count
+    moments: list[tuple[str, Count, Count]]
+    gradients: list[str]
+
+
+class LearnedHeader(msgspec.Struct, frozen=True):
+    """The header of ``learned.safetensors``."""
+
+    key: str
+    step: Count
+    values: dict[str, Any]
+    findings: dict[str, Any]
+
+
+class RecoveryHeader(msgspec.Struct, frozen=True):
+    """The header of ``recovery.safetensors``."""
+
+    key: str
+    step: Count
+    values: dict[str, Any]
 
 
 class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,19 +240,19 @@ class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     names: list[str]
     sha256: str
     inputs: tuple[Any, Any]
-    patterns: list[tuple[str, list[int]] | None]
+    patterns: list[tuple[str, Shape] | None]
     outputs: list[str]
     exact: bool
     conditions: dict[str, str]
 
 
-def convert(data: Any, kind: type[Record], where: str | Path, remedy: str = "restore it") -> Record:
+def convert(data: Any, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
     """A record from JSON data.
 
     Args:
         data: What the file says.
         kind: What it must be.
-        where: The file, for the message.
+        where: The file, for the message; whoever catches it says so otherwise.
         remedy: What to do about an error.
 
     Raises:
@@ -53,7 +261,7 @@ def convert(data: Any, kind: type[Record], where: str | Path, remedy: str = "res
     >>> convert({"names": "a"}, dict[str, int], "run.json")
     Traceback (most recent call last):
     ...
-    regrow.store.atomic.StoreError: run.json: names is 'a': Expected `int`, got `str`; restore it
+    regrow.store.errors.StoreError: run.json: names is 'a': Expected `int`, got `str`; restore it
     """
     try:
         return msgspec.convert(data, kind, strict=True)
@@ -61,9 +269,7 @@ def convert(data: Any, kind: type[Record], where: str | Path, remedy: str = "res
         text, _, path = str(error).partition(" - at `")
         place, value = _located(data, kind, path.rstrip("`"), str(error))
         told = f"{place} is {_short(value)}: {text}" if place else text
-        raise StoreError(f"{where}: {told}; {remedy}") from None
-    except ValueError as error:  # of a record's own check
-        raise StoreError(f"{where}: {error}") from None
+        raise StoreError(f"{where}: {told}; {remedy}" if where else f"{told}; {remedy}") from None
 
 
 def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:

@@ -11,7 +11,10 @@ from typing import Any
 import torch
 
 from regrow.branches import Stand
-from regrow.nets import ModelError, Origin
+from regrow.errors import InputError
+from regrow.limits import parse_json
+from regrow.nets import Origin
+from regrow.store import schemas
 from regrow.store.errors import StoreError
 
 FORMAT = "regrow-shapes/1"
@@ -26,7 +29,6 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 MOST = 2**31
 PROBE = "probe.st"
-DIGEST = re.compile(r"([0-9a-f]{64})?")
 FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.safetensors")
 
 Number = int | float | tuple[int, ...]
@@ -154,35 +156,26 @@ class Shapes:
             StoreError: If the text is not such a record; names what is wrong with it.
         """
         try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise StoreError(f"not JSON ({str(error)[:80]}); restore it") from None
+            data = parse_json(text, "it")
+        except InputError as error:
+            raise StoreError(str(error)) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"not of the format {FORMAT!r}; save the model again with this version of regrow")
-        parts = {key: _part(data, key, dict) for key in ("tensors", "attributes", "ties", "files", "origin")}
-        dropped = _part(data, "dropped", list)
-        if not all(isinstance(name, str) for name in [*dropped, *parts["ties"].values()]):
-            raise StoreError("'ties' and 'dropped' hold names of tensors; restore the file")
-        try:
-            origin = Origin.from_json(json.dumps(parts["origin"]))
-        except ModelError as error:
-            raise StoreError(str(error)) from None
-        try:
-            stands = {path: Stand.from_data(value) for path, value in dict(data.get("stands", {})).items()}
-        except (TypeError, ValueError) as error:
-            raise StoreError(f"'stands' is damaged ({error}); restore the file") from None
-        versions = data.get("versions")
+        record = schemas.convert(data, schemas.Shapes)
+        origin, probe = record.origin, record.probe or {"reason": ""}
         return cls(
-            origin,
-            {name: _tensor(name, value) for name, value in parts["tensors"].items()},
-            {place: _attribute(place, value) for place, value in parts["attributes"].items()},
-            parts["ties"],
-            tuple(dropped),
-            data.get("compared") is not False,
-            {name: _file(name, value) for name, value in parts["files"].items()},
-            {str(k): str(v) for k, v in versions.items()} if isinstance(versions, dict) else {},
-            stands,
-            _probe(data.get("probe", {"reason": ""})),
+            Origin(origin.kind, origin.reference, origin.config, origin.name),
+            {name: _tensor(name, one) for name, one in record.tensors.items()},
+            {_place(place): value for place, value in record.attributes.items()},
+            record.ties,
+            tuple(record.dropped),
+            record.compared,
+            {name: _file(name, one) for name, one in record.files.items()},
+            record.versions,
+            {path: _stand(path, one) for path, one in record.stands.items()},
+            Probe(reason=schemas.convert(probe, schemas.NoProbe, "probe").reason)
+            if "reason" in probe
+            else Probe(_file(PROBE, schemas.convert(probe, schemas.StoredFile, "probe"))),
         )
 
 
@@ -208,67 +201,26 @@ def _lines(value: Any) -> str:
     return "{\n" + ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in value.items()) + "\n}"
 
 
-def _part(data: dict[str, Any], key: str, kind: type) -> Any:
-    value = data.get(key)
-    if not isinstance(value, kind):
-        raise StoreError(f"{key!r} is missing or not a JSON {'object' if kind is dict else 'list'}; restore the file")
-    return value
+def _tensor(name: str, one: schemas.StoredTensor) -> Stored:
+    if one.dtype not in DTYPES:
+        raise StoreError(f"tensor {name!r} has the dtype {one.dtype!r:.80}; known dtypes: {', '.join(DTYPES)}")
+    return Stored(one.dtype, one.shape, Kind(one.kind), one.trains, one.was, one.added, one.sha256)
 
 
-def _tensor(name: str, value: Any) -> Stored:
-    if not isinstance(value, dict):
-        raise StoreError(f"tensor {name!r} is not described; restore the file")
-    dtype, kind, was = value.get("dtype"), value.get("kind", "parameter"), value.get("was")
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise StoreError(f"tensor {name!r} has the dtype {_short(dtype)}; known dtypes: {', '.join(DTYPES)}")
-    if kind not in list(Kind):
-        raise StoreError(f"tensor {name!r} is of the kind {_short(kind)}; known kinds: {', '.join(Kind)}")
-    trains, added = value.get("trains", True), value.get("added", False)
-    if not isinstance(trains, bool) or not isinstance(added, bool):
-        raise StoreError(f"tensor {name!r}: 'trains' and 'added' are true or false; restore the file")
-    shape = _shape(name, value.get("shape"))
-    sha256 = value.get("sha256", "")
-    if not isinstance(sha256, str) or not DIGEST.fullmatch(sha256):
-        raise StoreError(f"tensor {name!r} has the SHA-256 {_short(sha256)}, which is none; restore the file")
-    return Stored(dtype, shape, Kind(kind), trains, None if was is None else _shape(name, was), added, sha256)
+def _place(place: str) -> str:
+    if place.count(":") != 1:
+        raise StoreError(f"attribute {place!r:.80} is not named module:attribute; restore it")
+    return place
 
 
-def _shape(name: str, value: Any) -> tuple[int, ...]:
-    sizes = value if isinstance(value, list) and len(value) <= 16 else [None]
-    if not all(type(size) is int and 0 <= size < MOST for size in sizes):
-        raise StoreError(f"tensor {name!r} has the shape {_short(value)}; sizes are from 0 to {MOST - 1}")
-    return tuple(sizes)
+def _stand(path: str, one: schemas.Stand) -> Stand:
+    try:
+        return Stand.from_data({"gives": one.gives, "takes": one.takes, "of": one.of, "at": one.at})
+    except ValueError as error:
+        raise StoreError(f"stands: {path}: {error}; restore it") from None
 
 
-def _attribute(place: str, value: Any) -> Number:
-    if place.count(":") == 1:
-        if isinstance(value, list) and len(value) <= 64 and all(_whole(part) for part in value):
-            return tuple(value)
-        if _whole(value) or type(value) is float:
-            return value
-    raise StoreError(f"attribute {place!r} holds {_short(value)}, not a number or a list of whole numbers; restore it")
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and abs(value) < 2**63
-
-
-def _file(name: str, value: Any) -> File:
+def _file(name: str, one: schemas.StoredFile) -> File:
     if name != PROBE and not FILE_NAME.fullmatch(name):
-        raise StoreError(f"{_short(name)} is no name of a safetensors file in this folder; restore it")
-    length, digest = (value.get("bytes"), value.get("sha256")) if isinstance(value, dict) else (None, None)
-    if type(length) is not int or not isinstance(digest, str):
-        raise StoreError(f"the length and SHA-256 of {name} are missing; restore them")
-    header = value.get("header", "")
-    return File(length, digest, header if isinstance(header, str) else "")
-
-
-def _probe(value: Any) -> Probe:
-    if isinstance(value, dict) and isinstance(value.get("reason"), str):
-        return Probe(reason=value["reason"])
-    return Probe(_file(PROBE, value))
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"
+        raise StoreError(f"{name!r:.80} is no name of a safetensors file in this folder; restore it")
+    return File(one.bytes, one.sha256, one.header)

@@ -1,0 +1,97 @@
+"""Records in files are read strictly: an error names file, field, value and remedy, in one line."""
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from regrow.runs import Ledger, RunFolder, StoreError
+from regrow.runs.pruning_run import Settings
+from regrow.store import schemas
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Path(shutil.copytree(FIXTURES / "prune", tmp_path / "run"))
+
+
+def edited(path, change):
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: d["settings"].update(keep="0.5"), ("keep is '0.5'", "float")),
+        (lambda d: d["settings"].update(seed=True), ("seed is True", "int")),
+        (lambda d: d["settings"].update(sources="digits"), ("sources is 'digits'", "array")),
+        (lambda d: d["settings"].update(sources=[{}]), ("sources.0 is {}", "str")),
+        (lambda d: d["settings"].update(builder="pwned:boom"), ("'builder' is unknown", "version of regrow")),
+        (lambda d: d.update(versions=["x"]), ("run.json: versions is ['x']", "restore it")),
+        (lambda d: d.update(seconds={"load": "long"}), ("run.json: seconds.load is 'long'", "float", "restore it")),
+        (lambda d: d.update(notes=[1]), ("notes.0 is 1",)),
+        (lambda d: d.update(format="regrow-run/9"), ("'regrow-run/1'", "restore it")),
+    ],
+)
+def test_run_json(run, change, words):
+    edited(run / "run.json", change)
+    with pytest.raises(StoreError) as caught:
+        Settings.from_json(RunFolder.open(run).run()["settings"], "toys:classifier")
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
+
+
+def change_of(data):
+    return next(iter(data["plans"][0]["changes"].values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: change_of(d).update(size=3.5), ("size is 3.5", "int")),
+        (lambda d: change_of(d)["keep"].append("1"), ("keep.", "is '1'")),
+        (lambda d: change_of(d)["slots"][0].update(role="runs"), ("slots.0.role is 'runs'", "enum")),
+        (lambda d: change_of(d).update(call="pwned:boom"), ("unknown field `call`",)),
+        (
+            lambda d: d["plans"][0].update(drop={"a": {"a": {"gives": "code", "takes": 0}}}),
+            ("drop.a.a.gives is 'code'",),
+        ),
+        (lambda d: d["plans"][0].update(means={"w": {"0": None}}), ("means.w.0 is None",)),
+        (lambda d: d.update(code="pwned:boom"), ("unknown field `code`",)),
+        (lambda d: d.update(plans={}), ("plans is {}",)),
+    ],
+)
+def test_ledger(run, change, words):
+    edited(run / "ledger.json", change)
+    with pytest.raises(StoreError) as caught:
+        Ledger(run / "ledger.json").plans()
+    line = str(caught.value)
+    assert all(word in line for word in (*words, "ledger.json", "restore")) and "\n" not in line, line
+
+
+def test_the_entry_of_a_mapping_is_named():
+    data = {"a": {"sizes": [1, 2]}, "b.c": {"sizes": [1, -2]}}
+    with pytest.raises(StoreError, match=r"f: b\.c\.sizes\.1 is -2: Expected `int` >= 0"):
+        schemas.convert(data, dict[str, dict[str, list[schemas.Size]]], "f")
+
+
+def test_depth_and_rows(run):
+    (run / "ledger.json").write_text('{"format": "regrow-ledger/1", "plans": [' + "[" * 2000 + "]" * 2000 + "]}")
+    with pytest.raises(StoreError, match="nested deeper than 100 levels"):
+        Ledger(run / "ledger.json").plans()
+    path = run / "metrics.jsonl"
+    path.write_text('{"what": 3}\n' + path.read_text())
+    with pytest.raises(StoreError, match=r"metrics\.jsonl: line 1 is no measurement"):
+        RunFolder.open(run).metrics()
+
+
+def test_records_know_nothing_of_torch():
+    tree = ast.parse(Path(schemas.__file__).read_text())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert names == {"re", "collections.abc", "pathlib", "typing", "msgspec", "regrow.store.errors"}
