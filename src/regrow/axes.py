@@ -216,15 +216,18 @@ class Step:
         op: Its name.
         module: The module in whose forward it ran.
         shapes: The shape of each of its results; ``None`` for what is no tensor.
-        numbers: The numbers of the call that are not sizes.
+        numbers: The constants of the call that are not sizes: numbers, truth values and words.
         start: For a slice: how many entries lie before it.
+        operands: What it works on, in order: the number of an earlier operation, the name of a parameter or buffer,
+            ``"input 0"``, or ``"constant"``.
     """
 
     op: str
     module: str
     shapes: tuple[tuple[Dim, ...] | None, ...]
-    numbers: tuple[float, ...] = ()
+    numbers: tuple[Any, ...] = ()
     start: Dim | None = None
+    operands: tuple[int | str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -277,6 +280,8 @@ class AxisGraph:
         trained: Whether what the network does in training was followed too, since that reaches more parameters.
         declared: The keys of the axes that a user named, and no recording shows.
         example: The traced input, for verifying.
+        recording: The operations and where they read axes (:class:`regrow.tracing.readings.Recording`), for the proof
+            of a change; ``None`` where it takes a new one.
     """
 
     axes: Mapping[str, Axis]
@@ -298,6 +303,7 @@ class AxisGraph:
     trained: bool = False
     declared: tuple[str, ...] = ()
     example: Example = field(default_factory=Example, compare=False, repr=False)
+    recording: Any = field(default=None, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Axis:
         return self.axes[key]

@@ -8,7 +8,8 @@ import torch
 import laws
 from regrow.plan import Change, Plan, PlanError
 from regrow.surgery import verify
-from regrow.surgery.carry import carry_out
+from regrow.surgery.carry import prepare
+from regrow.surgery.lockstep import CutTensors
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from test_zoo import traced
 
@@ -37,8 +38,11 @@ def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model, axes = traced("llama")
     key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
     planned, done = Plan.keeping(axes, {key: range(5)}), Plan.keeping(axes, {key: range(5, 10)})
-    module = sys.modules[distances.__module__]
-    monkeypatch.setattr(module, "carry_out", lambda model, axes, plan: carry_out(model, axes, done))
+    monkeypatch.setattr(
+        sys.modules[CutTensors.__module__],
+        "prepare",
+        lambda model, axes, plan, **more: prepare(model, axes, done, **more),
+    )
     ((_, distance),) = distances(model, axes, [planned])
     assert distance > 1e-3
 

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 from torch.optim import Optimizer
@@ -9,10 +10,16 @@ from torch.optim import Optimizer
 from regrow.axes import AxisGraph, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
-from regrow.surgery.carry import carry_out, state_of
+from regrow.surgery.carry import Prepared, carry_out, commit, prepare, state_of
 from regrow.surgery.drop import brought_back, dropping
 from regrow.surgery.eager import tried
-from regrow.tracing.trial import rehearsed
+from regrow.surgery.lockstep import gap, scale
+from regrow.surgery.proof import RELATIVE_BOUND, Change, check_blocks, different
+from regrow.surgery.whole import whole_pair
+from regrow.tracing.hollow import fitting
+from regrow.tracing.readings import Recording, readings
+from regrow.tracing.steps import restated
+from regrow.tracing.trial import rehearse
 
 
 def apply(
@@ -67,22 +74,49 @@ def apply(
         )
     if all(change.idle for change in plan.changes.values()):
         return model, axes
+    ready = prepare(model, axes, plan, attic)
+    known = axes
     if axes.steps or not axes.declared:
-        _rehearse(model, axes, plan)
+        known = _rehearsed(model, axes, plan, ready, attic)
     if axes.declared:
         _try(model, axes, plan, attic)
-    return carry_out(model, axes, plan, optimizers, attic)
+    if known.recording is None and not any(parameter.is_meta for parameter in model.parameters()):
+        _compare(model, axes, plan)
+    return commit(model, known, plan, ready, optimizers, attic)
 
 
-def _rehearse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Try on a copy without numbers what the plan does to axes that a recording shows."""
-    shown = {key: change for key, change in plan.changes.items() if key not in axes.declared}
-    # A cut by one was tried when the network was traced; that a number depends on a size may show in growth only.
-    grown = any(change.after > len(change.keep) for change in shown.values())
-    numbers = grown and not rehearsed(model, axes, axes.sizes(), numbers=True)
-    sizes = axes.sizes() | {key: change.after for key, change in shown.items()}
-    if problem := rehearsed(model, axes, sizes, numbers):
-        raise PlanError(f"the plan cannot be carried out: {problem}")
+def _rehearsed(model: nn.Module, axes: AxisGraph, plan: Plan, ready: Prepared, attic: Attic | None) -> AxisGraph:
+    """The axes with what the network will do, once that is proved to be what it does.
+
+    First what it does is compared, on a copy without numbers: operations, shapes, constants and wiring of the whole
+    network. Then what comes of it, in float64, on blocks of it.
+    """
+    to = ready.resizing(axes)
+    # No recording shows the sizes of declared axes: they stay as they are there.
+    planned = rehearse(model, axes, replace(to, sizes={**to.sizes, **{key: axes[key].size for key in axes.declared}}))
+    numberless = any(parameter.is_meta for parameter in model.parameters())
+    if numberless or axes.declared or axes.decisions is not None:
+        return replace(axes, steps=restated(axes.steps, planned), recording=None)
+    recording = axes.recording
+    if recording is None or not recording.fits(model):
+        found = readings(model, axes, fitting(axes.example, model))
+        recording = Recording(found.capture, found.reads)
+    check_blocks(Change(model, axes, plan, recording, planned, ready, attic))
+    return replace(axes, steps=restated(axes.steps, planned), recording=Recording(planned, recording.reads))
+
+
+def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Compare the masked network with its cut copy as a whole, in float64: where data decide, or axes are declared.
+
+    Units that come back are left out: no plan of the network as it is cuts them.
+    """
+    if any(change.restore for change in plan.changes.values()):
+        return
+    decisions = None if axes.decisions is None else ()
+    masked, shrunk, _ = whole_pair(model, axes, plan, fitting(axes.example, model), True, decisions)
+    if not (distance := gap(masked, shrunk)) <= RELATIVE_BOUND * scale(masked):
+        remedy = [f"is something of {' or '.join(axes.declared)} not declared?"] if axes.declared else []
+        raise PlanError(different(distance, scale(masked), *remedy))
 
 
 def _try(model: nn.Module, axes: AxisGraph, plan: Plan, attic: Attic | None) -> None:

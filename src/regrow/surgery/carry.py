@@ -1,8 +1,8 @@
 """A plan carried out, once it is checked and tried: tensors, integers, optimisers and axes follow."""
 
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,37 @@ from torch.optim import Optimizer
 from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
-from regrow.surgery.compensate import bias_dim, offsets
-from regrow.surgery.fold import Outcome, folded
+from regrow.surgery.compensate import bias_dim, bias_of, offsets
+from regrow.surgery.fold import Outcome, extent, folded, refolded_constants
 from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import through
 from regrow.surgery.widen import carried, roles_of
 from regrow.tracing.attributes import held, hold
 from regrow.tracing.kinds import recompute_weights
-from regrow.tracing.trial import planned_integers
+from regrow.tracing.trial import Resizing, planned_integers
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a plan comes to, before anything is changed.
+
+    Args:
+        sizes: The size of each axis afterwards.
+        lays: The entries of each dimension that changes.
+        done: The tensors and constants to set.
+        attic: What the attic is afterwards.
+    """
+
+    sizes: Mapping[str, int]
+    lays: Mapping[str, Mapping[int, Layout]]
+    done: Outcome
+    attic: Attic | None = None
+
+    def resizing(self, axes: AxisGraph) -> Resizing:
+        """What it makes of the network, but for the numbers in its tensors."""
+        added = {name: len(value) for name, value in self.done.values.items() if name not in axes.shapes}
+        return Resizing(self.sizes, self.done.constants, added, self.done.removed)
 
 
 def carry_out(
@@ -30,32 +52,110 @@ def carry_out(
     attic: Attic | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
     """What :func:`regrow.apply` does once a plan is checked and tried; alone for copies that are run right after."""
-    sizes, lays = plan.sizes(axes), layouts(axes, plan)
+    return commit(model, axes, plan, prepare(model, axes, plan, attic), optimizers, attic)
+
+
+def prepare(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    attic: Attic | None = None,
+    names: Collection[str] | None = None,
+    exact: bool = False,
+) -> Prepared:
+    """Work a plan out without changing anything.
+
+    Args:
+        model: The model.
+        axes: Its axes.
+        plan: What to do.
+        attic: What was cut before.
+        names: The tensors to work out; all of them unless given.
+        exact: Whether to work them out in float64.
+
+    Raises:
+        PlanError: If it does not fit.
+    """
+    sizes, seed = plan.sizes(axes), _seed(axes, plan)
+    part, plan = (axes, plan) if names is None else _restricted(axes, plan, names)
+    lays = layouts(part, plan)
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
-    births = [(key, change.fill.seed, axes[key].born) for key, change in sorted(plan.changes.items())]
-    seed = zlib.crc32(repr(births).encode())
+    state = {name: tensor.detach() for name, tensor in state_of(model).items() if names is None or name in names}
+    stored: Attic | None = None
     with torch.no_grad():
-        values = {
-            name: carried(name, tensor.detach(), lays[name], roles.get(name, {}), seed)
-            for name, tensor in state_of(model).items()
+        values = {name: _exact(state[name]) for name in _gains(part, sizes) if name in state} if exact else {}
+        values |= {
+            name: carried(name, _exact(tensor) if exact else tensor, lays[name], roles.get(name, {}), seed)
+            for name, tensor in state.items()
             if name in lays
         }
-        values |= offsets(model, axes, plan, lays, values)
+        values |= offsets(model, axes, plan, lays, values, exact)
         if attic is None:
-            done = folded(model, axes, sizes, values)
+            done = folded(model, part, sizes, values)
         else:
             done, stored = through(attic, model, axes, plan, lays, values)
     for name, value in done.values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
+    return Prepared(sizes, lays, done, stored)
+
+
+def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
+    """What a plan makes of a model, but for the numbers in its tensors, which are not worked out."""
+    sizes = plan.sizes(axes)
+    constants, _ = refolded_constants(model, axes, sizes)
+    biases = [bias_of(weight) for weight in plan.means]
+    added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
+    return Resizing(sizes, constants, added)
+
+
+def _seed(axes: AxisGraph, plan: Plan) -> int:
+    births = [(key, change.fill.seed, axes[key].born) for key, change in sorted(plan.changes.items())]
+    return zlib.crc32(repr(births).encode())
+
+
+def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[AxisGraph, Plan]:
+    """Axes and a plan with what is about some tensors alone."""
+    means = {weight: row for weight, row in plan.means.items() if bias_of(weight) in names}
+    shapes = {name: axes.shapes[name] for name in (*names, *means) if name in axes.shapes}
+    folds = tuple(fold for fold in axes.folds if fold.weight in names)
+    return replace(axes, shapes=shapes, folds=folds), replace(plan, means=means)
+
+
+def _gains(axes: AxisGraph, sizes: Mapping[str, int]) -> list[str]:
+    """The parameters that take up the change of a divisor."""
+    return [fold.weight for fold in axes.folds if extent(fold, axes.sizes()) != extent(fold, sizes)]
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def commit(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    ready: Prepared,
+    optimizers: Sequence[Optimizer] = (),
+    attic: Attic | None = None,
+) -> tuple[nn.Module, AxisGraph]:
+    """Change the model, the optimizers and the attic in place as it was worked out.
+
+    Returns:
+        The model, and its axes as they are now.
+
+    Raises:
+        PlanError: If an optimizer cannot follow; nothing is changed then.
+    """
+    done, lays = ready.done, ready.lays
     parameters = dict(model.named_parameters())
     exchanged = [Exchange(n, parameters[n], lays.get(n, {})) for n in (*done.values, *done.removed) if n in parameters]
     remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
-    _commit(model, axes, done, planned_integers(axes, sizes))
+    _commit(model, axes, done, planned_integers(axes, ready.sizes))
     remember(dict(model.named_parameters()))
     if attic is not None:
-        vars(attic).update(vars(stored))
-    return model, _after(axes, plan, lays, sizes, done)
+        vars(attic).update(vars(ready.attic))
+    return model, _after(axes, plan, lays, ready.sizes, done)
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
@@ -110,5 +210,6 @@ def _after(
         parameters=(axes.parameters | added.keys()) - set(done.removed),
         itemsize={name: size for name, size in itemsize.items() if name not in done.removed},
         folds=done.folds,
+        recording=None if plan.changes.keys() & set(axes.declared) else axes.recording,
         steps=() if plan.changes.keys() & set(axes.declared) else axes.steps,  # they know no declared sizes
     )

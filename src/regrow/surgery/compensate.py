@@ -16,6 +16,7 @@ def offsets(
     plan: Plan,
     lays: Mapping[str, Mapping[int, Layout]],
     values: Mapping[str, Tensor],
+    exact: bool = False,
 ) -> dict[str, Tensor]:
     """The biases of layers whose dropped inputs have means: b′ = b + Σ_dropped W[:, i] · E[x_i].
 
@@ -25,6 +26,7 @@ def offsets(
         plan: Its ``means`` say what stands in for each dropped input of a weight.
         lays: The entries of each dimension that the plan changes.
         values: The tensors that the cut replaces; a bias that is itself cut is taken from here.
+        exact: Whether to leave them in float64.
 
     Returns:
         Name of a bias → its new value; a layer without one gets one.
@@ -51,11 +53,12 @@ def offsets(
         columns = weight.index_select(dim, positions).double().movedim(dim, 0)
         lost = torch.einsum("i...,i->...", columns, constants)
         lost = lost.reshape(lost.shape[0], -1).sum(1)  # a convolution without padding: every tap sees the mean
-        for other, made in lays.get(name, {}).items():
-            lost = lost if other == dim else lost.index_select(0, made.source.to(lost.device))
+        for other, own in lays.get(name, {}).items():
+            lost = lost if other == dim else lost.index_select(0, own.source.to(lost.device))
         bias = bias_of(name)
         old = values.get(bias, model.get_submodule(path)._parameters["bias"])
-        result[bias] = (lost if old is None else old.detach().double() + lost).to(weight.dtype)
+        made = lost if old is None else old.detach().double() + lost
+        result[bias] = made if exact else made.to(weight.dtype)
     return result
 
 

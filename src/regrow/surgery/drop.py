@@ -24,6 +24,7 @@ from regrow.tracing.effects import Effects, otherwise
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.reach import reach
+from regrow.tracing.readings import recording
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.stand import Dropped, exchange, put
 from regrow.tracing.steps import steps
@@ -232,6 +233,7 @@ def _described(hollowed: nn.Module, given: Example, recorded: Capture, axes: Axi
         counted=tuple(sorted(axes.counted, key=lambda name: order.get(name, len(order)))),
         folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
         steps=steps(w, names),
+        recording=recording(w, names),
         work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
         caches=caches(w, names),
         notes=fresh.notes,

@@ -41,21 +41,38 @@ def folded(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: 
         sizes: The size of each axis after it.
         values: The tensors that the cut replaces.
     """
-    result, folds = dict(values), []
+    result = dict(values)
+    constants, folds = refolded_constants(model, axes, sizes)
+    for fold in axes.folds:
+        old, new = extent(fold, axes.sizes()), extent(fold, sizes)
+        if old != new:
+            gain = result.get(fold.weight)
+            gain = model.get_parameter(fold.weight).detach() if gain is None else gain
+            result[fold.weight] = refolded(gain, torch.tensor(old), new, fold)
+    return Outcome(result, constants, folds)
+
+
+def refolded_constants(
+    model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
+) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
+    """The constants under roots at other sizes by ``module:attribute``, and the folds then.
+
+    Args:
+        model: The model before the cut.
+        axes: Its axes before the cut.
+        sizes: The size of each axis after it.
+    """
     constants: dict[str, float | None] = {}
+    folds = []
     for fold in axes.folds:
         old, new = extent(fold, axes.sizes()), extent(fold, sizes)
         folds.append(replace(fold, value=fold.value * (old / new)))
-        if old == new:
-            continue
-        gain = result.get(fold.weight)
-        gain = model.get_parameter(fold.weight).detach() if gain is None else gain
-        result[fold.weight] = refolded(gain, torch.tensor(old), new, fold)
-        if fold.epsilon:
+        if old != new and fold.epsilon:
             path, _, name = fold.epsilon.partition(":")
             own = getattr(model.get_submodule(path), name)  # without one of its own, a norm takes its precision's
-            constants[fold.epsilon] = (torch.finfo(gain.dtype).eps if own is None else fold.value) * (old / new)
-    return Outcome(result, constants, tuple(folds))
+            usual = torch.finfo(model.get_parameter(fold.weight).dtype).eps
+            constants[fold.epsilon] = (usual if own is None else fold.value) * (old / new)
+    return constants, tuple(folds)
 
 
 def refolded(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:

@@ -55,7 +55,9 @@ def layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
         plan: What is cut, and what grows.
     """
     sizes = axes.sizes()
-    units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
+    lie = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
+    moved = {key: change for key, change in plan.changes.items() if key in lie and not change.idle}
+    units = {key: units_after(change, axes[key]) for key, change in moved.items()}
     return {
         name: found
         for name, dims in axes.shapes.items()

@@ -13,6 +13,7 @@ from regrow.tracing.graph import assemble
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.reach import reach
+from regrow.tracing.readings import recording
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import steps
 from regrow.tracing.trial import proved
@@ -54,4 +55,5 @@ def _traced(model: nn.Module, example: Example) -> AxisGraph:
     w = walk(recorded, RULES, POINTWISE)
     reach(model, example, w)
     axes, names = assemble(model, w, example)
-    return proved(model, replace(axes, steps=steps(w, names), caches=caches(w, names), branches=offered(model)))
+    axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=offered(model))
+    return proved(model, replace(axes, recording=recording(w, names)))

@@ -76,6 +76,7 @@ def capture(
     decisions: tuple[Decision, ...] | None = None,
     orders: Iterable[Tensor] = (),
     exported: bool | None = None,
+    lines: bool = False,
 ) -> Capture:
     """Run the model once and record what it does: on fake data, or, where data decide what it does, on the example.
 
@@ -88,12 +89,13 @@ def capture(
             An empty tuple has the data of this example decide. ``None`` has fake data tried first.
         orders: As for :func:`regrow.tracing.record.record`.
         exported: Who records on fake data: ``torch.export``, or we; ``None`` for whoever can.
+        lines: Whether to note which line of the model's code ran each operation.
 
     Raises:
         TraceError: If the model cannot be recorded; says why.
     """
     refusal, refused = "", None
-    with evaluating(model), torch.enable_grad(), quiet(), lightly(), preserve_state(model, outside=True):
+    with evaluating(model), torch.enable_grad(), quiet(), lightly(lines), preserve_state(model, outside=True):
         if decisions is None:
             try:
                 return _on_fake_data(model, example, exported)
@@ -153,7 +155,7 @@ def _dry(model: nn.Module, example: Example) -> Capture:
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
         model, mode = hollow(model, {})
         example = faked(example, mode)
-    with _as_exporting():
+    with as_exporting():
         found = _eager(model, example, (), "", every_name=True)
     if known and any(isinstance(x, FakeTensor) for x in found.constants.values()):
         raise _KeptError
@@ -165,7 +167,7 @@ _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device
 
 
 @contextmanager
-def _as_exporting() -> Iterator[None]:
+def as_exporting() -> Iterator[None]:
     """Have networks that ask do what they do for ``torch.export``."""
     before = {name: getattr(torch.compiler, name) for name in _ASKED}
     try:
@@ -288,11 +290,11 @@ _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_sha
 
 
 @contextmanager
-def lightly() -> Iterator[None]:
-    """Have nobody note stack traces, or look for garbage among objects that all stay: a third of a recording's time."""
+def lightly(lines: bool = False) -> Iterator[None]:
+    """Have nobody look for garbage among objects that all stay, or, unless asked, note lines: a third of the time."""
     config, name = torch.fx.config, "do_not_emit_stack_traces"
     before, collecting = getattr(config, name, False), gc.isenabled()
-    setattr(config, name, True)
+    setattr(config, name, not lines)
     gc.disable()
     try:
         yield

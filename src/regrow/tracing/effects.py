@@ -68,7 +68,7 @@ class Effects:
         """The operation that made a tensor → those that write into it in place."""
         found: dict[Node, list[Node]] = {}
         for node in self.calls:
-            if getattr(getattr(node.target, "_schema", None), "is_mutable", False) and node.args:
+            if writes(node) and node.args:
                 found.setdefault(self.root(node.args[0]), []).append(node)
         return found
 
@@ -138,6 +138,11 @@ def stood(node: Node, replaced: Replaced) -> Node:
     while (source := replaced.get(node)) is not None:
         node = source
     return node
+
+
+def writes(node: Node) -> bool:
+    """Whether an operation writes into a tensor in place."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _hands_on(node: Node) -> bool:

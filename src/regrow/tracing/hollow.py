@@ -30,20 +30,28 @@ def hollow(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     memo: dict[int, Any] = {}
 
-    def fake(tensor: Tensor, shape: tuple[int, ...]) -> FakeTensor:
-        return FakeTensor(mode, torch.empty(shape, dtype=tensor.dtype, device="meta"), tensor.device)
-
     for name, tensor in (
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ):
         if id(tensor) in memo and name not in shapes:
             continue
-        made = memo[id(tensor)] = fake(tensor, shapes.get(name, tuple(tensor.shape)))
-        if isinstance(tensor, nn.Parameter):  # what nn.Parameter makes of a subclass, without running operations
-            made.requires_grad_(tensor.requires_grad)
-            made._is_param = True
-    return copy_model(model, lambda x: fake(x, tuple(x.shape)) if isinstance(x, FakeTensor) else x.detach(), memo), mode
+        memo[id(tensor)] = without_numbers(mode, shapes.get(name, tuple(tensor.shape)), tensor)
+
+    def other(tensor: Tensor) -> Tensor:
+        known = not isinstance(tensor, FakeTensor)
+        return tensor.detach() if known else without_numbers(mode, tuple(tensor.shape), tensor.detach())
+
+    return copy_model(model, other, memo), mode
+
+
+def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) -> FakeTensor:
+    """A fake tensor or parameter of a shape, of the precision and kind of another one."""
+    made = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
+    if isinstance(like, nn.Parameter):  # what nn.Parameter makes of a subclass, without running operations
+        made.requires_grad_(like.requires_grad)
+        made._is_param = True
+    return made
 
 
 def copy_model(model: nn.Module, made: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:

@@ -1,7 +1,8 @@
 """Where a network reads its axes: the recorded operations, ready to be run with dropped units replaced."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -9,12 +10,14 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
+from regrow.tracing.blocks import Block, blocks
 from regrow.tracing.capture import Capture, capture
-from regrow.tracing.graph import assemble
+from regrow.tracing.graph import Names, assemble
 from regrow.tracing.reach import reach
 from regrow.tracing.record import judged
 from regrow.tracing.rules import POINTWISE, RULES
-from regrow.tracing.walk import walk
+from regrow.tracing.steps import operations
+from regrow.tracing.walk import Walk, walk
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,17 @@ class ReadDim:
     """A dimension that an operation sums or compares over.
 
     Args:
-        node: The operation.
-        operand: Which of its arguments.
-        axis: Which dimension of the argument.
+        step: The number of the operation, as in :attr:`regrow.axes.AxisGraph.steps`.
+        operand: Which of the tensors that it is given.
+        axis: Which dimension of that tensor.
         dim: That dimension written in axes.
         fill: What dropped units count as; ``None`` where the operation runs over the kept units.
         weight: The parameter it is multiplied with, if it is one.
         groups: The number of groups written in axes, for a norm inside groups.
     """
 
-    node: Node
-    operand: Node
+    step: int
+    operand: int
     axis: int
     dim: Dim
     fill: float | None
@@ -41,13 +44,40 @@ class ReadDim:
 
 
 @dataclass(frozen=True)
+class Recording:
+    """A recorded network with the places that read its axes; nothing in it depends on numbers in tensors.
+
+    Args:
+        capture: The operations, to be run one by one.
+        reads: The places. They are those of a cut copy too, whose operations are the same ones.
+    """
+
+    capture: Capture
+    reads: tuple[ReadDim, ...]
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """Its blocks."""
+        return blocks(self.capture)
+
+    def fits(self, model: nn.Module) -> bool:
+        """Whether it is of the model as it is: shapes and precisions."""
+        state = {
+            **dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False)),
+        }
+        forms = [(state.get(name), node.meta["val"]) for node, name in self.capture.states.items()]
+        return all(x is not None and (x.shape, x.dtype) == (form.shape, form.dtype) for x, form in forms)
+
+
+@dataclass(frozen=True)
 class Readings:
-    """A recorded network with the places that read its axes.
+    """A recorded network with the places that read its axes, and the input that it was recorded with.
 
     Args:
         capture: The operations, to be run one by one.
         inputs: The value of each placeholder.
-        readings: The places.
+        reads: The places.
         sizes: The size of each axis that occurs in them.
         decisions: What data decided; ``None`` where ``torch.export`` recorded.
         judged: Each operand of which an operation makes whole numbers or truth values, in an eager record: the
@@ -56,10 +86,17 @@ class Readings:
 
     capture: Capture
     inputs: tuple[Any, ...]
-    readings: tuple[ReadDim, ...]
+    reads: tuple[ReadDim, ...]
     sizes: Mapping[str, int]
     decisions: tuple[Decision, ...] | None
     judged: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
+
+    @property
+    def given(self) -> list[Any]:
+        """The network's inputs alone, in order."""
+        places = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
+        known = self.capture.states.keys() | self.capture.constants.keys()
+        return [value for node, value in zip(places, self.inputs, strict=True) if node not in known]
 
 
 def readings(
@@ -86,11 +123,8 @@ def readings(
 
     return Readings(
         capture=recorded,
-        inputs=tuple(_inputs(model, recorded, example)),
-        readings=tuple(
-            ReadDim(r.node, r.operand, r.dim, written(w.of(r.operand)[r.dim]), r.fill, r.weight, written(r.groups))
-            for r in w.readings
-        ),
+        inputs=tuple(inputs(model, recorded, example)),
+        reads=reads(w, written),
         sizes={renamed[axis.key]: axis.size for axis in fresh},
         decisions=recorded.decisions,
         judged=tuple(
@@ -99,6 +133,40 @@ def readings(
             for one in judged(node)
         ),
     )
+
+
+def recording(w: Walk, names: Names) -> Recording | None:
+    """A walked network's recording; ``None`` where data decide what it does, for their decisions are part of a run."""
+    if w.capture.decisions is not None:
+        return None
+    return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)))
+
+
+def reads(w: Walk, written: Callable[[Any], Dim]) -> tuple[ReadDim, ...]:
+    """The places of a walked network that read its axes.
+
+    Args:
+        w: The walk.
+        written: A dimension's expression (or none) → the dimension written in axes.
+    """
+    step = {node: i for i, node in enumerate(operations(w.capture))}
+    return tuple(
+        ReadDim(
+            step[r.node],
+            operands(r.node).index(r.operand),
+            r.dim,
+            written(w.of(r.operand)[r.dim]),
+            r.fill,
+            r.weight,
+            written(r.groups),
+        )
+        for r in w.readings
+    )
+
+
+def operands(node: Node) -> list[Node]:
+    """The tensors that an operation is given, in order."""
+    return [one for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
 
 
 def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
@@ -112,7 +180,8 @@ def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
     return dim
 
 
-def _inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[Any]:
+def inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[Any]:
+    """The value of each placeholder of a recording, in order."""
     state: dict[str, Any] = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

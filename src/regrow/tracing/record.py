@@ -30,6 +30,7 @@ from regrow.axes import Decision
 from regrow.tracing.forms import mapped, told
 from regrow.tracing.interception import SpellOut, follow_modules
 from regrow.tracing.model_state import describe_state
+from regrow.tracing.source_lines import LINE, line_here
 
 
 class DivergedError(RuntimeError):
@@ -272,6 +273,8 @@ class _Recorder(ProxyTorchDispatchMode):
         node = self.seen.graph.call_function(target, args, kwargs)
         self.first = self.first or node
         node.meta |= {"val": val, "nn_module_stack": self.running()}
+        if not torch.fx.config.do_not_emit_stack_traces:
+            node.meta[LINE] = line_here()
         return node
 
     def _name(self, node: Node, out: Any, form: Any, plain: Any) -> None:

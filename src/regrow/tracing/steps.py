@@ -1,14 +1,15 @@
-"""What a network does, operation by operation, and whether a cut network still does the same."""
+"""What a network does, operation by operation, and whether a network of other sizes still does the same."""
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Dim, Step, size_of
 from regrow.tracing.capture import Capture, module_of, shape_of
@@ -17,52 +18,140 @@ from regrow.tracing.rules.shapes import bounds
 from regrow.tracing.walk import ALIASES, Walk, op_name
 
 
+@dataclass(frozen=True)
+class Difference:
+    """The first operation that a network of other sizes runs differently.
+
+    Args:
+        problem: What is different.
+        step: The number of the operation.
+        constant: Whether it is a constant or an operand, which only a comparison with the network as it is can judge:
+            constants also differ between precisions and after a fold, operands after a bias was added.
+    """
+
+    problem: str
+    step: int
+    constant: bool = False
+
+
 def steps(w: Walk, names: Names) -> tuple[Step, ...]:
     """The operations of a walked network."""
-    constants = w.capture.constants
     return tuple(
         Step(
             op_name(node),
             module_of(node),
             _written(w.dims.get(node), names),
-            _numbers(node, constants),
+            numbers,
             names.dim(w.starts[node]) if node in w.starts else None,
+            operands,
         )
-        for node in _operations(w.capture)
+        for node, numbers, operands in calls(w.capture, w.starts)
     )
 
 
-def difference(axes: AxisGraph, recorded: Capture, sizes: Mapping[str, int], numbers: bool = True) -> str:
-    """What a network of other sizes does otherwise than planned; empty if nothing.
+def difference(known: Sequence[Step], recorded: Capture, sizes: Mapping[str, int]) -> Difference | None:
+    """The first operation that a network of other sizes runs otherwise than planned; ``None`` if there is none.
 
     Args:
-        axes: The axes of the network as it was traced.
-        recorded: What the network of other sizes does.
+        known: The operations of the network as it was traced.
+        recorded: The operations of the network of other sizes.
         sizes: The size of each of its axes.
-        numbers: Whether to compare constants too; they also differ between precisions, and after a fold.
     """
-    nodes, constants = _operations(recorded), recorded.constants
-    if [op_name(node) for node in nodes] != [step.op for step in axes.steps]:
-        return "the network runs other operations at that size"
-    for step, node in zip(axes.steps, nodes, strict=True):
-        where = f"{step.op} in {step.module or 'the model'}"
+    nodes = operations(recorded)
+    for i, (step, node) in enumerate(zip_longest(known, nodes)):
+        if step is None or node is None or step.op != op_name(node):
+            ran = "nothing" if node is None else _where(op_name(node), module_of(node))
+            before = "nothing" if step is None else _where(step.op, step.module)
+            return Difference(f"the network runs other operations at that size: {ran} instead of {before}", i)
+    started = _started(known, recorded)
+    constant: Difference | None = None
+    for i, (step, (node, numbers, operands)) in enumerate(zip(known, calls(recorded, started), strict=True)):
+        where = _where(step.op, step.module)
         found = shape_of(node)
-        shapes = found if isinstance(found, list) else [found]
-        for dims, shape in zip(step.shapes, shapes, strict=True):
+        for dims, shape in zip(step.shapes, found if isinstance(found, list) else [found], strict=True):
             planned = None if dims is None else tuple(size_of(dim, sizes) for dim in dims)
             if planned is not None and shape is not None and planned != shape:
-                return f"{where} has shape {list(shape)} at that size, not {list(planned)}"
+                return Difference(f"{where} has shape {list(shape)} at that size, not {list(planned)}", i)
         if step.start is not None and bounds(node)[0] != (start := size_of(step.start, sizes)):
-            return f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}"
-        if numbers and step.numbers != (found_numbers := _numbers(node, constants)):
-            return f"a number in {where} depends on the size: {list(step.numbers)} becomes {list(found_numbers)}"
-    return ""
+            return Difference(f"{where} begins at entry {bounds(node)[0]} at that size, not at {start}", i)
+        if constant is None:
+            constant = _constants(where, step.numbers, numbers, step.operands, operands, i)
+    return constant
 
 
-def _operations(recorded: Capture) -> list[Node]:
-    """The operations that compute something; copies and casts come and go with strides and precision."""
-    calls = (node for node in recorded.graph.nodes if node.op == "call_function")
-    return [node for node in calls if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
+def changed(present: Capture, planned: Capture, known: Sequence[Step]) -> Difference | None:
+    """The first constant or operand that differs between a network as it is and as it is planned to be.
+
+    Args:
+        present: The operations of the network as it is.
+        planned: The same operations, at the planned sizes.
+        known: The same operations, as they were traced.
+    """
+    if (one := len(operations(present))) != (other := len(operations(planned))):
+        return Difference(f"the network runs {other} operations at that size, and {one} as it is", min(one, other))
+    pairs = (
+        calls(
+            recorded, {node for step, node in zip(known, operations(recorded), strict=False) if step.start is not None}
+        )
+        for recorded in (present, planned)
+    )
+    for i, ((node, before, reads), (_, after, takes)) in enumerate(zip(*pairs, strict=True)):
+        where = _where(op_name(node), module_of(node))
+        if found := _constants(where, before, after, reads, takes, i):
+            return found
+    return None
+
+
+def refolded(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[Step, ...]:
+    """The operations of a network once folds have set constants under roots anew.
+
+    Args:
+        axes: Its axes, with the operations as they are.
+        constants: ``module:attribute`` → what it is set to.
+    """
+    new = {f.epsilon.partition(":")[0]: (f.value, constants[f.epsilon]) for f in axes.folds if f.epsilon in constants}
+
+    def fitting(step: Step) -> Step:
+        old, value = new.get(step.module, (None, None))
+        return replace(step, numbers=tuple(value if x == old else x for x in step.numbers)) if new else step
+
+    return tuple(map(fitting, axes.steps))
+
+
+def restated(known: Sequence[Step], recorded: Capture) -> tuple[Step, ...]:
+    """The operations as they are recorded now, their shapes still written in axes."""
+    started = _started(known, recorded)
+    return tuple(
+        replace(step, numbers=numbers, operands=operands)
+        for step, (_, numbers, operands) in zip(known, calls(recorded, started), strict=True)
+    )
+
+
+def operations(recorded: Capture) -> list[Node]:
+    """The operations that compute something, and the answer; copies and casts come and go with precision."""
+    every = (node for node in recorded.graph.nodes if node.op in ("call_function", "output"))
+    return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
+
+
+def _started(known: Sequence[Step], recorded: Capture) -> set[Node]:
+    """The slices whose beginning follows from sizes."""
+    return {node for step, node in zip(known, operations(recorded), strict=False) if step.start is not None}
+
+
+def _where(op: str, module: str) -> str:
+    return f"{op or 'the answer'} in {module or 'the model'}"
+
+
+def _constants(
+    where: str, before: tuple[Any, ...], after: tuple[Any, ...], reads: Any, takes: Any, i: int
+) -> Difference | None:
+    if before != after:
+        gone, come = ([x for x in one if x not in other] for one, other in ((before, after), (after, before)))
+        old, new = (gone or [*before], come or [*after]) if len(before) == len(after) else ([*before], [*after])
+        return Difference(f"a number in {where} depends on the size: {old} becomes {new}", i, constant=True)
+    if reads != takes:
+        return Difference(f"what {where} works on depends on the size", i, constant=True)
+    return None
 
 
 def _written(dims: Any, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
@@ -70,32 +159,75 @@ def _written(dims: Any, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
     return tuple(None if one is None else names.dims(one) for one in several)
 
 
-def _numbers(node: Node, constants: Mapping[Node, Tensor]) -> tuple[float, ...]:
-    """The numbers of a call that are not sizes.
+def calls(
+    recorded: Capture, started: Collection[Node]
+) -> Iterator[tuple[Node, tuple[Any, ...], tuple[int | str, ...]]]:
+    """Each operation with its constants and operands; ``started`` are slices whose beginning follows from sizes."""
+    given = [n for n in recorded.graph.nodes if n.op == "placeholder"]
+    inputs = [n for n in given if n not in recorded.states and n not in recorded.constants]
+    names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(inputs)}
+    names |= recorded.states | dict.fromkeys(recorded.constants, "constant")
+    names |= {node: str(node.target) for node in recorded.graph.nodes if node.op == "get_attr"}
+    for i, node in enumerate(operations(recorded)):
+        names[node] = i
+        read = [source(one) for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
+        constants = tuple(_entries_of(read, recorded.constants))
+        yield node, (*_numbers(node, node in started), *constants), tuple(names.get(one, "") for one in read)
 
-    These are all floats, integers where the operation works entry by entry, and the entries of tensors that the
-    network's code made of numbers (``torch.tensor(size)``). One record writes down an epsilon that has its usual value
-    and another does not: such numbers are left out.
+
+def source(node: Node) -> Node:
+    """The node behind casts and copies."""
+    while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _numbers(node: Node, started: bool) -> Iterator[Any]:
+    """The constants of a call that are no sizes.
+
+    Sizes follow from the shape of the result, which is compared by itself. One record writes down an epsilon that has
+    its usual value and another does not: such constants are left out.
     """
-    entrywise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+    if node.op == "output":
+        return
     takes = getattr(getattr(node.target, "_schema", None), "arguments", ())
     usual = {one.name: one.default_value for one in takes if one.has_default_value()}
     given = [*zip_longest((one.name for one in takes), node.args, fillvalue=None)][: len(node.args)]
-    values = [
-        value
-        for name, value in (*given, *node.kwargs.items())
-        if isinstance(value, Node) or value != usual.get(name, ...)
-    ]
-    kinds = (float, int) if entrywise else (float,)
-    plain = (v for v in values if isinstance(v, kinds) and not isinstance(v, bool))
-    return (*plain, *(n for v in values if isinstance(v, Node) for n in _entries(v, constants)))
+    empty = 0 in (shape_of(node) or ())
+    skipped = _SIZES | _OF_OPERATION.get(op_name(node), frozenset()) | ({"start"} if started or empty else set())
+    for name, value in (*given, *node.kwargs.items()):
+        if name in skipped or isinstance(value, Node) or value == usual.get(name, ...):
+            continue
+        plain = [_plain(x) for x in tree_leaves(value) if isinstance(x, bool | int | float | str)]
+        yield from [tuple(plain)] if isinstance(value, list | tuple) and plain else plain
 
 
-def _entries(node: Node, constants: Mapping[Node, Tensor]) -> Iterator[float]:
-    while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
-        node = node.args[0]
-    value = constants.get(node)
-    if value is None or value.is_meta or isinstance(value, FakeTensor):
-        return
-    flat = value.detach().cpu().double().flatten()
-    yield from flat.tolist() if len(flat) <= 64 else (len(flat), zlib.crc32(flat.numpy().tobytes()))
+def _plain(value: Any) -> Any:
+    return "nan" if isinstance(value, float) and value != value else value
+
+
+_SIZES = frozenset(
+    (
+        *("size", "sizes", "shape", "split_size", "split_sizes", "normalized_shape", "output_size", "repeats"),
+        *("groups", "num_groups", "length", "steps", "dtype", "device", "layout", "memory_format", "pin_memory"),
+        *("cudnn_enabled", "cudnn_enable", "output_dtype", "non_blocking", "copy"),
+    )
+)
+"""Arguments that the shape of the result decides, that other rules follow, or that say where and how precisely."""
+
+_OF_OPERATION = {
+    **dict.fromkeys(("arange", "slice"), frozenset(("end",))),
+    "histc": frozenset(("bins", "min", "max")),
+}
+"""More of them, for single operations; a histogram is over the positions of the units that it counts."""
+
+
+def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Iterator[float]:
+    """The entries of tensors that the network's code made of numbers: ``torch.tensor(size)``."""
+    for node in read:
+        value = constants.get(node)
+        if value is None or value.is_meta or isinstance(value, FakeTensor):
+            continue
+        flat = value.detach().cpu().double().flatten()
+        entries = flat.tolist() if len(flat) <= 64 else (len(flat), zlib.crc32(flat.numpy().tobytes()))
+        yield from map(_plain, entries)

@@ -2,17 +2,21 @@
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from math import lcm
+from typing import Any
 
 import torch
 from torch import nn
 
 from regrow.axes import Axis, AxisGraph, Mark, size_of
+from regrow.plan import PlanError
 from regrow.tracing.attributes import held, hold
-from regrow.tracing.capture import TraceError, capture, in_training
-from regrow.tracing.hollow import faked, fitting, hollow
-from regrow.tracing.steps import difference
+from regrow.tracing.capture import Capture, TraceError, as_exporting, capture, evaluating, in_training, quiet
+from regrow.tracing.hollow import faked, fitting, hollow, without_numbers
+from regrow.tracing.model_state import preserve_state
+from regrow.tracing.source_lines import Line, line_of, line_raised, parting_line, written
+from regrow.tracing.steps import Difference, changed, difference, operations, refolded
 
 
 def proved(model: nn.Module, axes: AxisGraph) -> AxisGraph:
@@ -26,13 +30,16 @@ def proved(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     free = [axis for axis in axes.free() if axis.key not in full]
     small = [axis for axis in free if axis.size <= 2]
     large = [axis for axis in free if axis.size > 2]
-    bad: dict[str, str] = full
+    bad: dict[str, str] = {**full}
     for group in (small, large):
         if group and _problem(model, axes, group):
             bad |= _one_by_one(model, axes, group)
     left = [axis for axis in free if axis.key not in bad]
     if small and left and (problem := _problem(model, axes, left)):
         bad |= {axis.key: problem for axis in left}  # each alone is sound, together they are not: rather none
+    for problem in set(bad.values()) - set(full.values()):
+        members = [axis for axis in free if bad.get(axis.key) == problem]
+        bad |= dict.fromkeys((axis.key for axis in members), problem + _at(_cut_line(model, axes, members)))
     return axes.with_axes(
         {
             key: replace(axis, mark=Mark.FROZEN, reason=bad[key]) if key in bad else axis
@@ -102,6 +109,14 @@ def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
     One axis loses one unit, the next one two, then three: where the network's code takes the size of one axis for that
     of another, they must not shrink alike.
     """
+    sizes = _cut_sizes(axes, cut)
+    if any(size < 1 for size in sizes.values()):
+        return "it cannot lose what an axis of the same count must lose with it"
+    return rehearsed(model, axes, sizes)
+
+
+def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
+    """The sizes that axes are tried at, a few units cut of some of them."""
     sizes = axes.sizes()
     turns: dict[str, int] = {}
     for axis in cut:
@@ -110,31 +125,119 @@ def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
         if any(other.size - many * _step(other, axes) < max(other.least, 1) for other in members):
             many = 1
         sizes[axis.key] = axis.size - many * _step(axis, axes)
-    if any(size < 1 for size in sizes.values()):
-        return "it cannot lose what an axis of the same count must lose with it"
-    return rehearsed(model, axes, sizes, numbers=True)
+    return sizes
 
 
-def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbers: bool = False) -> str:
+def _cut_line(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> Line | None:
+    """The line of the network's code that stands in the way of a cut on trial, if one does."""
+    to = Resizing(_cut_sizes(axes, cut))
+    try:
+        found = difference(axes.steps, _recorded(model, axes, to), to.sizes)
+    except (TraceError, RuntimeError):
+        return None
+    return None if found is None else _line(model, axes, to, found)
+
+
+@dataclass(frozen=True)
+class Resizing:
+    """What a plan makes of a network, but for the numbers in its tensors.
+
+    Args:
+        sizes: The size of each axis.
+        constants: ``module:attribute`` → what folds set it to.
+        added: Biases that the network gets, with their sizes.
+        removed: Biases that it loses.
+    """
+
+    sizes: Mapping[str, int]
+    constants: Mapping[str, float | None] = field(default_factory=dict)
+    added: Mapping[str, int] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> "Resizing":
+        """The sizes alone."""
+        return Resizing(self.sizes)
+
+
+def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
     """What goes wrong when the network is given other sizes, on a copy without numbers; empty if nothing does.
 
     The copy is recorded as the network was when it was traced.
     """
-    return _repeated(model, axes, sizes, numbers) or (_trained(model, axes, sizes) if axes.trained else "")
-
-
-def _repeated(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], numbers: bool) -> str:
     try:
-        copy, mode = resized(model, axes, sizes)
-        again = capture(copy, faked(fitting(axes.example, model), mode), axes.decisions, exported=axes.exported)
+        found = difference(axes.steps, _recorded(model, axes, Resizing(sizes)), sizes)
     except TraceError as error:
         return _refusal(error)
-    return difference(axes, again, sizes, numbers)
+    return found.problem if found is not None else _untrained(model, axes, sizes)
 
 
-def _trained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
+def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
+    """Record what a network will do once a plan is carried out, and prove that it is what the plan says.
+
+    On a copy without numbers every operation must have the planned shape and work on the same operands with the same
+    constants: a network whose Python code looks at a width may do anything else.
+
+    Args:
+        model: The network; it is left as it is.
+        axes: Its axes.
+        to: What is to become of it.
+
+    Raises:
+        PlanError: If it does something else, with the line of its code that does.
+    """
     try:
-        copy, mode = resized(model, axes, sizes)
+        planned = _recorded(model, axes, to)
+    except TraceError as error:
+        line = line_raised(error.__cause__ or error)
+        raise PlanError(_cannot(_refusal(error), line)) from error
+    found = difference(refolded(axes, to.constants), planned, to.sizes)
+    if found is not None and found.constant:  # so do other precisions, and biases that compensation added
+        bare = planned if to == to.plain else _recorded(model, axes, to.plain)
+        found = changed(_recorded(model, axes, Resizing(axes.sizes())), bare, axes.steps)
+    if found is not None:
+        raise PlanError(_cannot(found.problem, _line(model, axes, to, found)))
+    if problem := _untrained(model, axes, to.sizes):
+        raise PlanError(_cannot(problem, None))
+    return planned
+
+
+def _cannot(problem: str, line: Line | None) -> str:
+    remedy = "write it without the size" if line else "plan other sizes"
+    axes = "leave the axes that it reads out of the plan"
+    return f"the plan cannot be carried out: {problem}{_at(line)}; {remedy}, or {axes}"
+
+
+def _at(line: Line | None) -> str:
+    return f"; it is the code at {written(line)}" if line else ""
+
+
+def _line(model: nn.Module, axes: AxisGraph, to: Resizing, found: Difference) -> Line | None:
+    """The line of the network's code that makes a difference: where it parts, or else that of the operation."""
+    both = [resized(model, axes, Resizing(sizes)) for sizes in (axes.sizes(), to.sizes)]
+    given = [faked(fitting(axes.example, model), mode) for _, mode in both]
+    (one, _), (other, _) = both
+    kept = (preserve_state(one, outside=True), preserve_state(other, outside=True))
+    with evaluating(one), evaluating(other), as_exporting(), quiet(), kept[0], kept[1]:
+        parting = parting_line(one, other, (given[0], given[1]))
+    if parting is not None:
+        return parting
+    nodes = operations(_recorded(model, axes, to.plain, lines=True))
+    return line_of(nodes[found.step]) if found.step < len(nodes) else None
+
+
+def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
+    copy, mode = resized(model, axes, to)
+    example = faked(fitting(axes.example, model), mode)
+    return capture(copy, example, axes.decisions, exported=axes.exported, lines=lines)
+
+
+def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
+    """Why the network cannot be trained at other sizes, where tracing followed it there; empty if it can."""
+    if not axes.trained:
+        return ""
+    try:
+        copy, mode = resized(model, axes, Resizing(sizes))
         in_training(copy, faked(fitting(axes.example, model), mode))
     except TraceError as error:
         return _refusal(error)
@@ -154,17 +257,19 @@ def _step(axis: Axis, axes: AxisGraph) -> int:
     return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
-def resized(
-    model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
-) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
-    """A copy without numbers whose axes have other sizes: tensors and the integers that restate them."""
-    shapes = {name: tuple(size_of(dim, sizes) for dim in dims) for name, dims in axes.shapes.items()}
+def resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
+    """A copy without numbers as a plan makes it: shapes, the integers that restate them, constants and biases."""
+    shapes = {name: tuple(size_of(dim, to.sizes) for dim in dims) for name, dims in axes.shapes.items()}
     copy, mode = hollow(model, shapes)
-    for place, value in planned_integers(axes, sizes).items():
+    for place, value in {**planned_integers(axes, to.sizes), **to.constants}.items():
         path, name = place.split(":")
         module = copy.get_submodule(path)
         old = held(module, name)
         hold(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
+    for bias in (*to.added, *to.removed):
+        path, _, leaf = bias.rpartition(".")
+        own: dict[str, Any] = copy.get_submodule(path)._parameters
+        own[leaf] = None if bias in to.removed else without_numbers(mode, (to.added[bias],), own["weight"])
     return copy, mode
 
 

@@ -1,0 +1,162 @@
+"""A masked network and its cut copy, run side by side from block to block."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import inf
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from regrow.axes import AxisGraph, Example, axes_in
+from regrow.plan import Plan, PlanError
+from regrow.surgery.carry import prepare, state_of
+from regrow.surgery.compensate import bias_of
+from regrow.surgery.precision import in_double
+from regrow.surgery.runner import LARGE, Answers, Runner, masking, stored
+from regrow.tracing.blocks import Block, blocks
+from regrow.tracing.capture import Capture, TraceError, capture
+from regrow.tracing.hollow import faked
+from regrow.tracing.readings import Readings
+from regrow.tracing.steps import operations
+from regrow.tracing.trial import Resizing, resized
+from regrow.tracing.walk import op_name
+
+
+def planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:
+    """What a network does once a plan is carried out, recorded on a copy without numbers.
+
+    Raises:
+        PlanError: If it does not run then.
+    """
+    copy, mode = resized(model, axes, to)
+    try:
+        return capture(copy, faked(example, mode), exported=axes.exported)
+    except TraceError as error:
+        raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
+
+
+def lockstep(
+    model: nn.Module, axes: AxisGraph, plan: Plan, whole: Readings, small: Capture, double: bool
+) -> tuple[Answers, Answers]:
+    """What the masked network answers, and what its cut copy does.
+
+    Each goes its own way from the input to the answer. Of either, the tensors of one block are in memory beside the
+    model at a time.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        plan: What is cut and what grows.
+        whole: The network's operations, and where they read axes.
+        small: Those of its cut copy.
+        double: Whether to run in float64.
+    """
+    keep = {key: change.keep for key, change in plan.changes.items()}
+    mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
+    masked = Runner(whole.capture, whole.given, stored(model), double, mask)
+    cut = CutTensors(model, axes, plan, double)
+    shrunk = Runner(small, whole.given, cut.load, double)
+    ours, theirs = operations(whole.capture), operations(small)
+    alike = [op_name(node) for node in ours] == [op_name(node) for node in theirs]
+    # A network that does something else at other sizes has no blocks in common with itself.
+    run_both(masked, shrunk, blocks(whole.capture) if alike else (), ours, theirs, cut)
+    return masked.answers, shrunk.answers
+
+
+def run_both(
+    masked: Runner,
+    shrunk: Runner,
+    cut: Sequence[Block],
+    ours: Sequence[Node],
+    theirs: Sequence[Node],
+    tensors: "CutTensors",
+) -> None:
+    """Run two networks to their ends, block by block in turns.
+
+    Args:
+        masked: The one.
+        shrunk: The other.
+        cut: Their blocks.
+        ours: The operations of the one.
+        theirs: The operations of the other.
+        tensors: Those of the other.
+    """
+    for block in cut:
+        last = block.stop == len(ours)
+        torch.manual_seed(block.start)
+        masked.run_until(None if last else ours[block.stop])
+        with tensors.of(block.states):
+            torch.manual_seed(block.start)
+            shrunk.run_until(None if last else theirs[block.stop])
+    masked.run_until()
+    shrunk.run_until()
+
+
+def gap(ours: Answers, theirs: Answers) -> float:
+    """The largest difference of two answers; infinite where they are of other shapes, or one is not a number."""
+    if len(ours) != len(theirs):
+        return inf
+    return max((_gap(x.double(), y.double()) for x, y in pairs(ours, theirs)), default=0.0)
+
+
+def _gap(x: Tensor, y: Tensor) -> float:
+    if x.shape != y.shape:
+        return inf
+    difference = (x - y).abs().masked_fill(x == y, 0.0)  # infinities are equal too
+    return float(difference.masked_fill(difference.isnan(), inf).max())
+
+
+def pairs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
+    """What there is of both answers."""
+    both = zip(ours, theirs, strict=False)  # what gives another number of answers is told by their distance
+    return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
+
+
+def scale(answers: Answers) -> float:
+    """The largest finite number in some answers."""
+    finite = [x[x.isfinite()].abs() for x in answers if x is not None]
+    return max((float(x.max()) for x in finite if x.numel()), default=0.0)
+
+
+class CutTensors:
+    """The tensors of a network as a plan has them, worked out block by block.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        plan: The plan.
+        double: Whether they are worked out in float64.
+    """
+
+    def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan, double: bool) -> None:
+        self.model, self.axes, self.plan, self.double = model, axes, plan, double
+        self.state = state_of(model)
+        self.values: Mapping[str, Tensor] = {}
+
+    @contextmanager
+    def of(self, names: Collection[str]) -> Iterator[None]:
+        """Have those of a block at hand; large ones are worked out when they are read."""
+        own = [name for name in names if name in self.state and self.state[name].numel() <= LARGE]
+        self.values = self._worked_out(own, self.double)
+        try:
+            yield
+        finally:
+            self.values = {}
+
+    def load(self, name: str, double: bool) -> Tensor:
+        """One tensor."""
+        if name in self.values and double == self.double:
+            return self.values[name]
+        value = self._worked_out([name], double).get(name)
+        value = self.state[name].detach() if value is None else value
+        return in_double(value) if double else value
+
+    def changes(self, name: str) -> bool:
+        """Whether the plan changes a tensor."""
+        dims = self.axes.shapes.get(name, ())
+        return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
+
+    def _worked_out(self, names: Collection[str], double: bool) -> Mapping[str, Tensor]:
+        biases = [bias_of(name) for name in names if name in self.plan.means]
+        return prepare(self.model, self.axes, self.plan, names=[*names, *biases], exact=double).done.values

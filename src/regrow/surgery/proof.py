@@ -1,0 +1,324 @@
+"""The proof of a change: a float64 check of masked = shrunk on some blocks of each class, before anything is changed.
+
+That the operations, their wiring and their constants are those of the network as it is has been compared before
+(:func:`regrow.tracing.trial.rehearse`), on the whole network. What is left to show is that tensors were cut and folded
+as the operations need it, which blocks of one class need alike.
+"""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from regrow.axes import AxisGraph, Dim, Role, axes_in
+from regrow.plan import Plan, PlanError
+from regrow.surgery.attic import Attic, shelved
+from regrow.surgery.carry import Prepared, state_of
+from regrow.surgery.compensate import bias_of, read_dim
+from regrow.surgery.layout import Layout, born_as, laid, units_after
+from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
+from regrow.surgery.runner import LARGE, Answers, Load, Masking, Runner, masking, stored
+from regrow.surgery.widen import carried
+from regrow.tracing.blocks import Block
+from regrow.tracing.capture import Capture
+from regrow.tracing.effects import writes
+from regrow.tracing.hollow import fitting
+from regrow.tracing.readings import Recording
+from regrow.tracing.steps import operations, source
+from regrow.tracing.walk import op_name
+
+RELATIVE_BOUND = 1e-9
+"""What a float64 difference may be, as a part of the largest number that is compared."""
+
+ROUNDING = 16
+"""How many units in the last place of its precision a tensor may differ from what it is in float64."""
+
+PER_CLASS = 4
+"""How many blocks of a class are checked at most; two where one has more than ``LARGE`` numbers."""
+
+CROP = 8
+"""How many entries are left of each spatial dimension between two blocks, if the block between them allows that."""
+
+
+class _NotAloneError(Exception):
+    """A block cannot be run by itself."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A plan that is worked out and not carried out yet.
+
+    Args:
+        model: The network as it is.
+        axes: Its axes.
+        plan: The plan.
+        recording: The network's operations, and where they read axes.
+        planned: The operations of the network that the plan leaves.
+        ready: What the plan comes to.
+        attic: What was cut before.
+    """
+
+    model: nn.Module
+    axes: AxisGraph
+    plan: Plan
+    recording: Recording
+    planned: Capture
+    ready: Prepared
+    attic: Attic | None = None
+
+    @property
+    def recalls(self) -> bool:
+        """Whether units come back with what they held."""
+        return any(change.recalled for change in self.plan.changes.values())
+
+    @cached_property
+    def units(self) -> dict[str, Layout]:
+        """The units of each axis that changes, afterwards."""
+        return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
+
+    def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
+        """The entries afterwards of those of some dimensions that change."""
+        sizes = self.axes.sizes()
+        moved = {i: dim for i, dim in enumerate(dims) if not self.units.keys().isdisjoint(axes_in(dim))}
+        return {i: laid(dim, sizes, self.units) for i, dim in moved.items()}
+
+    @property
+    def bound(self) -> float:
+        """What a difference may be; what a cut has folded or compensated was rounded to the network's precision."""
+        rounded = any(fold.weight in self.ready.done.values for fold in self.axes.folds)
+        if not self.recalls or not (rounded or (self.attic is not None and self.attic.means)):
+            return RELATIVE_BOUND
+        return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
+
+
+def check_blocks(change: Change) -> None:
+    """Compare the network masked by a plan with what the plan leaves of it, in float64, on some blocks of each class.
+
+    A block runs on the same random numbers in both; what reaches it past all parameters (positions, attention masks) is
+    computed. Units that are restored are masked in what the plan leaves. Newborn ones are not: they leave the function
+    as it was. If a block differs, or cannot run by itself, both networks run as a whole, on the example.
+
+    Raises:
+        PlanError: If they differ, or a tensor is not what it is in float64 up to rounding.
+    """
+    pair = _Pair(change)
+    with torch.random.fork_rng(devices=[]):
+        if len(change.recording.blocks) > 1 and all(pair.same(block) for block in chosen(change)):
+            return
+        ours, theirs = pair.whole()
+    if not (distance := gap(ours, theirs)) <= change.bound * scale(ours):
+        raise PlanError(different(distance, scale(ours)))
+
+
+def different(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
+    """What is said of a network that a plan would leave, and that is not the masked one."""
+    return (
+        f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
+        f"largest output is {largest:.1e} (float64); {remedy}"
+    )
+
+
+def chosen(change: Change) -> list[Block]:
+    """The blocks to check: of each class that a plan changes the narrowest and the widest, and up to two more."""
+    moved, made = change.units.keys(), change.ready.done.values
+    steps = change.axes.steps
+    reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
+    sizes = {name: value.numel() for name, value in {**state_of(change.model), **made}.items()}
+    classes: dict[int, list[tuple[int, Block]]] = {}
+    for block in change.recording.blocks:
+        if any(reach[block.start : block.stop]) or not made.keys().isdisjoint(block.states):
+            width = sum(sizes[name] for name in block.states)
+            classes.setdefault(block.kind, []).append((width, block))
+    found: list[Block] = []
+    for members in classes.values():
+        ordered = [block for _, block in sorted(members, key=lambda one: one[0])]
+        many = 2 if max(width for width, _ in members) > LARGE else PER_CLASS
+        found += [*dict.fromkeys([ordered[0], ordered[-1], *ordered[1:-1]])][:many]
+    return sorted(found, key=lambda block: block.start)
+
+
+class _Pair:
+    """The masked network and what the plan leaves of it, to be run by blocks."""
+
+    def __init__(self, change: Change) -> None:
+        self.change = change
+        model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
+        self.cut = CutTensors(model, change.axes, plan, double=True)
+        keep = {key: one.keep for key, one in plan.changes.items()}
+        mask = masking(capture, reads, change.axes.sizes(), keep, plan.means)
+        after: tuple[Capture, Load, Masking | None] = (change.planned, self.cut.load, None)
+        if change.recalls:
+            old = {key: tuple((~one.born).nonzero().flatten().tolist()) for key, one in change.units.items()}
+            back = masking(change.planned, reads, change.ready.sizes, old, _means_back(change))
+            after = (change.planned, stored(model, change.ready.done.values), back)
+        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, stored(model), mask), after)
+        self.nodes = tuple(operations(one) for one, *_ in self.sides)
+        self.steps = {node: i for nodes in self.nodes for i, node in enumerate(nodes)}
+        example = fitting(change.axes.example, model)
+        self.given = tree_leaves((example.args, dict(example.kwargs)))
+
+    def _fresh(self) -> tuple[Runner, Runner]:
+        (one, load, mask), (other, load_cut, mask_cut) = self.sides
+        return Runner(one, self.given, load, True, mask), Runner(other, self.given, load_cut, True, mask_cut)
+
+    @cached_property
+    def runners(self) -> tuple[Runner, Runner]:
+        """Both, with all that no parameter has a say in computed."""
+        pair = self._fresh()
+        for runner, (capture, *_) in zip(pair, self.sides, strict=True):
+            runner.run_only(_past_parameters(capture, self.change.axes.parameters))
+        return pair
+
+    def whole(self) -> tuple[Answers, Answers]:
+        """What both answer to the example."""
+        runners = self._fresh()
+        run_both(*runners, self.change.recording.blocks, self.nodes[0], self.nodes[1], self.cut)
+        return runners[0].answers, runners[1].answers
+
+    def same(self, block: Block) -> bool:
+        """Whether both are known to make the same of the same numbers in a block."""
+        ours = self.nodes[0][block.start : block.stop]
+        local = all(op_name(one) in _LOCAL or torch.Tag.pointwise in getattr(one.target, "tags", ()) for one in ours)
+        try:
+            if local and self._same(block, CROP):
+                return True
+        except (_NotAloneError, RuntimeError, IndexError, ValueError):
+            pass  # it is no block of images after all
+        try:
+            return self._same(block, None)
+        except _NotAloneError:
+            return False
+
+    def _same(self, block: Block, crop: int | None) -> bool:
+        generator = torch.Generator().manual_seed(block.start)
+        known = self.runners[0].env
+        seams = {
+            step: self._seam(step, generator, crop)
+            for step in block.inputs
+            if isinstance(step, int) and self.nodes[0][step] not in known
+        }
+        with self.cut.of(block.states):
+            self._check_rounding()
+            ours, theirs = (self._run(i, block, {step: pair[i] for step, pair in seams.items()}) for i in (0, 1))
+        return all(self._alike(step, ours[step], theirs[step]) for step in ours)
+
+    def _seam(self, step: int, generator: torch.Generator, crop: int | None) -> tuple[Tensor, Tensor]:
+        """Random numbers for a value between two blocks, and what the plan leaves of it."""
+        form, dims = self.nodes[0][step].meta.get("val"), self.change.axes.steps[step].shapes[0]
+        if not isinstance(form, Tensor) or not form.is_floating_point() or dims is None:
+            raise _NotAloneError
+        few = [crop if crop and i > 1 and isinstance(dim, int) and dim > crop else None for i, dim in enumerate(dims)]
+        shape = [n or int(whole) for n, whole in zip(few, form.shape, strict=True)]
+        made = torch.randn(shape, dtype=torch.float64, generator=generator).to(form.device)
+        lays = self.change.lays(dims)
+        return made, carried(f"seam {step}", made, lays, dict.fromkeys(lays, frozenset({Role.PRODUCES})))
+
+    def _run(self, side: int, block: Block, seams: Mapping[int, Tensor]) -> dict[int, Any]:
+        """The results of a block's operations that are read later, or its answers."""
+        runner, nodes = self.runners[side], self.nodes[side]
+        own = _between(nodes, block)
+        before = {}
+        for node in dict.fromkeys(one for other in own for one in other.all_input_nodes):
+            made = source(node)
+            if node in own or node in runner.states or node in runner.env:
+                continue
+            if made in runner.states or made in runner.env:
+                before[node] = runner.value(made)
+            elif _is_float(node) and self.steps.get(made) in seams:
+                before[node] = seams[self.steps[made]].clone()
+            else:
+                raise _NotAloneError
+        torch.manual_seed(block.start)
+        results = runner.run_only(own, before, [nodes[step] for step in block.outputs])
+        if block.stop == len(nodes):
+            return dict(enumerate(runner.answers, len(nodes)))
+        return dict(zip(block.outputs, results, strict=True))
+
+    def _alike(self, step: int, ours: Any, theirs: Any) -> bool:
+        steps = self.change.axes.steps
+        dims = steps[step].shapes[0] if step < len(steps) else ()
+        if not isinstance(ours, Tensor) or dims is None:
+            raise _NotAloneError
+        for dim, lay in self.change.lays(dims).items():
+            stays = (~lay.born).nonzero().flatten()
+            ours = ours.index_select(dim, lay.source[stays].to(ours.device))
+            theirs = theirs.index_select(dim, stays.to(theirs.device))
+        if not ours.is_floating_point():
+            return torch.equal(ours, theirs)
+        return bool(ours.isfinite().all()) and gap([ours], [theirs]) <= self.change.bound * scale([ours])
+
+    def _check_rounding(self) -> None:
+        """What will be put into the network is what was checked, in the network's own precision."""
+        change = self.change
+        # What an attic writes anew comes from numbers of before earlier cuts, which were rounded once.
+        anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.attic.means if change.attic else ())}
+        for name, exact in self.cut.values.items() if not change.recalls else ():
+            done = change.ready.done.values[name]
+            if (change.attic is not None and name in anew) or not done.is_floating_point():
+                continue
+            if not gap([exact], [done]) <= ROUNDING * torch.finfo(done.dtype).eps * scale([exact]):
+                raise PlanError(
+                    f"the plan cannot be carried out: {name} would be cut otherwise than in float64; "
+                    "a fault of regrow, please report it"
+                )
+
+
+def _past_parameters(recorded: Capture, parameters: Collection[str]) -> list[Node]:
+    """The operations that no parameter has a say in."""
+    made: set[Node] = {node for node, name in recorded.states.items() if name in parameters}
+    found = []
+    for node in recorded.graph.nodes:
+        if not made.isdisjoint(node.all_input_nodes):
+            made.add(node)
+        elif node.op not in ("placeholder", "output") and not writes(node):
+            found.append(node)
+    return found
+
+
+def _between(nodes: Sequence[Node], block: Block) -> dict[Node, None]:
+    """The operations of a block with the casts and copies between them."""
+    node, last = nodes[block.start], nodes[block.stop - 1]
+    found: dict[Node, None] = {}
+    while True:
+        found[node] = None
+        if node is last:
+            return found
+        node = node.next
+
+
+def _is_float(node: Node) -> bool:
+    form = node.meta.get("val")
+    return isinstance(form, Tensor) and form.is_floating_point()
+
+
+def _means_back(change: Change) -> dict[str, dict[int, float]]:
+    """Weight → position of an input that comes back → what stood in for it."""
+    axes, plan = change.axes, change.plan
+    if change.attic is None:
+        return {}
+    grown = {key: one.grow for key, one in plan.changes.items()}
+    born = {axis.key: axis.born + grown.get(axis.key, 0) for axis in axes}
+    ids = {axis.key: sorted(born_as(plan.changes[axis.key], axis)) if axis.key in grown else axis.ids for axis in axes}
+    left = change.ready.attic.means if change.ready.attic is not None else {}
+    found: dict[str, dict[int, float]] = {}
+    for weight, row in change.attic.means.items():
+        dim = read_dim(axes, weight)
+        assert dim is not None
+        for position, place in enumerate(shelved(axes.shapes[weight], born, ids)[dim].tolist()):
+            if place in row and place not in left.get(weight, {}):
+                found.setdefault(weight, {})[position] = row[place]
+    return found
+
+
+_LOCAL = frozenset(
+    (
+        *("conv1d", "conv2d", "conv3d", "batch_norm", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "cat", "mean"),
+        *("dropout", "output"),
+    )
+)
+"""Operations that run on images of any size, beside those that work entry by entry."""

@@ -1,0 +1,283 @@
+"""Runs recorded operations one after the other, block by block, with dropped units replaced wherever they are read."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Interpreter, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map
+
+from regrow.axes import Dim, Product, Sum
+from regrow.branches import Branch
+from regrow.surgery.carry import state_of
+from regrow.surgery.precision import grouped_product, in_double, longer, made_in_double
+from regrow.tracing.branches import Recorded, located
+from regrow.tracing.capture import Capture
+from regrow.tracing.effects import Effects
+from regrow.tracing.readings import ReadDim, operands
+from regrow.tracing.record import ORDERS, outputs
+from regrow.tracing.steps import operations
+from regrow.tracing.walk import op_name
+
+Load = Callable[[str, bool], Tensor]
+"""Name of a parameter or buffer, and whether in float64 → its numbers."""
+
+LARGE = 2**24
+"""A weight of more entries is brought to float64 in parts."""
+
+Answers = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Masking:
+    """What is replaced in a recorded network when units are dropped.
+
+    Args:
+        reads: Operation → the places at which it reads dropped units: which operand, and which entries stay.
+        groups: For a norm inside groups: how many groups stay.
+        means: Weight → position → what a dropped input counts as.
+        judged: Operation → its operands that are compared too, and whether no entry of them is dropped.
+        branches: What a dropped branch gives → its input, or ``None`` for zeros.
+    """
+
+    reads: Mapping[Node, list[tuple[ReadDim, Node, Tensor]]] = field(default_factory=dict)
+    groups: Mapping[Node, int] = field(default_factory=dict)
+    means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    judged: Mapping[Node, list[tuple[Node, bool]]] = field(default_factory=dict)
+    branches: Mapping[Node, Node | None] = field(default_factory=dict)
+
+
+def masking(
+    recorded: Capture,
+    reads: Iterable[ReadDim],
+    sizes: Mapping[str, int],
+    keep: Mapping[str, tuple[int, ...]],
+    means: Mapping[str, Mapping[int, float]],
+    judged: Iterable[tuple[Node, Node, tuple[Dim, ...]]] = (),
+    drop: Iterable[Branch] = (),
+) -> Masking:
+    """What is replaced in a recorded network when some units are kept and others are not.
+
+    Args:
+        recorded: The operations.
+        reads: Where they read axes.
+        sizes: The size of each axis.
+        keep: The kept units of each axis that loses some.
+        means: What stands in for dropped inputs.
+        judged: Operands that are compared too, with their dimensions.
+        drop: The branches that go.
+    """
+    nodes = operations(recorded)
+    found: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
+    groups: dict[Node, int] = {}
+    for read in reads:
+        mask = kept_mask(read.dim, sizes, keep)
+        if not bool(mask.all()):
+            node = nodes[read.step]
+            found.setdefault(node, []).append((read, operands(node)[read.operand], mask))
+            if read.fill is None:
+                groups[node] = int(kept_mask(read.groups, sizes, keep).sum())
+    watched: dict[Node, list[tuple[Node, bool]]] = {}
+    for node, operand, dims in judged:
+        whole = all(bool(kept_mask(dim, sizes, keep).all()) for dim in dims)
+        watched.setdefault(node, []).append((operand, whole))
+    gone = [*drop]
+    branches = located(Recorded(Effects(recorded)), gone) if gone else {}
+    return Masking(found, groups, means, watched, branches)
+
+
+class Runner(Interpreter):
+    """A recorded network that is being run.
+
+    Args:
+        recorded: The operations.
+        given: The network's inputs, in order.
+        load: Where parameters and buffers come from, when they are read.
+        double: Whether to run in float64.
+        masking: What is replaced.
+    """
+
+    def __init__(
+        self,
+        recorded: Capture,
+        given: Sequence[Any],
+        load: Load,
+        double: bool,
+        masking: Masking | None = None,
+    ) -> None:
+        super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
+        self.states, self.load, self.double, self.masking = recorded.states, load, double, masking or Masking()
+        self.orders: list[Tensor] = []
+        self.judged: Answers = []
+        self.answers: Answers = []
+        self.held: dict[Node, Tensor] = {}
+        self.written = _written_into(recorded)
+        self.todo = [node for node in recorded.graph.nodes if node.op != "placeholder"]
+        self.at = 0
+        inputs = iter(given)
+        for node in recorded.graph.nodes:
+            if node.op == "placeholder" and node not in recorded.states:
+                value = recorded.constants[node] if node in recorded.constants else next(inputs)
+                self.env[node] = own(in_double(value) if double else value)
+
+    def run_until(self, stop: Node | None = None) -> None:
+        """Run on, up to an operation or to the end; parameters are let go then."""
+        with torch.no_grad(), made_in_double(self.double):
+            while self.at < len(self.todo) and self.todo[self.at] is not stop:
+                node = self.todo[self.at]
+                self.at += 1
+                self.env[node] = self.run_node(node)
+                if not self.masking.branches:  # a branch's input may be read where nothing else reads it any more
+                    for one in self.user_to_last_uses.get(node, ()):
+                        self.env.pop(one, None)
+                if node.op == "output":
+                    self.answers = [*floats(self.env[node]), *self.judged]
+        self.held.clear()
+
+    def run_only(
+        self, nodes: Iterable[Node], before: Mapping[Node, Any] | None = None, wanted: Sequence[Node] = ()
+    ) -> list[Any]:
+        """Run some operations.
+
+        Args:
+            nodes: The operations, in order. Their results are kept if nothing is wanted.
+            before: Results of earlier operations, for this time.
+            wanted: Whose results to return.
+        """
+        known = set(self.env)
+        self.env.update(before or {})
+        with torch.no_grad(), made_in_double(self.double):
+            for node in nodes:
+                self.env[node] = self.run_node(node)
+                if node.op == "output":
+                    self.answers = [*floats(self.env[node]), *self.judged]
+        results = [self.env[node] for node in wanted]
+        self.held.clear()
+        if before is not None:
+            self.env = {node: value for node, value in self.env.items() if node in known}
+        return results
+
+    def run_node(self, n: Node) -> Any:
+        """One operation, or what stands for it."""
+        if self.double and op_name(n).startswith("_assert"):
+            return None  # it asserts the precision that was recorded
+        for operand, whole in self.masking.judged.get(n, ()):
+            self.judged.append(self.value(operand).clone() if whole else None)  # a cut makes others another form
+        if n in self.masking.branches:
+            source = self.masking.branches[n]
+            return torch.zeros_like(self._run(n)) if source is None else self.value(source).clone()
+        restated = [(read, mask) for read, _, mask in self.masking.reads.get(n, ()) if read.fill is None]
+        out = self._restated(n, *restated[0]) if restated else self._run(n)
+        if n.target in ORDERS:
+            self.orders.append(out if isinstance(out, Tensor) else out[1])
+        return out
+
+    def value(self, node: Node) -> Any:
+        """What a node holds now."""
+        if node in self.env:
+            return self.env[node]
+        if node not in self.held:
+            value = self.load(self.states[node], self.double)
+            (self.env if node in self.written else self.held)[node] = own(value) if node in self.written else value
+        return self.held.get(node, self.env.get(node))
+
+    def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
+        """The arguments of an operation, with dropped units replaced."""
+        values = {one: self.value(one) for one in n.all_input_nodes}
+        for read, operand, mask in self.masking.reads.get(n, ()):
+            if read.fill is not None:
+                values[operand] = self._replaced(values[operand], read, mask)
+        args, kwargs = map_arg((n.args, n.kwargs), values.__getitem__)
+        return (tree_map(longer, args), tree_map(longer, kwargs)) if self.double else (args, kwargs)
+
+    def _run(self, n: Node) -> Any:
+        if not self.double or n.op != "call_function":
+            return super().run_node(n)
+        name, target, operand = op_name(n), cast(Callable[..., Any], n.target), operands(n)
+        if name == "embedding" and operand[0] in self.states:
+            table = self.load(self.states[operand[0]], False)
+            return in_double(target(table, *map_arg(n.args[1:], self.value)))
+        if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > LARGE:
+            return self._in_parts(n, *operand)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if name in ("_grouped_mm", "grouped_mm_fallback"):
+            return grouped_product(*args, **kwargs)
+        if name == "rms_norm" and (len(args) < 4 or args[3] is None):  # it takes the epsilon of its own precision
+            args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(operand[0].meta["val"].dtype).eps)
+        with self._set_current_node(n):
+            return target(*args, **kwargs)
+
+    def _in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
+        """A linear layer whose weight is brought to float64 some rows at a time."""
+        x = self.value(given)
+        for read, operand, mask in self.masking.reads.get(n, ()):
+            x = self._replaced(x, read, mask) if operand is given else x
+        full = self.load(self.states[weight], False)
+        made = torch.cat([x @ in_double(part).mT for part in full.split(max(1, LARGE // full.shape[1]))], -1)
+        return made + self.value(bias[0]) if bias else made
+
+    def _replaced(self, value: Tensor, read: ReadDim, mask: Tensor) -> Tensor:
+        shape = [1] * value.dim()
+        shape[read.axis] = -1
+        assert read.fill is not None
+        fill = torch.full((len(mask),), read.fill, dtype=value.dtype)
+        for position, mean in self.masking.means.get(read.weight, {}).items():
+            fill[position] = mean
+        return torch.where(mask.view(shape).to(value.device), value, fill.view(shape).to(value.device))
+
+    def _restated(self, n: Node, read: ReadDim, mask: Tensor) -> Any:
+        """Run a norm over the kept units alone and put the result back among zeros."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        x, index = args[0], mask.nonzero().flatten().to(args[0].device)
+        part = x.index_select(read.axis, index)
+        rest = [a.index_select(0, index) if isinstance(a, Tensor) and a.dim() == 1 else a for a in args[1:]]
+        rest[0] = [len(index)] if isinstance(rest[0], list | tuple) else self.masking.groups[n]
+        out = n.target(part, *rest, **kwargs)  # type: ignore[operator]
+        return torch.zeros_like(x, dtype=out.dtype).index_copy(read.axis, index, out)
+
+
+def stored(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load:
+    """The parameters and buffers of a network as they are, or others in their place."""
+    state = {**state_of(model), **(others or {})}
+
+    def load(name: str, double: bool) -> Tensor:
+        return in_double(state[name].detach()) if double else state[name].detach()
+
+    return load
+
+
+def _written_into(recorded: Capture) -> set[Node]:
+    """The parameters and buffers that the network writes into, and what it writes is read later."""
+    effects = Effects(recorded)
+    return {node for node in effects.writers if node in recorded.states}
+
+
+def floats(value: Any) -> Answers:
+    """The floating-point tensors among what a network returns."""
+    return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+
+
+def own(value: Any) -> Any:
+    """What operations in place may change, copied; no forward pass changes parameters."""
+    return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
+
+
+def kept_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, ...]]) -> Tensor:
+    """Which entries of a dimension stay (bool), for the kept units of each axis."""
+    match dim:
+        case int():
+            return torch.ones(dim, dtype=torch.bool)
+        case str():
+            mask = torch.zeros(sizes[dim], dtype=torch.bool)
+            mask[list(keep.get(dim, range(sizes[dim])))] = True
+            return mask
+        case Product(parts):
+            mask = torch.ones(1, dtype=torch.bool)
+            for part in parts:
+                mask = (mask[:, None] & kept_mask(part, sizes, keep)[None, :]).flatten()
+            return mask
+        case Sum(parts):
+            return torch.cat([kept_mask(part, sizes, keep) for part in parts])

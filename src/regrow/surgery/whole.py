@@ -1,0 +1,101 @@
+"""A masked network and its cut copy, each run as a whole: where data decide what it does, and for declared axes."""
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, Decision, Example
+from regrow.plan import Plan, PlanError
+from regrow.surgery.carry import carry_out
+from regrow.surgery.eager import replaced, zeroed
+from regrow.surgery.precision import CastsToDouble, example_in_double, made_in_double
+from regrow.surgery.runner import Answers, Runner, floats, masking, stored
+from regrow.tracing.capture import capture, evaluating
+from regrow.tracing.hollow import copy_model
+from regrow.tracing.model_state import preserve_state
+from regrow.tracing.readings import Readings, readings
+
+Decisions = tuple[Decision, ...] | None
+
+
+def whole_pair(
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Plan,
+    example: Example,
+    double: bool,
+    decisions: Decisions,
+    carried: Callable[..., Any] = carry_out,
+) -> tuple[Answers, Answers, Decisions]:
+    """What the masked network answers, what its cut copy does, and what data decided in both.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        plan: The plan.
+        example: What to run both on.
+        double: Whether to run in float64.
+        decisions: What data decide, as for :func:`regrow.tracing.capture.capture`.
+        carried: Cuts the copy.
+
+    Raises:
+        PlanError: If the copy does not run.
+    """
+    widened = _widened(model, axes) if double else copied(model)
+    example = example_in_double(example) if double else example
+    whole = zeroed(widened, axes, plan) if axes.declared else widened
+    taken, masked, orders = decisions, [], []
+    if axes.recorded == "not":
+        masked = _run(whole, example, double, None)
+    else:
+        # What the zeros of declared axes make of the rest is another recording.
+        recorded = _recorded(whole, axes, example, double, decisions)
+        declared = {slot.name for key in axes.declared if key in plan.changes for slot in axes[key].consumers()}
+        means = {name: row for name, row in plan.means.items() if name not in declared}
+        keep = {key: change.keep for key, change in plan.changes.items()}
+        mask = masking(
+            recorded.capture, recorded.reads, recorded.sizes, keep, means, recorded.judged, plan.drop.values()
+        )
+        runner = Runner(recorded.capture, recorded.given, stored(whole), double, mask)
+        runner.run_until()
+        taken, masked, orders = recorded.decisions, runner.answers, runner.orders
+    cut, _ = carried(copied(widened), axes, plan)
+    try:
+        shrunk = _run(cut, example, double, taken, orders)
+    except Exception as error:
+        raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
+    return masked, shrunk, taken
+
+
+def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
+    """A copy in float64; norms that take the epsilon of their precision keep that of the model's."""
+    wide = copy_model(model, lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone())
+    for fold in axes.folds:
+        path, _, name = fold.epsilon.partition(":")
+        if name and getattr(wide.get_submodule(path), name) is None:
+            setattr(wide.get_submodule(path), name, fold.value)
+    return wide
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A copy that shares the numbers: a cut makes new tensors and leaves the old ones alone."""
+    return replaced(model, {})
+
+
+def _run(
+    model: nn.Module, example: Example, double: bool, decisions: Decisions, orders: Iterable[Tensor] = ()
+) -> Answers:
+    outside = preserve_state(model, outside=True)
+    with outside, made_in_double(double), CastsToDouble() if double else nullcontext():
+        if decisions is not None:
+            return [*capture(model, example, decisions, orders).values]
+        with evaluating(model), torch.no_grad():
+            return floats(model(*example.args, **example.kwargs))
+
+
+def _recorded(model: nn.Module, axes: AxisGraph, example: Example, double: bool, decisions: Decisions) -> Readings:
+    with made_in_double(double), CastsToDouble() if double and decisions is not None else nullcontext():
+        return readings(model, axes, example, decisions)

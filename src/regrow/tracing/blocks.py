@@ -1,0 +1,171 @@
+"""The block cut: a recorded network as a sequence of blocks, cut where its repeated modules meet.
+
+It rests on the structure of the recording alone (which module runs which operation, what reads what, shapes and
+constants), so it holds for networks without numbers, and for one block in memory at a time.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from regrow.tracing.capture import Capture, shape_of
+from regrow.tracing.steps import calls
+from regrow.tracing.walk import op_name
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of operations, from one seam to the next.
+
+    Operations are counted as in :attr:`regrow.axes.AxisGraph.steps`, so a block of a network is that of its cut copy.
+
+    Args:
+        path: The module whose operations they are; empty for what lies between modules that are repeated.
+        start: The number of the first operation.
+        stop: The number after that of the last one.
+        inputs: The seam before it: earlier operations whose results it reads, and the network's inputs and constants.
+        outputs: The seam after it: its operations whose results are read later, or are answers of the network.
+        states: The parameters and buffers that it reads.
+        kind: Its class: blocks of the same kind are isomorphic, shapes and constants included.
+    """
+
+    path: str
+    start: int
+    stop: int
+    inputs: tuple[int | str, ...] = ()
+    outputs: tuple[int, ...] = ()
+    states: tuple[str, ...] = ()
+    kind: int = 0
+
+
+def blocks(recorded: Capture) -> tuple[Block, ...]:
+    """Cut a network where repeated modules meet; without repeated modules it is one block.
+
+    A module is repeated if another one in the same place is isomorphic to it, or of its class with operations of its
+    own between those of its parts (a residual block of another width). It is a block if it reads two weights or more
+    and its operations follow each other; the outermost such modules count, and what lies between them is a block too.
+
+    Args:
+        recorded: The operations of the network.
+
+    Returns:
+        The blocks in the order in which they run; each operation is in exactly one.
+    """
+    net = _Net.of(recorded)
+    found = sorted(net.repeated(range(len(net.steps))), key=lambda one: one.start)
+    bounds: list[tuple[str, int, int]] = []
+    at, end = 0, len(net.steps)
+    for one in found:
+        if one.start > at:
+            bounds.append(("", at, one.start))
+        bounds.append((one.path, one.start, one.stop))
+        at = one.stop
+    if at < end:
+        bounds.append(("", at, end))
+    kinds: dict[Any, int] = {}
+    return tuple(
+        Block(path, start, stop, *net.seams(start, stop), kinds.setdefault(net.form(start, stop), len(kinds)))
+        for path, start, stop in bounds
+    )
+
+
+@dataclass(frozen=True)
+class _Step:
+    op: str
+    shapes: Any
+    numbers: tuple[Any, ...]
+    operands: tuple[int | str, ...]
+    modules: tuple[tuple[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class _Net:
+    """A recording by operation, with what reads what."""
+
+    steps: Sequence[_Step]
+    shapes: Mapping[str, Any]
+    readers: Mapping[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, recorded: Capture) -> "_Net":
+        steps: list[_Step] = []
+        last: dict[int, int] = {}
+        for i, (node, numbers, operands) in enumerate(calls(recorded, ())):
+            around = tuple((path, kind) for path, kind, *_ in (node.meta.get("nn_module_stack") or {}).values() if path)
+            steps.append(_Step(op_name(node), _hashable(shape_of(node)), numbers, operands, around))
+            last.update((one, i) for one in operands if isinstance(one, int))
+        return cls(steps, {name: shape_of(node) for node, name in recorded.states.items()}, last)
+
+    def repeated(self, own: Sequence[int], depth: int = 0) -> list[Block]:
+        """The repeated modules among those that run some operations.
+
+        A repeated module counts as a whole, unless most of it is a chain of repeated modules again (an encoder of
+        blocks); modules beside each other, such as experts, are no chain.
+        """
+        children: dict[str, list[int]] = {}
+        for i in own:
+            if len(self.steps[i].modules) > depth:
+                children.setdefault(self.steps[i].modules[depth][0], []).append(i)
+        whole = {path: part for path, part in children.items() if self._is_block(part)}
+        forms = {path: self.form(part[0], part[-1] + 1) for path, part in whole.items()}
+        kinds = {path: self.steps[part[0]].modules[depth][1] for path, part in whole.items()}
+        classes = {path: kind for path, kind in kinds.items() if self._has_own(whole[path], depth + 1)}
+        alike, same = Counter(forms.values()), Counter(classes.values())
+        found = []
+        for path, part in children.items():
+            parts = self.repeated(part, depth + 1)
+            is_repeated = path in whole and (alike[forms[path]] > 1 or same[classes.get(path)] > 1)
+            if is_repeated and not (2 * sum(one.stop - one.start for one in parts) > len(part) and self._chain(parts)):
+                found.append(Block(path, part[0], part[-1] + 1))
+            else:
+                found += parts
+        return found
+
+    def _chain(self, parts: Sequence[Block]) -> bool:
+        """Whether each of some modules works on what the one before it made."""
+        for one, other in pairwise(parts):
+            reached = {*range(one.start, one.stop)}
+            for i in range(one.stop, other.stop):
+                if not reached.isdisjoint(self.steps[i].operands):
+                    reached.add(i)
+            if reached.isdisjoint(range(other.start, other.stop)):
+                return False
+        return True
+
+    def _is_block(self, own: Sequence[int]) -> bool:
+        if own[-1] - own[0] + 1 != len(own):
+            return False
+        read = {one for i in own for one in self.steps[i].operands if isinstance(one, str)}
+        return sum(len(self.shapes.get(name) or ()) > 1 for name in read) > 1
+
+    def _has_own(self, own: Sequence[int], depth: int) -> bool:
+        """Whether a module runs operations that none of its parts runs."""
+        return any(len(self.steps[i].modules) == depth for i in own)
+
+    def form(self, start: int, stop: int) -> int:
+        """What operations do, whatever they are called and wherever their inputs come from."""
+        outside: dict[int | str, int] = {}
+        form = []
+        for step in self.steps[start:stop]:
+            operands = tuple(
+                one - start
+                if isinstance(one, int) and one >= start
+                else (outside.setdefault(one, len(outside)), self.shapes.get(one) if isinstance(one, str) else None)
+                for one in step.operands
+            )
+            form.append((step.op, step.shapes, step.numbers, operands))
+        return hash(tuple(form))
+
+    def seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
+        """What a run of operations reads, what of it is read later, and the states that it reads."""
+        read = dict.fromkeys(one for step in self.steps[start:stop] for one in step.operands)
+        states = tuple(one for one in read if isinstance(one, str) and one in self.shapes)
+        inputs = tuple(one for one in read if one not in self.shapes and not (isinstance(one, int) and one >= start))
+        outputs = tuple(i for i in range(start, stop) if self.readers.get(i, -1) >= stop)
+        return inputs, outputs, states
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(map(_hashable, value)) if isinstance(value, list | tuple) else value

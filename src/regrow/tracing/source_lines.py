@@ -1,0 +1,118 @@
+"""Which line of a network's own code ran an operation, or took another path at another size."""
+
+import linecache
+import os
+import sys
+import sysconfig
+from itertools import zip_longest
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from regrow.axes import Example
+
+Line = tuple[str, int]
+"""A file and the number of a line in it."""
+
+LINE = "line"
+"""Where a recording that notes lines keeps that of an operation, in the metadata of its node."""
+
+
+def line_here() -> Line | None:
+    """The innermost line of a network's own code that is being run."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_own(frame.f_code.co_filename):
+        frame = frame.f_back
+    return None if frame is None else (frame.f_code.co_filename, frame.f_lineno)
+
+
+def line_of(node: Node | None) -> Line | None:
+    """The line that ran an operation, in a recording that notes lines."""
+    if node is None:
+        return None
+    if found := node.meta.get(LINE):
+        return found
+    stack = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
+    calls = [line.split('"') for line in stack if line.startswith('File "')]
+    found = [(parts[1], int(parts[2].split(",")[1].split()[1])) for parts in calls if _is_own(parts[1])]
+    return found[-1] if found else None
+
+
+def line_raised(error: BaseException) -> Line | None:
+    """The innermost line of a network's own code that an error came through."""
+    found, step = None, error.__traceback__
+    while step is not None:
+        step, found = _deeper(step, found)
+    return found
+
+
+def _deeper(step: TracebackType, found: Line | None) -> tuple[TracebackType | None, Line | None]:
+    name = step.tb_frame.f_code.co_filename
+    return step.tb_next, (name, step.tb_lineno) if _is_own(name) else found
+
+
+def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example]) -> Line | None:
+    """The line after which two runs of a network's code go on with different lines; ``None`` if they never do.
+
+    Args:
+        one: The network.
+        other: The same network at other sizes.
+        given: What each of them is run on.
+    """
+    last: Line | None = None
+    for here, there in zip_longest(_lines_run(one, given[0]), _lines_run(other, given[1])):
+        if here != there:
+            return last
+        last = here
+    return None
+
+
+def written(line: Line | None) -> str:
+    """A line as ``net.py:12: h = h * 2``; empty if there is none."""
+    if line is None:
+        return ""
+    name, number = line
+    text = linecache.getline(name, number).strip()
+    return f"{Path(name).name}:{number}" + (f": {text}" if text else "")
+
+
+def _lines_run(model: nn.Module, example: Example) -> list[Line]:
+    """Each line of its own code that a network runs, in order, until it ends or fails."""
+    lines: list[Line] = []
+
+    def local(frame: FrameType, event: str, given: Any) -> Any:
+        if event == "line":
+            lines.append((frame.f_code.co_filename, frame.f_lineno))
+        return local
+
+    def trace(frame: FrameType, event: str, given: Any) -> Any:
+        return local if _is_own(frame.f_code.co_filename) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with torch.no_grad():
+            model(*example.args, **example.kwargs)
+    except Exception:
+        pass  # where it fails it may still have taken another path before
+    finally:
+        sys.settrace(before)
+    return lines
+
+
+def _is_own(name: str) -> bool:
+    if name.startswith(("<", *_FOREIGN)):
+        return False
+    return not name.startswith(_PYTHON) or "site-packages" in name or "dist-packages" in name
+
+
+_HERE = Path(__file__).parents[1]
+_FOREIGN = tuple(f"{path}{os.sep}" for path in (_HERE / "tracing", _HERE / "surgery", Path(torch.__file__).parent))
+"""Folders of code that is no network's own: this package's and torch's."""
+
+_PYTHON = tuple(path for name in ("stdlib", "platstdlib") if (path := sysconfig.get_path(name)))
+"""Python's own folders, in which packages may be installed."""
