@@ -10,16 +10,17 @@ from torch.optim import Optimizer
 from regrow.axes import AxisGraph, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.attic import Attic
-from regrow.surgery.carry import Prepared, carry_out, commit, prepare, state_of
+from regrow.surgery.carry import carry_out, commit, prepare, state_of
 from regrow.surgery.drop import brought_back, dropping
 from regrow.surgery.eager import tried
 from regrow.surgery.lockstep import gap, scale
 from regrow.surgery.proof import RELATIVE_BOUND, Change, check_blocks, different
 from regrow.surgery.whole import whole_pair
+from regrow.tracing.capture import Capture
 from regrow.tracing.hollow import fitting
 from regrow.tracing.readings import Recording, readings
 from regrow.tracing.steps import restated
-from regrow.tracing.trial import rehearse
+from regrow.tracing.trial import Resizing, rehearse
 
 
 def apply(
@@ -35,7 +36,9 @@ def apply(
     Parameters, buffers and the integers that modules hold are cut and widened; sizes that stand in divisors are folded
     into the numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a
     bias. Branches that go are exchanged for modules that compute nothing. Everything is worked out and tried on a copy
-    first, without numbers, or, for axes that were declared, by a run on the example; only then is the model touched, in
+    first: without numbers the cut network must run the same operations on the same operands with the same constants; in
+    float64 it must compute what the masked one does, on blocks of each class (:mod:`regrow.surgery.proof`), or as a
+    whole where there are none; for axes that were declared it is run on the example. Only then is the model touched, in
     place.
 
     Args:
@@ -75,34 +78,44 @@ def apply(
     if all(change.idle for change in plan.changes.values()):
         return model, axes
     ready = prepare(model, axes, plan, attic)
-    known = axes
-    if axes.steps or not axes.declared:
-        known = _rehearsed(model, axes, plan, ready, attic)
-    if axes.declared:
-        _try(model, axes, plan, attic)
-    if known.recording is None and not any(parameter.is_meta for parameter in model.parameters()):
+    planned = try_out(model, axes, plan, ready.resizing(axes), attic)
+    known = axes if planned is None else _proved(Change(model, axes, plan, axes.recording, planned, ready, attic))
+    if known.recording is None and not _is_numberless(model):
         _compare(model, axes, plan)
     return commit(model, known, plan, ready, optimizers, attic)
 
 
-def _rehearsed(model: nn.Module, axes: AxisGraph, plan: Plan, ready: Prepared, attic: Attic | None) -> AxisGraph:
-    """The axes with what the network will do, once that is proved to be what it does.
+def try_out(model: nn.Module, axes: AxisGraph, plan: Plan, to: Resizing, attic: Attic | None = None) -> Capture | None:
+    """What the network will do, where a recording shows it; what declared axes do is tried by a run of a copy.
 
-    First what it does is compared, on a copy without numbers: operations, shapes, constants and wiring of the whole
-    network. Then what comes of it, in float64, on blocks of it.
+    Raises:
+        PlanError: If it does anything else than now, or does not run.
     """
-    to = ready.resizing(axes)
-    # No recording shows the sizes of declared axes: they stay as they are there.
-    planned = rehearse(model, axes, replace(to, sizes={**to.sizes, **{key: axes[key].size for key in axes.declared}}))
-    numberless = any(parameter.is_meta for parameter in model.parameters())
-    if numberless or axes.declared or axes.decisions is not None:
-        return replace(axes, steps=restated(axes.steps, planned), recording=None)
-    recording = axes.recording
+    planned = None
+    if axes.steps or not axes.declared:
+        # No recording shows the sizes of declared axes: they stay as they are there.
+        planned = rehearse(model, axes, replace(to, sizes={**to.sizes, **{k: axes[k].size for k in axes.declared}}))
+    if axes.declared:
+        _try(model, axes, plan, attic)
+    return planned
+
+
+def _proved(change: Change) -> AxisGraph:
+    """The axes with what the network will do, once what comes of that is checked on blocks of it."""
+    model, axes = change.model, change.axes
+    known = replace(axes, steps=restated(axes.steps, change.planned), recording=None)
+    if _is_numberless(model) or axes.declared or axes.decisions is not None:
+        return known
+    recording = change.recording
     if recording is None or not recording.fits(model):
         found = readings(model, axes, fitting(axes.example, model))
         recording = Recording(found.capture, found.reads)
-    check_blocks(Change(model, axes, plan, recording, planned, ready, attic))
-    return replace(axes, steps=restated(axes.steps, planned), recording=Recording(planned, recording.reads))
+    check_blocks(replace(change, recording=recording))
+    return replace(known, recording=Recording(change.planned, recording.reads))
+
+
+def _is_numberless(model: nn.Module) -> bool:
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph, Example
 from regrow.plan import Plan
-from regrow.surgery.apply import apply, check
+from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, resizing
 from regrow.surgery.lockstep import gap, lockstep, pairs, planned, scale
 from regrow.surgery.proof import RELATIVE_BOUND
@@ -76,7 +76,7 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     difference, largest = gap(exact_masked, exact_shrunk), scale(exact_masked)
     own, rounding = gap(masked, shrunk), gap(masked, exact_masked)
     if not difference <= RELATIVE_BOUND * largest:
-        apply(copied(model), axes, plan)  # a plan that is refused is no wrong cut
+        _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
     rows = [(a, b) for a, b in pairs(masked, shrunk) if a.dim() > 1 and a.shape == b.shape]
     return Verification(
         ok=difference <= RELATIVE_BOUND * largest,
@@ -119,8 +119,16 @@ def distances(
         _, masked, shrunk, _ = runs.both(plan, double=True)
         distance = gap(masked, shrunk) / (scale(masked) or 1.0)
         if not distance <= RELATIVE_BOUND:
-            apply(copied(model), axes, plan)  # a plan that is refused is no wrong cut
+            _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
         yield plan, distance
+
+
+def _refuse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """Raise :class:`PlanError` if :func:`regrow.apply` would not try the plan."""
+    if plan.drop or plan.back:
+        apply(copied(model), axes, plan)
+    else:
+        try_out(model, axes, plan, resizing(model, axes, plan))
 
 
 Run = tuple[Plan, Answers, Answers, Decisions]
