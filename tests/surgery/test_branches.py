@@ -507,10 +507,11 @@ def test_brought_back_is_what_was_dropped(name: str, modules: list[str]) -> None
     laws.same_axes(left, axes)
     for field in fields_of(axes):
         assert getattr(left, field) == getattr(axes, field), field
+    assert left.recording.reads == axes.recording.reads
 
 
 def fields_of(axes: AxisGraph) -> list[str]:
-    return [name for name in vars(axes) if name not in ("axes", "example", "decisions")]
+    return [name for name in vars(axes) if name not in ("axes", "example", "decisions", "recording")]
 
 
 def test_units_cut_inside_and_outside_come_back_after_the_branch() -> None:

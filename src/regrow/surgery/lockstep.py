@@ -127,10 +127,18 @@ class CutTensors:
         axes: Its axes.
         plan: The plan.
         double: Whether they are worked out in float64.
+        known: Those that are worked out already, without rounding.
     """
 
-    def __init__(self, model: nn.Module, axes: AxisGraph, plan: Plan, double: bool) -> None:
-        self.model, self.axes, self.plan, self.double = model, axes, plan, double
+    def __init__(
+        self,
+        model: nn.Module,
+        axes: AxisGraph,
+        plan: Plan,
+        double: bool,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.model, self.axes, self.plan, self.double, self.known = model, axes, plan, double, known or {}
         self.state = state_of(model)
         self.values: Mapping[str, Tensor] = {}
 
@@ -158,5 +166,9 @@ class CutTensors:
         return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
 
     def _worked_out(self, names: Collection[str], double: bool) -> Mapping[str, Tensor]:
-        biases = [bias_of(name) for name in names if name in self.plan.means]
-        return prepare(self.model, self.axes, self.plan, names=[*names, *biases], exact=double).done.values
+        own = {n: in_double(self.known[n]) if double else self.known[n] for n in names if n in self.known}
+        left = [name for name in names if name not in own and self.changes(name)]
+        left += [bias_of(name) for name in names if name in self.plan.means]
+        if not left:
+            return own
+        return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).done.values}

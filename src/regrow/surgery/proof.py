@@ -22,7 +22,7 @@ from regrow.surgery.carry import Prepared, state_of
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import Layout, born_as, laid, units_after
 from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
-from regrow.surgery.runner import LARGE, Answers, Load, Masking, Runner, masking, stored
+from regrow.surgery.runner import Answers, Load, Masking, Runner, masking, stored
 from regrow.surgery.widen import carried
 from regrow.tracing.blocks import Block
 from regrow.tracing.capture import Capture
@@ -39,9 +39,12 @@ ROUNDING = 16
 """How many units in the last place of its precision a tensor may differ from what it is in float64."""
 
 PER_CLASS = 4
-"""How many blocks of a class are checked at most; two where one has more than ``LARGE`` numbers."""
+"""How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small."""
 
-CROP = 8
+SMALL = 2**18
+"""A block of at most so many numbers is small."""
+
+CROP = 3
 """How many entries are left of each spatial dimension between two blocks, if the block between them allows that."""
 
 
@@ -124,7 +127,10 @@ def different(distance: float, largest: float, remedy: str = "a fault of regrow,
 
 
 def chosen(change: Change) -> list[Block]:
-    """The blocks to check: of each class that a plan changes the narrowest and the widest, and up to two more."""
+    """The blocks to check: of each class that a plan changes the narrowest, the widest, and two more if they are small.
+
+    Where all are equally wide, the first is both.
+    """
     moved, made = change.units.keys(), change.ready.done.values
     steps = change.axes.steps
     reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
@@ -136,9 +142,11 @@ def chosen(change: Change) -> list[Block]:
             classes.setdefault(block.kind, []).append((width, block))
     found: list[Block] = []
     for members in classes.values():
-        ordered = [block for _, block in sorted(members, key=lambda one: one[0])]
-        many = 2 if max(width for width, _ in members) > LARGE else PER_CLASS
-        found += [*dict.fromkeys([ordered[0], ordered[-1], *ordered[1:-1]])][:many]
+        ordered = sorted(members, key=lambda one: one[0])
+        (least, narrowest), *between, (most, widest) = [ordered[0], *ordered]
+        extremes = [narrowest] if least == most else [narrowest, widest]
+        more = [block for _, block in between if block not in extremes] if most <= SMALL else []
+        found += [*extremes, *more][:PER_CLASS]
     return sorted(found, key=lambda block: block.start)
 
 
@@ -148,7 +156,9 @@ class _Pair:
     def __init__(self, change: Change) -> None:
         self.change = change
         model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
-        self.cut = CutTensors(model, change.axes, plan, double=True)
+        self.rounded = _rounded(change)
+        taken = {name: value for name, value in change.ready.done.values.items() if name not in self.rounded}
+        self.cut = CutTensors(model, change.axes, plan, True, taken)
         keep = {key: one.keep for key, one in plan.changes.items()}
         mask = masking(capture, reads, change.axes.sizes(), keep, plan.means)
         after: tuple[Capture, Load, Masking | None] = (change.planned, self.cut.load, None)
@@ -259,13 +269,21 @@ class _Pair:
         anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.attic.means if change.attic else ())}
         for name, exact in self.cut.values.items() if not change.recalls else ():
             done = change.ready.done.values[name]
-            if (change.attic is not None and name in anew) or not done.is_floating_point():
+            if name not in self.rounded or (change.attic is not None and name in anew):
                 continue
             if not gap([exact], [done]) <= ROUNDING * torch.finfo(done.dtype).eps * scale([exact]):
                 raise PlanError(
                     f"the plan cannot be carried out: {name} would be cut otherwise than in float64; "
                     "a fault of regrow, please report it"
                 )
+
+
+def _rounded(change: Change) -> set[str]:
+    """The tensors in which a plan does not only select numbers, but works some out."""
+    folds = {fold.weight for fold in change.axes.folds}
+    biases = {bias_of(weight) for weight in change.plan.means}
+    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.born.any()) for lay in lays.values())}
+    return {name for name in folds | biases | grown if name in change.ready.done.values}
 
 
 def _past_parameters(recorded: Capture, parameters: Collection[str]) -> list[Node]:

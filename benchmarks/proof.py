@@ -1,0 +1,181 @@
+"""What the proof on every change costs: seconds of ``apply`` and ``load``, its share, and memory of ``verify``.
+
+    python benchmarks/proof.py
+
+Each measurement runs in a process of its own with one thread; the fastest of several counts. ResNet-50 (random weights,
+224 × 224) and Llama-3.2-1B's sizes (1.24 billion parameters, random weights, float32) lose half of each axis whose cut
+is exact, as in speed.py, and for the Llama also half of its MLP neurons alone; SmolLM2-135M keeps an irregular plan, a
+random share of each MLP and of some groups of heads. The share is that of comparing numbers in float64; recording the
+network at its planned size is not part of it, for that was done before too. ``--source FOLDER`` measures the package of
+another checkout in the same run (it has no proof, so no share).
+
+Memory is the most that a process held (``ru_maxrss``) while it verified a Llama of half a billion parameters in
+bfloat16, above what it held once the model was built, and in all.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import apart
+import torch
+
+JOBS = ("resnet50", "smollm2-135m", "llama-1b", "llama-1b mlp")
+SHARES = {"resnet50": 0.5, "smollm2-135m": 0.25, "llama-1b": 0.25, "llama-1b mlp": 0.25}
+"""The most that the proof may take of ``apply``."""
+
+HALF = {"hidden_size": 1536, "intermediate_size": 6144, "num_hidden_layers": 14, "vocab_size": 32_000}
+HALF |= {"num_attention_heads": 12, "num_key_value_heads": 4, "tie_word_embeddings": True}
+"""The sizes of a Llama of half a billion parameters."""
+
+
+def opened(job: str) -> tuple[torch.nn.Module, dict[str, Any], tuple[Any, ...], float]:
+    """A network, its inputs, and the seconds that loading took, where it is loaded."""
+    import peer
+
+    from regrow.nets import load
+
+    if job == "smollm2-135m":
+        start = time.perf_counter()
+        loaded = load(job)
+        return loaded.model, dict(loaded.example.kwargs), loaded.example.args, time.perf_counter() - start
+    model, args, kwargs = peer.network("speed", job.split()[0])
+    return model, kwargs, args, 0.0
+
+
+def plan_of(job: str, model: torch.nn.Module, axes: Any) -> Any:
+    """Half of everything, half of the MLPs, or an irregular plan."""
+    import peers
+
+    from regrow import Plan
+
+    if job in ("resnet50", "llama-1b"):
+        return peers.halved(model, axes)
+    generator = torch.Generator().manual_seed(0)
+    keep = {}
+    for i, axis in enumerate(axes.units()):
+        if not any(part in axis.key for part in (("mlp",) if job.endswith("mlp") else ("mlp", "self_attn"))):
+            continue
+        share = 0.5 if job.endswith("mlp") else 0.4 + 0.6 * float(torch.rand((), generator=generator))
+        if axis.size > 8 or i % 3 == 0:
+            keep[axis.key] = torch.randperm(axis.size, generator=generator)[: max(1, round(share * axis.size))].tolist()
+    return Plan.keeping(axes, keep)
+
+
+def applying(job: str, saved: Path) -> apart.Row:
+    """Seconds of ``apply``, of the proof in it, and of loading the saved result."""
+    torch.set_num_threads(1)
+    from regrow import apply, trace
+    from regrow.runs import load, save
+
+    model, kwargs, args, loading = opened(job)
+    axes = trace(model, *args, **kwargs)
+    plan = plan_of(job, model, axes)
+    proof = [0.0, 0.0]
+    module = sys.modules[apply.__module__]
+    if hasattr(module, "check_blocks"):
+        real = module.check_blocks
+
+        def timed(change: Any) -> None:
+            wall, cpu = time.perf_counter(), time.process_time()
+            real(change)
+            proof[:] = [time.perf_counter() - wall, time.process_time() - cpu]
+
+        module.check_blocks = timed
+    wall, cpu = time.perf_counter(), time.process_time()
+    model, axes = apply(model, axes, plan)
+    row: apart.Row = {
+        "seconds": round(time.perf_counter() - wall, 2),
+        "cpu_s": round(time.process_time() - cpu, 2),
+        "proof_s": round(proof[0], 2),
+        "proof_cpu_s": round(proof[1], 2),
+        "peak_mib": apart.peak(),
+    }
+    row["share"] = round(proof[1] / row["cpu_s"], 3)
+    if job == "smollm2-135m":
+        save(model, saved)
+        start, cpu = time.perf_counter(), time.process_time()
+        load(saved)
+        row |= {"load_s": round(time.perf_counter() - start, 2), "load_cpu_s": round(time.process_time() - cpu, 2)}
+        row["load_dense_s"] = round(loading, 2)
+    return row
+
+
+def verifying() -> apart.Row:
+    """The memory that ``verify`` takes of a Llama of half a billion parameters in bfloat16, half of its MLPs cut."""
+    torch.set_num_threads(1)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from regrow import Plan, trace, verify
+
+    torch.set_default_dtype(torch.bfloat16)
+    imported = apart.peak()
+    model = LlamaForCausalLM(LlamaConfig(**HALF)).eval()
+    torch.set_default_dtype(torch.float32)
+    axes = trace(model, input_ids=torch.arange(16)[None])
+    keep = {axis.key: range(0, axis.size, 2) for axis in axes.units(only=("mlp",))}
+    plan, held = Plan.keeping(axes, keep), apart.peak()
+    size = sum(one.numel() * one.element_size() for one in model.parameters()) / 2**20
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = verify(model, axes, plan)
+    return {
+        "parameters": sum(one.numel() for one in model.parameters()),
+        "model_mib": round(size, 1),
+        "imported_mib": imported,
+        "before_mib": held,
+        "peak_mib": apart.peak(),
+        "above_imports_mib": round(apart.peak() - imported, 1),
+        "above_model_mib": round(apart.peak() - held, 1),
+        "allowed_mib": round(1.5 * size + 500e6 / 2**20, 1),
+        "ok": found.ok,
+        "max_abs_diff": found.max_abs_diff,
+        "seconds": round(time.perf_counter() - wall, 2),
+        "cpu_s": round(time.process_time() - cpu, 2),
+    }
+
+
+def main() -> None:
+    """Run and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/proof.json"))
+    parser.add_argument("--jobs", nargs="*", default=[*JOBS, "verify"])
+    parser.add_argument("--source", type=Path, help="another checkout, to measure in turns with this one")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=600, help="limit of one process")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        with tempfile.TemporaryDirectory() as folder:
+            apart.tell(verifying() if args.one == "verify" else applying(args.one, Path(folder) / "saved"))
+        return
+    from regrow.store.versions import versions
+
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.exists() else {}
+    result |= {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join(["python", *sys.argv]),
+        "machine": {"cores": os.cpu_count(), "machine": platform.machine(), "load": os.getloadavg()[0]},
+        "versions": versions(),
+        "allowed_share": SHARES,
+    }
+    places = {"this": None} | ({"other": args.source} if args.source else {})
+    for job in args.jobs:
+        rows: dict[str, list[apart.Row]] = {name: [] for name in places}
+        for _ in range(args.repeats):
+            for name, place in places.items():
+                more = {"PYTHONPATH": str(place.resolve() / "src")} if place else {}
+                rows[name].append(apart.run([sys.executable, __file__, "--one", job], args.seconds, environment=more))
+        best = {name: min(turns, key=lambda row: row.get("cpu_s", float("inf"))) for name, turns in rows.items()}
+        result[job] = {name: row | {"all_cpu_s": [r.get("cpu_s") for r in rows[name]]} for name, row in best.items()}
+        print(job, json.dumps(result[job]), flush=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
