@@ -28,6 +28,12 @@ def test_tensors_and_header_come_back(tmp_path):
     assert [one.name for one in tmp_path.iterdir()] == ["x.safetensors"]
 
 
+def test_the_same_tensors_make_the_same_file(tmp_path):
+    for name in "abcdefgh":
+        write_tensors(tmp_path / name, TENSORS, {"step": 3}, "regrow-test/1")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_tensors_that_share_storage_are_written(tmp_path):
     base = torch.arange(4.0)
     write_tensors(tmp_path / "x", {"all": base, "half": base[:2], "again": base}, {}, "f/1")

@@ -195,11 +195,13 @@ class RunFolder:
         """
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
-        self.update(**fields, extension=None, **_now("finished"))
+        self.update(**fields, **_now("finished"))
         if write_page:
             write_page(self.path)
         with replaced(self.out, self.owner) as new:
-            link_tree(self.path, new, skip={"statistics"})
+            link_tree(self.path, new, skip={"statistics", RUN})
+            # The working area keeps it: if this process is killed now, the same command still knows what it has added.
+            RunFolder(new)._write(RUN, {name: value for name, value in self.run().items() if name != "extension"})
         if self.owner:
             self.owner.release()
         return RunFolder(self.out)

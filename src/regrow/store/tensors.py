@@ -37,7 +37,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     plain = {f"t{i}": tensors[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
     whole = {"format": kind, **header, "names": names, "sha256": digest(plain)}
     with written(path) as temporary:
-        save_file(plain, temporary, {"format": "pt", "regrow": json.dumps(whole)})
+        save_file(plain, temporary, {"regrow": json.dumps(whole)})  # two entries would be written in random order
 
 
 def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:

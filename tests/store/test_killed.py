@@ -1,0 +1,196 @@
+"""A command that is killed and run again ends as one that was not: rows, page, files, and nothing beside them."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from regrow import load
+from regrow.cli import code_of
+from regrow.export.formats import exported
+from regrow.runs import RunFolder, save
+from regrow.runs.pruning_run import Settings, run
+
+CLOCK = {"seconds", "started", "finished"}
+PRUNE = "prune toys:classifier --method magnitude --keep 0.6 --source digits --tokens 128 --eval-tokens 64 --no-verify"
+RECOVER = "recover pruned --by refit --tokens 96 --code toys:classifier"
+LEARN = "learn split:digits:2 --model mlp:8 --method naive --epochs 1 --train 60 --test 30"
+CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link"}
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "cli"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def plain(value):
+    """JSON data without the time."""
+    if isinstance(value, dict):
+        return {name: plain(one) for name, one in value.items() if name not in CLOCK}
+    return [plain(one) for one in value] if isinstance(value, list) else value
+
+
+def told(folder):
+    """Everything that a finished run says: its rows in order, and its other files but for page and weights."""
+    found = {"rows": plain(RunFolder.open(folder).metrics())}
+    for path in Path(folder).rglob("*.json"):
+        if ".work" not in path.parts:
+            found[path.relative_to(folder).as_posix()] = plain(json.loads(path.read_text()))
+    return found
+
+
+def killed(words, patch, after):
+    """Run a command that ends right after it has added so many rows to its measurements."""
+    real, left = RunFolder.log, after
+
+    def counted(folder, what, **values):
+        nonlocal left
+        if not left:
+            raise Killed
+        left -= 1
+        real(folder, what, **values)
+
+    with patch.context() as one, pytest.raises(Killed):
+        one.setattr(RunFolder, "log", counted)
+        code_of(words.split())
+
+
+@pytest.mark.parametrize(
+    ("command", "kills"),
+    [(PRUNE, (1, 3)), (f"{PRUNE} --recover refit --recover-tokens 96", (5,)), (RECOVER, (0, 3, 5))],
+    ids=["prune", "prune and recover", "recover"],
+)
+def test_no_row_is_lost_or_repeated(here, monkeypatch, command, kills):
+    if command == RECOVER:
+        assert code_of([*PRUNE.split(), "--out", "pruned"]) == 0
+    assert code_of([*command.split(), "--out", "whole"]) == 0
+    whole = told("whole")
+    for after in kills:
+        killed(f"{command} --out killed-{after}", monkeypatch, after)
+        assert code_of([*command.split(), "--out", f"killed-{after}"]) == 0
+        assert told(f"killed-{after}") == json.loads(json.dumps(whole).replace("--out whole", f"--out killed-{after}"))
+        assert (here / f"killed-{after}" / "report.html").is_file()
+
+
+def test_a_run_killed_while_its_page_is_written_is_not_finished(here, monkeypatch):
+    def dies(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("regrow.reports.write_page", dies)
+        code_of([*LEARN.split(), "--out", "run"])
+    assert [path.name for path in (here / "run").iterdir()] == [".work"]
+    assert code_of([*LEARN.split(), "--out", "run"]) == 0
+    assert "</html>" in (here / "run" / "report.html").read_text() and not (here / "run" / ".work").exists()
+    assert [path.name for path in here.iterdir()] == ["run"]
+
+
+def test_a_page_that_fails_keeps_no_run_from_its_end(here, monkeypatch, capsys):
+    def fails(*_):
+        from regrow.reports import ReportError
+
+        raise ReportError("a page needs jinja2: pip install 'regrow[report]'")
+
+    monkeypatch.setattr("regrow.reports.write_page", fails)
+    assert code_of([*LEARN.split(), "--out", "run"]) == 0
+    assert "no page was written: a page needs jinja2" in " ".join(capsys.readouterr().out.split())
+    assert load("run") is not None and RunFolder.open("run").run()["finished"]
+
+
+def test_a_result_is_readable_while_it_takes_further_tasks(here, monkeypatch):
+    assert code_of([*LEARN.split(), "--classes", "10", "--out", "run"]) == 0
+    before, more = told("run"), ["learn", "--resume", "run", "--task", "permuted:digits:1"]
+    weights = load("run").state_dict()
+    killed(" ".join(more), monkeypatch, 0)
+    assert told("run") == before and (here / "run" / ".work").is_dir()
+    assert all(torch.equal(value, load("run").state_dict()[name]) for name, value in weights.items())
+    assert code_of(more) == 0
+    once = told("run")
+    assert len(once["run.json"]["settings"]["tasks"]) == 2 and "extension" not in once["run.json"]
+    assert [row["what"] for row in once["rows"]] == ["task", "task", "matrix", "task", "matrix"]
+    assert code_of(more[:3]) == 0 and told("run") == once, "nothing to learn, nothing changes"
+
+
+def ends_at(number, work):
+    """Do something in a child process that is killed at its Nth change of a folder; whether it came to its end."""
+    child = os.fork()
+    if not child:
+        count = 0
+
+        def hook(event, _):
+            nonlocal count
+            if event in CHANGES:
+                count += 1
+                if count > number:
+                    os._exit(9)
+
+        sys.addaudithook(hook)
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_a_save_over_a_save_leaves_the_old_or_the_new_model_wherever_it_is_killed(here):
+    def network(seed, width):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(3, width), nn.Linear(width, 2))
+
+    def loaded():
+        for width in (4, 5):
+            try:
+                return load("net", model=network(0, width))[0].weight
+            except ValueError:
+                continue
+        raise AssertionError("neither the old nor the new model loads")
+
+    expected = [network(0, 4)[0].weight, network(1, 5)[0].weight]
+    number, done = 0, False
+    while not done:
+        save(network(0, 4), "net")
+        done = ends_at(number, lambda: save(network(1, 5), "net"))
+        now = loaded()
+        assert any(now.shape == one.shape and torch.equal(now, one) for one in expected)
+        save(network(1, 5), "net")
+        assert torch.equal(loaded(), expected[1]) and [path.name for path in here.iterdir()] == ["net"], number
+        number += 1
+    assert number > 5
+
+
+def test_an_export_that_was_killed_can_be_made_again(here):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    save(LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval(), "model")
+    number, done = 0, False
+    exported("model", "transformers", "net")
+    whole = {path.name: path.read_bytes() for path in Path("net").iterdir()}
+    while not done:
+        done = ends_at(number, lambda: exported("model", "transformers", "net"))
+        assert load("net") is not None
+        exported("model", "transformers", "net")
+        assert {path.name: path.read_bytes() for path in Path("net").iterdir()} == whole
+        assert {path.name for path in here.iterdir()} == {"model", "net"}
+        number += 3
+    assert number > 5
+
+
+def test_two_runs_in_one_folder(here):
+    settings = Settings(
+        "toys:classifier", method="magnitude", sources=("digits",), tokens=64, eval_tokens=32, proof=False
+    )
+
+    def second(*_):
+        with pytest.raises(ValueError, match="being written by another process"):
+            run(settings, "run")
+
+    assert run(settings, "run", second).run()["finished"]
