@@ -37,8 +37,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "cli")]
 
 from crashes.cases import CASES  # noqa: E402
-from crashes.places import Place, contents, differences, state  # noqa: E402
-from crashes.supervised import AFTER, BEFORE, Operation, Outcome, usable  # noqa: E402
+from crashes.places import Place, contents, state  # noqa: E402
+from crashes.supervised import AFTER, BEFORE, Operation, usable  # noqa: E402
 
 OUT = HERE / "results" / "kill_matrix.jsonl"
 Row = dict[str, Any]
@@ -58,22 +58,9 @@ def kills(place: Place, operations: list[Operation], chosen: list[tuple[int, str
             row |= {"as": [same["index"], same["when"]], "faults": same["faults"]}
         else:
             seen[left] = row
-            row |= followed(place)
+            row["faults"], again = place.faults()
+            row["seconds"] = round(again.seconds, 2)
         yield row
-
-
-def followed(place: Place) -> Row:
-    """What is wrong after a kill: at once, and once the command has been run again."""
-    place.keep()
-    faults = [f"at the kill: {what}" for what in [*place.unreadable(), *place.mixed()]]
-    place.reset("kept")  # loading may complete or revert what was under way; running again must do so, too
-    whole = not differences(place.whole, contents(place.root))
-    again = place.go(place.case.after if whole else None)
-    faults += differences(place.whole, contents(place.root))
-    faults += [f"stale {page}" for page in place.stale_pages()]
-    if again.code and not (not faults and again.code == 2):  # it says that all is done
-        faults.append(f"run again: exit code {again.code}: {again.last[:200]}")
-    return {"faults": faults, "seconds": round(again.seconds, 2)}
 
 
 def main() -> None:
@@ -103,7 +90,7 @@ def matrix(asked: argparse.Namespace, work: Path) -> None:
     draw, names = random.Random(asked.seed), asked.case or list(CASES)
     for number, name in enumerate(names):
         place = Place(CASES[name], work / re.sub(r"\W+", "-", name), not asked.no_exchange)
-        first: Outcome = place.prepare()
+        first = place.prepare()
         every = [(index, when) for index in range(len(first.operations)) for when in (BEFORE, AFTER)]
         if asked.sample is not None:
             share = asked.sample * (number + 1) // len(names) - asked.sample * number // len(names)
@@ -143,7 +130,7 @@ def show(path: Path) -> int:
 def _kind(fault: str) -> str:
     if fault.startswith("left over"):
         return "leftover"
-    return "moment" if fault.startswith("at the kill") else "difference"
+    return "moment" if fault.startswith("at once") else "difference"
 
 
 if __name__ == "__main__":

@@ -175,9 +175,9 @@ CASES: dict[str, Case] = {
 
 
 def work(step: Step) -> Callable[[], Any]:
-    """A step as a function: the command line is called as it is from a shell."""
+    """A step as a function that ends as a process does: with an exit code, and in one line if it is refused."""
     if callable(step):
-        return step
+        return lambda: _ended(step)
 
     def command() -> None:
         from regrow.cli import main
@@ -186,6 +186,17 @@ def work(step: Step) -> Callable[[], Any]:
         main()
 
     return command
+
+
+def _ended(step: Callable[[], Any]) -> None:
+    try:
+        step()
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.stderr.write("KeyboardInterrupt\n")
+        sys.exit(130)
 
 
 def network(folder: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import struct
 import sys
@@ -85,27 +86,41 @@ class Place:
 
     def reset(self, kept: str = "first") -> None:
         """Go back to the beginning, or to what was kept."""
-        shutil.rmtree(self.root)
-        shutil.copytree(self.folder / kept, self.root, symlinks=True)
+        for path in self.root.iterdir():
+            shutil.rmtree(path)
+        shutil.copytree(self.folder / kept, self.root, symlinks=True, dirs_exist_ok=True)
 
     def keep(self) -> None:
         """Keep what lies there now as ``kept``."""
         shutil.rmtree(self.folder / "kept", ignore_errors=True)
         shutil.copytree(self.root, self.folder / "kept", symlinks=True)
 
-    def go(self, step: Step | None = None, *, watched: bool = False, act: Act | None = None) -> Outcome:
-        """Run the command, or another step, in a child process."""
+    def go(
+        self,
+        step: Step | None = None,
+        *,
+        watched: bool = False,
+        act: Act | None = None,
+        user: int = 0,
+        interrupt: float = 0.0,
+    ) -> Outcome:
+        """Run the command, or another step, in a child process; as another user, or with Ctrl-C at some time."""
         does, told = work(self.case.command if step is None else step), self.folder / "modules"
 
         def child() -> None:
-            sys.setrecursionlimit(1000)
+            if user:
+                os.setgid(user)
+                os.setuid(user)
             try:
                 does()
             finally:
-                told.write_text(json.dumps(list(sys.modules)))
+                if not user:
+                    told.write_text(json.dumps(list(sys.modules)))
 
         watch = self.root if watched else None
-        outcome = run(child, self.root / "at", self.folder / "text", root=watch, act=act, exchange=self.exchange)
+        text = self.folder / ("text-watched" if watched else "text")  # both may run at once
+        more = {"exchange": self.exchange, "interrupt": interrupt}
+        outcome = run(child, self.root / "at", text, root=watch, act=act, **more)
         if told.is_file():
             _import(json.loads(told.read_text()))
             told.unlink()
@@ -135,6 +150,28 @@ class Place:
         run(lambda: page_again(self.result, again), self.folder, self.folder / "text")
         same = again.is_file() and again.read_bytes() == page.read_bytes()
         return [] if same else [str(page.relative_to(self.root))]
+
+    def faults(self, *, excused: bool = False) -> tuple[list[str], Outcome]:
+        """What is wrong after a command was broken off: at once, and once the same command has been run again.
+
+        Args:
+            excused: Whether an earlier result may be gone, since that is what was done to it.
+
+        Returns:
+            What is wrong, and how the second run went.
+        """
+        self.keep()
+        found = [] if excused else [f"at once: {what}" for what in [*self.unreadable(), *self.mixed()]]
+        self.reset("kept")  # loading may complete or revert what was under way; running again must do so, too
+        there = contents(self.root)
+        whole = not differences(self.whole, there)
+        complete = not differences(_of(self.whole, self.case.result), _of(there, self.case.result))
+        again = self.go(self.case.after if whole else None)
+        found += differences(self.whole, contents(self.root))
+        found += [f"stale {page}" for page in self.stale_pages()]
+        if again.code and not (complete and not found and again.code == 2):  # it may say that all is done
+            found.append(f"run again: exit code {again.code}: {again.last[:200]}")
+        return found, again
 
     def unreadable(self) -> list[str]:
         """Readers that find neither the old nor the new result now; before a first one, they may find none."""
@@ -205,7 +242,7 @@ def _without_clock(path: Path) -> bytes:
                 return _plain(json.loads(data))
             case ".jsonl":
                 return b"\n".join(_plain(json.loads(line)) for line in data.splitlines())
-            case ".safetensors":
+            case ".safetensors" | ".st":
                 size = struct.unpack("<Q", data[:8])[0]
                 return _plain(json.loads(data[8 : 8 + size])) + data[8 + size :]
             case ".html" if (path.parent / "run.json").exists():

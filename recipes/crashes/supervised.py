@@ -115,6 +115,7 @@ def run(
     root: Path | None = None,
     act: Act | None = None,
     exchange: bool = True,
+    interrupt: float = 0.0,
     limit: float = 300.0,
 ) -> Outcome:
     """Run a function in a child process and wait for its end.
@@ -126,24 +127,21 @@ def run(
         root: The folder whose file operations are watched; ``None``: none are.
         act: Called before and after each of them.
         exchange: Whether two names can be exchanged; if not, the kernel says what it says where a file system cannot.
-        limit: Seconds after which it is killed, with code −14.
+        interrupt: Seconds of processor time after which it gets SIGINT, as from Ctrl-C; 0: it gets none.
+        limit: Seconds after which it is ended, with code −14.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     start, outcome = time.monotonic(), Outcome()
     child = os.fork()
     if not child:
-        _child(work, folder, text, root is not None, exchange)
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(child, signal.SIGKILL))
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    try:
-        if root is None:
-            _, status = os.waitpid(child, 0)
-        else:
-            status = _watch(child, root.resolve(), act or (lambda *_: False), outcome)
-    finally:
-        left = signal.setitimer(signal.ITIMER_REAL, 0)[0]
-    outcome.code = -signal.SIGALRM if not left else os.waitstatus_to_exitcode(status)
+        signal.setitimer(signal.ITIMER_REAL, limit)
+        _child(work, folder, text, root is not None, exchange, interrupt)
+    if root is None:
+        _, status = os.waitpid(child, 0)
+    else:
+        status = _watch(child, root.resolve(), act or (lambda *_: False), outcome)
+    outcome.code = os.waitstatus_to_exitcode(status)
     outcome.seconds = time.monotonic() - start
     outcome.text = text.read_text(errors="replace")
     return outcome
@@ -156,7 +154,7 @@ def usable() -> str:
     return ""
 
 
-def _child(work: Callable[[], Any], folder: Path, text: Path, watched: bool, exchange: bool) -> None:
+def _child(work: Callable[[], Any], folder: Path, text: Path, watched: bool, exchange: bool, interrupt: float) -> None:
     """The life of the child; does not return."""
     code = 70
     try:
@@ -167,6 +165,9 @@ def _child(work: Callable[[], Any], folder: Path, text: Path, watched: bool, exc
         os.setsid()
         os.chdir(folder)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if interrupt:
+            signal.signal(signal.SIGVTALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            signal.setitimer(signal.ITIMER_VIRTUAL, interrupt)
         if watched:
             _libc.ptrace(_TRACEME, 0, None, None)
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -113,8 +113,8 @@ def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch
     run(settings, tmp_path / "whole")
     write, seen = learning_run.write_course, []
 
-    def stopping(path: Path, model: Any, learner: Any, course: Course) -> None:
-        write(path, model, learner, course)
+    def stopping(path: Path, model: Any, learner: Any, course: Course, **more: Any) -> None:
+        write(path, model, learner, course, **more)
         seen.append(len(course.events))
         if len(seen) == 6:
             raise KeyboardInterrupt

@@ -67,8 +67,8 @@ def test_killed_and_resumed_is_never_stopped(
     whole = regrow.load(run(settings, tmp_path / "whole").path)
     write, seen = learning_run.write_course, []
 
-    def stopping(path: Path, model: Any, learner: Any, course: Any) -> None:
-        write(path, model, learner, course)
+    def stopping(path: Path, model: Any, learner: Any, course: Any, **more: Any) -> None:
+        write(path, model, learner, course, **more)
         seen.append((course.number, course.epoch, [event["task"] for event in course.events]))
         if len(seen) == 7:
             raise KeyboardInterrupt
@@ -250,7 +250,7 @@ def test_what_cannot_go_on_without_data_is_refused_and_stays_as_it_was(
             run(settings, tmp_path / "run")
     else:
         run(settings, tmp_path / "run")
-    told = tmp_path / "run" / "run.json"
+    told = next((tmp_path / "run").rglob("run.json"))  # of a stopped run it lies in its working area
     if "sequence" in given:
         told.write_text(json.dumps({n: v for n, v in json.loads(told.read_text()).items() if n != "sequence"}))
     before = told.read_bytes()
@@ -260,8 +260,8 @@ def test_what_cannot_go_on_without_data_is_refused_and_stays_as_it_was(
     assert told.read_bytes() == before
 
 
-def stopping(*given: Any) -> None:
-    write_course(*given)
+def stopping(*given: Any, **more: Any) -> None:
+    write_course(*given, **more)
     raise KeyboardInterrupt
 
 

@@ -57,8 +57,8 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
     """From now on a run is interrupted behind these of the checkpoints that it writes."""
     write, seen = searching.write_course, count(1)
 
-    def stopping(*given: Any) -> None:
-        write(*given)
+    def stopping(*given: Any, **more: Any) -> None:
+        write(*given, **more)
         if next(seen) in writes:
             raise KeyboardInterrupt
 

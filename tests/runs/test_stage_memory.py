@@ -90,8 +90,8 @@ def test_a_run_that_goes_on_measures_each_stage_once(
     """Killed behind a warm-up epoch, of the first stage or the second: what was decided there holds."""
     write, seen = searching.write_course, []
 
-    def stopping(*given: Any) -> None:
-        write(*given)
+    def stopping(*given: Any, **more: Any) -> None:
+        write(*given, **more)
         seen.append(given)
         if len(seen) == at:
             raise KeyboardInterrupt

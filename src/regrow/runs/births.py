@@ -1,6 +1,7 @@
 """What a growth does to training: how much of the gradient newborn entries get, and when the loss is back."""
 
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -72,8 +73,8 @@ def watched(events: Sequence[dict[str, Any]], task: int, loss: float) -> None:
     >>> event["recovery_steps"], event["steps_watched"]
     (3, 3)
     """
-    for event in events:
-        if event["task"] == task and not over(event):
+    for event in takewhile(lambda event: event["task"] == task, reversed(events)):
+        if not over(event):
             event["steps_watched"] += 1
             if loss <= event["loss_before"]:
                 event["recovery_steps"] = event["steps_watched"]

@@ -1,7 +1,9 @@
 """Where a sequence of tasks stands, on the disk: a run that is killed goes on where it was, bit for bit."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +13,64 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph, Dim, Product, Sum
 from regrow.learner import Along, Learner
 from regrow.plan import Plan
+from regrow.runs.folder import RunFolder
 from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
 from regrow.store import schemas
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 
-FORMAT = "regrow-course/1"
-_COUNTED = ("number", "epoch", "rows", "before", "events", "sizes", "loss")
+FORMAT, FORMAT_1 = "regrow-course/2", "regrow-course/1"
+_COUNTED = ("number", "epoch", "before", "loss")
+_GROWING = ("rows", "sizes", "events")
 
 
-def write_course(path: Path, model: nn.Module, learner: Learner, course: Course) -> None:
-    """Write a network, what its learner remembers, and what was measured: all of it, or nothing.
+@dataclass(frozen=True)
+class History:
+    """What a run keeps in ``metrics.jsonl`` and ``ledger.json`` alone: the part of a course that grows with its length.
+
+    Args:
+        plans: Every plan that was carried out, in order.
+        rows: The accuracy matrix.
+        sizes: One record per task that is over.
+        events: One record per change of shape, as far as they were logged.
+    """
+
+    plans: Sequence[Plan] = ()
+    rows: Sequence[tuple[float, ...]] = ()
+    sizes: Sequence[dict[str, Any]] = ()
+    events: Sequence[dict[str, Any]] = ()
+
+
+def read_history(folder: RunFolder, events: str) -> History:
+    """The history of a run.
+
+    Args:
+        folder: Its folder.
+        events: What its changes of shape are logged as: ``"growth"`` or ``"commit"``.
+
+    Raises:
+        StoreError: If a file is damaged.
+    """
+    found = folder.metrics()
+    tasks = [dict(row) for row in found if row["what"] == "task"]
+    rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
+    sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
+    changes = [{name: value for name, value in row.items() if name != "what"} for row in found if row["what"] == events]
+    return History(folder.ledger.plans(), rows, sizes, changes)
+
+
+def write_course(path: Path, model: nn.Module, learner: Learner, course: Course, *, logged: int | None = None) -> None:
+    """Write a network, what its learner remembers, and how far it has got: all of it, or nothing.
+
+    Args:
+        path: The file to make or replace.
+        model: The network.
+        learner: Its learner.
+        course: How far it has got.
+        logged: How many events, from the first on, are in the run's :class:`History`, with what was measured of tasks
+            that are over, and all plans: the file leaves those out, so that it does not grow with the number of tasks.
+            ``None``: they are in the file.
 
     Raises:
         StoreError: If the disk is full or does not let us write.
@@ -42,8 +90,10 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course)
         "along": {name: [_plain(one.dims), one.lr] for name, one in learner.tensors.items()},
         "values": learner.values,
         "numbers": numbers,
-        "course": {name: getattr(course, name) for name in _COUNTED},
-        "plans": [json.loads(plan.to_json()) for plan in course.plans],
+        "course": {name: getattr(course, name) for name in (*_COUNTED, *(_GROWING if logged is None else ()))},
+        "plans": len(course.plans) if logged is not None else [json.loads(plan.to_json()) for plan in course.plans],
+        "logged": logged,
+        "open": course.events[logged:] if logged is not None else [],
     }
     write_tensors(path, parts, header, FORMAT)
 
@@ -57,12 +107,14 @@ def tasks_over(path: Path) -> int:
     if not path.is_file():
         return 0
     try:
-        return schemas.convert(read_header(path, FORMAT), schemas.CourseHeader).course.number
+        return schemas.convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader).course.number
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 
 
-def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner) -> tuple[AxisGraph, Course]:
+def read_course(
+    path: Path, model: nn.Module, axes: AxisGraph, learner: Learner, history: History | None = None
+) -> tuple[AxisGraph, Course]:
     """Put a network and its learner where a file says they stood.
 
     Args:
@@ -70,6 +122,7 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
         model: The network as it was first built; changed in place.
         axes: Its axes.
         learner: As it was first built; changed in place.
+        history: What the run keeps elsewhere, if the file leaves it out; it may go further than the file.
 
     Returns:
         The axes as they are now, and what was measured.
@@ -78,11 +131,9 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
         StoreError: If the file is damaged, or is not of this network.
     """
     try:
-        header, tensors = read_tensors(path, FORMAT)
+        header, tensors = read_tensors(path, FORMAT, FORMAT_1)
         record = schemas.convert(header, schemas.CourseHeader)
-        for plan in record.plans:
-            schemas.convert(plan, schemas.Plan)
-        plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
+        plans, told = _counted(record, history or History())
         model, axes = replay(model, axes, plans, learner.attic)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
         for name, value in tensors.items():
@@ -95,21 +146,29 @@ def read_course(path: Path, model: nn.Module, axes: AxisGraph, learner: Learner)
         learner.tensors = {
             name: Along(parts["learner"][name], tuple(map(_dim, dims)), lr) for name, (dims, lr) in record.along.items()
         }
-        told = record.course
-        course = Course(
-            number=told.number,
-            epoch=told.epoch,
-            rows=[tuple(row) for row in told.rows],
-            before=tuple(told.before),
-            plans=plans,
-            events=told.events,
-            sizes=told.sizes,
-            moments=_moments(parts["optimiser"], record.numbers),
-            loss=told.loss,
-        )
+        course = Course(**told, plans=plans, moments=_moments(parts["optimiser"], record.numbers))
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
         raise _damaged(path, error) from None
     return axes, course
+
+
+def _counted(record: schemas.CourseHeader, history: History) -> tuple[list[Plan], dict[str, Any]]:
+    """The plans that were carried out, and the fields of a course but those and its moments."""
+    told = record.course
+    if isinstance(record.plans, int):
+        many, logged = record.plans, record.logged or 0
+        plans, rows, sizes = list(history.plans[:many]), list(history.rows[: told.number]), history.sizes[: told.number]
+        events = [*history.events[:logged], *record.open]
+        for name, found, expected in (("ledger.json", plans, many), ("metrics.jsonl", events[:logged], logged)):
+            if len(found) < expected:
+                raise ValueError(f"{name} holds {len(found)} of the {expected} changes of shape that it goes by")
+    else:
+        for plan in record.plans:
+            schemas.convert(plan, schemas.Plan)
+        plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
+        rows, sizes, events = [tuple(row) for row in told.rows], told.sizes, told.events
+    known = {"number": told.number, "epoch": told.epoch, "before": tuple(told.before), "loss": told.loss}
+    return plans, known | {"rows": rows, "sizes": list(sizes), "events": list(events)}
 
 
 def _damaged(path: Path, error: Exception) -> StoreError:

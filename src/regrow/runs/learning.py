@@ -25,6 +25,8 @@ from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Task
 
 SCENARIOS = ("domain", "class", "task")
+PROBED = 20
+"""Of how many tasks at most accuracy is taken before and after a change of shape: a long run would do little else."""
 
 Around = Callable[[Stand, int], AbstractContextManager[None]]
 """(where it stands, number of the step in its epoch) → what the step is taken inside."""
@@ -225,11 +227,11 @@ def _change(
     Returns:
         Name of a parameter → which of its entries are newborn; nothing if none are.
     """
-    probe = next(at.task.test.batches(256))
-    before, logits = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
+    probe, asked = next(at.task.test.batches(256)), probed(at.number)
+    before, logits = _past(at, tasks, learner, schedule, asked), _answers(at, learner, probe.inputs)
     old, there = at.axes, births.entries(at)
     changed(at, learner, plan, movers)
-    after, moved = _past(at, tasks, learner, schedule), _answers(at, learner, probe.inputs)
+    after, moved = _past(at, tasks, learner, schedule, asked), _answers(at, learner, probe.inputs)
     course.plans.append(plan)
     course.events.append(
         {
@@ -241,6 +243,7 @@ def _change(
             "back": list(plan.back),
             "restored": {key: n for key, change in plan.changes.items() if (n := len(change.restore))},
             "stood": bool(plan.origin.get("stood")),
+            **({"asked": asked} if len(asked) <= at.number else {}),
             "accuracy_before": before,
             "accuracy_after": after,
             "shock": fmean(a - b for a, b in zip(before, after, strict=True) if not isnan(a)),
@@ -305,16 +308,29 @@ def accuracies(
 _NO_AXES = AxisGraph({}, {}, frozenset())
 
 
-def _past(at: Stand, tasks: Sequence[Task], learner: Learner, schedule: Schedule) -> list[float]:
-    """Accuracy on each task so far, in the middle of one."""
+def probed(number: int) -> list[int]:
+    """Of which tasks so far accuracy is taken when the network's shape changes: all, or some evenly apart.
+
+    >>> probed(2), len(probed(500)), probed(500)[:3], probed(500)[-1]
+    ([0, 1, 2], 20, [0, 26, 53], 500)
+    """
+    return (
+        sorted({round(i * number / (PROBED - 1)) for i in range(PROBED)}) if number >= PROBED else [*range(number + 1)]
+    )
+
+
+def _past(at: Stand, tasks: Sequence[Task], learner: Learner, schedule: Schedule, asked: Sequence[int]) -> list[float]:
+    """Accuracy on tasks so far, in the middle of one."""
 
     def ask(inputs: Tensor) -> Tensor:
         return learner.asked(at, inputs)
 
     with torch.no_grad(), standing_in(at.model, learner.standing(at)):
         return [
-            nan if task.gone else share_right(at.model, task.test, _choice(schedule, tasks, at.number, number), ask=ask)
-            for number, task in enumerate(tasks[: at.number + 1])
+            nan
+            if tasks[i].gone
+            else share_right(at.model, tasks[i].test, _choice(schedule, tasks, at.number, i), ask=ask)
+            for i in asked
         ]
 
 

@@ -23,7 +23,7 @@ from regrow.nets.small import origin_of_small, small
 from regrow.progress import Progress, silent
 from regrow.runs.births import over
 from regrow.runs.checks import LEARN, check_settings
-from regrow.runs.courses import read_course, tasks_over, write_course
+from regrow.runs.courses import read_course, read_history, tasks_over, write_course
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, accuracies, learn
 from regrow.runs.record import convert_settings, set_words
@@ -222,19 +222,25 @@ def _go_on(
     folder.update(sequence=_known(settings, tasks))
     course, place = Course(), folder.path / COURSE
     if folder.resumed and place.is_file():
-        axes, course = read_course(place, model, axes, learner)
+        axes, course = read_course(place, model, axes, learner, read_history(folder, "growth"))
+    folder.ledger.keep(len(course.plans))
+    plans, events, over = len(folder.ledger), 0, 0
 
     def tell(now: Course) -> None:
-        for i, event in enumerate(now.events[: _settled(now)]):
-            folder.log("growth", number=i, **event)
-        for i in range(now.number):
+        nonlocal plans, events, over
+        for plan in now.plans[plans:]:
+            folder.ledger.append(plan)
+        for i in range(events, settled := _settled(now)):
+            folder.log("growth", number=i, **now.events[i])
+        for i in range(over, now.number):
             folder.log("task", name=tasks[i].name, accuracy=list(now.rows[i]), **now.sizes[i])
+        plans, events, over = len(now.plans), settled, now.number
 
     def keep(now: Course, _: AxisGraph) -> None:
-        write_course(place, model, learner, now)
         tell(now)
+        write_course(place, model, learner, now, logged=events)
 
-    tell(course)  # the run may have been killed between storing and telling
+    tell(course)  # version 0.1 stores before it logs
     if len(course.before) < len(tasks):
         # Tasks have come since: what an untrained network knows of them is measured anew.
         row = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)

@@ -20,6 +20,7 @@ from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/1"
 _LONGEST = 2**30
+_HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,32 @@ class Ledger:
         return tuple(plans)
 
     def append(self, plan: Plan) -> None:
-        """Add a plan at the end.
+        """Add a plan at the end; the plans before it are not read.
 
         Raises:
-            StoreError: If the file is damaged, or the disk is full; the file is then as it was.
+            StoreError: If the file is no ledger, or the disk is full; the file is then as it was.
         """
-        entries = [*self._entries(), json.loads(plan.to_json())]
-        lines = ",\n".join(json.dumps(entry) for entry in entries)
-        write_text(self.path, f'{{"format": "{FORMAT}", "plans": [\n{lines}\n]}}\n')
+        line = json.dumps(json.loads(plan.to_json()))
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        if text.startswith(_HEAD) and text.endswith(_TAIL) and len(_HEAD + _TAIL) < len(text) < _LONGEST:
+            write_text(self.path, f"{text.removesuffix(_TAIL)},\n{line}{_TAIL}")
+        else:
+            self._write([*map(json.dumps, self._entries()), line])
+
+    def keep(self, many: int) -> None:
+        """Take off every plan behind the first so many: those of work that a killed process did not store.
+
+        Raises:
+            StoreError: As :meth:`append`.
+        """
+        entries = self._entries()
+        if len(entries) > many == 0:
+            self.path.unlink()
+        elif len(entries) > many:
+            self._write(list(map(json.dumps, entries[:many])))
+
+    def _write(self, lines: list[str]) -> None:
+        write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
 
     def __len__(self) -> int:
         return len(self._entries())

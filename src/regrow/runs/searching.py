@@ -31,7 +31,7 @@ from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
 from regrow.runs import front, latencies, spaces, stage_memory
 from regrow.runs.checks import SEARCH, check_settings
-from regrow.runs.courses import read_course, write_course
+from regrow.runs.courses import read_course, read_history, write_course
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, changed, learn
 from regrow.runs.record import RUN, convert_settings, set_words
@@ -218,13 +218,19 @@ def _searched(
     """The network that a search leaves, as a plain network, and how to build it."""
     place, course = folder.path / COURSE, Course()
     if folder.resumed and place.is_file():
-        axes, course = read_course(place, model, axes, learner)
+        axes, course = read_course(place, model, axes, learner, read_history(folder, "commit"))
+    folder.ledger.keep(len(course.plans))
     if learner.values.get("recomputed"):
         cast(Staged, model).recomputed = True
+    plans, events = len(folder.ledger), 0
 
     def tell(now: Course, unfinished: int = 0) -> None:
-        for i, event in enumerate(now.events):
-            folder.log("commit", number=i, **event)
+        nonlocal plans, events
+        for plan in now.plans[plans:]:
+            folder.ledger.append(plan)
+        for i in range(events, len(now.events)):
+            folder.log("commit", number=i, **now.events[i])
+        plans, events = len(now.plans), len(now.events)
         for row in learner.values.get("history", []):
             folder.log("epoch", **row)
         rows = [*learner.values.get("memory", {}).values()]
@@ -235,10 +241,12 @@ def _searched(
         if now.epoch:
             at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs, seed=settings.seed)
             front.passed(folder, learner, at, origin)
-        write_course(place, model, learner, now)
         tell(now, unfinished=1)  # more may be seen of the last stage's memory
+        if "history" in learner.values:
+            del learner.values["history"][:-1]  # what is logged need not be stored, too
+        write_course(place, model, learner, now, logged=events)
 
-    tell(course, unfinished=1)  # the run may have been killed between storing and telling
+    tell(course, unfinished=1)  # version 0.1 stores before it logs
     if settings.epochs:
         schedule = settings.schedule(settings.epochs, "constant")
         more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}

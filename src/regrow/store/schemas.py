@@ -180,11 +180,11 @@ class Course(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     number: Count
     epoch: Count
-    rows: list[list[Any]]
     before: list[Any]
-    events: list[dict[str, Any]]
-    sizes: list[dict[str, Any]]
     loss: float | None = None
+    rows: list[list[Any]] = []
+    events: list[dict[str, Any]] = []
+    sizes: list[dict[str, Any]] = []
 
 
 class CourseHeader(msgspec.Struct, frozen=True):
@@ -194,7 +194,9 @@ class CourseHeader(msgspec.Struct, frozen=True):
     values: dict[str, Any]
     numbers: dict[str, float]
     course: Course
-    plans: list[dict[str, Any]]
+    plans: list[dict[str, Any]] | Count
+    logged: Count | None = None
+    open: list[dict[str, Any]] = []
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True):

@@ -1,0 +1,236 @@
+"""Long runs: what grows with the number of tasks or commits, and what does not.
+
+    python recipes/soak.py                       a stream of 200 tasks, and a search with 200 commits; about 6 minutes
+    python recipes/soak.py --only learn --many 60 --out FILE
+    python recipes/soak.py --show                the table of what is committed
+
+After every second task (or commit of the search) a row is taken of the process, with all garbage collected and freed
+memory given back to the system:
+
+* ``resident``: resident memory less the bytes of the network, of the tensors of its learner (masks, factors,
+  preconditioners), of gradients and of the optimizer's moments;
+* ``files``: open files; ``threads``; ``temporary``: files in the run folder whose names begin with a dot;
+* ``seconds`` of processor time per task (commit) since the row before;
+* ``state``: bytes of the file that a killed run resumes from, less the tensors in it; ``metrics`` and ``ledger``:
+  bytes of those files.
+
+Fitted to the rows from the twenty-first on, by the median of slopes (Theil and Sen): what each gains per 100, also as
+a share of its median.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import resource
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from dataclasses import is_dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
+
+OUT = Path(__file__).parent / "results" / "soak.json"
+EVERY, FIRST = 2, 20
+CONSTANT = ("resident", "files", "threads", "temporary", "seconds", "state")
+LINEAR = ("metrics", "ledger")
+Row = dict[str, float]
+
+
+class Watch:
+    """Takes a row whenever the run has stored one more task or commit.
+
+    Args:
+        folder: The run folder.
+        what: The kind of row in ``metrics.jsonl`` that is counted.
+    """
+
+    def __init__(self, folder: Path, what: str) -> None:
+        self.folder, self.what, self.rows = folder, f'"what": "{what}"'.encode(), list[Row]()
+        self.size = self.count = 0
+        self.began = cpu()
+
+    def __call__(self, done: int, total: int, what: str) -> None:
+        """What a run calls as it goes on."""
+        metrics = self.find("metrics.jsonl")
+        if metrics is None or metrics.stat().st_size == self.size:
+            return
+        self.size = metrics.stat().st_size
+        count = metrics.read_bytes().count(self.what)
+        if count < self.count + EVERY:
+            return
+        spent, many, self.count = cpu() - self.began, count - self.count, count
+        self.rows.append({"count": count, "seconds": spent / many, **self.taken()})
+        left = (time.monotonic() - START) / max(done, 1) * (total - done)
+        if count % 20 == 0:
+            print(f"{what}: {self.rows[-1]}, {left:.0f} s left", flush=True)
+        self.began = cpu()
+
+    def find(self, name: str) -> Path | None:
+        """A file of the run, wherever unfinished work is kept."""
+        return next((path for path in sorted(self.folder.rglob(name)) if path.stat().st_size), None)
+
+    def taken(self) -> Row:
+        """What there is now."""
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        course = self.find("course.safetensors")
+        return {
+            "resident": pages * resource.getpagesize() - working_bytes(),
+            "files": len(list(Path("/proc/self/fd").iterdir())),
+            "threads": len(list(Path("/proc/self/task").iterdir())),
+            "temporary": sum(path.name.startswith(".") for path in self.folder.rglob("*") if path.is_file()),
+            "state": header_bytes(course) if course else 0,
+            "metrics": self.size,
+            "ledger": ledger.stat().st_size if (ledger := self.find("ledger.json")) else 0,
+        }
+
+
+def header_bytes(path: Path) -> int:
+    """How much of a tensor file is not tensors."""
+    with path.open("rb") as file:
+        return 8 + int(struct.unpack("<Q", file.read(8))[0])
+
+
+def working_bytes() -> int:
+    """Bytes of networks, gradients, what learners keep, and moments of optimizers: all that live in this process."""
+    import torch
+
+    from regrow.learner import Learner
+
+    found: dict[int, int] = {}
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            storage = value.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            add(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for one in value:
+                add(one)
+        elif is_dataclass(value):
+            add(list(vars(value).values()))
+
+    for one in gc.get_objects():
+        kind = type(one)  # isinstance would wake what torch makes when it is first asked for
+        if issubclass(kind, torch.nn.Module):
+            for tensor in (*one.parameters(recurse=False), *one.buffers(recurse=False)):
+                add(tensor)
+                add(tensor.grad)
+        elif issubclass(kind, Learner):
+            add(vars(one))
+        elif issubclass(kind, torch.optim.Optimizer):
+            add(dict(one.state))
+    return sum(found.values())
+
+
+def cpu() -> float:
+    """Seconds of processor time of this process so far."""
+    return time.process_time()
+
+
+def settled(rows: list[Row]) -> list[Row]:
+    """The rows behind the first tasks, in which caches fill."""
+    return [row for row in rows if row["count"] > FIRST]
+
+
+def slope(rows: list[Row], name: str) -> float:
+    """The median of all slopes between two rows, per 100."""
+    points = [(row["count"], row[name]) for row in settled(rows)]
+    pairs = ((a, b) for a, b in combinations(points, 2) if a[0] != b[0])
+    return 100 * statistics.median((b[1] - a[1]) / (b[0] - a[0]) for a, b in pairs)
+
+
+def bend(rows: list[Row], name: str) -> float:
+    """How much steeper the last half grows than the first: 0 for a line, 1 for a parabola."""
+    rows = settled(rows)
+    half = [rows[: len(rows) // 2], rows[len(rows) // 2 :]]
+    gains = [(part[-1][name] - part[0][name]) / (part[-1]["count"] - part[0]["count"]) for part in half]
+    return gains[1] / gains[0] - 1 if gains[0] else 0.0
+
+
+def learn(many: int, folder: Path) -> list[Row]:
+    """A stream of so many small tasks."""
+    from regrow.runs.learning_run import Settings, run
+
+    settings = Settings(
+        (f"permuted:digits:{many}",), "mlp:100-100", "sparsegrow", {"width": 0.01, "multiple": 1, "cap": 1000},
+        epochs=2, train=96, test=32, batch_size=32, lr=0.05,
+    )  # fmt: skip
+    watch = Watch(folder, "task")
+    run(settings, folder, watch)
+    return watch.rows
+
+
+def search(many: int, folder: Path) -> list[Row]:
+    """A search that changes the network's shape so many times."""
+    from regrow.runs.searching import Settings, run
+
+    settings = Settings(
+        "mlp:400-400", "digits", "0.1", method_settings={"warm": 1, "every": 1, "levels": ["filters"]},
+        epochs=round(1.3 * many), retrain=1, train=96, test=32, batch_size=48, stages=1,
+    )  # fmt: skip
+    watch = Watch(folder, "commit")
+    run(settings, folder, watch)
+    return watch.rows
+
+
+RUNS = {"learn": learn, "search": search}
+START = time.monotonic()
+
+
+def main() -> None:
+    """Run, fit and store; or print what is committed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=list(RUNS))
+    parser.add_argument("--many", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--show", action="store_true")
+    asked = parser.parse_args()
+    found: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out.is_file() else {}
+    for name in () if asked.show else [asked.only] if asked.only else RUNS:
+        with tempfile.TemporaryDirectory() as work:
+            rows = RUNS[name](asked.many, Path(work) / "run")
+        found[name] = {"day": time.strftime("%Y-%m-%d"), "many": rows[-1]["count"], **fitted(rows), "rows": rows[::5]}
+        asked.out.write_text(json.dumps(found, indent=1) + "\n")
+    show(found)
+
+
+def fitted(rows: list[Row]) -> dict[str, Any]:
+    """What each quantity gains per 100, and whether what grows does so along a line."""
+    medians = {name: statistics.median(row[name] for row in settled(rows)) for name in (*CONSTANT, *LINEAR)}
+    return {
+        "median": medians,
+        "gain per 100": {name: round(slope(rows, name), 4) for name in (*CONSTANT, *LINEAR)},
+        "bend": {name: round(bend(rows, name), 3) for name in LINEAR},
+    }
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print the table."""
+    print("| run | quantity | median | gain per 100 | of the median | bend |\n|" + "---|" * 6)
+    for run, told in found.items():
+        for name in (*CONSTANT, *LINEAR):
+            median, gain = told["median"][name], told["gain per 100"][name]
+            share = f"{gain / median:+.1%}" if median else "–"
+            cells = [
+                f"{run}, {told['many']}",
+                name,
+                f"{median:,.4g}",
+                f"{gain:,.4g}",
+                share,
+                told["bend"].get(name, ""),
+            ]
+            print("| " + " | ".join(map(str, cells)) + " |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
