@@ -43,7 +43,7 @@ from malformed.mutations import VALUES  # noqa: E402
 
 OUT = HERE / "results" / "malformed_inputs.jsonl"
 SECONDS, BYTES = 10.0, 2**30
-WAITING = 120.0  # on a machine with other work
+WAITING = 900.0  # on a machine with other work
 _CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
@@ -134,7 +134,7 @@ def forked(work: Callable[[], int], said: Path) -> Outcome:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    asleep, spent, looked = 0.0, 0.0, time.monotonic()
+    asleep, longest, spent, looked = 0.0, 0.0, 0.0, time.monotonic()
     while True:
         done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
@@ -143,6 +143,7 @@ def forked(work: Callable[[], int], said: Path) -> Outcome:
         now = time.monotonic()
         state, busy = _state(child)
         asleep = asleep + now - looked if state in "SD" and busy == spent else 0.0
+        longest = max(longest, asleep)
         spent, looked = busy, now
         if busy > SECONDS + 2 or asleep > SECONDS + 2 or now - began > WAITING:
             os.kill(child, signal.SIGKILL)

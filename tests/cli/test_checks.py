@@ -12,7 +12,7 @@ from cli.conftest import Run
 from regrow.errors import InputError, ResourceError
 from regrow.nets import ModelError
 from regrow.nets.devices import usable_device
-from regrow.nets.files import check_config, check_gguf, check_safetensors
+from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
 from regrow.nets.small import small
 from regrow.runs import checks, learning_run, pruning_run, searching
 
@@ -131,6 +131,13 @@ def test_weights_that_are_no_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.safetensors")
     with pytest.raises(ModelError, match=r"is a pipe \(FIFO\); give a regular file"):
         check_safetensors(tmp_path / "model.safetensors")
+
+
+def test_a_folder_with_a_pipe_for_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    os.mkfifo(tmp_path / "tokenizer_config.json")
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json is a pipe"):
+        check_files(tmp_path)
 
 
 def _gguf(pairs: int = 1, tensors: int = 1, length: int = 1, many: int = 2, size: int = 4) -> bytes:

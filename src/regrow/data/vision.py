@@ -239,6 +239,8 @@ def _opened(file: Path) -> Any:
                 return opened.convert("RGB")
     except SourceError:
         raise
+    except InputError as error:
+        raise SourceError(str(error)) from error
     except Image.DecompressionBombError:
         raise SourceError(f"{file} has more than the {MAX_PIXELS:,} pixels that are read; scale it down") from None
     except Exception as error:  # decoders of damaged files raise anything

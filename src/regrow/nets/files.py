@@ -12,6 +12,7 @@ from regrow.limits import MAX_LAYERS, MAX_WIDTH, check_memory, check_regular, re
 from regrow.nets.errors import ModelError, first_line
 
 _SIZES = re.compile(r"(size|dim|dims|width|widths|heads?|hidden|channels|embd|experts|inner|positions|groups|labels)$")
+_READ = frozenset({".json", ".jsonl", ".jinja", ".txt", ".model", ".safetensors"})
 _LAYERS = re.compile(r"(layers?|blocks|depths?)$")
 _BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 
@@ -39,6 +40,20 @@ def check_safetensors(file: Path) -> dict[str, int]:
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file} is truncated or damaged ({first_line(error)}); copy or download it again") from None
     return counts
+
+
+def check_files(folder: Path) -> None:
+    """Assert that what a model's folder holds by way of settings, words and weights are regular files.
+
+    Raises:
+        ModelError: Naming the first that is not: opening a FIFO would wait for ever.
+    """
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ:
+            try:
+                check_regular(path)
+            except InputError as error:
+                raise ModelError(str(error)) from error
 
 
 def check_weights(files: list[Path], name: str, width: int | None) -> None:

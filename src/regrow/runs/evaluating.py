@@ -12,6 +12,7 @@ from regrow.axes import Example
 from regrow.nets import Loaded, ModelError
 from regrow.nets.code import called, check_code, imported
 from regrow.nets.examples import read_shape, shaped_example
+from regrow.nets.files import check_files
 from regrow.progress import Progress, silent
 from regrow.runs.checks import EVALUATE, check_numbers
 from regrow.runs.example_inputs import input_of
@@ -115,6 +116,7 @@ def loaded_from(settings: Settings, progress: Progress = silent, code: str = "")
         check_code(settings.model, False, code)
         return load_model(settings, progress)
     settings.check()
+    check_files(folder)
     recorded = store.read_shapes(folder).origin
     try:
         check_code(recorded.reference, recorded.kind == "callable", code)
