@@ -16,6 +16,7 @@ An input is a command of ``malformed/commands.py`` with one option changed, or o
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -220,13 +221,17 @@ def message(outcome: Outcome) -> str:
     return re.sub(r"\d[\d,.e+]*", "N", line)[:200]
 
 
+LOADED = (
+    "gguf", "jinja2", "matplotlib.pyplot", "onnx", "sklearn.datasets", "torch", "torchvision.models", "toys",
+    "transformers", "regrow.cli.boundary", "regrow.export.formats", "regrow.export.gguf", "regrow.export.onnx",
+    "regrow.export.transformers", "regrow.reports", "regrow.runs.evaluating", "regrow.runs.learning_run",
+    "regrow.runs.pruning_run", "regrow.runs.recovery_run", "regrow.runs.searching",
+)  # fmt: skip
+"""What is imported once, before anything is forked."""
+
+
 def rows(found: list[Input], source: Path) -> Iterator[tuple[Input, Outcome, list[str]]]:
     """Try all inputs, one after the other."""
-    import torch  # noqa: F401
-    import toys  # noqa: F401
-    import transformers  # noqa: F401
-    from sklearn.datasets import load_digits  # noqa: F401
-
     from regrow.cli import code_of
 
     said = source / f"said-{os.getpid()}.txt"
@@ -323,6 +328,8 @@ def main() -> None:
         out = told.out.resolve() if told.case is None else source / "cases.jsonl"
         done = {row["number"] for row in read(out)} if told.case is None else set()
         left = [number for number in told.case or range(told.count) if number not in done]
+        for module in LOADED:
+            importlib.import_module(module)
         workers = []
         for i in range(told.jobs):
             if not (child := os.fork()):

@@ -102,7 +102,7 @@ def settings(pairs: Iterable[str]) -> dict[str, Any]:
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
-            raise click.UsageError(f"--set takes NAME=VALUE; got {pair!r}")
+            raise click.UsageError(f"--set takes NAME=VALUE, got {pair!r}; for example --set minimum=2")
         try:
             found[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -97,12 +97,12 @@ def read_run(path: Path) -> RunFolder:
     if not (path / "run.json").is_file() and (path / WORK / "run.json").is_file():
         path = path / WORK  # it is not finished
     if not (path / "run.json").is_file():
-        raise ReportError(f"{path} is not a run folder: it has no run.json")
+        raise ReportError(f"{path} is not a run folder (no run.json); give the folder of a run")
     problems: list[str] = []
     run = _json(path / "run.json", problems)
     if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
-        why = problems[0] if problems else f"expected the format {RUN_FORMAT!r}"
-        raise ReportError(f"{path / 'run.json'} cannot be read: {why}")
+        why = problems[0].removesuffix("; left out") if problems else f"expected the format {RUN_FORMAT!r}"
+        raise ReportError(f"{path / 'run.json'} cannot be read ({why}); restore it")
     folder = RunFolder(path, run, problems=problems)
     searched = run.get("verb") == "search"
     needed = ABSENT_SEARCHING if searched else ABSENT_LEARNING if run.get("verb") == "learn" else ABSENT

@@ -85,7 +85,7 @@ def evaluated(
             result["perplexity"].append(one.record())
     for file in choices:
         if loaded.tokenizer is None:
-            raise ValueError(f"{file}: multiple choice needs a language model with a tokenizer")
+            raise ValueError(f"--choices {file} needs a tokenizer, and {model} has none; leave it out")
         found = evaluation.choices(
             loaded.model, loaded.tokenizer, evaluation.items_in(file, items), task=file.name.split(".")[0]
         )

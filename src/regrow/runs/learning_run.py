@@ -18,6 +18,7 @@ from regrow.axes import AxisGraph
 from regrow.data import MissingError, SourceError, streams
 from regrow.learner import Learner, Stand
 from regrow.methods import learner_entry
+from regrow.nets.files import check_files
 from regrow.nets.loaded import Origin
 from regrow.nets.small import origin_of_small, small
 from regrow.progress import Progress, silent
@@ -158,6 +159,8 @@ def extend(
     Raises:
         ValueError: If the folder is no learning run, or a sequence is not usable.
     """
+    if Path(out).is_dir():
+        check_files(Path(out))
     done = cleared(Path(out))
     folder = RunFolder.started(out) or RunFolder.open(out)
     told = folder.run()

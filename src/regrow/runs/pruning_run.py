@@ -108,7 +108,7 @@ class Settings:
         check_settings(self, PRUNE)
         if self.dtype and self.dtype not in DTYPES:
             raise InputError(
-                f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}; leave it out for as stored"
+                f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}; leave it out to keep the model's own"
             )
         usable_device(self.device)
 
