@@ -8,7 +8,7 @@ from torch import nn
 from regrow.axes import AxisGraph, Example
 from regrow.tracing.branches import offered, with_branches
 from regrow.tracing.caches import caches
-from regrow.tracing.capture import TraceError, capture, example_of
+from regrow.tracing.capture import TraceError, capture, example_of, first_line
 from regrow.tracing.graph import assemble
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
@@ -47,7 +47,14 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
     """
     check_traceable(model)
     with preserve_state(model, entries=True):
-        return with_remedies(model, _traced(model, example_of(model, args, kwargs)))
+        try:
+            return with_remedies(model, _traced(model, example_of(model, args, kwargs)))
+        except TraceError:
+            raise
+        except Exception as error:
+            problem = f"regrow failed on {type(model).__name__}: {type(error).__name__}: {first_line(error)}"
+            remedy = "name the axes yourself with regrow.declare, and please report this: it is a fault of regrow"
+            raise TraceError(f"{problem}; {remedy}") from error
 
 
 def _traced(model: nn.Module, example: Example) -> AxisGraph:

@@ -291,6 +291,8 @@ class _Recorder(ProxyTorchDispatchMode):
     def _node(self, x: Tensor) -> Node:
         """The node of a tensor; one that no operation made is a constant."""
         if x not in self.nodes:
+            if torch._C._functorch.is_functorch_wrapped_tensor(x):
+                raise RuntimeError("it runs inside torch.func (vmap, grad), whose tensors cannot be recorded")
             self._constant(x, own=True)
         return self.nodes[x]
 

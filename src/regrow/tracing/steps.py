@@ -228,6 +228,8 @@ def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Itera
         value = constants.get(node)
         if value is None or value.is_meta or isinstance(value, FakeTensor):
             continue
-        flat = value.detach().cpu().double().flatten()
+        value = value.detach().cpu()
+        value = value if value.layout is torch.strided else value.to_dense()
+        flat = (torch.view_as_real(value.resolve_conj()) if value.is_complex() else value).double().flatten()
         entries = flat.tolist() if len(flat) <= 64 else (len(flat), zlib.crc32(flat.numpy().tobytes()))
         yield from map(_plain, entries)

@@ -276,9 +276,12 @@ def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> An
     if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         rule = pointwise
     if rule is not None and shape_of(node) is not None:
-        dims = rule(w, node)
-        _assert_sizes(node, dims)
-        return dims
+        try:
+            dims = rule(w, node)
+            _assert_sizes(node, dims)
+            return dims
+        except _MISFITS:
+            pass  # a form of the operation that the rule does not know: it counts as one without a rule
     if name.startswith("_assert"):
         return None
     free = [expr for one in node.all_input_nodes for expr in _all_dims(w.dims[one]) if d.is_free(expr)]
@@ -286,8 +289,11 @@ def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> An
         reason = w.why(node, "an operation without a rule reads it")
         for expr in free:
             d.freeze(expr, reason)
-        w.notes.append(f"no rule for {node.target} in {module_of(node) or 'the model'}: what it reads is frozen")
+        w.notes.append(f"no rule fits {node.target} in {module_of(node) or 'the model'}: what it reads is frozen")
     return w.fresh(node, f"made by {name}")
+
+
+_MISFITS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 def _all_dims(dims: Any) -> list[Expr]:

@@ -1,0 +1,1 @@
+"""Networks that tracing could get wrong, and masking by hand to find out."""

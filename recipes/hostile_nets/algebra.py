@@ -1,0 +1,418 @@
+"""Networks of unusual products, norms, attention, functions with gradients of their own, complex numbers."""
+
+import math
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hostile_nets.build import UP, Built, Family, Net, middle, vectors, width
+from hostile_nets.masking import layer_norm, read
+
+DOWN = "down.weight:1"
+
+# --- products --------------------------------------------------------------------------------------------------------
+
+
+def by_einsum(random: Random) -> Built:
+    """Layers spelled as sums over letters."""
+    n, k = width(random), random.randint(2, 4)
+    kind = random.choice(("plain", "experts", "three", "ellipsis", "diagonal", "bilinear", "trace"))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = read(torch.einsum("bi,oi->bo", x, m.up).relu(), -1, "up:0")
+        if kind == "plain":
+            return torch.einsum("bo,po->bp", h, m.down)
+        if kind == "experts":
+            each = torch.einsum("bo,eop->bep", h, m.cube)
+            return torch.einsum("bep,be->bp", each, torch.einsum("bo,eo->be", h, m.gate).softmax(-1))
+        if kind == "three":
+            return torch.einsum("bo,eop,be->bp", h, m.cube, x[:, :k])
+        if kind == "ellipsis":
+            return torch.einsum("...o,po->...p", h[:, None], m.down)
+        if kind == "diagonal":
+            return torch.einsum("oo,bo,po->bp", m.square, h, m.down)
+        if kind == "bilinear":
+            return torch.einsum("bo,eop,bo->bp", h, m.cube, h)
+        return torch.einsum("bo,bo->b", h, h)[:, None]
+
+    shapes = {"up": (n, 5), "down": (3, n), "cube": (k, n, 3), "gate": (k, n), "square": (n, n)}
+    return Built(Net(run, **{name: nn.Parameter(torch.zeros(s)) for name, s in shapes.items()}), (vectors(random),))
+
+
+def units_meet_units(random: Random) -> Built:
+    """Products of activations with activations."""
+    n = width(random)
+    kind = random.choice(("outer", "gram", "bilinear", "distance", "cosine", "dot", "kron", "square"))
+    outs = {"outer": 2 * n, "bilinear": 4, "kron": 2 * n}
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        h = h.tanh()
+        if kind == "outer":
+            return (h[:, :, None] * m.two(h.new_ones(len(h), 1))[:, None, :]).flatten(1)
+        if kind == "gram":
+            r = read(h, -1, UP)
+            return (r @ r.t()) @ h
+        if kind == "bilinear":
+            return m.bi(read(h, -1, UP), read(h, -1, UP))
+        if kind == "distance":
+            r = read(h, -1, UP)
+            return h * torch.cdist(r, r).sum(-1, keepdim=True)
+        if kind == "cosine":
+            return h * F.cosine_similarity(read(h, -1, UP), read(h.flip(0), -1, UP), dim=-1)[:, None]
+        if kind == "dot":
+            return h * (read(h, -1, UP) * read(h, -1, UP)).sum(-1, keepdim=True)
+        if kind == "kron":
+            return torch.stack([torch.kron(row, m.other) for row in h])
+        return h * h.square()
+
+    parts = {"other": nn.Parameter(torch.zeros(2)), "two": nn.Linear(1, 2), "bi": nn.Bilinear(n, n, 4)}
+    places = {"bilinear": DOWN, "outer": DOWN, "kron": DOWN}
+    return middle(act, random, n, outs.get(kind, n), places.get(kind, UP), **parts)
+
+
+class Straight(torch.autograd.Function):
+    """Rounds, and hands gradients on."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Whole eighths."""
+        return (x * 8).round() / 8
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """As if nothing had been done."""
+        return grad
+
+
+class Times(torch.autograd.Function):
+    """A linear layer with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        """X Wᵀ."""
+        ctx.save_for_backward(x, weight)
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Of both."""
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.t() @ x
+
+
+class Flipped(torch.autograd.Function):
+    """Reverses gradients, and depends on the width."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, by: float) -> Tensor:
+        """Over the root of the width."""
+        ctx.by = by
+        return x / x.shape[-1] ** 0.5 if by > 1 else x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """Negated."""
+        return -ctx.by * grad, None
+
+
+def own_gradients(random: Random) -> Built:
+    """torch.autograd.Function: rounding, a layer, a reversal."""
+    kind, by = random.choice(("round", "times", "flip")), random.choice((0.5, 2.0))
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x).sigmoid()
+        if kind == "round":
+            h = Straight.apply(h)
+        elif kind == "flip":
+            h = Flipped.apply(h, by)
+        h = read(h, -1, UP)
+        return Times.apply(h, m.down.weight) if kind == "times" else m.down(h)
+
+    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+
+
+def complex_numbers(random: Random) -> Built:
+    """Pairs as complex numbers, spectra along units or along rows."""
+    n = 2 * random.randint(3, 5)
+    kind = random.choice(("rotate", "fft", "rows", "abs", "polar", "weight"))
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        if kind == "rotate":
+            pairs = torch.view_as_complex(h.unflatten(-1, (-1, 2)).contiguous())
+            return torch.view_as_real(pairs * torch.polar(torch.ones_like(m.angle), m.angle)).flatten(-2)
+        if kind == "fft":
+            return torch.fft.rfft(h, dim=-1).abs()
+        if kind == "rows":
+            return torch.fft.fft(h, dim=0).real
+        if kind == "abs":
+            return torch.complex(h, h.roll(1, 0)).abs()
+        if kind == "polar":
+            return torch.polar(h.exp(), h).imag
+        return (h.to(torch.complex128) @ m.spectrum).real
+
+    parts: dict[str, Any] = {"angle": nn.Parameter(torch.zeros(n // 2))}
+    if kind == "weight":
+        parts["spectrum"] = nn.Parameter(torch.randn(n, n, dtype=torch.complex128))
+    return middle(act, random, n, n // 2 + 1 if kind == "fft" else n, DOWN, **parts)
+
+
+def calculus_inside(random: Random) -> Built:
+    """Gradients, vectorised maps and checkpoints as part of the function."""
+    n = width(random)
+    kind = random.choice(("grad", "vmap", "checkpoint", "functional", "jvp"))
+
+    def block(m: Any, x: Tensor) -> Tensor:
+        return m.down(read(m.up(x).tanh(), -1, UP))
+
+    def run(m: Any, x: Tensor) -> Any:
+        if kind == "grad":
+            with torch.enable_grad():
+                x = x.detach().requires_grad_()
+                return torch.autograd.grad(block(m, x).square().sum(), x, create_graph=True)[0]
+        if kind == "vmap":
+            return torch.func.vmap(lambda row: block(m, row))(x)
+        if kind == "checkpoint":
+            return checkpoint(lambda y: block(m, y), x, use_reentrant=False)
+        if kind == "functional":
+            weights = {name: p * 2 for name, p in m.down.named_parameters()}
+            return torch.func.functional_call(m.down, weights, (read(m.up(x).relu(), -1, UP),))
+        return torch.func.jvp(lambda y: block(m, y), (x,), (torch.ones_like(x),))
+
+    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+
+
+# --- norms -----------------------------------------------------------------------------------------------------------
+
+
+def unusual_norms(random: Random) -> Built:
+    """Norms over the units that are no modules, or not the usual ones."""
+    n = 2 * random.randint(3, 5)
+    eps = 1e-5
+
+    def centred(h: Tensor) -> Tensor:
+        return h - h.mean(-1, keepdim=True)
+
+    kinds = {
+        "pixel": lambda m, h: h * (h.square().mean(-1, keepdim=True) + eps).rsqrt(),
+        "rms": lambda m, h: h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + m.eps) * m.gain,
+        "l2": lambda m, h: F.normalize(h, dim=-1),
+        "l1": lambda m, h: F.normalize(h, p=1, dim=-1),
+        "most": lambda m, h: h / h.abs().amax(-1, keepdim=True),
+        "total": lambda m, h: h / (h.exp().sum(-1, keepdim=True) + 1),
+        "variance": lambda m, h: centred(h) / (h.var(-1, keepdim=True) + eps).sqrt(),
+        "layer": lambda m, h: F.layer_norm(h, (h.shape[-1],), m.gain),
+        "group": lambda m, h: F.group_norm(h, 2, m.gain),
+        "batch": lambda m, h: F.batch_norm(h, m.mean, m.var, m.gain, None, training=False),
+        "live": lambda m, h: F.batch_norm(h, None, None, m.gain, None, training=True),
+        "rows": lambda m, h: (h - h.mean(0)) / (h.var(0, unbiased=False) + eps).sqrt(),
+        "softmax": lambda m, h: h.softmax(-1) * h,
+        "sumexp": lambda m, h: h - h.logsumexp(-1, keepdim=True),
+    }
+    kind = random.choice(list(kinds))
+    fills = {"softmax": -torch.inf, "sumexp": -torch.inf}
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        if kind in ("l2", "l1", "pixel", "rms"):
+            return kinds[kind](m, read(h, -1, UP))
+        if kind == "most":
+            return h / read(h.abs(), -1, UP, -torch.inf).amax(-1, keepdim=True)
+        if kind == "total":
+            return h / (read(h.exp(), -1, UP).sum(-1, keepdim=True) + 1)
+        if kind in fills:
+            return kinds[kind](m, read(h, -1, UP, fills[kind])).nan_to_num(0.0)
+        return kinds[kind](m, h)
+
+    parts: dict[str, Any] = {"gain": nn.Parameter(torch.zeros(n)), "eps": eps}
+    parts |= {"mean": nn.Buffer(torch.zeros(n)), "var": nn.Buffer(torch.ones(n))}
+    return middle(act, random, n, places="" if kind in ("layer", "group") else UP, **parts)
+
+
+def layers_of_norms(random: Random) -> Built:
+    """Modules of norms on a residual stream."""
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x)
+        g = layer_norm(m.norm, h, UP) if m.kind == "layer" else m.norm(read(h, -1, UP))
+        h = h + m.out(read(m.inner(read(g, -1, UP)).relu(), -1, "inner.weight:0"))
+        return m.down(read(h, -1, UP))
+
+    kind = random.choice(("layer", "rms"))
+    parts = {"inner": nn.Linear(n, n + 2), "out": nn.Linear(n + 2, n), "down": nn.Linear(n, 3)}
+    norm = nn.LayerNorm(n) if kind == "layer" else nn.RMSNorm(n, eps=1e-5)
+    return Built(Net(run, up=nn.Linear(5, n), norm=norm, kind=kind, **parts), (vectors(random),))
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def attention_by_hand(random: Random) -> Built:
+    """Heads by views, scaled, masked, biased, mixed, or with gates."""
+    heads, size = random.choice((2, 3)), random.choice((3, 4))
+    n = heads * size
+    kind = random.choice(("plain", "causal", "bias", "talking", "gate", "linear", "fused", "scaled", "sdpa", "qknorm"))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        if kind == "fused":
+            q, k, v = m.all(x).view(b, t, 3, m.heads, -1).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = (part(x).view(b, t, m.heads, -1).transpose(1, 2) for part in (m.q, m.k, m.v))
+        if kind == "qknorm":
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        if kind == "sdpa":
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        elif kind == "linear":
+            y = q.softmax(-1) @ (k.softmax(-2).transpose(-1, -2) @ v)
+        else:
+            scores = q @ k.transpose(-1, -2) / (math.sqrt(q.shape[-1]) if kind == "scaled" else 2.0)
+            if kind == "causal":
+                scores = scores.masked_fill(torch.ones(t, t, dtype=torch.bool).triu(1), -torch.inf)
+            if kind == "bias":
+                scores = scores + m.bias
+            share = scores.softmax(-1)
+            if kind == "talking":
+                share = torch.einsum("bhqk,hg->bgqk", share, m.mix)
+            y = share @ v
+        if kind == "gate":
+            y = y * m.gate.sigmoid()
+        return m.out(read(y.transpose(1, 2).flatten(2), -1, "out.weight:1"))
+
+    parts: dict[str, Any] = {name: nn.Linear(5, n, bias=False) for name in ("q", "k", "v")}
+    if kind == "fused":
+        parts = {"all": nn.Linear(5, 3 * n)}
+    parts |= {"out": nn.Linear(n, 3), "heads": heads, "bias": nn.Parameter(torch.zeros(heads, 4, 4))}
+    parts |= {"mix": nn.Parameter(torch.zeros(heads, heads)), "gate": nn.Parameter(torch.zeros(heads, 1, 1))}
+    return Built(Net(run, **parts), (torch.randn(2, 4, 5),))
+
+
+def attention_of_torch(random: Random) -> Built:
+    """nn.MultiheadAttention and nn.TransformerEncoderLayer, as they are."""
+    kind = random.choice(("attention", "encoder", "decoder", "cross"))
+
+    def run(m: Any, x: Tensor) -> Any:
+        if kind == "attention":
+            return m.core(x, x, x, need_weights=random_flag)
+        if kind == "cross":
+            return m.core(x, x[:, :2], x[:, :2])
+        return m.core(x, x) if kind == "decoder" else m.core(x)
+
+    random_flag = random.random() < 0.5
+    core = {
+        "attention": lambda: nn.MultiheadAttention(8, 2, batch_first=True),
+        "cross": lambda: nn.MultiheadAttention(8, 4, batch_first=True, add_bias_kv=True),
+        "encoder": lambda: nn.TransformerEncoderLayer(8, 2, 11, 0.0, batch_first=True, norm_first=random_flag),
+        "decoder": lambda: nn.TransformerDecoderLayer(8, 2, 10, 0.0, batch_first=True),
+    }[kind]()
+    return Built(Net(run, core=core), (torch.randn(2, 3, 8),))
+
+
+def grouped_queries(random: Random) -> Built:
+    """Keys and values of fewer heads, repeated, with rotary positions."""
+    kv, rep, size = random.choice((2, 3)), random.choice((1, 2)), 4
+    rotary, expand = random.random() < 0.5, random.random() < 0.5
+
+    def turned(x: Tensor) -> Tensor:
+        angle = torch.arange(x.shape[-2])[:, None].to(x) * torch.tensor([1.0, 0.1]).to(x)
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        q, k, v = (part(x).view(b, t, -1, size).transpose(1, 2) for part in (m.q, m.k, m.v))
+        if rotary:
+            q, k = turned(q), turned(k)
+        if expand:
+            k, v = (z[:, :, None].expand(b, z.shape[1], m.n_rep, t, size).reshape(b, -1, t, size) for z in (k, v))
+        else:
+            k, v = (z.repeat_interleave(m.n_rep, 1) for z in (k, v))
+        y = (q @ k.transpose(-1, -2) / 2).softmax(-1) @ v
+        return m.out(read(y.transpose(1, 2).reshape(b, t, -1), -1, "out.weight:1"))
+
+    parts = {"q": nn.Linear(5, kv * rep * size), "k": nn.Linear(5, kv * size), "v": nn.Linear(5, kv * size)}
+    return Built(Net(run, out=nn.Linear(kv * rep * size, 3), n_rep=rep, **parts), (torch.randn(2, 3, 5),))
+
+
+def experts(random: Random) -> Built:
+    """A router weighs or picks experts: stacked weights, a list of modules, a loop over those that data pick."""
+    n, count = width(random), random.randint(3, 4)
+    kind = random.choice(("soft", "top", "modules", "loop"))
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        scores = read(m.router(x), -1, "router.weight:0", -torch.inf)
+        share = scores.softmax(-1)
+        if kind == "top":
+            share = share * (share >= share.topk(2, -1).values[..., -1:])
+        if kind in ("soft", "top"):
+            each = torch.einsum("bi,ehi->beh", x, m.ups).relu()
+            each = torch.einsum("beh,eoh->beo", read(each, -1, "ups:1"), m.downs)
+            return (read(each * share[..., None], 1, "router.weight:0")).sum(1)
+        if kind == "modules":
+            outs = [m.outs[i](read(m.ins[i](x).relu(), -1, f"ins.{i}.weight:0")) for i in range(count)]
+            return (torch.stack(outs, 1) * share[..., None]).sum(1)
+        out = torch.zeros(len(x), 3).to(x)
+        picked = share.argmax(-1)
+        for i in range(count):
+            rows = (picked == i).nonzero().flatten()
+            if len(rows):
+                h = m.outs[i](read(m.ins[i](x[rows]).relu(), -1, f"ins.{i}.weight:0"))
+                out = out.index_add(0, rows, h * share[rows, i, None])
+        return out
+
+    parts: dict[str, Any] = {"router": nn.Linear(5, count)}
+    if kind in ("soft", "top"):
+        shapes = {"ups": (count, n, 5), "downs": (count, 3, n)}
+        parts |= {name: nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    else:
+        parts["ins"] = nn.ModuleList(nn.Linear(5, n + i) for i in range(count))
+        parts["outs"] = nn.ModuleList(nn.Linear(n + i, 3) for i in range(count))
+    return Built(Net(run, **parts), (vectors(random),))
+
+
+def gates_and_maxima(random: Random) -> Built:
+    """GLU, SwiGLU, maxout, highway, maxima over groups of units."""
+    n = width(random)
+    kind = random.choice(("glu", "chunk", "maxout", "highway", "groups", "split"))
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        if kind == "glu":
+            return F.glu(h, -1)
+        if kind == "chunk":
+            a, b = h.chunk(2, -1)
+            return F.silu(a) * b
+        if kind == "split":
+            a, b = torch.split(h, h.shape[-1] // 2, dim=-1)
+            return a.tanh() * b
+        if kind == "maxout":
+            return h.unflatten(-1, (-1, 2)).amax(-1)
+        if kind == "groups":
+            return h.unflatten(-1, (2, -1)).max(1).values
+        gate = m.gate(read(h, -1, UP)).sigmoid()
+        return gate * h.relu() + (1 - gate) * h
+
+    halves = kind in ("glu", "chunk", "split", "maxout", "groups")
+    return middle(act, random, 2 * n if halves else n, n, DOWN if halves else UP, gate=nn.Linear(n, n))
+
+
+FAMILIES: dict[str, Family] = {
+    one.__name__: one
+    for one in (
+        by_einsum,
+        units_meet_units,
+        own_gradients,
+        complex_numbers,
+        calculus_inside,
+        unusual_norms,
+        layers_of_norms,
+        attention_by_hand,
+        attention_of_torch,
+        grouped_queries,
+        experts,
+        gates_and_maxima,
+    )
+}

@@ -1,0 +1,360 @@
+"""Networks whose code looks at sizes or at data: branches, loops, recursion."""
+
+import math
+from random import Random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hostile_nets.build import UP, Built, Family, Net, middle, vectors, width
+from hostile_nets.masking import read
+
+# --- sizes decide ----------------------------------------------------------------------------------------------------
+
+
+def width_decides(random: Random) -> Built:
+    """A factor for wide layers."""
+    n, least = width(random), random.randint(4, 8)
+    return middle(lambda m, h: h.relu() * (2.0 if h.shape[-1] >= least else 1.0), random, n)
+
+
+def width_capped(random: Random) -> Built:
+    """``min(width, c)``."""
+    most = random.randint(5, 9)
+    return middle(lambda m, h: h.relu() * min(h.shape[-1], most), random)
+
+
+def weight_shape_decides(random: Random) -> Built:
+    """The shape of a weight picks the activation."""
+    least = random.randint(4, 8)
+    return middle(lambda m, h: h.relu() if m.up.weight.shape[0] > least else h.tanh(), random)
+
+
+def width_is_odd(random: Random) -> Built:
+    """A sign by parity."""
+    return middle(lambda m, h: -h.relu() if h.size(-1) % 2 else h.relu(), random)
+
+
+def width_under_a_root(random: Random) -> Built:
+    """``h / √n``, by one of several ways to ask for n."""
+    ask = random.choice(
+        (lambda m, h: h.shape[-1], lambda m, h: m.up.out_features, lambda m, h: len(m.up.bias), lambda m, h: h.numel())
+    )
+    return middle(lambda m, h: h.sigmoid() / math.sqrt(ask(m, h)), random)
+
+
+def width_counts_up(random: Random) -> Built:
+    """Units weighed by their place, or by a fraction of the width."""
+    whole = random.random() < 0.5
+    return middle(lambda m, h: h.relu() * (torch.arange(h.shape[-1]) / (h.shape[-1] if whole else 7.0)).to(h), random)
+
+
+def width_loops(random: Random) -> Built:
+    """As many turns as the width allows."""
+    step = random.choice((2, 3))
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        for _ in range(h.shape[-1] // step):
+            h = h * 1.1 + 0.01
+        return h
+
+    return middle(act, random)
+
+
+def width_in_a_table(random: Random) -> Built:
+    """An activation looked up by width."""
+    n = width(random)
+    return middle(lambda m, h: {n: torch.relu, n - 1: torch.tanh}.get(h.shape[-1], torch.sigmoid)(h), random, n)
+
+
+def width_padded(random: Random) -> Built:
+    """Zeros up to a multiple."""
+    of = random.choice((4, 8))
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        h = h.relu()
+        return F.pad(read(h, -1, UP), (0, -h.shape[-1] % of)).sum(-1, keepdim=True) * h
+
+    return middle(act, random)
+
+
+def half_of_the_width(random: Random) -> Built:
+    """The first half gates the second."""
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        half = h.shape[-1] // 2
+        return h[..., :half].sigmoid() * h[..., half : 2 * half]
+
+    n = 2 * random.randint(3, 5)
+    return middle(act, random, n, n // 2, "down.weight:1")
+
+
+def parameters_counted(random: Random) -> Built:
+    """A scale by the number of parameters."""
+    return middle(lambda m, h: h.relu() * (sum(p.numel() for p in m.parameters()) / 100), random)
+
+
+def a_shape_that_fails(random: Random) -> Built:
+    """A reshape is tried; something else is done where it fails."""
+    n = 2 * random.randint(3, 5)
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        try:
+            return h.view(len(h), 2, n // 2).flip(1).reshape(len(h), -1)
+        except RuntimeError:
+            return h.relu()
+
+    return middle(act, random, n)
+
+
+def size_remembered(random: Random) -> Built:
+    """The width is stored as a number, and used."""
+    n = width(random)
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        return h.relu() * m.size + m.half
+
+    return middle(act, random, n, size=n, half=n / 2)
+
+
+def width_as_a_tensor(random: Random) -> Built:
+    """``torch.tensor(n)``, made in several ways."""
+    make = random.choice(
+        (
+            lambda h: torch.tensor(float(h.shape[-1])).log(),
+            lambda h: torch.full((), h.shape[-1] / 3.0),
+            lambda h: torch.ones(h.shape[-1]).sum(),
+            lambda h: torch.as_tensor([h.shape[-1]]).to(h).rsqrt(),
+        )
+    )
+    return middle(lambda m, h: h.relu() * make(h), random)
+
+
+def noise_of_its_shape(random: Random) -> Built:
+    """Numbers drawn from a fixed seed, in the shape of the units."""
+    seed = random.randrange(99)
+
+    def act(m: Any, h: Tensor) -> Tensor:
+        return h + torch.randn(h.shape, generator=torch.Generator().manual_seed(seed)).to(h)
+
+    return middle(act, random)
+
+
+def batch_decides(random: Random) -> Built:
+    """The batch size, not the width, decides: nothing should be refused."""
+    return middle(lambda m, h: h.relu() / len(h) if len(h) > 1 else h.tanh(), random)
+
+
+# --- data decide -----------------------------------------------------------------------------------------------------
+
+
+def sign_decides(random: Random) -> Built:
+    """An if on a sum of the input."""
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x).relu() if x.sum() > 0 else m.other(x).tanh()
+        return m.down(read(h, -1, UP))
+
+    return Built(Net(run, up=nn.Linear(5, n), other=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+
+
+def hidden_decides(random: Random) -> Built:
+    """An if on the hidden units."""
+    return middle(lambda m, h: h.relu() if read(h, -1, UP).sum() > 0 else h.tanh(), random)
+
+
+def until_small(random: Random) -> Built:
+    """A while loop until the input is small enough."""
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        turns = 0
+        while x.abs().max() > 0.5 and turns < 6:
+            x, turns = x * 0.7, turns + 1
+        return m.down(read(m.up(x).relu(), -1, UP)) * turns
+
+    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+
+
+def row_by_row(random: Random) -> Built:
+    """A loop over the batch, with a choice for each row."""
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        rows = [m.up(row).relu() if float(row[0]) > 0 else m.up(row).tanh() for row in x]
+        return m.down(read(torch.stack(rows), -1, UP))
+
+    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+
+
+def rows_picked(random: Random) -> Built:
+    """Only rows that a mask picks go on."""
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x).relu()
+        out = torch.zeros(len(x), 3).to(x)
+        chosen = x[:, 0] > x[:, 0].mean()
+        out[chosen] = m.down(read(h[chosen], -1, UP))
+        return out
+
+    return Built(Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3)), (vectors(random),))
+
+
+def early_exit(random: Random) -> Built:
+    """The second block runs only where the first is not sure."""
+    n, k = width(random), width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x).relu()
+        first = m.down(read(h, -1, UP))
+        if first.softmax(-1).amax() > 0.99:
+            return first
+        return first + m.last(read(m.more(read(h, -1, UP)).relu(), -1, "more.weight:0"))
+
+    parts = {"down": nn.Linear(n, 3), "more": nn.Linear(n, k), "last": nn.Linear(k, 3)}
+    return Built(Net(run, up=nn.Linear(5, n), **parts), (vectors(random),))
+
+
+def number_of_turns(random: Random) -> Built:
+    """A number from the data says how often a block runs."""
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x)
+        for _ in range(int(x.abs().sum().item()) % 3 + 1):
+            h = m.block(read(h, -1, f"{UP} block.weight:0")).tanh()
+        return m.down(read(h, -1, f"{UP} block.weight:0"))
+
+    return Built(Net(run, up=nn.Linear(5, n), block=nn.Linear(n, n), down=nn.Linear(n, 3)), (vectors(random),))
+
+
+def through_numpy(random: Random) -> Built:
+    """Leaves torch and comes back."""
+    return middle(lambda m, h: torch.from_numpy(h.detach().numpy() * 2.0).to(h), random)
+
+
+def largest_looked_up(random: Random) -> Built:
+    """The position of the largest hidden unit picks a row of a table."""
+    n = width(random)
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = m.up(x).relu()
+        return m.down(read(h, -1, UP)) + m.table[h.argmax(-1)]
+
+    return Built(
+        Net(run, up=nn.Linear(5, n), down=nn.Linear(n, 3), table=nn.Parameter(torch.zeros(n, 3))), (vectors(random),)
+    )
+
+
+# --- loops and recursion ---------------------------------------------------------------------------------------------
+
+
+def by_hand_over_time(random: Random) -> Built:
+    """A recurrent cell over the time steps, its state made of zeros of the width."""
+    n, hold = width(random), "cell.weight:0 back.weight:0"
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = torch.zeros(len(x), m.cell.out_features).to(x)
+        for step in x.unbind(1):
+            h = (m.cell(step) + m.back(read(h, -1, hold))).tanh()
+        return m.down(read(h, -1, hold))
+
+    parts = {"cell": nn.Linear(4, n), "back": nn.Linear(n, n), "down": nn.Linear(n, 3)}
+    return Built(Net(run, **parts), (torch.randn(2, random.randint(2, 4), 4),))
+
+
+def a_tree(random: Random) -> Built:
+    """Pairs are joined until one is left."""
+    n = width(random)
+    places = "leaf.weight:0 join.weight:0"
+
+    def up(m: Any, nodes: list[Tensor]) -> Tensor:
+        if len(nodes) == 1:
+            return nodes[0]
+        half = len(nodes) // 2
+        left, right = up(m, nodes[:half]), up(m, nodes[half:])
+        return m.join(torch.cat([read(left, -1, places), read(right, -1, places)], -1)).tanh()
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        return m.down(read(up(m, [m.leaf(one) for one in x.unbind(1)]), -1, places))
+
+    parts = {"leaf": nn.Linear(4, n), "join": nn.Linear(2 * n, n), "down": nn.Linear(n, 3)}
+    return Built(Net(run, **parts), (torch.randn(2, random.choice((3, 4)), 4),))
+
+
+class Recursive(nn.Module):
+    """Holds a smaller one of itself."""
+
+    def __init__(self, depth: int, n: int, path: str = "") -> None:
+        super().__init__()
+        self.depth, self.path = depth, path
+        self.up, self.down = nn.Linear(5, n), nn.Linear(n, 5)
+        self.inner = Recursive(depth - 1, n + 1, f"{path}inner.") if depth else None
+
+    def forward(self, x: Tensor, depth: int | None = None) -> Tensor:
+        """Calls itself with one less, or the smaller one."""
+        depth = self.depth if depth is None else depth
+        y = x + self.down(read(self.up(x).relu(), -1, f"{self.path}{UP}"))
+        if self.inner is not None:
+            return self.inner(y)
+        return y if depth > 1 else self(y, depth + 1)
+
+
+def recursion(random: Random) -> Built:
+    """Modules inside modules of the same class; the innermost calls itself."""
+    return Built(Recursive(random.randint(1, 2), width(random)), (vectors(random),))
+
+
+def layers_skipped(random: Random) -> Built:
+    """A list of numbers on the network says which layers run, some twice."""
+    n = width(random)
+    order = [random.randrange(3) for _ in range(4)]
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        for i in m.order:
+            x = x + m.downs[i](read(m.ups[i](x).relu(), -1, f"ups.{i}.weight:0"))
+        return x
+
+    ups = nn.ModuleList(nn.Linear(5, n + i) for i in range(3))
+    downs = nn.ModuleList(nn.Linear(n + i, 5) for i in range(3))
+    return Built(Net(run, ups=ups, downs=downs, order=order), (vectors(random),))
+
+
+FAMILIES: dict[str, Family] = {
+    one.__name__: one
+    for one in (
+        width_decides,
+        width_capped,
+        weight_shape_decides,
+        width_is_odd,
+        width_under_a_root,
+        width_counts_up,
+        width_loops,
+        width_in_a_table,
+        width_padded,
+        half_of_the_width,
+        parameters_counted,
+        a_shape_that_fails,
+        size_remembered,
+        width_as_a_tensor,
+        noise_of_its_shape,
+        batch_decides,
+        sign_decides,
+        hidden_decides,
+        until_small,
+        row_by_row,
+        rows_picked,
+        early_exit,
+        number_of_turns,
+        through_numpy,
+        largest_looked_up,
+        by_hand_over_time,
+        a_tree,
+        recursion,
+        layers_skipped,
+    )
+}

@@ -1,0 +1,151 @@
+"""Masking by hand: what a network answers when dropped units count for nothing, by none of regrow's own means.
+
+A network says in its own code where it sums or compares over units: ``read(h, -1, "up.weight:0")``. That is nothing in
+an ordinary run. In a masked run, entries of the units that were dropped from that dimension of that tensor count as 0
+there (or as −∞ before a softmax or a maximum). Which entries were dropped is read off a copy of the network whose
+tensors hold their own positions, after the same plan: not from what tracing says of it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+
+@dataclass
+class Masks:
+    """What is kept of each dimension of each tensor.
+
+    Args:
+        kept: ``"tensor:dim"`` → which entries are kept, only for dimensions that became smaller.
+        read: The dimensions that the network read so far.
+    """
+
+    kept: Mapping[str, Tensor]
+    read: set[str] = field(default_factory=set)
+
+
+_active: list[Masks] = []
+
+
+@contextmanager
+def masked(masks: Masks) -> Iterator[None]:
+    """Networks inside read dropped units as nothing."""
+    _active.append(masks)
+    try:
+        yield
+    finally:
+        _active.pop()
+
+
+def _kept(places: str) -> Tensor | None:
+    """Which entries are kept of the first named dimension that became smaller; ``None`` in an ordinary run."""
+    for place in places.split() if _active else ():
+        _active[-1].read.add(place)
+        if place in _active[-1].kept:
+            return _active[-1].kept[place]
+    return None
+
+
+def read(x: Tensor, dim: int, places: str, fill: float = 0.0) -> Tensor:
+    """Say that what follows sums or compares over this dimension, whose entries are those of a tensor's dimension.
+
+    Args:
+        x: What is read.
+        dim: The dimension.
+        places: ``"tensor:dim"``, or several of which any may have been cut.
+        fill: What a dropped entry counts as.
+    """
+    kept = _kept(places)
+    if kept is None:
+        return x
+    shape = [1] * x.dim()
+    shape[dim] = len(kept)
+    return torch.where(kept.view(shape), x, torch.full((), fill, dtype=x.dtype))
+
+
+def layer_norm(norm: nn.LayerNorm, x: Tensor, places: str) -> Tensor:
+    """A layer norm over the last dimension: over kept entries alone in a masked run."""
+    kept = _kept(places)
+    if kept is None:
+        return norm(x)
+    part = F.layer_norm(x[..., kept], (int(kept.sum()),), norm.weight[kept], norm.bias[kept], norm.eps)
+    return torch.zeros_like(x).index_copy(-1, kept.nonzero().flatten(), part)
+
+
+def kept_entries(make: Callable[[], nn.Module], cut: Callable[[nn.Module], nn.Module]) -> dict[str, Tensor]:
+    """``"tensor:dim"`` → which entries are kept, for each dimension that a plan makes smaller.
+
+    Numbers that a plan scales or shifts (gains of norms) are found out by cutting constants too.
+
+    Args:
+        make: Builds the network.
+        cut: Carries out the plan.
+    """
+    before = tensors_of(make())
+    after = _cut(make(), cut, lambda n: torch.arange(n))
+    zeros = ones = None
+    found: dict[str, Tensor] = {}
+    for name, tensor in after.items():
+        first = before[name]
+        if tensor.shape == first.shape or not tensor.is_floating_point():
+            continue
+        flat = tensor.detach().double()
+        if not torch.equal(flat, flat.round()):
+            if zeros is None or ones is None:
+                zeros, ones = (_cut(make(), cut, torch.zeros), _cut(make(), cut, torch.ones))
+            flat = (flat - zeros[name]) / (ones[name] - zeros[name])
+        for dim, (was, now) in enumerate(zip(first.shape, tensor.shape, strict=True)):
+            if was != now:
+                coordinates = (flat.round().long() // math.prod(first.shape[dim + 1 :])) % was
+                row = coordinates.movedim(dim, 0).reshape(now, -1)
+                found[f"{name}:{dim}"] = torch.isin(torch.arange(was), row[:, 0])
+    return found
+
+
+def _cut(model: nn.Module, cut: Callable[[nn.Module], nn.Module], fill: Callable[[int], Tensor]) -> dict[str, Tensor]:
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(fill(tensor.numel()).to(tensor).view(tensor.shape))
+    return tensors_of(cut(model))
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer under each of its names."""
+    return dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+
+
+def answers(value: Any) -> list[Tensor]:
+    """The numbers that a network answers: those of tuples, lists, dictionaries and fields of objects, in order."""
+    if isinstance(value, Tensor):
+        if value.is_complex():
+            return [torch.view_as_real(value)]
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        return [x for one in value.values() for x in answers(one)]
+    if isinstance(value, list | tuple):
+        return [x for one in value for x in answers(one)]
+    return [x for one in vars(value).values() for x in answers(one)] if hasattr(value, "__dict__") else []
+
+
+class Double(TorchFunctionMode):
+    """Whoever asks for float32 gets float64: casts inside a network would hide what a cut does."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The call, with other precisions."""
+        if func in (Tensor.float, Tensor.half, Tensor.bfloat16):
+            func = Tensor.double
+        args, kwargs = tuple(map(_longer, args)), {key: _longer(value) for key, value in (kwargs or {}).items()}
+        return func(*args, **kwargs)
+
+
+def _longer(value: Any) -> Any:
+    short = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.float64 if short else value
