@@ -16,11 +16,9 @@ UP = "up.weight:0"
 class Net(nn.Module):
     """A network of parts and a function that runs them."""
 
-    front: nn.Module | None = None
-
     def __init__(self, run: Callable[..., Any], **parts: Any) -> None:
         super().__init__()
-        self.run = run
+        self.run, self.front = run, None
         for name, part in parts.items():
             setattr(self, name, part)
 

@@ -22,6 +22,7 @@ from regrow.plan import Plan
 from regrow.surgery import Attic, apply
 from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Examples
+from regrow.tracing.hollow import clone_model
 
 LEVELS = ("operations", "filters", "weights")
 THRESHOLDS = dict(zip(LEVELS, ("threshold ops", "threshold filters", "threshold weights"), strict=True))
@@ -329,7 +330,7 @@ class Searcher(Learner):
             Of each filter its pull, its axis and its birth number.
         """
         plan = Plan.restoring(at.axes, lost)
-        model, axes = apply(copy.deepcopy(at.model), at.axes, plan, attic=copy.copy(self.attic))
+        model, axes = apply(clone_model(at.model), at.axes, plan, attic=copy.copy(self.attic))
         there, probe = replace(at, model=model, axes=axes), copy.copy(self)
         probe.values = copy.deepcopy(self.values)
         probe.tensors = {name: followed(one, at.axes, plan) for name, one in self.tensors.items()}

@@ -15,6 +15,7 @@ from regrow.runs.folder import RunFolder
 from regrow.runs.learning import changed
 from regrow.searcher import Searcher
 from regrow.surgery import Attic
+from regrow.tracing.hollow import clone_model
 
 FOLDER = "front"
 
@@ -30,7 +31,7 @@ def passed(folder: RunFolder, learner: Searcher, at: Stand, origin: Origin) -> N
     """
     if not learner.shrinks or learner.last != (learner.ends or (-1,))[-1] or not learner.joint(at):
         return
-    twin, there = copy.copy(learner), replace(at, model=copy.deepcopy(at.model))
+    twin, there = copy.copy(learner), replace(at, model=clone_model(at.model))
     twin.tensors = {n: Along(one.values.detach().clone(), one.dims, one.lr) for n, one in learner.tensors.items()}
     twin.values, twin.attic, twin.most, twin.gates = copy.deepcopy(learner.values), Attic(), inf, None
     while plan := twin.final(there):

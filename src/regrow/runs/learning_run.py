@@ -1,6 +1,5 @@
 """A learning run: a network, a sequence of tasks, and a folder that tells what happened and takes further tasks."""
 
-import copy
 import re
 import shlex
 import time
@@ -32,6 +31,7 @@ from regrow.store.errors import StoreError
 from regrow.store.replacing import cleared
 from regrow.tasks import Task
 from regrow.tracing import trace
+from regrow.tracing.hollow import clone_model
 
 COURSE = "course.safetensors"
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
@@ -249,7 +249,7 @@ def _go_on(
         row = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
         course.before += row[len(course.before) :]
     axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
-    plain = copy.deepcopy(model)
+    plain = clone_model(model)
     learner.baked(Stand(plain, axes, tasks[-1], number=len(tasks) - 1))
     store.write_model(plain, folder.path, origin=origin)
     if gone := [task.name for task in tasks if task.gone]:

@@ -1,6 +1,5 @@
 """A search: a space, data and a size; and a folder with the network that was found, how it came about, and its test."""
 
-import copy
 import shlex
 import time
 from collections.abc import Mapping
@@ -40,6 +39,7 @@ from regrow.searcher import Searcher
 from regrow.sources import Batch
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
+from regrow.tracing.hollow import clone_model
 
 GIVEN = ("target", "measure", "stages", "seed")
 """Settings of methods that a run gives them."""
@@ -279,7 +279,7 @@ def _check_training(settings: Settings, parts: Parts) -> None:
 
 def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
     """The found network, drawn anew unless it inherits, trained on training and validation part; zeros stay."""
-    fresh = copy.deepcopy(found)
+    fresh = clone_model(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         for module in fresh.modules():

@@ -72,6 +72,18 @@ def copy_model(model: nn.Module, made: Callable[[Tensor], Tensor], memo: dict[in
     return _Copy(made, {} if memo is None else memo).module(model)
 
 
+def clone_model(model: nn.Module) -> Any:
+    """A model of its own numbers: ``copy.deepcopy``, also of a model that holds results of operations.
+
+    >>> net = nn.Linear(2, 1)
+    >>> net.last = net(torch.ones(1, 2))
+    >>> twin = clone_model(net)
+    >>> bool((twin.weight == net.weight).all()), twin.weight is net.weight
+    (True, False)
+    """
+    return copy_model(model, lambda x: x.detach().clone())
+
+
 class _Copy:
     def __init__(self, made: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> None:
         self.made, self.memo = made, memo
