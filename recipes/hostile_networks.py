@@ -44,6 +44,7 @@ from rows import add, rows
 from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
 from regrow.surgery import apply
+from regrow.surgery.carry import carry_out
 from regrow.tracing import TraceError, trace
 
 OUT = Path(__file__).parent / "results" / "hostile_networks.jsonl"
@@ -176,7 +177,7 @@ def reference(make: Make, axes: AxisGraph, plan: Plan, warm: bool) -> list[Tenso
             run(built, 1)
         return built.model
 
-    kept = kept_entries(whole, lambda model: apply(model, axes, plan)[0])
+    kept = kept_entries(whole, lambda model: carry_out(model, axes, plan)[0])  # what apply does once it has tried
     found, read = by_hand(make, kept, warm)
     cut = [axes[key] for key, change in plan.changes.items() if len(change.keep) < change.size]
     if all({f"{slot.name}:{slot.dim}" for slot in axis.slots} & read for axis in cut):

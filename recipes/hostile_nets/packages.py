@@ -220,11 +220,11 @@ WRAPPED: dict[str, tuple[Callable[[], tuple[nn.Module, tuple[Tensor, ...]]], str
     "llama vera": (_llama, "VeraConfig", {"target_modules": ["q_proj", "o_proj"]}),
     "llama prompt": (_llama, "PromptTuningConfig", {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}),
     "gpt2 lora": (_gpt2, "LoraConfig", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
-    "gpt2 loha": (_gpt2, "LoHaConfig", {"target_modules": ["mlp.c_fc"]}),
+    "bert loha": (_bert, "LoHaConfig", {"target_modules": ["key", "intermediate.dense"]}),
     "bert lora": (_bert, "LoraConfig", {"target_modules": ["query", "value", "dense"], "task_type": "SEQ_CLS"}),
     "bert lokr": (_bert, "LoKrConfig", {"target_modules": ["query", "intermediate.dense"]}),
     "vit lora": (_vit, "LoraConfig", {"target_modules": ["query", "fc1"], "modules_to_save": ["classifier"]}),
-    "vit oft": (_vit, "OFTConfig", {"target_modules": ["query"], "oft_block_size": 4}),
+    "vit oft": (_vit, "OFTConfig", {"target_modules": ["fc1"], "oft_block_size": 4}),
     "t5 lora": (_t5, "LoraConfig", {"target_modules": ["q", "wi", "wo"]}),
     "t5 adalora": (_t5, "AdaLoraConfig", {"target_modules": ["q", "wi"], "init_r": 3, "target_r": 2, "total_step": 9}),
 }
