@@ -4,8 +4,9 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, size_of
 from regrow.plan import Plan, PlanError
@@ -16,7 +17,7 @@ from regrow.surgery.eager import tried
 from regrow.surgery.lockstep import gap, scale
 from regrow.surgery.proof import RELATIVE_BOUND, Change, check_blocks, different
 from regrow.surgery.whole import whole_pair
-from regrow.tracing.capture import Capture
+from regrow.tracing.capture import Capture, capture
 from regrow.tracing.hollow import fitting
 from regrow.tracing.readings import Recording, readings
 from regrow.tracing.steps import restated
@@ -80,7 +81,7 @@ def apply(
     ready = prepare(model, axes, plan, attic)
     planned = try_out(model, axes, plan, ready.resizing(axes), attic)
     known = axes if planned is None else _proved(Change(model, axes, plan, axes.recording, planned, ready, attic))
-    if known.recording is None and not _is_numberless(model):
+    if known.recording is None and not _is_numberless(model, axes):
         _compare(model, axes, plan)
     return commit(model, known, plan, ready, optimizers, attic)
 
@@ -104,18 +105,22 @@ def _proved(change: Change) -> AxisGraph:
     """The axes with what the network will do, once what comes of that is checked on blocks of it."""
     model, axes = change.model, change.axes
     known = replace(axes, steps=restated(axes.steps, change.planned), recording=None)
-    if _is_numberless(model) or axes.declared or axes.decisions is not None:
+    if _is_numberless(model, axes) or axes.declared or axes.decisions is not None:
         return known
     recording = change.recording
-    if recording is None or not recording.fits(model):
-        found = readings(model, axes, fitting(axes.example, model))
+    example = fitting(axes.example, model)
+    if recording is None:
+        found = readings(model, axes, example)
         recording = Recording(found.capture, found.reads)
+    elif not recording.fits(model):  # it was cast or moved; a new walk would not see axes of which one unit is left
+        recording = Recording(capture(model, example, exported=axes.exported), recording.reads)
     check_blocks(replace(change, recording=recording))
     return replace(known, recording=Recording(change.planned, recording.reads))
 
 
-def _is_numberless(model: nn.Module) -> bool:
-    return any(parameter.is_meta for parameter in model.parameters())
+def _is_numberless(model: nn.Module, axes: AxisGraph) -> bool:
+    given = (x for x in tree_leaves((axes.example.args, dict(axes.example.kwargs))) if isinstance(x, Tensor))
+    return any(x.is_meta for x in (*model.parameters(), *given))
 
 
 def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:

@@ -61,13 +61,15 @@ class Recording:
         return blocks(self.capture)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether it is of the model as it is: shapes and precisions."""
+        """Whether it is of the model as it is: shapes, precisions and devices."""
         state = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
         }
         forms = [(state.get(name), node.meta["val"]) for node, name in self.capture.states.items()]
-        return all(x is not None and (x.shape, x.dtype) == (form.shape, form.dtype) for x, form in forms)
+        return all(
+            x is not None and (x.shape, x.dtype, x.device) == (form.shape, form.dtype, form.device) for x, form in forms
+        )
 
 
 @dataclass(frozen=True)
