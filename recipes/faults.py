@@ -201,7 +201,7 @@ def _tomorrow(found: re.Match[bytes]) -> bytes:
 
 def _spoken(outcome: Outcome) -> list[str]:
     """What is wrong with what a failing command said: it is one line, which names regrow, and no traceback."""
-    lines = [line for line in outcome.text.splitlines() if line.startswith(("regrow: ", "StoreError: ", "Keyboard"))]
+    lines = [line for line in outcome.text.splitlines() if re.match(r"regrow: |\w+Error: |KeyboardInterrupt$", line)]
     if "Traceback" in outcome.text or outcome.code == 70:
         return [f"traceback or bug: {outcome.last[:200]}"]
     return [] if len(lines) == 1 and lines[0] == outcome.last else [f"not one line: {outcome.text[-300:]}"]
