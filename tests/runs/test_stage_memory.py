@@ -23,7 +23,7 @@ QUICK = {"warm": 1, "every": 1}
 BUDGET = 7_100_000
 """Bytes: too few for `cells:4-3-1` in one stage, or in two of which the first leaves much."""
 
-TIGHT = Settings("cells:4-3-1", "digits", "0.3", memory=f"{BUDGET}", method_settings=QUICK, **SMALL)
+TIGHT = Settings("cells:4-3-1", "digits", "nonzero=30%", memory=f"{BUDGET}", method_settings=QUICK, **SMALL)
 
 
 def rows(folder: Any, what: str) -> list[dict[str, Any]]:
@@ -122,7 +122,7 @@ def test_what_settings_tell_of_earlier_stages_is_planned_with() -> None:
 
 @pytest.mark.parametrize("more", [{"levels": "weights"}, {"share": 0.9}])
 def test_where_earlier_stages_leave_much_the_budget_is_kept(more: dict[str, Any], tmp_path: Path) -> None:
-    target = "0.8" if "share" in more else "0.3"
+    target = "nonzero=80%" if "share" in more else "nonzero=30%"
     kept(run(replace(TIGHT, target=target, method_settings=QUICK | more), tmp_path / "run"))
 
 
@@ -152,6 +152,6 @@ def test_what_a_budget_needs_holds_while_the_found_network_is_trained_anew(
 
     monkeypatch.setattr(searching, "learn", watched)
     for i, memory in enumerate(("6MiB", f"{BUDGET}")):
-        folder = run(replace(TIGHT, memory=memory, retrain=1, target="0.5"), tmp_path / f"{i}")
+        folder = run(replace(TIGHT, memory=memory, retrain=1, target="nonzero=50%"), tmp_path / f"{i}")
         assert not regrow.load(folder.path).recomputed
     assert seen == [True, True, False, True]
