@@ -167,6 +167,7 @@ def extend(
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = Settings.from_json(told["settings"])
+    folder.metrics()  # damaged lines are told before anything is written
     if told.get("finished") and folder.path == Path(out) and (not more or (done and _ends_with(was.tasks, more))):
         return folder  # nothing is to be learned, or a process that was killed while it cleared up has done it
     added = () if told.get("extension") == list(more) else tuple(more)
