@@ -21,10 +21,9 @@ def placed(path: Path, out: Path) -> int:
     """
     weights, used = path.with_name(f"{path.name}.data"), _weights_of(out)
     names = [f"{out.name}.data", f"{out.name}.1.data"]
-    size = path.stat().st_size
-    taken = None
+    taken, size = None, 0
     if weights.exists():
-        size += weights.stat().st_size
+        size = weights.stat().st_size
         taken = next(name for name in names if name not in used)
         if taken != weights.name:
             _rename_weights(path, taken)
@@ -32,6 +31,7 @@ def placed(path: Path, out: Path) -> int:
         weights.replace(out.with_name(taken))
         sync(out.parent)
     sync(path)
+    size += path.stat().st_size
     path.replace(out)
     sync(out.parent)
     for name in names:

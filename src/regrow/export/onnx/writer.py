@@ -72,7 +72,8 @@ def write(
 
     Args:
         model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It stays as it is.
-        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB go into ``….onnx.data`` beside it.
+        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB go into ``….onnx.data``
+            beside it, or ``….onnx.1.data`` if the file that is replaced has its own there.
         dtype: ``""`` or ``"float32"``: float32, whatever the network is. ``"int8"``: the weights of linear layers in
             8 bits, what they are multiplied with rounded as it comes (dynamic quantisation); all else is float32, and
             so are linear layers whose input has outliers.
