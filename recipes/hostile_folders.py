@@ -19,6 +19,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -154,7 +155,8 @@ def _once(cell: Path, name: str, command: str, honest: Path, seed: int | None) -
         found = watch.watched(lambda: codes.append(work(command, folder)))
     sys.path.remove(str(cell))
     lines = [line for line in noise.getvalue().splitlines() if line.strip()] or [""]
-    return codes[-1], [event.replace(str(cell), "HERE") for event in found], lines[-1].replace(str(cell), "HERE")[:300]
+    found = [re.sub(r"\.[0-9a-f]{8}\.partial", ".partial", event.replace(str(cell), "HERE")) for event in found]
+    return codes[-1], found, lines[-1].replace(str(cell), "HERE")[:300]
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 MODULES = ("pwned", "evil", "modeling_evil", "tokenization_evil", "toys", "plugin")
 """Canaries: modules that lie in the working directory, which nobody names."""
+CODE = (".py", ".pyc", ".so")
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile", "pty.spawn")
 CANARY = (
     "import builtins\nbuiltins.canary = True\nclass Evil:\n    pass\ndef boom(*a, **k):\n    raise SystemExit('ran')\n"
@@ -44,7 +45,7 @@ def start(folder: Path) -> None:
                 note(f"exec {code.co_filename}")
             case "compile", (_, filename, *_) if _inside(filename, root):
                 note(f"compile {filename}")
-            case "open", (filename, *_) if _inside(filename, root) and str(filename).endswith((".py", ".pyc", ".so")):
+            case "open", (filename, "r" | "rb", *_) if _inside(filename, root) and str(filename).endswith(CODE):
                 note(f"open {filename}")
             case ("pickle.find_class", (module, name)):
                 note(f"pickle {module}.{name}")

@@ -48,12 +48,12 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
 
 def _plans(path: Path) -> list[Any]:
-    from regrow.limits import read_text
-    from regrow.plan import Plan
+    from regrow.limits import parse_json, read_text
     from regrow.runs import Ledger
+    from regrow.runs.ledger import read_plan
 
     try:
         text = read_text(path, 2**30)
-        return list(Ledger(path).plans()) if '"regrow-ledger/' in text[:100] else [Plan.from_json(text)]
+        return list(Ledger(path).plans()) if '"regrow-ledger/' in text[:100] else [read_plan(parse_json(text))]
     except (ValueError, OSError) as error:
         raise click.UsageError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None

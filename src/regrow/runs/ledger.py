@@ -11,6 +11,7 @@ from torch import nn
 from regrow.axes import AxisGraph
 from regrow.errors import InputError
 from regrow.limits import parse_json
+from regrow.plan import FORMAT as PLAN_FORMAT
 from regrow.plan import Plan, PlanError
 from regrow.store import schemas
 from regrow.store.atomic import write_text
@@ -42,9 +43,8 @@ class Ledger:
         plans = []
         for i, entry in enumerate(self._entries()):
             try:
-                schemas.convert(entry, schemas.Plan)
-                plans.append(Plan.from_json(json.dumps(entry)))
-            except (PlanError, StoreError, RecursionError) as error:
+                plans.append(read_plan(entry))
+            except (PlanError, StoreError) as error:
                 raise StoreError(f"{self.path}: plan {i + 1} cannot be used ({error}); restore the file") from None
         return tuple(plans)
 
@@ -93,6 +93,18 @@ class Ledger:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
         return schemas.convert(data, schemas.Ledger, self.path).plans
+
+
+def read_plan(data: Any) -> Plan:
+    """A plan from JSON data, read by a strict schema.
+
+    Raises:
+        PlanError: If it is no plan, or not a legal one.
+        StoreError: If a field is missing, unknown or of another type.
+    """
+    if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
+        schemas.convert(data, schemas.Plan)
+    return Plan.from_json(json.dumps(data))
 
 
 def replay(
