@@ -15,6 +15,7 @@ from torch.ao.quantization import get_default_qat_qconfig, prepare_qat, quantize
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from laws import masked_equals_shrunk, random_plan, smallest_plan
+from regrow.plan import PlanError
 from regrow.surgery import apply
 from regrow.surgery.verify import verify
 from regrow.tracing import TraceError, trace, with_branches
@@ -358,3 +359,30 @@ def test_what_cannot_be_cut_exactly_stays_and_says_what_to_remove(kind: str) -> 
     axis = next(axis for axis in axes if any(f"{slot.name}:{slot.dim}" == key for slot in axis.slots))
     assert not axis.free
     assert reason in axis.reason
+
+
+class Scale(nn.Module):
+    """Takes a scale of the width at its first run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.scale = nn.Linear(4, 8), nn.Linear(8, 3), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """4 → 8 → 3."""
+        h = self.one(x).relu()
+        if self.scale is None:
+            self.scale = torch.tensor(h.shape[-1] ** -0.5)
+        return self.two(h * self.scale)
+
+
+def test_a_scale_of_the_width_that_a_first_run_takes_is_not_cut_before_it() -> None:
+    """Cut before its first run it would take another scale; after it the scale stays as it is."""
+    model = Scale()
+    axes = trace(model, X)
+    plan = random_plan(axes, torch.Generator().manual_seed(1))
+    with pytest.raises(PlanError, match="what it keeps at its first run, which is not known yet; run the network once"):
+        apply(model, axes, plan)
+    model(X)
+    masked_equals_shrunk(model, axes, plan)
+    apply(model, axes, plan)

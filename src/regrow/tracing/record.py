@@ -192,6 +192,8 @@ class _Recorder(ProxyTorchDispatchMode):
     def _seen(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func.namespace == "profiler":
             return func(*args, **kwargs)
+        if func in _FORWARD_MODE:
+            raise RuntimeError("it takes forward derivatives (torch.func.jvp), which cannot be run again as recorded")
         if func in _PICKS:
             args = (args[0], [one for index in args[1] for one in self._positions(index)], *args[2:])
         nodes, named = mapped((args, kwargs), Tensor, self._node)
@@ -356,6 +358,8 @@ def _floating(x: Tensor) -> bool:
 
 _PICKS = frozenset((torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default))
 """Operations that also take masks: recorded with the positions where a mask is true."""
+
+_FORWARD_MODE = frozenset((torch.ops.aten._make_dual.default, torch.ops.aten._unpack_dual.default))
 
 _DATA_DECIDE = (
     fake_tensor.DataDependentOutputException,

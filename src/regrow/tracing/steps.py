@@ -88,6 +88,8 @@ def changed(present: Capture, planned: Capture, known: Sequence[Step]) -> Differ
         planned: The same operations, at the planned sizes.
         known: The same operations, as they were traced.
     """
+    if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
+        return Difference("it reads what it keeps at its first run, which is not known yet; run the network once", 0)
     if (one := len(operations(present))) != (other := len(operations(planned))):
         return Difference(f"the network runs {other} operations at that size, and {one} as it is", min(one, other))
     pairs = (
