@@ -4,6 +4,7 @@ import errno
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -76,7 +77,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
         __import__("mynets").net()
 
     monkeypatch.syspath_prepend(".")
-    monkeypatch.setattr("regrow.runs.pruning_run.load_model", call)
+    monkeypatch.setattr("regrow.runs.evaluating.loaded_from", call)
     code, _, err = regrow("show", "mynets:net")
     assert code == 2 and "mynets.py:2 in net failed: KeyError: 'mine'" in err and "bug in regrow" not in err, err
 
@@ -115,6 +116,23 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
         monkeypatch.setattr("regrow.runs.folder.RunFolder.started", lambda out: out if out.name == "made" else None)
         code, _, err = regrow(*words)
         assert (code, says in err) == (130, True), err
+
+
+def test_ctrl_c_is_told_as_such_where_what_it_interrupted_fails_in_its_own_way(
+    regrow: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cleaned_up(*_: Any, **__: Any) -> None:
+        try:
+            try:
+                raise KeyboardInterrupt
+            finally:
+                raise RuntimeError("the mode is not there")
+        except RuntimeError as error:
+            raise ValueError("the plan cannot be carried out") from error
+
+    monkeypatch.setattr("regrow.runs.pruning_run.run", cleaned_up)
+    code, _, err = regrow("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "run")
+    assert code == 130 and "stopped; nothing was written" in err
 
 
 def test_usage_errors_name_the_help(regrow: Run) -> None:

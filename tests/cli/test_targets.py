@@ -80,7 +80,7 @@ def test_times_are_measured_once_for_a_run(
 
 
 def test_settings_of_older_runs_are_read_and_gone_on_with() -> None:
-    old = {"model": "m", "keep": 0.7, "measure": "macs", "sources": ["news"], "something": 1}
+    old = {"model": "m", "keep": 0.7, "measure": "macs", "sources": ["news"]}
     settings = Settings.from_json(old)
     assert settings.budget().target is None and not settings.budget().regular and settings.budget().keep == 0.7
     assert not {"target", "regular"} & settings.record().keys()

@@ -25,12 +25,13 @@ class Small(nn.Module):
         self.fall = nn.Linear(width, 4, bias=False)
         self.again = nn.Linear(width, 4, bias=False)
         self.again.weight = self.fall.weight
+        self.own = nn.Linear(width, 4, bias=False)
         self.register_buffer("tilt", torch.linspace(0.5, 1.5, width), persistent=False)
         self.register_buffer("shift", torch.linspace(-1, 1, 4))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.rise(x).relu() * self.tilt
-        return self.fall(y) + self.again(y) + self.shift
+        return self.fall(y) + self.again(y) + self.own(y) + self.shift
 
 
 def small() -> nn.Module:
@@ -86,9 +87,9 @@ def _rows() -> tuple[tuple, dict]:
 
 CASES: dict[str, Case] = {
     "callable": Case(
-        small, _rows, lambda _: Origin("callable", "runs.saved:small", builder=small), ("fall.weight",), small
+        small, _rows, lambda _: Origin("callable", "runs.saved:small", builder=small), ("own.weight",), small
     ),
-    "object": Case(lambda: small(), _rows, lambda _: None, ("fall.weight",), small),
+    "object": Case(lambda: small(), _rows, lambda _: None, ("own.weight",), small),
     "recurrent": Case(
         speech,
         ZOO["gru_speech"].example,

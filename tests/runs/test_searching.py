@@ -140,7 +140,7 @@ def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
     ("given", "message"),
     [
         ({"cutout": 8}, "take 0, for none, to 7"),
-        ({"cutout": -1}, "take 0"),
+        ({"cutout": -1}, "cutout must be 0 to"),
         ({"retrain": 0}, "--cutout .* leaves that out"),
         ({"retrain": 0, "cutout": 0, "inherit": True}, "--inherit .* leaves that out"),
     ],
@@ -240,7 +240,7 @@ def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
     for more, told in (
         ({"epochs": 0}, "take --epochs 1"),
         ({"validation": 0.999}, "leaves 0"),
-        ({"train": -5}, "or more"),
+        ({"train": -5}, "train must be 0 to"),
         ({"epochs": 3}, "a stage of 2 has none in which masks learn, .* take --epochs 4 or more"),
         ({"target": "params=60", "method_settings": QUICK | {"levels": ("operations",)}}, "below what is left"),
         ({"target": "params=60", "method": "darts", "method_settings": {}}, "below what is left whatever goes"),

@@ -136,7 +136,7 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 6\.772 MiB \(7101024 bytes\).*more --memory"):
             run(TIGHT, tmp_path / "run")
-    found = regrow.runs.folder.RunFolder.open(tmp_path / "run")
+    found = regrow.runs.folder.RunFolder.started(tmp_path / "run")
     assert [row["epoch"] for row in rows(found, "epoch")] == [1, 2]
 
 

@@ -28,9 +28,9 @@ def ran(tmp_path: Path, recipe: str, *words: str) -> list[dict]:
 
 
 def test_a_killed_command_run_again_leaves_what_an_undisturbed_one_does(tmp_path):
-    cases = ["prune", "learn --resume", "save over a save", "export gguf, over another"]
-    rows = ran(tmp_path, "kill_matrix.py", *(f"--case={case}" for case in cases), "--sample", "12", "--seed", "3")
-    assert len(rows) == 12 and {row["case"] for row in rows} == {*cases}
+    cases = ["prune", "learn --resume", "save over a save"]
+    rows = ran(tmp_path, "kill_matrix.py", *(f"--case={case}" for case in cases), "--sample", "8", "--seed", "3")
+    assert len(rows) == 8 and {row["case"] for row in rows} == {*cases}
 
 
 @pytest.mark.parametrize("call", ["rename", "exchange", "open", "write"])

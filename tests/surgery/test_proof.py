@@ -224,7 +224,7 @@ def test_tensors_that_are_not_those_checked_are_refused(monkeypatch: pytest.Monk
 
     model, axes = traced("llama")
     monkeypatch.setattr(sys.modules[apply.__module__], "prepare", spoiling)
-    with laws.untouched(model), pytest.raises(PlanError, match="cut otherwise than in float64"):
+    with laws.untouched(model), pytest.raises(PlanError, match=r"cut otherwise than in float64|what it leaves differs"):
         apply(model, axes, Plan.keeping(axes, {mlp_axis(axes): range(5)}))
 
 

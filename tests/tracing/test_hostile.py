@@ -1,6 +1,7 @@
 """Hostile networks: a sample of the recipe, whose masking is written by hand and shares nothing with ``verify``."""
 
 import importlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -33,7 +34,7 @@ def test_a_sample_is_cut_exactly_or_refused_in_one_line(recipe: Any) -> None:
 
 def test_the_masking_by_hand_notices_a_wrong_cut(recipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where surgery keeps other rows of one weight than planned."""
-    from regrow.surgery import carry
+    from regrow.surgery import apply, carry
 
     whole = carry.carried
 
@@ -42,5 +43,6 @@ def test_the_masking_by_hand_notices_a_wrong_cut(recipe: Any, monkeypatch: pytes
         return cut.roll(1, 0) if name == "up.weight" and cut.shape != tensor.shape else cut
 
     monkeypatch.setattr(carry, "carried", wrong)
+    monkeypatch.setattr(sys.modules[apply.__module__], "check_blocks", lambda change: None)  # which refuses it
     row = recipe.examine("control/batch_decides#0", lambda: recipe.own("control/batch_decides#0"))
     assert row["outcome"] == "wrong"

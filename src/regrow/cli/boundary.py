@@ -112,13 +112,24 @@ def _code_of(error: ValueError) -> int:
         return REFUSED
     if isinstance(error, ResourceError):
         return ENVIRONMENT
-    seen, cause = {id(error)}, error.__cause__ or error.__context__
-    while cause is not None and id(cause) not in seen:
+    for cause in _causes(error):
         if isinstance(cause, ImportError | MemoryError) or (isinstance(cause, OSError) and cause.errno in _MACHINE):
             return ENVIRONMENT
+    return USAGE
+
+
+def is_interrupted(error: BaseException) -> bool:
+    """Whether Ctrl-C is behind an error: code that it interrupts while it cleans up may fail in its own way."""
+    return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """What led to an error, from the nearest on."""
+    seen, cause = {id(error)}, error.__cause__ or error.__context__
+    while cause is not None and id(cause) not in seen:
+        yield cause
         seen.add(id(cause))
         cause = cause.__cause__ or cause.__context__
-    return USAGE
 
 
 def _of_system(error: OSError) -> Failure:
@@ -249,6 +260,10 @@ class Verb(click.Command):
             raise Stopped(self.left(ctx.params)) from None
         except EOFError as error:  # which click takes for Ctrl-D
             raise RuntimeError(f"a file ended too early ({error})") from error
+        except Exception as error:
+            if is_interrupted(error):
+                raise Stopped(self.left(ctx.params)) from None
+            raise
 
     def left(self, values: Mapping[str, Any]) -> str:
         """What a stopped command says.

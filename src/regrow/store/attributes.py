@@ -15,6 +15,7 @@ _DEEPEST = 4
 def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Dotted name → tensor, for every tensor that a module holds as a plain attribute.
 
+    >>> import torch
     >>> net = nn.Linear(2, 2)
     >>> net.scale = torch.ones(2)
     >>> list(attribute_tensors(net))

@@ -66,7 +66,8 @@ def check_replaceable(folder: Path) -> None:
     """Assert that a folder can be made, or replaced as a whole.
 
     Raises:
-        StoreError: If it is a file, a mount point or the current folder, or the folder around it may not be written.
+        StoreError: If it is a file, a mount point or the current folder, or it or the folder around it may not be
+            written.
     """
     place = folder.resolve()
     if place.exists() and not place.is_dir():
@@ -76,8 +77,9 @@ def check_replaceable(folder: Path) -> None:
             raise StoreError(f"{folder} is the current folder or around it; name a folder of its own: {folder / 'out'}")
     if place.is_mount():
         raise StoreError(f"{folder} is a mount point, which cannot be replaced; name a folder in it: {folder / 'out'}")
-    if place.parent.is_dir() and not os.access(place.parent, os.W_OK | os.X_OK):
-        raise StoreError(f"{place.parent} may not be written; choose a folder that is yours")
+    for one in (place.parent, place):
+        if one.is_dir() and not os.access(one, os.W_OK | os.X_OK):
+            raise StoreError(f"{one} may not be written; choose a folder that is yours")
 
 
 def settle(folder: Path) -> None:

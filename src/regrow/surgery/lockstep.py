@@ -168,7 +168,9 @@ class CutTensors:
     def _worked_out(self, names: Collection[str], double: bool) -> Mapping[str, Tensor]:
         own = {n: in_double(self.known[n]) if double else self.known[n] for n in names if n in self.known}
         left = [name for name in names if name not in own and self.changes(name)]
+        added = {bias_of(weight) for weight in self.plan.means}
         left += [bias_of(name) for name in names if name in self.plan.means]
+        left += [name for name in names if name in added and name not in own and name not in left]
         if not left:
             return own
         return {**own, **prepare(self.model, self.axes, self.plan, names=left, exact=double).done.values}

@@ -113,7 +113,13 @@ def check_blocks(change: Change) -> None:
     with torch.random.fork_rng(devices=[]):
         if len(change.recording.blocks) > 1 and all(pair.same(block) for block in chosen(change)):
             return
-        ours, theirs = pair.whole()
+        try:
+            ours, theirs = pair.whole()
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:200]
+            raise PlanError(
+                f"the plan cannot be carried out: what it leaves does not run in float64 ({why}); plan other sizes"
+            ) from error
     if not (distance := gap(ours, theirs)) <= change.bound * scale(ours):
         raise PlanError(different(distance, scale(ours)))
 
@@ -197,11 +203,15 @@ class _Pair:
         try:
             if local and self._same(block, CROP):
                 return True
+        except PlanError:
+            raise
         except (_NotAloneError, RuntimeError, IndexError, ValueError):
             pass  # it is no block of images after all
         try:
             return self._same(block, None)
-        except _NotAloneError:
+        except PlanError:
+            raise
+        except (_NotAloneError, RuntimeError, IndexError, ValueError):
             return False
 
     def _same(self, block: Block, crop: int | None) -> bool:

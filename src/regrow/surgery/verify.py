@@ -108,6 +108,7 @@ def distances(
     Raises:
         PlanError: If a plan does not fit the model; those before it have been compared.
 
+    >>> import torch
     >>> from regrow.tracing import trace
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> axes = trace(net, torch.ones(1, 4))

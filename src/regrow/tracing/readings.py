@@ -55,6 +55,10 @@ class Recording:
     capture: Capture
     reads: tuple[ReadDim, ...]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
+        """Itself: nothing in it ever changes, and the operations of a long network are linked too deep to be copied."""
+        return self
+
     @cached_property
     def blocks(self) -> tuple[Block, ...]:
         """Its blocks."""
