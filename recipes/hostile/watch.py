@@ -15,6 +15,9 @@ CANARY = (
     "import builtins\nbuiltins.canary = True\nclass Evil:\n    pass\ndef boom(*a, **k):\n    raise SystemExit('ran')\n"
 )
 
+OURS = "transformers:get_class_from_dynamic_module"
+"""What an export does with the code that it has just written; it is noted, and compared with the honest folder."""
+
 foreign: list[str] = []
 """What should not have happened, in words."""
 _watching = False
@@ -62,7 +65,8 @@ def start(folder: Path) -> None:
             raise RuntimeError("a named target was called")
         if event == "call" and frame.f_code in codes:
             note(f"call {codes[frame.f_code]}")
-            raise RuntimeError("a named target was called")
+            if codes[frame.f_code] != OURS:
+                raise RuntimeError("a named target was called")
 
     global _profile
     _profile = profile
