@@ -11,6 +11,7 @@ from cli.conftest import Run
 from regrow import load
 from regrow.runs import RunFolder, prune
 from regrow.runs.pruning_run import Settings
+from regrow.store import StoreError
 
 SMALL = ("--tokens", "512", "--eval-tokens", "128", "--seq-len", "64", "--no-verify")
 
@@ -81,6 +82,8 @@ def test_times_are_measured_once_for_a_run(
 
 def test_settings_of_older_runs_are_read_and_gone_on_with() -> None:
     old = {"model": "m", "keep": 0.7, "measure": "macs", "sources": ["news"]}
+    with pytest.raises(StoreError, match="'something' is unknown here; use the version"):
+        Settings.from_json(old | {"something": 1})
     settings = Settings.from_json(old)
     assert settings.budget().target is None and not settings.budget().regular and settings.budget().keep == 0.7
     assert not {"target", "regular"} & settings.record().keys()

@@ -183,3 +183,12 @@ def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
     (tmp_path / "net" / "notes.txt").write_text("mine")
     save(nn.Linear(4, 4), tmp_path / "net")
     assert (tmp_path / "net" / "notes.txt").read_text() == "mine"
+
+
+def test_a_result_that_may_not_be_written_is_refused_before_anything_is_made(tmp_path, monkeypatch):
+    filled(tmp_path / "out", "old")
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "out" and may(path, mode))
+    with pytest.raises(StoreError, match="out may not be written; choose a folder that is yours"):
+        filled(tmp_path / "out", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and (tmp_path / "out" / "a").read_text() == "old"

@@ -18,6 +18,7 @@ from regrow.surgery import carry as carry_module
 from regrow.surgery.carry import prepare
 from regrow.surgery.proof import Change, _Pair, chosen
 from regrow.tracing import trace
+from runs.saved import small
 from test_zoo import traced
 from zoo import Wired, randomised
 
@@ -213,19 +214,40 @@ def test_newborn_units_that_are_heard_are_refused(rule: str, spoiled: Any) -> No
         apply(model, axes, Plan.growing(axes, {mlp_axis(axes): 2}, Fill(rule)))
 
 
-def test_tensors_that_are_not_those_checked_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is put into the network is what was checked: half of a tensor at another rounding is not."""
+@pytest.mark.parametrize(
+    ("net", "spoilt", "says"),
+    [("llama", "down_proj.weight", "what it leaves differs"), ("small", "own.bias", "cut otherwise than in float64")],
+    ids=["selected", "worked out"],
+)
+def test_tensors_that_are_not_those_checked_are_refused(
+    net: str, spoilt: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is put into the network is what was checked, be it selected or worked out."""
 
     def spoiling(*given: Any, **more: Any) -> Any:
         ready = prepare(*given, **more)
-        value = next(value for name, value in ready.done.values.items() if name.endswith("down_proj.weight"))
-        value.mul_(1.001)
+        if not more.get("exact"):
+            next(value for name, value in ready.done.values.items() if name.endswith(spoilt)).mul_(1.001)
         return ready
 
-    model, axes = traced("llama")
+    if net == "llama":
+        model, axes = traced("llama")
+        plan = Plan.keeping(axes, {mlp_axis(axes): range(5)})
+    else:
+        model = small()
+        axes = trace(model, torch.ones(2, 6))
+        plan = Plan.keeping(axes, {"rise.weight:0": range(9)}, means={"own.weight": {9: 0.5}})
     monkeypatch.setattr(sys.modules[apply.__module__], "prepare", spoiling)
-    with laws.untouched(model), pytest.raises(PlanError, match=r"cut otherwise than in float64|what it leaves differs"):
-        apply(model, axes, Plan.keeping(axes, {mlp_axis(axes): range(5)}))
+    with laws.untouched(model), pytest.raises(PlanError, match=says):
+        apply(model, axes, plan)
+
+
+def test_means_for_a_weight_that_two_modules_share_are_refused() -> None:
+    model = small()
+    axes = trace(model, torch.ones(2, 6))
+    plan = Plan.keeping(axes, {"rise.weight:0": range(9)}, means={"fall.weight": {9: 0.5}})
+    with laws.untouched(model), pytest.raises(PlanError, match=r"fall\.weight, which again holds too"):
+        apply(model, axes, plan)
 
 
 @pytest.mark.parametrize("name", ["llama", "mlp"])

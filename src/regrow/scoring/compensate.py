@@ -19,7 +19,8 @@ def means(
     """The mean of every dropped input, for weights where a constant input can be moved into a bias exactly.
 
     b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
-    padding. A padded convolution sees zeros at its borders, not the mean: it is left out.
+    padding. A padded convolution sees zeros at its borders, not the mean: it is left out. So is a weight that several
+    modules share: they need not see the same mean, and each has a bias of its own.
 
     Args:
         model: The network, to see which convolutions are padded.
@@ -64,8 +65,24 @@ def unbiased(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[
     return tuple(name for name in names if takes_constant(model, name) and getattr(owners[name], "bias", 0) is None)
 
 
+def shared_with(model: nn.Module, name: str) -> str | None:
+    """Another module that holds the same weight; ``None`` if there is none.
+
+    >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    >>> net["b"].weight = net["a"].weight
+    >>> shared_with(net, "a.weight"), shared_with(net, "a.bias")
+    ('b', None)
+    """
+    path, _, _ = name.rpartition(".")
+    owner, weight = model.get_submodule(path), model.get_parameter(name)
+    others = ((at, one) for at, one in model.named_modules() if one is not owner)
+    return next((at for at, one in others if any(value is weight for value in one._parameters.values())), None)
+
+
 def takes_constant(model: nn.Module, name: str) -> bool:
     """Whether a constant input of a weight is the same as a bias: of a linear map, or of a plain unpadded convolution.
+
+    The weight is one module's alone.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight"), takes_constant(net, "1.weight")
@@ -74,6 +91,8 @@ def takes_constant(model: nn.Module, name: str) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return False  # its biases are of other names, and dropped units have means of their own at the first step
+    if shared_with(model, name) is not None:
+        return False
     if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return model.get_parameter(name).dim() == 2
     padding = owner.padding

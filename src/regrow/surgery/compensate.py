@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Dim, Role
 from regrow.plan import Plan, PlanError
+from regrow.scoring.compensate import shared_with
 from regrow.surgery.layout import Layout
 
 
@@ -32,7 +33,8 @@ def offsets(
         Name of a bias → its new value; a layer without one gets one.
 
     Raises:
-        PlanError: If means are given for something that is not a layer's weight, or for inputs that stay.
+        PlanError: If means are given for something that is not a layer's weight, for a weight that several modules
+            share, or for inputs that stay.
     """
     result: dict[str, Tensor] = {}
     for name, means in plan.means.items():
@@ -40,6 +42,11 @@ def offsets(
         dim = read_dim(axes, name)
         if leaf != "weight" or dim is None or "bias" not in model.get_submodule(path)._parameters:
             raise PlanError(f"{name} has no bias that could take up the means of dropped inputs")
+        if (sharing := shared_with(model, name)) is not None:
+            raise PlanError(
+                f"means are given for {name}, which {sharing or 'the model'} holds too and would read without them; "
+                "leave them out"
+            )
         weight = model.get_parameter(name).detach()
         positions = torch.tensor(sorted(means), device=weight.device)
         lay = lays.get(name, {}).get(dim)

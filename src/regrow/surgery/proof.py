@@ -192,6 +192,8 @@ class _Pair:
 
     def whole(self) -> tuple[Answers, Answers]:
         """What both answer to the example."""
+        for name in sorted(self.rounded):
+            self._check_rounding({name: self.cut.load(name, True)})
         runners = self._fresh()
         run_both(*runners, self.change.recording.blocks, self.nodes[0], self.nodes[1], self.cut)
         return runners[0].answers, runners[1].answers
@@ -223,7 +225,7 @@ class _Pair:
             if isinstance(step, int) and self.nodes[0][step] not in known
         }
         with self.cut.of(block.states):
-            self._check_rounding()
+            self._check_rounding(self.cut.values)
             ours, theirs = (self._run(i, block, {step: pair[i] for step, pair in seams.items()}) for i in (0, 1))
         return all(self._alike(step, ours[step], theirs[step]) for step in ours)
 
@@ -272,12 +274,12 @@ class _Pair:
             return torch.equal(ours, theirs)
         return bool(ours.isfinite().all()) and gap([ours], [theirs]) <= self.change.bound * scale([ours])
 
-    def _check_rounding(self) -> None:
+    def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """What will be put into the network is what was checked, in the network's own precision."""
         change = self.change
         # What an attic writes anew comes from numbers of before earlier cuts, which were rounded once.
         anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.attic.means if change.attic else ())}
-        for name, exact in self.cut.values.items() if not change.recalls else ():
+        for name, exact in values.items() if not change.recalls else ():
             done = change.ready.done.values[name]
             if name not in self.rounded or (change.attic is not None and name in anew):
                 continue
