@@ -1,9 +1,11 @@
 """The proof on every change: what ``apply`` refuses, with the line that does it, and what it checks in float64."""
 
 import copy
+import gc
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import pytest
@@ -132,6 +134,34 @@ def test_code_that_looks_at_a_width_is_refused_with_its_line(wire: Callable[[Any
     said = str(refused.value)
     assert "\n" not in said
     assert "test_proof.py:" in said and SIZED[wire] in said
+
+
+@pytest.fixture
+def busy_collector() -> Iterator[None]:
+    """Garbage is collected all the time, and Python code is called each time, as Hypothesis does."""
+    before, calls = gc.get_threshold(), count()
+
+    def called(phase: str, info: Mapping[str, int]) -> None:
+        for _ in range(next(calls) % 3):
+            pass
+
+    gc.callbacks.append(called)
+    gc.set_threshold(1)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(called)
+
+
+@pytest.mark.parametrize("wire", [branch_on_a_factor, one_of_two_values], ids=lambda wire: wire.__name__)
+def test_the_line_is_found_whatever_a_garbage_collection_calls(
+    wire: Callable[[Any, Tensor], Tensor], busy_collector: None
+) -> None:
+    model, axes = net(wire)
+    with pytest.raises(PlanError) as refused:
+        apply(model, axes, Plan.keeping(axes, {KEY: range(6)}))
+    assert SIZED[wire] in str(refused.value)
 
 
 def test_what_is_the_same_at_another_width_is_no_reason_to_refuse() -> None:

@@ -1,5 +1,6 @@
 """Which line of a network's own code ran an operation, or took another path at another size."""
 
+import gc
 import linecache
 import os
 import sys
@@ -92,7 +93,8 @@ def _lines_run(model: nn.Module, example: Example) -> list[Line]:
     def trace(frame: FrameType, event: str, given: Any) -> Any:
         return local if _is_own(frame.f_code.co_filename) else None
 
-    before = sys.gettrace()
+    before, collecting = sys.gettrace(), gc.isenabled()
+    gc.disable()  # what a collection calls runs in between, and is no line of the network
     sys.settrace(trace)
     try:
         with torch.no_grad():
@@ -101,6 +103,8 @@ def _lines_run(model: nn.Module, example: Example) -> list[Line]:
         pass  # where it fails it may still have taken another path before
     finally:
         sys.settrace(before)
+        if collecting:
+            gc.enable()
     return lines
 
 
