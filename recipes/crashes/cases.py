@@ -35,15 +35,12 @@ class Case:
         result: The file or folder it makes.
         prepare: What is done before, undisturbed; if it makes ``result``, the command replaces that.
         read: By whom a result must be readable at every moment: ``regrow``, ``transformers``; none for single files.
-        after: What is run instead of the command if the kill came after its work was done, where the command would do
-            it once more.
     """
 
     command: Step
     result: str
     prepare: tuple[Step, ...] = ()
     read: tuple[str, ...] = ()
-    after: Step | None = None
 
 
 def llama(folder: str, width: int = 40, *, cut: bool = False, seed: int = 0) -> None:
@@ -133,7 +130,6 @@ CASES: dict[str, Case] = {
         "run",
         (f"{LEARN} --classes 10 --out run",),
         read=("regrow",),
-        after="learn --resume run",
     ),
     "search": Case(f"{SEARCH} --out run", "run", read=("regrow",)),
     "apply": Case(

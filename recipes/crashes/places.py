@@ -164,9 +164,8 @@ class Place:
         found = [] if excused else [f"at once: {what}" for what in [*self.unreadable(), *self.mixed()]]
         self.reset("kept")  # loading may complete or revert what was under way; running again must do so, too
         there = contents(self.root)
-        whole = not differences(self.whole, there)
         complete = not differences(_of(self.whole, self.case.result), _of(there, self.case.result))
-        again = self.go(self.case.after if whole else None)
+        again = self.go()
         found += differences(self.whole, contents(self.root))
         found += [f"stale {page}" for page in self.stale_pages()]
         if again.code and not (complete and not found and again.code == 2):  # it may say that all is done

@@ -116,9 +116,25 @@ def test_a_result_is_readable_while_it_takes_further_tasks(here, monkeypatch):
     assert all(torch.equal(value, load("run").state_dict()[name]) for name, value in weights.items())
     assert code_of(more) == 0
     once = told("run")
-    assert len(once["run.json"]["settings"]["tasks"]) == 2 and "extension" not in once["run.json"]
+    assert len(once["run.json"]["settings"]["tasks"]) == 2
     assert [row["what"] for row in once["rows"]] == ["task", "task", "matrix", "task", "matrix"]
     assert code_of(more[:3]) == 0 and told("run") == once, "nothing to learn, nothing changes"
+
+
+def test_the_same_tasks_are_learned_once_more_only_if_the_total_says_so(here, capsys):
+    """A command that was killed when all was done and runs again must not learn once more."""
+    assert code_of([*LEARN.split(), "--classes", "10", "--out", "run"]) == 0
+    more = ["learn", "--resume", "run", "--task", "permuted:digits:1"]
+    assert code_of(more) == 0
+    once = told("run")
+    for words in (more, [*more, "--total", "2"]):
+        assert code_of(words) == 2 and told("run") == once
+        assert "has learned permuted:digits:1 by this very command" in capsys.readouterr().err
+    assert code_of([*more, "--total", "4"]) == 2 and "--total 3" in capsys.readouterr().err
+    assert code_of([*more, "--total", "3"]) == 0
+    assert len(told("run")["run.json"]["settings"]["tasks"]) == 3
+    assert code_of([*more, "--total", "3"]) == 2
+    assert code_of(["learn", "--resume", "run", "--task", "permuted:digits:2"]) == 0 == code_of(more)
 
 
 def ends_at(number, work):

@@ -36,6 +36,11 @@ Examples
 @click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run of this folder.")
 @click.option("--task", "more", multiple=True, metavar="TASKS", help="With --resume: what it is to learn now.")
 @click.option(
+    "--total",
+    type=int,
+    help="With --resume: how many sequences of tasks the run has in the end; to learn the same sequence once more.",
+)
+@click.option(
     "--without-old",
     is_flag=True,
     help="With --resume: data of tasks that are over may be gone; what is still known of those is not measured then.",
@@ -70,6 +75,7 @@ def learn(
     resume: Path | None,
     more: tuple[str, ...],
     without_old: bool,
+    total: int | None,
     pairs: Any,
     **given: Any,
 ) -> None:
@@ -83,11 +89,12 @@ def learn(
         if told := [f"--{name.replace('_', '-')}" for name in given if _given(name)] + ["--set"] * bool(pairs):
             raise click.UsageError(f"--resume goes on with the settings of its run; leave out {', '.join(told)}")
         with working() as progress:
-            folder = extend(resume, more, progress, without_old=without_old, write_page=page)
+            folder = extend(resume, more, progress, without_old=without_old, total=total, write_page=page)
     else:
-        if more or without_old:
+        if more or without_old or total is not None:
             raise click.UsageError(
-                "--task and --without-old are of a run that goes on, with --resume RUN; a new run names TASKS alone"
+                "--task, --total and --without-old are of a run that goes on, with --resume RUN; a new run names TASKS "
+                "alone"
             )
         if not tasks:
             raise click.UsageError("name what is to be learned, for example `regrow learn permuted:digits:5 --out RUN`")

@@ -199,9 +199,7 @@ class RunFolder:
         if write_page:
             write_page(self.path)
         with replaced(self.out, self.owner) as new:
-            link_tree(self.path, new, skip={"statistics", RUN})
-            # The working area keeps it: if this process is killed now, the same command still knows what it has added.
-            RunFolder(new)._write(RUN, {name: value for name, value in self.run().items() if name != "extension"})
+            link_tree(self.path, new, skip={"statistics"})
         if self.owner:
             self.owner.release()
         return RunFolder(self.out)

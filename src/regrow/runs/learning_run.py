@@ -143,34 +143,42 @@ def extend(
     progress: Progress = silent,
     *,
     without_old: bool = False,
+    total: int | None = None,
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Have a run learn further tasks: months later, by another process.
 
-    A finished run stays as it is until they are learned. A call that was interrupted goes on when it is repeated.
+    A finished run stays as it is until they are learned. A call that was interrupted goes on when it is repeated; one
+    that was completed is refused when it is repeated, unless ``total`` says that the same sequences come once more.
 
     Args:
         out: The folder of a run, finished or interrupted.
         more: Further sequences, as ``Settings.tasks``; none to finish what was interrupted.
         progress: Called as work goes on.
+        total: How many sequences the run has when all are learned; ``None``: its own and ``more``.
         without_old: Go on although data of tasks that are over are not there any more: it is not evaluated on those.
         write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
-        ValueError: If the folder is no learning run, or a sequence is not usable.
+        ValueError: If the folder is no learning run, a sequence is not usable, or this very call was completed.
     """
     if Path(out).is_dir():
         check_files(Path(out))
-    done = cleared(Path(out))
+    cleared(Path(out))
     folder = RunFolder.started(out) or RunFolder.open(out)
     told = folder.run()
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = Settings.from_json(told["settings"])
     folder.metrics()  # damaged lines are told before anything is written
-    if told.get("finished") and folder.path == Path(out) and (not more or (done and _ends_with(was.tasks, more))):
-        return folder  # nothing is to be learned, or a process that was killed while it cleared up has done it
-    added = () if told.get("extension") == list(more) else tuple(more)
+    added = _added(told.get("extension"), was.tasks, tuple(more), total)
+    if told.get("finished") and folder.path == Path(out) and not added:
+        if more:
+            raise StoreError(
+                f"{out} has learned {', '.join(more)} by this very command; to learn the same once more, add "
+                f"--total {len(was.tasks) + len(more)}"
+            )
+        return folder
     settings = replace(was, tasks=(*was.tasks, *added))
     # It goes on as it began, be the defaults of this version others.
     learner = built(replace(settings, method_settings={**told.get("defaults", {}), **was.method_settings}))
@@ -207,8 +215,25 @@ def extend(
         return _go_on(reopened, settings, learner, settings.schedule(), tasks, progress, write_page)
 
 
-def _ends_with(tasks: Sequence[str], more: Sequence[str]) -> bool:
-    return tuple(tasks[len(tasks) - len(more) :]) == tuple(more)
+def _added(last: Any, tasks: tuple[str, ...], more: tuple[str, ...], total: int | None) -> tuple[str, ...]:
+    """The sequences that a call adds to those of a run: none if the run has them from this very call.
+
+    Args:
+        last: The sequences that the last call added, as ``run.json`` has them.
+        tasks: All sequences of the run.
+        more: Those of this call.
+        total: How many there are to be.
+    """
+    if total is None:
+        return () if last == list(more) else more
+    if total == len(tasks) and tasks[len(tasks) - len(more) :] == more:
+        return ()
+    if total != len(tasks) + len(more):
+        raise ValueError(
+            f"total must be how many sequences of tasks the run has in the end, got {total}; it has {len(tasks)} and "
+            f"{len(more)} are to come: --total {len(tasks) + len(more)}"
+        )
+    return more
 
 
 def _go_on(

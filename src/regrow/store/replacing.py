@@ -91,20 +91,10 @@ def settle(folder: Path) -> None:
                 (stage / place.name).rename(place)
 
 
-def cleared(folder: Path) -> bool:
-    """Delete what killed processes left beside a folder that they were replacing.
-
-    Returns:
-        Whether one of them had replaced it already, so that all its work was done.
-    """
-    place = folder.resolve()
-    settle(place)
-    done = False
-    for stage in leftovers(place):
-        replaced_by_name = _was(stage, place).is_dir() and not (stage / place.name).is_dir()
-        done |= stage.suffix == ".old" or replaced_by_name or (stage / place.name / WORK).is_dir()
-    sweep(place)
-    return done
+def cleared(folder: Path) -> None:
+    """Delete what killed processes left beside a folder that they were replacing."""
+    settle(folder)
+    sweep(folder.resolve())
 
 
 def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Collection[str] = ()) -> None:

@@ -41,6 +41,7 @@ class Run(msgspec.Struct, frozen=True):
     seconds: dict[str, float] = {}
     timing: dict[str, Any] | None = None
     sequence: list[Any] = []
+    extension: list[str] = []
 
 
 class Row(msgspec.Struct, frozen=True):
