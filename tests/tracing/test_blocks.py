@@ -24,6 +24,18 @@ class Residual(nn.Module):
         return x + self.down(self.up(x).relu())
 
 
+class Convolutions(nn.Module):
+    """``down(relu(up(x)))``, a pointwise convolution and one of 3 × 3."""
+
+    def __init__(self, width: int, **settings: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(8, width, 1), nn.Conv2d(width, 8, 3, **{"padding": 1, **settings})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run both."""
+        return self.down(self.up(x).relu())
+
+
 def cut(model: nn.Module, *args: Tensor) -> tuple[Block, ...]:
     """The blocks of a model."""
     return blocks(capture(model.eval(), example_of(model, args, {})))
@@ -45,12 +57,19 @@ def test_every_operation_is_in_one_block_and_seams_fit(name: str) -> None:
         assert set(block.states) == read & set(axes.shapes)
 
 
-def test_blocks_of_one_shape_are_of_one_kind_and_others_are_not() -> None:
-    net = nn.Sequential(nn.Linear(4, 8), *(Residual(8, n) for n in (6, 6, 5)), nn.Linear(8, 2))
+def test_blocks_of_any_width_are_of_one_kind_and_blocks_of_other_operations_are_not() -> None:
+    net = nn.Sequential(nn.Linear(4, 8), *(Residual(8, n) for n in (6, 6, 5)), nn.Linear(8, 2), nn.Sigmoid())
     found = cut(net, torch.ones(2, 4))
     assert [block.path for block in found] == ["", "1", "2", "3", ""]
     kinds = [block.kind for block in found]
-    assert kinds[1] == kinds[2] != kinds[3] and kinds[0] != kinds[4]
+    assert kinds[1] == kinds[2] == kinds[3] and len({kinds[0], kinds[1], kinds[4]}) == 3
+
+
+@pytest.mark.parametrize("other", [{"groups": 8}, {"stride": 2}, {"dilation": 2, "padding": 2}])
+def test_a_convolution_with_other_groups_or_steps_makes_another_kind(other: dict[str, int]) -> None:
+    net = nn.Sequential(Convolutions(8), Convolutions(16), Convolutions(8, **other), Convolutions(16))
+    kinds = [block.kind for block in cut(net, torch.ones(2, 8, 8, 8))]
+    assert kinds[0] == kinds[1] == kinds[3] != kinds[2]
 
 
 def test_a_network_without_repeated_modules_is_one_block() -> None:

@@ -4,7 +4,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -13,7 +12,7 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import prepare, state_of
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.precision import in_double
-from regrow.surgery.runner import LARGE, Answers, Runner, masking, stored
+from regrow.surgery.runner import LARGE, Answers, Runner, masking, reseed, stored
 from regrow.tracing.blocks import Block, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.hollow import faked
@@ -84,10 +83,10 @@ def run_both(
     """
     for block in cut:
         last = block.stop == len(ours)
-        torch.manual_seed(block.start)
+        reseed(block.start)
         masked.run_until(None if last else ours[block.stop])
         with tensors.of(block.states):
-            torch.manual_seed(block.start)
+            reseed(block.start)
             shrunk.run_until(None if last else theirs[block.stop])
     masked.run_until()
     shrunk.run_until()

@@ -22,7 +22,7 @@ from regrow.surgery.carry import Prepared, state_of
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import Layout, born_as, laid, units_after
 from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
-from regrow.surgery.runner import Answers, Load, Masking, Runner, masking, stored
+from regrow.surgery.runner import Answers, Load, Masking, Runner, masking, reseed, stored
 from regrow.surgery.widen import carried
 from regrow.tracing.blocks import Block
 from regrow.tracing.capture import Capture
@@ -255,7 +255,7 @@ class _Pair:
                 before[node] = seams[self.steps[made]].clone()
             else:
                 raise _NotAloneError
-        torch.manual_seed(block.start)
+        reseed(block.start)
         results = runner.run_only(own, before, [nodes[step] for step in block.outputs])
         if block.stop == len(nodes):
             return dict(enumerate(runner.answers, len(nodes)))

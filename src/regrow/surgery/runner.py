@@ -7,8 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
-from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map
+from torch.fx.node import map_aggregate, map_arg
 
 from regrow.axes import Dim, Product, Sum
 from regrow.branches import Branch
@@ -190,8 +189,11 @@ class Runner(Interpreter):
         for read, operand, mask in self.masking.reads.get(n, ()):
             if read.fill is not None:
                 values[operand] = self._replaced(values[operand], read, mask)
-        args, kwargs = map_arg((n.args, n.kwargs), values.__getitem__)
-        return (tree_map(longer, args), tree_map(longer, kwargs)) if self.double else (args, kwargs)
+
+        def valued(arg: Any) -> Any:
+            return values[arg] if isinstance(arg, Node) else longer(arg) if self.double else arg
+
+        return map_aggregate((n.args, n.kwargs), valued)
 
     def _run(self, n: Node) -> Any:
         if not self.double or n.op != "call_function":
@@ -207,8 +209,7 @@ class Runner(Interpreter):
             return grouped_product(*args, **kwargs)
         if name == "rms_norm" and (len(args) < 4 or args[3] is None):  # it takes the epsilon of its own precision
             args = (*args[:2], args[2] if len(args) > 2 else None, torch.finfo(operand[0].meta["val"].dtype).eps)
-        with self._set_current_node(n):
-            return target(*args, **kwargs)
+        return target(*args, **kwargs)
 
     def _in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
         """A linear layer whose weight is brought to float64 some rows at a time."""
@@ -237,6 +238,13 @@ class Runner(Interpreter):
         rest[0] = [len(index)] if isinstance(rest[0], list | tuple) else self.masking.groups[n]
         out = n.target(part, *rest, **kwargs)  # type: ignore[operator]
         return torch.zeros_like(x, dtype=out.dtype).index_copy(read.axis, index, out)
+
+
+def reseed(seed: int) -> None:
+    """Seed torch's global generators; unlike ``torch.manual_seed`` it formats no stack where CUDA is not in use."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 def stored(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load:

@@ -28,7 +28,8 @@ class Block:
         inputs: The seam before it: earlier operations whose results it reads, and the network's inputs and constants.
         outputs: The seam after it: its operations whose results are read later, or are answers of the network.
         states: The parameters and buffers that it reads.
-        kind: Its class: blocks of the same kind are isomorphic, shapes and constants included.
+        kind: Its class: blocks of the same kind run the same operations with the same constants on operands of the
+            same order, at any widths.
     """
 
     path: str
@@ -66,7 +67,9 @@ def blocks(recorded: Capture) -> tuple[Block, ...]:
         bounds.append(("", at, end))
     kinds: dict[Any, int] = {}
     return tuple(
-        Block(path, start, stop, *net.seams(start, stop), kinds.setdefault(net.form(start, stop), len(kinds)))
+        Block(
+            path, start, stop, *net.seams(start, stop), kinds.setdefault(net.form(start, stop, sized=False), len(kinds))
+        )
         for path, start, stop in bounds
     )
 
@@ -144,19 +147,29 @@ class _Net:
         """Whether a module runs operations that none of its parts runs."""
         return any(len(self.steps[i].modules) == depth for i in own)
 
-    def form(self, start: int, stop: int) -> int:
-        """What operations do, whatever they are called and wherever their inputs come from."""
+    def form(self, start: int, stop: int, sized: bool = True) -> int:
+        """What operations do, whatever they are called and wherever their inputs come from.
+
+        Args:
+            start: The number of the first operation.
+            stop: The number after that of the last one.
+            sized: Whether sizes count; otherwise only which of them are 1, as in a depthwise convolution.
+        """
         outside: dict[int | str, int] = {}
         form = []
         for step in self.steps[start:stop]:
             operands = tuple(
                 one - start
                 if isinstance(one, int) and one >= start
-                else (outside.setdefault(one, len(outside)), self.shapes.get(one) if isinstance(one, str) else None)
+                else (outside.setdefault(one, len(outside)), self._shape(one, sized))
                 for one in step.operands
             )
-            form.append((step.op, step.shapes, step.numbers, operands))
+            form.append((step.op, step.shapes if sized else _unsized(step.shapes), step.numbers, operands))
         return hash(tuple(form))
+
+    def _shape(self, operand: int | str, sized: bool) -> Any:
+        shape = self.shapes.get(operand) if isinstance(operand, str) else None
+        return shape if sized else _unsized(shape)
 
     def seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
         """What a run of operations reads, what of it is read later, and the states that it reads."""
@@ -165,6 +178,11 @@ class _Net:
         inputs = tuple(one for one in read if one not in self.shapes and not (isinstance(one, int) and one >= start))
         outputs = tuple(i for i in range(start, stop) if self.readers.get(i, -1) >= stop)
         return inputs, outputs, states
+
+
+def _unsized(shape: Any) -> Any:
+    """A shape, or several, with all sizes but 0 and 1 taken for the same."""
+    return tuple(map(_unsized, shape)) if isinstance(shape, list | tuple) else shape if shape is None else min(shape, 2)
 
 
 def _hashable(value: Any) -> Any:
