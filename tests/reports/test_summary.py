@@ -95,7 +95,7 @@ def test_rows_of_findings_that_cannot_be_used_are_counted(tmp_path):
     edit(folder / "findings.json", lambda found: found.update(spectrum=5))
     (run,) = summarise([folder])["runs"]
     assert run["problems"] == [
-        "findings.json: spectrum is no list; left out",
+        "findings.json: spectrum is 5: Expected `array`, got `int`; what does not fit is left out",
         "findings.json: 1 of 128 rows of modules left out",
         "findings.json: 4 of 10 rows of history left out",
     ]

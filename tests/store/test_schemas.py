@@ -7,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from regrow.runs import Ledger, RunFolder, StoreError
+from regrow.runs import Ledger, RunFolder, StoreError, read_attic
 from regrow.runs.pruning_run import Settings
+from regrow.store import convert as convert_module
 from regrow.store import schemas
+from regrow.store.convert import convert
+from regrow.store.tensors import write_tensors
+from regrow.surgery import Attic
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
 
@@ -77,7 +81,7 @@ def test_ledger(run, change, words):
 def test_the_entry_of_a_mapping_is_named():
     data = {"a": {"sizes": [1, 2]}, "b.c": {"sizes": [1, -2]}}
     with pytest.raises(StoreError, match=r"f: b\.c\.sizes\.1 is -2: Expected `int` >= 0"):
-        schemas.convert(data, dict[str, dict[str, list[schemas.Size]]], "f")
+        convert(data, dict[str, dict[str, list[schemas.Size]]], "f")
 
 
 def test_depth_and_rows(run):
@@ -90,8 +94,55 @@ def test_depth_and_rows(run):
         RunFolder.open(run).metrics()
 
 
-def test_records_know_nothing_of_torch():
-    tree = ast.parse(Path(schemas.__file__).read_text())
+@pytest.mark.parametrize("module", [schemas, convert_module])
+def test_records_know_nothing_of_torch(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert names == {"re", "collections.abc", "pathlib", "typing", "msgspec", "regrow.store.errors"}
+    assert names <= {"re", "collections.abc", "pathlib", "typing", "msgspec", "regrow.store.errors"}
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("axes", lambda d: d["before"][0].update(size="12"), ("before.0.size is '12'", "int")),
+        ("axes", lambda d: d["after"][1].update(call="os:abort"), ("unknown field `call`",)),
+        ("axes", lambda d: d.pop("after"), ("missing required field `after`",)),
+        (
+            "scores",
+            lambda d: d["axes"]["body.0.weight:0"].update(kept_min="low"),
+            ("0.weight:0.kept_min is",),
+        ),
+        ("scores", lambda d: d["axes"]["body.0.weight:0"].update(spread=1), ("unknown field `spread`",)),
+        ("findings", lambda d: d.update(notes=[{}]), ("notes.0 is {}", "str")),
+        ("findings", lambda d: d.update(best_step=-1), ("best_step is -1",)),
+    ],
+)
+def test_records_that_inform(tmp_path, name, change, words):
+    folder = RunFolder(Path(shutil.copytree(FIXTURES / "gprune", tmp_path / "run")))
+    assert getattr(folder, name)()
+    edited(folder.path / f"{name}.json", change)
+    with pytest.raises(StoreError) as caught:
+        getattr(folder, name)()
+    line = str(caught.value)
+    assert all(word in line for word in (*words, f"{name}.json", "restore it")) and "\n" not in line, line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"call": "os:abort"}, "unknown field `call`"),
+        ({"born": {"a": "8"}}, "born.a is '8'"),
+        ({"means": {"a": {"first": 0.5}}}, "means.a"),
+        ({"constants": {"a": {"own": None, "value": "2", "size": 4}}}, "constants.a.value is '2'"),
+    ],
+)
+def test_the_header_of_removed_weights(tmp_path, change, words):
+    record = Attic().record()
+    write_tensors(tmp_path / "attic.safetensors", {}, {"attic": record}, "regrow-attic/1")
+    assert read_attic(tmp_path / "attic.safetensors") == Attic()
+    write_tensors(tmp_path / "attic.safetensors", {}, {"attic": record | change}, "regrow-attic/1")
+    with pytest.raises(StoreError) as caught:
+        read_attic(tmp_path / "attic.safetensors")
+    line = str(caught.value)
+    assert words in line and "attic.safetensors" in line and "restore" in line and "\n" not in line, line

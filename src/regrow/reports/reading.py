@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regrow.store.convert import convert
+from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, settle
+from regrow.store.schemas import AxisRows, Findings, ScoreSummary
 
 RUN_FORMAT = "regrow-run/1"
 LEDGER_FORMAT = "regrow-ledger/1"
@@ -114,11 +117,11 @@ def read_run(path: Path) -> RunFolder:
         problems.append(f"ledger.json: expected the format {LEDGER_FORMAT!r}; left out")
         ledger = {}
     folder.plans = [plan for plan in objects(ledger.get("plans")) if plan.get("format", PLAN_FORMAT) == PLAN_FORMAT]
-    axes = _object(path / "axes.json", problems)
+    axes = _object(path / "axes.json", problems, AxisRows)
     folder.axes = {when: objects(axes.get(when)) for when in ("before", "after")}
-    folder.scores = _object(path / "scores.json", problems)
+    folder.scores = _object(path / "scores.json", problems, ScoreSummary)
     folder.metrics = _lines(path / "metrics.jsonl", problems)
-    folder.findings = _object(path / "findings.json", problems)
+    folder.findings = _object(path / "findings.json", problems, Findings)
     if searched:
         folder.origin = mapping(_object(path / "shapes.json", problems).get("origin"))
     return folder
@@ -181,13 +184,21 @@ def text(value: Any, limit: int = 120) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _object(path: Path, problems: list[str]) -> dict[str, Any]:
+def _object(path: Path, problems: list[str], kind: type[Any] | None = None) -> dict[str, Any]:
+    """The object in a file; the first field that does not fit its record is told."""
     if not path.is_file():
         return {}
     data = _json(path, problems)
     if data is not None and not isinstance(data, dict):
         problems.append(f"{path.name}: not a JSON object; left out")
-    return data if isinstance(data, dict) else {}
+    if not isinstance(data, dict):
+        return {}
+    if kind is not None:
+        try:
+            convert(data, kind, path.name, "what does not fit is left out")
+        except StoreError as error:
+            problems.append(text(str(error), 300))
+    return data
 
 
 def _json(path: Path, problems: list[str]) -> Any:

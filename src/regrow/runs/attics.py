@@ -2,6 +2,10 @@
 
 from pathlib import Path
 
+import msgspec
+
+from regrow.store import schemas
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import Attic
@@ -30,7 +34,8 @@ def read_attic(path: Path) -> Attic:
     """
     try:
         header, tensors = read_tensors(path, FORMAT, None)
-        return Attic.read(header["attic"], tensors)
+        record = convert(header.get("attic"), schemas.AtticHeader)
+        return Attic.read(msgspec.to_builtins(record), tensors)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         why = " ".join(str(error).removeprefix(f"{path} ").split())[:200]
         raise StoreError(f"{path} holds no attic that can be used ({why}); restore the file") from None

@@ -14,6 +14,7 @@ from regrow.runs.loop import Learned
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
 from regrow.store import schemas
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
@@ -79,7 +80,7 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
     """The statistics in a file; ``None`` if they are of something else, or damaged: then they are measured again."""
     try:
         header, tensors = read_tensors(path, FORMAT)
-        record = schemas.convert(header, schemas.StatisticsHeader)
+        record = convert(header, schemas.StatisticsHeader)
         if (record.source, record.shard, record.key) != (source, shard, key):
             return None
         moments = {
@@ -119,7 +120,7 @@ def read_learned(path: Path, state: State, key: str) -> Learned | None:
     """
     try:
         header, tensors = read_tensors(path, LEARNED)
-        record = schemas.convert(header, schemas.LearnedHeader)
+        record = convert(header, schemas.LearnedHeader)
         if record.key != key:
             return None
         parts: dict[str, dict[str, Tensor]] = {"state": {}, "optimiser": {}}

@@ -17,6 +17,7 @@ from regrow.runs.folder import RunFolder
 from regrow.runs.learning import Course
 from regrow.runs.ledger import replay
 from regrow.store import schemas
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 
@@ -107,7 +108,7 @@ def tasks_over(path: Path) -> int:
     if not path.is_file():
         return 0
     try:
-        return schemas.convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader).course.number
+        return convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader).course.number
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 
@@ -132,7 +133,7 @@ def read_course(
     """
     try:
         header, tensors = read_tensors(path, FORMAT, FORMAT_1)
-        record = schemas.convert(header, schemas.CourseHeader)
+        record = convert(header, schemas.CourseHeader)
         plans, told = _counted(record, history or History())
         model, axes = replay(model, axes, plans, learner.attic)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
@@ -164,7 +165,7 @@ def _counted(record: schemas.CourseHeader, history: History) -> tuple[list[Plan]
                 raise ValueError(f"{name} holds {len(found)} of the {expected} changes of shape that it goes by")
     else:
         for plan in record.plans:
-            schemas.convert(plan, schemas.Plan)
+            convert(plan, schemas.Plan)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = [tuple(row) for row in told.rows], told.sizes, told.events
     known = {"number": told.number, "epoch": told.epoch, "before": tuple(told.before), "loss": told.loss}

@@ -22,7 +22,9 @@ from regrow.runs.metrics import Metrics, finite
 from regrow.runs.record import FORMAT, RUN, identity, read_json, read_run
 from regrow.runs.working_area import adopt, begin_again, cleared_area, resumes, started
 from regrow.scores import Statistics
+from regrow.store import schemas
 from regrow.store.atomic import write_text
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError, telling
 from regrow.store.locks import Lock, lock
 from regrow.store.replacing import WORK, check_replaceable, cleared, link_tree, replaced, settle
@@ -263,8 +265,12 @@ class RunFolder:
         self._write("axes.json", {"before": [dict(row) for row in before], "after": [dict(row) for row in after]})
 
     def axes(self) -> dict[str, Any]:
-        """What ``axes.json`` holds; empty if there is none."""
-        return self._object("axes.json")
+        """What ``axes.json`` holds; empty if there is none.
+
+        Raises:
+            StoreError: If it is damaged; names the field.
+        """
+        return self._record("axes.json", schemas.AxisRows)
 
     def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, Any]]) -> None:
         """Write ``scores.json``.
@@ -277,8 +283,12 @@ class RunFolder:
         self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
 
     def scores(self) -> dict[str, Any]:
-        """What ``scores.json`` holds; empty if there is none."""
-        return self._object("scores.json")
+        """What ``scores.json`` holds; empty if there is none.
+
+        Raises:
+            StoreError: If it is damaged; names the field.
+        """
+        return self._record("scores.json", schemas.ScoreSummary)
 
     def save_statistics(self, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
         """Keep what was measured on one shard of a source, for resuming.
@@ -347,17 +357,22 @@ class RunFolder:
         self._write("findings.json", {"method": method, **findings})
 
     def findings(self) -> dict[str, Any]:
-        """What ``findings.json`` holds; empty if there is none."""
-        return self._object("findings.json")
+        """What ``findings.json`` holds; empty if there is none.
+
+        Raises:
+            StoreError: If it is damaged; names the field.
+        """
+        return self._record("findings.json", schemas.Findings)
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
         write_text(self.path / name, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
 
-    def _object(self, name: str) -> dict[str, Any]:
+    def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
         data = read_json(self.path / name)
-        if data is not None and not isinstance(data, dict):
-            raise StoreError(f"{self.path / name} is not a JSON object; restore it")
-        return data or {}
+        if data is None:
+            return {}
+        convert(data, kind, self.path / name)
+        return dict(data)
 
 
 def _now(what: str) -> dict[str, Any]:

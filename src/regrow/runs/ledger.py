@@ -15,6 +15,7 @@ from regrow.plan import FORMAT as PLAN_FORMAT
 from regrow.plan import Plan, PlanError
 from regrow.store import schemas
 from regrow.store.atomic import write_text
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.surgery import Attic, apply
 from regrow.tracing import with_branches
@@ -92,7 +93,7 @@ class Ledger:
             raise StoreError(f"{self.path} cannot be read ({str(error)[:80]}); restore it") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
-        return schemas.convert(data, schemas.Ledger, self.path).plans
+        return convert(data, schemas.Ledger, self.path).plans
 
 
 def read_plan(data: Any) -> Plan:
@@ -103,7 +104,7 @@ def read_plan(data: Any) -> Plan:
         StoreError: If a field is missing, unknown or of another type.
     """
     if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
-        schemas.convert(data, schemas.Plan)
+        convert(data, schemas.Plan)
     return Plan.from_json(json.dumps(data))
 
 

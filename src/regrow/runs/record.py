@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from regrow.errors import InputError
 from regrow.limits import parse_json
 from regrow.store import schemas
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 
 Settings = TypeVar("Settings", bound=Any)
@@ -28,7 +29,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise StoreError(f"{folder / RUN} is not of the format {FORMAT!r}; restore it")
-    schemas.convert(data, schemas.Run, folder / RUN)
+    convert(data, schemas.Run, folder / RUN)
     return data
 
 
@@ -45,7 +46,7 @@ def convert_settings(values: Mapping[str, Any], kind: type[Settings]) -> Setting
     """
     if unknown := sorted(values.keys() - {one.name for one in fields(kind)}):
         raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
-    return schemas.convert(dict(values), kind, "settings")
+    return convert(dict(values), kind, "settings")
 
 
 def read_json(path: Path) -> Any:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from regrow.recovery import Stand
 from regrow.store import schemas
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError, telling
 from regrow.store.tensors import read_tensors, write_tensors
 
@@ -30,7 +31,7 @@ def read_stand(path: Path, key: str) -> Stand | None:
     """How far a recovery had got; ``None`` if there is none, or it is of something else, or damaged."""
     try:
         header, tensors = read_tensors(path, FORMAT)
-        record = schemas.convert(header, schemas.RecoveryHeader)
+        record = convert(header, schemas.RecoveryHeader)
         return Stand(record.step, tensors, record.values) if record.key == key else None
     except (StoreError, ValueError, KeyError, TypeError):
         return None

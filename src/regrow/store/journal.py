@@ -9,6 +9,7 @@ from typing import Any
 from regrow.errors import InputError
 from regrow.limits import parse_json
 from regrow.store import schemas
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError, telling
 
 
@@ -101,7 +102,7 @@ def _mended(handle: int) -> int:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row: dict[str, Any] = parse_json(line)
-        schemas.convert(row, schemas.Row)
+        convert(row, schemas.Row)
     except (ValueError, InputError):
         return None
     return row

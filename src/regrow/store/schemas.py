@@ -1,27 +1,19 @@
-"""What records in files must hold: read strictly, and refused in one line that names file, field, value and remedy.
+"""What records in files must hold; :func:`regrow.store.convert.convert` reads them.
 
 A record that drives what is built has no unknown fields; one that only informs may have more than is known here. The
 records know nothing of torch.
 """
 
-import re
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
-
-from regrow.store.errors import StoreError
-
-Record = TypeVar("Record")
-_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
-
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Whole = Annotated[int, msgspec.Meta(ge=-(2**63) + 1, le=2**63 - 1)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]
 Milliseconds = Annotated[float, msgspec.Meta(ge=0, lt=1e9)]
+Index = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,18}$")]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
@@ -169,6 +161,86 @@ class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layers: dict[str, Milliseconds]
 
 
+class AxisRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A row of ``axes.json``."""
+
+    key: str
+    size: Count
+    mark: str = ""
+    reason: str = ""
+    label: str = ""
+    block: str = ""
+    inside: str = ""
+    unit_params: Count = 0
+    unit_macs: Count = 0
+    tensors: Count = 0
+
+
+class AxisRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``axes.json``: the axes before and after a run."""
+
+    before: list[AxisRow]
+    after: list[AxisRow]
+
+
+class MassiveUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A unit with massive activations."""
+
+    unit: Count
+    ratio: float | None = None
+    share: float | None = None
+
+
+class AxisScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The scores of an axis; a number that was not finite is ``None``."""
+
+    quantiles: list[float | None]
+    kept_min: float | None = None
+    dropped_max: float | None = None
+    massive: list[MassiveUnit] = []
+
+
+class ScoreSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``scores.json``."""
+
+    metric: str
+    axes: dict[str, AxisScores]
+
+
+class Findings(msgspec.Struct, frozen=True):
+    """``findings.json``; a method may add tables of its own."""
+
+    method: str
+    sources: list[str] = []
+    spectrum: list[dict[str, Any]] = []
+    modules: list[dict[str, Any]] = []
+    starts: dict[str, float | None] = {}
+    history: list[dict[str, Any]] = []
+    robust_among_cut: dict[str, float | None] = {}
+    notes: list[str] = []
+    best_step: Count | None = None
+
+
+class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A constant under a root, as it was before a cut."""
+
+    own: float | None
+    value: float
+    size: Count
+
+
+class AtticHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The header of ``attic.safetensors``."""
+
+    format: Literal["regrow-attic/1"]
+    shelves: list[str]
+    born: dict[str, Count]
+    gone: dict[str, list[Count]]
+    means: dict[str, dict[Index, float]]
+    constants: dict[str, Constant]
+    added: list[str]
+
+
 class TensorsHeader(msgspec.Struct, frozen=True):
     """The header of a file of named tensors; what more it holds is of its kind."""
 
@@ -247,71 +319,3 @@ class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     outputs: list[str]
     exact: bool
     conditions: dict[str, str]
-
-
-def convert(data: Any, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
-    """A record from JSON data.
-
-    Args:
-        data: What the file says.
-        kind: What it must be.
-        where: The file, for the message; whoever catches it says so otherwise.
-        remedy: What to do about an error.
-
-    Raises:
-        StoreError: If a field is missing, unknown, or of another type or size; names it and its value.
-
-    >>> convert({"names": "a"}, dict[str, int], "run.json")
-    Traceback (most recent call last):
-    ...
-    regrow.store.errors.StoreError: run.json: names is 'a': Expected `int`, got `str`; restore it
-    """
-    try:
-        return msgspec.convert(data, kind, strict=True)
-    except (msgspec.ValidationError, RecursionError) as error:
-        text, _, path = str(error).partition(" - at `")
-        place, value = _located(data, kind, path.rstrip("`"), str(error))
-        told = f"{place} is {_short(value)}: {text}" if place else text
-        raise StoreError(f"{where}: {told}; {remedy}" if where else f"{told}; {remedy}") from None
-
-
-def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
-    """The field that a message of msgspec is about, with the keys of mappings that it leaves out, and its value."""
-    place: list[Any] = []
-    value = data
-    for step in [name or number for name, number in _STEP.findall(path)]:
-        if step == "...":
-            found = next((key for key in value if _fails(data, kind, [*place, key], message)), None)
-            if found is None:
-                break
-            step = found
-        try:
-            value = value[int(step)] if isinstance(value, list | tuple) else value[step]
-        except (KeyError, IndexError, TypeError, ValueError):
-            break
-        place.append(step)
-    return ".".join(map(str, place)), value
-
-
-def _fails(data: Any, kind: Any, place: list[Any], message: str) -> bool:
-    """Whether the same error is there if a mapping holds one entry alone."""
-    try:
-        msgspec.convert(_alone(data, place), kind, strict=True)
-    except msgspec.ValidationError as error:
-        return str(error) == message
-    return False
-
-
-def _alone(data: Any, place: list[Any]) -> Any:
-    """JSON data in which the mapping at a place holds no entry but the last of the place."""
-    if len(place) == 1:
-        return {place[0]: data[place[0]]}
-    if isinstance(data, Mapping):
-        return {**data, place[0]: _alone(data[place[0]], place[1:])}
-    at = int(place[0])
-    return [*data[:at], _alone(data[at], place[1:]), *data[at + 1 :]]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:79] + "…"

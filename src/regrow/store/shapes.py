@@ -15,6 +15,7 @@ from regrow.errors import InputError
 from regrow.limits import parse_json
 from regrow.nets import Origin
 from regrow.store import schemas
+from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 
 FORMAT = "regrow-shapes/1"
@@ -161,7 +162,7 @@ class Shapes:
             raise StoreError(str(error)) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"not of the format {FORMAT!r}; save the model again with this version of regrow")
-        record = schemas.convert(data, schemas.Shapes)
+        record = convert(data, schemas.Shapes)
         origin, probe = record.origin, record.probe or {"reason": ""}
         return cls(
             Origin(origin.kind, origin.reference, origin.config, origin.name),
@@ -173,9 +174,9 @@ class Shapes:
             {name: _file(name, one) for name, one in record.files.items()},
             record.versions,
             {path: _stand(path, one) for path, one in record.stands.items()},
-            Probe(reason=schemas.convert(probe, schemas.NoProbe, "probe").reason)
+            Probe(reason=convert(probe, schemas.NoProbe, "probe").reason)
             if "reason" in probe
-            else Probe(_file(PROBE, schemas.convert(probe, schemas.StoredFile, "probe"))),
+            else Probe(_file(PROBE, convert(probe, schemas.StoredFile, "probe"))),
         )
 
 

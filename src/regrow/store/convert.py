@@ -1,0 +1,81 @@
+"""JSON data become records, strictly: what does not fit is refused in one line with file, field, value and remedy."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from regrow.store.errors import StoreError
+
+Record = TypeVar("Record")
+_STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
+
+
+def convert(data: Any, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
+    """A record from JSON data.
+
+    Args:
+        data: What the file says.
+        kind: What it must be.
+        where: The file, for the message; whoever catches it says so otherwise.
+        remedy: What to do about an error.
+
+    Raises:
+        StoreError: If a field is missing, unknown, or of another type or size; names it and its value.
+
+    >>> convert({"names": "a"}, dict[str, int], "run.json")
+    Traceback (most recent call last):
+    ...
+    regrow.store.errors.StoreError: run.json: names is 'a': Expected `int`, got `str`; restore it
+    """
+    try:
+        return msgspec.convert(data, kind, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        text, _, path = str(error).partition(" - at `")
+        place, value = _located(data, kind, path.rstrip("`"), str(error))
+        told = f"{place} is {_short(value)}: {text}" if place else text
+        raise StoreError(f"{where}: {told}; {remedy}" if where else f"{told}; {remedy}") from None
+
+
+def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
+    """The field that a message of msgspec is about, with the keys of mappings that it leaves out, and its value."""
+    place: list[Any] = []
+    value = data
+    for step in [name or number for name, number in _STEP.findall(path)]:
+        if step == "...":
+            found = next((key for key in value if _fails(data, kind, [*place, key], message)), None)
+            if found is None:
+                break
+            step = found
+        try:
+            value = value[int(step)] if isinstance(value, list | tuple) else value[step]
+        except (KeyError, IndexError, TypeError, ValueError):
+            break
+        place.append(step)
+    return ".".join(map(str, place)), value
+
+
+def _fails(data: Any, kind: Any, place: list[Any], message: str) -> bool:
+    """Whether the same error is there if a mapping holds one entry alone."""
+    try:
+        msgspec.convert(_alone(data, place), kind, strict=True)
+    except msgspec.ValidationError as error:
+        return str(error) == message
+    return False
+
+
+def _alone(data: Any, place: list[Any]) -> Any:
+    """JSON data in which the mapping at a place holds no entry but the last of the place."""
+    if len(place) == 1:
+        return {place[0]: data[place[0]]}
+    if isinstance(data, Mapping):
+        return {**data, place[0]: _alone(data[place[0]], place[1:])}
+    at = int(place[0])
+    return [*data[:at], _alone(data[at], place[1:]), *data[at + 1 :]]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"
