@@ -261,7 +261,7 @@ def test_a_failed_save_leaves_the_model_that_was_there(own, mine, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    for target in ("regrow.store.weights.save_file", "regrow.store.atomic.os.write", "regrow.store.atomic.os.fsync"):
+    for target in ("regrow.store.weights.save_tensors", "regrow.store.atomic.os.write", "regrow.store.atomic.os.fsync"):
         with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full") as caught:
             patch.setattr(target, full)
             save(saved.small(), mine, origin=SMALL)

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from regrow.store.atomic import written
 from regrow.store.errors import StoreError
+from regrow.store.tensor_file import save_tensors
 
 _RESERVED = frozenset({"format", "names", "sha256"})
 
@@ -37,7 +37,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     plain = {f"t{i}": tensors[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
     whole = {"format": kind, **header, "names": names, "sha256": digest(plain)}
     with written(path) as temporary:
-        save_file(plain, temporary, {"regrow": json.dumps(whole)})  # two entries would be written in random order
+        save_tensors(plain, temporary, {"regrow": json.dumps(whole)})
 
 
 def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from regrow.store.atomic import StoreError, telling, write_text, written
 from regrow.store.attributes import attribute_tensors
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import held
+from regrow.store.tensor_file import save_tensors
 
 SHARD = 5 * 10**9
 """Bytes of tensors after which another file is begun."""
@@ -47,7 +47,7 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
         tensors = _plain({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
         digests |= {key: digest(tensor) for key, tensor in tensors.items()}
         with written(folder / name) as temporary:
-            save_file(tensors, temporary, {"format": "pt"})
+            save_tensors(tensors, temporary, {"format": "pt"})
     if len(parts) > 1:
         index = {
             "metadata": {"total_size": sum(stored.bytes for stored in own.values())},
