@@ -16,6 +16,9 @@ Examples
   regrow recover RUN2 --by lora --tokens 200000 --set rank=32 --out RUN3
 """
 
+BEFORE = ("dense", "pruned")
+"""The models that a recovered one is compared with."""
+
 
 @click.command(cls=Verb, resumed=("out",), epilog=EPILOG)
 @click.argument("run", type=click.Path(path_type=Path))
@@ -63,22 +66,34 @@ def tell(rows: list[dict[str, Any]]) -> None:
         say(f"recovered by {row['by']} on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")
         if "note" in row:
             say(f"note: {row['note']}")
-    found = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
-    lines = []
+    found = {(row.get("model"), row.get("source")): row for row in rows if row["what"] == "perplexity"}
+    lines, missing = [], {}
     for (model, name), row in found.items():
-        if model == "recovered" and ("dense", name) in found and ("pruned", name) in found:
-            dense, pruned = found["dense", name], found["pruned", name]
-            lost = pruned["nll"] - dense["nll"] if None not in (pruned["nll"], dense["nll"], row["nll"]) else 0
-            share = f"{100 * (pruned['nll'] - row['nll']) / lost:.0f} %" if lost > 0 else "–"
-            kind = f"{name} ({'seen' if row['seen'] else 'unseen'})"
-            lines.append((kind, *(number(one["ppl"]) for one in (dense, pruned, row)), share))
+        if model != "recovered":
+            continue
+        before = [found.get((one, name), {}) for one in BEFORE]
+        if lacking := [one for one, known in zip(BEFORE, before, strict=True) if not {"nll", "ppl"} <= known.keys()]:
+            missing[name] = f"the {' and the '.join(lacking)} model on {name}"
+            continue
+        dense, pruned = before
+        lost = pruned["nll"] - dense["nll"] if None not in (pruned["nll"], dense["nll"], row["nll"]) else 0
+        share = f"{100 * (pruned['nll'] - row['nll']) / lost:.0f} %" if lost > 0 else "–"
+        kind = f"{name} ({'seen' if row['seen'] else 'unseen'})"
+        lines.append((kind, *(number(one["ppl"]) for one in (dense, pruned, row)), share))
     if lines:
         title = "Perplexity on the evaluation half of each kind, and the share of the lost log-perplexity won back"
         table(title, ("kind", "dense", "pruned", "recovered", "won back"), lines, numbers=(1, 2, 3, 4))
-    shares = {(row["model"], row["task"]): row for row in rows if row["what"] == "choice"}
+    shares = {(row.get("model"), row.get("task")): row for row in rows if row["what"] == "choice"}
     for (model, task), row in shares.items():
         if model == "recovered":
-            before = " → ".join(
-                f"{shares[name, task]['acc']:.3f}" for name in ("dense", "pruned") if (name, task) in shares
+            known = {one: shares[one, task]["acc"] for one in BEFORE if "acc" in shares.get((one, task), {})}
+            say(
+                f"accuracy on {task}: {' → '.join(f'{acc:.3f}' for acc in (*known.values(), row['acc']))} (n = {row['n']})"
             )
-            say(f"accuracy on {task}: {before} → {row['acc']:.3f} (n = {row['n']})")
+            if lacking := [one for one in BEFORE if one not in known]:
+                missing[task] = f"the {' and the '.join(lacking)} model on {task}"
+    if missing:
+        say(
+            f"note: metrics.jsonl has no figures of {', '.join(missing.values())}, so these are not compared; restore "
+            "the file of the pruning run, or measure them with `regrow evaluate`"
+        )

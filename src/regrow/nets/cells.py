@@ -21,6 +21,7 @@ OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
 """In the order of the authors' genotypes."""
 
 MOST = 2**14
+MOST_CELLS, MOST_NODES = 64, 16
 
 
 class Pointwise(nn.Sequential):
@@ -205,7 +206,15 @@ def whole(
         stride: Of the stem, which has three times ``width`` channels.
         heads: Cells at which a stage ends; the last one has a classifier anyway.
         operations: The candidates of each edge.
+
+    Raises:
+        ModelError: If there are too many cells or nodes.
     """
+    if not 0 < cells <= MOST_CELLS or not 0 < nodes <= MOST_NODES:
+        raise ModelError(
+            f"a space of cells has 1 to {MOST_CELLS} cells of 1 to {MOST_NODES} nodes, got {cells} and {nodes}; write "
+            "it as cells:WIDTH-CELLS-NODES, for example cells:8-6-3"
+        )
     reductions = {cells // 3, 2 * cells // 3} - {0}
     found: list[dict[str, Any]] = []
     for i in range(cells):
@@ -319,8 +328,8 @@ def checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
         sizes += [mid for _, (_, _, mid) in ops]
         right = (
             len(shape) == 3
-            and 0 < len(cells) <= 64
-            and all(0 < len(cell["nodes"]) <= 16 and len(cell["inputs"]) == 2 for cell in cells)
+            and 0 < len(cells) <= MOST_CELLS
+            and all(0 < len(cell["nodes"]) <= MOST_NODES and len(cell["inputs"]) == 2 for cell in cells)
             and all(node["ops"] for cell in cells for node in cell["nodes"])
             and all(
                 name in OPERATIONS and type(source) is int and 0 <= source < known for known, (name, source, _) in ops

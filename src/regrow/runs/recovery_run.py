@@ -2,7 +2,7 @@
 
 import copy
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ def run(
     check_numbers({"tokens": tokens, "seed": seed}, RECOVER)
     recovery_entry(by).made(by, settings or {})
     source = RunFolder.open(pruned)
+    measured = source.metrics()
     origin, wanted = _origin(source, code), _settings(source, by, tokens, settings or {}, seed)
     if by == "bias" and wanted.before:
         raise ValueError(
@@ -117,7 +118,7 @@ def run(
         folder.update(notes=list(dense.notes), sources=described(origin, kinds))
         if not len(folder.ledger):
             folder.ledger.append(plan)
-        _take_over(source, folder)
+        _take_over(measured, folder)
         number = len(wanted.before) + 1
         with clock.stage("recover"):
             recovered(
@@ -136,10 +137,10 @@ def run(
         return folder.finish(write_page, seconds=clock.seconds)
 
 
-def _take_over(source: RunFolder, folder: RunFolder) -> None:
+def _take_over(rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
     """Log what a run measured, in the run that recovers it."""
     recoveries = 0
-    for row in source.metrics():
+    for row in rows:
         recoveries += row["what"] == "recovery"
         if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
             folder.log(**({"round": recoveries} if recoveries > 1 else {}) | row)

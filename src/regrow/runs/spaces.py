@@ -16,6 +16,7 @@ from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.code import Builder, called, imported, names_code
+from regrow.nets.fits import check_space_fits
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
@@ -59,6 +60,7 @@ def network(
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
         _one_stage(f"{space} has one topology for all cells, so it", stages, memory)
         config = bench201.whole(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
+        check_space_fits(config, f"a search of {space}")
         return _drawn(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
     found = _growing(space, shape, classes, stride)
     if found is None:
@@ -67,6 +69,7 @@ def network(
             builder = imported(space)
             return _own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
         return *small(space, shape, classes, seed), None
+    check_space_fits(found.whole(), f"a search of {space}")
     plan = None
     if memory:
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])

@@ -1,0 +1,41 @@
+"""What ``regrow recover`` says of a run whose measurements are not whole."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from regrow.cli.recover import tell
+from regrow.runs import StoreError, recovery_run
+
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
+
+
+def row(model, source, **more):
+    return {"what": "perplexity", "model": model, "source": source, "seen": True, "ppl": 9.5, "nll": 2.0} | more
+
+
+def test_figures_that_are_missing_are_named(capsys):
+    tell([
+        row("recovered", "mail"),
+        row("dense", "code"), row("pruned", "code", nll=2.5, ppl=12.0), row("recovered", "code"),
+        {"what": "choice", "model": "recovered", "task": "piqa", "acc": 0.5, "n": 10},
+    ])  # fmt: skip
+    said = capsys.readouterr().out
+    assert said.count("note:") == 1 and "accuracy on piqa: 0.500 (n = 10)" in said
+    note = " ".join(said[said.index("note:") :].split())
+    assert "the dense and the pruned model on mail, the dense and the pruned model on piqa" in note
+    assert "restore the file of the pruning run" in note and "– –" not in said
+
+
+def test_nothing_is_missing(capsys):
+    tell([row("dense", "code"), row("pruned", "code", nll=None, ppl=None), row("recovered", "code")])
+    assert "note" not in capsys.readouterr().out
+
+
+def test_damaged_measurements_are_refused_before_a_folder_is_made(tmp_path):
+    run = Path(shutil.copytree(FIXTURE, tmp_path / "run"))
+    (run / "metrics.jsonl").write_text("{]\n" + (run / "metrics.jsonl").read_text())
+    with pytest.raises(StoreError, match="line 1 is no measurement"):
+        recovery_run.run(run, tmp_path / "out", by="bias", code="toys:classifier")
+    assert not (tmp_path / "out").exists()
