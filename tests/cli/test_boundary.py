@@ -1,5 +1,6 @@
 """The one place where failures end: what they say, with which exit code, and what is written to report a bug."""
 
+import ast
 import errno
 import os
 import re
@@ -12,6 +13,7 @@ import torch
 
 from cli.conftest import Run
 from regrow.cli import boundary, screen
+from regrow.cli import regrow as commands
 from regrow.errors import RefusedError, ResourceError
 from regrow.nets.errors import ModelError
 from regrow.store.atomic import StoreError, telling
@@ -139,6 +141,24 @@ def test_usage_errors_name_the_help(regrow: Run) -> None:
     for words, says in ((("chat",), "see `regrow chat --help`"), (("bogus",), "see `regrow --help`")):
         code, _, err = regrow(*words)
         assert code == 2 and says in err and len(err.splitlines()) == 1
+
+
+ELSEWHERE = {"--include", "--no-deps"}
+"""Options of other programs that messages name."""
+
+
+def test_messages_name_only_options_that_commands_have() -> None:
+    """``--trust`` was named, which no command has."""
+    there = {"--help", "--version", *ELSEWHERE}
+    there |= {word for command in commands.commands.values() for one in command.params for word in one.opts}
+    there |= {word for command in commands.commands.values() for one in command.params for word in one.secondary_opts}
+    house, named = Path(boundary.__file__).parents[1], dict[str, str]()
+    for path in house.rglob("*.py"):
+        if path.name != "canvas.py":  # custom properties of CSS look alike
+            texts = [one.value for one in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(one, ast.Constant)]
+            named |= dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]+", "\n".join(map(str, texts))), path.name)
+    assert not {word: name for word, name in named.items() if word not in there}
+    assert {"--keep", "--code"} <= named.keys()
 
 
 def test_the_exit_codes_are_documented(regrow: Run) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from cli.conftest import Run
+from regrow import load
 from regrow.errors import InputError, ResourceError
 from regrow.nets import ModelError
 from regrow.nets.devices import usable_device
@@ -81,6 +82,19 @@ def test_a_learned_network_is_evaluated_on_the_images_it_takes(regrow: Run) -> N
     assert regrow(*LEARN, "--epochs", "1", "--train", "40", "--test", "20")[0] == 0
     code, out, err = regrow("evaluate", "a/run", "--source", "digits", "--eval-tokens", "20")
     assert code == 0 and "digits: accuracy" in out, err
+
+
+def test_images_of_one_pixel_are_learned(regrow: Run) -> None:
+    Path("dots").mkdir()
+    for name, many in (("train", 8), ("t10k", 4)):
+        images = struct.pack(">BBBBIII", 0, 0, 8, 3, many, 1, 1) + bytes(range(0, 20 * many, 20))
+        Path("dots", f"{name}-images-idx3-ubyte").write_bytes(images)
+        labels = struct.pack(">BBBBI", 0, 0, 8, 1, many) + bytes(i % 2 for i in range(many))
+        Path("dots", f"{name}-labels-idx1-ubyte").write_bytes(labels)
+    words = ("learn", "dots", "--method", "sparsegrow", "--model", "mlp:4", "--epochs", "1", "--batch-size", "8")
+    code, _, err = regrow(*words, "--out", "run")
+    assert code == 0, err
+    assert load("run")[1].in_features == 1
 
 
 def test_a_source_may_be_named_like_markup(regrow: Run) -> None:

@@ -1,5 +1,6 @@
 """The command line: what works, and what every mistake is answered with."""
 
+import importlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from cli.conftest import Run
 from regrow import Plan, load, trace, with_branches
+from regrow.plan import PlanError
 from regrow.runs import Ledger, replay
 
 PRUNE = (
@@ -83,6 +85,40 @@ def test_a_dry_run_writes_the_plan_that_apply_runs(regrow: Run) -> None:
 
     model = load("cut", model=lambda: toys.classifier()[0])
     assert model.body[0].out_channels == len(plan.changes["body.0.weight:0"].keep)
+
+
+WIDE = """
+import torch
+from torch import nn
+
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x):
+        h = self.first(x).relu()
+        return self.last(h * (2.0 if h.shape[-1] >= 12 else 1.0))
+
+def net():
+    return Wide().eval(), torch.ones(3, 4)
+"""
+
+
+def test_a_plan_past_a_branch_on_a_width_is_refused_by_apply_and_replay(
+    regrow: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("own_wide.py").write_text(WIDE)
+    monkeypatch.syspath_prepend(".")
+    model, example = importlib.import_module("own_wide").net()
+    axes = trace(model, example)
+    plan = Plan.keeping(axes, {"first.weight:0": range(6)})
+    Path("plan.json").write_text(plan.to_json())
+    code, _, err = regrow("apply", "plan.json", "own_wide:net", "--out", "cut")
+    assert code == 2 and "own_wide.py:12: return self.last(h * (2.0 if h.shape[-1] >= 12 else 1.0))" in err, err
+    assert not Path("cut").exists()
+    with pytest.raises(PlanError, match="depends on the size"):
+        replay(model, axes, [plan])
 
 
 def test_a_plan_that_grows_and_a_ledger_that_restores_are_applied(regrow: Run) -> None:

@@ -24,6 +24,14 @@ def test_how_it_goes_stands_below_the_bar_in_any_terminal(monkeypatch: pytest.Mo
     assert max(map(len, lines)) <= width
 
 
+def test_a_bar_shows_a_name_like_markup_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(screen, "err", Console(file=shown, force_terminal=True, color_system=None, width=80))
+    with screen.working() as tell:
+        tell(1, 2, "evaluating on [/x]\x1b[31m[red]")
+    assert "evaluating on [/x]\\x1b[31m[red]" in shown.getvalue()
+
+
 def test_a_bar_begins_anew_with_what_is_done_and_not_with_how_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[object] = []
     monkeypatch.setattr(screen, "err", Console(file=io.StringIO(), force_terminal=True))

@@ -14,6 +14,7 @@ TENSORS = {
     "mask": torch.tensor([True, False]),
     "one": torch.tensor(3, dtype=torch.int64),
     "none": torch.empty(0, 4, dtype=torch.bfloat16),
+    "one of a row": torch.ones(1, 2)[:, 0],
 }
 
 

@@ -41,6 +41,10 @@ def branch_on_a_weight(m: Any, h: Tensor) -> Tensor:
     return h
 
 
+def factor_by_a_weight(m: Any, h: Tensor) -> Tensor:
+    return h * (2.0 if m.a.weight.shape[0] > 6 else 1.0)
+
+
 def largest_of_width_and_number(m: Any, h: Tensor) -> Tensor:
     return h / max(h.shape[-1], 12)
 
@@ -100,6 +104,7 @@ SIZED: Mapping[Callable[[Any, Tensor], Tensor], str] = {
     branch_on_a_factor: "return h * (2.0 if h.shape[-1] >= 12 else 1.0)",
     least_of_width_and_number: "return h * min(h.shape[-1], 8)",
     branch_on_a_weight: "if m.a.weight.shape[0] > 6:",
+    factor_by_a_weight: "return h * (2.0 if m.a.weight.shape[0] > 6 else 1.0)",
     largest_of_width_and_number: "return h / max(h.shape[-1], 12)",
     width_divided_without_rest: "return h * (h.shape[-1] // 10)",
     loop_over_a_share_of_the_width: "for _ in range(-(-h.shape[-1] // 8)):",

@@ -13,6 +13,7 @@ from regrow.nets import Origin
 from regrow.store.atomic import StoreError
 from regrow.store.attributes import attribute_tensors, check_attribute, packed_tensors, replace_tensors
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
+from regrow.store.tensor_file import as_bytes
 from regrow.tracing import attributes as named
 from regrow.tracing.stand import exchange, stands_in
 
@@ -309,4 +310,4 @@ def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal bit for bit, on whatever devices."""
     if a.shape != b.shape or a.dtype != b.dtype or a.is_meta or b.is_meta:
         return False
-    return torch.equal(*(t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in (a, b)))
+    return torch.equal(as_bytes(a), as_bytes(b))

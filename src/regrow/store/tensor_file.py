@@ -61,4 +61,15 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
         file.write(struct.pack("<Q", len(text)) + text)
         for name in names:
             if tensors[name].numel():
-                file.write(tensors[name].detach().contiguous().flatten().view(torch.uint8).numpy().data)
+                file.write(as_bytes(tensors[name]).numpy().data)
+
+
+def as_bytes(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor's entries, row by row, in one dimension on the CPU.
+
+    >>> as_bytes(torch.ones(1, 2)[:, 0])
+    tensor([  0,   0, 128,  63], dtype=torch.uint8)
+    """
+    # A single entry is contiguous whatever its stride, and only a stride of 1 can be read as bytes.
+    plain = tensor.detach().cpu().contiguous()
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8)

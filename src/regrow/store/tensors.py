@@ -7,13 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regrow.store.atomic import written
 from regrow.store.errors import StoreError
-from regrow.store.tensor_file import save_tensors
+from regrow.store.tensor_file import as_bytes, save_tensors
 
 _RESERVED = frozenset({"format", "names", "sha256"})
 
@@ -99,7 +98,7 @@ def add_to_digest(found: Any, value: Any) -> None:
     match value:
         case Tensor():
             found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            found.update(as_bytes(value).numpy().data)
         case Mapping():
             add_to_digest(found, sorted(value.items()))
         case str() | bytes():

@@ -14,7 +14,7 @@ from regrow.store.atomic import StoreError, telling, write_text, written
 from regrow.store.attributes import attribute_tensors
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import held
-from regrow.store.tensor_file import save_tensors
+from regrow.store.tensor_file import as_bytes, save_tensors
 
 SHARD = 5 * 10**9
 """Bytes of tensors after which another file is begun."""
@@ -118,8 +118,7 @@ def digest(tensor: Tensor) -> str:
     >>> digest(torch.zeros(2))[:8]
     'af5570f5'
     """
-    plain = tensor.detach().cpu().contiguous().flatten()
-    return hashlib.sha256(plain.view(torch.uint8).numpy().data if plain.numel() else b"").hexdigest()
+    return hashlib.sha256(as_bytes(tensor).numpy().data).hexdigest()
 
 
 def _header(path: Path) -> str:
