@@ -143,7 +143,7 @@ def _take_over(rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
     for row in rows:
         recoveries += row["what"] == "recovery"
         if row["what"] in ("perplexity", "choice", "size", "paired", "verify", "recovery"):
-            folder.log(**({"round": recoveries} if recoveries > 1 else {}) | row)
+            folder.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
 
 
 def _settings(source: RunFolder, by: str, tokens: int, settings: Mapping[str, Any], seed: int) -> Settings:
