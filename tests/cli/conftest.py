@@ -1,5 +1,6 @@
 """What tests of the command line share: a way to call it, and a small language model."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,10 @@ def regrow(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], t
 
     def run(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["regrow", *words])
+        handler = signal.getsignal(signal.SIGINT)
         with pytest.raises(SystemExit) as stop:
             main()
+        signal.signal(signal.SIGINT, handler)  # which is ignored when a command is over
         captured = capfd.readouterr()
         return int(stop.value.code or 0), captured.out, captured.err
 

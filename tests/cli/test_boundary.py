@@ -1,9 +1,11 @@
 """The one place where failures end: what they say, with which exit code, and what is written to report a bug."""
 
 import ast
+import contextlib
 import errno
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from regrow.cli import boundary, screen
 from regrow.cli import regrow as commands
 from regrow.errors import RefusedError, ResourceError
 from regrow.nets.errors import ModelError
+from regrow.runs.folder import RunFolder
 from regrow.store.atomic import StoreError, telling
 
 
@@ -195,3 +198,22 @@ def test_the_end_of_a_file_is_no_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyP
 def test_errors_of_click_are_not_taken_for_bugs() -> None:
     assert boundary.failure_of(click.BadParameter("x")).code == 2
     assert boundary.failure_of(OSError(errno.EROFS, os.strerror(errno.EROFS), b"y")).line.startswith("y: read-only")
+
+
+def test_an_error_that_compiled_code_makes_of_ctrl_c_is_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swallow(*_: object) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
+
+    monkeypatch.setattr("regrow.methods.entry", swallow)
+    before = signal.getsignal(signal.SIGINT)
+    code, _, err = regrow("methods", "flap")
+    assert (code, err.strip()) == (130, "regrow: stopped; nothing was written")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_folder_that_vanishes_before_its_figures_are_shown_is_named(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with pytest.raises(StoreError, match=r"run/metrics.jsonl: it has no measurement 'matrix'; run the command again"):
+        folder.last("matrix")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from regrow.cli import main
+from regrow.cli import code_of
 from regrow.methods import entry, recovery_entry
 from regrow.reports.summary import summarise
 from regrow.runs import RunFolder, StoreError, recovery_run
@@ -34,14 +34,12 @@ def weights(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(pruned, tmp_path, monkeypatch, capfd):
-    words = ["regrow", "recover", str(pruned), "--by", "refit", "--tokens", "256", "--out", str(tmp_path / "out")]
+def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(pruned, tmp_path, capfd):
+    words = ["recover", str(pruned), "--by", "refit", "--tokens", "256", "--out", str(tmp_path / "out")]
     words += ["--code", CODE]
-    monkeypatch.setattr("sys.argv", words)
-    with pytest.raises(SystemExit) as stop:
-        main()
+    code = code_of(words)
     said = " ".join(capfd.readouterr().out.split())
-    assert not stop.value.code and "recovered by refit on 256 tokens" in said and "accuracy on digits" in said
+    assert not code and "recovered by refit on 256 tokens" in said and "accuracy on digits" in said
     folder = RunFolder.open(tmp_path / "out")
     rows = folder.metrics()
     assert [row["model"] for row in rows if row["what"] == "choice"] == ["dense", "pruned", "recovered"]

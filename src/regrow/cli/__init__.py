@@ -1,5 +1,6 @@
 """The command line: one module per verb."""
 
+import signal
 import sys
 
 import click
@@ -46,7 +47,13 @@ for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export,
 
 def main() -> None:
     """Run the command line: every failure is told in one line, with an exit code of ``boundary.EXIT_CODES``."""
-    sys.exit(code_of(sys.argv[1:]))
+    code = boundary.INTERRUPTED
+    try:
+        code = code_of(sys.argv[1:])
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command is over, and has said so
+    except KeyboardInterrupt:
+        failure("stopped", code)
+    sys.exit(code)
 
 
 def code_of(words: list[str]) -> int:

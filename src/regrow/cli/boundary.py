@@ -6,15 +6,17 @@ import errno
 import os
 import platform
 import re
+import signal
 import sysconfig
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import click
@@ -116,6 +118,26 @@ def _code_of(error: ValueError) -> int:
         if isinstance(cause, ImportError | MemoryError) or (isinstance(cause, OSError) and cause.errno in _MACHINE):
             return ENVIRONMENT
     return USAGE
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[list[int]]:
+    """Note every Ctrl-C, beside raising ``KeyboardInterrupt``: compiled code may turn that into another error."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def is_interrupted(error: BaseException) -> bool:
@@ -254,16 +276,17 @@ class Verb(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; Ctrl-C becomes one line that is true of this command."""
-        try:
-            return super().invoke(ctx)
-        except (KeyboardInterrupt, click.exceptions.Abort):
-            raise Stopped(self.left(ctx.params)) from None
-        except EOFError as error:  # which click takes for Ctrl-D
-            raise RuntimeError(f"a file ended too early ({error})") from error
-        except Exception as error:
-            if is_interrupted(error):
+        with interrupts() as noted:
+            try:
+                return super().invoke(ctx)
+            except (KeyboardInterrupt, click.exceptions.Abort):
                 raise Stopped(self.left(ctx.params)) from None
-            raise
+            except Exception as error:
+                if noted or is_interrupted(error):
+                    raise Stopped(self.left(ctx.params)) from None
+                if isinstance(error, EOFError):  # which click takes for Ctrl-D
+                    raise RuntimeError(f"a file ended too early ({error})") from error
+                raise
 
     def left(self, values: Mapping[str, Any]) -> str:
         """What a stopped command says.

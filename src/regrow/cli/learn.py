@@ -115,7 +115,7 @@ def _given(name: str) -> bool:
 
 def _tell(folder: Any) -> None:
     rows = folder.metrics()
-    matrix = [row for row in rows if row["what"] == "matrix"][-1]
+    matrix = folder.last("matrix")
     sizes = {row["task"]: row for row in rows if row["what"] == "task"}
     shown = [  # of tasks that came later, earlier rows tell nothing
         ["–" if value is None else f"{100 * value:.1f}" for value in row] + [""] * (len(matrix["tasks"]) - len(row))

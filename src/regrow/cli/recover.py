@@ -87,9 +87,8 @@ def tell(rows: list[dict[str, Any]]) -> None:
     for (model, task), row in shares.items():
         if model == "recovered":
             known = {one: shares[one, task]["acc"] for one in BEFORE if "acc" in shares.get((one, task), {})}
-            say(
-                f"accuracy on {task}: {' → '.join(f'{acc:.3f}' for acc in (*known.values(), row['acc']))} (n = {row['n']})"
-            )
+            course = " → ".join(f"{acc:.3f}" for acc in (*known.values(), row["acc"]))
+            say(f"accuracy on {task}: {course} (n = {row['n']})")
             if lacking := [one for one in BEFORE if one not in known]:
                 missing[task] = f"the {' and the '.join(lacking)} model on {task}"
     if missing:

@@ -86,9 +86,7 @@ def _tell(folder: Any) -> None:
     from regrow.reports import summarise
     from regrow.reports.search import alarms, unsearched
 
-    rows = folder.metrics()
-    found, tested = ([row for row in rows if row["what"] == what][-1] for what in ("found", "test"))
-    levels = [row for row in rows if row["what"] == "levels"][-1]
+    found, tested, levels = map(folder.last, ("found", "test", "levels"))
     table(
         "What each level left out",
         ["level", "left out"],

@@ -250,6 +250,16 @@ class RunFolder:
         """
         return self._metrics.rows()
 
+    def last(self, what: str) -> dict[str, Any]:
+        """The last measurement of a kind.
+
+        Raises:
+            StoreError: If there is none.
+        """
+        if not (found := [row for row in self.metrics() if row["what"] == what]):
+            raise StoreError(f"{self.path / 'metrics.jsonl'}: it has no measurement {what!r}; run the command again")
+        return found[-1]
+
     @cached_property
     def _metrics(self) -> Metrics:
         return Metrics(self.path / "metrics.jsonl")
