@@ -114,7 +114,7 @@ class Place:
             try:
                 does()
             finally:
-                if not user:
+                if not user and not interrupt:
                     told.write_text(json.dumps(list(sys.modules)))
 
         watch = self.root if watched else None
