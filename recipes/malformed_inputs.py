@@ -223,7 +223,7 @@ def message(outcome: Outcome) -> str:
 
 LOADED = (
     "gguf", "jinja2", "matplotlib.pyplot", "onnx", "sklearn.datasets", "torch", "torchvision.models", "toys",
-    "transformers", "regrow.cli.boundary", "regrow.export.formats", "regrow.export.gguf", "regrow.export.onnx",
+    "transformers", "regrow.cli.app", "regrow.export.formats", "regrow.export.gguf", "regrow.export.onnx",
     "regrow.export.transformers", "regrow.reports", "regrow.runs.evaluating", "regrow.runs.learning_run",
     "regrow.runs.pruning_run", "regrow.runs.recovery_run", "regrow.runs.searching",
 )  # fmt: skip

@@ -25,7 +25,10 @@ LONG_FUNCTIONS: dict[str, int] = {}
 
 VAGUE = {"utils", "util", "common", "misc", "helper", "helpers", "tools", "stuff"}
 PICKLES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
-HEAVY = ("transformers", "torchvision", "matplotlib", "accelerate", "gguf", "onnx", "onnxruntime", "ray", "sklearn")
+HEAVY = (
+    "torch", "numpy", "transformers", "torchvision", "matplotlib", "accelerate", "gguf", "onnx", "onnxruntime", "ray",
+    "sklearn",
+)  # fmt: skip
 PUBLIC = {"trace", "apply", "verify", "load", "prune", "Plan"}
 
 BLIND = ("tracing", "allocation", "scoring", "surgery")
@@ -108,10 +111,17 @@ def test_the_core_knows_no_model_family(path):
     assert not named, f"special cases belong in the axes: {named}"
 
 
-def test_importing_regrow_loads_nothing_heavy():
-    code = f"import sys, regrow; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+@pytest.mark.parametrize("what", ["regrow", "regrow.cli.app"])
+def test_importing_regrow_loads_nothing_heavy(what):
+    code = f"import sys, {what}; print(*[name for name in {HEAVY!r} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not run.stdout.split(), "imported with regrow; import it inside the function that needs it"
+    assert not run.stdout.split(), f"imported with {what}; import it inside the function that needs it"
+
+
+def test_the_core_loads_torch_alone():
+    code = f"import sys; from regrow import *; print(*[name for name in {HEAVY!r} if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {*run.stdout.split()} <= {"torch", "numpy"}, "import it inside the function that needs it"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=inside)

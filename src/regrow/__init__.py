@@ -1,12 +1,16 @@
 """regrow changes the shape of trained networks, exactly: it prunes them, grows them and searches them."""
 
-from regrow.candidates import Candidates
-from regrow.export.formats import exported
-from regrow.plan import Fill, Plan
-from regrow.runs import load
-from regrow.runs.prune import prune
-from regrow.surgery import Attic, aligned, apply, declare, fitted, verify
-from regrow.tracing import trace, with_branches
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regrow.candidates import Candidates
+    from regrow.export.formats import exported
+    from regrow.plan import Fill, Plan
+    from regrow.runs import load
+    from regrow.runs.prune import prune
+    from regrow.surgery import Attic, aligned, apply, declare, fitted, verify
+    from regrow.tracing import trace, with_branches
 
 __all__ = [
     "Attic",
@@ -24,3 +28,33 @@ __all__ = [
     "verify",
     "with_branches",
 ]
+
+_MODULES = {
+    "Candidates": "regrow.candidates",
+    "exported": "regrow.export.formats",
+    **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
+    "load": "regrow.runs",
+    "prune": "regrow.runs.prune",
+    **dict.fromkeys(("Attic", "aligned", "apply", "declare", "fitted", "verify"), "regrow.surgery"),
+    **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),
+}
+"""Public name → the module that has it; imported when it is first used, since that imports torch."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or a module of the package by its name."""
+    if name in _MODULES:
+        found = getattr(importlib.import_module(_MODULES[name]), name)
+    else:
+        try:
+            found = importlib.import_module(f"regrow.{name}")
+        except ModuleNotFoundError as error:
+            if error.name != f"regrow.{name}":
+                raise
+            raise AttributeError(f"module 'regrow' has no attribute {name!r}") from None
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,6 +6,9 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import torch
 
 from cli.conftest import Run
 from regrow.cli import boundary, screen
-from regrow.cli import regrow as commands
+from regrow.cli.app import regrow as commands
 from regrow.errors import RefusedError, ResourceError
 from regrow.nets.errors import ModelError
 from regrow.runs.folder import RunFolder
@@ -217,3 +220,22 @@ def test_a_folder_that_vanishes_before_its_figures_are_shown_is_named(tmp_path: 
     folder = RunFolder(tmp_path / "run")
     with pytest.raises(StoreError, match=r"run/metrics.jsonl: it has no measurement 'matrix'; run the command again"):
         folder.last("matrix")
+
+
+def test_ctrl_c_while_modules_are_imported_ends_in_one_line(tmp_path):
+    """Whatever a half-imported module makes of the exception."""
+    (tmp_path / "torch.py").write_text(
+        "import pathlib, time\npathlib.Path('begun').touch()\n"
+        "try:\n    time.sleep(60)\nexcept BaseException:\n    time.sleep(60)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(Path(boundary.__file__).parents[2])])
+    words = [sys.executable, "-m", "regrow", "learn", "digits", "--out", "run"]
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    ) as process:
+        while not (tmp_path / "begun").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=20)[1] == "regrow: stopped; nothing was written\n"
+    assert process.returncode == 130 and not (tmp_path / "run").exists()

@@ -9,7 +9,7 @@ import shutil
 import pytest
 from click.testing import CliRunner
 
-from regrow.cli import regrow
+from regrow.cli.app import regrow
 from regrow.nets import bench201, mobile
 from regrow.nets.cells import OPERATIONS, whole
 from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_html, to_markdown, topology, write_page

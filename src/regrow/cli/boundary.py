@@ -3,6 +3,7 @@
 import contextlib
 import dis
 import errno
+import importlib
 import os
 import platform
 import re
@@ -21,9 +22,10 @@ from typing import Any
 
 import click
 
+from regrow.cli import INTERRUPTED, stop_at_once
 from regrow.errors import RefusedError, ResourceError
 
-USAGE, REFUSED, ENVIRONMENT, BUG, INTERRUPTED = 2, 3, 4, 70, 130
+USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
 EXIT_CODES = {
     0: "success",
     USAGE: "an option, a file or a setting cannot be used",
@@ -266,16 +268,21 @@ class Verb(click.Command):
     """A command that knows what is left of it when it is stopped.
 
     Args:
+        needs: The module that is imported before it runs, so that Ctrl-C meets it with its modules whole.
         resumed: The options that name the folder in which the same command goes on; none: it begins anew.
         **more: As for ``click.Command``.
     """
 
-    def __init__(self, *, resumed: tuple[str, ...] = (), **more: Any) -> None:
+    def __init__(self, *, needs: str = "regrow.runs", resumed: tuple[str, ...] = (), **more: Any) -> None:
         super().__init__(**more)
+        self.needs = needs
         self.resumed = resumed
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; Ctrl-C becomes one line that is true of this command."""
+        importlib.import_module(self.needs)
+        if signal.getsignal(signal.SIGINT) is stop_at_once:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         with interrupts() as noted:
             try:
                 return super().invoke(ctx)

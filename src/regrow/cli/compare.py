@@ -8,7 +8,7 @@ from regrow.cli.boundary import Verb
 from regrow.cli.screen import say
 
 
-@click.command(cls=Verb)
+@click.command(cls=Verb, needs="regrow.reports")
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", default="comparison.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:

@@ -9,7 +9,7 @@ from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, table
 
 
-@click.command(cls=Verb)
+@click.command(cls=Verb, needs="regrow.methods")
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain NAME: what it does, its settings, whom to cite."""

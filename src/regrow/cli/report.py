@@ -11,7 +11,7 @@ from regrow.cli.screen import say
 PAGE = "report.html"
 
 
-@click.command(cls=Verb)
+@click.command(cls=Verb, needs="regrow.reports")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="The page; RUN/report.html, unless given.")
 @click.option("--markdown", is_flag=True, help="Print it as Markdown instead.")

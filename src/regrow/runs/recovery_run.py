@@ -137,7 +137,7 @@ def run(
         return folder.finish(write_page, seconds=clock.seconds)
 
 
-def _take_over(rows: Sequence[Mapping[str, Any]], folder: RunFolder) -> None:
+def _take_over(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
     """Log what a run measured, in the run that recovers it."""
     recoveries = 0
     for row in rows:

@@ -1,0 +1,70 @@
+"""The group of commands, and what becomes of their failures."""
+
+import click
+
+from regrow.cli import INTERRUPTED, boundary
+from regrow.cli.apply import apply
+from regrow.cli.chat import chat
+from regrow.cli.compare import compare
+from regrow.cli.evaluate import evaluate
+from regrow.cli.export import export
+from regrow.cli.learn import learn
+from regrow.cli.methods import methods
+from regrow.cli.prune import prune
+from regrow.cli.recover import recover
+from regrow.cli.report import report
+from regrow.cli.screen import failure, prepare
+from regrow.cli.search import search
+from regrow.cli.show import show
+
+_CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
+EPILOG = f"""\b
+Start with
+  regrow show smollm2-135m                     what can be cut, and what a unit costs
+  regrow prune smollm2-135m --keep 0.9 --source news --source code --out RUN
+  regrow evaluate RUN --source news            perplexity of the result
+  regrow chat smollm2-135m RUN                 before and after, side by side
+  regrow export RUN --to gguf --out m.gguf     the result for llama.cpp; or for transformers, onnxruntime
+
+\b
+Exit codes
+{_CODES}
+"""
+
+
+@click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="regrow")
+def regrow() -> None:
+    """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
+
+
+for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export, compare, report, methods):
+    regrow.add_command(verb)
+
+
+def code_of(words: list[str]) -> int:
+    """Run one command: every failure is told in one line, with an exit code of ``boundary.EXIT_CODES``.
+
+    Args:
+        words: The command line, without the program's name.
+    """
+    prepare()
+    try:
+        code = regrow.main(words, prog_name="regrow", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.ctx.get_help() if error.ctx else "")
+        return boundary.USAGE
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        return failure(boundary.NOTHING_YET, INTERRUPTED)
+    except Exception as error:
+        return _failed(error, words)
+
+
+def _failed(error: BaseException, words: list[str]) -> int:
+    found = boundary.failure_of(error)
+    line = found.line
+    if found.report:
+        line += f"; a report was written to {boundary.written_report(error, words)}"
+        line += ", please attach it" if found.code == boundary.BUG else ""
+    return failure(line, found.code)
