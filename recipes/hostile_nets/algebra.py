@@ -232,6 +232,34 @@ def unusual_norms(random: Random) -> Built:
     return middle(act, random, n, places="" if kind in ("layer", "group") else UP, **parts)
 
 
+def standardised_weights(random: Random) -> Built:
+    """Convolutions whose weights are standardised over their inputs when they run."""
+    n, k, eps = width(random), width(random), 1e-5
+
+    def by_moments(w: Tensor) -> Tensor:
+        over = (1, 2, 3)
+        return (w - w.mean(over, keepdim=True)) / (w.var(over, keepdim=True, unbiased=False) + eps).sqrt()
+
+    def by_var_mean(w: Tensor) -> Tensor:
+        variance, mean = torch.var_mean(w.flatten(1), 1, keepdim=True)
+        return ((w.flatten(1) - mean) * (variance + eps).rsqrt()).view_as(w)
+
+    kinds = {
+        "batch": lambda w: F.batch_norm(w.reshape(1, len(w), -1), None, None, None, None, True, 0.0).reshape_as(w),
+        "moments": by_moments,
+        "var_mean": by_var_mean,
+        "layer": lambda w: F.layer_norm(w, w.shape[1:]),
+    }
+    standardise = kinds[random.choice(list(kinds))]
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        h = F.conv2d(m.one(x).relu(), standardise(m.two.weight), m.two.bias, padding=1).relu()
+        return m.head(read(h.mean((2, 3)), -1, "two.weight:0"))
+
+    one, two = nn.Conv2d(3, n, 3), nn.Conv2d(n, k, 3)
+    return Built(Net(run, one=one, two=two, head=nn.Linear(k, 4)), (torch.randn(2, 3, 7, 7),))
+
+
 def layers_of_norms(random: Random) -> Built:
     """Modules of norms on a residual stream."""
     n = width(random)
@@ -408,6 +436,7 @@ FAMILIES: dict[str, Family] = {
         complex_numbers,
         calculus_inside,
         unusual_norms,
+        standardised_weights,
         layers_of_norms,
         attention_by_hand,
         attention_of_torch,

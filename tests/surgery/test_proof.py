@@ -336,3 +336,23 @@ def test_a_model_without_numbers_is_cut_by_its_constants_alone() -> None:
         axes = trace(model, torch.ones(1, 4))
     small, _ = apply(model, axes, Plan.keeping(axes, {"0.weight:0": range(3)}))
     assert small[0].weight.shape == (3, 4)
+
+
+def shifted_block() -> nn.Module:
+    """A residual block that takes an input and positions."""
+    return Wired(lambda m, x, p: x + m.down(m.up(x + p).relu()), up=nn.Linear(8, 12), down=nn.Linear(12, 8))
+
+
+def shifted(m: Any, x: Tensor) -> Tensor:
+    """Two blocks that read positions which were written in place."""
+    positions = torch.arange(8.0)
+    positions.add_(1.0).mul_(0.1)
+    return m.second(m.first(x, positions), positions)
+
+
+def test_blocks_read_what_is_written_in_place_without_parameters() -> None:
+    model = randomised(Wired(shifted, first=shifted_block(), second=shifted_block()))
+    axes = trace(model, torch.randn(2, 8))
+    assert len(axes.recording.blocks) > 1
+    small, _ = apply(copy.deepcopy(model), axes, Plan.keeping(axes, {"first.up.weight:0": range(5)}))
+    assert small.first.up.out_features == 5

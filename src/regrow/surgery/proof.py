@@ -26,7 +26,7 @@ from regrow.surgery.runner import Answers, Load, Masking, Runner, masking, resee
 from regrow.surgery.widen import carried
 from regrow.tracing.blocks import Block
 from regrow.tracing.capture import Capture
-from regrow.tracing.effects import writes
+from regrow.tracing.effects import Effects
 from regrow.tracing.hollow import fitting
 from regrow.tracing.readings import Recording
 from regrow.tracing.steps import operations, source
@@ -299,13 +299,14 @@ def _rounded(change: Change) -> set[str]:
 
 
 def _past_parameters(recorded: Capture, parameters: Collection[str]) -> list[Node]:
-    """The operations that no parameter has a say in."""
+    """The operations that no parameter has a say in, and that read nothing which is written in place."""
     made: set[Node] = {node for node, name in recorded.states.items() if name in parameters}
+    made |= {node for origin, ones in Effects(recorded).writers.items() for node in (origin, *ones)}
     found = []
     for node in recorded.graph.nodes:
-        if not made.isdisjoint(node.all_input_nodes):
+        if node in made or not made.isdisjoint(node.all_input_nodes):
             made.add(node)
-        elif node.op not in ("placeholder", "output") and not writes(node):
+        elif node.op not in ("placeholder", "output"):
             found.append(node)
     return found
 

@@ -6,14 +6,20 @@ from regrow.axes import Mark, Role
 from regrow.tracing import dimensions as d
 from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import Dims, Literal, Walk
+from regrow.tracing.walk import Dims, Literal, Walk, op_name
 
 
 def batch_norm(w: Walk, node: Node) -> Dims:
-    """Per channel, by running statistics: each channel is scaled and shifted by itself."""
+    """Per channel: each channel is scaled and shifted by itself, by running statistics or by those of its entries.
+
+    Of the latter every dimension but the channels is frozen (a weight that is standardised, like that of NFNet).
+    """
     x = node.args[0]
     assert isinstance(x, Node)
     dims = w.of(x)
+    if node.args[3] is None or node.args[5]:  # no running mean, or not used
+        for expr in (*dims[:1], *dims[2:]):
+            d.freeze(expr, w.why(node, f"`{op_name(node)}` takes mean and variance over it"))
     for place, arg in enumerate(node.args[1:5]):
         if isinstance(arg, Node):
             w.role(arg, 0, Role.SHIFTS if place in (1, 2) else Role.SCALES)  # the bias and the running mean
