@@ -8,6 +8,8 @@
 * ``two processes``: while a command is stopped at a file operation, the same command is started once more.
 * ``read-only``: the folder around the result, or the earlier result, may not be written by the user.
 * ``full disk``: from a write on, no byte is left on the disk.
+* ``no space``: the same, but it is only the command that is told so; needs no root.
+* ``read-only system``: every change of a file is refused, as on a file system that is mounted read-only.
 * ``folder deleted``: at a file operation, the result's folder is deleted with all that is in it.
 * ``clock set back``: a killed run has files and dates of tomorrow when it goes on.
 * ``Ctrl-C``: SIGINT at a random moment.
@@ -18,6 +20,7 @@ happened, and no other file may be there (``crashes/places.py``). A failure is o
 """
 
 import argparse
+import errno
 import json
 import os
 import random
@@ -109,6 +112,33 @@ def full_disk(place: Place, first: Outcome, draw: random.Random, many: int) -> I
         subprocess.run(["umount", str(place.root)], check=True)
 
 
+def no_space(place: Place, first: Outcome, draw: random.Random, many: int) -> Iterator[Row]:
+    """From a write on, every write and every new folder fails for lack of space."""
+    failing = [one.index for one in first.operations if one.name in ("write", "mkdir")]
+    for index in _drawn(draw, failing, many):
+        yield _told_no(place, first, index, errno.ENOSPC, ("write", "mkdir"))
+
+
+def read_only_system(place: Place, first: Outcome, draw: random.Random, many: int) -> Iterator[Row]:
+    """No file can be changed from the beginning on."""
+    yield _told_no(place, first, 0, errno.EROFS, tuple({one.name for one in first.operations}))
+
+
+def _told_no(place: Place, first: Outcome, index: int, number: int, names: tuple[str, ...]) -> Row:
+    """Have file operations of some names fail from one on."""
+
+    def refused(one: Any, when: str, _: int) -> OSError | None:
+        return OSError(number, "") if one.index >= index and when == BEFORE and one.name in names else None
+
+    place.reset()
+    went = place.go(watched=True, act=refused)
+    faults = _spoken(went) if went.code else ["exit code 0"]
+    if "nothing was changed" in went.text:  # what was finished before is there
+        faults.append("says that nothing was changed")
+    after, again = place.faults()
+    return _row(str(first.operations[index]), went, faults + after, again)
+
+
 def folder_deleted(place: Place, first: Outcome, draw: random.Random, many: int) -> Iterator[Row]:
     """The result's folder vanishes at a file operation."""
     for index in _drawn(draw, len(first.operations), many):
@@ -155,6 +185,8 @@ FAULTS = {
     "two processes": two_processes,
     "read-only": read_only,
     "full disk": full_disk,
+    "no space": no_space,
+    "read-only system": read_only_system,
     "folder deleted": folder_deleted,
     "clock set back": clock_back,
     "Ctrl-C": ctrl_c,

@@ -222,10 +222,12 @@ def message(outcome: Outcome) -> str:
 
 
 LOADED = (
-    "gguf", "jinja2", "matplotlib.pyplot", "onnx", "sklearn.datasets", "torch", "torchvision.models", "toys",
-    "transformers", "regrow.cli.app", "regrow.export.formats", "regrow.export.gguf", "regrow.export.onnx",
-    "regrow.export.transformers", "regrow.reports", "regrow.runs.evaluating", "regrow.runs.learning_run",
-    "regrow.runs.pruning_run", "regrow.runs.recovery_run", "regrow.runs.searching",
+    "accelerate", "filecmp", "gguf", "jinja2", "matplotlib.pyplot", "onnx", "sklearn.datasets",
+    "tokenizers.implementations", "torch", "torchvision.models", "toys", "transformers",
+    "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "regrow.cli.app",
+    "regrow.export.formats", "regrow.export.gguf", "regrow.export.onnx", "regrow.export.transformers",
+    "regrow.reports", "regrow.runs.evaluating", "regrow.runs.learning_run", "regrow.runs.pruning_run",
+    "regrow.runs.recovery_run", "regrow.runs.searching",
 )  # fmt: skip
 """What is imported once, before anything is forked."""
 

@@ -22,6 +22,8 @@ SEARCH = (
 )
 TEXT = ["The cat sat on the mat, and the rat sat on the cat.", "12 + 345 = 357 of them, that is that."] * 3
 
+BOTH = ("regrow", "transformers")
+
 Step = str | Callable[[], Any]
 """Words of the command line, or a function."""
 
@@ -84,6 +86,13 @@ def llama(folder: str, width: int = 40, *, cut: bool = False, seed: int = 0) -> 
     save(model, folder)
 
 
+def copied(source: str, folder: str) -> None:
+    """A saved network, saved once more."""
+    from regrow.runs import load, save
+
+    save(load(source), folder)
+
+
 def shufflenet(folder: str) -> None:
     """A small network of torchvision, cut."""
     import torch
@@ -109,7 +118,7 @@ def export(form: str, out: str, source: str, *, over: bool = False) -> Case:
     earlier = {"cut": "even", "learned": "other"}.get(source, "")
     words = "export ../in/{} --to " + form + f" --out {out}"
     prepare = [makers[source], *([makers[earlier], words.format(earlier)] if over else [])]
-    read = ("regrow", "transformers") if form == "transformers" else ()
+    read = BOTH if form == "transformers" else ()
     return Case(words.format(source), out, tuple(prepare), read)
 
 
@@ -145,12 +154,12 @@ CASES: dict[str, Case] = {
     "export onnx": export("onnx", "net.onnx", "learned"),
     "export onnx, over another": export("onnx", "net.onnx", "learned", over=True),
     "export torchvision": export("torchvision", "net", "shuffled"),
-    "save": Case(lambda: llama("net", cut=True), "net", read=("regrow", "transformers")),
+    "save": Case(lambda: copied("../in/cut", "net"), "net", (lambda: llama("../in/cut", cut=True),), BOTH),
     "save over a save": Case(
-        lambda: llama("net", cut=True),
+        lambda: copied("../in/cut", "net"),
         "net",
-        (lambda: llama("net", width=36, cut=True, seed=1),),
-        read=("regrow", "transformers"),
+        (lambda: llama("../in/cut", cut=True), lambda: llama("net", width=36, cut=True, seed=1)),
+        BOTH,
     ),
     "report over a report": Case("report run", "run", (f"{PRUNE} --out run",), read=("regrow",)),
     "compare": Case(

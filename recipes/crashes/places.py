@@ -6,7 +6,7 @@ import os
 import shutil
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -21,6 +21,12 @@ CLOCK = {
     "seconds": "run.json, metrics.jsonl and the state of unfinished work: how long something took",
 }
 """Fields that tell the time, wherever they stand in JSON data: only these may differ."""
+LOADED = (
+    "accelerate", "jinja2", "matplotlib.backends.backend_svg", "sklearn.datasets", "tokenizers.implementations",
+    "torchvision.models", "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama",
+    "regrow.cli.app", "regrow.reports.page", "regrow.runs.learning_run", "regrow.runs.pruning_run",
+)  # fmt: skip
+"""What is imported once, before anything is forked."""
 Contents = Mapping[str, str]
 """Path → digest of a file, without the clock; folders end in ``/``."""
 
@@ -66,6 +72,7 @@ class Place:
         Raises:
             RuntimeError: If a step fails, or both runs do not make the same.
         """
+        _import(LOADED)
         shutil.rmtree(self.folder, ignore_errors=True)
         for name in ("at", "in"):
             (self.root / name).mkdir(parents=True)
@@ -279,7 +286,7 @@ def _hidden(value: Any) -> Any:
     return "clock"
 
 
-def _import(names: list[str]) -> None:
+def _import(names: Iterable[str]) -> None:
     """Import what a child had to import, so that the next need not."""
     for name in names:
         if name not in sys.modules and not name.startswith(("transformers_modules", "__")):

@@ -22,7 +22,8 @@ from typing import Any
 BEFORE, AFTER = "before", "after"
 
 Act = Callable[["Operation", str, int], Any]
-"""(operation, ``before`` or ``after``, process) → whether the process is killed now."""
+"""(operation, ``before`` or ``after``, process) → whether the process is killed now; before, an ``OSError`` instead has
+the call fail with its number, without effect."""
 
 # Name → (number on x86-64, on aarch64, arguments that are paths, as (folder argument or None, path argument)). A folder
 # argument of None means the working directory; a path argument of None means that the file descriptor is the file.
@@ -62,6 +63,7 @@ _WRITES = ("write", "pwrite64", "writev", "pwritev", "copy_file_range", "sendfil
 _TRACEME, _CONT, _SYSCALL, _SETOPTIONS, _GETEVENTMSG, _CALL_INFO = 0, 7, 24, 0x4200, 0x4201, 0x420E
 _OPTIONS = 0x1 | 0x2 | 0x4 | 0x8 | 0x10 | 0x80 | 0x100000  # system calls, children, threads, exec, seccomp; end with us
 _SECCOMP_EVENT, _SYSCALL_STOP, _ALL = 7, signal.SIGTRAP | 0x80, 0x40000000
+_GETREGSET, _SETREGSET, _GENERAL, _CALL_NUMBER = 0x4204, 0x4205, 1, 0x404
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.restype = ctypes.c_long
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -228,7 +230,10 @@ def _watch(child: int, root: Path, act: Act, outcome: Outcome) -> int:
             if operation is not None:
                 outcome.operations.append(operation)
                 inside[task] = operation
-                if act(operation, BEFORE, child):
+                told = act(operation, BEFORE, child)
+                if isinstance(told, OSError):
+                    _refuse(task, told.errno)
+                elif told:
                     os.kill(child, signal.SIGKILL)
                 request = _SYSCALL
         elif what == _SYSCALL_STOP:
@@ -249,6 +254,27 @@ def _info(task: int) -> bytes:
     buffer = ctypes.create_string_buffer(88)
     _libc.ptrace(_CALL_INFO, task, 88, ctypes.addressof(buffer))
     return buffer.raw
+
+
+def _refuse(task: int, number: int) -> None:
+    """Have the call that a task is about to make fail, without effect."""
+
+    class Vector(ctypes.Structure):
+        _fields_ = (("base", ctypes.c_void_p), ("length", ctypes.c_size_t))
+
+    def registers(request: int, kind: int, buffer: Any) -> None:
+        vector = Vector(ctypes.addressof(buffer), ctypes.sizeof(buffer))
+        _libc.ptrace(request, task, ctypes.c_void_p(kind), ctypes.addressof(vector))
+
+    given, no_call = (ctypes.c_uint64 * (27 if _COLUMN == 0 else 34))(), ctypes.c_int(-1)
+    registers(_GETREGSET, _GENERAL, given)
+    if _COLUMN == 0:
+        given[15] = ctypes.c_uint64(-1).value  # the number of the call
+        given[10] = ctypes.c_uint64(-number).value  # its result
+    else:
+        registers(_SETREGSET, _CALL_NUMBER, no_call)
+        given[0] = ctypes.c_uint64(-number).value
+    registers(_SETREGSET, _GENERAL, given)
 
 
 def _at_exit(task: int) -> bool:
