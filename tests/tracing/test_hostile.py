@@ -1,7 +1,9 @@
 """Hostile networks: a sample of the recipe, whose masking is written by hand and shares nothing with ``verify``."""
 
 import importlib
+import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
@@ -46,3 +48,12 @@ def test_the_masking_by_hand_notices_a_wrong_cut(recipe: Any, monkeypatch: pytes
     monkeypatch.setattr(sys.modules[apply.__module__], "check_blocks", lambda change: None)  # which refuses it
     row = recipe.examine("control/batch_decides#0", lambda: recipe.own("control/batch_decides#0"))
     assert row["outcome"] == "wrong"
+
+
+def test_the_committed_results_are_of_every_network_and_none_is_wrong() -> None:
+    found = [json.loads(line) for line in (RECIPES / "results" / "hostile_networks.jsonl").read_text().splitlines()]
+    assert {row["outcome"] for row in found} <= {"ok", "refused", "nothing to cut"}
+    assert max(row["largest"] for row in found) < 1e-9
+    cut = Counter(row["network"].partition("/")[0] for row in found if row["outcome"] == "ok")
+    assert cut["peft"] >= 10 and cut["timm"] >= 95 and cut.total() - cut["peft"] - cut["timm"] >= 300
+    assert len({row["network"] for row in found}) == len(found)
