@@ -15,6 +15,7 @@ from typing import Any
 import click
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from cli.conftest import Run
 from regrow.cli import boundary, screen
@@ -103,6 +104,10 @@ def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None
     with pytest.raises(StoreError) as full, telling(tmp_path):
         raise OSError(errno.ENOSPC, "No space left")
     assert boundary.failure_of(full.value).code == 4
+    for kind in (Exception, SafetensorError):  # of tokenizers and of safetensors, which are written in Rust
+        with pytest.raises(StoreError, match="disk is full") as full, telling(tmp_path):
+            raise kind("No space left on device (os error 28)")
+        assert boundary.failure_of(full.value).code == 4
     with pytest.raises(StoreError) as wrong, telling(tmp_path):
         raise OSError(errno.ENOENT, "No such folder")
     assert boundary.failure_of(wrong.value).code == 2

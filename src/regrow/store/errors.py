@@ -19,18 +19,29 @@ def telling(path: Path) -> Iterator[None]:
     """Turn what the operating system says about writing ``path`` into one line with a remedy.
 
     Raises:
-        StoreError: Instead of an ``OSError``, or of the error of a library that met one.
+        StoreError: Instead of an ``OSError``, or of the error of a library that met one (those written in Rust raise a
+            plain ``Exception`` that ends in ``(os error 28)``).
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        raise StoreError(f"{path}: {_explained(error)}") from error
+    except Exception as error:
+        number = _number(error)
+        if number is None and not isinstance(error, OSError | SafetensorError):
+            raise
+        system = error if number is None or isinstance(error, OSError) else OSError(number, os.strerror(number))
+        raise StoreError(f"{path}: {_explained(error)}") from system
+
+
+def _number(error: Exception) -> int | None:
+    """The operating system's number of an error, where it has one."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found and not isinstance(error, StoreError) else None
 
 
 def _explained(error: Exception) -> str:
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and (found := re.search(r"os error (\d+)", str(error))):
-        number = int(found[1])
+    number = _number(error)
     match number:
         case errno.ENOSPC | errno.EDQUOT:
             return "the disk is full; free some space or choose another folder, and run again"
