@@ -1,12 +1,13 @@
 """Give every command malformed inputs, and require one line, a documented exit code, and nothing left behind.
 
-    python recipes/malformed_inputs.py                         620 inputs, drawn with seed 0
+    python recipes/malformed_inputs.py                         620 inputs, drawn with seed 0, and those of permissions
     python recipes/malformed_inputs.py --count 40 --seed 3 --out FILE
     python recipes/malformed_inputs.py --case 17               one of them, with all it said
     python recipes/malformed_inputs.py --show --messages       what is committed, with the distinct messages
 
 An input is a command of ``malformed/commands.py`` with one option changed, or one file that it reads damaged
-(``malformed/mutations.py``). Each runs in a child that is forked with everything imported. Faults are:
+(``malformed/mutations.py``), or made unreadable or unwritable. Each runs in a child that is forked with everything
+imported. Faults are:
 
 * a traceback, a bug (exit code 70), an undocumented exit code, or an end by a signal;
 * more than 10 s of processor time, or more than 10 s asleep without progress;
@@ -16,6 +17,7 @@ An input is a command of ``malformed/commands.py`` with one option changed, or o
 """
 
 import argparse
+import ctypes
 import importlib
 import json
 import os
@@ -40,7 +42,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests" / "cli")]
 
 from malformed.commands import COMMANDS, Command, prepare  # noqa: E402
-from malformed.mutations import VALUES  # noqa: E402
+from malformed.mutations import DENIED, VALUES  # noqa: E402
 
 OUT = HERE / "results" / "malformed_inputs.jsonl"
 SECONDS, BYTES = 10.0, 2**30
@@ -69,8 +71,13 @@ class Input:
     def damage(self) -> None:
         """Do to the file what is to be done to it."""
         if self.file:
-            known = {one.__name__: one for one in dict(self.command.files)[self.file]}
+            known = {one.__name__: one for one in (*dict(self.command.files).get(self.file, ()), *DENIED)}
             known[self.how](Path(self.file), random.Random(self.draw))
+
+    @property
+    def denied(self) -> bool:
+        """Whether it is about what a user may do, so that root must become another one for it."""
+        return self.how in {one.__name__ for one in DENIED} and os.geteuid() == 0
 
 
 @dataclass
@@ -99,6 +106,19 @@ def inputs(count: int, seed: int) -> list[Input]:
                 words = tuple(command.words.split())
                 found.append(Input(words, command, place, how.__name__, draw.randrange(2**32)))
     return found[:count]
+
+
+def forbidden() -> list[Input]:
+    """Files and folders that the user may not read, and places that the user may not write, for each command."""
+    found = []
+    for command in COMMANDS:
+        words = tuple(command.words.split())
+        first = [file for file, _ in command.files][:1]
+        folders = [file.partition("/")[0] for file in first if "/" in file]
+        found += [Input(words, command, place, "unreadable") for place in (*first, *folders)]
+        if "--out" in words or "--json" in words:
+            found.append(Input(words, command, ".", "unwritable"))
+    return found
 
 
 def _with_option(command: Command, name: str, value: str) -> Input:
@@ -154,6 +174,19 @@ def forked(work: Callable[[], int], said: Path) -> Outcome:
     )
 
 
+def obey() -> None:
+    """Have root respect the permissions of files, as other users must: give up two capabilities for good."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # version 3, this process
+    data = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, of which the first 32 and then the others
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(header, data):
+        raise OSError(ctypes.get_errno(), "capget")
+    for at in range(3):
+        data[at] &= ~0b110  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    if libc.capset(header, data):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
 def _state(child: int) -> tuple[str, float]:
     try:
         words = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
@@ -176,6 +209,8 @@ def tried(one: Input, source: Path, said: Path) -> Outcome:
             before = _entries(place)
 
             def work() -> int:
+                if one.denied:
+                    obey()
                 from regrow.cli import code_of
 
                 return code_of(list(one.words))
@@ -196,6 +231,8 @@ def faults(outcome: Outcome, baseline: int) -> list[str]:
     from regrow.cli.boundary import BUG, ENVIRONMENT, EXIT_CODES, USAGE
 
     lines = [line for line in outcome.said.splitlines() if line.startswith("regrow: ")]
+    if "running code: os:abort (named on the command line)" in outcome.said:
+        return []  # which is what was asked for
     found = []
     if "Traceback (most recent call last)" in outcome.said:
         found.append("traceback")
@@ -311,6 +348,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--count", type=int, default=620)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--permissions", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--case", type=int, action="append", help="only the input of this number, with all it said")
     parser.add_argument("--jobs", type=int, default=1, help="processes")
     parser.add_argument("--out", type=Path, default=OUT, help="rows are added here; what is there is not done again")
@@ -321,7 +359,7 @@ def main() -> None:
     if told.show:
         show(read(told.out), told.messages)
         return
-    found = inputs(told.count, told.seed)
+    found = inputs(told.count, told.seed) + (forbidden() if told.permissions else [])
     with tempfile.TemporaryDirectory(prefix="inputs-") as name:
         source = (told.inputs or Path(name)).resolve()
         if not (source / "run2").is_dir():
@@ -329,7 +367,7 @@ def main() -> None:
             made(source)
         out = told.out.resolve() if told.case is None else source / "cases.jsonl"
         done = {row["number"] for row in read(out)} if told.case is None else set()
-        left = [number for number in told.case or range(told.count) if number not in done]
+        left = [number for number in told.case or range(len(found)) if number not in done]
         for module in LOADED:
             importlib.import_module(module)
         workers = []

@@ -10,11 +10,16 @@ import torch
 
 from regrow import limits
 from regrow.change import Change
+from regrow.cli.boundary import ENVIRONMENT, failure_of
 from regrow.data import SourceError, streams, text
 from regrow.data.vision import image_tensor, images, read_images
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import items_in
+from regrow.nets.files import check_gguf, check_safetensors
 from regrow.plan import Plan, PlanError
+from regrow.runs import Ledger
+from regrow.runs.record import read_run
+from regrow.store import journal
 
 
 @pytest.fixture(params=["fifo", "socket", "device", "folder", "loop", "missing"])
@@ -94,11 +99,11 @@ def test_a_damaged_or_swelling_gz_is_refused(tmp_path):
     ):
         path = tmp_path / f"{name}.txt.gz"
         path.write_bytes(data)
-        with pytest.raises(SourceError, match=f"{name}.txt.gz (swells|is no whole gzip file|is not text)"):
+        with pytest.raises(SourceError, match=f"{name}.txt.gz (swells|is not a whole gzip file|is not text)"):
             text(f"mail={path}")
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(SourceError, match="no whole gzip file"):
+    with pytest.raises(SourceError, match="not a whole gzip file"):
         streams.idx(tmp_path)
 
 
@@ -170,3 +175,23 @@ def test_free_memory_is_known_and_compared():
     if there is not None:
         with pytest.raises(ResourceError, match=r"a network needs 1,126 TB|a network needs [\d,]+ GB of memory"):
             limits.check_memory(2**50, "a network", "take a smaller one")
+
+
+def test_a_file_that_may_not_be_read_is_told_as_such(tmp_path, monkeypatch):
+    """By every reader, before it takes the file for a damaged one; root may read all, so the system is asked alone."""
+    for name in ("a.txt", "a.txt.gz", "run.json", "metrics.jsonl", "ledger.json", "m.gguf", "model.safetensors"):
+        (tmp_path / name).write_bytes(b"{}")
+    monkeypatch.setattr("regrow.limits.os.access", lambda path, mode: False)
+    readers = {
+        "a.txt": limits.read_text,
+        "a.txt.gz": lambda path: limits.read_content(path, 9),
+        "run.json": lambda path: read_run(path.parent),
+        "metrics.jsonl": journal.read,
+        "ledger.json": lambda path: Ledger(path).plans(),
+        "m.gguf": lambda path: check_gguf(path, "m"),
+        "model.safetensors": check_safetensors,
+    }
+    for name, read in readers.items():
+        with pytest.raises(ValueError, match=rf"{name} may not be read; check its permissions") as caught:
+            read(tmp_path / name)
+        assert failure_of(caught.value).code == ENVIRONMENT, name

@@ -167,6 +167,16 @@ def missing(path: Path, draw: random.Random) -> None:
     _gone(path)
 
 
+def unreadable(path: Path, draw: random.Random) -> None:
+    """A file, or a folder with all that is in it, that the user may not read."""
+    path.chmod(0)
+
+
+def unwritable(path: Path, draw: random.Random) -> None:
+    """A folder that the user may read, and not write."""
+    path.chmod(0o555)
+
+
 def large_image(path: Path, draw: random.Random) -> None:
     """A PNG whose header tells of any size, or that is very small or thin."""
     import zlib
@@ -190,5 +200,7 @@ def _gone(path: Path) -> None:
 
 KINDS: tuple[Mutation, ...] = (fifo, listening, device, folder, loop, dangling, missing)
 """What a file may be instead of a file."""
+DENIED: tuple[Mutation, ...] = (unreadable, unwritable)
+"""What makes sense to a user without privileges alone."""
 BYTES: tuple[Mutation, ...] = (bit_flips, truncation, empty, noise, doubled)
 TEXTS: tuple[Mutation, ...] = (json_value, json_value, json_value, json_value, deep, encoded)

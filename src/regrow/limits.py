@@ -1,5 +1,6 @@
 """Limits on what is read: kind and size of files, depth of JSON, decompression, pixels, memory; checked before work."""
 
+import errno
 import gzip
 import json
 import os
@@ -33,13 +34,14 @@ _KINDS = {
     stat.S_IFBLK: "a device",
 }
 _MIB = 2**20
+_DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def check_regular(path: Path) -> None:
     """Assert that a path names a regular file, before it is opened: opening a FIFO waits, a device may never end.
 
     Raises:
-        InputError: If it is missing, a folder, FIFO, socket or device, or a loop of links.
+        InputError: If it is missing, a folder, FIFO, socket or device, a loop of links, or may not be read.
     """
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 (Path.stat fails alike; this takes any name)
@@ -50,6 +52,8 @@ def check_regular(path: Path) -> None:
     if not stat.S_ISREG(mode):
         kind = _KINDS.get(stat.S_IFMT(mode), "not a file")
         raise InputError(f"{path} is {kind}; give a regular file")
+    if not os.access(path, os.R_OK):
+        raise InputError(f"{path} may not be read; check its permissions") from _DENIED
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
@@ -145,7 +149,7 @@ def read_content(path: Path, most: int) -> bytes:
                         "unpack it yourself if you trust it"
                     )
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path} is no whole gzip file ({reason(error)}); fetch or pack it again") from error
+        raise InputError(f"{path} is not a whole gzip file ({reason(error)}); fetch or pack it again") from error
     return b"".join(parts)
 
 
@@ -207,6 +211,11 @@ def gigabytes(number: int) -> str:
     ('1.5 GB', '0.02 GB')
     """
     return f"{number / 1e9:.2g} GB" if number < 1e10 else f"{number / 1e9:,.0f} GB"
+
+
+def problem(error: BaseException) -> str:
+    """What an error says, on one line, without its remedy."""
+    return reason(error).partition("; ")[0]
 
 
 def reason(error: BaseException) -> str:

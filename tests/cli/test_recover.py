@@ -36,6 +36,6 @@ def test_nothing_is_missing(capsys):
 def test_damaged_measurements_are_refused_before_a_folder_is_made(tmp_path):
     run = Path(shutil.copytree(FIXTURE, tmp_path / "run"))
     (run / "metrics.jsonl").write_text("{]\n" + (run / "metrics.jsonl").read_text())
-    with pytest.raises(StoreError, match="line 1 is no measurement"):
+    with pytest.raises(StoreError, match="line 1 is not a measurement"):
         recovery_run.run(run, tmp_path / "out", by="bias", code="toys:classifier")
     assert not (tmp_path / "out").exists()

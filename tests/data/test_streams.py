@@ -141,5 +141,5 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
             idx(tmp_path)
     (tmp_path / "train-images-idx3-ubyte").unlink()
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
-    with pytest.raises(SourceError, match="no whole gzip file"):
+    with pytest.raises(SourceError, match="not a whole gzip file"):
         idx(tmp_path)

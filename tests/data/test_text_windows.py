@@ -188,7 +188,7 @@ def test_bad_sources_are_one_line_with_a_remedy(tmp_path: Path, monkeypatch: pyt
         "a=zeros.txt": "not text",
         "a=latin.txt": "not text in UTF-8",
         "a=bad.jsonl": "line 2 of",
-        "a=broken.txt.gz": "no whole gzip file",
+        "a=broken.txt.gz": "not a whole gzip file",
         "a=nothing": "no text files",
     }
     for spec, part in cases.items():

@@ -112,9 +112,9 @@ def test_convolutions_work_and_padded_ones_are_not_compensated() -> None:
 
 
 def test_an_unknown_method_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"no method 'wanda-ps'; did you mean 'wanda_sp'\? The methods are random"):
+    with pytest.raises(ValueError, match=r"no method 'wanda-ps'; did you mean 'wanda_sp'\? the methods are random"):
         entry("wanda-ps")
-    with pytest.raises(ValueError, match="no method 'zzz'; The methods are"):
+    with pytest.raises(ValueError, match="no method 'zzz'; the methods are"):
         entry("zzz")
     with pytest.raises(ValueError, match="ranked, uniform"):
         proposed("flap", allocation="best")

@@ -333,7 +333,7 @@ def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
 
 
 def test_settings_are_checked_and_unknown_names_are_told():
-    with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? The recoveries are bias, refit"):
+    with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? the recoveries are bias, refit"):
         recovery_entry("refti")
     with pytest.raises(ValueError, match="lora has no setting 'ranks'"):
         recovery_entry("lora").made("lora", {"ranks": 3})

@@ -90,7 +90,7 @@ def test_depth_and_rows(run):
         Ledger(run / "ledger.json").plans()
     path = run / "metrics.jsonl"
     path.write_text('{"what": 3}\n' + path.read_text())
-    with pytest.raises(StoreError, match=r"metrics\.jsonl: line 1 is no measurement"):
+    with pytest.raises(StoreError, match=r"metrics\.jsonl: line 1 is not a measurement"):
         RunFolder.open(run).metrics()
 
 

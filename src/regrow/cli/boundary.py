@@ -55,7 +55,8 @@ _MACHINE = _NO_ROOM | {
 }  # fmt: skip
 _REMEDIES = {
     **dict.fromkeys(_NO_ROOM, "free some space, or choose another disk"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "choose a place that is yours"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "check its permissions, or choose a place that is yours"),
+    errno.EROFS: "choose a place that may be written",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), "check the path"),
     errno.EISDIR: "name a file",
@@ -105,6 +106,8 @@ def failure_of(error: BaseException) -> Failure:
 
 def _of_usage(error: click.ClickException) -> Failure:
     line = error.format_message()
+    if line.endswith(" is not readable."):
+        return Failure(ENVIRONMENT, f"{line.rstrip('.')}; check its permissions")
     if isinstance(error, click.UsageError) and error.ctx and "; " not in line:  # Click names no remedy
         line = f"{line.rstrip('.')}; see `{error.ctx.command_path} --help`"
     return Failure(INTERRUPTED if isinstance(error, Stopped) else USAGE, line)
@@ -280,6 +283,10 @@ class Verb(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; Ctrl-C becomes one line that is true of this command."""
+        for name, value in ctx.params.items():
+            paths = value if isinstance(value, tuple) else (value,)
+            if any(isinstance(path, Path) and not str(path).strip() for path in paths):
+                raise click.UsageError(f"{name} is a blank name; name a file or a folder", ctx)
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

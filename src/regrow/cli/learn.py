@@ -85,7 +85,9 @@ def learn(
     page = RunPage("network")
     if resume:
         if tasks or out:
-            raise click.UsageError("--resume goes on in its own folder; name what is to be learned with --task")
+            raise click.UsageError(
+                "--resume goes on in its own folder, so leave out TASKS and --out, and name tasks with --task"
+            )
         if told := [f"--{name.replace('_', '-')}" for name in given if _given(name)] + ["--set"] * bool(pairs):
             raise click.UsageError(f"--resume goes on with the settings of its run; leave out {', '.join(told)}")
         with working() as progress:

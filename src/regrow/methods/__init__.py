@@ -65,7 +65,7 @@ class Entry:
         given = dict(settings)
         for key, value in settings.items():
             if key not in defaults:
-                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults)}")
+                raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
             if type(value) is int and type(defaults[key]) is float:
                 value = given[key] = float(value)
             if type(value) in (str, list) and type(defaults[key]) is tuple:
@@ -165,5 +165,5 @@ def _of(known: Mapping[str, Entry], name: str, what: str = "method", all_of: str
     if name in known:
         return known[name]
     near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"there is no {what} {name!r}; {hint}The {all_of} are {', '.join(known)}")
+    hint = f"did you mean {near[0]!r}? the" if near else "the"
+    raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(known)}")

@@ -177,9 +177,9 @@ class Mgas(Searcher):
         spans = [self.span(at.epochs, stage) for stage in range(n)]
         if any(end - first <= self.settings.warm for first, end in spans):
             raise ValueError(
-                f"in {at.epochs} epochs, a stage of {n} has none in which masks learn, as the first "
-                f"{self.settings.warm} are for weights alone: take --epochs {n * (self.settings.warm + 1)} or more, "
-                "fewer stages, or a smaller warm"
+                f"{at.epochs} epochs leave a stage of {n} no epoch to learn masks in, since the first "
+                f"{self.settings.warm} of each stage train weights alone; use --epochs "
+                f"{n * (self.settings.warm + 1)} or more, fewer --stages, or a smaller --set warm"
             )
         super().check(at)
 

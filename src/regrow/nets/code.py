@@ -43,9 +43,9 @@ def imported(name: str) -> Builder:
     except ImportError as error:
         raise ModelError(f"{name}: cannot import {module_name!r} ({first_line(error)})") from None
     except AttributeError as error:
-        raise ModelError(f"{name}: {first_line(error)}") from None
+        raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
-        raise ModelError(f"{name}: importing it failed: {type(error).__name__}: {first_line(error)}") from None
+        raise ModelError(f"{name}: importing it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
     return partial(_run, function)
 
 
@@ -83,12 +83,14 @@ def called(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
     try:
         made = builder()
     except AttributeError as error:
-        raise ModelError(f"{name}: {first_line(error)}") from None
+        raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
-        raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}") from None
+        raise ModelError(f"{name}: calling it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
     model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(model, nn.Module):
-        raise ModelError(f"{name}: returned a {type(model).__name__}, not a torch.nn.Module")
+        raise ModelError(
+            f"{name}: returned a {type(model).__name__}, not a torch.nn.Module; name a function that returns a network"
+        )
     return model, _as_example(example)
 
 

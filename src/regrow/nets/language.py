@@ -268,7 +268,7 @@ def _explained(error: Exception) -> str:
         )
     if "mismatch" in text:
         return "its weights have other shapes than config.json says; a folder made by regrow opens with regrow.load"
-    return first_line(error)
+    return f"{' '.join(str(error).split())[:200]}; its files are damaged or do not belong together: download them again"
 
 
 def _require(package: str) -> Any:

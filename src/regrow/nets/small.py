@@ -82,7 +82,8 @@ def _builder(origin: Origin) -> Callable[[], nn.Module]:
     numbers = [config.get("classes"), *_list(config.get("widths")), *_list(config.get("shape"))]
     if origin.reference not in BUILDERS or not all(type(n) is int and 0 < n <= MOST for n in numbers):
         raise ModelError(
-            f"not a small network: {origin.reference!r} with {dict(config)!s:.80}; sizes are up to {MOST:,}"
+            f"{origin.reference!r} with {dict(config)!s:.80} is not a small network, whose sizes are 1 to {MOST:,}; "
+            "use other sizes, or restore the file that they come from"
         )
     spelled = "-".join(map(str, config["widths"]))
     build = partial(BUILDERS[origin.reference], config["widths"], config["shape"], config["classes"])

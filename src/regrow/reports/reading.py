@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from regrow.errors import InputError
+from regrow.limits import check_regular
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.replacing import WORK, settle
@@ -101,10 +103,16 @@ def read_run(path: Path) -> RunFolder:
         path = path / WORK  # it is not finished
     if not (path / "run.json").is_file():
         raise ReportError(f"{path} is not a run folder (no run.json); give the folder of a run")
+    try:
+        check_regular(path / "run.json")
+    except InputError as error:
+        raise ReportError(str(error)) from error
     problems: list[str] = []
     run = _json(path / "run.json", problems)
     if not isinstance(run, dict) or run.get("format") != RUN_FORMAT:
-        why = problems[0].removesuffix("; left out") if problems else f"expected the format {RUN_FORMAT!r}"
+        why = f"expected the format {RUN_FORMAT!r}"
+        if problems:
+            why = problems[0].removeprefix("run.json: ").removesuffix("; left out")
         raise ReportError(f"{path / 'run.json'} cannot be read ({why}); restore it")
     folder = RunFolder(path, run, problems=problems)
     searched = run.get("verb") == "search"

@@ -83,7 +83,9 @@ def _source(settings: SourceSettings, loaded: Loaded, spec: str, half: Half, amo
         return digits(n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
     name, equals, path = spec.partition("=")
     if not equals or not name.strip() or not path.strip():
-        raise InputError(f"source {spec!r}: for an image model give NAME=FOLDER with one folder per class, or digits")
+        raise InputError(
+            f"source {spec!r} names no images, which this model takes; write digits, or NAME=FOLDER of class folders"
+        )
     return images(name, Path(path), n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
 
 
@@ -96,8 +98,8 @@ def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
     if len(shape) != 4:
         raise InputError(
-            f"source {spec!r} holds images, and the model takes an input of shape {list(shape)}: it can be evaluated "
-            "on no source; leave --source out"
+            f"source {spec!r} holds images, and the model takes inputs of shape {list(shape)}, which no source has; "
+            "leave --source out"
         )
     height, width = shape[2:]
     if height != width or (spec != "digits" and shape[1] not in (1, 3)):

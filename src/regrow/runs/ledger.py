@@ -10,13 +10,13 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.errors import InputError
-from regrow.limits import parse_json
+from regrow.limits import parse_json, problem
 from regrow.plan import FORMAT as PLAN_FORMAT
 from regrow.plan import Plan, PlanError
 from regrow.store import schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError
+from regrow.store.errors import StoreError, check_readable
 from regrow.surgery import Attic, apply
 from regrow.tracing import with_branches
 
@@ -46,7 +46,8 @@ class Ledger:
             try:
                 plans.append(read_plan(entry))
             except (PlanError, StoreError) as error:
-                raise StoreError(f"{self.path}: plan {i + 1} cannot be used ({error}); restore the file") from None
+                why = str(error).removesuffix("; restore it")
+                raise StoreError(f"{self.path}: plan {i + 1} cannot be used ({why}); restore the file") from None
         return tuple(plans)
 
     def append(self, plan: Plan) -> None:
@@ -83,6 +84,7 @@ class Ledger:
     def _entries(self) -> list[Any]:
         if not self.path.exists():
             return []
+        check_readable(self.path)
         try:
             if self.path.stat().st_size > _LONGEST:
                 raise StoreError(f"{self.path} is longer than any ledger; restore it")
@@ -90,7 +92,7 @@ class Ledger:
         except (OSError, ValueError, InputError) as error:
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"{self.path} cannot be read ({str(error)[:80]}); restore it") from None
+            raise StoreError(f"{self.path} cannot be read ({problem(error)}); restore it") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
         return convert(data, schemas.Ledger, self.path).plans

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from regrow.errors import InputError
-from regrow.limits import parse_json
+from regrow.limits import parse_json, problem
 from regrow.store import schemas
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError
+from regrow.store.errors import StoreError, check_readable
 
 Settings = TypeVar("Settings", bound=Any)
 RUN = "run.json"
@@ -46,7 +46,7 @@ def convert_settings(values: Mapping[str, Any], kind: type[Settings]) -> Setting
     """
     if unknown := sorted(values.keys() - {one.name for one in fields(kind)}):
         raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
-    return convert(dict(values), kind, "settings")
+    return convert({"settings": dict(values)}, dict[str, kind], "run.json")["settings"]  # type: ignore[valid-type]
 
 
 def read_json(path: Path) -> Any:
@@ -57,12 +57,13 @@ def read_json(path: Path) -> Any:
     """
     if not path.is_file():
         return None
+    check_readable(path)
     if path.stat().st_size > _LONGEST:
         raise StoreError(f"{path} is too long to be of a run; restore it")
     try:
         return parse_json(path.read_text(encoding="utf-8"), "its text")
     except (OSError, ValueError, InputError) as error:
-        raise StoreError(f"{path} cannot be read ({str(error)[:80]}); restore it") from None
+        raise StoreError(f"{path} cannot be read ({problem(error)}); restore it") from None
 
 
 def identity(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:

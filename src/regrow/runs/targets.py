@@ -13,7 +13,7 @@ DENSE, FORMER = "dense", "0.1"
 """How weights that are 0 are counted: as stored and computed, or as version 0.1 did, for which they cost nothing."""
 
 _LIKE = (
-    "the target is like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "
+    "a target is written like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "
     "macs=20%, or a share of its parameters such as 0.2; got {!r}"
 )
 

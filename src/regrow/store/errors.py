@@ -9,9 +9,24 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from regrow.errors import InputError
+from regrow.limits import check_regular
+
 
 class StoreError(ValueError):
     """A folder or file that cannot be written, read or trusted; one line that names the value and the remedy."""
+
+
+def check_readable(path: Path) -> None:
+    """Assert that a path names a regular file that may be read.
+
+    Raises:
+        StoreError: If it does not.
+    """
+    try:
+        check_regular(path)
+    except InputError as error:
+        raise StoreError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from regrow.errors import InputError
 from regrow.limits import parse_json
 from regrow.store import schemas
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError, telling
+from regrow.store.errors import StoreError, check_readable, telling
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -56,6 +56,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         return []
+    check_readable(path)
     lines = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
@@ -63,7 +64,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         if row is not None:
             rows.append(row)
         elif line.strip() and number < len(lines):
-            raise StoreError(f"{path}: line {number} is no measurement; restore it or delete that line")
+            raise StoreError(f"{path}: line {number} is not a measurement; restore it or delete that line")
     return rows
 
 

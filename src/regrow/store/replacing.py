@@ -79,7 +79,8 @@ def check_replaceable(folder: Path) -> None:
         raise StoreError(f"{folder} is a mount point, which cannot be replaced; name a folder in it: {folder / 'out'}")
     for one in (place.parent, place):
         if one.is_dir() and not os.access(one, os.W_OK | os.X_OK):
-            raise StoreError(f"{one} may not be written; choose a folder that is yours")
+            denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            raise StoreError(f"{one} may not be written; choose a folder that is yours") from denied
 
 
 def settle(folder: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from regrow.store.atomic import StoreError, telling, write_text, written
 from regrow.store.attributes import attribute_tensors
+from regrow.store.errors import check_readable
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
 from regrow.store.state import held
 from regrow.store.tensor_file import as_bytes, save_tensors
@@ -96,13 +97,14 @@ def inside(folder: Path, name: str) -> Path:
     """The file of this name in the folder.
 
     Raises:
-        StoreError: If it lies elsewhere (a link, a way upward) or does not exist.
+        StoreError: If it lies elsewhere (a link, a way upward), does not exist or may not be read.
     """
     path = folder / name
     if not path.is_file():
         raise StoreError(f"{path} is missing; copy the folder again")
     if path.resolve().parent != folder.resolve():
         raise StoreError(f"{path} leads out of the folder; put the file itself there")
+    check_readable(path)
     return path
 
 

@@ -123,7 +123,7 @@ def _check(out: Path, dtype: str) -> None:
     if dtype not in DTYPES:
         raise ExportError(f"ONNX files are written in float32 or int8, not {dtype!r}; give dtype='' or 'int8'")
     if out.suffix != ".onnx":
-        raise ExportError(f"{out}: an ONNX file is called ….onnx; give {out.with_suffix('.onnx')}")
+        raise ExportError(f"{out}: the name of an ONNX file must end in .onnx; use {out.with_suffix('.onnx')}")
 
 
 def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
