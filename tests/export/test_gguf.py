@@ -1,6 +1,7 @@
 """A GGUF file says what the network says: read back tensor by tensor, and computed as llama.cpp would."""
 
 import json
+import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -258,6 +259,19 @@ def test_a_file_that_says_something_else_is_noticed(dtype: str, tmp_path: Path, 
     monkeypatch.setattr(export, "encoded", wrong)
     with pytest.raises(ExportError, match="is off by up to"):
         write(model, tmp_path / "model.gguf", dtype=dtype)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_file_that_a_full_disk_cut_short_is_noticed(tmp_path: Path, monkeypatch) -> None:
+    put = export._put
+
+    def short(gguf, path, *more):
+        put(gguf, path, *more)
+        os.truncate(path, path.stat().st_size - 1000)
+
+    monkeypatch.setattr(export, "_put", short)
+    with pytest.raises(ExportError, match="cannot be read back .*; the disk may be full: free some space"):
+        write(llama(1), tmp_path / "model.gguf")
     assert not [*tmp_path.iterdir()]
 
 

@@ -11,7 +11,9 @@ graph forgets the attention) gets an MLP of zeros, a first layer without attenti
 either is left out.
 """
 
+import errno
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -221,7 +223,11 @@ def _checked(
     Raises:
         ExportError: If anything is missing, or further off than its type explains.
     """
-    reader = gguf.GGUFReader(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError) as error:  # buffered writes may fail without a word on a full disk
+        why = f"the file cannot be read back ({error}); the disk may be full: free some space, and write it again"
+        raise ExportError(why) from OSError(errno.EIO, os.strerror(errno.EIO))
     for key, values in _counts(decoder).items():
         place = f"attention.{key}" if key.startswith("head") else key
         if (said := reader.get_field(f"{decoder.architecture}.{place}").contents()) != values:
