@@ -270,7 +270,7 @@ def test_a_file_that_a_full_disk_cut_short_is_noticed(tmp_path: Path, monkeypatc
         os.truncate(path, path.stat().st_size - 1000)
 
     monkeypatch.setattr(export, "_put", short)
-    with pytest.raises(ExportError, match="cannot be read back .*; the disk may be full: free some space"):
+    with pytest.raises(ExportError, match=r"cannot be read back .*; the disk may be full: free some space"):
         write(llama(1), tmp_path / "model.gguf")
     assert not [*tmp_path.iterdir()]
 
