@@ -69,7 +69,10 @@ IDX = bytes([0, 0, 8, 3, 0, 0, 0, 2, 0, 0, 0, 2, 0, 0, 0, 2]) + bytes(8)
 SEEDS: dict[str, list[bytes]] = {
     "plan": [json.dumps(PLAN).encode()],
     "shapes": [SHAPES],
-    "ledger": [json.dumps({"format": "regrow-ledger/1", "plans": [PLAN, PLAN]}).encode()],
+    "ledger": [
+        json.dumps({"format": "regrow-ledger/1", "plans": [PLAN, PLAN]}).encode(),
+        json.dumps({"format": "regrow-ledger/2", "plans": [PLAN, PLAN]}).replace("[0, 2]", "[[0, 2], 3]").encode(),
+    ],
     "run": [json.dumps(RUN).encode(), json.dumps(RUN | {"verb": "learn", "settings": {"tasks": ["digits"]}}).encode()],
     "report": [json.dumps(RUN).encode() + b"\n" + "\n".join(map(json.dumps, ROWS)).encode()],
     "metrics": ["\n".join(map(json.dumps, ROWS)).encode()],

@@ -1,8 +1,13 @@
 """Long runs: what grows with the number of tasks or commits, and what does not.
 
-    python recipes/soak.py                       a stream of 200 tasks, and a search with 200 commits; about 6 minutes
+    python recipes/soak.py                       two streams of 200 tasks, and a search with 200 commits; 10 minutes
     python recipes/soak.py --only learn --many 60 --out FILE
     python recipes/soak.py --show                the table of what is committed
+
+* ``learn``: every task widens both hidden layers by one unit, from 100 to 300 units;
+* ``fixed``: the same stream, of which the first tasks use up what the network may grow by, so that all rows that are
+  fitted are of one width;
+* ``search``: every commit removes units of a network of twice 400.
 
 After every second task (or commit of the search) a row is taken of the process, with all garbage collected and freed
 memory given back to the system:
@@ -11,8 +16,11 @@ memory given back to the system:
   preconditioners), of gradients and of the optimizer's moments;
 * ``files``: open files; ``threads``; ``temporary``: files in the run folder whose names begin with a dot;
 * ``seconds`` of processor time per task (commit) since the row before;
-* ``state``: bytes of the file that a killed run resumes from, less the tensors in it; ``metrics`` and ``ledger``:
-  bytes of those files.
+* ``state``: bytes of the file that a killed run resumes from, less the tensors in it and the list of units that a
+  search has removed (a mask in words: it names at most all units); ``metrics`` and ``ledger``: bytes of those files.
+
+glibc is told to give every block above 128 KiB back to the system when it is freed. Left alone it raises that limit as
+it goes, and the heap keeps up to 10 MB of what MKL has freed.
 
 Fitted to the rows from the twenty-first on, by the median of slopes (Theil and Sen): what each gains per 100, also as
 a share of its median.
@@ -34,7 +42,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+LIBC = ctypes.CDLL(None)
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8
+LIBC.mallopt(M_MMAP_THRESHOLD, 2**17)
+LIBC.mallopt(M_ARENA_MAX, 1)
 
 OUT = Path(__file__).parent / "results" / "soak.json"
 EVERY, FIRST = 2, 20
@@ -54,7 +66,7 @@ class Watch:
     def __init__(self, folder: Path, what: str) -> None:
         self.folder, self.what, self.rows = folder, f'"what": "{what}"'.encode(), list[Row]()
         self.size = self.count = 0
-        self.began = cpu()
+        self.began, self.start = cpu(), time.monotonic()
 
     def __call__(self, done: int, total: int, what: str) -> None:
         """What a run calls as it goes on."""
@@ -67,7 +79,7 @@ class Watch:
             return
         spent, many, self.count = cpu() - self.began, count - self.count, count
         self.rows.append({"count": count, "seconds": spent / many, **self.taken()})
-        left = (time.monotonic() - START) / max(done, 1) * (total - done)
+        left = (time.monotonic() - self.start) / max(done, 1) * (total - done)
         if count % 20 == 0:
             print(f"{what}: {self.rows[-1]}, {left:.0f} s left", flush=True)
         self.began = cpu()
@@ -79,7 +91,7 @@ class Watch:
     def taken(self) -> Row:
         """What there is now."""
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)
+        LIBC.malloc_trim(0)
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         course = self.find("course.safetensors")
         return {
@@ -87,16 +99,18 @@ class Watch:
             "files": len(list(Path("/proc/self/fd").iterdir())),
             "threads": len(list(Path("/proc/self/task").iterdir())),
             "temporary": sum(path.name.startswith(".") for path in self.folder.rglob("*") if path.is_file()),
-            "state": header_bytes(course) if course else 0,
+            "state": state_bytes(course) if course else 0,
             "metrics": self.size,
             "ledger": ledger.stat().st_size if (ledger := self.find("ledger.json")) else 0,
         }
 
 
-def header_bytes(path: Path) -> int:
-    """How much of a tensor file is not tensors."""
+def state_bytes(path: Path) -> int:
+    """How much of the file that a run resumes from is neither tensors nor names of removed units."""
     with path.open("rb") as file:
-        return 8 + int(struct.unpack("<Q", file.read(8))[0])
+        length = int(struct.unpack("<Q", file.read(8))[0])
+        header = json.loads(json.loads(file.read(length))["__metadata__"]["regrow"])
+    return 8 + length - len(json.dumps(header["values"].get("fallen", {})))
 
 
 def working_bytes() -> int:
@@ -157,17 +171,29 @@ def bend(rows: list[Row], name: str) -> float:
     return gains[1] / gains[0] - 1 if gains[0] else 0.0
 
 
-def learn(many: int, folder: Path) -> list[Row]:
-    """A stream of so many small tasks."""
+def learn(many: int, folder: Path, width: float = 0.01, cap: float = 1000) -> list[Row]:
+    """A stream of so many small tasks.
+
+    Args:
+        many: How many.
+        folder: The run folder.
+        width: How much wider each task makes a layer, as a share of its first size.
+        cap: How many times its first parameters the network may have.
+    """
     from regrow.runs.learning_run import Settings, run
 
     settings = Settings(
-        (f"permuted:digits:{many}",), "mlp:100-100", "sparsegrow", {"width": 0.01, "multiple": 1, "cap": 1000},
+        (f"permuted:digits:{many}",), "mlp:100-100", "sparsegrow", {"width": width, "multiple": 1, "cap": cap},
         epochs=2, train=96, test=32, batch_size=32, lr=0.05,
     )  # fmt: skip
     watch = Watch(folder, "task")
     run(settings, folder, watch)
     return watch.rows
+
+
+def fixed(many: int, folder: Path) -> list[Row]:
+    """The same stream with a network that has its full width before the rows that are fitted."""
+    return learn(many, folder, width=0.1, cap=3.0)
 
 
 def search(many: int, folder: Path) -> list[Row]:
@@ -176,15 +202,14 @@ def search(many: int, folder: Path) -> list[Row]:
 
     settings = Settings(
         "mlp:400-400", "digits", "0.1", method_settings={"warm": 1, "every": 1, "levels": ["filters"]},
-        epochs=round(1.3 * many), retrain=1, train=96, test=32, batch_size=48, stages=1,
+        epochs=round(1.65 * many), retrain=1, train=96, test=32, batch_size=48, stages=1,
     )  # fmt: skip
     watch = Watch(folder, "commit")
     run(settings, folder, watch)
     return watch.rows
 
 
-RUNS = {"learn": learn, "search": search}
-START = time.monotonic()
+RUNS = {"learn": learn, "fixed": fixed, "search": search}
 
 
 def main() -> None:

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from regrow.errors import InputError
+from regrow.errors import InputError, ResourceError
 from regrow.limits import check_regular
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
+from regrow.store.intervals import expand_plans
 from regrow.store.replacing import WORK, settle
 from regrow.store.schemas import AxisRows, Findings, ScoreSummary
 
 RUN_FORMAT = "regrow-run/1"
-LEDGER_FORMAT = "regrow-ledger/1"
+LEDGER_FORMATS = ("regrow-ledger/2", "regrow-ledger/1")
 PLAN_FORMAT = "regrow-plan/1"
 
 MAX_BYTES = {
@@ -120,11 +121,7 @@ def read_run(path: Path) -> RunFolder:
     for name, meaning in needed.items():
         if not (path / name).is_file():
             folder.missing.append({"file": name, "means": meaning})
-    ledger = _object(path / "ledger.json", problems)
-    if ledger and ledger.get("format") != LEDGER_FORMAT:
-        problems.append(f"ledger.json: expected the format {LEDGER_FORMAT!r}; left out")
-        ledger = {}
-    folder.plans = [plan for plan in objects(ledger.get("plans")) if plan.get("format", PLAN_FORMAT) == PLAN_FORMAT]
+    folder.plans = _plans(path / "ledger.json", problems)
     axes = _object(path / "axes.json", problems, AxisRows)
     folder.axes = {when: objects(axes.get(when)) for when in ("before", "after")}
     folder.scores = _object(path / "scores.json", problems, ScoreSummary)
@@ -133,6 +130,22 @@ def read_run(path: Path) -> RunFolder:
     if searched:
         folder.origin = mapping(_object(path / "shapes.json", problems).get("origin"))
     return folder
+
+
+def _plans(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+    """The plans of a ledger, with every unit named."""
+    ledger = _object(path, problems)
+    if ledger and ledger.get("format") not in LEDGER_FORMATS:
+        problems.append(f"{path.name}: expected the format {LEDGER_FORMATS[0]!r}; left out")
+        return []
+    plans = [plan for plan in objects(ledger.get("plans")) if plan.get("format", PLAN_FORMAT) == PLAN_FORMAT]
+    if ledger.get("format") != LEDGER_FORMATS[0]:
+        return plans
+    try:
+        return expand_plans(plans, path.stat().st_size)
+    except (StoreError, ResourceError) as error:
+        problems.append(f"{path.name}: {error}; left out")
+        return []
 
 
 def objects(value: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""The ledger of a run: every plan that changed the network, in order."""
+"""The ledger of a run: every plan that changed the network, in order.
+
+Format 2 writes units in intervals (:mod:`regrow.store.intervals`); format 1, of version 0.1, names each.
+"""
 
 import json
 from collections.abc import Iterable
@@ -17,10 +20,12 @@ from regrow.store import schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable
+from regrow.store.intervals import expand_plans, shorten_plan
 from regrow.surgery import Attic, apply
 from regrow.tracing import with_branches
 
-FORMAT = "regrow-ledger/1"
+FORMAT = "regrow-ledger/2"
+FORMATS = (FORMAT, "regrow-ledger/1")
 _LONGEST = 2**30
 _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
@@ -56,12 +61,12 @@ class Ledger:
         Raises:
             StoreError: If the file is no ledger, or the disk is full; the file is then as it was.
         """
-        line = json.dumps(json.loads(plan.to_json()))
+        line = _line(json.loads(plan.to_json()))
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         if text.startswith(_HEAD) and text.endswith(_TAIL) and len(_HEAD + _TAIL) < len(text) < _LONGEST:
             write_text(self.path, f"{text.removesuffix(_TAIL)},\n{line}{_TAIL}")
         else:
-            self._write([*map(json.dumps, self._entries()), line])
+            self._write([*map(_line, self._entries()), line])
 
     def keep(self, many: int) -> None:
         """Take off every plan behind the first so many: those of work that a killed process did not store.
@@ -73,7 +78,7 @@ class Ledger:
         if len(entries) > many == 0:
             self.path.unlink()
         elif len(entries) > many:
-            self._write(list(map(json.dumps, entries[:many])))
+            self._write(list(map(_line, entries[:many])))
 
     def _write(self, lines: list[str]) -> None:
         write_text(self.path, _HEAD + ",\n".join(lines) + _TAIL)
@@ -88,14 +93,25 @@ class Ledger:
         try:
             if self.path.stat().st_size > _LONGEST:
                 raise StoreError(f"{self.path} is longer than any ledger; restore it")
-            data = parse_json(self.path.read_text(encoding="utf-8"), "its text")
+            text = self.path.read_text(encoding="utf-8")
+            data = parse_json(text, "its text")
         except (OSError, ValueError, InputError) as error:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"{self.path} cannot be read ({problem(error)}); restore it") from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        if not isinstance(data, dict) or data.get("format") not in FORMATS:
             raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
-        return convert(data, schemas.Ledger, self.path).plans
+        plans = convert(data, schemas.Ledger, self.path).plans
+        if data["format"] != FORMAT:
+            return plans
+        try:
+            return expand_plans(plans, len(text))
+        except StoreError as error:
+            raise StoreError(f"{self.path}: {error}") from None
+
+
+def _line(plan: Any) -> str:
+    return json.dumps(shorten_plan(plan))
 
 
 def read_plan(data: Any) -> Plan:

@@ -45,7 +45,7 @@ class Row(msgspec.Struct, frozen=True):
 class Ledger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``ledger.json``."""
 
-    format: Literal["regrow-ledger/1"]
+    format: Literal["regrow-ledger/1", "regrow-ledger/2"]
     plans: list[Any]
 
 

@@ -1,0 +1,98 @@
+"""Plans in ledgers: units in intervals, so that a plan takes as much room for a wide layer as for a narrow one.
+
+In ``keep``, ``ids`` and ``restore`` of a change, three or more numbers in a row are written as ``[first, last]``.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+from regrow.limits import check_memory
+from regrow.store.errors import StoreError
+
+_LISTS = ("keep", "ids", "restore")
+_FEW, _RATIO = 2**21, 100
+"""How many numbers a file may stand for whatever its length, and how many more for each of its bytes."""
+_BYTES = 150
+"""What a number takes in memory while a plan is read."""
+
+
+def to_intervals(numbers: Sequence[Any]) -> list[Any]:
+    """Whole numbers with those in a row as ``[first, last]``; a list with anything else in it stays as it is.
+
+    >>> to_intervals([0, 1, 2, 3, 7, 8, 11])
+    [[0, 3], 7, 8, 11]
+    """
+    if any(type(number) is not int or number < 0 for number in numbers):
+        return list(numbers)
+    found: list[int | list[int]] = []
+    for _, row in groupby(enumerate(numbers), key=lambda one: one[1] - one[0]):
+        part = [number for _, number in row]
+        found += [[part[0], part[-1]]] if len(part) > 2 else part
+    return found
+
+
+def from_intervals(entries: Sequence[Any]) -> list[Any]:
+    """The numbers that :func:`to_intervals` was given; what is no interval stays as it is.
+
+    >>> from_intervals([[0, 3], 7, 8, 11])
+    [0, 1, 2, 3, 7, 8, 11]
+    """
+    found: list[Any] = []
+    for entry in entries:
+        found += range(entry[0], entry[1] + 1) if _length(entry) else [entry]
+    return found
+
+
+def shorten_plan(plan: Any) -> Any:
+    """A plan, as JSON data, with intervals; what is no plan stays as it is."""
+    return _converted(plan, to_intervals)
+
+
+def expand_plans(plans: Iterable[Any], length: int) -> list[Any]:
+    """Plans as JSON data, with intervals or without, as they were before :func:`shorten_plan`.
+
+    Args:
+        plans: What a ledger holds; what is no plan stays as it is, for the schema to refuse.
+        length: Bytes of the file; a short one does not stand for very many units.
+
+    Raises:
+        StoreError: If it does.
+        ResourceError: If so many units do not fit into memory.
+    """
+    plans = list(plans)
+    numbers = sum(_length(entry) for plan in plans for change in _changes(plan) for entry in _entries(change))
+    if numbers > _FEW + _RATIO * length:
+        raise StoreError(f"its intervals name {numbers:,} units, which is no plan of a network; restore it")
+    check_memory(_BYTES * numbers, f"a ledger that names {numbers:,} units", "read it on a larger machine")
+    return [_converted(plan, from_intervals) for plan in plans]
+
+
+def _converted(plan: Any, convert: Callable[[list[Any]], list[Any]]) -> Any:
+    if not _changes(plan):
+        return plan
+    changes = {
+        key: {name: convert(one) if name in _LISTS and isinstance(one, list) else one for name, one in change.items()}
+        if isinstance(change, dict)
+        else change
+        for key, change in plan["changes"].items()
+    }
+    return {**plan, "changes": changes}
+
+
+def _changes(plan: Any) -> list[Any]:
+    changes = plan.get("changes") if isinstance(plan, dict) else None
+    return list(changes.values()) if isinstance(changes, dict) else []
+
+
+def _entries(change: Any) -> Iterable[Any]:
+    lists = [change.get(name) for name in _LISTS] if isinstance(change, dict) else []
+    return (entry for one in lists if isinstance(one, list) for entry in one)
+
+
+def _length(entry: Any) -> int:
+    """How many numbers an interval stands for; 0 for what is none."""
+    match entry:
+        case [int(first), int(last)] if type(first) is type(last) is int and 0 <= first <= last:
+            return last - first + 1
+    return 0
