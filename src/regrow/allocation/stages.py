@@ -67,8 +67,8 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> Stages:
     than the last stage.
 
     Args:
-        peak: More cells never need less, and a cell never needs more after its stage than in it. Asked as seldom as
-            can be: once per cell and stage.
+        peak: More cells never need less, and a cell never needs more after its stage than in it. Asked once where
+            one stage suffices, else once per cell and stage besides.
         cells: How many.
         budget: In bytes.
         first: The first cell that was not searched yet.
@@ -83,6 +83,8 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> Stages:
     if not 0 <= first < cells:
         raise ValueError(f"cells {first} to {cells - 1} are to be searched: there is none")
     peak = cache(peak)
+    if peak(first, cells - 1) <= budget:
+        return Stages((cells - 1,), (peak(first, cells - 1),))
     ends: list[int] = []
     peaks: list[int] = []
     while first < cells:
