@@ -20,7 +20,7 @@ memory given back to the system:
   search has removed (a mask in words: it names at most all units); ``metrics`` and ``ledger``: bytes of those files.
 
 glibc is told to give every block above 128 KiB back to the system when it is freed. Left alone it raises that limit as
-it goes, and the heap keeps up to 10 MB of what MKL has freed.
+it goes, and the heap keeps about 7 MB that have been freed.
 
 Fitted to the rows from the twenty-first on, by the median of slopes (Theil and Sen): what each gains per 100, also as
 a share of its median.
