@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
 from regrow.surgery.layout import places
-from regrow.tracing.attributes import OF_WEIGHT, held
+from regrow.tracing.attributes import held, restated_sizes
 from regrow.tracing.capture import example_of
 
 
@@ -264,10 +264,12 @@ def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Map
     found: dict[str, Dim] = {}
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
-        for name, spots in OF_WEIGHT.items():
-            dims = next((shapes[dot + t][i] for t, i in spots if len(shapes.get(dot + t, ())) > i), None)
-            if name in vars(module) and dims is not None:
-                found[f"{path}:{name}"] = dims
+        own = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+        sizes = {leaf: tuple(t.shape) for leaf, t in own.items() if dot + leaf in shapes}
+        weight, bias = shapes.get(f"{dot}weight", ()), shapes.get(f"{dot}bias", ())
+        same = [dim for dim, form in enumerate(weight) if (form,) == bias]
+        for name, (leaf, dim) in restated_sizes(module, sizes, same[0] if len(same) == 1 else None).items():
+            found[f"{path}:{name}"] = shapes[dot + leaf][dim]
         if isinstance(module, nn.modules.conv._ConvNd):
             first, second = shapes[f"{dot}weight"][:2]
             depthwise = module.groups == module.weight.shape[0] and second == 1

@@ -6,7 +6,7 @@ freezes an axis, it never makes a wrong one.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,14 @@ OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
     "hidden_size": (("weight_hr_l0", 1), ("weight_hh_l0", 1), ("weight_hh", 1)),
     "proj_size": (("weight_hr_l0", 0),),
 }
-"""Attributes that restate the shape of a tensor of their module: name → (tensor, dimension), the first that exists."""
+"""Attributes that restate the shape of a tensor of their module: name → (tensor, dimension), the first of that size."""
+
+PAIRS: tuple[tuple[str, str, str], ...] = (
+    ("out_features", "in_features", "out_features"),
+    ("num_embeddings", "embedding_dim", "embedding_dim"),
+    ("nx", "nf", "nf"),
+)
+"""The attributes that restate dimensions 0 and 1 of ``weight``, which may be stored transposed; and the output's."""
 
 WIDTHS = frozenset(
     [
@@ -131,9 +138,11 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
     found: dict[str, Expr] = {}
     alike: Alike = []
     for path, module in model.named_modules():
-        for name, places in OF_WEIGHT.items():
-            if name in vars(module) and (expr := _of_weight(path, places, dims)) is not None:
-                found[f"{path}:{name}"] = expr
+        dot = f"{path}." if path else ""
+        own = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
+        shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in own.items()}
+        restated = restated_sizes(module, shapes, _output_dim(own))
+        found |= {f"{path}:{name}": own[tensor][dim] for name, (tensor, dim) in restated.items()}
     for path, expr in w.groups:
         for name in ("groups", "num_groups"):
             if vars(_module(model, path)).get(name) == d.size(expr):
@@ -148,6 +157,40 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
     for path, module in model.named_modules():
         _channels(path, module, found, dims)
     return found, alike
+
+
+def restated_sizes(
+    module: nn.Module, shapes: Mapping[str, tuple[int, ...]], output: int | None = None
+) -> dict[str, tuple[str, int]]:
+    """The attributes of a module that restate sizes of its tensors: name → (tensor, dimension).
+
+    An attribute of another value than the size is no restatement, whatever its name.
+
+    Args:
+        module: The module.
+        shapes: Name of a parameter or buffer of its own → its shape.
+        output: The dimension of ``weight`` that the bias has too, where that is known: it orders a square weight.
+    """
+    places = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
+    weight = shapes.get("weight", ())
+    for first, second, produced in PAIRS:
+        if len(weight) == 2 and {first, second} <= places.keys():
+            values = vars(module)[first], vars(module)[second]
+            transposed = (
+                all(type(one) is int for one in values)
+                and values == weight[::-1]
+                and (values != weight or (output is not None and output != (first, second).index(produced)))
+            )
+            if transposed:
+                places |= {first: (("weight", 1),), second: (("weight", 0),)}
+    found = {}
+    for name, spots in places.items():
+        value = vars(module)[name]
+        value = value[0] if isinstance(value, tuple) and value else value
+        fitting = (at for at in spots if at[1] < len(shapes.get(at[0], ())) and shapes[at[0]][at[1]] == value)
+        if type(value) is int and (place := next(fitting, None)):
+            found[name] = place
+    return found
 
 
 def held(module: nn.Module, name: str) -> Any:
@@ -197,12 +240,13 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
             yield name, value
 
 
-def _of_weight(path: str, places: Iterable[tuple[str, int]], dims: Mapping[str, Dims]) -> Expr | None:
-    for tensor, dim in places:
-        own = dims.get(f"{path}.{tensor}" if path else tensor)
-        if own is not None and dim < len(own):
-            return own[dim]
-    return None
+def _output_dim(own: Mapping[str, Dims]) -> int | None:
+    """The dimension of ``weight`` that is the bias's; ``None`` if that cannot be said."""
+    weight, bias = own.get("weight", ()), own.get("bias", ())
+    if len(bias) != 1:
+        return None
+    same = [dim for dim, expr in enumerate(weight) if d.identical(expr, bias[0])]
+    return same[0] if len(same) == 1 else None
 
 
 def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
@@ -261,5 +305,6 @@ def _channels(path: str, module: nn.Module, found: dict[str, Expr], dims: Mappin
         found.setdefault(f"{path}:groups", own[0])
     group: Any = found.get(f"{path}:groups", d.frozen(module.groups, "a fixed number of groups"))
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-    found[f"{path}:{first}"] = own[0]
-    found[f"{path}:{second}"] = d.times(group, own[1])
+    for name, expr in ((first, own[0]), (second, d.times(group, own[1]))):
+        if getattr(module, name) == d.size(expr):
+            found[f"{path}:{name}"] = expr
