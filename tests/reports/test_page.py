@@ -10,6 +10,7 @@ import pytest
 from regrow.reports import ReportError, behaviour, figures, summarise, to_html, to_markdown, write_page
 from regrow.reports.page import _environment
 from regrow.reports.reading import ABSENT
+from regrow.store.errors import StoreError
 from reports.folders import KINDS, write_run
 
 EVIL = '<script>alert("x")</script><img src=x onerror=alert(1)>'
@@ -237,10 +238,10 @@ def test_a_large_network_makes_a_page_of_bounded_size(tmp_path):
 def test_a_page_that_cannot_be_written_leaves_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("regrow.reports.page.to_html", lambda summary: "<!doctype html>")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ReportError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot be written"):
         write_page([folder], tmp_path / "file" / "page.html")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ReportError, match="cannot write"):
+    with pytest.raises(StoreError, match="cannot be written"):
         write_page([folder], tmp_path / "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 

@@ -1,5 +1,6 @@
 """A command that is killed and run again ends as one that was not: rows, page, files, and nothing beside them."""
 
+import errno
 import json
 import os
 import sys
@@ -14,6 +15,7 @@ from regrow.cli import code_of
 from regrow.export.formats import exported
 from regrow.runs import RunFolder, save
 from regrow.runs.pruning_run import Settings, run
+from regrow.store.errors import telling
 
 CLOCK = {"seconds", "started", "finished"}
 PRUNE = "prune toys:classifier --method magnitude --keep 0.6 --source digits --tokens 128 --eval-tokens 64 --no-verify"
@@ -105,6 +107,19 @@ def test_a_page_that_fails_keeps_no_run_from_its_end(here, monkeypatch, capsys):
     assert code_of([*LEARN.split(), "--out", "run"]) == 0
     assert "no page was written: a page needs jinja2" in " ".join(capsys.readouterr().out.split())
     assert load("run") is not None and RunFolder.open("run").run()["finished"]
+
+
+def test_a_run_whose_page_fills_the_disk_fails_and_goes_on_from_there(here, monkeypatch, capsys):
+    def fills(*_):
+        with telling(here / "run"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("regrow.reports.page.write_text", fills)
+        assert code_of([*LEARN.split(), "--out", "run"]) == 4
+    assert "disk is full" in " ".join(capsys.readouterr().err.split())
+    assert code_of([*LEARN.split(), "--out", "run"]) == 0
+    assert "</html>" in (here / "run" / "report.html").read_text() and not (here / "run" / ".work").exists()
 
 
 def test_a_result_is_readable_while_it_takes_further_tasks(here, monkeypatch):

@@ -55,3 +55,13 @@ def test_a_plan_that_does_not_fit_ends_it_and_those_before_stand() -> None:
     assert next(found)[0] is good
     with pytest.raises(PlanError):
         next(found)
+
+
+def test_random_numbers_after_it_are_those_of_the_seed() -> None:
+    model, axes = traced("llama")
+    plan = laws.random_plan(axes, torch.Generator().manual_seed(0))
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    verify(model, axes, plan)
+    assert torch.equal(torch.rand(3), expected)

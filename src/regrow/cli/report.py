@@ -37,7 +37,8 @@ def _place(run: Path) -> Path:
 class RunPage:
     """The page of a run, written into its folder right before that takes its place.
 
-    A page that cannot be written keeps no run from its end.
+    A run ends without a page where a package is missing, or the page cannot be made; where the disk does not take it,
+    the run fails and goes on from there.
 
     Args:
         what: What else lies in the folder.
@@ -47,12 +48,19 @@ class RunPage:
     error: Exception | None = None
 
     def __call__(self, folder: Path) -> None:
-        """Write it."""
+        """Write it.
+
+        Raises:
+            StoreError: If the disk is full, or does not let us write.
+        """
         from regrow.reports import write_page
+        from regrow.store.errors import StoreError
 
         self.error = None
         try:
             write_page([folder], folder / PAGE)
+        except StoreError:
+            raise
         except Exception as error:
             self.error = error
 

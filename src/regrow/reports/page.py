@@ -12,7 +12,7 @@ from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.summary import summarise
 from regrow.store.atomic import write_text
-from regrow.store.errors import StoreError
+from regrow.store.errors import telling
 
 Summary = dict[str, Any]
 
@@ -100,16 +100,14 @@ def write_page(folders: list[Path], out: Path) -> Path:
         The file written.
 
     Raises:
-        ReportError: If a folder is not a run folder, if jinja2 or matplotlib is not installed, or if the file cannot
-            be written.
+        ReportError: If a folder is not a run folder, or if jinja2 or matplotlib is not installed.
+        StoreError: If the file cannot be written.
     """
     page = to_html(summarise(folders))
     out = Path(out)
-    try:
+    with telling(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, page)
-    except (OSError, StoreError) as error:
-        raise ReportError(f"cannot write the page: {error}") from None
+    write_text(out, page)
     return out
 
 

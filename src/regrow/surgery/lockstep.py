@@ -12,7 +12,7 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import prepare, state_of
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.precision import in_double
-from regrow.surgery.runner import LARGE, Answers, Runner, masking, reseed, stored
+from regrow.surgery.runner import LARGE, Answers, Runner, generators_kept, masking, reseed, stored
 from regrow.tracing.blocks import Block, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.hollow import faked
@@ -71,7 +71,7 @@ def run_both(
     theirs: Sequence[Node],
     tensors: "CutTensors",
 ) -> None:
-    """Run two networks to their ends, block by block in turns.
+    """Run two networks to their ends, block by block in turns, each block from the same seed.
 
     Args:
         masked: The one.
@@ -81,15 +81,16 @@ def run_both(
         theirs: The operations of the other.
         tensors: Those of the other.
     """
-    for block in cut:
-        last = block.stop == len(ours)
-        reseed(block.start)
-        masked.run_until(None if last else ours[block.stop])
-        with tensors.of(block.states):
+    with generators_kept():
+        for block in cut:
+            last = block.stop == len(ours)
             reseed(block.start)
-            shrunk.run_until(None if last else theirs[block.stop])
-    masked.run_until()
-    shrunk.run_until()
+            masked.run_until(None if last else ours[block.stop])
+            with tensors.of(block.states):
+                reseed(block.start)
+                shrunk.run_until(None if last else theirs[block.stop])
+        masked.run_until()
+        shrunk.run_until()
 
 
 def gap(ours: Answers, theirs: Answers) -> float:

@@ -22,7 +22,7 @@ from regrow.surgery.carry import Prepared, state_of
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import Layout, born_as, laid, units_after
 from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
-from regrow.surgery.runner import Answers, Load, Masking, Runner, masking, reseed, stored
+from regrow.surgery.runner import Answers, Load, Masking, Runner, generators_kept, masking, reseed, stored
 from regrow.surgery.widen import carried
 from regrow.tracing.blocks import Block
 from regrow.tracing.capture import Capture
@@ -110,7 +110,7 @@ def check_blocks(change: Change) -> None:
         PlanError: If they differ, or a tensor is not what it is in float64 up to rounding.
     """
     pair = _Pair(change)
-    with torch.random.fork_rng(devices=[]):
+    with generators_kept():
         if len(change.recording.blocks) > 1 and all(pair.same(block) for block in chosen(change)):
             return
         try:

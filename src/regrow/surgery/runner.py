@@ -1,6 +1,7 @@
 """Runs recorded operations one after the other, block by block, with dropped units replaced wherever they are read."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -238,6 +239,14 @@ class Runner(Interpreter):
         rest[0] = [len(index)] if isinstance(rest[0], list | tuple) else self.masking.groups[n]
         out = n.target(part, *rest, **kwargs)  # type: ignore[operator]
         return torch.zeros_like(x, dtype=out.dtype).index_copy(read.axis, index, out)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Leave torch's global generators as they were, whatever is drawn inside."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def reseed(seed: int) -> None:
