@@ -1,36 +1,41 @@
-"""Parameters that only training reaches: auxiliary heads, masks for tokens."""
+"""What only training does: auxiliary heads, masks for tokens, operations behind ``if self.training``."""
 
+from collections.abc import Iterator
 from dataclasses import replace
+from types import CodeType
+from typing import Any
 
 from torch import nn
 
 from regrow.axes import Example
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import TraceError, in_training, module_of
+from regrow.tracing.capture import Capture, TraceError, in_training, module_of
 from regrow.tracing.folds import size_divided_by
 from regrow.tracing.rules import POINTWISE, RULES
-from regrow.tracing.walk import Walk, walk
+from regrow.tracing.steps import operations
+from regrow.tracing.walk import Walk, op_name, walk
 
 
 def reach(model: nn.Module, example: Example, w: Walk) -> None:
-    """Follow what the network does in training too, where that reaches parameters which evaluation leaves out.
+    """Follow what the network does in training too, where that is something else.
 
-    Both walks are about the same parameters, so what the second one ties, freezes or marks holds in the first. Sizes
-    that training alone divides by have no fold: they are frozen.
+    It is where training reaches parameters which evaluation leaves out, or where code of the network's own looks at the
+    mode and other operations run then. Both walks are about the same parameters, so what the second one ties, freezes
+    or marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
 
     Args:
         model: The network.
         example: What to run it on.
         w: The walk over what it does in evaluation; it learns what the second one finds.
     """
-    if not w.capture.unused or w.capture.decisions is not None:
+    if w.capture.decisions is not None or not (w.capture.unused or looks_at_mode(model)):
         return
     try:
         more = in_training(model, example)
     except TraceError:
         return
     left = tuple(name for name in w.capture.unused if name in more.unused)
-    if len(left) == len(w.capture.unused):
+    if len(left) == len(w.capture.unused) and _names(w.capture) == _names(more):
         return
     second = walk(more, RULES, POINTWISE, known={name: w.dims[node] for node, name in w.capture.states.items()})
     alike = {(module_of(node), kind) for node, kind in w.norms}
@@ -48,3 +53,43 @@ def reach(model: nn.Module, example: Example, w: Walk) -> None:
     w.tables += [name for name in second.tables if name not in w.tables]
     w.notes += second.notes
     w.capture = replace(w.capture, unused=left)
+
+
+def looks_at_mode(model: nn.Module) -> bool:
+    """Whether code of a network that is not torch's own reads ``training``.
+
+    >>> class Noisy(nn.Module):
+    ...     def forward(self, x):
+    ...         return x + x.std() if self.training else x
+    >>> looks_at_mode(nn.Sequential(Noisy())), looks_at_mode(nn.Dropout(0.5))
+    (True, False)
+    """
+    return any("training" in names for one in _functions(model) for names in _names_in(one.__code__))
+
+
+def _functions(model: nn.Module) -> Iterator[Any]:
+    """The functions of a network's own classes, and those that its modules hold."""
+    own = {base for module in model.modules() for base in type(module).__mro__}
+    held = [vars(base) for base in own if base.__module__.partition(".")[0] not in ("torch", "builtins")]
+    for values in (*held, *map(vars, model.modules())):
+        for one in values.values():
+            one = getattr(one, "__func__", one)
+            if isinstance(getattr(one, "__code__", None), CodeType):
+                yield one
+
+
+def _names_in(code: CodeType) -> Iterator[tuple[str, ...]]:
+    yield code.co_names
+    for one in code.co_consts:
+        if isinstance(one, CodeType):
+            yield from _names_in(one)
+
+
+def _names(recorded: Capture) -> list[str]:
+    return [name for node in operations(recorded) if (name := op_name(node)) not in _DROPOUT]
+
+
+_DROPOUT = frozenset(
+    ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
+)
+"""Operations that evaluation leaves out, or not, with the same result."""

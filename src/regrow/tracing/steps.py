@@ -80,24 +80,19 @@ def difference(known: Sequence[Step], recorded: Capture, sizes: Mapping[str, int
     return constant
 
 
-def changed(present: Capture, planned: Capture, known: Sequence[Step]) -> Difference | None:
+def changed(present: Capture, planned: Capture, known: Sequence[Step] | None = None) -> Difference | None:
     """The first constant or operand that differs between a network as it is and as it is planned to be.
 
     Args:
         present: The operations of the network as it is.
         planned: The same operations, at the planned sizes.
-        known: The same operations, as they were traced.
+        known: The same operations, as they were traced; ``None``: where slices begin is not compared.
     """
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference("it reads what it keeps at its first run, which is not known yet; run the network once", 0)
     if (one := len(operations(present))) != (other := len(operations(planned))):
         return Difference(f"the network runs {other} operations at that size, and {one} as it is", min(one, other))
-    pairs = (
-        calls(
-            recorded, {node for step, node in zip(known, operations(recorded), strict=False) if step.start is not None}
-        )
-        for recorded in (present, planned)
-    )
+    pairs = (calls(recorded, _started(known, recorded)) for recorded in (present, planned))
     for i, ((node, before, reads), (_, after, takes)) in enumerate(zip(*pairs, strict=True)):
         where = _where(op_name(node), module_of(node))
         if found := _constants(where, before, after, reads, takes, i):
@@ -136,8 +131,10 @@ def operations(recorded: Capture) -> list[Node]:
     return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
 
 
-def _started(known: Sequence[Step], recorded: Capture) -> set[Node]:
-    """The slices whose beginning follows from sizes."""
+def _started(known: Sequence[Step] | None, recorded: Capture) -> set[Node]:
+    """The slices whose beginning follows from sizes; all, where that is not known."""
+    if known is None:
+        return {*operations(recorded)}
     return {node for step, node in zip(known, operations(recorded), strict=False) if step.start is not None}
 
 

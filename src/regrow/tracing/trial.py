@@ -233,15 +233,16 @@ def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = Fal
 
 
 def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
-    """Why the network cannot be trained at other sizes, where tracing followed it there; empty if it can."""
+    """Why the network trains otherwise at other sizes, or not at all; empty if it does not, or was not followed."""
     if not axes.trained:
         return ""
+    copies = [resized(model, axes, Resizing(one)) for one in (axes.sizes(), sizes)]
     try:
-        copy, mode = resized(model, axes, Resizing(sizes))
-        in_training(copy, faked(fitting(axes.example, model), mode))
+        present, planned = (in_training(copy, faked(fitting(axes.example, model), mode)) for copy, mode in copies)
     except TraceError as error:
         return _refusal(error)
-    return ""
+    found = changed(present, planned)
+    return f"in training, {found.problem}" if found is not None else ""
 
 
 def _refusal(error: TraceError) -> str:
