@@ -5,11 +5,14 @@ import signal
 import sys
 from types import FrameType
 
+from regrow.cli.streams import prepare_streams
+
 INTERRUPTED = 130
 
 
 def main() -> None:
     """Run the command line."""
+    prepare_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)  # until the modules of the command are imported
     code = INTERRUPTED

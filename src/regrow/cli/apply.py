@@ -11,9 +11,9 @@ from regrow.cli.screen import say, working
 
 
 @click.command(cls=Verb, name="apply", epilog=options.MODEL_HELP)
-@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("plan", type=options.PATH)
 @click.argument("model")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Where the changed model goes.")
+@click.option("--out", required=True, type=options.PATH, help="Where the changed model goes.")
 @options.code
 @options.dtype
 @options.input_shape

@@ -193,7 +193,10 @@ def _foreign(tb: TracebackType | None) -> str | None:
 
 def _named(error: BaseException) -> str:
     """``KeyError: 'x'``, on one line, without the user's home folder."""
-    text = " ".join(str(error).split())[:200].replace(str(Path.home()), "~")
+    text = " ".join(str(error).split())[:200]
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where the user has none)
+    if home.strip("/~"):
+        text = text.replace(home, "~")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
@@ -281,12 +284,30 @@ class Verb(click.Command):
         self.needs = needs
         self.resumed = resumed
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line; every word of it is text, so that files can hold what they are told.
+
+        Raises:
+            click.UsageError: If a word is not valid in the encoding of the system.
+        """
+        for word in args:
+            try:
+                word.encode("utf-8")
+            except UnicodeEncodeError:
+                line = f"{word!r} is not valid UTF-8; rename the file, or write the text in UTF-8"
+                raise click.UsageError(line, ctx) from None
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it; Ctrl-C becomes one line that is true of this command."""
-        for name, value in ctx.params.items():
-            paths = value if isinstance(value, tuple) else (value,)
-            if any(isinstance(path, Path) and not str(path).strip() for path in paths):
-                raise click.UsageError(f"{name} is a blank name; name a file or a folder", ctx)
+        """Run it; Ctrl-C becomes one line that is true of this command.
+
+        Raises:
+            click.UsageError: If the working directory is not there any more.
+        """
+        try:
+            Path.cwd()
+        except FileNotFoundError:  # compiled code may end the process over it
+            raise click.UsageError("the working directory was deleted; change to one that is there", ctx) from None
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

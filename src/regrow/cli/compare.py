@@ -4,13 +4,14 @@ from pathlib import Path
 
 import click
 
+from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say
 
 
 @click.command(cls=Verb, needs="regrow.reports")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", default="comparison.html", show_default=True, type=click.Path(path_type=Path), help="The page.")
+@click.argument("runs", nargs=-1, required=True, type=options.PATH)
+@click.option("--out", default="comparison.html", show_default=True, type=options.PATH, help="The page.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Put two or more RUNS side by side on one page, and print the table."""
     from regrow.reports import summarise, to_markdown, write_page

@@ -14,9 +14,7 @@ from regrow.cli.screen import number, say, table, working
 @click.command(cls=Verb)
 @click.argument("model")
 @options.source
-@click.option(
-    "--choices", multiple=True, type=click.Path(path_type=Path), help="Multiple-choice items, JSON lines (.gz)."
-)
+@click.option("--choices", multiple=True, type=options.PATH, help="Multiple-choice items, JSON lines (.gz).")
 @click.option(
     "--harness",
     multiple=True,
@@ -28,7 +26,7 @@ from regrow.cli.screen import number, say, table, working
 @click.option("--speed", is_flag=True, help="Also time a forward pass.")
 @options.eval_tokens
 @options.seq_len
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
+@click.option("--json", "json_file", type=options.PATH, help="Also write everything to this file.")
 @options.code
 @options.dtype
 @options.device

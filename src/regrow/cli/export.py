@@ -26,7 +26,7 @@ Examples
 @click.command(cls=Verb, epilog=EPILOG)
 @click.argument("run")
 @click.option("--to", required=True, metavar="FORMAT", help="transformers, gguf, onnx or torchvision.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file or folder to write.")
+@click.option("--out", required=True, type=options.PATH, help="The file or folder to write.")
 @click.option("--dtype", default="", metavar="DTYPE", help="What weights are stored in; see below.")
 @options.code
 @options.input_shape

@@ -32,8 +32,8 @@ Examples
     show_default=True,
     help="mlp:100-100 (hidden widths), resnet:16-3 (width, stages), resnet-gn:16-3 (with GroupNorm).",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder. The same command resumes a stopped run.")
-@click.option("--resume", type=click.Path(path_type=Path), help="Go on with the run of this folder.")
+@click.option("--out", type=options.PATH, help="The run folder. The same command resumes a stopped run.")
+@click.option("--resume", type=options.PATH, help="Go on with the run of this folder.")
 @click.option("--task", "more", multiple=True, metavar="TASKS", help="With --resume: what it is to learn now.")
 @click.option(
     "--total",

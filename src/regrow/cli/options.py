@@ -1,6 +1,7 @@
 """Options that several verbs share."""
 
 import json
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,31 @@ from typing import Any
 import click
 
 from regrow.cli.screen import err
+from regrow.errors import InputError
+from regrow.limits import expanded
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class FileName(click.Path):
+    """A path as it is typed: not blank; ``~`` and ``~user`` become home folders."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """The path.
+
+        Raises:
+            click.BadParameter: If it is blank, or there is no such home folder.
+        """
+        text = os.fspath(value)
+        if not text.strip():
+            self.fail("the name is blank; name a file or a folder", param, ctx)
+        try:
+            return expanded(Path(text))
+        except InputError as error:
+            self.fail(str(error), param, ctx)
+
+
+PATH = FileName()
 
 MODEL_HELP = (
     "MODEL is a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from their PyPI packages), "

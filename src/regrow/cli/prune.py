@@ -39,7 +39,7 @@ Examples
     "bytes=200M (of the file, in the dtype it is loaded in), kv_cache=50M@4096 (bytes of keys and values at 4096 "
     "tokens), ms=120 or ms=120@512 (a pass of so many tokens, measured on this device).",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="The run folder. The same command resumes a stopped run.")
+@click.option("--out", type=options.PATH, help="The run folder. The same command resumes a stopped run.")
 @options.source
 @click.option("--unseen", multiple=True, metavar="NAME[=PATH]", help="A kind to evaluate on only.")
 @click.option(
@@ -102,11 +102,9 @@ Examples
 @click.option(
     "--no-verify", is_flag=True, help="Skip the proof that masked = shrunk (it needs 16 bytes per parameter)."
 )
-@click.option(
-    "--dry-run", type=click.Path(path_type=Path), help="Only write the plan to this file; `regrow apply` runs it."
-)
+@click.option("--dry-run", type=options.PATH, help="Only write the plan to this file; `regrow apply` runs it.")
 @options.code
-@click.option("--again", type=click.Path(path_type=Path), help="Repeat the run of this folder with its settings.")
+@click.option("--again", type=options.PATH, help="Repeat the run of this folder with its settings.")
 def prune(
     model: str | None,
     keep: str | None,

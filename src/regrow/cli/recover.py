@@ -21,7 +21,7 @@ BEFORE = ("dense", "pruned")
 
 
 @click.command(cls=Verb, resumed=("out",), epilog=EPILOG)
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=options.PATH)
 @click.option("--by", required=True, help="bias, refit, lora or distil: see `regrow methods NAME`.")
 @click.option(
     "--tokens", default=32768, show_default=True, type=int, help="Tokens to learn from, of all sources; or images."
@@ -34,7 +34,7 @@ BEFORE = ("dense", "pruned")
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path),
+    type=options.PATH,
     help="The run folder. The same command resumes a stopped run.",
 )
 def recover(run: Path, by: str, tokens: int, pairs: tuple[str, ...], seed: int, code: str, out: Path) -> None:

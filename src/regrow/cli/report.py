@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say
 
@@ -12,8 +13,8 @@ PAGE = "report.html"
 
 
 @click.command(cls=Verb, needs="regrow.reports")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="The page; RUN/report.html, unless given.")
+@click.argument("run", type=options.PATH)
+@click.option("--out", type=options.PATH, help="The page; RUN/report.html, unless given.")
 @click.option("--markdown", is_flag=True, help="Print it as Markdown instead.")
 def report(run: Path, out: Path | None, markdown: bool) -> None:
     """Write the page of RUN again: one file, no connection needed."""

@@ -18,8 +18,8 @@ from rich.text import Text
 
 from regrow.progress import Progress as Told
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+out = Console(highlight=False, soft_wrap=True, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class _Notes(logging.Handler):

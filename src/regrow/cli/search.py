@@ -39,7 +39,7 @@ Examples
     "file), ms=20 (a batch passes, here), a share of the whole space (macs=20%), or of its parameters (0.2).",
 )
 @click.option("--method", default="mgas", show_default=True, help="What searches: see `regrow methods`.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The run folder. The same command resumes.")
+@click.option("--out", required=True, type=options.PATH, help="The run folder. The same command resumes.")
 @click.option(
     "--stages", default=0, type=int, help="In how many stages it is searched; else three, or as many as it has parts."
 )

@@ -12,7 +12,7 @@ from regrow.cli.screen import number, say, table, working
 
 @click.command(cls=Verb, epilog=options.MODEL_HELP)
 @click.argument("model")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write everything to this file.")
+@click.option("--json", "json_file", type=options.PATH, help="Also write everything to this file.")
 @click.option("--all", "everything", is_flag=True, help="List frozen axes one by one, not by reason.")
 @click.option("--branches", is_flag=True, help="Also list the modules that can be dropped whole.")
 @options.code

@@ -48,11 +48,18 @@ def text(spec: str) -> Text:
         return read(name.strip(), Path(path.strip()))
     if name in KINDS:
         return KINDS[name]()
-    if name and Path(name).expanduser().exists():
+    if name and _exists(name):
         raise SourceError(f"source {name!r}: give the text a name, NAME=PATH: {Path(name).stem}={name}")
     near = difflib.get_close_matches(name, KINDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(KINDS)}; your own: NAME=PATH"
     raise SourceError(f"no source {name!r}; {hint}")
+
+
+def _exists(name: str) -> bool:
+    try:
+        return expanded(Path(name)).exists()
+    except InputError as error:
+        raise SourceError(f"source {name!r}: {error}") from error
 
 
 def news() -> Text:

@@ -58,8 +58,15 @@ PACKAGED = {
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$REGROW_CACHE``, else ``~/.cache/regrow``."""
-    return Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache" / "regrow")
+    """Where converted models are kept: ``$REGROW_CACHE``, else ``~/.cache/regrow``.
+
+    Raises:
+        ModelError: If neither is known.
+    """
+    try:
+        return Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache" / "regrow")
+    except RuntimeError:
+        raise ModelError("this user has no home folder for the cache; name one in REGROW_CACHE") from None
 
 
 def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Path:

@@ -109,7 +109,7 @@ def check_numbers(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> Non
         value = values[name]
         if value is None or one.holds(value):
             continue
-        between = f"between {one.least:,g} and {one.most:,g}" if one.open else f"{one.least:,.0f} to {one.most:,.0f}"
+        between = f"between {one.least:,g} and {one.most:,g}" if one.open else f"{one.least:,} to {one.most:,}"
         raise InputError(f"{option(name)} must be {between}, got {value}; for example {option(name)} {one.like:g}")
 
 

@@ -1,0 +1,70 @@
+"""Standard streams that always take what is written: closed ones, and pipes whose reader has gone."""
+
+import io
+import os
+import sys
+from typing import Any
+
+__all__ = ["prepare_streams"]
+
+
+class _Output(io.FileIO):
+    """Standard output or error that drops what nobody can read any more.
+
+    Args:
+        descriptor: The descriptor of the stream.
+        name: What messages call it.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        super().__init__(descriptor, "wb", closefd=False)
+        self.label = name
+        self.dropping = False
+
+    def write(self, data: Any, /) -> int:
+        """Write bytes; after a failure everything is dropped, so that the work and the exit go on.
+
+        Raises:
+            OSError: The first time, if writing fails for another reason than a reader that has gone.
+        """
+        if not self.dropping:
+            try:
+                return super().write(data)
+            except BrokenPipeError:
+                self.dropping = True
+            except OSError as error:
+                self.dropping = True
+                raise OSError(error.errno, error.strerror, self.label) from None
+        return memoryview(data).nbytes
+
+
+_STREAMS = (("stdin", "r", ""), ("stdout", "w", "standard output"), ("stderr", "w", "standard error"))
+
+
+def prepare_streams() -> None:
+    """Open closed standard streams on the null device; make pipes and files drop what cannot be written.
+
+    A closed descriptor would be taken by the next file that is opened, and messages of compiled code would land there.
+    """
+    for name, mode, label in (
+        ("stdin", "r", ""),
+        ("stdout", "w", "standard output"),
+        ("stderr", "w", "standard error"),
+    ):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, PTH123 (open as long as the process)
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+        elif label and type(stream) is io.TextIOWrapper and not stream.isatty():  # else a caller has put it there
+            setattr(sys, name, _wrapped(stream, label))
+
+
+def _wrapped(stream: io.TextIOWrapper, label: str) -> io.TextIOWrapper:
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream.fileno(), label)),
+        encoding=stream.encoding,
+        errors=stream.errors,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
