@@ -292,6 +292,7 @@ def test_a_saved_run_gives_the_same_file_and_a_name_leads_nowhere(tmp_path: Path
     apply(model, axes, Plan.keeping(axes, keep))
     path = save(deepcopy(model), tmp_path / "run") / "shapes.json"
     record = json.loads(path.read_text())
+    del record["sha256"]
     record["origin"]["name"] = "../../ev\ud800\nil"
     path.write_text(json.dumps(record))
     again = load(tmp_path / "run")

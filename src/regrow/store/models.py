@@ -180,7 +180,7 @@ def load(
             code that a folder names is run. A module given here becomes the loaded one.
         device: Where it goes.
         dtype: What its floating-point weights become; as they were saved, unless given.
-        check: Compare every tensor with its recorded digest, and what the network answers to the recorded input with
+        check: Compare the record and every tensor with their recorded digests, and what the network answers to the recorded input with
             what it answered when it was saved: bit for bit with the same number of threads, dtype, torch and
             processor; otherwise they may differ by three times the network's own rounding.
 
@@ -203,7 +203,7 @@ def _load(
     *,
     check: bool,
 ) -> nn.Module:
-    shapes = read_shapes(folder)
+    shapes = read_shapes(folder, check=check)
     try:
         net = _built(folder, shapes, model, dtype)
         drop(net, shapes.stands)
@@ -239,8 +239,12 @@ def _load(
     return net
 
 
-def read_shapes(folder: str | Path) -> Shapes:
+def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
     """The record of a model folder.
+
+    Args:
+        folder: The folder.
+        check: Whether to compare the record with its own digest.
 
     Raises:
         StoreError: If there is none, or it is damaged.
@@ -262,7 +266,7 @@ def read_shapes(folder: str | Path) -> Shapes:
     if path.stat().st_size > _LONGEST:
         raise StoreError(f"{path} is longer than any record; restore it")
     try:
-        return Shapes.from_json(path.read_text(encoding="utf-8"))
+        return Shapes.from_json(path.read_text(encoding="utf-8"), check=check)
     except (OSError, UnicodeDecodeError, StoreError) as error:
         raise StoreError(f"{path}: {error}") from None
 

@@ -150,6 +150,7 @@ class Shapes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     compared: bool = True
     stands: dict[str, Stand] = {}
     probe: dict[str, Any] | None = None
+    sha256: Digest | None = None
 
 
 class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -1,5 +1,6 @@
 """``shapes.json``: everything about a changed network that its architecture alone does not say, as plain data."""
 
+import hashlib
 import json
 import math
 import re
@@ -133,7 +134,7 @@ class Shapes:
     probe: Probe = Probe()
 
     def to_json(self) -> str:
-        """The record as JSON text, one line per entry."""
+        """The record as JSON text, one line per entry, with the digest of its content."""
         data = {
             "format": FORMAT,
             "origin": json.loads(self.origin.to_json()),
@@ -147,14 +148,19 @@ class Shapes:
             "stands": {path: stand.to_data() for path, stand in self.stands.items()},
             "tensors": {name: _written(stored) for name, stored in self.tensors.items()},
         }
+        data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Shapes":
+    def from_json(cls, text: str, *, check: bool = True) -> "Shapes":
         """Read a record back; every value is checked, since it may come from anybody.
 
+        Args:
+            text: What :meth:`to_json` gave.
+            check: Whether to compare the content with its digest; records of earlier versions have none.
+
         Raises:
-            StoreError: If the text is not such a record; names what is wrong with it.
+            StoreError: If the text is not such a record, or was changed; names what is wrong with it.
         """
         try:
             data = parse_json(text, "it")
@@ -163,6 +169,8 @@ class Shapes:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"not of the format {FORMAT!r}; save the model again with this version of regrow")
         record = convert(data, schemas.Shapes)
+        if check and record.sha256 is not None and record.sha256 != content_digest(data):
+            raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
         origin, probe = record.origin, record.probe or {"reason": ""}
         return cls(
             Origin(origin.kind, origin.reference, origin.config, origin.name),
@@ -178,6 +186,16 @@ class Shapes:
             if "reason" in probe
             else Probe(_file(PROBE, convert(probe, schemas.StoredFile, "probe"))),
         )
+
+
+def content_digest(data: Mapping[str, Any]) -> str:
+    """The SHA-256 of a record as JSON data: of its keys in order and without spaces, but for ``sha256`` itself.
+
+    >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "sha256": "…"})
+    True
+    """
+    content = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def _written(stored: Stored) -> dict[str, Any]:
