@@ -139,6 +139,32 @@ def test_weights_that_are_not_numbers(folder, bad):
     assert not (folder.parent / "new").exists()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_hold_what_they_held(tmp_path, bad, persistent):
+    """A mask may hold infinity, a record of what is unknown NaN: what is saved is loaded."""
+    model = saved.small()
+    model.register_buffer("mask", torch.tensor([0, bad, 0]), persistent=persistent)
+    save(model, tmp_path / "m")
+
+    def built():
+        made = saved.small()
+        made.register_buffer("mask", torch.zeros(3), persistent=persistent)
+        return made
+
+    assert torch.equal(load(tmp_path / "m", model=built).mask.view(torch.int32), model.mask.view(torch.int32))
+
+
+def test_weights_too_large_for_the_dtype_they_are_saved_in(tmp_path):
+    """They would be infinite in the file, which loading refuses."""
+    model = saved.small()
+    model.rise.weight.data[0, 0] = 1e30
+    with pytest.raises(StoreError, match=r"1 entries of 'rise\.weight' are too large for torch\.float16"):
+        save(model, tmp_path / "m", dtype=torch.float16)
+    save(model, tmp_path / "m", dtype=torch.bfloat16)
+    assert load(tmp_path / "m", model=saved.small, check=False).rise.weight[0, 0] > 1e29
+
+
 NORM = "model.norm.weight"
 
 

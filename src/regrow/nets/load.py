@@ -132,16 +132,35 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
     return guessed_example(model)
 
 
-def check_finite(model: nn.Module, name: str) -> None:
-    """Assert that all weights are numbers.
+def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
+    """Assert that all parameters are finite; buffers may hold anything, such as a mask of -inf.
+
+    Args:
+        model: The network.
+        name: What the message calls it.
+        dtype: What the parameters will be cast to; nothing unless given.
 
     Raises:
         ModelError: Naming the first parameter with a NaN or infinite entry.
     """
     for key, parameter in model.named_parameters():
-        if parameter.is_floating_point() and not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
-            bad = int((~torch.isfinite(parameter)).sum())
+        if bad := count_nonfinite(parameter.to(dtype) if dtype and parameter.is_floating_point() else parameter):
+            if dtype and not count_nonfinite(parameter):
+                raise ModelError(f"{name}: {bad} entries of {key!r} are too large for {dtype}; use another dtype")
             raise ModelError(f"{name}: {bad} entries of {key!r} are NaN or infinite; use an undamaged checkpoint")
+
+
+def count_nonfinite(tensor: torch.Tensor) -> int:
+    """How many entries of a floating-point tensor are NaN or infinite; 0 for others and on the meta device.
+
+    >>> count_nonfinite(torch.tensor([0.0, float("nan"), float("-inf")]))
+    2
+    """
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return 0
+    wide = tensor.float() if tensor.element_size() == 1 else tensor  # isfinite knows no eight-bit numbers
+    finite = torch.isfinite(wide)
+    return 0 if bool(finite.all()) else int((~finite).sum())
 
 
 def _found(name: str, dtype: torch.dtype | None, progress: Progress, wanted: Wanted | None, pixels: int) -> Loaded:

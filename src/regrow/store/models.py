@@ -84,8 +84,9 @@ def save(
         The folder.
 
     Raises:
-        StoreError: If the model cannot be rebuilt from what would be written, holds NaN, the folder holds a model
-            that regrow did not write, or the disk is full.
+        StoreError: If the model cannot be rebuilt from what would be written, a parameter holds NaN or infinity
+            in the dtype it would be stored in (buffers may), the folder holds a model that regrow did not write, or the
+            disk is full.
     """
     folder = Path(folder)
     if (folder / "config.json").exists() and not (folder / SHAPES).exists():
@@ -134,7 +135,7 @@ def write_model(
     if origin.kind == "transformers":
         origin = as_saved(origin, net, dtype or _main_dtype(net))
     try:
-        check_finite(net, origin.name or "the model")
+        check_finite(net, origin.name or "the model", dtype)
     except ModelError as error:
         raise StoreError(str(error)) from None
     fresh = _fresh(origin)
@@ -180,9 +181,9 @@ def load(
             code that a folder names is run. A module given here becomes the loaded one.
         device: Where it goes.
         dtype: What its floating-point weights become; as they were saved, unless given.
-        check: Compare the record and every tensor with their recorded digests, and what the network answers to the recorded input with
-            what it answered when it was saved: bit for bit with the same number of threads, dtype, torch and
-            processor; otherwise they may differ by three times the network's own rounding.
+        check: Compare the record and every tensor with their recorded digests, and what the network answers to the
+            recorded input with what it answered when it was saved: bit for bit with the same number of threads, dtype,
+            torch and processor; otherwise they may differ by three times the network's own rounding.
 
     Returns:
         The network in eval mode, with ``origin`` and, where there is one, ``tokenizer`` as attributes.

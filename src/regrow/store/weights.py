@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from regrow.nets.load import count_nonfinite
 from regrow.store.atomic import StoreError, telling, write_text, written
 from regrow.store.attributes import attribute_tensors
 from regrow.store.errors import check_readable
@@ -74,7 +75,7 @@ def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[st
 
     Raises:
         StoreError: If a file is missing, truncated or changed, lacks a tensor or has one too many, or if a tensor has
-            another shape, dtype or digest than recorded or holds NaN; names the tensor.
+            another shape, dtype or digest than recorded, or if a parameter holds NaN or infinity; names the tensor.
     """
     found: dict[str, Tensor] = {}
     for name, expected in shapes.files.items():
@@ -159,10 +160,8 @@ def _checked(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool)
             f"the record says {stored.dtype} {stored.shape}; restore the file"
         )
     own = tensor.clone(memory_format=torch.contiguous_format)
-    if own.is_floating_point() and own.element_size() > 1 and stored.kind is not Kind.ATTRIBUTE:
-        bad = own.isnan() if stored.kind is not Kind.PARAMETER else ~own.isfinite()
-        if bool(bad.any()):
-            raise StoreError(f"{path}: {int(bad.sum())} entries of {name!r} are NaN or infinite; use an undamaged file")
+    if stored.kind is Kind.PARAMETER and (bad := count_nonfinite(own)):
+        raise StoreError(f"{path}: {bad} entries of {name!r} are NaN or infinite; use an undamaged file")
     if check and stored.sha256 and digest(own) != stored.sha256:
         raise StoreError(
             f"{path}: {name!r} does not have the recorded SHA-256: it is damaged or was changed; copy it again"
