@@ -239,12 +239,67 @@ def test_how_near_an_answer_must_be(tmp_path, conditions, change, fits):
             load(tmp_path, model=other)
 
 
-def test_a_network_without_a_known_input_says_so(tmp_path):
+def test_a_network_without_a_known_input_says_so(tmp_path, caplog):
     net = nn.Bilinear(2, 3, 4)
     save(net, tmp_path)
+    why = "no example input is known; give one: save(…, example=input)"
+    assert caplog.messages == [f"the output of the saved model is not recorded, so that load cannot check it: {why}"]
     told = json.loads((tmp_path / "shapes.json").read_text())["probe"]
     assert told == {"reason": "no example input is known; give one: save(…, example=input)"}
+    caplog.clear()
     load(tmp_path, model=lambda: nn.Bilinear(2, 3, 4))
+    assert caplog.messages == [
+        f"{tmp_path}: the output of the model was not recorded, so that it is not checked: {why}"
+    ]
+    caplog.clear()
+    load(tmp_path, model=lambda: nn.Bilinear(2, 3, 4), check=False)
+    assert not caplog.messages
+
+
+class Switched(nn.Module):
+    """A net that does what its attributes say, of kinds that no file keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.act = nn.Linear(6, 6), nn.ReLU()
+        self.squared, self.how, self.scales, self.table = False, "sum", (0.5, 2.0), {"shift": 1}
+        self.power, self.unread = None, None
+
+    def forward(self, x):
+        y = self.act(self.layer(x)) * self.scales[0] + self.table["shift"]
+        y = y**2 if self.squared else y
+        y = y if self.power is None else y**self.power
+        return y + getattr(self, "late", "").count("a") if self.how == "sum" else -y
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        (lambda m: setattr(m, "squared", True), "squared"),
+        (lambda m: setattr(m, "how", "mean"), "how"),
+        (lambda m: setattr(m, "scales", (0.25, 2.0)), "scales"),
+        (lambda m: m.table.update(shift=2), "table"),
+        (lambda m: setattr(m, "late", "aa"), "late"),
+        (lambda m: setattr(m, "act", nn.Tanh()), r"act (a Tanh, not a ReLU)"),
+        (lambda m: m.layer.register_forward_hook(lambda *a: a[2] + 1), "layer._forward_hooks"),
+        (lambda m: setattr(m, "unread", "x"), ""),
+        (lambda m: setattr(m, "power", 3), ""),
+        (lambda m: m.layer.weight.data.mul_(2), ""),
+    ],
+)
+def test_a_change_that_no_file_keeps_is_told_when_the_model_is_saved(tmp_path, change, where, caplog):
+    """What is loaded otherwise; an attribute that decides nothing, and a number that is recorded, are no matter."""
+    net = Switched().eval()
+    change(net)
+    save(net, tmp_path, origin=Origin("callable", "", builder=Switched), example=torch.linspace(-1, 1, 12).view(2, 6))
+    if not where:
+        assert not caplog.messages
+        load(tmp_path, model=Switched)
+        return
+    (line,) = caplog.messages
+    assert f"no file keeps {where}, in which it differs" in line and "\n" not in line
+    with pytest.raises(ValueError, match="answers otherwise"):
+        load(tmp_path, model=Switched)
 
 
 class Counting(nn.Module):

@@ -5,6 +5,7 @@ A folder holds ``model.safetensors``, ``shapes.json`` (what the architecture doe
 it is a pickle, and no code that it names is run.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import replace
@@ -31,6 +32,7 @@ from regrow.store.pretrained import (
     write_configuration,
     write_tokenizer,
 )
+from regrow.store.rebuilding import unsaved_change
 from regrow.store.replacing import WORK, link_tree, read_whole, replaced, settle
 from regrow.store.shapes import DTYPES, Probe, Shapes
 from regrow.store.state import check as check_architecture
@@ -57,6 +59,7 @@ FILES = (
 _LONGEST = 2**28
 
 Builder = Callable[[], Any]
+_log = logging.getLogger("regrow")
 
 
 def save(
@@ -139,14 +142,22 @@ def write_model(
     except ModelError as error:
         raise StoreError(str(error)) from None
     fresh = _fresh(origin)
-    names = dict(net.named_parameters(remove_duplicate=False))
-    shapes = describe(net, fresh and _as_saved(fresh, names), origin, dtype)
+    fresh = fresh and _as_saved(fresh, dict(net.named_parameters(remove_duplicate=False)))
+    shapes = describe(net, fresh, origin, dtype)
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for path in _files_of_a_model(folder):
             path.unlink()
     shapes = write_weights(net, shapes, folder)
     kept = _write_probe(net, shapes, example, folder)
+    if kept.file is None:
+        _log.warning("the output of the saved model is not recorded, so that load cannot check it: %s", kept.reason)
+    elif fresh is not None and (changed := unsaved_change(net, fresh, shapes, folder)):
+        _log.warning(
+            "the saved model will be refused by load: no file keeps %s, in which it differs from a newly built model; "
+            "make the change in the function that builds it, and give load that: load(folder, model=function)",
+            changed,
+        )
     if origin.kind == "transformers":
         _write_pretrained(net, shapes, folder)
     if hasattr(tokenizer, "save_pretrained"):
@@ -222,10 +233,13 @@ def _load(
         }
     restore(net, shapes, tensors)
     net.eval()
-    if check and shapes.probe.file is not None:
-        check_file(inside(folder, probe.FILE), shapes.probe.file)
+    if check and (recorded := shapes.probe.file) is not None:
+        check_file(inside(folder, probe.FILE), recorded)
         dtypes = {DTYPES[one.dtype] for one in shapes.tensors.values()}
         probe.check_probe(net, folder / probe.FILE, stored=dtypes, cast=transformers and dtype is not None)
+    elif check:
+        why = shapes.probe.reason or "it is of an earlier version"
+        _log.warning("%s: the output of the model was not recorded, so that it is not checked: %s", folder, why)
     net.to(device, None if transformers else dtype)
     for name, tensor in attribute_tensors(net).items():  # which `to` leaves where they are
         if name in tensors:
