@@ -1,5 +1,6 @@
 """ONNX: onnxruntime says what torch says, whatever was cut, widened or dropped, at sizes other than the example's."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from regrow import Plan, apply, load, trace, with_branches
 from regrow.axes import Example
 from regrow.export.onnx import write
 from regrow.export.onnx import writer as format
+from regrow.export.onnx.placing import clear_abandoned, placed
 from regrow.export.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
 from regrow.runs import save
+from regrow.store.atomic import staged
 from regrow.tracing.stand import Dropped
 from runs.saved import CASES, cut
 from zoo import ZOO
@@ -203,6 +206,58 @@ def test_large_weights_lie_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.undo()
     write(model, path)
     assert left(tmp_path) == ["net.onnx"], "weights of an earlier file do not stay"
+
+
+def test_no_file_of_the_user_goes_with_the_old_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = nn.Sequential(nn.Linear(40, 50), nn.Linear(50, 3)), tmp_path / "net.onnx"
+    mine = {"net.onnx.data": b"measurements", "net.onnx.1.data": b"more of them"}
+    for name, data in mine.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "link.onnx").symlink_to("net.onnx")
+    for limit, weights in ((1000, ["net.onnx.2.data"]), (2_000_000_000, [])):
+        monkeypatch.setattr(format, "LARGEST", limit)
+        write(model, tmp_path / "link.onnx")
+        assert left(tmp_path) == sorted(["link.onnx", "net.onnx", *mine, *weights])
+        assert all((tmp_path / name).read_bytes() == data for name, data in mine.items())
+        assert (tmp_path / "link.onnx").is_symlink() and runs(path, input=torch.zeros(1, 40))
+
+
+def put(path: Path, value: float) -> None:
+    """Place a small file whose weights lie beside it, as an export does."""
+    with staged(path) as stage:
+        weights = onnx.numpy_helper.from_array(np.full(4, value, np.float32), "w")
+        output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])
+        graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [output], [weights])
+        model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
+        more = {"save_as_external_data": True, "location": f"{path.name}.data", "size_threshold": 0}
+        onnx.save(model, stage / path.name, **more)
+        placed(stage / path.name, stage, path)
+
+
+@pytest.mark.parametrize("renamed", [False, True], ids=["the old file stands", "the new file stands"])
+def test_weights_of_a_killed_export_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renamed: bool) -> None:
+    path = tmp_path / "net.onnx"
+    put(path, 1)
+    (tmp_path / "net.onnx.7.data").write_bytes(b"the user's")
+    child = os.fork()
+    if not child:
+        real = Path.replace
+
+        def replace(one: Path, other: Path) -> Path:
+            if renamed:
+                real(one, other)
+            os._exit(9)
+
+        monkeypatch.setattr(Path, "replace", replace)
+        put(path, 2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    data = ["net.onnx.1.data", "net.onnx.7.data", "net.onnx.data"]
+    assert [name for name in left(tmp_path) if name.endswith(".data")] == data
+    assert runs(path)[0].tolist() == [1 + renamed] * 4
+    clear_abandoned(path)
+    put(path, 3)
+    assert len(left(tmp_path)) == 3 and runs(path)[0].tolist() == [3] * 4
+    assert (tmp_path / "net.onnx.7.data").read_bytes() == b"the user's"
 
 
 class Choosing(nn.Module):

@@ -1,5 +1,6 @@
 """``regrow compare``: several runs on one page."""
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,8 +16,10 @@ from regrow.cli.screen import say
 def compare(runs: tuple[Path, ...], out: Path) -> None:
     """Put two or more RUNS side by side on one page, and print the table."""
     from regrow.reports import summarise, to_markdown, write_page
+    from regrow.store.outputs import PAGES, check_output, write_output
 
     if len(runs) < 2:
         raise click.UsageError("compare takes two runs or more; `regrow report RUN` makes the page of one")
+    check_output(out, PAGES, streams=True)
     say(to_markdown(summarise(list(runs))), lines=True)
-    say(f"page: {write_page(list(runs), out)}")
+    say(f"page: {write_page(list(runs), out, partial(write_output, suffixes=PAGES))}")

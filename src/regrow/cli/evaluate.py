@@ -35,15 +35,16 @@ def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
     from regrow.runs.evaluating import evaluated
 
+    options.check_json(json_file, model, *given["choices"], *given["harness"], *given["sources"])
     options.say_code(model, given["code"])
     with working() as progress:
         result = evaluated(model, progress=progress, **given)
     if json_file:
         import json
 
-        from regrow.store.atomic import write_text
+        from regrow.store.outputs import JSON, write_output
 
-        write_text(json_file, json.dumps(result, indent=1) + "\n")
+        write_output(json_file, json.dumps(result, indent=1) + "\n", JSON)
     size = result["size"]
     say(f"{number(size['parameters'])} parameters, {number(size['bytes'])} bytes in {size['dtype']}")
     rows = [(p["source"], number(p["ppl"]), number(p["ppl_error"], 2), p["tokens"]) for p in result["perplexity"]]

@@ -84,6 +84,23 @@ def say_code(*names: str) -> None:
             err.print(f"running code: {name} (named on the command line)", markup=False)
 
 
+def check_json(path: Path | None, *inputs: str | Path) -> None:
+    """Assert that a JSON file can be written, before the work begins.
+
+    Args:
+        path: The file; nothing is checked without one.
+        inputs: What the command reads: files, ``NAME=PATH``, or anything else.
+
+    Raises:
+        StoreError: If it cannot.
+    """
+    from regrow.store.outputs import JSON, check_output
+
+    if path:
+        files = [part for one in inputs for part in (str(one), str(one).partition("=")[2]) if part]
+        check_output(path, JSON, files, streams=True)
+
+
 def fraction(text: str | None, name: str) -> float:
     """A number above 0 and at most 1.
 

@@ -120,13 +120,14 @@ def prune(
     if code and not again:
         raise click.UsageError(f"--code is for --again; name the function in the place of MODEL: regrow prune {code}")
     settings = _again(again, code) if again else _settings(model, keep, given)
+    options.check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
     options.say_code(settings.model)
     if dry_run:
-        from regrow.store.atomic import write_text
+        from regrow.store.outputs import JSON, write_output
 
         with working() as progress:
             plan = plan_only(settings, progress)
-        write_text(dry_run, plan.to_json() + "\n")
+        write_output(dry_run, plan.to_json() + "\n", JSON)
         for note in plan.origin.get("notes", ()):
             say(f"note: {note}")
         say(f"plan written to {dry_run}: {len(plan.changes)} axes change")

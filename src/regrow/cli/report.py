@@ -1,6 +1,7 @@
 """``regrow report``: the page of a run."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import click
@@ -19,11 +20,15 @@ PAGE = "report.html"
 def report(run: Path, out: Path | None, markdown: bool) -> None:
     """Write the page of RUN again: one file, no connection needed."""
     from regrow.reports import summarise, to_markdown, write_page
+    from regrow.store.outputs import PAGES, check_output, write_output
 
     if markdown:
         say(to_markdown(summarise([run])), lines=True)
+    elif out:
+        check_output(out, PAGES, streams=True)
+        say(f"page: {write_page([run], out, partial(write_output, suffixes=PAGES))}")
     else:
-        say(f"page: {write_page([run], out or _place(run))}")
+        say(f"page: {write_page([run], _place(run))}")
 
 
 def _place(run: Path) -> Path:

@@ -28,6 +28,7 @@ def show(
     from regrow.runs.pruning_run import Settings
     from regrow.tracing import trace, with_branches
 
+    options.check_json(json_file, model)
     options.say_code(model, code)
     with working() as progress:
         loaded = loaded_from(Settings(model, dtype=dtype, input=input), progress, code)
@@ -116,7 +117,7 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
     import json
     from dataclasses import asdict
 
-    from regrow.store.atomic import write_text
+    from regrow.store.outputs import JSON, write_output
 
     data = {
         "format": "regrow-axes/1",
@@ -131,5 +132,5 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
         "unreached": list(axes.unreached),
         "notes": list(axes.notes),
     }
-    write_text(path, json.dumps(data, indent=1) + "\n")
+    write_output(path, json.dumps(data, indent=1) + "\n", JSON)
     say(f"written to {path}")

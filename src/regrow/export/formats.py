@@ -10,6 +10,7 @@ from regrow.export.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.runs.evaluating import loaded_from
 from regrow.runs.pruning_run import Settings
+from regrow.store.outputs import check_output
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ def exported(
         raise ExportError(f"{out} is a folder; name a file, for example {out / f'model{form.suffix}'}")
     if out.exists() and out.resolve() == Path(model).resolve():
         raise ExportError(f"{out} is the model itself; name another place")
+    if form.suffix:
+        check_output(out, (form.suffix,), [model])
     progress(0, 1, "loading the model")
     loaded = loaded_from(Settings(str(model), input=input), progress, code)
     net: Any = loaded.model

@@ -1,6 +1,7 @@
 """Run folders → one page: a single HTML file that needs no network and no script, or Markdown."""
 
 import math
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,13 @@ COURSES_FIGURES = {"accuracy": courses.accuracy, "sizes": courses.sizes, "widths
 SEARCHES_SECTIONS = {"searches": "What was found", "setup": "What was run", "remarks": "Notes and limits"}
 
 
-def write_page(folders: list[Path], out: Path) -> Path:
+def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None] = write_text) -> Path:
     """Write the page of one run, or of a comparison of several.
 
     Args:
         folders: The run folders; two or more make a comparison.
         out: The HTML file to write; its folder is made if need be. It is replaced only once the page is complete.
+        write: Writes text to it; replaces whatever has the name, unless given.
 
     Returns:
         The file written.
@@ -107,7 +109,7 @@ def write_page(folders: list[Path], out: Path) -> Path:
     out = Path(out)
     with telling(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(out, page)
+    write(out, page)
     return out
 
 

@@ -4,6 +4,7 @@ It holds a run if it holds a ``run.json``. A folder that has one at its top, wit
 version 0.1 left unfinished.
 """
 
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,9 @@ def started(out: Path) -> Path | None:
     """Where the files of the unfinished run in a folder lie; ``None`` if there is none.
 
     Raises:
-        StoreError: If a ``run.json`` is damaged.
+        StoreError: If a ``run.json`` is damaged, or the working area leads out of the folder.
     """
+    check_area(out / WORK)
     if _of_0_1(out):
         return out
     return out / WORK if (out / WORK / RUN).is_file() else None
@@ -50,6 +52,18 @@ def resumes(out: Path, wanted: Mapping[str, Any]) -> bool:
     return True
 
 
+def check_area(area: Path) -> None:
+    """Assert that a working area and the folders in it are folders, so that what is written there stays there.
+
+    Raises:
+        StoreError: If one is a symbolic link, or the working area is a file.
+    """
+    inside = (Path(at) / name for at, names, _ in os.walk(area) for name in names)
+    for one in (area, *inside):
+        if one.is_symlink() or (one.exists() and not one.is_dir()):
+            raise StoreError(f"{one} is not a folder of its own, as unfinished work needs it; delete {area}")
+
+
 def cleared_area(out: Path) -> Path:
     """An empty working area in a folder."""
     with telling(out):
@@ -69,6 +83,7 @@ def adopt(out: Path) -> None:
             if one.name not in (WORK, RUN):
                 one.rename(out / WORK / one.name)
         (out / RUN).rename(out / WORK / RUN)
+    check_area(out / WORK)
 
 
 def begin_again(out: Path) -> None:

@@ -1,7 +1,9 @@
 """An append-only file of JSON objects, one a line, that survives being cut off in the middle of one."""
 
+import errno
 import json
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 from regrow.errors import InputError
 from regrow.limits import parse_json
 from regrow.store import schemas
+from regrow.store.atomic import write_bytes
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable, telling
 
@@ -21,11 +24,11 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         row: JSON data without NaN and infinity.
 
     Raises:
-        StoreError: If the disk is full; the file then holds what it held.
+        StoreError: If it is no regular file, or the disk is full; the file then holds what it held.
     """
     line = json.dumps(row, allow_nan=False) + "\n"
     with telling(path):
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+        handle = _opened(path)
         try:
             _append(handle, line.encode())
         finally:
@@ -36,12 +39,12 @@ def mend(path: Path) -> None:
     """Take off a last line that a crash cut short; one that lacks only its end gets it.
 
     Raises:
-        StoreError: If the disk does not let us write.
+        StoreError: If it is no regular file, or the disk does not let us write.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return
     with telling(path):
-        handle = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+        handle = _opened(path)
         try:
             _mended(handle)
         finally:
@@ -66,6 +69,36 @@ def read(path: Path) -> list[dict[str, Any]]:
         elif line.strip() and number < len(lines):
             raise StoreError(f"{path}: line {number} is not a measurement; restore it or delete that line")
     return rows
+
+
+def _opened(path: Path) -> int:
+    """Open a file to change it in place: one of its own, which no other name leads to.
+
+    A symbolic link is refused. A file that has another name, as a killed process may leave it, becomes a copy first.
+    """
+    flags = os.O_RDWR | os.O_CREAT
+    for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):  # opening a device or FIFO must not wait
+        flags |= getattr(os, name, 0)
+    while True:
+        if path.is_symlink():
+            raise StoreError(f"{path} is a symbolic link, and the file it leads to is not changed; delete the link")
+        try:
+            handle = os.open(path, flags, 0o666)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            raise _irregular(path) from None
+        found = os.fstat(handle)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            return handle
+        os.close(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise _irregular(path)
+        write_bytes(path, path.read_bytes())
+
+
+def _irregular(path: Path) -> StoreError:
+    return StoreError(f"{path} is not a regular file; delete it")
 
 
 def _append(handle: int, line: bytes) -> None:

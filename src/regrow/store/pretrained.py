@@ -14,7 +14,7 @@ from regrow.nets import ModelError, Origin
 from regrow.nets.errors import first_line
 from regrow.nets.language import configured, quiet, require_transformers
 from regrow.nets.library import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
-from regrow.store.atomic import write_text
+from regrow.store.atomic import staged, sync, write_text
 from regrow.store.errors import StoreError, telling
 from regrow.store.weights import inside
 
@@ -71,13 +71,23 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     Raises:
         StoreError: If the disk is full.
     """
-    with telling(folder), quiet():
-        tokenizer.save_pretrained(str(folder))
-    path = folder / "tokenizer_config.json"
-    if path.is_file():
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in settings.items() if not leads_away(key, value) and key != "name_or_path"}
-        write_text(path, json.dumps(kept, indent=2, ensure_ascii=False) + "\n")
+    with telling(folder), staged(folder / "tokenizer") as stage:  # transformers would write through links
+        with quiet():
+            tokenizer.save_pretrained(str(stage))
+        path = stage / "tokenizer_config.json"
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            kept = {key: value for key, value in settings.items() if not leads_away(key, value)}
+            kept.pop("name_or_path", None)
+            path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        for one in sorted(stage.rglob("*")):
+            place = folder / one.relative_to(stage)
+            if one.is_dir():
+                place.mkdir(exist_ok=True)
+            else:
+                sync(one)
+                one.replace(place)
+        sync(folder)
 
 
 def read_tokenizer(folder: Path) -> Any | None:

@@ -35,6 +35,7 @@ from regrow.nets.errors import needs
 from regrow.progress import Progress, silent
 from regrow.store.atomic import written
 from regrow.store.errors import StoreError
+from regrow.store.outputs import check_output
 
 _FILE_TYPES = {
     "F32": "ALL_F32",
@@ -76,7 +77,7 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
     Args:
         model: A Llama-like decoder of any widths, with its tokenizer as ``model.tokenizer`` (as :func:`regrow.load`
             gives it); without one llama.cpp takes token numbers only.
-        out: The file to make or replace.
+        out: The file to make, or the ``.gguf`` file to replace.
         dtype: What matrices are stored as: ``f32``, ``bf16``, ``f16``, ``q8_0`` or ``q6_k``.
         progress: Called as it goes on.
 
@@ -92,18 +93,26 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
         raise ExportError(f"dtype={dtype!r} is no type that is written here; known are {', '.join(KINDS)}")
     if out.is_dir():
         raise ExportError(f"{out} is a folder; give the name of the file to write, such as {out / 'model.gguf'}")
+    _place(out)
     decoder = described(model)
     rows = decoder.model.model.embed_tokens.weight.shape[0]
     words = vocabulary(getattr(model, "tokenizer", None), rows)
     pieces = list(_pieces(decoder, KINDS[dtype]))
     try:
-        with written(out) as temporary:
+        with written(_place(out)) as temporary:
             _put(gguf, temporary, decoder, words, pieces, progress)
             checked = _checked(gguf, temporary, decoder, pieces, progress)
     except StoreError as error:
         raise ExportError(str(error)) from None
     notes = (*decoder.notes, *words.notes, *_fallen(decoder, pieces, KINDS[dtype]))
     return Written(out, out.stat().st_size, checked, notes)
+
+
+def _place(out: Path) -> Path:
+    try:
+        return check_output(out, (".gguf",))
+    except StoreError as error:
+        raise ExportError(str(error)) from error
 
 
 def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:

@@ -21,7 +21,7 @@ from regrow.axes import Example
 from regrow.evaluation.forward import evaluating
 from regrow.export.onnx.calls import BATCH, PAST, SEQUENCE, TOTAL, Call, Labels, described, labelled, resized, sizes_of
 from regrow.export.onnx.int8 import quantise
-from regrow.export.onnx.placing import placed
+from regrow.export.onnx.placing import clear_abandoned, placed
 from regrow.export.onnx.reading import Reading, difference, foreseen
 from regrow.export.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
@@ -29,6 +29,7 @@ from regrow.nets.examples import guessed_example, image_example
 from regrow.progress import Progress, silent
 from regrow.store.atomic import staged
 from regrow.store.errors import StoreError, telling
+from regrow.store.outputs import check_output
 
 OPSET = 20
 """The operators that files are written in: what torch's exporter recommends; onnxruntime reads them since 1.17."""
@@ -73,7 +74,8 @@ def write(
     Args:
         model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It stays as it is.
         out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB go into ``….onnx.data``
-            beside it, or ``….onnx.1.data`` if the file that is replaced has its own there.
+            beside it, or ``….onnx.1.data`` if there is such a file already. No file is replaced or deleted but the
+            one that is named, and the weights that it leads to.
         dtype: ``""`` or ``"float32"``: float32, whatever the network is. ``"int8"``: the weights of linear layers in
             8 bits, what they are multiplied with rounded as it comes (dynamic quantisation); all else is float32, and
             so are linear layers whose input has outliers.
@@ -93,12 +95,13 @@ def write(
     """
     out, steps = Path(out), 5 if dtype == "int8" else 4
     _check(out, dtype)
+    place = _place(out)
     net, notes = _plain(model)
     tokenizer = getattr(model, "tokenizer", None)
-    with _staged(out) as stage, _quiet(), evaluating(net):
+    with _staged(place) as stage, _quiet(), evaluating(net):
         progress(0, steps, "recording the network")
         call = described(net, _example(net, example), cache=cache)
-        found = _recorded(call, stage / "float32" / out.name, progress, steps)
+        found = _recorded(call, stage / "float32" / place.name, progress, steps)
         checked: Checked = {"opset": OPSET, "dtype": dtype or "float32", **found.checked}
         notes = [*notes, *_told(found)]
         if call.text:
@@ -107,11 +110,11 @@ def write(
         path = found.path
         if dtype == "int8":
             progress(3, steps, "weights in 8 bits")
-            path = stage / "int8" / out.name
+            path = stage / "int8" / place.name
             notes.append(quantise(found.path, path, call, LARGEST))
             checked |= _lost(Reading(path, call), tokenizer, found.fixed)
         progress(steps - 1, steps, "writing")
-        size = placed(path, out)
+        size = placed(path, stage, _place(out))
         progress(steps, steps, "written")
     return Written(out, size, checked, tuple(notes))
 
@@ -124,6 +127,14 @@ def _check(out: Path, dtype: str) -> None:
         raise ExportError(f"ONNX files are written in float32 or int8, not {dtype!r}; give dtype='' or 'int8'")
     if out.suffix != ".onnx":
         raise ExportError(f"{out}: the name of an ONNX file must end in .onnx; use {out.with_suffix('.onnx')}")
+
+
+def _place(out: Path) -> Path:
+    """The file to write: ``out``, or the target of a link."""
+    try:
+        return check_output(out, (".onnx",))
+    except StoreError as error:
+        raise ExportError(str(error)) from error
 
 
 def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
@@ -264,8 +275,10 @@ def _staged(out: Path) -> Iterator[Path]:
         ExportError: If the disk does not let us write.
     """
     try:
-        with telling(out), staged(out) as stage:
-            yield stage
+        with telling(out):
+            clear_abandoned(out)
+            with staged(out) as stage:
+                yield stage
     except StoreError as error:
         raise ExportError(str(error)) from None
 

@@ -1,0 +1,123 @@
+"""Output files that a user names: which existing files they may replace, and how text is written to them.
+
+A symbolic link is followed: its target is replaced as a whole, and the link stays. A character device, a FIFO and the
+standard output take text as it comes; formats that are read back need a regular file. An existing file is replaced only
+if its suffix is one of the output's and if it is not part of a run folder or model folder.
+"""
+
+import errno
+import os
+import stat
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from regrow.store.atomic import write_text
+from regrow.store.errors import StoreError, check_readable, telling
+
+JSON = (".json",)
+PAGES = (".html", ".htm")
+PAGE = "report.html"
+"""The page of a run, which is written again on request."""
+_RECORDS = ("run.json", "shapes.json", "config.json")
+"""A folder that holds one of these is a run folder or a model folder."""
+_STANDARD = (1, 2)
+
+
+def check_output(
+    path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = (), *, streams: bool = False
+) -> Path:
+    """Assert that an output file may be made, or may replace the file that is there; nothing is opened or changed.
+
+    Args:
+        path: The file that the user names.
+        suffixes: Those of existing files that it may replace, in lower case.
+        inputs: Files that the same command reads; names of anything else are left aside.
+        streams: Whether a character device, a FIFO or the standard output will do.
+
+    Returns:
+        The file to write: ``path``, or the target of a link.
+
+    Raises:
+        StoreError: If it is a folder, a device, another kind of file, an input, or part of a run or model folder.
+    """
+    target = Path(os.path.realpath(path))
+    with telling(path):
+        try:
+            found = path.stat()
+        except FileNotFoundError:
+            return target
+    if _is_stream(found):
+        if streams:
+            return path
+        raise StoreError(f"{path} is a device, a FIFO or the standard output; name a regular file")
+    if not stat.S_ISREG(found.st_mode):
+        check_readable(path)
+    if any(_is_same(found, one) for one in inputs):
+        raise StoreError(f"{path} is an input of this command; name another output file")
+    if target.suffix.lower() not in suffixes:
+        raise StoreError(f"{path} exists and is not a {suffixes[0]} file; name a new file")
+    if target.name != PAGE and any((target.parent / name).exists() for name in _RECORDS):
+        raise StoreError(f"{path} is part of a run folder or model folder; name a new file, or one in another folder")
+    return target
+
+
+def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
+    """Write text in UTF-8 to a file that the user names: whole or not at all, or to a stream as it comes.
+
+    Args:
+        path: The file, as :func:`check_output` takes it; its folder must exist.
+        text: What it holds afterwards.
+        suffixes: Those of existing files that it may replace.
+
+    Raises:
+        StoreError: As :func:`check_output`, if no process reads a FIFO, or if the disk is full.
+    """
+    target = check_output(path, suffixes, streams=True)
+    with telling(path):
+        stream = path.exists() and _is_stream(path.stat())
+    if stream:
+        _write_stream(path, text.encode("utf-8"))
+    else:
+        write_text(target, text)
+
+
+def _is_stream(found: os.stat_result) -> bool:
+    return stat.S_ISCHR(found.st_mode) or stat.S_ISFIFO(found.st_mode) or _descriptor(found) is not None
+
+
+def _descriptor(found: os.stat_result) -> int | None:
+    """The standard output or error of this process, if a file is the same: it must not be replaced while in use."""
+    for number in _STANDARD:
+        try:
+            if os.path.samestat(found, os.fstat(number)):
+                return number
+        except OSError:  # closed
+            continue
+    return None
+
+
+def _is_same(found: os.stat_result, name: str | Path) -> bool:
+    try:
+        return os.path.samestat(found, os.stat(name))  # noqa: PTH116 (any text, such as the name of a model)
+    except (OSError, ValueError):
+        return False
+
+
+def _write_stream(path: Path, data: bytes) -> None:
+    with telling(path):
+        number = _descriptor(path.stat())
+        try:
+            # A FIFO that no process reads is refused instead of waited for.
+            flags = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+            handle = os.open(path, flags) if number is None else os.dup(number)
+        except OSError as error:
+            if error.errno != errno.ENXIO:
+                raise
+            raise StoreError(f"{path} is a FIFO that no process reads; start its reader first") from None
+        try:
+            os.set_blocking(handle, True)
+            left = memoryview(data)
+            while left:
+                left = left[os.write(handle, left) :]
+        finally:
+            os.close(handle)

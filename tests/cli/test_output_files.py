@@ -1,0 +1,160 @@
+"""Output files that the user names: what is written to, followed and refused, and that no input or result is lost."""
+
+import hashlib
+import json
+import os
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from regrow.store.errors import StoreError
+from regrow.store.outputs import JSON, PAGES, check_output, write_output
+
+SHOW = ("show", "toys:classifier", "--json")
+PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.6", "--no-verify", "--source", "digits")
+FEW = ("--tokens", "64", "--eval-tokens", "64")
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def refused(result, *words) -> None:
+    code, _, err = result
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "; " in err, err
+    assert all(word in " ".join(err.split()) for word in words), err
+
+
+def test_a_link_is_followed_and_stays(regrow, tmp_path):
+    (tmp_path / "results").mkdir()
+    for target, link in (("results/old.json", "link.json"), ("results/new.json", "dangling.json")):
+        Path(link).symlink_to(target)
+    Path("results/old.json").write_text("old")
+    for link in ("link.json", "dangling.json"):
+        assert regrow(*SHOW, link)[0] == 0
+        assert Path(link).is_symlink() and json.loads(Path(link).read_text())["format"] == "regrow-axes/1"
+    assert sorted(path.name for path in Path("results").iterdir()) == ["new.json", "old.json"]
+
+
+def test_a_fifo_takes_text_as_it_comes(regrow, tmp_path):
+    os.mkfifo("fifo")
+    code, _, err = regrow(*SHOW, "fifo")
+    assert code == 2 and "fifo is a FIFO that no process reads; start its reader first" in err
+    found = []
+    reader = threading.Thread(target=lambda: found.append(Path("fifo").read_text()))
+    reader.start()
+    assert regrow(*SHOW, "fifo")[0] == 0
+    reader.join()
+    assert json.loads(found[0])["format"] == "regrow-axes/1" and stat.S_ISFIFO(Path("fifo").stat().st_mode)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fifo"]
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe"])
+def test_the_standard_output_is_written_to_and_not_replaced(tmp_path, kind):
+    """A file that the shell has opened for the standard output must not be exchanged for another one."""
+    path = tmp_path / "out.json"
+    reader, writer = os.pipe() if kind == "pipe" else (None, os.open(path, os.O_CREAT | os.O_WRONLY))
+    child = os.fork()
+    if not child:
+        os.dup2(writer, 1)
+        write_output(Path("/dev/stdout"), "[1]", JSON)
+        os.write(1, b" more")
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    os.close(writer)
+    assert (os.read(reader, 99) if reader else path.read_bytes()) == b"[1] more"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+def test_a_device_is_written_to_and_stays(tmp_path):
+    path = tmp_path / "null"
+    try:
+        os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
+        path.write_text("")
+    except OSError:
+        pytest.skip("this place takes no devices")
+    write_output(path, "text", JSON)
+    assert stat.S_ISCHR(path.stat().st_mode)
+    with pytest.raises(StoreError, match="name a regular file"):
+        check_output(path, (".gguf",))
+    assert [one.name for one in tmp_path.iterdir()] == ["null"]
+
+
+def test_what_may_be_replaced(tmp_path):
+    for name in ("a.json", "A.JSON", "toys.py", "data", "page.html"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "latest.json").symlink_to("toys.py")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for name in ("a.json", "A.JSON", "new", "new.txt"):
+        assert check_output(tmp_path / name, JSON) == (tmp_path / name).resolve()
+    for name in ("toys.py", "data", "page.html", "latest.json"):
+        with pytest.raises(StoreError, match=r"exists and is not a \.json file; name a new file"):
+            check_output(tmp_path / name, JSON)
+    with pytest.raises(StoreError, match="is a folder"):
+        check_output(tmp_path, JSON)
+    with pytest.raises(StoreError, match="symbolic links"):
+        check_output(tmp_path / "loop.json", JSON)
+    (tmp_path / "same.json").hardlink_to(tmp_path / "a.json")
+    with pytest.raises(StoreError, match="is an input of this command"):
+        check_output(tmp_path / "same.json", JSON, ["toys:classifier", tmp_path / "a.json"])
+    for name in ("run.json", "shapes.json", "config.json"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        for file in (name, "axes.json", "report.html", "other.html"):
+            (folder / file).write_text("{}")
+        for file, kinds in ((name, JSON), ("axes.json", JSON), ("other.html", PAGES)):
+            with pytest.raises(StoreError, match="is part of a run folder or model folder"):
+                check_output(folder / file, kinds)
+        assert check_output(folder / "report.html", PAGES) and check_output(folder / "new.json", JSON)
+
+
+def test_no_command_overwrites_a_run_or_its_input(regrow, tmp_path):
+    for name in ("run", "run2"):
+        assert regrow(*PRUNE, *FEW, "--out", name)[0] == 0
+    Path("toys_of_mine.py").write_text("from toys import classifier\n")
+    Path("items.json").write_text("[]\n")
+    before = digests(tmp_path)
+    for file in ("model.safetensors", "run.json", "ledger.json", "metrics.jsonl"):
+        refused(regrow("report", "run", "--out", f"run/{file}"), f"run/{file}", "name a new file")
+        refused(regrow("compare", "run", "run2", "--out", f"run/{file}"), f"run/{file}", "name a new file")
+        refused(regrow(*PRUNE, *FEW, "--dry-run", f"run/{file}"), f"run/{file}", "name a new file")
+        words = ("evaluate", "run", "--code", "toys:classifier", "--json", f"run/{file}")
+        refused(regrow(*words), f"run/{file}", "name a new file")
+    refused(regrow(*SHOW, "run/shapes.json"), "run/shapes.json")
+    refused(regrow("show", "toys_of_mine:classifier", "--json", "toys_of_mine.py"), "toys_of_mine.py")
+    refused(regrow("evaluate", "run", "--choices", "items.json", "--json", "items.json"), "an input of this command")
+    assert digests(tmp_path) == before
+    for out in ("run/report.html", "run/new.html", "page.html", "page.html"):
+        assert regrow("report", "run", "--out", out)[0] == 0
+        assert "</html>" in Path(out).read_text()
+
+
+def test_gguf_does_not_overwrite_what_it_exports(regrow, tmp_path, capfd):
+    pytest.importorskip("gguf", reason="needs regrow[llm]")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from regrow.export.gguf import write
+    from regrow.export.written import ExportError
+
+    few = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=64, **few))
+    model.save_pretrained("llama")
+    capfd.readouterr()
+    before = digests(tmp_path)
+    words = ("export", "llama", "--to", "gguf", "--out")
+    refused(regrow(*words, "llama/model.safetensors"), "llama/model.safetensors", "name a new file")
+    with pytest.raises(ExportError, match="name a new file"):
+        write(model, "llama/model.safetensors")
+    os.mkfifo("fifo.gguf")
+    refused(regrow(*words, "fifo.gguf"), "name a regular file")
+    assert digests(tmp_path) == before
+    Path("link.gguf").symlink_to("net.gguf")
+    for _ in range(2):
+        write(model, "link.gguf")
+        assert Path("link.gguf").is_symlink() and Path("net.gguf").read_bytes()[:4] == b"GGUF"
