@@ -467,13 +467,13 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("half", "target is like"),
+        ("half", "target is written like"),
         ("2", "is a share"),
         ("params=9M", "not below"),
         ("params=0", "above 0"),
-        ("ms=5@9", "target is like"),
+        ("ms=5@9", "target is written like"),
         ("macs=150%", "is a share"),
-        ("kv_cache=3k", "target is like"),
+        ("kv_cache=3k", "target is written like"),
     ],
 )
 def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
