@@ -43,14 +43,16 @@ def telling(path: Path) -> Iterator[None]:
         number = _number(error)
         if number is None and not isinstance(error, OSError | SafetensorError):
             raise
-        system = error if number is None or isinstance(error, OSError) else OSError(number, os.strerror(number))
-        raise StoreError(f"{path}: {_explained(error)}") from system
+        known = number is None or (isinstance(error, OSError) and error.errno is not None)
+        cause = error if known else OSError(number, os.strerror(number or 0))
+        raise StoreError(f"{path}: {_explained(error)}") from cause
 
 
 def _number(error: Exception) -> int | None:
     """The operating system's number of an error, where it has one."""
     if isinstance(error, OSError):
-        return error.errno
+        # numpy tells a short write as "16 requested and 0 written", without a number.
+        return error.errno or (errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else None)
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found and not isinstance(error, StoreError) else None
 
