@@ -4,6 +4,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
@@ -51,11 +52,12 @@ def apply(
         attic: Keeps what is cut, and has what is restored.
 
     Returns:
-        The same model, and its axes as they are now.
+        The same model, and its axes as they are now. Parameters that changed are new ones; they keep their gradients
+        (0 for new entries), memory format and Python attributes.
 
     Raises:
-        PlanError: If the plan does not fit the model, the model does not run as planned, or an optimiser cannot follow.
-            Nothing is changed then.
+        PlanError: If the plan does not fit the model, the model does not run as planned, an optimiser cannot follow, a
+            parameter that would change has a gradient hook, or inference mode is on. Nothing is changed then.
 
     >>> import torch
     >>> from regrow.tracing import trace
@@ -65,6 +67,8 @@ def apply(
     >>> net[0].weight.shape, net[2].in_features, axes["0.weight:0"].size
     (torch.Size([3, 4]), 3, 3)
     """
+    if torch.is_inference_mode_enabled():
+        raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     check(model, axes, plan)
     if plan.back:
         return brought_back(model, axes, plan, optimizers, attic)

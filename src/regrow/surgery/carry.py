@@ -16,7 +16,7 @@ from regrow.surgery.fold import Outcome, extent, folded, refolded_constants
 from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import through
-from regrow.surgery.widen import carried, roles_of
+from regrow.surgery.widen import carried, moment, roles_of
 from regrow.tracing.attributes import held, hold
 from regrow.tracing.kinds import recompute_weights
 from regrow.tracing.trial import Resizing, planned_integers
@@ -145,13 +145,14 @@ def commit(
         The model, and its axes as they are now.
 
     Raises:
-        PlanError: If an optimizer cannot follow; nothing is changed then.
+        PlanError: If an optimizer or a hook cannot follow; nothing is changed then.
     """
     done, lays = ready.done, ready.lays
     parameters = dict(model.named_parameters())
     exchanged = [Exchange(n, parameters[n], lays.get(n, {})) for n in (*done.values, *done.removed) if n in parameters]
+    _check_hooks(exchanged)
     remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
-    _commit(model, axes, done, planned_integers(axes, ready.sizes))
+    _commit(model, axes, ready, planned_integers(axes, ready.sizes))
     remember(dict(model.named_parameters()))
     if attic is not None:
         vars(attic).update(vars(ready.attic))
@@ -163,15 +164,29 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _commit(model: nn.Module, axes: AxisGraph, done: Outcome, integers: Mapping[str, int]) -> None:
+def _check_hooks(exchanged: Sequence[Exchange]) -> None:
+    for one in exchanged:
+        if one.old._backward_hooks or one.old._post_accumulate_grad_hooks:
+            raise PlanError(
+                f"{one.name} has a gradient hook, which does not follow a change of shape; remove it (handle.remove()) "
+                "and register it again on the new parameter"
+            )
+
+
+def _commit(model: nn.Module, axes: AxisGraph, ready: Prepared, integers: Mapping[str, int]) -> None:
+    done = ready.done
     made: dict[str, nn.Parameter | Tensor] = {}
     for name, value in done.values.items():
         path, _, leaf = name.rpartition(".")
         module, first = model.get_submodule(path), axes.ties.get(name, name)
         if first not in made:
             old = module._parameters.get(leaf)
-            trains = old.requires_grad if old is not None else next(model.parameters()).requires_grad
-            made[first] = value if leaf in module._buffers else nn.Parameter(value, requires_grad=trains)
+            if leaf in module._buffers:
+                made[first] = _laid_out(value, module._buffers[leaf])
+            elif old is None:  # a bias that compensates; it trains if the weight beside it does
+                made[first] = nn.Parameter(value, requires_grad=module.get_parameter("weight").requires_grad)
+            else:
+                made[first] = _successor(old, value, ready.lays.get(name, {}))
         setattr(module, leaf, made[first])  # as a user would: modules that keep lists of their weights notice
     for name in done.removed:
         path, _, leaf = name.rpartition(".")
@@ -182,6 +197,25 @@ def _commit(model: nn.Module, axes: AxisGraph, done: Outcome, integers: Mapping[
         old_value = held(module, name)
         hold(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
     recompute_weights(model)
+
+
+def _successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> nn.Parameter:
+    """A parameter in place of another: with its memory format, its attributes and its gradient, 0 for new entries."""
+    made = nn.Parameter(_laid_out(value, old), requires_grad=old.requires_grad)
+    vars(made).update(vars(old))
+    if old.grad is not None:
+        with torch.no_grad():
+            made.grad = _laid_out(moment(old.grad, lays, mean=False).to(made), old.grad)
+    return made
+
+
+def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
+    """A tensor in the memory format of another one."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    if like is None or like.layout is not torch.strided or like.dim() not in formats or like.is_contiguous():
+        return value
+    order = formats[like.dim()]
+    return value.contiguous(memory_format=order) if like.is_contiguous(memory_format=order) else value
 
 
 def _after(
