@@ -1,6 +1,7 @@
 """Plans: what will change in a network, as plain data."""
 
 import json
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -48,9 +49,9 @@ class Plan:
         """A plan for ``axes`` that keeps the given units of the named axes.
 
         Raises:
-            PlanError: If an axis does not exist, is frozen (with its reason), or the units are not legal.
+            PlanError: If an axis does not exist, is frozen (with its reason), or the units are no positions in it.
         """
-        kept = {key: {"keep": tuple(sorted(int(unit) for unit in units))} for key, units in keep.items()}
+        kept = {key: {"keep": _numbers(key, units)} for key, units in keep.items()}
         return cls._made(axes, kept, more)
 
     @classmethod
@@ -84,7 +85,7 @@ class Plan:
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or was never born.
         """
-        back = {key: tuple(sorted(int(one) for one in ids)) for key, ids in restore.items()}
+        back = {key: _numbers(key, ids) for key, ids in restore.items()}
         fresh = {"fresh": fill is not None, "fill": fill or Fill()}
         return cls._made(axes, {key: {"restore": ids, **fresh} for key, ids in back.items()}, more)
 
@@ -297,3 +298,17 @@ def _check_restore(axis: Axis, change: Change) -> None:
             f"axis {axis.key!r}: no unit {change.restore[-1]} was ever born; its units are numbered from 0 to "
             f"{axis.born - 1}"
         )
+
+
+def _numbers(key: str, units: Iterable[Any]) -> tuple[int, ...]:
+    """Positions in order; a mask, a share or a text is none."""
+    found = []
+    for one in units:
+        try:
+            if isinstance(one, bool) or "bool" in str(getattr(one, "dtype", "")):
+                raise TypeError
+            found.append(operator.index(one))
+        except TypeError:
+            remedy = "give positions, of a mask those of mask.nonzero().flatten()"
+            raise PlanError(f"axis {key!r}: a unit is a whole number, got {str(one)[:40]!r}; {remedy}") from None
+    return tuple(sorted(found))
