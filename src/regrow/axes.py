@@ -12,6 +12,7 @@ from dataclasses import astuple, dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -282,6 +283,7 @@ class AxisGraph:
         example: The traced input, for verifying.
         recording: The operations and where they read axes (:class:`regrow.tracing.readings.Recording`), for the proof
             of a change; ``None`` where it takes a new one.
+        network: Which traced network it is of: new for every trace, the same through every change.
     """
 
     axes: Mapping[str, Axis]
@@ -304,6 +306,7 @@ class AxisGraph:
     declared: tuple[str, ...] = ()
     example: Example = field(default_factory=Example, compare=False, repr=False)
     recording: Any = field(default=None, compare=False, repr=False)
+    network: str = field(default_factory=lambda: uuid4().hex, compare=False, repr=False)
 
     def __getitem__(self, key: str) -> Axis:
         return self.axes[key]

@@ -321,8 +321,27 @@ def test_what_cannot_be_restored_is_refused_by_name_and_nothing_changes() -> Non
         apply(model, axes, Plan.restoring(axes, {A: (3, 5)}), attic=attic)
     assert attic.record() == before
     again = trace(model, torch.randn(8, 4))
-    with pytest.raises(PlanError, match=r"numbers the units of axis .* otherwise"):
+    with pytest.raises(PlanError, match=r"of this one before it was traced anew"):
         apply(model, again, Plan.keeping(again, {A: (0, 1)}), attic=attic)
+    read = Attic.read(attic.record(), attic.tensors())
+    with pytest.raises(PlanError, match=r"numbers the units of axis .* otherwise"):
+        apply(model, again, Plan.keeping(again, {A: (0, 1)}), attic=read)
+
+
+@pytest.mark.parametrize("restored", [True, False])
+def test_the_attic_of_another_network_is_refused(restored: bool) -> None:
+    """Two of one form that were cut alike; whether it would be read or written to."""
+    (one, axes), (other, others) = mlp(), mlp()
+    attic, own = Attic(), Attic()
+    one, axes = apply(one, axes, Plan.keeping(axes, {A: (0, 1, 2)}), attic=attic)
+    other, others = apply(other, others, Plan.keeping(others, {A: (0, 1, 2)}), attic=own)
+    plan = Plan.restoring(others, attic.gone) if restored else Plan.keeping(others, {B: (0, 1)})
+    with laws.untouched(other), pytest.raises(PlanError, match="cut out of another network") as caught:
+        apply(other, others, plan, attic=attic)
+    assert "\n" not in str(caught.value)
+    shaken(other)
+    other, others = apply(other, others, plan, attic=own)
+    apply(one, axes, Plan.restoring(axes, attic.gone), attic=Attic.read(attic.record(), attic.tensors()))
 
 
 def test_a_network_may_be_cast_in_between() -> None:

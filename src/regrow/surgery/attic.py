@@ -66,6 +66,8 @@ class Attic:
         constants: ``module:attribute`` → the constant before any cut.
         added: Biases that only compensation has made.
         branches: Path of a dropped module → the branch. Its modules live in memory alone; no file keeps them.
+        network: The :attr:`regrow.axes.AxisGraph.network` that it belongs to; empty until a change, and where it was
+            read from a file, since plans that are replayed later give the same network by another trace.
 
     >>> from torch import nn
     >>> from regrow import apply, trace
@@ -84,6 +86,7 @@ class Attic:
     constants: Mapping[str, Constant] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     branches: Mapping[str, Gone] = field(default_factory=dict)
+    network: str = field(default="", compare=False)
 
     def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, Gone], Attic]":
         """What becomes of it when branches are dropped: each branch with what cuts took out of it, and the rest."""
@@ -99,7 +102,7 @@ class Attic:
 
     def rejoined(self, gone: Gone) -> "Attic":
         """The same once a branch is back: what cuts had taken out of it can be restored again."""
-        parts = {
+        parts: dict[str, Any] = {
             name: {**getattr(self, name), **getattr(gone.attic, name)}
             for name in ("shelves", "born", "gone", "means", "constants")
         }
@@ -187,12 +190,25 @@ class Attic:
                 raise
             raise PlanError(f"a damaged attic: {error!r}") from None
 
+    def check_network(self, axes: AxisGraph) -> None:
+        """Assert that it is of the network that axes are of.
+
+        Raises:
+            PlanError: If it has what another network lost.
+        """
+        if self.network and self.network != axes.network:
+            raise PlanError(
+                "the attic holds what was cut out of another network, or of this one before it was traced anew; use "
+                "it with the axes that apply returned, or replay the plans from the start"
+            )
+
     def check(self, axes: AxisGraph, plan: Plan) -> None:
         """Assert that it belongs to a network, and has what a plan restores.
 
         Raises:
-            PlanError: If its units are numbered otherwise than the network's, or a unit is not in it.
+            PlanError: If it is of another network, numbers its units otherwise, or lacks a unit.
         """
+        self.check_network(axes)
         for key, n in self.born.items():
             axis = axes.axes.get(key)
             if axis is None or axis.born < n or set(self.gone.get(key, ())) & set(axis.ids):

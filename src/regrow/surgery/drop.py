@@ -50,6 +50,8 @@ def dropping(
     Raises:
         PlanError: If the network without the branches is not proved to compute what is left of the sums.
     """
+    if attic is not None:
+        attic.check_network(axes)
     gone = tuple(plan.drop.values())
     left = _without(model, axes, gone)
     rest = {key: replace(change, slots=left[key].slots) for key, change in plan.changes.items() if key in left.axes}
@@ -65,7 +67,8 @@ def dropping(
     forget({})
     if attic is not None and kept is not None:
         held = {p: replace(one, modules={at: modules[at] for at in one.branch.stands}) for p, one in stowed.items()}
-        vars(attic).update(vars(replace(kept, branches={**kept.branches, **held})))
+        branches = {**kept.branches, **held}
+        vars(attic).update(vars(replace(kept, branches=branches, network=axes.network)))
 
 
 def brought_back(
@@ -82,6 +85,7 @@ def brought_back(
         raise PlanError(
             f"{missing} is in no attic; give the one that was there when it was dropped, apply(..., attic=attic)"
         )
+    attic.check_network(axes)
     if plan.means or any(not change.idle for change in plan.changes.values()):
         raise PlanError("one plan brings branches back or changes units; make two")
     if optimizers:

@@ -59,7 +59,7 @@ def through(
         if (ids := (set(attic.gone.get(axis.key, ())) | way.dropped(axis.key)) - set(way.ids_after[axis.key]))
     }
     added = tuple(name for name in way.added if name not in removed)
-    done = Attic(way.shelves, born, gone, after, way.known, added, attic.branches)
+    done = Attic(way.shelves, born, gone, after, way.known, added, attic.branches, axes.network)
     return Outcome(result, constants, folds, tuple(removed)), done
 
 
