@@ -33,10 +33,12 @@ from regrow.cli.screen import number, say, table, working
 @options.input_shape
 def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
+    from regrow.runs import RunFolder
     from regrow.runs.evaluating import evaluated
 
     options.check_json(json_file, model, *given["choices"], *given["harness"], *given["sources"])
     options.say_code(model, given["code"])
+    measured = RunFolder(Path(model)).metrics() if Path(model, "run.json").is_file() else []
     with working() as progress:
         result = evaluated(model, progress=progress, **given)
     if json_file:
@@ -62,10 +64,7 @@ def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     if result["speed"]:
         speed = result["speed"]
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
-    if Path(model, "run.json").is_file():
-        from regrow.runs import RunFolder
-
-        tell(RunFolder(Path(model)).metrics())  # where the run recovered a cut: dense, pruned and recovered
+    tell(measured)  # where the run recovered a cut: dense, pruned and recovered
 
 
 def _figures(metrics: dict[str, float]) -> str:

@@ -187,7 +187,7 @@ def _tell(folder: Any) -> None:
     say(
         f"kept {pruned['params_counted'] / max(dense['params_counted'], 1):.4f} of the counted weights "
         f"({number(pruned['params_counted'])} of {number(dense['params_counted'])}), "
-        f"{pruned['params_all'] / dense['params_all']:.4f} of all parameters, "
+        f"{pruned['params_all'] / max(dense['params_all'], 1):.4f} of all parameters, "
         f"{pruned['macs'] / max(dense['macs'], 1):.4f} of the multiply–accumulates"
     )
     for row in rows:
@@ -200,14 +200,9 @@ def _tell(folder: Any) -> None:
             )
     quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
     lines = [
-        (
-            name,
-            number(quality["dense", name]["ppl"]),
-            number(row["ppl"]),
-            f"× {row['ppl'] / quality['dense', name]['ppl']:.3f}",
-        )
+        (name, number(before), number(row["ppl"]), f"× {row['ppl'] / before:.3f}")
         for (model, name), row in quality.items()
-        if model == "pruned" and row["ppl"] is not None
+        if model == "pruned" and row["ppl"] is not None and (before := quality.get(("dense", name), {}).get("ppl"))
     ]
     if lines:
         table(
@@ -215,8 +210,9 @@ def _tell(folder: Any) -> None:
         )
     shares = {(row["model"], row["task"]): row for row in rows if row["what"] == "choice"}
     for (model, task), row in shares.items():
-        if model == "pruned":
+        if model == "pruned" and ("dense", task) in shares:
             say(f"accuracy on {task}: {shares['dense', task]['acc']:.3f} → {row['acc']:.3f} (n = {row['n']})")
     for row in rows:
         if row["what"] == "verify":
-            say(f"masked = shrunk: largest difference {row['max_abs_diff']:.2g} in float64 (bound {row['bound']:.2g})")
+            difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
+            say(f"masked = shrunk: largest difference {difference} in float64 (bound {bound})")

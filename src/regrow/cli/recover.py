@@ -78,7 +78,7 @@ def tell(rows: list[dict[str, Any]]) -> None:
         dense, pruned = before
         lost = pruned["nll"] - dense["nll"] if None not in (pruned["nll"], dense["nll"], row["nll"]) else 0
         share = f"{100 * (pruned['nll'] - row['nll']) / lost:.0f} %" if lost > 0 else "–"
-        kind = f"{name} ({'seen' if row['seen'] else 'unseen'})"
+        kind = f"{name} ({'seen' if row.get('seen') else 'unseen'})"
         lines.append((kind, *(number(one["ppl"]) for one in (dense, pruned, row)), share))
     if lines:
         title = "Perplexity on the evaluation half of each kind, and the share of the lost log-perplexity won back"

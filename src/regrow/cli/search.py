@@ -95,8 +95,9 @@ def _tell(folder: Any) -> None:
     )
     after = " after training" if folder.run()["settings"]["retrain"] else ""
     say(
-        f"{number(found['parameters'])} parameters ({number(found['nonzero'])} nonzero), {number(found['macs'])} MACs "
-        f"of an image, {number(found['bytes'])} bytes; validation {found['accuracy']:.3f} as the search left it; "
+        f"{number(found['parameters'])} parameters ({number(found['nonzero'])} nonzero), "
+        f"{number(found.get('macs'))} MACs of an image, {number(found.get('bytes'))} bytes; "
+        f"validation {found['accuracy']:.3f} as the search left it; "
         f"test{after} {tested['accuracy']:.3f} on {tested['images']} images"
     )
     (told,) = summarise([folder.path])["runs"]

@@ -21,6 +21,7 @@ from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, read_tensors, write_tensors
 
+COURSE = "course.safetensors"
 FORMAT, FORMAT_1 = "regrow-course/2", "regrow-course/1"
 _COUNTED = ("number", "epoch", "before", "loss")
 _GROWING = ("rows", "sizes", "events")
@@ -43,7 +44,7 @@ class History:
     events: Sequence[dict[str, Any]] = ()
 
 
-def read_history(folder: RunFolder, events: str) -> History:
+def read_history(folder: RunFolder, events: str = "growth") -> History:
     """The history of a run.
 
     Args:
@@ -55,6 +56,11 @@ def read_history(folder: RunFolder, events: str) -> History:
     """
     found = folder.metrics()
     tasks = [dict(row) for row in found if row["what"] == "task"]
+    if wrong := [i for i, row in enumerate(tasks) if row["task"] != i]:
+        raise StoreError(
+            f"{folder.path / 'metrics.jsonl'}: row {wrong[0] + 1} of the kind 'task' is of task "
+            f"{tasks[wrong[0]]['task']}, not {wrong[0]}; restore it"
+        )
     rows = [tuple(nan if share is None else share for share in row.pop("accuracy", ())) for row in tasks]
     sizes = [{name: value for name, value in row.items() if name not in ("what", "name")} for row in tasks]
     changes = [{name: value for name, value in row.items() if name != "what"} for row in found if row["what"] == events]
@@ -97,6 +103,29 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course,
         "open": course.events[logged:] if logged is not None else [],
     }
     write_tensors(path, parts, header, FORMAT)
+
+
+def check_course(folder: RunFolder) -> None:
+    """Assert that a learning run has logged what its file of the course goes by, before anything is changed.
+
+    Args:
+        folder: The folder of the run; that file need not be there.
+
+    Raises:
+        StoreError: If measurements or plans are missing, or a file is damaged.
+    """
+    history, path = read_history(folder), folder.path / COURSE
+    if not path.is_file():
+        return
+    try:
+        _, told = _counted(convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader), history)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+    if len(told["rows"]) < told["number"]:
+        raise StoreError(
+            f"{folder.path / 'metrics.jsonl'} holds {len(told['rows'])} of the {told['number']} tasks that are over; "
+            "restore it"
+        )
 
 
 def tasks_over(path: Path) -> int:

@@ -112,7 +112,11 @@ class RunFolder:
         cleared(out)
         if out.is_dir():
             lock(out).release()
-        return resumes(out, identity(verb, settings, defaults))
+        if not resumes(out, identity(verb, settings, defaults)):
+            return False
+        if begun := cls.started(out):
+            begun.metrics()  # what goes on with damaged measurements ends with them
+        return True
 
     @classmethod
     def reopen(cls, out: str | Path) -> "RunFolder":
@@ -246,7 +250,7 @@ class RunFolder:
         """Every measurement, in order; a last line that a crash cut short is left out.
 
         Raises:
-            StoreError: If another line is damaged.
+            StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
         """
         return self._metrics.rows()
 

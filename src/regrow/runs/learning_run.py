@@ -23,7 +23,7 @@ from regrow.nets.small import origin_of_small, small
 from regrow.progress import Progress, silent
 from regrow.runs.births import over
 from regrow.runs.checks import LEARN, check_settings
-from regrow.runs.courses import read_course, read_history, tasks_over, write_course
+from regrow.runs.courses import COURSE, check_course, read_course, read_history, tasks_over, write_course
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, accuracies, learn
 from regrow.runs.record import convert_settings, set_words
@@ -33,7 +33,6 @@ from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.tracing.hollow import clone_model
 
-COURSE = "course.safetensors"
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
 """How many numbers an example may be, and classes there may be, by what a file says."""
 
@@ -130,7 +129,8 @@ def run(
     """
     check_settings(settings, LEARN)
     learner, schedule, told = built(settings), settings.schedule(), _told(settings)
-    RunFolder.check(out, **told)
+    if RunFolder.check(out, **told) and (begun := RunFolder.started(out)):
+        check_course(begun)
     tasks = tasks_of(settings)
     origin_of_small(settings.model, tasks[0].train.inputs.shape[1:], outputs_of(settings, tasks))
     with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
@@ -170,7 +170,7 @@ def extend(
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = Settings.from_json(told["settings"])
-    folder.metrics()  # damaged lines are told before anything is written
+    check_course(folder)
     added = _added(told.get("extension"), was.tasks, tuple(more), total)
     if told.get("finished") and folder.path == Path(out) and not added:
         if more:
@@ -251,7 +251,7 @@ def _go_on(
     folder.update(sequence=_known(settings, tasks))
     course, place = Course(), folder.path / COURSE
     if folder.resumed and place.is_file():
-        axes, course = read_course(place, model, axes, learner, read_history(folder, "growth"))
+        axes, course = read_course(place, model, axes, learner, read_history(folder))
     folder.ledger.keep(len(course.plans))
     plans, events, over = len(folder.ledger), 0, 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.store.journal import append, mend, read
+from regrow.store.measurements import KINDS
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "budget": (),
@@ -48,9 +49,9 @@ class Metrics:
         """Every row, in order; a last one that a crash cut short is left out.
 
         Raises:
-            StoreError: If another line is damaged.
+            StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
         """
-        return read(self.path)
+        return read(self.path, KINDS)
 
     def add(self, row: Mapping[str, Any], number: int | None = None) -> None:
         """Add a row, unless one with its key is there; it is on the disk when this returns.
@@ -74,7 +75,7 @@ class Metrics:
         mend(self.path)
         counts: Counter[Any] = Counter()
         keys = set()
-        for row in self.rows():
+        for row in read(self.path):
             keys.add(_key(row, counts[str(row.get("what"))]))
             counts[str(row.get("what"))] += 1
         return {key for key in keys if key is not None}

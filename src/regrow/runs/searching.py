@@ -30,7 +30,7 @@ from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
 from regrow.runs import front, latencies, spaces, stage_memory
 from regrow.runs.checks import SEARCH, check_settings
-from regrow.runs.courses import read_course, read_history, write_course
+from regrow.runs.courses import COURSE, read_course, read_history, write_course
 from regrow.runs.folder import RunFolder, WritePage
 from regrow.runs.learning import Course, Schedule, changed, learn
 from regrow.runs.record import RUN, convert_settings, set_words
@@ -45,7 +45,7 @@ GIVEN = ("target", "measure", "stages", "seed")
 """Settings of methods that a run gives them."""
 _ELSEWHERE = ("space", "data", "target", "method_settings", "accounting")
 """Settings that are no options of the command line."""
-COURSE, RETRAINING = "course.safetensors", "retraining.safetensors"
+RETRAINING = "retraining.safetensors"
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,15 @@ def mend(path: Path) -> None:
             os.close(handle)
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path, kinds: Mapping[str, type[Any]] | None = None) -> list[dict[str, Any]]:
     """Every line, in order; a last one that a crash cut short is left out.
 
+    Args:
+        path: The file; it need not exist.
+        kinds: Kind of row → the record that it must fit; rows of other kinds may hold anything.
+
     Raises:
-        StoreError: If another line is damaged.
+        StoreError: If another line is damaged, or a row does not fit; names the line and the field.
     """
     if not path.is_file():
         return []
@@ -65,6 +69,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         row = _row(line)
         if row is not None:
+            if kinds and (kind := kinds.get(row["what"])):
+                convert(row, kind, f"{path}: line {number}", "restore it or delete that line")
             rows.append(row)
         elif line.strip() and number < len(lines):
             raise StoreError(f"{path}: line {number} is not a measurement; restore it or delete that line")

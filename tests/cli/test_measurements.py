@@ -1,0 +1,115 @@
+"""Measurements that are damaged or gone are told before a run goes on with them, with file, line and field."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from cli.conftest import Run
+from regrow.store.errors import StoreError
+from regrow.store.journal import read
+from regrow.store.measurements import KINDS
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
+LEARN = ("learn", "permuted:digits:1", "--model", "mlp:8", "--epochs", "1", "--train", "64", "--test", "32")
+TASK = {"what": "task", "name": "a", "task": 0, "accuracy": [0.5], "parameters": 9}
+
+
+def unfinished(folder: Path) -> Path:
+    """A finished run as it lay in its working area right before its end."""
+    data = json.loads((folder / "run.json").read_text())
+    del data["finished"]
+    (folder / ".work").mkdir()
+    for one in folder.iterdir():
+        if one.name != ".work":
+            one.rename(folder / ".work" / one.name)
+    (folder / ".work" / "run.json").write_text(json.dumps(data))
+    return folder / ".work"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file of a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unfinished learning run of one task that is over."""
+    from regrow.runs.learning_run import Settings, run
+
+    out = tmp_path_factory.mktemp("learned") / "learned"
+    run(Settings(("permuted:digits:1",), model="mlp:8", epochs=1, train=64, test=32), out)
+    unfinished(out)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rows", "says"),
+    [
+        (None, "holds 0 of the 1 tasks that are over; restore it"),
+        ([], "holds 0 of the 1 tasks that are over; restore it"),
+        ([{"what": "task"}], "line 1: Object missing required field `name`; restore it or delete that line"),
+        ([TASK | {"accuracy": []}], "line 1: accuracy is []: Expected `array` of length >= 1"),
+        ([TASK | {"accuracy": [1e999]}], "line 1: accuracy.0 is inf: Expected `float` <= 1.0"),
+        ([TASK | {"task": 7}], "line 1: Field `accuracy` has 1 entries at task 7"),
+        ([TASK, TASK], "row 2 of the kind 'task' is of task 0, not 1; restore it"),
+    ],
+)
+def test_a_learning_run_does_not_go_on_with_damaged_measurements(
+    regrow: Run, learned: Path, tmp_path: Path, rows: list[dict[str, object]] | None, says: str
+) -> None:
+    shutil.copytree(learned, tmp_path / "learned")
+    metrics = tmp_path / "learned" / ".work" / "metrics.jsonl"
+    metrics.unlink()
+    if rows is not None:
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    before = contents(tmp_path / "learned")
+    for words in (("learn", "--resume", "learned", "--task", "permuted:digits:2"), (*LEARN, "--out", "learned")):
+        code, _, err = regrow(*words)
+        line = err.splitlines()[-1]
+        assert code == 2 and "metrics.jsonl" in line and says in line, err
+        assert contents(tmp_path / "learned") == before
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"what": "choice"}, "line 1: Object missing required field `model`"),
+        ({"what": "size", "model": "dense"}, "line 1: Object missing required field `params_all`"),
+        ({"what": "verify", "max_abs_diff": "x", "bound": 1}, "line 1: max_abs_diff is 'x': Expected `float | null`"),
+    ],
+)
+def test_a_pruning_run_does_not_go_on_with_damaged_measurements(
+    regrow: Run, tmp_path: Path, row: dict[str, object], says: str
+) -> None:
+    run = Path(shutil.copytree(FIXTURES / "prune-unfinished", tmp_path / "run"))
+    words = json.loads((run / "run.json").read_text())["command"].split()[1:-1]
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    before = contents(run)
+    code, _, err = regrow(*words, "run")
+    assert code == 2 and f"run/metrics.jsonl: {says}" in err, err
+    assert contents(run) == before
+
+
+def test_damaged_measurements_are_told_before_a_run_is_evaluated(regrow: Run, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(FIXTURES / "prune", tmp_path / "run"))
+    (run / "metrics.jsonl").write_text('{"what": "choice", "model": "recovered"}\n')
+    code, out, err = regrow("evaluate", "run", "--source", "digits", "--code", "toys:classifier", "--json", "x.json")
+    assert (code, out) == (2, "") and "metrics.jsonl: line 1: Object missing required field `task`" in err
+    assert not Path("x.json").exists()
+
+
+@pytest.mark.parametrize(
+    "folder", [path.parent for path in sorted(FIXTURES.glob("*/metrics.jsonl"))], ids=lambda p: p.name
+)
+def test_measurements_of_older_runs_hold_what_is_needed(folder: Path) -> None:
+    assert read(folder / "metrics.jsonl", KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_checked(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps({"what": "other", "x": 1}) + "\n" + json.dumps({"what": kind}) + "\n")
+    with pytest.raises(StoreError, match="line 2: Object missing required field"):
+        read(path, KINDS)
