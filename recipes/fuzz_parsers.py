@@ -55,7 +55,7 @@ RUN = {
 ROWS = [
     {"what": "perplexity", "model": "dense", "source": "news", "ppl": 9.5, "nll": 2.2, "tokens": 64},
     {"what": "size", "model": "dense", "params_all": 10, "params_counted": 9, "macs": 8, "bytes": 40},
-    {"what": "matrix", "tasks": ["a"], "matrix": [[0.5]], "average": 0.5},
+    {"what": "task", "name": "a", "task": 0, "accuracy": [0.5], "parameters": 9},
 ]  # fmt: skip
 GGUF = (
     b"GGUF\x03\0\0\0" + (1).to_bytes(8, "little") + (2).to_bytes(8, "little")
@@ -98,7 +98,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     from regrow.reports import summarise, to_markdown
     from regrow.runs import Ledger, learning_run, pruning_run
     from regrow.runs.folder import RunFolder
-    from regrow.store.journal import read as read_rows
+    from regrow.runs.metrics import Metrics
     from regrow.store.shapes import Shapes
 
     def kept(name: str, data: bytes) -> Path:
@@ -150,7 +150,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
         "ledger": lambda data: Ledger(kept("ledger.json", data)).plans(),
         "run": run,
         "report": report,
-        "metrics": lambda data: read_rows(kept("metrics.jsonl", data)),
+        "metrics": lambda data: Metrics(kept("metrics.jsonl", data)).rows(),
         "gguf": lambda data: check_gguf(kept("x.gguf", data), "x"),
         "idx": idx,
         "text": text,
