@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from regrow.runs import Ledger, RunFolder, StoreError, read_attic
@@ -146,3 +147,14 @@ def test_the_header_of_removed_weights(tmp_path, change, words):
         read_attic(tmp_path / "attic.safetensors")
     line = str(caught.value)
     assert words in line and "attic.safetensors" in line and "restore" in line and "\n" not in line, line
+
+
+@pytest.mark.parametrize(
+    "data", [{"a - at `$.b[...][...]`": 1, "b": {"c": "d"}}, {"b": {"a - at `$[...]": []}}, {"b": "[...]"}]
+)
+def test_names_that_look_like_places_are_named_as_they_are(data: dict) -> None:
+    class Strict(msgspec.Struct, forbid_unknown_fields=True):
+        b: dict[str, dict[str, float]] = {}
+
+    with pytest.raises(StoreError, match="restore it"):
+        convert(data, Strict, "x.json")

@@ -33,7 +33,7 @@ def convert(data: Any, kind: type[Record], where: str | Path = "", remedy: str =
     try:
         return msgspec.convert(data, kind, strict=True)
     except (msgspec.ValidationError, RecursionError) as error:
-        text, _, path = str(error).partition(" - at `")
+        text, _, path = str(error).rpartition(" - at `") if " - at `" in str(error) else (str(error), "", "")
         place, value = _located(data, kind, path.rstrip("`"), str(error))
         told = f"{place} is {_short(value)}: {text}" if place else text
         raise StoreError(f"{where}: {told}; {remedy}" if where else f"{told}; {remedy}") from None
@@ -45,6 +45,8 @@ def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
     value = data
     for step in [name or number for name, number in _STEP.findall(path)]:
         if step == "...":
+            if not isinstance(value, Mapping):
+                break
             found = next((key for key in value if _fails(data, kind, [*place, key], message)), None)
             if found is None:
                 break
