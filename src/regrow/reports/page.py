@@ -90,7 +90,7 @@ COURSES_FIGURES = {"accuracy": courses.accuracy, "sizes": courses.sizes, "widths
 SEARCHES_SECTIONS = {"searches": "What was found", "setup": "What was run", "remarks": "Notes and limits"}
 
 
-def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None] = write_text) -> Path:
+def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None] | None = None) -> Path:
     """Write the page of one run, or of a comparison of several.
 
     Args:
@@ -109,7 +109,7 @@ def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None
     out = Path(out)
     with telling(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    write(out, page)
+    (write or write_text)(out, page)
     return out
 
 
