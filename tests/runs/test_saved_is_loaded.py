@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from regrow import Plan, apply, trace
+from regrow.axes import Example
 from regrow.nets import ModelError, Origin, opened
 from regrow.nets import load as load_by_name
 from regrow.runs import load, save
@@ -253,6 +254,27 @@ def test_a_network_without_a_known_input_says_so(tmp_path, caplog):
     ]
     caplog.clear()
     load(tmp_path, model=lambda: nn.Bilinear(2, 3, 4), check=False)
+    assert not caplog.messages
+
+
+class Keyworded(nn.Module):
+    """A net that is called with a mapping by name alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+    def forward(self, *, batch):
+        return self.layer(batch["x"])
+
+
+def test_a_network_that_does_not_take_the_guessed_input_says_what_to_give(tmp_path, caplog):
+    net = Keyworded().eval()
+    save(net, tmp_path / "a")
+    assert len(caplog.messages) == 1 and caplog.messages[0].endswith("; give one: save(…, example=input)")
+    caplog.clear()
+    save(net, tmp_path / "b", example=Example((), {"batch": {"x": torch.ones(1, 2)}}))
+    load(tmp_path / "b", model=Keyworded)
     assert not caplog.messages
 
 

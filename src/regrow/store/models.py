@@ -349,6 +349,7 @@ def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | Non
     """Write an input and what the network answers to it; the reason, where it does not answer to any that is known."""
     if isinstance(example, Tensor):
         example = Example((example,))
+    guessed = example is None
     try:
         example = example or example_for(net, shapes.origin)
         if example is None:
@@ -359,7 +360,8 @@ def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | Non
         )
         probe.write_probe(net, example, folder / probe.FILE, cast=cast)
     except (probe.UnprobedError, ModelError) as error:
-        return Probe(reason=str(error))
+        remedy = "; give one: save(…, example=input)"
+        return Probe(reason=str(error) + (remedy if guessed and remedy not in str(error) else ""))
     return Probe(measure(folder / probe.FILE))
 
 
