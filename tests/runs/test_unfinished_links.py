@@ -16,17 +16,17 @@ SETTINGS = {"keep": 0.5}
 def begun(out: Path) -> Path:
     """An unfinished run, as a killed process leaves it; its working area."""
     with RunFolder.create(out, verb="prune", settings=SETTINGS) as folder:
-        folder.log("size", model="dense", bytes=4)
+        folder.log("note", text="begun")
     return out / ".work"
 
 
 def go_on(out: Path) -> None:
     with RunFolder.create(out, verb="prune", settings=SETTINGS) as folder:
         assert folder.resumed
-        folder.log("size", model="pruned", bytes=2)
+        folder.log("note", text="gone on")
 
 
-@pytest.mark.parametrize("text", ['{"what": "size"}\n', "precious, and no measurement"])
+@pytest.mark.parametrize("text", ['{"what": "note"}\n', "precious, and no measurement"])
 def test_measurements_that_link_to_another_file(tmp_path, text):
     outside, work = tmp_path / "outside", begun(tmp_path / "run")
     outside.write_text(text)
@@ -39,7 +39,7 @@ def test_measurements_that_link_to_another_file(tmp_path, text):
     (work / "metrics.jsonl").hardlink_to(outside)
     go_on(tmp_path / "run")
     assert outside.read_text() == text, "another name of a file: a copy is changed"
-    assert json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["model"] == "pruned"
+    assert json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["text"] == "gone on"
 
 
 def test_a_journal_with_two_names_keeps_its_rows(tmp_path):
