@@ -344,3 +344,15 @@ def test_saving_and_loading_leave_no_trace_of_the_probe(tmp_path):
     again = load(tmp_path, model=Counting)
     assert net.training and float(net.calls) == float(again.calls) == 0
     assert not hasattr(net, "last") and not hasattr(again, "last")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_of_ones_own_that_is_saved_in_another_dtype_comes_back(dtype, tmp_path):
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    net, x = build().eval(), torch.randn(2, 4)
+    save(net, tmp_path / "net", dtype=dtype, example=x)
+    loaded = load(tmp_path / "net", model=build)
+    assert {p.dtype for p in loaded.parameters()} == {dtype}
+    torch.testing.assert_close(loaded(x.to(dtype)).float(), net(x), rtol=0.02, atol=0.02)
