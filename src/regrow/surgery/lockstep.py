@@ -53,7 +53,7 @@ def lockstep(
     """
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
-    masked = Runner(whole.capture, whole.given, stored(model), double, mask)
+    masked = Runner(whole.capture, whole.given, stored(model), double, mask, as_stored=True)
     cut = CutTensors(model, axes, plan, double)
     shrunk = Runner(small, whole.given, cut.load, double)
     ours, theirs = operations(whole.capture), operations(small)

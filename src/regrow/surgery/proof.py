@@ -26,7 +26,6 @@ from regrow.surgery.runner import Answers, Load, Masking, Runner, generators_kep
 from regrow.surgery.widen import carried
 from regrow.tracing.blocks import Block
 from regrow.tracing.capture import Capture
-from regrow.tracing.effects import Effects
 from regrow.tracing.hollow import fitting
 from regrow.tracing.readings import Recording
 from regrow.tracing.steps import operations, source
@@ -180,14 +179,15 @@ class _Pair:
 
     def _fresh(self) -> tuple[Runner, Runner]:
         (one, load, mask), (other, load_cut, mask_cut) = self.sides
-        return Runner(one, self.given, load, True, mask), Runner(other, self.given, load_cut, True, mask_cut)
+        ours = Runner(one, self.given, load, True, mask, as_stored=True)
+        return ours, Runner(other, self.given, load_cut, True, mask_cut)
 
     @cached_property
     def runners(self) -> tuple[Runner, Runner]:
         """Both, with all that no parameter has a say in computed."""
         pair = self._fresh()
         for runner, (capture, *_) in zip(pair, self.sides, strict=True):
-            runner.run_only(_past_parameters(capture, self.change.axes.parameters))
+            runner.run_only(_past_parameters(capture, self.change.axes.parameters, runner.writers))
         return pair
 
     def whole(self) -> tuple[Answers, Answers]:
@@ -298,10 +298,12 @@ def _rounded(change: Change) -> set[str]:
     return {name for name in folds | biases | grown if name in change.ready.done.values}
 
 
-def _past_parameters(recorded: Capture, parameters: Collection[str]) -> list[Node]:
+def _past_parameters(
+    recorded: Capture, parameters: Collection[str], writers: Mapping[Node, Sequence[Node]]
+) -> list[Node]:
     """The operations that no parameter has a say in, and that read nothing which is written in place."""
     made: set[Node] = {node for node, name in recorded.states.items() if name in parameters}
-    made |= {node for origin, ones in Effects(recorded).writers.items() for node in (origin, *ones)}
+    made |= {node for origin, ones in writers.items() for node in (origin, *ones)}
     found = []
     for node in recorded.graph.nodes:
         if node in made or not made.isdisjoint(node.all_input_nodes):

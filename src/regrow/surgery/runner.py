@@ -28,6 +28,11 @@ Load = Callable[[str, bool], Tensor]
 LARGE = 2**24
 """A weight of more entries is brought to float64 in parts."""
 
+WIDE, PART = 2**18, 2**17
+"""A convolution's weight of more entries is brought to float64 in parts of so many, which stay in the cache."""
+
+CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
+
 Answers = list[Tensor | None]
 
 
@@ -98,6 +103,7 @@ class Runner(Interpreter):
         load: Where parameters and buffers come from, when they are read.
         double: Whether to run in float64.
         masking: What is replaced.
+        as_stored: Whether ``load`` gives tensors as the network has them, without working any out.
     """
 
     def __init__(
@@ -107,14 +113,18 @@ class Runner(Interpreter):
         load: Load,
         double: bool,
         masking: Masking | None = None,
+        *,
+        as_stored: bool = False,
     ) -> None:
         super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
         self.states, self.load, self.double, self.masking = recorded.states, load, double, masking or Masking()
+        self.as_stored = as_stored
         self.orders: list[Tensor] = []
         self.judged: Answers = []
         self.answers: Answers = []
         self.held: dict[Node, Tensor] = {}
-        self.written = _written_into(recorded)
+        self.writers = Effects(recorded).writers
+        self.written = {node for node in self.writers if node in recorded.states}  # what is written is read later
         self.todo = [node for node in recorded.graph.nodes if node.op != "placeholder"]
         self.at = 0
         inputs = iter(given)
@@ -205,6 +215,8 @@ class Runner(Interpreter):
             return in_double(target(table, *map_arg(n.args[1:], self.value)))
         if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > LARGE:
             return self._in_parts(n, *operand)
+        if len(operand) > 1 and self._goes_in_parts(n, operand[0], operand[1]):
+            return self._convolved_in_parts(n, *operand)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         if name in ("_grouped_mm", "grouped_mm_fallback"):
             return grouped_product(*args, **kwargs)
@@ -220,6 +232,32 @@ class Runner(Interpreter):
         full = self.load(self.states[weight], False)
         made = torch.cat([x @ in_double(part).mT for part in full.split(max(1, LARGE // full.shape[1]))], -1)
         return made + self.value(bias[0]) if bias else made
+
+    def _goes_in_parts(self, n: Node, given: Node, weight: Node) -> bool:
+        """Whether an operation is a convolution with a large weight as it is stored, whose rows all read the same."""
+        if not self.as_stored or op_name(n) not in CONVOLUTIONS or weight not in self.states or n.kwargs:
+            return False
+        form, groups = weight.meta["val"], n.args[6] if len(n.args) > 6 else 1
+        reads = self.masking.reads.get(n, ())
+        return bool(
+            form.numel() > WIDE
+            and groups == 1
+            and weight not in self.written
+            and given.meta["val"].dim() == form.dim()
+            and all(operand is given and read.fill is not None for read, operand, _ in reads)
+        )
+
+    def _convolved_in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
+        """A convolution whose weight is brought to float64 some filters at a time, which stay in the cache."""
+        x = self.value(given)
+        for read, _, mask in self.masking.reads.get(n, ()):
+            x = self._replaced(x, read, mask)
+        full = self.load(self.states[weight], False)
+        rest = map_aggregate(n.args[3:], longer)
+        many = max(1, PART // full[0].numel())
+        target = cast(Callable[..., Tensor], n.target)
+        made = torch.cat([target(x, in_double(part), None, *rest) for part in full.split(many)], 1)
+        return made + self.value(bias[0]).view(-1, *(1 for _ in full.shape[2:])) if bias else made
 
     def _replaced(self, value: Tensor, read: ReadDim, mask: Tensor) -> Tensor:
         shape = [1] * value.dim()
@@ -264,12 +302,6 @@ def stored(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load
         return in_double(state[name].detach()) if double else state[name].detach()
 
     return load
-
-
-def _written_into(recorded: Capture) -> set[Node]:
-    """The parameters and buffers that the network writes into, and what it writes is read later."""
-    effects = Effects(recorded)
-    return {node for node in effects.writers if node in recorded.states}
 
 
 def floats(value: Any) -> Answers:
