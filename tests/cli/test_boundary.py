@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,15 @@ def test_errors_of_click_are_not_taken_for_bugs() -> None:
     assert boundary.failure_of(OSError(errno.EROFS, os.strerror(errno.EROFS), b"y")).line.startswith("y: read-only")
 
 
+@pytest.fixture
+def from_a_terminal() -> Iterator[None]:
+    """SIGINT as a terminal sends it, also where the tests are a job behind, to which it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("from_a_terminal")
 def test_an_error_that_compiled_code_makes_of_ctrl_c_is_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def swallow(*_: object) -> None:
         with contextlib.suppress(KeyboardInterrupt):
@@ -228,6 +238,7 @@ def test_a_folder_that_vanishes_before_its_figures_are_shown_is_named(tmp_path: 
         folder.last("matrix")
 
 
+@pytest.mark.usefixtures("from_a_terminal")
 def test_ctrl_c_while_modules_are_imported_ends_in_one_line(tmp_path):
     """Whatever a half-imported module makes of the exception."""
     (tmp_path / "torch.py").write_text(
