@@ -53,7 +53,7 @@ def amount(text: str, measure: Measure) -> float:
     octets = measure in (Measure.BYTES, Measure.CACHE)
     if (
         not fit
-        or not number
+        or not 0 < number < 2**63
         or (fit[3] and not fit[2])
         or ((fit[3] or fit[4]) and not octets)
         or (fit[2] and measure == Measure.TIME)

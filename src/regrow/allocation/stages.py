@@ -121,9 +121,10 @@ def in_bytes(amount: str | int) -> int:
     """
     found = _AMOUNT.fullmatch(str(amount))
     unit = _UNITS.get(found[2].lower()) if found else None
-    if not found or unit is None or int(float(found[1]) * unit) < 1:
+    number = float(found[1]) * unit if found and unit is not None else 0.0
+    if not 1 <= number < 2**63:
         raise ValueError(f"an amount of memory reads like 2GiB, 800MiB, 1.5GB or 4096 (bytes); got {amount!r:.40}")
-    return int(float(found[1]) * unit)
+    return int(number)
 
 
 def in_words(amount: int) -> str:
