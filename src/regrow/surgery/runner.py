@@ -31,7 +31,8 @@ LARGE = 2**24
 WIDE, PART = 2**18, 2**17
 """A convolution's weight of more entries is brought to float64 in parts of so many, which stay in the cache."""
 
-CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
+_CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
+_READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}
 
 Answers = list[Tensor | None]
 
@@ -209,7 +210,8 @@ class Runner(Interpreter):
     def _run(self, n: Node) -> Any:
         if not self.double or n.op != "call_function":
             return super().run_node(n)
-        name, target, operand = op_name(n), cast(Callable[..., Any], n.target), operands(n)
+        name, target = op_name(n), cast(Callable[..., Any], n.target)
+        operand: Sequence[Node] = operands(n) if name in _READS_A_WEIGHT else ()
         if name == "embedding" and operand[0] in self.states:
             table = self.load(self.states[operand[0]], False)
             return in_double(target(table, *map_arg(n.args[1:], self.value)))
@@ -235,7 +237,7 @@ class Runner(Interpreter):
 
     def _goes_in_parts(self, n: Node, given: Node, weight: Node) -> bool:
         """Whether an operation is a convolution with a large weight as it is stored, whose rows all read the same."""
-        if not self.as_stored or op_name(n) not in CONVOLUTIONS or weight not in self.states or n.kwargs:
+        if not self.as_stored or op_name(n) not in _CONVOLUTIONS or weight not in self.states or n.kwargs:
             return False
         form, groups = weight.meta["val"], n.args[6] if len(n.args) > 6 else 1
         reads = self.masking.reads.get(n, ())
