@@ -25,11 +25,11 @@ from regrow.tracing.walk import op_name
 Load = Callable[[str, bool], Tensor]
 """Name of a parameter or buffer, and whether in float64 → its numbers."""
 
-LARGE = 2**24
-"""A weight of more entries is brought to float64 in parts."""
+LARGE, WIDE = 2**24, 2**18
+"""A weight of more entries is brought to float64 in parts: one that is worked out, and one that is as it is stored."""
 
-WIDE, PART = 2**18, 2**17
-"""A convolution's weight of more entries is brought to float64 in parts of so many, which stay in the cache."""
+PART = 2**18
+"""How many entries a part has: so many stay in the cache."""
 
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 _READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}
@@ -215,7 +215,8 @@ class Runner(Interpreter):
         if name == "embedding" and operand[0] in self.states:
             table = self.load(self.states[operand[0]], False)
             return in_double(target(table, *map_arg(n.args[1:], self.value)))
-        if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > LARGE:
+        most = WIDE if self.as_stored else LARGE
+        if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > most:
             return self._in_parts(n, *operand)
         if len(operand) > 1 and self._goes_in_parts(n, operand[0], operand[1]):
             return self._convolved_in_parts(n, *operand)
@@ -232,7 +233,7 @@ class Runner(Interpreter):
         for read, operand, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask) if operand is given else x
         full = self.load(self.states[weight], False)
-        made = torch.cat([x @ in_double(part).mT for part in full.split(max(1, LARGE // full.shape[1]))], -1)
+        made = torch.cat([x @ in_double(part).mT for part in full.split(max(1, PART // full.shape[1]))], -1)
         return made + self.value(bias[0]) if bias else made
 
     def _goes_in_parts(self, n: Node, given: Node, weight: Node) -> bool:
