@@ -12,7 +12,7 @@ from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import prepare, state_of
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.precision import in_double
-from regrow.surgery.runner import LARGE, Answers, Runner, generators_kept, masking, reseed, stored
+from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, generators_kept, masking, reseed, stored
 from regrow.tracing.blocks import Block, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.hollow import faked
@@ -53,7 +53,7 @@ def lockstep(
     """
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
-    masked = Runner(whole.capture, whole.given, stored(model), double, mask, as_stored=True)
+    masked = Runner(whole.capture, whole.given, stored(model), double, mask, exact=lambda name: True)
     cut = CutTensors(model, axes, plan, double)
     shrunk = Runner(small, whole.given, cut.load, double)
     ours, theirs = operations(whole.capture), operations(small)
@@ -145,7 +145,8 @@ class CutTensors:
     @contextmanager
     def of(self, names: Collection[str]) -> Iterator[None]:
         """Have those of a block at hand; large ones are worked out when they are read."""
-        own = [name for name in names if name in self.state and self.state[name].numel() <= LARGE]
+        most = {name: WIDE if name in self.known else LARGE for name in names}
+        own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
         self.values = self._worked_out(own, self.double)
         try:
             yield

@@ -179,8 +179,9 @@ class _Pair:
 
     def _fresh(self) -> tuple[Runner, Runner]:
         (one, load, mask), (other, load_cut, mask_cut) = self.sides
-        ours = Runner(one, self.given, load, True, mask, as_stored=True)
-        return ours, Runner(other, self.given, load_cut, True, mask_cut)
+        ours = Runner(one, self.given, load, True, mask, exact=lambda name: True)
+        theirs = Runner(other, self.given, load_cut, True, mask_cut, exact=lambda name: name not in self.rounded)
+        return ours, theirs
 
     @cached_property
     def runners(self) -> tuple[Runner, Runner]:

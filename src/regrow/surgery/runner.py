@@ -104,7 +104,7 @@ class Runner(Interpreter):
         load: Where parameters and buffers come from, when they are read.
         double: Whether to run in float64.
         masking: What is replaced.
-        as_stored: Whether ``load`` gives tensors as the network has them, without working any out.
+        exact: Which tensors ``load`` gives as the network stores them, so that parts of them can be asked for.
     """
 
     def __init__(
@@ -115,11 +115,11 @@ class Runner(Interpreter):
         double: bool,
         masking: Masking | None = None,
         *,
-        as_stored: bool = False,
+        exact: Callable[[str], bool] = lambda name: False,
     ) -> None:
         super().__init__(recorded.root, garbage_collect_values=True, graph=recorded.graph)
         self.states, self.load, self.double, self.masking = recorded.states, load, double, masking or Masking()
-        self.as_stored = as_stored
+        self.exact = exact
         self.orders: list[Tensor] = []
         self.judged: Answers = []
         self.answers: Answers = []
@@ -215,8 +215,7 @@ class Runner(Interpreter):
         if name == "embedding" and operand[0] in self.states:
             table = self.load(self.states[operand[0]], False)
             return in_double(target(table, *map_arg(n.args[1:], self.value)))
-        most = WIDE if self.as_stored else LARGE
-        if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > most:
+        if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > self._most(operand[1]):
             return self._in_parts(n, *operand)
         if len(operand) > 1 and self._goes_in_parts(n, operand[0], operand[1]):
             return self._convolved_in_parts(n, *operand)
@@ -236,9 +235,13 @@ class Runner(Interpreter):
         made = torch.cat([x @ in_double(part).mT for part in full.split(max(1, PART // full.shape[1]))], -1)
         return made + self.value(bias[0]) if bias else made
 
+    def _most(self, weight: Node) -> int:
+        """How many entries of a parameter are brought to float64 at once."""
+        return WIDE if self.exact(self.states[weight]) else LARGE
+
     def _goes_in_parts(self, n: Node, given: Node, weight: Node) -> bool:
         """Whether an operation is a convolution with a large weight as it is stored, whose rows all read the same."""
-        if not self.as_stored or op_name(n) not in _CONVOLUTIONS or weight not in self.states or n.kwargs:
+        if op_name(n) not in _CONVOLUTIONS or n.kwargs or weight not in self.states or self._most(weight) != WIDE:
             return False
         form, groups = weight.meta["val"], n.args[6] if len(n.args) > 6 else 1
         reads = self.masking.reads.get(n, ())
