@@ -63,13 +63,13 @@ def code_of(words: list[str]) -> int:
 
 def _failed(error: BaseException, words: list[str]) -> int:
     try:
-        return _told(error, words)
+        return _explain(error, words)
     except Exception as second:
-        names = f"{type(error).__name__}, and {type(second).__name__} while it was told"
+        names = f"{type(error).__name__}, and {type(second).__name__} while it was explained"
         return failure(f"this is a bug in regrow: {names}; run the command again, and report this line", boundary.BUG)
 
 
-def _told(error: BaseException, words: list[str]) -> int:
+def _explain(error: BaseException, words: list[str]) -> int:
     found = boundary.failure_of(error)
     line = found.line
     if found.report:

@@ -39,6 +39,7 @@ class _Output(io.FileIO):
 
 
 _STREAMS = (("stdin", "r", ""), ("stdout", "w", "standard output"), ("stderr", "w", "standard error"))
+"""Name in ``sys``, mode, and what messages call it."""
 
 
 def prepare_streams() -> None:
@@ -46,11 +47,7 @@ def prepare_streams() -> None:
 
     A closed descriptor would be taken by the next file that is opened, and messages of compiled code would land there.
     """
-    for name, mode, label in (
-        ("stdin", "r", ""),
-        ("stdout", "w", "standard output"),
-        ("stderr", "w", "standard error"),
-    ):
+    for name, mode, label in _STREAMS:
         stream = getattr(sys, name)
         if stream is None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, PTH123 (open as long as the process)

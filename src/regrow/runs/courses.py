@@ -118,12 +118,12 @@ def check_course(folder: RunFolder) -> None:
     if not path.is_file():
         return
     try:
-        _, told = _counted(convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader), history)
+        _, known = _counted(convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader), history)
     except (ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
-    if len(told["rows"]) < told["number"]:
+    if len(known["rows"]) < known["number"]:
         raise StoreError(
-            f"{folder.path / 'metrics.jsonl'} holds {len(told['rows'])} of the {told['number']} tasks that are over; "
+            f"{folder.path / 'metrics.jsonl'} holds {len(known['rows'])} of the {known['number']} tasks that are over; "
             "restore it"
         )
 

@@ -1,7 +1,8 @@
 """Writing a safetensors file.
 
 ``safetensors.torch.save_file`` makes two ctypes types for every size in bytes that it meets, and ctypes keeps them: a
-process that stores a growing network again and again would grow by 5 kB per tensor and step.
+process that stores a growing network again and again would grow by 5 kB per tensor and step. ``safetensors.numpy`` has
+no bfloat16, and the arguments of ``serialize_file`` below both change from version to version.
 """
 
 import json
