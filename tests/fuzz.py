@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zoo import Wired, randomised
+from zoo import Wired, randomise
 
 CHANNEL = {2: 1, 3: 2, 4: 1}
 """Number of dimensions → where the channels are."""
@@ -94,7 +94,7 @@ class Generator:
         if made is None:
             return False
         step, reads = made
-        step = randomised(step, self.random.randrange(1 << 30))
+        step = randomise(step, self.random.randrange(1 << 30))
         with torch.no_grad():
             new = step(*(self.values[i] for i in reads))
         new = new if isinstance(new, tuple) else (new,)

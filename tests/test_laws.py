@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import laws
 from regrow.axes import Axis, AxisGraph, Example, Mark, Role, Slot
 from regrow.plan import FILLS, Plan, PlanError
-from test_zoo import traced
-from zoo import ZOO, Net, Wired, lying_at, randomised
+from zoo import ZOO, Net, Wired, lying_at, randomise, trace_zoo
 
 EACH = [
     pytest.param(name, seed, id=f"{name}-{seed}") for name, net in ZOO.items() for seed in range(1 if net.heavy else 3)
@@ -53,7 +52,7 @@ def holds(law: Callable[[], None], net: Net) -> None:
 @pytest.mark.parametrize("name", ZEROABLE)
 def test_an_axis_cut_alone_is_the_net_with_zeros(name: str) -> None:
     """Shrunk = zeros written into the uncut weights, for one axis of each kind."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     for axis in some(ZOO[name], axes):
         if axis.mark in SILENT:
             plan = laws.plan_for(axes, axis)
@@ -64,7 +63,7 @@ def test_an_axis_cut_alone_is_the_net_with_zeros(name: str) -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_units_have_no_order(name: str) -> None:
     """Renaming the units of an axis in all its slots leaves the function alone, for one axis of each kind."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     for axis in some(ZOO[name], axes):
         laws.permuting_units_keeps_function(model, axes, axis)
 
@@ -72,7 +71,7 @@ def test_units_have_no_order(name: str) -> None:
 @pytest.mark.parametrize("name", LIGHT)
 def test_verify_agrees_on_an_axis_cut_alone(name: str) -> None:
     """``verify`` finds masked = shrunk for one axis of each kind for which no zero stands, and for one other."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     kinds = some(ZOO[name], axes)
     silent = [axis for axis in kinds if axis.mark in SILENT]
     for axis in (*silent[-1:], *(axis for axis in kinds if axis.mark not in SILENT)):
@@ -86,7 +85,7 @@ def test_verify_agrees_on_an_axis_cut_alone(name: str) -> None:
 @pytest.mark.parametrize(("name", "seed"), [each for each in EACH if each.values[0] in ZEROABLE])
 def test_a_joint_plan_is_the_net_with_zeros(name: str, seed: int) -> None:
     """Shrunk = zeros written into the uncut weights, all axes for which a zero stands at once."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     plan = joint(axes, seed, SILENT)
     holds(lambda: laws.zeroed_equals_shrunk(model, axes, plan, ZOO[name].zeros), ZOO[name])
 
@@ -94,14 +93,14 @@ def test_a_joint_plan_is_the_net_with_zeros(name: str, seed: int) -> None:
 @pytest.mark.parametrize(("name", "seed"), [each for each in EACH if each.values[1] < 2])
 def test_verify_agrees_on_a_joint_plan(name: str, seed: int) -> None:
     """``verify`` finds masked = shrunk for all free axes at once."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     holds(lambda: laws.masked_equals_shrunk(model, axes, joint(axes, seed, set(Mark) - {Mark.FROZEN})), ZOO[name])
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_the_smallest_net_runs(name: str) -> None:
     """As little as can be left of every axis at once still runs, has the planned shapes, and keeps its ties."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     plan = laws.smallest_plan(axes)
     holds(lambda: laws.runs_after_plan(model, axes, plan), ZOO[name])
     holds(lambda: laws.ties_stay_ties(model, axes, plan), ZOO[name])
@@ -110,7 +109,7 @@ def test_the_smallest_net_runs(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
 def test_a_cut_of_a_cut_is_one_cut(name: str) -> None:
     """The axes that a cut returns describe the cut network: cutting on gives what one cut would have given."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     generator = torch.Generator().manual_seed(1)
     first = laws.random_plan(axes, generator)
     double = laws.in_double(model)
@@ -130,7 +129,7 @@ def test_a_cut_of_a_cut_is_one_cut(name: str) -> None:
 @pytest.mark.parametrize("name", LIGHT)
 def test_widening_one_axis_keeps_the_function(name: str) -> None:
     """Widened = original, for one axis of each kind, by one fill after the other."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     for axis, rule in zip(some(ZOO[name], axes), cycle(FILLS), strict=False):
         if (plan := laws.growing_plan(axes, axis, rule) or laws.growing_plan(axes, axis, "zero_out")) is not None:
             holds(lambda p=plan: laws.widening_keeps_function(model, axes, p), ZOO[name])
@@ -139,7 +138,7 @@ def test_widening_one_axis_keeps_the_function(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.branches])
 def test_widening_all_axes_at_once_keeps_the_function(name: str) -> None:
     """Every axis that can be widened, at once; and the axes that growing returns are those of a new trace."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     plan = laws.joint_growing_plan(axes, "zero_out")
     laws.widening_keeps_function(model, axes, plan, alive=not ZOO[name].heavy)
     if not ZOO[name].heavy:
@@ -149,7 +148,7 @@ def test_widening_all_axes_at_once_keeps_the_function(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
 def test_what_is_cut_and_grown_at_once_is_what_is_cut(name: str) -> None:
     """``verify`` finds masked = cut and widened, where one plan does both."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     cut = laws.random_plan(axes, torch.Generator().manual_seed(3), marks={Mark.NEUTRAL, Mark.FOLDED})
     grown = laws.joint_growing_plan(axes, "zero_out")
     both = {
@@ -165,14 +164,14 @@ FITTED = "mlp depthwise concat flatten grouped transposed attention glu chunk_ga
 @pytest.mark.parametrize("name", [name for name in LIGHT if name in FITTED.split()])
 def test_fitting_newborn_units_keeps_the_function(name: str) -> None:
     """Fitted and aligned on data, nothing has changed in what the network answers: not one bit."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     laws.fitting_keeps_function(model, axes, laws.joint_growing_plan(axes, "zero_out"))
 
 
 @pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
 def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
     """Slots follow a cut, blocks at the front gone or not."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     plan = laws.random_plan(axes, torch.Generator().manual_seed(2), floor=2)
     laws.axes_after_a_cut_are_those_of_a_new_trace(model, axes, plan)
 
@@ -183,7 +182,7 @@ def test_axes_after_a_cut_are_those_of_a_new_trace(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.branches])
 def test_restored_is_what_was_cut(name: str) -> None:
     """Cut all axes at once, then again, then restore: the old network, bit for bit."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     generator = torch.Generator().manual_seed(4)
     cuts = [lambda left: laws.random_plan(left, generator)] * (1 if ZOO[name].heavy else 2)
     laws.restored_is_what_was_cut(model, axes, cuts)
@@ -191,7 +190,7 @@ def test_restored_is_what_was_cut(name: str) -> None:
 
 def test_unreached_heads_still_run_after_a_cut() -> None:
     """What the example did not reach is not broken by a cut: in training mode the auxiliary heads run."""
-    model, axes = traced("googlenet")
+    model, axes = trace_zoo("googlenet")
     small, _ = laws.shrunk(model, axes, joint(axes, 0, set(Mark) - {Mark.FROZEN}))
     logits, second, first = small.train()(*axes.example.args)
     assert logits.shape == second.shape == first.shape == (2, 7)
@@ -203,7 +202,7 @@ def test_a_network_is_cut_in_another_precision_than_it_was_traced_in(name: str, 
     """Axes do not depend on the precision, and a cut does not change it."""
     from regrow.surgery import apply
 
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     small, _ = apply(deepcopy(model).to(dtype), axes, joint(axes, 0, SILENT))
     assert {tensor.dtype for tensor in small.parameters()} == {dtype}
 
@@ -214,7 +213,7 @@ def test_a_network_is_cut_in_another_precision_than_it_was_traced_in(name: str, 
 @pytest.mark.parametrize("name", [name for name in LIGHT if not ZOO[name].branches])
 def test_all_or_nothing(name: str) -> None:
     """An illegal plan is refused with words and leaves every tensor and attribute as it was."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     if not [axis for axis in axes.free() if axis.size > 1]:
         frozen = next(axis for axis in axes if axis.size > 1)
         with pytest.raises(PlanError, match="frozen"):
@@ -226,7 +225,7 @@ def test_all_or_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", ["size_branch"])
 def test_a_plan_that_changes_what_python_does_is_refused_whole(name: str) -> None:
     """A branch on a size cannot be seen in one recording: cutting past it is refused, and nothing has changed."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     axis = next(axis for axis in lying_at(axes, "stem.weight:0") if axis.size == 8)
     plan = Plan.keeping(axes, {axis.key: range(4)}) if axis.free else None
     if plan is None:
@@ -241,14 +240,14 @@ def test_a_plan_that_changes_what_python_does_is_refused_whole(name: str) -> Non
 @pytest.mark.parametrize("name", ["mlp", "chunk_apart", "llama", "resnet18"])
 def test_same_seed_same_plan(name: str) -> None:
     """A seed decides a random plan."""
-    _, axes = traced(name)
+    _, axes = trace_zoo(name)
     laws.same_seed_same_plan(lambda seed: laws.random_plan(axes, torch.Generator().manual_seed(seed)))
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_residual", "flatten", "llama", "chunk_gate"])
 def test_permuting_units_permutes_the_plan(name: str) -> None:
     """A plan by size of weights keeps the same units, wherever they lie."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
 
     def largest(network: nn.Module) -> Plan:
         state = laws.tensors(network)
@@ -348,7 +347,7 @@ BY_HAND: dict[str, tuple[str, int, Callable[[Any, Tensor, Tensor], Tensor]]] = {
 @pytest.mark.parametrize("name", BY_HAND)
 def test_axes_masked_by_hand(name: str) -> None:
     """Where a zero is not the neutral element, the masked network is written down here; or the axis is frozen."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     place, size, masked = BY_HAND[name]
     free = [axis for axis in lying_at(axes, place) if axis.free and axis.size == size]
     if not free:
@@ -368,7 +367,7 @@ def test_axes_masked_by_hand(name: str) -> None:
 
 def _chain(between: Callable[[Tensor], Tensor]) -> tuple[nn.Module, AxisGraph]:
     """Two layers with something in between, and an axis written by hand."""
-    model = randomised(Wired(lambda m, x: m.two(between(m.one(x))), one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
+    model = randomise(Wired(lambda m, x: m.two(between(m.one(x))), one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
     slots = (
         Slot("one.weight", 0, 1, 1, 1, 0, Role.PRODUCES),
         Slot("one.bias", 0, 1, 1, 1, 0, Role.SCALES),
@@ -451,7 +450,7 @@ def test_random_plans_are_legal_and_reach_everything() -> None:
 @pytest.mark.parametrize("name", [name for name in ZEROABLE if name != "size_branch"])
 def test_cuts_are_felt(name: str) -> None:
     """A law on a cut that changes nothing proves nothing: cutting every axis to its smallest changes the answer."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     silent = [axis for axis in axes.free() if axis.mark in SILENT and axis.size > 1]
     if not silent:
         assert all(axis.reason for axis in axes if not axis.free)

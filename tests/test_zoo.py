@@ -1,24 +1,14 @@
 """What tracing must find in every network of the zoo, and what it must refuse to call an axis."""
 
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from regrow.axes import AxisGraph, Role, size_of
+from regrow.axes import Role, size_of
 from regrow.tracing import TraceError, trace
-from zoo import ZOO, Fact, Hoped, Wired
-
-
-@cache
-def traced(name: str) -> tuple[nn.Module, AxisGraph]:
-    """A network of the zoo and its axes; made once, so tests must not change it."""
-    net = ZOO[name]
-    model = net.build()
-    args, kwargs = net.example()
-    return model, trace(model, *args, **kwargs)
+from zoo import NETS, ZOO, Fact, Hoped, Wired, trace_zoo
 
 
 def facts(hoped: bool) -> list[Any]:
@@ -31,17 +21,22 @@ def facts(hoped: bool) -> list[Any]:
     ]
 
 
+def test_every_network_has_a_name_of_its_own() -> None:
+    """Of two networks of one name, the zoo would hold the second alone."""
+    assert len(ZOO) == len(NETS)
+
+
 @pytest.mark.parametrize(("name", "fact"), facts(hoped=False))
 def test_tracing_finds_what_it_must(name: str, fact: Fact) -> None:
     """Widths, marks, ties, reasons and notes are what the network's structure says."""
-    assert not fact.missed(traced(name)[1])
+    assert not fact.missed(trace_zoo(name)[1])
 
 
 @pytest.mark.parametrize(("name", "fact"), facts(hoped=True))
 @pytest.mark.xfail(reason="promised by the design, frozen for now", strict=True)
 def test_tracing_finds_what_the_design_promises(name: str, fact: Fact) -> None:
     """The day one of these is found, its ``Hoped`` goes."""
-    assert not fact.missed(traced(name)[1])
+    assert not fact.missed(trace_zoo(name)[1])
 
 
 def test_a_network_that_cannot_be_recorded_says_so() -> None:
@@ -55,7 +50,7 @@ def test_a_network_that_cannot_be_recorded_says_so() -> None:
 @pytest.mark.parametrize("name", ZOO)
 def test_axes_agree_with_the_tensors(name: str) -> None:
     """Shapes multiply out, slots stay inside their tensors and do not overlap, and frozen axes say why."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     state = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     sizes = axes.sizes()
     for tensor, dims in axes.shapes.items():

@@ -26,7 +26,7 @@ TOP = {
     "pyproject.toml": "dependencies, style, types, import floors",
     "recipes/": "golden runs in plain Python",
     "src/": "",
-    "tests/": "mirrors src/regrow; zoo.py: networks, laws.py: the laws, test_house.py: the rules of this house",
+    "tests/": "mirrors src/regrow; zoo/: networks, laws.py: the laws, test_house.py: the rules of this house",
 }
 ORDER = [
     "tracing",

@@ -21,7 +21,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.surgery.stand_in import standing_in
 from regrow.tracing.stand import stands_in
-from zoo import randomised
+from zoo import randomise
 
 CONFIGS = {
     Cells: cells.whole((3, 16, 16), 5, width=4, cells=2, nodes=2),
@@ -32,7 +32,7 @@ DESCRIBED = {Cells: cells.described, Mobile: mobile.described}
 
 @pytest.fixture(scope="module", params=[Cells, Mobile])
 def traced(request):
-    net = randomised(request.param(CONFIGS[request.param])).double()
+    net = randomise(request.param(CONFIGS[request.param])).double()
     example = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     return net, trace(net, example), example
 
@@ -103,7 +103,7 @@ def test_multiply_accumulates_are_those_of_the_cut_network(traced):
 
 
 def test_gradients_are_the_same_every_time_on_several_threads():
-    net = randomised(Cells(cells.whole((3, 16, 16), 5, width=16, cells=3, nodes=2)))
+    net = randomise(Cells(cells.whole((3, 16, 16), 5, width=16, cells=3, nodes=2)))
     found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
     flat = found.levels.flat(parameters).detach()
     gone, levels = torch.zeros(len(flat), dtype=torch.bool), (len(found.ops), len(found.keys), len(found.ops) + 1)
@@ -264,7 +264,7 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
 
 
 def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_nothing():
-    net = randomised(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
     axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
     keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
     found = gates(axes, parameters, sums, keys, needed, lambda _: True, Measure.NONZERO, single=single_in(net))
@@ -278,7 +278,7 @@ def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_n
 
 
 def test_what_is_tied_stands_and_falls_together():
-    net = randomised(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
     axes, sums, parameters = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net), dict(net.named_parameters())
     keys, needed = [axis.key for axis in axes.units()], [*sums.values()]
     found = gates(axes, parameters, sums, keys, needed, lambda path: True, Measure.PARAMETERS, tied_in(net))

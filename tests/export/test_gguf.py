@@ -21,7 +21,7 @@ from regrow.export.written import ExportError
 from regrow.runs import save
 from regrow.tracing.stand import exchange
 from runs.saved import Case, cut
-from zoo import GROUPED, SMALL, ZOO, randomised
+from zoo import GROUPED, SMALL, ZOO, randomise
 
 MEANS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")
 
@@ -32,7 +32,7 @@ def llama(layers: int = 4, family: str = "Llama", **settings: object) -> nn.Modu
 
     wanted = SMALL | GROUPED | {"num_hidden_layers": layers, "rope_theta": 500.0} | settings
     config = getattr(transformers, f"{family}Config")(**wanted)
-    return randomised(getattr(transformers, f"{family}ForCausalLM")(config))
+    return randomise(getattr(transformers, f"{family}ForCausalLM")(config))
 
 
 def ids(tokens: int = 9) -> Tensor:

@@ -12,7 +12,7 @@ from regrow.nets.errors import ModelError
 from regrow.nets.load import build
 from regrow.nets.loaded import Origin
 from regrow.surgery.stand_in import standing_in
-from zoo import randomised
+from zoo import randomise
 
 MIXED = ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3", "none", "nor_conv_3x3")
 
@@ -50,7 +50,7 @@ def test_counted_is_what_the_network_has(edges):
 
 def test_a_topology_alone_answers_as_in_the_super_network():
     config = whole((3, 8, 8), 4, width=4, cells=2)
-    net, x = randomised(Bench201(config)).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    net, x = randomise(Bench201(config)).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     alone = Bench201(config | {"edges": [[name] for name in MIXED]}).double().eval()
     state = {name: value for name, value in net.state_dict().items() if name in alone.state_dict()}
     scales = {}

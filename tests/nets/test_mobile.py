@@ -15,7 +15,7 @@ from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile, checked, described, prefix, thinned, whole
 from regrow.runs.spaces import rebuilt
 from regrow.tracing.stand import stands_in
-from zoo import randomised
+from zoo import randomise
 
 FEW = ("mb3e3", "mb7e6", "skip")
 CONFIG = whole((3, 16, 16), 5, width=4, blocks=2, heads=(3,), operations=FEW)
@@ -36,7 +36,7 @@ def test_the_paper_s_space_is_the_default():
 
 
 def test_the_classifier_of_a_stage_is_one_answer_of_the_whole():
-    net = randomised(Mobile(CONFIG))
+    net = randomise(Mobile(CONFIG))
     x = torch.randn(2, 3, 16, 16)
     first, last = net(x)
     assert first.shape == last.shape == (2, 5)
@@ -52,7 +52,7 @@ def test_a_stage_runs_what_lies_within_it_and_nothing_else():
 
 
 def test_a_block_is_what_it_reads_and_what_bottlenecks_make_of_it():
-    net = randomised(Mobile(FIRST))
+    net = randomise(Mobile(FIRST))
     block, x = net.get_submodule("blocks.1"), torch.randn(2, 4, 6, 6)
     with torch.no_grad():
         sums = block.scale[0] * block.ops["mb3e3"](x) + block.scale[1] * block.ops["mb7e6"](x) + block.scale[2] * x
@@ -62,7 +62,7 @@ def test_a_block_is_what_it_reads_and_what_bottlenecks_make_of_it():
 
 def test_what_is_left_is_described_and_built_again_alike():
     """Operations and filters go; bottlenecks of a block go on different widths inside, and a block may be skipped."""
-    net = randomised(Mobile(FIRST)).double()
+    net = randomise(Mobile(FIRST)).double()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     axes = trace(net, x)
     keep = {}
@@ -81,7 +81,7 @@ def test_what_is_left_is_described_and_built_again_alike():
 
 
 def test_without_its_skip_a_block_may_be_of_another_width():
-    net = randomised(Mobile(FIRST)).double()
+    net = randomise(Mobile(FIRST)).double()
     x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     axes = trace(net, x)
     small, _ = apply(net, axes, Plan.dropping(axes, ["blocks.1.ops.skip"]))

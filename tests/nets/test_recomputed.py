@@ -11,7 +11,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.nets.recomputed import again
 from regrow.surgery.stand_in import standing_in
-from zoo import randomised
+from zoo import randomise
 
 NETS = {
     "cells": lambda: Cells(cells.whole((3, 16, 16), 5, width=4, cells=3, nodes=2)),
@@ -22,7 +22,7 @@ NETS = {
 @pytest.mark.parametrize("name", NETS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_two_steps_are_the_same_bit_for_bit(name, masked):
-    plain = randomised(NETS[name]()).train()
+    plain = randomise(NETS[name]()).train()
     anew = copy.deepcopy(plain)
     anew.recomputed = True
     x = torch.randn(4, 3, 16, 16)

@@ -13,7 +13,7 @@ from regrow import Plan, apply, trace
 from regrow.axes import AxisGraph
 from regrow.nets import Origin
 from regrow.nets.language import origin_of
-from zoo import ZOO, images, randomised
+from zoo import ZOO, images, randomise
 
 
 class Small(nn.Module):
@@ -47,13 +47,13 @@ def normed() -> nn.Module:
 def mobile() -> nn.Module:
     from torchvision.models import get_model
 
-    return randomised(get_model("mobilenet_v2", weights=None))
+    return randomise(get_model("mobilenet_v2", weights=None))
 
 
 def resnet() -> nn.Module:
     from torchvision.models import get_model
 
-    return randomised(get_model("resnet18", weights=None))
+    return randomise(get_model("resnet18", weights=None))
 
 
 def speech() -> nn.Module:

@@ -13,7 +13,7 @@ from regrow.scoring import collect, means, wanda_sp
 from regrow.scoring.weights import weights_of
 from regrow.sources import Batch, Source
 from regrow.surgery.gate import gated
-from zoo import ZOO, Wired, randomised
+from zoo import ZOO, Wired, randomise
 
 NETS = ["lstm_language", "gru_speech", "seq2seq", "last_states", "recurrent_cells", "all_states"]
 
@@ -45,7 +45,7 @@ def test_what_recurrent_weights_are_fed_is_what_cells_are(kind: type[nn.RNNBase]
     torch.manual_seed(0)
     net = Wired(lambda m, x: m.head(m.rnn(x)[0]), rnn=kind(3, 5, 2, bidirectional=True, batch_first=batch_first))
     net.head = nn.Linear(10, 2)
-    net = randomised(net).double()
+    net = randomise(net).double()
     x = torch.randn(4, 4, 3, dtype=torch.float64)
     axes = regrow.trace(net, x)
     source = Source("x", [Batch((x,))])

@@ -20,8 +20,7 @@ from regrow.method import Measure
 from regrow.plan import Plan, PlanError
 from regrow.surgery import Attic, apply, verify
 from regrow.tracing import trace, with_branches
-from test_zoo import traced as in_zoo
-from zoo import ZOO, Wired, randomised
+from zoo import ZOO, Wired, randomise, trace_zoo
 
 
 def candidates() -> tuple[nn.Module, tuple[Any, ...]]:
@@ -42,7 +41,7 @@ def candidates() -> tuple[nn.Module, tuple[Any, ...]]:
     )
     model = Wired(run, stem=nn.Conv2d(3, 6, 3, padding=1), ops=ops, head=nn.Linear(6, 4))
     model.alpha = nn.Parameter(torch.tensor([0.3, -0.2, 0.1, 0.5]))
-    return randomised(model), (torch.randn(2, 3, 8, 8),)
+    return randomise(model), (torch.randn(2, 3, 8, 8),)
 
 
 def windows() -> tuple[nn.Module, tuple[Any, ...]]:
@@ -50,7 +49,7 @@ def windows() -> tuple[nn.Module, tuple[Any, ...]]:
     from torchvision.models.swin_transformer import SwinTransformer
 
     model = SwinTransformer([4, 4], 12, [1, 2], [2, 3], [4, 4], stochastic_depth_prob=0.2, num_classes=5)
-    return randomised(model), (torch.randn(2, 3, 32, 32),)
+    return randomise(model), (torch.randn(2, 3, 32, 32),)
 
 
 def own_scale() -> tuple[nn.Module, tuple[Any, ...]]:
@@ -65,7 +64,7 @@ def own_scale() -> tuple[nn.Module, tuple[Any, ...]]:
     layers = {"stem": nn.Linear(5, 6), "norm": nn.LayerNorm(6), "rise": nn.Linear(6, 9), "fall": nn.Linear(9, 6)}
     model = Wired(run, **layers, drop=nn.Dropout(0.3), head=nn.Linear(6, 3))
     model.gamma = nn.Parameter(torch.rand(6) + 0.5)
-    return randomised(model), (torch.randn(2, 4, 5),)
+    return randomise(model), (torch.randn(2, 4, 5),)
 
 
 BUILT: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
@@ -78,7 +77,7 @@ BUILT: dict[str, Callable[[], tuple[nn.Module, tuple[Any, ...]]]] = {
 @cache
 def traced(name: str) -> tuple[nn.Module, AxisGraph]:
     if name in ZOO:
-        model, axes = in_zoo(name)
+        model, axes = trace_zoo(name)
         return model, with_branches(model, axes)
     torch.manual_seed(0)
     model, args = BUILT[name]()
@@ -190,7 +189,7 @@ def test_a_concatenation_and_a_changed_shape_say_so() -> None:
 def fooling(run: Callable[[Any, Tensor], Tensor], **more: nn.Module) -> tuple[nn.Module, AxisGraph]:
     torch.manual_seed(0)
     parts = {"stem": nn.Linear(5, 6), "body": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))} | more
-    model = randomised(Wired(run, **parts, head=nn.Linear(6, 3)))
+    model = randomise(Wired(run, **parts, head=nn.Linear(6, 3)))
     return model, with_branches(model, trace(model, torch.randn(4, 5)))
 
 

@@ -10,12 +10,12 @@ from regrow import Attic, Candidates, Plan, apply, trace, verify
 from regrow.candidates import candidates_in
 from regrow.nets.cells import Cells, whole
 from regrow.plan import PlanError
-from zoo import randomised
+from zoo import randomise
 
 
 @pytest.fixture(scope="module")
 def traced():
-    net = randomised(Cells(whole((3, 16, 16), 5, width=4, cells=2, nodes=2))).double()
+    net = randomise(Cells(whole((3, 16, 16), 5, width=4, cells=2, nodes=2))).double()
     example = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     return net, trace(net, example), example
 

@@ -17,7 +17,7 @@ from regrow.runs import load, save
 from regrow.sources import Batch, Source
 from regrow.surgery import Attic, DeclarationError, declare
 from regrow.tracing import TraceError
-from zoo import Wired, lying_at, randomised
+from zoo import Wired, lying_at, randomise
 
 HIDDEN = {"hidden": "fc1.weight:0 fc1.bias:0 -> fc2.weight:1"}
 
@@ -32,7 +32,7 @@ TANH = elsewhere(np.tanh)
 
 def net(wire, **parts) -> nn.Module:
     torch.manual_seed(0)
-    return randomised(Wired(wire, **parts))
+    return randomise(Wired(wire, **parts))
 
 
 def two(between=TANH, head=nn.Linear) -> nn.Module:

@@ -15,8 +15,7 @@ from regrow.plan import PlanError
 from regrow.sources import Batch
 from regrow.surgery.fill import newborn, sides
 from regrow.tracing import trace
-from test_zoo import traced
-from zoo import Wired
+from zoo import Wired, trace_zoo
 
 X = torch.randn(40, 6, generator=torch.Generator().manual_seed(1))
 
@@ -188,7 +187,7 @@ def test_on_a_residual_stream_the_reading_side_is_turned() -> None:
 
 
 def test_a_language_model_is_fitted_and_aligned() -> None:
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     plan = Plan.growing(axes, {axis.key: 2 for axis in axes.units() if "mlp" in axis.key})
     model, left = apply(copy.deepcopy(model), axes, plan)
     ids = axes.example.kwargs["input_ids"]

@@ -21,8 +21,7 @@ from regrow.surgery.carry import prepare
 from regrow.surgery.proof import Change, _Pair, chosen
 from regrow.tracing import trace
 from runs.saved import small
-from test_zoo import traced
-from zoo import Wired, randomised
+from zoo import Wired, randomise, trace_zoo
 
 KEY = "a.weight:0"
 
@@ -127,7 +126,7 @@ def net(wire: Callable[[Any, Tensor], Tensor]) -> tuple[nn.Module, AxisGraph]:
     model = Wired(lambda m, x: m.b(wire(m, m.a(x).relu())), a=nn.Linear(4, 16), b=nn.Linear(16, 3))
     model.register_buffer("table", torch.tensor([1.0, 2.0, 3.0]))
     model.scales = nn.ParameterList([nn.Parameter(torch.ones(())), nn.Parameter(torch.ones(()))])
-    randomised(model)
+    randomise(model)
     return model, trace(model, torch.randn(3, 4))
 
 
@@ -192,7 +191,7 @@ def test_a_trained_path_that_looks_at_a_width_is_refused_after_an_earlier_cut() 
 
 def test_constants_that_folds_precision_and_compensation_change_are_no_reason_to_refuse() -> None:
     """Cut of a folded axis, then another precision, then compensation, twice."""
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     model, left = copy.deepcopy(model), axes
     folded = next(axis.key for axis in axes.free() if axis.mark == "folded")
     model, left = apply(model, left, Plan.keeping(left, {folded: range(0, axes[folded].size, 2)}))
@@ -232,7 +231,7 @@ def mlp_axis(axes: AxisGraph, layer: int = 0) -> str:
 @pytest.mark.parametrize("name", ["llama", "mlp", "resnet18"])
 def test_a_wrong_cut_is_refused_and_changes_nothing(name: str, spoiled: Any) -> None:
     """With blocks, and as a whole where there are none."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     axis = [axis for axis in axes.free() if axis.mark == "neutral" and axis.size > 3 and not axis.count][-1]
     produced = next(slot for slot in axis.slots if slot.role == "produces")
     plan = Plan.keeping(axes, {axis.key: range(1, axis.size)})
@@ -243,7 +242,7 @@ def test_a_wrong_cut_is_refused_and_changes_nothing(name: str, spoiled: Any) -> 
 
 @pytest.mark.parametrize("rule", ["zero_out", "split", "pair"])
 def test_newborn_units_that_are_heard_are_refused(rule: str, spoiled: Any) -> None:
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     spoiled(lambda x: x + 0.01, "down_proj.weight")
     with laws.untouched(model), pytest.raises(PlanError, match="differs by"):
         apply(model, axes, Plan.growing(axes, {mlp_axis(axes): 2}, Fill(rule)))
@@ -266,7 +265,7 @@ def test_tensors_that_are_not_those_checked_are_refused(
         return ready
 
     if net == "llama":
-        model, axes = traced("llama")
+        model, axes = trace_zoo("llama")
         plan = Plan.keeping(axes, {mlp_axis(axes): range(5)})
     else:
         model = small()
@@ -287,7 +286,7 @@ def test_means_for_a_weight_that_two_modules_share_are_refused() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "mlp"])
 def test_what_is_restored_is_the_network_unmasked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     axis = [axis for axis in axes.free() if axis.mark == "neutral" and axis.size > 3 and not axis.count][-1]
     attic, model = Attic(), copy.deepcopy(model)
     model, left = apply(model, axes, Plan.keeping(axes, {axis.key: range(2, axis.size)}), attic=attic)
@@ -303,7 +302,7 @@ def test_what_is_restored_is_the_network_unmasked(name: str, monkeypatch: pytest
         patch.setattr(sys.modules[apply.__module__], "prepare", spoiling)
         with laws.untouched(model), pytest.raises(PlanError, match="differs by"):
             apply(model, left, back, attic=attic)
-    laws.same_network(apply(model, left, back, attic=attic)[0], traced(name)[0])
+    laws.same_network(apply(model, left, back, attic=attic)[0], trace_zoo(name)[0])
 
 
 def test_the_narrowest_and_the_widest_block_are_checked() -> None:
@@ -326,7 +325,7 @@ def test_blocks_that_hold_are_not_run_as_a_whole(monkeypatch: pytest.MonkeyPatch
         raise AssertionError("the whole network was run")
 
     monkeypatch.setattr(_Pair, "whole", whole)
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     apply(copy.deepcopy(model), axes, laws.random_plan(axes, torch.Generator().manual_seed(0)))
 
 
@@ -351,7 +350,7 @@ def shifted(m: Any, x: Tensor) -> Tensor:
 
 
 def test_blocks_read_what_is_written_in_place_without_parameters() -> None:
-    model = randomised(Wired(shifted, first=shifted_block(), second=shifted_block()))
+    model = randomise(Wired(shifted, first=shifted_block(), second=shifted_block()))
     axes = trace(model, torch.randn(2, 8))
     assert len(axes.recording.blocks) > 1
     small, _ = apply(copy.deepcopy(model), axes, Plan.keeping(axes, {"first.up.weight:0": range(5)}))

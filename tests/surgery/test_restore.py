@@ -16,8 +16,7 @@ from regrow.axes import AxisGraph, Example
 from regrow.plan import Change, Fill, Plan, PlanError
 from regrow.surgery import apply
 from regrow.tracing import trace
-from test_zoo import traced
-from zoo import Wired
+from zoo import Wired, trace_zoo
 
 A, B = "0.weight:0", "2.weight:0"
 
@@ -154,7 +153,7 @@ def test_a_bias_that_was_trained_loses_only_what_compensation_gave_it() -> None:
 @pytest.mark.parametrize("name", ["mlp", "conv_residual", "flatten", "concat", "llama", "chunk_gate"])
 def test_units_born_meanwhile_are_not_heard_by_those_restored(name: str) -> None:
     """Cut, grow, restore: the function of the network that only grew, whose newborn units are silent."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     double, attic = laws.in_double(model), Attic()
     left = replace(axes, example=Example(*laws.in_double((axes.example.args, dict(axes.example.kwargs)))))
     cut = laws.random_plan(left, torch.Generator().manual_seed(5), floor=2)
@@ -207,7 +206,7 @@ def entries(model: nn.Module, axes: AxisGraph) -> dict[tuple, float]:
 @pytest.mark.parametrize("seed", range(4))
 def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: int) -> None:
     """Restored entries are what they last were, all others what they are: as a book of all entries has it."""
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     model, generator, attic = copy.deepcopy(model), torch.Generator().manual_seed(seed), Attic()
     book: dict[tuple, float] = {}
     moves = []

@@ -11,12 +11,12 @@ from regrow.surgery import verify
 from regrow.surgery.carry import prepare
 from regrow.surgery.lockstep import CutTensors
 from regrow.surgery.verify import RELATIVE_BOUND, distances
-from test_zoo import traced
+from zoo import trace_zoo
 
 
 @pytest.mark.parametrize("name", ["llama", "softmax_gate", "softmax_twice", "gpt2"])
 def test_many_plans_are_compared_as_each_alone(name: str) -> None:
-    model, axes = traced(name)
+    model, axes = trace_zoo(name)
     generator = torch.Generator().manual_seed(2)
     plans = [laws.random_plan(axes, generator) for _ in range(3)]
     with laws.untouched(model):
@@ -28,14 +28,14 @@ def test_many_plans_are_compared_as_each_alone(name: str) -> None:
 
 
 def test_a_widening_is_compared_with_the_network_as_it_is() -> None:
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     ((_, distance),) = distances(model, axes, [laws.joint_growing_plan(axes, "zero_out")])
     assert distance <= RELATIVE_BOUND
 
 
 def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Surgery that keeps other units than planned runs, and is far from the masked network."""
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
     planned, done = Plan.keeping(axes, {key: range(5)}), Plan.keeping(axes, {key: range(5, 10)})
     monkeypatch.setattr(
@@ -48,7 +48,7 @@ def test_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_plan_that_does_not_fit_ends_it_and_those_before_stand() -> None:
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     key = next(axis.key for axis in axes.free() if "gate_proj" in axis.key)
     good, bad = Plan.keeping(axes, {key: range(5)}), Plan({key: Change(axes[key].size + 1, (0,), axes[key].slots)})
     found = distances(model, axes, [good, bad])
@@ -58,7 +58,7 @@ def test_a_plan_that_does_not_fit_ends_it_and_those_before_stand() -> None:
 
 
 def test_random_numbers_after_it_are_those_of_the_seed() -> None:
-    model, axes = traced("llama")
+    model, axes = trace_zoo("llama")
     plan = laws.random_plan(axes, torch.Generator().manual_seed(0))
     torch.manual_seed(7)
     expected = torch.rand(3)

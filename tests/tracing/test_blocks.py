@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from regrow.tracing.blocks import Block, blocks
 from regrow.tracing.capture import capture, example_of
 from regrow.tracing.steps import operations
-from test_zoo import traced
+from zoo import trace_zoo
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 31}
 
@@ -43,7 +43,7 @@ def cut(model: nn.Module, *args: Tensor) -> tuple[Block, ...]:
 
 @pytest.mark.parametrize("name", ["mlp", "llama", "gpt2", "vit", "convnext", "resnet18", "gru_handed_on", "mamba"])
 def test_every_operation_is_in_one_block_and_seams_fit(name: str) -> None:
-    _, axes = traced(name)
+    _, axes = trace_zoo(name)
     recorded = axes.recording.capture
     found = blocks(recorded)
     steps = axes.steps

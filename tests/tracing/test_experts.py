@@ -13,7 +13,7 @@ from regrow.axes import Mark
 from regrow.method import Budget
 from regrow.plan import PlanError
 from regrow.surgery.verify import RELATIVE_BOUND, distances
-from zoo import GROUPED, SMALL, randomised
+from zoo import GROUPED, SMALL, randomise
 
 EXPERTS = "model.layers.0.mlp.experts"
 ROUTER, NEURONS = "model.layers.0.mlp.gate.weight:0", f"{EXPERTS}.gate_up_proj:1"
@@ -26,7 +26,7 @@ def mixtral() -> nn.Module:
 
     torch.manual_seed(0)
     config = transformers.MixtralConfig(**SMALL, **GROUPED, num_local_experts=5, num_experts_per_tok=2)
-    return randomised(transformers.MixtralForCausalLM(config))
+    return randomise(transformers.MixtralForCausalLM(config))
 
 
 @pytest.fixture(scope="module")

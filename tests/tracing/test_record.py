@@ -21,7 +21,7 @@ from regrow.tracing.graph import assemble
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import steps
 from regrow.tracing.walk import walk
-from zoo import ZOO, Wired, randomised
+from zoo import ZOO, Wired, randomise
 
 
 class Block(nn.Module):
@@ -48,7 +48,7 @@ def traced(wire: Callable[..., Any], **parts: nn.Module) -> tuple[nn.Module, Axi
     model = Wired(wire)
     for name, part in ({"one": nn.Linear(4, 6), "two": nn.Linear(6, 3)} | parts).items():
         setattr(model, name, part)
-    randomised(model)
+    randomise(model)
     return model, trace(model, torch.randn(5, 4))
 
 
@@ -131,7 +131,7 @@ def test_what_asks_or_reads_what_it_kept_is_not_ours_to_record_on_fake_data() ->
         return m.two(m.one(x) * m.scale)
 
     for wire, real in ((keeps, False), (reads, True), (lambda m, x: m.two(m.one(x)) * x.sum().item(), True)):
-        model = randomised(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
+        model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
         found = capture(model, Example((torch.ones(2, 4),)), exported=False)
         assert (found.decisions is not None) == real
 
@@ -144,7 +144,7 @@ def test_a_network_that_asks_whether_it_is_exported_is_told_so() -> None:
         hidden = m.one(x)
         return m.two(hidden.relu() if asked.is_exporting() and asked.is_compiling() else hidden.flip(1))
 
-    model = randomised(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
+    model = randomise(Wired(wire, one=nn.Linear(4, 6), two=nn.Linear(6, 3)))
     example = Example((torch.ones(2, 4),))
     assert dry(model, example, exported=False)[1] == dry(model, example, exported=True)[1]
     assert trace(model, torch.ones(2, 4)).free() and not asked.is_exporting() and not asked.is_compiling()
@@ -306,7 +306,7 @@ def test_equal_scores_may_lie_in_any_order(sort: Callable[[Tensor], Tensor]) -> 
 
     model = Wired(wire)
     model.one, model.two = nn.Linear(4, 64), nn.Linear(64, 1)
-    randomised(model)
+    randomise(model)
     axes = trace(model, torch.randn(300, 4))
     assert axes.recorded == "eager"
     assert verify(model, axes, random_plan(axes, torch.Generator().manual_seed(1))).ok
@@ -325,7 +325,7 @@ def test_a_detector(capsys: pytest.CaptureFixture[str]) -> None:
     model = ssdlite320_mobilenet_v3_large(
         weights=None, weights_backbone=None, num_classes=3, score_thresh=0.0, detections_per_img=20
     )
-    randomised(model)
+    randomise(model)
     axes = trace(model, [torch.rand(3, 64, 96), torch.rand(3, 80, 64)])
     assert axes.recorded == "eager" and capsys.readouterr() == ("", "")
     plan = smallest_plan(axes)

@@ -9,12 +9,12 @@ import laws
 import regrow
 from regrow.axes import Role
 from regrow.tracing import TraceError
-from zoo import Wired, lying_at, randomised
+from zoo import Wired, lying_at, randomise
 
 
 def _net(wire, seed: int = 0, **parts) -> nn.Module:
     torch.manual_seed(seed)
-    return randomised(Wired(wire, **parts))
+    return randomise(Wired(wire, **parts))
 
 
 def test_the_rows_of_all_gates_and_the_columns_that_hear_a_unit_are_cut() -> None:

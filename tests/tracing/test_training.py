@@ -12,7 +12,7 @@ from regrow.axes import Mark
 from regrow.plan import Plan, PlanError
 from regrow.surgery import apply
 from regrow.tracing import trace
-from zoo import Wired, randomised
+from zoo import Wired, randomise
 
 KEY = "up.weight:0"
 Act = Callable[[Any, Tensor], Tensor]
@@ -37,7 +37,7 @@ def net(act: Act) -> nn.Module:
 
     model = Wired(run, up=nn.Linear(4, 8), down=nn.Linear(8, 3))
     model.register_buffer("scales", torch.rand(8))
-    return randomised(model)
+    return randomise(model)
 
 
 @pytest.mark.parametrize("name", BY_SIZE)
