@@ -24,12 +24,12 @@ import torch
 from continual_peer import OURS, SCHEDULE, VERSION, environment, network, strategy_of
 from torch import nn
 
+from regrow.commands.courses import read_course, write_course
 from regrow.data.streams import fewer, idx, permuted
 from regrow.methods import LEARNERS
-from regrow.runs.courses import read_course, write_course
-from regrow.runs.learning import learn
 from regrow.tasks import Task
 from regrow.tracing import trace
+from regrow.training.learning import learn
 
 OUT = Path("benchmarks/results/continual_checkpoint.json")
 ARMS = ("naive", "EWC 10", "replay 500")

@@ -26,9 +26,9 @@ from regrow.data.streams import fewer, idx, permuted
 from regrow.evaluation.continual import share_right
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
-from regrow.runs.learning import Schedule, learn
 from regrow.tasks import Task
 from regrow.tracing import trace
+from regrow.training.learning import Schedule, learn
 
 VERSION = "0.6.0"
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "regrow-peers"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from regrow import trace
+from regrow.commands.pruning import begun, built, measured
 from regrow.data import Half, text, windows
 from regrow.method import Budget
 from regrow.nets import load
-from regrow.runs.loop import proposed
-from regrow.runs.prune import begun, built, measured
 from regrow.store.versions import versions
+from regrow.training.loop import proposed
 
 KINDS = ("news", "code", "manual", "talk")
 

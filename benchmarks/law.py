@@ -21,12 +21,12 @@ from torch import nn
 
 from regrow import Plan, trace, verify
 from regrow.axes import Axis, AxisGraph
+from regrow.commands.pruning import begun, built, measured
 from regrow.data import Half, text, windows
 from regrow.method import Budget
 from regrow.nets import load
-from regrow.runs.loop import proposed
-from regrow.runs.prune import begun, built, measured
 from regrow.store.versions import versions
+from regrow.training.loop import proposed
 
 NETS = (
     "resnet18",

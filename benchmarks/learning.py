@@ -18,10 +18,10 @@ import torch
 
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
-from regrow.runs.learning import Schedule, learn
 from regrow.store.versions import versions
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
+from regrow.training.learning import Schedule, learn
 
 NETS = {"mlp:100-100": ((1, 28, 28), 256), "resnet:16-3": ((3, 32, 32), 64)}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,14 +20,14 @@ from typing import Any
 import torch
 
 from regrow import apply, trace
+from regrow.commands import save
+from regrow.commands.pruning import begun, built, measured
 from regrow.data import Half, text, windows
 from regrow.method import Budget, Need
 from regrow.nets import load
-from regrow.runs import save
-from regrow.runs.loop import proposed
-from regrow.runs.prune import begun, built, measured
 from regrow.scoring import collect
 from regrow.store.versions import versions
+from regrow.training.loop import proposed
 
 
 def calibration(dtype: torch.dtype, repeats: int) -> dict[str, Any]:

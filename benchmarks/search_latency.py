@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import regrow
+from regrow.commands.search import Settings, network, parts_of, run
 from regrow.evaluation import fastest_pass, latency
-from regrow.runs.searching import Settings, network, parts_of, run
 from regrow.sources import Batch
 from regrow.store.versions import versions
 

@@ -21,8 +21,8 @@ from typing import Any
 from search_step import in_turns, step_of
 
 from regrow import trace
+from regrow.commands.search import Settings, built, network, parts_of, run
 from regrow.learner import Stand
-from regrow.runs.searching import Settings, built, network, parts_of, run
 from regrow.store.versions import versions
 from regrow.tasks import Examples
 

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from regrow import trace
+from regrow.commands import spaces
+from regrow.commands.search import Settings, built
 from regrow.learner import Learner, Stand
-from regrow.runs import spaces
-from regrow.runs.searching import Settings, built
 from regrow.store.versions import versions
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task

@@ -22,9 +22,9 @@ from rows import add, head, line, rows
 from torch import nn
 
 import regrow
+from regrow.commands.pruning import prune
+from regrow.commands.search import Settings, parts_of, run
 from regrow.evaluation import dense
-from regrow.runs.prune import prune
-from regrow.runs.searching import Settings, parts_of, run
 from regrow.sources import Batch, Source
 
 OUT = Path(__file__).parent / "results" / "budget_fill.jsonl"

@@ -37,18 +37,19 @@ from rows import add, rows
 
 from regrow import apply, trace
 from regrow.axes import Axis, AxisGraph
+from regrow.commands import pruning as prune
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
-from regrow.masked import Comparison
 from regrow.method import Budget, Evidence, Need
-from regrow.methods.gprune import GPrune
+from regrow.methods.pruning.gprune import GPrune
+from regrow.methods.pruning.masked import Comparison
+from regrow.methods.pruning.pruner import Pruner
 from regrow.nets import load
-from regrow.pruner import Pruner
-from regrow.runs import loop, prune
 from regrow.scores import Scores
 from regrow.scoring import METRICS, collect, weights_of
 from regrow.scoring.sensitivity import ranks, spectrum
 from regrow.scoring.spaces import spaces
+from regrow.training import loop
 
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
 BASES = ("flap", "wanda_sp", "llm_pruner")

@@ -264,8 +264,8 @@ LOADED = (
     "tokenizers.implementations", "torch", "torchvision.models", "toys", "transformers",
     "transformers.models.llama.modeling_llama", "transformers.models.llama.tokenization_llama", "regrow.cli.app",
     "regrow.export.formats", "regrow.export.gguf", "regrow.export.onnx", "regrow.export.transformers",
-    "regrow.reports", "regrow.runs.evaluating", "regrow.runs.learning_run", "regrow.runs.pruning_run",
-    "regrow.runs.recovery_run", "regrow.runs.searching",
+    "regrow.reports", "regrow.commands.evaluate", "regrow.commands.learn", "regrow.commands.prune",
+    "regrow.commands.recover", "regrow.commands.search",
 )  # fmt: skip
 """What is imported once, before anything is forked."""
 

@@ -17,10 +17,10 @@ from typing import Any
 from rows import add, head, line, rows
 
 import regrow
+from regrow.commands import RunFolder
+from regrow.commands.search import Settings, parts_of
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
-from regrow.runs import RunFolder
-from regrow.runs.searching import Settings, parts_of
 from regrow.tasks import Examples
 
 OUT = Path(__file__).parent / "results" / "mgas_choice.jsonl"

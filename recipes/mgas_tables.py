@@ -35,11 +35,11 @@ from rows import add, difference, head, line, rows, spread
 import regrow
 from regrow.allocation.regrowth import kind_of
 from regrow.candidates import candidates_in
+from regrow.commands import RunFolder
+from regrow.commands.search import Settings, parts_of, retrained, run
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.progress import silent
-from regrow.runs import RunFolder
-from regrow.runs.searching import Settings, parts_of, retrained, run
 
 OUT = Path(__file__).parent / "results" / "mgas.jsonl"
 

@@ -26,12 +26,12 @@ from rows import add, head, line, rows, spread
 from torch import nn
 
 import regrow
+from regrow.commands import RunFolder
+from regrow.commands.search import Parts, Settings, parts_of, retrained
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.export.onnx import write
 from regrow.nets.cells import Cells
-from regrow.runs import RunFolder
-from regrow.runs.searching import Parts, Settings, parts_of, retrained
 from regrow.store.models import read_shapes
 
 OUT = Path(__file__).parent / "results" / "mgas_transfer.jsonl"

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from regrow.commands.evaluate import loaded_from
+from regrow.commands.prune import Settings
 from regrow.data import Half, text, windows
 from regrow.export.onnx import OPSET, write
 from regrow.export.onnx.calls import described
 from regrow.export.onnx.reading import Reading, started
 from regrow.nets.examples import text_example
-from regrow.runs.evaluating import loaded_from
-from regrow.runs.pruning_run import Settings
 
 KINDS, PROMPTS, TOKENS = ("news", "code", "manual", "talk"), 50, 32
 

@@ -23,9 +23,10 @@ from rows import add, rows
 
 from regrow.cli.options import settings as pairs
 from regrow.cli.screen import working
-from regrow.runs import RunFolder, recovery_run
-from regrow.runs.pruning_run import Settings
-from regrow.runs.pruning_run import run as prune
+from regrow.commands import RunFolder
+from regrow.commands import recover as recovery_run
+from regrow.commands.prune import Settings
+from regrow.commands.prune import run as prune
 
 SEEN, UNSEEN = ("news", "code"), ("manual", "talk")
 SIDES = ("dense", "pruned", "recovered")

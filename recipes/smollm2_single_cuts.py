@@ -20,11 +20,11 @@ from torch import nn
 
 from regrow import trace
 from regrow.axes import Axis
+from regrow.commands.pruning import built, proposed
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
 from regrow.method import Budget, Evidence, Need
 from regrow.nets import load
-from regrow.runs.prune import built, proposed
 from regrow.scoring import collect, energy, massive, weights_of
 from regrow.sources import Source
 

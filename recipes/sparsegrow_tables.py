@@ -38,9 +38,9 @@ from torch import nn
 from regrow.data.streams import alike, digits_task, fewer, idx, permuted, pictures, rotated, split
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
-from regrow.runs.learning import Schedule, learn
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
+from regrow.training.learning import Schedule, learn
 
 OUT = Path(__file__).parent / "results" / "sparsegrow.jsonl"
 HEAD = ("", "final average accuracy, %", "difference, paired", "forgetting", "learning accuracy", "parameters", "s")

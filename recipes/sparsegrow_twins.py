@@ -31,16 +31,16 @@ from regrow.axes import AxisGraph
 from regrow.change import Fill
 from regrow.data.streams import fewer, idx, permuted, rotated
 from regrow.learner import Stand, along, flags
-from regrow.methods.sparsegrow import Settings, SparseGrow
+from regrow.methods.continual.sparsegrow import Settings, SparseGrow
 from regrow.nets.small import small
 from regrow.plan import Plan
-from regrow.runs.learning import Course, Schedule, learn
 from regrow.scoring import memory
 from regrow.sources import Batch
 from regrow.surgery.align import aligned
 from regrow.surgery.fill import newborn, sides
 from regrow.tasks import Task
 from regrow.tracing import trace
+from regrow.training.learning import Course, Schedule, learn
 
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
 WIDTH = 100

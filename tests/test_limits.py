@@ -11,14 +11,14 @@ import torch
 from regrow import limits
 from regrow.change import Change
 from regrow.cli.boundary import ENVIRONMENT, failure_of
+from regrow.commands import Ledger
+from regrow.commands.record import read_run
 from regrow.data import SourceError, streams, text
 from regrow.data.vision import image_tensor, images, read_images
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import items_in
 from regrow.nets.files import check_gguf, check_safetensors
 from regrow.plan import Plan, PlanError
-from regrow.runs import Ledger
-from regrow.runs.record import read_run
 from regrow.store import journal
 
 

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regrow.candidates import Candidates
+    from regrow.commands import load
+    from regrow.commands.pruning import prune
     from regrow.export.formats import exported
     from regrow.plan import Fill, Plan
-    from regrow.runs import load
-    from regrow.runs.prune import prune
     from regrow.surgery import Attic, aligned, apply, declare, fitted, verify
     from regrow.tracing import trace, with_branches
 
@@ -33,8 +33,8 @@ _MODULES = {
     "Candidates": "regrow.candidates",
     "exported": "regrow.export.formats",
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
-    "load": "regrow.runs",
-    "prune": "regrow.runs.prune",
+    "load": "regrow.commands",
+    "prune": "regrow.commands.pruning",
     **dict.fromkeys(("Attic", "aligned", "apply", "declare", "fitted", "verify"), "regrow.surgery"),
     **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),
 }

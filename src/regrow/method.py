@@ -93,7 +93,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Training:
-    """What a method that learns adds to the loop (``regrow.runs.loop``); the network's own weights stay as they are.
+    """What a method that learns adds to ``regrow.training.loop``; the network's own weights stay as they are.
 
     Args:
         steps: How many steps; the learning rate falls along a half cosine.

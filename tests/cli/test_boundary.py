@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from cli.conftest import Run
 from regrow.cli import boundary, screen
 from regrow.cli.app import regrow as commands
+from regrow.commands.folder import RunFolder
 from regrow.errors import RefusedError, ResourceError
 from regrow.nets.errors import ModelError
-from regrow.runs.folder import RunFolder
 from regrow.store.atomic import StoreError, telling
 
 
@@ -64,7 +64,7 @@ def test_a_bug_leaves_a_report_without_secrets_and_without_values(
     regrow: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("regrow.runs.evaluating.evaluated", failing(KeyError("x")))
+    monkeypatch.setattr("regrow.commands.evaluate.evaluated", failing(KeyError("x")))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
     words = ("evaluate", str(tmp_path / "my" / "model"), "--source", f"mail={tmp_path}/private/letters.txt")
     words += ("--harness", "https://me:pass@example.org", "--json", "hf_abcdefghijklmnop")
@@ -87,7 +87,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
         __import__("mynets").net()
 
     monkeypatch.syspath_prepend(".")
-    monkeypatch.setattr("regrow.runs.evaluating.loaded_from", call)
+    monkeypatch.setattr("regrow.commands.evaluate.loaded_from", call)
     code, _, err = regrow("show", "mynets:net")
     assert code == 2 and "mynets.py:2 in net failed: KeyError: 'mine'" in err and "bug in regrow" not in err, err
 
@@ -118,8 +118,8 @@ def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None
 
 def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("regrow.export.formats.exported", failing(KeyboardInterrupt()))
-    monkeypatch.setattr("regrow.runs.pruning_run.run", failing(KeyboardInterrupt()))
-    monkeypatch.setattr("regrow.runs.pruning_run.plan_only", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.commands.prune.run", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.commands.prune.plan_only", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")
     nothing, goes_on = "stopped; nothing was written", "run keeps what was finished, and the same command goes on"
     for words, says in (
@@ -128,7 +128,7 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
         ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
         ((*prune, "--out", "made"), goes_on.replace("run", "made")),
     ):
-        monkeypatch.setattr("regrow.runs.folder.RunFolder.started", lambda out: out if out.name == "made" else None)
+        monkeypatch.setattr("regrow.commands.folder.RunFolder.started", lambda out: out if out.name == "made" else None)
         code, _, err = regrow(*words)
         assert (code, says in err) == (130, True), err
 
@@ -145,7 +145,7 @@ def test_ctrl_c_is_told_as_such_where_what_it_interrupted_fails_in_its_own_way(
         except RuntimeError as error:
             raise ValueError("the plan cannot be carried out") from error
 
-    monkeypatch.setattr("regrow.runs.pruning_run.run", cleaned_up)
+    monkeypatch.setattr("regrow.commands.prune.run", cleaned_up)
     code, _, err = regrow("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "run")
     assert code == 130 and "stopped; nothing was written" in err
 

@@ -10,12 +10,15 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
+from regrow.commands import checks
+from regrow.commands import learn as learning_run
+from regrow.commands import prune as pruning_run
+from regrow.commands import search as searching
 from regrow.errors import InputError, ResourceError
 from regrow.nets import ModelError
 from regrow.nets.devices import usable_device
 from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
 from regrow.nets.small import small
-from regrow.runs import checks, learning_run, pruning_run, searching
 
 LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a/run")
 PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "a/run")

@@ -11,8 +11,8 @@ import torch
 
 from cli.conftest import Run
 from regrow import Plan, load, trace, with_branches
+from regrow.commands import Ledger, replay
 from regrow.plan import PlanError
-from regrow.runs import Ledger, replay
 
 PRUNE = (
     "prune",
@@ -320,7 +320,7 @@ def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_langua
 def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import regrow.runs.folder as folder
+    import regrow.commands.folder as folder
 
     words = (
         "prune",
@@ -357,7 +357,7 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
 def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import regrow.runs.folder as folder
+    import regrow.commands.folder as folder
 
     words = [
         "prune",

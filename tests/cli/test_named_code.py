@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import regrow as package
-from regrow.runs import save
-from regrow.runs.pruning_run import load_model
+from regrow.commands import save
+from regrow.commands.prune import load_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
 
@@ -107,9 +107,9 @@ def test_a_run_is_repeated_and_recovered_with_code_from_the_command_line(run, ca
 
 
 def test_settings_from_a_file_give_no_code(run):
+    from regrow.commands import RunFolder
+    from regrow.commands.prune import Settings
     from regrow.nets import ModelError
-    from regrow.runs import RunFolder
-    from regrow.runs.pruning_run import Settings
 
     values = RunFolder.open(run).run()["settings"]
     with pytest.raises(ModelError, match="never imported"):

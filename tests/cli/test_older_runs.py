@@ -12,9 +12,9 @@ import torch
 
 from fixtures.make_runs import RUNS
 from regrow import load as load_folder
+from regrow.commands import RunFolder
+from regrow.commands.metrics import KEYS
 from regrow.reports import summarise
-from regrow.runs import RunFolder
-from regrow.runs.metrics import KEYS
 from regrow.store.atomic import LEFTOVER
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"

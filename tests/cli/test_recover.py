@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from regrow.cli.recover import tell
-from regrow.runs import StoreError, recovery_run
+from regrow.commands import StoreError
+from regrow.commands import recover as recovery_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
 

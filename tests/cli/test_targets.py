@@ -9,8 +9,9 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
-from regrow.runs import RunFolder, prune
-from regrow.runs.pruning_run import Settings
+from regrow.commands import RunFolder
+from regrow.commands import pruning as prune
+from regrow.commands.prune import Settings
 from regrow.store import StoreError
 
 SMALL = ("--tokens", "512", "--eval-tokens", "128", "--seq-len", "64", "--no-verify")

@@ -8,8 +8,8 @@ from hand import lm, texts
 from regrow import trace
 from regrow.allocation import TimeCost, payers, priced
 from regrow.budget import Budget, Measure, Target
+from regrow.commands.pruning import prune, timed
 from regrow.evaluation import fastest_pass, lengthened, timing
-from regrow.runs.prune import prune, timed
 from regrow.sources import Batch
 
 

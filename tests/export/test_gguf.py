@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from commands.saved import Case, cut
 from export.deci import File, logits
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.branches import Stand
+from regrow.commands import save
 from regrow.export.gguf import write
 from regrow.export.gguf import writer as export
 from regrow.export.gguf.network import described
 from regrow.export.gguf.quants import allowed, encoded, q6_k
 from regrow.export.written import ExportError
-from regrow.runs import save
 from regrow.tracing.stand import exchange
-from runs.saved import Case, cut
 from zoo import GROUPED, SMALL, ZOO, randomise
 
 MEANS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from commands import saved
 from regrow import exported, load
+from regrow.commands import save
 from regrow.nets.language import origin_of
-from regrow.runs import save
-from runs import saved
 from zoo import ZOO
 
 

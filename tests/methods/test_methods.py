@@ -8,13 +8,13 @@ import torch
 from hand import conv, lm, texts
 from regrow.allocation import BudgetError, Cost
 from regrow.axes import AxisGraph
+from regrow.commands.pruning import measured
 from regrow.method import Budget, Evidence, Need
 from regrow.methods import METHODS, entry, searcher_entry
 from regrow.plan import Plan
-from regrow.runs import loop
-from regrow.runs.prune import measured
 from regrow.scoring import collect
 from regrow.sources import Batch, Source
+from regrow.training import loop
 
 
 def proposed(name: str, keep: float = 0.7, **settings: object) -> tuple[Plan, AxisGraph]:

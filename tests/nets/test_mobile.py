@@ -9,11 +9,11 @@ import torch
 from regrow import Plan, apply, trace
 from regrow.allocation.regrowth import cell_of, kind_of
 from regrow.candidates import candidates_in
+from regrow.commands.spaces import rebuilt
 from regrow.nets.errors import ModelError
 from regrow.nets.load import build
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile, checked, described, prefix, thinned, whole
-from regrow.runs.spaces import rebuilt
 from regrow.tracing.stand import stands_in
 from zoo import randomise
 

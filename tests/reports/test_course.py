@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from regrow.commands.learn import Settings, extend, run
 from regrow.reports import summarise, to_html, to_markdown, write_page
-from regrow.runs.learning_run import Settings, extend, run
 from reports.test_page import check_self_contained
 from reports.test_summary import ODD
 

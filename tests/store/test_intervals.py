@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from regrow import Plan, trace
+from regrow.ledger import Ledger
 from regrow.reports.reading import read_run
-from regrow.runs.ledger import Ledger
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans, from_intervals, to_intervals
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from regrow import load
 from regrow.cli import code_of
+from regrow.commands import RunFolder, save
+from regrow.commands.prune import Settings, run
 from regrow.export.formats import exported
-from regrow.runs import RunFolder, save
-from regrow.runs.pruning_run import Settings, run
 from regrow.store.errors import telling
 
 CLOCK = {"seconds", "started", "finished"}

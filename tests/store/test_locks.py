@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from regrow.runs import RunFolder, StoreError, save
+from regrow.commands import RunFolder, StoreError, save
 from regrow.store.locks import lock
 
 HOLDER = """

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from regrow import load
-from regrow.runs import StoreError, save
+from regrow.commands import StoreError, save
 from regrow.store import replacing
 from regrow.store.replacing import cleared, read_whole, replaced, settle
 
@@ -113,7 +113,7 @@ def test_readers_never_fail_while_a_model_is_saved_over_another(tmp_path):
     torch.manual_seed(0)
     save(nn.Sequential(nn.Linear(3, 3)), tmp_path / "net")
     code = (
-        "import sys; from torch import nn; from regrow.runs import save\n"
+        "import sys; from torch import nn; from regrow.commands import save\n"
         "for _ in range(8): save(nn.Sequential(nn.Linear(3, 3)), sys.argv[1])"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "net")])

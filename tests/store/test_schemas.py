@@ -8,8 +8,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from regrow.runs import Ledger, RunFolder, StoreError, read_attic
-from regrow.runs.pruning_run import Settings
+from regrow.commands import Ledger, RunFolder, StoreError, read_attic
+from regrow.commands.prune import Settings
 from regrow.store import convert as convert_module
 from regrow.store import schemas
 from regrow.store.convert import convert

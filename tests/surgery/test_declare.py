@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import laws
 import regrow
 from regrow.axes import AxisGraph, Example, Mark, Role
+from regrow.commands import load, save
 from regrow.plan import Fill, Plan, PlanError
-from regrow.runs import load, save
 from regrow.sources import Batch, Source
 from regrow.surgery import Attic, DeclarationError, declare
 from regrow.tracing import TraceError

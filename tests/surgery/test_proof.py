@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import laws
+from commands.saved import small
 from regrow.axes import AxisGraph
 from regrow.plan import Fill, Plan, PlanError
 from regrow.surgery import Attic, apply
@@ -20,7 +21,6 @@ from regrow.surgery import carry as carry_module
 from regrow.surgery.carry import prepare
 from regrow.surgery.proof import Change, _Pair, chosen
 from regrow.tracing import trace
-from runs.saved import small
 from zoo import Wired, randomise, trace_zoo
 
 KEY = "a.weight:0"

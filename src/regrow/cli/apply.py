@@ -22,9 +22,9 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
     Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
     """
-    from regrow.runs import Ledger, replay
-    from regrow.runs.evaluating import loaded_from
-    from regrow.runs.pruning_run import Settings
+    from regrow.commands import Ledger, replay
+    from regrow.commands.evaluate import loaded_from
+    from regrow.commands.prune import Settings
     from regrow.store import write_model
     from regrow.store.replacing import cleared, replaced
     from regrow.tracing import trace
@@ -48,9 +48,9 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
 
 def _plans(path: Path) -> list[Any]:
+    from regrow.commands import Ledger
+    from regrow.ledger import read_plan
     from regrow.limits import parse_json, read_text
-    from regrow.runs import Ledger
-    from regrow.runs.ledger import read_plan
 
     try:
         text = read_text(path, 2**30)

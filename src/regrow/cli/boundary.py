@@ -279,7 +279,7 @@ class Verb(click.Command):
         **more: As for ``click.Command``.
     """
 
-    def __init__(self, *, needs: str = "regrow.runs", resumed: tuple[str, ...] = (), **more: Any) -> None:
+    def __init__(self, *, needs: str = "regrow.commands", resumed: tuple[str, ...] = (), **more: Any) -> None:
         super().__init__(**more)
         self.needs = needs
         self.resumed = resumed
@@ -332,7 +332,7 @@ class Verb(click.Command):
         folders = [Path(values[name]) for name in self.resumed if values.get(name) and not values.get("dry_run")]
         if not folders:
             return NOTHING_YET
-        from regrow.runs.folder import RunFolder
+        from regrow.commands.folder import RunFolder
 
         resumable = False
         with contextlib.suppress(ValueError, OSError):

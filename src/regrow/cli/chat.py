@@ -37,8 +37,8 @@ NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for e
 def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: str, **given: Any) -> None:
     """Talk to MODEL, and to OTHER beside it: run folders, or anything that `regrow prune` takes."""
     from regrow import store
-    from regrow.runs.evaluating import loaded_from
-    from regrow.runs.pruning_run import Settings
+    from regrow.commands.evaluate import loaded_from
+    from regrow.commands.prune import Settings
 
     names = [model, *([other] if other else [])]
     options.say_code(*names)

@@ -33,8 +33,8 @@ from regrow.cli.screen import number, say, table, working
 @options.input_shape
 def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
-    from regrow.runs import RunFolder
-    from regrow.runs.evaluating import evaluated
+    from regrow.commands import RunFolder
+    from regrow.commands.evaluate import evaluated
 
     options.check_json(json_file, model, *given["choices"], *given["harness"], *given["sources"])
     options.say_code(model, given["code"])

@@ -80,7 +80,7 @@ def learn(
     **given: Any,
 ) -> None:
     """Learn TASKS one after the other, and leave a folder with the network, the accuracy matrix and every plan."""
-    from regrow.runs.learning_run import Settings, extend, run
+    from regrow.commands.learn import Settings, extend, run
 
     page = RunPage("network")
     if resume:

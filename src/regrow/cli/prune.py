@@ -115,7 +115,7 @@ def prune(
     **given: Any,
 ) -> None:
     """Prune MODEL to a fraction of its weights and leave a folder that loads, with a page that says what was lost."""
-    from regrow.runs.pruning_run import plan_only, run
+    from regrow.commands.prune import plan_only, run
 
     if code and not again:
         raise click.UsageError(f"--code is for --again; name the function in the place of MODEL: regrow prune {code}")
@@ -145,7 +145,7 @@ def prune(
 
 
 def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any:
-    from regrow.runs.pruning_run import Settings
+    from regrow.commands.prune import Settings
 
     if model is None:
         raise click.UsageError("name the model to prune, for example `regrow prune smollm2-135m --keep 0.9 --out run`")
@@ -167,9 +167,9 @@ def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any
 
 
 def _again(folder: Path, code: str) -> Any:
+    from regrow.commands.folder import RunFolder
+    from regrow.commands.prune import Settings
     from regrow.nets import ModelError
-    from regrow.runs.folder import RunFolder
-    from regrow.runs.pruning_run import Settings
 
     data = (RunFolder.started(folder) or RunFolder.open(folder)).run()
     if data.get("verb") != "prune":

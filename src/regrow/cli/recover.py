@@ -39,7 +39,7 @@ BEFORE = ("dense", "pruned")
 )
 def recover(run: Path, by: str, tokens: int, pairs: tuple[str, ...], seed: int, code: str, out: Path) -> None:
     """Recover the model of RUN, a finished pruning run, on that run's own sources; RUN is only read."""
-    from regrow.runs import recovery_run
+    from regrow.commands import recover as recovery_run
 
     settings, page = options.settings(pairs), RunPage("model")
     options.say_code(code)

@@ -33,7 +33,7 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
 
 def _place(run: Path) -> Path:
     """Where the page of a run goes: a run that is not finished has its working area."""
-    from regrow.runs import RunFolder
+    from regrow.commands import RunFolder
 
     begun = RunFolder.started(run) if not (run / "run.json").is_file() else None
     return (begun.path if begun else run) / PAGE

@@ -70,7 +70,7 @@ def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: A
     The training examples are split into a part that is learned from and one that is only watched; the test set
     is read once, at the end.
     """
-    from regrow.runs.searching import Settings, run
+    from regrow.commands.search import Settings, run
 
     settings = Settings(space, data, target, method_settings=options.settings(pairs), **given)
     options.say_code(space)

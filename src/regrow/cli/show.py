@@ -23,9 +23,9 @@ def show(
 ) -> None:
     """Show what can be cut in MODEL, what a unit of it costs, and why the rest is frozen."""
     from regrow.allocation.inventory import inventory
+    from regrow.commands.evaluate import loaded_from
+    from regrow.commands.prune import Settings
     from regrow.nets.examples import written_shape
-    from regrow.runs.evaluating import loaded_from
-    from regrow.runs.pruning_run import Settings
     from regrow.tracing import trace, with_branches
 
     options.check_json(json_file, model)

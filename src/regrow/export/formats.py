@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.commands.evaluate import loaded_from
+from regrow.commands.prune import Settings
 from regrow.export.written import ExportError, Written
 from regrow.progress import Progress, silent
-from regrow.runs.evaluating import loaded_from
-from regrow.runs.pruning_run import Settings
 from regrow.store.outputs import check_output
 
 

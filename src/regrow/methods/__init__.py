@@ -8,27 +8,11 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, get_args, get_type_hints
 
-from regrow.methods import (
-    blind,
-    darts,
-    ewc,
-    flap,
-    gold_nas,
-    gprune,
-    llm_pruner,
-    lwf,
-    magnitude,
-    mgas,
-    naive,
-    packnet,
-    random,
-    replay,
-    si,
-    sparsegrow,
-    wanda_sp,
-    wsn,
-)
-from regrow.recovery import bias, distil, lora, refit
+from regrow.methods.continual import ewc, lwf, naive, packnet, replay, si, sparsegrow, wsn
+from regrow.methods.pruning import flap, gprune, llm_pruner, magnitude, random, wanda_sp
+from regrow.methods.recovery import bias, distil, lora, refit
+from regrow.methods.search import baselines as blind
+from regrow.methods.search import darts, gold_nas, mgas
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Calibration in a run folder: each finished shard is kept, so that a killed run goes on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from regrow.axes import AxisGraph
+from regrow.commands import checkpoints
+from regrow.commands import pruning as prune
+from regrow.commands.folder import RunFolder
+from regrow.method import Evidence, Method
+from regrow.nets import Loaded
+from regrow.progress import Progress
+from regrow.sources import Source
+
+
+def calibrated(
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: Method, sources: Sequence[Source], progress: Progress
+) -> tuple[Evidence, str]:
+    """Measure what a method needs, or take up an interrupted measurement.
+
+    Args:
+        folder: Where finished shards are kept.
+        loaded: The model.
+        axes: Its axes.
+        method: What asks.
+        sources: Where to measure.
+        progress: Called as work goes on.
+
+    Returns:
+        What was measured, and a digest of all it depends on.
+    """
+    model, several = loaded.origin.record(), prune.spread(sources, method.sources)[0]
+    keys = {
+        source.name: checkpoints.fingerprint(
+            source, method.shards, sorted(method.needs), str(model), glance(loaded.model)
+        )
+        for source in several
+    }
+    done = folder.statistics(keys, method.shards)
+
+    def keep(source: str, shard: int, statistics: Any) -> None:
+        folder.save_statistics(source, shard, statistics, key=keys[source])
+
+    evidence = prune.measured(loaded.model, axes, method, sources, progress, done=done, on_done=keep)
+    return evidence, checkpoints.fingerprint(Source("", ()), keys)
+
+
+def glance(model: nn.Module) -> list[float]:
+    """A few numbers that tell one set of weights from another."""
+    return [float(p.detach().float().flatten()[:4096].double().sum()) for p in model.parameters()]

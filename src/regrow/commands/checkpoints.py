@@ -1,0 +1,137 @@
+"""What calibration has measured so far, on the disk: a run that is killed goes on where it was, bit for bit."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from regrow.method import State
+from regrow.scores import Moments, Statistics
+from regrow.sources import Source
+from regrow.store import schemas
+from regrow.store.convert import convert
+from regrow.store.errors import StoreError
+from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
+from regrow.training.loop import Learned
+
+FORMAT = "regrow-statistics/1"
+LEARNED = "regrow-learned/1"
+_SUMS = ("total", "square", "mean_total", "mean_square")
+
+
+def file_name(source: str, shard: int) -> str:
+    """The name of a checkpoint; whatever the source is called, it is one plain name and no other source's.
+
+    >>> file_name("news", 0), file_name("../News", 0)
+    ('news-0.safetensors', 'news-ea82aa80-0.safetensors')
+    """
+    name = source
+    # Capitals too: some disks do not tell them from small letters.
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,59}", source) or re.search(r"-[0-9a-f]{8}$", source):
+        plain = re.sub(r"[^a-z0-9]+", "-", source.lower()).strip("-")[:40]
+        name = f"{plain}-{hashlib.sha256(source.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}".lstrip("-")
+    return f"{name}-{shard}.safetensors"
+
+
+def fingerprint(source: Source, *more: Any) -> str:
+    """A digest of everything that statistics on a source depend on.
+
+    Args:
+        source: Its batches count, not where they came from.
+        more: What else counts: the number of shards, what is measured, the digest of the model.
+
+    >>> import torch
+    >>> from regrow.sources import Batch
+    >>> one, two = (Source("s", [Batch((torch.tensor([i]),))]) for i in (1, 2))
+    >>> fingerprint(one) == fingerprint(one), fingerprint(one) == fingerprint(two)
+    (True, False)
+    """
+    digest = hashlib.sha256()
+    for batch in source:
+        add_to_digest(digest, (batch.args, batch.kwargs, batch.labels))
+    add_to_digest(digest, more)
+    return digest.hexdigest()
+
+
+def write_statistics(path: Path, source: str, shard: int, statistics: Statistics, key: str) -> None:
+    """Write the statistics of one shard of a source.
+
+    Raises:
+        StoreError: If the disk is full or does not let us write.
+    """
+    tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
+    tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
+    header = {
+        "source": source,
+        "shard": shard,
+        "key": key,
+        "tokens": statistics.tokens,
+        "moments": [[name, m.count, m.sequences] for name, m in statistics.moments.items()],
+        "gradients": list(statistics.gradients),
+    }
+    write_tensors(path, tensors, header, FORMAT)
+
+
+def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics | None:
+    """The statistics in a file; ``None`` if they are of something else, or damaged: then they are measured again."""
+    try:
+        header, tensors = read_tensors(path, FORMAT)
+        record = convert(header, schemas.StatisticsHeader)
+        if (record.source, record.shard, record.key) != (source, shard, key):
+            return None
+        moments = {
+            name: Moments(count, tensors[f"m{i}.total"], tensors[f"m{i}.square"], sequences, *_means(tensors, i))
+            for i, (name, count, sequences) in enumerate(record.moments)
+        }
+        gradients = {name: tensors[f"g{i}"] for i, name in enumerate(record.gradients)}
+        return Statistics(source, record.tokens, moments, gradients)
+    except (StoreError, ValueError, KeyError, TypeError):
+        return None
+
+
+def write_learned(path: Path, learned: Learned, key: str) -> None:
+    """Write where a method that learns stands.
+
+    Raises:
+        StoreError: If the disk is full or does not let us write.
+    """
+    tensors = {f"state {name}": value for name, value in learned.state.tensors.items()}
+    tensors |= {f"optimiser {name}": value for name, value in learned.optimiser.items()}
+    header = {
+        "key": key,
+        "step": learned.step,
+        "values": dict(learned.state.values),
+        "findings": dict(learned.state.findings),
+    }
+    write_tensors(path, tensors, header, LEARNED)
+
+
+def read_learned(path: Path, state: State, key: str) -> Learned | None:
+    """Where a method stood; ``None`` if that is of something else, or damaged: then it learns from the start.
+
+    Args:
+        path: The file.
+        state: The first state of the method, which has the budget.
+        key: What it must have been written with.
+    """
+    try:
+        header, tensors = read_tensors(path, LEARNED)
+        record = convert(header, schemas.LearnedHeader)
+        if record.key != key:
+            return None
+        parts: dict[str, dict[str, Tensor]] = {"state": {}, "optimiser": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(" ")
+            parts[part][rest] = value
+        state = replace(state, values=record.values, tensors=parts["state"], findings=record.findings)
+        return Learned(record.step, state, parts["optimiser"])
+    except (StoreError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
+    return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]

@@ -1,0 +1,394 @@
+"""A run folder: settings, measurements and plans of one run, so that it can be read, resumed and run again.
+
+While a run is unfinished, its files lie in a working area inside its folder (``.work``), which nobody takes for a
+result. At the end, the complete new folder takes the place of the old one, which may hold an earlier result.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from regrow.commands.attics import read_attic, write_attic
+from regrow.commands.checkpoints import file_name, read_learned, read_statistics, write_learned, write_statistics
+from regrow.commands.metrics import Metrics, finite
+from regrow.commands.record import FORMAT, RUN, identity, read_json, read_run
+from regrow.commands.working_area import adopt, begin_again, cleared_area, resumes, started
+from regrow.ledger import Ledger
+from regrow.method import State
+from regrow.scores import Statistics
+from regrow.store import schemas
+from regrow.store.atomic import write_text
+from regrow.store.convert import convert
+from regrow.store.errors import StoreError, telling
+from regrow.store.locks import Lock, lock
+from regrow.store.replacing import WORK, check_replaceable, cleared, link_tree, replaced, settle
+from regrow.store.versions import versions
+from regrow.surgery import Attic
+from regrow.training.loop import Learned
+
+WritePage = Callable[[Path], object]
+"""Writes the page of a run into its folder, right before that takes its place."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of a run.
+
+    Args:
+        path: Where its files lie: the folder of a finished run; the working area of one that goes on.
+        resumed: Whether an earlier process had begun this run.
+        out: Where the run will be once it is finished, if it goes on here.
+        owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
+    """
+
+    path: Path
+    resumed: bool = False
+    out: Path | None = None
+    owner: Lock | None = None
+
+    @classmethod
+    def create(
+        cls,
+        out: str | Path,
+        *,
+        verb: str,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+        command: str = "",
+    ) -> "RunFolder":
+        """Begin a run in a new or empty folder, or go on with the same run if it was interrupted.
+
+        Args:
+            out: The folder; locked until the run is finished or the ``with`` block is left.
+            verb: What is done: ``"prune"``.
+            settings: Everything that the result depends on, as JSON data; the run is the same if these are.
+            defaults: What the method takes for granted beside them; a run goes on under the same alone.
+            command: The command that does it again.
+
+        Raises:
+            StoreError: If the folder holds something else, another run, or this one finished, or if another process is
+                writing there; nothing is touched.
+        """
+        out, wanted = Path(out), identity(verb, settings, defaults)
+        cls.check(out, verb=verb, settings=settings, defaults=defaults)
+        with telling(out):
+            out.mkdir(parents=True, exist_ok=True)
+            owner = lock(out)
+        try:
+            resumed = resumes(out, wanted)
+            if resumed:
+                adopt(out)
+                return cls(out / WORK, True, out, owner)
+            folder = cls(cleared_area(out), False, out, owner)
+            folder._write(RUN, {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
+            return folder
+        except BaseException:
+            owner.release()
+            raise
+
+    @classmethod
+    def check(
+        cls,
+        out: str | Path,
+        *,
+        verb: str,
+        settings: Mapping[str, Any],
+        defaults: Mapping[str, Any] | None = None,
+    ) -> bool:
+        """Whether an interrupted run would be resumed in a folder (``False``: a new one would begin).
+
+        What killed processes left beside the folder is deleted; nothing else is changed.
+
+        Raises:
+            StoreError: As :meth:`create`.
+        """
+        out = Path(out)
+        check_replaceable(out)
+        cleared(out)
+        if out.is_dir():
+            lock(out).release()
+        if not resumes(out, identity(verb, settings, defaults)):
+            return False
+        if begun := cls.started(out):
+            begun.metrics()  # what goes on with damaged measurements ends with them
+        return True
+
+    @classmethod
+    def reopen(cls, out: str | Path) -> "RunFolder":
+        """Go on with a run, whether it is finished or not; a finished one stays as it is until :meth:`finish`.
+
+        Raises:
+            StoreError: If there is no run, or another process is writing there.
+        """
+        out = Path(out)
+        check_replaceable(out)
+        with telling(out):
+            owner = lock(out)
+        try:
+            if started(out):
+                adopt(out)
+            else:
+                cls.open(out)
+                begin_again(out)
+        except BaseException:
+            owner.release()
+            raise
+        return cls(out / WORK, True, out, owner)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "RunFolder":
+        """A finished run, to be read.
+
+        Raises:
+            StoreError: If the folder has no readable ``run.json``, or its run is not finished; says how it goes on.
+        """
+        path = Path(path)
+        settle(path)
+        found = cls(path)
+        if not (path / RUN).is_file() or not found.run().get("finished"):
+            begun = cls.started(path)
+            if begun is not None:
+                raise StoreError(f"{path}: the run is not finished; go on with it first: {begun.run().get('command')}")
+            found.run()
+        return found
+
+    @classmethod
+    def started(cls, path: str | Path) -> "RunFolder | None":
+        """The unfinished run in a folder, to be read; ``None`` if there is none."""
+        place = started(Path(path))
+        return cls(place) if place else None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self.owner:
+            self.owner.release()
+
+    def run(self) -> dict[str, Any]:
+        """What ``run.json`` says.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        return read_run(self.path)
+
+    def update(self, **fields: Any) -> None:
+        """Set fields of ``run.json``: ``seconds``, ``notes``. Those that are ``None`` are taken out.
+
+        Raises:
+            StoreError: If the disk is full; the file is then as it was.
+        """
+        self._write(RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
+
+    def finish(self, write_page: WritePage | None = None, **fields: Any) -> "RunFolder":
+        """Complete the run: its files take the place of the folder that it was begun for, all at once.
+
+        Args:
+            write_page: Writes its page into the folder it is given; the page is then part of the result.
+            fields: What is set in ``run.json`` beside the time.
+
+        Returns:
+            The finished run; what was kept for resuming is gone, and the folder is no longer locked.
+
+        Raises:
+            StoreError: If the disk is full; what was there before stays, and the run can go on.
+        """
+        if self.out is None:
+            raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")
+        self.update(**fields, **_now("finished"))
+        if write_page:
+            write_page(self.path)
+        with replaced(self.out, self.owner) as new:
+            link_tree(self.path, new, skip={"statistics"})
+        if self.owner:
+            self.owner.release()
+        return RunFolder(self.out)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The plans of the run."""
+        return Ledger(self.path / "ledger.json")
+
+    def keep(self, attic: Attic) -> None:
+        """Write ``attic.safetensors``: what cuts have taken out, so that a later run can restore it.
+
+        Raises:
+            StoreError: If the disk is full; the file is then as it was.
+        """
+        write_attic(self.path / "attic.safetensors", attic)
+
+    def attic(self) -> Attic:
+        """What cuts have taken out; an empty attic if nothing was kept.
+
+        Raises:
+            StoreError: If the file is damaged.
+        """
+        path = self.path / "attic.safetensors"
+        return read_attic(path) if path.exists() else Attic()
+
+    def log(self, what: str, *, number: int | None = None, **values: Any) -> None:
+        """Add a measurement to ``metrics.jsonl``, unless it is there; it is on the disk when this returns.
+
+        Args:
+            what: The kind of measurement: ``"perplexity"``, ``"size"``. One of ``regrow.commands.metrics.KEYS`` is told
+                from others of its kind by the fields named there; other kinds are always added.
+            number: Which measurement of its kind this is, for ``regrow.commands.metrics.NUMBERED``.
+            values: What was measured, as JSON data; numbers that are not finite become null.
+
+        Raises:
+            StoreError: If the disk is full; the file then holds what it held.
+        """
+        self._metrics.add({"what": what, **values}, number)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Every measurement, in order; a last line that a crash cut short is left out.
+
+        Raises:
+            StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
+        """
+        return self._metrics.rows()
+
+    def last(self, what: str) -> dict[str, Any]:
+        """The last measurement of a kind.
+
+        Raises:
+            StoreError: If there is none.
+        """
+        if not (found := [row for row in self.metrics() if row["what"] == what]):
+            raise StoreError(f"{self.path / 'metrics.jsonl'}: it has no measurement {what!r}; run the command again")
+        return found[-1]
+
+    @cached_property
+    def _metrics(self) -> Metrics:
+        return Metrics(self.path / "metrics.jsonl")
+
+    def write_axes(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+        """Write ``axes.json``.
+
+        Args:
+            before: One object per axis before the run: ``key``, ``size``, ``mark``, ``reason``, ``block``, ``label``,
+                ``unit_params``, ``unit_macs``.
+            after: The same after it.
+        """
+        self._write("axes.json", {"before": [dict(row) for row in before], "after": [dict(row) for row in after]})
+
+    def axes(self) -> dict[str, Any]:
+        """What ``axes.json`` holds; empty if there is none.
+
+        Raises:
+            StoreError: If it is damaged; names the field.
+        """
+        return self._record("axes.json", schemas.AxisRows)
+
+    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write ``scores.json``.
+
+        Args:
+            metric: The name of the measure.
+            axes: Axis key → ``quantiles`` (21 ascending numbers), ``kept_min``, ``dropped_max``, and ``massive``: a
+                list of ``{"unit", "ratio", "share"}``.
+        """
+        self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
+
+    def scores(self) -> dict[str, Any]:
+        """What ``scores.json`` holds; empty if there is none.
+
+        Raises:
+            StoreError: If it is damaged; names the field.
+        """
+        return self._record("scores.json", schemas.ScoreSummary)
+
+    def save_statistics(self, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
+        """Keep what was measured on one shard of a source, for resuming.
+
+        Args:
+            source: The name of the source.
+            shard: Which part of it.
+            statistics: The sums.
+            key: What they depend on (:func:`regrow.commands.fingerprint`); others will not be taken for these.
+
+        Raises:
+            StoreError: If the disk is full.
+        """
+        path = self.path / "statistics" / file_name(source, shard)
+        with telling(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        write_statistics(path, source, shard, statistics, key)
+
+    def statistics(self, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
+        """What an interrupted calibration has finished: (source, shard) → statistics, as ``collect(done=…)`` takes it.
+
+        Args:
+            keys: The name of each source → the key that its statistics must have been saved with.
+            shards: Into how many parts each source is split.
+        """
+        found = {}
+        for source, key in keys.items():
+            for shard in range(shards):
+                path = self.path / "statistics" / file_name(source, shard)
+                if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
+                    found[source, shard] = statistics
+        return found
+
+    def save_learned(self, learned: Learned, *, key: str = "") -> None:
+        """Keep where a method that learns stands, for resuming.
+
+        Args:
+            learned: Where it stands.
+            key: What that depends on.
+
+        Raises:
+            StoreError: If the disk is full.
+        """
+        path = self.path / "statistics" / "learned.safetensors"
+        with telling(path.parent):
+            path.parent.mkdir(exist_ok=True)
+        write_learned(path, learned, key)
+
+    def learned(self, state: State, *, key: str = "") -> Learned | None:
+        """Where an interrupted run had got to in learning; ``None``: nowhere.
+
+        Args:
+            state: The first state of the method.
+            key: As in :meth:`save_learned`.
+        """
+        path = self.path / "statistics" / "learned.safetensors"
+        return read_learned(path, state, key) if path.is_file() else None
+
+    def write_findings(self, method: str, findings: Mapping[str, Any]) -> None:
+        """Write ``findings.json``: what a method saw.
+
+        Args:
+            method: Its name.
+            findings: Tables by name, as JSON data.
+        """
+        self._write("findings.json", {"method": method, **findings})
+
+    def findings(self) -> dict[str, Any]:
+        """What ``findings.json`` holds; empty if there is none.
+
+        Raises:
+            StoreError: If it is damaged; names the field.
+        """
+        return self._record("findings.json", schemas.Findings)
+
+    def _write(self, name: str, data: Mapping[str, Any]) -> None:
+        write_text(self.path / name, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+
+    def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
+        data = read_json(self.path / name)
+        if data is None:
+            return {}
+        convert(data, kind, self.path / name)
+        return dict(data)
+
+
+def _now(what: str) -> dict[str, Any]:
+    time = {what: datetime.now(UTC).isoformat(timespec="seconds")}
+    return {"versions": versions(), **time} if what == "started" else time

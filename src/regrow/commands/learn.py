@@ -1,0 +1,393 @@
+"""A learning run: a network, a sequence of tasks, and a folder that tells what happened and takes further tasks."""
+
+import re
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice, takewhile
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regrow import store
+from regrow.axes import AxisGraph
+from regrow.commands.checks import LEARN, check_settings
+from regrow.commands.courses import COURSE, check_course, read_course, read_history, tasks_over, write_course
+from regrow.commands.folder import RunFolder, WritePage
+from regrow.commands.record import convert_settings, set_words
+from regrow.data import MissingError, SourceError, streams
+from regrow.learner import Learner, Stand
+from regrow.methods import learner_entry
+from regrow.nets.files import check_files
+from regrow.nets.loaded import Origin
+from regrow.nets.small import origin_of_small, small
+from regrow.progress import Progress, silent
+from regrow.store.errors import StoreError
+from regrow.store.replacing import cleared
+from regrow.tasks import Task
+from regrow.tracing import trace
+from regrow.tracing.hollow import clone_model
+from regrow.training.births import over
+from regrow.training.learning import Course, Schedule, accuracies, learn
+
+MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
+"""How many numbers an example may be, and classes there may be, by what a file says."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a learning run depends on; ``run.json`` holds exactly this.
+
+    Args:
+        tasks: Sequences of tasks, one after the other: ``permuted:DATA:10``, ``rotated:DATA:10``, ``split:DATA:5``, or
+            ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files, or with pictures in
+            ``train/CLASS/…`` and ``test/CLASS/…``. All pictures are brought to the size and colours of the first task.
+        model: ``mlp:100-100``, ``resnet:16-3`` or ``resnet-gn:16-3``.
+        method: One of ``regrow.methods.LEARNERS``.
+        method_settings: Its settings, where they differ from the defaults.
+        scenario: ``domain``, ``class`` or ``task``.
+        epochs: Passes over each task.
+        batch_size: Examples per step.
+        optimizer: ``sgd`` or ``adamw``.
+        lr: Learning rate.
+        weight_decay: Of the optimiser.
+        train: Most examples a task is learned from; 0: all.
+        test: Most examples it is evaluated on; 0: all.
+        classes: For how many classes the network has outputs at least; those of the tasks anyway. Classes of tasks that
+            come later need some.
+        precision: ``float32`` or ``bfloat16``, of what losses are taken in.
+        seed: Of weights, orders and everything drawn.
+    """
+
+    tasks: tuple[str, ...]
+    model: str = "mlp:100-100"
+    method: str = "sparsegrow"
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    scenario: str = "domain"
+    epochs: int = 5
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    train: int = 0
+    test: int = 0
+    classes: int = 0
+    precision: str = "float32"
+    seed: int = 0
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that a ``run.json`` holds."""
+        made = convert_settings(values, cls)
+        check_settings(made, LEARN)
+        return made
+
+    def schedule(self) -> Schedule:
+        """How every task is learned."""
+        given = (one.name for one in fields(Schedule) if one.name in self.__dataclass_fields__)
+        return Schedule(**{name: getattr(self, name) for name in given})
+
+    def command(self, out: str) -> str:
+        """The command line that does this run again."""
+        default = Settings(self.tasks)
+        words = ["regrow", "learn", *self.tasks, "--method", self.method, "--model", self.model]
+        for name in (
+            "scenario",
+            "epochs",
+            "batch_size",
+            "optimizer",
+            "lr",
+            "weight_decay",
+            "train",
+            "test",
+            "classes",
+            "precision",
+            "seed",
+        ):
+            if getattr(self, name) != getattr(default, name):
+                words += [f"--{name.replace('_', '-')}", f"{getattr(self, name)}"]
+        words += set_words(self.method_settings)
+        return shlex.join([*words, "--out", out])
+
+
+def run(
+    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+) -> RunFolder:
+    """Learn a sequence of tasks and leave a run folder behind; an interrupted run goes on where it was.
+
+    Args:
+        settings: What to do.
+        out: The run folder; new, empty, or of this very run.
+        progress: Called as work goes on.
+        write_page: Called with the complete folder, right before it takes its place.
+
+    Raises:
+        ValueError: If a setting or a sequence is not usable; says which, and the remedy.
+    """
+    check_settings(settings, LEARN)
+    learner, schedule, told = built(settings), settings.schedule(), _told(settings)
+    if RunFolder.check(out, **told) and (begun := RunFolder.started(out)):
+        check_course(begun)
+    tasks = tasks_of(settings)
+    origin_of_small(settings.model, tasks[0].train.inputs.shape[1:], outputs_of(settings, tasks))
+    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+        return _go_on(folder, settings, learner, schedule, tasks, progress, write_page)
+
+
+def extend(
+    out: str | Path,
+    more: Sequence[str],
+    progress: Progress = silent,
+    *,
+    without_old: bool = False,
+    total: int | None = None,
+    write_page: WritePage | None = None,
+) -> RunFolder:
+    """Have a run learn further tasks: months later, by another process.
+
+    A finished run stays as it is until they are learned. A call that was interrupted goes on when it is repeated; one
+    that was completed is refused when it is repeated, unless ``total`` says that the same sequences come once more.
+
+    Args:
+        out: The folder of a run, finished or interrupted.
+        more: Further sequences, as ``Settings.tasks``; none to finish what was interrupted.
+        progress: Called as work goes on.
+        total: How many sequences the run has when all are learned; ``None``: its own and ``more``.
+        without_old: Go on although data of tasks that are over are not there any more: it is not evaluated on those.
+        write_page: Called with the complete folder, right before it takes its place.
+
+    Raises:
+        ValueError: If the folder is no learning run, a sequence is not usable, or this very call was completed.
+    """
+    if Path(out).is_dir():
+        check_files(Path(out))
+    cleared(Path(out))
+    folder = RunFolder.started(out) or RunFolder.open(out)
+    told = folder.run()
+    if told.get("verb") != "learn":
+        raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
+    was = Settings.from_json(told["settings"])
+    check_course(folder)
+    added = _added(told.get("extension"), was.tasks, tuple(more), total)
+    if told.get("finished") and folder.path == Path(out) and not added:
+        if more:
+            raise StoreError(
+                f"{out} has learned {', '.join(more)} by this very command; to learn the same once more, add "
+                f"--total {len(was.tasks) + len(more)}"
+            )
+        return folder
+    settings = replace(was, tasks=(*was.tasks, *added))
+    # It goes on as it began, be the defaults of this version others.
+    learner = built(replace(settings, method_settings={**told.get("defaults", {}), **was.method_settings}))
+    try:
+        old = tasks_of(was, told.get("sequence") if without_old else None)
+    except MissingError as error:
+        if without_old:
+            raise SourceError(f"{error}; this run did not note what its tasks were like") from None
+        raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
+    if gone := [task.name for task in old if task.gone]:
+        over = tasks_over(folder.path / COURSE)
+        if late := [task.name for task in old[over:] if task.gone]:
+            raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
+        if learner.looks_back:
+            raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
+    tasks = streams.alike([*old, *(task for spec in added for task in _sequence(spec, settings))])
+    outputs, wanted = outputs_of(was, old), outputs_of(settings, tasks)
+    if wanted > outputs:
+        raise ValueError(
+            f"{', '.join(more)} has classes up to {wanted - 1}, and the network of {out} has outputs for {outputs}: "
+            f"begin a run with --classes {wanted}"
+        )
+    taken = _told(settings)["defaults"] | told.get("defaults", {})
+    with RunFolder.reopen(out) as reopened:
+        if reopened.run() != told:
+            raise StoreError(f"{out} was changed by another process meanwhile; run this again")
+        reopened.update(
+            settings=asdict(settings),
+            defaults=taken,
+            command=settings.command(str(out)),
+            finished=None,
+            extension=list(more) or None,
+        )
+        return _go_on(reopened, settings, learner, settings.schedule(), tasks, progress, write_page)
+
+
+def _added(last: Any, tasks: tuple[str, ...], more: tuple[str, ...], total: int | None) -> tuple[str, ...]:
+    """The sequences that a call adds to those of a run: none if the run has them from this very call.
+
+    Args:
+        last: The sequences that the last call added, as ``run.json`` has them.
+        tasks: All sequences of the run.
+        more: Those of this call.
+        total: How many there are to be.
+    """
+    if total is None:
+        return () if last == list(more) else more
+    if total == len(tasks) and tasks[len(tasks) - len(more) :] == more:
+        return ()
+    if total != len(tasks) + len(more):
+        raise ValueError(
+            f"total must be how many sequences of tasks the run has in the end, got {total}; it has {len(tasks)} and "
+            f"{len(more)} are to come: --total {len(tasks) + len(more)}"
+        )
+    return more
+
+
+def _go_on(
+    folder: RunFolder,
+    settings: Settings,
+    learner: Learner,
+    schedule: Schedule,
+    tasks: Sequence[Task],
+    progress: Progress,
+    write_page: WritePage | None,
+) -> RunFolder:
+    start = time.perf_counter()
+    model, origin = network(settings, tasks)
+    axes = trace(model, tasks[0].train.inputs[:2])
+    folder.update(sequence=_known(settings, tasks))
+    course, place = Course(), folder.path / COURSE
+    if folder.resumed and place.is_file():
+        axes, course = read_course(place, model, axes, learner, read_history(folder))
+    folder.ledger.keep(len(course.plans))
+    plans, events, over = len(folder.ledger), 0, 0
+
+    def tell(now: Course) -> None:
+        nonlocal plans, events, over
+        for plan in now.plans[plans:]:
+            folder.ledger.append(plan)
+        for i in range(events, settled := _settled(now)):
+            folder.log("growth", number=i, **now.events[i])
+        for i in range(over, now.number):
+            folder.log("task", name=tasks[i].name, accuracy=list(now.rows[i]), **now.sizes[i])
+        plans, events, over = len(now.plans), settled, now.number
+
+    def keep(now: Course, _: AxisGraph) -> None:
+        tell(now)
+        write_course(place, model, learner, now, logged=events)
+
+    tell(course)  # version 0.1 stores before it logs
+    if len(course.before) < len(tasks):
+        # Tasks have come since: what an untrained network knows of them is measured anew.
+        row = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
+        course.before += row[len(course.before) :]
+    axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
+    plain = clone_model(model)
+    learner.baked(Stand(plain, axes, tasks[-1], number=len(tasks) - 1))
+    store.write_model(plain, folder.path, origin=origin)
+    if gone := [task.name for task in tasks if task.gone]:
+        folder.log("gone", tasks=gone)
+    folder.log("matrix", tasks=[task.name for task in tasks], **course.matrix.record())
+    return folder.finish(write_page, seconds={"learn": round(time.perf_counter() - start, 3)})
+
+
+def _settled(course: Course) -> int:
+    """How many growths have been watched to their end; one that the loss is not back from waits for its task's."""
+    return len(list(takewhile(lambda event: over(event) or event["task"] < course.number, course.events)))
+
+
+def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
+    """The network of a run, with drawn weights."""
+    shape = tuple(tasks[0].train.inputs.shape[1:])
+    return small(settings.model, shape, outputs_of(settings, tasks), settings.seed)
+
+
+def outputs_of(settings: Settings, tasks: Sequence[Task]) -> int:
+    """For how many classes the network of a run has outputs."""
+    return max(settings.classes, 1 + max(c for task in tasks for c in task.classes))
+
+
+def _told(settings: Settings) -> dict[str, Any]:
+    """What makes a run this one."""
+    taken = learner_entry(settings.method).defaults({*settings.method_settings, "seed"})
+    return {"verb": "learn", "settings": asdict(settings), "defaults": taken}
+
+
+def built(settings: Settings) -> Learner:
+    """The learner of a run.
+
+    Raises:
+        ValueError: If there is no such method, or a setting of it is wrong.
+    """
+    entry = learner_entry(settings.method)
+    given = dict(settings.method_settings)
+    if any(one.name == "seed" for one in fields(entry.settings)):
+        given.setdefault("seed", settings.seed)
+    found: Learner = entry.made(settings.method, given)
+    return found
+
+
+def tasks_of(settings: Settings, known: Any = None) -> list[Task]:
+    """The tasks of a run.
+
+    Args:
+        settings: Its settings.
+        known: What ``run.json`` tells of the tasks of each sequence: those of data that are not there may be left at
+            that. ``None``: all are to be there.
+
+    Raises:
+        SourceError: If a sequence is not spelled as it should be, or its data are not there.
+        StoreError: If what is told of one cannot be.
+    """
+    found: list[Task] = []
+    for i, spec in enumerate(settings.tasks):
+        try:
+            found += _sequence(spec, settings)
+        except MissingError:
+            if not isinstance(known, list) or i >= len(known):
+                raise
+            found += _gone(known[i], _spelled(spec)[2])
+    return streams.alike(found)
+
+
+def _sequence(spec: str, settings: Settings) -> list[Task]:
+    kind, data, n = _spelled(spec)
+    base = streams.of(data, settings.train, settings.test, settings.seed)
+    if n < 1:
+        raise SourceError(f"{spec}: a sequence has at least one task")
+    match kind:
+        case "":
+            return [base]
+        case "permuted":
+            return streams.permuted(base, n, settings.seed)
+        case "rotated":
+            return streams.rotated(base, n)
+    return streams.split(base, n, relabel=settings.scenario == "domain")
+
+
+def _spelled(spec: str) -> tuple[str, str, int]:
+    """What is done to the data, their name, and how many tasks that gives."""
+    fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
+    return (fit[1], fit[2], int(fit[3])) if fit else ("", spec, 1)
+
+
+def _known(settings: Settings, tasks: Sequence[Task]) -> list[list[dict[str, Any]]]:
+    """What is to be known of each sequence when its data are not there any more."""
+    rest = iter(tasks)
+    return [
+        [
+            {"name": task.name, "inputs": list(task.train.inputs.shape[1:]), "classes": list(task.classes)}
+            for task in islice(rest, _spelled(spec)[2])
+        ]
+        for spec in settings.tasks
+    ]
+
+
+def _gone(told: Any, many: int) -> list[Task]:
+    """The tasks of a sequence as ``run.json`` tells of them; it may tell anything."""
+    found = []
+    for one in told if isinstance(told, list) else []:
+        match one:
+            case {"name": str(name), "inputs": [int(), int(), int()] as inputs, "classes": [int(), *_] as classes}:
+                if (
+                    min(inputs) > 0
+                    and prod(inputs) <= MOST_INPUTS
+                    and all(type(c) is int and 0 <= c < MOST_CLASSES for c in classes)
+                ):
+                    found.append(Task.of_gone(name, tuple(inputs), tuple(classes)))
+    if len(found) != many:
+        raise StoreError(f"run.json tells of {many} tasks what cannot be ({str(told)[:80]}); restore it")
+    return found

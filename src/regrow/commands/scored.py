@@ -1,0 +1,36 @@
+"""What the scores of a run looked like: spread, what was kept of it, and units with massive activations."""
+
+from typing import Any
+
+import torch
+
+from regrow.axes import AxisGraph
+from regrow.commands.folder import RunFolder
+from regrow.method import Evidence
+from regrow.nets import Loaded
+from regrow.plan import Plan
+from regrow.scores import Scores
+from regrow.scoring import energy, massive, weights_of
+
+
+def write_scores(
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
+) -> None:
+    """Write the scores that a plan was made from into a run folder."""
+    entries: dict[str, dict[str, Any]] = {}
+    for key, values in scores.values.items():
+        steps = torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()
+        keep = list(plan.changes[key].keep) if key in plan.changes else list(range(len(values)))
+        dropped = list(plan.changes[key].dropped) if key in plan.changes else []
+        entries[key] = {
+            "quantiles": steps,
+            "kept_min": float(values[keep].min()),
+            "dropped_max": float(values[dropped].max()) if dropped else None,
+            "massive": [],
+        }
+    if evidence.statistics and evidence.pooled().moments:
+        found = massive(axes, energy(weights_of(loaded.model), axes, evidence.pooled()))
+        for one in found:
+            if one.axis in entries:
+                entries[one.axis]["massive"].append({"unit": one.unit, "ratio": one.ratio, "share": one.share})
+    folder.write_scores(scores.metric, entries)

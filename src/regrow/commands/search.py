@@ -1,0 +1,396 @@
+"""A search: a space, data and a size; and a folder with the network that was found, how it came about, and its test."""
+
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from regrow import evaluation, store
+from regrow.allocation.stages import Stages, in_bytes
+from regrow.allocation.timed import timed
+from regrow.axes import AxisGraph
+from regrow.budget import Measure
+from regrow.candidates import Staged, candidates_in, fold_scales
+from regrow.commands import front, latencies, spaces, stage_memory
+from regrow.commands.checks import SEARCH, check_settings
+from regrow.commands.courses import COURSE, read_course, read_history, write_course
+from regrow.commands.folder import RunFolder, WritePage
+from regrow.commands.record import RUN, convert_settings, set_words
+from regrow.commands.targets import DENSE, FORMER, levels_for, measure_of, target
+from regrow.data import streams
+from regrow.evaluation import Latency, fastest_pass
+from regrow.evaluation.continual import share_right
+from regrow.learner import Stand
+from regrow.methods import searcher_entry
+from regrow.methods.search.retrain import Retrain
+from regrow.methods.search.retrain import Settings as Anew
+from regrow.methods.search.searcher import Searcher
+from regrow.nets.bench201 import Bench201
+from regrow.nets.cells import Cells
+from regrow.nets.loaded import Origin
+from regrow.nets.mobile import Mobile
+from regrow.progress import Progress, silent
+from regrow.sources import Batch
+from regrow.tasks import Examples, Task
+from regrow.tracing import trace
+from regrow.tracing.hollow import clone_model
+from regrow.training.learning import Course, Schedule, changed, learn
+
+GIVEN = ("target", "measure", "stages", "seed")
+"""Settings of methods that a run gives them."""
+_ELSEWHERE = ("space", "data", "target", "method_settings", "accounting")
+"""Settings that are no options of the command line."""
+RETRAINING = "retraining.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a search depends on; ``run.json`` holds this, and the method's defaults beside it.
+
+    Args:
+        space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), ``mobile:WIDTH-BLOCKS`` (inverted bottlenecks,
+            BLOCKS per stage), ``bench201:WIDTH-N`` (NAS-Bench-201's, N cells per stage, of which operations are
+            searched, in one stage), a network of ``regrow learn`` (``resnet:16-3``), of which filters and weights
+            are searched, or ``pkg.mod:fn``: a function of your own code that gives a network, of which what it marks
+            with ``Candidates`` is searched too.
+        data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
+        target: ``params=0.05M``, ``nonzero=50k``, ``macs=3M`` (of one image), ``bytes=200k``, ``ms=20`` (a pass of a
+            batch on this device), a share of the whole space such as ``macs=20%``, or of its parameters, ``0.2``.
+        method: One of ``regrow.methods.SEARCHERS``.
+        method_settings: Its settings, where they differ from the defaults.
+        stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says; 0: three, or as
+            many as it has parts.
+        memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
+        epochs: Passes over the training part in the search; 0 for methods that learn nothing.
+        retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
+        inherit: Whether that begins with the weights that the search left, instead of drawn ones.
+        cutout: Side of the square cut out of each picture in the training anew, pixels; 0: none is.
+        batch_size: Examples per step.
+        lr: Learning rate of the network's weights.
+        weight_decay: Of them.
+        train: Most examples of the training set that are used; 0: all.
+        test: Most of the test set; 0: all.
+        validation: The share of the training examples that is watched, and never learned from in the search.
+        stride: Of the stem.
+        seed: Of weights, orders and everything drawn.
+        accounting: ``dense``; ``0.1`` for a run of that version, whose target in parameters counted what is not 0.
+    """
+
+    space: str
+    data: str
+    target: str
+    method: str = "mgas"
+    method_settings: Mapping[str, Any] = field(default_factory=dict)
+    stages: int = 0
+    memory: str = ""
+    epochs: int = 30
+    retrain: int = 30
+    inherit: bool = False
+    cutout: int = 0
+    batch_size: int = 96
+    lr: float = 0.025
+    weight_decay: float = 3e-4
+    train: int = 0
+    test: int = 0
+    validation: float = 0.2
+    stride: int = 2
+    seed: int = 0
+    accounting: str = DENSE
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
+        """The settings that a ``run.json`` holds."""
+        return convert_settings({"accounting": FORMER, **values}, cls)
+
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` holds: settings that came later only where they are not as before."""
+        former = {"inherit": False, "accounting": FORMER}
+        return {name: value for name, value in asdict(self).items() if value != former.get(name)}
+
+    @property
+    def measure(self) -> Measure:
+        """What the target counts."""
+        return measure_of(self.target, self.accounting)
+
+    def schedule(self, epochs: int, decay: str) -> Schedule:
+        """How the search, or the training after it, goes."""
+        return Schedule(
+            epochs=epochs,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            weight_decay=self.weight_decay,
+            seed=self.seed,
+            decay=decay,
+        )
+
+    def command(self, out: str) -> str:
+        """The command line that does this run again."""
+        default = Settings(self.space, self.data, self.target)
+        words = ["regrow", "search", self.space, "--data", self.data, "--target", self.target]
+        for name, value in asdict(self).items():
+            if name not in _ELSEWHERE and value != getattr(default, name):
+                words += [f"--{name.replace('_', '-')}", *([] if value is True else [f"{value}"])]
+        words += set_words(self.method_settings)
+        return shlex.join([*words, "--out", out])
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The data of a search by what they are for.
+
+    Args:
+        search: Trained on, and validated on, in the search.
+        whole: Both together; what it validates on is only watched.
+        test: Read once, at the end.
+    """
+
+    search: Task
+    whole: Task
+    test: Examples
+
+
+def run(
+    settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
+) -> RunFolder:
+    """Search, train what was found anew, and leave a run folder behind; an interrupted run goes on where it was.
+
+    Args:
+        settings: What to do.
+        out: The run folder; new, empty, or of this very run.
+        progress: Called as work goes on.
+        write_page: Called with the complete folder, right before it takes its place.
+
+    Raises:
+        ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
+    """
+    check_settings(settings, SEARCH)
+    settings = _counted_as_begun(settings, Path(out))
+    RunFolder.check(out, verb="search", settings=settings.record())
+    parts = parts_of(settings)
+    _check_training(settings, parts)
+    model, origin, plan = network(settings, parts.search)
+    axes = trace(model, parts.search.train.inputs[:2])
+    batch = Batch((parts.search.train.inputs[: settings.batch_size],))
+    started = RunFolder.started(out)
+    place = started.path if started else Path(out)
+    begun = (place / COURSE).is_file()
+    table = latencies.of(place, model, batch, begun) if settings.measure == Measure.TIME else None
+    learner = built(settings, model, axes, plan, table)
+    learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
+    taken = {n: v for n, v in asdict(learner.settings).items() if n not in {*settings.method_settings, *GIVEN}}
+    told: dict[str, Any] = {"verb": "search", "settings": settings.record(), "defaults": taken}
+    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+        if plan is not None:
+            folder.log("stages", **plan.record())
+        if table:
+            latencies.keep(folder.path, table)
+        start = time.perf_counter()
+        found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
+        seconds = {"search": round(time.perf_counter() - start, 3)}
+        store.write_model(found, folder.path / "found", origin=described_by)
+        right = share_right(found, parts.search.test)
+        folder.log("found", accuracy=right, **evaluation.dense(found, parts.test.inputs[:1]))
+        start = time.perf_counter()
+        trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
+        store.write_model(trained, folder.path, origin=described_by)
+        if table:
+            folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
+        size = evaluation.dense(trained, parts.test.inputs[:1])
+        folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
+        return folder.finish(write_page, seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
+
+
+def _searched(
+    folder: RunFolder,
+    settings: Settings,
+    parts: Parts,
+    model: nn.Module,
+    axes: AxisGraph,
+    origin: Origin,
+    learner: Searcher,
+    progress: Progress,
+) -> tuple[nn.Module, Origin]:
+    """The network that a search leaves, as a plain network, and how to build it."""
+    place, course = folder.path / COURSE, Course()
+    if folder.resumed and place.is_file():
+        axes, course = read_course(place, model, axes, learner, read_history(folder, "commit"))
+    folder.ledger.keep(len(course.plans))
+    if learner.values.get("recomputed"):
+        cast(Staged, model).recomputed = True
+    plans, events = len(folder.ledger), 0
+
+    def tell(now: Course, unfinished: int = 0) -> None:
+        nonlocal plans, events
+        for plan in now.plans[plans:]:
+            folder.ledger.append(plan)
+        for i in range(events, len(now.events)):
+            folder.log("commit", number=i, **now.events[i])
+        plans, events = len(now.plans), len(now.events)
+        for row in learner.values.get("history", []):
+            folder.log("epoch", **row)
+        rows = [*learner.values.get("memory", {}).values()]
+        for i, row in enumerate(rows[: len(rows) - unfinished]):
+            folder.log("memory", number=i, **row)
+
+    def keep(now: Course, here: AxisGraph) -> None:
+        if now.epoch:
+            at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs, seed=settings.seed)
+            front.passed(folder, learner, at, origin)
+        tell(now, unfinished=1)  # more may be seen of the last stage's memory
+        if "history" in learner.values:
+            del learner.values["history"][:-1]  # what is logged need not be stored, too
+        write_course(place, model, learner, now, logged=events)
+
+    tell(course, unfinished=1)  # version 0.1 stores before it logs
+    if settings.epochs:
+        schedule = settings.schedule(settings.epochs, "constant")
+        more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}
+        if settings.memory:
+            more["around"] = stage_memory.Watch(learner, in_bytes(settings.memory), settings.batch_size)
+        axes, course = learn(model, axes, [parts.search], learner, schedule, **more)
+    tell(course)
+    at = Stand(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed)
+    if not settings.epochs:
+        learner.begin(at)
+    last = []
+    while plan := learner.final(at):
+        changed(at, learner, plan)
+        last.append(plan)
+    for plan in [*course.plans, *last][len(folder.ledger) :]:
+        folder.ledger.append(plan)
+    learner.baked(at)
+    folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
+    return spaces.left(model, origin)
+
+
+def _check_training(settings: Settings, parts: Parts) -> None:
+    side, most = settings.cutout, min(parts.test.inputs.shape[2:])
+    if not 0 <= side < most:
+        raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
+    for name, asked in (("cutout", side), ("inherit", settings.inherit)):
+        if asked and not settings.retrain:
+            raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
+
+
+def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
+    """The found network, drawn anew unless it inherits, trained on training and validation part; zeros stay."""
+    fresh = clone_model(found)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        for module in fresh.modules():
+            if not settings.inherit and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+    axes = trace(fresh, parts.whole.train.inputs[:2])
+    at, learner, course = Stand(fresh, axes, parts.whole), Retrain(settings=Anew(cutout=settings.cutout)), Course()
+    learner.masked(at, dict(found.named_parameters()))
+    place = folder.path / RETRAINING
+    if folder.resumed and place.is_file():
+        axes, course = read_course(place, fresh, axes, learner)
+    schedule = settings.schedule(settings.retrain, "cosine")
+
+    def keep(now: Course, _: AxisGraph) -> None:
+        write_course(place, fresh, learner, now)
+
+    learn(fresh, axes, [parts.whole], learner, schedule, course=course, on_epoch=keep, progress=progress)
+    with torch.no_grad():
+        for name, value in learner.answering(at, 0).items():
+            fresh.get_parameter(name).copy_(value)
+    fold_scales(fresh)
+    return fresh.eval()
+
+
+def parts_of(settings: Settings) -> Parts:
+    """The data of a search, in three disjoint parts.
+
+    Raises:
+        SourceError: If they are not there.
+    """
+    if not 0 < settings.validation < 1:
+        raise ValueError(f"validation is a share, above 0 and below 1; got {settings.validation:g}")
+    base = streams.of(settings.data, settings.train, settings.test, settings.seed)
+    n = len(base.train)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
+    many = max(1, round(settings.validation * n))
+    if n - many < 2:
+        raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
+    held, learned = (
+        Examples(base.train.inputs[part], base.train.labels[part]) for part in order.split([many, n - many])
+    )
+    return Parts(
+        search=Task("search", learned, held, base.classes),
+        whole=Task("retraining", base.train, held, base.classes),
+        test=base.test,
+    )
+
+
+def _counted_as_begun(settings: Settings, out: Path) -> Settings:
+    """The settings, with a target that counts what it did when the run in a folder was begun."""
+    there = RunFolder.started(out) or (RunFolder.open(out) if (out / RUN).is_file() else None)
+    return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
+
+
+def _known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings that a method has."""
+    return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
+
+
+def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
+    """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them."""
+    names = ("stages", "memory", "batch_size", "stride", "seed")
+    entry = searcher_entry(settings.method)
+    given = {"measure": str(settings.measure), "levels": levels_for(settings.measure)}
+    method = entry.made(settings.method, _known(entry, given) | dict(settings.method_settings))
+    return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names}, method=method)
+
+
+def built(
+    settings: Settings,
+    model: nn.Module,
+    axes: AxisGraph,
+    plan: Stages | None = None,
+    table: Latency | None = None,
+) -> Searcher:
+    """The learner of a search.
+
+    Args:
+        settings: Of the run.
+        model: The space.
+        axes: Its axes.
+        plan: Its stages, where a memory budget cut them.
+        table: How long what takes (:func:`regrow.commands.latencies.of`), for a target in ms.
+
+    Raises:
+        ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
+    """
+    entry = searcher_entry(settings.method)
+    measure, most = target(settings.target, axes, table, settings.accounting)
+    given: dict[str, Any] = {"target": most, "measure": str(measure), "levels": levels_for(measure)}
+    given["seed"] = settings.seed
+    given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
+    if isinstance(model, Bench201):
+        given["levels"] = ("operations",)
+    elif measure == Measure.TIME:
+        # A narrow layer may take longer than a wide one.
+        given["levels"] = ("operations",) if candidates_in(model) else ("filters",)
+    found: Searcher = entry.made(settings.method, _known(entry, given) | dict(settings.method_settings))
+    if settings.epochs < 1 and found.learns:
+        raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
+    if table:
+        parts = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
+        found.timed = timed(axes, candidates_in(model), **parts, rest=table.rest)
+        if most <= found.timed.rest:
+            raise ValueError(f"{found.timed.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
+    if isinstance(model, Bench201) and "filters" in found.searched:
+        raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
+    if plan is not None and found.ends != plan.ends:
+        ends = ", ".join(str(end + 1) for end in plan.ends)
+        raise ValueError(
+            f"within {settings.memory}, stages end at parts {ends}, and {settings.method} does not search in these: "
+            "give more --memory or none, or a method and settings that do"
+        )
+    return found

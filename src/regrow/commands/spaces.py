@@ -1,0 +1,188 @@
+"""Spaces that a search begins with, by name, and the plain network that it leaves of one."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes
+from regrow.allocation.stages import stages as cut
+from regrow.candidates import Prefix, Staged, fold_scales
+from regrow.commands.stage_memory import left_of, planned
+from regrow.methods.search.searcher import Searcher
+from regrow.nets import bench201, cells, mobile
+from regrow.nets.bench201 import Bench201
+from regrow.nets.cells import Cells
+from regrow.nets.code import Builder, called, imported, names_code
+from regrow.nets.fits import check_space_fits
+from regrow.nets.loaded import Origin
+from regrow.nets.mobile import Mobile
+from regrow.nets.small import small
+from regrow.sources import Batch, logits_in
+from regrow.tasks import Task
+from regrow.tracing.stand import stands_in
+
+Found = Cells | Mobile | Bench201
+"""A network of a space."""
+
+
+def network(
+    space: str,
+    task: Task,
+    *,
+    stages: int,
+    memory: str,
+    batch_size: int,
+    stride: int,
+    seed: int,
+    method: Searcher | None = None,
+) -> tuple[nn.Module, Origin, Stages | None]:
+    """A space as a network with drawn weights, and its stages, where a memory budget cuts them.
+
+    Args:
+        space: Its name.
+        task: The data of the search.
+        stages: In how many stages it is searched; 0: three, or as many as it has parts.
+        memory: What a stage may need; empty: no budget.
+        batch_size: Examples per step.
+        stride: Of the stem.
+        seed: Of the weights.
+        method: What searches, with its settings; memory depends on it.
+
+    Raises:
+        ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
+    """
+    shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
+    if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
+        _one_stage(f"{space} has one topology for all cells, so it", stages, memory)
+        config = bench201.whole(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
+        check_space_fits(config, f"a search of {space}")
+        return _drawn(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
+    found = _growing(space, shape, classes, stride)
+    if found is None:
+        _one_stage(space, stages, memory)
+        if names_code(space):
+            builder = imported(space)
+            return _own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
+        return *small(space, shape, classes, seed), None
+    check_space_fits(found.whole(), f"a search of {space}")
+    plan = None
+    if memory:
+        batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
+        plan = _planned(found, batch, in_bytes(memory), method or Searcher())
+    config = found.whole(heads=plan.ends if plan else ends(found.parts, stages or min(3, found.parts)))
+    net = _drawn(found.net, config, seed)
+    net.recomputed = plan is not None and plan.recomputed
+    return net, Origin(found.kind, found.kind, config, space), plan
+
+
+def _one_stage(what: str, stages: int, memory: str) -> None:
+    if memory or stages > 1:
+        raise ValueError(f"{what} is searched in one stage: no --{'memory' if memory else f'stages {stages}'}")
+
+
+def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
+    """A network of the user's own code, with drawn weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, _ = called(builder, space)
+    said = logits_in(model.eval()(task.train.inputs[:2]))
+    if said.shape != (2, len(task.classes)):
+        raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {len(task.classes)} classes")
+    return model
+
+
+@dataclass(frozen=True)
+class _Growing:
+    """A space that is searched in stages: its name, its network and description, and how many parts it has."""
+
+    kind: str
+    net: type[Cells] | type[Mobile]
+    whole: Callable[..., dict[str, Any]]
+    prefix: Callable[..., Prefix]
+    parts: int
+
+
+def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Growing | None:
+    if fit := re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", space):
+        width, many, nodes = map(int, fit.groups())
+        whole = partial(cells.whole, shape, classes, width=width, cells=many, nodes=nodes, stride=stride)
+        return _Growing("cells", Cells, whole, cells.prefix, many)
+    if fit := re.fullmatch(r"mobile:(\d{1,3})-(\d{1,2})", space):
+        width, many = map(int, fit.groups())
+        whole = partial(mobile.whole, shape, classes, width=width, blocks=many, stride=stride)
+        return _Growing("mobile", Mobile, whole, mobile.prefix, len(whole()["blocks"]))
+    return None
+
+
+def _planned(found: _Growing, batch: Batch, budget: int, method: Searcher) -> Stages:
+    """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
+    # Where stages end is not known yet: a classifier behind every part is no less than there will be.
+    prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=left_of(method))
+
+    def recomputed(first: int, last: int) -> Prefix:
+        made = prefix(first, last)
+        cast(Staged, made.net).recomputed = True
+        return made
+
+    try:
+        return cut(planned(method, prefix, batch), found.parts, budget)
+    except MemoryBudgetError:
+        return replace(cut(planned(method, recomputed, batch), found.parts, budget), recomputed=True)
+
+
+def _drawn(kind: type[Found], config: Mapping[str, Any], seed: int) -> Found:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(config)
+
+
+def ends(parts: int, stages: int) -> tuple[int, ...]:
+    """The last part of each of so many stages, as equal as can be.
+
+    >>> ends(8, 3), ends(6, 1)
+    ((2, 4, 7), (5,))
+    """
+    if not 1 <= stages <= parts:
+        raise ValueError(f"stages are from 1 to the number of cells or blocks, {parts}; got --stages {stages}")
+    return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
+
+
+def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
+    """What a search left of a space, as a plain network, and how to build it; scales are folded where they can be.
+
+    Args:
+        model: The network, cut by plans; its scales are folded too.
+        origin: How it was built.
+    """
+    gone = stands_in(model).keys()
+    fold_scales(model)
+    match model:
+        case Cells():
+            config = cells.described(model, origin.config, gone)
+        case Mobile():
+            config = mobile.described(model, origin.config, gone)
+        case Bench201():
+            config = bench201.described(origin.config, gone)
+        case _:
+            return model.eval(), origin
+    return rebuilt(config, model), replace(origin, config=config)
+
+
+def rebuilt(config: Mapping[str, Any], model: Found) -> Found:
+    """The network of a description with the numbers of the super-network that it describes."""
+    found = type(model)(config)
+    if isinstance(model, Cells | Mobile):
+        found.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too
+    state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
+    for path, node in model.named_modules():
+        if f"{path}.scale" in state:
+            gone = stands_in(node)
+            alive = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in gone]
+            state[f"{path}.scale"] = state[f"{path}.scale"][alive]
+    found.load_state_dict(state)
+    return found.eval()

@@ -1,0 +1,90 @@
+"""What a search aims at: a target in words as a measure and a number."""
+
+from regrow.allocation.cost import Cost
+from regrow.axes import AxisGraph
+from regrow.budget import Measure, Target
+from regrow.evaluation import Latency
+from regrow.methods.search.searcher import LEVELS
+
+SIZES = ("params", "nonzero", "macs", "bytes", "ms")
+"""The measures that a search knows of single weights and operations."""
+
+DENSE, FORMER = "dense", "0.1"
+"""How weights that are 0 are counted: as stored and computed, or as version 0.1 did, for which they cost nothing."""
+
+_LIKE = (
+    "a target is written like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "
+    "macs=20%, or a share of its parameters such as 0.2; got {!r}"
+)
+
+
+def measure_of(text: str, accounting: str = DENSE) -> Measure:
+    """What a target counts.
+
+    >>> measure_of("macs=3M"), measure_of("0.2"), measure_of("0.2", FORMER)
+    (<Measure.MACS: 'macs'>, <Measure.PARAMETERS: 'params'>, <Measure.NONZERO: 'nonzero'>)
+
+    Args:
+        text: The target.
+        accounting: ``dense``; or ``0.1`` for a run of that version, where params counted what is not 0.
+
+    Raises:
+        ValueError: If it names no measure that a search knows, or one that is counted in another way now.
+    """
+    unit, equals, _ = text.partition("=")
+    if equals and (unit.strip() not in SIZES or "@" in text):
+        raise ValueError(_LIKE.format(text))
+    found = Measure(unit.strip()) if equals else Measure.PARAMETERS
+    if accounting == FORMER and found in (Measure.MACS, Measure.BYTES):
+        raise ValueError(
+            f"version 0.1 began this run, for which weights that are 0 cost no {found}; got {text}: finish it with "
+            "that version, or choose another folder"
+        )
+    return Measure.NONZERO if accounting == FORMER and found == Measure.PARAMETERS else found
+
+
+def levels_for(measure: Measure) -> tuple[str, ...]:
+    """The levels that a target can be met with: ``nonzero`` alone spares weights that are 0.
+
+    Args:
+        measure: What the target counts.
+    """
+    return LEVELS if measure == Measure.NONZERO else LEVELS[:2]
+
+
+def target(text: str, axes: AxisGraph, table: Latency | None = None, accounting: str = DENSE) -> tuple[Measure, float]:
+    """A target as a measure and a number.
+
+    Args:
+        text: ``params=0.5M``, ``nonzero=50k``, ``macs=3M``, ``bytes=200k``, ``ms=20``; a share of what the whole space
+            has, ``macs=20%``; or a share of its parameters, ``0.2``.
+        axes: Those of the whole space.
+        table: How long it takes, for a target in ms.
+        accounting: As in :func:`measure_of`.
+
+    Raises:
+        ValueError: If it is none of these, or more than the whole space has.
+    """
+    measure, (_, equals, rest) = measure_of(text, accounting), text.partition("=")
+    if measure == Measure.TIME and table is None:
+        raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
+    dense = Measure.PARAMETERS if measure == Measure.NONZERO else measure
+    whole_cost: float = table.total if table else Cost(axes, dense, counted=False).total
+    named = equals and not rest.strip().endswith("%")
+    number = Target.parse(text).amount if named else _share(text) * whole_cost
+    if not 0 < number < whole_cost:
+        has = f"{whole_cost:.4g}" if table else f"{whole_cost:,.0f}"
+        raise ValueError(f"the target {text} is not below what the whole space has, {has} {measure}")
+    return measure, number
+
+
+def _share(text: str) -> float:
+    """The share of the whole space that a target names: ``0.2`` or ``macs=20%``."""
+    _, equals, number = text.rpartition("=")
+    try:
+        share = float(number.strip().removesuffix("%")) / 100 if equals else float(number)
+    except ValueError:
+        raise ValueError(_LIKE.format(text)) from None
+    if share >= 1:
+        raise ValueError(f"a target without an amount is a share, below 1; got {text}; or write params=50k")
+    return share

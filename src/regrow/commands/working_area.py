@@ -1,0 +1,98 @@
+"""The working area of a run that is not finished: a hidden folder in the run's own, which nobody takes for a result.
+
+It holds a run if it holds a ``run.json``. A folder that has one at its top, without a finishing time, is a run that
+version 0.1 left unfinished.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from regrow.commands.record import RUN, check_same, read_run
+from regrow.store.atomic import LEFTOVER, write_text
+from regrow.store.errors import StoreError, telling
+from regrow.store.replacing import WORK, link_tree
+
+
+def started(out: Path) -> Path | None:
+    """Where the files of the unfinished run in a folder lie; ``None`` if there is none.
+
+    Raises:
+        StoreError: If a ``run.json`` is damaged, or the working area leads out of the folder.
+    """
+    check_area(out / WORK)
+    if _of_0_1(out):
+        return out
+    return out / WORK if (out / WORK / RUN).is_file() else None
+
+
+def resumes(out: Path, wanted: Mapping[str, Any]) -> bool:
+    """Whether a folder holds this run, unfinished; ``False`` if it holds nothing.
+
+    Args:
+        out: The folder.
+        wanted: What :func:`regrow.commands.record.identity` gave.
+
+    Raises:
+        StoreError: If it holds anything else.
+    """
+    if not out.is_dir():
+        return False
+    names = {one.name for one in out.iterdir() if not LEFTOVER.fullmatch(one.name)}
+    if RUN in names:
+        check_same(out, read_run(out), wanted)
+    elif names - {WORK}:
+        raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
+    begun = started(out)
+    if begun is None:
+        return False
+    check_same(out, read_run(begun) | {"finished": None}, wanted)
+    return True
+
+
+def check_area(area: Path) -> None:
+    """Assert that a working area and the folders in it are folders, so that what is written there stays there.
+
+    Raises:
+        StoreError: If one is a symbolic link, or the working area is a file.
+    """
+    inside = (Path(at) / name for at, names, _ in os.walk(area) for name in names)
+    for one in (area, *inside):
+        if one.is_symlink() or (one.exists() and not one.is_dir()):
+            raise StoreError(f"{one} is not a folder of its own, as unfinished work needs it; delete {area}")
+
+
+def cleared_area(out: Path) -> Path:
+    """An empty working area in a folder."""
+    with telling(out):
+        if (out / WORK).exists():
+            shutil.rmtree(out / WORK)
+        (out / WORK).mkdir()
+    return out / WORK
+
+
+def adopt(out: Path) -> None:
+    """Move an unfinished run of version 0.1 into the working area; a call that is killed is completed by the next."""
+    if not _of_0_1(out):
+        return
+    with telling(out):
+        (out / WORK).mkdir(exist_ok=True)
+        for one in sorted(out.iterdir()):
+            if one.name not in (WORK, RUN):
+                one.rename(out / WORK / one.name)
+        (out / RUN).rename(out / WORK / RUN)
+    check_area(out / WORK)
+
+
+def begin_again(out: Path) -> None:
+    """Have the working area hold what the finished run of a folder left, so that it can be changed there."""
+    area = cleared_area(out)
+    with telling(out):
+        link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})
+    write_text(area / RUN, (out / RUN).read_text(encoding="utf-8"))  # last: now there is a run
+
+
+def _of_0_1(out: Path) -> bool:
+    return (out / RUN).is_file() and not read_run(out).get("finished")

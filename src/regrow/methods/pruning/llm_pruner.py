@@ -1,0 +1,55 @@
+"""LLM-Pruner: drop the units whose weights, set to zero, would change the loss least (first-order Taylor).
+
+Like the original: the same share from every block but the first eighth and the last sixteenth, which stay whole (4 and
+2 of 32; a regular plan spares none). Unlike it: the gradient is that of all sources together (there: 10 × 64 tokens),
+dropped inputs are replaced by their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
+"""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from regrow import scoring
+from regrow.allocation import allocation
+from regrow.method import Need
+from regrow.methods.pruning.pruner import Pruner
+
+CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``llm_pruner``.
+
+    Args:
+        form: ``element1``: Σ abs(w·g) over a unit's weights; ``vector``: abs(Σ w·g) per channel.
+        allocation: ``uniform``: the same share of each axis (original); ``ranked``: one ranking of z-scores.
+        compensate: Let the mean of dropped inputs stand in for them (original: off).
+        spare_first: The share of the numbered blocks, at the beginning, that stays whole (original: 4 of 32).
+        spare_last: The share of the numbered blocks, at the end, that stays whole (original: 2 of 32).
+        minimum: How many units every axis keeps at least.
+    """
+
+    form: str = "element1"
+    allocation: str = "uniform"
+    compensate: bool = True
+    spare_first: float = 0.125
+    spare_last: float = 0.0625
+    minimum: int = 1
+
+
+def build(settings: Settings) -> Pruner:
+    """Taylor importance, the same share of all but the outer blocks, compensated."""
+    how = "zscore" if settings.allocation == "ranked" else "none"
+    return Pruner(
+        needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
+        score=lambda model, axes, units, evidence: scoring.normalise(
+            scoring.taylor(scoring.weights_of(model), axes, evidence.pooled(), units=units, form=settings.form),
+            how,
+        ),
+        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
+        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
+        if settings.compensate
+        else None,
+        origin={"method": "llm_pruner", "settings": asdict(settings)},
+        spare=(settings.spare_first, settings.spare_last),
+    )

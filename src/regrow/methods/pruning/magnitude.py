@@ -1,0 +1,47 @@
+"""Magnitude pruning: units with small weights go first. Needs no data."""
+
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from regrow import scoring
+from regrow.allocation import allocation
+from regrow.method import Need
+from regrow.methods.pruning.pruner import Pruner
+
+CITATION = (
+    "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710; "
+    "structured form of An et al., arXiv:2312.11983"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``magnitude``.
+
+    Args:
+        form: ``columns``: norm of the weights that read a unit; ``group``: norm of all weights it owns.
+        allocation: ``uniform``: the same share of each axis; ``ranked``: one ranking of z-scores.
+        compensate: Let the mean of dropped inputs stand in for them (needs sources; the original does not).
+        minimum: How many units every axis keeps at least.
+    """
+
+    form: str = "columns"
+    allocation: str = "uniform"
+    compensate: bool = False
+    minimum: int = 1
+
+
+def build(settings: Settings) -> Pruner:
+    """Column norms, the same share everywhere, no compensation: as "mag-sp" in FLAP's repository."""
+    how = "zscore" if settings.allocation == "ranked" else "none"
+    return Pruner(
+        needs=frozenset({Need.WEIGHTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
+        score=lambda model, axes, units, evidence: scoring.normalise(
+            scoring.magnitude(scoring.weights_of(model), axes, units=units, form=settings.form), how
+        ),
+        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
+        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
+        if settings.compensate
+        else None,
+        origin={"method": "magnitude", "settings": asdict(settings)},
+    )

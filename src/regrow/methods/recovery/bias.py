@@ -1,0 +1,90 @@
+"""Bias compensation after a cut: the mean of dropped inputs goes into the bias of the layer that read them.
+
+b′ = b + Σ over dropped j of W_j · E[x_j], the means taken in the dense network: what FLAP (arXiv 2312.11983) does as a
+part of its plan. A plan that carries means has done it already.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.method import Need
+from regrow.methods.recovery.task import Recovery, Stand, Task
+from regrow.scores import Moments, Statistics
+from regrow.scoring import collect, means
+from regrow.surgery.compensate import offsets
+from regrow.surgery.layout import layouts
+
+CITATION = (
+    "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``bias`` has no settings."""
+
+
+def build(settings: Settings) -> Recovery:
+    """Bias compensation."""
+    return partial(bias, settings=settings)
+
+
+def bias(task: Task, settings: Settings) -> dict[str, Any]:
+    """Move the means of dropped inputs into biases, where that is exact; layers without a bias get one.
+
+    Args:
+        task: The two networks, the cut and the text.
+        settings: None.
+
+    Returns:
+        ``biases``: how many were changed.
+
+    Raises:
+        ValueError: If a source has fewer batches than needed, or its activations are not finite.
+    """
+    if task.plan.means:
+        return {"biases": 0, "note": "the plan carries the means of what it dropped; they are in the biases already"}
+    kept = {key: change.keep for key, change in task.plan.changes.items() if not change.idle}
+    found = means(task.dense, task.axes, kept, _measured(task))
+    plan, now = replace(task.plan, means=found), dict(task.model.named_parameters(remove_duplicate=False))
+    made = offsets(task.dense, task.axes, plan, layouts(task.axes, plan), now)
+    for name, value in made.items():
+        set_bias(task.model, name, value)
+    return {"biases": len(made)}
+
+
+def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
+    """Give a layer a bias, or its bias another value."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = module._parameters.get(leaf)
+    if old is None:
+        trains = next(model.parameters()).requires_grad
+        setattr(module, leaf, nn.Parameter(value.clone(), requires_grad=trains))
+    else:
+        with torch.no_grad():
+            old.copy_(value)
+
+
+def _measured(task: Task) -> Statistics:
+    """The pooled moments of what every weight of the dense network is fed, source after source."""
+    sums: dict[str, Moments] = {}
+    first = 0
+    if task.done is not None:
+        first = task.done.step
+        for name, total in task.done.tensors.items():
+            blank = torch.zeros_like(total)
+            sums[name] = Moments(task.done.values["counts"][name], total, blank, 0, blank, blank)
+    for i, source in enumerate(task.sources):
+        if i < first:
+            continue
+        told = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
+        (one,) = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, progress=told)[source.name]
+        sums = {name: sums[name] + moments if name in sums else moments for name, moments in one.moments.items()}
+        counts = {name: moments.count for name, moments in sums.items()}
+        task.kept(Stand(i + 1, {name: moments.total for name, moments in sums.items()}, {"counts": counts}))
+    return Statistics("+".join(source.name for source in task.sources), 0, sums)

@@ -1,0 +1,143 @@
+"""LoRA: low-rank changes of the linear layers, trained on next tokens and merged, so that the model stays plain.
+
+W′ = W + (α / r) · B A,  A: [r, in] drawn, B: [out, r] zero at first
+
+Hu et al., LoRA (arXiv 2106.09685), through the package peft. LLM-Pruner (arXiv 2305.11627) recovers by it.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.axes import AxisGraph
+from regrow.methods.recovery.task import Recovery, Task, resting
+from regrow.methods.recovery.training import Course, trained
+from regrow.nets.errors import needs
+from regrow.scoring.gradients import cross_entropy
+from regrow.sources import Batch
+from regrow.tracing.stand import put
+
+CITATION = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv:2106.09685"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``lora``.
+
+    Args:
+        lr: The largest learning rate.
+        rank: r, of every adapter.
+        alpha: α; the change is scaled by α / r.
+        passes: How often each batch is seen.
+        windows: Batches per step.
+        checks: How often the held-out part of the text judges; the best of these is kept.
+        held_out: Which share of the text that is.
+    """
+
+    lr: float = 1e-3
+    rank: int = 16
+    alpha: float = 32.0
+    passes: int = 1
+    windows: int = 4
+    checks: int = 4
+    held_out: float = 0.125
+
+
+def build(settings: Settings) -> Recovery:
+    """LoRA with these settings.
+
+    Raises:
+        ModelError: If peft is not installed.
+    """
+    if find_spec("peft") is None:
+        raise needs("recover", "peft")
+    return partial(lora, settings=settings)
+
+
+def lora(task: Task, settings: Settings) -> dict[str, Any]:
+    """Train adapters on the linear layers of the cut network, and merge them.
+
+    The base stays as it is and in its own precision; adapters are in float32, with their gradients, two moments and
+    the best stand so far.
+
+    Args:
+        task: The cut network and the text; the dense network is not looked at.
+        settings: How.
+
+    Returns:
+        What :func:`regrow.methods.recovery.training.trained` tells, and how many parameters were trained.
+
+    Raises:
+        ValueError: If peft is not installed, the network has no linear layer, or the loss stops being finite.
+    """
+    course = Course(
+        settings.lr,
+        passes=settings.passes,
+        windows=settings.windows,
+        checks=settings.checks,
+        held_out=settings.held_out,
+    )
+
+    def loss(batch: Batch) -> torch.Tensor:
+        if batch.labels is None:
+            raise ValueError("lora learns from labels (of text: the next tokens), and this source has none")
+        return cross_entropy(task.model(*batch.args, **batch.kwargs), batch.labels)
+
+    with resting(task.model):
+        adapters = adapted(task.model, linear_layers(task.model, task.axes), settings, task.seed)
+        try:
+            found = trained(task, adapters, loss, course)
+        except BaseException:
+            merged(task.model, undo=True)
+            raise
+        merged(task.model)
+    return {**found, "trained": sum(p.numel() for p in adapters.values())}
+
+
+def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
+    """The paths of the linear layers that a ``keep`` fraction counts; embeddings and what mirrors them are left out.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    paths = [name.removesuffix(".weight") for name in axes.counted if name.endswith(".weight")]
+    modules = dict(model.named_modules())
+    # transformers' Conv1D is a linear map under another name.
+    found = [p for p in paths if isinstance(modules.get(p), nn.Linear) or type(modules.get(p)).__name__ == "Conv1D"]
+    if not found:
+        raise ValueError("the network has no linear layer for lora to adapt; recover by refit or distil")
+    return found
+
+
+def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:
+    """Put an adapter around each of some layers, in place; name → what it trains."""
+    import peft
+
+    known = {id(parameter) for parameter in model.parameters()}
+    config = peft.LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=paths, lora_dropout=0.0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model)
+    return {name: p for name, p in model.named_parameters() if id(p) not in known}
+
+
+def merged(model: nn.Module, *, undo: bool = False) -> None:
+    """Take the adapters off again, in place.
+
+    Args:
+        model: A network with adapters.
+        undo: Throw them away; unless given, their change goes into the weights.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    for layer in layers.values():
+        if not undo:
+            layer.merge(safe_merge=True)
+    put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
+    if "peft_config" in vars(model):
+        del model.peft_config

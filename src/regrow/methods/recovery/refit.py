@@ -1,0 +1,260 @@
+"""Refit: every layer that reads what was cut learns by least squares to do without it.
+
+W′ = W + D,  D = argmin Σ_t |y_t − (W + D) x_t|² + ridge · mean(diag Σ x_t x_tᵀ) · |D|²
+
+Layers are refitted from the first to the last; x_t is what the layer is fed at position t by the cut network, with all
+layers before it refitted already. Two targets:
+
+* ``own``: y_t is what the layer gave if nothing that it reads were cut, on the stream of the cut network.
+* ``dense``: y_t is what the dense network, on its own stream, has where the output goes. Where that is added to a
+  residual stream: (dense output + dense stream) − stream of the cut network, so that a layer makes up for what the
+  layers before it still miss.
+
+On SmolLM2-135M ``own`` wins back more, above all on kinds of text that it was not fitted on: what the layers before
+have lost is mostly not to be seen in what a layer is fed. It needs a network that is the dense one but for the layers
+that read what was cut: not one that was trained since, or that lost units of a residual stream under norms.
+
+The ridge is chosen per layer on the held-out part of the text; a layer that no ridge brings closer there stays as it
+is. A bias goes along, and layers that can have one get one. Where nothing was cut nothing is missing, and D = 0.
+
+All the text runs through at once, one time. Memory: both networks, the activations of all positions at one layer (about
+4 · positions · width of the widest layer · 4 bytes; twice for ``dense``), and 8 (k² + k · out) bytes of sums, three
+times, for the layer at hand with k inputs. A resumed run does the forward pass again, and solves no layer twice.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from regrow.methods.recovery.bias import set_bias
+from regrow.methods.recovery.lockstep import Meetings, Met, StopRunError, answers
+from regrow.methods.recovery.streams import Carried, Layer, Lockstep, Refitting, Work
+from regrow.methods.recovery.task import Recovery, Task, device_of, resting
+from regrow.sources import Batch
+from regrow.surgery.compensate import bias_of, read_dim
+from regrow.surgery.layout import layouts
+
+CITATION = (
+    "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
+)
+TARGETS = ("auto", "own", "dense")
+CLOSE = 0.01
+"""How far the dense network that carries the cut one's stream may be from that, relative, in root mean square."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``refit``.
+
+    Args:
+        target: ``own``: what the uncut layer would give on the cut network's stream; ``dense``: what the dense network
+            has there; ``auto``: ``own`` where that can be worked out, else ``dense``.
+        ridges: What the ridge is chosen from, as shares of the mean diagonal.
+        held_out: Which share of the text chooses it.
+    """
+
+    target: str = "auto"
+    ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+    held_out: float = 0.125
+
+
+def build(settings: Settings) -> Recovery:
+    """Least squares with these settings."""
+    return partial(refit, settings=settings)
+
+
+def refit(task: Task, settings: Settings) -> dict[str, Any]:
+    """Refit the layers of the cut network that read what was cut.
+
+    Args:
+        task: The two networks, the cut and the text, in windows of one length.
+        settings: How.
+
+    Returns:
+        ``layers``: per refitted layer the held-out error before and after, as a share of what was wanted, and the
+        ridge (0: it stayed as it was); ``left_out``: name → why a layer was not refitted; ``target``: which was taken,
+        and ``note``: why not ``own``, if not. JSON data.
+
+    Raises:
+        ValueError: If a setting is of no use, the windows differ in shape, nothing that was cut can be refitted, or
+            ``own`` cannot be worked out for this network.
+    """
+    if settings.target not in TARGETS or not settings.ridges or min(settings.ridges) < 0:
+        asked = f"target={settings.target!r}, ridges={settings.ridges}"
+        raise ValueError(f"refit takes the target {' or '.join(TARGETS)}, and ridges from 0; got {asked}")
+    fit, held = task.parts(settings.held_out)
+    every = [*(batch for part in fit for batch in part), *held]
+    one, batch = every[0].to(device_of(task.model)), joined(every).to(device_of(task.model))
+    trains = next(task.model.parameters()).requires_grad
+    with resting(task.model, task.dense), torch.no_grad():
+        layers, left_out = readers_of(task, one)
+        if left_out and not layers:
+            name, why = next(iter(left_out.items()))
+            raise ValueError(f"{name}, which reads what was cut, cannot be refitted: {why}; recover by distil")
+        named, share = {layer.name: layer for layer in layers}, sum(map(len, fit)) / len(every)
+        work = Work(task, named, settings.ridges, share, dict(task.model.named_parameters()))
+        problem = "" if settings.target == "dense" else _not_carried(work, left_out, one)
+        if problem and settings.target == "own":
+            raise ValueError(f"{problem}; refit it with target=dense")
+        added = _with_biases(task.model, layers)
+        work.own = dict(task.model.named_parameters())
+        target = "dense" if problem else settings.target.replace("auto", "own")
+        work.resume()
+        if not work.done:
+            (_carried if target == "own" else _in_lockstep)(work, batch)
+    for name in added:
+        path, _, leaf = bias_of(name).rpartition(".")
+        if name in work.changed:
+            work.own[bias_of(name)].requires_grad_(trains)
+        else:
+            setattr(task.model.get_submodule(path), leaf, None)
+    found = {"layers": work.told, "left_out": left_out, "target": target}
+    return {**found, "note": f"{problem}; fitted to what the dense network has there"} if problem else found
+
+
+def readers_of(task: Task, batch: Batch) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that read what a plan cut, in the order of their names, and why others are left out.
+
+    Args:
+        task: The two networks and the cut.
+        batch: What the cut network is called with, to see which layers it runs how often.
+    """
+    axes, lays = task.axes, layouts(task.axes, task.plan)
+    names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
+    own = dict(task.model.named_parameters())
+    calls = _Calls({id(own[name]): name for name in names if name in own})
+    with calls:
+        task.model(*batch.args, **batch.kwargs)
+    calls.finish()
+    layers, left_out = [], {}
+    for name in sorted(names):
+        dim = read_dim(axes, name)
+        problem = _problem(task, name, dim, calls.times[name])
+        if problem or dim is None:
+            left_out[name] = problem
+            continue
+        rows = [lay.source for at, lay in lays[name].items() if at != dim]
+        layers.append(Layer(name, dim, lays[name][dim].source, rows[0] if rows else None))
+    return layers, left_out
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """Several batches as one.
+
+    >>> joined([Batch((torch.zeros(1, 3),)), Batch((torch.ones(2, 3),))]).args[0].shape
+    torch.Size([3, 3])
+
+    Raises:
+        ValueError: If their inputs differ in more than their number.
+    """
+
+    def one(values: Sequence[Any]) -> Any:
+        if not isinstance(values[0], Tensor):
+            return values[0]
+        shapes = {tuple(value.shape[1:]) for value in values}
+        if len(shapes) > 1:
+            raise ValueError(f"refit needs windows of one length, and these have {sorted(shapes)[:3]}; cut them alike")
+        return torch.cat(list(values))
+
+    first = batches[0]
+    args = tuple(one([batch.args[i] for batch in batches]) for i in range(len(first.args)))
+    return Batch(args, {key: one([batch.kwargs[key] for batch in batches]) for key in first.kwargs})
+
+
+class _Calls(Meetings):
+    """Counts how often each watched layer runs."""
+
+    def __init__(self, watched: Mapping[int, str]) -> None:
+        super().__init__(watched)
+        self.times: Counter[str] = Counter()
+
+    def meet(self, met: Met) -> None:
+        self.times[met.name] += 1
+
+
+def _carried(work: Work, batch: Batch) -> None:
+    dense = work.task.dense
+    _run(dense, batch.to(device_of(dense)), Carried(_watched(dense, work.layers), work))
+
+
+def _in_lockstep(work: Work, batch: Batch) -> None:
+    task, waiting = work.task, set(work.layers) - {row["weight"] for row in work.told}
+    with answers(task.dense, batch.to(device_of(task.dense)), _watched(task.dense, work.layers)) as dense:
+        _run(task.model, batch, Lockstep(_watched(task.model, waiting), work, dense))
+
+
+def _watched(model: nn.Module, names: Mapping[str, Any] | set[str]) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in model.named_parameters() if name in names}
+
+
+def _run(model: nn.Module, batch: Batch, mode: Refitting) -> None:
+    """Run a network until its last layer is refitted; what is finished is kept if the user stops it."""
+    try:
+        with mode:
+            model(*batch.args, **batch.kwargs)
+        mode.finish()
+    except StopRunError:
+        pass
+    except KeyboardInterrupt:
+        mode.work.task.kept(mode.work.stand())
+        raise
+
+
+def _not_carried(work: Work, left_out: Mapping[str, str], batch: Batch) -> str:
+    """Why the dense network with the cut one's layers in it is not the cut network; empty if it is."""
+    dense, model = work.task.dense, work.task.model
+    for name, why in left_out.items():
+        return f"{name}, which reads what was cut, cannot be refitted: {why}"
+    if not work.layers:
+        return ""
+    mode = Carried(_watched(dense, work.layers), work, fit=False)
+    with mode:
+        carried = dense(*batch.args, **batch.kwargs)
+    mode.finish()
+    pairs = zip(tree_leaves(carried), tree_leaves(model(*batch.args, **batch.kwargs)), strict=False)
+    for a, b in pairs:
+        if isinstance(a, Tensor) and a.is_floating_point() and a.shape == b.shape:
+            away = float((a.double() - b.double()).square().mean().sqrt() / b.double().square().mean().sqrt())
+            close = CLOSE * (10 if a.dtype in (torch.float16, torch.bfloat16) else 1)
+            if not away <= close:
+                return (
+                    "the network differs from the dense one in more than the layers that read what was cut (by "
+                    f"{away:.2g} of its output: trained since, or units of a residual stream cut)"
+                )
+    return ""
+
+
+def _with_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
+    """Give zero biases to layers that can have one and have none; the names of their weights."""
+    added = []
+    for layer in layers:
+        path, _, leaf = layer.name.rpartition(".")
+        module, weight = model.get_submodule(path), model.get_parameter(layer.name)
+        if leaf == "weight" and "bias" in module._parameters and module._parameters["bias"] is None:
+            set_bias(model, bias_of(layer.name), weight.new_zeros(weight.shape[1 - layer.dim]).detach())
+            added.append(layer.name)
+    return added
+
+
+def _problem(task: Task, name: str, dim: int | None, calls: int) -> str:
+    """Why a layer cannot be refitted; empty if it can."""
+    ties = task.axes.ties
+    if name in ties or name in ties.values() or name not in dict(task.model.named_parameters()):
+        return "its weight is shared"
+    if dim is None:
+        return "it reads several axes, or one in several places"
+    module, weight = task.model.get_submodule(name.rpartition(".")[0]), task.model.get_parameter(name)
+    if calls != 1:
+        return f"its weight is seen at work {calls} times in one pass"
+    if isinstance(module, nn.Conv2d):
+        plain = module.groups == 1 and not isinstance(module.padding, str) and module.padding_mode == "zeros"
+        return "" if plain else "a convolution in groups, or padded otherwise than with zeros"
+    if weight.dim() != 2 or dim not in (0, 1) or isinstance(module, nn.RNNBase | nn.RNNCellBase | nn.Embedding):
+        return f"a {type(module).__name__} is neither a linear map nor a two-dimensional convolution"
+    return ""

@@ -1,0 +1,1 @@
+"""Architecture search: one file per paper, and the parts that they share."""

@@ -1,5 +1,0 @@
-"""Recovery of what pruning lost: bias compensation, least squares, LoRA, distillation; each has a budget of tokens."""
-
-from regrow.recovery.task import Recovery, Stand, Task
-
-__all__ = ["Recovery", "Stand", "Task"]

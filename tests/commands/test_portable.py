@@ -1,0 +1,162 @@
+"""A saved network of changed shape loads where regrow is not installed: with transformers, or torchvision, alone."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from commands import saved
+from regrow.commands import StoreError, load, save
+from regrow.export import torchvision as to_torchvision
+from regrow.export import transformers as to_transformers
+from regrow.export.written import ExportError
+from regrow.nets import Origin
+from regrow.nets.language import origin_of
+from regrow.plan import Plan
+from regrow.surgery import apply
+from regrow.tracing import trace, with_branches
+from zoo import ZOO
+
+LANGUAGE = ("llama_tied", "gpt2", "gemma3")
+ALONE = """
+import sys
+sys.modules["regrow"] = None                        # whoever asks for it is told that it is not installed
+import torch, transformers
+from safetensors.torch import load_file, save_file
+for folder in sys.argv[2:]:
+    net = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokens = load_file(sys.argv[1])["tokens"]
+    with torch.no_grad():
+        save_file({"logits": net(tokens, use_cache=False).logits.contiguous()}, folder + "/said")
+        net.generate(tokens, max_new_tokens=4, do_sample=False)
+"""
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    """Networks cut in every axis and saved; what they say; and what transformers says in a process without regrow."""
+    root, tokens = tmp_path_factory.mktemp("portable"), torch.arange(1, 13)[None]
+    save_file({"tokens": tokens}, root / "tokens")
+    said = {}
+    for name in LANGUAGE:
+        case = saved.CASES[name]
+        model, _, _ = saved.cut(case)
+        save(model, root / name, origin=case.origin(model))
+        with torch.no_grad():
+            said[name] = model(tokens, use_cache=False).logits
+    folders = [str(root / name) for name in LANGUAGE]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads()), "HF_HOME": str(root / "cache")}
+    command = [sys.executable, "-W", "ignore", "-c", ALONE, str(root / "tokens"), *folders]
+    subprocess.run(command, env=environment, check=True, timeout=240, cwd=root)
+    return root, said
+
+
+@pytest.mark.parametrize("name", LANGUAGE)
+def test_transformers_alone_says_the_same(shop, name):
+    root, said = shop
+    assert torch.equal(load_file(root / name / "said")["logits"], said[name])
+
+
+def test_the_configuration_tells_every_width(shop):
+    root, _ = shop
+    config = json.loads((root / "llama_tied" / "config.json").read_text())
+    model = load(root / "llama_tied")
+    layers = model.model.layers
+    assert [one["ffn"]["intermediate_size"] for one in config["block_configs"]] == [
+        layer.mlp.gate_proj.out_features for layer in layers
+    ]
+    shapes = dict(model.named_parameters())
+    assert config["regrow"]["tensors"]
+    assert all(list(shapes[name].shape) == shape for name, shape in config["regrow"]["tensors"].items())
+    assert config["architectures"] == ["RegrownLlamaForCausalLM"]
+
+
+def carried(folder, **more):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **more)
+
+
+def test_weights_of_another_shape_are_refused_aloud(shop, tmp_path):
+    root, _ = shop
+    folder = tmp_path / "m"
+    shutil.copytree(root / "llama_tied", folder)
+    with pytest.raises(ValueError, match="random numbers"):
+        carried(folder, ignore_mismatched_sizes=True)
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k != "model.norm.weight"}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing_keys model\.norm\.weight"):
+        carried(folder)
+    save_file(tensors | {"model.norm.weight": torch.ones(3)}, folder / "model.safetensors")
+    with pytest.raises((RuntimeError, ValueError)):
+        carried(folder)
+
+
+def test_a_dense_model_needs_no_code(tmp_path):
+    net = ZOO["llama_tied"].build()
+    save(net, tmp_path / "m", origin=origin_of(net, "dense"))
+    assert not (tmp_path / "m" / "modeling_regrow.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "m" / "config.json").read_text())
+
+
+def test_a_dropped_layer_travels(tmp_path):
+    net, (args, kwargs) = ZOO["llama_tied"].build(), ZOO["llama_tied"].example()
+    axes = with_branches(net, trace(net, *args, **kwargs))
+    apply(net, axes, Plan.dropping(axes, ["model.layers.0.mlp"]))
+    written = to_transformers.write(net, tmp_path / "m")
+    assert written.checked == {"max_abs_diff": 0.0, "loaded_as": "RegrownLlamaForCausalLM"}
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["block_configs"][0]["ffn"]["no_op"]
+
+
+def regular():
+    """A Llama of which every layer lost as many units, but others; the residual stream is narrower too."""
+    net, (args, kwargs) = ZOO["llama_tied"].build(), ZOO["llama_tied"].example()
+    axes = trace(net, *args, **kwargs)
+    left = {"self_attn.q_proj.weight:0/16": 2, "mlp.gate_proj.weight:0": 20, "self_attn.q_proj.weight:1": 32}
+    keep = {}
+    for axis in axes.free():
+        for end, units in left.items():
+            if axis.key.endswith(end):
+                keep[axis.key] = sorted(torch.randperm(axis.size)[:units].tolist())
+    apply(net, axes, Plan.keeping(axes, keep))
+    return net
+
+
+def test_layers_that_are_all_alike_need_no_code(tmp_path):
+    net = regular()
+    with torch.no_grad():
+        net.model.layers[1].mlp.down_proj.bias = torch.nn.Parameter(torch.randn(32))  # as compensation leaves one
+    written = to_transformers.write(net, tmp_path / "m")
+    assert written.checked["loaded_as"] == "LlamaForCausalLM" and "no code" in written.notes[0]
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["mlp_bias"] is True and config["intermediate_size"] == 20 and "regrow" not in config
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=False)
+    assert type(again) is LlamaForCausalLM and not again.model.layers[0].mlp.up_proj.bias.any()
+
+
+def test_image_networks_travel_with_a_builder(tmp_path):
+    case = saved.CASES["resnet18"]
+    net, _, _ = saved.cut(case)
+    net.origin = Origin("torchvision", "resnet18", {}, "resnet18")
+    written = to_torchvision.write(net, tmp_path / "m")
+    assert written.checked == {"max_abs_diff": 0.0}
+    code = (
+        "import sys; sys.modules['regrow'] = None; from load_regrow import load; print(len(list(load().parameters())))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=tmp_path / "m", check=True, timeout=120)
+
+
+def test_what_cannot_travel_is_refused(tmp_path):
+    net = ZOO["llama_tied"].build()
+    with pytest.raises(ExportError, match="float8"):
+        to_transformers.write(net, tmp_path / "m", dtype="float8")
+    with pytest.raises(ExportError, match="no torchvision network"):
+        to_torchvision.write(net, tmp_path / "m")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "config.json").write_text("{}")
+    with pytest.raises(StoreError, match="choose another folder"):
+        to_transformers.write(net, tmp_path / "others")

@@ -1,0 +1,140 @@
+"""Recovery in run folders: after a cut and on its own, stopped and taken up, told by the command line and the page."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from regrow.cli import code_of
+from regrow.commands import RunFolder, StoreError
+from regrow.commands import recover as recovery_run
+from regrow.commands.prune import Settings, run
+from regrow.commands.stands import read_stand, write_stand
+from regrow.methods import entry, recovery_entry
+from regrow.reports.summary import summarise
+
+PRUNING = Settings(
+    "toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200, proof=False
+)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parents[1] / "cli"))
+        yield run(PRUNING, tmp_path_factory.mktemp("runs") / "pruned").path
+
+
+CODE = "toys:classifier"
+"""What builds the networks of these runs, named anew by whoever recovers one."""
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(pruned, tmp_path, capfd):
+    words = ["recover", str(pruned), "--by", "refit", "--tokens", "256", "--out", str(tmp_path / "out")]
+    words += ["--code", CODE]
+    code = code_of(words)
+    said = " ".join(capfd.readouterr().out.split())
+    assert not code and "recovered by refit on 256 tokens" in said and "accuracy on digits" in said
+    folder = RunFolder.open(tmp_path / "out")
+    rows = folder.metrics()
+    assert [row["model"] for row in rows if row["what"] == "choice"] == ["dense", "pruned", "recovered"]
+    done = next(row for row in rows if row["what"] == "recovery")
+    assert [layer["weight"] for layer in done["layers"]] == ["body.3.weight", "head.weight"]
+    assert folder.run()["finished"] and not (folder.path / "statistics").exists() and len(folder.ledger) == 1
+    page = summarise([folder.path])["runs"][0]
+    assert page["method"] == "magnitude+refit" and page["keep"] == 0.5 and not page["problems"]
+    more = {"tokens": 256, "settings": {"train": "cut"}, "code": CODE}
+    again = recovery_run.run(folder.path, tmp_path / "more", by="distil", **more)
+    assert again.run()["settings"]["method"] == "magnitude+refit+distil"
+    assert again.run()["settings"]["pruning"] == folder.run()["settings"]["pruning"]
+
+
+@pytest.mark.parametrize("by", ["refit", "distil"])
+def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, by):
+    asked = {"by": by, "tokens": 256, "seed": 3, "code": CODE, "settings": {"passes": 4} if by == "distil" else {}}
+    whole = recovery_run.run(pruned, tmp_path / "whole", **asked)
+
+    steps = []
+
+    def stopping(done, total, what):
+        if what.startswith(("refitting", "training")):
+            steps.append(total)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recovery_run.run(pruned, tmp_path / "killed", **asked, progress=stopping)
+    assert (tmp_path / "killed" / ".work" / "statistics" / "recovery.safetensors").exists()
+    told: list[str] = []
+    killed = recovery_run.run(
+        pruned, tmp_path / "killed", **asked, progress=lambda done, total, what: told.append(what)
+    )
+    assert weights(killed.path) == weights(whole.path)
+    assert (
+        len([what for what in told if what.startswith(("refitting", "training"))]) == steps[0] - 1
+    )  # the first is done
+    models = [[row["model"] for row in one.metrics() if row["what"] == "choice"] for one in (killed, whole)]
+    assert models[0] == models[1]
+
+
+def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch):
+    both = run(replace(PRUNING, recover="refit", recover_tokens=256), tmp_path / "both")
+    after = recovery_run.run(pruned, tmp_path / "after", by="refit", tokens=256, code=CODE)
+    assert weights(both.path) == weights(after.path) != weights(pruned)
+    rows = {row["model"]: row["acc"] for row in both.metrics() if row["what"] == "choice"}
+    assert set(rows) == {"dense", "pruned", "recovered"}
+    assert "--recover refit --recover-tokens 256" in both.run()["command"]
+    taken = after.run()["defaults"]
+    assert taken == json.loads(json.dumps(recovery_entry("refit").defaults({"seed"})))
+    alone = RunFolder.open(pruned).run()["defaults"]
+    assert both.run()["defaults"] == alone | {f"refit {n}": v for n, v in taken.items()}
+    assert alone == entry(PRUNING.method).defaults({*PRUNING.method_settings, "seed"})
+
+
+def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
+    with pytest.raises(StoreError, match="not a run folder"):
+        recovery_run.run(tmp_path, tmp_path / "out", by="refit")
+    with pytest.raises(ValueError, match="no recovery 'fit'"):
+        recovery_run.run(pruned, tmp_path / "out", by="fit")
+    other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
+    with pytest.raises(StoreError, match="a run of 'learn'; give the folder of a pruning run"):
+        recovery_run.run(other.path, tmp_path / "out", by="refit")
+    half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
+    with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
+        recovery_run.run(half.out, tmp_path / "out", by="refit")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="give at least one source"):
+        run(Settings("toys:classifier", method="magnitude", recover="refit"), tmp_path / "out")
+
+
+def test_a_page_tells_the_cut_from_what_came_back(tmp_path):
+    folder = RunFolder.create(tmp_path / "run", verb="recover", settings={"model": "m", "by": "refit"})
+    for model, ppl in (("dense", 10.0), ("pruned", 40.0), ("recovered", 20.0)):
+        folder.log("perplexity", model=model, source="news", ppl=ppl, nll=1.0, se=0.1, tokens=8, seen=False)
+    row = summarise([folder.path])["runs"][0]["perplexity"][0]
+    assert [row[side]["ppl"] for side in ("before", "cut", "after")] == [10.0, 40.0, 20.0]
+    from regrow.reports import summarise as whole
+    from regrow.reports import to_html, to_markdown
+
+    assert "| 40.0 | 20.0 |" in to_markdown(whole([folder.path]))
+    assert "Recovered</th>" in to_html(whole([folder.path]))
+
+
+def test_stands_on_disk(tmp_path):
+    from regrow.methods.recovery import Stand
+
+    path, stand = tmp_path / "in" / "s.safetensors", Stand(3, {"w a": torch.randn(2, 3)}, {"history": [{"step": 1}]})
+    write_stand(path, stand, "key")
+    found = read_stand(path, "key")
+    assert found is not None and found.step == 3 and torch.equal(found.tensors["w a"], stand.tensors["w a"])
+    assert found.values == stand.values and read_stand(path, "other") is None
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert read_stand(path, "key") is None and read_stand(tmp_path / "none", "key") is None
+    assert json.dumps(found.values)

@@ -1,0 +1,365 @@
+"""Run folders: begun, interrupted, resumed, read; the ledger; checkpoints of a calibration."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commands import saved
+from regrow import Plan, apply, trace
+from regrow.commands import Ledger, RunFolder, StoreError, fingerprint, replay
+from regrow.commands.checkpoints import file_name
+from regrow.method import Budget, Evidence, Need
+from regrow.methods.pruning import flap
+from regrow.plan import PlanError
+from regrow.reports.summary import summarise
+from regrow.scoring import collect
+from regrow.sources import Batch, Source
+
+SETTINGS = {"model": "m", "keep": 0.9, "only": ("mlp",), "sources": [{"name": "news"}]}
+
+
+@pytest.fixture
+def run(tmp_path):
+    with RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, command="regrow prune m") as folder:
+        yield folder
+
+
+# --- beginning and resuming -----------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_interrupted_goes_on(run):
+    (run.path / ".shapes.json.01234567.partial").write_text("half")
+    (run.path / ".model.89abcdef.partial").mkdir()
+    (run.out.parent / ".run.89abcdef.partial").mkdir()
+    run.owner.release()
+    with RunFolder.create(run.out, verb="prune", settings=dict(reversed(SETTINGS.items()))) as again:
+        assert again.resumed and not run.resumed and again.path == run.path
+        assert again.run()["command"] == "regrow prune m" and again.run()["versions"]["torch"]
+        again.finish()
+    assert [path.name for path in run.out.iterdir()] == ["run.json"] and len([*run.out.parent.iterdir()]) == 1
+
+
+def test_another_run_or_something_else_in_the_folder(run, tmp_path):
+    def refused(words, path=run.out, verb="prune", **settings):
+        with pytest.raises(StoreError, match=words) as caught:
+            RunFolder.create(path, verb=verb, settings=SETTINGS | settings)
+        assert "\n" not in str(caught.value) and "choose another" in str(caught.value)
+
+    refused("is being written by another process")
+    run.owner.release()
+
+    refused(r"keep was 0\.9, here 0\.8\); choose another folder", keep=0.8)
+    refused("seed was null, here 3", seed=3)
+    refused("a run of 'prune'", verb="learn")
+    run.finish()
+    refused("finished")
+    assert [path.name for path in run.out.iterdir()] == ["run.json"]
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.doc").write_text("years of work")
+    refused("not empty", path=other)
+    assert (other / "thesis.doc").exists() and len(list(other.iterdir())) == 1
+
+
+def test_a_run_goes_on_under_the_defaults_it_began_with(tmp_path):
+    def again(**defaults):
+        with RunFolder.create(tmp_path / "run", verb="prune", settings=SETTINGS, defaults=defaults) as folder:
+            return folder
+
+    assert again(pace=0.25, levels=("a", "b")).run()["defaults"] == {"pace": 0.25, "levels": ["a", "b"]}
+    assert again(pace=0.25, levels=("a", "b")).resumed
+    for other, words in (({"pace": 1.0}, "pace was 0.25 unless told, here 1.0"), ({"floor": 1}, "floor was unknown")):
+        with pytest.raises(StoreError, match=f"begun by regrow .*, where {words}.*choose another folder"):
+            again(**{"pace": 0.25, "levels": ("a", "b")} | other)
+    for name in ("defaults", "versions"):
+        (tmp_path / "odd").mkdir(exist_ok=True)
+        (tmp_path / "odd" / "run.json").write_text(json.dumps(again(pace=0.25, levels=("a", "b")).run() | {name: "x"}))
+        with pytest.raises(StoreError, match=r"is .x.: Expected `object`"):
+            RunFolder.create(tmp_path / "odd", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
+    (tmp_path / "older").mkdir()
+    told = (tmp_path / "run" / ".work" / "run.json").read_text()
+    without = {name: value for name, value in json.loads(told).items() if name != "defaults"}
+    (tmp_path / "older" / "run.json").write_text(json.dumps(without))
+    older = RunFolder.create(tmp_path / "older", verb="prune", settings=SETTINGS, defaults={"pace": 1.0})
+    assert older.resumed, "what no version noted is not held against a run"
+
+
+def test_a_folder_that_is_a_file_or_has_a_damaged_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="is a file"):
+        RunFolder.create(tmp_path / "file", verb="prune", settings={})
+    for text in ("{", "[]", "{}", '{"format": "regrow-run/1"}', "[" * 10**5):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(StoreError, match=r"run\.json"):
+            RunFolder.create(tmp_path, verb="prune", settings={})
+        with pytest.raises(StoreError, match=r"run\.json"):
+            RunFolder.open(tmp_path)
+    (tmp_path / "run.json").unlink()
+    with pytest.raises(StoreError, match="not a run folder"):
+        RunFolder.open(tmp_path)
+
+
+def test_an_empty_folder_is_as_good_as_none(tmp_path):
+    assert not RunFolder.create(tmp_path, verb="prune", settings={}).resumed
+
+
+def test_finishing(run):
+    run.save_statistics("news", 0, measured("news"))
+    run.update(notes=["a word"])
+    with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
+        RunFolder.open(run.out)
+    finished = run.finish(seconds={"load": 1.5})
+    done = RunFolder.open(run.out).run()
+    assert done == finished.run()
+    assert done["seconds"] == {"load": 1.5} and done["notes"] == ["a word"] and done["started"] <= done["finished"]
+    assert [path.name for path in run.out.iterdir()] == ["run.json"]
+
+
+def test_a_report_reads_what_is_written(run):
+    axis = {"key": "a.0.w:0", "size": 9, "mark": "neutral", "reason": "", "block": "a.0", "label": "neurons"}
+    run.write_axes([axis], [axis | {"size": 7}])
+    run.write_scores("wifv", {"a.0.w:0": {"quantiles": list(range(21)), "kept_min": 2.0, "dropped_max": math.inf}})
+    run.log("size", model="dense", params_all=9, bytes=36)
+    run.log("perplexity", model="pruned", source="news", ppl=math.inf, nll=1.0)
+    axes, scores = run.axes(), run.scores()
+    assert summarise([run.out])["runs"][0]["name"] == "run", "also while it goes on"
+    run = run.finish()
+    assert (run.axes(), run.scores()) == (axes, scores)
+    page = summarise([run.path])["runs"][0]
+    assert not page["problems"] and page["size"]["before"]["params_all"] == 9
+    assert page["widths"][0]["rows"][0]["after"] == 7
+    assert run.axes()["after"][0]["size"] == 7 and run.scores()["axes"]["a.0.w:0"]["dropped_max"] is None
+    assert [missing["file"] for missing in page["missing"]] == ["ledger.json"]
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("torn", "left"), [(b'{"what": "b", "v', 1), (b'{"what": "b"}', 2), (b"\xff\xfe", 1)])
+def test_a_torn_last_line_is_tolerated_and_mended(run, torn, left):
+    run.log("a", value=1)
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() + torn)
+    assert [row["what"] for row in run.metrics()] == ["a", "b"][:left]
+    run.log("c")
+    assert [row["what"] for row in run.metrics()] == [*["a", "b"][:left], "c"]
+    assert path.read_bytes().endswith(b"\n")
+
+
+def test_long_torn_lines(run):
+    path = run.path / "metrics.jsonl"
+    path.write_bytes(b'{"what": "' + b"x" * 200_000)
+    run.log("a", text="y" * 100_000)
+    assert [row["what"] for row in run.metrics()] == ["a"]
+
+
+def test_a_damaged_line_elsewhere_is_an_error(run):
+    (run.path / "metrics.jsonl").write_text('{"what": "a"}\nrubbish\n{"what": "b"}\n')
+    with pytest.raises(StoreError, match="line 2"):
+        run.metrics()
+
+
+def test_a_full_disk_leaves_the_log_as_it_was(run, monkeypatch):
+    run.log("a")
+    before, real = (run.path / "metrics.jsonl").read_bytes(), os.write
+
+    def fills_up(handle, data):
+        if len(data) < 10:
+            raise OSError(28, "No space left on device")
+        return real(handle, bytes(data[:5]))
+
+    with monkeypatch.context() as patch, pytest.raises(StoreError, match="disk is full"):
+        patch.setattr("regrow.store.journal.os.write", fills_up)
+        run.log("b", text="x" * 40)
+    assert (run.path / "metrics.jsonl").read_bytes() == before
+
+
+# --- the ledger -----------------------------------------------------------------------------------------------------
+
+
+def plans_for(model):
+    axes = trace(model, *saved.CASES["callable"].example()[0])
+    start, plans = axes, []
+    for left in (range(1, 9), (0, 2, 5)):
+        plans.append(Plan.keeping(axes, {"rise.weight:0": left}))
+        model, axes = apply(model, axes, plans[-1])
+    return start, plans, model
+
+
+def test_a_ledger_keeps_plans_in_order_and_replays_them(tmp_path):
+    axes, plans, cut = plans_for(saved.small())
+    ledger = Ledger(tmp_path / "ledger.json")
+    assert ledger.plans() == () and len(ledger) == 0
+    for plan in plans:
+        ledger.append(plan)
+    assert ledger.plans() == tuple(plans) and len(ledger) == 2
+    again, after = replay(saved.small(), axes, ledger.plans())
+    assert torch.equal(again.rise.weight, cut.rise.weight) and after["rise.weight:0"].ids == (1, 3, 6)
+    json.loads((tmp_path / "ledger.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda d: d["plans"][1]["changes"]["rise.weight:0"]["keep"].append(99),
+        lambda d: d["plans"][1]["changes"]["rise.weight:0"]["keep"].clear(),
+        lambda d: d["plans"][1]["changes"]["rise.weight:0"].pop("slots"),
+        lambda d: d["plans"][1].update(format="other"),
+        lambda d: d["plans"].__setitem__(1, 3),
+    ],
+)
+def test_a_tampered_plan(tmp_path, spoil):
+    ledger = Ledger(tmp_path / "ledger.json")
+    for plan in plans_for(saved.small())[1]:
+        ledger.append(plan)
+    data = json.loads(ledger.path.read_text())
+    spoil(data)
+    ledger.path.write_text(json.dumps(data))
+    with pytest.raises(StoreError, match="plan 2") as caught:
+        ledger.plans()
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_that_is_legal_but_of_another_network(tmp_path):
+    axes, plans, _ = plans_for(saved.small())
+    with pytest.raises(PlanError):
+        replay(saved.small(), axes, reversed(plans))
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "regrow-ledger/1"}', '{"plans": []}'])
+def test_a_damaged_ledger_is_not_written_over(tmp_path, text):
+    path = tmp_path / "ledger.json"
+    path.write_text(text)
+    with pytest.raises(StoreError, match="restore it"):
+        Ledger(path).append(Plan())
+    assert path.read_text() == text
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------
+
+
+def source(name, seed=0, batches=4):
+    generator = torch.Generator().manual_seed(seed)
+    return Source(
+        name,
+        [
+            Batch((torch.randn(3, 6, generator=generator),), labels=torch.randint(0, 4, (3,), generator=generator))
+            for _ in range(batches)
+        ],
+    )
+
+
+def measured(name, seed=0):
+    model = saved.small()
+    axes = trace(model, *saved.CASES["callable"].example()[0])
+    return collect(model, axes, [source(name, seed)], {Need.ACTIVATIONS, Need.GRADIENTS})[name][0]
+
+
+def same(a, b):
+    sums = ("count", "sequences", "total", "square", "mean_total", "mean_square")
+    assert (a.source, a.tokens, list(a.moments), list(a.gradients)) == (
+        *(b.source, b.tokens),
+        *(list(b.moments), list(b.gradients)),
+    )
+    for name, moments in a.moments.items():
+        assert all(torch.equal(*(torch.as_tensor(getattr(m, s)) for m in (moments, b.moments[name]))) for s in sums)
+    assert all(torch.equal(gradient, b.gradients[name]) for name, gradient in a.gradients.items())
+    return True
+
+
+def test_statistics_come_back_bit_for_bit(run):
+    statistics = measured("news")
+    assert statistics.moments and statistics.gradients
+    run.save_statistics("news", 1, statistics, key="k")
+    found = run.statistics({"news": "k", "code": "k"}, shards=3)
+    assert found.keys() == {("news", 1)} and same(found["news", 1], statistics)
+    assert run.statistics({"news": "other"}, shards=3) == {}
+
+
+def test_damaged_checkpoints_are_measured_again(run):
+    run.save_statistics("news", 0, measured("news"))
+    (path,) = (run.path / "statistics").iterdir()
+    whole = path.read_bytes()
+    for data in (whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1]), b"", b"rubbish" * 9):
+        path.write_bytes(data)
+        assert run.statistics({"news": ""}) == {}
+    path.write_bytes(whole)
+    assert run.statistics({"news": ""})
+
+
+@given(st.text(max_size=80), st.text(max_size=80), st.integers(0, 99), st.integers(0, 99))
+def test_names_of_sources_are_never_paths(one, other, shard, another):
+    name = file_name(one, shard)
+    assert Path(name).name == name and name == name.lower() and name.isascii() and len(name) < 100
+    assert not name.startswith((".", "-"))
+    assert (name == file_name(other, another)) == ((one, shard) == (other, another))
+
+
+def test_hostile_names_of_sources(run):
+    names = ["../../up", "/etc/passwd", "a/b", "..", "", "nul\0", "ü" * 300, "News", "news", "news-0", "con", "-x"]
+    for name in names:
+        run.save_statistics(name, 0, measured("news"))
+    files = list(run.path.rglob("*"))
+    assert len([path for path in files if path.is_file()]) == len(names) + 1
+    assert not list(run.path.parent.glob("up*"))
+
+
+def test_fingerprints_see_every_batch_and_setting():
+    base = fingerprint(source("a"), "flap", 4)
+    assert base == fingerprint(source("b"), "flap", 4)
+    assert base not in (
+        fingerprint(source("a", seed=1), "flap", 4),
+        fingerprint(source("a", batches=3), "flap", 4),
+        fingerprint(source("a"), "flap", 5),
+        fingerprint(source("a"), "flap4"),
+    )
+    kwargs = [Source("a", [Batch(kwargs={"x": torch.ones(2), "y": y})]) for y in (None, True, 1)]
+    assert len({fingerprint(one) for one in kwargs}) == 3
+
+
+def pruned(folder, die_after=0):
+    """A calibration with checkpoints, and its plan; the process may be killed on the way."""
+    model = saved.small()
+    axes = trace(model, *saved.CASES["callable"].example()[0])
+    sources = [source("news", 1), source("code", 2)]
+    run = RunFolder.create(folder, verb="prune", settings={})
+    run.owner.release()
+    keys = {s.name: fingerprint(s) for s in sources}
+    done = run.statistics(keys, shards=2)
+    finished = len(done)
+
+    def keep(name, shard, statistics):
+        nonlocal finished
+        run.save_statistics(name, shard, statistics, key=keys[name])
+        finished += 1
+        if finished == die_after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    method = flap.build(flap.Settings())
+    statistics = collect(model, axes, sources, method.needs, shards=2, done=done, on_done=keep)
+    plan, _ = method.propose(model, axes, Evidence(statistics), method.init(axes, Budget(0.7)))
+    return plan, len(done)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+def test_a_calibration_killed_half_way_gives_the_same_plan(tmp_path):
+    code = "import pathlib, sys; from runs.test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "a")], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    plan, resumed = pruned(tmp_path / "a")
+    whole, fresh = pruned(tmp_path / "b")
+    assert (resumed, fresh) == (3, 0)
+    assert plan.to_json() == whole.to_json() and plan.means

@@ -1,0 +1,543 @@
+"""A search and its run folder: three disjoint parts, the target, resuming, the memory it is given."""
+
+import json
+import re
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import regrow
+from regrow import budget
+from regrow.allocation.regrowth import kind_of
+from regrow.allocation.stages import Stages
+from regrow.budget import Measure
+from regrow.candidates import Candidates, candidates_in
+from regrow.commands import RunFolder, latencies
+from regrow.commands import search as searching
+from regrow.commands.search import Settings, built, network, parts_of, run
+from regrow.commands.targets import target
+from regrow.data.augment import cut_out
+from regrow.evaluation import Latency
+from regrow.evaluation.continual import share_right
+from regrow.learner import Stand
+from regrow.methods.search.searcher import LEVELS
+from regrow.nets.bench201 import Bench201
+from regrow.nets.cells import Cells
+from regrow.nets.mobile import Mobile
+from regrow.progress import silent
+from regrow.reports import write_page
+from regrow.store.atomic import StoreError
+from regrow.tracing import trace
+
+SMALL: dict[str, Any] = {
+    "train": 240,
+    "test": 100,
+    "batch_size": 48,
+    "epochs": 4,
+    "retrain": 2,
+    "stride": 1,
+}
+QUICK = {"warm": 1, "every": 1, "share": 0.3}
+SETTINGS = Settings("cells:4-2-1", "digits", "nonzero=3k", method_settings=QUICK, cutout=3, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return run(SETTINGS, tmp_path_factory.mktemp("search") / "run")
+
+
+def rows(folder: Any, what: str) -> list[dict[str, Any]]:
+    return [row for row in folder.metrics() if row["what"] == what]
+
+
+def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
+    """From now on a run is interrupted behind these of the checkpoints that it writes."""
+    write, seen = searching.write_course, count(1)
+
+    def stopping(*given: Any, **more: Any) -> None:
+        write(*given, **more)
+        if next(seen) in writes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(searching, "write_course", stopping)
+
+
+def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
+    net = regrow.load(done.path)
+    parts = parts_of(SETTINGS)
+    told = rows(done, "test")[0]
+    assert told["accuracy"] == share_right(net, parts.test) and told["images"] == 100
+    assert told["nonzero"] <= 3000
+    assert sum(int(p.count_nonzero()) for p in net.parameters()) == told["nonzero"]
+    found = regrow.load(done.path / "found")
+    assert rows(done, "found")[0]["accuracy"] == share_right(found, parts.search.test)
+    zero = {name for name, p in found.named_parameters() if not bool(p.all())}
+    assert all(bool((net.get_parameter(n)[found.get_parameter(n) == 0] == 0).all()) for n in zero if "weight" in n)
+
+
+def test_what_is_told_of_it_fits(done: Any) -> None:
+    history = rows(done, "epoch")
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4]
+    assert [row["stage"] for row in history] == [0, 0, 1, 1]
+    assert rows(done, "levels")[0]["saved"]["operations"] > 0
+    assert len(done.ledger) >= len(rows(done, "commit"))
+
+
+@pytest.mark.parametrize("measure", ["nonzero", "macs"])
+def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
+    """What the levels left out and what is left make the whole space, but for classifiers of earlier stages."""
+    more = QUICK | {"regrow": 0.9, "regrow_filters": 0.5, "warm": 0}
+    model, _, _ = network(SETTINGS, parts_of(SETTINGS).search)
+    assert isinstance(model, Cells)
+    axes = trace(model, parts_of(SETTINGS).search.train.inputs[:2])
+    target = f"{measure}={'3k' if measure == 'nonzero' else '30k'}"
+    own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
+    folder = run(own, tmp_path / "run")
+    assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
+    first = built(own, model, axes)
+    first.begin(Stand(model, axes, parts_of(own).search, epochs=6))
+    levels = rows(folder, "levels")[-1]
+    assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(first.values["whole"], rel=1e-9)
+    assert min(levels["saved"].values()) >= 0
+    assert levels["size"] == rows(folder, "found")[-1][measure]
+
+
+def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
+    said: list[str] = []
+    settings = replace(SETTINGS, retrain=1)
+    folder = run(settings, tmp_path / "run", lambda done, total, what: said.append(what))
+    told = [*dict.fromkeys(said)]
+    first, _, second, _ = rows(folder, "epoch")
+    assert told[0] == "search, stage 1" and told[2] == "search, stage 2" and told[4:] == ["retraining"]
+    for line, row, start in ((told[1], first, "search, stage 1, "), (told[3], second, "search, stage 2, ")):
+        size, most, accuracy, *shares = re.findall(r"[\d.]+k?", line.removeprefix(start))
+        assert line.startswith(start) and [budget.amount(one, Measure.PARAMETERS) for one in (size, most)] == (
+            pytest.approx([row["size"], row["allowed"]], rel=5e-3)
+        )
+        assert float(accuracy) == pytest.approx(row["accuracy"], abs=6e-3)
+        assert [int(share) for share in shares] == [round(100 * row[level]) for level in LEVELS]
+
+
+def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
+    """What stood after an epoch of the last stage is a network of its own, and nothing of the search knows of it."""
+    own = replace(SETTINGS, retrain=0, cutout=0, method_settings=QUICK | {"warm": 0})
+    folder = run(own, tmp_path / "run")
+    (row,) = rows(folder, "front")
+    assert row["epoch"] == 3 and row["size"] == row["nonzero"] > rows(folder, "found")[-1]["nonzero"]
+    net = regrow.load(folder.path / "front" / "0003")
+    assert share_right(net, parts_of(own).search.test) == row["accuracy"]
+    assert sum(int(p.count_nonzero()) for p in net.parameters()) == row["nonzero"]
+    assert row["size"] >= rows(folder, "epoch")[2]["size"]
+    assert not rows(done, "front"), (
+        "its last stage learns masks in the last epoch alone, whose network is what is found"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"cutout": 8}, "take 0, for none, to 7"),
+        ({"cutout": -1}, "cutout must be 0 to"),
+        ({"retrain": 0}, "--cutout .* leaves that out"),
+        ({"retrain": 0, "cutout": 0, "inherit": True}, "--inherit .* leaves that out"),
+    ],
+)
+def test_what_means_nothing_in_the_training_anew_is_refused(
+    given: dict[str, int], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(replace(SETTINGS, **given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    sides = []
+
+    def watched(pictures: Any, side: int) -> Any:
+        sides.append(side)
+        return cut_out(pictures, side)
+
+    monkeypatch.setattr("regrow.methods.search.retrain.cut_out", watched)
+    parts = parts_of(SETTINGS)
+    net = regrow.load(done.path / "found")
+    searching.retrained(RunFolder.create(tmp_path / "run", verb="t", settings={}), SETTINGS, parts, net, silent)
+    assert set(sides) == {3}
+
+
+def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, tmp_path: Path) -> None:
+    parts, net, began = parts_of(SETTINGS), regrow.load(done.path / "found"), []
+    for inherit in (True, False):
+        # At a rate this low it ends as it begins.
+        own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
+        folder = RunFolder.create(tmp_path / f"{inherit}", verb="t", settings={})
+        began.append(searching.retrained(folder, own, parts, net, silent))
+    for name, value in net.named_parameters():
+        assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
+    weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
+    assert weights and not any(torch.allclose(began[1].get_parameter(n), v, atol=1e-3) for n, v in weights)
+    assert "--inherit --" in replace(SETTINGS, inherit=True).command("x")
+
+
+def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:
+    taken = done.run()["defaults"]
+    assert taken["pace"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*LEVELS]
+    assert not {*QUICK, "target", "stages", "seed"} & {*taken}
+    assert "inherit" not in done.run()["settings"], "a run that was begun before there was this setting goes on"
+    place = tmp_path / "run"
+    place.mkdir()
+    told = {name: value for name, value in done.run().items() if name != "finished"}
+    (place / "run.json").write_text(json.dumps(told | {"defaults": taken | {"pace": 1.0}}))
+    with pytest.raises(StoreError, match=r"pace was 1\.0 unless told, here 0\.25"):
+        run(SETTINGS, place)
+    assert [one.name for one in place.iterdir()] == ["run.json"]
+    (place / "run.json").write_text(json.dumps(told | {"settings": told["settings"] | {"inherit": True}}))
+    with pytest.raises(StoreError, match="inherit was true, here null"):
+        run(SETTINGS, place)
+
+
+def test_draws_of_another_seed_are_another_network(tmp_path: Path) -> None:
+    """On the same data and from the same weights; the seed of the run is that of the draw unless told."""
+    found = []
+    for i, more in enumerate(({}, {"seed": 0}, {"seed": 1})):
+        given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind"}
+        folder = run(Settings("cells:4-2-1", "digits", "0.3", method_settings=more, **given), tmp_path / f"{i}")
+        found.append([n for n, _ in regrow.load(folder.path).named_parameters()])
+    assert found[0] == found[1] != found[2]
+
+
+def test_parts_are_disjoint() -> None:
+    parts = parts_of(SETTINGS)
+    learned, held, test = (
+        {tuple(one.flatten().tolist()) for one in part.inputs}
+        for part in (parts.search.train, parts.search.test, parts.test)
+    )
+    assert len(parts.search.train) == 192 and len(parts.search.test) == 48
+    assert not learned & held and not (learned | held) & test
+    assert {tuple(one.flatten().tolist()) for one in parts.whole.train.inputs} == learned | held
+
+
+def test_killed_and_resumed_is_never_stopped(done: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped(monkeypatch, 3, 5)  # once in the search, once in the training after it
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(SETTINGS, tmp_path / "killed")
+    again = run(SETTINGS, tmp_path / "killed")
+    whole, other = regrow.load(done.path), regrow.load(again.path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+    assert [_same(row) for row in rows(done, "epoch")] == [_same(row) for row in rows(again, "epoch")]
+    for what in ("found", "levels", "test"):
+        assert [_same(row) for row in rows(done, what)] == [_same(row) for row in rows(again, what)] != []
+
+
+def _same(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in ("time", "at")}
+
+
+def test_a_search_that_would_learn_nothing_is_refused(tmp_path: Path) -> None:
+    for more, told in (
+        ({"epochs": 0}, "take --epochs 1"),
+        ({"validation": 0.999}, "leaves 0"),
+        ({"train": -5}, "train must be 0 to"),
+        ({"epochs": 3}, "a stage of 2 no epoch to learn masks in, .* use --epochs 4 or more"),
+        ({"target": "params=60", "method_settings": QUICK | {"levels": ("operations",)}}, "below what is left"),
+        ({"target": "params=60", "method": "darts", "method_settings": {}}, "below what is left whatever goes"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            run(replace(SETTINGS, **more), tmp_path / "run")
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_space_is_searched_in_three_stages_or_as_many_as_it_has_parts() -> None:
+    task = parts_of(SETTINGS).search
+    for space, given, heads in (("cells:4-2-1", 0, 2), ("cells:4-4-1", 0, 3), ("cells:4-4-1", 4, 4)):
+        model, _, _ = network(replace(SETTINGS, space=space, stages=given), task)
+        assert isinstance(model, Cells) and len(model.heads) == heads
+    for space in ("resnet:4-2", "bench201:4-1"):
+        assert network(replace(SETTINGS, space=space, stages=0), task)[2] is None
+        with pytest.raises(ValueError, match="one stage: no --stages 2"):
+            network(replace(SETTINGS, space=space, stages=2), task)
+
+
+def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None:
+    own = {"what": "operations,filters,weights", "split": "0.5,0.3,0.2"}
+    given = SMALL | {"epochs": 0, "retrain": 1, "method": "blind", "method_settings": own}
+    settings = Settings("cells:4-2-1", "digits", "nonzero=40%", **given)
+    folder = run(settings, tmp_path / "run")
+    told, levels = rows(folder, "test")[0], rows(folder, "levels")[0]
+    goes = sum(levels["saved"].values())
+    assert [levels["saved"][level] / goes for level in LEVELS] == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
+    assert 0.98 * levels["asked"] < levels["size"] <= levels["asked"]
+    assert told["nonzero"] == levels["size"] < told["parameters"]  # what is 0 stays 0 in the training anew
+    for wrong, words in (
+        ({"what": "filters,operations", "split": "0.5,0.5"}, "in this order"),
+        ({"what": "operations,filters"}, "split has a share"),
+        ({"what": "operations,filters", "split": "0.7,0.7"}, "1 in all; got 0.7, 0.7"),
+        ({"what": "layers"}, "what is of operations, filters, weights"),
+        ({"what": "filters", "keep_bare": True}, "keep_bare is of operations"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(
+                Settings("cells:4-2-1", "digits", "nonzero=40%", **given | {"method_settings": wrong}),
+                tmp_path / "wrong",
+            )
+
+
+@pytest.mark.parametrize("what", ["operations", "filters"])
+def test_controls_meet_the_target_unlearned(what: str, tmp_path: Path) -> None:
+    given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": {"what": what}}
+    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    told = rows(folder, "found")[0]
+    whole = sum(p.numel() for p in network(SETTINGS, parts_of(SETTINGS).search)[0].parameters())
+    assert 0.3 * whole < told["nonzero"] <= 0.4 * whole
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_pools_stay_where_a_draw_is_told_to_keep_what_holds_no_weights(keeps: bool, tmp_path: Path) -> None:
+    own = {"what": "operations", "keep_bare": keeps}
+    given = SMALL | {"epochs": 0, "retrain": 0, "method": "blind", "method_settings": own}
+    folder = run(Settings("cells:4-2-1", "digits", "0.4", **given), tmp_path / "run")
+    left = [path for paths in candidates_in(regrow.load(folder.path)).values() for path in paths]
+    assert (len([path for path in left if kind_of(path) in ("avg", "max")]) == 8) == keeps
+
+
+@pytest.mark.parametrize("most", [1700, 4000])
+def test_what_darts_leaves_is_cut_to_the_target_or_told_to_be_below_it(most: int, tmp_path: Path) -> None:
+    given = SMALL | {"epochs": 1, "retrain": 0, "method": "darts"}
+    folder = run(Settings("cells:4-2-1", "digits", f"params={most}", **given), tmp_path / "run")
+    told, levels = rows(folder, "found")[0], rows(folder, "levels")[0]
+    assert told["parameters"] == told["nonzero"] <= most
+    assert levels["below"] == (levels["discretised"] <= most) == (levels["saved"]["filters"] == 0)
+    assert not levels["below"] or told["parameters"] == levels["discretised"]
+    nodes = [one for one in regrow.load(folder.path).modules() if isinstance(one, Candidates)]
+    assert [len(node.ops) for node in nodes] == [2, 2]
+    assert "skips" in rows(folder, "epoch")[0]
+
+
+OWN = """
+from torch import nn
+from regrow import Candidates
+
+def conv(kernel, inputs=6):
+    return nn.Sequential(nn.Conv2d(inputs, 6, kernel, padding=kernel // 2), nn.BatchNorm2d(6), nn.ReLU())
+
+def tiny(classes=10):
+    def choice():
+        return Candidates({"one": conv(1), "three": conv(3), "five": conv(5), "same": nn.Identity()})
+    return nn.Sequential(conv(3, 1), choice(), choice(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, classes))
+
+def wrong():
+    return tiny(3)
+"""
+
+
+def test_a_network_of_ones_own_code_is_searched_in_all_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it marks goes too; the found network is trained, saved, and read with the function that makes it."""
+    (tmp_path / "own_nets.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    given = SMALL | {"method_settings": {"warm": 0, "every": 1}}
+    folder = run(Settings("own_nets:tiny", "digits", "0.3", **given), tmp_path / "run")
+    levels = rows(folder, "levels")[0]
+    assert (
+        levels["saved"]["operations"] > 0 and levels["size"] == rows(folder, "found")[0]["nonzero"] <= levels["asked"]
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import own_nets  # type: ignore[import-not-found]
+
+    net = regrow.load(folder.path, model=own_nets.tiny)
+    assert (
+        share_right(net, parts_of(Settings("own_nets:tiny", "digits", "0.3", **given)).test)
+        == (rows(folder, "test")[0]["accuracy"])
+    )
+    with pytest.raises(ValueError, match=r"own_nets:wrong answers \(2, 3\) to two images of 10 classes"):
+        run(Settings("own_nets:wrong", "digits", "0.3", **given), tmp_path / "other")
+
+
+def test_a_network_of_ones_own_loses_filters_and_weights(tmp_path: Path) -> None:
+    given = SMALL | {"stages": 1, "method_settings": {"warm": 1, "every": 1}}
+    folder = run(Settings("resnet:4-2", "digits", "macs=10k", **given), tmp_path / "run")
+    assert regrow.load(folder.path).get_submodule("3").conv1.out_channels < 4
+    assert rows(folder, "levels")[0]["saved"]["filters"] > 0
+
+
+@pytest.mark.parametrize(
+    ("method", "epochs", "given"), [("mgas", 2, {"warm": 0, "every": 9}), ("blind", 0, {"what": "operations"})]
+)
+def test_one_topology_for_all_cells_is_left(method: str, epochs: int, given: dict[str, Any], tmp_path: Path) -> None:
+    more = SMALL | {"epochs": epochs, "retrain": 0, "train": 120, "method": method, "method_settings": given}
+    settings = Settings("bench201:4-1", "digits", "params=14k", **more)
+    folder = run(settings, tmp_path / "run")
+    found = regrow.load(folder.path)
+    assert isinstance(found, Bench201) and all(len(ops) == 1 for ops in found.config["edges"])
+    gone = {tuple(path.split(".")[-4:]) for plan in folder.ledger.plans() for path in plan.drop}
+    assert len(gone) == 6 * 4 and sum(len(plan.drop) for plan in folder.ledger.plans()) == 3 * 6 * 4
+    told, parts = rows(folder, "found")[0], parts_of(settings)
+    assert told["parameters"] == sum(p.numel() for p in found.parameters()) <= 14_000
+    assert told["accuracy"] == share_right(found, parts.search.test)
+    whole = sum(p.numel() for p in network(settings, parts.search)[0].parameters())
+    assert rows(folder, "levels")[0]["saved"]["operations"] == whole - told["parameters"]
+
+
+def test_widths_of_a_fixed_skeleton_are_not_searched(tmp_path: Path) -> None:
+    for method, given in (("mgas", {"levels": ("filters",)}), ("blind", {"what": "filters"})):
+        with pytest.raises(ValueError, match="the widths they have"):
+            run(
+                Settings("bench201:4-1", "digits", "0.5", method=method, method_settings=given, **SMALL),
+                tmp_path / "run",
+            )
+    with pytest.raises(ValueError, match="no --memory"):
+        run(Settings("bench201:4-1", "digits", "0.5", memory="1GiB", **SMALL), tmp_path / "run")
+
+
+def test_stages_fit_the_memory_that_is_given(tmp_path: Path) -> None:
+    model, _, plan = network(
+        Settings("cells:4-3-1", "digits", "0.3", memory="8MiB", **SMALL), parts_of(SETTINGS).search
+    )
+    assert isinstance(model, Cells) and plan is not None
+    assert plan.peak <= 8 * 2**20 and plan.ends[-1] == 2 and sorted(map(int, model.heads)) == list(plan.ends)
+    assert not plan.recomputed and not model.recomputed
+    with pytest.raises(ValueError, match="do not suffice"):
+        network(Settings("cells:4-3-1", "digits", "0.3", memory="100KiB", **SMALL), parts_of(SETTINGS).search)
+
+
+def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
+    """A third of what one stage needs: the same search as in one stage without a budget, number by number."""
+    given: dict[str, Any] = {"method_settings": QUICK, **SMALL | {"train": 144, "retrain": 0, "stages": 1}}
+    plain = run(Settings("cells:4-6-1", "digits", "0.3", **given), tmp_path / "plain")
+    ample = Settings("cells:4-6-1", "digits", "0.3", memory="64MiB", **given)
+    _, _, plan = network(ample, parts_of(ample).search)
+    assert plan is not None and not plan.recomputed
+    small = run(Settings("cells:4-6-1", "digits", "0.3", memory="8MiB", **given), tmp_path / "small")
+    (planned,) = rows(small, "stages")
+    assert planned["recomputed"] and max(planned["peaks"]) < 0.5 * plan.peak
+    nets = [regrow.load(folder.path) for folder in (plain, small)]
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    assert all(row["peak"] <= 8 * 2**20 for row in rows(small, "memory"))
+    pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, small)]
+    assert ["computed a second time" in page for page in pages] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [("blind", {}), ("darts", {}), ("gold_nas", {"epochs": 3, "method_settings": {"warm": 0, "high": 1.0}})],
+)
+def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
+    method: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    given = SMALL | {"method": method, "memory": "8MiB", "train": 120, "epochs": 1, "retrain": 0} | more
+    done = run(Settings("cells:4-3-1", "digits", "0.5", **given), tmp_path / "done")
+    plan = rows(done, "stages")[0]
+    assert plan["ends"] == [2] and plan["recomputed"]
+    assert [row["stage"] for row in rows(done, "memory")] == [0]
+    assert all(row["peak"] <= plan["peaks"][0] <= 8 * 2**20 for row in rows(done, "memory"))
+    commits = rows(done, "commit")
+    assert (method == "gold_nas") is bool(commits) and all(row["stood"] and row["dropped"] for row in commits)
+    with pytest.raises(ValueError, match="do not suffice"):
+        run(Settings("cells:4-3-1", "digits", "0.3", **given | {"memory": "3MiB"}), tmp_path / "run")
+    with pytest.raises(ValueError, match="one stage: no --memory"):
+        run(Settings("resnet:4-2", "digits", "0.3", **given), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    model, parts = network(Settings("cells:4-3-1", "digits", "0.3"), parts_of(SETTINGS).search)[0], parts_of(SETTINGS)
+    axes, all_of_it = trace(model, parts.search.train.inputs[:2]), Stages((2,), (1,))
+    built(Settings("cells:4-3-1", "digits", "0.3", method=method), model, axes, all_of_it)  # which is one stage
+
+
+def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(
+        "mobile:4-1", "digits", "nonzero=70k", stages=2, method_settings=QUICK | {"pace": 1.0}, **SMALL | {"retrain": 1}
+    )
+    done = run(settings, tmp_path / "run")
+    net, told = regrow.load(done.path), rows(done, "test")[0]
+    assert isinstance(net, Mobile) and told["accuracy"] == share_right(net, parts_of(settings).test)
+    assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
+    assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
+    page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
+    assert "Block 6" in page and "of 70,000 nonzero parameters asked for" in page
+    stopped(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed")
+    again = run(settings, tmp_path / "killed")
+    other = regrow.load(again.path)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert _same(rows(done, "test")[-1]) == _same(rows(again, "test")[-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("half", "target is written like"),
+        ("2", "is a share"),
+        ("params=9M", "not below"),
+        ("params=0", "above 0"),
+        ("ms=5@9", "target is written like"),
+        ("macs=150%", "is a share"),
+        ("kv_cache=3k", "target is written like"),
+    ],
+)
+def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
+    parts = parts_of(SETTINGS)
+    model = network(SETTINGS, parts.search)[0]
+    with pytest.raises(ValueError, match=message):
+        target(text, trace(model, parts.search.train.inputs[:2]))
+
+
+def invented(model: torch.nn.Module, scale: float = 1.0) -> Latency:
+    """A latency table of the same form as one that is measured, with times that are nobody's."""
+    sums = candidates_in(model)
+    ops = {path: scale * (1 + i / 100) for i, path in enumerate(p for paths in sums.values() for p in paths)}
+    layers = {
+        name: 0.5 for name, one in model.named_modules() if isinstance(one, torch.nn.Conv2d) and ".ops." not in name
+    }
+    total = sum(ops.values()) + 0.1 * len(sums) + sum(layers.values()) + 2.0
+    return Latency(total, ops, dict.fromkeys(sums, 0.1), layers)
+
+
+def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, Any] = {"method_settings": QUICK, **SMALL, "retrain": 0}
+    table = invented(network(Settings("cells:4-2-1", "digits", "0.3", **given), parts_of(SETTINGS).search)[0])
+    settings = Settings("cells:4-2-1", "digits", f" ms={0.5 * table.total:.4f}", **given)
+    monkeypatch.setattr(latencies, "latency", lambda *_: table)
+    done = run(settings, tmp_path / "run")
+    told, levels = rows(done, "latency")[0], rows(done, "levels")[0]
+    assert told["whole"] == table.total and told["found"] > 0
+    assert levels["measure"] == "ms" and levels["size"] <= levels["asked"] == pytest.approx(0.5 * table.total, abs=1e-3)
+    assert levels["saved"]["weights"] == 0 and all(bool(p.all()) for p in regrow.load(done.path / "found").parameters())
+    page = write_page([done.path], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "ms of a pass by the clock" in page and f"of {levels['asked']:.3g}" in page
+    stopped(monkeypatch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed")
+    monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model, 3.0))  # the machine is slower now
+    kept = tmp_path / "killed" / ".work" / "latency.json"
+    text = kept.read_text()
+    for damaged in ("{}", text.replace('"total": ', '"total": -'), None):
+        kept.unlink() if damaged is None else kept.write_text(damaged)
+        with pytest.raises(StoreError, match=r"latency\.json.*take a new folder"):
+            run(settings, tmp_path / "killed")
+    kept.write_text(text)
+    again = run(settings, tmp_path / "killed")
+    both = [regrow.load(folder.path) for folder in (done, again)]
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in both), strict=True))
+
+
+def test_a_time_that_cannot_be_reached_is_refused_before_the_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latencies, "latency", lambda model, *_: invented(model))
+    for target_, message in (("ms=1.9", "left whatever goes"), ("ms=1000", "not below")):
+        with pytest.raises(ValueError, match=message):
+            run(Settings("cells:4-2-1", "digits", target_, **SMALL), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_space_and_a_method_that_are_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no small network 'cells:8'"):
+        run(Settings("cells:8", "digits", "0.3", **SMALL), tmp_path / "run")
+    with pytest.raises(ValueError, match="did you mean 'mgas'"):
+        run(Settings("cells:4-2-1", "digits", "0.3", method="mgass", **SMALL), tmp_path / "run")
+    assert not (tmp_path / "run").exists()

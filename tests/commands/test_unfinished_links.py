@@ -1,0 +1,124 @@
+"""Unfinished work that leads out of its folder, by links: nothing outside changes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from regrow.commands import RunFolder
+from regrow.store.errors import StoreError
+from regrow.store.journal import append, mend, read
+
+SETTINGS = {"keep": 0.5}
+
+
+def begun(out: Path) -> Path:
+    """An unfinished run, as a killed process leaves it; its working area."""
+    with RunFolder.create(out, verb="prune", settings=SETTINGS) as folder:
+        folder.log("note", text="begun")
+    return out / ".work"
+
+
+def go_on(out: Path) -> None:
+    with RunFolder.create(out, verb="prune", settings=SETTINGS) as folder:
+        assert folder.resumed
+        folder.log("note", text="gone on")
+
+
+@pytest.mark.parametrize("text", ['{"what": "note"}\n', "precious, and no measurement"])
+def test_measurements_that_link_to_another_file(tmp_path, text):
+    outside, work = tmp_path / "outside", begun(tmp_path / "run")
+    outside.write_text(text)
+    (work / "metrics.jsonl").unlink()
+    (work / "metrics.jsonl").symlink_to(outside)
+    with pytest.raises(StoreError, match=r"metrics\.jsonl is a symbolic link") as caught:
+        go_on(tmp_path / "run")
+    assert "\n" not in str(caught.value) and outside.read_text() == text
+    (work / "metrics.jsonl").unlink()
+    (work / "metrics.jsonl").hardlink_to(outside)
+    go_on(tmp_path / "run")
+    assert outside.read_text() == text, "another name of a file: a copy is changed"
+    assert json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["text"] == "gone on"
+
+
+def test_a_journal_with_two_names_keeps_its_rows(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    append(one, {"what": "a"})
+    other.hardlink_to(one)
+    append(one, {"what": "b"})
+    assert [row["what"] for row in read(one)] == ["a", "b"] and [row["what"] for row in read(other)] == ["a"]
+    other.unlink()
+    other.hardlink_to(one)
+    with other.open("a") as file:
+        file.write('{"cut')
+    mend(one)
+    assert one.read_text().endswith("\n") and other.read_text().endswith('{"cut')
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir], ids=["fifo", "folder"])
+def test_a_journal_that_is_no_regular_file(tmp_path, make):
+    make(tmp_path / "metrics.jsonl")
+    with pytest.raises(StoreError, match=r"metrics\.jsonl"):
+        append(tmp_path / "metrics.jsonl", {"what": "a"})
+
+
+@pytest.mark.parametrize("name", ["", "statistics", "front/0001"])
+def test_folders_of_unfinished_work_that_link_elsewhere(tmp_path, name):
+    outside, work = tmp_path / "outside", begun(tmp_path / "run")
+    outside.mkdir()
+    link = work / name
+    if name:
+        link.parent.mkdir(exist_ok=True)
+    else:
+        work.rename(tmp_path / "moved")
+        for file in (tmp_path / "moved").iterdir():
+            (outside / file.name).write_bytes(file.read_bytes())
+    link.symlink_to(outside, target_is_directory=True)
+    before = {path.name: path.read_bytes() for path in outside.iterdir()}
+    for call in (go_on, RunFolder.reopen, RunFolder.started):
+        with pytest.raises(StoreError, match="is not a folder of its own") as caught:
+            call(tmp_path / "run")
+        assert "\n" not in str(caught.value)
+    assert {path.name: path.read_bytes() for path in outside.iterdir()} == before
+
+
+def test_an_unfinished_run_of_0_1_does_not_move_through_a_link(tmp_path):
+    outside, work = tmp_path / "outside", begun(tmp_path / "run")
+    outside.mkdir()
+    for file in work.iterdir():
+        file.rename(tmp_path / "run" / file.name)
+    work.rmdir()
+    work.symlink_to(outside)
+    with pytest.raises(StoreError, match="is not a folder of its own"):
+        go_on(tmp_path / "run")
+    assert not list(outside.iterdir()) and (tmp_path / "run" / "run.json").is_file()
+    work.unlink()
+    (tmp_path / "run" / "statistics").symlink_to(outside)
+    with pytest.raises(StoreError, match="is not a folder of its own"):
+        go_on(tmp_path / "run")
+
+
+def test_a_tokenizer_is_not_written_through_links(tmp_path):
+    from regrow.store.pretrained import write_tokenizer
+
+    class Tokenizer:
+        def save_pretrained(self, folder):
+            (Path(folder) / "tokenizer.json").write_text("new")
+            (Path(folder) / "tokenizer_config.json").write_text('{"name_or_path": "/home/me", "model_max_length": 9}')
+            (Path(folder) / "templates").mkdir()
+            (Path(folder) / "templates" / "tools.jinja").write_text("new")
+
+    folder, outside = tmp_path / "folder", tmp_path / "outside"
+    folder.mkdir()
+    outside.write_text("old")
+    (folder / "tokenizer.json").symlink_to(outside)
+    (folder / "tokenizer_config.json").hardlink_to(outside)
+    for _ in range(2):
+        write_tokenizer(Tokenizer(), folder)
+        assert outside.read_text() == "old" and (folder / "tokenizer.json").read_text() == "new"
+        assert json.loads((folder / "tokenizer_config.json").read_text()) == {"model_max_length": 9}
+    assert {path.name for path in folder.rglob("*")} == {
+        "tokenizer.json", "tokenizer_config.json", "templates", "tools.jinja"
+    }  # fmt: skip

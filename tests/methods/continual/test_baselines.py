@@ -1,0 +1,121 @@
+"""Methods that learn task after task: what each promises of itself."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import regrow
+from regrow.commands.learn import Settings, run, tasks_of
+from regrow.data.streams import digits_task, fewer, permuted, split
+from regrow.evaluation.continual import share_right
+from regrow.learner import Learner, Stand
+from regrow.methods import LEARNERS
+from regrow.nets.small import small
+from regrow.surgery.stand_in import standing_in
+from regrow.tracing import trace
+from regrow.training.learning import Schedule, learn
+
+
+def learned(name: str, given: dict[str, Any], tasks: Any, model: str = "mlp:16", **more: Any) -> tuple[Any, ...]:
+    """A network that learned tasks, its learner and the account of it."""
+    net, _ = small(model, (1, 8, 8), 10)
+    axes = trace(net, tasks[0].train.inputs[:2])
+    learner = LEARNERS[name].made(name, given)
+    _, course = learn(net, axes, tasks, learner, Schedule(**{"epochs": 2, "batch_size": 32, **more}))
+    return net, learner, course
+
+
+TWO = permuted(fewer(digits_task(), 200, 80), 2)
+
+
+@pytest.mark.parametrize("model", ["mlp:16", "resnet:8-2"])
+@pytest.mark.parametrize("method", sorted(LEARNERS))
+def test_learns_in_mixed_precision(method: str, model: str) -> None:
+    """Losses are taken in bfloat16; parameters, gradients and what is remembered stay in float32."""
+    given = {"memory": 50} if method == "replay" else {}
+    whole, half = (
+        learned(method, given, TWO, model, precision=precision, lr=0.05) for precision in ("float32", "bfloat16")
+    )
+    net, learner, course = half
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
+    assert torch.bfloat16 not in {one.values.dtype for one in learner.tensors.values()}
+    pairs = list(zip(net.parameters(), whole[0].parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in pairs), "nothing was taken in bfloat16"
+    assert abs(course.matrix.learning - whole[2].matrix.learning) < 0.1
+
+
+@pytest.mark.parametrize(("method", "given"), [("packnet", {}), ("wsn", {}), ("naive", {"keep": "network"})])
+def test_norms_stay_after_the_first_task(method: str, given: dict[str, Any]) -> None:
+    seen = []
+    for tasks in (TWO[:1], TWO):
+        net, _, _ = learned(method, given, tasks, "resnet:8-2")
+        seen.append([m.running_mean for m in net.modules() if isinstance(m, _BatchNorm)])
+    assert seen[0] and all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+@pytest.mark.parametrize("method", ["packnet", "wsn"])
+def test_a_named_task_is_answered_as_when_it_was_over(method: str) -> None:
+    """Under momentum and weight decay too: what a task uses does not move."""
+    _, _, course = learned(method, {"named": True}, TWO, epochs=8, lr=0.1, weight_decay=0.01)
+    assert course.rows[1][0] == course.rows[0][0] > 0.2
+
+
+def test_answers_of_a_network_that_has_learned_are_held() -> None:
+    """DER++ holds what the network answers in late epochs too; plain replay holds each example once."""
+    for given, times in (({"answers": 0.5}, 5), ({}, 1)):
+        _, learner, _ = learned("replay", {"memory": 50} | given, TWO[:1], epochs=5)
+        assert learner.values["seen"] == times * 32 * (200 // 32) + times * (200 % 32)
+
+
+def test_lwf_asks_the_network_as_it_was() -> None:
+    """Its old running statistics included, which the question does not move; the task may be told."""
+    tasks = split(digits_task(), 5)[:2]
+    _, _, course = learned("lwf", {}, tasks, scenario="task", lr=0.05)
+    assert course.rows[1][0] > 0.9
+    net, learner, _ = learned("lwf", {}, TWO[:1], "resnet:8-2")
+    at = Stand(net, trace(net, TWO[0].train.inputs[:2]), TWO[1], number=1)
+    learner.begin(at)
+    net.train()
+    batch = next(TWO[1].train.batches(32))
+    steps = [m.num_batches_tracked.clone() for m in net.modules() if isinstance(m, _BatchNorm)]
+    plain = Learner.loss(learner, at, batch)
+    now = [m.num_batches_tracked for m in net.modules() if isinstance(m, _BatchNorm)]
+    assert [int(a) - int(b) for a, b in zip(now, steps, strict=True)] == [1] * len(steps)
+    before = [v.clone() for v in net.state_dict().values()]
+    teacher = learner._then(at, batch)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
+    with torch.no_grad():
+        old = {n: learner.tensors[f"old {n}"].values for n, _ in net.named_parameters()}
+        with standing_in(net, old):
+            assert not torch.allclose(net(batch.inputs), teacher, atol=1e-3), "batch statistics are other answers"
+    assert learner.loss(at, batch) > plain
+
+
+@pytest.mark.parametrize("method", ["wsn", "packnet"])
+def test_what_is_saved_is_what_was_measured(method: str, tmp_path: Any) -> None:
+    folder = run(Settings(("permuted:digits:2",), "mlp:16", method, epochs=3, train=200, test=80, lr=0.05), tmp_path)
+    rows = [row for row in folder.metrics() if row["what"] == "matrix"][-1]["matrix"]
+    tasks = tasks_of(Settings.from_json(folder.run()["settings"]))
+    assert [share_right(regrow.load(folder.path), task.test) for task in tasks] == rows[-1]
+
+
+@pytest.mark.parametrize(
+    ("method", "given"),
+    [
+        ("packnet", {"prune": 1.5}),
+        ("wsn", {"share": -1.0}),
+        ("replay", {"memory": -5}),
+        ("lwf", {"temperature": 0.0}),
+        ("ewc", {"strength": -1.0}),
+        ("si", {"damping": 0.0}),
+        ("sparsegrow", {"every": 0}),
+        ("sparsegrow", {"multiple": 0}),
+        ("sparsegrow", {"samples": 0}),
+        ("sparsegrow", {"strength": -1.0}),
+    ],
+)
+def test_a_setting_that_cannot_be_is_refused(method: str, given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(given))):
+        LEARNERS[method].made(method, given)

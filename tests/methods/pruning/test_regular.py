@@ -1,0 +1,64 @@
+"""Every method obeys a budget of any measure, rounded and regular."""
+
+from dataclasses import replace
+
+import pytest
+
+from hand import lm, texts, timed
+from regrow import apply, trace
+from regrow.allocation import priced
+from regrow.budget import STEPS, Budget, Measure, Target
+from regrow.commands.pruning import begun, measured
+from regrow.methods import entry
+from regrow.training import loop
+
+METHODS = [
+    ("random", {}),
+    ("magnitude", {}),
+    ("wanda_sp", {}),
+    ("flap", {}),
+    ("llm_pruner", {}),
+    ("llm_pruner", {"allocation": "ranked", "spare_first": 0.4}),
+    ("gprune", {"steps": 4, "every": 2, "shards": 2}),
+    ("gprune", {"steps": 2, "shards": 2, "base": "llm_pruner", "start": "base"}),
+    ("gprune", {"steps": 0, "shards": 2, "start": "inner"}),
+    ("gprune", {"steps": 0, "shards": 2, "start": "curvature"}),
+]
+SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
+
+
+@pytest.mark.parametrize("regular", [True, False])
+@pytest.mark.parametrize("measure", [Measure.PARAMETERS, Measure.BYTES, Measure.CACHE, Measure.TIME])
+@pytest.mark.parametrize(("name", "settings"), METHODS)
+def test_the_target_is_met_with_round_and_regular_widths(
+    name: str, settings: dict[str, object], measure: Measure, regular: bool
+) -> None:
+    model, _ = lm(**SIZES, blocks=4)
+    axes = trace(model, texts("a").batches[0].args[0])
+    asked = Budget(
+        round_to=8, regular=regular, timing=timed(axes), target=Target(measure, 1, 9 * (measure == "kv_cache"))
+    )
+    assert asked.target is not None
+    whole = priced(axes, asked).total
+    asked = replace(asked, target=replace(asked.target, amount=0.75 * whole / STEPS.get(measure, 1)))
+    sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
+    row = entry(name)
+    method = row.build(row.settings(**settings))
+    evidence = measured(model, axes, method, sources)
+    plan, _ = loop.proposed(model, axes, method, evidence, begun(axes, method, asked, sources))
+    sizes = plan.sizes(axes)
+    kept = {axis.key: sizes.get(axis.key, axis.size) for axis in axes}
+    assert priced(axes, asked)(kept) <= asked.limit(whole) < whole
+    assert all(kept[key] % 8 == 0 for key in kept if "gate" in key), "four groups are too few to be rounded"
+    if regular:
+        units = axes.units()
+        kinds = {kind: {kept[axis.key] for axis in units if axis.kind == kind} for kind in {a.kind for a in units}}
+        assert len(kinds) == 3 and all(len(widths) == 1 for widths in kinds.values())
+    if measure == Measure.CACHE:
+        assert all(".q." in key for key in plan.changes)
+    if measure in (Measure.PARAMETERS, Measure.BYTES):
+        apply(model, axes, plan)
+        left = sum(p.numel() for p in model.parameters()) * (4 if measure == Measure.BYTES else 1)
+        assert left <= asked.target.amount, "with the biases that compensation adds"
+        widest = max(3 * 8 * 8 * (4 if regular else 1), (4 if regular else 1) * (2 * 2 + 2) * 4 * 8)
+        assert left > asked.target.amount - widest * (4 if measure == Measure.BYTES else 1), "within a step of an axis"

@@ -1,0 +1,346 @@
+"""Recovery: least squares equals its closed form, training can be stopped anywhere, and what comes back is better."""
+
+import copy
+import signal
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hand import lm, mlp, texts
+from regrow import Plan, apply, trace
+from regrow.evaluation import perplexity
+from regrow.methods import RECOVERIES, recovery_entry
+from regrow.methods.recovery import Stand, Task, bias, distil, lora, refit, streams, training
+from regrow.methods.recovery.solve import Sums, chosen, ridged
+from regrow.sources import Batch, Source, logits_in
+
+
+def task(model: nn.Module, axes, keep, source: Source, **more) -> Task:
+    dense = copy.deepcopy(model)
+    plan = Plan.keeping(axes, keep)
+    model, _ = apply(model, axes, plan)
+    return Task(model, dense, axes, plan, [source], **more)
+
+
+def rows(batches: int = 8, width: int = 4, size: int = 16, seed: int = 1, shape: tuple[int, ...] = ()) -> Source:
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(size, width, *shape, generator=generator)  # noqa: E731
+    return Source("v", [Batch((draw(),), labels=torch.arange(size) % 3) for _ in range(batches)])
+
+
+def perceptron(**more) -> Task:
+    model = mlp(width=12, second=9)[0]
+    axes = trace(model, torch.randn(2, 4))
+    return task(model, axes, {"0.weight:0": range(7), "2.weight:0": range(1, 7)}, rows(), **more)
+
+
+def language(**more) -> Task:
+    model, _ = lm()
+    source = texts("a", batches=8)
+    axes = trace(model, *source.batches[0].args)
+    halves = {axis.key: range(axis.size // 2) for axis in axes.units(only=("blocks",))}
+    assert len(halves) == 4
+    return task(model, axes, halves, source, **more)
+
+
+def answers(model: nn.Module, source: Source) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([logits_in(model(*batch.args)) for batch in source]).flatten(0, -2)
+
+
+def error(one: Task, seed: int) -> float:
+    """How far the cut network is from the dense one, on inputs that no recovery has seen."""
+    source = texts("t", seed=seed) if hasattr(one.model, "decoder") else rows(seed=seed)
+    return float((answers(one.model, source) - answers(one.dense, source)).square().mean())
+
+
+# --- refit ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [refit.Settings(target=target) for target in ("own", "dense")])
+@pytest.mark.parametrize("build", [perceptron, language])
+def test_refit_brings_a_network_closer_to_the_dense_one_on_other_inputs(build, settings):
+    one = build()
+    before = error(one, 9)
+    found = refit.refit(one, settings)
+    assert error(one, 9) < 0.7 * before
+    assert not found["left_out"] and all(row["after"] <= row["before"] for row in found["layers"])
+    assert sum(row["after"] < 0.9 * row["before"] for row in found["layers"]) >= len(found["layers"]) / 2
+
+
+@pytest.mark.parametrize("target", ["own", "dense"])
+def test_refit_is_the_closed_form(target):
+    one = perceptron()
+    ridge = 0.05
+    refit.refit(one, refit.Settings(ridges=(ridge,), target=target))
+    x = torch.cat([batch.args[0] for batch in one.sources[0]]).double()
+    own, dense = one.model.double(), one.dense.double()
+
+    def solved(fed, wanted, start):
+        """W′ = (Y Xᵀ + λ W)(X Xᵀ + λ)⁻¹, the bias as a last column."""
+        fed = torch.cat([fed, torch.ones(len(fed), 1)], 1)
+        gram = fed.T @ fed
+        lam = ridge * gram.diagonal().mean()
+        return torch.linalg.solve(gram + lam * torch.eye(len(gram)).double(), (wanted.T @ fed + lam * start).T).T
+
+    with torch.no_grad():
+        first, full = torch.relu(own[0](x)), torch.relu(dense[0](x))
+        start = torch.cat([dense[2].weight[1:7, :7], dense[2].bias[1:7, None]], 1)
+        middle = solved(first, dense[2](full)[:, 1:7], start)
+        second, wide = torch.relu(own[2](first)), torch.relu(dense[2](full))
+        if target == "own":  # the units that went, of a layer that reads what the cut network has, are as they were
+            wide[:, 1:7] = second
+        start = torch.cat([dense[4].weight[:, 1:7], dense[4].bias[:, None]], 1)
+        last = solved(second, dense[4](wide), start)
+    for layer, wanted in ((own[2], middle), (own[4], last)):
+        torch.testing.assert_close(layer.weight.data, wanted[:, :-1], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.bias.data, wanted[:, -1], rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_changes_where_nothing_is_missing():
+    model = mlp(width=12)[0]
+    axes = trace(model, torch.randn(2, 4))
+    with torch.no_grad():
+        model[0].bias[8:] = -100  # these neurons are never alive
+    one = task(model, axes, {"0.weight:0": range(8)}, rows())
+    before = copy.deepcopy(one.model.state_dict())
+    found = refit.refit(one, refit.Settings())
+    assert [row["ridge"] for row in found["layers"]] == [0.0]
+    assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
+    whole = Task(copy.deepcopy(model), model, axes, Plan(), [rows()])
+    assert refit.refit(whole, refit.Settings())["layers"] == []
+
+
+def test_a_stream_is_made_up_for():
+    """What a layer before lost for good, the last one gives back where it can see it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 8), nn.Linear(8, 6), nn.Linear(4, 10)
+            self.d = nn.Linear(10, 6, bias=False)
+
+        def forward(self, x):
+            h = self.b(torch.relu(self.a(x)))
+            return h + self.d(torch.relu(self.c(x)))
+
+    torch.manual_seed(0)
+    model = Net()
+    axes = trace(model, torch.randn(2, 4))
+    keep = {"a.weight:0": range(2), "c.weight:0": range(9)}
+    left = {}
+    for target in ("own", "dense"):
+        one = task(copy.deepcopy(model), axes, keep, rows())
+        refit.refit(one, refit.Settings(target=target))
+        assert one.model.d.bias is not None  # it had none, and can have one
+        left[target] = error(one, 9)
+    assert left["dense"] < 0.7 * left["own"]
+
+
+def test_convolutions_are_refitted_and_others_are_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 8, 3, padding=1, stride=2, bias=False),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(8 * 9, 5),
+    ).eval()
+    source = rows(width=3, size=6, shape=(10, 10))
+    axes = trace(model, source.batches[0].args[0])
+    keep = {"0.weight:0": range(6), "2.weight:0": range(2), "4.weight:0": range(2)}
+    one = task(model, axes, keep, source)
+    other = rows(seed=5, width=3, size=6, shape=(10, 10))
+    away = lambda: float((answers(one.model, other) - answers(one.dense, other)).square().mean())  # noqa: E731
+    before = away()
+    with pytest.raises(ValueError, match=r"4\.weight.* cannot be refitted: a convolution in groups.*target=dense"):
+        refit.refit(one, refit.Settings(target="own"))
+    found = refit.refit(one, refit.Settings())
+    assert found["target"] == "dense" and "in groups" in found["left_out"]["4.weight"]
+    assert {"2.weight", "6.weight"} == {row["weight"] for row in found["layers"]} and away() < before
+    assert model[2].bias is not None and model[2].bias.requires_grad
+
+
+def test_what_refit_cannot_work_with_is_said():
+    with pytest.raises(ValueError, match="windows of one length"):
+        ragged = Source("r", [Batch((torch.zeros(1, n, 4),)) for n in (2, 3, 2)])
+        refit.refit(replace(perceptron(), sources=[ragged]), refit.Settings())
+    with pytest.raises(ValueError, match="got target='input'"):
+        refit.refit(perceptron(), refit.Settings(target="input"))
+    with pytest.raises(ValueError, match="at least two"):
+        refit.refit(replace(perceptron(), sources=[rows(1)]), refit.Settings())
+
+
+def test_the_ridge_is_the_one_that_held_out_rows_like_best():
+    torch.manual_seed(0)
+    x, noise = torch.randn(30, 20), torch.randn(30, 3)
+    missing = x @ torch.randn(20, 3) * 0.4 + noise
+    fit, held = Sums.of(x[:22], missing[:22], missing[:22]), Sums.of(x[22:], missing[22:], missing[22:])
+    ridges = (1e-6, 1e-2, 0.3, 100.0)
+    left = {ridge: (missing[22:].double() - x[22:].double() @ ridged(fit, ridge)).square().sum() for ridge in ridges}
+    change, ridge, told = chosen(fit, held, ridges)
+    assert ridge == min(ridges, key=lambda r: left[r]) == 0.3
+    assert told == pytest.approx(float(left[ridge]))
+    torch.testing.assert_close(change, ridged(Sums.of(x, missing, missing), ridge), rtol=1e-6, atol=1e-9)
+
+
+def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
+    one = language()
+    distil.distil(one, distil.Settings(lr=3e-2))
+    with pytest.raises(ValueError, match=r"differs from the dense one .* trained since.*target=dense"):
+        refit.refit(one, refit.Settings(target="own"))
+    before = error(one, 9)
+    found = refit.refit(one, refit.Settings())
+    assert found["target"] == "dense" and "trained since" in found["note"] and error(one, 9) < before
+
+
+# --- bias, LoRA, distillation ---------------------------------------------------------------------------------------
+
+
+def test_bias_is_what_the_plan_could_have_carried():
+    from regrow.method import Need
+    from regrow.scoring import collect, means
+
+    one = language()
+    (seen,) = collect(one.dense, one.axes, one.sources, {Need.ACTIVATIONS})["a"]
+    kept = {key: change.keep for key, change in one.plan.changes.items()}
+    plan = replace(one.plan, means=means(one.dense, one.axes, kept, seen))
+    same, _ = apply(copy.deepcopy(one.dense), one.axes, plan)
+    assert bias.bias(one, bias.Settings())["biases"] == 4
+    torch.testing.assert_close(answers(one.model, one.sources[0]), answers(same, one.sources[0]))
+    again = bias.bias(replace(one, plan=plan), bias.Settings())
+    assert again["biases"] == 0 and "already" in again["note"]
+
+
+def test_merged_adapters_answer_as_adapters_did():
+    pytest.importorskip("peft")
+    one = language()
+    names = [name for name, _ in one.model.named_parameters()]
+    paths = lora.linear_layers(one.model, one.axes)
+    assert len(paths) == 14 and "head" not in paths
+    before = answers(one.model, one.sources[0])
+    adapters = lora.adapted(one.model, paths, lora.Settings(rank=3))
+    torch.testing.assert_close(answers(one.model, one.sources[0]), before)
+    with torch.no_grad():
+        for adapter in adapters.values():
+            adapter.copy_(torch.randn_like(adapter) * 0.1)
+    adapted = answers(one.model, one.sources[0])
+    lora.merged(one.model)
+    torch.testing.assert_close(answers(one.model, one.sources[0]), adapted, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(adapted, before, atol=0.1)
+    assert [name for name, _ in one.model.named_parameters()] == names and "peft_config" not in vars(one.model)
+
+
+def test_lora_learns_and_leaves_a_plain_network():
+    pytest.importorskip("peft")
+    one = language()
+    flags = {name: p.requires_grad for name, p in one.model.named_parameters()}
+    kinds = [type(module) for module in one.model.modules()]
+    found = lora.lora(one, lora.Settings(rank=2, passes=6, lr=1e-2))
+    first, last = found["history"][0]["held_out"], min(row["held_out"] for row in found["history"])
+    assert last < first - 0.1
+    assert {name: p.requires_grad for name, p in one.model.named_parameters()} == flags
+    assert [type(module) for module in one.model.modules()] == kinds
+    held = Source("h", one.parts(0.125)[1])
+    assert perplexity(one.model, held).mean == pytest.approx(last, rel=1e-3)
+
+
+@pytest.mark.parametrize("train", distil.TRAINED)
+def test_distillation_lowers_the_divergence_on_other_text(train):
+    one, other = language(), texts("t", seed=9)
+
+    def away():
+        return float(distil.divergence(answers(one.model, other), answers(one.dense, other)))
+
+    before, embedding = away(), one.model.head.weight.clone()
+    found = distil.distil(one, distil.Settings(passes=8, lr=3e-3, train=train))
+    assert away() < 0.8 * before
+    assert torch.equal(embedding, one.model.head.weight) is (train == "cut")
+    assert 0 < found["trained"] <= sum(p.numel() for p in one.model.parameters())
+
+
+def test_half_precision_comes_back_as_it_was():
+    one = language()
+    one.model.to(torch.bfloat16)
+    one.model.register_buffer("shift", torch.ones(3, dtype=torch.bfloat16))
+    distil.distil(one, distil.Settings())
+    assert {p.dtype for p in one.model.parameters()} == {torch.bfloat16} == {one.model.shift.dtype}
+
+
+def test_the_best_stand_is_kept_and_the_start_is_one():
+    one = language()
+    before = answers(one.model, one.sources[0])
+    found = distil.distil(one, distil.Settings(lr=0.3, mix=0.0))  # a rate that ruins it
+    assert found["best"] == 0 and found["history"][-1]["held_out"] > found["history"][0]["held_out"]
+    assert torch.equal(answers(one.model, one.sources[0]), before)
+
+
+# --- stopped = not stopped ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(RECOVERIES))
+def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, monkeypatch):
+    if name == "lora":
+        pytest.importorskip("peft")
+    for module in (streams, training):
+        monkeypatch.setattr(module, "SECONDS", -1.0)  # a stand after every step
+    stands: list[Stand] = []
+
+    def keep(stand):
+        stands.append(replace(stand, tensors={key: tensor.clone() for key, tensor in stand.tensors.items()}))
+
+    work = recovery_entry(name).made(name, {})
+    whole = language(on_done=keep)
+    said = work(whole)
+    wanted = whole.model.state_dict()
+    assert len(stands) >= {"bias": 1}.get(name, 2)
+    for stand in stands:
+        again = language(done=stand)
+        assert work(again) == said
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in again.model.state_dict().items())
+    twice = language(seed=1)
+    work(twice)
+    same = all(torch.equal(tensor, wanted[key]) for key, tensor in twice.model.state_dict().items())
+    assert same is (name in ("bias", "refit"))  # nothing is drawn there
+
+
+@pytest.fixture
+def interrupts():
+    """SIGINT as a terminal sends it, or ignored as of a job behind; whatever the tests run as."""
+    before = signal.getsignal(signal.SIGINT)
+    yield lambda handler: signal.signal(signal.SIGINT, handler)
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_key_that_is_pressed_waits_for_the_end_of_a_step(interrupts):
+    interrupts(signal.default_int_handler)
+    done = []
+    with pytest.raises(KeyboardInterrupt), training.unbroken():
+        signal.raise_signal(signal.SIGINT)
+        done.append(1)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
+    interrupts(signal.SIG_IGN)
+    with training.unbroken():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_settings_are_checked_and_unknown_names_are_told():
+    with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? the recoveries are bias, refit"):
+        recovery_entry("refti")
+    with pytest.raises(ValueError, match="lora has no setting 'ranks'"):
+        recovery_entry("lora").made("lora", {"ranks": 3})
+    with pytest.raises(ValueError, match="a mix from 0 to 1"):
+        distil.distil(language(), distil.Settings(mix=2.0))
+    for name, value in (("windows", 0), ("held_out", 1.0), ("held_out", -1.0)):
+        with pytest.raises(ValueError, match=name):
+            distil.distil(language(), distil.Settings(**{name: value}))
+    with pytest.raises(ValueError, match="smaller learning rate"):
+        distil.distil(language(), distil.Settings(lr=1e30, windows=1))

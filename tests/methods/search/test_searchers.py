@@ -1,0 +1,88 @@
+"""The law of a search that is stopped, one row per method: gone on with, it was never stopped."""
+
+import pytest
+import torch
+
+from regrow import trace
+from regrow.commands.courses import read_course, write_course
+from regrow.data import streams
+from regrow.methods import SEARCHERS, searcher_entry
+from regrow.nets.cells import Cells, whole
+from regrow.tasks import Task
+from regrow.training.learning import Schedule, learn
+
+CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
+WIRED = whole((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
+STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 1, "regrow": 0.5}
+STAGED |= {"regrow_filters": 0.5, "regrow_weights": 0.3}
+SEARCHES = {
+    "mgas": (CONFIG, STAGED),
+    "mgas, not pressed, what was dropped back": (
+        CONFIG,
+        STAGED | {"revive": "old", "press": 0.0, "floor": 0.0, "pace": 1.0},
+    ),
+    "mgas by its authors' controller": (CONFIG, STAGED | {"controller": "feedback"}),
+    "darts": (WIRED, {"target": 1e4, "stages": (1,)}),
+    "darts with edges": (WIRED, {"target": 1e4, "stages": (1,), "edges": True, "warm": 0.5}),
+    "darts of partial channels": (WIRED, {"target": 1e4, "stages": (1,), "edges": True, "partial": 2}),
+    "gold_nas": (WIRED, {"target": 1500.0, "stages": (1,), "warm": 1, "high": 1.0}),
+}
+"""What is searched, and with which settings, by the method's name and what is special."""
+SCHEDULE = Schedule(epochs=6, batch_size=25, lr=0.02)
+
+
+@pytest.fixture(scope="module")
+def task():
+    base = streams.fewer(streams.digits_task(), 75, 40)
+    return Task("digits", base.train, base.test, base.classes)
+
+
+def begun(row):
+    """The network, its axes, and the learner."""
+    config, settings = SEARCHES[row]
+    torch.manual_seed(0)
+    net = Cells(config)
+    return net, trace(net, torch.zeros(2, 1, 8, 8)), searcher_entry(named(row)).made(named(row), settings)
+
+
+def named(row):
+    return row.split()[0].strip(",")
+
+
+@pytest.fixture(scope="module", params=SEARCHES)
+def run(request, task):
+    """A search that nothing stopped."""
+    net, axes, own = begun(request.param)
+    _, course = learn(net, axes, [task], own, SCHEDULE)
+    if named(request.param) != "darts":  # which cuts nothing before its end
+        assert any(plan.drop for plan in course.plans)
+    if "controller" not in request.param and named(request.param) == "mgas":
+        assert any(plan.back for plan in course.plans)
+    return request.param, own, net, course
+
+
+def test_every_search_that_learns_has_a_row():
+    assert {*map(named, SEARCHES)} == {*SEARCHERS} - {"blind"}
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4])  # where there are two stages: before, at and after the change
+def test_killed_and_resumed_is_never_stopped(run, task, tmp_path, last):
+    row, straight, whole_net, course = run
+    place = tmp_path / "course.safetensors"
+    net, axes, own = begun(row)
+
+    def stop(now, _):
+        write_course(place, net, own, now)
+        if now.epoch == last:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        learn(net, axes, [task], own, SCHEDULE, on_epoch=stop)
+    other, axes, again = begun(row)
+    here, stood = read_course(place, other, axes, again)
+    _, stood = learn(other, here, [task], again, SCHEDULE, course=stood)
+    assert stood.rows == course.rows and again.values == straight.values
+    for name, value in whole_net.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    for name, one in straight.tensors.items():
+        assert torch.equal(again.tensors[name].values, one.values), name

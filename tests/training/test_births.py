@@ -1,0 +1,135 @@
+"""What is told of a growth: the newborn entries' part of the gradient, and when the loss was back."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from regrow.axes import AxisGraph
+from regrow.commands import RunFolder
+from regrow.commands import learn as learning_run
+from regrow.commands.learn import Settings, run
+from regrow.data.streams import digits_task, permuted
+from regrow.learner import Learner, Stand
+from regrow.nets.small import small
+from regrow.plan import Fill, Plan
+from regrow.surgery import apply
+from regrow.tasks import Examples
+from regrow.tracing import trace
+from regrow.training.learning import Course, Schedule, learn
+
+
+@dataclass
+class Growing(Learner):
+    """Plain training that widens once, and looks at its gradients and losses."""
+
+    rule: str = "zero_out"
+    losses: list[float] = field(default_factory=list)
+    first: dict[str, Tensor] = field(default_factory=dict)
+    since: int = -1
+
+    def plan(self, at: Stand) -> Plan | None:
+        if at.epoch != 1:
+            return None
+        self.since = len(self.losses)
+        key = next(axis.key for axis in at.axes.units())
+        return Plan.growing(at.axes, {key: 6}, Fill(self.rule, seed=1))
+
+    def loss(self, at: Stand, batch: Examples) -> Tensor:
+        found = super().loss(at, batch)
+        self.losses.append(found.item())
+        return found
+
+    def gate(self, at: Stand) -> None:
+        if self.since >= 0 and not self.first:
+            self.first = {name: p.grad.clone() for name, p in at.parameters().items() if p.grad is not None}
+
+
+def grown(rule: str = "zero_out", lr: float = 0.05) -> tuple[Growing, Course]:
+    task = permuted(digits_task(), 1)
+    model, _ = small("mlp:12-8", (1, 8, 8), 10)
+    learner = Growing(rule=rule)
+    _, course = learn(model, trace(model, task[0].train.inputs[:2]), task, learner, Schedule(epochs=3, lr=lr))
+    return learner, course
+
+
+@pytest.mark.parametrize("rule", ["zero_out", "split"])
+def test_newborn_entries_have_the_part_of_the_gradient_that_is_told(rule: str) -> None:
+    """6 newborn units of the first layer: 6 rows, 6 biases, 6 columns behind them."""
+    learner, course = grown(rule)
+    (event,) = course.events
+    first = learner.first
+    new = [first["1.weight"][12:], first["1.bias"][12:], first["3.weight"][:, 12:]]
+    parts, whole = (sum(float(g.double().square().sum()) for g in some) for some in (new, first.values()))
+    assert event["newborn_gradient"] == pytest.approx(parts / whole, rel=1e-12) and 0 < parts < whole
+    assert event["newborn_entries"] == (6 * 64 + 6 + 8 * 6) / event["parameters"]
+    if rule == "zero_out":
+        assert not first["1.weight"][12:].any(), "nothing reads newborn units yet"
+
+
+@pytest.mark.parametrize("lr", [0.05, 1e-5])
+def test_steps_until_the_loss_is_back(lr: float) -> None:
+    """Counted again from the losses themselves; at a rate that does not learn they may not come back."""
+    learner, course = grown(lr=lr)
+    (event,) = course.events
+    smooth, before, back = learner.losses[0], None, None
+    for i, loss in enumerate(learner.losses[1:], 1):
+        if i == learner.since:
+            before = smooth
+        smooth = 0.9 * smooth + 0.1 * loss
+        if before is not None and back is None and smooth <= before:
+            back = i + 1 - learner.since
+    assert event["loss_before"] == pytest.approx(before) and event["recovery_steps"] == back
+    assert event["steps_watched"] == (back or len(learner.losses) - learner.since)
+
+
+def test_what_is_told_changes_no_step() -> None:
+    """The same as steps written out by hand, growth included, bit for bit."""
+    task = permuted(digits_task(), 1)[0]
+    learner, schedule = Growing(), Schedule(epochs=2, lr=0.05)
+    nets: list[Any] = [small("mlp:12-8", (1, 8, 8), 10)[0] for _ in range(2)]
+    axes: AxisGraph = trace(nets[0], task.train.inputs[:2])
+    learn(nets[0], axes, [task], learner, schedule)
+    optimizer = torch.optim.SGD(nets[1].parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    at = Stand(nets[1], axes, task, epochs=2)
+    nets[1].train()
+    for at.epoch in range(2):
+        if plan := Growing().plan(at):
+            apply(nets[1], axes, plan, optimizers=[optimizer])
+        for batch in task.train.batches(64, seed=at.drawn(at.epoch).initial_seed()):
+            optimizer.zero_grad()
+            Learner().loss(at, batch).backward()
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+
+
+@pytest.mark.parametrize("young", [10.0, 1e7])
+def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after growth; under a penalty that only newborn units have, the loss never comes back."""
+    given: dict[str, Any] = {"late": 0.75, "young": young}
+    settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, method_settings=given)
+    run(settings, tmp_path / "whole")
+    write, seen = learning_run.write_course, []
+
+    def stopping(path: Path, model: Any, learner: Any, course: Course, **more: Any) -> None:
+        write(path, model, learner, course, **more)
+        seen.append(len(course.events))
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning_run, "write_course", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / "killed")
+    assert seen[-1] == 1, "past its growth"
+    monkeypatch.undo()
+    run(settings, tmp_path / "killed")
+    rows = [RunFolder.open(tmp_path / name).metrics() for name in ("whole", "killed")]
+    told = [[{k: v for k, v in r.items() if k != "time"} for r in some if r["what"] == "growth"] for some in rows]
+    assert len(told[0]) == 1 and told[0] == told[1]
+    if young > 1e6:
+        assert told[0][0]["recovery_steps"] is None and told[0][0]["steps_watched"] == 3 * 4
+    else:
+        assert told[0][0]["recovery_steps"] > 0
