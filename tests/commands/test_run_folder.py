@@ -352,7 +352,7 @@ def pruned(folder, die_after=0):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_calibration_killed_half_way_gives_the_same_plan(tmp_path):
-    code = "import pathlib, sys; from runs.test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"
+    code = "import pathlib, sys; from commands.test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
