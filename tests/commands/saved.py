@@ -87,13 +87,13 @@ def _rows() -> tuple[tuple, dict]:
 
 CASES: dict[str, Case] = {
     "callable": Case(
-        small, _rows, lambda _: Origin("callable", "runs.saved:small", builder=small), ("own.weight",), small
+        small, _rows, lambda _: Origin("callable", "commands.saved:small", builder=small), ("own.weight",), small
     ),
     "object": Case(lambda: small(), _rows, lambda _: None, ("own.weight",), small),
     "recurrent": Case(
         speech,
         ZOO["gru_speech"].example,
-        lambda _: Origin("callable", "runs.saved:speech", builder=speech),
+        lambda _: Origin("callable", "commands.saved:speech", builder=speech),
         (),
         speech,
     ),
