@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from rows import add, rows
 
-from regrow.cli.options import settings as pairs
 from regrow.cli.screen import working
 from regrow.commands import RunFolder
 from regrow.commands import recover as recovery_run
 from regrow.commands.prune import Settings
 from regrow.commands.prune import run as prune
+from regrow.settings import recover
+from regrow.settings.words import parse_pairs
 
 SEEN, UNSEEN = ("news", "code"), ("manual", "talk")
 SIDES = ("dense", "pruned", "recovered")
@@ -97,10 +98,9 @@ def run(args: argparse.Namespace) -> None:
                 work / f"{name}-{args.tokens}-{args.seed}-{arm.replace(':', '-').replace('=', '-').replace(',', '-')}"
             )
             if not (place / "run.json").is_file() or not RunFolder.open(place).run().get("finished"):
-                settings = pairs([pair for pair in given.split(",") if pair])
-                recovery_run.run(
-                    base, place, by=by, tokens=args.tokens, settings=settings, seed=args.seed, progress=progress
-                )
+                settings = parse_pairs([pair for pair in given.split(",") if pair])
+                asked = recover.Settings(str(base), by, args.tokens, settings, seed=args.seed)
+                recovery_run.run(asked, place, progress)
             row = row_of(args, arm, RunFolder.open(place))
             add(out, row)
             print(f"{arm}: won {row['won_seen']:.3f} seen, {row['won_unseen']:.3f} unseen", flush=True)

@@ -29,6 +29,7 @@ TOP = {
     "tests/": "mirrors src/regrow; zoo/: networks, laws.py: the laws, test_house.py: the rules of this house",
 }
 ORDER = [
+    "settings",
     "tracing",
     "scoring",
     "allocation",

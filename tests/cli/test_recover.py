@@ -8,6 +8,7 @@ import pytest
 from regrow.cli.recover import tell
 from regrow.commands import StoreError
 from regrow.commands import recover as recovery_run
+from regrow.settings.recover import Settings
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
 
@@ -38,5 +39,5 @@ def test_damaged_measurements_are_refused_before_a_folder_is_made(tmp_path):
     run = Path(shutil.copytree(FIXTURE, tmp_path / "run"))
     (run / "metrics.jsonl").write_text("{]\n" + (run / "metrics.jsonl").read_text())
     with pytest.raises(StoreError, match="line 1 is not a measurement"):
-        recovery_run.run(run, tmp_path / "out", by="bias", code="toys:classifier")
+        recovery_run.run(Settings(str(run), "bias"), tmp_path / "out", code="toys:classifier")
     assert not (tmp_path / "out").exists()

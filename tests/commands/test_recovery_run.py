@@ -14,6 +14,7 @@ from regrow.commands.prune import Settings, run
 from regrow.commands.stands import read_stand, write_stand
 from regrow.methods import entry, recovery_entry
 from regrow.reports.summary import summarise
+from regrow.settings import recover
 
 PRUNING = Settings(
     "toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200, proof=False
@@ -49,16 +50,17 @@ def test_a_recovery_run_takes_over_what_was_measured_and_measures_the_rest(prune
     assert folder.run()["finished"] and not (folder.path / "statistics").exists() and len(folder.ledger) == 1
     page = summarise([folder.path])["runs"][0]
     assert page["method"] == "magnitude+refit" and page["keep"] == 0.5 and not page["problems"]
-    more = {"tokens": 256, "settings": {"train": "cut"}, "code": CODE}
-    again = recovery_run.run(folder.path, tmp_path / "more", by="distil", **more)
+    more = recover.Settings(str(folder.path), "distil", tokens=256, recovery_settings={"train": "cut"})
+    again = recovery_run.run(more, tmp_path / "more", code=CODE)
     assert again.run()["settings"]["method"] == "magnitude+refit+distil"
     assert again.run()["settings"]["pruning"] == folder.run()["settings"]["pruning"]
 
 
 @pytest.mark.parametrize("by", ["refit", "distil"])
 def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, by):
-    asked = {"by": by, "tokens": 256, "seed": 3, "code": CODE, "settings": {"passes": 4} if by == "distil" else {}}
-    whole = recovery_run.run(pruned, tmp_path / "whole", **asked)
+    passes = {"passes": 4} if by == "distil" else {}
+    settings = recover.Settings(str(pruned), by, tokens=256, seed=3, recovery_settings=passes)
+    whole = recovery_run.run(settings, tmp_path / "whole", code=CODE)
 
     steps = []
 
@@ -68,12 +70,10 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        recovery_run.run(pruned, tmp_path / "killed", **asked, progress=stopping)
+        recovery_run.run(settings, tmp_path / "killed", stopping, code=CODE)
     assert (tmp_path / "killed" / ".work" / "statistics" / "recovery.safetensors").exists()
     told: list[str] = []
-    killed = recovery_run.run(
-        pruned, tmp_path / "killed", **asked, progress=lambda done, total, what: told.append(what)
-    )
+    killed = recovery_run.run(settings, tmp_path / "killed", lambda done, total, what: told.append(what), code=CODE)
     assert weights(killed.path) == weights(whole.path)
     assert (
         len([what for what in told if what.startswith(("refitting", "training"))]) == steps[0] - 1
@@ -84,7 +84,7 @@ def test_a_recovery_that_was_killed_ends_as_one_that_was_not(pruned, tmp_path, b
 
 def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch):
     both = run(replace(PRUNING, recover="refit", recover_tokens=256), tmp_path / "both")
-    after = recovery_run.run(pruned, tmp_path / "after", by="refit", tokens=256, code=CODE)
+    after = recovery_run.run(recover.Settings(str(pruned), "refit", tokens=256), tmp_path / "after", code=CODE)
     assert weights(both.path) == weights(after.path) != weights(pruned)
     rows = {row["model"]: row["acc"] for row in both.metrics() if row["what"] == "choice"}
     assert set(rows) == {"dense", "pruned", "recovered"}
@@ -98,15 +98,15 @@ def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch)
 
 def test_what_cannot_be_recovered_is_said(pruned, tmp_path):
     with pytest.raises(StoreError, match="not a run folder"):
-        recovery_run.run(tmp_path, tmp_path / "out", by="refit")
+        recovery_run.run(recover.Settings(str(tmp_path), "refit"), tmp_path / "out")
     with pytest.raises(ValueError, match="no recovery 'fit'"):
-        recovery_run.run(pruned, tmp_path / "out", by="fit")
+        recovery_run.run(recover.Settings(str(pruned), "fit"), tmp_path / "out")
     other = RunFolder.create(tmp_path / "other", verb="learn", settings={}).finish()
     with pytest.raises(StoreError, match="a run of 'learn'; give the folder of a pruning run"):
-        recovery_run.run(other.path, tmp_path / "out", by="refit")
+        recovery_run.run(recover.Settings(str(other.path), "refit"), tmp_path / "out")
     half = RunFolder.create(tmp_path / "half", verb="prune", settings={"model": "m"}, command="regrow prune m")
     with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
-        recovery_run.run(half.out, tmp_path / "out", by="refit")
+        recovery_run.run(recover.Settings(str(half.out), "refit"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="give at least one source"):
         run(Settings("toys:classifier", method="magnitude", recover="refit"), tmp_path / "out")

@@ -18,11 +18,15 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 from regrow.cli import INTERRUPTED, stop_at_once
+from regrow.cli.flags import parameters_of, take_given, write_options
 from regrow.errors import RefusedError, ResourceError
 
 USAGE, REFUSED, ENVIRONMENT, BUG = 2, 3, 4, 70
@@ -276,13 +280,24 @@ class Verb(click.Command):
     Args:
         needs: The module that is imported before it runs, so that Ctrl-C meets it with its modules whole.
         resumed: The options that name the folder in which the same command goes on; none: it begins anew.
+        settings: The record of its settings, from which options derive; the command gets them as ``given``.
         **more: As for ``click.Command``.
     """
 
-    def __init__(self, *, needs: str = "regrow.commands", resumed: tuple[str, ...] = (), **more: Any) -> None:
+    def __init__(
+        self,
+        *,
+        needs: str = "regrow.commands",
+        resumed: tuple[str, ...] = (),
+        settings: type["DataclassInstance"] | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(**more)
         self.needs = needs
         self.resumed = resumed
+        self.settings = settings
+        if settings:
+            self.params = [*parameters_of(settings), *self.params]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line; every word of it is text, so that files can hold what they are told.
@@ -296,7 +311,14 @@ class Verb(click.Command):
             except UnicodeEncodeError:
                 line = f"{word!r} is not valid UTF-8; rename the file, or write the text in UTF-8"
                 raise click.UsageError(line, ctx) from None
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if self.settings:
+            ctx.params["given"] = take_given(self.settings, ctx)
+        return rest
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options under their headings, after the arguments of settings."""
+        write_options(self, ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run it; Ctrl-C becomes one line that is true of this command.

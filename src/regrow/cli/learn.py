@@ -10,6 +10,7 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
+from regrow.settings.words import parse_pairs
 
 EPILOG = """\b
 TASKS are sequences: permuted:DATA:10, rotated:DATA:10, split:DATA:5, or DATA for a single task. DATA is digits
@@ -103,7 +104,7 @@ def learn(
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
         with working() as progress:
-            settings = Settings(tasks, method_settings=options.settings(pairs), **given)
+            settings = Settings(tasks, method_settings=parse_pairs(pairs), **given)
             folder = run(settings, out, progress, write_page=page)
     _tell(folder)
     page.tell(folder.path)

@@ -1,8 +1,7 @@
 """Options that several verbs share."""
 
-import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import click
 from regrow.cli.screen import err
 from regrow.errors import InputError
 from regrow.limits import expanded
+from regrow.references import names_code
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -75,10 +75,17 @@ eval_tokens = click.option(
 )
 
 
+def run_folder(**more: Any) -> Decorator:
+    """The option for the folder of a run.
+
+    Args:
+        more: As for ``click.option``.
+    """
+    return click.option("--out", type=PATH, help="The run folder. The same command resumes a stopped run.", **more)
+
+
 def say_code(*names: str) -> None:
     """Say which of the names from the command line are code that will be imported and run."""
-    from regrow.nets.code import names_code
-
     for name in names:
         if names_code(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)
@@ -128,24 +135,3 @@ def checked_target(text: str) -> str:
         return str(Target.parse(text).measure)
     except ValueError as error:
         raise click.UsageError(f"--target: {error}") from None
-
-
-def settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` pairs; values are read as JSON where they can be, as text otherwise.
-
-    >>> settings(["form=sequence", "minimum=2", "compensate=false"])
-    {'form': 'sequence', 'minimum': 2, 'compensate': False}
-
-    Raises:
-        click.UsageError: If a pair has no equals sign.
-    """
-    found: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise click.UsageError(f"--set takes NAME=VALUE, got {pair!r}; for example --set minimum=2")
-        try:
-            found[key] = json.loads(value)
-        except json.JSONDecodeError:
-            found[key] = value
-    return found

@@ -10,6 +10,7 @@ from regrow.cli.boundary import Verb
 from regrow.cli.recover import tell
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
+from regrow.settings.words import parse_pairs
 
 EPILOG = f"""{options.MODEL_HELP}
 
@@ -160,7 +161,7 @@ def _settings(model: str | None, keep: str | None, given: dict[str, Any]) -> Any
     return Settings(
         model,
         keep=options.fraction(keep, "--keep") if keep is not None else None,
-        method_settings=options.settings(pairs) | ({"base": base} if base else {}),
+        method_settings=parse_pairs(pairs) | ({"base": base} if base else {}),
         proof=not no_verify,
         **given,
     )

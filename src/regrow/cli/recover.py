@@ -7,8 +7,10 @@ import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
+from regrow.cli.flags import Given
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
+from regrow.settings.recover import Settings
 
 EPILOG = """\b
 Examples
@@ -20,41 +22,17 @@ BEFORE = ("dense", "pruned")
 """The models that a recovered one is compared with."""
 
 
-@click.command(cls=Verb, resumed=("out",), epilog=EPILOG)
-@click.argument("run", type=options.PATH)
-@click.option("--by", required=True, help="bias, refit, lora or distil: see `regrow methods NAME`.")
-@click.option(
-    "--tokens", default=32768, show_default=True, type=int, help="Tokens to learn from, of all sources; or images."
-)
-@click.option(
-    "--set", "pairs", multiple=True, metavar="NAME=VALUE", help="A setting of the recovery (`regrow methods NAME`)."
-)
-@click.option("--seed", default=0, show_default=True, type=int, help="Which windows are drawn, and in which order.")
+@click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
 @options.code
-@click.option(
-    "--out",
-    required=True,
-    type=options.PATH,
-    help="The run folder. The same command resumes a stopped run.",
-)
-def recover(run: Path, by: str, tokens: int, pairs: tuple[str, ...], seed: int, code: str, out: Path) -> None:
-    """Recover the model of RUN, a finished pruning run, on that run's own sources; RUN is only read."""
+@options.run_folder(required=True)
+def recover(given: Given, code: str, out: Path) -> None:
+    """Recover the model of RUN on the sources of its pruning run."""
     from regrow.commands import recover as recovery_run
 
-    settings, page = options.settings(pairs), RunPage("model")
+    settings, page = given.build(), RunPage("model")
     options.say_code(code)
     with working() as progress:
-        folder = recovery_run.run(
-            run,
-            out,
-            by=by,
-            tokens=tokens,
-            settings=settings,
-            seed=seed,
-            code=code,
-            progress=progress,
-            write_page=page,
-        )
+        folder = recovery_run.run(settings, out, progress, code=code, write_page=page)
     tell(folder.metrics())
     page.tell(folder.path)
 

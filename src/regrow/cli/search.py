@@ -9,6 +9,7 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
+from regrow.settings.words import parse_pairs
 
 EPILOG = """\b
 SPACE is cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell),
@@ -72,7 +73,7 @@ def search(space: str, data: str, target: str, out: Path, pairs: Any, **given: A
     """
     from regrow.commands.search import Settings, run
 
-    settings = Settings(space, data, target, method_settings=options.settings(pairs), **given)
+    settings = Settings(space, data, target, method_settings=parse_pairs(pairs), **given)
     options.say_code(space)
     page = RunPage("network")
     with working() as progress:

@@ -28,10 +28,11 @@ from regrow.errors import InputError, RefusedError
 from regrow.method import Method, State
 from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
-from regrow.nets.code import check_code, names_code
+from regrow.nets.code import check_code
 from regrow.nets.devices import usable_device
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.references import names_code
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 from regrow.training import loop, tune

@@ -1,9 +1,8 @@
 """A recovery run: what a pruning run lost, won back in a folder of its own, with both measured on the same windows."""
 
 import copy
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,67 +10,29 @@ from regrow import store
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph
 from regrow.commands import prune as pruning_run
-from regrow.commands.checks import RECOVER, check_numbers
 from regrow.commands.clock import Clock
 from regrow.commands.folder import RunFolder, WritePage
 from regrow.commands.inputs import described, sources_of
 from regrow.commands.measuring import measure
 from regrow.commands.prune import DTYPES, load_model
-from regrow.commands.record import set_words
 from regrow.commands.recovering import compared, recovered
 from regrow.methods import recovery_entry
 from regrow.nets import Loaded, ModelError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.recover import Settings
+from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.tracing import trace
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a recovery run depends on; ``run.json`` holds exactly this.
-
-    Args:
-        run: The folder of the run to recover, without the folders before it; informative.
-        by: One of ``regrow.methods.RECOVERIES``.
-        tokens: How many tokens it learns from, of all sources together (images: how many of them).
-        recovery_settings: Its settings, where they differ from the defaults.
-        pruning: The settings of the pruning run.
-        before: The recoveries that the run to recover has had already.
-        model: As in the pruning run; so are the others below.
-        method: What pruned.
-        keep: The fraction kept, if that was asked for.
-        seed: Of what is drawn.
-    """
-
-    run: str
-    by: str
-    tokens: int = 32768
-    recovery_settings: Mapping[str, Any] = field(default_factory=dict)
-    pruning: Mapping[str, Any] = field(default_factory=dict)
-    before: tuple[str, ...] = ()
-    model: str = ""
-    method: str = ""
-    keep: float | None = None
-    seed: int = 0
-
-    def command(self, run: str, out: str, code: str = "") -> str:
-        """The command line that does this run again."""
-        words = ["regrow", "recover", run, "--by", self.by, "--tokens", str(self.tokens), "--seed", str(self.seed)]
-        words += [*set_words(self.recovery_settings), *(["--code", code] if code else [])]
-        return shlex.join([*words, "--out", out])
-
-
 def run(
-    pruned: str | Path,
+    settings: Settings,
     out: str | Path,
-    *,
-    by: str,
-    tokens: int = 32768,
-    settings: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    code: str = "",
     progress: Progress = silent,
+    *,
+    code: str = "",
     write_page: WritePage | None = None,
 ) -> RunFolder:
     """Recover the model of a finished pruning run (or of a run that has recovered one) into a new folder.
@@ -80,40 +41,39 @@ def run(
     it measured of the dense and the pruned model is taken over. An interrupted call goes on where it was.
 
     Args:
-        pruned: The folder of that run; it is only read.
+        settings: What to do; what they say of the pruning run is read from its folder.
         out: The new run folder; new, empty, or of this very run.
-        by: One of ``regrow.methods.RECOVERIES``.
-        tokens: How many tokens to learn from, of all sources together (images: how many of them).
-        settings: Settings of the recovery, where they differ from the defaults.
-        seed: Of what is drawn.
+        progress: Called as work goes on.
         code: The function ``pkg.mod:fn`` that builds the dense model, where the user's own code does: the name that
             the folder gives is never imported.
-        progress: Called as work goes on.
         write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
         ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown, or ``code`` is
             missing or not needed.
     """
-    check_numbers({"tokens": tokens, "seed": seed}, RECOVER)
-    recovery_entry(by).made(by, settings or {})
+    check_settings(settings)
+    pruned, by, tokens, seed = settings.run, settings.by, settings.tokens, settings.seed
+    recovery_entry(by).made(by, settings.recovery_settings)
     source = RunFolder.open(pruned)
     measured = source.metrics()
-    origin, wanted = _origin(source, code), _settings(source, by, tokens, settings or {}, seed)
+    origin, wanted = _origin(source, code), _completed(settings, source)
     if by == "bias" and wanted.before:
         raise ValueError(
             f"{pruned} was recovered by {', '.join(wanted.before)} already, which may have moved its biases; "
             "bias comes first, on the pruned run"
         )
     taken = recovery_entry(by).defaults({*wanted.recovery_settings, "seed"})
-    told: dict[str, Any] = {"verb": "recover", "settings": asdict(wanted), "defaults": taken}
+    told: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
     RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
         dense, loaded = _loaded(source, origin, progress)
         kinds = sources_of(origin.learning_from(tokens), loaded)
         axes, plan = _cut(source, dense)
-    with RunFolder.create(out, **told, command=wanted.command(str(pruned), str(out), code)) as folder:
+    code_words = ("--code", code) if code else ()
+    command = command_line(settings, *code_words, "--out", str(out))
+    with RunFolder.create(out, **told, command=command) as folder:
         clock.folder = folder
         folder.update(notes=list(dense.notes), sources=described(origin, kinds))
         if not len(folder.ledger):
@@ -123,7 +83,7 @@ def run(
         with clock.stage("recover"):
             recovered(
                 folder, loaded.model, dense, axes, plan, kinds.calibration, by,
-                settings=settings, seed=seed, number=number, progress=progress,
+                settings=settings.recovery_settings, seed=seed, number=number, progress=progress,
             )  # fmt: skip
         with clock.stage("save"):
             store.write_model(loaded, folder.path)
@@ -146,14 +106,16 @@ def _take_over(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
             folder.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
 
 
-def _settings(source: RunFolder, by: str, tokens: int, settings: Mapping[str, Any], seed: int) -> Settings:
+def _completed(settings: Settings, source: RunFolder) -> Settings:
+    """Settings with what the folder of the run to recover says of it."""
     data = source.run()
     known = data["settings"]
     inner = known if data["verb"] == "prune" else known["pruning"]
     before = [*known.get("before", ()), known["by"]] if data["verb"] == "recover" else [inner.get("recover", "")]
     done = tuple(name for name in before if name)
-    named = {"model": inner["model"], "method": "+".join([inner["method"], *done, by]), "keep": inner.get("keep")}
-    return Settings(source.path.resolve().name, by, tokens, dict(settings), inner, done, **named, seed=seed)
+    method, keep = "+".join([inner["method"], *done, settings.by]), inner.get("keep")
+    name = source.path.resolve().name
+    return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 
 
 def _origin(source: RunFolder, code: str) -> pruning_run.Settings:

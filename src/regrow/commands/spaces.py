@@ -17,11 +17,12 @@ from regrow.methods.search.searcher import Searcher
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.code import Builder, called, imported, names_code
+from regrow.nets.code import Builder, called, imported
 from regrow.nets.fits import check_space_fits
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
+from regrow.references import names_code
 from regrow.sources import Batch, logits_in
 from regrow.tasks import Task
 from regrow.tracing.stand import stands_in

@@ -1,7 +1,6 @@
 """Models that a function of the user's own code builds: a person names it; a name from a file is never imported."""
 
 import importlib
-import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -12,18 +11,10 @@ from torch import nn
 
 from regrow.axes import Example
 from regrow.nets.errors import ModelError, first_line
+from regrow.references import names_code
 
 Builder = Callable[[], Any]
 """Gives a module, or a module and its example input."""
-
-
-def names_code(name: str) -> bool:
-    """Whether a name has the form of a Python function, ``pkg.mod:fn``.
-
-    >>> names_code("toys:classifier"), names_code("torchvision:resnet18"), names_code("resnet18")
-    (True, False, False)
-    """
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name) is not None and not name.startswith("torchvision:")
 
 
 def imported(name: str) -> Builder:

@@ -15,7 +15,7 @@ from regrow.limits import expanded
 from regrow.nets.attention import opened
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.code import called, imported, names_code
+from regrow.nets.code import called, imported
 from regrow.nets.devices import usable_device
 from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example, image_example, say_guess, shaped_example, takes, written_shape
@@ -25,6 +25,7 @@ from regrow.nets.mobile import Mobile
 from regrow.nets.packaged import PACKAGED, packaged_folder
 from regrow.nets.small import build_small
 from regrow.nets.vision import build_torchvision, example_of, known_names, load_torchvision
+from regrow.references import names_code
 
 Progress = Callable[[int, int, str], None]
 Wanted = Callable[[nn.Module], Example]

@@ -1,0 +1,107 @@
+"""The words of a command line become settings, and settings become the command line that repeats a run."""
+
+import json
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from regrow.errors import InputError
+from regrow.settings.declaration import Declared, declared, options_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
+
+
+def command_line(settings: "DataclassInstance", *more: str) -> str:
+    """The command line that runs with given settings, of which it states those that differ from the defaults.
+
+    Args:
+        settings: A command's settings.
+        more: Words to add, such as ``--out`` and a folder.
+    """
+    kind = type(settings)
+    stated = [one for one in options_of(kind) if one.required or one.setting.one_of]
+    plain = kind(**{one.name: getattr(settings, one.name) for one in stated})
+    words = ["regrow", command_of(kind)]
+    for one in options_of(kind):
+        value = getattr(settings, one.name)
+        if value in (None, ""):
+            continue
+        if one in stated or one.setting.shown or value != getattr(plain, one.name):
+            words += _words(one, value)
+    return shlex.join([*words, *more])
+
+
+def command_of(kind: type) -> str:
+    """The command that a record of settings is of: each stands in a module of the command's name."""
+    return kind.__module__.rpartition(".")[2]
+
+
+def _words(field: Declared, value: Any) -> Iterator[str]:
+    if field.mapping:
+        yield from set_words(value)
+    elif field.type is bool:
+        yield field.option
+    else:
+        for one in value if field.repeated else (value,):
+            yield from (str(one),) if field.setting.argument else (field.option, str(one))
+
+
+def set_words(settings: Mapping[str, Any]) -> list[str]:
+    """Settings of a method as the command line takes them.
+
+    >>> set_words({"named": True, "levels": ("operations", "weights"), "gate": "hard"})
+    ['--set', 'named=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
+    """
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
+    return [word for name, value in texts.items() for word in ("--set", f"{name}={value}")]
+
+
+def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """``key=value`` pairs; values are read as JSON where they can be, as text otherwise.
+
+    >>> parse_pairs(["form=sequence", "minimum=2", "compensate=false"])
+    {'form': 'sequence', 'minimum': 2, 'compensate': False}
+
+    Raises:
+        InputError: If a pair has no equals sign.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise InputError(f"--set takes NAME=VALUE, got {pair!r}; for example --set minimum=2")
+        try:
+            values[key] = json.loads(value)
+        except json.JSONDecodeError:
+            values[key] = value
+    return values
+
+
+def build_settings(kind: type[Settings], given: Mapping[str, Any], file: Mapping[str, Any]) -> Settings:
+    """Settings from the command line and from a file; where both give one, the command line counts.
+
+    Args:
+        kind: The settings of the command.
+        given: Field → value, as the command line gives them.
+        file: The same, as a file gives them.
+
+    Raises:
+        InputError: If one is missing, or both of two are given of which one counts.
+    """
+    options = options_of(kind)
+    rivals = [one for one in options if one.setting.one_of]
+    if any(one.name in given for one in rivals):
+        file = {name: value for name, value in file.items() if not declared(kind)[name].setting.one_of}
+    values = {**file, **given}
+    for one in options:
+        if one.mapping:
+            values[one.name] = {**file.get(one.name, {}), **given.get(one.name, {})}
+        if one.required and not values.get(one.name):
+            example = one.example if one.setting.argument else f"… {one.example}"
+            raise InputError(f"{one.option} is missing; for example `regrow {command_of(kind)} {example}`")
+    if rivals and sum(one.name in values for one in rivals) != 1:
+        raise InputError(f"say {rivals[0].setting.one_of}, by one of {' and '.join(one.example for one in rivals)}")
+    return kind(**values)
