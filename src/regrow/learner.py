@@ -9,25 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from regrow.axes import AxisGraph, Dim, axes_in
+from regrow.axes import AxisGraph, axes_in
+from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
 from regrow.sources import logits_in
 from regrow.tasks import Examples, Task, among
-
-
-@dataclass
-class Along:
-    """A tensor that lies along dimensions of the network, and is cut and widened with them.
-
-    Args:
-        values: The tensor; newborn entries of it are 0.
-        dims: Its dimensions, as in ``AxisGraph.shapes``.
-        lr: How fast it learns, for one that does.
-    """
-
-    values: Tensor
-    dims: tuple[Dim, ...]
-    lr: float | None = None
 
 
 @dataclass
@@ -121,7 +107,7 @@ class Learner:
         attic: What cuts took out of the network (a :class:`regrow.Attic`), for learners that bring units back.
     """
 
-    tensors: dict[str, Along] = field(default_factory=dict)
+    tensors: dict[str, AxisTensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     attic: Any = None
 
@@ -217,12 +203,12 @@ def norms_stay(model: nn.Module) -> None:
             module.eval()
 
 
-def along(at: Stand, name: str, values: Tensor | None = None) -> Along:
+def along(at: Stand, name: str, values: Tensor | None = None) -> AxisTensor:
     """A tensor of the shape of a parameter, zeros unless given."""
     own = at.parameters()[name]
-    return Along(torch.zeros_like(own) if values is None else values, at.axes.shapes[name])
+    return AxisTensor(torch.zeros_like(own) if values is None else values, at.axes.shapes[name])
 
 
-def flags(at: Stand, name: str) -> Along:
+def flags(at: Stand, name: str) -> AxisTensor:
     """False for every entry of a parameter."""
-    return Along(torch.zeros(at.parameters()[name].shape, dtype=torch.bool), at.axes.shapes[name])
+    return AxisTensor(torch.zeros(at.parameters()[name].shape, dtype=torch.bool), at.axes.shapes[name])

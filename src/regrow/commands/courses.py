@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Dim, Product, Sum
+from regrow.axis_tensor import AxisTensor
 from regrow.commands.folder import RunFolder
-from regrow.learner import Along, Learner
+from regrow.learner import Learner
 from regrow.ledger import replay
 from regrow.plan import Plan
 from regrow.store import schemas
@@ -174,7 +175,8 @@ def read_course(
             learner.attic.contents()[name].copy_(value)
         learner.values = record.values
         learner.tensors = {
-            name: Along(parts["learner"][name], tuple(map(_dim, dims)), lr) for name, (dims, lr) in record.along.items()
+            name: AxisTensor(parts["learner"][name], tuple(map(_dim, dims)), lr)
+            for name, (dims, lr) in record.along.items()
         }
         course = Course(**told, plans=plans, moments=_moments(parts["optimiser"], record.numbers))
     except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:

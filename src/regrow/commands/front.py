@@ -7,10 +7,11 @@ from math import inf
 from torch import nn
 
 from regrow import store
+from regrow.axis_tensor import AxisTensor
 from regrow.commands import spaces
 from regrow.commands.folder import RunFolder
 from regrow.evaluation.continual import share_right
-from regrow.learner import Along, Stand
+from regrow.learner import Stand
 from regrow.methods.search.searcher import Searcher
 from regrow.nets.loaded import Origin
 from regrow.surgery import Attic
@@ -32,7 +33,7 @@ def passed(folder: RunFolder, learner: Searcher, at: Stand, origin: Origin) -> N
     if not learner.shrinks or learner.last != (learner.ends or (-1,))[-1] or not learner.joint(at):
         return
     twin, there = copy.copy(learner), replace(at, model=clone_model(at.model))
-    twin.tensors = {n: Along(one.values.detach().clone(), one.dims, one.lr) for n, one in learner.tensors.items()}
+    twin.tensors = {n: AxisTensor(one.values.detach().clone(), one.dims, one.lr) for n, one in learner.tensors.items()}
     twin.values, twin.attic, twin.most, twin.gates = copy.deepcopy(learner.values), Attic(), inf, None
     while plan := twin.final(there):
         changed(there, twin, plan)

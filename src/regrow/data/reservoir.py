@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from regrow.learner import Along, Learner, Stand
+from regrow.axis_tensor import AxisTensor
+from regrow.learner import Learner, Stand
 
 
 def offer(learner: Learner, at: Stand, size: int, **rows: Tensor) -> None:
@@ -20,7 +21,7 @@ def offer(learner: Learner, at: Stand, size: int, **rows: Tensor) -> None:
     seen = learner.values.setdefault("seen", 0)
     for name, like in rows.items():
         shape = (size, *like.shape[1:])
-        learner.tensors.setdefault(name, Along(torch.zeros(shape, dtype=like.dtype), shape))
+        learner.tensors.setdefault(name, AxisTensor(torch.zeros(shape, dtype=like.dtype), shape))
     generator = at.drawn(7, seen)
     for i in range(len(next(iter(rows.values())))):
         place = seen if seen < size else int(torch.randint(seen + 1, (), generator=generator))

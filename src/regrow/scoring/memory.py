@@ -5,11 +5,12 @@ from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from regrow.axes import axes_in
-from regrow.learner import Along, Stand
+from regrow.axis_tensor import AxisTensor
+from regrow.learner import Stand
 from regrow.scoring.factors import Factors, Gate, factors, joined, layers, part
 
 
-def remember(at: Stand, tensors: dict[str, Along], samples: int) -> None:
+def remember(at: Stand, tensors: dict[str, AxisTensor], samples: int) -> None:
     """Add the factors of the present task to those of the tasks before, ``read W``, ``bias W`` and ``used W``.
 
     Args:
@@ -29,10 +30,10 @@ def remember(at: Stand, tensors: dict[str, Along], samples: int) -> None:
             ("used", one.outputs, (made, made)),
         ):
             before = tensors.get(f"{kind} {name}")
-            tensors[f"{kind} {name}"] = Along(values if before is None else before.values + values, dims)
+            tensors[f"{kind} {name}"] = AxisTensor(values if before is None else before.values + values, dims)
 
 
-def born(at: Stand, tensors: dict[str, Along], loud: float = 0.0) -> None:
+def born(at: Stand, tensors: dict[str, AxisTensor], loud: float = 0.0) -> None:
     """Newborn units count as much as the others on average: what they answer to old tasks will be read one day.
 
     So do hidden units that were silent in all old tasks: moved freely, they would wake on old inputs. Outputs do not:
@@ -64,7 +65,9 @@ def _rescaled(at: Stand) -> set[str]:
     return {axis.key for axis in at.axes.units() if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)}
 
 
-def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int, damping: float = 0.0) -> dict[str, Gate]:
+def gates(
+    at: Stand, tensors: dict[str, AxisTensor], strength: float, tasks: int, damping: float = 0.0
+) -> dict[str, Gate]:
     """Name of a weight → the gate of what so many tasks read and used, A and B + d·I for hidden layers.
 
     Args:
@@ -89,7 +92,7 @@ def gates(at: Stand, tensors: dict[str, Along], strength: float, tasks: int, dam
     return found
 
 
-def remembered(at: Stand, tensors: dict[str, Along]) -> tuple[str, ...]:
+def remembered(at: Stand, tensors: dict[str, AxisTensor]) -> tuple[str, ...]:
     """The weights whose factors are remembered."""
     return tuple(name for name in layers(at.model) if f"read {name}" in tensors)
 

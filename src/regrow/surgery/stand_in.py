@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
-from regrow.learner import Along
+from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
 from regrow.surgery.layout import laid, units_after
 from regrow.surgery.widen import moment
@@ -43,7 +43,7 @@ def standing_in(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
             module.__dict__.pop(leaf, None)
 
 
-def followed(one: Along, axes: AxisGraph, plan: Plan) -> Along:
+def followed(one: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
     """A tensor along axes as it is after a plan: kept entries keep theirs, newborn ones are 0 (or false).
 
     Args:
@@ -54,4 +54,4 @@ def followed(one: Along, axes: AxisGraph, plan: Plan) -> Along:
     sizes = axes.sizes()
     units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
     lays = {i: laid(dim, sizes, units) for i, dim in enumerate(one.dims) if not isinstance(dim, int)}
-    return Along(moment(one.values.detach(), lays, mean=False), one.dims, one.lr)
+    return AxisTensor(moment(one.values.detach(), lays, mean=False), one.dims, one.lr)

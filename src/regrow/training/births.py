@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from regrow.axes import AxisGraph
-from regrow.learner import Along, Stand, along
+from regrow.axis_tensor import AxisTensor
+from regrow.learner import Stand, along
 from regrow.plan import Plan
 from regrow.surgery.stand_in import followed
 
@@ -16,12 +17,12 @@ SMOOTHING = 0.9
 """How much of the smoothed loss stays at each step."""
 
 
-def entries(at: Stand) -> dict[str, Along]:
+def entries(at: Stand) -> dict[str, AxisTensor]:
     """True for every entry of every parameter, before a plan is carried out."""
     return {name: along(at, name, torch.ones_like(p, dtype=torch.bool)) for name, p in at.parameters().items()}
 
 
-def young(there: Mapping[str, Along], axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
+def young(there: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
     """Name of a parameter → which of its entries a plan gave birth to, in its new shape.
 
     Args:

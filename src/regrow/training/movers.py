@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from regrow.axes import AxisGraph
-from regrow.learner import Along, Learner, Stand
+from regrow.axis_tensor import AxisTensor
+from regrow.learner import Learner, Stand
 from regrow.plan import Plan
 from regrow.surgery.stand_in import followed
 
@@ -66,12 +67,12 @@ class Movers:
             for lost in [moved for moved in mover.state if id(moved) not in known]:
                 del mover.state[lost]
 
-    def exchange(self, old: Tensor, new: Along, axes: AxisGraph, plan: Plan) -> None:
+    def exchange(self, old: Tensor, new: AxisTensor, axes: AxisGraph, plan: Plan) -> None:
         """A learned tensor of the learner's has another shape: what moved the old one moves the new one on."""
         for mover in self.optimizers:
             if memory := mover.state.pop(old, {}):
                 mover.state[new.values] = {
-                    what: followed(Along(value, new.dims), axes, plan).values
+                    what: followed(AxisTensor(value, new.dims), axes, plan).values
                     if isinstance(value, Tensor) and value.dim()
                     else value
                     for what, value in memory.items()

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.learner import Along, Learner, Stand, along
+from regrow.axis_tensor import AxisTensor
+from regrow.learner import Learner, Stand, along
 from regrow.sources import logits_in
 from regrow.tasks import Examples, among
 
@@ -53,7 +54,7 @@ class LwF(Learner):
         for name, parameter in at.parameters().items():
             self.tensors[f"old {name}"] = along(at, name, parameter.detach().clone())
         for name, value in at.model.named_buffers():
-            self.tensors[f"old {name}"] = Along(value.clone(), tuple(value.shape))
+            self.tensors[f"old {name}"] = AxisTensor(value.clone(), tuple(value.shape))
         self.values["known"] = self.values.get("seen", [])
         self.values["seen"] = sorted({*self.values["known"], *at.task.classes})
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from regrow.learner import Along, Learner, Stand, norms_stay
+from regrow.axis_tensor import AxisTensor
+from regrow.learner import Learner, Stand, norms_stay
 from regrow.plan import Plan
 
 CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
@@ -50,7 +51,9 @@ class PackNet(Learner):
         """All that no task owns is free."""
         for name in at.weights:
             shape = at.parameters()[name].shape
-            self.tensors.setdefault(f"owner {name}", Along(torch.zeros(shape, dtype=torch.int32), at.axes.shapes[name]))
+            self.tensors.setdefault(
+                f"owner {name}", AxisTensor(torch.zeros(shape, dtype=torch.int32), at.axes.shapes[name])
+            )
         self.values["pruned"] = False
 
     def plan(self, at: Stand) -> Plan | None:

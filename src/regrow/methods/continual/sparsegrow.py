@@ -34,8 +34,9 @@ from torch import Tensor
 from regrow.allocation.growth import growth, hidden, makers
 from regrow.allocation.thresholds import over, thresholded
 from regrow.axes import Axis
+from regrow.axis_tensor import AxisTensor
 from regrow.data import reservoir
-from regrow.learner import Along, Learner, Stand, along, flags, norms_stay
+from regrow.learner import Learner, Stand, along, flags, norms_stay
 from regrow.plan import Fill, Plan
 from regrow.scoring import memory
 from regrow.scoring.factors import Gate, joined, part
@@ -160,10 +161,10 @@ class SparseGrow(Learner):
                 self.tensors[f"threshold {name}"] = self._fresh(at, name)
         self._settle(at)
 
-    def _fresh(self, at: Stand, name: str) -> Along:
+    def _fresh(self, at: Stand, name: str) -> AxisTensor:
         units = at.axes.shapes[name][:1] if self.settings.threshold == "dst" else ()
         many = at.parameters()[name].shape[: len(units)]
-        return Along(torch.zeros(many), units, self.settings.lr)
+        return AxisTensor(torch.zeros(many), units, self.settings.lr)
 
     def mode(self, at: Stand) -> None:
         """As usual; running statistics stay in later tasks where that is asked."""
@@ -259,7 +260,7 @@ class SparseGrow(Learner):
         for name in at.weights:
             units = at.axes.shapes[name][:1]
             many = at.parameters()[name].shape[0]
-            self.tensors[f"old {name}"] = Along(torch.ones(many, dtype=torch.bool), units)
+            self.tensors[f"old {name}"] = AxisTensor(torch.ones(many, dtype=torch.bool), units)
         return Plan.growing(at.axes, wanted, Fill("zero_out", seed=s.seed), origin={"method": "sparsegrow"})
 
     def grown(self, at: Stand, plan: Plan) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.learner import Along, Learner, Stand, flags, norms_stay
+from regrow.axis_tensor import AxisTensor
+from regrow.learner import Learner, Stand, flags, norms_stay
 
 CITATION = "Kang et al., Forget-free continual learning with winning subnetworks, ICML 2022"
 
@@ -60,7 +61,7 @@ class WSN(Learner):
         for name in at.weights:
             shape = at.parameters()[name].shape
             scores = torch.randn(shape, generator=generator) * at.parameters()[name].detach().std()
-            self.tensors[f"score {name}"] = Along(scores, at.axes.shapes[name], self.settings.lr)
+            self.tensors[f"score {name}"] = AxisTensor(scores, at.axes.shapes[name], self.settings.lr)
             self.tensors[f"used {name}"] = flags(at, name)
 
     def standing(self, at: Stand) -> Mapping[str, Tensor]:
@@ -97,7 +98,7 @@ class WSN(Learner):
         """Keep the task's mask, and note what it used."""
         for name in at.weights:
             mask = _most(self.tensors[f"score {name}"].values.detach(), self.settings.share)
-            self.tensors[f"mask {at.number} {name}"] = Along(mask, at.axes.shapes[name])
+            self.tensors[f"mask {at.number} {name}"] = AxisTensor(mask, at.axes.shapes[name])
             self.tensors[f"used {name}"].values |= mask
 
     def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:

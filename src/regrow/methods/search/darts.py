@@ -32,9 +32,10 @@ from torch.utils.hooks import RemovableHandle
 from regrow.allocation.edges import Edges, chosen
 from regrow.allocation.gates import Masks
 from regrow.allocation.partial import partial_channels
+from regrow.axis_tensor import AxisTensor
 from regrow.candidates import candidates_in
 from regrow.data.augment import moved
-from regrow.learner import Along, Stand
+from regrow.learner import Stand
 from regrow.method import Measure
 from regrow.methods.search.searcher import Searcher
 from regrow.nets.cells import Cells
@@ -138,11 +139,11 @@ class Darts(Searcher):
         assert self.edges is not None
         many = self.edges.entries
         drawn = 1e-3 * torch.randn(many, generator=at.drawn(11))
-        self.tensors["alpha"] = Along(drawn, (many,), self.rates(at)[0])
+        self.tensors["alpha"] = AxisTensor(drawn, (many,), self.rates(at)[0])
         if self.settings.edges:
             many = self.edges.betas
             drawn = 1e-3 * torch.randn(many, generator=at.drawn(14))
-            self.tensors["beta"] = Along(drawn, (many,), self.rates(at)[0])
+            self.tensors["beta"] = AxisTensor(drawn, (many,), self.rates(at)[0])
 
     def settle(self, at: Stand) -> None:
         """Where operations and filters lie now.

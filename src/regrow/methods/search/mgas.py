@@ -34,16 +34,15 @@ from regrow.allocation.commits import controlled, threshold_for
 from regrow.allocation.gates import Masks
 from regrow.allocation.levels import check_levels
 from regrow.allocation.regrowth import drawn
+from regrow.axis_tensor import AxisTensor
 from regrow.data.augment import moved
-from regrow.learner import Along, Stand
+from regrow.learner import Stand
 from regrow.method import Measure
 from regrow.methods.search.searcher import LEVELS, THRESHOLDS, Searcher
 from regrow.plan import Plan
 from regrow.tasks import Examples
 
-CITATION = (
-    "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from its abstract and the authors' public code"
-)
+CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from abstract and authors' code"
 
 
 @dataclass(frozen=True)
@@ -217,7 +216,7 @@ class Mgas(Searcher):
         assert self.gates is not None
         if self.thins and not bool(self.gates.single.all()):
             self.tensors[THRESHOLDS["filters"]].lr = self.settings.pace * self.rates(at)[1]
-        self.tensors["drift"] = Along(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
+        self.tensors["drift"] = AxisTensor(torch.zeros_like(self.tensors["alpha"].values), self.tensors["alpha"].dims)
         self._start(at, 0)
 
     def _start(self, at: Stand, stage: int) -> None:

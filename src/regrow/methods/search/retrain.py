@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regrow.axis_tensor import AxisTensor
 from regrow.data.augment import cut_out, moved
-from regrow.learner import Along, Learner, Stand
+from regrow.learner import Learner, Stand
 from regrow.tasks import Examples
 
 CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"
@@ -51,7 +52,7 @@ class Retrain(Learner):
         """
         for name in at.weights:
             if not bool(found[name].all()):
-                self.tensors[f"stays {name}"] = Along(found[name].detach() != 0, at.axes.shapes[name])
+                self.tensors[f"stays {name}"] = AxisTensor(found[name].detach() != 0, at.axes.shapes[name])
 
     def standing(self, at: Stand) -> Mapping[str, Tensor]:
         """The weights with their zeros."""

@@ -13,10 +13,11 @@ from regrow.allocation.commits import cut, excess, least, reserved, savings, spa
 from regrow.allocation.gates import Gates, Masks, gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
+from regrow.axis_tensor import AxisTensor
 from regrow.budget import short
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.evaluation.continual import share_right
-from regrow.learner import Along, Learner, Stand, flags
+from regrow.learner import Learner, Stand, flags
 from regrow.method import Measure
 from regrow.plan import Plan
 from regrow.surgery import Attic, apply
@@ -108,9 +109,9 @@ class Searcher(Learner):
         ops, axes = [path for paths in sums.values() for path in paths], [axis.key for axis in at.axes.units()]
         self.values |= {"axes": axes, "stage": 0, "mu": 0.0, "history": [], "saved": dict.fromkeys(LEVELS, 0.0)}
         self.values |= {"dropped": [], "fallen": {}, "whole": self.whole(at), "loss": [0.0, 0.0]}
-        self.tensors["alpha"] = Along(torch.zeros(len(ops)), (len(ops),), self.rates(at)[0])
+        self.tensors["alpha"] = AxisTensor(torch.zeros(len(ops)), (len(ops),), self.rates(at)[0])
         for name, n in (("ops", len(ops)), ("filters", len(axes)), ("weights", len(ops) + 1)):
-            self.tensors[f"threshold {name}"] = Along(torch.zeros(n), (n,), self.rates(at)[1])
+            self.tensors[f"threshold {name}"] = AxisTensor(torch.zeros(n), (n,), self.rates(at)[1])
         self.settle(at)
 
     @property
@@ -122,15 +123,15 @@ class Searcher(Learner):
         """What may go in the network up to one of its parts; −1: in all of it."""
         staged = last >= 0
         tensors = counted_tensors(at.model, self.measure).items()
-        parameters = {n: p for n, p in tensors if not staged or _parts(at).within(n, last)}
+        parameters = {n: p for n, p in tensors if not staged or cast(Staged, at.model).within(n, last)}
         sums = candidates_in(at.model)
         return gates(
             at.axes,
             parameters,
             sums,
             self.values.get("axes") or [axis.key for axis in at.axes.units()],
-            _parts(at).needed() if staged else [*sums.values()],
-            lambda path: not staged or _parts(at).within(path, last),
+            cast(Staged, at.model).needed() if staged else [*sums.values()],
+            lambda path: not staged or cast(Staged, at.model).within(path, last),
             self.measure,
             tied_in(at.model),
             single_in(at.model),
@@ -151,7 +152,7 @@ class Searcher(Learner):
                 del self.tensors[name]
         for key, (_, size, _) in self.spans():
             if f"kappa {key}" not in self.tensors:
-                self.tensors[f"kappa {key}"] = Along(torch.zeros(size), (key,), self.rates(at)[0])
+                self.tensors[f"kappa {key}"] = AxisTensor(torch.zeros(size), (key,), self.rates(at)[0])
         for name in self.gates.levels.weights:
             if f"gone {name}" not in self.tensors:
                 self.tensors[f"gone {name}"] = flags(at, name)
@@ -212,7 +213,7 @@ class Searcher(Learner):
 
     def asked(self, at: Stand, inputs: Tensor) -> Tensor:
         """The logits of the classifier at which the stage ends."""
-        return _parts(at).upto(inputs, self.last) if self.ends else at.logits(inputs)
+        return cast(Staged, at.model).upto(inputs, self.last) if self.ends else at.logits(inputs)
 
     def size_now(self) -> Tensor:
         """What the part that runs costs under the masks that stand, with their gradients."""
@@ -394,7 +395,3 @@ class Searcher(Learner):
         self.values["going"] = savings(self.gates, masks)["operations"]
         self.values["dropped"] += drop
         return Plan.dropping(at.axes, drop, {}, origin={"method": "search", "epoch": at.epoch, "stood": True})
-
-
-def _parts(at: Stand) -> Staged:
-    return cast(Staged, at.model)

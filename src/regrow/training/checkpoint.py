@@ -1,0 +1,226 @@
+"""Checkpoints: a network that may have changed its shape and the state of its training, in one file.
+
+A run that is killed and resumed from its checkpoint ends with the same bits as one that was not.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph, Dim, Product, Sum
+from regrow.axis_tensor import AxisTensor
+from regrow.ledger import replay
+from regrow.plan import Plan
+from regrow.store import schemas
+from regrow.store.convert import convert
+from regrow.store.errors import StoreError
+from regrow.store.tensors import read_header, read_tensors, write_tensors
+from regrow.surgery import Attic
+from regrow.training.state import TrainState, axis_tensors, restore_state, values_of
+
+S = TypeVar("S")
+
+CHECKPOINT = "course.safetensors"
+FORMAT, FORMAT_1 = "regrow-course/2", "regrow-course/1"
+_COUNTED = ("number", "epoch", "before", "loss")
+_GROWING = ("rows", "sizes", "events")
+
+
+@dataclass(frozen=True)
+class History:
+    """The part of a state that grows with the number of tasks, where a run keeps it in other files.
+
+    Args:
+        plans: Every plan that was applied, in order.
+        rows: The accuracy matrix.
+        sizes: One row per task that is over.
+        events: One row per change of shape, as far as they were logged.
+    """
+
+    plans: Sequence[Plan] = ()
+    rows: Sequence[tuple[float, ...]] = ()
+    sizes: Sequence[dict[str, Any]] = ()
+    events: Sequence[dict[str, Any]] = ()
+
+
+def write_checkpoint(
+    path: Path, model: nn.Module, state: TrainState[Any], undo: Attic | None = None, *, logged: int | None = None
+) -> None:
+    """Write a checkpoint: all of it, or nothing.
+
+    Args:
+        path: The file to create or replace.
+        model: The network.
+        state: The state of its training.
+        undo: What plans removed from the network, for learners that restore units.
+        logged: The number of events, from the first on, that are in the run's :class:`History`, with the rows of tasks
+            that are over and all plans; the file leaves these out, so that it does not grow with the number of tasks.
+            ``None``: they are in the file.
+
+    Raises:
+        StoreError: If the disk is full or the file cannot be written.
+    """
+    tensors = axis_tensors(state.learner)
+    parts: dict[str, Tensor] = {f"model {name}": value for name, value in model.state_dict().items()}
+    parts |= {f"learner {name}": one.values for name, one in tensors.items()}
+    numbers: dict[str, Any] = {}
+    for name, memory in state.moments.items():
+        for what, value in memory.items():
+            if isinstance(value, Tensor):
+                parts[f"optimiser {what} {name}"] = value
+            elif value is not None:
+                numbers[f"{what} {name}"] = value
+    if undo is not None:
+        parts |= {f"attic {name}": value for name, value in undo.contents().items()}
+    header = {
+        "along": {name: [_to_json(one.dims), one.lr] for name, one in tensors.items()},
+        "values": values_of(state.learner),
+        "numbers": numbers,
+        "course": {name: getattr(state, name) for name in (*_COUNTED, *(_GROWING if logged is None else ()))},
+        "plans": len(state.plans) if logged is not None else [json.loads(plan.to_json()) for plan in state.plans],
+        "logged": logged,
+        "open": state.events[logged:] if logged is not None else [],
+    }
+    write_tensors(path, parts, header, FORMAT)
+
+
+def read_checkpoint(
+    path: Path,
+    model: nn.Module,
+    axes: AxisGraph,
+    learner: S,
+    history: History | None = None,
+    undo: Attic | None = None,
+) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
+    """Restore a network and the state of its training.
+
+    Args:
+        path: The file.
+        model: The network as it was first built; changed in place.
+        axes: Its axes.
+        learner: The learner's first state.
+        history: What the run keeps in other files, if the checkpoint leaves it out; it may go further than that.
+        undo: An empty store, filled with what plans removed, for learners that restore units.
+
+    Raises:
+        StoreError: If the file is damaged or was written for another network or method.
+    """
+    try:
+        header, tensors = read_tensors(path, FORMAT, FORMAT_1)
+        record = convert(header, schemas.CourseHeader)
+        plans, measured = _measured(record, history or History())
+        model, axes = replay(model, axes, plans, undo)
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
+        for name, value in tensors.items():
+            part, _, rest = name.partition(" ")
+            parts[part][rest] = value
+        model.load_state_dict(parts["model"])
+        removed = undo.contents() if undo is not None else {}
+        for name, value in parts["attic"].items():
+            removed[name].copy_(value)
+        own = {
+            name: AxisTensor(parts["learner"][name], tuple(map(_from_json, dims)), lr)
+            for name, (dims, lr) in record.along.items()
+        }
+        restored = restore_state(learner, own, record.values)
+        moments = _moments(parts["optimiser"], record.numbers)
+        state = TrainState(restored, plans=tuple(plans), moments=moments, **measured)
+    except (ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    return model, axes, state
+
+
+def check_checkpoint(path: Path, history: History) -> None:
+    """Assert that a run has logged what its checkpoint relies on, before anything is changed.
+
+    Args:
+        path: The checkpoint; it need not be there.
+        history: What the run has logged.
+
+    Raises:
+        StoreError: If rows or plans are missing, or the file is damaged.
+    """
+    if not path.is_file():
+        return
+    try:
+        _, known = _measured(convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader), history)
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+    if len(known["rows"]) < known["number"]:
+        raise StoreError(
+            f"{path.with_name('metrics.jsonl')} holds {len(known['rows'])} of the {known['number']} tasks that are "
+            "over; restore it"
+        )
+
+
+def count_tasks(path: Path) -> int:
+    """The number of tasks that are over by a checkpoint; 0 if it is not there.
+
+    Raises:
+        StoreError: If the file is damaged.
+    """
+    if not path.is_file():
+        return 0
+    try:
+        return convert(read_header(path, FORMAT, FORMAT_1), schemas.CourseHeader).course.number
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, error) from None
+
+
+def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan], dict[str, Any]]:
+    """The plans that were applied, and the other fields of a state that are stored."""
+    course = record.course
+    if isinstance(record.plans, int):
+        many, logged = record.plans, record.logged or 0
+        plans, rows = list(history.plans[:many]), list(history.rows[: course.number])
+        sizes, events = history.sizes[: course.number], [*history.events[:logged], *record.open]
+        for name, found, expected in (("ledger.json", plans, many), ("metrics.jsonl", events[:logged], logged)):
+            if len(found) < expected:
+                raise ValueError(f"{name} holds {len(found)} of the {expected} changes of shape that it relies on")
+    else:
+        for plan in record.plans:
+            convert(plan, schemas.Plan)
+        plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
+        rows, sizes, events = [tuple(row) for row in course.rows], course.sizes, course.events
+    known = {"number": course.number, "epoch": course.epoch, "before": tuple(course.before), "loss": course.loss}
+    return plans, known | {"rows": tuple(rows), "sizes": tuple(sizes), "events": tuple(events)}
+
+
+def _damaged(path: Path, error: Exception) -> StoreError:
+    text = " ".join(str(error).split())[:200]
+    return StoreError(text if text.startswith(str(path)) else f"{path} cannot be used ({text}); restore it")
+
+
+def _moments(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    moments: dict[str, dict[str, Any]] = {}
+    for key, value in {**tensors, **numbers}.items():
+        what, _, name = key.partition(" ")
+        moments.setdefault(name, {})[what] = value
+    return moments
+
+
+def _to_json(dim: Any) -> Any:
+    match dim:
+        case Product(parts):
+            return {"product": [_to_json(part) for part in parts]}
+        case Sum(parts):
+            return {"sum": [_to_json(part) for part in parts]}
+        case tuple() | list() | torch.Size():
+            return [_to_json(part) for part in dim]
+    return dim
+
+
+def _from_json(data: Any) -> Dim:
+    match data:
+        case {"product": [*parts]}:
+            return Product(tuple(map(_from_json, parts)))
+        case {"sum": [*parts]}:
+            return Sum(tuple(map(_from_json, parts)))
+        case int() | str():
+            return data
+    raise ValueError(f"not a dimension: {data!s:.60}")

@@ -1,0 +1,277 @@
+"""Learning tasks one after the other: the training loop with the accuracy matrix around it."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from math import isnan, nan
+from statistics import fmean
+from time import perf_counter
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from regrow.axes import AxisGraph
+from regrow.evaluation.continual import Matrix, share_right
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.surgery import Attic
+from regrow.surgery.stand_in import standing_in
+from regrow.tasks import Examples, Task
+from regrow.training.fit import Around, Fitted, Observer, fit
+from regrow.training.learner import PLAIN, Context, Learner
+from regrow.training.optimizers import OptimizerSettings
+from regrow.training.schedule import Phase, Schedule
+from regrow.training.state import TrainState, axis_tensors
+
+S = TypeVar("S")
+
+SCENARIOS = ("domain", "class", "task")
+PROBED = 20
+"""The largest number of tasks whose accuracy is measured around a change of shape."""
+
+
+@dataclass(frozen=True)
+class TaskSchedule:
+    """How every task is learned.
+
+    Args:
+        scenario: ``domain``: all classes at any time; ``class``: those seen so far; ``task``: those of the task, whose
+            identity is known at evaluation.
+        epochs: Passes over each task.
+        batch_size: Examples per step.
+        optimizer: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
+        lr: Learning rate.
+        weight_decay: Of the optimizer.
+        seed: Of the order of examples, and of everything random in a learner.
+        decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the epochs of each task.
+        precision: ``float32`` or ``bfloat16``, as in :class:`regrow.training.fit.Schedule`.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
+
+    scenario: str = "domain"
+    epochs: int = 5
+    batch_size: int = 64
+    optimizer: str = "sgd"
+    lr: float = 0.01
+    weight_decay: float = 0.0
+    seed: int = 0
+    decay: str = "constant"
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        if self.scenario not in SCENARIOS:
+            raise ValueError(f"the scenario is one of {', '.join(SCENARIOS)}; got {self.scenario!r}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self.training()
+
+    def training(self) -> Schedule:
+        """The schedule of the training loop."""
+        optimizer = OptimizerSettings(self.optimizer, self.lr, self.weight_decay)
+        return Schedule(optimizer, self.decay, precision=self.precision, seed=self.seed)
+
+
+def learn(
+    model: nn.Module,
+    axes: AxisGraph,
+    tasks: Sequence[Task],
+    learner: Learner[S],
+    schedule: TaskSchedule,
+    *,
+    state: TrainState[S] | None = None,
+    undo: Attic | None = None,
+    checkpoint: Callable[[TrainState[S], Context], None] | None = None,
+    around: Around = lambda state, context, step: nullcontext(),
+    log: Callable[..., None] = lambda kind, **row: None,
+    progress: Progress = silent,
+) -> Fitted[S]:
+    """Learn tasks one after the other.
+
+    Args:
+        model: The network; trained, and perhaps widened, in place.
+        axes: Its axes as they are now.
+        tasks: All tasks; those that the state says are over are only evaluated on.
+        learner: What differs from plain training.
+        schedule: How each task is learned.
+        state: Where an earlier, interrupted call stopped.
+        undo: What plans removed from the network, for learners that restore units.
+        checkpoint: Called after each epoch and each task with a state that can be resumed from.
+        around: Gives a context manager for each step.
+        log: Takes the rows that the learner logs.
+        progress: Called with (steps done, steps in all, what).
+
+    Raises:
+        ValueError: If the loss is not finite.
+    """
+    state = state or TrainState(learner.state)
+    if not state.before:
+        state = replace(state, before=untrained_accuracies(model, tasks, schedule))
+    phases = [_phase(tasks, number, learner.second_share, schedule) for number in range(len(tasks))]
+    return fit(
+        model,
+        axes,
+        phases,
+        learner,
+        schedule.training(),
+        state=state,
+        undo=undo,
+        checkpoint=checkpoint,
+        observe=_observer(tasks, learner, schedule),
+        around=around,
+        log=log,
+        progress=progress,
+    )
+
+
+def accuracy_matrix(state: TrainState[Any]) -> Matrix:
+    """The accuracy matrix that training has measured."""
+    return Matrix(state.rows, state.before)
+
+
+def untrained_accuracies(model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule) -> tuple[float, ...]:
+    """The accuracy of a network on the test examples of every task before it has learned any."""
+    return accuracies(Context(model, _NO_AXES, tasks[0]), tasks, PLAIN, PLAIN.state, schedule)
+
+
+def accuracies(
+    context: Context, tasks: Sequence[Task], learner: Learner[S], state: S, schedule: TaskSchedule
+) -> tuple[float, ...]:
+    """A row of the accuracy matrix: the test examples of every task, evaluated after task ``context.number``."""
+    row = []
+    for number, task in enumerate(tasks):
+        there = replace(context, answered=number, classes=None)
+        with standing_in(context.model, learner.parametrize(state, there).values):
+            choice = _choice(schedule, tasks, context.number, number)
+            row.append(nan if task.gone else share_right(context.model, task.test, choice))
+    return tuple(row)
+
+
+_NO_AXES = AxisGraph({}, {}, frozenset())
+
+
+def probed_tasks(number: int) -> list[int]:
+    """The tasks whose accuracy is measured around a change of shape: all so far, or some at equal distances.
+
+    >>> probed_tasks(2), len(probed_tasks(500)), probed_tasks(500)[:3], probed_tasks(500)[-1]
+    ([0, 1, 2], 20, [0, 26, 53], 500)
+    """
+    if number < PROBED:
+        return [*range(number + 1)]
+    return sorted({round(i * number / (PROBED - 1)) for i in range(PROBED)})
+
+
+def _phase(tasks: Sequence[Task], number: int, share: float, schedule: TaskSchedule) -> Phase:
+    task = tasks[number]
+    classes = _choice(schedule, tasks, number, number)
+    train, second = task.train, None
+    if share:
+        context = Context(nn.Identity(), _NO_AXES, task, number, seed=schedule.seed)
+        n, many = len(train), int(share * len(train))
+        order = torch.randperm(n, generator=context.generator(12)).split([n - many, many])
+        train, second = (Examples(task.train.inputs[part], task.train.labels[part]) for part in order)
+    steps = -(-len(train) // schedule.batch_size)
+
+    def batches(context: Context) -> Iterator[tuple[Sequence[Examples], Examples | None]]:
+        seconds = _second_batches(context, second, steps) if second else [None]
+        order = context.generator(context.epoch).initial_seed()
+        for i, batch in enumerate(train.batches(schedule.batch_size, seed=order)):
+            yield (batch,), seconds[i % len(seconds)]
+
+    return Phase(task, (steps,) * schedule.epochs, batches, classes)
+
+
+def _second_batches(context: Context, examples: Examples, steps: int) -> list[Examples]:
+    """The second part of the training examples in a random order, in as many batches as the first part has."""
+    order = torch.randperm(len(examples), generator=context.generator(context.epoch, 13))
+    parts = [*order.split(max(2, -(-len(order) // steps)))]
+    if len(parts[-1]) == 1 < len(order):
+        parts.pop()  # a BatchNorm cannot train on it
+    return [Examples(examples.inputs[part], examples.labels[part]) for part in parts]
+
+
+def _choice(schedule: TaskSchedule, tasks: Sequence[Task], after: int, answered: int) -> Tensor | None:
+    """The classes to choose among when task ``answered`` is evaluated after task ``after``."""
+    match schedule.scenario:
+        case "domain":
+            return None
+        case "class":
+            seen = {c for task in tasks[: max(after, answered) + 1] for c in task.classes}
+        case _:
+            seen = set(tasks[answered].classes)
+    every = 1 + max(c for task in tasks for c in task.classes)
+    return torch.tensor([c in seen for c in range(every)])
+
+
+def _observer(tasks: Sequence[Task], learner: Learner[S], schedule: TaskSchedule) -> Observer[S]:
+    start = perf_counter()
+
+    def before_plan(state: S, context: Context) -> tuple[list[float], Tensor]:
+        return _probe(tasks, learner, state, schedule, context)
+
+    def after_plan(state: S, context: Context, plan: Plan, before: tuple[list[float], Tensor]) -> dict[str, Any]:
+        probed, after = probed_tasks(context.number), _probe(tasks, learner, state, schedule, context)
+        changes = plan.changes.items()
+        return {
+            "grown": {key: change.grow for key, change in changes if change.grow},
+            "cut": {key: n for key, change in changes if (n := change.size - len(change.keep))},
+            "dropped": list(plan.drop),
+            "back": list(plan.back),
+            "restored": {key: n for key, change in changes if (n := len(change.restore))},
+            "stood": bool(plan.origin.get("stood")),
+            **({"asked": probed} if len(probed) <= context.number else {}),
+            "accuracy_before": before[0],
+            "accuracy_after": after[0],
+            "shock": fmean(a - b for a, b in zip(before[0], after[0], strict=True) if not isnan(a)),
+            "logits_moved": float((after[1] - before[1]).abs().max()),
+            "parameters": sum(p.numel() for p in context.model.parameters()),
+        }
+
+    def task_end(state: S, context: Context) -> tuple[tuple[float, ...], dict[str, Any]]:
+        nonlocal start
+        row = accuracies(context, tasks, learner, state, schedule)
+        sizes = _sizes(context, axis_tensors(state)) | {"seconds": round(perf_counter() - start, 2)}
+        start = perf_counter()
+        return row, sizes
+
+    return Observer(before_plan, after_plan, task_end)
+
+
+def _probe(
+    tasks: Sequence[Task], learner: Learner[S], state: S, schedule: TaskSchedule, context: Context
+) -> tuple[list[float], Tensor]:
+    """In the middle of a task: accuracy on tasks so far, and the logits of some test examples."""
+    model, was = context.model, context.model.training
+    with torch.no_grad(), standing_in(model, learner.parametrize(state, context).values):
+        found = [
+            nan if tasks[i].gone else share_right(model, tasks[i].test, _choice(schedule, tasks, context.number, i))
+            for i in probed_tasks(context.number)
+        ]
+    model.eval()
+    try:
+        with torch.no_grad(), standing_in(model, learner.parametrize(state, context).values):
+            inputs = next(context.task.test.batches(256)).inputs
+            return found, context.logits(inputs).nan_to_num(neginf=0.0)
+    finally:
+        model.train(was)
+
+
+def _sizes(context: Context, tensors: Any) -> dict[str, Any]:
+    parameters, was = context.parameters(), context.model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        context.model.eval()(context.task.train.inputs[:1])
+    context.model.train(was)
+    held = [one.values for one in tensors.values()]
+    return {
+        "task": context.number,
+        "parameters": sum(p.numel() for p in parameters.values()),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters.values()),
+        "macs": counter.get_total_flops() // 2,  # of one example
+        # Bytes of masks, memories and factors; a mask takes a bit per entry.
+        "remembered": sum(-(-x.numel() // 8) if x.dtype == torch.bool else x.numel() * x.itemsize for x in held),
+        "widths": {axis.key: axis.size for axis in context.axes.units()},
+    }

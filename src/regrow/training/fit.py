@@ -1,0 +1,308 @@
+"""The training loop: forward, loss, backward, step; between epochs the network may change its shape.
+
+It knows no method: a :class:`regrow.training.learner.Learner` says what differs from plain training.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.surgery import Attic, apply
+from regrow.surgery.stand_in import standing_in
+from regrow.training.growth_metrics import (
+    gradient_shares,
+    mark_entries,
+    new_entries,
+    smooth,
+    start_watch,
+    watch,
+)
+from regrow.training.learner import Boundary, Context, Event, Learner, Step
+from regrow.training.optimizers import Optimizers
+from regrow.training.schedule import Phase, Schedule
+from regrow.training.state import TrainState, axis_tensors, follow_plan
+
+S = TypeVar("S")
+
+Around = Callable[[Any, Context, int], AbstractContextManager[None]]
+"""(learner's state, context, number of the step in its epoch) → a context manager inside which the step is taken."""
+
+
+@dataclass(frozen=True)
+class Observer(Generic[S]):
+    """What is measured at boundaries.
+
+    Args:
+        before_plan: (state, context) → anything, right before a plan is applied.
+        after_plan: (state, context, plan, what ``before_plan`` gave) → the row of the change.
+        task_end: (state, context) → the accuracy on every task, and the row of the task.
+    """
+
+    before_plan: Callable[[S, Context], Any] = lambda state, context: None
+    after_plan: Callable[[S, Context, Plan, Any], dict[str, Any]] = lambda state, context, plan, before: {}
+    task_end: Callable[[S, Context], tuple[tuple[float, ...], dict[str, Any]]] = lambda state, context: ((), {})
+
+
+@dataclass(frozen=True)
+class Fitted(Generic[S]):
+    """A trained network.
+
+    Args:
+        model: The network; the one that was given, changed in place.
+        axes: Its axes.
+        state: What was measured, and the learner's last state.
+    """
+
+    model: nn.Module
+    axes: AxisGraph
+    state: TrainState[S]
+
+
+def fit(
+    model: nn.Module,
+    axes: AxisGraph,
+    phases: Sequence[Phase],
+    learner: Learner[S],
+    schedule: Schedule,
+    *,
+    state: TrainState[S] | None = None,
+    undo: Attic | None = None,
+    checkpoint: Callable[[TrainState[S], Context], None] | None = None,
+    observe: Observer[S] | None = None,
+    around: Around = lambda state, context, step: nullcontext(),
+    log: Callable[..., None] = lambda kind, **row: None,
+    progress: Progress = silent,
+) -> Fitted[S]:
+    """Train a network on one task after the other.
+
+    Args:
+        model: The network; trained, and perhaps changed in shape, in place.
+        axes: Its axes as they are now.
+        phases: All tasks; those that the state says are over are skipped.
+        learner: What differs from plain training.
+        schedule: Optimizer, learning rates and precision.
+        state: Where an earlier, interrupted call stopped.
+        undo: What plans removed from the network, for learners that restore units.
+        checkpoint: Called after each epoch and each task with a state that can be resumed from.
+        observe: What is measured at boundaries.
+        around: Gives a context manager for each step.
+        log: Takes the rows that the learner logs.
+        progress: Called with (steps done, steps in all, what).
+
+    Raises:
+        ValueError: If the loss is not finite.
+    """
+    state = state or TrainState(learner.state)
+    run = _Run(phases, learner, schedule, checkpoint, observe or Observer(), around, progress, log)
+    undo = undo if undo is not None else (Attic() if learner.restores else None)
+    while state.number < len(phases):
+        context = run.context(model, axes, state.number, state.epoch, undo)
+        context, state = _fit_task(run, context, state)
+        model, axes = context.model, context.axes
+    return Fitted(model, axes, state)
+
+
+@dataclass(frozen=True)
+class _Run(Generic[S]):
+    """The arguments of :func:`fit` that do not change."""
+
+    phases: Sequence[Phase]
+    learner: Learner[S]
+    schedule: Schedule
+    checkpoint: Callable[[TrainState[S], Context], None] | None
+    observe: Observer[S]
+    around: Around
+    progress: Progress
+    sink: Callable[..., None]
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What the learner logged of the current task, and the text shown beside the progress."""
+
+    def log(self, kind: str, /, **row: Any) -> None:
+        """Take a row of the learner."""
+        if kind in ("task", "status"):
+            self.notes[kind] = {**self.notes.get(kind, {}), **row}
+        else:
+            self.sink(kind, **row)
+
+    def context(self, model: nn.Module, axes: AxisGraph, number: int, epoch: int, undo: Attic | None) -> Context:
+        phase, past = self.phases[number], tuple(one.task for one in self.phases[:number])
+        return Context(
+            model,
+            axes,
+            phase.task,
+            number,
+            epoch,
+            len(phase.epochs),
+            phase.epochs[0] if phase.epochs else 0,
+            phase.classes,
+            self.schedule.seed,
+            past,
+            undo=undo,
+            log=self.log,
+        )
+
+
+def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Context, TrainState[S]]:
+    """Train on one task."""
+    learner, phase = run.learner, run.phases[state.number]
+    run.notes.clear()
+    start = Event.RESUME if state.epoch else Event.TASK_START
+    own = learner.boundary(state.learner, context, Boundary(start))
+    optimizers = Optimizers(run.schedule.optimizer, learner.optimizer)
+    optimizers.collect(context.parameters(), axis_tensors(own))
+    optimizers.restore(context.parameters(), axis_tensors(own), state.moments)
+    state = replace(state, learner=own)
+    for epoch in range(state.epoch, len(phase.epochs)):
+        context = replace(context, epoch=epoch, steps=phase.epochs[epoch])
+        context, state, new = _apply_plans(run, context, state, optimizers)
+        state = _fit_epoch(run, context, state, optimizers, new)
+        own = learner.boundary(state.learner, context, Boundary(Event.EPOCH_END))
+        moments = optimizers.moments(context.parameters(), axis_tensors(own))
+        state = replace(state, learner=own, epoch=epoch + 1, moments=moments)
+        if run.checkpoint and state.epoch < len(phase.epochs):
+            run.checkpoint(state, context)
+    own = learner.boundary(state.learner, context, Boundary(Event.TASK_END))
+    row, sizes = run.observe.task_end(own, context)
+    state = replace(
+        state,
+        learner=own,
+        number=state.number + 1,
+        epoch=0,
+        rows=(*state.rows, row),
+        sizes=(*state.sizes, sizes | run.notes.get("task", {})),
+        moments={},
+        loss=None,
+    )
+    if run.checkpoint:
+        run.checkpoint(state, context)
+    return context, state
+
+
+def _apply_plans(
+    run: _Run[S], context: Context, state: TrainState[S], optimizers: Optimizers
+) -> tuple[Context, TrainState[S], dict[str, Tensor]]:
+    """Apply the learner's plans between two epochs.
+
+    Returns:
+        Besides: name of a parameter → which of its entries the last plan has added; nothing if it did not grow.
+    """
+    new: dict[str, Tensor] = {}
+    while True:
+        plan, own = run.learner.plan(state.learner, context)
+        state = replace(state, learner=own)
+        if plan is None:
+            break
+        measured, marked, axes = run.observe.before_plan(own, context), mark_entries(context), context.axes
+        context, own = apply_plan(run.learner, own, context, plan, optimizers)
+        row = run.observe.after_plan(own, context, plan, measured)
+        event = {"task": context.number, "epoch": context.epoch, **row, **start_watch(state.loss)}
+        state = replace(state, learner=own, plans=(*state.plans, plan), events=(*state.events, event))
+        grew = any(change.grow for change in plan.changes.values())
+        new = new_entries(marked, axes, plan) if grew else {}
+    optimizers.collect(context.parameters(), axis_tensors(state.learner))
+    return replace(context, applied=0), state, new
+
+
+def apply_plan(
+    learner: Learner[S], state: S, context: Context, plan: Plan, optimizers: Optimizers | None = None
+) -> tuple[Context, S]:
+    """Apply a plan; the learner's state follows, and the optimizers' memory.
+
+    Args:
+        learner: Whose plan it is.
+        state: Its state.
+        context: The network before the plan.
+        plan: The plan.
+        optimizers: What trains the network and the learner's tensors; ``None``: nothing does any more.
+
+    Returns:
+        The context and the state after it.
+    """
+    before, old = context, axis_tensors(state)
+    # No optimizer knows the group of what a plan brings back yet.
+    following = [optimizers.network] if optimizers and not plan.back else []
+    model, axes = apply(context.model, context.axes, plan, optimizers=following, attic=context.undo)
+    context = replace(context, model=model, axes=axes, applied=context.applied + 1)
+    state = follow_plan(state, before.axes, plan)
+    tensors = axis_tensors(state)
+    for one in tensors.values():
+        if one.lr is not None:
+            one.values.requires_grad_()
+    if optimizers:
+        optimizers.follow(old, tensors, before.axes, plan)
+    state = learner.boundary(state, context, Boundary(Event.PLAN_APPLIED, plan, before))
+    if optimizers:
+        optimizers.collect(context.parameters(), axis_tensors(state))
+    return context, state
+
+
+def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
+    """Apply the plans that a learner makes after the last epoch, and write what replaces parameters into them.
+
+    Args:
+        learner: The learner.
+        fitted: What training gave.
+        context: Where it ended; its ``epoch`` is ``epochs``.
+
+    Returns:
+        The plain network, and the plans in order.
+    """
+    own, plans = fitted.state.learner, []
+    while True:
+        plan, own = learner.plan(own, context)
+        if plan is None:
+            break
+        context, own = apply_plan(learner, own, context, plan)
+        plans.append(plan)
+    learner.finish(own, context)
+    return Fitted(context.model, context.axes, replace(fitted.state, learner=own)), plans
+
+
+def _fit_epoch(
+    run: _Run[S], context: Context, state: TrainState[S], optimizers: Optimizers, new: dict[str, Tensor]
+) -> TrainState[S]:
+    learner, schedule, phase = run.learner, run.schedule, run.phases[state.number]
+    if phase.seeded:
+        torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
+    own = learner.boundary(state.learner, context, Boundary(Event.EPOCH_START))
+    done, total, loss, events = sum(phase.epochs[: context.epoch]), sum(phase.epochs), state.loss, state.events
+    device = next((p.device.type for p in context.model.parameters()), "cpu")
+    precision = torch.autocast(device, torch.bfloat16, enabled=schedule.precision == "bfloat16")
+    for i, (batches, second) in enumerate(phase.batches(context)):
+        if schedule.decay != "constant" or schedule.warm_up:
+            optimizers.set_rate(schedule.rate(done + i, total))
+        with run.around(own, context, i):
+            optimizers.clear_gradients()
+            now = 0.0
+            for batch in batches:
+                step = Step(i, batch, second, learner.parametrize(own, context))
+                with standing_in(context.model, step.replaced.values):
+                    with precision:
+                        found = learner.loss(own, context, step)
+                    mean = found.value if len(batches) == 1 else found.value / len(batches)
+                    mean.backward()
+                now += float(mean.detach())
+            if not math.isfinite(now):
+                where = f"{context.task.name}, epoch {context.epoch + 1}"
+                raise ValueError(f"the loss is {now} in {where}: use a smaller learning rate, such as --lr 0.001")
+            if new:
+                events, new = (*events[:-1], {**events[-1], **gradient_shares(context, new)}), {}
+            step = replace(step, aux=found.aux)
+            own = learner.project(own, context, step)
+            if schedule.clip:
+                nn.utils.clip_grad_norm_([p for p in context.parameters().values() if p.requires_grad], schedule.clip)
+            optimizers.step()
+            own = learner.after_step(own, context, step)
+        loss = smooth(loss, now)
+        events = watch(events, context.number, loss)
+        text = run.notes.get("status", {}).get("text", context.task.name)
+        run.progress(state.number * total + done + i + 1, len(run.phases) * total, text)
+    return replace(state, learner=own, loss=loss, events=events)

@@ -1,0 +1,77 @@
+"""Schedules: how long, on what and at which learning rates a network is trained."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from regrow.tasks import Examples, Task
+from regrow.training.learner import Context
+from regrow.training.optimizers import OptimizerSettings
+
+Batches = Iterator[tuple[Sequence[Any], Examples | None]]
+"""Per step: the batches whose mean loss counts, and a batch of the second part of the training examples."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the network is trained.
+
+    Args:
+        optimizer: Optimizer, learning rate and weight decay.
+        decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the steps of each task.
+        warm_up: The share of a task's steps over which the learning rate rises to its full value first.
+        clip: The largest norm of the gradient of what is trained; 0: any.
+        precision: ``float32``, or ``bfloat16``: losses are computed in mixed precision; parameters, moments and the
+            learner's state stay in float32.
+        seed: Seed of the order of batches, and of everything random in a learner.
+    """
+
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    decay: str = "constant"
+    warm_up: float = 0.0
+    clip: float = 0.0
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.decay not in ("constant", "cosine"):
+            raise ValueError(f"decay is constant or cosine, got {self.decay!r}")
+        if self.precision not in ("float32", "bfloat16"):
+            raise ValueError(f"the precision is float32 or bfloat16, got {self.precision!r}")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step.
+
+        >>> schedule = Schedule(OptimizerSettings(lr=1.0), "cosine", warm_up=0.1)
+        >>> [round(schedule.rate(step, 20), 2) for step in (0, 1, 2, 11, 19)]
+        [0.5, 1.0, 1.0, 0.5, 0.01]
+        """
+        lr = self.optimizer.lr
+        rise = max(1, round(self.warm_up * steps)) if self.warm_up else 0
+        if step < rise:
+            return lr * (step + 1) / rise
+        if self.decay == "constant":
+            return lr
+        return lr * (1 + math.cos(math.pi * ((step - rise) / max(1, steps - rise)))) / 2
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What one task is learned from.
+
+    Args:
+        task: The task.
+        epochs: The number of steps of each epoch.
+        batches: Gives the batches of an epoch; called once per epoch.
+        classes: The classes among which answers are chosen, ``[classes]`` bool; ``None`` for all.
+        seeded: Whether each epoch starts with a seed of its own, for Dropout and augmentation.
+    """
+
+    task: Task
+    epochs: tuple[int, ...]
+    batches: Callable[[Context], Batches]
+    classes: Tensor | None = None
+    seeded: bool = True

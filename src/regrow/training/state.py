@@ -1,0 +1,163 @@
+"""The state of a learner: a frozen dataclass whose fields say how they are stored and what follows a plan.
+
+A field of type ``AxisTensor``, ``AxisTensor | None`` or ``Mapping[str, AxisTensor]`` holds tensors: they follow every
+plan, those with a learning rate are trained, and all are stored by the name of the field (and the key). A field made by
+:func:`derived` is neither stored nor changed: the learner computes it again on ``Event.RESUME``. Every other field is
+JSON data.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache
+from typing import Any, Generic, TypeVar, get_type_hints
+
+import msgspec
+
+from regrow.axes import AxisGraph
+from regrow.axis_tensor import AxisTensor
+from regrow.plan import Plan
+from regrow.store.convert import convert
+from regrow.surgery.stand_in import followed
+from regrow.training.optimizers import Moments
+
+S = TypeVar("S")
+
+GrowthEvent = Mapping[str, Any]
+"""A row about one change of shape, as JSON data."""
+
+_ONE, _SEVERAL = (AxisTensor, AxisTensor | None), (Mapping[str, AxisTensor], dict[str, AxisTensor])
+
+
+def derived(make: Callable[[], Any]) -> Any:
+    """A field of a state that is computed from the rest: not stored, and not changed by plans.
+
+    Args:
+        make: Gives its first value.
+    """
+    return field(default_factory=make, repr=False, compare=False, metadata={"derived": True})
+
+
+def axis_tensors(state: Any) -> dict[str, AxisTensor]:
+    """The tensors of a state by name: that of the field, followed by the key where there are several.
+
+    >>> import torch
+    >>> from dataclasses import dataclass
+    >>> @dataclass(frozen=True)
+    ... class State:
+    ...     anchor: Mapping[str, AxisTensor]
+    >>> list(axis_tensors(State({"weight": AxisTensor(torch.zeros(2), (2,))})))
+    ['anchor weight']
+    """
+    tensors: dict[str, Any] = {}
+    for name, single in _tensor_fields(_kind(state)):
+        value = getattr(state, name)
+        tensors |= {f"{name} {key}": one for key, one in value.items()} if not single else {name: value}
+    return {name: one for name, one in tensors.items() if one is not None}
+
+
+def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
+    """The state with other tensors, by the names that :func:`axis_tensors` gives; a tensor that is missing is removed.
+
+    Raises:
+        ValueError: If the state has no field for one of them.
+    """
+    known = dict(_tensor_fields(_kind(state)))
+    values: dict[str, Any] = {name: None if single else {} for name, single in known.items()}
+    for name, one in tensors.items():
+        first, _, key = name.partition(" ")
+        if first not in known or known[first] != (not key):
+            raise ValueError(f"the method has no tensor {name!r}")
+        if key:
+            values[first][key] = one
+        else:
+            values[first] = one
+    missing = [name for name, value in values.items() if value is None and getattr(state, name) is not None]
+    if missing:
+        raise ValueError(f"the tensor {missing[0]!r} is missing")
+    return replace(state, **values) if values else state  # type: ignore[type-var]
+
+
+def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
+    """The state after a plan: kept entries of its tensors keep their values, new ones are 0.
+
+    Args:
+        state: The state before the plan.
+        axes: The axes before the plan.
+        plan: The plan.
+    """
+    return with_axis_tensors(state, {name: followed(one, axes, plan) for name, one in axis_tensors(state).items()})
+
+
+def values_of(state: Any) -> dict[str, Any]:
+    """The fields of a state that are JSON data."""
+    return {one.name: msgspec.to_builtins(getattr(state, one.name)) for one in _value_fields(_kind(state))}
+
+
+def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
+    """A state as it was stored.
+
+    Args:
+        state: The learner's first state.
+        tensors: What :func:`axis_tensors` gave.
+        values: What :func:`values_of` gave; fields that are missing stay as they are.
+
+    Raises:
+        ValueError: If a tensor is unknown or a value is of another type.
+    """
+    hints = get_type_hints(type(state))
+    known = {
+        one.name: convert(values[one.name], hints[one.name])
+        for one in _value_fields(_kind(state))
+        if one.name in values
+    }
+    return with_axis_tensors(replace(state, **known), tensors)  # type: ignore[type-var]
+
+
+@cache
+def _tensor_fields(kind: Any) -> tuple[tuple[str, bool], ...]:
+    """The names of the fields that hold tensors, and whether each holds a single one."""
+    hints = get_type_hints(kind)
+    return tuple((one.name, hints[one.name] in _ONE) for one in _stored(kind) if hints[one.name] in (*_ONE, *_SEVERAL))
+
+
+@cache
+def _value_fields(kind: Any) -> tuple[Field[Any], ...]:
+    tensors = {name for name, _ in _tensor_fields(kind)}
+    return tuple(one for one in _stored(kind) if one.name not in tensors)
+
+
+def _kind(state: Any) -> Any:
+    return type(state)
+
+
+def _stored(kind: Any) -> Iterator[Field[Any]]:
+    return (one for one in fields(kind) if not one.metadata.get("derived"))
+
+
+@dataclass(frozen=True)
+class TrainState(Generic[S]):
+    """How far training has got, and everything that was measured; a checkpoint holds this and the network.
+
+    Args:
+        learner: The state of the learner.
+        number: The number of tasks that are over.
+        epoch: The number of epochs of the next task that are over.
+        rows: The accuracy matrix so far.
+        before: The accuracy on every task before the first was learned.
+        plans: Every plan that was applied, in order.
+        events: One row per change of shape.
+        sizes: One row per task that is over.
+        moments: What the optimizers remember.
+        loss: The smoothed training loss of the current task.
+    """
+
+    learner: S
+    number: int = 0
+    epoch: int = 0
+    rows: tuple[tuple[float, ...], ...] = ()
+    before: tuple[float, ...] = ()
+    plans: tuple[Plan, ...] = ()
+    events: tuple[GrowthEvent, ...] = ()
+    sizes: tuple[dict[str, Any], ...] = ()
+    moments: Moments = field(default_factory=dict)
+    loss: float | None = None
