@@ -87,8 +87,7 @@ SEEDS: dict[str, list[bytes]] = {
 
 def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     """What parses: each takes any bytes."""
-    from regrow.allocation.stages import in_bytes
-    from regrow.budget import Target
+    from regrow.amounts import Target, parse_bytes
     from regrow.commands import Ledger
     from regrow.commands import learn as learning_run
     from regrow.commands import prune as pruning_run
@@ -123,7 +122,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     def amounts(data: bytes) -> None:
         text = data.decode("utf-8", errors="replace")
         failed = []
-        for parse in (Target.parse, in_bytes, learning_run._spelled):
+        for parse in (Target.parse, parse_bytes, learning_run._spelled):
             try:
                 parse(text)
             except ValueError as error:

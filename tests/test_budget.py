@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow.budget import IN_CONTEXT, Budget, Measure, Target, Timing, amount
+from regrow.amounts import IN_CONTEXT, Measure, Target, parse_amount
+from regrow.budget import Budget, Timing
 
 
 @given(st.sampled_from(list(Measure)), st.integers(1, 10**13), st.integers(1, 10**6))
@@ -34,12 +35,12 @@ def test_amounts_have_the_units_people_have(text: str, target: Target) -> None:
     ("text", "says"),
     [
         ("0.8", "is like params=100M"),
-        ("params=" + "9" * 400, "above 0 and reads like"),
+        ("params=" + "9" * 400, "above 0 and is written like"),
         ("watts=3", "is like params=100M"),
-        ("params=", "0.5M or 500000"),
-        ("params=-3", "0.5M or 500000"),
+        ("params=", "0.5M, 50k or 500000"),
+        ("params=-3", "0.5M, 50k or 500000"),
         ("params=0", "above 0"),
-        ("params=3MiB", "0.5M or 500000"),
+        ("params=3MiB", "0.5M, 50k or 500000"),
         ("bytes=3i", "64MiB"),
         ("ms=3k", "120 or 7.5"),
         ("kv_cache=5M", "kv_cache=5000000@4096"),
@@ -66,4 +67,4 @@ def test_a_budget_has_a_fraction_or_a_target() -> None:
 def test_a_timing_survives_its_record() -> None:
     timing = Timing("cpu", 16, 90, {"a": ((1, 2), (4, 9))}, {"a": "a", "b": "a"})
     assert Timing.from_record(timing.record()) == timing
-    assert amount("1.5k", Measure.MACS) == 1500
+    assert parse_amount("1.5k", Measure.MACS) == 1500

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from regrow.amounts import Measure
 from regrow.axes import AxisGraph
-from regrow.budget import Budget, Measure
+from regrow.budget import Budget
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores, Statistics, merged

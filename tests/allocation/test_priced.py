@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from hand import lm, mlp, timed
 from regrow.allocation import TimeCost, payers, priced
-from regrow.budget import Budget, Measure, Target, Timing
+from regrow.amounts import Measure, Target
+from regrow.budget import Budget, Timing
 
 A, B = "0.weight:0", "2.weight:0"
 

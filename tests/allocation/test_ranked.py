@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp, slot, timed
 from regrow.allocation import BudgetError, Cost, allocation, priced, ranked, uniform
+from regrow.amounts import IN_CONTEXT, STEPS, Measure, Target
 from regrow.axes import Axis, AxisGraph, Role
-from regrow.budget import IN_CONTEXT, STEPS, Budget, Measure, Target
+from regrow.budget import Budget
 from regrow.plan import Plan
 from regrow.scoring import random
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import regrow
-from regrow import budget
+from regrow import amounts
 from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import Stages
-from regrow.budget import Measure
+from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
 from regrow.commands import RunFolder, latencies
 from regrow.commands import search as searching
@@ -115,7 +115,7 @@ def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
     assert told[0] == "search, stage 1" and told[2] == "search, stage 2" and told[4:] == ["retraining"]
     for line, row, start in ((told[1], first, "search, stage 1, "), (told[3], second, "search, stage 2, ")):
         size, most, accuracy, *shares = re.findall(r"[\d.]+k?", line.removeprefix(start))
-        assert line.startswith(start) and [budget.amount(one, Measure.PARAMETERS) for one in (size, most)] == (
+        assert line.startswith(start) and [amounts.parse_amount(one, Measure.PARAMETERS) for one in (size, most)] == (
             pytest.approx([row["size"], row["allowed"]], rel=5e-3)
         )
         assert float(accuracy) == pytest.approx(row["accuracy"], abs=6e-3)

@@ -11,8 +11,9 @@ from torch import nn
 
 import regrow
 from regrow import nets
+from regrow.amounts import Target
 from regrow.axes import Example
-from regrow.budget import Budget, Target
+from regrow.budget import Budget
 from regrow.commands import RunFolder
 from regrow.commands import pruning as prune
 from regrow.commands import search as searching

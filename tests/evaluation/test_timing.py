@@ -7,7 +7,8 @@ from torch import nn
 from hand import lm, texts
 from regrow import trace
 from regrow.allocation import TimeCost, payers, priced
-from regrow.budget import Budget, Measure, Target
+from regrow.amounts import Measure, Target
+from regrow.budget import Budget
 from regrow.commands.pruning import prune, timed
 from regrow.evaluation import fastest_pass, lengthened, timing
 from regrow.sources import Batch

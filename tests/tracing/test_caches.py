@@ -9,8 +9,9 @@ from torch import nn
 from hand import lm
 from regrow import apply, prune, trace
 from regrow.allocation import BudgetError, priced
+from regrow.amounts import Measure, Target
 from regrow.axes import Example
-from regrow.budget import Budget, Measure, Target
+from regrow.budget import Budget
 from regrow.plan import Plan
 from zoo import ZOO
 

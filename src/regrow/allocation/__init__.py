@@ -11,7 +11,7 @@ from regrow.allocation.cost import Cost
 from regrow.allocation.priced import TimeCost, payers, priced
 from regrow.allocation.ranked import BudgetError, ranked
 from regrow.allocation.solved import module_costs, ratios, slopes, soft_step
-from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes, stages
+from regrow.allocation.stages import MemoryBudgetError, Stages, stages
 from regrow.allocation.uniform import uniform
 
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": ranked, "uniform": uniform}
@@ -37,7 +37,6 @@ __all__ = [
     "Stages",
     "TimeCost",
     "allocation",
-    "in_bytes",
     "module_costs",
     "payers",
     "priced",

@@ -5,8 +5,8 @@ from itertools import product
 
 import numpy as np
 
+from regrow.amounts import Measure
 from regrow.axes import AxisGraph, Dim, Product, Sum
-from regrow.budget import Measure
 from regrow.work import per_example
 
 Monomials = dict[tuple[str, ...], int]

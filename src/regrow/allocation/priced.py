@@ -6,8 +6,9 @@ from math import prod
 import numpy as np
 
 from regrow.allocation.cost import Cost, expanded
+from regrow.amounts import Measure
 from regrow.axes import Axis, AxisGraph, Role, axes_in
-from regrow.budget import Budget, Measure, Timing
+from regrow.budget import Budget, Timing
 
 
 class TimeCost(Cost):

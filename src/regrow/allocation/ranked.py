@@ -11,8 +11,9 @@ from torch import Tensor
 
 from regrow.allocation.cost import Cost
 from regrow.allocation.priced import priced
+from regrow.amounts import STEPS
 from regrow.axes import AxisGraph
-from regrow.budget import STEPS, Budget
+from regrow.budget import Budget
 from regrow.scores import Scores
 
 

@@ -4,21 +4,15 @@ In a stage some cells are whole and are searched; those before them were searche
 do not run yet.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from regrow.amounts import format_bytes
+
 Peak = Callable[[int, int], int]
 """(first cell that is whole, last cell that runs) → the most bytes that this needs."""
-
-_UNITS = {"": 1, "b": 1, "bytes": 1} | {
-    unit: base**power
-    for power, letter in enumerate("kmgt", 1)
-    for unit, base in ((f"{letter}b", 1000), (f"{letter}ib", 1024))
-}
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 class MemoryBudgetError(ValueError):
@@ -103,37 +97,8 @@ def _too_little(peak: Peak, cells: Iterable[int], budget: int) -> MemoryBudgetEr
     alone = {cell: peak(cell, cell) for cell in cells}
     cell = max(alone, key=alone.__getitem__)
     return MemoryBudgetError(
-        f"{in_words(budget)} of memory do not suffice: part {cell + 1}, searched in a stage of its own, needs "
-        f"{in_words(alone[cell])} ({alone[cell]} bytes). Give that much, or a smaller batch or width",
+        f"{format_bytes(budget)} of memory do not suffice: part {cell + 1}, searched in a stage of its own, needs "
+        f"{format_bytes(alone[cell])} ({alone[cell]} bytes). Give that much, or a smaller batch or width",
         alone[cell],
         cell,
     )
-
-
-def in_bytes(amount: str | int) -> int:
-    """How many bytes a user means: ``2GiB``, ``800 MiB``, ``1.5 GB``, ``4096``; kB, MB … are powers of 1000.
-
-    >>> in_bytes("2GiB"), in_bytes("1.5 GB"), in_bytes("800kib")
-    (2147483648, 1500000000, 819200)
-
-    Raises:
-        ValueError: If it is no amount of memory, or none at all.
-    """
-    found = _AMOUNT.fullmatch(str(amount))
-    unit = _UNITS.get(found[2].lower()) if found else None
-    number = float(found[1]) * unit if found and unit is not None else 0.0
-    if not 1 <= number < 2**63:
-        raise ValueError(f"an amount of memory reads like 2GiB, 800MiB, 1.5GB or 4096 (bytes); got {amount!r:.40}")
-    return int(number)
-
-
-def in_words(amount: int) -> str:
-    """Bytes as people say them, in powers of 1024.
-
-    >>> in_words(1_610_612_736), in_words(7)
-    ('1.5 GiB', '7 bytes')
-    """
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if amount >= _UNITS[unit.lower()]:
-            return f"{amount / _UNITS[unit.lower()]:.4g} {unit}"
-    return f"{amount} bytes"

@@ -129,7 +129,7 @@ def checked_target(text: str) -> str:
     Raises:
         click.UsageError: If it is no target.
     """
-    from regrow.budget import Target
+    from regrow.amounts import Target
 
     try:
         return str(Target.parse(text).measure)

@@ -6,8 +6,9 @@ from torch import nn
 
 from regrow import evaluation
 from regrow.allocation import priced
+from regrow.amounts import STEPS, Measure
 from regrow.axes import AxisGraph
-from regrow.budget import STEPS, Budget, Measure
+from regrow.budget import Budget
 from regrow.commands.folder import RunFolder
 from regrow.nets import Loaded
 from regrow.progress import Progress, silent

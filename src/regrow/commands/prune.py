@@ -11,8 +11,9 @@ import torch
 
 from regrow import evaluation, nets, store
 from regrow.allocation.inventory import inventory
+from regrow.amounts import Measure, Target
 from regrow.axes import AxisGraph, Mark
-from regrow.budget import Budget, Measure, Target
+from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrated

@@ -8,8 +8,9 @@ from typing import Any
 from torch import nn
 
 from regrow import evaluation
+from regrow.amounts import Measure, Target
 from regrow.axes import AxisGraph, Example
-from regrow.budget import Budget, Measure, Target, Timing
+from regrow.budget import Budget, Timing
 from regrow.commands.measuring import passed
 from regrow.method import Evidence, Method, Need, State
 from regrow.methods import entry

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from regrow import evaluation, store
-from regrow.allocation.stages import Stages, in_bytes
+from regrow.allocation.stages import Stages
 from regrow.allocation.timed import timed
+from regrow.amounts import Measure, parse_bytes
 from regrow.axes import AxisGraph
-from regrow.budget import Measure
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.commands import front, latencies, spaces, stage_memory
 from regrow.commands.checks import SEARCH, check_settings
@@ -251,7 +251,7 @@ def _searched(
         schedule = settings.schedule(settings.epochs, "constant")
         more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}
         if settings.memory:
-            more["around"] = stage_memory.Watch(learner, in_bytes(settings.memory), settings.batch_size)
+            more["around"] = stage_memory.Watch(learner, parse_bytes(settings.memory), settings.batch_size)
         axes, course = learn(model, axes, [parts.search], learner, schedule, **more)
     tell(course)
     at = Stand(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed)

@@ -9,8 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regrow.allocation.stages import MemoryBudgetError, Stages, in_bytes
+from regrow.allocation.stages import MemoryBudgetError, Stages
 from regrow.allocation.stages import stages as cut
+from regrow.amounts import parse_bytes
 from regrow.candidates import Prefix, Staged, fold_scales
 from regrow.commands.stage_memory import left_of, planned
 from regrow.methods.search.searcher import Searcher
@@ -74,7 +75,7 @@ def network(
     plan = None
     if memory:
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
-        plan = _planned(found, batch, in_bytes(memory), method or Searcher())
+        plan = _planned(found, batch, parse_bytes(memory), method or Searcher())
     config = found.whole(heads=plan.ends if plan else ends(found.parts, stages or min(3, found.parts)))
     net = _drawn(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed

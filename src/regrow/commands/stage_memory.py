@@ -9,7 +9,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regrow.allocation.stages import MemoryBudgetError, Peak, in_words
+from regrow.allocation.stages import MemoryBudgetError, Peak
+from regrow.amounts import format_bytes
 from regrow.candidates import Prefix, Staged
 from regrow.evaluation import Live, predicted, prefix_peaks, training
 from regrow.evaluation.memory import peak_meter
@@ -119,7 +120,7 @@ class Watch:
             needed = foretold(self.learner, at, batch)
         if needed > self.budget:
             raise MemoryBudgetError(
-                f"{in_words(self.budget)} of memory do not suffice: stage {stage + 1} needs {in_words(needed)} "
+                f"{format_bytes(self.budget)} of memory do not suffice: stage {stage + 1} needs {format_bytes(needed)} "
                 f"({needed} bytes), as earlier ones left the network and with parts computed anew. What they found is "
                 "kept, but cannot go on with another budget: search anew, with more --memory or a smaller --batch-size",
                 needed,

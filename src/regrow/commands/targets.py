@@ -1,8 +1,8 @@
 """What a search aims at: a target in words as a measure and a number."""
 
 from regrow.allocation.cost import Cost
+from regrow.amounts import Measure, Target, parse_share
 from regrow.axes import AxisGraph
-from regrow.budget import Measure, Target
 from regrow.evaluation import Latency
 from regrow.methods.search.searcher import LEVELS
 
@@ -80,9 +80,8 @@ def target(text: str, axes: AxisGraph, table: Latency | None = None, accounting:
 
 def _share(text: str) -> float:
     """The share of the whole space that a target names: ``0.2`` or ``macs=20%``."""
-    _, equals, number = text.rpartition("=")
     try:
-        share = float(number.strip().removesuffix("%")) / 100 if equals else float(number)
+        share = parse_share(text.rpartition("=")[2])
     except ValueError:
         raise ValueError(_LIKE.format(text)) from None
     if share >= 1:

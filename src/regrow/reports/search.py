@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from regrow.allocation.stages import in_bytes
+from regrow.amounts import parse_bytes
 from regrow.reports import blocks, cells, topology
 from regrow.reports import quantities as q
 from regrow.reports.reading import RunFolder, mapping, number, size, text
@@ -323,7 +323,7 @@ def _stages(planned: dict[str, Any], measured: list[dict[str, Any]]) -> list[dic
 
 def _budget(asked: Any) -> int | None:
     try:
-        return size(in_bytes(text(asked, 40)))
+        return size(parse_bytes(text(asked, 40)))
     except ValueError:
         return None
 

@@ -7,7 +7,8 @@ import pytest
 from hand import lm, texts, timed
 from regrow import apply, trace
 from regrow.allocation import priced
-from regrow.budget import STEPS, Budget, Measure, Target
+from regrow.amounts import STEPS, Measure, Target
+from regrow.budget import Budget
 from regrow.commands.pruning import begun, measured
 from regrow.methods import entry
 from regrow.training import loop

@@ -13,8 +13,8 @@ from regrow.allocation.commits import cut, excess, least, reserved, savings, spa
 from regrow.allocation.gates import Gates, Masks, gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
+from regrow.amounts import short
 from regrow.axis_tensor import AxisTensor
-from regrow.budget import short
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
 from regrow.evaluation.continual import share_right
 from regrow.learner import Learner, Stand, flags

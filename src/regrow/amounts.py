@@ -1,0 +1,163 @@
+"""Amounts as people write them: 2G, 100M, 16GiB, 4096 bytes, 7.5 and shares such as 20%; and targets made of them."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Measure(StrEnum):
+    """What a budget counts.
+
+    ``params``, ``macs`` and ``bytes`` are those of dense kernels and of the stored file: an entry that is 0 counts like
+    any other. ``nonzero`` counts the parameters that masks leave.
+    """
+
+    PARAMETERS = "params"
+    NONZERO = "nonzero"
+    MACS = "macs"
+    BYTES = "bytes"
+    CACHE = "kv_cache"
+    TIME = "ms"
+
+
+STEPS = {Measure.TIME: 10**6}
+"""In how many whole steps one unit of a measure is counted, where that is not 1: time is counted in nanoseconds."""
+IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
+"""The measures that ask for how many tokens."""
+
+_AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+_EXAMPLES = {
+    Measure.BYTES: "200M, 64MiB, 1.5 GB or 4096 bytes",
+    Measure.CACHE: "50M, 64MiB or 50000",
+    Measure.TIME: "120 or 7.5",
+}
+
+
+def parse_amount(text: str, measure: Measure) -> float:
+    """How much a text says.
+
+    >>> parse_amount("0.5M", Measure.PARAMETERS), parse_amount("50MiB", Measure.CACHE)
+    (500000.0, 52428800.0)
+
+    Args:
+        text: A number; K, M, G or T multiply it by powers of 1000; of bytes, Ki, Mi, Gi or Ti by powers of 1024, and
+            ``B`` or ``bytes`` may follow.
+        measure: What it is an amount of.
+
+    Raises:
+        ValueError: If it is no such amount, or 0; names the forms that are.
+    """
+    match, number = _AMOUNT.fullmatch(text.strip()), 0.0
+    of_bytes = measure in (Measure.BYTES, Measure.CACHE)
+    if match and not ((match[3] or match[4]) and not of_bytes) and not (match[2] and measure == Measure.TIME):
+        number = float(match[1]) * (1024 if match[3] else 1000) ** _POWERS[(match[2] or "").lower()]
+    if not 0 < number < 2**63:
+        forms = _EXAMPLES.get(measure, "2G, 0.5M, 50k or 500000")
+        raise ValueError(f"an amount of {measure} is above 0 and is written like {forms}; got {text!r:.40}")
+    return number
+
+
+def parse_bytes(text: str | int) -> int:
+    """A whole number of bytes, at least 1.
+
+    >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("2G"), parse_bytes("4096 bytes")
+    (2147483648, 1500000000, 2000000000, 4096)
+
+    Raises:
+        ValueError: If it is no amount of bytes.
+    """
+    number = parse_amount(str(text), Measure.BYTES)
+    if number < 1:
+        raise ValueError(f"an amount of memory is at least 1 byte, like 64MiB, 2G or 4096 bytes; got {text!r:.40}")
+    return int(number)
+
+
+def parse_share(text: str) -> float:
+    """A share: ``0.2`` or ``20%``.
+
+    >>> parse_share("0.2"), parse_share("20 %")
+    (0.2, 0.2)
+
+    Raises:
+        ValueError: If it is no number.
+    """
+    number = text.strip()
+    try:
+        return float(number[:-1]) / 100 if number.endswith("%") else float(number)
+    except ValueError:
+        raise ValueError(f"a share is written like 0.2 or 20%; got {text!r:.40}") from None
+
+
+def format_bytes(number: int) -> str:
+    """Bytes in powers of 1024, as :func:`parse_bytes` reads them.
+
+    >>> format_bytes(1_610_612_736), format_bytes(7)
+    ('1.5 GiB', '7 bytes')
+    """
+    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if number >= 1024**power:
+            return f"{number / 1024**power:.4g} {unit}"
+    return f"{number} bytes"
+
+
+def short(number: float) -> str:
+    """A number in three digits, as :func:`parse_amount` reads it.
+
+    >>> short(33_640), short(999_700), short(950.4), short(7.25), short(2e13)
+    ('33.6k', '1M', '950', '7.25', '20T')
+    """
+    for unit in ("", "k", "M", "G"):
+        if abs(number) < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+@dataclass(frozen=True)
+class Target:
+    """So much and no more.
+
+    Args:
+        measure: What is counted: all parameters, those that are not masked, multiply–accumulates of one example, bytes
+            of the file in the dtype as loaded, bytes of the cache of keys and values of one sequence, or milliseconds
+            of a forward pass on this device.
+        amount: How much of it may be left.
+        context: For so many tokens; 0: those of the traced example.
+    """
+
+    measure: Measure
+    amount: float
+    context: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.amount > 0 or self.context < 0:
+            raise ValueError(f"a target is an amount above 0, for at least 1 token; got {self}")
+        if self.context and self.measure not in IN_CONTEXT:
+            raise ValueError(f"only kv_cache and ms are for a number of tokens (@); got {self}")
+        if self.measure == Measure.CACHE and not self.context:
+            raise ValueError(f"a cache grows with the text: say for how many tokens, like {self}@4096")
+
+    @classmethod
+    def parse(cls, text: str) -> "Target":
+        """A target as users write it: ``UNIT=AMOUNT``, or ``UNIT=AMOUNT@TOKENS``.
+
+        >>> Target.parse("kv_cache=50M@4096")
+        Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096)
+
+        Raises:
+            ValueError: If it is none; says what one looks like.
+        """
+        unit, equals, rest = text.strip().partition("=")
+        much, at, context = rest.partition("@")
+        if not equals or unit not in tuple(Measure):
+            raise ValueError(
+                f"a target is like params=100M, macs=2G, bytes=200M, kv_cache=50M@4096 or ms=120; got {text!r:.60}"
+            )
+        if at and not (context.isdecimal() and int(context)):
+            raise ValueError(f"what follows @ is a number of tokens, like @4096; got {text!r:.60}")
+        return cls(Measure(unit), parse_amount(much, Measure(unit)), int(context or 0))
+
+    def __str__(self) -> str:
+        number = f"{self.amount:.0f}" if self.amount == int(self.amount) else f"{self.amount!r}"
+        return f"{self.measure}={number}" + (f"@{self.context}" if self.context else "")
