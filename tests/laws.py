@@ -334,20 +334,20 @@ def restored_is_what_was_cut(model: nn.Module, axes: AxisGraph, plans: Iterable[
         axes: Its axes.
         plans: Plans that cut, each made for the axes that the one before left.
     """
-    from regrow.surgery import Attic, apply
+    from regrow.surgery import UndoStore, apply
 
-    net, left, attic, before = deepcopy(model), axes, Attic(), []
+    net, left, undo, before = deepcopy(model), axes, UndoStore(), []
     for plan in plans:
         before.append((deepcopy(net), left))
-        net, left = apply(net, left, plan(left), attic=attic)
+        net, left = apply(net, left, plan(left), undo=undo)
     for old, known in reversed(before):
         back = {axis.key: set(known[axis.key].ids) - set(axis.ids) for axis in left}
         if not any(back.values()):
             continue
-        net, left = apply(net, left, Plan.restoring(left, {key: ids for key, ids in back.items() if ids}), attic=attic)
+        net, left = apply(net, left, Plan.restoring(left, {key: ids for key, ids in back.items() if ids}), undo=undo)
         same_network(net, old)
         same_axes(left, known)
-    assert not (attic.gone or attic.means or attic.added)
+    assert not (undo.restorable or undo.means or undo.added)
 
 
 def same_axes(left: AxisGraph, known: AxisGraph) -> None:

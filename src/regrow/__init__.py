@@ -9,14 +9,14 @@ if TYPE_CHECKING:
     from regrow.commands.pruning import prune
     from regrow.export.formats import exported
     from regrow.plan import Fill, Plan
-    from regrow.surgery import Attic, aligned, apply, declare, fitted, verify
+    from regrow.surgery import UndoStore, aligned, apply, declare, fitted, verify
     from regrow.tracing import trace, with_branches
 
 __all__ = [
-    "Attic",
     "Candidates",
     "Fill",
     "Plan",
+    "UndoStore",
     "aligned",
     "apply",
     "declare",
@@ -35,7 +35,7 @@ _MODULES = {
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
     "load": "regrow.commands",
     "prune": "regrow.commands.pruning",
-    **dict.fromkeys(("Attic", "aligned", "apply", "declare", "fitted", "verify"), "regrow.surgery"),
+    **dict.fromkeys(("UndoStore", "aligned", "apply", "declare", "fitted", "verify"), "regrow.surgery"),
     **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),
 }
 """Public name → the module that has it; imported when it is first used, since that imports torch."""

@@ -104,12 +104,12 @@ class Learner:
     Args:
         tensors: By name; stored with each checkpoint, cut and widened with the network.
         values: Numbers and words, as JSON data; stored too.
-        attic: What cuts took out of the network (a :class:`regrow.Attic`), for learners that bring units back.
+        undo: What cuts took out of the network (a :class:`regrow.UndoStore`), for learners that bring units back.
     """
 
     tensors: dict[str, AxisTensor] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    attic: Any = None
+    undo: Any = None
 
     @property
     def optimizer(self) -> str:

@@ -21,7 +21,7 @@ from regrow.store.atomic import write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable
 from regrow.store.intervals import expand_plans, shorten_plan
-from regrow.surgery import Attic, apply
+from regrow.surgery import UndoStore, apply
 from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/2"
@@ -127,7 +127,7 @@ def read_plan(data: Any) -> Plan:
 
 
 def replay(
-    model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], attic: Attic | None = None
+    model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], undo: UndoStore | None = None
 ) -> tuple[nn.Module, AxisGraph]:
     """Apply plans one after the other: the same shapes again, from the model they were made for.
 
@@ -137,7 +137,7 @@ def replay(
         model: The model as it was before the first plan; changed in place.
         axes: Its axes.
         plans: What :meth:`Ledger.plans` gave.
-        attic: Gets what they cut; one of its own, unless given.
+        undo: Gets what they cut; one of its own, unless given.
 
     Returns:
         The model, and its axes as they are now.
@@ -147,9 +147,9 @@ def replay(
     """
     plans = list(plans)
     back = any(plan.back or any(change.recalled for change in plan.changes.values()) for plan in plans)
-    attic = Attic() if attic is None and back else attic
+    undo = UndoStore() if undo is None and back else undo
     if any(path not in axes.branches for plan in plans for path in plan.drop):
         axes = with_branches(model, axes)
     for plan in plans:
-        model, axes = apply(model, axes, plan, attic=attic)
+        model, axes = apply(model, axes, plan, undo=undo)
     return model, axes

@@ -79,7 +79,7 @@ class Plan:
         Args:
             axes: The network's axes as they are now.
             restore: Axis key → the birth numbers of the units (``Axis.ids`` names those alive).
-            fill: Given, they come back with what newborn units hold; else with what they held, out of the attic.
+            fill: Given, they come back with what newborn units hold; else with what they held, out of the undo store.
             **more: As for :class:`Plan`.
 
         Raises:

@@ -9,7 +9,7 @@ from torch import nn
 
 import laws
 from commands.test_grown import NETS, a_fresh_process_says_the_same, said
-from regrow import Attic, Plan, apply, load, trace, with_branches
+from regrow import Plan, UndoStore, apply, load, trace, with_branches
 from regrow.axes import AxisGraph
 from regrow.commands import RunFolder, StoreError, replay, save
 from zoo import ZOO
@@ -21,11 +21,11 @@ def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph]:
     """Cut, drop and cut at once, drop, bring back: each plan in the ledger."""
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
-    axes, attic = with_branches(model, trace(model, *args, **kwargs)), Attic()
+    axes, undo = with_branches(model, trace(model, *args, **kwargs)), UndoStore()
 
     def step(plan: Plan) -> None:
         nonlocal axes
-        _, axes = apply(model, axes, plan, attic=attic)
+        _, axes = apply(model, axes, plan, undo=undo)
         folder.ledger.append(plan)
 
     step(laws.random_plan(axes, torch.Generator().manual_seed(1), floor=2))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import laws
-from regrow import Attic, Fill, Plan, apply, trace
+from regrow import Fill, Plan, UndoStore, apply, trace
 from regrow.axes import AxisGraph
 from regrow.commands import RunFolder, StoreError, replay, save
 from regrow.nets import Origin
@@ -28,25 +28,25 @@ NETS: dict[str, Callable[[nn.Module], Origin | None]] = {
 }
 
 
-def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph, Attic]:
-    """Cut, grow, restore a part: each plan in the ledger, each cut in the attic."""
+def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph, UndoStore]:
+    """Cut, grow, restore a part: each plan in the ledger, each cut in the undo store."""
     model = ZOO[name].build()
     args, kwargs = ZOO[name].example()
-    axes, attic = trace(model, *args, **kwargs), Attic()
+    axes, undo = trace(model, *args, **kwargs), UndoStore()
 
     def step(plan: Plan) -> None:
         nonlocal axes
-        _, axes = apply(model, axes, plan, attic=attic)
+        _, axes = apply(model, axes, plan, undo=undo)
         folder.ledger.append(plan)
 
     step(laws.random_plan(axes, torch.Generator().manual_seed(1), floor=2))
     step(laws.joint_growing_plan(axes, "zero_out"))
     wide = max(axes.units(), key=lambda axis: axis.size)
     step(Plan.growing(axes, {wide.key: 3}, Fill("split", seed=4)))
-    key = next(key for key, ids in attic.gone.items() if axes[key] in axes.units())
-    step(Plan.restoring(axes, {key: attic.gone[key][:1]}))
-    folder.keep(attic)
-    return model, axes, attic
+    key = next(key for key, ids in undo.restorable.items() if axes[key] in axes.units())
+    step(Plan.restoring(axes, {key: undo.restorable[key][:1]}))
+    folder.keep(undo)
+    return model, axes, undo
 
 
 def said(model: nn.Module, name: str) -> list[Tensor]:
@@ -77,7 +77,7 @@ def a_fresh_process_says_the_same(model: nn.Module, name: str, folder: Path, tmp
 @pytest.mark.parametrize("name", NETS)
 def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", verb="grow", settings={"model": name})
-    model, axes, attic = changed(name, folder)
+    model, axes, undo = changed(name, folder)
     save(model, folder.path, origin=NETS[name](model))
     a_fresh_process_says_the_same(model, name, folder.path, tmp_path)
     fresh = ZOO[name].build()
@@ -88,23 +88,24 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     laws.same_network(again, model)
     laws.same_axes(left, axes)
     whole = [
-        apply(deepcopy(model), axes, Plan.restoring(axes, rest.gone), attic=rest)[0] for rest in (attic, folder.attic())
+        apply(deepcopy(model), axes, Plan.restoring(axes, rest.restorable), undo=rest)[0]
+        for rest in (undo, folder.undo_store())
     ]
     laws.same_network(*whole)
 
 
-def test_an_attic_on_the_disk_is_whole_or_refused(tmp_path: Path) -> None:
+def test_an_undo_store_on_the_disk_is_whole_or_refused(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", verb="grow", settings={})
-    assert folder.attic() == Attic()
+    assert folder.undo_store() == UndoStore()
     changed("conv_residual", folder)
-    again = folder.attic()
+    again = folder.undo_store()
     path = folder.path / "attic.safetensors"
-    assert again.gone and not [p for p in folder.path.iterdir() if "partial" in p.name]
+    assert again.restorable and not [p for p in folder.path.iterdir() if "partial" in p.name]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"recorded SHA-256.*restore the file"):
-        folder.attic()
+        folder.undo_store()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(StoreError, match="restore the file"):
-        folder.attic()
+        folder.undo_store()

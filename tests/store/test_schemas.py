@@ -8,13 +8,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from regrow.commands import Ledger, RunFolder, StoreError, read_attic
+from regrow.commands import Ledger, RunFolder, StoreError, read_undo_store
 from regrow.commands.prune import Settings
 from regrow.store import convert as convert_module
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.tensors import write_tensors
-from regrow.surgery import Attic
+from regrow.surgery import UndoStore
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
 
@@ -139,12 +139,12 @@ def test_records_that_inform(tmp_path, name, change, words):
     ],
 )
 def test_the_header_of_removed_weights(tmp_path, change, words):
-    record = Attic().record()
+    record = UndoStore().record()
     write_tensors(tmp_path / "attic.safetensors", {}, {"attic": record}, "regrow-attic/1")
-    assert read_attic(tmp_path / "attic.safetensors") == Attic()
+    assert read_undo_store(tmp_path / "attic.safetensors") == UndoStore()
     write_tensors(tmp_path / "attic.safetensors", {}, {"attic": record | change}, "regrow-attic/1")
     with pytest.raises(StoreError) as caught:
-        read_attic(tmp_path / "attic.safetensors")
+        read_undo_store(tmp_path / "attic.safetensors")
     line = str(caught.value)
     assert words in line and "attic.safetensors" in line and "restore" in line and "\n" not in line, line
 

@@ -18,7 +18,7 @@ from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Stand
 from regrow.method import Measure
 from regrow.plan import Plan, PlanError
-from regrow.surgery import Attic, apply, verify
+from regrow.surgery import UndoStore, apply, verify
 from regrow.tracing import trace, with_branches
 from zoo import ZOO, Wired, randomise, trace_zoo
 
@@ -492,16 +492,16 @@ def test_optimisers_let_go_of_a_branch() -> None:
 def test_brought_back_is_what_was_dropped(name: str, modules: list[str]) -> None:
     """Bit for bit, in whatever order, one by one or at once."""
     model, axes = traced(name)
-    net, attic = deepcopy(model), Attic()
-    net, left = apply(net, axes, Plan.dropping(axes, modules[:1]), attic=attic)
+    net, undo = deepcopy(model), UndoStore()
+    net, left = apply(net, axes, Plan.dropping(axes, modules[:1]), undo=undo)
     if modules[1:]:
-        net, left = apply(net, left, Plan.dropping(left, modules[1:]), attic=attic)
+        net, left = apply(net, left, Plan.dropping(left, modules[1:]), undo=undo)
     with pytest.raises(PlanError, match="no file keeps"):
-        attic.record()
+        undo.record()
     for back in [modules[:1], modules[1:]]:
         plan = Plan.from_json(Plan(back=tuple(back)).to_json())
-        net, left = apply(net, left, plan, attic=attic)
-    assert attic == Attic(born=attic.born)
+        net, left = apply(net, left, plan, undo=undo)
+    assert undo == UndoStore(born=undo.born)
     laws.same_network(net, model)
     laws.same_axes(left, axes)
     for field in fields_of(axes):
@@ -516,20 +516,20 @@ def fields_of(axes: AxisGraph) -> list[str]:
 def test_units_cut_inside_and_outside_come_back_after_the_branch() -> None:
     """Cut in the branch, drop it, cut elsewhere: what was cut elsewhere does not matter, and all can be undone."""
     model, axes = traced("llama")
-    net, attic = deepcopy(model), Attic()
+    net, undo = deepcopy(model), UndoStore()
     mlp = "model.layers.1.mlp"
     inner, other = f"{mlp}.gate_proj.weight:0", "model.layers.0.mlp.gate_proj.weight:0"
-    net, cut = apply(net, axes, Plan.keeping(axes, {inner: range(5, 40)}), attic=attic)
+    net, cut = apply(net, axes, Plan.keeping(axes, {inner: range(5, 40)}), undo=undo)
     halfway = deepcopy(net)
-    net, left = apply(net, cut, Plan.dropping(cut, [mlp], keep={other: range(50)}), attic=attic)
-    assert inner not in attic.born and attic.gone == {other: tuple(range(50, 56))}
-    net, left = apply(net, left, Plan.keeping(left, {other: range(20)}), attic=attic)
-    net, left = apply(net, left, Plan(back=(mlp,)), attic=attic)
-    assert left[other].size == 20 and attic.gone[inner] == cut_ids(axes, cut, inner)
+    net, left = apply(net, cut, Plan.dropping(cut, [mlp], keep={other: range(50)}), undo=undo)
+    assert inner not in undo.born and undo.restorable == {other: tuple(range(50, 56))}
+    net, left = apply(net, left, Plan.keeping(left, {other: range(20)}), undo=undo)
+    net, left = apply(net, left, Plan(back=(mlp,)), undo=undo)
+    assert left[other].size == 20 and undo.restorable[inner] == cut_ids(axes, cut, inner)
     assert torch.equal(net.get_parameter(f"{mlp}.up_proj.weight"), halfway.get_parameter(f"{mlp}.up_proj.weight"))
     double = laws.in_double(net)
     laws.zeroed_equals_shrunk(double, left, Plan.keeping(left, {inner: range(9), other: range(7)}))
-    net, left = apply(net, left, Plan.restoring(left, attic.gone), attic=attic)
+    net, left = apply(net, left, Plan.restoring(left, undo.restorable), undo=undo)
     laws.same_network(net, model)
     laws.same_axes(left, axes)
 
@@ -540,30 +540,30 @@ def cut_ids(before: AxisGraph, after: AxisGraph, key: str) -> tuple[int, ...]:
 
 def test_a_branch_that_cannot_come_back_says_why() -> None:
     model, axes = traced("llama")
-    net, attic = deepcopy(model), Attic()
+    net, undo = deepcopy(model), UndoStore()
     layer, mlp = "model.layers.1", "model.layers.1.mlp"
     width = next(axis.key for axis in axes.free() if axis.size == 36)
-    net, left = apply(net, axes, Plan.dropping(axes, [mlp]), attic=attic)
-    with laws.untouched(net), pytest.raises(PlanError, match="is in no attic"):
+    net, left = apply(net, axes, Plan.dropping(axes, [mlp]), undo=undo)
+    with laws.untouched(net), pytest.raises(PlanError, match="is in no undo store"):
         apply(net, left, Plan(back=(mlp,)))
     with laws.untouched(net), pytest.raises(PlanError, match="add_param_group"):
-        apply(net, left, Plan(back=(mlp,)), attic=attic, optimizers=[torch.optim.SGD(net.parameters())])
+        apply(net, left, Plan(back=(mlp,)), undo=undo, optimizers=[torch.optim.SGD(net.parameters())])
     with laws.untouched(net), pytest.raises(PlanError, match="make two"):
-        apply(net, left, replace(Plan.keeping(left, {width: range(30)}), back=(mlp,)), attic=attic)
-    narrow, less = apply(deepcopy(net), left, Plan.keeping(left, {width: range(30)}), attic=(store := deepcopy(attic)))
-    back, _ = apply(deepcopy(narrow), less, Plan(back=(mlp,)), attic=deepcopy(store))
+        apply(net, left, replace(Plan.keeping(left, {width: range(30)}), back=(mlp,)), undo=undo)
+    narrow, less = apply(deepcopy(net), left, Plan.keeping(left, {width: range(30)}), undo=(store := deepcopy(undo)))
+    back, _ = apply(deepcopy(narrow), less, Plan(back=(mlp,)), undo=deepcopy(store))
     straight, _ = apply(deepcopy(model), axes, Plan.keeping(axes, {width: range(30)}))
     laws.same_network(back, straight)
     grown, more = apply(deepcopy(net), left, Plan.growing(left, {width: 2}))
     with laws.untouched(grown), pytest.raises(PlanError, match="has other units than when"):
-        apply(grown, more, Plan(back=(mlp,)), attic=deepcopy(attic))
-    wide, same = apply(narrow, less, Plan.restoring(less, store.gone), attic=store)
-    wide, same = apply(wide, same, Plan(back=(mlp,)), attic=store)
+        apply(grown, more, Plan(back=(mlp,)), undo=deepcopy(undo))
+    wide, same = apply(narrow, less, Plan.restoring(less, store.restorable), undo=store)
+    wide, same = apply(wide, same, Plan(back=(mlp,)), undo=store)
     laws.same_network(wide, model)
-    net, left = apply(net, left, Plan.dropping(left, [layer]), attic=attic)
+    net, left = apply(net, left, Plan.dropping(left, [layer]), undo=undo)
     with laws.untouched(net), pytest.raises(PlanError, match="bring back what it lies in first"):
-        apply(net, left, Plan(back=(mlp,)), attic=attic)
-    net, left = apply(net, left, Plan(back=(layer,)), attic=attic)
-    net, left = apply(net, left, Plan(back=(mlp,)), attic=attic)
+        apply(net, left, Plan(back=(mlp,)), undo=undo)
+    net, left = apply(net, left, Plan(back=(layer,)), undo=undo)
+    net, left = apply(net, left, Plan(back=(mlp,)), undo=undo)
     laws.same_network(net, model)
     laws.same_axes(left, axes)

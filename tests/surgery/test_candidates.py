@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow import Attic, Candidates, Plan, apply, trace, verify
+from regrow import Candidates, Plan, UndoStore, apply, trace, verify
 from regrow.candidates import candidates_in
 from regrow.nets.cells import Cells, whole
 from regrow.plan import PlanError
@@ -62,40 +62,40 @@ def test_filters_are_cut_beside_candidates_that_went(traced):
 
 def test_what_went_comes_back_as_it_was(traced):
     net, axes, x = traced
-    net, attic = copy.deepcopy(net), Attic()
+    net, undo = copy.deepcopy(net), UndoStore()
     paths, _ = dropped(net)
     before = net(x)
-    net, after = apply(net, axes, Plan.dropping(axes, paths), attic=attic)
-    net, back = apply(net, after, Plan(back=tuple(paths)), attic=attic)
+    net, after = apply(net, axes, Plan.dropping(axes, paths), undo=undo)
+    net, back = apply(net, after, Plan(back=tuple(paths)), undo=undo)
     assert torch.equal(net(x), before)
     assert {axis.key: axis.slots for axis in back.free()} == {axis.key: axis.slots for axis in axes.free()}
 
 
 def test_what_comes_back_was_cut_with_the_rest(traced):
     net, axes, x = traced
-    net, other, attic = copy.deepcopy(net), copy.deepcopy(net), Attic()
+    net, other, undo = copy.deepcopy(net), copy.deepcopy(net), UndoStore()
     paths, _ = dropped(net)
-    net, after = apply(net, axes, Plan.dropping(axes, paths), attic=attic)
+    net, after = apply(net, axes, Plan.dropping(axes, paths), undo=undo)
     keep = {axis.key: range(1, axis.size) for axis in after.free()}
-    net, after = apply(net, after, Plan.keeping(after, keep), attic=attic)
-    net, back = apply(net, after, Plan(back=tuple(paths)), attic=attic)
+    net, after = apply(net, after, Plan.keeping(after, keep), undo=undo)
+    net, back = apply(net, after, Plan(back=tuple(paths)), undo=undo)
     other, straight = apply(other, axes, Plan.keeping(axes, keep))
     assert torch.equal(net(x), other(x))
     assert back.sizes() == straight.sizes()
-    restored, _ = apply(net, back, Plan.restoring(back, {key: attic.gone[key] for key in keep}), attic=attic)
+    restored, _ = apply(net, back, Plan.restoring(back, {key: undo.restorable[key] for key in keep}), undo=undo)
     assert torch.equal(restored(x), traced[0](x))
 
 
-def test_an_attic_holds_each_number_once_however_often_branches_go(traced):
+def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
     net, axes, _ = traced
-    net, attic = copy.deepcopy(net), Attic()
+    net, undo = copy.deepcopy(net), UndoStore()
     whole = sum(tensor.numel() for tensor in net.state_dict().values())
     for place in (0, 1, 2, 3):
         paths = [own[place] for own in candidates_in(net).values()]
-        net, axes = apply(net, axes, Plan.dropping(axes, paths), attic=attic)
+        net, axes = apply(net, axes, Plan.dropping(axes, paths), undo=undo)
     keep = {axis.key: range(1, axis.size) for axis in axes.free()}
-    net, axes = apply(net, axes, Plan.keeping(axes, keep), attic=attic)
-    assert sum(tensor.numel() for tensor in attic.contents().values()) <= whole
+    net, axes = apply(net, axes, Plan.keeping(axes, keep), undo=undo)
+    assert sum(tensor.numel() for tensor in undo.contents().values()) <= whole
 
 
 def test_one_candidate_stays(traced):

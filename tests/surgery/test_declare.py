@@ -15,7 +15,7 @@ from regrow.axes import AxisGraph, Example, Mark, Role
 from regrow.commands import load, save
 from regrow.plan import Fill, Plan, PlanError
 from regrow.sources import Batch, Source
-from regrow.surgery import Attic, DeclarationError, declare
+from regrow.surgery import DeclarationError, UndoStore, declare
 from regrow.tracing import TraceError
 from zoo import Wired, lying_at, randomise
 
@@ -85,7 +85,7 @@ def test_it_grows_and_comes_back() -> None:
         laws.masked_equals_shrunk(model, axes, Plan.growing(axes, {"hidden": 4}, Fill(rule)))
         laws.widening_keeps_function(model, axes, Plan.growing(axes, {"hidden": 4}, Fill(rule)), alive=False)
     laws.restored_is_what_was_cut(model, axes, [lambda left: Plan.keeping(left, {"hidden": (1, 4, 7)})])
-    assert not Attic().gone
+    assert not UndoStore().restorable
 
 
 def test_pruning_takes_declared_axes_and_their_means_are_proved() -> None:

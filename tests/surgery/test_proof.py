@@ -16,7 +16,7 @@ import laws
 from commands.saved import small
 from regrow.axes import AxisGraph
 from regrow.plan import Fill, Plan, PlanError
-from regrow.surgery import Attic, apply
+from regrow.surgery import UndoStore, apply
 from regrow.surgery import carry as carry_module
 from regrow.surgery.carry import prepare
 from regrow.surgery.proof import Change, _Pair, chosen
@@ -288,9 +288,9 @@ def test_means_for_a_weight_that_two_modules_share_are_refused() -> None:
 def test_what_is_restored_is_the_network_unmasked(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, axes = trace_zoo(name)
     axis = [axis for axis in axes.free() if axis.mark == "neutral" and axis.size > 3 and not axis.count][-1]
-    attic, model = Attic(), copy.deepcopy(model)
-    model, left = apply(model, axes, Plan.keeping(axes, {axis.key: range(2, axis.size)}), attic=attic)
-    back = Plan.restoring(left, attic.gone)
+    undo, model = UndoStore(), copy.deepcopy(model)
+    model, left = apply(model, axes, Plan.keeping(axes, {axis.key: range(2, axis.size)}), undo=undo)
+    back = Plan.restoring(left, undo.restorable)
 
     def spoiling(*given: Any, **more: Any) -> Any:
         ready = prepare(*given, **more)
@@ -301,8 +301,8 @@ def test_what_is_restored_is_the_network_unmasked(name: str, monkeypatch: pytest
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules[apply.__module__], "prepare", spoiling)
         with laws.untouched(model), pytest.raises(PlanError, match="differs by"):
-            apply(model, left, back, attic=attic)
-    laws.same_network(apply(model, left, back, attic=attic)[0], trace_zoo(name)[0])
+            apply(model, left, back, undo=undo)
+    laws.same_network(apply(model, left, back, undo=undo)[0], trace_zoo(name)[0])
 
 
 def test_the_narrowest_and_the_widest_block_are_checked() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import laws
-from regrow import Attic
+from regrow import UndoStore
 from regrow.axes import AxisGraph, Example
 from regrow.plan import Change, Fill, Plan, PlanError
 from regrow.surgery import apply
@@ -52,16 +52,16 @@ def shaken(model: nn.Module, seed: int = 0) -> None:
 
 def test_a_part_comes_back_with_what_it_held_and_the_rest_stays_as_trained() -> None:
     model, axes = mlp()
-    old, attic = copy.deepcopy(model), Attic()
-    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2, 5)}), attic=attic)
+    old, undo = copy.deepcopy(model), UndoStore()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2, 5)}), undo=undo)
     shaken(model, 1)
     between = copy.deepcopy(model)
-    model, axes = apply(model, axes, Plan.keeping(axes, {A: (1, 3)}), attic=attic)
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (1, 3)}), undo=undo)
     shaken(model, 2)
     late = copy.deepcopy(model)
-    assert attic.gone == {A: (0, 2, 3, 4)} and axes[A].ids == (1, 5)
-    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 3)}), attic=attic)
-    assert axes[A].ids == (1, 2, 3, 5) and attic.gone == {A: (0, 4)}
+    assert undo.restorable == {A: (0, 2, 3, 4)} and axes[A].ids == (1, 5)
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 3)}), undo=undo)
+    assert axes[A].ids == (1, 2, 3, 5) and undo.restorable == {A: (0, 4)}
     rows = [late[0].weight[0], between[0].weight[2], old[0].weight[3], late[0].weight[1]]
     assert torch.equal(model[0].weight, torch.stack(rows))
     assert torch.equal(model[0].bias[1:3], torch.stack([between[0].bias[2], old[0].bias[3]]))
@@ -73,15 +73,15 @@ def test_a_part_comes_back_with_what_it_held_and_the_rest_stays_as_trained() -> 
 def test_entries_where_two_cut_axes_cross_are_those_of_the_first_cut() -> None:
     """(unit 0 of B, unit 1 of A): A's unit goes first, its entry is not in the tensor that B's cut finds."""
     model, axes = mlp()
-    old, attic = copy.deepcopy(model), Attic()
-    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 2, 3, 4, 5)}), attic=attic)
+    old, undo = copy.deepcopy(model), UndoStore()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 2, 3, 4, 5)}), undo=undo)
     shaken(model)
     trained = copy.deepcopy(model)
-    model, axes = apply(model, axes, Plan.keeping(axes, {B: (1, 2, 3, 4)}), attic=attic)
+    model, axes = apply(model, axes, Plan.keeping(axes, {B: (1, 2, 3, 4)}), undo=undo)
     for first, second in ((A, B), (B, A)):
-        again, left, store = copy.deepcopy(model), axes, copy.deepcopy(attic)
-        again, left = apply(again, left, Plan.restoring(left, {first: attic.gone[first]}), attic=store)
-        again, left = apply(again, left, Plan.restoring(left, {second: attic.gone[second]}), attic=store)
+        again, left, store = copy.deepcopy(model), axes, copy.deepcopy(undo)
+        again, left = apply(again, left, Plan.restoring(left, {first: undo.restorable[first]}), undo=store)
+        again, left = apply(again, left, Plan.restoring(left, {second: undo.restorable[second]}), undo=store)
         assert torch.equal(again[2].weight[:, 1], old[2].weight[:, 1])
         assert torch.equal(again[2].weight[:, [0, 2, 3, 4, 5]], trained[2].weight)
 
@@ -89,21 +89,21 @@ def test_entries_where_two_cut_axes_cross_are_those_of_the_first_cut() -> None:
 @pytest.mark.parametrize("eps", [1e-6, None])
 def test_folds_come_back_bit_for_bit_and_trained_gains_by_the_factor(eps: float | None) -> None:
     model, axes = stream(eps)
-    old, attic = copy.deepcopy(model), Attic()
+    old, undo = copy.deepcopy(model), UndoStore()
     (axis,) = (axis for axis in axes.free() if axis.size == 7)
     cuts = (range(1, 6), (0, 2, 3))
     laws.restored_is_what_was_cut(
         model, axes, [lambda left, units=units: Plan.keeping(left, {axis.key: units}) for units in cuts]
     )
-    model, axes = apply(model, axes, Plan.keeping(axes, {axis.key: range(5)}), attic=attic)
+    model, axes = apply(model, axes, Plan.keeping(axes, {axis.key: range(5)}), undo=undo)
     with torch.no_grad():
         model.norm.weight[2] = 3.0
-    model, axes = apply(model, axes, Plan.restoring(axes, {axis.key: (6,)}), attic=attic)
+    model, axes = apply(model, axes, Plan.restoring(axes, {axis.key: (6,)}), undo=undo)
     gain = old.norm.weight.double() * (7 / 6) ** 0.5
     gain[2] = 3.0 * (5 / 6) ** 0.5
     assert torch.equal(model.norm.weight, gain[[0, 1, 2, 3, 4, 6]].float())
     assert model.norm.eps == (eps or torch.finfo(torch.float32).eps) * (7 / 6)
-    model, axes = apply(model, axes, Plan.restoring(axes, {axis.key: (5,)}), attic=attic)
+    model, axes = apply(model, axes, Plan.restoring(axes, {axis.key: (5,)}), undo=undo)
     rest = [0, 1, 3, 4, 5, 6]
     assert torch.equal(model.norm.weight[rest], old.norm.weight[rest]) and model.norm.eps == old.norm.eps
     assert model.norm.weight[2].item() == pytest.approx(3.0 * (5 / 7) ** 0.5)
@@ -114,23 +114,23 @@ def test_what_compensation_added_is_taken_back(bias: bool) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3, bias=bias), nn.ReLU(), nn.Linear(3, 2))
     axes = trace(model, torch.randn(2, 4))
-    old, graph, attic = copy.deepcopy(model), axes, Attic()
+    old, graph, undo = copy.deepcopy(model), axes, UndoStore()
     optimiser = torch.optim.Adam(model.parameters())
     model(torch.randn(3, 4)).sum().backward()
     optimiser.step()
     model.load_state_dict(old.state_dict())
     plan = Plan.keeping(axes, {A: (0, 2, 4)}, means={"2.weight": {1: 0.5, 3: -1.0, 5: 0.1}})
     plain, _ = apply(copy.deepcopy(model), axes, plan)
-    model, axes = apply(model, axes, plan, attic=attic, optimizers=[optimiser])
+    model, axes = apply(model, axes, plan, undo=undo, optimizers=[optimiser])
     assert torch.equal(model[2].bias, plain[2].bias) and model[2].bias.any()
-    model, axes = apply(model, axes, Plan.keeping(axes, {B: (0, 2)}), attic=attic, optimizers=[optimiser])
-    model, axes = apply(model, axes, Plan.restoring(axes, {A: (3,)}), attic=attic, optimizers=[optimiser])
+    model, axes = apply(model, axes, Plan.keeping(axes, {B: (0, 2)}), undo=undo, optimizers=[optimiser])
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (3,)}), undo=undo, optimizers=[optimiser])
     own = old[2].bias if bias else torch.zeros(3)
     left = own.double() + 0.5 * old[2].weight[:, 1].double() + 0.1 * old[2].weight[:, 5].double()
     assert torch.equal(model[2].bias, left.float()[[0, 2]])
-    model, axes = apply(model, axes, Plan.restoring(axes, {B: (1,)}), attic=attic, optimizers=[optimiser])
+    model, axes = apply(model, axes, Plan.restoring(axes, {B: (1,)}), undo=undo, optimizers=[optimiser])
     assert torch.equal(model[2].bias, left.float()), "a restored output has what the missing inputs left in it"
-    model, axes = apply(model, axes, Plan.restoring(axes, {A: (1, 5)}), attic=attic, optimizers=[optimiser])
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (1, 5)}), undo=undo, optimizers=[optimiser])
     laws.same_network(model, old)
     laws.same_axes(axes, graph)
     assert (model[2].bias is None) != bias
@@ -140,27 +140,27 @@ def test_what_compensation_added_is_taken_back(bias: bool) -> None:
 
 def test_a_bias_that_was_trained_loses_only_what_compensation_gave_it() -> None:
     model, axes = mlp()
-    old, attic = copy.deepcopy(model), Attic()
+    old, undo = copy.deepcopy(model), UndoStore()
     plan = Plan.keeping(axes, {A: range(5)}, means={"2.weight": {5: 2.0}})
-    model, axes = apply(model, axes, plan, attic=attic)
+    model, axes = apply(model, axes, plan, undo=undo)
     with torch.no_grad():
         model[2].bias += 1
-    model, axes = apply(model, axes, Plan.restoring(axes, {A: (5,)}), attic=attic)
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (5,)}), undo=undo)
     assert torch.allclose(model[2].bias, old[2].bias + 1, atol=1e-6)
-    assert not attic.means
+    assert not undo.means
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv_residual", "flatten", "concat", "llama", "chunk_gate"])
 def test_units_born_meanwhile_are_not_heard_by_those_restored(name: str) -> None:
     """Cut, grow, restore: the function of the network that only grew, whose newborn units are silent."""
     model, axes = trace_zoo(name)
-    double, attic = laws.in_double(model), Attic()
+    double, undo = laws.in_double(model), UndoStore()
     left = replace(axes, example=Example(*laws.in_double((axes.example.args, dict(axes.example.kwargs)))))
     cut = laws.random_plan(left, torch.Generator().manual_seed(5), floor=2)
-    net, left = apply(copy.deepcopy(double), left, cut, attic=attic)
-    net, left = apply(net, left, laws.joint_growing_plan(left, "zero_out"), attic=attic)
+    net, left = apply(copy.deepcopy(double), left, cut, undo=undo)
+    net, left = apply(net, left, laws.joint_growing_plan(left, "zero_out"), undo=undo)
     born = {axis.key: axis.born for axis in left}
-    net, left = apply(net, left, Plan.restoring(left, attic.gone), attic=attic)
+    net, left = apply(net, left, Plan.restoring(left, undo.restorable), undo=undo)
     assert laws.gap(laws.outputs(net, axes), laws.outputs(double, axes)) <= laws.EXACT
     for axis in left:
         assert list(axis.ids) == sorted(set(axis.ids)) and axis.born == born[axis.key]
@@ -178,10 +178,10 @@ def test_a_restored_head_learns_to_use_a_size_born_without_it() -> None:
     model.s, model.num_heads = nn.Parameter(torch.rand(4, 5) + 0.5), 4
     axes = trace(model, torch.randn(6, 3))
     heads, size = (next(axis for axis in axes.free() if axis.size == n) for n in (4, 5))
-    attic = Attic()
-    model, left = apply(model, axes, Plan.keeping(axes, {heads.key: (0, 1, 3)}), attic=attic)
-    model, left = apply(model, left, Plan.growing(left, {size.key: 1}), attic=attic)
-    model, left = apply(model, left, Plan.restoring(left, {heads.key: (2,)}), attic=attic)
+    undo = UndoStore()
+    model, left = apply(model, axes, Plan.keeping(axes, {heads.key: (0, 1, 3)}), undo=undo)
+    model, left = apply(model, left, Plan.growing(left, {size.key: 1}), undo=undo)
+    model, left = apply(model, left, Plan.restoring(left, {heads.key: (2,)}), undo=undo)
     model(torch.randn(50, 3)).sum().backward()
     assert model.o.weight.grad.view(2, 4, 6)[:, 2, 5].any()
 
@@ -207,7 +207,7 @@ def entries(model: nn.Module, axes: AxisGraph) -> dict[tuple, float]:
 def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: int) -> None:
     """Restored entries are what they last were, all others what they are: as a book of all entries has it."""
     model, axes = trace_zoo(name)
-    model, generator, attic = copy.deepcopy(model), torch.Generator().manual_seed(seed), Attic()
+    model, generator, undo = copy.deepcopy(model), torch.Generator().manual_seed(seed), UndoStore()
     book: dict[tuple, float] = {}
     moves = []
     for _ in range(10):
@@ -220,12 +220,12 @@ def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: in
             plan = laws.random_plan(axes, generator, keys=(axis.key,))
         elif move == 1 and not axis.narrow:
             plan = Plan.growing(axes, {axis.key: 1})
-        elif attic.gone:
-            some = {key: ids[: 1 + len(ids) // 2] for key, ids in attic.gone.items()}
+        elif undo.restorable:
+            some = {key: ids[: 1 + len(ids) // 2] for key, ids in undo.restorable.items()}
             plan, move = Plan.restoring(axes, some), 2
         else:
             continue
-        model, axes = apply(model, axes, plan, attic=attic)
+        model, axes = apply(model, axes, plan, undo=undo)
         moves.append(move)
         cuts = any(change.dropped for change in plan.changes.values())
         now = entries(model, axes)
@@ -238,12 +238,12 @@ def test_any_order_of_cutting_growing_training_and_restoring(name: str, seed: in
 @pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)])
 def test_restored_entries_start_without_drift(make: Any) -> None:
     model, axes = mlp()
-    attic, optimiser = Attic(), make(model.parameters())
+    undo, optimiser = UndoStore(), make(model.parameters())
     model(torch.randn(8, 4)).square().sum().backward()
     optimiser.step()
-    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 3, 5)}), attic=attic, optimizers=[optimiser])
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 3, 5)}), undo=undo, optimizers=[optimiser])
     memory = {what: value.clone() for what, value in optimiser.state[model[0].weight].items() if value.dim()}
-    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 4)}), attic=attic, optimizers=[optimiser])
+    model, axes = apply(model, axes, Plan.restoring(axes, {A: (2, 4)}), undo=undo, optimizers=[optimiser])
     for what, old in memory.items():
         now = optimiser.state[model[0].weight][what]
         assert torch.equal(now[[0, 1, 3, 5]], old)
@@ -268,13 +268,13 @@ def test_units_can_come_back_afresh() -> None:
 
 def test_the_function_survives_a_plan_that_swaps_units() -> None:
     model, axes = mlp()
-    old, attic = copy.deepcopy(model), Attic()
-    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2)}), attic=attic)
+    old, undo = copy.deepcopy(model), UndoStore()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2)}), undo=undo)
     swap = replace(Plan.restoring(axes, {A: (5,)}).changes[A], keep=(0, 2))
-    model, axes = apply(model, axes, Plan({A: swap}), attic=attic)
+    model, axes = apply(model, axes, Plan({A: swap}), undo=undo)
     straight, _ = apply(old, trace(old, torch.randn(8, 4)), Plan.keeping(trace(old, torch.randn(8, 4)), {A: (0, 2, 5)}))
     laws.same_network(model, straight)
-    assert attic.gone == {A: (1, 3, 4)}
+    assert undo.restorable == {A: (1, 3, 4)}
 
 
 def test_a_plan_that_restores_survives_json() -> None:
@@ -296,8 +296,8 @@ def test_a_plan_that_restores_survives_json() -> None:
 
 def test_what_cannot_be_restored_is_refused_by_name_and_nothing_changes() -> None:
     model, axes = mlp()
-    attic = Attic()
-    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2, 3)}), attic=attic)
+    undo = UndoStore()
+    model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2, 3)}), undo=undo)
     with pytest.raises(PlanError, match="unit 3 is alive; only units that were cut"):
         Plan.restoring(axes, {A: (3,)})
     with pytest.raises(PlanError, match="no unit 9 was ever born; its units are numbered from 0 to 5"):
@@ -307,62 +307,65 @@ def test_what_cannot_be_restored_is_refused_by_name_and_nothing_changes() -> Non
     with pytest.raises(PlanError, match=r"no axis 'x'"):
         Plan.restoring(axes, {"x": (1,)})
     plan = Plan.restoring(axes, {A: (4,)})
-    with laws.untouched(model), pytest.raises(PlanError, match=r"in no attic; give the one .*fresh numbers"):
+    with laws.untouched(model), pytest.raises(PlanError, match=r"in no undo store; give the one .*fresh numbers"):
         apply(model, axes, plan)
     with pytest.raises(PlanError, match="make two"):
         Plan({**plan.changes, **Plan.growing(axes, {B: 2}).changes}).check(axes)
-    stranger = Attic()
-    with laws.untouched(model), pytest.raises(PlanError, match="unit 4 is not in the attic"):
-        apply(model, axes, plan, attic=stranger)
+    stranger = UndoStore()
+    with laws.untouched(model), pytest.raises(PlanError, match="unit 4 is not in the undo store"):
+        apply(model, axes, plan, undo=stranger)
     model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2)}))
-    before = copy.deepcopy(attic.record())
-    with laws.untouched(model), pytest.raises(PlanError, match="unit 3 is not in the attic, it was cut without it"):
-        apply(model, axes, Plan.restoring(axes, {A: (3, 5)}), attic=attic)
-    assert attic.record() == before
+    before = copy.deepcopy(undo.record())
+    with (
+        laws.untouched(model),
+        pytest.raises(PlanError, match="unit 3 is not in the undo store, it was cut without it"),
+    ):
+        apply(model, axes, Plan.restoring(axes, {A: (3, 5)}), undo=undo)
+    assert undo.record() == before
     again = trace(model, torch.randn(8, 4))
     with pytest.raises(PlanError, match=r"of this one before it was traced anew"):
-        apply(model, again, Plan.keeping(again, {A: (0, 1)}), attic=attic)
-    read = Attic.read(attic.record(), attic.tensors())
+        apply(model, again, Plan.keeping(again, {A: (0, 1)}), undo=undo)
+    read = UndoStore.read(undo.record(), undo.tensors())
     with pytest.raises(PlanError, match=r"numbers the units of axis .* otherwise"):
-        apply(model, again, Plan.keeping(again, {A: (0, 1)}), attic=read)
+        apply(model, again, Plan.keeping(again, {A: (0, 1)}), undo=read)
 
 
 @pytest.mark.parametrize("restored", [True, False])
-def test_the_attic_of_another_network_is_refused(restored: bool) -> None:
+def test_the_undo_store_of_another_network_is_refused(restored: bool) -> None:
     """Two of one form that were cut alike; whether it would be read or written to."""
     (one, axes), (other, others) = mlp(), mlp()
-    attic, own = Attic(), Attic()
-    one, axes = apply(one, axes, Plan.keeping(axes, {A: (0, 1, 2)}), attic=attic)
-    other, others = apply(other, others, Plan.keeping(others, {A: (0, 1, 2)}), attic=own)
-    plan = Plan.restoring(others, attic.gone) if restored else Plan.keeping(others, {B: (0, 1)})
+    undo, own = UndoStore(), UndoStore()
+    one, axes = apply(one, axes, Plan.keeping(axes, {A: (0, 1, 2)}), undo=undo)
+    other, others = apply(other, others, Plan.keeping(others, {A: (0, 1, 2)}), undo=own)
+    plan = Plan.restoring(others, undo.restorable) if restored else Plan.keeping(others, {B: (0, 1)})
     with laws.untouched(other), pytest.raises(PlanError, match="cut out of another network") as caught:
-        apply(other, others, plan, attic=attic)
+        apply(other, others, plan, undo=undo)
     assert "\n" not in str(caught.value)
     shaken(other)
-    other, others = apply(other, others, plan, attic=own)
-    apply(one, axes, Plan.restoring(axes, attic.gone), attic=Attic.read(attic.record(), attic.tensors()))
+    other, others = apply(other, others, plan, undo=own)
+    apply(one, axes, Plan.restoring(axes, undo.restorable), undo=UndoStore.read(undo.record(), undo.tensors()))
 
 
 def test_a_network_may_be_cast_in_between() -> None:
     model, axes = stream()
-    attic = Attic()
-    model, axes = apply(model, axes, laws.random_plan(axes, torch.Generator().manual_seed(1)), attic=attic)
-    model, axes = apply(model.to(torch.bfloat16), axes, Plan.restoring(axes, attic.gone), attic=attic)
+    undo = UndoStore()
+    model, axes = apply(model, axes, laws.random_plan(axes, torch.Generator().manual_seed(1)), undo=undo)
+    model, axes = apply(model.to(torch.bfloat16), axes, Plan.restoring(axes, undo.restorable), undo=undo)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_an_attic_is_its_tensors_and_its_record() -> None:
+def test_an_undo_store_is_its_tensors_and_its_record() -> None:
     model, axes = stream()
-    old, attic = copy.deepcopy(model), Attic()
-    model, axes = apply(model, axes, laws.random_plan(axes, torch.Generator().manual_seed(1)), attic=attic)
-    assert attic.gone
-    again = Attic.read(json.loads(json.dumps(attic.record())), attic.tensors())
-    model, axes = apply(model, axes, Plan.restoring(axes, again.gone), attic=again)
+    old, undo = copy.deepcopy(model), UndoStore()
+    model, axes = apply(model, axes, laws.random_plan(axes, torch.Generator().manual_seed(1)), undo=undo)
+    assert undo.restorable
+    again = UndoStore.read(json.loads(json.dumps(undo.record())), undo.tensors())
+    model, axes = apply(model, axes, Plan.restoring(axes, again.restorable), undo=again)
     laws.same_network(model, old)
-    with pytest.raises(PlanError, match="not an attic"):
-        Attic.read({}, {})
-    with pytest.raises(PlanError, match="damaged attic"):
-        Attic.read(again.record() | {"born": None}, again.tensors())
-    record = json.loads(json.dumps(attic.record()))
-    with pytest.raises(PlanError, match="damaged attic"):
-        Attic.read(record, {})
+    with pytest.raises(PlanError, match="not an undo store"):
+        UndoStore.read({}, {})
+    with pytest.raises(PlanError, match="damaged undo store"):
+        UndoStore.read(again.record() | {"born": None}, again.tensors())
+    record = json.loads(json.dumps(undo.record()))
+    with pytest.raises(PlanError, match="damaged undo store"):
+        UndoStore.read(record, {})

@@ -92,8 +92,8 @@ def write_course(path: Path, model: nn.Module, learner: Learner, course: Course,
                 parts[f"optimiser {what} {name}"] = value
             elif value is not None:
                 numbers[f"{what} {name}"] = value
-    if learner.attic is not None:
-        parts |= {f"attic {name}": value for name, value in learner.attic.contents().items()}
+    if learner.undo is not None:
+        parts |= {f"attic {name}": value for name, value in learner.undo.contents().items()}
     header = {
         "along": {name: [_plain(one.dims), one.lr] for name, one in learner.tensors.items()},
         "values": learner.values,
@@ -165,14 +165,14 @@ def read_course(
         header, tensors = read_tensors(path, FORMAT, FORMAT_1)
         record = convert(header, schemas.CourseHeader)
         plans, told = _counted(record, history or History())
-        model, axes = replay(model, axes, plans, learner.attic)
+        model, axes = replay(model, axes, plans, learner.undo)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(" ")
             parts[part][rest] = value
         model.load_state_dict(parts["model"])
         for name, value in parts["attic"].items():
-            learner.attic.contents()[name].copy_(value)
+            learner.undo.contents()[name].copy_(value)
         learner.values = record.values
         learner.tensors = {
             name: AxisTensor(parts["learner"][name], tuple(map(_dim, dims)), lr)

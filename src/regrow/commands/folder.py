@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from regrow.commands.attics import read_attic, write_attic
 from regrow.commands.checkpoints import file_name, read_learned, read_statistics, write_learned, write_statistics
 from regrow.commands.metrics import Metrics, finite
 from regrow.commands.record import FORMAT, RUN, identity, read_json, read_run
+from regrow.commands.undo_stores import read_undo_store, write_undo_store
 from regrow.commands.working_area import adopt, begin_again, cleared_area, resumes, started
 from regrow.ledger import Ledger
 from regrow.method import State
@@ -28,7 +28,7 @@ from regrow.store.errors import StoreError, telling
 from regrow.store.locks import Lock, lock
 from regrow.store.replacing import WORK, check_replaceable, cleared, link_tree, replaced, settle
 from regrow.store.versions import versions
-from regrow.surgery import Attic
+from regrow.surgery import UndoStore
 from regrow.training.loop import Learned
 
 WritePage = Callable[[Path], object]
@@ -215,22 +215,22 @@ class RunFolder:
         """The plans of the run."""
         return Ledger(self.path / "ledger.json")
 
-    def keep(self, attic: Attic) -> None:
+    def keep(self, undo: UndoStore) -> None:
         """Write ``attic.safetensors``: what cuts have taken out, so that a later run can restore it.
 
         Raises:
             StoreError: If the disk is full; the file is then as it was.
         """
-        write_attic(self.path / "attic.safetensors", attic)
+        write_undo_store(self.path / "attic.safetensors", undo)
 
-    def attic(self) -> Attic:
-        """What cuts have taken out; an empty attic if nothing was kept.
+    def undo_store(self) -> UndoStore:
+        """What cuts have taken out; an empty undo store if nothing was kept.
 
         Raises:
             StoreError: If the file is damaged.
         """
         path = self.path / "attic.safetensors"
-        return read_attic(path) if path.exists() else Attic()
+        return read_undo_store(path) if path.exists() else UndoStore()
 
     def log(self, what: str, *, number: int | None = None, **values: Any) -> None:
         """Add a measurement to ``metrics.jsonl``, unless it is there; it is on the disk when this returns.

@@ -14,7 +14,7 @@ from regrow.evaluation.continual import share_right
 from regrow.learner import Stand
 from regrow.methods.search.searcher import Searcher
 from regrow.nets.loaded import Origin
-from regrow.surgery import Attic
+from regrow.surgery import UndoStore
 from regrow.tracing.hollow import clone_model
 from regrow.training.learning import changed
 
@@ -34,7 +34,7 @@ def passed(folder: RunFolder, learner: Searcher, at: Stand, origin: Origin) -> N
         return
     twin, there = copy.copy(learner), replace(at, model=clone_model(at.model))
     twin.tensors = {n: AxisTensor(one.values.detach().clone(), one.dims, one.lr) for n, one in learner.tensors.items()}
-    twin.values, twin.attic, twin.most, twin.gates = copy.deepcopy(learner.values), Attic(), inf, None
+    twin.values, twin.undo, twin.most, twin.gates = copy.deepcopy(learner.values), UndoStore(), inf, None
     while plan := twin.final(there):
         changed(there, twin, plan)
     twin.baked(there)

@@ -51,7 +51,7 @@ def planned(method: Searcher, prefix: Callable[[int, int], Prefix], batch: Batch
 def foretold(method: Searcher, at: Stand, batch: Batch) -> int:
     """The most bytes that a search needs from now on, as the network stands; nothing of it runs."""
     net = Prefix(at.model, method.last)
-    cut = sum(one.untyped_storage().nbytes() for one in method.attic.contents().values())
+    cut = sum(one.untyped_storage().nbytes() for one in method.undo.contents().values())
     return _masked(method, predicted(net, batch, _step()).peak, net.many()) + cut
 
 
@@ -130,7 +130,7 @@ class Watch:
 
     @contextmanager
     def _measured(self, at: Stand, row: dict[str, Any]) -> Iterator[None]:
-        gone = self.learner.attic.contents().values()
+        gone = self.learner.undo.contents().values()
         live = Live([*at.model.parameters(), *at.model.buffers(), *gone])
         resident = peak_meter(next(at.model.parameters()).device)
         with live:

@@ -230,7 +230,7 @@ class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: Count
 
 
-class AtticHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The header of ``attic.safetensors``."""
 
     format: Literal["regrow-attic/1"]

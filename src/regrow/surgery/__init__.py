@@ -2,9 +2,9 @@
 
 from regrow.surgery.align import aligned
 from regrow.surgery.apply import apply
-from regrow.surgery.attic import Attic
 from regrow.surgery.declare import DeclarationError, declare
 from regrow.surgery.fill import fitted
+from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.verify import Verification, verify
 
-__all__ = ["Attic", "DeclarationError", "Verification", "aligned", "apply", "declare", "fitted", "verify"]
+__all__ = ["DeclarationError", "UndoStore", "Verification", "aligned", "apply", "declare", "fitted", "verify"]

@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, size_of
 from regrow.plan import Plan, PlanError
-from regrow.surgery.attic import Attic
 from regrow.surgery.carry import carry_out, commit, prepare, state_of
 from regrow.surgery.drop import brought_back, dropping
 from regrow.surgery.eager import tried
 from regrow.surgery.lockstep import gap, scale
 from regrow.surgery.proof import RELATIVE_BOUND, Change, check_blocks, different
+from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.whole import whole_pair
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.hollow import fitting
@@ -31,7 +31,7 @@ def apply(
     plan: Plan,
     *,
     optimizers: Sequence[Optimizer] = (),
-    attic: Attic | None = None,
+    undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
     """Change a model's shape as planned: all of it, or nothing.
 
@@ -49,7 +49,7 @@ def apply(
         plan: What to keep, which branches go, what grows, and what comes back.
         optimizers: Those that move the model's parameters; they follow, with what they remember of them. Entries that
             are newborn or restored start with no drift and the step size of their neighbours.
-        attic: Keeps what is cut, and has what is restored.
+        undo: Keeps what is cut, and has what is restored.
 
     Returns:
         The same model, and its axes as they are now. Parameters that changed are new ones; they keep their gradients
@@ -71,26 +71,28 @@ def apply(
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     check(model, axes, plan)
     if plan.back:
-        return brought_back(model, axes, plan, optimizers, attic)
+        return brought_back(model, axes, plan, optimizers, undo)
     if plan.drop:
-        with dropping(model, axes, plan, optimizers, attic) as (left, rest, kept):
-            return apply(model, left, rest, optimizers=optimizers, attic=kept)
-    if attic is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
+        with dropping(model, axes, plan, optimizers, undo) as (left, rest, kept):
+            return apply(model, left, rest, optimizers=optimizers, undo=kept)
+    if undo is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
         raise PlanError(
-            f"axis {lost!r}: what its restored units held is in no attic; give the one that was there when they were "
-            "cut, apply(..., attic=attic), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
+            f"axis {lost!r}: what its restored units held is in no undo store; give the one that was there when they "
+            "were cut, apply(..., undo=undo), or restore them with fresh numbers: Plan.restoring(axes, units, Fill())"
         )
     if all(change.idle for change in plan.changes.values()):
         return model, axes
-    ready = prepare(model, axes, plan, attic)
-    planned = try_out(model, axes, plan, ready.resizing(axes), attic)
-    known = axes if planned is None else _proved(Change(model, axes, plan, axes.recording, planned, ready, attic))
+    ready = prepare(model, axes, plan, undo)
+    planned = try_out(model, axes, plan, ready.resizing(axes), undo)
+    known = axes if planned is None else _proved(Change(model, axes, plan, axes.recording, planned, ready, undo))
     if known.recording is None and not _is_numberless(model, axes):
         _compare(model, axes, plan)
-    return commit(model, known, plan, ready, optimizers, attic)
+    return commit(model, known, plan, ready, optimizers, undo)
 
 
-def try_out(model: nn.Module, axes: AxisGraph, plan: Plan, to: Resizing, attic: Attic | None = None) -> Capture | None:
+def try_out(
+    model: nn.Module, axes: AxisGraph, plan: Plan, to: Resizing, undo: UndoStore | None = None
+) -> Capture | None:
     """What the network will do, where a recording shows it; what declared axes do is tried by a run of a copy.
 
     Raises:
@@ -101,7 +103,7 @@ def try_out(model: nn.Module, axes: AxisGraph, plan: Plan, to: Resizing, attic: 
         # No recording shows the sizes of declared axes: they stay as they are there.
         planned = rehearse(model, axes, replace(to, sizes={**to.sizes, **{k: axes[k].size for k in axes.declared}}))
     if axes.declared:
-        _try(model, axes, plan, attic)
+        _try(model, axes, plan, undo)
     return planned
 
 
@@ -141,9 +143,9 @@ def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
         raise PlanError(different(distance, scale(masked), *remedy))
 
 
-def _try(model: nn.Module, axes: AxisGraph, plan: Plan, attic: Attic | None) -> None:
+def _try(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) -> None:
     """Do all of the plan to a copy, and run that on the example: no recording shows what declared axes do."""
-    if problem := tried(model, axes, lambda other: carry_out(other, axes, plan, attic=copy.copy(attic))):
+    if problem := tried(model, axes, lambda other: carry_out(other, axes, plan, undo=copy.copy(undo))):
         changed = [key for key in axes.declared if key in plan.changes]
         hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
         raise PlanError(f"the plan cannot be carried out: {problem}{hint}")

@@ -10,12 +10,12 @@ from torch.optim import Optimizer
 
 from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.plan import Plan, PlanError
-from regrow.surgery.attic import Attic
 from regrow.surgery.compensate import bias_dim, bias_of, offsets
 from regrow.surgery.fold import Outcome, extent, folded, refolded_constants
 from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.restore import through
+from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.widen import carried, moment, roles_of
 from regrow.tracing.attributes import held, hold
 from regrow.tracing.kinds import recompute_weights
@@ -30,13 +30,13 @@ class Prepared:
         sizes: The size of each axis afterwards.
         lays: The entries of each dimension that changes.
         done: The tensors and constants to set.
-        attic: What the attic is afterwards.
+        undo: What the undo store is afterwards.
     """
 
     sizes: Mapping[str, int]
     lays: Mapping[str, Mapping[int, Layout]]
     done: Outcome
-    attic: Attic | None = None
+    undo: UndoStore | None = None
 
     def resizing(self, axes: AxisGraph) -> Resizing:
         """What it makes of the network, but for the numbers in its tensors."""
@@ -49,17 +49,17 @@ def carry_out(
     axes: AxisGraph,
     plan: Plan,
     optimizers: Sequence[Optimizer] = (),
-    attic: Attic | None = None,
+    undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
     """What :func:`regrow.apply` does once a plan is checked and tried; alone for copies that are run right after."""
-    return commit(model, axes, plan, prepare(model, axes, plan, attic), optimizers, attic)
+    return commit(model, axes, plan, prepare(model, axes, plan, undo), optimizers, undo)
 
 
 def prepare(
     model: nn.Module,
     axes: AxisGraph,
     plan: Plan,
-    attic: Attic | None = None,
+    undo: UndoStore | None = None,
     names: Collection[str] | None = None,
     exact: bool = False,
 ) -> Prepared:
@@ -69,7 +69,7 @@ def prepare(
         model: The model.
         axes: Its axes.
         plan: What to do.
-        attic: What was cut before.
+        undo: What was cut before.
         names: The tensors to work out; all of them unless given.
         exact: Whether to work them out in float64.
 
@@ -81,7 +81,7 @@ def prepare(
     lays = layouts(part, plan)
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
     state = {name: tensor.detach() for name, tensor in state_of(model).items() if names is None or name in names}
-    stored: Attic | None = None
+    stored: UndoStore | None = None
     with torch.no_grad():
         values = {name: _exact(state[name]) for name in _gains(part, sizes) if name in state} if exact else {}
         values |= {
@@ -90,10 +90,10 @@ def prepare(
             if name in lays
         }
         values |= offsets(model, axes, plan, lays, values, exact)
-        if attic is None:
+        if undo is None:
             done = folded(model, part, sizes, values)
         else:
-            done, stored = through(attic, model, axes, plan, lays, values)
+            done, stored = through(undo, model, axes, plan, lays, values)
     for name, value in done.values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
@@ -137,9 +137,9 @@ def commit(
     plan: Plan,
     ready: Prepared,
     optimizers: Sequence[Optimizer] = (),
-    attic: Attic | None = None,
+    undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
-    """Change the model, the optimizers and the attic in place as it was worked out.
+    """Change the model, the optimizers and the undo store in place as it was worked out.
 
     Returns:
         The model, and its axes as they are now.
@@ -154,8 +154,8 @@ def commit(
     remember = follow(optimizers, exchanged, added=[n for n in done.values if n not in axes.shapes])
     _commit(model, axes, ready, planned_integers(axes, ready.sizes))
     remember(dict(model.named_parameters()))
-    if attic is not None:
-        vars(attic).update(vars(ready.attic))
+    if undo is not None:
+        vars(undo).update(vars(ready.undo))
     return model, _after(axes, plan, lays, ready.sizes, done)
 
 

@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 from regrow.axes import Axis, AxisGraph, Example, Mark, Work
 from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
-from regrow.surgery.attic import Attic
 from regrow.surgery.carry import carry_out
-from regrow.surgery.gone import Gone
 from regrow.surgery.optimizer import Exchange, follow
+from regrow.surgery.removed_branch import RemovedBranch
+from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.branches import Recorded, RefusedError, branches, located, offered
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import Capture, TraceError, capture
@@ -33,8 +33,8 @@ from regrow.tracing.walk import walk
 
 @contextmanager
 def dropping(
-    model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], attic: Attic | None
-) -> Iterator[tuple[AxisGraph, Plan, Attic | None]]:
+    model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
+) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Inside, the branches of a plan are gone; they come back if anything there fails.
 
     Args:
@@ -42,50 +42,50 @@ def dropping(
         axes: Its axes.
         plan: The plan; it fits them.
         optimizers: Those that move parameters; what goes leaves their groups when all is done.
-        attic: Gets the modules when all is done.
+        undo: Gets the modules when all is done.
 
     Yields:
-        The axes without the branches, what is left of the plan for them, and what is left of the attic.
+        The axes without the branches, what is left of the plan for them, and what is left of the undo store.
 
     Raises:
         PlanError: If the network without the branches is not proved to compute what is left of the sums.
     """
-    if attic is not None:
-        attic.check_network(axes)
-    gone = tuple(plan.drop.values())
-    left = _without(model, axes, gone)
+    if undo is not None:
+        undo.check_network(axes)
+    removed = tuple(plan.drop.values())
+    left = _without(model, axes, removed)
     rest = {key: replace(change, slots=left[key].slots) for key, change in plan.changes.items() if key in left.axes}
-    lost = [(n, p) for n, p in model.named_parameters() if any(branch.holds(n) for branch in gone)]
+    lost = [(n, p) for n, p in model.named_parameters() if any(branch.holds(n) for branch in removed)]
     forget = follow(optimizers, [Exchange(name, parameter, {}) for name, parameter in lost])
-    stowed, kept = attic.parted(gone, axes) if attic is not None else ({}, None)
-    modules = exchange(model, {path: stand for branch in gone for path, stand in branch.stands.items()})
+    stowed, kept = undo.parted(removed, axes) if undo is not None else ({}, None)
+    modules = exchange(model, {path: stand for branch in removed for path, stand in branch.stands.items()})
     try:
         yield left, Plan(rest, plan.means, plan.origin), kept
     except BaseException:
         put(model, modules)
         raise
     forget({})
-    if attic is not None and kept is not None:
+    if undo is not None and kept is not None:
         held = {p: replace(one, modules={at: modules[at] for at in one.branch.stands}) for p, one in stowed.items()}
         branches = {**kept.branches, **held}
-        vars(attic).update(vars(replace(kept, branches=branches, network=axes.network)))
+        vars(undo).update(vars(replace(kept, branches=branches, network=axes.network)))
 
 
 def brought_back(
-    model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], attic: Attic | None
+    model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
     """The model with dropped branches where they were, with what they held, and its axes.
 
     Raises:
-        PlanError: If a branch is not in the attic or not dropped here, an axis that it lies on has changed since, or
-            the plan does anything else. Nothing is changed then.
+        PlanError: If a branch is not in the undo store or not dropped here, an axis that it lies on has changed since,
+            or the plan does anything else. Nothing is changed then.
     """
-    if attic is None or (lost := next((path for path in plan.back if path not in attic.branches), "")):
-        missing = plan.back[0] if attic is None else lost
+    if undo is None or (lost := next((path for path in plan.back if path not in undo.branches), "")):
+        missing = plan.back[0] if undo is None else lost
         raise PlanError(
-            f"{missing} is in no attic; give the one that was there when it was dropped, apply(..., attic=attic)"
+            f"{missing} is in no undo store; give the one that was there when it was dropped, apply(..., undo=undo)"
         )
-    attic.check_network(axes)
+    undo.check_network(axes)
     if plan.means or any(not change.idle for change in plan.changes.values()):
         raise PlanError("one plan brings branches back or changes units; make two")
     if optimizers:
@@ -93,13 +93,13 @@ def brought_back(
             "no optimiser can follow a branch that comes back, for no group of it is known; apply the plan without, "
             "then give the optimiser its parameters (add_param_group)"
         )
-    back, again = [], attic
+    back, again = [], undo
     left = axes
     for path in plan.back:
-        _check_back(model, gone := attic.branches[path])
-        back.append(gone := caught_up(gone, left))
-        left, again = gone.rejoined(left), again.rejoined(gone)
-    modules = {path: module for gone in back for path, module in gone.modules.items()}
+        _check_back(model, removed := undo.branches[path])
+        back.append(removed := caught_up(removed, left))
+        left, again = removed.rejoined(left), again.rejoined(removed)
+    modules = {path: module for removed in back for path, module in removed.modules.items()}
     stands = {path: model.get_submodule(path) for path in modules}
     like = next(model.parameters())
     for path, module in modules.items():
@@ -115,25 +115,25 @@ def brought_back(
     except BaseException:
         put(model, stands)
         raise
-    vars(attic).update(vars(again))
+    vars(undo).update(vars(again))
     return model, left
 
 
-def _check_back(model: nn.Module, gone: Gone) -> None:
+def _check_back(model: nn.Module, removed: RemovedBranch) -> None:
     known = dict(model.named_modules())
-    for path, stand in gone.branch.stands.items():
+    for path, stand in removed.branch.stands.items():
         here = known.get(path)
         if not isinstance(here, Dropped) or here.stand != stand:
             raise PlanError(f"{path} is not dropped here, so it cannot come back; bring back what it lies in first")
 
 
-def caught_up(gone: Gone, axes: AxisGraph) -> Gone:
+def caught_up(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     """A dropped branch as the network's later cuts would have left it, had it been there; what it was stays as it is.
 
     Raises:
         PlanError: If the network has units that the branch never had.
     """
-    old, holds = gone.axes, gone.branch.holds
+    old, holds = removed.axes, removed.branch.holds
     own = {
         axis.key: replace(axis, slots=slots)
         for axis in old
@@ -141,12 +141,14 @@ def caught_up(gone: Gone, axes: AxisGraph) -> Gone:
     }
     shared = [key for key in own if key in axes.axes and axes[key].ids != own[key].ids]
     if not shared:
-        return gone
+        return removed
     keep = {}
     for key in shared:
         place = {one: i for i, one in enumerate(own[key].ids)}
         if not place.keys() >= set(axes[key].ids) or axes[key].born != own[key].born:
-            raise PlanError(f"axis {key!r} has other units than when {gone.branch.module} was dropped; cut those first")
+            raise PlanError(
+                f"axis {key!r} has other units than when {removed.branch.module} was dropped; cut those first"
+            )
         keep[key] = [place[one] for one in axes[key].ids]
     inner = replace(
         old,
@@ -156,12 +158,12 @@ def caught_up(gone: Gone, axes: AxisGraph) -> Gone:
         folds=tuple(fold for fold in old.folds if holds(fold.weight)),
     )
     # Only a module that holds nothing else is changed, and only its copy.
-    shell = _shell({path: copy.deepcopy(module) for path, module in gone.modules.items()})
-    attic = copy.copy(gone.attic)
-    shell, cut = carry_out(shell, inner, Plan.keeping(inner, keep), attic=attic)
+    shell = _shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
+    undo = copy.copy(removed.undo)
+    shell, cut = carry_out(shell, inner, Plan.keeping(inner, keep), undo=undo)
     left = {key: replace(axis, inside=own[key].inside) for key, axis in cut.axes.items()}
-    modules = {path: shell.get_submodule(path) for path in gone.modules}
-    return replace(gone, axes=replace(old, axes={**old.axes, **left}), attic=attic, modules=modules)
+    modules = {path: shell.get_submodule(path) for path in removed.modules}
+    return replace(removed, axes=replace(old, axes={**old.axes, **left}), undo=undo, modules=modules)
 
 
 def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
@@ -178,18 +180,18 @@ def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
     return shell
 
 
-def _without(model: nn.Module, axes: AxisGraph, gone: Sequence[Branch]) -> AxisGraph:
+def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
     """The axes of a network without some branches, proved on a copy without numbers."""
-    names = ", ".join(branch.module for branch in gone)
+    names = ", ".join(branch.module for branch in removed)
     hollowed, mode = hollow(model, {})
     given = faked(fitting(axes.example, model), mode)
     # What candidates are summed by leaves out those that give nothing: that needs no proof.
-    summed = [branch for branch in gone if branch.gives == "nothing"]
-    proved = [branch for branch in gone if branch.gives != "nothing"]
+    summed = [branch for branch in removed if branch.gives == "nothing"]
+    proved = [branch for branch in removed if branch.gives != "nothing"]
     try:
         exchange(hollowed, {path: stand for branch in summed for path, stand in branch.stands.items()})
         recorded = capture(hollowed, given)
-        left, tied = axes.without(gone), {*axes.ties, *axes.ties.values(), *axes.unreached}
+        left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
         if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
             raise RefusedError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Dim, Role, axes_in
 from regrow.plan import Plan, PlanError
-from regrow.surgery.attic import Attic, shelved
 from regrow.surgery.carry import Prepared, state_of
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import Layout, born_as, laid, units_after
 from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
 from regrow.surgery.runner import Answers, Load, Masking, Runner, generators_kept, masking, reseed, stored
+from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.surgery.widen import carried
 from regrow.tracing.blocks import Block
 from regrow.tracing.capture import Capture
@@ -62,7 +62,7 @@ class Change:
         recording: The network's operations, and where they read axes.
         planned: The operations of the network that the plan leaves.
         ready: What the plan comes to.
-        attic: What was cut before.
+        undo: What was cut before.
     """
 
     model: nn.Module
@@ -71,7 +71,7 @@ class Change:
     recording: Recording
     planned: Capture
     ready: Prepared
-    attic: Attic | None = None
+    undo: UndoStore | None = None
 
     @property
     def recalls(self) -> bool:
@@ -93,7 +93,7 @@ class Change:
     def bound(self) -> float:
         """What a difference may be; what a cut has folded or compensated was rounded to the network's precision."""
         rounded = any(fold.weight in self.ready.done.values for fold in self.axes.folds)
-        if not self.recalls or not (rounded or (self.attic is not None and self.attic.means)):
+        if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
             return RELATIVE_BOUND
         return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
 
@@ -278,11 +278,11 @@ class _Pair:
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """What will be put into the network is what was checked, in the network's own precision."""
         change = self.change
-        # What an attic writes anew comes from numbers of before earlier cuts, which were rounded once.
-        anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.attic.means if change.attic else ())}
+        # What an undo store writes anew comes from numbers of before earlier cuts, which were rounded once.
+        anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means if change.undo else ())}
         for name, exact in values.items() if not change.recalls else ():
             done = change.ready.done.values[name]
-            if name not in self.rounded or (change.attic is not None and name in anew):
+            if name not in self.rounded or (change.undo is not None and name in anew):
                 continue
             if not gap([exact], [done]) <= ROUNDING * torch.finfo(done.dtype).eps * scale([exact]):
                 raise PlanError(
@@ -333,17 +333,17 @@ def _is_float(node: Node) -> bool:
 def _means_back(change: Change) -> dict[str, dict[int, float]]:
     """Weight → position of an input that comes back → what stood in for it."""
     axes, plan = change.axes, change.plan
-    if change.attic is None:
+    if change.undo is None:
         return {}
     grown = {key: one.grow for key, one in plan.changes.items()}
     born = {axis.key: axis.born + grown.get(axis.key, 0) for axis in axes}
     ids = {axis.key: sorted(born_as(plan.changes[axis.key], axis)) if axis.key in grown else axis.ids for axis in axes}
-    left = change.ready.attic.means if change.ready.attic is not None else {}
+    left = change.ready.undo.means if change.ready.undo is not None else {}
     found: dict[str, dict[int, float]] = {}
-    for weight, row in change.attic.means.items():
+    for weight, row in change.undo.means.items():
         dim = read_dim(axes, weight)
         assert dim is not None
-        for position, place in enumerate(shelved(axes.shapes[weight], born, ids)[dim].tolist()):
+        for position, place in enumerate(locate_entries(axes.shapes[weight], born, ids)[dim].tolist()):
             if place in row and place not in left.get(weight, {}):
                 found.setdefault(weight, {})[position] = row[place]
     return found

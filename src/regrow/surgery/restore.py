@@ -1,4 +1,4 @@
-"""A plan on its way through the attic: what it cuts is put there, what it restores is fetched.
+"""A plan on its way through the undo store: what it cuts is put there, what it restores is fetched.
 
 What a fold or a compensation rewrites is kept as it was before, with the size and the means that it stands for, and
 written anew from that. So undoing needs no inverse, which rounding would spoil: the old numbers are the old bits.
@@ -12,34 +12,34 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Dim, Fold, Role, size_of
 from regrow.plan import Plan
-from regrow.surgery.attic import Attic, Constant, Shelf, get, put, shelved
 from regrow.surgery.compensate import bias_dim, bias_of, read_dim
 from regrow.surgery.fold import Outcome, extent, refolded
 from regrow.surgery.layout import Layout, born_as
+from regrow.surgery.undo_store import Constant, RemovedWeights, UndoStore, get, locate_entries, put
 
 
 def through(
-    attic: Attic,
+    undo: UndoStore,
     model: nn.Module,
     axes: AxisGraph,
     plan: Plan,
     lays: Mapping[str, Mapping[int, Layout]],
     values: Mapping[str, Tensor],
-) -> tuple[Outcome, Attic]:
-    """Work out a plan together with an attic, without changing anything: what the plan comes to, and the attic then.
+) -> tuple[Outcome, UndoStore]:
+    """Work out a plan with an undo store, without changing anything: the outcome, and the undo store afterwards.
 
     Args:
-        attic: What was cut before.
+        undo: What was cut before.
         model: The network before the plan.
         axes: Its axes before it.
         plan: The plan.
         lays: The entries of each dimension that it changes.
         values: The tensors it replaces, compensated, not yet folded, with newborn numbers in restored places.
     """
-    attic.check(axes, plan)
+    undo.check(axes, plan)
     born = {axis.key: axis.born + (plan.changes[axis.key].grow if axis.key in plan.changes else 0) for axis in axes}
-    way = _Way(attic.enlarged(axes, born), model, axes, plan, lays, born)
-    before, after = attic.means, way.means_after()
+    way = _Way(undo.enlarged(axes, born), model, axes, plan, lays, born)
+    before, after = undo.means, way.means_after()
     biases = {bias_of(weight): weight for weight in {**before, **after}}
     result, removed = dict(values), []
     for name in way.reached():
@@ -51,15 +51,15 @@ def through(
             result[bias] = way.compensated(bias, weight, told, tells, values.get(bias))
             if bias in way.added and not tells and not bool(result[bias].any()):
                 removed.append(bias)
-                del result[bias], way.shelves[bias]
+                del result[bias], way.weights[bias]
     constants, folds = way.constants()
-    gone = {
+    restorable = {
         axis.key: tuple(sorted(ids))
         for axis in axes
-        if (ids := (set(attic.gone.get(axis.key, ())) | way.dropped(axis.key)) - set(way.ids_after[axis.key]))
+        if (ids := (set(undo.restorable.get(axis.key, ())) | way.dropped(axis.key)) - set(way.ids_after[axis.key]))
     }
     added = tuple(name for name in way.added if name not in removed)
-    done = Attic(way.shelves, born, gone, after, way.known, added, attic.branches, axes.network)
+    done = UndoStore(way.weights, born, restorable, after, way.known, added, undo.branches, axes.network)
     return Outcome(result, constants, folds, tuple(removed)), done
 
 
@@ -67,19 +67,19 @@ def through(
 class _Way:
     """What the steps of a passage share."""
 
-    attic: Attic
+    undo: UndoStore
     model: nn.Module
     axes: AxisGraph
     plan: Plan
     lays: Mapping[str, Mapping[int, Layout]]
     born: Mapping[str, int]
-    shelves: dict[str, Shelf] = field(init=False)
+    weights: dict[str, RemovedWeights] = field(init=False)
     known: dict[str, Constant] = field(init=False)
 
     def __post_init__(self) -> None:
         axes, plan = self.axes, self.plan
-        self.shelves, self.known = dict(self.attic.shelves), dict(self.attic.constants)
-        self.added = [*self.attic.added]
+        self.weights, self.known = dict(self.undo.weights), dict(self.undo.constants)
+        self.added = [*self.undo.added]
         self.recalls = any(change.recalled for change in plan.changes.values())
         self.ids = {axis.key: axis.ids for axis in axes}
         changed = {key: tuple(sorted(born_as(change, axes[key]))) for key, change in plan.changes.items()}
@@ -94,10 +94,10 @@ class _Way:
         return self.axes.shapes.get(name) or (bias_dim(self.axes, name),)
 
     def here(self, name: str) -> list[Tensor]:
-        return shelved(self.dims(name), self.born, self.ids)
+        return locate_entries(self.dims(name), self.born, self.ids)
 
     def there(self, name: str) -> list[Tensor]:
-        return shelved(self.dims(name), self.born, self.ids_after)
+        return locate_entries(self.dims(name), self.born, self.ids_after)
 
     def size(self, name: str, after: bool) -> int:
         """The size of the divisor that a tensor takes up; 1 for any other."""
@@ -122,48 +122,50 @@ class _Way:
         found = {self.axes.ties.get(name, name) for name in self.lays} if moves else set()
         return sorted(found | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
 
-    def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> Shelf:
-        """The shelf of a tensor with its present numbers on it; what follows from those there stays as it was."""
+    def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
+        """The stored tensor with its present numbers; what follows from those there stays as it was."""
         where, n, now = self.here(name), self.size(name, False), now.cpu()
         shape = [size_of(dim, self.born) for dim in self.dims(name)]
-        shelf = self.shelves.get(name)
-        if shelf is None:
+        stored = self.weights.get(name)
+        if stored is None:
             sizes = torch.zeros(shape, dtype=torch.int32) if name in self.folds else None
-            shelf = Shelf(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool), sizes)
-        shelf = replace(shelf, values=shelf.values.to(now.dtype))  # the network may have been cast since
-        old = get(shelf.values, where)
-        same = get(shelf.held, where) & (self._written(name, shelf, where, n, lost) == now)
+            stored = RemovedWeights(now.new_zeros(shape), torch.zeros(shape, dtype=torch.bool), sizes)
+        stored = replace(stored, values=stored.values.to(now.dtype))  # the network may have been cast since
+        old = get(stored.values, where)
+        same = get(stored.held, where) & (self._written(name, stored, where, n, lost) == now)
         plain = now if lost is None else (now.double() - lost[where[0]]).to(now.dtype)
-        values = put(shelf.values, where, torch.where(same, old, plain))
-        held = put(shelf.held, where, torch.ones_like(same))
-        sizes = shelf.sizes
+        values = put(stored.values, where, torch.where(same, old, plain))
+        held = put(stored.held, where, torch.ones_like(same))
+        sizes = stored.sizes
         if sizes is not None:
             was = get(sizes, where)
             sizes = put(sizes, where, torch.where(same, was, torch.full_like(was, n)))
-        self.shelves[name] = Shelf(values, held, sizes)
-        return self.shelves[name]
+        self.weights[name] = RemovedWeights(values, held, sizes)
+        return self.weights[name]
 
-    def _written(self, name: str, shelf: Shelf, where: list[Tensor], n: int, lost: Tensor | None = None) -> Tensor:
-        """What the numbers on a shelf come to at a size of the divisor, and with what dropped inputs leave."""
-        values = get(shelf.values, where)
-        if shelf.sizes is not None:
-            values = refolded(values, get(shelf.sizes, where), n, self.folds[name])
+    def _written(
+        self, name: str, stored: RemovedWeights, where: list[Tensor], n: int, lost: Tensor | None = None
+    ) -> Tensor:
+        """What stored numbers come to at a size of the divisor, and with what dropped inputs leave."""
+        values = get(stored.values, where)
+        if stored.sizes is not None:
+            values = refolded(values, get(stored.sizes, where), n, self.folds[name])
         return values if lost is None else (values.double() + lost[where[0]]).to(values.dtype)
 
     def rewritten(self, name: str, made: Tensor | None) -> Tensor:
         """A tensor after the plan: old numbers in restored places, and all that is left at the new size."""
         now = self.state(name)
         assert now is not None
-        shelf, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
+        stored, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
         was, born = self._followed(name, now.cpu())
         made = was if made is None else made.cpu()
-        held, kept = get(shelf.held, where), torch.eq(was, made)
+        held, kept = get(stored.held, where), torch.eq(was, made)
         if self.recalls:
             made = torch.where(born & ~held & self._strangers(name, held), torch.zeros_like(made), made)
-        if shelf.sizes is not None:
+        if stored.sizes is not None:
             made = refolded(made, torch.tensor(self.size(name, False)), n, self.folds[name])
         old = held & torch.where(born, torch.tensor(self.recalls), kept)
-        return torch.where(old, self._written(name, shelf, where, n), made).to(now.device)
+        return torch.where(old, self._written(name, stored, where, n), made).to(now.device)
 
     def _followed(self, name: str, now: Tensor) -> tuple[Tensor, Tensor]:
         """The present numbers where they go to, and which entries are not there yet."""
@@ -187,8 +189,8 @@ class _Way:
     # --- compensation ---------------------------------------------------------------------------------------------
 
     def means_after(self) -> dict[str, dict[int, float]]:
-        """The means that stand in for dropped inputs after the plan, by their places on the shelf of the weight."""
-        found = {weight: dict(row) for weight, row in self.attic.means.items()}
+        """The means that stand in for dropped inputs after the plan, by their places in the stored weight."""
+        found = {weight: dict(row) for weight, row in self.undo.means.items()}
         for weight, row in self.plan.means.items():
             at = self.here(weight)[_read(self.axes, weight)]
             found[weight] = found.get(weight, {}) | {int(at[position]): mean for position, mean in row.items()}
@@ -215,12 +217,12 @@ class _Way:
             assert own is not None
             now = own.new_zeros(len(self.here(bias)[0]))
             self.added.append(bias)
-        shelf = self.stowed(bias, now, self._lost(weight, told, before) if told else None)
+        stored = self.stowed(bias, now, self._lost(weight, told, before) if told else None)
         lost = self._lost(weight, tells, after) if tells else None
-        written = self._written(bias, shelf, self.there(bias), after, lost)
+        written = self._written(bias, stored, self.there(bias), after, lost)
         if made is None:
             return written.to(now.device)
-        held = get(shelf.held, self.there(bias))
+        held = get(stored.held, self.there(bias))
         return torch.where(held, written, made.cpu()).to(now.device)
 
     def _lost(self, weight: str, means: Mapping[int, float], n: int) -> Tensor:
@@ -229,10 +231,10 @@ class _Way:
         Added one by one, in the order of the places: the same numbers always make the same sum.
         """
         name = self.axes.ties.get(weight, weight)
-        shelf, dim = self.shelves[name], _read(self.axes, weight)
-        values = shelf.values.double() * shelf.held
-        if shelf.sizes is not None:
-            values = torch.where(shelf.held, refolded(values, shelf.sizes, n, self.folds[name]), values)
+        stored, dim = self.weights[name], _read(self.axes, weight)
+        values = stored.values.double() * stored.held
+        if stored.sizes is not None:
+            values = torch.where(stored.held, refolded(values, stored.sizes, n, self.folds[name]), values)
         columns = values.movedim(dim, 0).flatten(2) if values.dim() > 2 else values.movedim(dim, 0)[..., None]
         total = torch.zeros(columns.shape[1], dtype=torch.float64)
         for at, mean in means.items():

@@ -20,7 +20,7 @@ from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.tensors import read_header, read_tensors, write_tensors
-from regrow.surgery import Attic
+from regrow.surgery import UndoStore
 from regrow.training.state import TrainState, axis_tensors, restore_state, values_of
 
 S = TypeVar("S")
@@ -49,7 +49,7 @@ class History:
 
 
 def write_checkpoint(
-    path: Path, model: nn.Module, state: TrainState[Any], undo: Attic | None = None, *, logged: int | None = None
+    path: Path, model: nn.Module, state: TrainState[Any], undo: UndoStore | None = None, *, logged: int | None = None
 ) -> None:
     """Write a checkpoint: all of it, or nothing.
 
@@ -95,7 +95,7 @@ def read_checkpoint(
     axes: AxisGraph,
     learner: S,
     history: History | None = None,
-    undo: Attic | None = None,
+    undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
     """Restore a network and the state of its training.
 

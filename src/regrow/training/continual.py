@@ -16,7 +16,7 @@ from regrow.axes import AxisGraph
 from regrow.evaluation.continual import Matrix, share_right
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.surgery import Attic
+from regrow.surgery import UndoStore
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Examples, Task
 from regrow.training.fit import Around, Fitted, Observer, fit
@@ -84,7 +84,7 @@ def learn(
     schedule: TaskSchedule,
     *,
     state: TrainState[S] | None = None,
-    undo: Attic | None = None,
+    undo: UndoStore | None = None,
     checkpoint: Callable[[TrainState[S], Context], None] | None = None,
     around: Around = lambda state, context, step: nullcontext(),
     log: Callable[..., None] = lambda kind, **row: None,

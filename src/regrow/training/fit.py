@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
-from regrow.surgery import Attic, apply
+from regrow.surgery import UndoStore, apply
 from regrow.surgery.stand_in import standing_in
 from regrow.training.growth_metrics import (
     gradient_shares,
@@ -74,7 +74,7 @@ def fit(
     schedule: Schedule,
     *,
     state: TrainState[S] | None = None,
-    undo: Attic | None = None,
+    undo: UndoStore | None = None,
     checkpoint: Callable[[TrainState[S], Context], None] | None = None,
     observe: Observer[S] | None = None,
     around: Around = lambda state, context, step: nullcontext(),
@@ -102,7 +102,7 @@ def fit(
     """
     state = state or TrainState(learner.state)
     run = _Run(phases, learner, schedule, checkpoint, observe or Observer(), around, progress, log)
-    undo = undo if undo is not None else (Attic() if learner.restores else None)
+    undo = undo if undo is not None else (UndoStore() if learner.restores else None)
     while state.number < len(phases):
         context = run.context(model, axes, state.number, state.epoch, undo)
         context, state = _fit_task(run, context, state)
@@ -132,7 +132,7 @@ class _Run(Generic[S]):
         else:
             self.sink(kind, **row)
 
-    def context(self, model: nn.Module, axes: AxisGraph, number: int, epoch: int, undo: Attic | None) -> Context:
+    def context(self, model: nn.Module, axes: AxisGraph, number: int, epoch: int, undo: UndoStore | None) -> Context:
         phase, past = self.phases[number], tuple(one.task for one in self.phases[:number])
         return Context(
             model,
@@ -229,7 +229,7 @@ def apply_plan(
     before, old = context, axis_tensors(state)
     # No optimizer knows the group of what a plan brings back yet.
     following = [optimizers.network] if optimizers and not plan.back else []
-    model, axes = apply(context.model, context.axes, plan, optimizers=following, attic=context.undo)
+    model, axes = apply(context.model, context.axes, plan, optimizers=following, undo=context.undo)
     context = replace(context, model=model, axes=axes, applied=context.applied + 1)
     state = follow_plan(state, before.axes, plan)
     tensors = axis_tensors(state)

@@ -17,7 +17,7 @@ from regrow.axes import AxisGraph, axes_in
 from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
 from regrow.sources import logits_in
-from regrow.surgery import Attic
+from regrow.surgery import UndoStore
 from regrow.tasks import Examples, Task, among
 
 S = TypeVar("S")
@@ -85,7 +85,7 @@ class Context:
     past: tuple[Task, ...] = ()
     answered: int | None = None
     applied: int = 0
-    undo: Attic | None = None
+    undo: UndoStore | None = None
     log: Log = discard
 
     @property

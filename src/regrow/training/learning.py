@@ -268,7 +268,7 @@ def changed(at: Stand, learner: Learner, plan: Plan, movers: Movers | None = Non
     old = at.axes
     # Of what comes back no optimiser knows a group yet.
     following = [movers.network] if movers and not plan.back else []
-    at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, attic=learner.attic)
+    at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, undo=learner.undo)
     learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
     for name, value in held.items():
         learner.tensors[name].values.requires_grad_()

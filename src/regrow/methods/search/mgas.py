@@ -359,7 +359,7 @@ class Mgas(Searcher):
     def restoring(self, at: Stand) -> Plan | None:
         """Of the filters that the stage cut, and the weights that are 0, a share comes back: what the loss pulls at."""
         self._let_back(at)
-        there = {key: self.attic.gone.get(key, ()) for key, _ in self.spans()}
+        there = {key: self.undo.restorable.get(key, ()) for key, _ in self.spans()}
         cut = {key: [one for one in ids if one in there.get(key, ())] for key, ids in self.values["fallen"].items()}
         lost = {key: ids for key, ids in cut.items() if ids}
         if not (many := int(self.settings.regrow_filters * sum(map(len, lost.values())))):

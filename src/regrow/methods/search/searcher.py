@@ -20,7 +20,7 @@ from regrow.evaluation.continual import share_right
 from regrow.learner import Learner, Stand, flags
 from regrow.method import Measure
 from regrow.plan import Plan
-from regrow.surgery import Attic, apply
+from regrow.surgery import UndoStore, apply
 from regrow.surgery.stand_in import followed, standing_in
 from regrow.tasks import Examples
 from regrow.tracing.hollow import clone_model
@@ -40,7 +40,7 @@ class Searcher(Learner):
     """
 
     settings: Any = None
-    attic: Any = field(default_factory=Attic)
+    undo: Any = field(default_factory=UndoStore)
     gates: Gates | None = field(default=None, repr=False)
     """What may go in the part of the network that runs now."""
     gone: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
@@ -324,14 +324,14 @@ class Searcher(Learner):
 
         Args:
             at: The network.
-            lost: Key of an axis → the birth numbers of filters that the attic has.
+            lost: Key of an axis → the birth numbers of filters that the undo store has.
             batch: What the loss is of.
 
         Returns:
             Of each filter its pull, its axis and its birth number.
         """
         plan = Plan.restoring(at.axes, lost)
-        model, axes = apply(clone_model(at.model), at.axes, plan, attic=copy.copy(self.attic))
+        model, axes = apply(clone_model(at.model), at.axes, plan, undo=copy.copy(self.undo))
         there, probe = replace(at, model=model, axes=axes), copy.copy(self)
         probe.values = copy.deepcopy(self.values)
         probe.tensors = {name: followed(one, at.axes, plan) for name, one in self.tensors.items()}

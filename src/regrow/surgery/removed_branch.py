@@ -1,4 +1,4 @@
-"""A branch that was dropped, as an attic keeps it."""
+"""A branch that was dropped, as an undo store keeps it."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -13,19 +13,19 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Gone:
+class RemovedBranch:
     """A dropped branch, with what it takes to bring it back.
 
     Args:
         branch: What was dropped.
         axes: The network's axes before.
-        attic: What cuts had taken out of it before (an :class:`regrow.Attic`).
+        undo: What cuts had taken out of it before (an :class:`regrow.UndoStore`).
         modules: What was at each place.
     """
 
     branch: Branch
     axes: AxisGraph
-    attic: Any
+    undo: Any
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def rejoined(self, axes: AxisGraph) -> AxisGraph:

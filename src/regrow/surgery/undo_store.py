@@ -1,4 +1,4 @@
-"""The attic: what cuts take out of a network is kept, so that it can come back as it was."""
+"""The undo store: what cuts take out of a network is kept, so that it can come back as it was."""
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,14 +10,14 @@ from torch import Tensor
 from regrow.axes import AxisGraph, Dim, size_of
 from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
-from regrow.surgery.gone import Gone
 from regrow.surgery.layout import Layout, laid
+from regrow.surgery.removed_branch import RemovedBranch
 
 FORMAT = "regrow-attic/1"
 
 
 @dataclass(frozen=True)
-class Shelf:
+class RemovedWeights:
     """The numbers of one tensor, with a place for every entry that it ever had.
 
     Args:
@@ -51,7 +51,7 @@ class Constant:
 
 
 @dataclass
-class Attic:
+class UndoStore:
     """What cuts took out of a network; give it to every :func:`regrow.apply` from the first cut on.
 
     Entries are addressed by the birth numbers of their units along each dimension, so it does not matter in which order
@@ -59,9 +59,9 @@ class Attic:
     a byte per entry, and four more in tensors that take up a divisor's size. Optimisers' moments are not kept.
 
     Args:
-        shelves: Tensor → its numbers; tied tensors under their first name.
-        born: Axis key → how many places its units have on the shelves.
-        gone: Axis key → the birth numbers of the units that can be restored.
+        weights: Tensor → its numbers; tied tensors under their first name.
+        born: Axis key → how many places its units have in the stored tensors.
+        restorable: Axis key → the birth numbers of the units that can be restored.
         means: Weight → place of a dropped input → the mean that stands in for it in the bias.
         constants: ``module:attribute`` → the constant before any cut.
         added: Biases that only compensation has made.
@@ -71,24 +71,24 @@ class Attic:
 
     >>> from torch import nn
     >>> from regrow import apply, trace
-    >>> net, attic = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), Attic()
+    >>> net, undo = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), UndoStore()
     >>> axes, old = trace(net, torch.ones(1, 4)), net[0].weight
-    >>> net, axes = apply(net, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), attic=attic)
-    >>> net, axes = apply(net, axes, Plan.restoring(axes, attic.gone), attic=attic)
+    >>> net, axes = apply(net, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), undo=undo)
+    >>> net, axes = apply(net, axes, Plan.restoring(axes, undo.restorable), undo=undo)
     >>> torch.equal(net[0].weight, old)
     True
     """
 
-    shelves: Mapping[str, Shelf] = field(default_factory=dict)
+    weights: Mapping[str, RemovedWeights] = field(default_factory=dict)
     born: Mapping[str, int] = field(default_factory=dict)
-    gone: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    restorable: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     constants: Mapping[str, Constant] = field(default_factory=dict)
     added: tuple[str, ...] = ()
-    branches: Mapping[str, Gone] = field(default_factory=dict)
+    branches: Mapping[str, RemovedBranch] = field(default_factory=dict)
     network: str = field(default="", compare=False)
 
-    def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, Gone], Attic]":
+    def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
         """What becomes of it when branches are dropped: each branch with what cuts took out of it, and the rest."""
         found, rest = {}, self
         for branch in branches:
@@ -96,23 +96,23 @@ class Attic:
             names = {name: branch.holds(name.partition(":")[0]) for name in rest._names()}
             # What was dropped before stays here: else each branch would hold all earlier ones, and they in turn.
             goes = replace(rest._of({n for n in names if names[n]}, axes.axes.keys() - stays), branches={})
-            found[branch.module] = Gone(branch, axes, goes)
+            found[branch.module] = RemovedBranch(branch, axes, goes)
             rest = rest._of({name for name in names if not names[name]}, {*stays})
         return found, rest
 
-    def rejoined(self, gone: Gone) -> "Attic":
+    def rejoined(self, removed: RemovedBranch) -> "UndoStore":
         """The same once a branch is back: what cuts had taken out of it can be restored again."""
         parts: dict[str, Any] = {
-            name: {**getattr(self, name), **getattr(gone.attic, name)}
-            for name in ("shelves", "born", "gone", "means", "constants")
+            name: {**getattr(self, name), **getattr(removed.undo, name)}
+            for name in ("weights", "born", "restorable", "means", "constants")
         }
-        left = {path: one for path, one in self.branches.items() if path != gone.branch.module}
-        return replace(self, **parts, added=(*self.added, *gone.attic.added), branches=left)
+        left = {path: one for path, one in self.branches.items() if path != removed.branch.module}
+        return replace(self, **parts, added=(*self.added, *removed.undo.added), branches=left)
 
     def _names(self) -> set[str]:
-        return {*self.shelves, *self.means, *self.constants, *self.added}
+        return {*self.weights, *self.means, *self.constants, *self.added}
 
-    def _of(self, names: Container[str], keys: Container[str]) -> "Attic":
+    def _of(self, names: Container[str], keys: Container[str]) -> "UndoStore":
         """A part of it: tensors and constants of some names, axes of some keys."""
 
         def those(what: Mapping[str, Any], which: Container[str]) -> dict[str, Any]:
@@ -120,9 +120,9 @@ class Attic:
 
         return replace(
             self,
-            shelves=those(self.shelves, names),
+            weights=those(self.weights, names),
             born=those(self.born, keys),
-            gone=those(self.gone, keys),
+            restorable=those(self.restorable, keys),
             means=those(self.means, names),
             constants=those(self.constants, names),
             added=tuple(name for name in self.added if name in names),
@@ -130,16 +130,16 @@ class Attic:
 
     def contents(self) -> dict[str, Tensor]:
         """Every number that it holds by a name of its own, those of dropped branches too; not copied."""
-        found = {f"shelf {name}": shelf.values for name, shelf in self.shelves.items()}
-        for path, gone in self.branches.items():
-            held = {f"{at}.{name}": t for at, one in gone.modules.items() for name, t in one.state_dict().items()}
-            held |= gone.attic.contents()
+        found = {f"shelf {name}": removed.values for name, removed in self.weights.items()}
+        for path, removed in self.branches.items():
+            held = {f"{at}.{name}": t for at, one in removed.modules.items() for name, t in one.state_dict().items()}
+            held |= removed.undo.contents()
             found |= {f"branch {path} {name}": tensor for name, tensor in held.items()}
         return found
 
     def tensors(self) -> dict[str, Tensor]:
         """Its numbers, named, as :meth:`read` takes them back together with :meth:`record`."""
-        return {f"{part}:{name}": t for name, shelf in self.shelves.items() for part, t in shelf.parts().items()}
+        return {f"{part}:{name}": t for name, removed in self.weights.items() for part, t in removed.parts().items()}
 
     def record(self) -> dict[str, Any]:
         """Everything else, as JSON data.
@@ -149,36 +149,38 @@ class Attic:
         """
         if self.branches:
             raise PlanError(
-                f"{next(iter(self.branches))} is in the attic as a module, which no file keeps; bring it back"
+                f"{next(iter(self.branches))} is in the undo store as a module, which no file keeps; bring it back"
             )
         return {
             "format": FORMAT,
-            "shelves": list(self.shelves),
+            "shelves": list(self.weights),
             "born": dict(self.born),
-            "gone": {key: list(ids) for key, ids in self.gone.items()},
+            "gone": {key: list(ids) for key, ids in self.restorable.items()},
             "means": {name: {str(at): mean for at, mean in row.items()} for name, row in self.means.items()},
             "constants": {place: asdict(one) for place, one in self.constants.items()},
             "added": list(self.added),
         }
 
     @classmethod
-    def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "Attic":
-        """An attic from its parts.
+    def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
+        """An undo store from its parts.
 
         Raises:
-            PlanError: If they are no attic, or damaged.
+            PlanError: If they are no undo store, or damaged.
         """
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
-            raise PlanError(f"not an attic: expected the format {FORMAT!r}")
+            raise PlanError(f"not an undo store: expected the format {FORMAT!r}")
         try:
-            shelves = {
-                str(name): Shelf(tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}"))
+            weights = {
+                str(name): RemovedWeights(
+                    tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}")
+                )
                 for name in record["shelves"]
             }
-            if odd := [n for n, s in shelves.items() if len({part.shape for part in s.parts().values()}) > 1]:
-                raise PlanError(f"a damaged attic: the numbers of {odd[0]} have several shapes")
+            if odd := [n for n, s in weights.items() if len({part.shape for part in s.parts().values()}) > 1]:
+                raise PlanError(f"a damaged undo store: the numbers of {odd[0]} have several shapes")
             return cls(
-                shelves,
+                weights,
                 {str(key): int(n) for key, n in record["born"].items()},
                 {str(key): tuple(int(one) for one in ids) for key, ids in record["gone"].items()},
                 {str(n): {int(at): float(mean) for at, mean in row.items()} for n, row in record["means"].items()},
@@ -188,7 +190,7 @@ class Attic:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
-            raise PlanError(f"a damaged attic: {error!r}") from None
+            raise PlanError(f"a damaged undo store: {error!r}") from None
 
     def check_network(self, axes: AxisGraph) -> None:
         """Assert that it is of the network that axes are of.
@@ -198,8 +200,8 @@ class Attic:
         """
         if self.network and self.network != axes.network:
             raise PlanError(
-                "the attic holds what was cut out of another network, or of this one before it was traced anew; use "
-                "it with the axes that apply returned, or replay the plans from the start"
+                "the undo store holds what was cut out of another network, or of this one before it was traced anew; "
+                "use it with the axes that apply returned, or replay the plans from the start"
             )
 
     def check(self, axes: AxisGraph, plan: Plan) -> None:
@@ -211,19 +213,19 @@ class Attic:
         self.check_network(axes)
         for key, n in self.born.items():
             axis = axes.axes.get(key)
-            if axis is None or axis.born < n or set(self.gone.get(key, ())) & set(axis.ids):
+            if axis is None or axis.born < n or set(self.restorable.get(key, ())) & set(axis.ids):
                 raise PlanError(
-                    f"the attic numbers the units of axis {key!r} otherwise than these axes do; use it with the axes "
-                    "that apply returned, or replay the plans from the start"
+                    f"the undo store numbers the units of axis {key!r} otherwise than these axes do; use it with the "
+                    "axes that apply returned, or replay the plans from the start"
                 )
         for key, change in plan.changes.items():
-            if lost := sorted(set(change.recalled) - set(self.gone.get(key, ()))):
+            if lost := sorted(set(change.recalled) - set(self.restorable.get(key, ()))):
                 raise PlanError(
-                    f"axis {key!r}: unit {lost[0]} is not in the attic, it was cut without it; "
+                    f"axis {key!r}: unit {lost[0]} is not in the undo store, it was cut without it; "
                     "restore it with fresh numbers: Plan.restoring(axes, units, Fill())"
                 )
 
-    def enlarged(self, axes: AxisGraph, born: Mapping[str, int]) -> "Attic":
+    def enlarged(self, axes: AxisGraph, born: Mapping[str, int]) -> "UndoStore":
         """The same with places for units born since.
 
         Args:
@@ -231,25 +233,27 @@ class Attic:
             born: Axis key → how many places its units are to have.
 
         Raises:
-            PlanError: If a shelf is not of the network.
+            PlanError: If a stored tensor is not of the network.
         """
         before = {**born, **self.born}
-        shelves = {}
-        for name, shelf in self.shelves.items():
+        weights = {}
+        for name, removed in self.weights.items():
             dims = axes.shapes.get(name, ())
-            if tuple(shelf.values.shape) != tuple(size_of(dim, before) for dim in dims):
-                raise PlanError(f"the attic holds {name} in another shape than this network has it; it is of another")
+            if tuple(removed.values.shape) != tuple(size_of(dim, before) for dim in dims):
+                raise PlanError(
+                    f"the undo store holds {name} in another shape than this network has it; it is of another"
+                )
             shape = [size_of(dim, born) for dim in dims]
-            if list(shelf.values.shape) != shape:
-                where = shelved(dims, born, {key: range(n) for key, n in before.items()})
-                parts = {what: put(part.new_zeros(shape), where, part) for what, part in shelf.parts().items()}
-                shelf = Shelf(**parts)
-            shelves[name] = shelf
-        return replace(self, shelves=shelves, born=dict(born))
+            if list(removed.values.shape) != shape:
+                where = locate_entries(dims, born, {key: range(n) for key, n in before.items()})
+                parts = {what: put(part.new_zeros(shape), where, part) for what, part in removed.parts().items()}
+                removed = RemovedWeights(**parts)
+            weights[name] = removed
+        return replace(self, weights=weights, born=dict(born))
 
 
-def shelved(dims: tuple[Dim, ...], born: Mapping[str, int], ids: Mapping[str, Any]) -> list[Tensor]:
-    """Where the entries of a tensor lie on its shelf, one list of places per dimension.
+def locate_entries(dims: tuple[Dim, ...], born: Mapping[str, int], ids: Mapping[str, Any]) -> list[Tensor]:
+    """Where the entries of a tensor lie in the stored one, one list of places per dimension.
 
     Args:
         dims: Its dimensions.
