@@ -97,6 +97,8 @@ class Staged(Protocol):
 
     recomputed: bool
     """Whether parts are computed anew in the backward pass while it learns, to save memory."""
+    active: int | None
+    """The last part that runs when the network is called; ``None``: all of it."""
 
     def upto(self, x: Tensor, last: int) -> Tensor:
         """The logits behind part ``last``; what comes later does not run."""

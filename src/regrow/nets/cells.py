@@ -129,6 +129,7 @@ class Cells(nn.Module):
         )
         self.cells, self.heads = nn.ModuleList(), nn.ModuleDict()
         self.recomputed = False
+        self.active: int | None = None
         widths, scales = [stem, stem], [0, 0]
         for i, plan in enumerate(config["cells"]):
             level = max(scales)
@@ -168,8 +169,8 @@ class Cells(nn.Module):
         return found
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Logits ``[N, classes]``; of every classifier, if there are several."""
-        found = self._heads(x, sorted(map(int, self.heads)))
+        """Logits ``[N, classes]`` behind cell ``active``; without it of every classifier, if there are several."""
+        found = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
         return found[0] if len(found) == 1 else tuple(found)
 
     def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:

@@ -88,6 +88,7 @@ class Mobile(nn.Module):
         )
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleDict()
         self.recomputed = False
+        self.active: int | None = None
         for i, plan in enumerate(config["blocks"]):
             self.blocks.append(block(width, plan))
             width = plan["width"]
@@ -114,8 +115,8 @@ class Mobile(nn.Module):
         return [*candidates_in(self).values()]
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Logits ``[N, classes]``; of every classifier, if there are several."""
-        found = self._heads(x, sorted(map(int, self.heads)))
+        """Logits ``[N, classes]`` behind block ``active``; without it of every classifier, if there are several."""
+        found = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
         return found[0] if len(found) == 1 else tuple(found)
 
     def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:

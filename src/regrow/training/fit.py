@@ -247,6 +247,8 @@ def apply_plan(
 def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
     """Apply the plans that a learner makes after the last epoch, and write what replaces parameters into them.
 
+    It starts with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
+
     Args:
         learner: The learner.
         fitted: What training gave.
@@ -255,7 +257,7 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
     Returns:
         The plain network, and the plans in order.
     """
-    own, plans = fitted.state.learner, []
+    own, plans = learner.boundary(fitted.state.learner, context, Boundary(Event.RESUME)), []
     while True:
         plan, own = learner.plan(own, context)
         if plan is None:

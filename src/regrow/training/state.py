@@ -3,7 +3,7 @@
 A field of type ``AxisTensor``, ``AxisTensor | None`` or ``Mapping[str, AxisTensor]`` holds tensors: they follow every
 plan, those with a learning rate are trained, and all are stored by the name of the field (and the key). A field made by
 :func:`derived` is neither stored nor changed: the learner computes it again on ``Event.RESUME``. Every other field is
-JSON data.
+JSON data. A field made by :func:`stored_as` is stored by another name.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -37,6 +37,16 @@ def derived(make: Callable[[], Any]) -> Any:
     return field(default_factory=make, repr=False, compare=False, metadata={"derived": True})
 
 
+def stored_as(key: str, make: Callable[[], Any]) -> Any:
+    """A field of a state that is stored by another name, such as one that earlier versions gave it.
+
+    Args:
+        key: The name in checkpoints.
+        make: Gives its first value.
+    """
+    return field(default_factory=make, metadata={"key": key})
+
+
 def axis_tensors(state: Any) -> dict[str, AxisTensor]:
     """The tensors of a state by name: that of the field, followed by the key where there are several.
 
@@ -49,9 +59,9 @@ def axis_tensors(state: Any) -> dict[str, AxisTensor]:
     ['anchor weight']
     """
     tensors: dict[str, Any] = {}
-    for name, single in _tensor_fields(_kind(state)):
+    for key, (name, single) in _tensor_fields(_kind(state)).items():
         value = getattr(state, name)
-        tensors |= {f"{name} {key}": one for key, one in value.items()} if not single else {name: value}
+        tensors |= {key: value} if single else {f"{key} {rest}": one for rest, one in value.items()}
     return {name: one for name, one in tensors.items() if one is not None}
 
 
@@ -61,16 +71,16 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
     Raises:
         ValueError: If the state has no field for one of them.
     """
-    known = dict(_tensor_fields(_kind(state)))
-    values: dict[str, Any] = {name: None if single else {} for name, single in known.items()}
-    for name, one in tensors.items():
-        first, _, key = name.partition(" ")
-        if first not in known or known[first] != (not key):
-            raise ValueError(f"the method has no tensor {name!r}")
-        if key:
-            values[first][key] = one
+    known = _tensor_fields(_kind(state))
+    values: dict[str, Any] = {name: None if single else {} for name, single in known.values()}
+    for key, one in tensors.items():
+        first, _, rest = key.partition(" ")
+        if known.get(key, ("", False))[1]:
+            values[known[key][0]] = one
+        elif rest and not known.get(first, ("", True))[1]:
+            values[known[first][0]][rest] = one
         else:
-            values[first] = one
+            raise ValueError(f"the method has no tensor {key!r}")
     missing = [name for name, value in values.items() if value is None and getattr(state, name) is not None]
     if missing:
         raise ValueError(f"the tensor {missing[0]!r} is missing")
@@ -90,7 +100,7 @@ def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
 
 def values_of(state: Any) -> dict[str, Any]:
     """The fields of a state that are JSON data."""
-    return {one.name: msgspec.to_builtins(getattr(state, one.name)) for one in _value_fields(_kind(state))}
+    return {_key(one): msgspec.to_builtins(getattr(state, one.name)) for one in _value_fields(_kind(state))}
 
 
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
@@ -106,24 +116,29 @@ def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[s
     """
     hints = get_type_hints(type(state))
     known = {
-        one.name: convert(values[one.name], hints[one.name])
+        one.name: convert(values[_key(one)], hints[one.name])
         for one in _value_fields(_kind(state))
-        if one.name in values
+        if _key(one) in values
     }
     return with_axis_tensors(replace(state, **known), tensors)  # type: ignore[type-var]
 
 
 @cache
-def _tensor_fields(kind: Any) -> tuple[tuple[str, bool], ...]:
-    """The names of the fields that hold tensors, and whether each holds a single one."""
+def _tensor_fields(kind: Any) -> dict[str, tuple[str, bool]]:
+    """The fields that hold tensors: name in checkpoints → name, and whether it holds a single one."""
     hints = get_type_hints(kind)
-    return tuple((one.name, hints[one.name] in _ONE) for one in _stored(kind) if hints[one.name] in (*_ONE, *_SEVERAL))
+    known = (*_ONE, *_SEVERAL)
+    return {_key(one): (one.name, hints[one.name] in _ONE) for one in _stored(kind) if hints[one.name] in known}
 
 
 @cache
 def _value_fields(kind: Any) -> tuple[Field[Any], ...]:
-    tensors = {name for name, _ in _tensor_fields(kind)}
+    tensors = {name for name, _ in _tensor_fields(kind).values()}
     return tuple(one for one in _stored(kind) if one.name not in tensors)
+
+
+def _key(one: Field[Any]) -> str:
+    return str(one.metadata.get("key", one.name))
 
 
 def _kind(state: Any) -> Any:
