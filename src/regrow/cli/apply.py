@@ -5,26 +5,25 @@ from typing import Any
 
 import click
 
-from regrow.cli import options
+from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, working
 
 
-@click.command(cls=Verb, name="apply", epilog=options.MODEL_HELP)
+@click.command(cls=Verb, name="apply", epilog=flags.MODEL_HELP)
 @click.argument("plan", type=options.PATH)
 @click.argument("model")
 @click.option("--out", required=True, type=options.PATH, help="Where the changed model goes.")
 @options.code
-@options.dtype
-@options.input_shape
+@flags.dtype
+@flags.input_shape
 def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) -> None:
     """Apply PLAN (a plan from `prune --dry-run`, or a run's ledger.json) to MODEL and save the result.
 
     Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
     """
     from regrow.commands import Ledger, replay
-    from regrow.commands.evaluate import loaded_from
-    from regrow.commands.prune import Settings
+    from regrow.commands.models import ModelSpec, load_model_or_run
     from regrow.store import write_model
     from regrow.store.replacing import cleared, replaced
     from regrow.tracing import trace
@@ -37,7 +36,7 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
     options.say_code(model, code)
     with working() as progress:
-        loaded = loaded_from(Settings(model, dtype=dtype, input=input), progress, code)
+        loaded = load_model_or_run(ModelSpec(model, dtype=dtype, input=input), progress, code)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
         with replaced(out) as made:

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from regrow.cli import options
+from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import beside, say, working
 
@@ -32,13 +32,12 @@ NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for e
     "--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 takes the likeliest token."
 )
 @click.option("--seed", default=0, show_default=True, type=int, help="Of what is drawn at a temperature above 0.")
-@options.dtype
-@options.device
+@flags.dtype
+@flags.device
 def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: str, **given: Any) -> None:
     """Talk to MODEL, and to OTHER beside it: run folders, or anything that `regrow prune` takes."""
     from regrow import store
-    from regrow.commands.evaluate import loaded_from
-    from regrow.commands.prune import Settings
+    from regrow.commands.models import ModelSpec, load_model_or_run
 
     names = [model, *([other] if other else [])]
     options.say_code(*names)
@@ -48,7 +47,7 @@ def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: 
                 raise click.UsageError(
                     f"{name} has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
                 )
-        loaded = [loaded_from(Settings(name, dtype=dtype, device=device), progress) for name in names]
+        loaded = [load_model_or_run(ModelSpec(name, dtype=dtype, device=device), progress) for name in names]
     for name, one in zip(names, loaded, strict=True):
         if one.tokenizer is None:
             raise click.UsageError(

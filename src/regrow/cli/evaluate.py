@@ -1,46 +1,33 @@
 """``regrow evaluate``: how good and how big a model is."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
+from regrow.cli.flags import Given
 from regrow.cli.recover import tell
 from regrow.cli.screen import number, say, table, working
+from regrow.settings.evaluate import Settings
 
 
-@click.command(cls=Verb)
-@click.argument("model")
-@options.source
-@click.option("--choices", multiple=True, type=options.PATH, help="Multiple-choice items, JSON lines (.gz).")
-@click.option(
-    "--harness",
-    multiple=True,
-    metavar="TASK|FILE",
-    help="Let EleutherAI's lm-eval run one of its tasks (arc_easy; it fetches the data), or a file of items as for "
-    "--choices, on which it fetches nothing.",
-)
-@click.option("--items", default=200, show_default=True, type=int, help="How many items of each file or task.")
-@click.option("--speed", is_flag=True, help="Also time a forward pass.")
-@options.eval_tokens
-@options.seq_len
+@click.command(cls=Verb, settings=Settings)
 @click.option("--json", "json_file", type=options.PATH, help="Also write everything to this file.")
 @options.code
-@options.dtype
-@options.device
-@options.input_shape
-def evaluate(model: str, json_file: Path | None, **given: Any) -> None:
+def evaluate(given: Given, json_file: Path | None, code: str) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
+    settings = given.build()
+    options.check_sources(settings.sources)
+    options.check_json(json_file, settings.model, *settings.choices, *settings.harness, *settings.sources)
+    options.say_code(settings.model, code)
     from regrow.commands import RunFolder
-    from regrow.commands.evaluate import evaluated
+    from regrow.commands import evaluate as evaluation
 
-    options.check_json(json_file, model, *given["choices"], *given["harness"], *given["sources"])
-    options.say_code(model, given["code"])
-    measured = RunFolder(Path(model)).metrics() if Path(model, "run.json").is_file() else []
+    folder = Path(settings.model)
+    measured = RunFolder(folder).metrics() if (folder / "run.json").is_file() else []
     with working() as progress:
-        result = evaluated(model, progress=progress, **given)
+        result = evaluation.evaluate(settings, progress, code=code)
     if json_file:
         import json
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from regrow.cli import options
+from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import number, say, working
 
@@ -29,7 +29,7 @@ Examples
 @click.option("--out", required=True, type=options.PATH, help="The file or folder to write.")
 @click.option("--dtype", default="", metavar="DTYPE", help="What weights are stored in; see below.")
 @options.code
-@options.input_shape
+@flags.input_shape
 @click.option("--cache", is_flag=True, help="For onnx: a graph that takes and gives keys and values.")
 def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check what was written by reading it."""

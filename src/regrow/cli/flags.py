@@ -2,19 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from regrow.cli.options import PATH
+from regrow.cli.options import PATH, Decorator
 from regrow.errors import InputError
-from regrow.settings.declaration import Declared, options_of
+from regrow.settings import prune
+from regrow.settings.declaration import Declared, declared, options_of
+from regrow.settings.file import read_settings
 from regrow.settings.words import build_settings, parse_pairs
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+_CONFIG = "Settings in a TOML or YAML file, by the names of options; options that are given here count."
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
 
 
@@ -76,11 +80,15 @@ class Given:
         kind: The record of the command's settings.
         values: Field → value.
         options: How they were written: ``--epochs``.
+        file: The settings file that gives others.
+        elsewhere: Options that are no settings: ``--out``.
     """
 
     kind: type["DataclassInstance"]
     values: Mapping[str, Any]
     options: tuple[str, ...]
+    file: Path | None
+    elsewhere: tuple[str, ...]
 
     def build(self) -> Any:
         """The settings of the command.
@@ -88,7 +96,19 @@ class Given:
         Raises:
             InputError: If one is missing or cannot be.
         """
-        return build_settings(self.kind, self.values, {})
+        file = read_settings(self.file, self.kind, self.elsewhere) if self.file else {}
+        return build_settings(self.kind, self.values, file)
+
+
+def option_of(kind: type["DataclassInstance"], name: str) -> Decorator:
+    """The option of one setting, for a command that has no settings of its own.
+
+    Args:
+        kind: The record of another command's settings.
+        name: The field.
+    """
+    field = declared(kind)[name]
+    return click.option(field.option, name, cls=Flag, **_attributes(field))
 
 
 def parameters_of(kind: type["DataclassInstance"]) -> list[click.Parameter]:
@@ -97,7 +117,8 @@ def parameters_of(kind: type["DataclassInstance"]) -> list[click.Parameter]:
     Args:
         kind: The record of the settings.
     """
-    return [parameter for field in options_of(kind) for parameter in _parameters(field)]
+    config = Flag(["--config"], type=PATH, metavar="FILE", help=_CONFIG)
+    return [*(parameter for field in options_of(kind) for parameter in _parameters(field)), config]
 
 
 def take_given(kind: type["DataclassInstance"], context: click.Context) -> Given:
@@ -108,21 +129,26 @@ def take_given(kind: type["DataclassInstance"], context: click.Context) -> Given
         context: Of the command, whose values change.
     """
     values: dict[str, Any] = {}
-    options = []
+    words = []
     for field in options_of(kind):
         for parameter in _parameters(field):
             name = parameter.name or ""
             value = context.params.pop(name)
             if context.get_parameter_source(name) != ParameterSource.COMMANDLINE:
                 continue
-            options.append(parameter.opts[0] if isinstance(parameter, Flag) else field.option)
+            words.append(parameter.opts[0] if isinstance(parameter, Flag) else field.option)
             if name != field.name:
                 values[field.name] = {**values.get(field.name, {}), name.removeprefix(f"{field.name}__"): value}
             elif field.mapping:
                 values[name] = parse_pairs(value)
             else:
                 values[name] = not field.default if field.type is bool else value
-    return Given(kind, values, tuple(options))
+    file = context.params.pop("config")
+    if file:
+        words.append("--config")
+    own = {word for one in parameters_of(kind) for word in one.opts}
+    rest = (word for one in context.command.params for word in one.opts if word not in own)
+    return Given(kind, values, tuple(words), file, ("--config", *rest))
 
 
 def _parameters(field: Declared) -> list[click.Parameter]:
@@ -138,21 +164,25 @@ def _parameters(field: Declared) -> list[click.Parameter]:
     return [_option(field), *parts]
 
 
-def _option(field: Declared) -> click.Parameter:
-    setting, words = field.setting, [field.option, field.name]
+def _option(field: Declared) -> Flag:
+    return Flag([field.option, field.name], **_attributes(field))
+
+
+def _attributes(field: Declared) -> dict[str, Any]:
+    shared = {"help": _help(field), "heading": field.setting.group}
     if field.type is bool:
-        return Flag(words, is_flag=True, help=setting.help, heading=setting.group)
-    return Flag(
-        words, multiple=field.repeated or field.mapping, type=_Value(field), help=_help(field), metavar=_metavar(field),
-        heading=setting.group,
-    )  # fmt: skip
+        return {"is_flag": True, **shared}
+    many = field.repeated or field.mapping
+    default = None if field.required or many else field.default
+    return {"multiple": many, "default": default, "type": _Value(field), "metavar": _metavar(field), **shared}
 
 
 def _help(field: Declared) -> str:
     text, default = field.setting.help, ", ".join(field.default) if field.repeated else field.default
     if field.required:
         return f"{text}  [required]"
-    return text if field.mapping or default in (None, "") else f"{text}  [default: {default}]"
+    without = field.mapping or field.type is bool or field.setting.one_of or default in (None, "")
+    return text if without else f"{text}  [default: {default}]"
 
 
 def _metavar(field: Declared) -> str:
@@ -181,3 +211,7 @@ def write_options(command: click.Command, context: click.Context, formatter: cli
     for heading, rows in [*sections.items(), ("Options", rest)]:
         with formatter.section(heading):
             formatter.write_dl(rows)
+
+
+MODEL_HELP = f"MODEL: {declared(prune.Settings)['model'].setting.help}"
+dtype, device, input_shape = (option_of(prune.Settings, name) for name in ("dtype", "device", "input"))

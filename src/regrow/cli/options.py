@@ -1,7 +1,7 @@
 """Options that several verbs share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,43 +35,12 @@ class FileName(click.Path):
 
 PATH = FileName()
 
-MODEL_HELP = (
-    "MODEL is a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from their PyPI packages), "
-    "a torchvision name (resnet18), or a Python callable pkg.mod:fn."
-)
-
-source = click.option(
-    "--source",
-    "sources",
-    multiple=True,
-    metavar="NAME[=PATH]",
-    help="A kind of text: news, code, manual, talk, or NAME=PATH of a file or folder. For image models: digits, or "
-    "NAME=FOLDER with a folder per class. Repeat it: several kinds carry over better than one.",
-)
-dtype = click.option(
-    "--dtype", default="", metavar="DTYPE", help="float32, bfloat16 or float16. As stored, if not given."
-)
-device = click.option(
-    "--device", default="cpu", show_default=True, help="Where the model runs: cpu, cuda, cuda:1, mps."
-)
 code = click.option(
     "--code",
     default="",
     metavar="PKG:FN",
     help="The function that builds the network of a run folder, where your own code does. It is run; names that files "
     "give never are.",
-)
-input_shape = click.option(
-    "--input",
-    "input",
-    default="",
-    metavar="SHAPE",
-    help="What an image model takes, batch first: 1x3x32x32. Else as the run noted it, as its function says, of its "
-    "source's images, or a guess, which is printed.",
-)
-seq_len = click.option("--seq-len", default=256, show_default=True, type=int, help="Tokens per window of text.")
-eval_tokens = click.option(
-    "--eval-tokens", default=2048, show_default=True, type=int, help="Evaluation tokens per source."
 )
 
 
@@ -108,30 +77,16 @@ def check_json(path: Path | None, *inputs: str | Path) -> None:
         check_output(path, JSON, files, streams=True)
 
 
-def fraction(text: str | None, name: str) -> float:
-    """A number above 0 and at most 1.
+def check_sources(sources: Iterable[str]) -> None:
+    """Assert that the files and folders of sources are there, before anything large is imported.
+
+    Args:
+        sources: ``NAME`` or ``NAME=PATH``.
 
     Raises:
-        click.UsageError: If it is not.
+        InputError: Naming the first that is not there.
     """
-    try:
-        value = float(text or "")
-    except ValueError:
-        raise click.UsageError(f"{name} is a fraction like 0.8; got {text!r}") from None
-    if not 0 < value <= 1:
-        raise click.UsageError(f"{name} is the fraction that stays, above 0 and at most 1; got {text}")
-    return value
-
-
-def checked_target(text: str) -> str:
-    """The unit of a target.
-
-    Raises:
-        click.UsageError: If it is no target.
-    """
-    from regrow.amounts import Target
-
-    try:
-        return str(Target.parse(text).measure)
-    except ValueError as error:
-        raise click.UsageError(f"--target: {error}") from None
+    for source in sources:
+        name, equals, path = source.partition("=")
+        if equals and path.strip() and not os.path.lexists(expanded(Path(path))):
+            raise InputError(f"source {name!r}: {path} does not exist; check the path")

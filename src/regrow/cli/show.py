@@ -5,33 +5,32 @@ from typing import Any
 
 import click
 
-from regrow.cli import options
+from regrow.cli import flags, options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import number, say, table, working
 
 
-@click.command(cls=Verb, epilog=options.MODEL_HELP)
+@click.command(cls=Verb, epilog=flags.MODEL_HELP)
 @click.argument("model")
 @click.option("--json", "json_file", type=options.PATH, help="Also write everything to this file.")
 @click.option("--all", "everything", is_flag=True, help="List frozen axes one by one, not by reason.")
 @click.option("--branches", is_flag=True, help="Also list the modules that can be dropped whole.")
 @options.code
-@options.dtype
-@options.input_shape
+@flags.dtype
+@flags.input_shape
 def show(
     model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str, input: str
 ) -> None:
     """Show what can be cut in MODEL, what a unit of it costs, and why the rest is frozen."""
     from regrow.allocation.inventory import inventory
-    from regrow.commands.evaluate import loaded_from
-    from regrow.commands.prune import Settings
+    from regrow.commands.models import ModelSpec, load_model_or_run
     from regrow.nets.examples import written_shape
     from regrow.tracing import trace, with_branches
 
     options.check_json(json_file, model)
     options.say_code(model, code)
     with working() as progress:
-        loaded = loaded_from(Settings(model, dtype=dtype, input=input), progress, code)
+        loaded = load_model_or_run(ModelSpec(model, dtype=dtype, input=input), progress, code)
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         if branches:

@@ -1,9 +1,8 @@
 """The inputs of a run: calibration and evaluation halves of its sources, in the form that its model takes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,32 +14,25 @@ from regrow.nets import Loaded
 from regrow.sources import Source
 
 
-class SourceSettings(Protocol):
-    """The settings of a run that say which sources, and how much of each."""
+@dataclass(frozen=True)
+class SourceSpecs:
+    """Which sources, and how much of each.
 
-    @property
-    def sources(self) -> Sequence[str]:
-        """Those that calibrate, and are evaluated on."""
+    Args:
+        sources: Those that calibrate, and are evaluated on, as ``--source`` takes them.
+        unseen: Those that are evaluated on only.
+        seed: Which windows are drawn.
+        tokens: Calibration tokens (or images) per source.
+        eval_tokens: Evaluation tokens (or images) per source.
+        seq_len: Tokens per window.
+    """
 
-    @property
-    def unseen(self) -> Sequence[str]:
-        """Those that are evaluated on only."""
-
-    @property
-    def seed(self) -> int:
-        """Which windows are drawn."""
-
-    @property
-    def tokens(self) -> int:
-        """Calibration tokens (or images) per source."""
-
-    @property
-    def eval_tokens(self) -> int:
-        """Evaluation tokens (or images) per source."""
-
-    @property
-    def seq_len(self) -> int:
-        """Tokens per window."""
+    sources: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    seed: int = 0
+    tokens: int = 4096
+    eval_tokens: int = 2048
+    seq_len: int = 256
 
 
 @dataclass(frozen=True)
@@ -56,29 +48,29 @@ class Kinds:
         return frozenset(source.name for source in self.calibration)
 
 
-def sources_of(settings: SourceSettings, loaded: Loaded) -> Kinds:
-    """Calibration and evaluation halves of every source that settings name.
+def sources_of(specs: SourceSpecs, loaded: Loaded) -> Kinds:
+    """Calibration and evaluation halves of every source that is named.
 
     Raises:
         ValueError: If a source is unknown, empty, too short, or named twice.
     """
-    every = (*settings.sources, *settings.unseen)
+    every = (*specs.sources, *specs.unseen)
     names = [spec.partition("=")[0] for spec in every]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
     return Kinds(
-        tuple(_source(settings, loaded, spec, Half.CALIBRATION, settings.tokens) for spec in settings.sources),
-        tuple(_source(settings, loaded, spec, Half.EVALUATION, settings.eval_tokens) for spec in every),
+        tuple(_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens) for spec in specs.sources),
+        tuple(_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every),
     )
 
 
-def _source(settings: SourceSettings, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
+def _source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: int) -> Source:
     if loaded.tokenizer is not None:
-        n = max(1, amount // settings.seq_len)
-        seed = settings.seed if half is Half.CALIBRATION else 0
-        return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=settings.seq_len, seed=seed, half=half)
+        n = max(1, amount // specs.seq_len)
+        seed = specs.seed if half is Half.CALIBRATION else 0
+        return data.windows(data.text(spec), loaded.tokenizer, n=n, seq_len=specs.seq_len, seed=seed, half=half)
     shape = _image_shape(loaded, spec)
-    seed = settings.seed if half is Half.CALIBRATION else 0
+    seed = specs.seed if half is Half.CALIBRATION else 0
     if spec == "digits":
         return digits(n=amount, size=shape[-1], channels=shape[1], seed=seed, half=half)
     name, equals, path = spec.partition("=")
@@ -113,12 +105,12 @@ def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
     return shape
 
 
-def described(settings: SourceSettings, kinds: Kinds) -> list[dict[str, Any]]:
+def described(specs: SourceSpecs, kinds: Kinds) -> list[dict[str, Any]]:
     """What ``run.json`` says of each source."""
     seen = {source.name: source for source in kinds.calibration}
-    specs = (*settings.sources, *settings.unseen)
+    every = (*specs.sources, *specs.unseen)
     rows = []
-    for spec, test in zip(specs, kinds.evaluation, strict=True):
+    for spec, test in zip(every, kinds.evaluation, strict=True):
         own = seen.get(test.name)
         origin = (
             f"evaluation: {test.origin}" if own is None else f"calibration: {own.origin}; evaluation: {test.origin}"

@@ -1,10 +1,9 @@
 """A learning run: a network, a sequence of tasks, and a folder that tells what happened and takes further tasks."""
 
 import re
-import shlex
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from itertools import islice, takewhile
 from math import prod
 from pathlib import Path
@@ -14,10 +13,9 @@ from torch import nn
 
 from regrow import store
 from regrow.axes import AxisGraph
-from regrow.commands.checks import LEARN, check_settings
 from regrow.commands.courses import COURSE, check_course, read_course, read_history, tasks_over, write_course
 from regrow.commands.folder import RunFolder, WritePage
-from regrow.commands.record import convert_settings, set_words
+from regrow.commands.record import convert_settings
 from regrow.data import MissingError, SourceError, streams
 from regrow.learner import Learner, Stand
 from regrow.methods import learner_entry
@@ -25,6 +23,9 @@ from regrow.nets.files import check_files
 from regrow.nets.loaded import Origin
 from regrow.nets.small import origin_of_small, small
 from regrow.progress import Progress, silent
+from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.learn import Settings
+from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.replacing import cleared
 from regrow.tasks import Task
@@ -37,80 +38,10 @@ MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
 """How many numbers an example may be, and classes there may be, by what a file says."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a learning run depends on; ``run.json`` holds exactly this.
-
-    Args:
-        tasks: Sequences of tasks, one after the other: ``permuted:DATA:10``, ``rotated:DATA:10``, ``split:DATA:5``, or
-            ``DATA`` for one task, where DATA is ``digits`` or a folder in MNIST's four files, or with pictures in
-            ``train/CLASS/…`` and ``test/CLASS/…``. All pictures are brought to the size and colours of the first task.
-        model: ``mlp:100-100``, ``resnet:16-3`` or ``resnet-gn:16-3``.
-        method: One of ``regrow.methods.LEARNERS``.
-        method_settings: Its settings, where they differ from the defaults.
-        scenario: ``domain``, ``class`` or ``task``.
-        epochs: Passes over each task.
-        batch_size: Examples per step.
-        optimizer: ``sgd`` or ``adamw``.
-        lr: Learning rate.
-        weight_decay: Of the optimiser.
-        train: Most examples a task is learned from; 0: all.
-        test: Most examples it is evaluated on; 0: all.
-        classes: For how many classes the network has outputs at least; those of the tasks anyway. Classes of tasks that
-            come later need some.
-        precision: ``float32`` or ``bfloat16``, of what losses are taken in.
-        seed: Of weights, orders and everything drawn.
-    """
-
-    tasks: tuple[str, ...]
-    model: str = "mlp:100-100"
-    method: str = "sparsegrow"
-    method_settings: Mapping[str, Any] = field(default_factory=dict)
-    scenario: str = "domain"
-    epochs: int = 5
-    batch_size: int = 64
-    optimizer: str = "sgd"
-    lr: float = 0.01
-    weight_decay: float = 0.0
-    train: int = 0
-    test: int = 0
-    classes: int = 0
-    precision: str = "float32"
-    seed: int = 0
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that a ``run.json`` holds."""
-        made = convert_settings(values, cls)
-        check_settings(made, LEARN)
-        return made
-
-    def schedule(self) -> Schedule:
-        """How every task is learned."""
-        given = (one.name for one in fields(Schedule) if one.name in self.__dataclass_fields__)
-        return Schedule(**{name: getattr(self, name) for name in given})
-
-    def command(self, out: str) -> str:
-        """The command line that does this run again."""
-        default = Settings(self.tasks)
-        words = ["regrow", "learn", *self.tasks, "--method", self.method, "--model", self.model]
-        for name in (
-            "scenario",
-            "epochs",
-            "batch_size",
-            "optimizer",
-            "lr",
-            "weight_decay",
-            "train",
-            "test",
-            "classes",
-            "precision",
-            "seed",
-        ):
-            if getattr(self, name) != getattr(default, name):
-                words += [f"--{name.replace('_', '-')}", f"{getattr(self, name)}"]
-        words += set_words(self.method_settings)
-        return shlex.join([*words, "--out", out])
+def schedule_of(settings: Settings) -> Schedule:
+    """How every task is learned."""
+    shared = (one.name for one in fields(Schedule) if hasattr(settings, one.name))
+    return Schedule(**{name: getattr(settings, name) for name in shared})
 
 
 def run(
@@ -127,13 +58,13 @@ def run(
     Raises:
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
     """
-    check_settings(settings, LEARN)
-    learner, schedule, told = built(settings), settings.schedule(), _told(settings)
+    check_settings(settings)
+    learner, schedule, told = built(settings), schedule_of(settings), _told(settings)
     if RunFolder.check(out, **told) and (begun := RunFolder.started(out)):
         check_course(begun)
     tasks = tasks_of(settings)
     origin_of_small(settings.model, tasks[0].train.inputs.shape[1:], outputs_of(settings, tasks))
-    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+    with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
         return _go_on(folder, settings, learner, schedule, tasks, progress, write_page)
 
 
@@ -169,7 +100,7 @@ def extend(
     told = folder.run()
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
-    was = Settings.from_json(told["settings"])
+    was = convert_settings(told["settings"], Settings)
     check_course(folder)
     added = _added(told.get("extension"), was.tasks, tuple(more), total)
     if told.get("finished") and folder.path == Path(out) and not added:
@@ -206,13 +137,13 @@ def extend(
         if reopened.run() != told:
             raise StoreError(f"{out} was changed by another process meanwhile; run this again")
         reopened.update(
-            settings=asdict(settings),
+            settings=record_settings(settings),
             defaults=taken,
-            command=settings.command(str(out)),
+            command=command_line(settings, "--out", str(out)),
             finished=None,
             extension=list(more) or None,
         )
-        return _go_on(reopened, settings, learner, settings.schedule(), tasks, progress, write_page)
+        return _go_on(reopened, settings, learner, schedule_of(settings), tasks, progress, write_page)
 
 
 def _added(last: Any, tasks: tuple[str, ...], more: tuple[str, ...], total: int | None) -> tuple[str, ...]:
@@ -303,7 +234,7 @@ def outputs_of(settings: Settings, tasks: Sequence[Task]) -> int:
 def _told(settings: Settings) -> dict[str, Any]:
     """What makes a run this one."""
     taken = learner_entry(settings.method).defaults({*settings.method_settings, "seed"})
-    return {"verb": "learn", "settings": asdict(settings), "defaults": taken}
+    return {"verb": "learn", "settings": record_settings(settings), "defaults": taken}
 
 
 def built(settings: Settings) -> Learner:

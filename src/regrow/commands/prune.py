@@ -1,15 +1,12 @@
 """A pruning run: everything around one cut, in a folder that tells what happened and can be resumed."""
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from regrow import evaluation, nets, store
+from regrow import evaluation, store
 from regrow.allocation.inventory import inventory
 from regrow.amounts import Measure, Target
 from regrow.axes import AxisGraph, Mark
@@ -17,12 +14,12 @@ from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrated
-from regrow.commands.checks import PRUNE, check_settings
 from regrow.commands.clock import Clock
-from regrow.commands.example_inputs import asked_input, noted_input
+from regrow.commands.example_inputs import noted_input
 from regrow.commands.folder import RunFolder, WritePage
-from regrow.commands.inputs import Kinds, described, sources_of
-from regrow.commands.record import convert_settings, set_words
+from regrow.commands.inputs import Kinds, SourceSpecs, described, sources_of
+from regrow.commands.models import ModelSpec, load_model
+from regrow.commands.record import convert_settings
 from regrow.commands.recovering import check_recovery, compared, recovered
 from regrow.commands.scored import write_scores
 from regrow.errors import InputError, RefusedError
@@ -30,164 +27,15 @@ from regrow.method import Method, State
 from regrow.methods import entry, recovery_entry
 from regrow.nets import Loaded
 from regrow.nets.code import check_code
-from regrow.nets.devices import usable_device
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.references import names_code
+from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.prune import Settings
+from regrow.settings.words import command_line
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 from regrow.training import loop, tune
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a pruning run depends on; ``run.json`` holds exactly this.
-
-    Args:
-        model: What :func:`regrow.nets.load` takes.
-        method: One of ``regrow.methods.METHODS``.
-        method_settings: Its settings, where they differ from the defaults.
-        keep: The fraction of the measure that stays; ``None`` if there is a target.
-        measure: ``params``, ``macs``, ``bytes``, ``kv_cache`` or ``ms``.
-        target: So much may stay instead, like ``bytes=200M`` or ``kv_cache=50M@4096``.
-        regular: One width per kind of axis in all blocks.
-        sources: Kinds of text (``news``) or ``NAME=PATH``; for image models ``digits`` or ``NAME=FOLDER``.
-        unseen: Further kinds, on which the result is only evaluated.
-        only: Patterns: cut only axes all of whose tensors match one.
-        exclude: Patterns: leave out axes with a tensor that matches.
-        marks: Which kinds of axes to cut; ``folded`` takes in a residual width under root-mean-square norms.
-        round_to: Sizes left are multiples of this.
-        seed: Which windows of the sources are drawn, and the seed of methods that have one.
-        dtype: What the model is loaded in; empty: as it is stored.
-        device: Where it runs.
-        input: The shape of the input it is traced with, like ``1x3x32x32``; empty: that of its source's images, or a
-            guess.
-        tokens: Calibration tokens per source (images: how many of them).
-        eval_tokens: Evaluation tokens per source.
-        seq_len: Tokens per window.
-        finetune: Epochs of fine-tuning after the cut (image models).
-        recover: One of ``regrow.methods.RECOVERIES``, for after the cut; empty: none.
-        recover_tokens: How many tokens that learns from, of all sources together (images: how many of them).
-        proof: Verify on the model that masked = shrunk.
-    """
-
-    model: str
-    method: str = "flap"
-    method_settings: Mapping[str, Any] = field(default_factory=dict)
-    keep: float | None = 0.8
-    measure: str = "params"
-    target: str = ""
-    regular: bool = False
-    sources: tuple[str, ...] = ()
-    unseen: tuple[str, ...] = ()
-    only: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    marks: tuple[str, ...] = ("neutral",)
-    round_to: int = 1
-    seed: int = 0
-    dtype: str = ""
-    device: str = "cpu"
-    input: str = ""
-    tokens: int = 4096
-    eval_tokens: int = 2048
-    seq_len: int = 256
-    finetune: int = 0
-    recover: str = ""
-    recover_tokens: int = 32768
-    proof: bool = True
-
-    def __post_init__(self) -> None:
-        if self.target and isinstance(self.target, str):
-            object.__setattr__(self, "keep", None)
-            object.__setattr__(self, "measure", str(Target.parse(self.target).measure))
-
-    def check(self) -> None:
-        """Assert that settings are of their types, in their ranges, and known by name.
-
-        Raises:
-            ValueError: Naming the first that is not.
-        """
-        check_settings(self, PRUNE)
-        if self.dtype and self.dtype not in DTYPES:
-            raise InputError(
-                f"--dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}; leave it out to keep the model's own"
-            )
-        usable_device(self.device)
-
-    def record(self) -> dict[str, Any]:
-        """What ``run.json`` holds; settings that came later only where they are used, so that older runs go on."""
-        default = Settings(self.model)
-        return {name: v for name, v in asdict(self).items() if name not in _LATER or v != getattr(default, name)}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any], code: str = "") -> "Settings":
-        """The settings that a ``run.json`` holds.
-
-        Args:
-            values: What it says.
-            code: The function ``pkg.mod:fn`` that builds the model, where the user's own code does: a recorded name
-                is never imported.
-
-        Raises:
-            ModelError: If the run needs the user's code and got none, or got some and needs none.
-        """
-        check_code(str(values.get("model")), names_code(str(values.get("model"))), code)
-        values = {**values, "model": code} if code else values
-        if not isinstance(values.get("model"), str):
-            raise InputError("the settings of the run name no model; restore run.json")
-        made = convert_settings(values, cls)
-        made.check()
-        return made
-
-    def learning_from(self, tokens: int) -> "Settings":
-        """The same, with as many calibration tokens as a recovery may use, shared among the sources."""
-        return replace(self, tokens=tokens // max(1, len(self.sources)))
-
-    def budget(self) -> Budget:
-        """How much may stay, and which axes may pay for it."""
-        marks = frozenset(map(Mark, self.marks))
-        target = Target.parse(self.target) if self.target else None
-        much = 1.0 if self.keep is None else self.keep
-        rest = self.only, self.exclude, marks, self.round_to, self.regular, target
-        return Budget(much, Measure(self.measure), *rest)
-
-    def command(self, out: str) -> str:
-        """The command line that does this run again."""
-        default = Settings(self.model)
-        words = ["regrow", "prune", self.model, "--method", self.method]
-        words += ["--target", self.target] if self.keep is None else ["--keep", f"{self.keep:g}"]
-        for spec in self.sources:
-            words += ["--source", spec]
-        for flag in ("unseen", "only", "exclude"):
-            for pattern in getattr(self, flag):
-                words += [f"--{flag}", pattern]
-        for mark in self.marks if self.marks != default.marks else ():
-            words += ["--mark", mark]
-        words += set_words(self.method_settings)
-        for name, flag in _FLAGS.items():
-            if getattr(self, name) != getattr(default, name) and not (name == "measure" and self.target):
-                words += [flag, str(getattr(self, name))]
-        words += [flag for flag, on in (("--regular", self.regular), ("--no-verify", not self.proof)) if on]
-        return shlex.join([*words, "--out", out])
-
-
-_LATER = frozenset({"target", "input", "regular", "recover", "recover_tokens"})
-_FLAGS = {
-    "measure": "--measure",
-    "round_to": "--round",
-    "seed": "--seed",
-    "dtype": "--dtype",
-    "device": "--device",
-    "input": "--input",
-    "tokens": "--tokens",
-    "eval_tokens": "--eval-tokens",
-    "seq_len": "--seq-len",
-    "finetune": "--finetune",
-    "recover": "--recover",
-    "recover_tokens": "--recover-tokens",
-}
 
 
 @dataclass(frozen=True)
@@ -214,11 +62,11 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     Raises:
         ValueError: As :func:`run`.
     """
-    settings.check()
+    check_settings(settings)
     method = prune.built(settings.method, _seeded(settings))
-    budget = settings.budget()
-    loaded = load_model(settings, progress)
-    kinds = sources_of(settings, loaded)
+    budget = budget_of(settings)
+    loaded = load_model(model_spec(settings), progress)
+    kinds = sources_of(source_specs(settings), loaded)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     budget = prune.timed(loaded.model, axes, budget, progress=progress)
     state = prune.begun(axes, method, budget, kinds.calibration)
@@ -243,16 +91,16 @@ def run(
     Raises:
         ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
     """
-    settings.check()
+    check_settings(settings)
     method = prune.built(settings.method, _seeded(settings))
-    budget = settings.budget()
+    budget = budget_of(settings)
     check_recovery(settings.recover, settings.sources)
-    told: dict[str, Any] = {"verb": "prune", "settings": settings.record(), "defaults": _defaults(settings)}
+    told: dict[str, Any] = {"verb": "prune", "settings": record_settings(settings), "defaults": _defaults(settings)}
     RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
-        loaded = load_model(settings, progress)
-        kinds = sources_of(settings, loaded)
+        loaded = load_model(model_spec(settings), progress)
+        kinds = sources_of(source_specs(settings), loaded)
     with clock.stage("trace"):
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     with clock.stage("time"):
@@ -260,9 +108,9 @@ def run(
         known = begun.run().get("timing") if begun else None
         budget = prune.timed(loaded.model, axes, budget, known=known, progress=progress)
     state = prune.begun(axes, method, budget, kinds.calibration)
-    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+    with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
         clock.folder = folder
-        folder.update(notes=list(loaded.notes), sources=described(settings, kinds), **noted_input(loaded))
+        folder.update(notes=list(loaded.notes), sources=described(source_specs(settings), kinds), **noted_input(loaded))
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
         job = _Job(settings, folder, loaded, kinds, clock, progress)
@@ -321,16 +169,49 @@ def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         compared(folder, job.measure(axes, "recovered"))
 
 
-def load_model(settings: Settings, progress: Progress = silent) -> Loaded:
-    """The model that settings name, in the dtype they name.
+def read_pruning_settings(values: Mapping[str, Any], code: str = "") -> Settings:
+    """The settings that the ``run.json`` of a pruning run holds.
+
+    Args:
+        values: What it says.
+        code: The function ``pkg.mod:fn`` that builds the model, where the user's own code does: a recorded name
+            is never imported.
 
     Raises:
-        ValueError: If it cannot be loaded.
+        ModelError: If the run needs the user's code and got none, or got some and needs none.
     """
-    settings.check()
-    dtype = DTYPES[settings.dtype] if settings.dtype else None
-    given = asked_input(settings.model, settings.input, (*settings.sources, *settings.unseen))
-    return nets.load(settings.model, dtype=dtype, device=settings.device, **given, progress=progress)
+    check_code(str(values.get("model")), names_code(str(values.get("model"))), code)
+    values = {**values, "model": code} if code else values
+    if not isinstance(values.get("model"), str):
+        raise InputError("the settings of the run name no model; restore run.json")
+    return convert_settings(values, Settings)
+
+
+def model_spec(settings: Settings) -> ModelSpec:
+    """Which model is pruned, and how it is loaded."""
+    sources = (*settings.sources, *settings.unseen)
+    return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
+
+
+def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
+    """Which sources a run reads, and how much of each.
+
+    Args:
+        settings: Of the run.
+        recovery_tokens: How many tokens a recovery may learn from, which the sources share; 0: as for calibration.
+    """
+    tokens = recovery_tokens // max(1, len(settings.sources)) if recovery_tokens else settings.tokens
+    amounts = {"tokens": tokens, "eval_tokens": settings.eval_tokens, "seq_len": settings.seq_len}
+    return SourceSpecs(settings.sources, settings.unseen, settings.seed, **amounts)
+
+
+def budget_of(settings: Settings) -> Budget:
+    """How much may stay, and which axes may pay for it."""
+    marks = frozenset(map(Mark, settings.marks))
+    target = Target.parse(settings.target) if settings.target else None
+    keep = 1.0 if settings.keep is None else settings.keep
+    rest = settings.only, settings.exclude, marks, settings.round_to, settings.regular, target
+    return Budget(keep, Measure(settings.measure), *rest)
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
@@ -368,7 +249,7 @@ def _recovered(
     settings: Settings, folder: RunFolder, loaded: Loaded, traced: AxisGraph, plan: Plan, progress: Progress
 ) -> None:
     """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
-    texts = sources_of(settings.learning_from(settings.recover_tokens), loaded).calibration
-    dense, by, seed = load_model(settings, progress), settings.recover, settings.seed
+    texts = sources_of(source_specs(settings, settings.recover_tokens), loaded).calibration
+    dense, by, seed = load_model(model_spec(settings), progress), settings.recover, settings.seed
     recovered(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, progress=progress)
     store.write_model(loaded, folder.path)

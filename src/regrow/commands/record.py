@@ -4,15 +4,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from regrow.errors import InputError
 from regrow.limits import parse_json, problem
+from regrow.settings.declaration import check_settings, complete_settings
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable
 
-Settings = TypeVar("Settings", bound=Any)
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+Settings = TypeVar("Settings", bound="DataclassInstance")
 RUN = "run.json"
 FORMAT = "regrow-run/1"
 _LONGEST = 2**28
@@ -43,10 +47,14 @@ def convert_settings(values: Mapping[str, Any], kind: type[Settings]) -> Setting
     Raises:
         StoreError: If a setting is missing, of another type, or unknown: a setting that is ignored would be another
             run.
+        InputError: If one is out of its range.
     """
     if unknown := sorted(values.keys() - {one.name for one in fields(kind)}):
         raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
-    return convert({"settings": dict(values)}, dict[str, kind], "run.json")["settings"]  # type: ignore[valid-type]
+    complete = complete_settings(values, kind)
+    settings: Settings = convert({"settings": complete}, dict[str, kind], "run.json")["settings"]  # type: ignore[valid-type]
+    check_settings(settings)
+    return settings
 
 
 def read_json(path: Path) -> Any:
@@ -110,13 +118,3 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
             f"{path} was begun by regrow {version}, where {other[0]} was {was} unless told, here {now}: finish it with "
             "that version, or choose another folder"
         )
-
-
-def set_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of a method as the command line takes them.
-
-    >>> set_words({"named": True, "levels": ("operations", "weights"), "gate": "hard"})
-    ['--set', 'named=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
-    """
-    told = {name: value if isinstance(value, str) else json.dumps(value) for name, value in settings.items()}
-    return [word for name, value in told.items() for word in ("--set", f"{name}={value}")]

@@ -14,13 +14,14 @@ from regrow.commands.clock import Clock
 from regrow.commands.folder import RunFolder, WritePage
 from regrow.commands.inputs import described, sources_of
 from regrow.commands.measuring import measure
-from regrow.commands.prune import DTYPES, load_model
+from regrow.commands.models import DTYPES, load_model
 from regrow.commands.recovering import compared, recovered
 from regrow.methods import recovery_entry
 from regrow.nets import Loaded, ModelError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.prune import Settings as PruneSettings
 from regrow.settings.recover import Settings
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
@@ -69,13 +70,13 @@ def run(
     clock = Clock(None)
     with clock.stage("load"):
         dense, loaded = _loaded(source, origin, progress)
-        kinds = sources_of(origin.learning_from(tokens), loaded)
+        kinds = sources_of(pruning_run.source_specs(origin, tokens), loaded)
         axes, plan = _cut(source, dense)
     code_words = ("--code", code) if code else ()
     command = command_line(settings, *code_words, "--out", str(out))
     with RunFolder.create(out, **told, command=command) as folder:
         clock.folder = folder
-        folder.update(notes=list(dense.notes), sources=described(origin, kinds))
+        folder.update(notes=list(dense.notes), sources=described(pruning_run.source_specs(origin), kinds))
         if not len(folder.ledger):
             folder.ledger.append(plan)
         _take_over(measured, folder)
@@ -118,7 +119,7 @@ def _completed(settings: Settings, source: RunFolder) -> Settings:
     return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 
 
-def _origin(source: RunFolder, code: str) -> pruning_run.Settings:
+def _origin(source: RunFolder, code: str) -> PruneSettings:
     """The settings of the pruning run behind a run.
 
     Raises:
@@ -130,14 +131,14 @@ def _origin(source: RunFolder, code: str) -> pruning_run.Settings:
         raise StoreError(f"{source.path} holds a run of {data['verb']!r}; give the folder of a pruning run")
     settings = data["settings"] if data["verb"] == "prune" else data["settings"]["pruning"]
     try:
-        return pruning_run.Settings.from_json(settings, code)
+        return pruning_run.read_pruning_settings(settings, code)
     except ModelError as error:
         raise ModelError(f"{source.path}: {error}") from None
 
 
-def _loaded(source: RunFolder, origin: pruning_run.Settings, progress: Progress) -> tuple[Loaded, Loaded]:
+def _loaded(source: RunFolder, origin: PruneSettings, progress: Progress) -> tuple[Loaded, Loaded]:
     """The model before the cut, and after it."""
-    dense = load_model(origin, progress)
+    dense = load_model(pruning_run.model_spec(origin), progress)
     built = copy.deepcopy(dense.model) if dense.origin.kind == "callable" else None
     net = store.load(source.path, model=built, device=origin.device, dtype=DTYPES.get(origin.dtype))
     return dense, replace(dense, model=net)

@@ -1,9 +1,8 @@
 """A search: a space, data and a size; and a folder with the network that was found, how it came about, and its test."""
 
-import shlex
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +16,10 @@ from regrow.amounts import Measure, parse_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.commands import front, latencies, spaces, stage_memory
-from regrow.commands.checks import SEARCH, check_settings
 from regrow.commands.courses import COURSE, read_course, read_history, write_course
 from regrow.commands.folder import RunFolder, WritePage
-from regrow.commands.record import RUN, convert_settings, set_words
-from regrow.commands.targets import DENSE, FORMER, levels_for, measure_of, target
+from regrow.commands.record import RUN
+from regrow.commands.targets import levels_for, measure_of, target
 from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
@@ -35,6 +33,9 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
+from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.search import FORMER, Settings
+from regrow.settings.words import command_line
 from regrow.sources import Batch
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
@@ -43,100 +44,13 @@ from regrow.training.learning import Course, Schedule, changed, learn
 
 GIVEN = ("target", "measure", "stages", "seed")
 """Settings of methods that a run gives them."""
-_ELSEWHERE = ("space", "data", "target", "method_settings", "accounting")
-"""Settings that are no options of the command line."""
 RETRAINING = "retraining.safetensors"
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a search depends on; ``run.json`` holds this, and the method's defaults beside it.
-
-    Args:
-        space: ``cells:WIDTH-CELLS-NODES`` (a DARTS-like super-network), ``mobile:WIDTH-BLOCKS`` (inverted bottlenecks,
-            BLOCKS per stage), ``bench201:WIDTH-N`` (NAS-Bench-201's, N cells per stage, of which operations are
-            searched, in one stage), a network of ``regrow learn`` (``resnet:16-3``), of which filters and weights
-            are searched, or ``pkg.mod:fn``: a function of your own code that gives a network, of which what it marks
-            with ``Candidates`` is searched too.
-        data: ``digits``, a folder in MNIST's four files, or one with ``train/CLASS/…`` and ``test/CLASS/…``.
-        target: ``params=0.05M``, ``nonzero=50k``, ``macs=3M`` (of one image), ``bytes=200k``, ``ms=20`` (a pass of a
-            batch on this device), a share of the whole space such as ``macs=20%``, or of its parameters, ``0.2``.
-        method: One of ``regrow.methods.SEARCHERS``.
-        method_settings: Its settings, where they differ from the defaults.
-        stages: In how many stages the space is searched, as equal as can be, unless ``memory`` says; 0: three, or as
-            many as it has parts.
-        memory: What a stage may need, such as ``2GiB``: stages are cut so that each fits; empty: no budget.
-        epochs: Passes over the training part in the search; 0 for methods that learn nothing.
-        retrain: Passes over training and validation part in which the found network is trained anew; 0: it is not.
-        inherit: Whether that begins with the weights that the search left, instead of drawn ones.
-        cutout: Side of the square cut out of each picture in the training anew, pixels; 0: none is.
-        batch_size: Examples per step.
-        lr: Learning rate of the network's weights.
-        weight_decay: Of them.
-        train: Most examples of the training set that are used; 0: all.
-        test: Most of the test set; 0: all.
-        validation: The share of the training examples that is watched, and never learned from in the search.
-        stride: Of the stem.
-        seed: Of weights, orders and everything drawn.
-        accounting: ``dense``; ``0.1`` for a run of that version, whose target in parameters counted what is not 0.
-    """
-
-    space: str
-    data: str
-    target: str
-    method: str = "mgas"
-    method_settings: Mapping[str, Any] = field(default_factory=dict)
-    stages: int = 0
-    memory: str = ""
-    epochs: int = 30
-    retrain: int = 30
-    inherit: bool = False
-    cutout: int = 0
-    batch_size: int = 96
-    lr: float = 0.025
-    weight_decay: float = 3e-4
-    train: int = 0
-    test: int = 0
-    validation: float = 0.2
-    stride: int = 2
-    seed: int = 0
-    accounting: str = DENSE
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Settings":
-        """The settings that a ``run.json`` holds."""
-        return convert_settings({"accounting": FORMER, **values}, cls)
-
-    def record(self) -> dict[str, Any]:
-        """What ``run.json`` holds: settings that came later only where they are not as before."""
-        former = {"inherit": False, "accounting": FORMER}
-        return {name: value for name, value in asdict(self).items() if value != former.get(name)}
-
-    @property
-    def measure(self) -> Measure:
-        """What the target counts."""
-        return measure_of(self.target, self.accounting)
-
-    def schedule(self, epochs: int, decay: str) -> Schedule:
-        """How the search, or the training after it, goes."""
-        return Schedule(
-            epochs=epochs,
-            batch_size=self.batch_size,
-            lr=self.lr,
-            weight_decay=self.weight_decay,
-            seed=self.seed,
-            decay=decay,
-        )
-
-    def command(self, out: str) -> str:
-        """The command line that does this run again."""
-        default = Settings(self.space, self.data, self.target)
-        words = ["regrow", "search", self.space, "--data", self.data, "--target", self.target]
-        for name, value in asdict(self).items():
-            if name not in _ELSEWHERE and value != getattr(default, name):
-                words += [f"--{name.replace('_', '-')}", *([] if value is True else [f"{value}"])]
-        words += set_words(self.method_settings)
-        return shlex.join([*words, "--out", out])
+def schedule_of(settings: Settings, epochs: int, decay: str) -> Schedule:
+    """How the search, or the training after it, goes."""
+    shared = {name: getattr(settings, name) for name in ("batch_size", "lr", "weight_decay", "seed")}
+    return Schedule(epochs=epochs, decay=decay, **shared)
 
 
 @dataclass(frozen=True)
@@ -168,9 +82,9 @@ def run(
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
-    check_settings(settings, SEARCH)
+    check_settings(settings)
     settings = _counted_as_begun(settings, Path(out))
-    RunFolder.check(out, verb="search", settings=settings.record())
+    RunFolder.check(out, verb="search", settings=record_settings(settings))
     parts = parts_of(settings)
     _check_training(settings, parts)
     model, origin, plan = network(settings, parts.search)
@@ -179,12 +93,13 @@ def run(
     started = RunFolder.started(out)
     place = started.path if started else Path(out)
     begun = (place / COURSE).is_file()
-    table = latencies.of(place, model, batch, begun) if settings.measure == Measure.TIME else None
+    timed_target = measure_of(settings.target, settings.accounting) == Measure.TIME
+    table = latencies.of(place, model, batch, begun) if timed_target else None
     learner = built(settings, model, axes, plan, table)
     learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
     taken = {n: v for n, v in asdict(learner.settings).items() if n not in {*settings.method_settings, *GIVEN}}
-    told: dict[str, Any] = {"verb": "search", "settings": settings.record(), "defaults": taken}
-    with RunFolder.create(out, **told, command=settings.command(str(out))) as folder:
+    told: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": taken}
+    with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
         if plan is not None:
             folder.log("stages", **plan.record())
         if table:
@@ -248,7 +163,7 @@ def _searched(
 
     tell(course, unfinished=1)  # version 0.1 stores before it logs
     if settings.epochs:
-        schedule = settings.schedule(settings.epochs, "constant")
+        schedule = schedule_of(settings, settings.epochs, "constant")
         more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}
         if settings.memory:
             more["around"] = stage_memory.Watch(learner, parse_bytes(settings.memory), settings.batch_size)
@@ -291,7 +206,7 @@ def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Mod
     place = folder.path / RETRAINING
     if folder.resumed and place.is_file():
         axes, course = read_course(place, fresh, axes, learner)
-    schedule = settings.schedule(settings.retrain, "cosine")
+    schedule = schedule_of(settings, settings.retrain, "cosine")
 
     def keep(now: Course, _: AxisGraph) -> None:
         write_course(place, fresh, learner, now)
@@ -310,8 +225,6 @@ def parts_of(settings: Settings) -> Parts:
     Raises:
         SourceError: If they are not there.
     """
-    if not 0 < settings.validation < 1:
-        raise ValueError(f"validation is a share, above 0 and below 1; got {settings.validation:g}")
     base = streams.of(settings.data, settings.train, settings.test, settings.seed)
     n = len(base.train)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
@@ -343,7 +256,8 @@ def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages |
     """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them."""
     names = ("stages", "memory", "batch_size", "stride", "seed")
     entry = searcher_entry(settings.method)
-    given = {"measure": str(settings.measure), "levels": levels_for(settings.measure)}
+    measure = measure_of(settings.target, settings.accounting)
+    given = {"measure": str(measure), "levels": levels_for(measure)}
     method = entry.made(settings.method, _known(entry, given) | dict(settings.method_settings))
     return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names}, method=method)
 

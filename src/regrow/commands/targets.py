@@ -5,12 +5,10 @@ from regrow.amounts import Measure, Target, parse_share
 from regrow.axes import AxisGraph
 from regrow.evaluation import Latency
 from regrow.methods.search.searcher import LEVELS
+from regrow.settings.search import DENSE, FORMER
 
 SIZES = ("params", "nonzero", "macs", "bytes", "ms")
 """The measures that a search knows of single weights and operations."""
-
-DENSE, FORMER = "dense", "0.1"
-"""How weights that are 0 are counted: as stored and computed, or as version 0.1 did, for which they cost nothing."""
 
 _LIKE = (
     "a target is written like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "

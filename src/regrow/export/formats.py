@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.commands.evaluate import loaded_from
-from regrow.commands.prune import Settings
+from regrow.commands.models import ModelSpec, load_model_or_run
 from regrow.export.written import ExportError, Written
 from regrow.progress import Progress, silent
 from regrow.store.outputs import check_output
@@ -83,7 +82,7 @@ def exported(
     if form.suffix:
         check_output(out, (form.suffix,), [model])
     progress(0, 1, "loading the model")
-    loaded = loaded_from(Settings(str(model), input=input), progress, code)
+    loaded = load_model_or_run(ModelSpec(str(model), input=input), progress, code)
     net: Any = loaded.model
     for name, value in (("origin", loaded.origin), ("tokenizer", loaded.tokenizer)):
         if value is not None and not hasattr(net, name):

@@ -16,6 +16,7 @@ from functools import cache
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
+from regrow.amounts import parse_share
 from regrow.errors import InputError
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Setting:
         choices: Which texts it may be.
         example: A value for error messages; the default, unless given.
         path: Whether it names files, for which ``~`` is replaced.
+        source: Whether it names sources of data, ``NAME`` or ``NAME=PATH``.
         code: Whether it may name the user's own code, which a file never may.
         hidden: Whether it is no option: only ``run.json`` has it.
         shown: Whether command lines state it although it has its default.
@@ -89,6 +91,7 @@ class Setting:
     choices: tuple[str, ...] = ()
     example: str = ""
     path: bool = False
+    source: bool = False
     code: bool = False
     hidden: bool = False
     shown: bool = False
@@ -178,11 +181,12 @@ class Declared:
         Raises:
             InputError: If it is no such value.
         """
-        if self.type is str:
-            value: Any = text
-        else:
+        value: Any = text
+        if self.mapping:
+            return text
+        if self.type is not str:
             try:
-                value = self.type(text)
+                value = parse_share(text) if self.type is float and text.endswith("%") else self.type(text)
             except ValueError:
                 raise InputError(
                     f"{self.option} must be {words_of(self.type)}, got {_short(text)}; for example {self.example}"

@@ -1,0 +1,93 @@
+"""The models that commands work on: loaded by name, or from a run folder."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from regrow import nets, store
+from regrow.axes import Example
+from regrow.commands.example_inputs import asked_input, input_of
+from regrow.commands.record import RUN, read_run
+from regrow.nets import Loaded, ModelError
+from regrow.nets.code import called, check_code, imported
+from regrow.nets.devices import usable_device
+from regrow.nets.examples import read_shape, shaped_example
+from regrow.nets.files import check_files
+from regrow.progress import Progress, silent
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Which model is loaded, and how.
+
+    Args:
+        name: What :func:`regrow.nets.load` takes, or a run folder.
+        dtype: One of ``DTYPES``; empty: as it is stored.
+        device: Where it runs.
+        input: The shape of its input, like ``1x3x32x32``; empty: as the run, the model or the sources say.
+        sources: The data that it is given, as ``--source`` takes them; images say how large its input is.
+    """
+
+    name: str
+    dtype: str = ""
+    device: str = "cpu"
+    input: str = ""
+    sources: tuple[str, ...] = ()
+
+
+def load_model(spec: ModelSpec, progress: Progress = silent) -> Loaded:
+    """Load a model by name.
+
+    Raises:
+        ValueError: If it cannot be loaded.
+    """
+    usable_device(spec.device)
+    given = asked_input(spec.name, spec.input, spec.sources)
+    return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=spec.device, **given, progress=progress)
+
+
+def load_model_or_run(spec: ModelSpec, progress: Progress = silent, code: str = "") -> Loaded:
+    """Load the model of a run folder, or a model by name.
+
+    Args:
+        spec: Which.
+        progress: Called as work goes on.
+        code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does: a
+            recorded name is never imported.
+
+    Raises:
+        ValueError: If it cannot be loaded, or ``code`` is missing or not needed.
+    """
+    folder = Path(spec.name)
+    if not (folder / store.SHAPES).is_file():
+        check_code(spec.name, False, code)
+        return load_model(spec, progress)
+    usable_device(spec.device)
+    check_files(folder)
+    recorded = store.read_shapes(folder).origin
+    try:
+        check_code(recorded.reference, recorded.kind == "callable", code)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from None
+    builder = imported(code) if code else None
+    own, example = called(builder, code) if builder else (None, None)
+    net = store.load(folder, model=own, device=spec.device, dtype=DTYPES.get(spec.dtype))
+    tokenizer: Any = getattr(net, "tokenizer", None)
+    origin = replace(recorded, name=folder.name, builder=builder)
+    if spec.input:
+        example = shaped_example(net, read_shape(spec.input))
+    if example is None:
+        run = read_run(folder) if (folder / RUN).is_file() else {}
+        example = input_of(net, origin, run, spec.sources, tokenizer)
+    return Loaded(net, tokenizer, _on(example, spec.device), origin)
+
+
+def _on(example: Example, device: str) -> Example:
+    def moved(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) else value
+
+    return Example(tuple(map(moved, example.args)), {key: moved(value) for key, value in example.kwargs.items()})

@@ -1,0 +1,171 @@
+"""Settings files, TOML or YAML: a run kept as a recipe. Only the command line names code, never a file."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from regrow.errors import InputError
+from regrow.limits import read_text, reason
+from regrow.references import names_code
+from regrow.settings.declaration import Declared, options_of
+from regrow.settings.words import command_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+MAX_BYTES = 2**20
+"""Of a settings file."""
+TOML, YAML = (".toml",), (".yaml", ".yml")
+
+
+def read_settings(path: Path, kind: "type[DataclassInstance]", elsewhere: Collection[str] = ()) -> dict[str, Any]:
+    """The settings that a file gives, by field.
+
+    Args:
+        path: The file; its suffix says whether it is TOML or YAML.
+        kind: The settings of the command.
+        elsewhere: Options of the command that no file gives: ``--out``.
+
+    Raises:
+        InputError: If the file cannot be read or is too large, or a setting is unknown, names code, or cannot be.
+    """
+    values = _parse(path)
+    fields = {field.key: field for field in options_of(kind)}
+    parts = {_key(part.option): (field, name) for field in fields.values() for name, part in field.setting.parts}
+    settings: dict[str, Any] = {}
+    for name, value in values.items():
+        key = str(name).replace("-", "_")
+        if key in parts:
+            field, part = parts[key]
+            settings[field.name] = {**settings.get(field.name, {}), part: _checked(path, field, value, part)}
+        elif key not in fields:
+            raise InputError(f"{path}: {_unknown(str(name), [*fields, *parts], elsewhere, command_of(kind))}")
+        elif fields[key].mapping:
+            field = fields[key]
+            settings[field.name] = {**_checked(path, field, value), **settings.get(field.name, {})}
+        else:
+            settings[fields[key].name] = _checked(path, fields[key], value)
+    return settings
+
+
+def _key(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
+
+
+def _unknown(name: str, known: Collection[str], elsewhere: Collection[str], command: str) -> str:
+    if _key(name) in map(_key, elsewhere):
+        return f"{name} is given on the command line only; leave it out of the file"
+    near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"{name!r:.60} is no setting of `regrow {command}`; " + (
+        f"did you mean {near[0]}?" if near else f"see `regrow {command} --help`"
+    )
+
+
+def _checked(path: Path, field: Declared, value: Any, part: str = "") -> Any:
+    """A value of a file as one of the field.
+
+    Raises:
+        InputError: If it cannot be one; names the file.
+    """
+    try:
+        if part or field.mapping:
+            json.dumps(value, allow_nan=False)  # which run.json must hold
+            if not part:
+                field.check(value)
+            return value
+        if field.type is bool:
+            field.check(value)
+            return value is not field.default if field.default else value
+        if field.repeated:
+            value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
+        field.check(value)
+    except InputError as error:
+        raise InputError(f"{path}: {str(error).replace(field.option, field.key, 1)}") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {field.key} holds what JSON cannot ({reason(error)}); correct it") from None
+    if field.setting.code and names_code(value):
+        word = value if field.setting.argument else f"{field.option} {value}"
+        raise InputError(
+            f"{path}: {field.key} is {value!r:.80}, which names code, and only the command line names code; leave it "
+            f"out of the file, and add {word} to the command if you trust it"
+        )
+    return value
+
+
+def _parse(path: Path) -> Mapping[str, Any]:
+    suffix = path.suffix.lower()
+    if suffix not in (*TOML, *YAML):
+        raise InputError(f"{path}: a settings file is TOML (.toml) or YAML (.yaml, .yml); rename it, or give another")
+    text = read_text(path, MAX_BYTES)
+    try:
+        values = tomllib.loads(text) if suffix in TOML else _parse_yaml(text)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not {suffix[1:].upper()} ({reason(error)}); correct it") from None
+    if not isinstance(values, dict):
+        raise InputError(
+            f"{path} holds no names and values; write lines like {'seed = 1' if suffix in TOML else 'seed: 1'}"
+        )
+    return values
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise InputError("aliases (*name) are not read; write the value out")
+        _check_names(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def _check_names(node: Any) -> None:
+    """Assert that no mapping of a YAML document has a name twice."""
+    pairs = node.value if node is not None and node.id == "mapping" else ()
+    names = [str(name.value) for name, _ in pairs]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"{twice!r:.60} is given twice; leave one out")
+    for _, value in pairs:
+        _check_names(value)
+
+
+def format_settings(settings: "DataclassInstance", suffix: str) -> str:
+    """The text of a settings file; what names code and the folders that are arguments are left out.
+
+    Args:
+        settings: A command's settings.
+        suffix: ``.toml``, ``.yaml`` or ``.yml``.
+
+    Raises:
+        InputError: If TOML cannot hold a value.
+    """
+    kind, values = type(settings), {}
+    for field in options_of(kind):
+        value, setting = getattr(settings, field.name), field.setting
+        if field.type is bool:
+            value = value != field.default or None
+        empty = value is None or (not field.required and value == field.default and not value)
+        if empty or (setting.code and names_code(value)) or (setting.argument and setting.path):
+            continue
+        values[field.key] = list(value) if field.repeated else dict(value) if field.mapping else value
+    values = json.loads(json.dumps(values))
+    head = f"# Settings for `regrow {command_of(kind)} --config FILE`; options on the command line override them.\n"
+    if suffix in YAML:
+        import yaml
+
+        return head + str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6))
+    import tomli_w
+
+    try:
+        return head + tomli_w.dumps(values)
+    except TypeError:
+        raise InputError(
+            "a setting of the method is null, which TOML cannot hold; name a file that ends in .yaml"
+        ) from None
