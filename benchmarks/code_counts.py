@@ -195,14 +195,15 @@ def tensor_layouts(modules: list[Module]) -> list[str]:
 def setting_declarations(modules: list[Module]) -> dict[str, int]:
     """Ways in which the settings of a command are declared, with the number of declarations in each.
 
-    ``fields`` of the dataclasses named Settings in ``runs/`` or ``commands/``; ``options``: calls of click's ``option``
+    ``fields`` of the dataclasses named Settings in ``runs/``, ``commands/`` or ``settings/``;
+    ``options``: calls of click's ``option``
     or ``argument`` in ``cli/`` whose parameter has the name of such a field; ``command_lines``: methods ``command`` of
     those dataclasses that put the command line together again.
     """
     fields: set[str] = set()
     counts = {"fields": 0, "options": 0, "command_lines": 0}
     for module in modules:
-        for node in module.tree.body if module.path.startswith(("runs/", "commands/")) else ():
+        for node in module.tree.body if module.path.startswith(("runs/", "commands/", "settings/")) else ():
             if isinstance(node, ast.ClassDef) and node.name == "Settings":
                 names = fields_of(node)
                 fields |= names

@@ -93,6 +93,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     from regrow.commands import prune as pruning_run
     from regrow.commands.folder import RunFolder
     from regrow.commands.metrics import Metrics
+    from regrow.commands.record import convert_settings
     from regrow.data import streams
     from regrow.data.text import read
     from regrow.evaluation import items_in
@@ -110,8 +111,10 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     def run(data: bytes) -> None:
         kept("run.json", data)
         told = RunFolder.open(place).run()
-        settings = learning_run.Settings if told.get("verb") == "learn" else pruning_run.Settings
-        settings.from_json(told["settings"])
+        if told.get("verb") == "learn":
+            convert_settings(told["settings"], learning_run.Settings)
+        else:
+            pruning_run.read_pruning_settings(told["settings"])
 
     def report(data: bytes) -> None:
         first, _, rest = data.partition(b"\n")

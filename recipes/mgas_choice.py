@@ -18,6 +18,7 @@ from rows import add, head, line, rows
 
 import regrow
 from regrow.commands import RunFolder
+from regrow.commands.record import convert_settings
 from regrow.commands.search import Settings, parts_of
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
@@ -38,7 +39,7 @@ def others(settings: Settings, learned: Examples, many: int) -> Examples:
 
 def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     """A row."""
-    settings = Settings.from_json(folder.run()["settings"] | {"data": data, "test": 1})
+    settings = convert_settings(folder.run()["settings"] | {"data": data, "test": 1}, Settings)
     learned, net = parts_of(settings).whole.train, regrow.load(folder.path)
     unseen = others(settings, learned, many)
     return {

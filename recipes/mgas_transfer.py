@@ -27,6 +27,7 @@ from torch import nn
 
 import regrow
 from regrow.commands import RunFolder
+from regrow.commands.record import convert_settings
 from regrow.commands.search import Parts, Settings, parts_of, retrained
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
@@ -57,7 +58,7 @@ def for_grey(folder: Path, shape: list[int]) -> Cells:
 
 def again(folder: RunFolder, fashion: Path, work: Path) -> dict[str, Any]:
     """Accuracy on Fashion-MNIST after training anew."""
-    settings = replace(Settings.from_json(folder.run()["settings"]), data=str(fashion))
+    settings = replace(convert_settings(folder.run()["settings"], Settings), data=str(fashion))
     parts: Parts = parts_of(settings)
     net = for_grey(folder.path / "found", [*parts.test.inputs.shape[1:]])
     scratch = RunFolder.create(work, verb="transfer", settings={"of": folder.path.name}, command="")

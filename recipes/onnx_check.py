@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 
-from regrow.commands.evaluate import loaded_from
-from regrow.commands.prune import Settings
+from regrow.commands.models import ModelSpec, load_model_or_run
 from regrow.data import Half, text, windows
 from regrow.export.onnx import OPSET, write
 from regrow.export.onnx.calls import described
@@ -49,7 +48,7 @@ def main() -> None:
 
 def compared(run: str, dtype: str) -> dict[str, Any]:
     """One row: a model as one kind of file."""
-    loaded = loaded_from(Settings(run, dtype="float32"))
+    loaded = load_model_or_run(ModelSpec(run, dtype="float32"))
     model, tokenizer = loaded.model, loaded.tokenizer
     assert tokenizer is not None, "only language models foresee tokens"
     model.tokenizer = tokenizer

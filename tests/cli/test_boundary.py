@@ -64,8 +64,10 @@ def test_a_bug_leaves_a_report_without_secrets_and_without_values(
     regrow: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr("regrow.commands.evaluate.evaluated", failing(KeyError("x")))
+    monkeypatch.setattr("regrow.commands.evaluate.evaluate", failing(KeyError("x")))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)
+    Path(tmp_path, "private").mkdir()
+    Path(tmp_path, "private", "letters.txt").write_text("Dear Ada")
     words = ("evaluate", str(tmp_path / "my" / "model"), "--source", f"mail={tmp_path}/private/letters.txt")
     words += ("--harness", "https://me:pass@example.org", "--json", "hf_abcdefghijklmnop")
     code, _, err = regrow(*words)
@@ -87,7 +89,7 @@ def test_code_of_the_users_own_is_named_with_its_line(regrow: Run, monkeypatch: 
         __import__("mynets").net()
 
     monkeypatch.syspath_prepend(".")
-    monkeypatch.setattr("regrow.commands.evaluate.loaded_from", call)
+    monkeypatch.setattr("regrow.commands.models.load_model_or_run", call)
     code, _, err = regrow("show", "mynets:net")
     assert code == 2 and "mynets.py:2 in net failed: KeyError: 'mine'" in err and "bug in regrow" not in err, err
 

@@ -10,15 +10,13 @@ import torch
 
 from cli.conftest import Run
 from regrow import load
-from regrow.commands import checks
-from regrow.commands import learn as learning_run
-from regrow.commands import prune as pruning_run
-from regrow.commands import search as searching
 from regrow.errors import InputError, ResourceError
 from regrow.nets import ModelError
 from regrow.nets.devices import usable_device
 from regrow.nets.files import check_config, check_files, check_gguf, check_safetensors
 from regrow.nets.small import small
+from regrow.settings import evaluate, learn, prune, recover, search
+from regrow.settings.declaration import check_settings, record_settings
 
 LEARN = ("learn", "digits", "--method", "naive", "--model", "mlp:4", "--out", "a/run")
 PRUNE = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8", "--out", "a/run")
@@ -60,7 +58,7 @@ def test_what_is_refused_is_one_line_and_leaves_no_folder(regrow: Run, name: str
 
 def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
     Path("run").mkdir()
-    base = pruning_run.Settings("resnet18", method="magnitude").record()
+    base = record_settings(prune.Settings("resnet18", method="magnitude"))
     for name, value in (("keep", "much"), ("sources", "digits"), ("sources", [1]), ("tokens", 0.5), ("proof", "no"),
                         ("model", 3), ("seed", -1), ("target", ["x"]), ("device", "x"), ("dtype", "x")):  # fmt: skip
         told = {"format": "regrow-run/1", "verb": "prune", "settings": json.loads(json.dumps(base | {name: value}))}
@@ -71,14 +69,14 @@ def test_mistyped_settings_of_a_run_folder_are_refused(regrow: Run) -> None:
 
 
 def test_every_default_is_in_its_range() -> None:
-    for settings, ranges in (
-        (pruning_run.Settings("x"), checks.PRUNE),
-        (learning_run.Settings(("digits",)), checks.LEARN),
-        (searching.Settings("cells:4-1-1", "digits", "0.5"), checks.SEARCH),
+    for settings in (
+        prune.Settings("x"),
+        recover.Settings("run", "bias"),
+        learn.Settings(("digits",)),
+        search.Settings("cells:4-1-1", "digits", "0.5"),
+        evaluate.Settings("x"),
     ):
-        checks.check_settings(settings, ranges)
-    for ranges in (checks.PRUNE, checks.LEARN, checks.SEARCH, checks.RECOVER, checks.EVALUATE):
-        assert all(one.holds(one.like) or one is checks.SEED for one in ranges.values())
+        check_settings(settings)
 
 
 def test_a_learned_network_is_evaluated_on_the_images_it_takes(regrow: Run) -> None:

@@ -197,7 +197,7 @@ def test_tasks_are_learned_one_after_the_other_and_more_when_they_come(regrow: R
     code, _, err = regrow("learn", "digits", "--without-old", "--out", "other")
     assert code == 2 and "--resume RUN" in err
     code, _, err = regrow("learn", "--resume", "run", "--epochs", "7", "--set", "strength=3")
-    assert code == 2 and "leave out --epochs, --set" in err
+    assert code == 2 and "leave out --set, --epochs" in err
     code, _, err = regrow("learn", "digits", "--task", "digits", "--out", "other")
     assert code == 2 and "--resume" in err
     code, _, err = regrow("learn", "permuted:digits:2", "--method", "sparsgrow", "--out", "other")

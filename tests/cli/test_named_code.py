@@ -10,7 +10,7 @@ import torch
 
 import regrow as package
 from regrow.commands import save
-from regrow.commands.prune import load_model
+from regrow.commands.models import load_model
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
 
@@ -108,13 +108,15 @@ def test_a_run_is_repeated_and_recovered_with_code_from_the_command_line(run, ca
 
 def test_settings_from_a_file_give_no_code(run):
     from regrow.commands import RunFolder
-    from regrow.commands.prune import Settings
+    from regrow.commands.prune import model_spec, read_pruning_settings
     from regrow.nets import ModelError
 
     values = RunFolder.open(run).run()["settings"]
     with pytest.raises(ModelError, match="never imported"):
-        Settings.from_json(values)
-    assert load_model(Settings.from_json(values, "toys:classifier")).origin.reference == "toys:classifier"
+        read_pruning_settings(values)
+    assert (
+        load_model(model_spec(read_pruning_settings(values, "toys:classifier"))).origin.reference == "toys:classifier"
+    )
 
 
 def test_a_tampered_name_is_shown_without_control_signs(run, regrow):

@@ -11,7 +11,10 @@ from cli.conftest import Run
 from regrow import load
 from regrow.commands import RunFolder
 from regrow.commands import pruning as prune
-from regrow.commands.prune import Settings
+from regrow.commands.prune import budget_of, read_pruning_settings
+from regrow.settings.declaration import record_settings
+from regrow.settings.prune import Settings
+from regrow.settings.words import command_line
 from regrow.store import StoreError
 
 SMALL = ("--tokens", "512", "--eval-tokens", "128", "--seq-len", "64", "--no-verify")
@@ -84,14 +87,16 @@ def test_times_are_measured_once_for_a_run(
 def test_settings_of_older_runs_are_read_and_gone_on_with() -> None:
     old = {"model": "m", "keep": 0.7, "measure": "macs", "sources": ["news"]}
     with pytest.raises(StoreError, match="'something' is unknown here; use the version"):
-        Settings.from_json(old | {"something": 1})
-    settings = Settings.from_json(old)
-    assert settings.budget().target is None and not settings.budget().regular and settings.budget().keep == 0.7
-    assert not {"target", "regular"} & settings.record().keys()
+        read_pruning_settings(old | {"something": 1})
+    settings = read_pruning_settings(old)
+    budget = budget_of(settings)
+    assert budget.target is None and not budget.regular and budget.keep == 0.7
+    assert not {"target", "regular"} & record_settings(settings).keys()
     new = Settings("m", target="kv_cache=5M@64", regular=True, round_to=8)
-    assert Settings.from_json(json.loads(json.dumps(new.record()))) == new
-    assert new.command("o") == "regrow prune m --method flap --target kv_cache=5M@64 --round 8 --regular --out o"
-    assert new.budget().measure == "kv_cache" and new.keep is None
+    assert read_pruning_settings(json.loads(json.dumps(record_settings(new)))) == new
+    again = "regrow prune m --method flap --target kv_cache=5M@64 --regular --round 8 --out o"
+    assert command_line(new, "--out", "o") == again
+    assert budget_of(new).measure == "kv_cache" and new.keep is None
 
 
 OWN = """

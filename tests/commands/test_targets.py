@@ -17,10 +17,13 @@ from regrow.budget import Budget
 from regrow.commands import RunFolder
 from regrow.commands import pruning as prune
 from regrow.commands import search as searching
+from regrow.commands.record import convert_settings
 from regrow.commands.search import Settings, parts_of, run
 from regrow.commands.targets import measure_of, target
 from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
+from regrow.settings.declaration import record_settings
+from regrow.settings.words import command_line
 from regrow.sources import Batch, Source
 from regrow.store.atomic import StoreError
 from regrow.tracing import trace
@@ -85,13 +88,13 @@ def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> N
 
 
 def test_a_run_of_version_0_1_keeps_what_its_target_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = Settings("cells:4-2-1", "digits", "params=3k").record()
+    told = record_settings(Settings("cells:4-2-1", "digits", "params=3k"))
     assert told["accounting"] == "dense"
-    former = Settings.from_json({name: value for name, value in told.items() if name != "accounting"})
-    assert former.measure == "nonzero" and "accounting" not in former.record()
-    assert "accounting" not in former.command("run")
-    assert Settings.from_json(told).measure == "params"
-    begun = {"format": "regrow-run/1", "verb": "search", "settings": Settings.record(former) | {"target": "macs=20k"}}
+    former = convert_settings({name: value for name, value in told.items() if name != "accounting"}, Settings)
+    assert measure_of(former.target, former.accounting) == "nonzero" and "accounting" not in record_settings(former)
+    assert "accounting" not in command_line(former)
+    assert convert_settings(told, Settings).accounting == "dense"
+    begun = {"format": "regrow-run/1", "verb": "search", "settings": record_settings(former) | {"target": "macs=20k"}}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text(json.dumps(begun))
     with pytest.raises(ValueError, match=r"version 0\.1 began this run"):

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from regrow.commands import Ledger, RunFolder, StoreError, read_undo_store
-from regrow.commands.prune import Settings
+from regrow.commands.prune import read_pruning_settings
 from regrow.store import convert as convert_module
 from regrow.store import schemas
 from regrow.store.convert import convert
@@ -47,7 +47,7 @@ def edited(path, change):
 def test_run_json(run, change, words):
     edited(run / "run.json", change)
     with pytest.raises(StoreError) as caught:
-        Settings.from_json(RunFolder.open(run).run()["settings"], "toys:classifier")
+        read_pruning_settings(RunFolder.open(run).run()["settings"], "toys:classifier")
     assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value), caught.value
 
 

@@ -46,8 +46,8 @@ class Settings:
     target: Annotated[
         str,
         Setting(
-            "params=50k (stored), nonzero=50k (masked weights left out), macs=3M (dense, of an image), bytes=200k (of "
-            "the file), ms=20 (a batch passes, here), a share of the whole space (macs=20%) or of its parameters (0.2).",
+            "params=50k (stored), nonzero=50k (without masked weights), macs=3M (dense, of an image), bytes=200k (of "
+            "the file), ms=20 (of a batch, here), a share of the whole space (macs=20%) or of its parameters (0.2).",
             example="params=50k",
         ),
     ]
