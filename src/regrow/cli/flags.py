@@ -36,7 +36,7 @@ class _Value(click.ParamType):
         Raises:
             click.UsageError: If it is none; says what it may be.
         """
-        if not isinstance(value, str):
+        if self.field.mapping or not isinstance(value, str):  # pairs are parsed together
             return value
         try:
             return str(PATH.convert(value, param, ctx)) if self.field.setting.path else self.field.parse(value)
