@@ -29,6 +29,10 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def to(self, device: torch.device) -> "Examples":
+        """The same examples on a device."""
+        return self if device.type == "cpu" else Examples(self.inputs.to(device), self.labels.to(device))
+
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
         """All examples once, ``size`` at a time; in a drawn order if there is a seed, and then no rest of one.
 

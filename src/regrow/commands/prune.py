@@ -239,9 +239,8 @@ def _prove(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> No
 
 def _tuned(settings: Settings, loaded: Loaded, kinds: Kinds, progress: Progress) -> None:
     if settings.finetune:
-        steps = lambda done, total, loss: progress(done, total, f"fine-tuning, loss {loss:.3f}")  # noqa: E731
         for source in kinds.calibration:
-            tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=steps)
+            tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=progress)
     tune.recalibrate(loaded.model, kinds.calibration)
 
 

@@ -255,6 +255,7 @@ class Course(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     number: Count
     epoch: Count
     before: list[Any]
+    step: Count = 0
     loss: float | None = None
     rows: list[list[Any]] = []
     events: list[dict[str, Any]] = []
@@ -271,6 +272,7 @@ class CourseHeader(msgspec.Struct, frozen=True):
     plans: list[dict[str, Any]] | Count
     logged: Count | None = None
     open: list[dict[str, Any]] = []
+    key: str = ""
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True):

@@ -49,7 +49,14 @@ class History:
 
 
 def write_checkpoint(
-    path: Path, model: nn.Module, state: TrainState[Any], undo: UndoStore | None = None, *, logged: int | None = None
+    path: Path,
+    model: nn.Module,
+    state: TrainState[Any],
+    undo: UndoStore | None = None,
+    *,
+    logged: int | None = None,
+    trained_only: bool = False,
+    key: str = "",
 ) -> None:
     """Write a checkpoint: all of it, or nothing.
 
@@ -61,12 +68,15 @@ def write_checkpoint(
         logged: The number of events, from the first on, that are in the run's :class:`History`, with the rows of tasks
             that are over and all plans; the file leaves these out, so that it does not grow with the number of tasks.
             ``None``: they are in the file.
+        trained_only: Of the network, write only the parameters that have ``requires_grad``: nothing else changes.
+        key: What the training depends on; whoever reads the file gives the same.
 
     Raises:
         StoreError: If the disk is full or the file cannot be written.
     """
     tensors = axis_tensors(state.learner)
-    parts: dict[str, Tensor] = {f"model {name}": value for name, value in model.state_dict().items()}
+    weights = _trained(model) if trained_only else model.state_dict()
+    parts: dict[str, Tensor] = {f"model {name}": value for name, value in weights.items()}
     parts |= {f"learner {name}": one.values for name, one in tensors.items()}
     numbers: dict[str, Any] = {}
     for name, memory in state.moments.items():
@@ -77,7 +87,7 @@ def write_checkpoint(
                 numbers[f"{what} {name}"] = value
     if undo is not None:
         parts |= {f"attic {name}": value for name, value in undo.contents().items()}
-    header = {
+    header: dict[str, Any] = {
         "along": {name: [_to_json(one.dims), one.lr] for name, one in tensors.items()},
         "values": values_of(state.learner),
         "numbers": numbers,
@@ -86,6 +96,10 @@ def write_checkpoint(
         "logged": logged,
         "open": state.events[logged:] if logged is not None else [],
     }
+    if state.step:
+        header["course"]["step"] = state.step
+    if key:
+        header["key"] = key
     write_tensors(path, parts, header, FORMAT)
 
 
@@ -96,6 +110,9 @@ def read_checkpoint(
     learner: S,
     history: History | None = None,
     undo: UndoStore | None = None,
+    *,
+    trained_only: bool = False,
+    key: str = "",
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
     """Restore a network and the state of its training.
 
@@ -106,20 +123,26 @@ def read_checkpoint(
         learner: The learner's first state.
         history: What the run keeps in other files, if the checkpoint leaves it out; it may go further than that.
         undo: An empty store, filled with what plans removed, for learners that restore units.
+        trained_only: The file holds only the parameters that have ``requires_grad``.
+        key: As the file was written with.
 
     Raises:
-        StoreError: If the file is damaged or was written for another network or method.
+        StoreError: If the file is damaged or was written for another network, method or key.
     """
     try:
         header, tensors = read_tensors(path, FORMAT, FORMAT_1)
         record = convert(header, schemas.CourseHeader)
+        if record.key != key:
+            raise ValueError("it belongs to another training")
         plans, measured = _measured(record, history or History())
         model, axes = replay(model, axes, plans, undo)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}
         for name, value in tensors.items():
             part, _, rest = name.partition(" ")
             parts[part][rest] = value
-        model.load_state_dict(parts["model"])
+        if trained_only and parts["model"].keys() != _trained(model).keys():
+            raise ValueError("it holds other parameters than those that are trained")
+        model.load_state_dict(parts["model"], strict=not trained_only)
         removed = undo.contents() if undo is not None else {}
         for name, value in parts["attic"].items():
             removed[name].copy_(value)
@@ -187,8 +210,13 @@ def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan
             convert(plan, schemas.Plan)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = [tuple(row) for row in course.rows], course.sizes, course.events
-    known = {"number": course.number, "epoch": course.epoch, "before": tuple(course.before), "loss": course.loss}
+    known: dict[str, Any] = {"number": course.number, "epoch": course.epoch, "step": course.step, "loss": course.loss}
+    known["before"] = tuple(course.before)
     return plans, known | {"rows": tuple(rows), "sizes": tuple(sizes), "events": tuple(events)}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _damaged(path: Path, error: Exception) -> StoreError:

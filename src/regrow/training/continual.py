@@ -22,7 +22,7 @@ from regrow.tasks import Examples, Task
 from regrow.training.fit import Around, Fitted, Observer, fit
 from regrow.training.learner import PLAIN, Context, Learner
 from regrow.training.optimizers import OptimizerSettings
-from regrow.training.schedule import Phase, Schedule
+from regrow.training.schedule import NO_AXES, Phase, Schedule
 from regrow.training.state import TrainState, axis_tensors
 
 S = TypeVar("S")
@@ -135,7 +135,7 @@ def accuracy_matrix(state: TrainState[Any]) -> Matrix:
 
 def untrained_accuracies(model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule) -> tuple[float, ...]:
     """The accuracy of a network on the test examples of every task before it has learned any."""
-    return accuracies(Context(model, _NO_AXES, tasks[0]), tasks, PLAIN, PLAIN.state, schedule)
+    return accuracies(Context(model, NO_AXES, tasks[0]), tasks, PLAIN, PLAIN.state, schedule)
 
 
 def accuracies(
@@ -149,9 +149,6 @@ def accuracies(
             choice = _choice(schedule, tasks, context.number, number)
             row.append(nan if task.gone else share_right(context.model, task.test, choice))
     return tuple(row)
-
-
-_NO_AXES = AxisGraph({}, {}, frozenset())
 
 
 def probed_tasks(number: int) -> list[int]:
@@ -170,7 +167,7 @@ def _phase(tasks: Sequence[Task], number: int, share: float, schedule: TaskSched
     classes = _choice(schedule, tasks, number, number)
     train, second = task.train, None
     if share:
-        context = Context(nn.Identity(), _NO_AXES, task, number, seed=schedule.seed)
+        context = Context(nn.Identity(), NO_AXES, task, number, seed=schedule.seed)
         n, many = len(train), int(share * len(train))
         order = torch.randperm(n, generator=context.generator(12)).split([n - many, many])
         train, second = (Examples(task.train.inputs[part], task.train.labels[part]) for part in order)

@@ -3,7 +3,7 @@
 It knows no method: a :class:`regrow.training.learner.Learner` says what differs from plain training.
 """
 
-import math
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -16,7 +16,7 @@ from regrow.axes import AxisGraph
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore, apply
-from regrow.surgery.stand_in import standing_in
+from regrow.training.gradients import compute_gradients
 from regrow.training.growth_metrics import (
     gradient_shares,
     mark_entries,
@@ -25,6 +25,7 @@ from regrow.training.growth_metrics import (
     start_watch,
     watch,
 )
+from regrow.training.interrupts import defer_interrupts
 from regrow.training.learner import Boundary, Context, Event, Learner, Step
 from regrow.training.optimizers import Optimizers
 from regrow.training.schedule import Phase, Schedule
@@ -76,6 +77,7 @@ def fit(
     state: TrainState[S] | None = None,
     undo: UndoStore | None = None,
     checkpoint: Callable[[TrainState[S], Context], None] | None = None,
+    seconds: float | None = None,
     observe: Observer[S] | None = None,
     around: Around = lambda state, context, step: nullcontext(),
     log: Callable[..., None] = lambda kind, **row: None,
@@ -92,6 +94,9 @@ def fit(
         state: Where an earlier, interrupted call stopped.
         undo: What plans removed from the network, for learners that restore units.
         checkpoint: Called after each epoch and each task with a state that can be resumed from.
+        seconds: ``checkpoint`` is also called within an epoch when so many seconds have passed since the last call, and
+            when Ctrl-C ends the epoch; for phases that are not ``seeded``, and learners whose ``boundary`` hook does
+            the same when an epoch starts again. ``None``: only after epochs.
         observe: What is measured at boundaries.
         around: Gives a context manager for each step.
         log: Takes the rows that the learner logs.
@@ -101,7 +106,7 @@ def fit(
         ValueError: If the loss is not finite.
     """
     state = state or TrainState(learner.state)
-    run = _Run(phases, learner, schedule, checkpoint, observe or Observer(), around, progress, log)
+    run = _Run(phases, learner, schedule, checkpoint, seconds, observe or Observer(), around, progress, log)
     undo = undo if undo is not None else (UndoStore() if learner.restores else None)
     while state.number < len(phases):
         context = run.context(model, axes, state.number, state.epoch, undo)
@@ -118,6 +123,7 @@ class _Run(Generic[S]):
     learner: Learner[S]
     schedule: Schedule
     checkpoint: Callable[[TrainState[S], Context], None] | None
+    seconds: float | None
     observe: Observer[S]
     around: Around
     progress: Progress
@@ -150,23 +156,49 @@ class _Run(Generic[S]):
         )
 
 
+@dataclass
+class _Latest(Generic[S]):
+    """The state after the last step."""
+
+    run: _Run[S]
+    context: Context
+    optimizers: Optimizers
+    state: TrainState[S]
+    written: float = field(default_factory=time.monotonic)
+
+    def write(self) -> None:
+        """Call ``checkpoint``."""
+        own, self.written = self.state.learner, time.monotonic()
+        moments = self.optimizers.moments(self.context.parameters(), axis_tensors(own))
+        if self.run.checkpoint:
+            self.run.checkpoint(replace(self.state, moments=moments), self.context)
+
+
 def _fit_task(run: _Run[S], context: Context, state: TrainState[S]) -> tuple[Context, TrainState[S]]:
     """Train on one task."""
     learner, phase = run.learner, run.phases[state.number]
     run.notes.clear()
-    start = Event.RESUME if state.epoch else Event.TASK_START
+    start = Event.RESUME if state.epoch or state.step else Event.TASK_START
     own = learner.boundary(state.learner, context, Boundary(start))
-    optimizers = Optimizers(run.schedule.optimizer, learner.optimizer)
+    optimizers = Optimizers(run.schedule.optimizer, learner.optimizer, scheduled=learner.scheduled)
     optimizers.collect(context.parameters(), axis_tensors(own))
     optimizers.restore(context.parameters(), axis_tensors(own), state.moments)
     state = replace(state, learner=own)
     for epoch in range(state.epoch, len(phase.epochs)):
         context = replace(context, epoch=epoch, steps=phase.epochs[epoch])
-        context, state, new = _apply_plans(run, context, state, optimizers)
-        state = _fit_epoch(run, context, state, optimizers, new)
-        own = learner.boundary(state.learner, context, Boundary(Event.EPOCH_END))
+        new: dict[str, Tensor] = {}
+        if not state.step:
+            context, state, new = _apply_plans(run, context, state, optimizers)
+        latest = _Latest(run, context, optimizers, state)
+        try:
+            _fit_epoch(latest, new)
+            own = learner.boundary(latest.state.learner, context, Boundary(Event.EPOCH_END))
+        except KeyboardInterrupt:
+            if run.seconds is not None:
+                latest.write()
+            raise
         moments = optimizers.moments(context.parameters(), axis_tensors(own))
-        state = replace(state, learner=own, epoch=epoch + 1, moments=moments)
+        state = replace(latest.state, learner=own, epoch=epoch + 1, step=0, moments=moments)
         if run.checkpoint and state.epoch < len(phase.epochs):
             run.checkpoint(state, context)
     own = learner.boundary(state.learner, context, Boundary(Event.TASK_END))
@@ -268,43 +300,43 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
     return Fitted(context.model, context.axes, replace(fitted.state, learner=own)), plans
 
 
-def _fit_epoch(
-    run: _Run[S], context: Context, state: TrainState[S], optimizers: Optimizers, new: dict[str, Tensor]
-) -> TrainState[S]:
+def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor]) -> None:
+    """Take the steps of an epoch that are still to be taken.
+
+    Args:
+        latest: The state, which changes with every step.
+        new: Name of a parameter → which of its entries are new, for the first step.
+    """
+    run, context, optimizers, state = latest.run, latest.context, latest.optimizers, latest.state
     learner, schedule, phase = run.learner, run.schedule, run.phases[state.number]
     if phase.seeded:
         torch.manual_seed(context.generator(context.epoch, 1).initial_seed() % 2**63)  # Dropout, augmentation
-    own = learner.boundary(state.learner, context, Boundary(Event.EPOCH_START))
-    done, total, loss, events = sum(phase.epochs[: context.epoch]), sum(phase.epochs), state.loss, state.events
-    device = next((p.device.type for p in context.model.parameters()), "cpu")
-    precision = torch.autocast(device, torch.bfloat16, enabled=schedule.precision == "bfloat16")
+    state = replace(state, learner=learner.boundary(state.learner, context, Boundary(Event.EPOCH_START)))
+    done, total, first = sum(phase.epochs[: context.epoch]), sum(phase.epochs), state.step
     for i, (batches, second) in enumerate(phase.batches(context)):
+        if i < first:
+            continue
         if schedule.decay != "constant" or schedule.warm_up:
-            optimizers.set_rate(schedule.rate(done + i, total))
-        with run.around(own, context, i):
+            optimizers.set_rates(schedule.share(done + i, total))
+        with run.around(state.learner, context, i):
             optimizers.clear_gradients()
-            now = 0.0
-            for batch in batches:
-                step = Step(i, batch, second, learner.parametrize(own, context))
-                with standing_in(context.model, step.replaced.values):
-                    with precision:
-                        found = learner.loss(own, context, step)
-                    mean = found.value if len(batches) == 1 else found.value / len(batches)
-                    mean.backward()
-                now += float(mean.detach())
-            if not math.isfinite(now):
-                where = f"{context.task.name}, epoch {context.epoch + 1}"
-                raise ValueError(f"the loss is {now} in {where}: use a smaller learning rate, such as --lr 0.001")
+            step, loss = compute_gradients(
+                learner, state.learner, context, Step(i, None, second), batches, schedule.precision
+            )
+            events = state.events
             if new:
                 events, new = (*events[:-1], {**events[-1], **gradient_shares(context, new)}), {}
-            step = replace(step, aux=found.aux)
-            own = learner.project(own, context, step)
+            own = learner.project(state.learner, context, step)
             if schedule.clip:
                 nn.utils.clip_grad_norm_([p for p in context.parameters().values() if p.requires_grad], schedule.clip)
-            optimizers.step()
-            own = learner.after_step(own, context, step)
-        loss = smooth(loss, now)
-        events = watch(events, context.number, loss)
+            with defer_interrupts():
+                optimizers.step()
+                own, smoothed = learner.after_step(own, context, step), smooth(state.loss, loss)
+                events = watch(events, context.number, smoothed)
+                state = replace(state, learner=own, step=i + 1, loss=smoothed, events=events)
+                latest.state = state
         text = run.notes.get("status", {}).get("text", context.task.name)
-        run.progress(state.number * total + done + i + 1, len(run.phases) * total, text)
-    return replace(state, learner=own, loss=loss, events=events)
+        run.progress(state.number * total + done + i + 1, len(run.phases) * total, f"{text}, loss {loss:.3f}")
+        if run.seconds is not None and time.monotonic() - latest.written > run.seconds:
+            latest.write()
+    latest.state = state

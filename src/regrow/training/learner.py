@@ -269,6 +269,7 @@ class Learner(Generic[S]):
         finish: (state, context) → ``None``; writes what replaces parameters into them.
         optimizer: ``""``: the network's optimizer trains the state's tensors too; ``"adam"``: Adam with β =
             (0.5, 0.999) does.
+        scheduled: Whether the learning rates of its tensors follow the schedule, as that of the network does.
         second_share: The share of the training examples that the network's parameters do not learn from; a batch of
             them comes with every step.
         trains_on_past: Whether it trains on all examples of earlier tasks, as upper bounds do.
@@ -284,6 +285,7 @@ class Learner(Generic[S]):
     boundary: Callable[[S, Context, Boundary], S] = set_train_mode
     finish: Callable[[S, Context], None] = finish_nothing
     optimizer: str = ""
+    scheduled: bool = False
     second_share: float = 0.0
     trains_on_past: bool = False
     restores: bool = False

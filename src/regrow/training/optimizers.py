@@ -47,9 +47,11 @@ class Optimizers:
         settings: Of the network's optimizer.
         learner: ``""``: the network's optimizer trains the learner's tensors too; ``"adam"``: Adam
             with β = (0.5, 0.999) does.
+        scheduled: Whether the learning rates of the learner's tensors follow the schedule.
     """
 
-    def __init__(self, settings: OptimizerSettings, learner: str = "") -> None:
+    def __init__(self, settings: OptimizerSettings, learner: str = "", *, scheduled: bool = False) -> None:
+        self.lr, self.scheduled = settings.lr, scheduled
         groups: list[dict[str, Any]] = [{"params": []}]
         decay = settings.weight_decay
         self.network: torch.optim.Optimizer
@@ -61,9 +63,13 @@ class Optimizers:
         if learner == "adam":
             self.all.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
 
-    def set_rate(self, lr: float) -> None:
-        """Set the learning rate of the network's parameters."""
-        self.network.param_groups[0]["lr"] = lr
+    def set_rates(self, share: float) -> None:
+        """Set the learning rates of what follows the schedule to a share of their largest values."""
+        self.network.param_groups[0]["lr"] = self.lr * share
+        if self.scheduled:
+            for group in self.all[-1].param_groups:
+                if "largest_lr" in group:
+                    group["lr"] = group["largest_lr"] * share
 
     def clear_gradients(self) -> None:
         """Remove all gradients."""
@@ -91,7 +97,7 @@ class Optimizers:
         own = self.all[-1]
         del own.param_groups[1 if own is self.network else 0 :]
         for rate, values in by_rate.items():
-            own.add_param_group({"params": values, "lr": rate, "weight_decay": 0.0})
+            own.add_param_group({"params": values, "lr": rate, "largest_lr": rate, "weight_decay": 0.0})
         known = {id(p) for optimizer in self.all for group in optimizer.param_groups for p in group["params"]}
         for optimizer in self.all:
             for lost in [one for one in optimizer.state if id(one) not in known]:
@@ -135,7 +141,8 @@ class Optimizers:
             if name in moments:
                 optimizer = self.all[-1] if name.startswith("learner ") else self.network
                 optimizer.state[one] = {
-                    what: value.clone() if isinstance(value, Tensor) else value for what, value in moments[name].items()
+                    what: _copied(value, one) if isinstance(value, Tensor) else value
+                    for what, value in moments[name].items()
                 }
 
 
@@ -144,3 +151,8 @@ def _trained(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisT
     for name, one in tensors.items():
         if one.lr is not None:
             yield f"learner {name}", one.values
+
+
+def _copied(value: Tensor, trained: Tensor) -> Tensor:
+    """A copy on the device of what is trained; numbers of steps stay where they are."""
+    return value.to(trained.device, copy=True) if value.dim() else value.clone()

@@ -7,10 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from regrow.axes import AxisGraph
 from regrow.tasks import Examples, Task
 from regrow.training.learner import Context
 from regrow.training.optimizers import OptimizerSettings
 
+NO_AXES = AxisGraph({}, {}, frozenset())
+"""For networks whose shape does not change in training."""
 Batches = Iterator[tuple[Sequence[Any], Examples | None]]
 """Per step: the batches whose mean loss counts, and a batch of the second part of the training examples."""
 
@@ -42,20 +45,19 @@ class Schedule:
         if self.precision not in ("float32", "bfloat16"):
             raise ValueError(f"the precision is float32 or bfloat16, got {self.precision!r}")
 
-    def rate(self, step: int, steps: int) -> float:
-        """The learning rate of a step.
+    def share(self, step: int, steps: int) -> float:
+        """The learning rate of a step, as a share of the largest one.
 
-        >>> schedule = Schedule(OptimizerSettings(lr=1.0), "cosine", warm_up=0.1)
-        >>> [round(schedule.rate(step, 20), 2) for step in (0, 1, 2, 11, 19)]
+        >>> schedule = Schedule(decay="cosine", warm_up=0.1)
+        >>> [round(schedule.share(step, 20), 2) for step in (0, 1, 2, 11, 19)]
         [0.5, 1.0, 1.0, 0.5, 0.01]
         """
-        lr = self.optimizer.lr
-        rise = max(1, round(self.warm_up * steps)) if self.warm_up else 0
+        rise = max(1, int(self.warm_up * steps)) if self.warm_up else 0
         if step < rise:
-            return lr * (step + 1) / rise
+            return (step + 1) / rise
         if self.decay == "constant":
-            return lr
-        return lr * (1 + math.cos(math.pi * ((step - rise) / max(1, steps - rise)))) / 2
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Phase:
     Args:
         task: The task.
         epochs: The number of steps of each epoch.
-        batches: Gives the batches of an epoch; called once per epoch.
+        batches: Gives the batches of an epoch; called once per epoch. They have a method ``to(device)``.
         classes: The classes among which answers are chosen, ``[classes]`` bool; ``None`` for all.
         seeded: Whether each epoch starts with a seed of its own, for Dropout and augmentation.
     """
@@ -75,3 +77,19 @@ class Phase:
     batches: Callable[[Context], Batches]
     classes: Tensor | None = None
     seeded: bool = True
+
+
+def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:
+    """Training on batches of sources instead of a task's examples.
+
+    Args:
+        name: What progress and errors call it.
+        epochs: The number of steps of each epoch.
+        batches: The number of a step, from 0 → the batches whose mean loss counts.
+    """
+
+    def batches_of(context: Context) -> Batches:
+        first = sum(epochs[: context.epoch])
+        return ((batches(step), None) for step in range(first, first + epochs[context.epoch]))
+
+    return Phase(Task.of_gone(name, (), (0,)), tuple(epochs), batches_of, seeded=False)

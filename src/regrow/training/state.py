@@ -157,6 +157,7 @@ class TrainState(Generic[S]):
         learner: The state of the learner.
         number: The number of tasks that are over.
         epoch: The number of epochs of the next task that are over.
+        step: The number of steps of its next epoch that are over.
         rows: The accuracy matrix so far.
         before: The accuracy on every task before the first was learned.
         plans: Every plan that was applied, in order.
@@ -169,6 +170,7 @@ class TrainState(Generic[S]):
     learner: S
     number: int = 0
     epoch: int = 0
+    step: int = 0
     rows: tuple[tuple[float, ...], ...] = ()
     before: tuple[float, ...] = ()
     plans: tuple[Plan, ...] = ()

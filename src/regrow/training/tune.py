@@ -1,14 +1,20 @@
 """After a cut: BatchNorm recalibration and a short fine-tune; a pruned convolutional network is useless without."""
 
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regrow.progress import Progress, silent
 from regrow.scoring.gradients import cross_entropy
-from regrow.sources import Batch, Source
+from regrow.sources import Source
+from regrow.training.fit import fit
+from regrow.training.learner import PLAIN, Context, Loss, Step
+from regrow.training.optimizers import OptimizerSettings
+from regrow.training.schedule import NO_AXES, Schedule, source_phase
 
 
 def recalibrate(model: nn.Module, sources: Sequence[Source]) -> int:
@@ -36,7 +42,7 @@ def recalibrate(model: nn.Module, sources: Sequence[Source]) -> int:
     try:
         with torch.no_grad():
             for batch in (batch for source in sources for batch in source):
-                batch = _moved(batch, model)
+                batch = batch.to(next(model.parameters()).device)
                 model(*batch.args, **batch.kwargs)
     finally:
         for layer, momentum in zip(layers, momenta, strict=True):
@@ -55,74 +61,45 @@ def finetune(
     weight_decay: float = 1e-4,
     clip: float = 1.0,
     seed: int = 0,
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] | None = None,
-    progress: Callable[[int, int, float], None] | None = None,
-) -> list[float]:
+    progress: Progress = silent,
+) -> None:
     """Train on a source's labels for a few epochs, the learning rate falling as a half cosine.
 
     Args:
         model: A network, changed in place; left in the mode it was in.
         source: Batches with labels.
         epochs: Passes over the source, each in its own order.
-        lr: The first learning rate.
-        weight_decay: L2 penalty of the default optimiser.
+        lr: The first learning rate, of SGD with Nesterov momentum 0.9.
+        weight_decay: Its L2 penalty.
         clip: Largest norm of the gradient.
         seed: The order of batches, and what Dropout draws.
-        optimizer: Makes another optimiser than SGD with Nesterov momentum 0.9 (its own learning rate is the first).
-        progress: Called with (step, steps in all, loss) after each step.
-
-    Returns:
-        The mean loss of each epoch.
+        progress: Called with (steps done, steps in all, what).
 
     Raises:
         ValueError: If batches have no labels, or the loss stops being finite.
     """
     if any(batch.labels is None for batch in source) or not len(source):
         raise ValueError(f"source {source.name!r} has no labels to train on")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    make = optimizer or (lambda p: torch.optim.SGD(p, lr, momentum=0.9, nesterov=True, weight_decay=weight_decay))
-    optimiser = make(trained)
-    first = [group["lr"] for group in optimiser.param_groups]
-    order = torch.Generator().manual_seed(seed)
-    steps, step, losses, was = epochs * len(source), 0, [], model.training
+    generator = torch.Generator().manual_seed(seed)
+    order = [i for _ in range(epochs) for i in torch.randperm(len(source), generator=generator).tolist()]
+    phase = source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
+    schedule = Schedule(OptimizerSettings("sgd", lr, weight_decay), "cosine", clip=clip, seed=seed)
     torch.manual_seed(seed)
-    model.train()
+    modes = {module: module.training for module in model.modules()}
     try:
-        for _ in range(epochs):
-            total = 0.0
-            for index in torch.randperm(len(source), generator=order).tolist():
-                for group, start in zip(optimiser.param_groups, first, strict=True):
-                    group["lr"] = start * 0.5 * (1 + math.cos(math.pi * step / steps))
-                loss = _step(model, _moved(source.batches[index], model), optimiser, trained, clip)
-                step, total = step + 1, total + loss
-                if progress:
-                    progress(step, steps, loss)
-            losses.append(total / len(source))
+        fit(model, NO_AXES, [phase], replace(PLAIN, loss=label_loss), schedule, progress=progress)
     finally:
-        model.train(was)
-    return losses
+        for module, mode in modes.items():
+            module.training = mode
 
 
-def _step(
-    model: nn.Module, batch: Batch, optimiser: torch.optim.Optimizer, trained: list[nn.Parameter], clip: float
-) -> float:
-    assert batch.labels is not None
-    loss = cross_entropy(model(*batch.args, **batch.kwargs), batch.labels)
-    if not torch.isfinite(loss):
-        raise ValueError("the loss is no longer finite; use a smaller learning rate")
-    optimiser.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(trained, clip)
-    optimiser.step()
-    return float(loss.detach())
+def label_loss(state: Any, context: Context, step: Step) -> Loss:
+    """Cross-entropy of a batch's labels.
 
-
-def _moved(batch: Batch, model: nn.Module) -> Batch:
-    device = next(model.parameters()).device
-
-    def move(value: object) -> object:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    kwargs = {name: move(value) for name, value in batch.kwargs.items()}
-    labels = batch.labels.to(device) if batch.labels is not None else None
-    return Batch(tuple(move(value) for value in batch.args), kwargs, labels)
+    Raises:
+        ValueError: If the batch has none.
+    """
+    batch = step.batch
+    if batch.labels is None:
+        raise ValueError("training needs labels (of text: the next tokens), and this source has none")
+    return Loss(cross_entropy(context.model(*batch.args, **batch.kwargs), batch.labels))

@@ -1,0 +1,52 @@
+"""The first half of a training step: losses and gradients."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+
+from regrow.surgery.stand_in import standing_in
+from regrow.training.learner import Context, Learner, Step
+
+S = TypeVar("S")
+
+
+def compute_gradients(
+    learner: Learner[S], state: S, context: Context, step: Step, batches: Sequence[Any], precision: str = "float32"
+) -> tuple[Step, float]:
+    """Add the gradient of the mean loss of some batches to those that are there.
+
+    Args:
+        learner: Says what the loss is.
+        state: Its state.
+        context: The network.
+        step: The step, without a batch.
+        batches: The batches; each has a method ``to(device)``.
+        precision: ``float32`` or ``bfloat16``, of losses.
+
+    Returns:
+        The step with what belongs to the last batch; the loss.
+
+    Raises:
+        ValueError: If the loss is not finite.
+    """
+    parameter, total = next(context.model.parameters(), None), 0.0
+    device = torch.device("cpu") if parameter is None else parameter.device
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    second = step.second.to(device) if step.second else None
+    for batch in batches:
+        step = Step(step.index, batch.to(device), second, learner.parametrize(state, context))
+        with standing_in(context.model, step.replaced.values):
+            with autocast:
+                found = learner.loss(state, context, step)
+            mean = found.value if len(batches) == 1 else found.value / len(batches)
+            mean.backward()
+        step, total = replace(step, aux=found.aux), total + float(mean.detach())
+    if not math.isfinite(total):
+        raise ValueError(
+            f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}: use a smaller learning rate (lr), "
+            "and check that weights and inputs are finite"
+        )
+    return step, total
