@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from regrow import Plan, apply, load, trace, with_branches
-from regrow.branches import Stand
+from regrow.branches import Placeholder
 from regrow.data import Half, text, windows
 from regrow.data.halves import half_of
 from regrow.export.gguf import write
 from regrow.export.gguf.tokens import RULES, WHOLE_WORDS
 from regrow.nets import load as load_dense
-from regrow.tracing.stand import exchange
+from regrow.tracing.placeholder import insert_placeholders
 
 KINDS = ("news", "code", "manual", "talk")
 PARTS = ("small", "rules", "pruned", "dense")
@@ -135,7 +135,7 @@ def small_nets() -> Iterator[tuple[str, nn.Module]]:
     yield "no MLP in the last layer", dropped("model.layers.3.mlp")
     yield "no layer 1", dropped("model.layers.1")
     first = random_net()
-    exchange(first, {"model.layers.0.self_attn": Stand("zero", "hidden_states", 2)})
+    insert_placeholders(first, {"model.layers.0.self_attn": Placeholder("zero", "hidden_states", 2)})
     yield "no attention in the first layer", first
 
 

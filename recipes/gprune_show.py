@@ -29,7 +29,7 @@ from gprune_tables import BASES, FOLDS
 
 from regrow.reports import behaviour
 from regrow.reports.findings import findings
-from regrow.reports.reading import RunFolder
+from regrow.reports.reading import RunRecord
 
 Row = dict[str, Any]
 CAPPED = 50.0
@@ -213,7 +213,7 @@ def choice_table(rows: Sequence[Row]) -> Iterator[str]:
 
 def draw_observation(path: Path) -> None:
     """The figure of what was observed (WIFV, raw ranks)."""
-    told = findings(RunFolder(Path(), {}, findings={"spectrum": json.loads(path.read_text())["rows"]["wifv raw"]}))
+    told = findings(RunRecord(Path(), {}, findings={"spectrum": json.loads(path.read_text())["rows"]["wifv raw"]}))
     drawing = behaviour.spectrum({"findings": told})
     if drawing is not None:
         path.with_suffix(".svg").write_text(drawing.file())

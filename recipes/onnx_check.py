@@ -22,7 +22,7 @@ from regrow.commands.models import ModelSpec, load_model_or_run
 from regrow.data import Half, text, windows
 from regrow.export.onnx import OPSET, write
 from regrow.export.onnx.calls import described
-from regrow.export.onnx.reading import Reading, started
+from regrow.export.onnx.reading import OnnxSession, started
 from regrow.nets.examples import text_example
 
 KINDS, PROMPTS, TOKENS = ("news", "code", "manual", "talk"), 50, 32
@@ -54,7 +54,7 @@ def compared(run: str, dtype: str) -> dict[str, Any]:
     model.tokenizer = tokenizer
     with tempfile.TemporaryDirectory() as folder:
         written = write(model, Path(folder) / "net.onnx", dtype=dtype, progress=lambda *at: print(run, dtype, *at))
-        reading = Reading(written.path, described(model, text_example(model, len(tokenizer))))
+        reading = OnnxSession(written.path, described(model, text_example(model, len(tokenizer))))
         found = {kind: foreseen(reading, kind, tokenizer) for kind in KINDS}
 
     def over(key: str, together: Callable[..., float]) -> float:
@@ -87,7 +87,7 @@ def settings_of(run: Path) -> dict[str, Any]:
     }
 
 
-def foreseen(reading: Reading, kind: str, tokenizer: Any) -> dict[str, float]:
+def foreseen(reading: OnnxSession, kind: str, tokenizer: Any) -> dict[str, float]:
     """The next token after each prompt of a kind, in torch and in the file, and all logits of the prompts."""
     source = windows(text(kind), tokenizer, n=PROMPTS, seq_len=TOKENS, half=Half.EVALUATION)
     differ, margins, differences, largest = 0, [0.0], [0.0], [0.0]

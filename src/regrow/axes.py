@@ -30,9 +30,9 @@ __all__ = [
     "Fold",
     "Mark",
     "Product",
+    "RecordedStep",
     "Role",
     "Slot",
-    "Step",
     "Sum",
     "Work",
     "axes_in",
@@ -210,7 +210,7 @@ class Fold:
 
 
 @dataclass(frozen=True)
-class Step:
+class RecordedStep:
     """One recorded operation, so that a cut network can be held against the one that was traced.
 
     Args:
@@ -299,7 +299,7 @@ class AxisGraph:
     unreached: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     branches: Mapping[str, Branch] = field(default_factory=dict)
-    steps: tuple[Step, ...] = field(default=(), compare=False, repr=False)
+    steps: tuple[RecordedStep, ...] = field(default=(), compare=False, repr=False)
     decisions: tuple[Decision, ...] | None = field(default=None, compare=False, repr=False)
     exported: bool = field(default=False, compare=False, repr=False)
     trained: bool = False
@@ -361,7 +361,7 @@ class AxisGraph:
 
     def without(self, branches: Iterable[Branch]) -> "AxisGraph":
         """The same graph without what goes with some branches (to ask what is left to cut, and what it costs)."""
-        gone = [path for branch in branches for path in branch.stands]
+        gone = [path for branch in branches for path in branch.placeholders]
 
         def stays(name: str) -> bool:
             return not any(lies_in(name, path) for path in gone)

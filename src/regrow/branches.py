@@ -14,8 +14,8 @@ Gives = Literal["zero", "input", "nothing"]
 
 
 @dataclass(frozen=True)
-class Stand:
-    """What stands for a module that is dropped.
+class Placeholder:
+    """The placeholder of a module that is dropped.
 
     Args:
         gives: ``"zero"``: zeros in the form of an argument; ``"input"``: the argument as it is;
@@ -35,17 +35,17 @@ class Stand:
         return asdict(self)
 
     @classmethod
-    def from_data(cls, data: Any) -> "Stand":
+    def from_data(cls, data: Any) -> "Placeholder":
         """Read it back.
 
         Raises:
             ValueError: If the data say something else.
 
-        >>> Stand.from_data(Stand("zero", "x").to_data())
-        Stand(gives='zero', takes='x', of=0, at=0)
+        >>> Placeholder.from_data(Placeholder("zero", "x").to_data())
+        Placeholder(gives='zero', takes='x', of=0, at=0)
         """
         if not isinstance(data, dict) or not data.keys() <= {"gives", "takes", "of", "at"}:
-            raise ValueError(f"what stands for a module is told by gives, takes, of and at; got {str(data)[:60]}")
+            raise ValueError(f"The placeholder of a module is told by gives, takes, of and at; got {str(data)[:60]}")
         gives, takes, of, at = (data.get(name, 0) for name in ("gives", "takes", "of", "at"))
         if gives not in ("zero", "input", "nothing"):
             raise ValueError(f"a dropped module gives 'zero', 'input' or 'nothing'; got {str(gives)[:40]!r}")
@@ -61,14 +61,14 @@ class Branch:
     """A module that can be dropped, or the reason why it cannot.
 
     Args:
-        module: Its path. What it gives is replaced: by zero, or by its own input (``stands[module].gives``).
-        stands: What stands for it, and for every module that nothing but it had use of (the norm in front of an
+        module: Its path. What it gives is replaced: by zero, or by its own input (``placeholders[module].gives``).
+        placeholders: Its placeholder, and those of every module that nothing but it had use of (the norm in front of an
             attention).
         reason: Why it cannot be dropped; empty if it can.
     """
 
     module: str
-    stands: Mapping[str, Stand] = field(default_factory=dict)
+    placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
     reason: str = ""
 
     @property
@@ -78,16 +78,16 @@ class Branch:
 
     @property
     def gives(self) -> str:
-        """What stands in its place: ``"zero"``, ``"input"`` or ``"nothing"``; empty if it cannot be dropped."""
-        return self.stands[self.module].gives if self.free else ""
+        """What its placeholder gives: ``"zero"``, ``"input"`` or ``"nothing"``; empty if it cannot be dropped."""
+        return self.placeholders[self.module].gives if self.free else ""
 
     def holds(self, name: str) -> bool:
         """Whether a module or tensor of this name goes with it.
 
-        >>> Branch("a.b", {"a.b": Stand("zero", 0)}).holds("a.b.weight")
+        >>> Branch("a.b", {"a.b": Placeholder("zero", 0)}).holds("a.b.weight")
         True
         """
-        return any(lies_in(name, path) for path in self.stands)
+        return any(lies_in(name, path) for path in self.placeholders)
 
 
 def lies_in(name: str, path: str) -> bool:

@@ -101,7 +101,7 @@ class Ledger:
             raise StoreError(f"{self.path} cannot be read ({problem(error)}); restore it") from None
         if not isinstance(data, dict) or data.get("format") not in FORMATS:
             raise StoreError(f"{self.path} is not of the format {FORMAT!r}; restore it")
-        plans = convert(data, schemas.Ledger, self.path).plans
+        plans = convert(data, schemas.LedgerJson, self.path).plans
         if data["format"] != FORMAT:
             return plans
         try:
@@ -122,7 +122,7 @@ def read_plan(data: Any) -> Plan:
         StoreError: If a field is missing, unknown or of another type.
     """
     if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
-        convert(data, schemas.Plan)
+        convert(data, schemas.PlanJson)
     return Plan.from_json(json.dumps(data))
 
 

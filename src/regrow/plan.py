@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
-from regrow.branches import Branch, Stand, lies_in
+from regrow.branches import Branch, Placeholder, lies_in
 from regrow.change import FILLS, MOST, Change, Fill, PlanError, whole
 from regrow.errors import InputError
 from regrow.limits import parse_json
@@ -195,7 +195,9 @@ class Plan:
                 "origin": dict(self.origin),
                 "changes": {key: asdict(change) for key, change in self.changes.items()},
                 "means": {name: {str(i): v for i, v in means.items()} for name, means in self.means.items()},
-                "drop": {path: {at: s.to_data() for at, s in one.stands.items()} for path, one in self.drop.items()},
+                "drop": {
+                    path: {at: s.to_data() for at, s in one.placeholders.items()} for path, one in self.drop.items()
+                },
                 "back": list(self.back),
             }
         )
@@ -218,7 +220,7 @@ class Plan:
             means = {
                 str(name): {int(i): float(v) for i, v in row.items()} for name, row in data.get("means", {}).items()
             }
-            drop = {str(path): _branch(str(path), stands) for path, stands in data.get("drop", {}).items()}
+            drop = {str(path): _branch(str(path), placeholders) for path, placeholders in data.get("drop", {}).items()}
             back = tuple(str(path) for path in data.get("back", ()))
             return cls(changes, means, dict(data.get("origin", {})), drop, back)
         except PlanError:
@@ -227,8 +229,8 @@ class Plan:
             raise PlanError(f"a damaged plan: {error!r}") from None
 
 
-def _branch(path: str, stands: Mapping[str, Any]) -> Branch:
-    return Branch(path, {str(at): Stand.from_data(stand) for at, stand in stands.items()})
+def _branch(path: str, placeholders: Mapping[str, Any]) -> Branch:
+    return Branch(path, {str(at): Placeholder.from_data(one) for at, one in placeholders.items()})
 
 
 def _droppable(axes: AxisGraph, path: str) -> Branch:
@@ -253,9 +255,9 @@ def _droppable(axes: AxisGraph, path: str) -> Branch:
 
 def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
     for path, branch in drop.items():
-        if branch.module != path or path not in branch.stands:
-            raise PlanError(f"nothing is said to stand for {path}, which the plan drops")
-        if other := next((o for o, b in drop.items() if o != path and any(map(b.holds, branch.stands))), ""):
+        if branch.module != path or path not in branch.placeholders:
+            raise PlanError(f"the plan drops {path} without a placeholder for it")
+        if other := next((o for o, b in drop.items() if o != path and any(map(b.holds, branch.placeholders))), ""):
             raise PlanError(f"{path} goes with {other}, which the plan drops too; leave it out")
     if len(set(back)) != len(back):
         raise PlanError("the plan brings a module back twice")

@@ -20,7 +20,7 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.surgery.stand_in import standing_in
-from regrow.tracing.stand import stands_in
+from regrow.tracing.placeholder import find_placeholders
 from zoo import randomise
 
 CONFIGS = {
@@ -75,7 +75,7 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     small, after = apply(net, axes, Plan.dropping(axes, drop, keep))
     assert torch.allclose(small(x), masked, rtol=0, atol=1e-10)
     kind = type(net)
-    left = kind(DESCRIBED[kind](small, CONFIGS[kind], stands_in(small).keys()))
+    left = kind(DESCRIBED[kind](small, CONFIGS[kind], find_placeholders(small).keys()))
     assert sum(p.numel() for p in left.parameters()) == float(found.levels.size(masks.ops, masks.filters))
     state = {name: value for name, value in small.named_parameters() if not name.endswith("scale")}
     nonzero = sum(int(p.count_nonzero()) for p in state.values()) + sum(map(len, candidates_in(left).values()))

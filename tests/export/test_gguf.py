@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from commands.saved import Case, cut
 from export.deci import File, logits
 from regrow import Plan, apply, load, trace, with_branches
-from regrow.branches import Stand
+from regrow.branches import Placeholder
 from regrow.commands import save
 from regrow.export.gguf import write
 from regrow.export.gguf import writer as export
 from regrow.export.gguf.network import described
 from regrow.export.gguf.quants import allowed, encoded, q6_k
 from regrow.export.written import ExportError
-from regrow.tracing.stand import exchange
+from regrow.tracing.placeholder import insert_placeholders
 from zoo import GROUPED, SMALL, ZOO, randomise
 
 MEANS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")
@@ -128,7 +128,7 @@ def test_dropped_branches(drop: list[str], tmp_path: Path) -> None:
 
 def test_a_first_layer_without_attention_gets_a_head_of_zeros(tmp_path: Path) -> None:
     model = llama()
-    exchange(model, {"model.layers.0.self_attn": Stand("zero", "hidden_states", 2)})
+    insert_placeholders(model, {"model.layers.0.self_attn": Placeholder("zero", "hidden_states", 2)})
     done = write(model, tmp_path / "model.gguf", dtype="f32")
     assert File(done.path).number("attention.head_count") == [1, 6, 6, 6]
     same(model, done.path)

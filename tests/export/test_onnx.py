@@ -22,7 +22,7 @@ from regrow.nets import Origin
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
 from regrow.store.atomic import staged
-from regrow.tracing.stand import Dropped
+from regrow.tracing.placeholder import PlaceholderModule
 from zoo import ZOO
 
 onnx = pytest.importorskip("onnx", reason="needs regrow[export]")
@@ -148,7 +148,7 @@ def found_cells() -> tuple[Cells, dict[str, Any]]:
     gone = [path for i, path in enumerate(axes.branches) if i % 2 and path.rpartition("_")[0][-4:] != "skip"]
     net, axes = apply(net, axes, Plan.dropping(axes, gone))
     net, _ = apply(net, axes, laws.random_plan(axes, torch.Generator().manual_seed(2), floor=2))
-    assert sum(isinstance(module, Dropped) for module in net.modules()) == len(gone) > 20
+    assert sum(isinstance(module, PlaceholderModule) for module in net.modules()) == len(gone) > 20
     return net, config
 
 

@@ -14,7 +14,7 @@ from regrow.nets.errors import ModelError
 from regrow.nets.load import build
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile, checked, described, prefix, thinned, whole
-from regrow.tracing.stand import stands_in
+from regrow.tracing.placeholder import find_placeholders
 from zoo import randomise
 
 FEW = ("mb3e3", "mb7e6", "skip")
@@ -72,7 +72,7 @@ def test_what_is_left_is_described_and_built_again_alike():
     drop = ["blocks.0.ops.mb3e3", "blocks.1.ops.mb3e3", "blocks.1.ops.mb7e6"]
     keep = {k: v for k, v in keep.items() if not any(axes[k].slots[0].name.startswith(path) for path in drop)}
     small, _ = apply(net, axes, Plan.dropping(axes, drop, keep))
-    config = described(small, FIRST, stands_in(small).keys())
+    config = described(small, FIRST, find_placeholders(small).keys())
     assert [[name for name, _ in plan["ops"]] for plan in config["blocks"]] == [["mb7e6"], ["skip"]]
     assert config["blocks"][0]["ops"][0][1] == 12 and config["mix"] == FIRST["mix"] // 2
     again = rebuilt(json.loads(json.dumps(config)), small)

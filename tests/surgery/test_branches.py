@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import laws
 from regrow.allocation.cost import Cost
 from regrow.axes import AxisGraph, Example
-from regrow.branches import Branch, Stand
+from regrow.branches import Branch, Placeholder
 from regrow.method import Measure
 from regrow.plan import Plan, PlanError
 from regrow.surgery import UndoStore, apply, verify
@@ -88,7 +88,7 @@ def by_hand(model: nn.Module, branches: list[Branch]) -> nn.Module:
     """The whole network, with what each branch gives replaced as it comes out: it knows nothing of stands."""
     copy = deepcopy(model)
 
-    def hook(stand: Stand) -> Callable[..., Any]:
+    def hook(stand: Placeholder) -> Callable[..., Any]:
         def replaced(module: nn.Module, args: Any, kwargs: Any, answer: Any) -> Any:
             given = args[stand.takes] if isinstance(stand.takes, int) else kwargs[stand.takes]
             first = answer[0] if isinstance(answer, tuple) else answer
@@ -98,7 +98,7 @@ def by_hand(model: nn.Module, branches: list[Branch]) -> nn.Module:
         return replaced
 
     for branch in branches:
-        stand = branch.stands[branch.module]
+        stand = branch.placeholders[branch.module]
         copy.get_submodule(branch.module).register_forward_hook(hook(stand), with_kwargs=True)
     return copy
 
@@ -165,10 +165,12 @@ def test_what_goes_with_a_branch_is_what_nothing_else_uses() -> None:
     branches = traced("resnet18")[1].branches
     free = [path for path, branch in branches.items() if branch.free]
     assert free == [f"layer{n}.bn2" for n in ("1.0", "1.1", "2.1", "3.1", "4.1")]
-    assert {*branches["layer3.1.bn2"].stands} == {f"layer3.1.{one}" for one in ("conv1", "bn1", "conv2", "bn2")}
-    assert {*traced("own_scale")[1].branches["fall"].stands} == {"fall", "rise", "norm"}
+    assert {*branches["layer3.1.bn2"].placeholders} == {f"layer3.1.{one}" for one in ("conv1", "bn1", "conv2", "bn2")}
+    assert {*traced("own_scale")[1].branches["fall"].placeholders} == {"fall", "rise", "norm"}
     llama = traced("llama")[1].branches
-    assert {*llama["model.layers.1.mlp"].stands} == {f"model.layers.1.{n}" for n in ("mlp", "post_attention_layernorm")}
+    assert {*llama["model.layers.1.mlp"].placeholders} == {
+        f"model.layers.1.{n}" for n in ("mlp", "post_attention_layernorm")
+    }
     assert llama["model.layers.1"].gives == "input" and llama["model.layers.1.mlp"].gives == "zero"
     assert "goes with model.layers.1.mlp" in llama["model.layers.1.mlp.down_proj"].reason
     assert "takes away what features.3 does" in traced("mobilenet_v2")[1].branches["features.3.conv"].reason
@@ -406,7 +408,7 @@ def test_plans_that_do_not_fit() -> None:
     with pytest.raises(PlanError, match="compensates for it"):
         replace(good, means={f"{mlp}.down_proj.weight": {0: 1.0}}).check(axes)
     with pytest.raises(PlanError, match="not what the plan says"):
-        replace(good, drop={mlp: Branch(mlp, {mlp: Stand("zero", 0)})}).check(axes)
+        replace(good, drop={mlp: Branch(mlp, {mlp: Placeholder("zero", 0)})}).check(axes)
     with pytest.raises(PlanError, match="make two"):
         replace(good, back=("model.layers.0",))
     _, left = laws.shrunk(model, axes, good)
@@ -425,11 +427,11 @@ def test_a_damaged_branch_is_refused(value: Any) -> None:
         Plan.from_json(json.dumps(plan))
 
 
-@pytest.mark.parametrize("stand", [Stand("input", 0), Stand("zero", 0, 2, 0), Stand("zero", 3)])
-def test_a_wrong_stand_does_not_pass_the_proof(stand: Stand) -> None:
+@pytest.mark.parametrize("stand", [Placeholder("input", 0), Placeholder("zero", 0, 2, 0), Placeholder("zero", 3)])
+def test_a_wrong_placeholder_does_not_pass_the_proof(stand: Placeholder) -> None:
     """Whatever the axes claim, the exchanged network must compute what is left of the sum."""
     model, axes = traced("own_scale")
-    forged = replace(axes.branches["fall"], stands={**axes.branches["fall"].stands, "fall": stand})
+    forged = replace(axes.branches["fall"], placeholders={**axes.branches["fall"].placeholders, "fall": stand})
     wrong = replace(axes, branches={**axes.branches, "fall": forged})
     with laws.untouched(model), pytest.raises(PlanError, match="cannot be dropped"):
         apply(model, wrong, Plan.dropping(wrong, ["fall"]))

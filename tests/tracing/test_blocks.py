@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from regrow.tracing.blocks import Block, blocks
+from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import capture, example_of
 from regrow.tracing.steps import operations
 from zoo import trace_zoo
@@ -36,7 +36,7 @@ class Convolutions(nn.Module):
         return self.down(self.up(x).relu())
 
 
-def cut(model: nn.Module, *args: Tensor) -> tuple[Block, ...]:
+def cut(model: nn.Module, *args: Tensor) -> tuple[GraphBlock, ...]:
     """The blocks of a model."""
     return blocks(capture(model.eval(), example_of(model, args, {})))
 

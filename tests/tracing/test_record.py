@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from laws import EXACT, gap, in_double, masked_equals_shrunk, outputs, random_plan, shrunk, smallest_plan, zeroed
-from regrow.axes import AxisGraph, Example, Mark, Slot, Step, size_of
+from regrow.axes import AxisGraph, Example, Mark, RecordedStep, Slot, size_of
 from regrow.plan import Plan
 from regrow.surgery import verify
 from regrow.surgery.carry import carry_out
@@ -97,7 +97,7 @@ def refuse(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("out of order")
 
 
-def dry(model: nn.Module, example: Example, exported: bool) -> tuple[AxisGraph, tuple[Step, ...]]:
+def dry(model: nn.Module, example: Example, exported: bool) -> tuple[AxisGraph, tuple[RecordedStep, ...]]:
     """What a record on fake data says, ours or an export: axes before any trial, and what the network does."""
     recorded = capture(model, example, exported=exported)
     assert recorded.exported == exported

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.allocation.gates import Gates, Masks
+from regrow.allocation.gates import GateMasks, Gates
 from regrow.axes import AxisGraph
 from regrow.branches import lies_in
 
 
-def cut(found: Gates, masks: Masks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
+def cut(found: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
     """The operations that do not stand, and of each axis that loses filters those that do.
 
     Args:
@@ -33,7 +33,7 @@ def cut(found: Gates, masks: Masks, axes: AxisGraph) -> tuple[list[str], dict[st
     return drop, keep
 
 
-def spared(found: Gates, masks: Masks, allowed: float, bare: bool = True) -> Masks:
+def spared(found: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
     """Masks under which no more goes than must: the nearest to their thresholds stay, as long as all that is allowed.
 
     Args:
@@ -64,7 +64,7 @@ def spared(found: Gates, masks: Masks, allowed: float, bare: bool = True) -> Mas
     return replace(masks, ops=ops, filters=filters)
 
 
-def reserved(found: Gates, masks: Masks, target: float, searched: Collection[str]) -> Masks:
+def reserved(found: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
     """Masks under which a target can still be met later: of sets whose cheapest operation would go, it stays.
 
     Those nearest to their thresholds stay, one after the other, until the target is within reach, if it ever is.
@@ -84,7 +84,7 @@ def reserved(found: Gates, masks: Masks, target: float, searched: Collection[str
     return replace(masks, ops=ops)
 
 
-def savings(found: Gates, masks: Masks) -> dict[str, float]:
+def savings(found: Gates, masks: GateMasks) -> dict[str, float]:
     """What each level leaves out, one after the other: operations, filters of the rest, weights of those."""
     ones = torch.ones_like(masks.filters)
     steps = [
@@ -168,7 +168,7 @@ def controlled(
     return {"cap": cap}
 
 
-def excess(found: Gates, masks: Masks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
+def excess(found: Gates, masks: GateMasks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
     """What a target leaves of what stands: the least important goes, as little as must.
 
     Weights pay where they are searched and cost anything; else filters, where they are, and then operations, of which

@@ -20,7 +20,7 @@ _JUST = 1e-6
 
 
 @dataclass(frozen=True)
-class Masks:
+class GateMasks:
     """The three levels at one moment.
 
     Args:
@@ -80,7 +80,7 @@ class Gates:
         ops: tuple[Tensor, Tensor] | None,
         filters: tuple[Tensor, Tensor] | None,
         weights: tuple[Tensor, Tensor, Tensor] | None,
-    ) -> Masks:
+    ) -> GateMasks:
         """Hold importances against thresholds.
 
         Args:
@@ -111,7 +111,7 @@ class Gates:
             n, stands = len(flat), self.levels.standing(mask_o.detach(), mask_f.detach())
             over = self.levels.relative(flat, stands) - thresholds.index_select(0, self.levels.ops[:n]) - _JUST
             over = over.masked_fill(gone, NEVER)
-        return Masks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
+        return GateMasks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
     def together(self, at: int) -> Tensor:
         """The operations that are decided with one, as bool."""
@@ -150,7 +150,7 @@ class Gates:
         many = torch.bincount(self.levels.ops, minlength=len(self.ops) + 1)[:-1]
         return (many <= 1) & (not self.levels.timed)
 
-    def shares(self, masks: Masks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """How much each operation that stands weighs in its node.
 
         Args:
@@ -167,7 +167,7 @@ class Gates:
         many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
         return stands, share / total.index_select(0, node), many[node]
 
-    def evenness(self, masks: Masks, alpha: Tensor, among: Tensor) -> Tensor:
+    def evenness(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
         """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node.
 
         Of each node it is greatest where all weigh the same, and least where one has all.
@@ -182,7 +182,7 @@ class Gates:
         stands, share, many = self.shares(masks, alpha)
         return torch.log1p(many * share)[among[stands]].sum()
 
-    def lowness(self, masks: Masks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def lowness(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Σ exp(−t) over the thresholds of what stands.
 
         Args:

@@ -74,11 +74,11 @@ def stepped(over_by: Tensor) -> Tensor:
     >>> stepped(z).tolist(), [round(g, 2) for g in z.grad.tolist()]
     ([1.0, 0.0], [1.6, 1.6])
     """
-    found: Tensor = _Step.apply(over_by)
+    found: Tensor = _StepFunction.apply(over_by)
     return found
 
 
-class _Step(torch.autograd.Function):
+class _StepFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, over_by: Tensor) -> Tensor:
         ctx.save_for_backward(over_by)

@@ -94,9 +94,9 @@ def _branches_table(axes: Any, everything: bool) -> None:
     for path, branch in axes.branches.items():
         own = [name for name in axes.parameters if name not in axes.ties and branch.holds(name)]
         if branch.free:
-            others = ", ".join(other for other in branch.stands if other != path)
+            others = ", ".join(other for other in branch.placeholders if other != path)
             lines.append((path, branch.gives, number(sum(_numel(axes, name) for name in own)), others))
-    columns = ("module", "what stands for it", "parameters", "goes with it")
+    columns = ("module", "its placeholder", "parameters", "goes with it")
     table("What can be dropped whole", columns, lines, numbers=(2,))
     if everything:
         rest = [(path, branch.reason) for path, branch in axes.branches.items() if not branch.free]
@@ -124,7 +124,7 @@ def _write(path: Path, axes: Any, rows: list[Any], model: str) -> None:
         "recorded": axes.recorded,
         "axes": [row.record() | {"slots": [asdict(slot) for slot in axes[row.key].slots]} for row in rows],
         "branches": {
-            path: {"gives": one.gives, "with": sorted(one.stands)} if one.free else {"reason": one.reason}
+            path: {"gives": one.gives, "with": sorted(one.placeholders)} if one.free else {"reason": one.reason}
             for path, one in axes.branches.items()
         },
         "counted": list(axes.counted),

@@ -196,7 +196,7 @@ def _counted(record: schemas.CourseHeader, history: History) -> tuple[list[Plan]
                 raise ValueError(f"{name} holds {len(found)} of the {expected} changes of shape that it goes by")
     else:
         for plan in record.plans:
-            convert(plan, schemas.Plan)
+            convert(plan, schemas.PlanJson)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = [tuple(row) for row in told.rows], told.sizes, told.events
     known = {"number": told.number, "epoch": told.epoch, "before": tuple(told.before), "loss": told.loss}

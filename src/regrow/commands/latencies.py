@@ -34,7 +34,7 @@ def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
     if not place.is_file() and not begun:
         return latency(model, batch)
     try:
-        told = convert(read_json(place), schemas.Latency, place, "restore it, or take a new folder")
+        told = convert(read_json(place), schemas.LatencyJson, place, "restore it, or take a new folder")
     except InputError as error:
         raise StoreError(f"{error}, or take a new folder") from None
     return Latency(told.total, told.ops, told.sums, told.layers)

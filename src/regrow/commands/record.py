@@ -33,7 +33,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise StoreError(f"{folder} is not a run folder (no {RUN}); give the folder of a run")
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise StoreError(f"{folder / RUN} is not of the format {FORMAT!r}; restore it")
-    convert(data, schemas.Run, folder / RUN)
+    convert(data, schemas.RunJson, folder / RUN)
     return data
 
 

@@ -26,7 +26,7 @@ from regrow.nets.small import small
 from regrow.references import names_code
 from regrow.sources import Batch, logits_in
 from regrow.tasks import Task
-from regrow.tracing.stand import stands_in
+from regrow.tracing.placeholder import find_placeholders
 
 Found = Cells | Mobile | Bench201
 """A network of a space."""
@@ -161,7 +161,7 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
         model: The network, cut by plans; its scales are folded too.
         origin: How it was built.
     """
-    gone = stands_in(model).keys()
+    gone = find_placeholders(model).keys()
     fold_scales(model)
     match model:
         case Cells():
@@ -183,7 +183,7 @@ def rebuilt(config: Mapping[str, Any], model: Found) -> Found:
     state = {name: value for name, value in model.state_dict().items() if name in found.state_dict()}
     for path, node in model.named_modules():
         if f"{path}.scale" in state:
-            gone = stands_in(node)
+            gone = find_placeholders(node)
             alive = [i for i, name in enumerate(node.get_submodule("ops")._modules) if f"ops.{name}" not in gone]
             state[f"{path}.scale"] = state[f"{path}.scale"][alive]
     found.load_state_dict(state)

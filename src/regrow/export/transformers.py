@@ -18,7 +18,7 @@ from regrow import store
 from regrow.export.staging import staged
 from regrow.export.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
-from regrow.nets.blocks import ATTENTION, MLP, Block, blocks
+from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
 from regrow.nets.examples import guessed_example, text_example
 from regrow.nets.language import origin_of, quiet, require_transformers
 from regrow.progress import Progress, silent
@@ -121,7 +121,7 @@ def _alike(now: Mapping[str, Number], made: Mapping[str, Number], before: Mappin
     return all(made.get(place) == now[place] for place in read)
 
 
-def _settings(model: Any, found: Iterable[Block], origin: Origin) -> dict[str, Any] | None:
+def _settings(model: Any, found: Iterable[DecoderLayer], origin: Origin) -> dict[str, Any] | None:
     widths = {(block.heads, block.kv_heads, block.head_dim, block.width) for block in found}
     if len(widths) != 1 or 0 in (only := widths.pop()):
         return None

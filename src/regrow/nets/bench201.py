@@ -54,7 +54,7 @@ def operation(name: str, width: int) -> nn.Module:
     return ReluConvNorm(width, width, int(name[-1]))
 
 
-class Cell(nn.Module):
+class Bench201Cell(nn.Module):
     """Four nodes; each sums what its edges make of earlier ones, and the last is the answer.
 
     Args:
@@ -120,7 +120,7 @@ class Bench201(nn.Module):
             if stage:
                 parts.append(Reduction(width, 2 * width))
                 width *= 2
-            parts += [Cell(width, config["edges"]) for _ in range(config["cells"])]
+            parts += [Bench201Cell(width, config["edges"]) for _ in range(config["cells"])]
         self.parts = nn.Sequential(*parts)
         self.norm = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, config["classes"])

@@ -13,7 +13,7 @@ MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderLayer:
     """One layer.
 
     Args:
@@ -31,7 +31,7 @@ class Block:
     linear: Mapping[str, nn.Linear]
 
 
-def blocks(model: nn.Module) -> list[Block]:
+def blocks(model: nn.Module) -> list[DecoderLayer]:
     """The layers of a decoder with separate query, key and value layers and a gated MLP, however wide each is.
 
     Raises:
@@ -43,7 +43,7 @@ def blocks(model: nn.Module) -> list[Block]:
     return [_block(layer, f"{type(model).__name__}, layer {i}") for i, layer in enumerate(layers)]
 
 
-def _block(layer: nn.Module, name: str) -> Block:
+def _block(layer: nn.Module, name: str) -> DecoderLayer:
     modules = dict(layer.named_modules())
     linear = {path: found for path in (*ATTENTION, *MLP) if isinstance(found := modules.get(path), nn.Linear)}
     for parts in (ATTENTION, MLP):
@@ -55,4 +55,4 @@ def _block(layer: nn.Module, name: str) -> Block:
     head_dim = int(getattr(attention, "head_dim", 0))
     heads, kv_heads = (linear[path].out_features // head_dim if path in linear else 0 for path in ATTENTION[:2])
     width = linear[MLP[0]].out_features if MLP[0] in linear else 0
-    return Block(heads, kv_heads, head_dim, width, linear)
+    return DecoderLayer(heads, kv_heads, head_dim, width, linear)

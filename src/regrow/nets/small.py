@@ -103,7 +103,7 @@ def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
     return nn.Sequential(*layers, nn.Linear(widths[-1], classes))
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
     """x + norm(conv(relu(norm(conv(x))))), with a 1 × 1 shortcut where the width changes."""
 
     def __init__(self, before: int, after: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
@@ -128,7 +128,7 @@ def resnet(
     width, stages = widths[0], widths[1] if len(widths) > 1 else 3
     sizes = [width * 2**i for i in range(min(stages, 8))]
     stem = [nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), norm(width), nn.ReLU()]
-    blocks = [Block(b, a, 1 if i == 0 else 2, norm) for i, (b, a) in enumerate(pairwise([width, *sizes]))]
+    blocks = [ResidualBlock(b, a, 1 if i == 0 else 2, norm) for i, (b, a) in enumerate(pairwise([width, *sizes]))]
     return nn.Sequential(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], classes))
 
 

@@ -19,7 +19,7 @@ from regrow.reports.canvas import (
     legend,
     steps,
 )
-from regrow.reports.reading import RunFolder, mapping, number, size, text
+from regrow.reports.reading import RunRecord, mapping, number, size, text
 
 Run = dict[str, Any]
 Panel = tuple[str, list[list[float | None]]]
@@ -33,7 +33,7 @@ MAX_NAMES = 200
 _FIGURES = ("average", "average_along", "learning", "backward_transfer", "forgetting", "forward_transfer")
 
 
-def course(folder: RunFolder) -> dict[str, Any] | None:
+def course(folder: RunRecord) -> dict[str, Any] | None:
     """What a learning run measured.
 
     Args:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from regrow.reports.reading import RunFolder, mapping, number, objects, size, text
+from regrow.reports.reading import RunRecord, mapping, number, objects, size, text
 from regrow.reports.widths import block_of, grouped, kind_of
 
 MAX_ROWS = 1000
@@ -19,7 +19,7 @@ _CUT = ("start", "learned", "given")
 _MEASURED = ("sensitivity", "activity", "switched", *_CUT)
 
 
-def findings(folder: RunFolder) -> Row | None:
+def findings(folder: RunRecord) -> Row | None:
     """What a method saw, for those methods that say so; tables that are not known here are left out.
 
     Args:
@@ -58,7 +58,7 @@ def findings(folder: RunFolder) -> Row | None:
     }
 
 
-def _table(folder: RunFolder, name: str, read: Callable[[Row], Row | None]) -> list[Row]:
+def _table(folder: RunRecord, name: str, read: Callable[[Row], Row | None]) -> list[Row]:
     """The rows of a table that can be used; that others are left out is told."""
     given = folder.findings.get(name, [])
     rows = [row for item in objects(given)[:MAX_ROWS] if (row := read(item))]

@@ -53,7 +53,7 @@ class ReportError(ValueError):
 
 
 @dataclass
-class RunFolder:
+class RunRecord:
     """What the files of a run folder hold, checked only down to "an object" and "a list of objects".
 
     Args:
@@ -87,7 +87,7 @@ class RunFolder:
         return path.parent.name if path.name == WORK else path.name
 
 
-def read_run(path: Path) -> RunFolder:
+def read_run(path: Path) -> RunRecord:
     """Read a run folder.
 
     Args:
@@ -115,7 +115,7 @@ def read_run(path: Path) -> RunFolder:
         if problems:
             why = problems[0].removeprefix("run.json: ").removesuffix("; left out")
         raise ReportError(f"{path / 'run.json'} cannot be read ({why}); restore it")
-    folder = RunFolder(path, run, problems=problems)
+    folder = RunRecord(path, run, problems=problems)
     searched = run.get("verb") == "search"
     needed = ABSENT_SEARCHING if searched else ABSENT_LEARNING if run.get("verb") == "learn" else ABSENT
     for name, meaning in needed.items():

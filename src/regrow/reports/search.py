@@ -6,7 +6,7 @@ from typing import Any
 from regrow.amounts import parse_bytes
 from regrow.reports import blocks, cells, topology
 from regrow.reports import quantities as q
-from regrow.reports.reading import RunFolder, mapping, number, size, text
+from regrow.reports.reading import RunRecord, mapping, number, size, text
 
 Run = dict[str, Any]
 Lines = dict[str, list[dict[str, Any]]]
@@ -42,7 +42,7 @@ _UNITS = {
 _SIZES = ("parameters", "nonzero", "macs", "bytes")
 
 
-def search(folder: RunFolder) -> dict[str, Any] | None:
+def search(folder: RunRecord) -> dict[str, Any] | None:
     """What a search measured.
 
     Args:

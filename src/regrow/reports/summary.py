@@ -6,7 +6,7 @@ from typing import Any
 
 from regrow.reports.course import course
 from regrow.reports.findings import findings
-from regrow.reports.reading import ReportError, RunFolder, mapping, number, objects, read_run, size, text
+from regrow.reports.reading import ReportError, RunRecord, mapping, number, objects, read_run, size, text
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 
@@ -43,7 +43,7 @@ def summarise(folders: list[Path]) -> dict[str, Any]:
     return {"format": FORMAT, "runs": runs, "kinds": shared}
 
 
-def _run(folder: RunFolder) -> dict[str, Any]:
+def _run(folder: RunRecord) -> dict[str, Any]:
     run, settings = folder.run, mapping(folder.run.get("settings"))
     kinds, frozen = widths(folder)
     metrics: dict[str, list[dict[str, Any]]] = {}

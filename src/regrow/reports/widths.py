@@ -3,12 +3,12 @@
 import re
 from typing import Any
 
-from regrow.reports.reading import RunFolder, mapping, number, objects, size, text
+from regrow.reports.reading import RunRecord, mapping, number, objects, size, text
 
 QUANTILES = 21
 
 
-def widths(folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def widths(folder: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The widths of the axes that can change, per kind of axis in the order of depth, and the frozen ones by reason.
 
     Args:
@@ -38,7 +38,7 @@ def widths(folder: RunFolder) -> tuple[list[dict[str, Any]], list[dict[str, Any]
     return _by_kind(rows), [{"reason": reason, "count": n} for reason, n in sorted(frozen.items(), key=_most)]
 
 
-def scores(folder: RunFolder, kinds: list[dict[str, Any]]) -> dict[str, Any] | None:
+def scores(folder: RunRecord, kinds: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The spread of the scores per axis, where each was cut, and the massive-activation units.
 
     Args:

@@ -17,7 +17,7 @@ from regrow.axes import Axis, AxisGraph
 from regrow.method import Need
 from regrow.scores import Moments, Statistics
 from regrow.scoring.gradients import add_gradients
-from regrow.scoring.watch import Watch
+from regrow.scoring.watch import InputSums
 from regrow.scoring.weights import readers, scorable, tensors
 from regrow.sources import Batch, Source
 
@@ -120,9 +120,9 @@ class _Walk:
             statistics.moments[name] = moments if known is None else known + moments
         statistics.tokens += _positions(batch)
 
-    def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> Watch:
+    def _watch(self, batch: Batch, run: nn.Module, statistics: Statistics) -> InputSums:
         mask = batch.kwargs.get("attention_mask")
-        with Watch(self.watched, _leading(batch), mask if isinstance(mask, Tensor) else None) as watch:
+        with InputSums(self.watched, _leading(batch), mask if isinstance(mask, Tensor) else None) as watch:
             if self.differentiated:
                 add_gradients(self.model, batch, self.differentiated, statistics.gradients)
             else:

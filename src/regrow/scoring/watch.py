@@ -116,7 +116,7 @@ class Feed(TorchFunctionMode, ABC):
         return func(*args, **kwargs)
 
 
-class Watch(TorchFunctionMode):
+class InputSums(TorchFunctionMode):
     """Sums the inputs of watched weights while it is active.
 
     Args:

@@ -142,7 +142,7 @@ def _mended(handle: int) -> int:
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
         row: dict[str, Any] = parse_json(line)
-        convert(row, schemas.Row)
+        convert(row, schemas.MetricsRow)
     except (ValueError, InputError):
         return None
     return row

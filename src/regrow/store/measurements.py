@@ -15,7 +15,7 @@ Figure = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
-class Size(msgspec.Struct, frozen=True):
+class SizeRow(msgspec.Struct, frozen=True):
     """The size of a model."""
 
     model: str
@@ -26,7 +26,7 @@ class Size(msgspec.Struct, frozen=True):
     dtype: str = ""
 
 
-class Perplexity(msgspec.Struct, frozen=True):
+class PerplexityRow(msgspec.Struct, frozen=True):
     """The perplexity of a model on a source."""
 
     model: str
@@ -40,7 +40,7 @@ class Perplexity(msgspec.Struct, frozen=True):
     nll_per_window: list[Figure] = []
 
 
-class Choice(msgspec.Struct, frozen=True):
+class ChoiceRow(msgspec.Struct, frozen=True):
     """The accuracy of a model on a source or task."""
 
     model: str
@@ -50,7 +50,7 @@ class Choice(msgspec.Struct, frozen=True):
     acc_se: Figure = None
 
 
-class Paired(msgspec.Struct, frozen=True):
+class PairedRow(msgspec.Struct, frozen=True):
     """The difference of two models on the same windows."""
 
     source: str
@@ -59,7 +59,7 @@ class Paired(msgspec.Struct, frozen=True):
     of: list[str] = []
 
 
-class Verify(msgspec.Struct, frozen=True):
+class VerifyRow(msgspec.Struct, frozen=True):
     """How far the masked and the shrunk model differ."""
 
     max_abs_diff: Figure
@@ -68,7 +68,7 @@ class Verify(msgspec.Struct, frozen=True):
     dtype: str = ""
 
 
-class Budget(msgspec.Struct, frozen=True):
+class BudgetRow(msgspec.Struct, frozen=True):
     """What a budget counts, before and after a cut."""
 
     measure: str
@@ -79,7 +79,7 @@ class Budget(msgspec.Struct, frozen=True):
     predicted: Figure = None
 
 
-class Recovery(msgspec.Struct, frozen=True):
+class RecoveryRow(msgspec.Struct, frozen=True):
     """A recovery after a cut."""
 
     by: str
@@ -89,7 +89,7 @@ class Recovery(msgspec.Struct, frozen=True):
     note: str = ""
 
 
-class Task(msgspec.Struct, frozen=True):
+class TaskRow(msgspec.Struct, frozen=True):
     """A task that was learned: its number, and the accuracy on every task known by then."""
 
     name: str
@@ -105,7 +105,7 @@ class Task(msgspec.Struct, frozen=True):
             raise ValueError(f"Field `accuracy` has {len(self.accuracy)} entries at task {self.task}")
 
 
-class Commit(msgspec.Struct, frozen=True):
+class CommitRow(msgspec.Struct, frozen=True):
     """A change of shape while a network is trained."""
 
     task: Count
@@ -119,7 +119,7 @@ class Commit(msgspec.Struct, frozen=True):
     back: list[str] = []
 
 
-class Matrix(msgspec.Struct, frozen=True):
+class MatrixRow(msgspec.Struct, frozen=True):
     """The accuracy matrix of a sequence of tasks."""
 
     tasks: list[str]
@@ -137,25 +137,25 @@ class Matrix(msgspec.Struct, frozen=True):
             raise ValueError("Field `matrix` has other rows or columns than there are `tasks`")
 
 
-class Gone(msgspec.Struct, frozen=True):
+class MissingTasksRow(msgspec.Struct, frozen=True):
     """Tasks whose data are not there any more."""
 
     tasks: list[str]
 
 
-class Epoch(msgspec.Struct, frozen=True):
+class EpochRow(msgspec.Struct, frozen=True):
     """Where a search stands after an epoch."""
 
     epoch: Count
 
 
-class Levels(msgspec.Struct, frozen=True):
+class LevelsRow(msgspec.Struct, frozen=True):
     """What each level of a search left out."""
 
     saved: dict[str, Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]]
 
 
-class Found(msgspec.Struct, frozen=True):
+class SearchResultRow(msgspec.Struct, frozen=True):
     """The network that a search left; version 0.1 noted neither multiply–accumulates nor bytes."""
 
     accuracy: Share
@@ -165,7 +165,7 @@ class Found(msgspec.Struct, frozen=True):
     bytes: Count | None = None
 
 
-class Test(msgspec.Struct, frozen=True):
+class TestRow(msgspec.Struct, frozen=True):
     """The test at the end of a search."""
 
     accuracy: Share
@@ -173,22 +173,22 @@ class Test(msgspec.Struct, frozen=True):
 
 
 KINDS: Mapping[str, type[Any]] = {
-    "budget": Budget,
-    "choice": Choice,
-    "commit": Commit,
-    "epoch": Epoch,
-    "found": Found,
-    "front": Epoch,
-    "gone": Gone,
-    "growth": Commit,
-    "levels": Levels,
-    "matrix": Matrix,
-    "paired": Paired,
-    "perplexity": Perplexity,
-    "recovery": Recovery,
-    "size": Size,
-    "task": Task,
-    "test": Test,
-    "verify": Verify,
+    "budget": BudgetRow,
+    "choice": ChoiceRow,
+    "commit": CommitRow,
+    "epoch": EpochRow,
+    "found": SearchResultRow,
+    "front": EpochRow,
+    "gone": MissingTasksRow,
+    "growth": CommitRow,
+    "levels": LevelsRow,
+    "matrix": MatrixRow,
+    "paired": PairedRow,
+    "perplexity": PerplexityRow,
+    "recovery": RecoveryRow,
+    "size": SizeRow,
+    "task": TaskRow,
+    "test": TestRow,
+    "verify": VerifyRow,
 }
 """Kind of measurement → what its row must hold."""

@@ -218,7 +218,7 @@ def _load(
     shapes = read_shapes(folder, check=check)
     try:
         net = _built(folder, shapes, model, dtype)
-        drop(net, shapes.stands)
+        drop(net, shapes.placeholders)
         check_architecture(net, shapes)
     except (ModelError, StoreError) as error:
         text = " ".join(str(error).split())

@@ -17,7 +17,7 @@ Index = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,18}$")]
 Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
-class Run(msgspec.Struct, frozen=True):
+class RunJson(msgspec.Struct, frozen=True):
     """``run.json``; it may hold more. What drives the run is ``settings``: see the ``Settings`` of each command."""
 
     format: Literal["regrow-run/1"]
@@ -36,20 +36,20 @@ class Run(msgspec.Struct, frozen=True):
     extension: list[str] = []
 
 
-class Row(msgspec.Struct, frozen=True):
+class MetricsRow(msgspec.Struct, frozen=True):
     """A line of ``metrics.jsonl``; it may hold more."""
 
     what: str
 
 
-class Ledger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LedgerJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``ledger.json``."""
 
     format: Literal["regrow-ledger/1", "regrow-ledger/2"]
     plans: list[Any]
 
 
-class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class SlotJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Where the units of an axis lie in a tensor."""
 
     name: str
@@ -61,28 +61,28 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     role: Literal["produces", "consumes", "scales", "shifts"]
 
 
-class Fill(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FillJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What new units hold."""
 
     rule: str = "zero_out"
     seed: Count = 0
 
 
-class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ChangeJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What happens to an axis."""
 
     size: Count
     keep: list[Count]
-    slots: list[Slot]
+    slots: list[SlotJson]
     ids: list[Count] = []
     grow: Count = 0
-    fill: Fill = Fill()
+    fill: FillJson = FillJson()
     restore: list[Count] = []
     fresh: bool = False
 
 
-class Stand(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What stands for a dropped module."""
+class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What takes the place of a dropped module."""
 
     gives: Literal["zero", "input", "nothing"]
     takes: Annotated[int, msgspec.Meta(ge=0, lt=256)] | str
@@ -90,18 +90,18 @@ class Stand(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     at: Annotated[int, msgspec.Meta(ge=0, lt=256)] = 0
 
 
-class Plan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A plan; ``origin`` informs, the rest is done."""
 
     format: Literal["regrow-plan/1"]
-    changes: dict[str, Change]
+    changes: dict[str, ChangeJson]
     origin: dict[str, Any] = {}
     means: dict[str, dict[str, float]] = {}
-    drop: dict[str, dict[str, Stand]] = {}
+    drop: dict[str, dict[str, PlaceholderJson]] = {}
     back: list[str] = []
 
 
-class Origin(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class OriginJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How an architecture is built."""
 
     kind: Literal["transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable"]
@@ -136,11 +136,11 @@ class NoProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: str
 
 
-class Shapes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ShapesJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``shapes.json``."""
 
     format: Literal["regrow-shapes/1"]
-    origin: Origin
+    origin: OriginJson
     tensors: dict[str, StoredTensor]
     attributes: dict[str, Whole | float | Annotated[tuple[Whole, ...], msgspec.Meta(max_length=64)]]
     ties: dict[str, str]
@@ -148,12 +148,12 @@ class Shapes(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dropped: list[str]
     versions: dict[str, str] = {}
     compared: bool = True
-    stands: dict[str, Stand] = {}
+    stands: dict[str, PlaceholderJson] = {}
     probe: dict[str, Any] | None = None
     sha256: Digest | None = None
 
 
-class Latency(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``latency.json``, in milliseconds."""
 
     total: Milliseconds
@@ -222,7 +222,7 @@ class Findings(msgspec.Struct, frozen=True):
     best_step: Count | None = None
 
 
-class Constant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A constant under a root, as it was before a cut."""
 
     own: float | None
@@ -238,7 +238,7 @@ class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     born: dict[str, Count]
     gone: dict[str, list[Count]]
     means: dict[str, dict[Index, float]]
-    constants: dict[str, Constant]
+    constants: dict[str, ConstantJson]
     added: list[str]
 
 
@@ -249,7 +249,7 @@ class TensorsHeader(msgspec.Struct, frozen=True):
     sha256: Digest
 
 
-class Course(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What was measured while tasks were learned."""
 
     number: Count
@@ -268,7 +268,7 @@ class CourseHeader(msgspec.Struct, frozen=True):
     along: dict[str, tuple[list[Any], float | None]]
     values: dict[str, Any]
     numbers: dict[str, float]
-    course: Course
+    course: ProgressJson
     plans: list[dict[str, Any]] | Count
     logged: Count | None = None
     open: list[dict[str, Any]] = []

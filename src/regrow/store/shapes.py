@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from regrow.branches import Stand
+from regrow.branches import Placeholder
 from regrow.errors import InputError
 from regrow.limits import parse_json
 from regrow.nets import Origin
@@ -114,7 +114,7 @@ class Shapes:
         attributes: ``module:attribute`` → the number it holds, where a freshly built model holds another.
         ties: Name → the first name of the same tensor.
         dropped: Tensors that a freshly built model has and this one has not.
-        stands: Path of a module that was dropped whole → what stands for it. Its tensors are not spoken of.
+        placeholders: Path of a module that was dropped whole → what takes its place. Its tensors are not spoken of.
         probe: An input, and what the network answers to it.
         compared: Whether a freshly built model was there to compare with. If not, everything is listed, and nothing
             has a ``was``.
@@ -130,7 +130,7 @@ class Shapes:
     compared: bool = True
     files: Mapping[str, File] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
-    stands: Mapping[str, Stand] = field(default_factory=dict)
+    placeholders: Mapping[str, Placeholder] = field(default_factory=dict)
     probe: Probe = Probe()
 
     def to_json(self) -> str:
@@ -145,7 +145,7 @@ class Shapes:
             "attributes": dict(self.attributes),
             "ties": dict(self.ties),
             "dropped": list(self.dropped),
-            "stands": {path: stand.to_data() for path, stand in self.stands.items()},
+            "stands": {path: placeholder.to_data() for path, placeholder in self.placeholders.items()},
             "tensors": {name: _written(stored) for name, stored in self.tensors.items()},
         }
         data["sha256"] = content_digest(data)
@@ -168,7 +168,7 @@ class Shapes:
             raise StoreError(str(error)) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StoreError(f"not of the format {FORMAT!r}; save the model again with this version of regrow")
-        record = convert(data, schemas.Shapes)
+        record = convert(data, schemas.ShapesJson)
         if check and record.sha256 is not None and record.sha256 != content_digest(data):
             raise StoreError("it does not have the SHA-256 that it names: it is damaged or was changed; copy it again")
         origin, probe = record.origin, record.probe or {"reason": ""}
@@ -181,7 +181,7 @@ class Shapes:
             record.compared,
             {name: _file(name, one) for name, one in record.files.items()},
             record.versions,
-            {path: _stand(path, one) for path, one in record.stands.items()},
+            {path: _placeholder(path, one) for path, one in record.stands.items()},
             Probe(reason=convert(probe, schemas.NoProbe, "probe").reason)
             if "reason" in probe
             else Probe(_file(PROBE, convert(probe, schemas.StoredFile, "probe"))),
@@ -232,9 +232,9 @@ def _place(place: str) -> str:
     return place
 
 
-def _stand(path: str, one: schemas.Stand) -> Stand:
+def _placeholder(path: str, one: schemas.PlaceholderJson) -> Placeholder:
     try:
-        return Stand.from_data({"gives": one.gives, "takes": one.takes, "of": one.of, "at": one.at})
+        return Placeholder.from_data({"gives": one.gives, "takes": one.takes, "of": one.of, "at": one.at})
     except ValueError as error:
         raise StoreError(f"stands: {path}: {error}; restore it") from None
 

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.branches import Stand, lies_in
+from regrow.branches import Placeholder, lies_in
 from regrow.nets import Origin
 from regrow.store.atomic import StoreError
 from regrow.store.attributes import attribute_tensors, check_attribute, packed_tensors, replace_tensors
 from regrow.store.shapes import DTYPES, MOST, Kind, Number, Shapes, Stored
 from regrow.store.tensor_file import as_bytes
 from regrow.tracing import attributes as named
-from regrow.tracing.stand import exchange, stands_in
+from regrow.tracing.placeholder import find_placeholders, insert_placeholders
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,9 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
     Raises:
         StoreError: If the network could not be rebuilt from the record, or a tensor cannot be stored.
     """
-    stands = stands_in(model)
+    placeholders = find_placeholders(model)
     if fresh is not None:
-        drop(fresh, stands)
+        drop(fresh, placeholders)
     now, before = held(model), held(fresh) if fresh is not None else {}
     tied = ties(now)
     tensors = {}
@@ -136,24 +136,24 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
             if place in empty or (place in fixed and not _equal(number, fixed[place]))
         }
     dropped = tuple(name for name in before if name not in now)
-    shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None, stands=stands)
+    shapes = Shapes(origin, tensors, attributes, tied, dropped, fresh is not None, placeholders=placeholders)
     if fresh is not None:
         check(fresh, shapes)
     return shapes
 
 
-def drop(fresh: nn.Module, stands: Mapping[str, Stand]) -> None:
+def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
     """Drop branches of a freshly built network, in place.
 
     Raises:
         StoreError: If it has no such module.
     """
     known = dict(fresh.named_modules())
-    for path in stands:
-        nested = any(lies_in(path, other) for other in stands if other != path)
+    for path in placeholders:
+        nested = any(lies_in(path, other) for other in placeholders if other != path)
         if not path or path not in known or nested:
             raise StoreError(f"the architecture has no module {path!r} to drop; it was built by other code or settings")
-    exchange(fresh, stands)
+    insert_placeholders(fresh, placeholders)
 
 
 def check(fresh: nn.Module, shapes: Shapes) -> None:

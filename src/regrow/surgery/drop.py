@@ -1,7 +1,7 @@
-"""Whole branches go and come back: modules are exchanged for stands, and what stays is proved to compute the same."""
+"""Whole branches are dropped and come back: placeholders replace them, and the rest is proved to compute the same."""
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from math import lcm
@@ -11,22 +11,22 @@ from torch.fx import Node
 from torch.optim import Optimizer
 
 from regrow.axes import Axis, AxisGraph, Example, Mark, Work
-from regrow.branches import Branch
+from regrow.branches import Branch, Placeholder
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.removed_branch import RemovedBranch
 from regrow.surgery.undo_store import UndoStore
-from regrow.tracing.branches import Recorded, RefusedError, branches, located, offered
+from regrow.tracing.branches import BranchError, Recorded, branches, located, offered
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import Effects, otherwise
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.hollow import faked, fitting, hollow
+from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
 from regrow.tracing.reach import reach
 from regrow.tracing.readings import recording
 from regrow.tracing.rules import POINTWISE, RULES
-from regrow.tracing.stand import Dropped, exchange, put
 from regrow.tracing.steps import steps
 from regrow.tracing.walk import walk
 
@@ -58,15 +58,17 @@ def dropping(
     lost = [(n, p) for n, p in model.named_parameters() if any(branch.holds(n) for branch in removed)]
     forget = follow(optimizers, [Exchange(name, parameter, {}) for name, parameter in lost])
     stowed, kept = undo.parted(removed, axes) if undo is not None else ({}, None)
-    modules = exchange(model, {path: stand for branch in removed for path, stand in branch.stands.items()})
+    modules = insert_placeholders(model, _placeholders(removed))
     try:
         yield left, Plan(rest, plan.means, plan.origin), kept
     except BaseException:
-        put(model, modules)
+        set_modules(model, modules)
         raise
     forget({})
     if undo is not None and kept is not None:
-        held = {p: replace(one, modules={at: modules[at] for at in one.branch.stands}) for p, one in stowed.items()}
+        held = {
+            p: replace(one, modules={at: modules[at] for at in one.branch.placeholders}) for p, one in stowed.items()
+        }
         branches = {**kept.branches, **held}
         vars(undo).update(vars(replace(kept, branches=branches, network=axes.network)))
 
@@ -100,30 +102,34 @@ def brought_back(
         back.append(removed := caught_up(removed, left))
         left, again = removed.rejoined(left), again.rejoined(removed)
     modules = {path: module for removed in back for path, module in removed.modules.items()}
-    stands = {path: model.get_submodule(path) for path in modules}
+    placeholders = {path: model.get_submodule(path) for path in modules}
     like = next(model.parameters())
     for path, module in modules.items():
-        module.to(like.device).train(stands[path].training)
-    put(model, modules)
+        module.to(like.device).train(placeholders[path].training)
+    set_modules(model, modules)
     try:
         hollowed, mode = hollow(model, {})
         given = faked(fitting(axes.example, model), mode)
         left = _described(hollowed, given, capture(hollowed, given), left)
     except TraceError as error:
-        put(model, stands)
+        set_modules(model, placeholders)
         raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
     except BaseException:
-        put(model, stands)
+        set_modules(model, placeholders)
         raise
     vars(undo).update(vars(again))
     return model, left
 
 
+def _placeholders(branches: Iterable[Branch]) -> dict[str, Placeholder]:
+    return {path: placeholder for branch in branches for path, placeholder in branch.placeholders.items()}
+
+
 def _check_back(model: nn.Module, removed: RemovedBranch) -> None:
     known = dict(model.named_modules())
-    for path, stand in removed.branch.stands.items():
+    for path, placeholder in removed.branch.placeholders.items():
         here = known.get(path)
-        if not isinstance(here, Dropped) or here.stand != stand:
+        if not isinstance(here, PlaceholderModule) or here.placeholder != placeholder:
             raise PlanError(f"{path} is not dropped here, so it cannot come back; bring back what it lies in first")
 
 
@@ -189,18 +195,18 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     summed = [branch for branch in removed if branch.gives == "nothing"]
     proved = [branch for branch in removed if branch.gives != "nothing"]
     try:
-        exchange(hollowed, {path: stand for branch in summed for path, stand in branch.stands.items()})
+        insert_placeholders(hollowed, _placeholders(summed))
         recorded = capture(hollowed, given)
         left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
         if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
-            raise RefusedError(f"nothing would use {idle[0]} any more, which stays")
+            raise BranchError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
             return _described(hollowed, given, recorded, left)
         whole = Effects(recorded)
         replaced = located(Recorded(whole), proved)
-        exchange(hollowed, {path: stand for branch in proved for path, stand in branch.stands.items()})
+        insert_placeholders(hollowed, _placeholders(proved))
         small = Effects(capture(hollowed, given))
-    except (RefusedError, TraceError) as error:
+    except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     inside = Recorded(small).inside
     zeros: dict[Node, Node] = {}

@@ -13,7 +13,7 @@ from regrow.surgery.carry import prepare, state_of
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.precision import in_double
 from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, generators_kept, masking, reseed, stored
-from regrow.tracing.blocks import Block, blocks
+from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.hollow import faked
 from regrow.tracing.readings import Readings
@@ -66,7 +66,7 @@ def lockstep(
 def run_both(
     masked: Runner,
     shrunk: Runner,
-    cut: Sequence[Block],
+    cut: Sequence[GraphBlock],
     ours: Sequence[Node],
     theirs: Sequence[Node],
     tensors: "CutTensors",

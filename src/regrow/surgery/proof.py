@@ -24,7 +24,7 @@ from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
 from regrow.surgery.runner import Answers, Load, Masking, Runner, generators_kept, masking, reseed, stored
 from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.surgery.widen import carried
-from regrow.tracing.blocks import Block
+from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.hollow import fitting
 from regrow.tracing.readings import Recording
@@ -52,7 +52,7 @@ class _NotAloneError(Exception):
 
 
 @dataclass(frozen=True)
-class Change:
+class ProvedChange:
     """A plan that is worked out and not carried out yet.
 
     Args:
@@ -98,7 +98,7 @@ class Change:
         return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
 
 
-def check_blocks(change: Change) -> None:
+def check_blocks(change: ProvedChange) -> None:
     """Compare the network masked by a plan with what the plan leaves of it, in float64, on some blocks of each class.
 
     A block runs on the same random numbers in both; what reaches it past all parameters (positions, attention masks) is
@@ -131,7 +131,7 @@ def different(distance: float, largest: float, remedy: str = "a fault of regrow,
     )
 
 
-def chosen(change: Change) -> list[Block]:
+def chosen(change: ProvedChange) -> list[GraphBlock]:
     """The blocks to check: of each class that a plan changes the narrowest, the widest, and two more if they are small.
 
     Where all are equally wide, the first is both.
@@ -140,12 +140,12 @@ def chosen(change: Change) -> list[Block]:
     steps = change.axes.steps
     reach = [any(not moved.isdisjoint(axes_in(dim)) for row in one.shapes for dim in row or ()) for one in steps]
     sizes = {name: value.numel() for name, value in {**state_of(change.model), **made}.items()}
-    classes: dict[int, list[tuple[int, Block]]] = {}
+    classes: dict[int, list[tuple[int, GraphBlock]]] = {}
     for block in change.recording.blocks:
         if any(reach[block.start : block.stop]) or not made.keys().isdisjoint(block.states):
             width = sum(sizes[name] for name in block.states)
             classes.setdefault(block.kind, []).append((width, block))
-    found: list[Block] = []
+    found: list[GraphBlock] = []
     for members in classes.values():
         ordered = sorted(members, key=lambda one: one[0])
         (least, narrowest), *between, (most, widest) = [ordered[0], *ordered]
@@ -158,7 +158,7 @@ def chosen(change: Change) -> list[Block]:
 class _Pair:
     """The masked network and what the plan leaves of it, to be run by blocks."""
 
-    def __init__(self, change: Change) -> None:
+    def __init__(self, change: ProvedChange) -> None:
         self.change = change
         model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
         self.rounded = _rounded(change)
@@ -199,7 +199,7 @@ class _Pair:
         run_both(*runners, self.change.recording.blocks, self.nodes[0], self.nodes[1], self.cut)
         return runners[0].answers, runners[1].answers
 
-    def same(self, block: Block) -> bool:
+    def same(self, block: GraphBlock) -> bool:
         """Whether both are known to make the same of the same numbers in a block."""
         ours = self.nodes[0][block.start : block.stop]
         local = all(op_name(one) in _LOCAL or torch.Tag.pointwise in getattr(one.target, "tags", ()) for one in ours)
@@ -217,7 +217,7 @@ class _Pair:
         except (_NotAloneError, RuntimeError, IndexError, ValueError):
             return False
 
-    def _same(self, block: Block, crop: int | None) -> bool:
+    def _same(self, block: GraphBlock, crop: int | None) -> bool:
         generator = torch.Generator().manual_seed(block.start)
         known = self.runners[0].env
         seams = {
@@ -241,7 +241,7 @@ class _Pair:
         lays = self.change.lays(dims)
         return made, carried(f"seam {step}", made, lays, dict.fromkeys(lays, frozenset({Role.PRODUCES})))
 
-    def _run(self, side: int, block: Block, seams: Mapping[int, Tensor]) -> dict[int, Any]:
+    def _run(self, side: int, block: GraphBlock, seams: Mapping[int, Tensor]) -> dict[int, Any]:
         """The results of a block's operations that are read later, or its answers."""
         runner, nodes = self.runners[side], self.nodes[side]
         own = _between(nodes, block)
@@ -291,7 +291,7 @@ class _Pair:
                 )
 
 
-def _rounded(change: Change) -> set[str]:
+def _rounded(change: ProvedChange) -> set[str]:
     """The tensors in which a plan does not only select numbers, but works some out."""
     folds = {fold.weight for fold in change.axes.folds}
     biases = {bias_of(weight) for weight in change.plan.means}
@@ -314,7 +314,7 @@ def _past_parameters(
     return found
 
 
-def _between(nodes: Sequence[Node], block: Block) -> dict[Node, None]:
+def _between(nodes: Sequence[Node], block: GraphBlock) -> dict[Node, None]:
     """The operations of a block with the casts and copies between them."""
     node, last = nodes[block.start], nodes[block.stop - 1]
     found: dict[Node, None] = {}
@@ -330,7 +330,7 @@ def _is_float(node: Node) -> bool:
     return isinstance(form, Tensor) and form.is_floating_point()
 
 
-def _means_back(change: Change) -> dict[str, dict[int, float]]:
+def _means_back(change: ProvedChange) -> dict[str, dict[int, float]]:
     """Weight → position of an input that comes back → what stood in for it."""
     axes, plan = change.axes, change.plan
     if change.undo is None:

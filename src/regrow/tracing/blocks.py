@@ -16,7 +16,7 @@ from regrow.tracing.walk import op_name
 
 
 @dataclass(frozen=True)
-class Block:
+class GraphBlock:
     """A run of operations, from one seam to the next.
 
     Operations are counted as in :attr:`regrow.axes.AxisGraph.steps`, so a block of a network is that of its cut copy.
@@ -41,7 +41,7 @@ class Block:
     kind: int = 0
 
 
-def blocks(recorded: Capture) -> tuple[Block, ...]:
+def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
     """Cut a network where repeated modules meet; without repeated modules it is one block.
 
     A module is repeated if another one in the same place is isomorphic to it, or of its class with operations of its
@@ -67,7 +67,7 @@ def blocks(recorded: Capture) -> tuple[Block, ...]:
         bounds.append(("", at, end))
     kinds: dict[Any, int] = {}
     return tuple(
-        Block(
+        GraphBlock(
             path, start, stop, *net.seams(start, stop), kinds.setdefault(net.form(start, stop, sized=False), len(kinds))
         )
         for path, start, stop in bounds
@@ -75,7 +75,7 @@ def blocks(recorded: Capture) -> tuple[Block, ...]:
 
 
 @dataclass(frozen=True)
-class _Step:
+class _BlockStep:
     op: str
     shapes: Any
     numbers: tuple[Any, ...]
@@ -87,21 +87,21 @@ class _Step:
 class _Net:
     """A recording by operation, with what reads what."""
 
-    steps: Sequence[_Step]
+    steps: Sequence[_BlockStep]
     shapes: Mapping[str, Any]
     readers: Mapping[int, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recorded: Capture) -> "_Net":
-        steps: list[_Step] = []
+        steps: list[_BlockStep] = []
         last: dict[int, int] = {}
         for i, (node, numbers, operands) in enumerate(calls(recorded, ())):
             around = tuple((path, kind) for path, kind, *_ in (node.meta.get("nn_module_stack") or {}).values() if path)
-            steps.append(_Step(op_name(node), _hashable(shape_of(node)), numbers, operands, around))
+            steps.append(_BlockStep(op_name(node), _hashable(shape_of(node)), numbers, operands, around))
             last.update((one, i) for one in operands if isinstance(one, int))
         return cls(steps, {name: shape_of(node) for node, name in recorded.states.items()}, last)
 
-    def repeated(self, own: Sequence[int], depth: int = 0) -> list[Block]:
+    def repeated(self, own: Sequence[int], depth: int = 0) -> list[GraphBlock]:
         """The repeated modules among those that run some operations.
 
         A repeated module counts as a whole, unless most of it is a chain of repeated modules again (an encoder of
@@ -121,12 +121,12 @@ class _Net:
             parts = self.repeated(part, depth + 1)
             is_repeated = path in whole and (alike[forms[path]] > 1 or same[classes.get(path)] > 1)
             if is_repeated and not (2 * sum(one.stop - one.start for one in parts) > len(part) and self._chain(parts)):
-                found.append(Block(path, part[0], part[-1] + 1))
+                found.append(GraphBlock(path, part[0], part[-1] + 1))
             else:
                 found += parts
         return found
 
-    def _chain(self, parts: Sequence[Block]) -> bool:
+    def _chain(self, parts: Sequence[GraphBlock]) -> bool:
         """Whether each of some modules works on what the one before it made."""
         for one, other in pairwise(parts):
             reached = {*range(one.start, one.stop)}

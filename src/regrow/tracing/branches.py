@@ -12,19 +12,19 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Example
-from regrow.branches import Branch, Stand, lies_in
+from regrow.branches import Branch, Placeholder, lies_in
 from regrow.candidates import Candidates, candidates_in
 from regrow.tracing.attributes import FIRST
 from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
 from regrow.tracing.effects import Effects
 from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.stand import Dropped, exchange, put
+from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
 from regrow.tracing.walk import ALIASES, op_name
 
 
 @dataclass(frozen=True)
-class Call:
+class ModuleCall:
     """How a module was called once: its arguments, and what it answered."""
 
     args: tuple[Any, ...]
@@ -33,19 +33,19 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Found:
+class BranchSite:
     """Where a branch lies in a recording.
 
     Args:
         node: What the module gives.
-        source: Its input, where that goes through; ``None`` where zeros stand for what it gives.
+        source: Its input, where that goes through; ``None`` where its result is replaced by zeros.
     """
 
     node: Node
     source: Node | None
 
 
-class RefusedError(Exception):
+class BranchError(Exception):
     """A module cannot be dropped."""
 
 
@@ -64,31 +64,31 @@ class Recorded:
                 found.setdefault(path, []).append(node)
         return found
 
-    def found(self, path: str) -> Found:
+    def found(self, path: str) -> BranchSite:
         """Where a module lies as a branch.
 
         Raises:
-            RefusedError: If what it gives is neither only added, nor its input and more.
+            BranchError: If what it gives is neither only added, nor its input and more.
         """
         own = self.inside.get(path, [])
         if not own:
-            raise RefusedError("nothing is recorded in it: it hands on what it is given")
+            raise BranchError("nothing is recorded in it: it hands on what it is given")
         known = {*own}
         given = [node for node in own if not known.issuperset(self.effects.users.get(node, ()))]
         if len(given) != 1:
-            raise RefusedError("several things in it are used outside of it" if given else "nothing uses what it gives")
+            raise BranchError("several things in it are used outside of it" if given else "nothing uses what it gives")
         (node,) = given
         if not isinstance(node.meta.get("val"), Tensor):
-            raise RefusedError("what it gives is no tensor")
+            raise BranchError("what it gives is no tensor")
         problem = self.effects.only_added(given)
         if not problem:
-            return Found(node, None)
+            return BranchSite(node, None)
         source = self._through(node, known)
         if source is None:
-            raise RefusedError(problem)
+            raise BranchError(problem)
         if any(one not in known for origin in known for one in self.effects.writers.get(origin, ())):
-            raise RefusedError("what it gives is written into afterwards, which would change its input")
-        return Found(node, source)
+            raise BranchError("what it gives is written into afterwards, which would change its input")
+        return BranchSite(node, source)
 
     def _through(self, node: Node, known: set[Node]) -> Node | None:
         """The value from outside that reaches a node by additions only, at least one, once; of the same form."""
@@ -107,7 +107,7 @@ class Recorded:
             return None
         return ends[0] if _forms(node.meta.get("val")) == _forms(ends[0].meta.get("val")) else None
 
-    def dead(self, at: Found) -> set[Node]:
+    def dead(self, at: BranchSite) -> set[Node]:
         """The operations that nothing rests on once the branch is gone."""
         return {*self.effects.calls} - self.effects.live({at.node: at.source})
 
@@ -121,16 +121,16 @@ def located(recorded: Recorded, branches: Iterable[Branch]) -> dict[Node, Node |
     """What is replaced in a recording when branches go: each value, and its input, or ``None`` for zeros.
 
     Raises:
-        RefusedError: If one is no branch here, or nothing would be left of a sum.
+        BranchError: If one is no branch here, or nothing would be left of a sum.
     """
     replaced: dict[Node, Node | None] = {}
     for branch in branches:
         at = recorded.found(branch.module)
         if (at.source is None) != (branch.gives == "zero"):
-            raise RefusedError(f"{branch.module} does something else here")
+            raise BranchError(f"{branch.module} does something else here")
         replaced[at.node] = at.source
     if problem := recorded.effects.only_added(node for node, source in replaced.items() if source is None):
-        raise RefusedError(problem)
+        raise BranchError(problem)
     return replaced
 
 
@@ -161,11 +161,11 @@ def offered(model: nn.Module) -> dict[str, Branch]:
     'nothing'
     """
     return {
-        path: Branch(path, {path: Stand("nothing", 0)})
+        path: Branch(path, {path: Placeholder("nothing", 0)})
         for parent, paths in candidates_in(model).items()
         for path in paths
         if type(model.get_submodule(parent)).forward is Candidates.forward
-        and not isinstance(model.get_submodule(path), Dropped)
+        and not isinstance(model.get_submodule(path), PlaceholderModule)
     }
 
 
@@ -192,12 +192,12 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     return _tried(result, copy, given, calls, answer)
 
 
-def called(model: nn.Module, example: Example) -> tuple[dict[str, list[Call]], Any]:
+def called(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], Any]:
     """How each module is called on an example, and what the network answers."""
-    calls: dict[str, list[Call]] = {}
+    calls: dict[str, list[ModuleCall]] = {}
 
     def noting(path: str) -> Any:
-        return lambda module, args, kwargs, answer: calls.setdefault(path, []).append(Call(args, kwargs, answer))
+        return lambda module, args, kwargs, answer: calls.setdefault(path, []).append(ModuleCall(args, kwargs, answer))
 
     hooks = [m.register_forward_hook(noting(p), with_kwargs=True) for p, m in model.named_modules() if p]
     try:
@@ -214,7 +214,7 @@ class _Search:
 
     recorded: Recorded
     model: nn.Module
-    calls: Mapping[str, list[Call]]
+    calls: Mapping[str, list[ModuleCall]]
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -232,18 +232,18 @@ class _Search:
     def branch(self, path: str) -> Branch:
         """The branch that a module is, or why it is none."""
         try:
-            if isinstance(self.model.get_submodule(path), Dropped):
-                raise RefusedError("it is dropped already")
+            if isinstance(self.model.get_submodule(path), PlaceholderModule):
+                raise BranchError("it is dropped already")
             at = self.recorded.found(path)
             dead = self.recorded.dead(at)
             left = next((node for node in self.recorded.inside[path] if node not in dead), None)
             if left is not None:
-                raise RefusedError(f"{op_name(left)} in it is used elsewhere too")
+                raise BranchError(f"{op_name(left)} in it is used elsewhere too")
             top = self._gone(dead)
             if path not in top:
-                raise RefusedError(f"it goes with {next(one for one in top if lies_in(path, one))}")
-            return Branch(path, self._stands(path, top, at, dead))
-        except RefusedError as error:
+                raise BranchError(f"it goes with {next(one for one in top if lies_in(path, one))}")
+            return Branch(path, self._placeholders(path, top, at, dead))
+        except BranchError as error:
             return Branch(path, reason=str(error))
 
     def _gone(self, dead: set[Node]) -> list[str]:
@@ -251,69 +251,69 @@ class _Search:
         gone = {path for path, nodes in self.recorded.inside.items() if dead.issuperset(nodes)}
         return [path for path in gone if not any(lies_in(path, other) and path != other for other in gone)]
 
-    def _stands(self, path: str, top: list[str], at: Found, dead: set[Node]) -> dict[str, Stand]:
-        stands: dict[str, Stand] = {}
+    def _placeholders(self, path: str, top: list[str], at: BranchSite, dead: set[Node]) -> dict[str, Placeholder]:
+        placeholders: dict[str, Placeholder] = {}
         for one in sorted(top, key=lambda name: (name != path, name)):
             module = self.model.get_submodule(one)
             kept = any(True for _ in (*module.parameters(), *module.buffers()))
             try:
-                stands[one] = self._stand(one, at if one == path else None)
-            except RefusedError as error:
+                placeholders[one] = self._placeholder(one, at if one == path else None)
+            except BranchError as error:
                 if kept or one == path:
-                    raise RefusedError(str(error) if one == path else f"{one} would go with it, but {error}") from None
-        self._check_names(stands, dead)
-        self._check_first(stands)
-        return stands
+                    raise BranchError(str(error) if one == path else f"{one} would go with it, but {error}") from None
+        self._check_names(placeholders, dead)
+        self._check_first(placeholders)
+        return placeholders
 
-    def _stand(self, path: str, at: Found | None) -> Stand:
+    def _placeholder(self, path: str, at: BranchSite | None) -> Placeholder:
         calls = self.calls.get(path, [])
         if len(calls) != 1 and (at is not None or not calls):
-            raise RefusedError(f"it runs {len(calls)} times")
+            raise BranchError(f"it runs {len(calls)} times")
         call = calls[0]
         form = None if at is None else at.node.meta["val"]
         of, place = self._answer(call.answer, form)
         given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
         tensors = [(where, x) for where, x in given if isinstance(x, Tensor)]
         if not tensors:
-            raise RefusedError("it is given no tensor")
+            raise BranchError("it is given no tensor")
         fitting = [where for where, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
         takes = next(iter([*fitting, tensors[0][0]]))
-        return Stand("zero" if at is None or at.source is None else "input", takes, of, place)
+        return Placeholder("zero" if at is None or at.source is None else "input", takes, of, place)
 
     @staticmethod
     def _answer(answer: Any, form: Any) -> tuple[int, int]:
         if isinstance(answer, Tensor):
             return 0, 0
         if type(answer) is not tuple:
-            raise RefusedError(f"it answers with a {type(answer).__name__}")
+            raise BranchError(f"it answers with a {type(answer).__name__}")
         tensors = [i for i, x in enumerate(answer) if isinstance(x, Tensor)]
         alike = [i for i in tensors if form is None or answer[i].shape == form.shape]
         if len(alike) != 1 or any(x is not None and not isinstance(x, Tensor) for x in answer):
-            raise RefusedError("which part of its answer is used is not clear")
+            raise BranchError("which part of its answer is used is not clear")
         return len(answer), alike[0]
 
-    def _check_names(self, stands: Mapping[str, Stand], dead: set[Node]) -> None:
+    def _check_names(self, placeholders: Mapping[str, Placeholder], dead: set[Node]) -> None:
         """Nothing that goes is used elsewhere, and nothing that stays is without use afterwards."""
 
         def goes(name: str) -> bool:
-            return any(lies_in(name, path) for path in stands)
+            return any(lies_in(name, path) for path in placeholders)
 
         for name, every in self.names.items():
             if goes(name) and (other := next((other for other in every if not goes(other)), "")):
-                raise RefusedError(f"{name} is {other}, too")
+                raise BranchError(f"{name} is {other}, too")
         effects = self.recorded.effects
         for node, name in effects.capture.states.items():
             users = effects.users.get(node, [])
             if goes(name) and (user := next((user for user in users if user not in dead), None)) is not None:
-                raise RefusedError(f"{name} is read elsewhere too, by {op_name(user)}")
+                raise BranchError(f"{name} is read elsewhere too, by {op_name(user)}")
             if users and not goes(name) and dead.issuperset(users):
-                raise RefusedError(f"{name} would be left, and nothing would use it")
+                raise BranchError(f"{name} would be left, and nothing would use it")
 
-    def _check_first(self, stands: Mapping[str, Stand]) -> None:
+    def _check_first(self, placeholders: Mapping[str, Placeholder]) -> None:
         """The first of the modules that are numbered stays, where others count on it."""
         for path, why in self.first.items():
-            if any(lies_in(path, other) for other in stands):
-                raise RefusedError(f"{path} is the first of its kind, and {why}")
+            if any(lies_in(path, other) for other in placeholders):
+                raise BranchError(f"{path} is the first of its kind, and {why}")
 
     @cached_property
     def first(self) -> dict[str, str]:
@@ -351,7 +351,7 @@ def _once(found: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
 
 
 def _tried(
-    found: Mapping[str, Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[Call]], answer: Any
+    found: Mapping[str, Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[ModuleCall]], answer: Any
 ) -> dict[str, Branch]:
     """Have the network run without branches: all of a name together, or each alone where that fails."""
     result = dict(found)
@@ -359,7 +359,7 @@ def _tried(
         if _problem(members, copy, example, calls, answer):
             for one in members:
                 if problem := _problem([one], copy, example, calls, answer):
-                    result[one.module] = replace(one, stands={}, reason=problem)
+                    result[one.module] = replace(one, placeholders={}, reason=problem)
     return result
 
 
@@ -372,26 +372,28 @@ def _classes(found: Mapping[str, Branch]) -> Iterator[list[Branch]]:
 
 
 def _problem(
-    members: Sequence[Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[Call]], answer: Any
+    members: Sequence[Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[ModuleCall]], answer: Any
 ) -> str:
-    stands = {path: stand for one in members for path, stand in one.stands.items()}
-    outer = {p: s for p, s in stands.items() if not any(lies_in(p, other) and p != other for other in stands)}
-    gone = exchange(copy, outer)
+    placeholders = {path: placeholder for one in members for path, placeholder in one.placeholders.items()}
+    outer = {
+        p: s for p, s in placeholders.items() if not any(lies_in(p, other) and p != other for other in placeholders)
+    }
+    gone = insert_placeholders(copy, outer)
     try:
         now, said = called(copy, example)
     except Exception as error:
         return f"the network does not run without it: {first_line(error)}"
     finally:
-        put(copy, gone)
+        set_modules(copy, gone)
     for one in members:
         if one.module in now and _forms(now[one.module][0].answer)[:1] != _forms(_part(calls, one))[:1]:
-            return "what stands for it would have another shape"
+            return "what takes its place would have another shape"
     return "" if _forms(said) == _forms(answer) else "the network would answer in another shape"
 
 
-def _part(calls: Mapping[str, list[Call]], branch: Branch) -> Any:
-    answer, stand = calls[branch.module][0].answer, branch.stands[branch.module]
-    return answer[stand.at] if stand.of else answer
+def _part(calls: Mapping[str, list[ModuleCall]], branch: Branch) -> Any:
+    answer, placeholder = calls[branch.module][0].answer, branch.placeholders[branch.module]
+    return answer[placeholder.at] if placeholder.of else answer
 
 
 def _forms(value: Any) -> list[tuple[Any, ...]]:

@@ -16,7 +16,7 @@ from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 
 
 @dataclass(frozen=True)
-class Found:
+class FoldSite:
     """A fold before its dimensions are written as axes; the fields are those of :class:`regrow.axes.Fold`."""
 
     over: Dims
@@ -27,9 +27,9 @@ class Found:
     value: float = 0.0
 
 
-def folds(model: nn.Module, w: Walk) -> list[Found]:
+def folds(model: nn.Module, w: Walk) -> list[FoldSite]:
     """The folds of a network; a mean without one freezes what it runs over."""
-    found: list[Found] = []
+    found: list[FoldSite] = []
     for node, kind in w.norms:
         over = size_divided_by(w, node, kind)
         if not any(map(d.is_free, over)):
@@ -74,7 +74,7 @@ def size_divided_by(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
     return tuple(dims[int(i) % len(dims)] for i in given)
 
 
-def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Found]:
+def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[FoldSite]:
     weight = w.source(node.args[2]) if len(node.args) > 2 else ""
     value: Any = node.args[3] if len(node.args) > 3 else None
     epsilon = attributes.epsilon(model, module_of(node), value)
@@ -82,10 +82,10 @@ def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fo
         return []
     if value is None:
         value = torch.finfo(node.meta["val"].dtype).eps
-    return [Found(over, weight, epsilon=epsilon, value=float(value))]
+    return [FoldSite(over, weight, epsilon=epsilon, value=float(value))]
 
 
-def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Found]:
+def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[FoldSite]:
     """``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, with casts in between."""
     squared = node.args[0]
     assert isinstance(squared, Node)
@@ -105,10 +105,10 @@ def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Foun
         return []
     gain = next((arg for arg in gained.all_input_nodes if _bare(arg) is not scaled), None)
     weight, plus = _gain(w, gain)
-    return [Found(over, weight, plus=plus, epsilon=epsilon, value=value)] if weight else []
+    return [FoldSite(over, weight, plus=plus, epsilon=epsilon, value=value)] if weight else []
 
 
-def _query(w: Walk, node: Node, over: Dims) -> list[Found]:
+def _query(w: Walk, node: Node, over: Dims) -> list[FoldSite]:
     """The weight and bias of the layer that makes the query, if it makes nothing else."""
     made = node.args[0]
     while isinstance(made, Node) and op_name(made) in _RESHAPES and len(made.users) == 1:
@@ -118,7 +118,7 @@ def _query(w: Walk, node: Node, over: Dims) -> list[Found]:
     states = [arg for arg in made.args[1:] if isinstance(arg, Node)]
     if any(state not in w.capture.states or len(state.users) != 1 for state in states):
         return []
-    return [Found(over, w.capture.states[state], kind="scale") for state in states]
+    return [FoldSite(over, w.capture.states[state], kind="scale") for state in states]
 
 
 _RESHAPES = frozenset(("view", "reshape", "unflatten", "transpose", "permute", "contiguous", "clone"))

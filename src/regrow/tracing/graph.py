@@ -11,7 +11,7 @@ from regrow.axes import Axis, AxisGraph, Dim, Example, Fold, Mark, Product, Role
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
-from regrow.tracing.folds import Found, folds
+from regrow.tracing.folds import FoldSite, folds
 from regrow.tracing.kinds import unalterable
 from regrow.tracing.silence import heard
 from regrow.tracing.walk import Dims, Walk
@@ -105,7 +105,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     )
 
 
-def _fold(found: Found, names: Names) -> Fold:
+def _fold(found: FoldSite, names: Names) -> Fold:
     return Fold(names.dims(found.over), found.weight, found.kind, found.plus, found.epsilon, found.value)
 
 

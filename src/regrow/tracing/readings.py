@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
-from regrow.tracing.blocks import Block, blocks
+from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.graph import Names, assemble
 from regrow.tracing.reach import reach
@@ -60,7 +60,7 @@ class Recording:
         return self
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[GraphBlock, ...]:
         """Its blocks."""
         return blocks(self.capture)
 

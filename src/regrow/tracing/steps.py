@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph, Dim, Step, size_of
+from regrow.axes import AxisGraph, Dim, RecordedStep, size_of
 from regrow.tracing.capture import Capture, module_of, shape_of
 from regrow.tracing.graph import Names
 from regrow.tracing.rules.shapes import bounds
@@ -35,10 +35,10 @@ class Difference:
     constant: bool = False
 
 
-def steps(w: Walk, names: Names) -> tuple[Step, ...]:
+def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
     """The operations of a walked network."""
     return tuple(
-        Step(
+        RecordedStep(
             op_name(node),
             module_of(node),
             _written(w.dims.get(node), names),
@@ -50,7 +50,7 @@ def steps(w: Walk, names: Names) -> tuple[Step, ...]:
     )
 
 
-def difference(known: Sequence[Step], recorded: Capture, sizes: Mapping[str, int]) -> Difference | None:
+def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]) -> Difference | None:
     """The first operation that a network of other sizes runs otherwise than planned; ``None`` if there is none.
 
     Args:
@@ -80,7 +80,7 @@ def difference(known: Sequence[Step], recorded: Capture, sizes: Mapping[str, int
     return constant
 
 
-def changed(present: Capture, planned: Capture, known: Sequence[Step] | None = None) -> Difference | None:
+def changed(present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None) -> Difference | None:
     """The first constant or operand that differs between a network as it is and as it is planned to be.
 
     Args:
@@ -100,7 +100,7 @@ def changed(present: Capture, planned: Capture, known: Sequence[Step] | None = N
     return None
 
 
-def refolded(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[Step, ...]:
+def refolded(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
     """The operations of a network once folds have set constants under roots anew.
 
     Args:
@@ -109,14 +109,14 @@ def refolded(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[St
     """
     new = {f.epsilon.partition(":")[0]: (f.value, constants[f.epsilon]) for f in axes.folds if f.epsilon in constants}
 
-    def fitting(step: Step) -> Step:
+    def fitting(step: RecordedStep) -> RecordedStep:
         old, value = new.get(step.module, (None, None))
         return replace(step, numbers=tuple(value if x == old else x for x in step.numbers)) if new else step
 
     return tuple(map(fitting, axes.steps))
 
 
-def restated(known: Sequence[Step], recorded: Capture) -> tuple[Step, ...]:
+def restated(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
     """The operations as they are recorded now, their shapes still written in axes."""
     started = _started(known, recorded)
     return tuple(
@@ -131,7 +131,7 @@ def operations(recorded: Capture) -> list[Node]:
     return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
 
 
-def _started(known: Sequence[Step] | None, recorded: Capture) -> set[Node]:
+def _started(known: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
     """The slices whose beginning follows from sizes; all, where that is not known."""
     if known is None:
         return {*operations(recorded)}

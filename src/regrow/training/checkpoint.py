@@ -207,7 +207,7 @@ def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan
                 raise ValueError(f"{name} holds {len(found)} of the {expected} changes of shape that it relies on")
     else:
         for plan in record.plans:
-            convert(plan, schemas.Plan)
+            convert(plan, schemas.PlanJson)
         plans = [Plan.from_json(json.dumps(plan)) for plan in record.plans]
         rows, sizes, events = [tuple(row) for row in course.rows], course.sizes, course.events
     known: dict[str, Any] = {"number": course.number, "epoch": course.epoch, "step": course.step, "loss": course.loss}

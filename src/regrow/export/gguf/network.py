@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from regrow.export.written import ExportError
-from regrow.nets.blocks import ATTENTION, Block, blocks
+from regrow.nets.blocks import ATTENTION, DecoderLayer, blocks
 from regrow.nets.errors import ModelError
-from regrow.tracing.stand import Dropped
+from regrow.tracing.placeholder import PlaceholderModule
 
 CHECKED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 """The classes whose logits were compared with llama.cpp's."""
@@ -35,7 +35,7 @@ _EMPTY = 32
 
 
 @dataclass(frozen=True)
-class Layer:
+class GgufLayer:
     """A layer as the file has it.
 
     Args:
@@ -48,7 +48,7 @@ class Layer:
     """
 
     module: nn.Module
-    block: Block
+    block: DecoderLayer
     heads: int
     kv_heads: int
     width: int
@@ -71,7 +71,7 @@ class Decoder:
     """
 
     model: Any
-    layers: Sequence[Layer]
+    layers: Sequence[GgufLayer]
     head_dim: int
     epsilon: float
     base: float
@@ -116,7 +116,7 @@ def described(model: nn.Module) -> Decoder:
         )
     if kept[0].heads == 0:
         # llama.cpp reads from the first layer how large a head is.
-        kept[0] = Layer(kept[0].module, kept[0].block, 1, 1, kept[0].width, 1)
+        kept[0] = GgufLayer(kept[0].module, kept[0].block, 1, 1, kept[0].width, 1)
     notes = []
     if len(kept) < len(layers):
         notes.append(f"{len(layers) - len(kept)} layers that do nothing are left out, so layers have other numbers")
@@ -152,21 +152,21 @@ def _check_kind(net: Any) -> None:
         )
 
 
-def _layer(i: int, module: nn.Module, block: Block, more: float) -> Layer | None:
+def _layer(i: int, module: nn.Module, block: DecoderLayer, more: float) -> GgufLayer | None:
     """A layer as the file will have it; ``None`` for one that does nothing."""
-    if isinstance(module, Dropped) and module.stand.gives == "input":
+    if isinstance(module, PlaceholderModule) and module.placeholder.gives == "input":
         return None
     net, dim = cast(Any, module), block.head_dim
     for part, norm, there in zip(("self_attn", "mlp"), NORMS, (block.heads, block.width), strict=True):
-        stands = getattr(net, part, None)
+        placeholders = getattr(net, part, None)
         if there and not hasattr(getattr(net, norm, None), "variance_epsilon"):
             raise ExportError(f"layer {i} has no {norm} in front of its {part}, which llama.cpp puts there")
-        if not there and not (isinstance(stands, Dropped) and stands.stand.gives == "zero"):
+        if not there and not (isinstance(placeholders, PlaceholderModule) and placeholders.placeholder.gives == "zero"):
             raise ExportError(f"layer {i} has a {part} that is neither like Llama's nor dropped")
     if not block.heads and not block.width:
         return None
     if not block.heads:
-        return Layer(module, block, 0, 0, block.width, 1)
+        return GgufLayer(module, block, 0, 0, block.width, 1)
     q, k, v, o = (block.linear[path] for path in ATTENTION)
     heads, kv = block.heads * dim, block.kv_heads * dim
     if (q.out_features, o.in_features) != (heads, heads) or (k.out_features, v.out_features) != (kv, kv):
@@ -174,7 +174,7 @@ def _layer(i: int, module: nn.Module, block: Block, more: float) -> Layer | None
     if dim % 2 or not block.kv_heads or block.kv_heads * net.self_attn.num_key_value_groups != block.heads:
         raise ExportError(f"layer {i}: {block.heads} query heads of {dim} channels for {block.kv_heads} of keys")
     scale = float(net.self_attn.scaling) * math.sqrt(dim) * more
-    return Layer(module, block, block.heads, block.kv_heads, block.width or _EMPTY, scale)
+    return GgufLayer(module, block, block.heads, block.kv_heads, block.width or _EMPTY, scale)
 
 
 def _rotation(config: Any, rotary: Any, dim: int) -> tuple[float, Tensor | None]:
@@ -187,7 +187,7 @@ def _rotation(config: Any, rotary: Any, dim: int) -> tuple[float, Tensor | None]
     return base, factors.float()
 
 
-def _epsilon(net: Any, layers: Sequence[Layer]) -> float:
+def _epsilon(net: Any, layers: Sequence[GgufLayer]) -> float:
     """The constant under the root of every norm.
 
     Raises:
@@ -201,6 +201,6 @@ def _epsilon(net: Any, layers: Sequence[Layer]) -> float:
     return found[0]
 
 
-def present(layer: Layer) -> tuple[bool, bool]:
+def present(layer: GgufLayer) -> tuple[bool, bool]:
     """Whether the network has the attention, and the MLP."""
     return bool(layer.block.heads), bool(layer.block.width)

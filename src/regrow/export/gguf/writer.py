@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow.export.gguf.network import NORMS, PARTS, Decoder, Layer, described, present
+from regrow.export.gguf.network import NORMS, PARTS, Decoder, GgufLayer, described, present
 from regrow.export.gguf.quants import BLOCK, KINDS, Floats, allowed, encoded, kind_for
 from regrow.export.gguf.tokens import Vocabulary, told, vocabulary
 from regrow.export.written import CheckError, ExportError, Written
@@ -152,7 +152,7 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
         yield matrix("output", tuple(head.shape), lambda: head)
 
 
-def _turned(layer: Layer, path: str) -> Callable[[Tensor], Tensor]:
+def _turned(layer: GgufLayer, path: str) -> Callable[[Tensor], Tensor]:
     """How rows are laid out for llama.cpp: of queries and keys, pair i of a head becomes rows 2i and 2i + 1."""
     heads = {"self_attn.q_proj": layer.heads, "self_attn.k_proj": layer.kv_heads}.get(path, 0)
     scale = layer.scale if path == "self_attn.q_proj" else 1.0

@@ -22,7 +22,7 @@ Labels = Mapping[str, Mapping[int, str]]
 
 
 @dataclass(frozen=True)
-class Call:
+class ExportedCall:
     """A network as a function of tensors.
 
     Args:
@@ -100,7 +100,7 @@ class Cached(nn.Module):
         return answer.logits, *_kept(answer.past_key_values)
 
 
-def described(model: nn.Module, example: Example, *, cache: bool = False) -> Call:
+def described(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
     """How a network is called, learned from one call with an example.
 
     Args:
@@ -139,17 +139,17 @@ def described(model: nn.Module, example: Example, *, cache: bool = False) -> Cal
         ) from None
     if not given:
         raise ExportError("the network gives no tensor for the example; nothing can be written")
-    return Call(run, told, tuple(given), tokens is not None and "logits" in given, _most(model))
+    return ExportedCall(run, told, tuple(given), tokens is not None and "logits" in given, _most(model))
 
 
-def labelled(call: Call, open_to: tuple[str, ...]) -> Labels:
+def labelled(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
     """Which sizes of the inputs are open: name of an input → dimension → what the size is called.
 
     Args:
         call: The call.
         open_to: The sizes that may be open.
 
-    >>> labelled(Call(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
+    >>> labelled(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
     {'x': {0: 'batch'}}
     """
     batch = {tensor.shape[0] for tensor in call.inputs.values() if tensor.dim()}
@@ -167,12 +167,12 @@ def labelled(call: Call, open_to: tuple[str, ...]) -> Labels:
     return found
 
 
-def sizes_of(call: Call, labels: Labels) -> dict[str, int]:
+def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
     """What an open size is called → its value in the example."""
     return {label: call.inputs[name].shape[dim] for name, dims in labels.items() for dim, label in dims.items()}
 
 
-def resized(call: Call, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+def resized(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """The inputs at other sizes: rows are those of the example again, each moved on or scaled, so that they differ.
 
     Args:
@@ -205,7 +205,7 @@ def named(answer: Any) -> dict[str, Tensor]:
     return {f"output_{i}": leaf for i, leaf in enumerate(tree_leaves(answer)) if isinstance(leaf, Tensor)}
 
 
-def _cached(model: nn.Module, tokens: Tensor | None) -> Call:
+def _cached(model: nn.Module, tokens: Tensor | None) -> ExportedCall:
     """A call in the middle of a text: the first half of the example's tokens are seen, the second half is new."""
     if tokens is None or not hasattr(model, "config") or tokens.shape[1] < 6:
         raise ExportError("only a language model of transformers has keys and values to take; write without a cache")
@@ -225,7 +225,9 @@ def _cached(model: nn.Module, tokens: Tensor | None) -> Call:
     inputs = {"input_ids": tokens[:, half:], "attention_mask": torch.ones_like(tokens)}
     places = [f"{i}.{kind}" for i in range(len(kept) // 2) for kind in ("key", "value")]
     inputs |= {f"past_key_values.{place}": one for place, one in zip(places, kept, strict=True)}
-    return Call(Cached(model), inputs, ("logits", *(f"present.{place}" for place in places)), True, _most(model))
+    return ExportedCall(
+        Cached(model), inputs, ("logits", *(f"present.{place}" for place in places)), True, _most(model)
+    )
 
 
 def _kept(cache: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from regrow.export.onnx.calls import Call
+from regrow.export.onnx.calls import ExportedCall
 from regrow.export.written import ExportError
 
 OUTLIER = 100.0
@@ -19,7 +19,7 @@ OUTLIER = 100.0
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules that a node comes from
 
 
-def quantise(path: Path, to: Path, call: Call, largest: int) -> str:
+def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
     """Write a file again in 8 bits.
 
     Args:
@@ -66,7 +66,7 @@ def quantise(path: Path, to: Path, call: Call, largest: int) -> str:
     return f"{said}; what it costs is under int8_… in what was checked, and on your own data only you can tell"
 
 
-def spread(call: Call) -> dict[str, float]:
+def spread(call: ExportedCall) -> dict[str, float]:
     """Path of each linear layer → the largest number of its input in the example, over the mean of all."""
     found: dict[str, float] = {}
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from regrow.data import Half, text, windows
-from regrow.export.onnx.calls import Call
+from regrow.export.onnx.calls import ExportedCall
 from regrow.export.written import ExportError
 
 WINDOWS, TOKENS = 16, 64
 
 
-class Reading:
+class OnnxSession:
     """A file, open in onnxruntime on the CPU.
 
     Args:
@@ -25,7 +25,7 @@ class Reading:
         ExportError: If onnxruntime cannot open it.
     """
 
-    def __init__(self, path: Path, call: Call) -> None:
+    def __init__(self, path: Path, call: ExportedCall) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -56,7 +56,7 @@ class Reading:
             return [*self.call.run(*inputs.values())]
 
 
-def difference(reading: Reading, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
+def difference(reading: OnnxSession, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
     """The largest difference between file and network on some inputs, and the largest number of the network's answer.
 
     Where there is an ``attention_mask``, positions of filled-up tokens do not count: nobody reads them.
@@ -78,7 +78,7 @@ def difference(reading: Reading, inputs: Mapping[str, Tensor]) -> tuple[float, f
     return _most(torch.tensor(gaps)), max(sizes)
 
 
-def foreseen(reading: Reading, tokenizer: Any, lengths: Mapping[str, int]) -> dict[str, float | int | str]:
+def foreseen(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> dict[str, float | int | str]:
     """How many next tokens differ between file and network, and what each foresees of the text.
 
     Args:
@@ -110,7 +110,7 @@ def foreseen(reading: Reading, tokenizer: Any, lengths: Mapping[str, int]) -> di
     return found
 
 
-def started(call: Call, tokens: Tensor) -> dict[str, Tensor]:
+def started(call: ExportedCall, tokens: Tensor) -> dict[str, Tensor]:
     """The inputs for the beginning of texts ``[batch, sequence]``: all tokens count, and none was seen before."""
     found = {}
     for name, tensor in call.inputs.items():
@@ -121,7 +121,7 @@ def started(call: Call, tokens: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _rows(call: Call, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
+def _rows(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:
     batch, length = lengths.get("batch", 1), lengths.get("sequence", min(TOKENS, call.most or TOKENS))
     n = max(2, WINDOWS // batch) * batch
     if tokenizer is None:

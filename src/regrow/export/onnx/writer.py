@@ -19,10 +19,21 @@ from torch import Tensor, nn
 
 from regrow.axes import Example
 from regrow.evaluation.forward import evaluating
-from regrow.export.onnx.calls import BATCH, PAST, SEQUENCE, TOTAL, Call, Labels, described, labelled, resized, sizes_of
+from regrow.export.onnx.calls import (
+    BATCH,
+    PAST,
+    SEQUENCE,
+    TOTAL,
+    ExportedCall,
+    Labels,
+    described,
+    labelled,
+    resized,
+    sizes_of,
+)
 from regrow.export.onnx.int8 import quantise
 from regrow.export.onnx.placing import clear_abandoned, placed
-from regrow.export.onnx.reading import Reading, difference, foreseen
+from regrow.export.onnx.reading import OnnxSession, difference, foreseen
 from regrow.export.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
@@ -53,7 +64,7 @@ class _Found:
     """A file in its temporary place, and what is known of it."""
 
     path: Path
-    reading: Reading
+    reading: OnnxSession
     labels: Labels
     checked: Checked
     fixed: Mapping[str, int]
@@ -112,7 +123,7 @@ def write(
             progress(3, steps, "weights in 8 bits")
             path = stage / "int8" / place.name
             notes.append(quantise(found.path, path, call, LARGEST))
-            checked |= _lost(Reading(path, call), tokenizer, found.fixed)
+            checked |= _lost(OnnxSession(path, call), tokenizer, found.fixed)
         progress(steps - 1, steps, "writing")
         size = placed(path, stage, _place(out))
         progress(steps, steps, "written")
@@ -157,7 +168,7 @@ def _example(model: nn.Module, example: Example | None) -> Example:
     return found
 
 
-def _recorded(call: Call, path: Path, progress: Progress, steps: int) -> _Found:
+def _recorded(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _Found:
     """The network as a file, with as many sizes open as it allows.
 
     Raises:
@@ -173,7 +184,7 @@ def _recorded(call: Call, path: Path, progress: Progress, steps: int) -> _Found:
         try:
             _export(call, labels, path)
             progress(1, steps, "comparing with torch")
-            reading = Reading(path, call)
+            reading = OnnxSession(path, call)
             checked = _compared(reading, labels)
         except Exception as error:
             reason = first_line(error)[:300]
@@ -188,7 +199,7 @@ def _recorded(call: Call, path: Path, progress: Progress, steps: int) -> _Found:
     raise AssertionError("without open sizes there is a file or an error")
 
 
-def _export(call: Call, labels: Labels, path: Path) -> None:
+def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
     """Record the network and write the file."""
     # A size of 1 would be taken for a constant.
     inputs = resized(call, labels, {label: max(2, size) for label, size in sizes_of(call, labels).items()})
@@ -214,7 +225,7 @@ def _export(call: Call, labels: Labels, path: Path) -> None:
     program.save(path, external_data=weights > LARGEST)
 
 
-def _compared(reading: Reading, labels: Labels) -> Checked:
+def _compared(reading: OnnxSession, labels: Labels) -> Checked:
     """The differences to torch, at the example and at other sizes.
 
     Raises:
@@ -230,7 +241,7 @@ def _compared(reading: Reading, labels: Labels) -> Checked:
     return checked
 
 
-def _others(call: Call, labels: Labels) -> Iterator[tuple[str, dict[str, Tensor]]]:
+def _others(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Where and with what the file is compared besides: other sizes of all that is open."""
     known = sizes_of(call, labels)
     for batch, more, past in ((3, 5, 7), (1, -3, 0)) if known else ():
@@ -259,7 +270,7 @@ def _told(found: _Found) -> list[str]:
     return [f"opset {OPSET}; takes {'; '.join(takes)}; gives {', '.join(gives)}", *found.notes]
 
 
-def _lost(reading: Reading, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
+def _lost(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
     """What 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
     worst, _ = difference(reading, reading.call.inputs)
     found = foreseen(reading, tokenizer, lengths) if reading.call.text else {}

@@ -19,7 +19,7 @@ from regrow.methods.recovery.training import Course, trained
 from regrow.nets.errors import needs
 from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch
-from regrow.tracing.stand import put
+from regrow.tracing.placeholder import set_modules
 
 CITATION = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv:2106.09685"
 
@@ -138,6 +138,6 @@ def merged(model: nn.Module, *, undo: bool = False) -> None:
     for layer in layers.values():
         if not undo:
             layer.merge(safe_merge=True)
-    put(model, {name: layer.get_base_layer() for name, layer in layers.items()})
+    set_modules(model, {name: layer.get_base_layer() for name, layer in layers.items()})
     if "peft_config" in vars(model):
         del model.peft_config

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from regrow.allocation.edges import Edges, chosen
-from regrow.allocation.gates import Masks
+from regrow.allocation.gates import GateMasks
 from regrow.allocation.partial import partial_channels
 from regrow.axis_tensor import AxisTensor
 from regrow.candidates import candidates_in
@@ -234,7 +234,7 @@ class Darts(Searcher):
         assert self.edges is not None and self.gates is not None
         return chosen(self.share().detach(), self.edges.edge, self.gates.node)
 
-    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> Masks:
+    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> GateMasks:
         """What stands now: every operation until the end."""
         self.now = found = super().masks(at, flat, learning)
         if self.values["discrete"]:

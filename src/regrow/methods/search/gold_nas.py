@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.allocation.commits import controlled, least
-from regrow.allocation.gates import Masks
+from regrow.allocation.gates import GateMasks
 from regrow.candidates import candidates_in
 from regrow.data.augment import moved
 from regrow.learner import Stand
@@ -122,7 +122,7 @@ class GoldNas(Searcher):
         super().begin(at)
         self.values |= {"lambda": 0.0, "step": 1e-5, "cap": 100.0}
 
-    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> Masks:
+    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> GateMasks:
         """What stands now: every operation until it goes (or α is below −13.8). No threshold is there to learn from."""
         found = super().masks(at, flat, learning)
         assert self.gates is not None

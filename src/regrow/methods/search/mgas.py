@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.allocation.commits import controlled, threshold_for
-from regrow.allocation.gates import Masks
+from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
 from regrow.allocation.regrowth import drawn
 from regrow.axis_tensor import AxisTensor
@@ -316,7 +316,7 @@ class Mgas(Searcher):
         if at.epoch == end < at.epochs:
             self._start(at, stage + 1)
 
-    def commit(self, at: Stand, masks: Masks | None = None) -> Plan | None:
+    def commit(self, at: Stand, masks: GateMasks | None = None) -> Plan | None:
         """What does not stand now goes, and λ follows how much that is."""
         before = len(self.values["dropped"])
         plan = super().commit(at, masks)
@@ -324,7 +324,7 @@ class Mgas(Searcher):
             self.values |= controlled(self.values, len(self.values["dropped"]) - before)
         return plan
 
-    def due(self, at: Stand) -> Masks:
+    def due(self, at: Stand) -> GateMasks:
         """What stands; under ratios, by thresholds at which each level keeps the share that it is told to by now."""
         if self.settings.controller != "ratios":
             return super().due(at)

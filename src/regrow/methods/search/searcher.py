@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.allocation.commits import cut, excess, least, reserved, savings, spared
-from regrow.allocation.gates import Gates, Masks, gates
+from regrow.allocation.gates import GateMasks, Gates, gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
 from regrow.amounts import short
@@ -45,7 +45,7 @@ class Searcher(Learner):
     """What may go in the part of the network that runs now."""
     gone: Tensor = field(default_factory=lambda: torch.zeros(0), repr=False)
     """Weights that are 0 for good, ``[N]``."""
-    now: Masks | None = field(default=None, repr=False)
+    now: GateMasks | None = field(default=None, repr=False)
     """What stands in this step."""
 
     searched: tuple[str, ...] = LEVELS
@@ -171,7 +171,7 @@ class Searcher(Learner):
         assert self.gates is not None
         return zip(self.gates.levels.axes, self.gates.spans, strict=True)
 
-    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> Masks:
+    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> GateMasks:
         """What stands now."""
         found, searched = self.gates, self.searched
         assert found is not None
@@ -259,11 +259,11 @@ class Searcher(Learner):
         """What the part that runs costs, and what it was to cost."""
         return {"measure": str(self.measure), "asked": self.most, "size": self.size()}
 
-    def due(self, at: Stand) -> Masks:
+    def due(self, at: Stand) -> GateMasks:
         """By what masks a commit goes now."""
         return self.masks(at)
 
-    def commit(self, at: Stand, masks: Masks | None = None) -> Plan | None:
+    def commit(self, at: Stand, masks: GateMasks | None = None) -> Plan | None:
         """What does not stand now, or under masks, goes."""
         assert self.gates is not None
         with torch.no_grad():

@@ -11,7 +11,7 @@ from torch import nn
 
 from regrow.nets import ModelError
 from regrow.nets.attention import Attention
-from regrow.nets.blocks import Block, blocks
+from regrow.nets.blocks import DecoderLayer, blocks
 from regrow.nets.language import require_transformers
 from regrow.store.atomic import write_text
 from regrow.store.shapes import Kind, Shapes
@@ -27,7 +27,7 @@ _CLASS = "class Regrown(Base)"
 def changed(shapes: Shapes) -> bool:
     """Whether a network differs from what its architecture's configuration builds."""
     differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
-    return bool(differing or shapes.dropped or shapes.attributes or shapes.stands)
+    return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders)
 
 
 def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
@@ -43,7 +43,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
     """
     found = held(model)
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
-    nothing = any(stand.gives == "nothing" for stand in shapes.stands.values())
+    nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())
     loose = any(one.kind is Kind.ATTRIBUTE for one in shapes.tensors.values())
     if nothing or foreign or loose or sum(found[name].tensor.numel() for name in own) > MOST_DERIVED:
@@ -56,7 +56,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         },
         "attributes": dict(shapes.attributes),
         "dropped": list(shapes.dropped),
-        "stands": {path: stand.to_data() for path, stand in shapes.stands.items()},
+        "stands": {path: placeholder.to_data() for path, placeholder in shapes.placeholders.items()},
         "derived": {
             name: {"dtype": one.dtype, "shape": list(one.shape), "numbers": found[name].tensor.flatten().tolist()}
             for name, one in own.items()
@@ -127,7 +127,7 @@ def _automatic(reference: str) -> list[str]:
     return sorted(found)
 
 
-def _block_config(block: Block) -> dict[str, Any]:
+def _block_config(block: DecoderLayer) -> dict[str, Any]:
     attention: dict[str, Any] = {"no_op": not block.heads}
     if block.heads:
         attention |= {"n_heads_in_group": block.heads // block.kv_heads, "num_key_value_heads": block.kv_heads}
