@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,12 +25,12 @@ import torch
 from continual_peer import OURS, SCHEDULE, VERSION, environment, network, strategy_of
 from torch import nn
 
-from regrow.commands.courses import read_course, write_course
 from regrow.data.streams import fewer, idx, permuted
 from regrow.methods import LEARNERS
 from regrow.tasks import Task
 from regrow.tracing import trace
-from regrow.training.learning import learn
+from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.continual import learn
 
 OUT = Path("benchmarks/results/continual_checkpoint.json")
 ARMS = ("naive", "EWC 10", "replay 500")
@@ -38,13 +39,13 @@ ARMS = ("naive", "EWC 10", "replay 500")
 def ours(arm: str, tasks: list[Task], until: int, file: Path | None) -> nn.Module:
     """Learn tasks up to one; from a file if there is one, else into it."""
     model, (method, settings) = network(tasks, 0), OURS[arm]
-    learner, axes, course = LEARNERS[method].made(method, settings), trace(model, tasks[0].train.inputs[:2]), None
+    learner, axes, state = LEARNERS[method].made(method, settings), trace(model, tasks[0].train.inputs[:2]), None
     if file and file.exists():
-        axes, course = read_course(file, model, axes, learner)
-        course.before = ()
-    axes, course = learn(model, axes, tasks[:until], learner, SCHEDULE, course=course)
+        model, axes, state = read_checkpoint(file, model, axes, learner.state)
+        state = replace(state, before=())
+    fitted = learn(model, axes, tasks[:until], learner, SCHEDULE, state=state)
     if file and not file.exists():
-        write_course(file, model, learner, course)
+        write_checkpoint(file, model, fitted.state)
     return model
 
 

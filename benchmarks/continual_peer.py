@@ -28,12 +28,12 @@ from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.tasks import Task
 from regrow.tracing import trace
-from regrow.training.learning import Schedule, learn
+from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 
 VERSION = "0.6.0"
 HOME = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "regrow-peers"
 OUT = Path("benchmarks/results/continual_peer.json")
-SCHEDULE = Schedule(epochs=5, batch_size=64, lr=0.01)
+SCHEDULE = TaskSchedule(epochs=5, batch_size=64, lr=0.01)
 OURS: dict[str, tuple[str, dict[str, Any]]] = {
     "naive": ("naive", {}),
     "EWC 5": ("ewc", {"strength": 5.0}),
@@ -70,13 +70,13 @@ def network(tasks: list[Task], seed: int) -> nn.Module:
 def ours(arm: str, tasks: list[Task], seed: int) -> tuple[float, float]:
     """Final average accuracy, and seconds of training."""
     model, (method, settings) = network(tasks, seed), OURS[arm]
-    schedule = Schedule(**{**vars(SCHEDULE), "seed": seed})
+    schedule = TaskSchedule(**{**vars(SCHEDULE), "seed": seed})
     learner = LEARNERS[method].made(method, settings)
     axes = trace(model, tasks[0].train.inputs[:2])
     start = time.perf_counter()
-    _, course = learn(model, axes, tasks, learner, schedule)
+    state = learn(model, axes, tasks, learner, schedule).state
     spent = time.perf_counter() - start
-    return course.matrix.average, spent
+    return accuracy_matrix(state).average, spent
 
 
 def strategy_of(arm: str, tasks: list[Task], seed: int) -> tuple[Any, Any]:

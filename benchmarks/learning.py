@@ -21,7 +21,7 @@ from regrow.nets.small import small
 from regrow.store.versions import versions
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
-from regrow.training.learning import Schedule, learn
+from regrow.training.continual import TaskSchedule, learn
 
 NETS = {"mlp:100-100": ((1, 28, 28), 256), "resnet:16-3": ((3, 32, 32), 64)}
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -51,7 +51,7 @@ def step(net: str, arm: str, steps: int) -> float:
         trace(model, tasks[0].train.inputs[:2]),
         tasks,
         LEARNERS[method].made(method, settings),
-        Schedule(epochs=1, batch_size=batch),
+        TaskSchedule(epochs=1, batch_size=batch),
         progress=lambda done, total, what: moments.append(time.perf_counter()),
     )
     own = moments[steps:]

@@ -117,7 +117,7 @@ def working_bytes() -> int:
     """Bytes of networks, gradients, what learners keep, and moments of optimizers: all that live in this process."""
     import torch
 
-    from regrow.learner import Learner
+    from regrow.training.state import TrainState
 
     found: dict[int, int] = {}
 
@@ -139,7 +139,7 @@ def working_bytes() -> int:
             for tensor in (*one.parameters(recurse=False), *one.buffers(recurse=False)):
                 add(tensor)
                 add(tensor.grad)
-        elif issubclass(kind, Learner):
+        elif issubclass(kind, TrainState):
             add(vars(one))
         elif issubclass(kind, torch.optim.Optimizer):
             add(dict(one.state))

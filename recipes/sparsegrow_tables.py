@@ -40,7 +40,7 @@ from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
-from regrow.training.learning import Schedule, learn
+from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 
 OUT = Path(__file__).parent / "results" / "sparsegrow.jsonl"
 HEAD = ("", "final average accuracy, %", "difference, paired", "forgetting", "learning accuracy", "parameters", "s")
@@ -273,10 +273,11 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = LEARNERS[arm.method].made(arm.method, arm.settings)
     try:
-        axes, course = learn(model, axes, tasks, learner, Schedule(scenario=scenario, seed=seed, lr=arm.lr))
+        schedule = TaskSchedule(scenario=scenario, seed=seed, lr=arm.lr)
+        state = learn(model, axes, tasks, learner, schedule).state
     except ValueError as error:
         return {"failed": str(error)[:200]}
-    matrix = course.matrix
+    matrix = accuracy_matrix(state)
     found = {
         "accuracy": matrix.average,
         "along": matrix.average_along,
@@ -284,11 +285,11 @@ def measured(arm: Arm, tasks: list[Task], spec: str, seed: int, parameters: int)
         "forward": matrix.forward_transfer,
         "learning": matrix.learning,
         "forgetting": matrix.forgetting,
-        "last": course.rows[-1],
-        "shock": max((abs(event["shock"]) for event in course.events), default=0.0),
-        "parameters": course.sizes[-1]["parameters"],
-        "nonzero": course.sizes[-1]["nonzero"],
-        "seconds": sum(size["seconds"] for size in course.sizes),
+        "last": state.rows[-1],
+        "shock": max((abs(event["shock"]) for event in state.events), default=0.0),
+        "parameters": state.sizes[-1]["parameters"],
+        "nonzero": state.sizes[-1]["nonzero"],
+        "seconds": sum(size["seconds"] for size in state.sizes),
     }
     return {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
 

@@ -28,19 +28,22 @@ from rows import add, difference, head, line, rows, spread
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
+from regrow.axis_tensor import AxisTensor
 from regrow.change import Fill
 from regrow.data.streams import fewer, idx, permuted, rotated
-from regrow.learner import Stand, along, flags
-from regrow.methods.continual.sparsegrow import Settings, SparseGrow
+from regrow.methods.continual.sparsegrow import Settings, build
+from regrow.methods.continual.sparsegrow.gate import weigh_new_units
+from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.nets.small import small
 from regrow.plan import Plan
-from regrow.scoring import memory
 from regrow.sources import Batch
 from regrow.surgery.align import aligned
 from regrow.surgery.fill import newborn, sides
 from regrow.tasks import Task
 from regrow.tracing import trace
-from regrow.training.learning import Course, Schedule, learn
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.learner import Boundary, Context, Event, Learner, flags_along
+from regrow.training.state import TrainState, axis_tensors, with_axis_tensors
 
 OUT = Path(__file__).parent / "results" / "sparsegrow_twins.jsonl"
 WIDTH = 100
@@ -51,55 +54,74 @@ ONCE = 1.2
 """A cap under which a net is widened once."""
 
 
-class Loud(SparseGrow):
-    """Newborn units are read at once, by drawn weights: widening as it is done without care."""
+Variant = Callable[[Learner[SparseGrowState], Settings], Learner[SparseGrowState]]
+"""(SparseGrow, its settings) → a learner that grows in another way."""
 
-    def grown(self, at: Stand, plan: Plan) -> None:
-        """As without the drawn weights, which come last."""
-        unread = sides(at.model, at.axes, newborn(at.model, at.axes, plan))[1]
-        super().grown(at, plan)
+
+def unchanged(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:
+    """SparseGrow as it is."""
+    return learner
+
+
+def after_growth(learner: Learner[SparseGrowState], react: Callable[..., SparseGrowState]) -> Learner[SparseGrowState]:
+    """The learner with another reaction to a plan that was applied: (state, context, boundary) → state."""
+
+    def boundary(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
+        return (react if now.event == Event.PLAN_APPLIED else learner.boundary)(state, context, now)
+
+    return replace(learner, boundary=boundary)
+
+
+def read_at_once(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:
+    """New units are read at once, through random weights: widening without care."""
+
+    def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
+        unread = sides(context.model, context.axes, newborn(context.model, context.axes, now.plan))[1]
+        state = learner.boundary(state, context, now)
         for entries in unread:
-            whole = at.parameters()[entries.name].detach()
+            whole = context.parameters()[entries.name].detach()
             part = entries.of(whole)
-            entries.set(at.model, torch.randn(part.shape, generator=at.drawn(9)) * whole.std())
-        self._settle(at)
+            entries.set(context.model, torch.randn(part.shape, generator=context.generator(9)) * whole.std())
+        return learner.boundary(state, context, Boundary(Event.RESUME))
+
+    return after_growth(learner, react)
 
 
-class Born(SparseGrow):
-    """Born as under the gate, also where there is none."""
+def initialised_by_gate(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:
+    """New units are initialised as under the Kronecker gate, also where there is none."""
+    gated = build(replace(settings, gate="kronecker"))
 
-    def grown(self, at: Stand, plan: Plan) -> None:
-        """The gate's memory says what to be silent on."""
-        own, self.settings = self.settings, replace(self.settings, gate="kronecker")
-        super().grown(at, plan)
-        self.settings = own
-        self._settle(at)
+    def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
+        return learner.boundary(gated.boundary(state, context, now), context, Boundary(Event.RESUME))
 
-
-class Wider(SparseGrow):
-    """Newborn units are copies of old ones, which share what reads them: Net2Wider (Chen et al., arXiv 1511.05641)."""
-
-    def plan(self, at: Stand) -> Plan | None:
-        """As it would, with another birth."""
-        plan = super().plan(at)
-        many = {key: change.grow for key, change in plan.changes.items()} if plan else {}
-        return Plan.growing(at.axes, many, Fill("split", seed=self.settings.seed)) if many else None
-
-    def grown(self, at: Stand, plan: Plan) -> None:
-        """They are as they are."""
-        memory.born(at, self.tensors)
-        self._settle(at)
+    return after_growth(learner, react)
 
 
-class Max(SparseGrow):
-    """Newborn units are turned to where the loss would learn most: GradMax (Evci et al., arXiv 2201.05125)."""
+def net2wider(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:
+    """New units are copies of old ones, which share their outgoing weights: Net2Wider (Chen et al., arXiv 1511.05641)."""
 
-    def grown(self, at: Stand, plan: Plan) -> None:
-        """Nothing reads them yet."""
-        batches = [Batch((one.inputs,), labels=one.labels) for one in at.task.train.batches(256)]
-        aligned(at.model, at.axes, plan, batches[:4])
-        memory.born(at, self.tensors)
-        self._settle(at)
+    def plan(state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:
+        found, state = learner.plan(state, context)
+        many = {key: change.grow for key, change in found.changes.items()} if found else {}
+        return Plan.growing(context.axes, many, Fill("split", seed=settings.seed)) if many else None, state
+
+    def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
+        weigh_new_units(state, context, 0.0)
+        return learner.boundary(state, context, Boundary(Event.RESUME))
+
+    return replace(after_growth(learner, react), plan=plan)
+
+
+def gradmax(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:
+    """New units are turned to where the gradient of the loss is largest: GradMax (Evci et al., arXiv 2201.05125)."""
+
+    def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
+        batches = [Batch((one.inputs,), labels=one.labels) for one in context.task.train.batches(256)]
+        aligned(context.model, context.axes, now.plan, batches[:4])
+        weigh_new_units(state, context, 0.0)
+        return learner.boundary(state, context, Boundary(Event.RESUME))
+
+    return after_growth(learner, react)
 
 
 class Lateral(nn.Module):
@@ -138,18 +160,13 @@ def deeper(identity: bool) -> Callable[[nn.Sequential], tuple[nn.Sequential, Cal
     return grow
 
 
-def still(axes: AxisGraph, learner: SparseGrow, settings: Settings, kind: type[SparseGrow] = SparseGrow) -> SparseGrow:
-    """The learner's copy with other settings."""
-    return kind(copy.deepcopy(learner.tensors), copy.deepcopy(learner.values), settings=settings)
-
-
-WIDE: dict[str, tuple[Settings, type[SparseGrow]]] = {
-    "not grown": (Settings(grow="never"), SparseGrow),
-    "layer expansion, SparseGrow": (Settings(cap=ONCE), Born),
-    "layer expansion, not silent": (Settings(silent=False, cap=ONCE), SparseGrow),
-    "layer expansion, Net2Wider": (Settings(cap=ONCE), Wider),
-    "layer expansion, GradMax": (Settings(cap=ONCE), Max),
-    "layer expansion, drawn and read at once": (Settings(silent=False, density=1.0, cap=ONCE), Loud),
+WIDE: dict[str, tuple[Settings, Variant]] = {
+    "not grown": (Settings(grow="never"), unchanged),
+    "layer expansion, SparseGrow": (Settings(cap=ONCE), initialised_by_gate),
+    "layer expansion, not silent": (Settings(silent=False, cap=ONCE), unchanged),
+    "layer expansion, Net2Wider": (Settings(cap=ONCE), net2wider),
+    "layer expansion, GradMax": (Settings(cap=ONCE), gradmax),
+    "layer expansion, drawn and read at once": (Settings(silent=False, density=1.0, cap=ONCE), read_at_once),
 }
 OTHER: dict[str, Callable[[nn.Sequential], tuple[nn.Sequential, Callable[[str], str]]]] = {
     "lateral branches": lateral,
@@ -159,63 +176,59 @@ OTHER: dict[str, Callable[[nn.Sequential], tuple[nn.Sequential, Callable[[str], 
 
 
 def reshaped(
-    twin: str, model: nn.Module, learner: SparseGrow, course: Course, tasks: list[Task]
-) -> tuple[nn.Module, AxisGraph, SparseGrow, Course]:
-    """A twin that has grown otherwise than in width; what learner and optimiser remember goes by the new names."""
+    twin: str, model: nn.Module, state: TrainState[SparseGrowState], settings: Settings, tasks: list[Task]
+) -> tuple[nn.Module, AxisGraph, TrainState[SparseGrowState]]:
+    """A twin that has grown otherwise than in width; learner and optimizer remember by the new names."""
     assert isinstance(model, nn.Sequential)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(learner.settings.seed)
+        torch.manual_seed(settings.seed)
         model, renamed = OTHER[twin](model)
     axes = trace(model, tasks[0].train.inputs[:2])
-    at, other = Stand(model, axes, tasks[course.number]), still(axes, learner, Settings(grow="never"))
-    other.tensors = {" ".join((kind, renamed(name))): one for kind, _, name, one in _split(other.tensors)}
-    for name in at.parameters():
-        other.tensors.setdefault(f"owned {name}", flags(at, name))
-    for name in at.weights:
-        fresh = along(at, name, torch.zeros(len(at.parameters()[name])))
-        other.tensors.setdefault(f"threshold {name}", type(fresh)(fresh.values, fresh.dims[:1], learner.settings.lr))
-    course.moments = {
-        (f"learner {' '.join((kind.split()[-1], renamed(name)))}" if kind else renamed(name)): one
-        for kind, _, name, one in ((*key.rpartition(" "), one) for key, one in course.moments.items())
-    }
-    return model, axes, other, course
+    context = Context(model, axes, tasks[state.number])
 
+    def moved(name: str) -> str:
+        kind, _, rest = name.rpartition(" ")
+        return f"{kind} {renamed(rest)}".lstrip()
 
-def _split(tensors: dict[str, Any]) -> list[tuple[str, str, str, Any]]:
-    return [(*key.partition(" "), one) for key, one in tensors.items()]
+    tensors = {moved(name): one for name, one in axis_tensors(state.learner).items()}
+    for name in context.parameters():
+        tensors.setdefault(f"owned {name}", flags_along(context, name))
+    for name in context.weights:
+        zeros = torch.zeros(len(context.parameters()[name]))
+        tensors.setdefault(f"threshold {name}", AxisTensor(zeros, axes.shapes[name][:1], settings.lr))
+    moments = {moved(name): one for name, one in state.moments.items()}
+    return model, axes, replace(state, learner=with_axis_tensors(state.learner, tensors), moments=moments)
 
 
 def twins(tasks: list[Task], at: int, seed: int, gate: str) -> list[dict[str, Any]]:
     """A row per twin."""
     model, _ = small(f"mlp:{WIDTH}-{WIDTH}", tasks[0].train.inputs.shape[1:], 10, seed)
-    axes, learner = trace(model, tasks[0].train.inputs[:2]), SparseGrow(settings=Settings(grow="never", seed=seed))
-    schedule, held = Schedule(seed=seed), []
-    late = schedule.epochs - max(1, round(learner.settings.late * schedule.epochs))
+    axes, settings = trace(model, tasks[0].train.inputs[:2]), Settings(grow="never", seed=seed)
+    schedule, held = TaskSchedule(seed=seed), []
+    late = schedule.epochs - max(1, round(settings.late * schedule.epochs))
 
     class EnoughError(Exception):
-        """It stands where it would grow."""
+        """Training is where it would grow."""
 
-    def look(course: Course, axes: AxisGraph) -> None:
-        if (course.number, course.epoch) == (at, late):
-            held.append((copy.deepcopy(model), axes, still(axes, learner, learner.settings), copy.deepcopy(course)))
+    def look(state: TrainState[SparseGrowState], context: Context) -> None:
+        if (state.number, state.epoch) == (at, late):
+            held.append((copy.deepcopy(context.model), context.axes, copy.deepcopy(state)))
             raise EnoughError
 
     tasks = tasks[: at + 2]
     with contextlib.suppress(EnoughError):
-        learn(model, axes, tasks, learner, schedule, on_epoch=look)
+        learn(model, axes, tasks, build(settings), schedule, checkpoint=look)
     (start,) = held
     found = []
     for twin in (*WIDE, *OTHER):
-        own, axes, first, course = start[0], start[1], start[2], copy.deepcopy(start[3])
-        own = copy.deepcopy(own)
+        own, axes, state = copy.deepcopy(start[0]), start[1], copy.deepcopy(start[2])
         if twin in WIDE:
-            settings, kind = WIDE[twin]
-            mine = still(axes, first, replace(settings, gate=gate), kind)
+            given, variant = WIDE[twin]
+            given = replace(given, gate=gate)
         else:
-            own, axes, mine, course = reshaped(twin, own, first, course, tasks)
-            mine.settings = replace(mine.settings, gate=gate)
-        _, course = learn(own, axes, tasks, mine, schedule, course=course)
-        matrix = course.rows
+            given, variant = Settings(grow="never", gate=gate), unchanged
+            own, axes, state = reshaped(twin, own, state, given, tasks)
+        matrix = learn(own, axes, tasks, variant(build(given), given), schedule, state=state).state.rows
         found.append(
             {
                 "twin": twin,

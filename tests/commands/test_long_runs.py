@@ -12,7 +12,7 @@ import regrow
 from regrow.commands import RunFolder
 from regrow.commands import learn as learning_run
 from regrow.commands.learn import Settings, run
-from regrow.training.learning import PROBED, probed
+from regrow.training.continual import PROBED, probed_tasks
 
 GROWING = {"width": 0.05, "multiple": 1, "cap": 100.0}
 
@@ -28,13 +28,13 @@ def header(path: Path) -> int:
 
 
 def test_the_file_that_a_run_goes_on_from_does_not_grow_with_tasks(tmp_path: Path, monkeypatch: Any) -> None:
-    write, sizes = learning_run.write_course, []
+    write, sizes = learning_run.write_checkpoint, []
 
     def watched(path: Path, *given: Any, **more: Any) -> None:
         write(path, *given, **more)
         sizes.append(header(path))
 
-    monkeypatch.setattr(learning_run, "write_course", watched)
+    monkeypatch.setattr(learning_run, "write_checkpoint", watched)
     folder = run(settings(24), tmp_path / "run")
     late, early = sizes[-2], sizes[8]  # both behind a first epoch
     assert late < 1.1 * early, (early, late)
@@ -42,7 +42,7 @@ def test_the_file_that_a_run_goes_on_from_does_not_grow_with_tasks(tmp_path: Pat
     grown = [row for row in rows if row["what"] == "growth"]
     assert len(folder.ledger) == len(grown) >= 20
     assert max(len(row["accuracy_before"]) for row in grown) == PROBED
-    assert [row["asked"] for row in grown if row["task"] == 23] == [probed(23)]
+    assert [row["asked"] for row in grown if row["task"] == 23] == [probed_tasks(23)]
     assert len([row for row in rows if row["what"] == "task"]) == 24
 
 
@@ -51,7 +51,7 @@ def test_killed_between_logging_and_storing_a_run_goes_on_as_if_never_stopped(
 ) -> None:
     """Measurements and plans are then ahead of the file that a run goes on from."""
     whole = run(settings(3), tmp_path / "whole")
-    write, seen = learning_run.write_course, []
+    write, seen = learning_run.write_checkpoint, []
 
     def stopping(*given: Any, **more: Any) -> None:
         seen.append(given)
@@ -59,7 +59,7 @@ def test_killed_between_logging_and_storing_a_run_goes_on_as_if_never_stopped(
             raise KeyboardInterrupt
         write(*given, **more)
 
-    monkeypatch.setattr(learning_run, "write_course", stopping)
+    monkeypatch.setattr(learning_run, "write_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(settings(3), tmp_path / "killed")
     monkeypatch.undo()

@@ -14,18 +14,18 @@ from PIL import Image
 
 import regrow
 from regrow.commands import learn as learning_run
-from regrow.commands.courses import write_course
 from regrow.commands.learn import Settings, extend, run, tasks_of
 from regrow.data import SourceError
 from regrow.data.streams import digits_task, permuted, split
 from regrow.evaluation.continual import Matrix, share_right
-from regrow.learner import Stand
 from regrow.methods import LEARNERS, learner_entry
 from regrow.nets.small import small
 from regrow.reports import write_page
 from regrow.store.atomic import StoreError
 from regrow.tracing import trace
-from regrow.training.learning import Schedule, learn
+from regrow.training.checkpoint import write_checkpoint
+from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
+from regrow.training.learner import Context
 
 SETTINGS = Settings(
     ("permuted:digits:2",), model="mlp:16-16", epochs=4, train=300, test=100, method_settings={"grow": "always"}
@@ -39,11 +39,11 @@ def test_every_method_learns_and_tells(name: str) -> None:
     model, _ = small("mlp:48-32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = learner_entry(name).build(learner_entry(name).settings())
-    _, course = learn(model, axes, tasks, learner, Schedule(epochs=4, batch_size=32, lr=0.05))
-    assert course.matrix.rows[0][0] > 0.6 > 0.3 > course.matrix.before[0]
+    state = learn(model, axes, tasks, learner, TaskSchedule(epochs=4, batch_size=32, lr=0.05)).state
+    assert state.rows[0][0] > 0.6 > 0.3 > state.before[0]
     if name != "wsn":  # which answers through its masks
         again = tuple(share_right(model, task.test) for task in tasks)
-        assert again == course.rows[-1]
+        assert again == state.rows[-1]
 
 
 GROWING = {"grow": "always", "late": 0.6}
@@ -65,15 +65,15 @@ def test_killed_and_resumed_is_never_stopped(
     own: Any = {"model": model, "method": name, "method_settings": given}
     settings = Settings(("permuted:digits:2",), epochs=4, train=200, test=80, **own)
     whole = regrow.load(run(settings, tmp_path / "whole").path)
-    write, seen = learning_run.write_course, []
+    write, seen = learning_run.write_checkpoint, []
 
-    def stopping(path: Path, model: Any, learner: Any, course: Any, **more: Any) -> None:
-        write(path, model, learner, course, **more)
-        seen.append((course.number, course.epoch, [event["task"] for event in course.events]))
+    def stopping(path: Path, model: Any, state: Any, **more: Any) -> None:
+        write(path, model, state, **more)
+        seen.append((state.number, state.epoch, [event["task"] for event in state.events]))
         if len(seen) == 7:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(learning_run, "write_course", stopping)
+    monkeypatch.setattr(learning_run, "write_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
     assert seen[-1][:2] == (1, 3) and (1 in seen[-1][2]) == bool(given), "in the middle of a task, past its growth"
@@ -103,10 +103,13 @@ def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: 
     model, _ = small("mlp:32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = learner_entry(method).made(method, given)
-    axes, course = learn(model, axes, tasks, learner, Schedule("task", epochs=3, batch_size=32, lr=0.05))
-    assert course.matrix.average > 0.9 and course.matrix.forgetting < 0.08
-    at = Stand(model, axes, tasks[2], 2, past=tuple(tasks[:2]), classes=torch.tensor([0, 0, 0, 0, 1, 1]).bool())
-    told = at.remembered(tasks[0].train.inputs[:3], torch.tensor([1, 2, 5])).isfinite()
+    fitted = learn(model, axes, tasks, learner, TaskSchedule("task", epochs=3, batch_size=32, lr=0.05))
+    matrix = accuracy_matrix(fitted.state)
+    assert matrix.average > 0.9 and matrix.forgetting < 0.08
+    context = Context(
+        model, fitted.axes, tasks[2], 2, past=tuple(tasks[:2]), classes=torch.tensor([0, 0, 0, 0, 1, 1]).bool()
+    )
+    told = context.replay_logits(tasks[0].train.inputs[:3], torch.tensor([1, 2, 5])).isfinite()
     assert [row.nonzero()[:, 0].tolist() for row in told] == [[0, 1], [2, 3], [4, 5]]
 
 
@@ -146,10 +149,15 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     began = folder.run()["defaults"]
     assert "decay" not in began and began["strength"] == learner_entry("ewc").settings().strength
     folder.update(defaults=began | {"strength": 7.0})
-    seen = []
-    monkeypatch.setattr(learning_run, "_go_on", lambda folder, settings, learner, *rest: seen.append(learner.settings))
+    seen, build = [], learning_run.built
+
+    def built(settings: Settings) -> Any:
+        seen.append(settings.method_settings)
+        return build(settings)
+
+    monkeypatch.setattr(learning_run, "built", built)
     extend(tmp_path / "run", ("rotated:digits:2",))
-    assert (seen[0].strength, seen[0].decay) == (7.0, 0.5)
+    assert (seen[0]["strength"], seen[0]["decay"]) == (7.0, 0.5)
     assert folder.run()["defaults"] == began | {"strength": 7.0}
 
 
@@ -246,7 +254,7 @@ def test_what_cannot_go_on_without_data_is_refused_and_stays_as_it_was(
     )
     if "stopped" in given:
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(learning_run, "write_course", stopping)
+            patch.setattr(learning_run, "write_checkpoint", stopping)
             run(settings, tmp_path / "run")
     else:
         run(settings, tmp_path / "run")
@@ -261,7 +269,7 @@ def test_what_cannot_go_on_without_data_is_refused_and_stays_as_it_was(
 
 
 def stopping(*given: Any, **more: Any) -> None:
-    write_course(*given, **more)
+    write_checkpoint(*given, **more)
     raise KeyboardInterrupt
 
 

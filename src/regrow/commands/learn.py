@@ -12,12 +12,10 @@ from typing import Any
 from torch import nn
 
 from regrow import store
-from regrow.axes import AxisGraph
-from regrow.commands.courses import COURSE, check_course, read_course, read_history, tasks_over, write_course
 from regrow.commands.folder import RunFolder, WritePage
+from regrow.commands.history import read_history
 from regrow.commands.record import convert_settings
 from regrow.data import MissingError, SourceError, streams
-from regrow.learner import Learner, Stand
 from regrow.methods import learner_entry
 from regrow.nets.files import check_files
 from regrow.nets.loaded import Origin
@@ -31,17 +29,20 @@ from regrow.store.replacing import cleared
 from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.tracing.hollow import clone_model
-from regrow.training.births import over
-from regrow.training.learning import Course, Schedule, accuracies, learn
+from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks, read_checkpoint, write_checkpoint
+from regrow.training.continual import TaskSchedule, accuracy_matrix, learn, untrained_accuracies
+from regrow.training.growth_metrics import is_settled
+from regrow.training.learner import Context, Learner, write_replacements
+from regrow.training.state import TrainState
 
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
 """How many numbers an example may be, and classes there may be, by what a file says."""
 
 
-def schedule_of(settings: Settings) -> Schedule:
+def schedule_of(settings: Settings) -> TaskSchedule:
     """How every task is learned."""
-    shared = (one.name for one in fields(Schedule) if hasattr(settings, one.name))
-    return Schedule(**{name: getattr(settings, name) for name in shared})
+    shared = (one.name for one in fields(TaskSchedule) if hasattr(settings, one.name))
+    return TaskSchedule(**{name: getattr(settings, name) for name in shared})
 
 
 def run(
@@ -61,7 +62,7 @@ def run(
     check_settings(settings)
     learner, schedule, told = built(settings), schedule_of(settings), _told(settings)
     if RunFolder.check(out, **told) and (begun := RunFolder.started(out)):
-        check_course(begun)
+        check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
     tasks = tasks_of(settings)
     origin_of_small(settings.model, tasks[0].train.inputs.shape[1:], outputs_of(settings, tasks))
     with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
@@ -101,7 +102,7 @@ def extend(
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = convert_settings(told["settings"], Settings)
-    check_course(folder)
+    check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
     added = _added(told.get("extension"), was.tasks, tuple(more), total)
     if told.get("finished") and folder.path == Path(out) and not added:
         if more:
@@ -120,10 +121,10 @@ def extend(
             raise SourceError(f"{error}; this run did not note what its tasks were like") from None
         raise MissingError(f"{error}; with --without-old, tasks that are over need no data any more") from None
     if gone := [task.name for task in old if task.gone]:
-        over = tasks_over(folder.path / COURSE)
+        over = count_tasks(folder.path / CHECKPOINT)
         if late := [task.name for task in old[over:] if task.gone]:
             raise SourceError(f"{', '.join(late)} is not over, and its data are not there: it cannot be learned")
-        if learner.looks_back:
+        if learner.trains_on_past:
             raise SourceError(f"{was.method} learns from all examples, and those of {', '.join(gone)} are not there")
     tasks = streams.alike([*old, *(task for spec in added for task in _sequence(spec, settings))])
     outputs, wanted = outputs_of(was, old), outputs_of(settings, tasks)
@@ -170,8 +171,8 @@ def _added(last: Any, tasks: tuple[str, ...], more: tuple[str, ...], total: int 
 def _go_on(
     folder: RunFolder,
     settings: Settings,
-    learner: Learner,
-    schedule: Schedule,
+    learner: Learner[Any],
+    schedule: TaskSchedule,
     tasks: Sequence[Task],
     progress: Progress,
     write_page: WritePage | None,
@@ -180,44 +181,44 @@ def _go_on(
     model, origin = network(settings, tasks)
     axes = trace(model, tasks[0].train.inputs[:2])
     folder.update(sequence=_known(settings, tasks))
-    course, place = Course(), folder.path / COURSE
+    state, place = TrainState(learner.state), folder.path / CHECKPOINT
     if folder.resumed and place.is_file():
-        axes, course = read_course(place, model, axes, learner, read_history(folder))
-    folder.ledger.keep(len(course.plans))
+        model, axes, state = read_checkpoint(place, model, axes, learner.state, read_history(folder))
+    folder.ledger.keep(len(state.plans))
     plans, events, over = len(folder.ledger), 0, 0
 
-    def tell(now: Course) -> None:
+    def record(now: TrainState[Any]) -> None:
         nonlocal plans, events, over
         for plan in now.plans[plans:]:
             folder.ledger.append(plan)
-        for i in range(events, settled := _settled(now)):
+        for i in range(events, settled := _count_settled(now)):
             folder.log("growth", number=i, **now.events[i])
         for i in range(over, now.number):
             folder.log("task", name=tasks[i].name, accuracy=list(now.rows[i]), **now.sizes[i])
         plans, events, over = len(now.plans), settled, now.number
 
-    def keep(now: Course, _: AxisGraph) -> None:
-        tell(now)
-        write_course(place, model, learner, now, logged=events)
+    def keep(now: TrainState[Any], context: Context) -> None:
+        record(now)
+        write_checkpoint(place, context.model, now, logged=events)
 
-    tell(course)  # version 0.1 stores before it logs
-    if len(course.before) < len(tasks):
-        # Tasks have come since: what an untrained network knows of them is measured anew.
-        row = accuracies(network(settings, tasks)[0], tasks, Learner(), schedule, 0)
-        course.before += row[len(course.before) :]
-    axes, course = learn(model, axes, tasks, learner, schedule, course=course, on_epoch=keep, progress=progress)
-    plain = clone_model(model)
-    learner.baked(Stand(plain, axes, tasks[-1], number=len(tasks) - 1))
+    record(state)  # version 0.1 stores before it logs
+    if len(state.before) < len(tasks):
+        # Tasks have been added since: what an untrained network knows of them is measured again.
+        row = untrained_accuracies(network(settings, tasks)[0], tasks, schedule)
+        state = replace(state, before=state.before + row[len(state.before) :])
+    fitted = learn(model, axes, tasks, learner, schedule, state=state, checkpoint=keep, progress=progress)
+    plain = clone_model(fitted.model)
+    write_replacements(learner, fitted.state.learner, Context(plain, fitted.axes, tasks[-1], len(tasks) - 1))
     store.write_model(plain, folder.path, origin=origin)
     if gone := [task.name for task in tasks if task.gone]:
         folder.log("gone", tasks=gone)
-    folder.log("matrix", tasks=[task.name for task in tasks], **course.matrix.record())
+    folder.log("matrix", tasks=[task.name for task in tasks], **accuracy_matrix(fitted.state).record())
     return folder.finish(write_page, seconds={"learn": round(time.perf_counter() - start, 3)})
 
 
-def _settled(course: Course) -> int:
-    """How many growths have been watched to their end; one that the loss is not back from waits for its task's."""
-    return len(list(takewhile(lambda event: over(event) or event["task"] < course.number, course.events)))
+def _count_settled(state: TrainState[Any]) -> int:
+    """The number of growths that have been watched to their end; the others are logged when their task is over."""
+    return len(list(takewhile(lambda event: is_settled(event) or event["task"] < state.number, state.events)))
 
 
 def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
@@ -237,7 +238,7 @@ def _told(settings: Settings) -> dict[str, Any]:
     return {"verb": "learn", "settings": record_settings(settings), "defaults": taken}
 
 
-def built(settings: Settings) -> Learner:
+def built(settings: Settings) -> Learner[Any]:
     """The learner of a run.
 
     Raises:
@@ -247,7 +248,7 @@ def built(settings: Settings) -> Learner:
     given = dict(settings.method_settings)
     if any(one.name == "seed" for one in fields(entry.settings)):
         given.setdefault("seed", settings.seed)
-    found: Learner = entry.made(settings.method, given)
+    found: Learner[Any] = entry.made(settings.method, given)
     return found
 
 

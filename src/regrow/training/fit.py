@@ -26,7 +26,7 @@ from regrow.training.growth_metrics import (
     watch,
 )
 from regrow.training.interrupts import defer_interrupts
-from regrow.training.learner import Boundary, Context, Event, Learner, Step
+from regrow.training.learner import Boundary, Context, Event, Learner, Step, write_replacements
 from regrow.training.optimizers import Optimizers
 from regrow.training.schedule import Phase, Schedule
 from regrow.training.state import TrainState, axis_tensors, follow_plan
@@ -296,7 +296,7 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
             break
         context, own = apply_plan(learner, own, context, plan)
         plans.append(plan)
-    learner.finish(own, context)
+    write_replacements(learner, own, context)
     return Fitted(context.model, context.axes, replace(fitted.state, learner=own)), plans
 
 

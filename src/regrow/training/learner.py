@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -243,10 +243,6 @@ def set_train_mode(state: S, context: Context, boundary: Boundary) -> S:
     return state
 
 
-def finish_nothing(state: Any, context: Context) -> None:
-    """Leave the parameters as they are."""
-
-
 @dataclass(frozen=True)
 class Learner(Generic[S]):
     """What a method adds to plain training; the defaults are plain training.
@@ -266,7 +262,6 @@ class Learner(Generic[S]):
             the last one, until it returns ``None``.
         boundary: (state, context, boundary) → state, at every :class:`Event`; sets the modes of modules when an epoch
             starts.
-        finish: (state, context) → ``None``; writes what replaces parameters into them.
         optimizer: ``""``: the network's optimizer trains the state's tensors too; ``"adam"``: Adam with β =
             (0.5, 0.999) does.
         scheduled: Whether the learning rates of its tensors follow the schedule, as that of the network does.
@@ -283,7 +278,6 @@ class Learner(Generic[S]):
     after_step: Callable[[S, Context, Step], S] = keep_state
     plan: Callable[[S, Context], tuple[Plan | None, S]] = plan_nothing
     boundary: Callable[[S, Context, Boundary], S] = set_train_mode
-    finish: Callable[[S, Context], None] = finish_nothing
     optimizer: str = ""
     scheduled: bool = False
     second_share: float = 0.0
@@ -298,6 +292,20 @@ class NoState:
 
 PLAIN: Learner[NoState] = Learner(NoState())
 """Plain training."""
+
+
+def write_replacements(learner: Learner[S], state: S, context: Context) -> None:
+    """Write what replaces parameters at evaluation into them, so that the network needs its learner no longer.
+
+    Args:
+        learner: The learner.
+        state: Its last state.
+        context: The network, changed in place.
+    """
+    context = replace(context, answered=context.number)
+    with torch.no_grad():
+        for name, value in learner.parametrize(state, context).values.items():
+            context.model.get_parameter(name).copy_(value)
 
 
 def freeze_norms(model: nn.Module) -> None:

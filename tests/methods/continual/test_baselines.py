@@ -11,21 +11,23 @@ from regrow.commands.learn import Settings, run, tasks_of
 from regrow.commands.record import convert_settings
 from regrow.data.streams import digits_task, fewer, permuted, split
 from regrow.evaluation.continual import share_right
-from regrow.learner import Learner, Stand
 from regrow.methods import LEARNERS
+from regrow.methods.continual.lwf import _old_logits
 from regrow.nets.small import small
 from regrow.surgery.stand_in import standing_in
 from regrow.tracing import trace
-from regrow.training.learning import Schedule, learn
+from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
+from regrow.training.learner import Boundary, Context, Event, Step, cross_entropy_loss
+from regrow.training.state import axis_tensors
 
 
 def learned(name: str, given: dict[str, Any], tasks: Any, model: str = "mlp:16", **more: Any) -> tuple[Any, ...]:
-    """A network that learned tasks, its learner and the account of it."""
+    """A network that learned tasks, the state of its learner, and that of its training."""
     net, _ = small(model, (1, 8, 8), 10)
     axes = trace(net, tasks[0].train.inputs[:2])
     learner = LEARNERS[name].made(name, given)
-    _, course = learn(net, axes, tasks, learner, Schedule(**{"epochs": 2, "batch_size": 32, **more}))
-    return net, learner, course
+    state = learn(net, axes, tasks, learner, TaskSchedule(**{"epochs": 2, "batch_size": 32, **more})).state
+    return net, state.learner, state
 
 
 TWO = permuted(fewer(digits_task(), 200, 80), 2)
@@ -39,12 +41,12 @@ def test_learns_in_mixed_precision(method: str, model: str) -> None:
     whole, half = (
         learned(method, given, TWO, model, precision=precision, lr=0.05) for precision in ("float32", "bfloat16")
     )
-    net, learner, course = half
+    net, learner, state = half
     assert {p.dtype for p in net.parameters()} == {torch.float32}
-    assert torch.bfloat16 not in {one.values.dtype for one in learner.tensors.values()}
+    assert torch.bfloat16 not in {one.values.dtype for one in axis_tensors(learner).values()}
     pairs = list(zip(net.parameters(), whole[0].parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in pairs), "nothing was taken in bfloat16"
-    assert abs(course.matrix.learning - whole[2].matrix.learning) < 0.1
+    assert abs(accuracy_matrix(state).learning - accuracy_matrix(whole[2]).learning) < 0.1
 
 
 @pytest.mark.parametrize(("method", "given"), [("packnet", {}), ("wsn", {}), ("naive", {"keep": "network"})])
@@ -67,7 +69,7 @@ def test_answers_of_a_network_that_has_learned_are_held() -> None:
     """DER++ holds what the network answers in late epochs too; plain replay holds each example once."""
     for given, times in (({"answers": 0.5}, 5), ({}, 1)):
         _, learner, _ = learned("replay", {"memory": 50} | given, TWO[:1], epochs=5)
-        assert learner.values["seen"] == times * 32 * (200 // 32) + times * (200 % 32)
+        assert learner.seen == times * 32 * (200 // 32) + times * (200 % 32)
 
 
 def test_lwf_asks_the_network_as_it_was() -> None:
@@ -75,23 +77,24 @@ def test_lwf_asks_the_network_as_it_was() -> None:
     tasks = split(digits_task(), 5)[:2]
     _, _, course = learned("lwf", {}, tasks, scenario="task", lr=0.05)
     assert course.rows[1][0] > 0.9
-    net, learner, _ = learned("lwf", {}, TWO[:1], "resnet:8-2")
-    at = Stand(net, trace(net, TWO[0].train.inputs[:2]), TWO[1], number=1)
-    learner.begin(at)
+    net, state, _ = learned("lwf", {}, TWO[:1], "resnet:8-2")
+    learner = LEARNERS["lwf"].made("lwf", {})
+    context = Context(net, trace(net, TWO[0].train.inputs[:2]), TWO[1], number=1)
+    state = learner.boundary(state, context, Boundary(Event.TASK_START))
     net.train()
     batch = next(TWO[1].train.batches(32))
     steps = [m.num_batches_tracked.clone() for m in net.modules() if isinstance(m, _BatchNorm)]
-    plain = Learner.loss(learner, at, batch)
+    plain = cross_entropy_loss(state, context, Step(0, batch)).value
     now = [m.num_batches_tracked for m in net.modules() if isinstance(m, _BatchNorm)]
     assert [int(a) - int(b) for a, b in zip(now, steps, strict=True)] == [1] * len(steps)
     before = [v.clone() for v in net.state_dict().values()]
-    teacher = learner._then(at, batch)
+    teacher = _old_logits(state, context, batch.inputs)
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
     with torch.no_grad():
-        old = {n: learner.tensors[f"old {n}"].values for n, _ in net.named_parameters()}
+        old = {n: state.old[n].values for n, _ in net.named_parameters()}
         with standing_in(net, old):
             assert not torch.allclose(net(batch.inputs), teacher, atol=1e-3), "batch statistics are other answers"
-    assert learner.loss(at, batch) > plain
+    assert learner.loss(state, context, Step(0, batch)).value > plain
 
 
 @pytest.mark.parametrize("method", ["wsn", "packnet"])

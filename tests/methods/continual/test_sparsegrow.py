@@ -8,17 +8,18 @@ import torch
 from torch import nn
 
 from regrow.data.streams import digits_task, permuted, split
-from regrow.learner import Learner, Stand
 from regrow.methods import LEARNERS
-from regrow.methods.continual.sparsegrow import Settings, SparseGrow
+from regrow.methods.continual.sparsegrow import Settings, build
+from regrow.methods.continual.sparsegrow.gate import build_gates
 from regrow.nets.small import small
-from regrow.scoring.memory import gates
 from regrow.surgery.stand_in import standing_in
 from regrow.tasks import Task
 from regrow.tracing import trace
-from regrow.training.learning import Schedule, learn
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.learner import PLAIN, Boundary, Context, Event, Learner, Step, cross_entropy_loss
+from regrow.training.state import TrainState
 
-SCHEDULE = Schedule(epochs=4, batch_size=64, lr=0.05)
+SCHEDULE = TaskSchedule(epochs=4, batch_size=64, lr=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +34,25 @@ def begun(tasks: list[Task], spec: str = "mlp:24-16") -> tuple[nn.Module, Any]:
 
 def learned(tasks: list[Task], settings: Settings, spec: str = "mlp:24-16", **schedule: Any) -> Any:
     model, axes = begun(tasks, spec)
-    learner = SparseGrow(settings=settings)
-    axes, course = learn(model, axes, tasks, learner, replace(SCHEDULE, **schedule))
-    return model, axes, learner, course
+    fitted = learn(model, axes, tasks, build(settings), replace(SCHEDULE, **schedule))
+    return model, fitted.axes, fitted.state.learner, fitted.state
+
+
+def observe(learner: Learner[Any], event: Event, look: Any) -> Learner[Any]:
+    """The learner, and a look at its state and the network right after one kind of event."""
+
+    def boundary(state: Any, context: Context, now: Boundary) -> Any:
+        state = learner.boundary(state, context, now)
+        if now.event == event:
+            look(state, context, now.plan)
+        return state
+
+    return replace(learner, boundary=boundary)
+
+
+def continued(state: TrainState[Any]) -> TrainState[Any]:
+    """The state for a call with one task more."""
+    return replace(state, before=(0.1, 0.1))
 
 
 @pytest.mark.parametrize("spec", ["mlp:24-16", "resnet:8-2"])
@@ -57,22 +74,23 @@ def test_a_network_with_group_norms_grows_by_whole_groups(tasks: list[Task]) -> 
     assert model[3].bn1.num_groups == 5 and model[3].conv1.out_channels == 10
 
 
-class Still(Learner):
-    """No parameter moves after the first task; running statistics go on."""
-
-    def gate(self, at: Stand) -> None:
-        for parameter in at.parameters().values() if at.number else ():
-            parameter.grad = None
+def freeze_parameters(state: Any, context: Context, step: Step) -> Any:
+    """No parameter is trained after the first task; running statistics are updated."""
+    for parameter in context.parameters().values() if context.number else ():
+        parameter.grad = None
+    return state
 
 
 @pytest.mark.parametrize("spec", ["resnet:8-2", "resnet-gn:8-2"])
 def test_without_running_statistics_frozen_answers_stay(tasks: list[Task], spec: str) -> None:
     """When nothing learns any more, a BatchNorm still forgets through its statistics; a GroupNorm has none."""
     model, axes = begun(tasks, spec)
-    learner, course, said = Still(), None, []
+    learner, state, said = replace(PLAIN, project=freeze_parameters), None, []
     for n in (1, 2):
-        course = course and replace(course, before=(0.1, 0.1))
-        axes, course = learn(model, axes, tasks[:n], learner, replace(SCHEDULE, epochs=1), course=course)
+        fitted = learn(
+            model, axes, tasks[:n], learner, replace(SCHEDULE, epochs=1), state=continued(state) if state else None
+        )
+        axes, state = fitted.axes, fitted.state
         with torch.no_grad():
             said.append(model.eval()(tasks[0].test.inputs))
     assert torch.equal(*said) == (spec == "resnet-gn:8-2")
@@ -83,11 +101,12 @@ def test_without_running_statistics_frozen_answers_stay(tasks: list[Task], spec:
 def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str, precision: str) -> None:
     """2: bit for bit, under momentum, weight decay and mixed precision, through a later task with growth."""
     model, axes = begun(tasks)
-    learner = SparseGrow(settings=Settings(gate="hard"))
+    learner = build(Settings(gate="hard"))
     schedule = replace(SCHEDULE, optimizer=optimizer, weight_decay=0.05, lr=0.01, precision=precision)
-    axes, course = learn(model, axes, tasks[:1], learner, schedule)
-    then = {n: (p.detach().clone(), learner.tensors[f"owned {n}"].values.clone()) for n, p in model.named_parameters()}
-    axes, course = learn(model, axes, tasks[:2], learner, schedule, course=replace(course, before=(0.1, 0.1)))
+    fitted = learn(model, axes, tasks[:1], learner, schedule)
+    owned_then = fitted.state.learner.owned
+    then = {n: (p.detach().clone(), owned_then[n].values.clone()) for n, p in model.named_parameters()}
+    learn(model, fitted.axes, tasks[:2], learner, schedule, state=continued(fitted.state))
     moved = 0
     for name, parameter in model.named_parameters():
         old, owned = then[name]
@@ -102,27 +121,29 @@ def test_what_is_owned_never_moves(tasks: list[Task], optimizer: str, precision:
 def test_newborn_units_learn(tasks: list[Task], spec: str, gate: str) -> None:
     """3: ten steps after growth fewer than 5 % of newborn units are without a gradient, over all examples."""
     dead: list[float] = []
+    settings = Settings(gate=gate, late=0.5, cap=4.0, width=0.25, multiple=1)
+    learner, grown, since = build(settings), dict[str, int](), 0
 
-    class Watching(SparseGrow):
-        def grown(self, at: Stand, plan: Any) -> None:
-            super().grown(at, plan)
-            self.since, self.born = 0, {key: change.grow for key, change in plan.changes.items()}
+    def grew(state: Any, context: Context, plan: Any) -> None:
+        nonlocal since
+        since = 0
+        grown.update({key: change.grow for key, change in plan.changes.items()})
 
-        def gate(self, at: Stand) -> None:
-            super().gate(at)
-            if getattr(self, "born", None):
-                self.since += 1
-            if self.since == 11:
-                made, batch = {key: at.parameters()[key.partition(":")[0]] for key in self.born}, at.task.train
-                loss = torch.nn.functional.cross_entropy(at.logits(batch.inputs), batch.labels)
-                for key, pull in zip(made, torch.autograd.grad(loss, [*made.values()]), strict=True):
-                    none = pull[-self.born[key] :].flatten(1).abs().sum(1) == 0
-                    dead.append(float(none.double().mean()))
+    def project(state: Any, context: Context, step: Step) -> Any:
+        nonlocal since
+        state = learner.project(state, context, step)
+        since += bool(grown)
+        if since == 11:
+            made, batch = {key: context.parameters()[key.partition(":")[0]] for key in grown}, context.task.train
+            loss = torch.nn.functional.cross_entropy(context.logits(batch.inputs), batch.labels)
+            for key, pull in zip(made, torch.autograd.grad(loss, [*made.values()]), strict=True):
+                none = pull[-grown[key] :].flatten(1).abs().sum(1) == 0
+                dead.append(float(none.double().mean()))
+        return state
 
     model, axes = begun(tasks, spec)
-    own = Watching(settings=Settings(gate=gate, late=0.5, cap=4.0, width=0.25, multiple=1))
-    own.since = 0
-    learn(model, axes, tasks[:2], own, replace(SCHEDULE, epochs=2))
+    watched = replace(observe(learner, Event.PLAN_APPLIED, grew), project=project)
+    learn(model, axes, tasks[:2], watched, replace(SCHEDULE, epochs=2))
     assert len(dead) >= 2 and max(dead) < 0.05
 
 
@@ -131,17 +152,16 @@ def test_newborn_units_are_partly_zero(tasks: list[Task], silent: bool) -> None:
     """They read half of their inputs, also when they are turned away from what old tasks read; nothing reads them."""
     seen: list[Any] = []
 
-    class Looking(SparseGrow):
-        def grown(self, at: Stand, plan: Any) -> None:
-            super().grown(at, plan)
-            for key, change in plan.changes.items():
-                name, layers = key.partition(":")[0], [*at.weights]
-                reads, read = (at.parameters()[one] for one in (name, layers[layers.index(name) + 1]))
-                part = reads[-change.grow :, : reads.shape[1] - change.grow * (name != layers[0])]
-                seen.append((float((part != 0).double().mean()), bool(read[:, -change.grow :].any())))
+    def look(state: Any, context: Context, plan: Any) -> None:
+        for key, change in plan.changes.items():
+            name, layers = key.partition(":")[0], [*context.weights]
+            reads, read = (context.parameters()[one] for one in (name, layers[layers.index(name) + 1]))
+            part = reads[-change.grow :, : reads.shape[1] - change.grow * (name != layers[0])]
+            seen.append((float((part != 0).double().mean()), bool(read[:, -change.grow :].any())))
 
     model, axes = begun(tasks)
-    learn(model, axes, tasks[:2], Looking(settings=Settings(silent=silent, grow="always")), SCHEDULE)
+    learner = observe(build(Settings(silent=silent, grow="always")), Event.PLAN_APPLIED, look)
+    learn(model, axes, tasks[:2], learner, SCHEDULE)
     assert len(seen) >= 2
     for share, read in seen:
         assert share == pytest.approx(0.5, abs=0.1) and not read
@@ -151,16 +171,15 @@ def test_newborn_units_are_partly_zero(tasks: list[Task], silent: bool) -> None:
 def test_the_loss_moves_thresholds_where_it_should(tasks: list[Task], mode: str) -> None:
     """4: from the loss alone ``dst`` thresholds get a gradient and ``adaptcl`` ones none; a weight at 0 always does."""
     model, axes = begun(tasks)
-    learner = SparseGrow(settings=Settings(threshold=mode, alpha=0.0))
-    at = Stand(model, axes, tasks[0])
-    learner.begin(at)
-    thresholds = [one.values.requires_grad_() for name, one in learner.tensors.items() if name.startswith("threshold")]
-    weights = at.parameters()
-    last = at.weights[-1]
+    learner, context = build(Settings(threshold=mode, alpha=0.0)), Context(model, axes, tasks[0])
+    state = learner.boundary(learner.state, context, Boundary(Event.TASK_START))
+    thresholds = [one.values.requires_grad_() for one in state.threshold.values()]
+    weights = context.parameters()
+    last = context.weights[-1]
     with torch.no_grad():
         weights[last][:, 0] = 0.0
-    with standing_in(model, learner.standing(at)):
-        Learner.loss(learner, at, next(tasks[0].train.batches(64))).backward()
+    with standing_in(model, learner.parametrize(state, context).values):
+        cross_entropy_loss(state, context, Step(0, next(tasks[0].train.batches(64)))).value.backward()
     moved = [t.grad is not None and bool(t.grad.any()) for t in thresholds]
     assert all(moved) if mode == "dst" else not any(moved)
     gradient = weights[last].grad
@@ -169,13 +188,13 @@ def test_the_loss_moves_thresholds_where_it_should(tasks: list[Task], mode: str)
 
 def test_adaptcl_keeps_what_its_thresholds_predict(tasks: list[Task]) -> None:
     """5: where weights hardly move, 1 − t·√fan_in of a Kaiming-uniform layer is kept."""
-    model, _, learner, _ = learned(
+    model, _, state, _ = learned(
         tasks[:1], Settings(threshold="adaptcl", grow="never", alpha=1e-3, lr=0.005), "mlp:1000-400", lr=1e-7, epochs=30
     )
     rates = {}
-    for name, one in learner.tensors.items():
-        if name.startswith("owned") and (weight := model.get_parameter(name[6:])).dim() > 1:
-            rates[name[6:]] = float(one.values.double().mean()), weight.shape[1]
+    for name, one in state.owned.items():
+        if (weight := model.get_parameter(name)).dim() > 1:
+            rates[name] = float(one.values.double().mean()), weight.shape[1]
     t = _threshold_after(30 * -(-len(tasks[0].train) // 64), 0.005, 1e-3)
     for name, (kept, fan_in) in rates.items():
         predicted, many = 1 - t * fan_in**0.5, model.get_parameter(name).numel()
@@ -197,7 +216,7 @@ def _threshold_after(steps: int, lr: float, alpha: float) -> float:
 def test_with_everything_off_it_is_plain_training(tasks: list[Task]) -> None:
     """6: no growth, no gate, thresholds held at 0: SGD, bit for bit."""
     plain, axes = begun(tasks)
-    learn(plain, axes, tasks[:2], Learner(), SCHEDULE)
+    learn(plain, axes, tasks[:2], PLAIN, SCHEDULE)
     off = Settings(grow="never", gate="none", alpha=0.0, lr=1e-30)
     for settings in (off, replace(off, threshold="none")):
         model, *_ = learned(tasks[:2], settings)
@@ -212,7 +231,7 @@ def test_without_growth_it_is_adaptcl(tasks: list[Task]) -> None:
     weights = {name: p for name, p in parameters.items() if p.dim() > 1}
     owned = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in parameters.items()}
     for number, task in enumerate(tasks[:2]):
-        at = Stand(plain, axes, task, number)
+        context = Context(plain, axes, task, number)
         levels = {name: torch.zeros((), requires_grad=True) for name in weights}
         groups = [{"params": [*parameters.values()]}, {"params": [*levels.values()], "lr": 0.01}]
         optimiser = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
@@ -223,8 +242,8 @@ def test_without_growth_it_is_adaptcl(tasks: list[Task]) -> None:
                 for name, weight in weights.items():
                     weight.mul_((weight.abs() >= levels[name]) | owned[name])  # noqa: B023
 
-        for at.epoch in range(4):
-            for batch in task.train.batches(64, seed=at.drawn(at.epoch).initial_seed()):
+        for epoch in range(4):
+            for batch in task.train.batches(64, seed=context.generator(epoch).initial_seed()):
                 optimiser.zero_grad()
                 cut()
                 loss = torch.nn.functional.cross_entropy(plain(batch.inputs), batch.labels)
@@ -244,33 +263,32 @@ def test_without_growth_it_is_adaptcl(tasks: list[Task]) -> None:
 def test_classes_to_come_stay_free() -> None:
     """In a class-incremental sequence a task does not own the rows of classes that it has not seen."""
     parts = split(digits_task(), 5)
-    _, _, learner, _ = learned(parts[:2], Settings(grow="never"), scenario="class", epochs=2)
-    owned = learner.tensors["owned 5.weight"].values
+    _, _, state, _ = learned(parts[:2], Settings(grow="never"), scenario="class", epochs=2)
+    owned = state.owned["5.weight"].values
     assert bool(owned[:4].any()) and not bool(owned[4:].any())
 
 
 def test_outputs_of_classes_to_come_stay_free_when_it_grows() -> None:
     """Newborn hidden units count as used; rows of classes that nobody has learned do not."""
     parts = split(digits_task(), 5)
-    _, _, learner, _ = learned(parts[:2], Settings(grow="always"), scenario="class", epochs=2)
-    head, hidden = (learner.tensors[f"used {name}.weight"].values.diagonal() for name in ("5", "1"))
+    _, _, state, _ = learned(parts[:2], Settings(grow="always"), scenario="class", epochs=2)
+    head, hidden = (state.used[f"{name}.weight"].values.diagonal() for name in ("5", "1"))
     assert bool((head[:4] > 0).all()) and not bool(head[4:].any()) and bool((hidden > 0).all())
 
 
 def test_newborn_units_press_no_threshold_of_a_whole_layer(tasks: list[Task]) -> None:
     """The penalty alone moves it, and it is pressed as hard after growth as without."""
 
-    class Watched(SparseGrow):
-        def end(self, at: Stand) -> None:
-            pressed.append(
-                [float(one.values.detach()) for name, one in self.tensors.items() if name.startswith("threshold")]
-            )
-            super().end(at)
-
     pressed: list[list[float]] = []
+
+    def look(state: Any, context: Context, plan: Any) -> None:
+        if context.epoch == context.epochs - 1:
+            pressed.append([float(one.values.detach()) for one in state.threshold.values()])
+
     for grow in ("always", "never"):
         model, axes = begun(tasks)
-        learn(model, axes, tasks[:1], Watched(settings=Settings(grow=grow, threshold="adaptcl")), SCHEDULE)
+        learner = observe(build(Settings(grow=grow, threshold="adaptcl")), Event.EPOCH_END, look)
+        learn(model, axes, tasks[:1], learner, SCHEDULE)
     assert pressed[0] == pressed[1] and min(pressed[0]) > 0
 
 
@@ -278,14 +296,14 @@ def test_newborn_units_press_no_threshold_of_a_whole_layer(tasks: list[Task]) ->
 def test_gates_protect(tasks: list[Task], gate: str) -> None:
     """A block gate holds whole rows of old hidden units; a soft one moves what mattered less."""
     model, axes = begun(tasks)
-    learner = SparseGrow(settings=Settings(grow="never", gate=gate, alpha=5e-3))
-    axes, course = learn(model, axes, tasks[:1], learner, SCHEDULE)
+    learner = build(Settings(grow="never", gate=gate, alpha=5e-3))
+    fitted = learn(model, axes, tasks[:1], learner, SCHEDULE)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    learn(model, axes, tasks[:2], learner, SCHEDULE, course=replace(course, before=(0.1, 0.1)))
+    fitted = learn(model, fitted.axes, tasks[:2], learner, SCHEDULE, state=continued(fitted.state))
     moved = {name: int((p != before[name]).sum()) for name, p in model.named_parameters()}
     if gate == "block":
         assert moved["1.weight"] == moved["3.weight"] == 0
-        assert not bool(learner.tensors["owned 1.weight"].values.all()), "there were free entries to hold"
+        assert not bool(fitted.state.learner.owned["1.weight"].values.all()), "there were free entries to hold"
     else:
         assert moved["1.weight"] > 0
     assert (moved["1.bias"] > 0) == (gate in ("soft", "none"))
@@ -306,16 +324,16 @@ def test_what_old_tasks_read_moves_little(tasks: list[Task]) -> None:
 
 def test_hidden_units_that_were_silent_are_held_and_outputs_are_not(tasks: list[Task]) -> None:
     """The gate looks at old weights alone: a unit that answered nothing there would wake on what old tasks read."""
-    model, axes, learner, _ = learned(tasks[:1], Settings(grow="never"))
-    at = Stand(model, axes, tasks[1], number=1)
+    model, axes, state, _ = learned(tasks[:1], Settings(grow="never"))
+    context = Context(model, axes, tasks[1], number=1)
     held = {}
     for name in ("1.weight", "5.weight"):
-        used = learner.tensors[f"used {name}"].values
+        used = state.used[name].values
         used[3], used[:, 3] = 0.0, 0.0
-        read = learner.tensors[f"read {name}"].values
+        read = state.read[name].values
         change = torch.zeros(len(used), len(read) + 1)
         change[3, :-1] = read[read.diagonal().argmax()]  # a direction that was read
-        through = [gates(at, learner.tensors, 15.0, 1, d)[name].through(change) for d in (0.0, 0.1)]
+        through = [build_gates(state, context, 15.0, d)[name].through(change) for d in (0.0, 0.1)]
         assert torch.allclose(through[0], change, atol=1e-4)
         held[name] = float(through[1].norm() / change.norm())
     assert held["1.weight"] < 0.5 and held["5.weight"] == pytest.approx(1.0, abs=1e-3)
@@ -328,24 +346,17 @@ def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
     """A GroupNorm rescales them on old inputs; else they are silent there, and what reads them is free."""
     open_: list[float] = []
 
-    class Looking(SparseGrow):
-        def grown(self, at: Stand, plan: Any) -> None:
-            super().grown(at, plan)
-            for key, change in plan.changes.items():
-                into = next(slot for slot in at.axes[key].consumers() if slot.name in self.gates)
-                step = torch.zeros_like(at.parameters()[into.name])
-                step[:, -change.grow :] = 1.0  # of the first axis that grew: its newborn units lie last
-                flat = torch.cat([step.flatten(1), torch.zeros(len(step), 1)], 1)
-                open_.append(float(self.gates[into.name].through(flat).norm() / flat.norm()))
+    def look(state: Any, context: Context, plan: Any) -> None:
+        for key, change in plan.changes.items():
+            into = next(slot for slot in context.axes[key].consumers() if slot.name in state.gates)
+            step = torch.zeros_like(context.parameters()[into.name])
+            step[:, -change.grow :] = 1.0  # of the first axis that grew: its newborn units lie last
+            flat = torch.cat([step.flatten(1), torch.zeros(len(step), 1)], 1)
+            open_.append(float(state.gates[into.name].through(flat).norm() / flat.norm()))
 
     model, axes = begun(tasks, spec)
-    learn(
-        model,
-        axes,
-        tasks[:2],
-        Looking(settings=Settings(multiple=1, strength=80.0, loud=1.0)),
-        replace(SCHEDULE, epochs=2),
-    )
+    learner = observe(build(Settings(multiple=1, strength=80.0, loud=1.0)), Event.PLAN_APPLIED, look)
+    learn(model, axes, tasks[:2], learner, replace(SCHEDULE, epochs=2))
     assert open_ and (max(open_) < 0.7 if loud else min(open_) > 0.95)
 
 
@@ -353,20 +364,17 @@ def test_what_reads_newborn_units_is_held_where_a_norm_makes_them_loud(
 def test_newborn_units_are_silent_on_old_tasks(tasks: list[Task], silent: bool) -> None:
     """At birth they answer what is new, and hardly what is old."""
     model, axes = begun(tasks)
-    learner = SparseGrow(settings=Settings(silent=silent, late=1.0, width=1.0, cap=9.0, density=1.0, strength=100.0))
+    settings = Settings(silent=silent, late=1.0, width=1.0, cap=9.0, density=1.0, strength=100.0)
     seen: dict[str, Any] = {}
 
-    class Looking(SparseGrow):
-        def grown(self, at: Stand, plan: Any) -> None:
-            super().grown(at, plan)
-            layer = at.model.get_submodule("1")
-            with torch.no_grad():
-                seen["old"], seen["new"] = (
-                    layer(task.train.inputs.flatten(1))[:, 24:].std(0).mean() for task in (tasks[0], tasks[1])
-                )
+    def look(state: Any, context: Context, plan: Any) -> None:
+        layer = context.model.get_submodule("1")
+        with torch.no_grad():
+            seen["old"], seen["new"] = (
+                layer(task.train.inputs.flatten(1))[:, 24:].std(0).mean() for task in (tasks[0], tasks[1])
+            )
 
-    looking = Looking(settings=learner.settings)
-    learn(model, axes, tasks[:2], looking, SCHEDULE)
+    learn(model, axes, tasks[:2], observe(build(settings), Event.PLAN_APPLIED, look), SCHEDULE)
     ratio = float(seen["old"] / seen["new"])
     assert ratio < 0.6 if silent else ratio > 0.8
 
@@ -377,10 +385,10 @@ def test_a_memory_goes_along(tasks: list[Task], gate: str) -> None:
     lost = {}
     for memory in (0, 200):
         settings = Settings(gate=gate, grow="never", memory=memory)
-        _, _, learner, course = learned(tasks[:2], settings)
+        _, _, state, course = learned(tasks[:2], settings)
         lost[memory] = course.rows[0][0] - course.rows[1][0]
     assert lost[200] < lost[0]
-    assert learner.tensors["inputs"].values.shape[0] == 200 and learner.values["seen"] == 2 * len(tasks[0].train)
+    assert state.inputs.values.shape[0] == 200 and state.seen == 2 * len(tasks[0].train)
 
 
 @pytest.mark.parametrize("scenario", ["class", "domain"])
@@ -391,16 +399,14 @@ def test_a_memory_relieves_the_gate_where_classes_come(scenario: str, memory: in
     parts = split(digits_task(), 5, relabel=scenario == "domain")[:2]
     seen: dict[str, Any] = {}
 
-    class Looking(SparseGrow):
-        def begin(self, at: Stand) -> None:
-            super().begin(at)
-            seen.update({name: gate.free for name, gate in self.gates.items()})
+    def look(state: Any, context: Context, plan: Any) -> None:
+        seen.update({name: gate.free for name, gate in state.gates.items()})
 
     for strength in (20.0, 20.0 * relief):
         seen.clear()
         model, axes = begun(parts)
         given = Settings(grow="never", memory=memory, relief=1.0 if strength == 20.0 * relief else relief)
-        learner = Looking(settings=replace(given, strength=strength))
+        learner = observe(build(replace(given, strength=strength)), Event.TASK_START, look)
         learn(model, axes, parts, learner, replace(SCHEDULE, epochs=1, scenario=scenario))
         if strength == 20.0:
             first = dict(seen)
@@ -418,10 +424,10 @@ def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, ow
     model, axes = begun(parts)
     learner = LEARNERS[method].made(method, {"own": own, "memory": 50})
     classes = torch.tensor([c < 4 for c in range(10)])
-    at = Stand(model, axes, parts[1], number=0, classes=classes)
-    learner.begin(at)
-    learner.loss(at, next(parts[1].train.batches(32))).backward()
-    gradient = at.parameters()["5.weight"].grad
+    context = Context(model, axes, parts[1], number=0, classes=classes)
+    state = learner.boundary(learner.state, context, Boundary(Event.TASK_START))
+    learner.loss(state, context, Step(0, next(parts[1].train.batches(32)))).value.backward()
+    gradient = context.parameters()["5.weight"].grad
     assert gradient is not None and bool(gradient[2:4].any()) and not bool(gradient[4:].any())
     assert bool(gradient[:2].any()) != own
 

@@ -5,13 +5,24 @@ Kirkpatrick et al., PNAS 2017 (arXiv 1612.00796); the running sum over tasks aft
 network's own answers (the true Fisher, not the squared gradient of a batch).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from regrow.learner import Learner, Stand, along
-from regrow.tasks import Examples
+from regrow.axis_tensor import AxisTensor
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Loss,
+    Step,
+    cross_entropy_loss,
+    set_train_mode,
+    tensor_along,
+)
 
 CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
@@ -38,44 +49,54 @@ class Settings:
             )
 
 
-def build(settings: Settings) -> "EWC":
+@dataclass(frozen=True)
+class EwcState:
+    """The Fisher information of earlier tasks, and the parameters after the last one, by name of a parameter."""
+
+    fisher: Mapping[str, AxisTensor] = field(default_factory=dict)
+    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)
+
+
+def build(settings: Settings) -> Learner[EwcState]:
     """The learner."""
-    return EWC(settings=settings)
+
+    def compute_loss(state: EwcState, context: Context, step: Step) -> Loss:
+        loss = cross_entropy_loss(state, context, step).value
+        if context.number:
+            for name, parameter in context.parameters().items():
+                away = parameter - state.anchor[name].values
+                loss = loss + settings.strength / 2 * (state.fisher[name].values * away.square()).sum()
+        return Loss(loss)
+
+    def consolidate(state: EwcState, context: Context, boundary: Boundary) -> EwcState:
+        set_train_mode(state, context, boundary)
+        if boundary.event != Event.TASK_END:
+            return state
+        measured, parameters = _measure_fisher(context, settings.samples), context.parameters()
+        before = {name: state.fisher.get(name, tensor_along(context, name)).values for name in parameters}
+        return EwcState(
+            {name: tensor_along(context, name, settings.decay * before[name] + measured[name]) for name in parameters},
+            {name: tensor_along(context, name, parameter.detach().clone()) for name, parameter in parameters.items()},
+        )
+
+    return Learner(EwcState(), loss=compute_loss, boundary=consolidate)
 
 
-@dataclass
-class EWC(Learner):
-    """See the module."""
-
-    settings: Settings = field(default_factory=Settings)
-
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """The loss and the springs."""
-        loss = super().loss(at, batch)
-        if at.number:
-            for name, parameter in at.parameters().items():
-                away = parameter - self.tensors[f"anchor {name}"].values
-                loss = loss + self.settings.strength / 2 * (self.tensors[f"fisher {name}"].values * away.square()).sum()
-        return loss
-
-    def end(self, at: Stand) -> None:
-        """Measure the task's Fisher, and hold on to where the parameters are now."""
-        was, parameters = at.model.training, at.parameters()
-        found = {name: torch.zeros_like(p) for name, p in parameters.items()}
-        order = torch.randperm(len(at.task.train), generator=at.drawn(4))[: self.settings.samples]
-        generator = at.drawn(5)
-        at.model.eval()
-        for i in order.tolist():
-            at.model.zero_grad(set_to_none=True)
-            chances = at.logits(at.task.train.inputs[i : i + 1]).log_softmax(-1)[0]
-            drawn = int(torch.multinomial(chances.detach().exp().cpu(), 1, generator=generator))
-            chances[drawn].backward()
-            for name, parameter in parameters.items():
-                if parameter.grad is not None:
-                    found[name] += parameter.grad.square() / len(order)
-        at.model.zero_grad(set_to_none=True)
-        at.model.train(was)
+def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
+    """The diagonal of a task's Fisher information, by name of a parameter."""
+    was, parameters = context.model.training, context.parameters()
+    fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    order = torch.randperm(len(context.task.train), generator=context.generator(4))[:samples]
+    generator = context.generator(5)
+    context.model.eval()
+    for i in order.tolist():
+        context.model.zero_grad(set_to_none=True)
+        logs = context.logits(context.task.train.inputs[i : i + 1]).log_softmax(-1)[0]
+        answer = int(torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator))
+        logs[answer].backward()
         for name, parameter in parameters.items():
-            fisher = self.tensors.get(f"fisher {name}", along(at, name)).values
-            self.tensors[f"fisher {name}"] = along(at, name, self.settings.decay * fisher + found[name])
-            self.tensors[f"anchor {name}"] = along(at, name, parameter.detach().clone())
+            if parameter.grad is not None:
+                fisher[name] += parameter.grad.square() / len(order)
+    context.model.zero_grad(set_to_none=True)
+    context.model.train(was)
+    return fisher

@@ -4,6 +4,7 @@ Li and Hoiem, ECCV 2016 (arXiv 1606.09282):  loss + λ T² KL(softmax(old / T) �
 is the one before the task.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
-from regrow.learner import Learner, Stand, along
 from regrow.sources import logits_in
-from regrow.tasks import Examples, among
+from regrow.tasks import among
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
 
 CITATION = "Li and Hoiem, Learning without forgetting, ECCV 2016"
 
@@ -38,41 +39,45 @@ class Settings:
             )
 
 
-def build(settings: Settings) -> "LwF":
+@dataclass(frozen=True)
+class LwfState:
+    """The network before the task, parameters and buffers by name; the classes of earlier tasks, and of all."""
+
+    old: Mapping[str, AxisTensor] = field(default_factory=dict)
+    known: list[int] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+
+
+def build(settings: Settings) -> Learner[LwfState]:
     """The learner."""
-    return LwF(settings=settings)
+
+    def compute_loss(state: LwfState, context: Context, step: Step) -> Loss:
+        logits = logits_in(context.model(step.batch.inputs))
+        loss = F.cross_entropy(among(logits, context.classes), step.batch.labels)
+        if not context.number:
+            return Loss(loss)
+        before = _old_logits(state, context, step.batch.inputs)
+        new, old = (x[:, state.known] / settings.temperature for x in (logits, before))
+        distance = F.kl_div(new.log_softmax(-1), old.log_softmax(-1), reduction="batchmean", log_target=True)
+        return Loss(loss + settings.strength * settings.temperature**2 * distance)
+
+    def keep_teacher(state: LwfState, context: Context, boundary: Boundary) -> LwfState:
+        set_train_mode(state, context, boundary)
+        if boundary.event != Event.TASK_START:
+            return state
+        old = {name: tensor_along(context, name, p.detach().clone()) for name, p in context.parameters().items()}
+        for name, value in context.model.named_buffers():
+            old[name] = AxisTensor(value.clone(), tuple(value.shape))
+        return LwfState(old, state.seen, sorted({*state.seen, *context.task.classes}))
+
+    return Learner(LwfState(), loss=compute_loss, boundary=keep_teacher)
 
 
-@dataclass
-class LwF(Learner):
-    """See the module."""
-
-    settings: Settings = field(default_factory=Settings)
-
-    def begin(self, at: Stand) -> None:
-        """Keep the network as it is; it is the teacher."""
-        for name, parameter in at.parameters().items():
-            self.tensors[f"old {name}"] = along(at, name, parameter.detach().clone())
-        for name, value in at.model.named_buffers():
-            self.tensors[f"old {name}"] = AxisTensor(value.clone(), tuple(value.shape))
-        self.values["known"] = self.values.get("seen", [])
-        self.values["seen"] = sorted({*self.values["known"], *at.task.classes})
-
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """The loss, and how far the answers are from the old ones on the same inputs."""
-        logits = logits_in(at.model(batch.inputs))
-        loss = F.cross_entropy(among(logits, at.classes), batch.labels)
-        if not at.number:
-            return loss
-        now, before = (x[:, self.values["known"]] / self.settings.temperature for x in (logits, self._then(at, batch)))
-        distance = F.kl_div(now.log_softmax(-1), before.log_softmax(-1), reduction="batchmean", log_target=True)
-        return loss + self.settings.strength * self.settings.temperature**2 * distance
-
-    def _then(self, at: Stand, batch: Examples) -> Tensor:
-        """What the network before the task would answer."""
-        old = {name[4:]: one.values for name, one in self.tensors.items() if name.startswith("old ")}
-        at.model.eval()
-        with torch.no_grad():
-            found = logits_in(torch.func.functional_call(at.model, old, (batch.inputs,)))
-        at.model.train()
-        return found
+def _old_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
+    """The logits of the network before the task."""
+    old = {name: one.values for name, one in state.old.items()}
+    context.model.eval()
+    with torch.no_grad():
+        logits = logits_in(torch.func.functional_call(context.model, old, (inputs,)))
+    context.model.train()
+    return logits

@@ -1,13 +1,22 @@
 """Controls: plain training, all data kept, and nothing learned after the first task."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from regrow.learner import Learner, Stand, norms_stay
 from regrow.tasks import Examples
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Loss,
+    Step,
+    cross_entropy_loss,
+    freeze_norms,
+    set_train_mode,
+)
 
 CITATION = "controls"
 
@@ -28,49 +37,59 @@ class Settings:
             raise ValueError(f"keep is nothing, data or network; got {self.keep!r}")
 
 
-def build(settings: Settings) -> "Control":
+@dataclass(frozen=True)
+class NaiveState:
+    """The number of steps in which examples of earlier tasks were drawn."""
+
+    step: int = 0
+
+
+def build(settings: Settings) -> Learner[NaiveState]:
     """The learner."""
-    return Control(settings=settings)
 
+    def compute_loss(state: NaiveState, context: Context, step: Step) -> Loss:
+        if settings.keep != "data" or not context.past:
+            return cross_entropy_loss(state, context, step)
+        return _joint_loss(state, context, step.batch)
 
-@dataclass
-class Control(Learner):
-    """See the module."""
+    def count_step(state: NaiveState, context: Context, step: Step) -> NaiveState:
+        return NaiveState(state.step + 1) if settings.keep == "data" and context.past else state
 
-    settings: Settings = field(default_factory=Settings)
-
-    @property
-    def looks_back(self) -> bool:
-        """With all data kept, it does."""
-        return self.settings.keep == "data"
-
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """The loss; with all data kept, that of as many earlier examples too, each task as much as another."""
-        if self.settings.keep != "data" or not at.past:
-            return super().loss(at, batch)
-        self.values["step"] = self.values.get("step", 0) + 1
-        generator = at.drawn(8, self.values["step"])
-        whose = torch.randint(len(at.past), (len(batch),), generator=generator)
-        parts = [batch]
-        for i, task in enumerate(at.past):
-            if many := int((whose == i).sum()):
-                picked = torch.randint(len(task.train), (many,), generator=generator)
-                parts.append(Examples(task.train.inputs[picked], task.train.labels[picked]))
-        inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
-        logits = at.remembered(inputs, labels)
-        weight = [1.0 / len(at.past), 1.0]
-        new = F.cross_entropy(logits[: len(batch)], labels[: len(batch)])
-        old = F.cross_entropy(logits[len(batch) :], labels[len(batch) :])
-        return (weight[0] * new + weight[1] * old) / sum(weight)
-
-    def mode(self, at: Stand) -> None:
-        """As usual; with the network kept, norms stay too."""
-        super().mode(at)
-        if self.settings.keep == "network" and at.number:
-            norms_stay(at.model)
-
-    def gate(self, at: Stand) -> None:
-        """With the network kept, nothing moves."""
-        if self.settings.keep == "network" and at.number:
-            for parameter in at.parameters().values():
+    def freeze(state: NaiveState, context: Context, step: Step) -> NaiveState:
+        if settings.keep == "network" and context.number:
+            for parameter in context.parameters().values():
                 parameter.grad = None
+        return state
+
+    def set_modes(state: NaiveState, context: Context, boundary: Boundary) -> NaiveState:
+        set_train_mode(state, context, boundary)
+        if boundary.event == Event.EPOCH_START and settings.keep == "network" and context.number:
+            freeze_norms(context.model)
+        return state
+
+    return Learner(
+        NaiveState(),
+        loss=compute_loss,
+        project=freeze,
+        after_step=count_step,
+        boundary=set_modes,
+        trains_on_past=settings.keep == "data",
+    )
+
+
+def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
+    """The loss on a batch and on as many examples of earlier tasks; every task counts the same."""
+    past = context.past
+    generator = context.generator(8, state.step + 1)
+    whose = torch.randint(len(past), (len(batch),), generator=generator)
+    parts = [batch]
+    for i, task in enumerate(past):
+        if many := int((whose == i).sum()):
+            picked = torch.randint(len(task.train), (many,), generator=generator)
+            parts.append(Examples(task.train.inputs[picked], task.train.labels[picked]))
+    inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
+    logits = context.replay_logits(inputs, labels)
+    weight = [1.0 / len(past), 1.0]
+    new = F.cross_entropy(logits[: len(batch)], labels[: len(batch)])
+    old = F.cross_entropy(logits[len(batch) :], labels[len(batch) :])
+    return Loss((weight[0] * new + weight[1] * old) / sum(weight))

@@ -6,14 +6,24 @@ first task. With the task named, task k is answered with the weights of tasks up
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
-from regrow.learner import Learner, Stand, norms_stay
 from regrow.plan import Plan
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Replacements,
+    Step,
+    freeze_norms,
+    set_train_mode,
+)
+from regrow.training.state import derived
 
 CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
 
@@ -35,84 +45,95 @@ class Settings:
             raise ValueError(f"prune is a share, from 0 to below 1; got {self.prune:g}")
 
 
-def build(settings: Settings) -> "PackNet":
+@dataclass(frozen=True)
+class PackNetState:
+    """By name of a weight: the number of the task that owns each entry, from 1, or 0; whether this task has pruned."""
+
+    owner: Mapping[str, AxisTensor] = field(default_factory=dict)
+    pruned: bool = False
+    before: Mapping[str, Tensor] = derived(dict)
+    """The weights before the step."""
+
+
+def build(settings: Settings) -> Learner[PackNetState]:
     """The learner."""
-    return PackNet(settings=settings)
 
+    def select_weights(state: PackNetState, context: Context) -> Replacements:
+        number = context.answered
+        if number is None or not settings.named or number > context.number:
+            return Replacements()
+        parameters = context.parameters()
+        owners = {name: one.values for name, one in state.owner.items()}
+        return Replacements(
+            {name: parameters[name].detach() * ((o > 0) & (o <= number + 1)) for name, o in owners.items()}
+        )
 
-@dataclass
-class PackNet(Learner):
-    """See the module; ``owner`` is the number of the task that has a weight, from 1, or 0."""
-
-    settings: Settings = field(default_factory=Settings)
-    values_then: dict[str, Tensor] = field(default_factory=dict, repr=False)
-
-    def begin(self, at: Stand) -> None:
-        """All that no task owns is free."""
-        for name in at.weights:
-            shape = at.parameters()[name].shape
-            self.tensors.setdefault(
-                f"owner {name}", AxisTensor(torch.zeros(shape, dtype=torch.int32), at.axes.shapes[name])
-            )
-        self.values["pruned"] = False
-
-    def plan(self, at: Stand) -> Plan | None:
-        """Half-way through, what has grown least is given back; the shape stays."""
-        if at.epoch == (at.epochs + 1) // 2 and not self.values["pruned"]:
-            self._take(at)
-        return None
-
-    def mode(self, at: Stand) -> None:
-        """As usual; norms stay in later tasks."""
-        super().mode(at)
-        if at.number:
-            norms_stay(at.model)
-
-    def gate(self, at: Stand) -> None:
-        """Only what is the task's own moves."""
-        for name, parameter in at.parameters().items():
+    def mask_gradients(state: PackNetState, context: Context, step: Step) -> PackNetState:
+        parameters = context.parameters()
+        for name, parameter in parameters.items():
             if parameter.grad is None:
                 continue
-            if f"owner {name}" in self.tensors:
-                parameter.grad.masked_fill_(~self._mine(at, name), 0.0)
-            elif at.number:
+            if name in state.owner:
+                parameter.grad.masked_fill_(~_trainable(state, context, name), 0.0)
+            elif context.number:
                 parameter.grad = None
-        self.values_then = {name: at.parameters()[name].detach().clone() for name in at.weights}
+        return replace(state, before={name: parameters[name].detach().clone() for name in context.weights})
 
-    def stepped(self, at: Stand) -> None:
-        """Put back what momentum and decay moved."""
+    def restore_owned(state: PackNetState, context: Context, step: Step) -> PackNetState:
+        parameters = context.parameters()
         with torch.no_grad():
-            for name, value in self.values_then.items():
-                parameter = at.parameters()[name]
-                torch.where(self._mine(at, name), parameter, value, out=parameter)
+            for name, value in state.before.items():
+                parameter = parameters[name]
+                torch.where(_trainable(state, context, name), parameter, value, out=parameter)
+        return state
 
-    def end(self, at: Stand) -> None:
-        """Give back now, if the task was too short to do it before."""
-        if not self.values["pruned"]:
-            self._take(at)
+    def prune_halfway(state: PackNetState, context: Context) -> tuple[Plan | None, PackNetState]:
+        if context.epoch == (context.epochs + 1) // 2 and not state.pruned:
+            return None, _prune(state, context, settings.prune)
+        return None, state
 
-    def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
-        """With the task named: the weights of tasks up to it."""
-        if not self.settings.named or number > at.number or not self.tensors:
-            return {}
-        owners = {name.removeprefix("owner "): one.values for name, one in self.tensors.items()}
-        parameters = dict(at.model.named_parameters())
-        return {name: parameters[name].detach() * ((o > 0) & (o <= number + 1)) for name, o in owners.items()}
+    def own(state: PackNetState, context: Context, boundary: Boundary) -> PackNetState:
+        set_train_mode(state, context, boundary)
+        match boundary.event:
+            case Event.TASK_START:
+                free = {name: _free(context, name) for name in context.weights}
+                return PackNetState({**free, **state.owner})
+            case Event.EPOCH_START if context.number:
+                freeze_norms(context.model)
+            case Event.TASK_END if not state.pruned:
+                return _prune(state, context, settings.prune)
+        return state
 
-    def _mine(self, at: Stand, name: str) -> Tensor:
-        owner = self.tensors[f"owner {name}"].values
-        return owner == at.number + 1 if self.values["pruned"] else owner == 0
+    return Learner(
+        PackNetState(),
+        parametrize=select_weights,
+        project=mask_gradients,
+        after_step=restore_owned,
+        plan=prune_halfway,
+        boundary=own,
+    )
 
-    def _take(self, at: Stand) -> None:
-        """Own the largest of the free weights; the others are 0 and free."""
-        with torch.no_grad():
-            for name in at.weights:
-                weight, owner = at.parameters()[name], self.tensors[f"owner {name}"].values
-                free = owner == 0
-                many = int(free.sum())
-                if many:
-                    least = weight[free].abs().kthvalue(max(1, round(self.settings.prune * many))).values
-                    gone = free & (weight.abs() <= least)
-                    owner[free & ~gone] = at.number + 1
-                    weight.masked_fill_(gone, 0.0)
-        self.values["pruned"] = True
+
+def _free(context: Context, name: str) -> AxisTensor:
+    shape = context.parameters()[name].shape
+    return AxisTensor(torch.zeros(shape, dtype=torch.int32), context.axes.shapes[name])
+
+
+def _trainable(state: PackNetState, context: Context, name: str) -> Tensor:
+    owner = state.owner[name].values
+    return owner == context.number + 1 if state.pruned else owner == 0
+
+
+def _prune(state: PackNetState, context: Context, share: float) -> PackNetState:
+    """Own the largest of the free weights; set the others to 0 and leave them free."""
+    with torch.no_grad():
+        for name in context.weights:
+            weight, owner = context.parameters()[name], state.owner[name].values
+            free = owner == 0
+            many = int(free.sum())
+            if many:
+                least = weight[free].abs().kthvalue(max(1, round(share * many))).values
+                zeroed = free & (weight.abs() <= least)
+                owner[free & ~zeroed] = context.number + 1
+                weight.masked_fill_(zeroed, 0.0)
+    return replace(state, pruned=True)

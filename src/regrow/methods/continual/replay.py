@@ -7,15 +7,15 @@ alone. The memory is filled by reservoir sampling, so each example seen is in it
 epoch of its task; for DER++ in every epoch, as its authors do, so that answers of a network that has learned are held.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from regrow.data import reservoir
-from regrow.learner import Learner, Stand
-from regrow.tasks import Examples, among
+from regrow.axis_tensor import AxisTensor
+from regrow.tasks import among
+from regrow.training import reservoir
+from regrow.training.learner import Context, Learner, Loss, Step
 
 CITATION = "Chaudhry et al., On tiny episodic memories in continual learning, 2019; Buzzega et al., DER++, NeurIPS 2020"
 
@@ -44,29 +44,48 @@ class Settings:
             )
 
 
-def build(settings: Settings) -> "Replay":
+@dataclass(frozen=True)
+class ReplayState:
+    """The memory: inputs, labels and logits of examples, and how many were offered and how often it was read."""
+
+    inputs: AxisTensor | None = None
+    labels: AxisTensor | None = None
+    logits: AxisTensor | None = None
+    seen: int = 0
+    recalled: int = 0
+
+
+def build(settings: Settings) -> Learner[ReplayState]:
     """The learner."""
-    return Replay(settings=settings)
+
+    def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
+        batch = step.batch
+        logits = context.logits(batch.inputs)
+        loss = F.cross_entropy(among(logits, context.task_classes) if settings.own else logits, batch.labels)
+        rows = reservoir.draw(_memory(state), context, settings.memory, len(batch))
+        if rows:
+            again = context.replay_logits(rows["inputs"], rows["labels"])
+            loss = loss + settings.labels * F.cross_entropy(again, rows["labels"])
+            if settings.answers:
+                known = torch.isfinite(rows["logits"]) & torch.isfinite(again)
+                away = torch.where(known, again - rows["logits"], 0.0)
+                loss = loss + settings.answers * away.square().sum() / known.sum()
+        return Loss(loss, (logits.detach().float(), bool(rows)))
+
+    def remember(state: ReplayState, context: Context, step: Step) -> ReplayState:
+        logits, read = step.aux
+        memory = _memory(state)
+        if read:
+            memory = replace(memory, recalled=memory.recalled + 1)
+        if settings.answers or not context.epoch:
+            rows = {"inputs": step.batch.inputs, "labels": step.batch.labels, "logits": logits}
+            memory = reservoir.offer(memory, context, settings.memory, rows)
+        return ReplayState(**memory.rows, seen=memory.seen, recalled=memory.recalled)
+
+    return Learner(ReplayState(), loss=compute_loss, after_step=remember)
 
 
-@dataclass
-class Replay(Learner):
-    """See the module."""
-
-    settings: Settings = field(default_factory=Settings)
-
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """The loss on the batch, and on as many examples of the memory."""
-        size, logits = self.settings.memory, at.logits(batch.inputs)
-        loss = F.cross_entropy(among(logits, at.own) if self.settings.own else logits, batch.labels)
-        if held := reservoir.recall(self, at, size, len(batch), "inputs", "labels", "logits"):
-            inputs, labels, then = held
-            again = at.remembered(inputs, labels)
-            loss = loss + self.settings.labels * F.cross_entropy(again, labels)
-            if self.settings.answers:
-                known = torch.isfinite(then) & torch.isfinite(again)
-                away = torch.where(known, again - then, 0.0)
-                loss = loss + self.settings.answers * away.square().sum() / known.sum()
-        if self.settings.answers or not at.epoch:
-            reservoir.offer(self, at, size, inputs=batch.inputs, labels=batch.labels, logits=logits.detach().float())
-        return loss
+def _memory(state: ReplayState) -> reservoir.Reservoir:
+    rows = {"inputs": state.inputs, "labels": state.labels, "logits": state.logits}
+    filled = {name: one for name, one in rows.items() if one is not None}
+    return reservoir.Reservoir(filled, state.seen, state.recalled)

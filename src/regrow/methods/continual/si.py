@@ -5,13 +5,23 @@ end,  loss + c Σ Ω (θ − θ*)².  Where we differ: g is the gradient that mo
 is that of the task's loss alone), and a path that gave less than nothing makes no spring.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from regrow.learner import Learner, Stand, along
-from regrow.tasks import Examples
+from regrow.axis_tensor import AxisTensor
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Loss,
+    Step,
+    cross_entropy_loss,
+    set_train_mode,
+    tensor_along,
+)
 
 CITATION = "Zenke et al., Continual learning through synaptic intelligence, ICML 2017"
 
@@ -35,47 +45,60 @@ class Settings:
             )
 
 
-def build(settings: Settings) -> "SI":
+@dataclass(frozen=True)
+class SiState:
+    """The state of SI, by name of a parameter.
+
+    Args:
+        weight: Its importance to earlier tasks.
+        path: Its path integral in this task.
+        anchor: Its values at the start of the task.
+        last: Its values after the last step.
+    """
+
+    weight: Mapping[str, AxisTensor] = field(default_factory=dict)
+    path: Mapping[str, AxisTensor] = field(default_factory=dict)
+    anchor: Mapping[str, AxisTensor] = field(default_factory=dict)
+    last: Mapping[str, AxisTensor] = field(default_factory=dict)
+
+
+def build(settings: Settings) -> Learner[SiState]:
     """The learner."""
-    return SI(settings=settings)
 
+    def compute_loss(state: SiState, context: Context, step: Step) -> Loss:
+        loss = cross_entropy_loss(state, context, step).value
+        if context.number:
+            for name, parameter in context.parameters().items():
+                away = parameter - state.anchor[name].values
+                loss = loss + settings.strength * (state.weight[name].values * away.square()).sum()
+        return Loss(loss)
 
-@dataclass
-class SI(Learner):
-    """See the module."""
-
-    settings: Settings = field(default_factory=Settings)
-
-    def begin(self, at: Stand) -> None:
-        """A new path begins here."""
-        for name, parameter in at.parameters().items():
-            self.tensors.setdefault(f"weight {name}", along(at, name))
-            self.tensors[f"path {name}"] = along(at, name)
-            self.tensors[f"anchor {name}"] = along(at, name, parameter.detach().clone())
-            self.tensors[f"last {name}"] = along(at, name, parameter.detach().clone())
-
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """The loss and the springs."""
-        loss = super().loss(at, batch)
-        if at.number:
-            for name, parameter in at.parameters().items():
-                away = parameter - self.tensors[f"anchor {name}"].values
-                loss = loss + self.settings.strength * (self.tensors[f"weight {name}"].values * away.square()).sum()
-        return loss
-
-    def stepped(self, at: Stand) -> None:
-        """Add to each parameter's path what its last step gave to the loss."""
+    def integrate(state: SiState, context: Context, step: Step) -> SiState:
         with torch.no_grad():
-            for name, parameter in at.parameters().items():
-                last = self.tensors[f"last {name}"].values
+            for name, parameter in context.parameters().items():
+                last = state.last[name].values
                 if parameter.grad is not None:
-                    self.tensors[f"path {name}"].values.addcmul_(parameter.grad, parameter - last, value=-1)
+                    state.path[name].values.addcmul_(parameter.grad, parameter - last, value=-1)
                 last.copy_(parameter)
+        return state
 
-    def end(self, at: Stand) -> None:
-        """Turn each path into a spring's strength."""
-        with torch.no_grad():
-            for name, parameter in at.parameters().items():
-                moved = parameter - self.tensors[f"anchor {name}"].values
-                gain = self.tensors[f"path {name}"].values / (moved.square() + self.settings.damping)
-                self.tensors[f"weight {name}"].values += gain.clamp_min(0)
+    def consolidate(state: SiState, context: Context, boundary: Boundary) -> SiState:
+        set_train_mode(state, context, boundary)
+        parameters = context.parameters()
+        if boundary.event == Event.TASK_START:
+            zeros = {name: tensor_along(context, name) for name in parameters}
+            anchor, last = (
+                {name: tensor_along(context, name, p.detach().clone()) for name, p in parameters.items()}
+                for _ in range(2)
+            )
+            path = {name: tensor_along(context, name) for name in parameters}
+            return SiState({**zeros, **state.weight}, path, anchor, last)
+        if boundary.event == Event.TASK_END:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    moved = parameter - state.anchor[name].values
+                    gain = state.path[name].values / (moved.square() + settings.damping)
+                    state.weight[name].values.add_(gain.clamp_min(0))
+        return state
+
+    return Learner(SiState(), loss=compute_loss, after_step=integrate, boundary=consolidate)

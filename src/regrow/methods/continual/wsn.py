@@ -6,14 +6,26 @@ task named it is answered with its own mask; without, with what any task used.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
-from regrow.learner import Learner, Stand, flags, norms_stay
+from regrow.training.learner import (
+    Boundary,
+    Context,
+    Event,
+    Learner,
+    Replacements,
+    Step,
+    flags_along,
+    freeze_norms,
+    set_train_mode,
+    tensor_along,
+)
+from regrow.training.state import derived
 
 CITATION = "Kang et al., Forget-free continual learning with winning subnetworks, ICML 2022"
 
@@ -39,86 +51,98 @@ class Settings:
             raise ValueError(f"share is above 0 and at most 1; got {self.share:g}")
 
 
-def build(settings: Settings) -> "WSN":
+@dataclass(frozen=True)
+class WsnState:
+    """By name of a weight: its scores and the entries that any task uses; by ``TASK NAME`` those that a task uses."""
+
+    score: Mapping[str, AxisTensor] = field(default_factory=dict)
+    used: Mapping[str, AxisTensor] = field(default_factory=dict)
+    mask: Mapping[str, AxisTensor] = field(default_factory=dict)
+    before: Mapping[str, Tensor] = derived(dict)
+    """The weights when the task started, or the run was resumed."""
+
+
+def build(settings: Settings) -> Learner[WsnState]:
     """The learner."""
-    return WSN(settings=settings)
 
+    def select_weights(state: WsnState, context: Context) -> Replacements:
+        parameters, number = context.parameters(), context.answered
+        if number is None:
+            scores = {name: state.score[name].values for name in context.weights}
+            return Replacements(
+                {name: parameters[name] * _SelectLargest.apply(one, settings.share) for name, one in scores.items()}
+            )
+        masks = {name: one.values for name, one in state.used.items()}
+        if settings.named and number <= context.number:
+            word = f"{number} "
+            masks = {key.removeprefix(word): one.values for key, one in state.mask.items() if key.startswith(word)}
+        return Replacements({name: parameters[name].detach() * mask for name, mask in masks.items()})
 
-@dataclass
-class WSN(Learner):
-    """See the module."""
-
-    settings: Settings = field(default_factory=Settings)
-    still: dict[str, Tensor] = field(default_factory=dict, repr=False)
-    """The weights as they were when the task began, or a run was taken up again."""
-
-    def begin(self, at: Stand) -> None:
-        """Draw the scores, at the first task."""
-        self.still.clear()
-        if at.number:
-            return
-        generator = torch.Generator().manual_seed(self.settings.seed)
-        for name in at.weights:
-            shape = at.parameters()[name].shape
-            scores = torch.randn(shape, generator=generator) * at.parameters()[name].detach().std()
-            self.tensors[f"score {name}"] = AxisTensor(scores, at.axes.shapes[name], self.settings.lr)
-            self.tensors[f"used {name}"] = flags(at, name)
-
-    def standing(self, at: Stand) -> Mapping[str, Tensor]:
-        """Weights with the largest scores; the others are 0."""
-        return {
-            name: at.parameters()[name] * _Most.apply(self.tensors[f"score {name}"].values, self.settings.share)
-            for name in at.weights
-        }
-
-    def mode(self, at: Stand) -> None:
-        """As usual; norms stay in later tasks."""
-        super().mode(at)
-        if at.number:
-            norms_stay(at.model)
-
-    def gate(self, at: Stand) -> None:
-        """Weights that a task used stay."""
-        if at.number and not self.still:
-            self.still = {name: at.parameters()[name].detach().clone() for name in at.weights}
-        for name, parameter in at.parameters().items():
-            if f"used {name}" not in self.tensors:
-                parameter.grad = None if at.number else parameter.grad
+    def mask_gradients(state: WsnState, context: Context, step: Step) -> WsnState:
+        parameters = context.parameters()
+        if context.number and not state.before:
+            state = replace(state, before={name: parameters[name].detach().clone() for name in context.weights})
+        for name, parameter in parameters.items():
+            if name not in state.used:
+                parameter.grad = None if context.number else parameter.grad
             elif parameter.grad is not None:
-                parameter.grad.masked_fill_(self.tensors[f"used {name}"].values, 0.0)
+                parameter.grad.masked_fill_(state.used[name].values, 0.0)
+        return state
 
-    def stepped(self, at: Stand) -> None:
-        """Put back what momentum and decay moved."""
+    def restore_used(state: WsnState, context: Context, step: Step) -> WsnState:
+        parameters = context.parameters()
         with torch.no_grad():
-            for name, value in self.still.items():
-                parameter = at.parameters()[name]
-                torch.where(self.tensors[f"used {name}"].values, value, parameter, out=parameter)
+            for name, value in state.before.items():
+                parameter = parameters[name]
+                torch.where(state.used[name].values, value, parameter, out=parameter)
+        return state
 
-    def end(self, at: Stand) -> None:
-        """Keep the task's mask, and note what it used."""
-        for name in at.weights:
-            mask = _most(self.tensors[f"score {name}"].values.detach(), self.settings.share)
-            self.tensors[f"mask {at.number} {name}"] = AxisTensor(mask, at.axes.shapes[name])
-            self.tensors[f"used {name}"].values |= mask
+    def own(state: WsnState, context: Context, boundary: Boundary) -> WsnState:
+        set_train_mode(state, context, boundary)
+        match boundary.event:
+            case Event.TASK_START if context.number:
+                return replace(state, before={})
+            case Event.TASK_START:
+                return _draw_scores(context, settings)
+            case Event.EPOCH_START if context.number:
+                freeze_norms(context.model)
+            case Event.TASK_END:
+                return _keep_masks(state, context, settings.share)
+        return state
 
-    def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
-        """With the task named its own mask; without, what any task used."""
-        word = f"mask {number} " if self.settings.named and number <= at.number else "used "
-        masks = {n.removeprefix(word): one.values for n, one in self.tensors.items() if n.startswith(word)}
-        parameters = dict(at.model.named_parameters())
-        return {name: parameters[name].detach() * mask for name, mask in masks.items()}
+    return Learner(
+        WsnState(), parametrize=select_weights, project=mask_gradients, after_step=restore_used, boundary=own
+    )
 
 
-def _most(scores: Tensor, share: float) -> Tensor:
+def _draw_scores(context: Context, settings: Settings) -> WsnState:
+    generator, scores = torch.Generator().manual_seed(settings.seed), {}
+    for name in context.weights:
+        weight = context.parameters()[name].detach()
+        values = torch.randn(weight.shape, generator=generator) * weight.std()
+        scores[name] = tensor_along(context, name, values, settings.lr)
+    return WsnState(scores, {name: flags_along(context, name) for name in context.weights})
+
+
+def _keep_masks(state: WsnState, context: Context, share: float) -> WsnState:
+    masks = dict(state.mask)
+    for name in context.weights:
+        mask = _select_largest(state.score[name].values.detach(), share)
+        masks[f"{context.number} {name}"] = tensor_along(context, name, mask)
+        state.used[name].values.logical_or_(mask)
+    return replace(state, mask=masks)
+
+
+def _select_largest(scores: Tensor, share: float) -> Tensor:
     """Where the ``share`` of the scores with the largest size lies, bool."""
     size = scores.abs()
     return size >= size.flatten().kthvalue(max(1, round((1 - share) * size.numel()))).values
 
 
-class _Most(torch.autograd.Function):
+class _SelectLargest(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, scores: Tensor, share: float) -> Tensor:
-        return _most(scores, share).to(scores)
+        return _select_largest(scores, share).to(scores)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:

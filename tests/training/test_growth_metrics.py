@@ -1,6 +1,6 @@
 """What is told of a growth: the newborn entries' part of the gradient, and when the loss was back."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +13,59 @@ from regrow.commands import RunFolder
 from regrow.commands import learn as learning_run
 from regrow.commands.learn import Settings, run
 from regrow.data.streams import digits_task, permuted
-from regrow.learner import Learner, Stand
 from regrow.nets.small import small
 from regrow.plan import Fill, Plan
 from regrow.surgery import apply
-from regrow.tasks import Examples
 from regrow.tracing import trace
-from regrow.training.learning import Course, Schedule, learn
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.learner import PLAIN, Context, Learner, Loss, Step, cross_entropy_loss
+from regrow.training.state import TrainState
 
 
 @dataclass
-class Growing(Learner):
-    """Plain training that widens once, and looks at its gradients and losses."""
+class Watched:
+    """What was seen of plain training that widens the network once."""
 
-    rule: str = "zero_out"
     losses: list[float] = field(default_factory=list)
     first: dict[str, Tensor] = field(default_factory=dict)
     since: int = -1
 
-    def plan(self, at: Stand) -> Plan | None:
-        if at.epoch != 1:
-            return None
-        self.since = len(self.losses)
-        key = next(axis.key for axis in at.axes.units())
-        return Plan.growing(at.axes, {key: 6}, Fill(self.rule, seed=1))
 
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        found = super().loss(at, batch)
-        self.losses.append(found.item())
+def widen_once(context: Context, rule: str = "zero_out") -> Plan | None:
+    if context.epoch != 1 or context.applied:
+        return None
+    key = next(axis.key for axis in context.axes.units())
+    return Plan.growing(context.axes, {key: 6}, Fill(rule, seed=1))
+
+
+def growing(watched: Watched, rule: str = "zero_out") -> Learner[Any]:
+    """Plain training that widens once, and looks at its gradients and losses."""
+
+    def plan(state: Any, context: Context) -> tuple[Plan | None, Any]:
+        if found := widen_once(context, rule):
+            watched.since = len(watched.losses)
+        return found, state
+
+    def loss(state: Any, context: Context, step: Step) -> Loss:
+        found = cross_entropy_loss(state, context, step)
+        watched.losses.append(found.value.item())
         return found
 
-    def gate(self, at: Stand) -> None:
-        if self.since >= 0 and not self.first:
-            self.first = {name: p.grad.clone() for name, p in at.parameters().items() if p.grad is not None}
+    def project(state: Any, context: Context, step: Step) -> Any:
+        if watched.since >= 0 and not watched.first:
+            gradients = {name: p.grad for name, p in context.parameters().items()}
+            watched.first = {name: gradient.clone() for name, gradient in gradients.items() if gradient is not None}
+        return state
+
+    return replace(PLAIN, plan=plan, loss=loss, project=project)
 
 
-def grown(rule: str = "zero_out", lr: float = 0.05) -> tuple[Growing, Course]:
+def grown(rule: str = "zero_out", lr: float = 0.05) -> tuple[Watched, TrainState[Any]]:
     task = permuted(digits_task(), 1)
     model, _ = small("mlp:12-8", (1, 8, 8), 10)
-    learner = Growing(rule=rule)
-    _, course = learn(model, trace(model, task[0].train.inputs[:2]), task, learner, Schedule(epochs=3, lr=lr))
-    return learner, course
+    watched, axes = Watched(), trace(model, task[0].train.inputs[:2])
+    fitted = learn(model, axes, task, growing(watched, rule), TaskSchedule(epochs=3, lr=lr))
+    return watched, fitted.state
 
 
 @pytest.mark.parametrize("rule", ["zero_out", "split"])
@@ -89,19 +101,19 @@ def test_steps_until_the_loss_is_back(lr: float) -> None:
 def test_what_is_told_changes_no_step() -> None:
     """The same as steps written out by hand, growth included, bit for bit."""
     task = permuted(digits_task(), 1)[0]
-    learner, schedule = Growing(), Schedule(epochs=2, lr=0.05)
+    learner, schedule = growing(Watched()), TaskSchedule(epochs=2, lr=0.05)
     nets: list[Any] = [small("mlp:12-8", (1, 8, 8), 10)[0] for _ in range(2)]
     axes: AxisGraph = trace(nets[0], task.train.inputs[:2])
     learn(nets[0], axes, [task], learner, schedule)
     optimizer = torch.optim.SGD(nets[1].parameters(), lr=0.05, momentum=0.9, nesterov=True)
-    at = Stand(nets[1], axes, task, epochs=2)
+    context = Context(nets[1], axes, task, epochs=2)
     nets[1].train()
-    for at.epoch in range(2):
-        if plan := Growing().plan(at):
+    for epoch in range(2):
+        if plan := widen_once(replace(context, epoch=epoch)):
             apply(nets[1], axes, plan, optimizers=[optimizer])
-        for batch in task.train.batches(64, seed=at.drawn(at.epoch).initial_seed()):
+        for batch in task.train.batches(64, seed=context.generator(epoch).initial_seed()):
             optimizer.zero_grad()
-            Learner().loss(at, batch).backward()
+            cross_entropy_loss(None, context, Step(0, batch)).value.backward()
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
 
@@ -112,15 +124,15 @@ def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch
     given: dict[str, Any] = {"late": 0.75, "young": young}
     settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, method_settings=given)
     run(settings, tmp_path / "whole")
-    write, seen = learning_run.write_course, []
+    write, seen = learning_run.write_checkpoint, []
 
-    def stopping(path: Path, model: Any, learner: Any, course: Course, **more: Any) -> None:
-        write(path, model, learner, course, **more)
-        seen.append(len(course.events))
+    def stopping(path: Path, model: Any, state: TrainState[Any], **more: Any) -> None:
+        write(path, model, state, **more)
+        seen.append(len(state.events))
         if len(seen) == 6:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(learning_run, "write_course", stopping)
+    monkeypatch.setattr(learning_run, "write_checkpoint", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")
     assert seen[-1] == 1, "past its growth"

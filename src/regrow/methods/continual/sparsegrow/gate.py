@@ -1,0 +1,132 @@
+"""The Kronecker gate: second moments of what layers read and use, and how their steps are preconditioned by it."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from regrow.axes import axes_in
+from regrow.axis_tensor import AxisTensor
+from regrow.methods.continual.sparsegrow.state import SparseGrowState
+from regrow.scoring.factors import Factors, Gate, factors, joined, layers, part
+from regrow.training.learner import Context
+
+
+def add_factors(state: SparseGrowState, context: Context, samples: int) -> SparseGrowState:
+    """Add the factors of the task that ends to those of earlier tasks.
+
+    Args:
+        state: The state.
+        context: The network at the end of a task.
+        samples: Examples of the task that are used.
+    """
+    read, bias, used = dict(state.read), dict(state.bias), dict(state.used)
+    train = context.task.train
+    order = torch.randperm(len(train), generator=context.generator(4))[:samples]
+    some = type(train)(train.inputs[order], train.labels[order])
+    for name, one in factors(context.model, some.batches(250), context.generator(5), context.classes).items():
+        made, *inputs = context.axes.shapes[name]
+        shape = context.parameters()[name].shape[1:]
+        square = one.inputs[:-1, :-1].reshape(*shape, *shape)
+        _add(read, name, square, (*inputs, *inputs))
+        _add(bias, name, one.inputs[:-1, -1].reshape(shape), tuple(inputs))
+        _add(used, name, one.outputs, (made, made))
+    return replace(state, read=read, bias=bias, used=used)
+
+
+def _add(sums: dict[str, AxisTensor], name: str, values: Tensor, dims: tuple) -> None:
+    before = sums.get(name)
+    sums[name] = AxisTensor(values if before is None else before.values + values, dims)
+
+
+def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> None:
+    """Give new units the mean weight of the others, so that the gate protects what they answer to earlier tasks.
+
+    Hidden units that were inactive in all earlier tasks get it too: trained freely, they would become active on earlier
+    inputs. Outputs do not: a class that no task has had yet is free. Behind a norm that rescales each group of units by
+    itself (GroupNorm), new units are active on earlier inputs, however small their outputs: there their inputs count.
+
+    Args:
+        state: The state; changed in place.
+        context: The network, just grown.
+        share: How much such inputs count, as a share of the mean.
+    """
+    rescaled = _rescaled_axes(context)
+    for name in gated_weights(state, context):
+        diagonal = state.used[name].values.diagonal()
+        new = diagonal == 0
+        if name not in context.head:
+            diagonal[new] = diagonal[~new].mean() if not bool(new.all()) else 1.0
+        if rescaled & set(axes_in(context.axes.shapes[name][1])):
+            many = state.bias[name].values.numel()
+            read = state.read[name].values.view(many, many).diagonal()
+            if bool(read.any()):
+                read[read == 0] = share * read[read != 0].mean()
+
+
+def _rescaled_axes(context: Context) -> set[str]:
+    """The axes whose units a norm rescales on each input, by themselves or by few."""
+    modules = dict(context.model.named_modules())
+    norms = {path for path, one in modules.items() if isinstance(one, nn.GroupNorm | _InstanceNorm)}
+    axes = context.axes.units()
+    return {axis.key for axis in axes if any(slot.name.rpartition(".")[0] in norms for slot in axis.slots)}
+
+
+def build_gates(state: SparseGrowState, context: Context, strength: float, damping: float = 0.0) -> dict[str, Gate]:
+    """The gate of every layer with factors, A and B + d·I for hidden layers, by name of its weight.
+
+    Args:
+        state: The state.
+        context: The network; its task's number is the number of tasks over which factors were added up.
+        strength: s of :class:`Gate`.
+        damping: d, beside a mean diagonal of B of 1: how much a hidden unit counts that earlier tasks did not use. B
+            describes the earlier weights only: a unit that was inactive has none, and becomes active when trained.
+    """
+    gates = {}
+    for name in gated_weights(state, context):
+        read, bias, used = (sums[name].values for sums in (state.read, state.bias, state.used))
+        n = bias.numel()
+        inputs = read.new_empty(n + 1, n + 1)
+        inputs[:-1, :-1], inputs[-1, :-1], inputs[:-1, -1] = read.reshape(n, n), bias.flatten(), bias.flatten()
+        inputs[-1, -1] = context.number
+        if layers(context.model)[name].bias is None:  # no step changes it: it must not count for the weights
+            inputs[-1], inputs[:, -1] = 0.0, 0.0
+        least = 0.0 if name in context.head else damping
+        gates[name] = Gate.of(Factors(inputs, used / context.number + least * torch.eye(len(used)).to(used)), strength)
+    return gates
+
+
+def gated_weights(state: SparseGrowState, context: Context) -> tuple[str, ...]:
+    """The weights whose layers have factors."""
+    return tuple(name for name in layers(context.model) if name in state.read)
+
+
+def apply_gates(state: SparseGrowState, context: Context) -> None:
+    """Precondition what the layers' parameters have changed by since the gates were last applied; in place."""
+    parameters = context.parameters()
+    for name, gate in state.gates.items():
+        before = state.last[name]
+        after = before + gate.through(joined(context.model, name) - before)
+        with torch.no_grad():
+            for which, value in part(context.model, name, after).items():
+                parameters[which].copy_(value)
+        state.last[name] = joined(context.model, name)
+
+
+def silence_new_units(context: Context, gates: Mapping[str, Gate], old: Mapping[str, Tensor]) -> None:
+    """Turn the inputs of new units away from what earlier tasks fed their layers; in place.
+
+    Args:
+        context: The network, just grown.
+        gates: Name of a weight → its gate.
+        old: Name of a weight → which of its rows are not new, ``[m]`` bool.
+    """
+    parameters = context.parameters()
+    for name in gates.keys() & old.keys():
+        whole, new = joined(context.model, name), ~old[name]
+        whole[new] = gates[name].away(whole[new])
+        with torch.no_grad():
+            for which, value in part(context.model, name, whole).items():
+                parameters[which].copy_(value)

@@ -1,0 +1,62 @@
+"""What SparseGrow remembers from one step, and one task, to the next."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from regrow.axis_tensor import AxisTensor
+from regrow.scoring.factors import Gate
+from regrow.training.reservoir import Reservoir
+from regrow.training.state import derived
+
+
+@dataclass(frozen=True)
+class SparseGrowState:
+    """The state of SparseGrow; tensors by name of a parameter or a weight.
+
+    Args:
+        owned: Which entries earlier tasks own.
+        threshold: The thresholds of the weights.
+        importance: Under the gate ``soft``: how much each entry mattered to earlier tasks.
+        old: Which units of a weight are older than the last growth in this task.
+        read: Under the gate ``kronecker``: the second moments of what a layer read in earlier tasks.
+        bias: The same with the constant input of its bias.
+        used: The second moments of the gradients of its outputs.
+        inputs: The inputs in the memory.
+        labels: Their labels.
+        base: The first size of every axis.
+        steps: The number of steps.
+        kept: The mean threshold of a weight, and the share above it, after the last epoch.
+        free: The share of a layer's directions that its gate lets through.
+        seen: The number of examples that were offered to the memory.
+        recalled: The number of times that the memory was read.
+        frozen: Which entries of a parameter are not trained in this task, and their values.
+        gates: The gate of a weight's layer.
+        last: The layer's parameters after the gate was last applied.
+    """
+
+    owned: Mapping[str, AxisTensor] = field(default_factory=dict)
+    threshold: Mapping[str, AxisTensor] = field(default_factory=dict)
+    importance: Mapping[str, AxisTensor] = field(default_factory=dict)
+    old: Mapping[str, AxisTensor] = field(default_factory=dict)
+    read: Mapping[str, AxisTensor] = field(default_factory=dict)
+    bias: Mapping[str, AxisTensor] = field(default_factory=dict)
+    used: Mapping[str, AxisTensor] = field(default_factory=dict)
+    inputs: AxisTensor | None = None
+    labels: AxisTensor | None = None
+    base: dict[str, int] = field(default_factory=dict)
+    steps: int = 0
+    kept: dict[str, dict[str, float]] = field(default_factory=dict)
+    free: dict[str, float] = field(default_factory=dict)
+    seen: int = 0
+    recalled: int = 0
+    frozen: Mapping[str, tuple[Tensor, Tensor]] = derived(dict)
+    gates: Mapping[str, Gate] = derived(dict)
+    last: dict[str, Tensor] = derived(dict)
+
+    @property
+    def memory(self) -> Reservoir:
+        """The memory of examples."""
+        rows = {"inputs": self.inputs, "labels": self.labels}
+        return Reservoir({name: one for name, one in rows.items() if one is not None}, self.seen, self.recalled)
