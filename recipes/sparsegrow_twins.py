@@ -98,7 +98,7 @@ def initialised_by_gate(learner: Learner[SparseGrowState], settings: Settings) -
 
 
 def net2wider(learner: Learner[SparseGrowState], settings: Settings) -> Learner[SparseGrowState]:
-    """New units are copies of old ones, which share their outgoing weights: Net2Wider (Chen et al., arXiv 1511.05641)."""
+    """New units are copies of old ones, which share their outgoing weights: Net2Wider (Chen et al., 2016)."""
 
     def plan(state: SparseGrowState, context: Context) -> tuple[Plan | None, SparseGrowState]:
         found, state = learner.plan(state, context)

@@ -12,7 +12,8 @@ from regrow.axes import AxisGraph
 from regrow.commands import RunFolder
 from regrow.commands import learn as learning_run
 from regrow.commands.learn import Settings, run
-from regrow.data.streams import digits_task, permuted
+from regrow.data.streams import digits_task, permuted, split
+from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.plan import Fill, Plan
 from regrow.surgery import apply
@@ -145,3 +146,14 @@ def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch
         assert told[0][0]["recovery_steps"] is None and told[0][0]["steps_watched"] == 3 * 4
     else:
         assert told[0][0]["recovery_steps"] > 0
+
+
+def test_earlier_tasks_are_probed_among_their_own_classes() -> None:
+    """Where a task is told, accuracy around a growth is that of the matrix, not of the classes of the current task."""
+    tasks = split(digits_task(), 5)[:2]
+    model, _ = small("mlp:24-16", (1, 8, 8), 10)
+    learner = LEARNERS["sparsegrow"].made("sparsegrow", {"grow": "always"})
+    schedule = TaskSchedule("task", epochs=4, batch_size=32, lr=0.05)
+    state = learn(model, trace(model, tasks[0].train.inputs[:2]), tasks, learner, schedule).state
+    event = next(event for event in state.events if event["task"] == 1)
+    assert event["accuracy_before"][0] == pytest.approx(state.rows[0][0], abs=0.05) and state.rows[0][0] > 0.9
