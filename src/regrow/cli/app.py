@@ -15,6 +15,7 @@ from regrow.cli.recover import recover
 from regrow.cli.report import report
 from regrow.cli.screen import failure, prepare
 from regrow.cli.search import search
+from regrow.cli.settings import settings
 from regrow.cli.show import show
 
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
@@ -38,7 +39,7 @@ def regrow() -> None:
     """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
 
 
-for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export, compare, report, methods):
+for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export, compare, report, settings, methods):
     regrow.add_command(verb)
 
 

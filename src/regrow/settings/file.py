@@ -79,6 +79,8 @@ def _checked(path: Path, field: Declared, value: Any, part: str = "") -> Any:
         if field.type is bool:
             field.check(value)
             return value is not field.default if field.default else value
+        if field.type is float and isinstance(value, str):
+            return field.parse(value)  # YAML takes 1e-3 for a text
         if field.repeated:
             value = tuple(value) if isinstance(value, list) else (value,) if isinstance(value, str) else value
         field.check(value)
@@ -107,9 +109,8 @@ def _parse(path: Path) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not {suffix[1:].upper()} ({reason(error)}); correct it") from None
     if not isinstance(values, dict):
-        raise InputError(
-            f"{path} holds no names and values; write lines like {'seed = 1' if suffix in TOML else 'seed: 1'}"
-        )
+        sign = " =" if suffix in TOML else ":"
+        raise InputError(f"{path} holds no names with values; write lines like seed{sign} 1")
     return values
 
 
@@ -137,22 +138,22 @@ def _check_names(node: Any) -> None:
 
 
 def format_settings(settings: "DataclassInstance", suffix: str) -> str:
-    """The text of a settings file; what names code and the folders that are arguments are left out.
+    """The text of a settings file; what :func:`left_out` gives is not in it.
 
     Args:
         settings: A command's settings.
         suffix: ``.toml``, ``.yaml`` or ``.yml``.
 
     Raises:
-        InputError: If TOML cannot hold a value.
+        InputError: If the suffix is another, or TOML cannot hold a value.
     """
-    kind, values = type(settings), {}
+    kind = type(settings)
+    values = {}
     for field in options_of(kind):
-        value, setting = getattr(settings, field.name), field.setting
+        value = getattr(settings, field.name)
         if field.type is bool:
             value = value != field.default or None
-        empty = value is None or (not field.required and value == field.default and not value)
-        if empty or (setting.code and names_code(value)) or (setting.argument and setting.path):
+        if value in (None, "", (), {}) or _is_left_out(field, value):
             continue
         values[field.key] = list(value) if field.repeated else dict(value) if field.mapping else value
     values = json.loads(json.dumps(values))
@@ -161,11 +162,24 @@ def format_settings(settings: "DataclassInstance", suffix: str) -> str:
         import yaml
 
         return head + str(yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=10**6))
+    if suffix not in TOML:
+        raise InputError(f"a settings file ends in .toml, .yaml or .yml, got {suffix!r}; rename it")
     import tomli_w
 
     try:
         return head + tomli_w.dumps(values)
     except TypeError:
-        raise InputError(
-            "a setting of the method is null, which TOML cannot hold; name a file that ends in .yaml"
-        ) from None
+        raise InputError("a setting of the method is null, which TOML cannot hold; write a .yaml file") from None
+
+
+def left_out(settings: "DataclassInstance") -> list[str]:
+    """The words of the command line that a settings file cannot replace: what names code, and the folder of a run."""
+    words = []
+    for field in options_of(type(settings)):
+        if _is_left_out(field, value := getattr(settings, field.name)):
+            words += [value] if field.setting.argument else [field.option, value]
+    return words
+
+
+def _is_left_out(field: Declared, value: Any) -> bool:
+    return (field.setting.code and names_code(value)) or (field.setting.argument and field.setting.path)

@@ -1,0 +1,58 @@
+"""``regrow settings``: the settings of a run as a file, to repeat it or to begin others."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from regrow.cli import options
+from regrow.cli.boundary import Verb
+from regrow.cli.screen import say
+from regrow.settings import learn, prune, recover, search
+from regrow.settings.file import TOML, YAML, format_settings, left_out
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+KINDS: dict[str, type["DataclassInstance"]] = {
+    "prune": prune.Settings,
+    "recover": recover.Settings,
+    "learn": learn.Settings,
+    "search": search.Settings,
+}
+EPILOG = """\b
+Examples
+  regrow settings RUN --out recipe.toml
+  regrow learn --config recipe.toml --seed 1 --out RUN2
+"""
+
+
+@click.command(cls=Verb, epilog=EPILOG)
+@click.argument("run", type=options.PATH)
+@click.option("--out", type=options.PATH, help="The file, TOML or YAML by its suffix; printed as TOML, unless given.")
+def settings(run: Path, out: Path | None) -> None:
+    """Write the settings of RUN as a file for --config. Names of your own code stay out of it."""
+    from regrow.commands.record import convert_settings
+    from regrow.store.outputs import check_output, write_output
+
+    if out:
+        check_output(out, (*TOML, *YAML), streams=True)
+    command, given = _recorded(run)
+    if command not in KINDS:
+        raise click.UsageError(f"{run} holds a run of {command!r}; give one of {', '.join(KINDS)}")
+    known: DataclassInstance = convert_settings(given, KINDS[command])
+    text = format_settings(known, out.suffix.lower() if out else TOML[0])
+    if out is None:
+        say(text.rstrip("\n"), lines=True)
+        return
+    write_output(out, text, (*TOML, *YAML))
+    say(f"settings written to {out}")
+    say(f"use them with `{shlex.join(['regrow', command, *left_out(known), '--config', str(out), '--out', 'RUN'])}`")
+
+
+def _recorded(run: Path) -> tuple[str, dict[str, object]]:
+    from regrow.commands.folder import RunFolder
+
+    data = (RunFolder.started(run) or RunFolder.open(run)).run()
+    return data.get("verb", ""), data["settings"]

@@ -1,0 +1,105 @@
+"""Settings files are checked before use, name no code, and give way to the command line."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from regrow.errors import InputError
+from regrow.settings import evaluate, learn, prune, recover, search
+from regrow.settings.file import MAX_BYTES, format_settings, left_out, read_settings
+from regrow.settings.words import build_settings
+
+RUNS = [
+    prune.Settings("smollm2-135m", keep=0.9, sources=("news", "mail=a b/"), proof=False, round_to=8, seed=2**62),
+    prune.Settings("m", method="gprune", method_settings={"base": "flap", "gamma": 0.1}, target="kv_cache=50M@4096"),
+    prune.Settings("m", regular=True, marks=("neutral", "folded"), only=("*.mlp.*",), recover="refit", dtype="float16"),
+    learn.Settings(("split:digits:5", "größer/\x7f\n"), method_settings={"levels": [1, 2], "named": True}, lr=1e-5),
+    search.Settings("cells:4-3-2", "digits", "macs=20%", memory="2GiB", inherit=True, validation=0.25),
+    evaluate.Settings("m", choices=("a.jsonl",), harness=("arc_easy",), speed=True),
+]
+
+
+@pytest.mark.parametrize("suffix", [".toml", ".yaml"])
+@pytest.mark.parametrize("settings", RUNS, ids=lambda one: type(one).__module__[16:])
+def test_settings_are_read_as_they_are_written(settings, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"run{suffix}"
+    path.write_text(format_settings(settings, suffix), encoding="utf-8")
+    again = build_settings(type(settings), {}, read_settings(path, type(settings)))
+    assert asdict(again) == asdict(settings)
+
+
+def test_what_names_code_and_the_folder_of_a_run_stay_out(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    pruning = prune.Settings("mynets:tiny", method="flap", keep=0.5)
+    path.write_text(format_settings(pruning, ".toml"))
+    assert "mynets" not in path.read_text() and left_out(pruning) == ["mynets:tiny"]
+    assert build_settings(prune.Settings, {"model": "mynets:tiny"}, read_settings(path, prune.Settings)) == pruning
+    recovery = recover.Settings("runs/a", "refit", tokens=64)
+    assert left_out(recovery) == ["runs/a"] and "runs/a" not in format_settings(recovery, ".toml")
+
+
+REFUSED = {
+    "unknown name": ("a.toml", "epoch = 3", "'epoch' is no setting of `regrow learn`; did you mean epochs?"),
+    "nothing near": ("a.toml", "zzzzzz = 3", "see `regrow learn --help`"),
+    "another type": ("a.toml", 'epochs = "3"', "epochs must be a whole number, got '3'"),
+    "out of range": ("a.yaml", "lr: .inf", "lr must be between 0 and 1,000, got inf"),
+    "no choice": ("a.yaml", "scenario: tusk", "scenario must be one of domain, class, task, got 'tusk'"),
+    "code as model": ("a.toml", 'model = "os:getcwd"', "only the command line names code"),
+    "code as method": ("a.yaml", "method: os:getcwd", "only the command line names code"),
+    "an output": ("a.toml", 'out = "b"', "out is given on the command line only"),
+    "another file": ("a.toml", 'config = "b.toml"', "config is given on the command line only"),
+    "aliases": ("a.yaml", "a: &x [1]\nb: *x", "aliases"),
+    "twice": ("a.yaml", "seed: 1\nseed: 2", "'seed' is given twice"),
+    "an object of Python": ("a.yaml", "seed: !!python/object/apply:os.getcwd []", "is not YAML"),
+    "nested beyond measure": ("a.yaml", "seed: " + "[" * 5000, "is not YAML"),
+    "a date": ("a.toml", "set = {since = 2000-01-01}", "holds what JSON cannot"),
+    "damaged": ("a.toml", "seed = ", "is not TOML"),
+    "no names": ("a.yaml", "- 1", "holds no names with values"),
+    "another format": ("a.json", "{}", "TOML (.toml) or YAML"),
+    "too long": ("a.toml", "#" * (MAX_BYTES + 1), "at most 1,048,576 are read"),
+    "no text": ("a.toml", b"\xff\xfe\x00", "not text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_used_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
+    file, text, says = REFUSED[name]
+    path = tmp_path / file
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError) as caught:
+        read_settings(path, learn.Settings, elsewhere=("--out", "--config"))
+    assert says in str(caught.value) and "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="does not exist"):
+        read_settings(tmp_path / "a.toml", learn.Settings)
+    (tmp_path / "b.toml").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        read_settings(tmp_path / "b.toml", learn.Settings)
+
+
+def test_names_are_those_of_options(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "keep: 80%\nround: 8\neval-tokens: 64\nno-verify: true\nsource: news\nbase: flap\nset: {gamma: 1}\n"
+    )
+    assert read_settings(path, prune.Settings) == {
+        "keep": 0.8,
+        "round_to": 8,
+        "eval_tokens": 64,
+        "proof": False,
+        "sources": ("news",),
+        "method_settings": {"base": "flap", "gamma": 1},
+    }
+
+
+def test_the_command_line_counts() -> None:
+    file = {"model": "m", "keep": 0.5, "method_settings": {"a": 1, "b": 2}, "seed": 3}
+    built = build_settings(prune.Settings, {"target": "bytes=2M", "method_settings": {"b": 4}}, file)
+    assert built == prune.Settings("m", target="bytes=2M", method_settings={"a": 1, "b": 4}, seed=3)
+    with pytest.raises(InputError, match=r"say how much stays, by one of --keep 0\.8 and --target bytes=200M"):
+        build_settings(prune.Settings, {"model": "m"}, {"keep": 0.5, "target": "bytes=2M"})
+    with pytest.raises(InputError, match="MODEL is missing; for example `regrow prune smollm2-135m"):
+        build_settings(prune.Settings, {"keep": 0.5}, {})
