@@ -19,7 +19,8 @@ from regrow.plan import Fill, Plan, PlanError
 from regrow.surgery import UndoStore, apply
 from regrow.surgery import carry as carry_module
 from regrow.surgery.carry import prepare
-from regrow.surgery.proof import ProvedChange, _Pair, chosen
+from regrow.surgery.proof import _Pair, chosen
+from regrow.surgery.proposed_change import ProposedChange
 from regrow.tracing import trace
 from zoo import Wired, randomise, trace_zoo
 
@@ -315,7 +316,7 @@ def test_the_narrowest_and_the_widest_block_are_checked() -> None:
     axes = trace(model, input_ids=torch.arange(5)[None])
     keep = dict(enumerate((9, 12, 4, 15, 7, 11)))
     plan = Plan.keeping(axes, {mlp_axis(axes, layer): range(n) for layer, n in keep.items()})
-    change = ProvedChange(model, axes, plan, axes.recording, axes.recording.capture, prepare(model, axes, plan))
+    change = ProposedChange(model, axes, plan, axes.recording, axes.recording.capture, prepare(model, axes, plan))
     paths = {block.path for block in chosen(change)}
     assert len(paths) == 4 and {"model.layers.2", "model.layers.3"} <= paths <= {f"model.layers.{i}" for i in range(6)}
 

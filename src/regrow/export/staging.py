@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from regrow.store.errors import StoreError
-from regrow.store.models import SHAPES, keep_others
+from regrow.store.models import keep_others
 from regrow.store.replacing import WORK, replaced
+from regrow.store.shapes import SHAPES
 
 
 @contextmanager

@@ -7,7 +7,6 @@ it is a pickle, and no code that it names is run.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Example
-from regrow.nets import Loaded, ModelError, Origin, build, example_for, opened
-from regrow.nets.errors import first_line
+from regrow.nets import Loaded, ModelError, Origin, example_for
 from regrow.nets.language import origin_of
 from regrow.nets.load import check_finite
 from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
+from regrow.store.building import Builder, build_fresh, build_network, open_attention
 from regrow.store.errors import StoreError, telling
 from regrow.store.pretrained import (
     as_saved,
-    check_configuration,
     is_pretrained,
     read_tokenizer,
     write_configuration,
@@ -34,13 +32,12 @@ from regrow.store.pretrained import (
 )
 from regrow.store.rebuilding import unsaved_change
 from regrow.store.replacing import WORK, link_tree, read_whole, replaced, settle
-from regrow.store.shapes import DTYPES, Probe, Shapes
+from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
 from regrow.store.state import check as check_architecture
 from regrow.store.state import describe, drop, held, restore
 from regrow.store.versions import versions
 from regrow.store.weights import check_file, inside, measure, read_weights, write_weights
 
-SHAPES = "shapes.json"
 CARRIED = (
     "modeling_regrow.py",
     "reshape_regrow.py",
@@ -58,7 +55,6 @@ FILES = (
 """Files of a saved model."""
 _LONGEST = 2**28
 
-Builder = Callable[[], Any]
 _log = logging.getLogger("regrow")
 
 
@@ -141,8 +137,8 @@ def write_model(
         check_finite(net, origin.name or "the model", dtype)
     except ModelError as error:
         raise StoreError(str(error)) from None
-    fresh = _fresh(origin)
-    fresh = fresh and _as_saved(fresh, dict(net.named_parameters(remove_duplicate=False)))
+    fresh = build_fresh(origin)
+    fresh = fresh and open_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
     shapes = describe(net, fresh, origin, dtype)
     with telling(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +213,7 @@ def _load(
 ) -> nn.Module:
     shapes = read_shapes(folder, check=check)
     try:
-        net = _built(folder, shapes, model, dtype)
+        net = build_network(folder, shapes, model, dtype)
         drop(net, shapes.placeholders)
         check_architecture(net, shapes)
     except (ModelError, StoreError) as error:
@@ -284,55 +280,6 @@ def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
         return Shapes.from_json(path.read_text(encoding="utf-8"), check=check)
     except (OSError, UnicodeDecodeError, StoreError) as error:
         raise StoreError(f"{path}: {error}") from None
-
-
-def _built(folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None) -> nn.Module:
-    origin = shapes.origin
-    if origin.kind == "transformers":
-        check_configuration(origin, folder, len(shapes.tensors))
-        if dtype is not None:
-            origin = replace(origin, config={**origin.config, "dtype": str(dtype).removeprefix("torch.")})
-    if origin.kind == "torchvision" and (odd := [k for k, v in origin.config.items() if isinstance(v, str | dict)]):
-        raise StoreError(f"the setting {odd[0]!r} would fetch files; take it out of {SHAPES}")
-    if isinstance(model, nn.Module):
-        return _as_saved(model, {*shapes.tensors, *shapes.ties})
-    if model is None and origin.kind == "callable":
-        raise StoreError(
-            f"this model is built by your own code ({origin.reference or 'a module'}), which is not run unasked; "
-            "pass the function that builds it: load(folder, model=function)"
-        )
-    try:
-        with torch.random.fork_rng(devices=[]):
-            made = build(origin) if model is None else model()
-    except ModelError:
-        raise
-    except Exception as error:
-        raise StoreError(f"building the architecture failed: {first_line(error)}") from None
-    made = made[0] if isinstance(made, tuple) and made else made
-    if not isinstance(made, nn.Module):
-        raise StoreError(f"model= gave a {type(made).__name__}, not a torch.nn.Module")
-    return _as_saved(made, {*shapes.tensors, *shapes.ties})
-
-
-def _as_saved(made: nn.Module, names: Container[str]) -> nn.Module:
-    """With attention opened where it was when the model was saved: its weights have other names then."""
-    return opened(made, names)
-
-
-def _fresh(origin: Origin) -> nn.Module | None:
-    """The architecture newly built, to compare with; the caller's random state stays as it is.
-
-    A user's own code is called only where this process was given the function; a recorded name is never imported.
-    """
-    if origin.kind == "callable" and origin.builder is None:
-        return None
-    try:
-        with torch.random.fork_rng(devices=[]):
-            return build(origin)
-    except ModelError as error:
-        if origin.kind == "callable":
-            return None
-        raise StoreError(f"the model could not be built again: {error}") from None
 
 
 def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:

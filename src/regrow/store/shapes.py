@@ -31,6 +31,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 MOST = 2**31
 PROBE = "probe.st"
+SHAPES = "shapes.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.safetensors")
 
 Number = int | float | tuple[int, ...]

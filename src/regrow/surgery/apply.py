@@ -15,7 +15,8 @@ from regrow.surgery.carry import carry_out, commit, prepare, state_of
 from regrow.surgery.drop import brought_back, dropping
 from regrow.surgery.eager import tried
 from regrow.surgery.lockstep import gap, scale
-from regrow.surgery.proof import RELATIVE_BOUND, ProvedChange, check_blocks, different
+from regrow.surgery.proof import check_blocks, different
+from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.whole import whole_pair
 from regrow.tracing.capture import Capture, capture
@@ -33,7 +34,7 @@ def apply(
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
-    """ProvedChange a model's shape as planned: all of it, or nothing.
+    """ProposedChange a model's shape as planned: all of it, or nothing.
 
     Parameters, buffers and the integers that modules hold are cut and widened; sizes that stand in divisors are folded
     into the numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a
@@ -84,7 +85,9 @@ def apply(
         return model, axes
     ready = prepare(model, axes, plan, undo)
     planned = try_out(model, axes, plan, ready.resizing(axes), undo)
-    known = axes if planned is None else _proved(ProvedChange(model, axes, plan, axes.recording, planned, ready, undo))
+    known = axes
+    if planned is not None:
+        known = _proved(ProposedChange(model, axes, plan, axes.recording, planned, ready, undo))
     if known.recording is None and not _is_numberless(model, axes):
         _compare(model, axes, plan)
     return commit(model, known, plan, ready, optimizers, undo)
@@ -107,7 +110,7 @@ def try_out(
     return planned
 
 
-def _proved(change: ProvedChange) -> AxisGraph:
+def _proved(change: ProposedChange) -> AxisGraph:
     """The axes with what the network will do, once what comes of that is checked on blocks of it."""
     model, axes = change.model, change.axes
     known = replace(axes, steps=restated(axes.steps, change.planned), recording=None)

@@ -17,7 +17,8 @@ from regrow.surgery.carry import carry_out
 from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.removed_branch import RemovedBranch
 from regrow.surgery.undo_store import UndoStore
-from regrow.tracing.branches import BranchError, Recorded, branches, located, offered
+from regrow.tracing.branch_sites import BranchError, RecordedModules, locate_branches
+from regrow.tracing.branches import branches, offered
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.effects import Effects, otherwise
@@ -203,12 +204,12 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
         if not proved:
             return _described(hollowed, given, recorded, left)
         whole = Effects(recorded)
-        replaced = located(Recorded(whole), proved)
+        replaced = locate_branches(RecordedModules(whole), proved)
         insert_placeholders(hollowed, _placeholders(proved))
         small = Effects(capture(hollowed, given))
     except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
-    inside = Recorded(small).inside
+    inside = RecordedModules(small).inside
     zeros: dict[Node, Node] = {}
     for (node, source), branch in zip(replaced.items(), proved, strict=True):
         if source is None:

@@ -6,36 +6,27 @@ as the operations need it, which blocks of one class need alike.
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from regrow.axes import AxisGraph, Dim, Role, axes_in
-from regrow.plan import Plan, PlanError
-from regrow.surgery.carry import Prepared, state_of
-from regrow.surgery.compensate import bias_of, read_dim
-from regrow.surgery.layout import Layout, born_as, laid, units_after
+from regrow.axes import Role, axes_in
+from regrow.plan import PlanError
+from regrow.surgery.carry import state_of
+from regrow.surgery.compensate import bias_of
 from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
+from regrow.surgery.proposed_change import ROUNDING, ProposedChange, computed_tensors, restored_means
 from regrow.surgery.runner import Answers, Load, Masking, Runner, generators_kept, masking, reseed, stored
-from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.surgery.widen import carried
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.hollow import fitting
-from regrow.tracing.readings import Recording
 from regrow.tracing.steps import operations, source
 from regrow.tracing.walk import op_name
-
-RELATIVE_BOUND = 1e-9
-"""What a float64 difference may be, as a part of the largest number that is compared."""
-
-ROUNDING = 16
-"""How many units in the last place of its precision a tensor may differ from what it is in float64."""
 
 PER_CLASS = 4
 """How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small."""
@@ -51,54 +42,7 @@ class _NotAloneError(Exception):
     """A block cannot be run by itself."""
 
 
-@dataclass(frozen=True)
-class ProvedChange:
-    """A plan that is worked out and not carried out yet.
-
-    Args:
-        model: The network as it is.
-        axes: Its axes.
-        plan: The plan.
-        recording: The network's operations, and where they read axes.
-        planned: The operations of the network that the plan leaves.
-        ready: What the plan comes to.
-        undo: What was cut before.
-    """
-
-    model: nn.Module
-    axes: AxisGraph
-    plan: Plan
-    recording: Recording
-    planned: Capture
-    ready: Prepared
-    undo: UndoStore | None = None
-
-    @property
-    def recalls(self) -> bool:
-        """Whether units come back with what they held."""
-        return any(change.recalled for change in self.plan.changes.values())
-
-    @cached_property
-    def units(self) -> dict[str, Layout]:
-        """The units of each axis that changes, afterwards."""
-        return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
-
-    def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
-        """The entries afterwards of those of some dimensions that change."""
-        sizes = self.axes.sizes()
-        moved = {i: dim for i, dim in enumerate(dims) if not self.units.keys().isdisjoint(axes_in(dim))}
-        return {i: laid(dim, sizes, self.units) for i, dim in moved.items()}
-
-    @property
-    def bound(self) -> float:
-        """What a difference may be; what a cut has folded or compensated was rounded to the network's precision."""
-        rounded = any(fold.weight in self.ready.done.values for fold in self.axes.folds)
-        if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
-            return RELATIVE_BOUND
-        return ROUNDING * max(torch.finfo(one.dtype).eps for one in self.model.parameters() if one.is_floating_point())
-
-
-def check_blocks(change: ProvedChange) -> None:
+def check_blocks(change: ProposedChange) -> None:
     """Compare the network masked by a plan with what the plan leaves of it, in float64, on some blocks of each class.
 
     A block runs on the same random numbers in both; what reaches it past all parameters (positions, attention masks) is
@@ -131,7 +75,7 @@ def different(distance: float, largest: float, remedy: str = "a fault of regrow,
     )
 
 
-def chosen(change: ProvedChange) -> list[GraphBlock]:
+def chosen(change: ProposedChange) -> list[GraphBlock]:
     """The blocks to check: of each class that a plan changes the narrowest, the widest, and two more if they are small.
 
     Where all are equally wide, the first is both.
@@ -158,10 +102,10 @@ def chosen(change: ProvedChange) -> list[GraphBlock]:
 class _Pair:
     """The masked network and what the plan leaves of it, to be run by blocks."""
 
-    def __init__(self, change: ProvedChange) -> None:
+    def __init__(self, change: ProposedChange) -> None:
         self.change = change
         model, plan, capture, reads = change.model, change.plan, change.recording.capture, change.recording.reads
-        self.rounded = _rounded(change)
+        self.rounded = computed_tensors(change)
         taken = {name: value for name, value in change.ready.done.values.items() if name not in self.rounded}
         self.cut = CutTensors(model, change.axes, plan, True, taken)
         keep = {key: one.keep for key, one in plan.changes.items()}
@@ -169,7 +113,7 @@ class _Pair:
         after: tuple[Capture, Load, Masking | None] = (change.planned, self.cut.load, None)
         if change.recalls:
             old = {key: tuple((~one.born).nonzero().flatten().tolist()) for key, one in change.units.items()}
-            back = masking(change.planned, reads, change.ready.sizes, old, _means_back(change))
+            back = masking(change.planned, reads, change.ready.sizes, old, restored_means(change))
             after = (change.planned, stored(model, change.ready.done.values), back)
         self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, stored(model), mask), after)
         self.nodes = tuple(operations(one) for one, *_ in self.sides)
@@ -291,14 +235,6 @@ class _Pair:
                 )
 
 
-def _rounded(change: ProvedChange) -> set[str]:
-    """The tensors in which a plan does not only select numbers, but works some out."""
-    folds = {fold.weight for fold in change.axes.folds}
-    biases = {bias_of(weight) for weight in change.plan.means}
-    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.born.any()) for lay in lays.values())}
-    return {name for name in folds | biases | grown if name in change.ready.done.values}
-
-
 def _past_parameters(
     recorded: Capture, parameters: Collection[str], writers: Mapping[Node, Sequence[Node]]
 ) -> list[Node]:
@@ -328,25 +264,6 @@ def _between(nodes: Sequence[Node], block: GraphBlock) -> dict[Node, None]:
 def _is_float(node: Node) -> bool:
     form = node.meta.get("val")
     return isinstance(form, Tensor) and form.is_floating_point()
-
-
-def _means_back(change: ProvedChange) -> dict[str, dict[int, float]]:
-    """Weight → position of an input that comes back → what stood in for it."""
-    axes, plan = change.axes, change.plan
-    if change.undo is None:
-        return {}
-    grown = {key: one.grow for key, one in plan.changes.items()}
-    born = {axis.key: axis.born + grown.get(axis.key, 0) for axis in axes}
-    ids = {axis.key: sorted(born_as(plan.changes[axis.key], axis)) if axis.key in grown else axis.ids for axis in axes}
-    left = change.ready.undo.means if change.ready.undo is not None else {}
-    found: dict[str, dict[int, float]] = {}
-    for weight, row in change.undo.means.items():
-        dim = read_dim(axes, weight)
-        assert dim is not None
-        for position, place in enumerate(locate_entries(axes.shapes[weight], born, ids)[dim].tolist()):
-            if place in row and place not in left.get(weight, {}):
-                found.setdefault(weight, {})[position] = row[place]
-    return found
 
 
 _LOCAL = frozenset(

@@ -14,11 +14,12 @@ from regrow.axes import Dim, Product, Sum
 from regrow.branches import Branch
 from regrow.surgery.carry import state_of
 from regrow.surgery.precision import grouped_product, in_double, longer, made_in_double
-from regrow.tracing.branches import Recorded, located
+from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture
 from regrow.tracing.effects import Effects
+from regrow.tracing.fixed_results import ORDERS
 from regrow.tracing.readings import ReadDim, operands
-from regrow.tracing.record import ORDERS, outputs
+from regrow.tracing.record import outputs
 from regrow.tracing.steps import operations
 from regrow.tracing.walk import op_name
 
@@ -91,7 +92,7 @@ def masking(
         whole = all(bool(kept_mask(dim, sizes, keep).all()) for dim in dims)
         watched.setdefault(node, []).append((operand, whole))
     gone = [*drop]
-    branches = located(Recorded(Effects(recorded)), gone) if gone else {}
+    branches = locate_branches(RecordedModules(Effects(recorded)), gone) if gone else {}
     return Masking(found, groups, means, watched, branches)
 
 

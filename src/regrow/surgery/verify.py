@@ -10,7 +10,7 @@ from regrow.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, resizing
 from regrow.surgery.lockstep import gap, lockstep, pairs, planned, scale
-from regrow.surgery.proof import RELATIVE_BOUND
+from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, copied, whole_pair
 from regrow.tracing.readings import Readings, readings

@@ -1,7 +1,7 @@
 """Which modules of a recorded network can be dropped whole: those that only add to what is there without them."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -9,18 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Placeholder, lies_in
 from regrow.candidates import Candidates, candidates_in
 from regrow.tracing.attributes import FIRST
+from regrow.tracing.branch_sites import (
+    BranchError,
+    BranchSite,
+    RecordedModules,
+    tensor_forms,
+)
 from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
 from regrow.tracing.effects import Effects
 from regrow.tracing.hollow import faked, fitting, hollow
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
-from regrow.tracing.walk import ALIASES, op_name
+from regrow.tracing.walk import op_name
 
 
 @dataclass(frozen=True)
@@ -30,108 +35,6 @@ class ModuleCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     answer: Any
-
-
-@dataclass(frozen=True)
-class BranchSite:
-    """Where a branch lies in a recording.
-
-    Args:
-        node: What the module gives.
-        source: Its input, where that goes through; ``None`` where its result is replaced by zeros.
-    """
-
-    node: Node
-    source: Node | None
-
-
-class BranchError(Exception):
-    """A module cannot be dropped."""
-
-
-@dataclass(frozen=True)
-class Recorded:
-    """A recording, by module."""
-
-    effects: Effects
-
-    @cached_property
-    def inside(self) -> dict[str, list[Node]]:
-        """Path of a module → its operations, those of its parts too."""
-        found: dict[str, list[Node]] = {}
-        for node in self.effects.calls:
-            for path in around(node):
-                found.setdefault(path, []).append(node)
-        return found
-
-    def found(self, path: str) -> BranchSite:
-        """Where a module lies as a branch.
-
-        Raises:
-            BranchError: If what it gives is neither only added, nor its input and more.
-        """
-        own = self.inside.get(path, [])
-        if not own:
-            raise BranchError("nothing is recorded in it: it hands on what it is given")
-        known = {*own}
-        given = [node for node in own if not known.issuperset(self.effects.users.get(node, ()))]
-        if len(given) != 1:
-            raise BranchError("several things in it are used outside of it" if given else "nothing uses what it gives")
-        (node,) = given
-        if not isinstance(node.meta.get("val"), Tensor):
-            raise BranchError("what it gives is no tensor")
-        problem = self.effects.only_added(given)
-        if not problem:
-            return BranchSite(node, None)
-        source = self._through(node, known)
-        if source is None:
-            raise BranchError(problem)
-        if any(one not in known for origin in known for one in self.effects.writers.get(origin, ())):
-            raise BranchError("what it gives is written into afterwards, which would change its input")
-        return BranchSite(node, source)
-
-    def _through(self, node: Node, known: set[Node]) -> Node | None:
-        """The value from outside that reaches a node by additions only, at least one, once; of the same form."""
-        ends, ask, sums = [], [node], 0
-        while ask:
-            one = ask.pop()
-            if one not in known:
-                ends.append(one)
-            elif op_name(one) == "add" and not one.kwargs:
-                ask += [self.effects.same(part) for part in one.args[:2] if isinstance(part, Node)]
-                sums += all(isinstance(part, Node) or part == 0 for part in one.args[:2])
-            elif op_name(one) in ALIASES | {"dropout"}:
-                ask += [self.effects.same(part) for part in one.args[:1]]
-        ends = [one for one in ends if one not in self.effects.fixed]
-        if len(ends) != 1 or not sums:
-            return None
-        return ends[0] if _forms(node.meta.get("val")) == _forms(ends[0].meta.get("val")) else None
-
-    def dead(self, at: BranchSite) -> set[Node]:
-        """The operations that nothing rests on once the branch is gone."""
-        return {*self.effects.calls} - self.effects.live({at.node: at.source})
-
-
-def around(node: Node) -> list[str]:
-    """The paths of the modules in whose forward a node was recorded, the outermost first."""
-    return [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values() if path]
-
-
-def located(recorded: Recorded, branches: Iterable[Branch]) -> dict[Node, Node | None]:
-    """What is replaced in a recording when branches go: each value, and its input, or ``None`` for zeros.
-
-    Raises:
-        BranchError: If one is no branch here, or nothing would be left of a sum.
-    """
-    replaced: dict[Node, Node | None] = {}
-    for branch in branches:
-        at = recorded.found(branch.module)
-        if (at.source is None) != (branch.gives == "zero"):
-            raise BranchError(f"{branch.module} does something else here")
-        replaced[at.node] = at.source
-    if problem := recorded.effects.only_added(node for node, source in replaced.items() if source is None):
-        raise BranchError(problem)
-    return replaced
 
 
 def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
@@ -186,7 +89,7 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     except Exception as error:
         reason = f"the network does not run on tensors without numbers: {first_line(error)}"
         return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
-    search = _Search(Recorded(Effects(recorded)), copy, calls)
+    search = _Search(RecordedModules(Effects(recorded)), copy, calls)
     result = {path: search.branch(path) for path, _ in copy.named_modules() if path in calls}
     result = _once(result, copy)
     return _tried(result, copy, given, calls, answer)
@@ -212,7 +115,7 @@ def called(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCal
 class _Search:
     """What the search for branches shares."""
 
-    recorded: Recorded
+    recorded: RecordedModules
     model: nn.Module
     calls: Mapping[str, list[ModuleCall]]
 
@@ -234,7 +137,7 @@ class _Search:
         try:
             if isinstance(self.model.get_submodule(path), PlaceholderModule):
                 raise BranchError("it is dropped already")
-            at = self.recorded.found(path)
+            at = self.recorded.site(path)
             dead = self.recorded.dead(at)
             left = next((node for node in self.recorded.inside[path] if node not in dead), None)
             if left is not None:
@@ -386,15 +289,11 @@ def _problem(
     finally:
         set_modules(copy, gone)
     for one in members:
-        if one.module in now and _forms(now[one.module][0].answer)[:1] != _forms(_part(calls, one))[:1]:
+        if one.module in now and tensor_forms(now[one.module][0].answer)[:1] != tensor_forms(_part(calls, one))[:1]:
             return "what takes its place would have another shape"
-    return "" if _forms(said) == _forms(answer) else "the network would answer in another shape"
+    return "" if tensor_forms(said) == tensor_forms(answer) else "the network would answer in another shape"
 
 
 def _part(calls: Mapping[str, list[ModuleCall]], branch: Branch) -> Any:
     answer, placeholder = calls[branch.module][0].answer, branch.placeholders[branch.module]
     return answer[placeholder.at] if placeholder.of else answer
-
-
-def _forms(value: Any) -> list[tuple[Any, ...]]:
-    return [(x.shape, x.dtype) for x in tree_leaves(value) if isinstance(x, Tensor)]

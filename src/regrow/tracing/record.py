@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.axes import Decision
+from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
 from regrow.tracing.forms import mapped, told
 from regrow.tracing.interception import SpellOut, follow_modules
 from regrow.tracing.model_state import describe_state
@@ -123,10 +124,10 @@ def record(
 def judged(node: Node) -> list[Node]:
     """The floating-point operands of an operation that makes whole numbers or truth values of them."""
     made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
-    if node.op != "call_function" or (node.target is not decision and all(map(_floating, made))):
+    if node.op != "call_function" or (node.target is not decision and all(map(is_floating, made))):
         return []
     read = [(one, one.meta["val"]) for one in node.all_input_nodes]
-    return [one for one, value in read if isinstance(value, Tensor) and _floating(value)]
+    return [one for one, value in read if isinstance(value, Tensor) and is_floating(value)]
 
 
 def outputs(value: Any) -> Iterator[Any]:
@@ -183,7 +184,7 @@ class _Recorder(ProxyTorchDispatchMode):
         tensors = [leaf for leaf in outputs(result) if isinstance(leaf, Tensor)]
         self.seen.graph.output(tuple(map(self._node, tensors)))
         if self.real:
-            self.seen.values = [*(x.detach() for x in tensors if _floating(x)), *self.judged]
+            self.seen.values = [*(x.detach() for x in tensors if is_floating(x)), *self.judged]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -209,7 +210,7 @@ class _Recorder(ProxyTorchDispatchMode):
         out = func(*args, **kwargs) if self.real else form
         if self.real and func in ORDERS:
             given = {**dict(zip((one.name for one in func._schema.arguments), args, strict=False)), **kwargs}
-            out = _ordered(args[0], given.get("dim", -1), out, next(self.orders, None))
+            out = reorder(args[0], given.get("dim", -1), out, next(self.orders, None))
         self._name(node, out, form, plain)
         return out
 
@@ -261,7 +262,7 @@ class _Recorder(ProxyTorchDispatchMode):
             raise DivergedError(
                 f"{where} asks where {given.op} in {given.module or 'the model'} asked when it was recorded"
             )
-        answer = func(*args, **kwargs) if given is None else _like(asked, given.answer)
+        answer = func(*args, **kwargs) if given is None else cast_answer(asked, given.answer)
         self.seen.decisions.append(Decision(str(func), module, tree_map_only(Tensor, _copy, answer)))
         node.meta["number"] = not isinstance(answer, Tensor | list | tuple)
         return tree_map_only(Tensor, lambda x: self._constant(x, plain=False), answer)
@@ -324,36 +325,6 @@ def _val(node: Node) -> Any:
 
 def _copy(x: Tensor) -> Tensor:
     return x.detach().clone()
-
-
-def _like(asked: list[Tensor], answer: Any) -> Any:
-    """An answer in the precision of what was asked about; it may have been given in another."""
-    kinds = {x.dtype for x in asked if _floating(x)}
-    return tree_map_only(Tensor, lambda x: x.to(*kinds) if _floating(x) and len(kinds) == 1 else x, answer)
-
-
-def _ordered(x: Tensor, dim: int, found: Any, order: Tensor | None) -> Any:
-    """What an operation that sorts gives, in a given order if that has the form of the one it found."""
-    own = found if isinstance(found, Tensor) else found[1]
-    if order is None or order.shape != own.shape:
-        return found
-    return order if isinstance(found, Tensor) else (x.gather(dim, order), order)
-
-
-ORDERS = frozenset(
-    (
-        torch.ops.aten.sort.default,
-        torch.ops.aten.sort.stable,
-        torch.ops.aten.topk.default,
-        torch.ops.aten.argsort.default,
-        torch.ops.aten.argsort.stable,
-    )
-)
-"""Operations that put entries in order, with the positions as their only or second result."""
-
-
-def _floating(x: Tensor) -> bool:
-    return x.is_floating_point()
 
 
 _PICKS = frozenset((torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default))

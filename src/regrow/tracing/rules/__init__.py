@@ -1,6 +1,6 @@
 """How a dimension passes an operation: one small function per operation, in one explicit table."""
 
-from regrow.tracing.rules import contract, entries, make, norms, picks, recurrent, reduce, regions, shapes
+from regrow.tracing.rules import contract, entries, make, norms, picks, recurrent, reduce, regions, repeats, shapes
 from regrow.tracing.walk import Rule
 
 POINTWISE: Rule = entries.pointwise
@@ -11,6 +11,7 @@ RULES: dict[str, Rule] = {
     **norms.RULES,
     **reduce.RULES,
     **shapes.RULES,
+    **repeats.RULES,
     **picks.RULES,
     **make.RULES,
     **recurrent.RULES,

@@ -1,4 +1,4 @@
-"""Operations that move entries about: reshaping, transposing, joining, cutting, repeating, padding."""
+"""Operations that move entries about: reshaping, transposing, joining, cutting."""
 
 from itertools import pairwise
 from math import prod
@@ -220,56 +220,6 @@ def bounds(node: Node) -> tuple[int, int]:
     return start, end
 
 
-def expand(w: Walk, node: Node) -> Dims:
-    """A dimension of size 1 is repeated: a new factor, free only if an attribute of the module can set its size."""
-    dims, shape = w.of(operand(node)), shape_of(node)
-    dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
-    other = node.args[1] if len(node.args) > 1 else None
-    if isinstance(other, Node):
-        return tuple(own if d.size(expr) == 1 else expr for expr, own in zip(dims, w.of(other), strict=True))
-    return tuple(
-        expr if d.size(expr) == n else _repeated(w, node, n) if n else d.frozen(0, "it is empty")
-        for expr, n in zip(dims, shape, strict=True)
-    )
-
-
-def repeat(w: Walk, node: Node) -> Dims:
-    """Whole dimensions are repeated one after another: a new outer factor."""
-    dims, shape = w.of(operand(node)), shape_of(node)
-    dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
-    return tuple(
-        expr if d.size(expr) == n else d.times(_repeated(w, node, n // d.size(expr)), expr)
-        for expr, n in zip(dims, shape, strict=True)
-    )
-
-
-def repeat_interleave(w: Walk, node: Node) -> Dims:
-    """Each entry is repeated in place: a new inner factor."""
-    dims, shape = w.of(operand(node)), shape_of(node)
-    if len(dims) != len(shape) or isinstance(node.args[1], Node):
-        return frozen_whole(w, node)
-    return tuple(
-        expr if d.size(expr) == n else d.times(expr, _repeated(w, node, n // d.size(expr)))
-        for expr, n in zip(dims, shape, strict=True)
-    )
-
-
-def _repeated(w: Walk, node: Node, n: int) -> Expr:
-    leaf = d.Leaf(n, integer=module_of(node) or ".")
-    w.literals.append(Literal(module_of(node), n, leaf))
-    return leaf
-
-
-def pad(w: Walk, node: Node) -> Dims:
-    """Padded dimensions are new ones; the others pass."""
-    dims, shape = w.of(operand(node)), shape_of(node)
-    why = w.why(node, "it is padded")
-    for expr, n in zip(dims, shape, strict=True):
-        if d.size(expr) != n:
-            d.freeze(expr, why)
-    return tuple(expr if d.size(expr) == n else d.frozen(n, why) for expr, n in zip(dims, shape, strict=True))
-
-
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
     """``C·r²`` channels become ``C`` channels on a finer grid."""
     dims, shape = w.of(operand(node)), shape_of(node)
@@ -348,13 +298,6 @@ RULES = {
     **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), split),
     "slice": piece,
     "narrow": piece,
-    "expand": expand,
-    "expand_as": expand,
-    "broadcast_to": expand,
-    "repeat": repeat,
-    "tile": repeat,
-    "repeat_interleave": repeat_interleave,
-    **dict.fromkeys(("pad", "constant_pad_nd", "reflection_pad2d", "replication_pad2d"), pad),
     "pixel_shuffle": pixel_shuffle,
     **dict.fromkeys(_WINDOWS.split(), per_channel),
     "tril": triangle,

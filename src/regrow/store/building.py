@@ -1,0 +1,72 @@
+"""The architecture of a model folder, built again."""
+
+from collections.abc import Callable, Container
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.nets import ModelError, Origin, build, opened
+from regrow.nets.errors import first_line
+from regrow.store.errors import StoreError
+from regrow.store.pretrained import (
+    check_configuration,
+)
+from regrow.store.shapes import SHAPES, Shapes
+
+Builder = Callable[[], Any]
+
+
+def build_network(
+    folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None
+) -> nn.Module:
+    """The architecture that a record describes: newly built, or the one that the caller gives or builds."""
+    origin = shapes.origin
+    if origin.kind == "transformers":
+        check_configuration(origin, folder, len(shapes.tensors))
+        if dtype is not None:
+            origin = replace(origin, config={**origin.config, "dtype": str(dtype).removeprefix("torch.")})
+    if origin.kind == "torchvision" and (odd := [k for k, v in origin.config.items() if isinstance(v, str | dict)]):
+        raise StoreError(f"the setting {odd[0]!r} would fetch files; take it out of {SHAPES}")
+    if isinstance(model, nn.Module):
+        return open_attention(model, {*shapes.tensors, *shapes.ties})
+    if model is None and origin.kind == "callable":
+        raise StoreError(
+            f"this model is built by your own code ({origin.reference or 'a module'}), which is not run unasked; "
+            "pass the function that builds it: load(folder, model=function)"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            made = build(origin) if model is None else model()
+    except ModelError:
+        raise
+    except Exception as error:
+        raise StoreError(f"building the architecture failed: {first_line(error)}") from None
+    made = made[0] if isinstance(made, tuple) and made else made
+    if not isinstance(made, nn.Module):
+        raise StoreError(f"model= gave a {type(made).__name__}, not a torch.nn.Module")
+    return open_attention(made, {*shapes.tensors, *shapes.ties})
+
+
+def open_attention(made: nn.Module, names: Container[str]) -> nn.Module:
+    """The architecture that a record describes, newly built, or that a model or a function of the caller is."""
+    """The same model, with attention opened where it was when it was saved: its weights have other names then."""
+    return opened(made, names)
+
+
+def build_fresh(origin: Origin) -> nn.Module | None:
+    """The architecture newly built, to compare with; the caller's random state stays as it is.
+
+    A user's own code is called only where this process was given the function; a recorded name is never imported.
+    """
+    if origin.kind == "callable" and origin.builder is None:
+        return None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build(origin)
+    except ModelError as error:
+        if origin.kind == "callable":
+            return None
+        raise StoreError(f"the model could not be built again: {error}") from None
