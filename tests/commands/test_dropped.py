@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import laws
-from commands.test_grown import NETS, a_fresh_process_says_the_same, said
+from commands.fresh import answers, answers_in_a_fresh_process, assert_same, origin
 from regrow import Plan, UndoStore, apply, load, trace, with_branches
 from regrow.axes import AxisGraph
 from regrow.commands import RunFolder, StoreError, replay, save
@@ -40,13 +41,24 @@ def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph]:
     return model, axes
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", verb="drop", settings={"model": name})
-    model, axes = changed(name, folder)
-    save(model, folder.path, origin=NETS[name](model))
-    a_fresh_process_says_the_same(model, name, folder.path, tmp_path)
-    answers = said(model, name)
+@pytest.fixture(scope="module")
+def dropped(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each network with its axes, its run folder, and its answers in a fresh process."""
+    place = tmp_path_factory.mktemp("dropped")
+    folders = {name: RunFolder.create(place / name, verb="drop", settings={"model": name}) for name in BRANCHES}
+    results = {name: changed(name, folder) for name, folder in folders.items()}
+    for name, (model, _) in results.items():
+        save(model, folders[name].path, origin=origin(name, model))
+    fresh = answers_in_a_fresh_process({name: folder.path for name, folder in folders.items()}, place)
+    return {name: (*results[name], folders[name], fresh[name]) for name in BRANCHES}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(
+    name: str, dropped: dict[str, Any], tmp_path: Path
+) -> None:
+    model, axes, folder, in_a_fresh_process = dropped[name]
+    assert_same(in_a_fresh_process, answers(model, name))
     fresh = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     again, left = replay(fresh, trace(fresh, *args, **kwargs), folder.ledger.plans())
@@ -54,10 +66,9 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     assert {key: (tensor.shape, tensor.dtype) for key, tensor in laws.tensors(again).items()} == shapes
     laws.same_axes(left, axes)
     assert not any("mlp" in key and "layers.0" in key for key in shapes), "what is dropped is not stored"
-    if NETS[name](model):
+    if origin(name, model):
         save(load(folder.path), tmp_path / "again")
-        once_more = said(load(tmp_path / "again"), name)
-        assert all(torch.equal(one, answer) for one, answer in zip(once_more, answers, strict=True))
+        assert_same(answers(load(tmp_path / "again"), name), answers(model, name))
 
 
 @pytest.mark.parametrize(

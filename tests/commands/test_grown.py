@@ -1,31 +1,21 @@
 """Networks that were cut, grew and got units back: saved, loaded in a fresh process, and replayed from the ledger."""
 
-import os
-import subprocess
-import sys
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 import laws
+from commands.fresh import answers, answers_in_a_fresh_process, assert_same, origin
 from regrow import Fill, Plan, UndoStore, apply, trace
 from regrow.axes import AxisGraph
 from regrow.commands import RunFolder, StoreError, replay, save
-from regrow.nets import Origin
-from regrow.nets.language import origin_of
 from zoo import ZOO
 
-TESTS = Path(__file__).parents[1]
-NETS: dict[str, Callable[[nn.Module], Origin | None]] = {
-    "conv_residual": lambda _: None,
-    "llama_tied": lambda model: origin_of(model, "llama_tied"),
-}
+NETS = ("conv_residual", "llama_tied")
 
 
 def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph, UndoStore]:
@@ -49,37 +39,22 @@ def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph, UndoSto
     return model, axes, undo
 
 
-def said(model: nn.Module, name: str) -> list[Tensor]:
-    args, kwargs = ZOO[name].example()
-    with torch.no_grad():
-        return [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
-
-
-def a_fresh_process_says_the_same(model: nn.Module, name: str, folder: Path, tmp_path: Path) -> None:
-    """A saved network, loaded by another process, answers bit for bit what this one does."""
-    loading = "load(sys.argv[1])" if NETS[name](model) else f"load(sys.argv[1], model=ZOO[{name!r}].build)"
-    code = (
-        "import sys, pathlib, torch; from safetensors.torch import save_file; from zoo import ZOO\n"
-        "from regrow import load; from commands.test_grown import said\n"
-        f"torch.manual_seed(99); model = {loading}\n"
-        f"save_file({{str(i): x.contiguous() for i, x in enumerate(said(model, {name!r}))}}, sys.argv[2])"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    out = tmp_path / "said.safetensors"
-    command = [sys.executable, "-W", "ignore", "-c", code, str(folder), str(out)]
-    subprocess.run(command, env=environment, check=True, timeout=240)
-    answers = said(model, name)
-    assert len(load_file(out)) == len(answers) > 0
-    assert all(torch.equal(load_file(out)[str(i)], answer) for i, answer in enumerate(answers))
+@pytest.fixture(scope="module")
+def grown(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Each network with its axes, its undo store, its run folder, and its answers in a fresh process."""
+    place = tmp_path_factory.mktemp("grown")
+    folders = {name: RunFolder.create(place / name, verb="grow", settings={"model": name}) for name in NETS}
+    results = {name: changed(name, folder) for name, folder in folders.items()}
+    for name, (model, _, _) in results.items():
+        save(model, folders[name].path, origin=origin(name, model))
+    fresh = answers_in_a_fresh_process({name: folder.path for name, folder in folders.items()}, place)
+    return {name: (*results[name], folders[name], fresh[name]) for name in NETS}
 
 
 @pytest.mark.parametrize("name", NETS)
-def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "run", verb="grow", settings={"model": name})
-    model, axes, undo = changed(name, folder)
-    save(model, folder.path, origin=NETS[name](model))
-    a_fresh_process_says_the_same(model, name, folder.path, tmp_path)
+def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name: str, grown: dict[str, Any]) -> None:
+    model, axes, undo, folder, in_a_fresh_process = grown[name]
+    assert_same(in_a_fresh_process, answers(model, name))
     fresh = ZOO[name].build()
     args, kwargs = ZOO[name].example()
     plans = folder.ledger.plans()
