@@ -311,11 +311,12 @@ def permuting_units_keeps_function(model: nn.Module, axes: AxisGraph, axis: Axis
     assert distance <= EXACT, f"units of {axis.key} have an order: off by {distance:.2e}"
 
 
-def runs_after_plan(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """The cut network runs, answers something finite, and its tensors have the planned shapes."""
+def runs_with_its_ties(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+    """The cut network runs, answers something finite, has tensors of the planned shapes, and ties as before."""
     from regrow.axes import size_of
 
     small, left = shrunk(model, axes, plan)
+    ties_stay_ties(model, small)
     with torch.no_grad():
         answer = small(*axes.example.args, **axes.example.kwargs)
     assert all(leaf.isfinite().all() for leaf in tree_leaves(answer) if isinstance(leaf, Tensor))
@@ -391,9 +392,8 @@ def entries_of(axis: Axis) -> frozenset[tuple[str, int, tuple[tuple[int, ...], .
     return frozenset((*place, tuple(tuple(sorted(unit)) for unit in units)) for place, units in entries.items())
 
 
-def ties_stay_ties(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
+def ties_stay_ties(model: nn.Module, small: nn.Module) -> None:
     """Names of one tensor are names of one tensor after the cut, and parameters stay parameters that learn."""
-    small, _ = shrunk(model, axes, plan)
     before, after = tensors(model), tensors(small)
     assert before.keys() == after.keys()
     for one in before:

@@ -25,7 +25,7 @@ def test_a_random_network_is_cut_exactly(seed: int) -> None:
     plan = laws.random_plan(axes, generator)
     ((_, distance),) = distances(model, axes, [plan])
     assert distance <= RELATIVE_BOUND
-    laws.runs_after_plan(model, axes, plan)
+    laws.runs_with_its_ties(model, axes, plan)
 
 
 def test_random_networks_have_axes() -> None:

@@ -57,7 +57,7 @@ def test_a_right_declaration_is_proved_and_cut() -> None:
     plan = Plan.keeping(axes, {"hidden": (0, 3, 4, 8)})
     laws.masked_equals_shrunk(model, axes, plan)
     laws.zeroed_equals_shrunk(model, axes, plan)
-    laws.runs_after_plan(model, axes, plan)
+    laws.runs_with_its_ties(model, axes, plan)
     laws.all_or_nothing(model, axes)
     small, left = regrow.apply(model, axes, plan)
     assert (small.fc1.out_features, small.fc2.in_features, left["hidden"].ids) == (4, 4, (0, 3, 4, 8))
@@ -203,7 +203,7 @@ def test_tied_tensors_are_declared_under_any_name() -> None:
     axes = declare(tied(), {"width": "words.weight:1 -> head.weight:1"}, torch.tensor([1, 3, 6]))
     plan = Plan.keeping(axes, {"width": (0, 1, 4)})
     laws.masked_equals_shrunk(tied(), axes, plan)
-    laws.ties_stay_ties(tied(), axes, plan)
+    laws.runs_with_its_ties(tied(), axes, plan)
 
 
 # --- wrong declarations ---------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.facts import Has, NotNeutral
-from zoo.networks import vectors, wired
+from zoo.networks import network, vectors
 
 
 def _attend(m: Any, x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def _attend(m: Any, x: Tensor) -> Tensor:
 
 
 ATTENTION = (
-    wired(
+    network(
         "einsum_attention",
         lambda m, x: m.out(torch.einsum("bij,bkj->bik", m.one(x), m.two(x)).softmax(-1) @ m.three(x)),
         lambda: {"one": nn.Linear(6, 5), "two": nn.Linear(6, 5), "three": nn.Linear(6, 7), "out": nn.Linear(7, 3)},
@@ -27,7 +27,7 @@ ATTENTION = (
         Has(7, ("three.weight:0", "out.weight:1")),
         zeros="producers",
     ),
-    wired(
+    network(
         "multihead",
         lambda m, x: m.fc2(F.gelu(m.fc1(m.mix(h := m.fc(x), h, h, need_weights=False)[0]))),
         lambda: {
@@ -39,7 +39,7 @@ ATTENTION = (
         vectors(2, 4, 6),
         Has(10, ("fc1.weight:0", "fc2.weight:1")),
     ),
-    wired(
+    network(
         "attention",
         lambda m, x: m.out(_attend(m, x)),
         lambda: {
@@ -53,7 +53,7 @@ ATTENTION = (
         Has(3, ("query.weight:0", "key.weight:0", "value.weight:0", "out.weight:1")),
         Has(7, ("value.weight:0", "out.weight:1")),
     ),
-    wired(
+    network(
         "attention_unscaled",
         lambda m, x: m.out(torch.bmm(torch.bmm(m.query(x), m.key(x).transpose(1, 2)).softmax(-1), m.value(x))),
         lambda: {
@@ -67,7 +67,7 @@ ATTENTION = (
         Has(6, ("query.weight:0", "key.weight:0")),
         zeros="producers",
     ),
-    wired(
+    network(
         "dot_scaled",
         lambda m, x: (m.query(x) @ m.key(x).mT / m.query.out_features**0.5).softmax(-1) @ x,
         lambda: {"query": nn.Linear(10, 6), "key": nn.Linear(10, 6)},

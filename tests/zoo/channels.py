@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.facts import Fact, Frozen, Has, NotNeutral, SameCount
-from zoo.networks import Net, conv, images, wired
+from zoo.networks import Net, conv, images, network
 
 STEM = ("stem.weight:0", "norm.weight:0", "norm.running_mean:0")
 
@@ -25,7 +25,7 @@ def along_channels(
     """Convolution and BatchNorm, the operation to test on their channels, then a convolution and a head."""
     parts = more.pop("parts", dict)
     whole = more.pop("wire_whole", lambda m, x: m.head(m.last(wire(m, m.norm(m.stem(x)))).relu().mean((2, 3))))
-    return wired(
+    return network(
         name,
         whole,
         lambda: {

@@ -5,10 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from zoo.facts import F_, C, Frozen, Has, NotNeutral, Tied, Widths
-from zoo.networks import tokens, vectors, wired
+from zoo.networks import network, tokens, vectors
 
 LINEAR = (
-    wired(
+    network(
         "mlp",
         lambda m, x: m.fc3(F.gelu(m.fc2(m.fc1(x).relu()))),
         lambda: {"fc1": nn.Linear(6, 10), "fc2": nn.Linear(10, 7), "fc3": nn.Linear(7, 5)},
@@ -18,7 +18,7 @@ LINEAR = (
         Has(7, ("fc2.weight:0", "fc2.bias:0", "fc3.weight:1"), alone=True),
         Frozen(("fc1.weight:1", "fc3.weight:0", "fc3.bias:0")),
     ),
-    wired(
+    network(
         "unused_branch",
         lambda m, x: (m.unused(h := m.fc(x).sigmoid()), m.out(h))[1],
         lambda: {"fc": nn.Linear(6, 10), "unused": nn.Linear(10, 4), "out": nn.Linear(10, 3)},
@@ -26,7 +26,7 @@ LINEAR = (
         Widths((10,)),
         Has(10, ("fc.weight:0", "unused.weight:1", "out.weight:1")),
     ),
-    wired(
+    network(
         "returned",
         lambda m, x: {"features": (h := m.fc(x).sigmoid()), "logits": m.two(m.one(h).sigmoid())},
         lambda: {"fc": nn.Linear(6, 10), "one": nn.Linear(10, 7), "two": nn.Linear(7, 3)},
@@ -34,7 +34,7 @@ LINEAR = (
         Widths((7,)),
         Frozen(("fc.weight:0", "one.weight:1")),
     ),
-    wired(
+    network(
         "bilinear",
         lambda m, x: m.out(m.both(m.one(x), m.two(x))),
         lambda: {
@@ -45,14 +45,14 @@ LINEAR = (
         },
         vectors(2, 6),
     ),
-    wired(
+    network(
         "norm1d",
         lambda m, x: m.fc2(m.norm(m.fc1(x)).relu()),
         lambda: {"fc1": nn.Linear(6, 10, bias=False), "norm": nn.BatchNorm1d(10), "fc2": nn.Linear(10, 5)},
         vectors(3, 6),
         Widths((10,)),
     ),
-    wired(
+    network(
         "layernorm_block",
         lambda m, x: m.head(m.fc2(F.gelu(m.fc1(m.norm(h := m.stem(x))))) + h),
         lambda: {
@@ -66,7 +66,7 @@ LINEAR = (
         Has(14, ("fc1.weight:0", "fc1.bias:0", "fc2.weight:1")),
         NotNeutral(("stem.weight:0", "norm.weight:0", "fc1.weight:1", "fc2.weight:0")),
     ),
-    wired(
+    network(
         "rmsnorm_block",
         lambda m, x: m.head(m.last(m.fc2(F.silu(m.fc1(m.norm(h := m.stem(x))))) + h)),
         lambda: {
@@ -81,14 +81,14 @@ LINEAR = (
         Has(14, ("fc1.weight:0", "fc2.weight:1")),
         Has(9, ("stem.weight:0", "norm.weight:0", "fc1.weight:1", "fc2.weight:0", "last.weight:0"), (F_,)),
     ),
-    wired(
+    network(
         "rmsnorm_default_epsilon",
         lambda m, x: m.head(m.norm(m.stem(x))),
         lambda: {"stem": nn.Linear(6, 9, bias=False), "norm": nn.RMSNorm(9), "head": nn.Linear(9, 5)},
         vectors(2, 4, 6),
         Has(9, ("stem.weight:0", "norm.weight:0", "head.weight:1"), (F_,)),
     ),
-    wired(
+    network(
         "tied",
         lambda m, x: m.head(F.gelu(m.two(m.one(m.embed(x)).relu())) + m.embed(x)),
         lambda: {
@@ -103,7 +103,7 @@ LINEAR = (
         Tied("embed.weight", "head.weight"),
         tie=lambda m: setattr(m.head, "weight", m.embed.weight),
     ),
-    wired(
+    network(
         "two_consumers",
         lambda m, x: (m.one(h := m.fc(x).relu()), {"two": m.two(h)}),
         lambda: {"fc": nn.Linear(6, 10), "one": nn.Linear(10, 3), "two": nn.Linear(10, 4)},
@@ -111,7 +111,7 @@ LINEAR = (
         Widths((10,)),
         Has(10, ("fc.weight:0", "one.weight:1", "two.weight:1")),
     ),
-    wired(
+    network(
         "shared_layer",
         lambda m, x: m.head(m.both(m.one(x).relu()) + m.both(m.two(x).sigmoid()).relu()),
         lambda: {
@@ -124,14 +124,14 @@ LINEAR = (
         Widths((10, 7)),
         Has(10, ("one.weight:0", "two.weight:0", "both.weight:1")),
     ),
-    wired(
+    network(
         "auxiliary",
         lambda m, x: m.head(h := m.stem(x).tanh()) + (m.aux(h) if m.training else 0),
         lambda: {"stem": nn.Linear(5, 9), "head": nn.Linear(9, 3), "aux": nn.Linear(9, 3)},
         vectors(2, 5),
         Has(9, ("stem.weight:0", "head.weight:1", "aux.weight:1")),
     ),
-    wired(
+    network(
         "outer_product",
         lambda m, x: m.out((m.one(x)[:, :, None] * m.two(x)[:, None, :]).tanh().flatten(1)),
         lambda: {"one": nn.Linear(6, 4), "two": nn.Linear(6, 7), "out": nn.Linear(28, 3)},
@@ -139,13 +139,13 @@ LINEAR = (
         Has(4, ("one.weight:0", "out.weight:1")),
         Has(7, ("two.weight:0", "out.weight:1")),
     ),
-    wired(
+    network(
         "repeated",
         lambda m, x: m.out(m.fc(x).sigmoid().repeat(1, 2)),
         lambda: {"fc": nn.Linear(6, 5), "out": nn.Linear(10, 3)},
         vectors(2, 6),
     ),
-    wired(
+    network(
         "positions",
         lambda m, x: m.out((m.embed(x) + m.place[: x.shape[1]]).relu()),
         lambda: {
@@ -158,7 +158,7 @@ LINEAR = (
         Has(6, ("embed.weight:1", "place:1", "out.weight:1")),
         Frozen(("embed.weight:0", "place:0")),
     ),
-    wired(
+    network(
         "mixed_reshape",
         lambda m, x: m.head(m.two(m.one(m.fc(x).view(-1, 4, 6)).relu().view(-1, 6, 4)).flatten(1)),
         lambda: {
@@ -170,28 +170,28 @@ LINEAR = (
         vectors(2, 5),
         Frozen(("one.weight:0", "two.weight:1")),
     ),
-    wired(
+    network(
         "softmax_classes",
         lambda m, x: m.out(m.mix(x).softmax(-1)),
         lambda: {"mix": nn.Linear(6, 9), "out": nn.Linear(9, 4)},
         vectors(3, 6),
         Has(9, ("mix.weight:0", "mix.bias:0", "out.weight:1"), (C,)),
     ),
-    wired(
+    network(
         "log_softmax",
         lambda m, x: m.out(m.mix(x).log_softmax(-1)),
         lambda: {"mix": nn.Linear(6, 9), "out": nn.Linear(9, 4)},
         vectors(3, 6),
         NotNeutral(("mix.weight:0",)),
     ),
-    wired(
+    network(
         "softmax_twice",
         lambda m, x: m.out((2 * m.mix(x).softmax(-1) + 1).softmax(-1)),
         lambda: {"mix": nn.Linear(6, 9), "out": nn.Linear(9, 4)},
         vectors(3, 6),
         NotNeutral(("mix.weight:0",)),
     ),
-    wired(
+    network(
         "transposed_use",
         lambda m, x: F.linear(m.down(x).relu(), m.down.weight.mT),
         lambda: {"down": nn.Linear(9, 5)},
@@ -199,7 +199,7 @@ LINEAR = (
         Has(5, ("down.weight:0", "down.bias:0")),
         Frozen(("down.weight:1",)),
     ),
-    wired(
+    network(
         "gram",
         lambda m, x: m.out((f := m.fc(x).relu()).mT @ f),
         lambda: {"fc": nn.Linear(6, 5), "out": nn.Linear(5, 3)},
@@ -207,7 +207,7 @@ LINEAR = (
         Frozen(("out.weight:0",)),
         zeros="producers",
     ),
-    wired(
+    network(
         "bilinear_self",
         lambda m, x: m.out((f := m.fc(x))[:, :, None].mul(f[:, None, :]).flatten(1)),
         lambda: {"fc": nn.Linear(6, 5), "out": nn.Linear(25, 3)},

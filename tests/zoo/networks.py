@@ -24,6 +24,7 @@ class Net:
             between makes something of nothing.
         branches: Whether its Python looks at sizes, so that a plan may be refused when it is applied.
         heavy: Whether it takes seconds rather than milliseconds.
+        relative: The name of a small network of the same build, on which the laws that take longest are checked.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Net:
     zeros: Literal["consumers", "producers", "nowhere"] = "consumers"
     branches: bool = False
     heavy: bool = False
+    relative: str = ""
 
 
 class Wired(nn.Module):
@@ -101,13 +103,14 @@ def _random(shape: tuple[int, ...]) -> Callable[[], tuple[tuple, dict]]:
     return lambda: ((torch.randn(shape, generator=torch.Generator().manual_seed(5)),), {})
 
 
-def wired(
+def network(
     name: str,
     wire: Callable[..., Any],
     parts: Callable[[], dict[str, Any]],
     example: Callable[[], tuple[tuple, dict]],
     *expect: Fact,
     tie: Callable[[nn.Module], None] = lambda model: None,
+    seed: int = 0,
     **more: Any,
 ) -> Net:
     """A hand-made net of the zoo."""
@@ -116,7 +119,7 @@ def wired(
         torch.manual_seed(0)
         model = Wired(wire, **parts())
         tie(model)
-        return randomise(model)
+        return randomise(model, seed)
 
     return Net(name, build, example, expect, **more)
 

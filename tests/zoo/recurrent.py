@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from zoo.facts import Frozen, Has, SameCount, Widths
-from zoo.networks import tokens, vectors, wired
+from zoo.networks import network, tokens, vectors
 
 
 def _unroll(m: Any, x: Tensor) -> Tensor:
@@ -54,13 +54,13 @@ def _rows(cells: str, *parts: str, layer: str = "rnn") -> tuple[str, ...]:
 
 
 RECURRENT = (
-    wired(
+    network(
         "lstm",
         lambda m, x: m.out(m.cell(m.fc(x))[0]),
         lambda: {"fc": nn.Linear(6, 5), "cell": nn.LSTM(5, 7, batch_first=True), "out": nn.Linear(7, 3)},
         vectors(2, 4, 6),
     ),
-    wired(
+    network(
         "recurrent",
         lambda m, x: m.out(_unroll(m, x)),
         lambda: {"read": nn.Linear(5, 8), "again": nn.Linear(8, 8), "out": nn.Linear(8, 3)},
@@ -68,7 +68,7 @@ RECURRENT = (
         Widths((8,)),
         Has(8, ("read.weight:0", "again.weight:0", "again.weight:1", "out.weight:1")),
     ),
-    wired(
+    network(
         "lstm_language",
         lambda m, x: m.head(m.rnn(m.words(x))[0]),
         lambda: {"words": nn.Embedding(23, 6), "rnn": nn.LSTM(6, 9, 2, batch_first=True), "head": nn.Linear(9, 23)},
@@ -79,7 +79,7 @@ RECURRENT = (
         Has(9, _rows("l1", "head.weight:1"), alone=True),
         SameCount(9, "rnn.weight_hh_l0:1", "rnn.weight_hh_l1:1"),
     ),
-    wired(
+    network(
         "gru_speech",
         lambda m, x: m.head(m.rnn(m.stem(x).relu().transpose(1, 2))[0]),
         lambda: {
@@ -93,7 +93,7 @@ RECURRENT = (
         *(Has(7, _rows(way, "head.weight:1"), alone=True) for way in ("l1", "l1_reverse")),
         Widths((7, 7, 7, 7, 8)),
     ),
-    wired(
+    network(
         "seq2seq",
         _decode,
         lambda: {
@@ -107,7 +107,7 @@ RECURRENT = (
         Has(8, (*_rows("l1", layer="reader"), "writer.weight_ih:0", "writer.weight_hh:1", "head.weight:1")),
         Has(8, _rows("l0", "reader.weight_ih_l1:1", layer="reader"), alone=True),
     ),
-    wired(
+    network(
         "gru_handed_on",
         lambda m, x: m.head(m.writer(x, m.reader(x)[1])[0]),
         lambda: {"reader": nn.GRU(4, 7, 2), "writer": nn.GRU(4, 7, 2, bias=False), "head": nn.Linear(7, 3)},
@@ -116,7 +116,7 @@ RECURRENT = (
         Has(7, ("reader.weight_hh_l1:0", "writer.weight_hh_l1:0", "head.weight:1")),
         Widths((7, 7)),
     ),
-    wired(
+    network(
         "last_states",
         lambda m, x: m.head(torch.cat([m.rnn(x)[1][0][-2], m.rnn(x)[1][0][-1]], 1)),
         lambda: {"rnn": nn.LSTM(4, 6, 2, bidirectional=True, dropout=0.3), "head": nn.Linear(12, 3)},
@@ -124,7 +124,7 @@ RECURRENT = (
         *(Has(6, _rows(way, "head.weight:1"), alone=True) for way in ("l1", "l1_reverse")),
         Widths((6, 6, 6, 6)),
     ),
-    wired(
+    network(
         "all_states",
         lambda m, x: m.head(m.rnn(x)[1].transpose(0, 1).flatten(1)),
         lambda: {"rnn": nn.RNN(4, 6, 3, nonlinearity="relu"), "head": nn.Linear(18, 3)},
@@ -132,7 +132,7 @@ RECURRENT = (
         Has(6, (*_rows("l0", "rnn.weight_ih_l1:1"), *_rows("l1", "rnn.weight_ih_l2:1"), *_rows("l2", "head.weight:1"))),
         Widths((6,)),
     ),
-    wired(
+    network(
         "lstm_projected",
         lambda m, x: m.head(m.rnn(x)[0]),
         lambda: {"rnn": nn.LSTM(4, 7, 2, proj_size=5, bidirectional=True), "head": nn.Linear(10, 3)},
@@ -141,7 +141,7 @@ RECURRENT = (
         Has(5, ("rnn.weight_hr_l1:0", "rnn.weight_hh_l1:1", "head.weight:1"), alone=True),
         branches=True,
     ),
-    wired(
+    network(
         "recurrent_cells",
         _cells,
         lambda: {
@@ -155,42 +155,42 @@ RECURRENT = (
         Frozen(("second.weight_hh:1",)),
         Widths((7,)),
     ),
-    wired(
+    network(
         "unbatched_rnn",
         lambda m, x: m.head(m.rnn(x)[0]),
         lambda: {"rnn": nn.RNN(4, 6), "head": nn.Linear(6, 3)},
         vectors(5, 4),
         Has(6, _rows("l0", "head.weight:1"), alone=True),
     ),
-    wired(
+    network(
         "states_from_a_layer",
         _begun,
         lambda: {"start": nn.Linear(4, 7), "rnn": nn.LSTM(4, 7, batch_first=True), "head": nn.Linear(7, 3)},
         vectors(3, 5, 4),
         Has(7, ("start.weight:0", "start.bias:0", *_rows("l0", "head.weight:1")), alone=True),
     ),
-    wired(
+    network(
         "learned_states",
         lambda m, x: m.head(m.rnn(x, m.start.expand(-1, x.shape[1], -1))[0]),
         lambda: {"start": nn.Parameter(torch.zeros(2, 1, 7)), "rnn": nn.GRU(4, 7, 2), "head": nn.Linear(7, 3)},
         vectors(5, 2, 4),
         Has(7, ("start:2", *_rows("l0"), *_rows("l1", "head.weight:1"))),
     ),
-    wired(
+    network(
         "given_states",
         lambda m, x, state: m.head(m.rnn(x, state)[0]),
         lambda: {"rnn": nn.GRU(4, 7), "head": nn.Linear(7, 3)},
         lambda: ((torch.ones(5, 2, 4), torch.ones(1, 2, 7)), {}),
         Frozen(("rnn.weight_hh_l0:0", "rnn.weight_hh_l0:1", "head.weight:1")),
     ),
-    wired(
+    network(
         "returned_states",
         lambda m, x: (m.head(m.rnn(x)[0]), m.rnn(x)[1][1]),
         lambda: {"rnn": nn.LSTM(4, 7, 2), "head": nn.Linear(7, 3)},
         vectors(5, 2, 4),
         Frozen(("rnn.weight_hh_l0:0", "rnn.weight_hh_l1:0", "head.weight:1")),
     ),
-    wired(
+    network(
         "units_along_time",
         lambda m, x: m.head(m.rnn(m.stem(x).permute(2, 0, 1))[1][0][-1]) + m.other(m.stem(x)).sum(1),
         lambda: {"stem": nn.Linear(4, 6), "rnn": nn.LSTM(5, 7), "head": nn.Linear(7, 3), "other": nn.Linear(6, 3)},
