@@ -6,15 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from regrow.cli import code_of
 from regrow.commands import RunFolder, StoreError
 from regrow.commands import recover as recovery_run
+from regrow.commands.checkpoints import open_checkpoint
 from regrow.commands.prune import Settings, run
-from regrow.commands.stands import read_stand, write_stand
 from regrow.methods import entry, recovery_entry
+from regrow.methods.recovery import Task
+from regrow.plan import Plan
 from regrow.reports.summary import summarise
 from regrow.settings import recover
+from regrow.training.schedule import NO_AXES
 
 PRUNING = Settings(
     "toys:classifier", method="magnitude", keep=0.5, sources=("digits",), tokens=256, eval_tokens=200, proof=False
@@ -125,16 +129,18 @@ def test_a_page_tells_the_cut_from_what_came_back(tmp_path):
     assert "Recovered</th>" in to_html(whole([folder.path]))
 
 
-def test_stands_on_disk(tmp_path):
-    from regrow.methods.recovery import Stand
-
-    path, stand = tmp_path / "in" / "s.safetensors", Stand(3, {"w a": torch.randn(2, 3)}, {"history": [{"step": 1}]})
-    write_stand(path, stand, "key")
-    found = read_stand(path, "key")
-    assert found is not None and found.step == 3 and torch.equal(found.tensors["w a"], stand.tensors["w a"])
-    assert found.values == stand.values and read_stand(path, "other") is None
+def test_a_checkpoint_of_something_else_is_removed(tmp_path):
+    path = tmp_path / "in" / "s.safetensors"
+    assert open_checkpoint(path, "key") == {} and path.parent.is_dir()
+    task = Task(nn.Identity(), nn.Identity(), NO_AXES, Plan(), [], checkpoint=path, header=lambda: {"key": "key"})
+    assert task.read() is None
+    tensors = {"w a": torch.randn(2, 3)}
+    task.write(3, tensors, {"layers": [{"ridge": 1}]})
+    assert open_checkpoint(path, "key")["step"] == 3
+    step, found, values = task.read()
+    assert step == 3 and torch.equal(found["w a"], tensors["w a"]) and values == {"layers": [{"ridge": 1}]}
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert read_stand(path, "key") is None and read_stand(tmp_path / "none", "key") is None
-    assert json.dumps(found.values)
+    assert task.read() is None
+    assert open_checkpoint(path, "another") == {} and not path.exists()

@@ -10,16 +10,20 @@ from typing import Any
 from torch import Tensor
 
 from regrow.method import State
+from regrow.methods.recovery import task as recovery
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
 from regrow.store import schemas
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError
-from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
+from regrow.store.errors import StoreError, telling
+from regrow.store.tensors import add_to_digest, read_header, read_tensors, write_tensors
+from regrow.training import checkpoint as training
 from regrow.training.loop import Learned
 
 FORMAT = "regrow-statistics/1"
 LEARNED = "regrow-learned/1"
+FORMATS = (training.FORMAT, recovery.FORMAT)
+"""Of the checkpoints of stages that train or reconstruct."""
 _SUMS = ("total", "square", "mean_total", "mean_square")
 
 
@@ -91,6 +95,31 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
         return Statistics(source, record.tokens, moments, gradients)
     except (StoreError, ValueError, KeyError, TypeError):
         return None
+
+
+def open_checkpoint(path: Path, key: str) -> dict[str, Any]:
+    """The header of the checkpoint of an interrupted stage; a file that this stage cannot go on from is removed.
+
+    Args:
+        path: The file, which need not be there; its folder is created.
+        key: What the stage depends on, which the header has as ``key``.
+
+    Returns:
+        The header; empty if there is no checkpoint.
+
+    Raises:
+        StoreError: If the folder cannot be created.
+    """
+    with telling(path.parent):
+        path.parent.mkdir(exist_ok=True)
+    try:
+        header = read_header(path, *FORMATS)
+    except StoreError:
+        header = {}
+    if header.get("key") == key:
+        return header
+    path.unlink(missing_ok=True)
+    return {}
 
 
 def write_learned(path: Path, learned: Learned, key: str) -> None:

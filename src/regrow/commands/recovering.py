@@ -1,20 +1,18 @@
-"""Recovery in a run folder: how far it has got is kept there, so that a killed run goes on."""
+"""Recovery in a run folder, from whose checkpoint an interrupted run goes on."""
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import glance
-from regrow.commands.checkpoints import fingerprint
+from regrow.commands.checkpoints import fingerprint, open_checkpoint
 from regrow.commands.folder import RunFolder
-from regrow.commands.stands import read_stand, write_stand
 from regrow.evaluation import Perplexity, paired
 from regrow.methods import recovery_entry
-from regrow.methods.recovery import Stand, Task
+from regrow.methods.recovery import Task
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -35,10 +33,10 @@ def recovered(
     number: int = 1,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Let a cut network win back what it lost, or go on where an interrupted call stood; logs what was done.
+    """Let a cut network win back what it lost, or go on from the checkpoint of an interrupted call; logs what was done.
 
     Args:
-        folder: Where stands are kept and the ``recovery`` row is logged.
+        folder: Where checkpoints are written and the ``recovery`` row is logged.
         model: The network after the cut; changed in place.
         dense: The model before the cut.
         axes: Its axes.
@@ -61,15 +59,12 @@ def recovered(
     weights = [glance(net) for net in (model, dense.model)]
     key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(dense.origin.record()))
     path, start = folder.path / "statistics" / "recovery.safetensors", time.perf_counter()
-
-    def keep(stand: Stand) -> None:
-        write_stand(path, replace(stand, values={**stand.values, "seconds": spent + time.perf_counter() - start}), key)
-
-    done = read_stand(path, key)
-    spent = float(done.values.get("seconds", 0)) if done else 0.0
-    found = work(Task(model, dense.model, axes, plan, sources, seed, done, keep, progress))
+    spent = float(open_checkpoint(path, key).get("seconds", 0))
+    seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
+    header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
+    found = work(Task(model, dense.model, axes, plan, sources, seed, path, header, progress))
     tokens = sum(source.tokens for source in sources)
-    row = {"by": by, "tokens": tokens, "seconds": round(spent + time.perf_counter() - start, 1), **found}
+    row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **found}
     row |= {"round": number} if number > 1 else {}
     folder.log("recovery", **row)
     return row

@@ -272,7 +272,6 @@ class CourseHeader(msgspec.Struct, frozen=True):
     plans: list[dict[str, Any]] | Count
     logged: Count | None = None
     open: list[dict[str, Any]] = []
-    key: str = ""
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True):
@@ -298,9 +297,9 @@ class LearnedHeader(msgspec.Struct, frozen=True):
 class RecoveryHeader(msgspec.Struct, frozen=True):
     """The header of ``recovery.safetensors``."""
 
-    key: str
     step: Count
     values: dict[str, Any]
+    key: str = ""
 
 
 class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

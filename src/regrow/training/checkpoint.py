@@ -56,7 +56,7 @@ def write_checkpoint(
     *,
     logged: int | None = None,
     trained_only: bool = False,
-    key: str = "",
+    header: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint: all of it, or nothing.
 
@@ -69,7 +69,7 @@ def write_checkpoint(
             that are over and all plans; the file leaves these out, so that it does not grow with the number of tasks.
             ``None``: they are in the file.
         trained_only: Of the network, write only the parameters that have ``requires_grad``: nothing else changes.
-        key: What the training depends on; whoever reads the file gives the same.
+        header: More JSON data for the header of the file.
 
     Raises:
         StoreError: If the disk is full or the file cannot be written.
@@ -87,7 +87,8 @@ def write_checkpoint(
                 numbers[f"{what} {name}"] = value
     if undo is not None:
         parts |= {f"attic {name}": value for name, value in undo.contents().items()}
-    header: dict[str, Any] = {
+    whole: dict[str, Any] = {
+        **(header or {}),
         "along": {name: [_to_json(one.dims), one.lr] for name, one in tensors.items()},
         "values": values_of(state.learner),
         "numbers": numbers,
@@ -97,10 +98,8 @@ def write_checkpoint(
         "open": state.events[logged:] if logged is not None else [],
     }
     if state.step:
-        header["course"]["step"] = state.step
-    if key:
-        header["key"] = key
-    write_tensors(path, parts, header, FORMAT)
+        whole["course"]["step"] = state.step
+    write_tensors(path, parts, whole, FORMAT)
 
 
 def read_checkpoint(
@@ -112,7 +111,6 @@ def read_checkpoint(
     undo: UndoStore | None = None,
     *,
     trained_only: bool = False,
-    key: str = "",
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
     """Restore a network and the state of its training.
 
@@ -124,16 +122,13 @@ def read_checkpoint(
         history: What the run keeps in other files, if the checkpoint leaves it out; it may go further than that.
         undo: An empty store, filled with what plans removed, for learners that restore units.
         trained_only: The file holds only the parameters that have ``requires_grad``.
-        key: As the file was written with.
 
     Raises:
-        StoreError: If the file is damaged or was written for another network, method or key.
+        StoreError: If the file is damaged or was written for another network or method.
     """
     try:
         header, tensors = read_tensors(path, FORMAT, FORMAT_1)
         record = convert(header, schemas.CourseHeader)
-        if record.key != key:
-            raise ValueError("it belongs to another training")
         plans, measured = _measured(record, history or History())
         model, axes = replay(model, axes, plans, undo)
         parts: dict[str, dict[str, Tensor]] = {"model": {}, "learner": {}, "optimiser": {}, "attic": {}}

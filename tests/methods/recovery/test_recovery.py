@@ -12,9 +12,10 @@ from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, recovery_entry
-from regrow.methods.recovery import Stand, Task, bias, distil, lora, refit, streams, training
+from regrow.methods.recovery import Task, bias, distil, fitting, lora, refit, streams
 from regrow.methods.recovery.solve import Sums, chosen, ridged
 from regrow.sources import Batch, Source, logits_in
+from regrow.training.interrupts import defer_interrupts
 
 
 def task(model: nn.Module, axes, keep, source: Source, **more) -> Task:
@@ -271,7 +272,7 @@ def test_half_precision_comes_back_as_it_was():
     assert {p.dtype for p in one.model.parameters()} == {torch.bfloat16} == {one.model.shift.dtype}
 
 
-def test_the_best_stand_is_kept_and_the_start_is_one():
+def test_the_best_of_the_checked_networks_is_kept_and_the_first_is_the_cut_one():
     one = language()
     before = answers(one.model, one.sources[0])
     found = distil.distil(one, distil.Settings(lr=0.3, mix=0.0))  # a rate that ruins it
@@ -282,29 +283,43 @@ def test_the_best_stand_is_kept_and_the_start_is_one():
 # --- stopped = not stopped ------------------------------------------------------------------------------------------
 
 
+class KilledError(Exception):
+    """Ends a recovery as a kill does: nothing is written any more."""
+
+
 @pytest.mark.parametrize("name", sorted(RECOVERIES))
-def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, monkeypatch):
+@pytest.mark.parametrize("how", [KilledError, KeyboardInterrupt])
+def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, how, monkeypatch, tmp_path):
     if name == "lora":
         pytest.importorskip("peft")
-    for module in (streams, training):
-        monkeypatch.setattr(module, "SECONDS", -1.0)  # a stand after every step
-    stands: list[Stand] = []
-
-    def keep(stand):
-        stands.append(replace(stand, tensors={key: tensor.clone() for key, tensor in stand.tensors.items()}))
-
+    if how is KilledError:
+        for module in (streams, fitting):
+            monkeypatch.setattr(module, "SECONDS", -1.0)  # a checkpoint after every step
     work = recovery_entry(name).made(name, {})
-    whole = language(on_done=keep)
-    said = work(whole)
+    steps: list[str] = []
+    whole = language(progress=lambda done, total, what: steps.append(what))
+    found = work(whole)
     wanted = whole.model.state_dict()
-    assert len(stands) >= {"bias": 1}.get(name, 2)
-    for stand in stands:
-        again = language(done=stand)
-        assert work(again) == said
-        assert all(torch.equal(tensor, wanted[key]) for key, tensor in again.model.state_dict().items())
-    twice = language(seed=1)
-    work(twice)
-    same = all(torch.equal(tensor, wanted[key]) for key, tensor in twice.model.state_dict().items())
+    for stop in sorted({1, 2, len(steps) // 2, len(steps)}):
+        seen: list[str] = []
+
+        def stopping(done, total, what, seen=seen, stop=stop):
+            seen.append(what)
+            if len(seen) == stop:
+                raise how
+
+        place = tmp_path / f"{stop}.safetensors"
+        with pytest.raises(how):
+            work(language(checkpoint=place, progress=stopping))
+        again: list[str] = []
+        resumed = language(checkpoint=place, progress=lambda done, total, what, again=again: again.append(what))
+        assert work(resumed) == found
+        assert all(torch.equal(tensor, wanted[key]) for key, tensor in resumed.model.state_dict().items())
+        if name != "bias" and stop > 1:
+            assert len(again) < len(steps)
+    other = language(seed=1)
+    work(other)
+    same = all(torch.equal(tensor, wanted[key]) for key, tensor in other.model.state_dict().items())
     assert same is (name in ("bias", "refit"))  # nothing is drawn there
 
 
@@ -319,7 +334,7 @@ def interrupts():
 def test_a_key_that_is_pressed_waits_for_the_end_of_a_step(interrupts):
     interrupts(signal.default_int_handler)
     done = []
-    with pytest.raises(KeyboardInterrupt), training.unbroken():
+    with pytest.raises(KeyboardInterrupt), defer_interrupts():
         signal.raise_signal(signal.SIGINT)
         done.append(1)
     assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -327,7 +342,7 @@ def test_a_key_that_is_pressed_waits_for_the_end_of_a_step(interrupts):
 
 def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
     interrupts(signal.SIG_IGN)
-    with training.unbroken():
+    with defer_interrupts():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 

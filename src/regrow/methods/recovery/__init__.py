@@ -1,5 +1,5 @@
 """Recovery of what pruning lost: bias compensation, least squares, LoRA, distillation; each has a budget of tokens."""
 
-from regrow.methods.recovery.task import Recovery, Stand, Task
+from regrow.methods.recovery.task import Recovery, Task
 
-__all__ = ["Recovery", "Stand", "Task"]
+__all__ = ["Recovery", "Task"]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.method import Need
-from regrow.methods.recovery.task import Recovery, Stand, Task
+from regrow.methods.recovery.task import Recovery, Task
 from regrow.scores import Moments, Statistics
 from regrow.scoring import collect, means
 from regrow.surgery.compensate import offsets
@@ -74,11 +74,11 @@ def _measured(task: Task) -> Statistics:
     """The pooled moments of what every weight of the dense network is fed, source after source."""
     sums: dict[str, Moments] = {}
     first = 0
-    if task.done is not None:
-        first = task.done.step
-        for name, total in task.done.tensors.items():
+    if (done := task.read()) is not None:
+        first, totals, values = done
+        for name, total in totals.items():
             blank = torch.zeros_like(total)
-            sums[name] = Moments(task.done.values["counts"][name], total, blank, 0, blank, blank)
+            sums[name] = Moments(values["counts"][name], total, blank, 0, blank, blank)
     for i, source in enumerate(task.sources):
         if i < first:
             continue
@@ -86,5 +86,5 @@ def _measured(task: Task) -> Statistics:
         (one,) = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, progress=told)[source.name]
         sums = {name: sums[name] + moments if name in sums else moments for name, moments in one.moments.items()}
         counts = {name: moments.count for name, moments in sums.items()}
-        task.kept(Stand(i + 1, {name: moments.total for name, moments in sums.items()}, {"counts": counts}))
+        task.write(i + 1, {name: moments.total for name, moments in sums.items()}, {"counts": counts})
     return Statistics("+".join(source.name for source in task.sources), 0, sums)

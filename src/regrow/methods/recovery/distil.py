@@ -3,7 +3,7 @@
 L = (1 − mix) · T² · KL(softmax(z_dense / T) ‖ softmax(z / T)) + mix · cross entropy of the text
 
 Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531). It holds both networks in memory, and of
-the one that learns, in float32, five numbers more per trained parameter (gradient, two moments, the best stand so far).
+the one that learns, in float32, five numbers more per trained parameter (gradient, two moments, the best value).
 """
 
 from dataclasses import dataclass
@@ -15,11 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
-from regrow.methods.recovery.task import Recovery, Task, precise, resting
-from regrow.methods.recovery.training import Course, trained
+from regrow.methods.recovery.fitting import fit_recovery
+from regrow.methods.recovery.task import Recovery, Task, precise
 from regrow.plan import Plan
 from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch, asked, logits_in
+from regrow.training.freeze import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
 TRAINED = ("all", "cut")
@@ -36,7 +37,7 @@ class Settings:
         train: ``all`` parameters, or ``cut``: the tensors that the plan cut, and all vectors (gains of norms, biases).
         passes: How often each batch is seen.
         windows: Batches per step.
-        checks: How often the held-out part of the text judges; the best of these is kept.
+        checks: How often the network is evaluated on the held-out part of the text; the best one is kept.
         held_out: Which share of the text that is.
     """
 
@@ -63,7 +64,7 @@ def distil(task: Task, settings: Settings) -> dict[str, Any]:
         settings: How.
 
     Returns:
-        What :func:`regrow.methods.recovery.training.trained` tells, and how many parameters were trained.
+        What :func:`regrow.methods.recovery.fitting.fit_recovery` returns, and how many parameters were trained.
 
     Raises:
         ValueError: If a setting is of no use, the text has no labels while ``mix`` asks for them, or the loss stops
@@ -77,15 +78,8 @@ def distil(task: Task, settings: Settings) -> dict[str, Any]:
         )
     names = set(cut_tensors(task.model, task.axes, task.plan)) if settings.train == "cut" else None
     parameters = {name: p for name, p in task.model.named_parameters() if names is None or name in names}
-    course = Course(
-        settings.lr,
-        passes=settings.passes,
-        windows=settings.windows,
-        checks=settings.checks,
-        held_out=settings.held_out,
-    )
-    with resting(task.model, task.dense), precise(task.model):
-        found = trained(task, parameters, lambda batch: _loss(task, batch, settings), course)
+    with freeze(task.model, task.dense), precise(task.model):
+        found = fit_recovery(task, parameters, lambda batch: _loss(task, batch, settings), settings)
     return {**found, "trained": sum(p.numel() for p in parameters.values())}
 
 

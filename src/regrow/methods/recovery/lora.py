@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 from regrow.axes import AxisGraph
-from regrow.methods.recovery.task import Recovery, Task, resting
-from regrow.methods.recovery.training import Course, trained
+from regrow.methods.recovery.fitting import fit_recovery
+from regrow.methods.recovery.task import Recovery, Task
 from regrow.nets.errors import needs
 from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch
 from regrow.tracing.placeholder import set_modules
+from regrow.training.freeze import freeze
 
 CITATION = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv:2106.09685"
 
@@ -34,7 +35,7 @@ class Settings:
         alpha: α; the change is scaled by α / r.
         passes: How often each batch is seen.
         windows: Batches per step.
-        checks: How often the held-out part of the text judges; the best of these is kept.
+        checks: How often the network is evaluated on the held-out part of the text; the best one is kept.
         held_out: Which share of the text that is.
     """
 
@@ -62,35 +63,28 @@ def lora(task: Task, settings: Settings) -> dict[str, Any]:
     """Train adapters on the linear layers of the cut network, and merge them.
 
     The base stays as it is and in its own precision; adapters are in float32, with their gradients, two moments and
-    the best stand so far.
+    the best values so far.
 
     Args:
         task: The cut network and the text; the dense network is not looked at.
         settings: How.
 
     Returns:
-        What :func:`regrow.methods.recovery.training.trained` tells, and how many parameters were trained.
+        What :func:`regrow.methods.recovery.fitting.fit_recovery` returns, and how many parameters were trained.
 
     Raises:
         ValueError: If peft is not installed, the network has no linear layer, or the loss stops being finite.
     """
-    course = Course(
-        settings.lr,
-        passes=settings.passes,
-        windows=settings.windows,
-        checks=settings.checks,
-        held_out=settings.held_out,
-    )
 
     def loss(batch: Batch) -> torch.Tensor:
         if batch.labels is None:
             raise ValueError("lora learns from labels (of text: the next tokens), and this source has none")
         return cross_entropy(task.model(*batch.args, **batch.kwargs), batch.labels)
 
-    with resting(task.model):
+    with freeze(task.model):
         adapters = adapted(task.model, linear_layers(task.model, task.axes), settings, task.seed)
         try:
-            found = trained(task, adapters, loss, course)
+            found = fit_recovery(task, adapters, loss, settings)
         except BaseException:
             merged(task.model, undo=True)
             raise

@@ -35,10 +35,11 @@ from torch.utils._pytree import tree_leaves
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.lockstep import Meetings, Met, StopRunError, answers
 from regrow.methods.recovery.streams import Carried, Layer, Lockstep, Refitting, Work
-from regrow.methods.recovery.task import Recovery, Task, device_of, resting
+from regrow.methods.recovery.task import Recovery, Task, device_of
 from regrow.sources import Batch
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import layouts
+from regrow.training.freeze import freeze
 
 CITATION = (
     "regrow's own; after the least-squares reconstruction of He et al., Channel Pruning, ICCV 2017, arXiv:1707.06168"
@@ -92,7 +93,7 @@ def refit(task: Task, settings: Settings) -> dict[str, Any]:
     every = [*(batch for part in fit for batch in part), *held]
     one, batch = every[0].to(device_of(task.model)), joined(every).to(device_of(task.model))
     trains = next(task.model.parameters()).requires_grad
-    with resting(task.model, task.dense), torch.no_grad():
+    with freeze(task.model, task.dense), torch.no_grad():
         layers, left_out = readers_of(task, one)
         if left_out and not layers:
             name, why = next(iter(left_out.items()))
@@ -202,7 +203,7 @@ def _run(model: nn.Module, batch: Batch, mode: Refitting) -> None:
     except StopRunError:
         pass
     except KeyboardInterrupt:
-        mode.work.task.kept(mode.work.stand())
+        mode.work.write()
         raise
 
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from regrow.methods.recovery.lockstep import Answers, Meetings, Met, StopRunError
 from regrow.methods.recovery.solve import Sums, chosen
-from regrow.methods.recovery.task import Stand, Task
+from regrow.methods.recovery.task import Task
 from regrow.surgery.compensate import bias_of
 
 SECONDS = 60.0
-"""A stand is kept at least this often."""
+"""A checkpoint is written at least this often."""
 
 
 @dataclass(frozen=True)
@@ -68,17 +68,18 @@ class Work:
 
     def resume(self) -> None:
         """Put in what an earlier call solved."""
-        if self.task.done is not None:
-            self.told = [dict(row) for row in self.task.done.values["layers"]]
+        if (done := self.task.read()) is not None:
+            _, tensors, values = done
+            self.told = [dict(row) for row in values["layers"]]
             with torch.no_grad():
-                for name, tensor in self.task.done.tensors.items():
+                for name, tensor in tensors.items():
                     self.own[name].copy_(tensor)
 
-    def stand(self) -> Stand:
-        """How far it has got: whole layers only."""
+    def write(self) -> None:
+        """Write a checkpoint of the layers that are done."""
         names = [n for weight in sorted(self.changed) for n in (weight, bias_of(weight)) if n in self.own]
-        told = {"layers": [dict(row) for row in self.told]}
-        return Stand(len(self.told), {name: self.own[name].detach() for name in names}, told)
+        tensors = {name: self.own[name].detach() for name in names}
+        self.task.write(len(self.told), tensors, {"layers": [dict(row) for row in self.told]})
 
     def solve(self, layer: Layer, inputs: Tensor, target: Tensor, missing: Tensor) -> None:
         """Change a layer, and tell what the held-out positions missed before and miss after it.
@@ -130,7 +131,7 @@ class Refitting(Meetings):
             words = f"refitting, error {last['before']:.3f} → {last['after']:.3f}"
             task.progress(len(work.told), len(work.layers), words)
         if work.done or time.monotonic() - self.last > SECONDS:
-            task.kept(work.stand())
+            work.write()
             self.last = time.monotonic()
         if work.done:
             raise StopRunError

@@ -1,8 +1,9 @@
-"""What a recovery is given: the network before and after a cut, text to learn from, and where an earlier call stood."""
+"""What a recovery is given: the network before and after a cut, text to learn from, and a file for its progress."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,21 +13,12 @@ from regrow.axes import AxisGraph
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, Source
+from regrow.store import schemas
+from regrow.store.convert import convert
+from regrow.store.errors import StoreError
+from regrow.store.tensors import read_tensors, write_tensors
 
-
-@dataclass(frozen=True)
-class Stand:
-    """How far a recovery has got, so that a killed one goes on as if nothing had happened.
-
-    Args:
-        step: Steps (or layers) done.
-        tensors: What they have made.
-        values: What else must be known, as JSON data.
-    """
-
-    step: int
-    tensors: Mapping[str, Tensor]
-    values: Mapping[str, Any] = field(default_factory=dict)
+FORMAT = "regrow-recovery/1"
 
 
 @dataclass(frozen=True)
@@ -40,8 +32,8 @@ class Task:
         plan: The cut.
         sources: What to learn from; the last part of each is held out, and judges.
         seed: Of what is drawn.
-        done: Where an earlier, interrupted call stood.
-        on_done: Called with each stand that can be resumed from.
+        checkpoint: The file from which an interrupted call goes on; ``None``: it starts again.
+        header: JSON data that goes into the header of that file.
         progress: Called with (steps done, steps in all, what).
     """
 
@@ -51,8 +43,8 @@ class Task:
     plan: Plan
     sources: Sequence[Source]
     seed: int = 0
-    done: Stand | None = None
-    on_done: Callable[[Stand], None] | None = None
+    checkpoint: Path | None = None
+    header: Callable[[], dict[str, Any]] = dict
     progress: Progress = silent
 
     def parts(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
@@ -75,10 +67,30 @@ class Task:
         halves = [source.held_out(share) for source in self.sources]
         return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
 
-    def kept(self, stand: Stand) -> None:
-        """Let a stand be kept."""
-        if self.on_done:
-            self.on_done(stand)
+    def write(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Write how far a closed-form recovery has got.
+
+        Args:
+            step: Sources or layers done.
+            tensors: What they have made.
+            values: What else must be known, as JSON data.
+
+        Raises:
+            StoreError: If the disk is full or the file cannot be written.
+        """
+        if self.checkpoint is not None:
+            write_tensors(self.checkpoint, tensors, {**self.header(), "step": step, "values": dict(values)}, FORMAT)
+
+    def read(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
+        """What :meth:`write` wrote; ``None`` if there is no checkpoint, or it cannot be used."""
+        if self.checkpoint is None or not self.checkpoint.is_file():
+            return None
+        try:
+            header, tensors = read_tensors(self.checkpoint, FORMAT)
+            record = convert(header, schemas.RecoveryHeader)
+        except (StoreError, ValueError):
+            return None
+        return record.step, tensors, record.values
 
 
 Recovery = Callable[[Task], dict[str, Any]]
@@ -89,22 +101,6 @@ def device_of(model: nn.Module) -> torch.device:
     """Where a network's parameters are."""
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
-
-
-@contextmanager
-def resting(*models: nn.Module) -> Iterator[None]:
-    """Networks in eval mode, their parameters without gradients; modes and flags come back afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    wanted = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    for model in models:
-        model.eval().requires_grad_(False)
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in wanted:
-            parameter.requires_grad_(flag)
 
 
 @contextmanager
