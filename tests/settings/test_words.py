@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 
@@ -23,7 +24,9 @@ RUNS = [
 
 
 @pytest.mark.parametrize("settings", RUNS, ids=lambda one: type(one).__module__[16:])
-def test_a_command_line_gives_the_settings_again(settings) -> None:
+def test_a_command_line_gives_the_settings_again(settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a b").mkdir()  # the folder of a source, which has to be there
     output = "--json" if isinstance(settings, evaluate.Settings) else "--out"
     name, *words = shlex.split(command_line(settings, output, "x.json"))[1:]
     context = regrow.commands[name].make_context(name, words)

@@ -74,6 +74,8 @@ def _explain(error: BaseException, words: list[str]) -> int:
     found = boundary.failure_of(error)
     line = found.line
     if found.report:
-        line += f"; a report was written to {boundary.written_report(error, words)}"
+        from regrow.cli.bug_report import write_report
+
+        line += f"; a report was written to {write_report(error, words)}"
         line += ", please attach it" if found.code == boundary.BUG else ""
     return failure(line, found.code)

@@ -5,17 +5,13 @@ import dis
 import errno
 import importlib
 import os
-import platform
 import re
 import signal
 import sysconfig
-import tempfile
 import threading
-import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
@@ -52,7 +48,7 @@ EXTRAS = {
 }
 """Package → the extra that installs it."""
 
-_ROOT = Path(__file__).parents[1]
+PACKAGE = Path(__file__).parents[1]
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
 _MACHINE = _NO_ROOM | {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.EAGAIN
@@ -67,7 +63,6 @@ _REMEDIES = {
     errno.ENAMETOOLONG: "choose a shorter name",
 }
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|cannot allocate memory", re.IGNORECASE)
-_SECRET = re.compile(r"(?i)(token|secret|passw|key|credential)[^=\s]*=?$|^(hf|sk|ghp|gho|pat)[_-]\w{8,}|://[^/\s]*@")
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, ValueError) and _on_purpose(error):
         return Failure(_code_of(error), str(error))
     if (place := _foreign(error.__traceback__)) is not None:
-        return Failure(USAGE, f"{place} failed: {_named(error)}; it is not part of regrow: mend it there", report=True)
-    return Failure(BUG, f"this is a bug in regrow: {_named(error)}", report=True)
+        return Failure(USAGE, f"{place} failed: {describe(error)}; it is not part of regrow: fix it there", report=True)
+    return Failure(BUG, f"this is a bug in regrow: {describe(error)}", report=True)
 
 
 def _of_usage(error: click.ClickException) -> Failure:
@@ -167,7 +162,7 @@ def _of_system(error: OSError) -> Failure:
     number = error.errno or 0
     name = error.filename if isinstance(error.filename, str) else os.fsdecode(error.filename or b"")
     where = f"{name}: " if name else ""
-    what = (os.strerror(number) if number else _named(error)).rstrip(".")
+    what = (os.strerror(number) if number else describe(error)).rstrip(".")
     remedy = _REMEDIES.get(number, "check the path and the disk")
     return Failure(ENVIRONMENT if number in _MACHINE else USAGE, f"{where}{what[:1].lower()}{what[1:]}; {remedy}")
 
@@ -180,7 +175,7 @@ def _on_purpose(error: ValueError) -> bool:
     if tb is None:
         return False
     code = tb.tb_frame.f_code
-    return Path(code.co_filename).is_relative_to(_ROOT) and code.co_code[tb.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return Path(code.co_filename).is_relative_to(PACKAGE) and code.co_code[tb.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _foreign(tb: TracebackType | None) -> str | None:
@@ -190,79 +185,18 @@ def _foreign(tb: TracebackType | None) -> str | None:
     for frame, line in traceback.walk_tb(tb):
         name = frame.f_code.co_filename
         path = Path(name)
-        if not name.startswith("<") and not any(path.is_relative_to(place) for place in (_ROOT, *places)):
+        if not name.startswith("<") and not any(path.is_relative_to(place) for place in (PACKAGE, *places)):
             found = f"{path.name}:{line} in {frame.f_code.co_name}"
     return found
 
 
-def _named(error: BaseException) -> str:
-    """``KeyError: 'x'``, on one line, without the user's home folder."""
+def describe(error: BaseException) -> str:
+    """An error as ``KeyError: 'x'``, on one line, without the user's home folder."""
     text = " ".join(str(error).split())[:200]
     home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where the user has none)
     if home.strip("/~"):
         text = text.replace(home, "~")
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def written_report(error: BaseException, words: Sequence[str]) -> str:
-    """Write what is needed to find a bug to a file of its own, readable by its user only, and name the file.
-
-    It holds the traceback without the values of variables, versions, and the command line without what looks like a
-    secret and with the last part of each path only.
-    """
-    versions = {name: _version(name) for name in ("regrow", "torch", "transformers", "numpy", "click", "rich")}
-    lines = [
-        "Report of regrow; please read it before you attach it.",
-        f"written   {time.strftime('%Y-%m-%dT%H:%M:%S%z')}",
-        f"python    {platform.python_version()} on {platform.system()} {platform.machine()}",
-        *(f"{name:9} {version}" for name, version in versions.items()),
-        f"command   {' '.join(_harmless(words))}",
-        "",
-        *_traced(error),
-    ]
-    try:
-        handle, name = tempfile.mkstemp(prefix="regrow-report-", suffix=".txt")
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write("\n".join(lines) + "\n")
-    except OSError as failed:
-        return f"nowhere ({failed.strerror})"
-    return name
-
-
-def _traced(error: BaseException) -> Iterator[str]:
-    chain: list[BaseException] = []
-    one: BaseException | None = error
-    while one is not None and one not in chain:
-        chain.append(one)
-        one = one.__cause__ or (None if one.__suppress_context__ else one.__context__)
-    places = sorted({str(_ROOT.parent), *sysconfig.get_paths().values()}, key=len, reverse=True)
-    for one in reversed(chain):
-        for frame in traceback.extract_tb(one.__traceback__):
-            place = next((p for p in places if frame.filename.startswith(p)), None)
-            # Of the user's own files the name alone is told.
-            file = frame.filename.removeprefix(place or "").lstrip("/\\") if place else Path(frame.filename).name
-            yield f"  {file}:{frame.lineno} in {frame.name}" + (f"\n    {frame.line}" if place else "")
-        yield _named(one)
-
-
-def _harmless(words: Sequence[str]) -> Iterator[str]:
-    hide = False
-    for word in words:
-        name, equals, value = word.partition("=")
-        if hide or _SECRET.search(value or word):
-            yield "***"
-        elif equals:
-            yield f"{name}=***" if _SECRET.search(f"{name}=") else f"{name}={Path(value).name or value}"
-        else:
-            yield word if word.startswith("-") else Path(word).name or word
-        hide = word == "--prompt" or (word.startswith("--") and bool(_SECRET.search(word)))
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 NOTHING_YET = "stopped; nothing was written"
@@ -281,6 +215,7 @@ class Verb(click.Command):
         needs: The module that is imported before it runs, so that Ctrl-C meets it with its modules whole.
         resumed: The options that name the folder in which the same command goes on; none: it begins anew.
         settings: The record of its settings, from which options derive; the command gets them as ``given``.
+        instead: The option that takes the settings of an earlier run.
         **more: As for ``click.Command``.
     """
 
@@ -290,12 +225,14 @@ class Verb(click.Command):
         needs: str = "regrow.commands",
         resumed: tuple[str, ...] = (),
         settings: type["DataclassInstance"] | None = None,
+        instead: str = "",
         **more: Any,
     ) -> None:
         super().__init__(**more)
         self.needs = needs
         self.resumed = resumed
         self.settings = settings
+        self.instead = instead
         if settings:
             self.params = [*parameters_of(settings), *self.params]
 
@@ -330,6 +267,8 @@ class Verb(click.Command):
             Path.cwd()
         except FileNotFoundError:  # compiled code may end the process over it
             raise click.UsageError("the working directory was deleted; change to one that is there", ctx) from None
+        if self.settings and not ctx.params.get(self.instead):
+            ctx.params["given"].build()  # what can be wrong with them is found before anything large is imported
         importlib.import_module(self.needs)
         if signal.getsignal(signal.SIGINT) is stop_at_once:
             signal.signal(signal.SIGINT, signal.default_int_handler)

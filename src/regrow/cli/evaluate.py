@@ -18,7 +18,6 @@ from regrow.settings.evaluate import Settings
 def evaluate(given: Given, json_file: Path | None, code: str) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
     settings = given.build()
-    options.check_sources(settings.sources)
     options.check_json(json_file, settings.model, *settings.choices, *settings.harness, *settings.sources)
     options.say_code(settings.model, code)
     from regrow.commands import RunFolder

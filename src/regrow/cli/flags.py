@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from regrow.cli.options import PATH, Decorator
+from regrow.cli.options import PATH, Decorator, check_sources
 from regrow.errors import InputError
 from regrow.settings import prune
 from regrow.settings.declaration import Declared, declared, options_of
@@ -94,10 +94,14 @@ class Given:
         """The settings of the command.
 
         Raises:
-            InputError: If one is missing or cannot be.
+            InputError: If one is missing or cannot be, or a source is not there.
         """
         file = read_settings(self.file, self.kind, self.elsewhere) if self.file else {}
-        return build_settings(self.kind, self.values, file)
+        settings = build_settings(self.kind, self.values, file)
+        check_sources(
+            one for field in options_of(self.kind) if field.setting.source for one in getattr(settings, field.name)
+        )
+        return settings
 
 
 def option_of(kind: type["DataclassInstance"], name: str) -> Decorator:

@@ -21,7 +21,7 @@ Examples
 RESUME = "Going on with a run"
 
 
-@click.command(cls=Verb, resumed=("resume", "out"), settings=Settings, epilog=EPILOG)
+@click.command(cls=Verb, resumed=("resume", "out"), settings=Settings, instead="resume", epilog=EPILOG)
 @options.run_folder()
 @click.option("--resume", type=options.PATH, help="Go on with the run of this folder.", cls=Flag, heading=RESUME)
 @click.option(

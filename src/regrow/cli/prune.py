@@ -23,7 +23,7 @@ Examples
 """
 
 
-@click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
+@click.command(cls=Verb, resumed=("out",), settings=Settings, instead="again", epilog=EPILOG)
 @options.run_folder()
 @click.option("--dry-run", type=options.PATH, help="Only write the plan to this file; `regrow apply` runs it.")
 @options.code
@@ -35,7 +35,6 @@ def prune(given: Given, out: Path | None, dry_run: Path | None, again: Path | No
     if again and given.options:
         raise click.UsageError(f"--again repeats a run with its settings; leave out {', '.join(given.options)}")
     settings = _again(again, code) if again else given.build()
-    options.check_sources((*settings.sources, *settings.unseen))
     options.check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
     options.say_code(settings.model)
     if dry_run:

@@ -9,10 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
-from rich.console import Console, RenderableType
-from rich.live import Live
-from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -87,16 +84,6 @@ def _words(cell: object) -> Text:
     return Text(printable(str(cell)))
 
 
-class _Line(Progress):
-    """A bar behind what is being done, and below it how it goes, in as many lines as the terminal needs for it."""
-
-    def get_renderables(self) -> Iterator[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        for task in self.tasks:
-            if how := task.fields.get("how"):
-                yield Text(how, no_wrap=False, overflow="fold")
-
-
 @contextmanager
 def working() -> Iterator[Told]:
     """A progress line with the time left, on the error stream; plain lines where that is not a terminal.
@@ -106,14 +93,9 @@ def working() -> Iterator[Told]:
     if not err.is_terminal:
         yield _plain()
         return
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with _Line(*columns, console=err, transient=True) as progress:
+    from regrow.cli.bar import Bar, columns
+
+    with Bar(*columns(), console=err, transient=True) as progress:
         task = progress.add_task("starting", total=1)
         shown = ""
 
@@ -166,6 +148,9 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
             texts[i] = "".join(stream)
             say(f"{printable(title)}: {texts[i].strip()}", lines=True)
         return texts
+    from rich.live import Live
+    from rich.panel import Panel
+
     with Live(console=out, refresh_per_second=12, vertical_overflow="visible") as live:
         going = dict(enumerate(streams))
         while going:

@@ -30,7 +30,7 @@ def evaluate(settings: Settings, progress: Progress = silent, *, code: str = "")
     model, items = settings.model, settings.items
     spec = ModelSpec(model, settings.dtype, settings.device, settings.input, settings.sources)
     loaded = load_model_or_run(spec, progress, code)
-    specs = SourceSpecs(unseen=settings.sources, eval_tokens=settings.eval_tokens, seq_len=settings.seq_len)
+    specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
     tests = sources_of(specs, loaded).evaluation
     first = next(loaded.model.parameters()).dtype
     result: dict[str, Any] = {

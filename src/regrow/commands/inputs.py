@@ -19,20 +19,20 @@ class SourceSpecs:
     """Which sources, and how much of each.
 
     Args:
-        sources: Those that calibrate, and are evaluated on, as ``--source`` takes them.
-        unseen: Those that are evaluated on only.
-        seed: Which windows are drawn.
-        tokens: Calibration tokens (or images) per source.
         eval_tokens: Evaluation tokens (or images) per source.
         seq_len: Tokens per window.
+        sources: Those that calibrate, and are evaluated on, as ``--source`` takes them.
+        unseen: Those that are evaluated on only.
+        tokens: Calibration tokens (or images) per source.
+        seed: Which windows are drawn.
     """
 
+    eval_tokens: int
+    seq_len: int
     sources: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
+    tokens: int = 0
     seed: int = 0
-    tokens: int = 4096
-    eval_tokens: int = 2048
-    seq_len: int = 256
 
 
 @dataclass(frozen=True)

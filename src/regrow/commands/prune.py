@@ -201,8 +201,8 @@ def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
         recovery_tokens: How many tokens a recovery may learn from, which the sources share; 0: as for calibration.
     """
     tokens = recovery_tokens // max(1, len(settings.sources)) if recovery_tokens else settings.tokens
-    amounts = {"tokens": tokens, "eval_tokens": settings.eval_tokens, "seq_len": settings.seq_len}
-    return SourceSpecs(settings.sources, settings.unseen, settings.seed, **amounts)
+    amounts = settings.eval_tokens, settings.seq_len
+    return SourceSpecs(*amounts, settings.sources, settings.unseen, tokens, settings.seed)
 
 
 def budget_of(settings: Settings) -> Budget:
