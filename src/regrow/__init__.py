@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from regrow.axis_tensor import AxisTensor
     from regrow.candidates import Candidates
     from regrow.commands import load
     from regrow.commands.pruning import prune
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from regrow.tracing import trace, with_branches
 
 __all__ = [
+    "AxisTensor",
     "Candidates",
     "Fill",
     "Plan",
@@ -30,6 +32,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
     "exported": "regrow.export.formats",
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),

@@ -2,45 +2,39 @@
 
 import re
 from dataclasses import fields
+from difflib import get_close_matches
 
 import click
 
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, table
 
+_COMMANDS = {"pruning": "prune", "recovery": "recover", "continual": "learn", "search": "search"}
+"""What a method does → the command that uses it."""
+
 
 @click.command(cls=Verb, needs="regrow.methods")
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain NAME: what it does, its settings, whom to cite."""
-    from regrow.methods import (
-        LEARNERS,
-        METHODS,
-        RECOVERIES,
-        SEARCHERS,
-        entry,
-        learner_entry,
-        recovery_entry,
-        searcher_entry,
-    )
+    from regrow.methods import TABLES, Kind, added_methods, find_method
 
+    added = added_methods()
     if name is None:
-        for verb, known in (
-            ("prune", METHODS),
-            ("recover", RECOVERIES),
-            ("learn", LEARNERS),
-            ("search", SEARCHERS),
-        ):
+        for kind, command in _COMMANDS.items():
+            known = dict(TABLES[Kind(kind)]) | {key: one for key, one in added.items() if one.kind == kind}
             rows = [(key, one.about.strip().splitlines()[0].rstrip(".")) for key, one in known.items()]
-            table(f"Methods of `regrow {verb}`", ("name", "what it does"), rows)
+            table(f"Methods of `regrow {command}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return
-    of = {
-        **dict.fromkeys(LEARNERS, learner_entry),
-        **dict.fromkeys(SEARCHERS, searcher_entry),
-        **dict.fromkeys(RECOVERIES, recovery_entry),
-    }
-    one = of.get(name, entry)(name)
+    kinds = [one.kind for key, one in added.items() if key == name]
+    kinds += [kind for kind, known in TABLES.items() if name in known]
+    if not kinds:
+        names = [*added, *(key for one in TABLES.values() for key in one)]
+        near = get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? all" if near else "all"
+        raise click.UsageError(f"there is no method {name!r}; {hint} are {', '.join(names)}")
+    one = find_method(kinds[0], name)
     say(one.about.strip() + "\n", lines=True)
     helps = _helps(one.settings.__doc__ or "")
     rows = [

@@ -69,15 +69,19 @@ def _write_plan(settings: Settings, path: Path) -> None:
 def _again(folder: Path, code: str) -> Settings:
     from regrow.commands.folder import RunFolder
     from regrow.commands.prune import read_pruning_settings
+    from regrow.methods import refuse_recorded_code
     from regrow.nets import ModelError
 
     data = (RunFolder.started(folder) or RunFolder.open(folder)).run()
     if data.get("verb") != "prune":
         raise click.UsageError(f"{folder} holds a run of {data.get('verb')!r}; --again repeats a pruning run")
     try:
-        return read_pruning_settings(data["settings"], code)
+        settings = read_pruning_settings(data["settings"], code)
     except ModelError as error:
         raise click.UsageError(f"{folder}: {error}") from None
+    for name in (settings.method, settings.recover):
+        refuse_recorded_code(name, str(data.get("command")))
+    return settings
 
 
 def _tell(folder: Any) -> None:

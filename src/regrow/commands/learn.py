@@ -16,7 +16,7 @@ from regrow.commands.folder import RunFolder, WritePage
 from regrow.commands.history import read_history
 from regrow.commands.record import convert_settings
 from regrow.data import MissingError, SourceError, streams
-from regrow.methods import learner_entry
+from regrow.methods import learner_entry, refuse_recorded_code
 from regrow.nets.files import check_files
 from regrow.nets.loaded import Origin
 from regrow.nets.small import origin_of_small, small
@@ -102,6 +102,7 @@ def extend(
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
     was = convert_settings(told["settings"], Settings)
+    refuse_recorded_code(was.method, str(told.get("command")))
     check_checkpoint(folder.path / CHECKPOINT, read_history(folder))
     added = _added(told.get("extension"), was.tasks, tuple(more), total)
     if told.get("finished") and folder.path == Path(out) and not added:

@@ -1,11 +1,14 @@
-"""Methods: one file is one paper, and none imports another.
+"""Methods: one file or folder is one paper, and none imports another.
 
-``METHODS`` is the whole list: name → its settings, how to build it from them, and whom to cite.
+The tables below list all of them: name → its settings, how to build it from them, and whom to cite. Packages add
+methods by entry points of the group ``regrow.methods``; ``docs/add-a-method.md`` shows how.
 """
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from enum import StrEnum
+from importlib.metadata import entry_points
 from typing import Any, get_args, get_type_hints
 
 from regrow.methods.continual import ewc, lwf, naive, packnet, replay, si, sparsegrow, wsn
@@ -13,19 +16,35 @@ from regrow.methods.pruning import flap, gprune, llm_pruner, magnitude, random, 
 from regrow.methods.recovery import bias, distil, lora, refit
 from regrow.methods.search import baselines as blind
 from regrow.methods.search import darts, gold_nas, mgas
+from regrow.nets.code import import_object
+from regrow.references import names_code
+
+GROUP = "regrow.methods"
+"""The group of entry points by which packages add methods."""
+
+
+class Kind(StrEnum):
+    """What a method does."""
+
+    PRUNING = "pruning"
+    CONTINUAL = "continual"
+    SEARCH = "search"
+    RECOVERY = "recovery"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One method.
+class MethodEntry:
+    """A method by its name on the command line.
 
     Args:
+        kind: What it does.
         settings: A dataclass with a default for every field, documented in its docstring.
         build: Settings → the method.
         citation: The paper.
         about: The module's docstring: what the paper does, and where we differ.
     """
 
+    kind: Kind
     settings: type
     build: Callable[[Any], Any]
     citation: str
@@ -69,85 +88,138 @@ class Entry:
             raise ValueError(f"{name}: {key} is several of type {kind.__name__}; got {value!r}") from None
 
 
-METHODS: Mapping[str, Entry] = {
-    "random": Entry(random.Settings, random.build, random.CITATION, random.__doc__ or ""),
-    "magnitude": Entry(magnitude.Settings, magnitude.build, magnitude.CITATION, magnitude.__doc__ or ""),
-    "wanda_sp": Entry(wanda_sp.Settings, wanda_sp.build, wanda_sp.CITATION, wanda_sp.__doc__ or ""),
-    "flap": Entry(flap.Settings, flap.build, flap.CITATION, flap.__doc__ or ""),
-    "gprune": Entry(gprune.Settings, gprune.build, gprune.CITATION, gprune.__doc__ or ""),
-    "llm_pruner": Entry(llm_pruner.Settings, llm_pruner.build, llm_pruner.CITATION, llm_pruner.__doc__ or ""),
-}
-"""Every method that prunes, by its name on the command line."""
+def _entries(kind: Kind, modules: Mapping[str, Any]) -> dict[str, MethodEntry]:
+    return {
+        name: MethodEntry(kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
+        for name, module in modules.items()
+    }
 
-LEARNERS: Mapping[str, Entry] = {
-    "naive": Entry(naive.Settings, naive.build, naive.CITATION, naive.__doc__ or ""),
-    "ewc": Entry(ewc.Settings, ewc.build, ewc.CITATION, ewc.__doc__ or ""),
-    "si": Entry(si.Settings, si.build, si.CITATION, si.__doc__ or ""),
-    "lwf": Entry(lwf.Settings, lwf.build, lwf.CITATION, lwf.__doc__ or ""),
-    "replay": Entry(replay.Settings, replay.build, replay.CITATION, replay.__doc__ or ""),
-    "packnet": Entry(packnet.Settings, packnet.build, packnet.CITATION, packnet.__doc__ or ""),
-    "wsn": Entry(wsn.Settings, wsn.build, wsn.CITATION, wsn.__doc__ or ""),
-    "sparsegrow": Entry(sparsegrow.Settings, sparsegrow.build, sparsegrow.CITATION, sparsegrow.__doc__ or ""),
-}
+
+METHODS: Mapping[str, MethodEntry] = _entries(
+    Kind.PRUNING,
+    {
+        "random": random,
+        "magnitude": magnitude,
+        "wanda_sp": wanda_sp,
+        "flap": flap,
+        "gprune": gprune,
+        "llm_pruner": llm_pruner,
+    },
+)
+"""Every method that prunes."""
+
+LEARNERS: Mapping[str, MethodEntry] = _entries(
+    Kind.CONTINUAL,
+    {
+        "naive": naive,
+        "ewc": ewc,
+        "si": si,
+        "lwf": lwf,
+        "replay": replay,
+        "packnet": packnet,
+        "wsn": wsn,
+        "sparsegrow": sparsegrow,
+    },
+)
 """Every method that learns task after task."""
 
-
-SEARCHERS: Mapping[str, Entry] = {
-    "mgas": Entry(mgas.Settings, mgas.build, mgas.CITATION, mgas.__doc__ or ""),
-    "blind": Entry(blind.Settings, blind.build, blind.CITATION, blind.__doc__ or ""),
-    "darts": Entry(darts.Settings, darts.build, darts.CITATION, darts.__doc__ or ""),
-    "gold_nas": Entry(gold_nas.Settings, gold_nas.build, gold_nas.CITATION, gold_nas.__doc__ or ""),
-}
+SEARCHERS: Mapping[str, MethodEntry] = _entries(
+    Kind.SEARCH, {"mgas": mgas, "blind": blind, "darts": darts, "gold_nas": gold_nas}
+)
 """Every method that searches."""
 
-RECOVERIES: Mapping[str, Entry] = {
-    "bias": Entry(bias.Settings, bias.build, bias.CITATION, bias.__doc__ or ""),
-    "refit": Entry(refit.Settings, refit.build, refit.CITATION, refit.__doc__ or ""),
-    "lora": Entry(lora.Settings, lora.build, lora.CITATION, lora.__doc__ or ""),
-    "distil": Entry(distil.Settings, distil.build, distil.CITATION, distil.__doc__ or ""),
+RECOVERIES: Mapping[str, MethodEntry] = _entries(
+    Kind.RECOVERY, {"bias": bias, "refit": refit, "lora": lora, "distil": distil}
+)
+"""Every way to recover what pruning lost."""
+
+TABLES: Mapping[Kind, Mapping[str, MethodEntry]] = {
+    Kind.PRUNING: METHODS,
+    Kind.CONTINUAL: LEARNERS,
+    Kind.SEARCH: SEARCHERS,
+    Kind.RECOVERY: RECOVERIES,
 }
-"""Every way to win back what pruning lost."""
+"""The methods of this package, by what they do."""
 
 
-def entry(name: str) -> Entry:
-    """The method that prunes, of a name.
+def find_method(kind: Kind, name: str) -> MethodEntry:
+    """The method of a name.
 
-    Raises:
-        ValueError: If there is none; suggests the nearest.
-    """
-    return _of(METHODS, name)
-
-
-def learner_entry(name: str) -> Entry:
-    """The method that learns task after task, of a name.
+    Args:
+        kind: What it does.
+        name: A name in :data:`TABLES`, that of an entry point of an installed package, or ``pkg.mod:NAME``, where NAME
+            is a :class:`MethodEntry` of your own code. Never pass a name of code that comes from a file.
 
     Raises:
         ValueError: If there is none; suggests the nearest.
     """
-    return _of(LEARNERS, name)
-
-
-def searcher_entry(name: str) -> Entry:
-    """The method that searches, of a name.
-
-    Raises:
-        ValueError: If there is none; suggests the nearest.
-    """
-    return _of(SEARCHERS, name)
-
-
-def recovery_entry(name: str) -> Entry:
-    """The recovery of a name.
-
-    Raises:
-        ValueError: If there is none; suggests the nearest.
-    """
-    return _of(RECOVERIES, name, "recovery", "recoveries")
-
-
-def _of(known: Mapping[str, Entry], name: str, what: str = "method", all_of: str = "methods") -> Entry:
-    if name in known:
-        return known[name]
+    if name in TABLES[kind]:
+        return TABLES[kind][name]
+    if names_code(name):
+        return _checked(kind, name, import_object(name))
+    added = {point.name: point for point in entry_points(group=GROUP)}
+    if name in added:
+        return _checked(kind, name, import_object(added[name].value))
+    known = [*TABLES[kind], *(other for other in added if not any(other in table for table in TABLES.values()))]
     near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? the" if near else "the"
+    what, all_of = ("recovery", "recoveries") if kind == Kind.RECOVERY else ("method", "methods")
     raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(known)}")
+
+
+def refuse_recorded_code(name: str, command: str) -> None:
+    """Assert that the method of a run folder is not the user's own code, which a name in a file never imports.
+
+    Args:
+        name: The recorded name.
+        command: The command line of the run.
+
+    Raises:
+        ValueError: If it is; names the remedy.
+    """
+    if names_code(name):
+        raise ValueError(
+            f"the run's method is your own code ({name!r:.80}), and a name in a file is never imported; install it as "
+            f"an entry point of {GROUP}, or give the whole command again: {command}"
+        )
+
+
+def added_methods() -> dict[str, MethodEntry]:
+    """The methods that installed packages add, by name; those that cannot be imported are left out."""
+    methods = {}
+    for point in entry_points(group=GROUP):
+        try:
+            found = import_object(point.value)
+        except ValueError:
+            continue
+        if isinstance(found, MethodEntry):
+            methods[point.name] = found
+    return methods
+
+
+def _checked(kind: Kind, name: str, found: object) -> MethodEntry:
+    if not isinstance(found, MethodEntry):
+        raise ValueError(f"{name} is a {type(found).__name__}, not a regrow.methods.MethodEntry; name one")
+    if found.kind != kind:
+        raise ValueError(f"{name} is a method of {found.kind}, and one of {kind} is needed; name one")
+    return found
+
+
+def entry(name: str) -> MethodEntry:
+    """The method that prunes, of a name."""
+    return find_method(Kind.PRUNING, name)
+
+
+def learner_entry(name: str) -> MethodEntry:
+    """The method that learns task after task, of a name."""
+    return find_method(Kind.CONTINUAL, name)
+
+
+def searcher_entry(name: str) -> MethodEntry:
+    """The method that searches, of a name."""
+    return find_method(Kind.SEARCH, name)
+
+
+def recovery_entry(name: str) -> MethodEntry:
+    """The recovery of a name."""
+    return find_method(Kind.RECOVERY, name)

@@ -26,18 +26,29 @@ def imported(name: str) -> Builder:
     Raises:
         ModelError: If it cannot be imported.
     """
+    return partial(_run, import_object(name))
+
+
+def import_object(name: str) -> Any:
+    """Import what a person named, or an installed package declares as an entry point.
+
+    Args:
+        name: ``pkg.mod:NAME``, importable from where Python runs. Never pass what a file says.
+
+    Raises:
+        ModelError: If it cannot be imported.
+    """
     if not names_code(name):
         raise ModelError(f"{name!r} does not name a function; write pkg.mod:fn, for example mynets:tiny")
-    module_name, _, function_name = name.partition(":")
+    module_name, _, attribute = name.partition(":")
     try:
-        function = _run(partial(_attribute, module_name, function_name))
+        return _run(partial(_attribute, module_name, attribute))
     except ImportError as error:
         raise ModelError(f"{name}: cannot import {module_name!r} ({first_line(error)})") from None
     except AttributeError as error:
         raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:
         raise ModelError(f"{name}: importing it failed: {type(error).__name__}: {first_line(error)}; mend it") from None
-    return partial(_run, function)
 
 
 def check_code(recorded: str, needed: bool, code: str) -> None:

@@ -65,8 +65,10 @@ def build(settings: Settings) -> Learner[SparseGrowState]:
                 return _freeze(state, context, settings)
             case Event.EPOCH_START if settings.norms == "freeze" and context.number:
                 freeze_norms(context.model)
-            case Event.PLAN_APPLIED if boundary.plan:
+            case Event.PLAN_APPLIED if boundary.plan and boundary.plan.origin.get("method") == "sparsegrow":
                 return _initialise_new_units(state, context, boundary.plan, settings)
+            case Event.PLAN_APPLIED:  # a plan from elsewhere
+                return _freeze(state, context, settings)
             case Event.EPOCH_END:
                 gate.apply_gates(state, context)
                 return replace(state, kept=_describe_thresholds(state, context, settings))

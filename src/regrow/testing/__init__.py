@@ -1,0 +1,47 @@
+"""The conformance suite: laws that every method must obey, for methods of this package and of others.
+
+``check_method("ewc")`` runs every law of the method's kind and raises an ``AssertionError`` that names the law that was
+broken. In a test suite of your own, parametrize over :data:`LAWS` and call each law with the method and its settings.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from regrow.methods import Kind, MethodEntry, find_method
+from regrow.testing import continual
+
+__all__ = ["LAWS", "check_method"]
+
+Law = Callable[[MethodEntry, Mapping[str, Any]], None]
+"""(method, its settings) → ``None``; raises an ``AssertionError``."""
+
+LAWS: Mapping[Kind, Mapping[str, Law]] = {Kind.CONTINUAL: continual.LAWS}
+"""What a method does → its laws by name."""
+
+
+def check_method(
+    method: MethodEntry | str, settings: Mapping[str, Any] | None = None, kind: str | None = None
+) -> tuple[str, ...]:
+    """Run every law of a method's kind.
+
+    Args:
+        method: The method, or its name: of this package, of an entry point, or ``pkg.mod:NAME``.
+        settings: Its settings, where they differ from the defaults.
+        kind: What it does, for a method given by name: ``"continual"``.
+
+    Returns:
+        The names of the laws that were run.
+
+    Raises:
+        AssertionError: If the method breaks one; names the law.
+        ValueError: If there is no such method, or no law of its kind.
+    """
+    entry = method if isinstance(method, MethodEntry) else find_method(Kind(kind or Kind.CONTINUAL), method)
+    if entry.kind not in LAWS:
+        raise ValueError(f"there are no laws for methods of {entry.kind}; there are some for {', '.join(LAWS)}")
+    for name, law in LAWS[entry.kind].items():
+        try:
+            law(entry, settings or {})
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from error
+    return tuple(LAWS[entry.kind])

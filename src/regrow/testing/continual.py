@@ -1,0 +1,189 @@
+"""Laws of methods that learn task after task."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.dims import size_of
+from regrow.methods import MethodEntry
+from regrow.nets.small import small
+from regrow.plan import Plan
+from regrow.surgery.stand_in import standing_in
+from regrow.tasks import Examples, Task
+from regrow.tracing import trace
+from regrow.tracing.hollow import clone_model
+from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import Fitted, apply_plan
+from regrow.training.learner import Context, Learner, write_replacements
+from regrow.training.state import TrainState, axis_tensors, restore_state, values_of
+
+CLASSES, SIDE = 4, 6
+SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
+
+
+class _StoppedError(Exception):
+    """Training was stopped on purpose."""
+
+
+def make_tasks(count: int = 2) -> list[Task]:
+    """Small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task."""
+    tasks = []
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        patterns = torch.randn(CLASSES, 1, SIDE, SIDE, generator=generator)
+        train, test = (_noisy(patterns, many, generator) for many in (96, 48))
+        tasks.append(Task(f"patterns-{number + 1}", train, test, tuple(range(CLASSES))))
+    return tasks
+
+
+def _noisy(patterns: Tensor, many: int, generator: torch.Generator) -> Examples:
+    labels = torch.arange(many) % CLASSES
+    noise = torch.randn(many, *patterns.shape[1:], generator=generator)
+    return Examples(patterns[labels] + 0.5 * noise, labels)
+
+
+def make_network(tasks: list[Task]) -> tuple[nn.Module, AxisGraph]:
+    """A small network with random weights, and its axes."""
+    model, _ = small("mlp:16-12", (1, SIDE, SIDE), CLASSES)
+    return model, trace(model, tasks[0].train.inputs[:2])
+
+
+def _fit(
+    method: MethodEntry, settings: Mapping[str, Any], tasks: list[Task], **more: Any
+) -> tuple[Learner[Any], Fitted[Any]]:
+    learner = method.made("the method", settings)
+    model, axes = make_network(tasks)
+    return learner, learn(model, axes, tasks, learner, more.pop("schedule", SCHEDULE), **more)
+
+
+def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The learner is a frozen record, and so is its state."""
+    learner = method.made("the method", settings)
+    assert isinstance(learner, Learner), f"build returns a {type(learner).__name__}, not a Learner"
+    state = learner.state
+    frozen = is_dataclass(state) and getattr(type(state), "__dataclass_params__").frozen  # noqa: B009
+    assert frozen, f"the state is a {type(state).__name__}, not a frozen dataclass"
+
+
+def check_learning(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The first task is learned far better than chance."""
+    _, fitted = _fit(method, settings, make_tasks(1), schedule=replace(SCHEDULE, epochs=6))
+    accuracy = fitted.state.rows[0][0]
+    assert accuracy > 2 / CLASSES, f"accuracy {accuracy:.2f} on the first task; chance is {1 / CLASSES:.2f}"
+
+
+def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The same seed gives the same weights, bit for bit."""
+    first, second = (_fit(method, settings, make_tasks())[1].model for _ in range(2))
+    _assert_equal(first.state_dict(), second.state_dict(), "two runs with the same seed differ")
+
+
+def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """Stopped after any epoch and resumed from its checkpoint, training ends with the same bits."""
+    tasks = make_tasks()
+    _, whole = _fit(method, settings, tasks)
+    for stop in range(1, 2 * SCHEDULE.epochs):
+        model, axes, state = _stop_and_read(method, settings, tasks, stop)
+        learner = method.made("the method", settings)
+        resumed = learn(model, axes, tasks, learner, SCHEDULE, state=state)
+        where = f"resumed after epoch {stop}"
+        _assert_equal(whole.model.state_dict(), resumed.model.state_dict(), where)
+        assert whole.state.rows == resumed.state.rows, f"{where}: other accuracies"
+        assert values_of(whole.state.learner) == values_of(resumed.state.learner), f"{where}: another state"
+
+
+def _stop_and_read(
+    method: MethodEntry, settings: Mapping[str, Any], tasks: list[Task], stop: int
+) -> tuple[nn.Module, AxisGraph, TrainState[Any]]:
+    """Train, stop at a checkpoint, and read it as a new process would."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, written = Path(folder) / "checkpoint.safetensors", 0
+
+        def write(state: TrainState[Any], context: Context) -> None:
+            nonlocal written
+            written += 1
+            if written == stop:
+                write_checkpoint(path, context.model, state)
+                raise _StoppedError
+
+        with contextlib.suppress(_StoppedError):
+            _fit(method, settings, tasks, checkpoint=write)
+        model, axes = make_network(tasks)
+        return read_checkpoint(path, model, axes, method.made("the method", settings).state)
+
+
+def check_stored_state(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The state comes back from its tensors and values as it was."""
+    learner, fitted = _fit(method, settings, make_tasks())
+    state = fitted.state.learner
+    restored = restore_state(learner.state, axis_tensors(state), values_of(state))
+    assert values_of(restored) == values_of(state), "the values changed"
+    assert axis_tensors(restored).keys() == axis_tensors(state).keys(), "tensors are missing"
+
+
+def check_plans(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The state follows plans from elsewhere that cut and widen the network, and training goes on."""
+    tasks = make_tasks()
+    learner, fitted = _fit(method, settings, tasks[:1])
+    context, state = Context(fitted.model, fitted.axes, tasks[0]), fitted.state.learner
+    key = next(axis.key for axis in fitted.axes.units())
+    for change in ("cut", "widen"):
+        size = context.axes[key].size
+        kept = Plan.keeping(context.axes, {key: [*range(1, size)]})
+        plan = kept if change == "cut" else Plan.growing(context.axes, {key: 2})
+        context, state = apply_plan(learner, state, context, plan)
+        for name, one in axis_tensors(state).items():
+            shape = tuple(size_of(dim, context.axes.sizes()) for dim in one.dims)
+            assert tuple(one.values.shape) == shape, f"{change}: {name} has the shape {tuple(one.values.shape)}"
+    state = replace(fitted.state, learner=state, before=())
+    after = learn(context.model, context.axes, tasks, learner, SCHEDULE, state=state)
+    assert all(bool(p.isfinite().all()) for p in after.model.parameters()), "weights are not finite after a plan"
+
+
+def check_mixed_precision(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """Losses are computed in bfloat16; parameters and the state stay in float32."""
+    _, fitted = _fit(method, settings, make_tasks(), schedule=replace(SCHEDULE, precision="bfloat16"))
+    assert {p.dtype for p in fitted.model.parameters()} == {torch.float32}, "parameters changed their precision"
+    kinds = {one.values.dtype for one in axis_tensors(fitted.state.learner).values()}
+    assert torch.bfloat16 not in kinds, "a tensor of the state is in bfloat16"
+
+
+def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The network that is saved answers as the one that was evaluated, without its learner."""
+    tasks = make_tasks()
+    learner, fitted = _fit(method, settings, tasks)
+    state, last = fitted.state.learner, len(tasks) - 1
+    context = Context(fitted.model, fitted.axes, tasks[last], last, answered=last)
+    plain = clone_model(fitted.model).eval()
+    write_replacements(learner, state, replace(context, model=plain))
+    inputs = tasks[last].test.inputs
+    with torch.no_grad(), standing_in(fitted.model, learner.parametrize(state, context).values):
+        evaluated = fitted.model.eval()(inputs)
+    assert torch.equal(plain(inputs), evaluated), "the finished network gives other logits"
+
+
+def _assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor], where: str) -> None:
+    assert first.keys() == second.keys(), f"{where}: other tensors"
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, f"{where}: {', '.join(different)}"
+
+
+LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
+    "a learner and its state are frozen records": check_record,
+    "the first task is learned": check_learning,
+    "the same seed gives the same weights": check_seed,
+    "killed and resumed gives the same bits": check_resume,
+    "a stored state comes back": check_stored_state,
+    "the state follows plans": check_plans,
+    "mixed precision keeps parameters in float32": check_mixed_precision,
+    "the finished network is the one evaluated": check_finished,
+}
+"""Every law by its name."""

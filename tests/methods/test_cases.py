@@ -1,0 +1,25 @@
+"""Every method of the table obeys every law of its kind; the table lists every method."""
+
+import pytest
+
+from methods.cases import CASES, Case
+from regrow.methods import TABLES, find_method
+from regrow.testing import LAWS
+
+
+@pytest.mark.parametrize("law", sorted({law for laws in LAWS.values() for law in laws}))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+def test_a_method_obeys_a_law(case: Case, law: str) -> None:
+    if law not in LAWS[case.kind]:
+        pytest.skip("a law of another kind of method")
+    entry = find_method(case.kind, case.name)
+    if law in case.exempt:
+        with pytest.raises(AssertionError):
+            LAWS[case.kind][law](entry, case.settings)
+    else:
+        LAWS[case.kind][law](entry, case.settings)
+
+
+def test_every_method_has_a_case() -> None:
+    listed = {(case.kind, case.name) for case in CASES}
+    assert {(kind, name) for kind in LAWS for name in TABLES[kind]} <= listed
