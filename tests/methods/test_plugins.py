@@ -70,8 +70,8 @@ def test_every_law_runs_on_an_installed_method(installed: Path, tmp_path: Path) 
     assert found.stdout.strip() == "True", found.stderr
 
 
-def test_a_law_that_is_broken_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def forgetful(settings: Any) -> Any:
+def test_a_law_that_is_broken_is_named() -> None:
+    def forgetful(settings: Any) -> Any:
         return replace(PLAIN, state=[])
 
     with pytest.raises(AssertionError, match=r"^a learner and its state are frozen records: the state is a list"):
