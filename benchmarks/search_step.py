@@ -26,7 +26,7 @@ from regrow.commands import spaces
 from regrow.commands.search import Settings, built
 from regrow.learner import Learner, Stand
 from regrow.store.versions import versions
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 
 
@@ -50,7 +50,7 @@ def step_of(learner: Learner, at: Stand, batch: Examples) -> Callable[[], None]:
     def step() -> None:
         for mover in movers:
             mover.zero_grad(set_to_none=True)
-        with standing_in(at.model, learner.standing(at)):
+        with parametrize(at.model, learner.standing(at)):
             learner.loss(at, batch).backward()
         learner.gate(at)
         for mover in movers:

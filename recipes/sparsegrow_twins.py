@@ -37,8 +37,8 @@ from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.nets.small import small
 from regrow.plan import Plan
 from regrow.sources import Batch
-from regrow.surgery.align import aligned
-from regrow.surgery.fill import newborn, sides
+from regrow.surgery.align import align_new_units
+from regrow.surgery.fill import new_units, split_entries
 from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
@@ -76,7 +76,7 @@ def read_at_once(learner: Learner[SparseGrowState], settings: Settings) -> Learn
     """New units are read at once, through random weights: widening without care."""
 
     def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
-        unread = sides(context.model, context.axes, newborn(context.model, context.axes, now.plan))[1]
+        unread = split_entries(context.model, context.axes, new_units(context.model, context.axes, now.plan))[1]
         state = learner.boundary(state, context, now)
         for entries in unread:
             whole = context.parameters()[entries.name].detach()
@@ -117,7 +117,7 @@ def gradmax(learner: Learner[SparseGrowState], settings: Settings) -> Learner[Sp
 
     def react(state: SparseGrowState, context: Context, now: Boundary) -> SparseGrowState:
         batches = [Batch((one.inputs,), labels=one.labels) for one in context.task.train.batches(256)]
-        aligned(context.model, context.axes, now.plan, batches[:4])
+        align_new_units(context.model, context.axes, now.plan, batches[:4])
         weigh_new_units(state, context, 0.0)
         return learner.boundary(state, context, Boundary(Event.RESUME))
 

@@ -276,7 +276,7 @@ def newborn_units_learn(wide: nn.Module, axes: AxisGraph, left: AxisGraph, plan:
 def fitting_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Newborn units fitted to data leave the network's answers as they are, bit for bit."""
     from regrow.sources import Batch
-    from regrow.surgery import aligned, apply, fitted
+    from regrow.surgery import align_new_units, apply, fit_new_units
 
     def loss(net: nn.Module, batch: Batch) -> Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -295,8 +295,8 @@ def fitting_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan) -> Non
     before, bits = answers(), {name: tensor.detach().clone() for name, tensor in tensors(wide).items()}
     written = {key: change for key, change in plan.changes.items() if axes[key].mark is not Mark.FOLDED}
     if written:
-        fitted(wide, left, Plan(written), batches)
-    aligned(wide, left, plan, batches, loss=loss)
+        fit_new_units(wide, left, Plan(written), batches)
+    align_new_units(wide, left, plan, batches, loss=loss)
     assert all(torch.equal(x, y) for x, y in zip(answers(), before, strict=True))
     assert any(not torch.equal(tensor, bits[name]) for name, tensor in tensors(wide).items()), "nothing was fitted"
 

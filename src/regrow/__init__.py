@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from regrow.commands.pruning import prune
     from regrow.export.formats import exported
     from regrow.plan import Fill, Plan
-    from regrow.surgery import UndoStore, aligned, apply, declare, fitted, verify
+    from regrow.surgery import UndoStore, align_new_units, apply, declare, fit_new_units, verify
     from regrow.tracing import trace, with_branches
 
 __all__ = [
@@ -19,11 +19,11 @@ __all__ = [
     "Fill",
     "Plan",
     "UndoStore",
-    "aligned",
+    "align_new_units",
     "apply",
     "declare",
     "exported",
-    "fitted",
+    "fit_new_units",
     "load",
     "prune",
     "trace",
@@ -38,7 +38,7 @@ _MODULES = {
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
     "load": "regrow.commands",
     "prune": "regrow.commands.pruning",
-    **dict.fromkeys(("UndoStore", "aligned", "apply", "declare", "fitted", "verify"), "regrow.surgery"),
+    **dict.fromkeys(("UndoStore", "align_new_units", "apply", "declare", "fit_new_units", "verify"), "regrow.surgery"),
     **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),
 }
 """Public name → the module that has it; imported when it is first used, since that imports torch."""

@@ -20,8 +20,8 @@ class PlanError(ValueError):
 class Fill:
     """What newborn units hold, such that the network computes what it did.
 
-    What is drawn can be fitted to data afterwards, with the function kept: :func:`regrow.fitted` and
-    :func:`regrow.aligned` take a network that grew by ``zero_out``.
+    What is drawn can be fitted to data afterwards, with the function kept: :func:`regrow.fit_new_units` and
+    :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
 
     Args:
         rule: ``zero_out``: drawn numbers, and nothing reads the units yet (on the stream that root-mean-square norms

@@ -19,7 +19,7 @@ from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tracing.placeholder import find_placeholders
 from zoo import randomise
 
@@ -66,7 +66,7 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     for path, paths in candidates_in(net).items():
         stood[f"{path}.scale"] = parameters[f"{path}.scale"] * masks.op_scale[start : start + len(paths)]
         start += len(paths)
-    with torch.no_grad(), standing_in(net, stood):
+    with torch.no_grad(), parametrize(net, stood):
         masked = net(x)
     with torch.no_grad():
         for name, value in stood.items():

@@ -11,7 +11,7 @@ from regrow.nets.bench201 import EDGES, OPERATIONS, Bench201, checked, counted, 
 from regrow.nets.errors import ModelError
 from regrow.nets.load import build
 from regrow.nets.loaded import Origin
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from zoo import randomise
 
 MIXED = ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3", "none", "nor_conv_3x3")
@@ -60,7 +60,7 @@ def test_a_topology_alone_answers_as_in_the_super_network():
         state[f"{path}.scale"] = own[at : at + 1]
         scales[f"{path}.scale"] = own * nn.functional.one_hot(torch.tensor(at), 5)
     alone.load_state_dict(state)
-    with torch.no_grad(), standing_in(net, scales):
+    with torch.no_grad(), parametrize(net, scales):
         masked = net(x)
     torch.testing.assert_close(alone(x), masked, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(masked, net(x))

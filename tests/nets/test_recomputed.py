@@ -10,7 +10,7 @@ from regrow.nets import cells, mobile
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.nets.recomputed import again
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from zoo import randomise
 
 NETS = {
@@ -29,7 +29,7 @@ def test_two_steps_are_the_same_bit_for_bit(name, masked):
     for _ in range(2):
         for net in (plain, anew):
             stand = {n: p * (p.abs() > 0.05) for n, p in net.named_parameters() if masked and p.dim() > 1}
-            with standing_in(net, stand):
+            with parametrize(net, stand):
                 net(x).square().sum().backward()
     for (n, one), other in zip(plain.named_parameters(), anew.parameters(), strict=True):
         assert torch.equal(one.grad, other.grad), n

@@ -12,7 +12,7 @@ from regrow.method import Need
 from regrow.scoring import collect, means, wanda_sp
 from regrow.scoring.weights import weights_of
 from regrow.sources import Batch, Source
-from regrow.surgery.gate import gated
+from regrow.surgery.gate import gate_inputs
 from zoo import ZOO, Wired, randomise
 
 NETS = ["lstm_language", "gru_speech", "seq2seq", "last_states", "recurrent_cells", "all_states"]
@@ -30,7 +30,7 @@ def test_gates_of_zero_and_one_are_the_cut(name: str) -> None:
     }
     with torch.no_grad():
         dense = net(*args)
-        with gated(net, axes, gates):
+        with gate_inputs(net, axes, gates):
             masked = net(*args)
         small, _ = regrow.apply(deepcopy(net), axes, plan)
         assert float((masked - small(*args)).abs().max()) < 1e-9 * float(masked.abs().max())

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import laws
-from regrow import Fill, Plan, aligned, apply, fitted
+from regrow import Fill, Plan, align_new_units, apply, fit_new_units
 from regrow.axes import AxisGraph
 from regrow.plan import PlanError
 from regrow.sources import Batch
-from regrow.surgery.fill import newborn, sides
+from regrow.surgery.fill import new_units, split_entries
 from regrow.tracing import trace
 from zoo import Wired, trace_zoo
 
@@ -89,7 +89,7 @@ def silent_gradient(model: nn.Module, axes: AxisGraph, plan: Plan, batches: list
     model = copy.deepcopy(model).eval()
     for batch in batches:
         F.cross_entropy(model(*batch.args), batch.labels[: len(model(*batch.args))]).backward()
-    _, mute = sides(model, axes, newborn(model, axes, plan))
+    _, mute = split_entries(model, axes, new_units(model, axes, plan))
     return sum(float(one.of(model.get_parameter(one.name).grad).square().sum()) for one in mute)
 
 
@@ -105,7 +105,7 @@ def test_fitting_and_aligning_keep_the_function_bit_for_bit(name: str) -> None:
     dropped = {module: module.training for module in model.modules()}
     said = [copy.deepcopy(model).train(train)(NETS[name][2]) for train in (False, True)]
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
-    for change in (fitted, lambda *given: aligned(*given, loss=loss)):
+    for change in (fit_new_units, lambda *given: align_new_units(*given, loss=loss)):
         change(model, axes, plan, batches)
         for train, answer in zip((False, True), said, strict=True):
             assert torch.equal(copy.deepcopy(model).train(train)(NETS[name][2]), answer)
@@ -122,7 +122,7 @@ def test_fitting_and_aligning_keep_the_function_bit_for_bit(name: str) -> None:
 def test_newborn_units_get_the_spread_of_the_old_and_the_statistics_of_the_data() -> None:
     model, axes, plan, batches = grown("conv-bn-relu-pool-conv")
     x = torch.cat([batch.args[0] for batch in batches])
-    fitted(model, axes, plan, batches)
+    fit_new_units(model, axes, plan, batches)
     out = model[1](model[0](x)).detach().double()
     spread = out.std((0, 2, 3))
     assert torch.allclose(spread[5:], spread[:5].median().expand(3), rtol=1e-5)
@@ -143,7 +143,7 @@ def test_between_linear_layers_aligned_units_are_the_leading_singular_vectors() 
     _, _, right = torch.linalg.svd((delta.T @ X).double())
     with torch.no_grad():
         model[0].bias[5:] = 0
-    aligned(model, left, plan, [Batch((X,), labels=labels)], steps=60)
+    align_new_units(model, left, plan, [Batch((X,), labels=labels)], steps=60)
     rows, _ = torch.linalg.qr(model[0].weight[5:].detach().double().T)
     assert torch.linalg.svdvals(right[:2] @ rows).min() > 0.999
 
@@ -151,11 +151,11 @@ def test_between_linear_layers_aligned_units_are_the_leading_singular_vectors() 
 @pytest.mark.parametrize("name", NETS)
 def test_the_silent_side_learns_faster_and_no_newborn_unit_is_dead(name: str) -> None:
     model, axes, plan, batches = grown(name)
-    fitted(model, axes, plan, batches)
+    fit_new_units(model, axes, plan, batches)
     drawn = silent_gradient(model, axes, plan, batches)
-    aligned(model, axes, plan, batches, loss=loss, steps=3)
+    align_new_units(model, axes, plan, batches, loss=loss, steps=3)
     assert silent_gradient(model, axes, plan, batches) > drawn
-    loud, mute = sides(model, axes, newborn(model, axes, plan))
+    loud, mute = split_entries(model, axes, new_units(model, axes, plan))
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
     moved = []
     for _ in range(2):
@@ -178,9 +178,9 @@ def test_on_a_residual_stream_the_reading_side_is_turned() -> None:
     model, left = apply(model, axes, plan)
     batches = [Batch((X,), labels=torch.arange(len(X)) % 4)]
     with laws.untouched(model), pytest.raises(PlanError, match="nothing writes its newborn units yet"):
-        fitted(model, left, plan, batches)
+        fit_new_units(model, left, plan, batches)
     said, drawn = model(X), silent_gradient(model, left, plan, batches)
-    aligned(model, left, plan, batches)
+    align_new_units(model, left, plan, batches)
     assert torch.equal(model(X), said)
     assert not model.inp.weight[9:].any() and not model.down.weight[9:].any()
     assert silent_gradient(model, left, plan, batches) > 1.1 * drawn
@@ -193,9 +193,9 @@ def test_a_language_model_is_fitted_and_aligned() -> None:
     ids = axes.example.kwargs["input_ids"]
     batches = [Batch((), {"input_ids": ids}, labels=ids.roll(-1, 1))]
     said = model(input_ids=ids).logits
-    fitted(model, left, plan, batches)
+    fit_new_units(model, left, plan, batches)
     drawn = _language_gradient(model, left, plan, batches)
-    aligned(model, left, plan, batches)
+    align_new_units(model, left, plan, batches)
     assert torch.equal(model(input_ids=ids).logits, said)
     assert _language_gradient(model, left, plan, batches) > drawn
 
@@ -204,30 +204,30 @@ def _language_gradient(model: nn.Module, axes: AxisGraph, plan: Plan, batches: l
     model = copy.deepcopy(model)
     logits = model(**batches[0].kwargs).logits
     F.cross_entropy(logits.flatten(0, 1), batches[0].labels.flatten()).backward()
-    _, mute = sides(model, axes, newborn(model, axes, plan))
+    _, mute = split_entries(model, axes, new_units(model, axes, plan))
     return sum(float(one.of(model.get_parameter(one.name).grad).square().sum()) for one in mute)
 
 
 def test_what_cannot_be_fitted_is_refused_by_name_and_nothing_changes() -> None:
     for rule in ("split", "pair"):
         model, axes, plan, batches = grown("relu", 2, Fill(rule))
-        for change in (fitted, aligned):
+        for change in (fit_new_units, align_new_units):
             with laws.untouched(model), pytest.raises(PlanError, match=rf"born by '{rule}' are read already"):
                 change(model, axes, plan, batches)
     model, axes, plan, batches = grown("relu")
     with pytest.raises(PlanError, match="gives birth to no units"):
-        fitted(model, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), batches)
+        fit_new_units(model, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), batches)
     with laws.untouched(model), pytest.raises(ValueError, match="needs batches with labels"):
-        aligned(model, axes, plan, [Batch((X,))])
+        align_new_units(model, axes, plan, [Batch((X,))])
     with laws.untouched(model), pytest.raises(PlanError, match="no gradient of these batches reaches"):
-        aligned(model, axes, plan, batches, loss=lambda net, batch: net(*batch.args).sum() * 0)
+        align_new_units(model, axes, plan, batches, loss=lambda net, batch: net(*batch.args).sum() * 0)
     _, later = apply(copy.deepcopy(model), axes, Plan.growing(axes, {"0.weight:0": 1}))
     with pytest.raises(PlanError, match="not as this plan left it"):
-        fitted(model, later, plan, batches)
+        fit_new_units(model, later, plan, batches)
     with torch.no_grad():
         model[2].weight += 0.1
     with laws.untouched(model), pytest.raises(PlanError, match=r"2\.weight already uses its newborn units"):
-        fitted(model, axes, plan, batches)
+        fit_new_units(model, axes, plan, batches)
 
 
 def test_an_axis_that_no_layer_makes_is_refused() -> None:
@@ -238,7 +238,7 @@ def test_an_axis_that_no_layer_makes_is_refused() -> None:
     plan = Plan.growing(axes, {axis.key: 2})
     model, left = apply(model, axes, plan)
     with laws.untouched(model), pytest.raises(PlanError, match="no linear layer or convolution makes its units"):
-        fitted(model, left, plan, [Batch((ids,))])
+        fit_new_units(model, left, plan, [Batch((ids,))])
 
 
 def test_on_real_digits_the_loss_falls_at_least_as_fast() -> None:
@@ -253,7 +253,7 @@ def test_on_real_digits_the_loss_falls_at_least_as_fast() -> None:
         plan = Plan.growing(axes, {"2.weight:0": 12}, Fill(seed=seed))
         model, left = apply(model, axes, plan)
         batches = [Batch((x[i : i + 64],), labels=y[i : i + 64]) for i in range(0, 256, 64)]
-        for name, change in (("zero_out", None), ("fitted", fitted), ("aligned", aligned)):
+        for name, change in (("zero_out", None), ("fitted", fit_new_units), ("aligned", align_new_units)):
             net = copy.deepcopy(model)
             if change is not None:
                 change(net, left, plan, batches)

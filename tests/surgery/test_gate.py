@@ -12,7 +12,7 @@ from regrow.method import Budget, Evidence, Need
 from regrow.plan import Plan
 from regrow.scoring import collect, means, random
 from regrow.sources import Batch, Source
-from regrow.surgery.gate import gated
+from regrow.surgery.gate import gate_inputs
 
 
 @pytest.mark.parametrize("compensated", [False, True])
@@ -35,7 +35,7 @@ def test_gates_of_zero_and_one_are_the_cut(compensated: bool) -> None:
     cut, _ = regrow.apply(deepcopy(model), axes, plan)
     with torch.no_grad():
         dense = model(ids).logits
-        with gated(model, axes, gates, fills):
+        with gate_inputs(model, axes, gates, fills):
             masked = model(ids).logits
         assert float((masked - cut(ids).logits).abs().max()) < 1e-9 * float(masked.abs().max())
         assert not torch.allclose(masked, dense, atol=1e-3)
@@ -48,7 +48,7 @@ def test_gradients_reach_the_gates() -> None:
     (before,) = model(ids)
     key = "decoder.blocks.0.gate.weight:0"
     gate = torch.ones(axes[key].size, requires_grad=True)
-    with gated(model, axes, {key: gate}):
+    with gate_inputs(model, axes, {key: gate}):
         (out,) = model(ids)
     assert torch.equal(out, before)
     out.sum().backward()

@@ -19,7 +19,7 @@ from regrow.plan import Fill, Plan, PlanError
 from regrow.surgery import UndoStore, apply
 from regrow.surgery import carry as carry_module
 from regrow.surgery.carry import prepare
-from regrow.surgery.proof import _Pair, chosen
+from regrow.surgery.proof import _Pair, select_blocks
 from regrow.surgery.proposed_change import ProposedChange
 from regrow.tracing import trace
 from zoo import Wired, randomise, trace_zoo
@@ -212,14 +212,14 @@ def test_constants_that_folds_precision_and_compensation_change_are_no_reason_to
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[Tensor], Tensor], str], None]]:
     """Have surgery make something else of the tensors whose names end in some way, for every caller."""
-    real = carry_module.carried
+    real = carry_module.resize
 
     def spoil(change: Callable[[Tensor], Tensor], ending: str) -> None:
         def carried(name: str, *more: Any) -> Tensor:
             made = real(name, *more)
             return change(made) if name.endswith(ending) else made
 
-        monkeypatch.setattr(carry_module, "carried", carried)
+        monkeypatch.setattr(carry_module, "resize", carried)
 
     yield spoil
 
@@ -317,7 +317,7 @@ def test_the_narrowest_and_the_widest_block_are_checked() -> None:
     keep = dict(enumerate((9, 12, 4, 15, 7, 11)))
     plan = Plan.keeping(axes, {mlp_axis(axes, layer): range(n) for layer, n in keep.items()})
     change = ProposedChange(model, axes, plan, axes.recording, axes.recording.capture, prepare(model, axes, plan))
-    paths = {block.path for block in chosen(change)}
+    paths = {block.path for block in select_blocks(change)}
     assert len(paths) == 4 and {"model.layers.2", "model.layers.3"} <= paths <= {f"model.layers.{i}" for i in range(6)}
 
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.tracing import record
 from regrow.tracing.capture import capture, example_of
-from regrow.tracing.forms import told
+from regrow.tracing.forms import infer_result
 from zoo import ZOO
 
 aten = torch.ops.aten
@@ -38,7 +38,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     asked: Counter[str] = Counter()
 
     def checked(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
-        found = told(func, args, kwargs, mode)
+        found = infer_result(func, args, kwargs, mode)
         if found is not NotImplemented:
             asked[str(func)] += 1
             with mode:
@@ -48,7 +48,7 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
             assert [id(x) in given for x in tree_leaves(found)] == [id(x) in given for x in tree_leaves(expected)], func
         return found
 
-    monkeypatch.setattr(record, "told", checked)
+    monkeypatch.setattr(record, "infer_result", checked)
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
     capture(model, example_of(model, args, kwargs), exported=False)
@@ -71,16 +71,16 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
 def test_what_does_not_fit_is_left_to_fake_tensors(func: Any, shapes: Any, more: Any) -> None:
     """A cut that leaves two sizes apart must fail, with what torch says of it."""
     mode, given = fake(*shapes)
-    assert told(func, (*given, *more), {}, mode) is NotImplemented
+    assert infer_result(func, (*given, *more), {}, mode) is NotImplemented
 
 
 def test_other_devices_precisions_and_casts_are_left_to_fake_tensors() -> None:
     """What depends on more than forms is not told."""
     mode, (x, y) = fake((2, 3), (2, 3))
-    assert form(told(aten.add.Tensor, (x, y), {}, mode)) == form(x)
+    assert form(infer_result(aten.add.Tensor, (x, y), {}, mode)) == form(x)
     elsewhere = FakeTensor(mode, torch.empty(2, 3, device="meta"), torch.device("meta"))
-    assert told(aten.add.Tensor, (x, elsewhere), {}, mode) is NotImplemented
-    assert told(aten.relu.default, (x,), {}, FakeTensorMode()) is NotImplemented
-    assert told(aten.nonzero.default, (x,), {}, mode) is NotImplemented
+    assert infer_result(aten.add.Tensor, (x, elsewhere), {}, mode) is NotImplemented
+    assert infer_result(aten.relu.default, (x,), {}, FakeTensorMode()) is NotImplemented
+    assert infer_result(aten.nonzero.default, (x,), {}, mode) is NotImplemented
     with torch.autocast("cpu", torch.bfloat16):
-        assert told(aten.relu.default, (x,), {}, mode) is NotImplemented
+        assert infer_result(aten.relu.default, (x,), {}, mode) is NotImplemented

@@ -38,13 +38,13 @@ def test_the_masking_by_hand_notices_a_wrong_cut(recipe: Any, monkeypatch: pytes
     """Where surgery keeps other rows of one weight than planned."""
     from regrow.surgery import apply, carry
 
-    whole = carry.carried
+    whole = carry.resize
 
     def wrong(name: str, tensor: torch.Tensor, *given: Any) -> torch.Tensor:
         cut = whole(name, tensor, *given)
         return cut.roll(1, 0) if name == "up.weight" and cut.shape != tensor.shape else cut
 
-    monkeypatch.setattr(carry, "carried", wrong)
+    monkeypatch.setattr(carry, "resize", wrong)
     monkeypatch.setattr(sys.modules[apply.__module__], "check_blocks", lambda change: None)  # which refuses it
     row = recipe.examine("control/batch_decides#0", lambda: recipe.own("control/batch_decides#0"))
     assert row["outcome"] == "wrong"

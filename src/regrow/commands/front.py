@@ -15,7 +15,7 @@ from regrow.learner import Stand
 from regrow.methods.search.searcher import Searcher
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
-from regrow.tracing.hollow import clone_model
+from regrow.tracing.meta_copy import clone_model
 from regrow.training.learning import changed
 
 FOLDER = "front"

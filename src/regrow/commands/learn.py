@@ -28,7 +28,7 @@ from regrow.store.errors import StoreError
 from regrow.store.replacing import cleared
 from regrow.tasks import Task
 from regrow.tracing import trace
-from regrow.tracing.hollow import clone_model
+from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks, read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn, untrained_accuracies
 from regrow.training.growth_metrics import is_settled

@@ -39,7 +39,7 @@ from regrow.settings.words import command_line
 from regrow.sources import Batch
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
-from regrow.tracing.hollow import clone_model
+from regrow.tracing.meta_copy import clone_model
 from regrow.training.learning import Course, Schedule, changed, learn
 
 GIVEN = ("target", "measure", "stages", "seed")

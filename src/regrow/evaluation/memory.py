@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from regrow.sources import Batch, logits_in
 from regrow.tracing.capture import quiet
-from regrow.tracing.hollow import hollow
+from regrow.tracing.meta_copy import meta_copy
 
 Step = Callable[[nn.Module, Batch], Any]
 """A step of learning: forward, loss, backward, optimiser. What it keeps for the next one, it keeps by itself."""
@@ -197,7 +197,7 @@ def predicted(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: St
     True
     """
     if isinstance(model, nn.Module):
-        copy, mode = hollow(model, {})
+        copy, mode = meta_copy(model, {})
     else:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:

@@ -21,7 +21,7 @@ from regrow.evaluation.forward import evaluating
 from regrow.evaluation.speed import positions_of, waiting_for
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, moved
-from regrow.tracing.trial import Resizing, resized
+from regrow.tracing.trial import Resizing, resize_copy
 
 SHARES = (0.25, 0.5, 0.75)
 """Which shares of an axis are measured, beside all of it and the least of it."""
@@ -188,7 +188,7 @@ def _widths(axis: Axis, round_to: int) -> list[int]:
 def _at(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, met: _Call) -> _Call:
     """The call of a module at another width."""
     sizes = axes.sizes() | {one.key: width for one in _together(axes, axis)}
-    copy = resized(model, axes, Resizing(sizes))[0].get_submodule(met.path)
+    copy = resize_copy(model, axes, Resizing(sizes))[0].get_submodule(met.path)
     made = replace(met, module=_filled(copy, met.module).eval())
     try:
         made()

@@ -214,8 +214,8 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
             setattr(model.get_submodule(path), name, number)
         elif place in fixed and not _equal(number, fixed[place]):
             module = model.get_submodule(path)
-            held_as = type(named.held(module, name))
-            named.hold(module, name, held_as(number) if isinstance(number, tuple) else number)
+            held_as = type(named.get_attribute(module, name))
+            named.set_attribute(module, name, held_as(number) if isinstance(number, tuple) else number)
 
 
 def _check_tensor(fresh: nn.Module, here: Held | None, name: str, stored: Stored, compared: bool) -> None:

@@ -10,7 +10,7 @@ from regrow.axes import AxisGraph, Mark
 from regrow.plan import Plan, PlanError
 from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch
-from regrow.surgery.fill import Entries, fitted, newborn, sides
+from regrow.surgery.fill import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing.capture import evaluating
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -19,20 +19,20 @@ STEP = 1e-3
 """How far the silent side is moved to feel what the other side could do, as a part of the size of its neighbours."""
 
 
-def labelled(model: nn.Module, batch: Batch) -> Tensor:
+def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean cross entropy of a batch with labels."""
     if batch.labels is None:
         raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
     return cross_entropy(model(*batch.args, **batch.kwargs), batch.labels)
 
 
-def aligned(
+def align_new_units(
     model: nn.Module,
     axes: AxisGraph,
     plan: Plan,
     batches: Iterable[Batch],
     *,
-    loss: Loss = labelled,
+    loss: Loss = classification_loss,
     steps: int = 1,
 ) -> nn.Module:
     """Turn newborn units such that the gradient of their silent side is large: the loss learns fast from them.
@@ -55,15 +55,15 @@ def aligned(
         steps: Steps of the power method. With one, units keep half of their drawn directions, and learn longest.
 
     Returns:
-        The same model, whose newborn units also have the spread of the old ones, as :func:`fitted` gives it.
+        The same model, whose newborn units also have the spread of the old ones, as :func:`fit_new_units` gives it.
 
     Raises:
-        PlanError: As :func:`fitted`; or if no gradient reaches the units.
+        PlanError: As :func:`fit_new_units`; or if no gradient reaches the units.
 
     Source: Evci et al., GradMax (arXiv 2201.05125).
     """
-    young, batches = newborn(model, axes, plan), list(batches)
-    loud, mute = sides(model, axes, young)
+    young, batches = new_units(model, axes, plan), list(batches)
+    loud, mute = split_entries(model, axes, young)
     spread = Plan({key: plan.changes[key] for key in young if axes[key].mark is not Mark.FOLDED})
     with evaluating(model):
         pull = _gradients(model, mute, batches, loss)
@@ -71,7 +71,7 @@ def aligned(
         if not any(bool(part.any()) for entries, part in pull.items() if entries.axis == key):
             raise PlanError(f"axis {key!r}: no gradient of these batches reaches its newborn units")
     if spread.changes:
-        fitted(model, axes, spread, batches)
+        fit_new_units(model, axes, spread, batches)
     for _ in range(steps):
         with evaluating(model):
             pull = _gradients(model, mute, batches, loss)
@@ -82,7 +82,7 @@ def aligned(
         for entries in mute:
             entries.set(model, torch.zeros(()))  # some newborn units of one axis are made by those of another
         if spread.changes:
-            fitted(model, axes, spread, batches)
+            fit_new_units(model, axes, spread, batches)
     return model
 
 

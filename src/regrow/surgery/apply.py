@@ -12,17 +12,17 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import AxisGraph, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out, commit, prepare, state_of
-from regrow.surgery.drop import brought_back, dropping
-from regrow.surgery.eager import tried
-from regrow.surgery.lockstep import gap, scale
-from regrow.surgery.proof import check_blocks, different
+from regrow.surgery.drop import bring_back, without_branches
+from regrow.surgery.eager import trial_error
+from regrow.surgery.paired_forward import max_difference, max_magnitude
+from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore
-from regrow.surgery.whole import whole_pair
+from regrow.surgery.whole import run_whole_pair
 from regrow.tracing.capture import Capture, capture
-from regrow.tracing.hollow import fitting
+from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.readings import Recording, readings
-from regrow.tracing.steps import restated
+from regrow.tracing.steps import restate_steps
 from regrow.tracing.trial import Resizing, rehearse
 
 
@@ -72,9 +72,9 @@ def apply(
         raise PlanError("apply would make weights that no gradient can reach in inference mode; use torch.no_grad()")
     check(model, axes, plan)
     if plan.back:
-        return brought_back(model, axes, plan, optimizers, undo)
+        return bring_back(model, axes, plan, optimizers, undo)
     if plan.drop:
-        with dropping(model, axes, plan, optimizers, undo) as (left, rest, kept):
+        with without_branches(model, axes, plan, optimizers, undo) as (left, rest, kept):
             return apply(model, left, rest, optimizers=optimizers, undo=kept)
     if undo is None and (lost := next((key for key, change in plan.changes.items() if change.recalled), "")):
         raise PlanError(
@@ -113,11 +113,11 @@ def try_out(
 def _proved(change: ProposedChange) -> AxisGraph:
     """The axes with what the network will do, once what comes of that is checked on blocks of it."""
     model, axes = change.model, change.axes
-    known = replace(axes, steps=restated(axes.steps, change.planned), recording=None)
+    known = replace(axes, steps=restate_steps(axes.steps, change.planned), recording=None)
     if _is_numberless(model, axes) or axes.declared or axes.decisions is not None:
         return known
     recording = change.recording
-    example = fitting(axes.example, model)
+    example = cast_example(axes.example, model)
     if recording is None:
         found = readings(model, axes, example)
         recording = Recording(found.capture, found.reads)
@@ -140,15 +140,15 @@ def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     if any(change.restore for change in plan.changes.values()):
         return
     decisions = None if axes.decisions is None else ()
-    masked, shrunk, _ = whole_pair(model, axes, plan, fitting(axes.example, model), True, decisions)
-    if not (distance := gap(masked, shrunk)) <= RELATIVE_BOUND * scale(masked):
+    masked, shrunk, _ = run_whole_pair(model, axes, plan, cast_example(axes.example, model), True, decisions)
+    if not (distance := max_difference(masked, shrunk)) <= RELATIVE_BOUND * max_magnitude(masked):
         remedy = [f"is something of {' or '.join(axes.declared)} not declared?"] if axes.declared else []
-        raise PlanError(different(distance, scale(masked), *remedy))
+        raise PlanError(describe_difference(distance, max_magnitude(masked), *remedy))
 
 
 def _try(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) -> None:
     """Do all of the plan to a copy, and run that on the example: no recording shows what declared axes do."""
-    if problem := tried(model, axes, lambda other: carry_out(other, axes, plan, undo=copy.copy(undo))):
+    if problem := trial_error(model, axes, lambda other: carry_out(other, axes, plan, undo=copy.copy(undo))):
         changed = [key for key in axes.declared if key in plan.changes]
         hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
         raise PlanError(f"the plan cannot be carried out: {problem}{hint}")

@@ -11,13 +11,13 @@ from torch.optim import Optimizer
 from regrow.axes import Axis, AxisGraph, Role, Slot, size_of
 from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_dim, bias_of, offsets
-from regrow.surgery.fold import Outcome, extent, folded, refolded_constants
-from regrow.surgery.layout import Layout, born_as, layouts, places, slots_after
+from regrow.surgery.fold import Outcome, divisor_size, fold_constants, fold_values
+from regrow.surgery.layout import Layout, places, plan_layouts, slots_after, unit_ids_after
 from regrow.surgery.optimizer import Exchange, follow
-from regrow.surgery.restore import through
+from regrow.surgery.restore import plan_with_undo
 from regrow.surgery.undo_store import UndoStore
-from regrow.surgery.widen import carried, moment, roles_of
-from regrow.tracing.attributes import held, hold
+from regrow.surgery.widen import resize, resize_moment, roles_of
+from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.kinds import recompute_weights
 from regrow.tracing.trial import Resizing, planned_integers
 
@@ -78,22 +78,22 @@ def prepare(
     """
     sizes, seed = plan.sizes(axes), _seed(axes, plan)
     part, plan = (axes, plan) if names is None else _restricted(axes, plan, names)
-    lays = layouts(part, plan)
+    lays = plan_layouts(part, plan)
     roles = roles_of([(slot.name, slot.dim, slot.role) for key in plan.changes for slot in axes[key].slots])
     state = {name: tensor.detach() for name, tensor in state_of(model).items() if names is None or name in names}
     stored: UndoStore | None = None
     with torch.no_grad():
         values = {name: _exact(state[name]) for name in _gains(part, sizes) if name in state} if exact else {}
         values |= {
-            name: carried(name, _exact(tensor) if exact else tensor, lays[name], roles.get(name, {}), seed)
+            name: resize(name, _exact(tensor) if exact else tensor, lays[name], roles.get(name, {}), seed)
             for name, tensor in state.items()
             if name in lays
         }
         values |= offsets(model, axes, plan, lays, values, exact)
         if undo is None:
-            done = folded(model, part, sizes, values)
+            done = fold_values(model, part, sizes, values)
         else:
-            done, stored = through(undo, model, axes, plan, lays, values)
+            done, stored = plan_with_undo(undo, model, axes, plan, lays, values)
     for name, value in done.values.items():
         if list(value.shape) != [size_of(dim, sizes) for dim in axes.shapes.get(name, tuple(value.shape))]:
             raise PlanError(f"{name} would become {tuple(value.shape)}, which is not what the plan says")
@@ -103,7 +103,7 @@ def prepare(
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
     """What a plan makes of a model, but for the numbers in its tensors, which are not worked out."""
     sizes = plan.sizes(axes)
-    constants, _ = refolded_constants(model, axes, sizes)
+    constants, _ = fold_constants(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
     added = {bias: size_of(bias_dim(axes, bias), sizes) for bias in biases if bias not in axes.shapes}
     return Resizing(sizes, constants, added)
@@ -124,7 +124,7 @@ def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[Ax
 
 def _gains(axes: AxisGraph, sizes: Mapping[str, int]) -> list[str]:
     """The parameters that take up the change of a divisor."""
-    return [fold.weight for fold in axes.folds if extent(fold, axes.sizes()) != extent(fold, sizes)]
+    return [fold.weight for fold in axes.folds if divisor_size(fold, axes.sizes()) != divisor_size(fold, sizes)]
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ def _commit(model: nn.Module, axes: AxisGraph, ready: Prepared, integers: Mappin
     for place, number in {**integers, **done.constants}.items():
         path, name = place.split(":")
         module = model.get_submodule(path)
-        old_value = held(module, name)
-        hold(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
+        old_value = get_attribute(module, name)
+        set_attribute(module, name, (number, *old_value[1:]) if isinstance(old_value, tuple) else number)
     recompute_weights(model)
 
 
@@ -205,7 +205,7 @@ def _successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> 
     vars(made).update(vars(old))
     if old.grad is not None:
         with torch.no_grad():
-            made.grad = _laid_out(moment(old.grad, lays, mean=False).to(made), old.grad)
+            made.grad = _laid_out(resize_moment(old.grad, lays, mean=False).to(made), old.grad)
     return made
 
 
@@ -229,7 +229,7 @@ def _after(
 
     def changed(axis: Axis) -> Axis:
         change = plan.changes.get(axis.key)
-        ids = axis.ids if change is None else tuple(sorted(born_as(change, axis)))
+        ids = axis.ids if change is None else tuple(sorted(unit_ids_after(change, axis)))
         slots = [slot for slot in slots_after(axis, axes, lays, sizes) if slot.name not in done.removed]
         for name, (dim,) in added.items():
             slots += [Slot(name, 0, *place, role=Role.SHIFTS) for place in places(dim, axis.key, sizes)]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, axes_in, size_of
 from regrow.surgery.layout import places
-from regrow.tracing.attributes import held, restated_sizes
+from regrow.tracing.attributes import get_attribute, restated_sizes
 from regrow.tracing.capture import example_of
 
 
@@ -154,7 +154,7 @@ def _check_exists(model: nn.Module, tensors: Mapping[str, Tensor], one: _Place) 
             raise DeclarationError(
                 f"axis {one.axis!r}: {one.name!r} is neither tensor:dim, like fc1.weight:0, nor module:attribute"
             )
-        value = held(model.get_submodule(path), name)
+        value = get_attribute(model.get_submodule(path), name)
         if type(value) is not int:
             raise DeclarationError(
                 f"axis {one.axis!r}: {one.name!r} holds a {type(value).__name__}, not a whole number"
@@ -177,7 +177,7 @@ def _sizes(model: nn.Module, tensors: Mapping[str, Tensor], written: list[_Place
         if one.dim is not None:
             return tensors[one.name].shape[one.dim]
         path, _, name = one.name.rpartition(":")
-        return int(held(model.get_submodule(path), name))
+        return int(get_attribute(model.get_submodule(path), name))
 
     sizes: dict[str, int] = {}
     again = True

@@ -18,22 +18,22 @@ from regrow.surgery.optimizer import Exchange, follow
 from regrow.surgery.removed_branch import RemovedBranch
 from regrow.surgery.undo_store import UndoStore
 from regrow.tracing.branch_sites import BranchError, RecordedModules, locate_branches
-from regrow.tracing.branches import branches, offered
+from regrow.tracing.branches import branches, candidate_branches
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import Capture, TraceError, capture
-from regrow.tracing.effects import Effects, otherwise
+from regrow.tracing.effects import Effects, describe_effects
 from regrow.tracing.graph import Names, assemble
-from regrow.tracing.hollow import faked, fitting, hollow
+from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
-from regrow.tracing.reach import reach
 from regrow.tracing.readings import recording
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import steps
+from regrow.tracing.training_trace import trace_training
 from regrow.tracing.walk import walk
 
 
 @contextmanager
-def dropping(
+def without_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
     """Inside, the branches of a plan are gone; they come back if anything there fails.
@@ -74,7 +74,7 @@ def dropping(
         vars(undo).update(vars(replace(kept, branches=branches, network=axes.network)))
 
 
-def brought_back(
+def bring_back(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
     """The model with dropped branches where they were, with what they held, and its axes.
@@ -100,7 +100,7 @@ def brought_back(
     left = axes
     for path in plan.back:
         _check_back(model, removed := undo.branches[path])
-        back.append(removed := caught_up(removed, left))
+        back.append(removed := replay_cuts(removed, left))
         left, again = removed.rejoined(left), again.rejoined(removed)
     modules = {path: module for removed in back for path, module in removed.modules.items()}
     placeholders = {path: model.get_submodule(path) for path in modules}
@@ -109,9 +109,9 @@ def brought_back(
         module.to(like.device).train(placeholders[path].training)
     set_modules(model, modules)
     try:
-        hollowed, mode = hollow(model, {})
-        given = faked(fitting(axes.example, model), mode)
-        left = _described(hollowed, given, capture(hollowed, given), left)
+        bare, mode = meta_copy(model, {})
+        given = fake_example(cast_example(axes.example, model), mode)
+        left = _described(bare, given, capture(bare, given), left)
     except TraceError as error:
         set_modules(model, placeholders)
         raise PlanError(f"the network does not run with {', '.join(plan.back)} again: {error}") from None
@@ -134,7 +134,7 @@ def _check_back(model: nn.Module, removed: RemovedBranch) -> None:
             raise PlanError(f"{path} is not dropped here, so it cannot come back; bring back what it lies in first")
 
 
-def caught_up(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
+def replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     """A dropped branch as the network's later cuts would have left it, had it been there; what it was stays as it is.
 
     Raises:
@@ -190,23 +190,23 @@ def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
 def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
     """The axes of a network without some branches, proved on a copy without numbers."""
     names = ", ".join(branch.module for branch in removed)
-    hollowed, mode = hollow(model, {})
-    given = faked(fitting(axes.example, model), mode)
+    bare, mode = meta_copy(model, {})
+    given = fake_example(cast_example(axes.example, model), mode)
     # What candidates are summed by leaves out those that give nothing: that needs no proof.
     summed = [branch for branch in removed if branch.gives == "nothing"]
     proved = [branch for branch in removed if branch.gives != "nothing"]
     try:
-        insert_placeholders(hollowed, _placeholders(summed))
-        recorded = capture(hollowed, given)
+        insert_placeholders(bare, _placeholders(summed))
+        recorded = capture(bare, given)
         left, tied = axes.without(removed), {*axes.ties, *axes.ties.values(), *axes.unreached}
         if summed and (idle := [n for n in recorded.unused if n in left.shapes and n not in tied]):
             raise BranchError(f"nothing would use {idle[0]} any more, which stays")
         if not proved:
-            return _described(hollowed, given, recorded, left)
+            return _described(bare, given, recorded, left)
         whole = Effects(recorded)
         replaced = locate_branches(RecordedModules(whole), proved)
-        insert_placeholders(hollowed, _placeholders(proved))
-        small = Effects(capture(hollowed, given))
+        insert_placeholders(bare, _placeholders(proved))
+        small = Effects(capture(bare, given))
     except (BranchError, TraceError) as error:
         raise PlanError(f"{names} cannot be dropped: {error}") from None
     inside = RecordedModules(small).inside
@@ -214,25 +214,25 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     for (node, source), branch in zip(replaced.items(), proved, strict=True):
         if source is None:
             zeros[node] = inside[branch.module][-1]
-    if problem := otherwise(whole, replaced, small, zeros):
+    if problem := describe_effects(whole, replaced, small, zeros):
         raise PlanError(f"{names} cannot be dropped: without it the network does something else, {problem}")
     if idle := [name for name in small.capture.unused if name not in whole.capture.unused]:
         raise PlanError(f"{names} cannot be dropped: nothing would use {idle[0]} any more, which stays")
-    return _described(hollowed, given, small.capture, left)
+    return _described(bare, given, small.capture, left)
 
 
-def _described(hollowed: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
+def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
     """Axes with what the network does now: its operations, its work, its branches, and what can be cut of it.
 
     Args:
-        hollowed: The network as it is now, without numbers.
+        bare: The network as it is now, without numbers.
         given: What it was recorded with.
         recorded: The record.
         axes: Its axes, as far as they are known.
     """
     w = walk(recorded, RULES, POINTWISE)
-    reach(hollowed, given, w)
-    fresh, names = assemble(hollowed, w, axes.example)
+    trace_training(bare, given, w)
+    fresh, names = assemble(bare, w, axes.example)
     home = {slot: axis for axis in fresh for slot in axis.slots}
     parts = {a.key: [*dict.fromkeys(home[slot].key for slot in a.slots if slot in home)] for a in axes}
     now = {key: _together(axes[key], [fresh[part] for part in own]) for key, own in parts.items()}
@@ -251,7 +251,7 @@ def _described(hollowed: nn.Module, given: Example, recorded: Capture, axes: Axi
         caches=caches(w, names),
         notes=fresh.notes,
         trained=fresh.trained,
-        branches=(branches(hollowed, recorded, axes.example) if looked else {}) | offered(hollowed),
+        branches=(branches(bare, recorded, axes.example) if looked else {}) | candidate_branches(bare),
     )
 
 

@@ -11,11 +11,11 @@ from regrow.axes import AxisGraph
 from regrow.plan import Plan, PlanError
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.tracing.capture import evaluating
-from regrow.tracing.hollow import copy_model, fitting
+from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.model_state import preserve_state
 
 
-def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:
+def trial_error(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:
     """What goes wrong when the network runs on its example after a change to a copy of it; empty if nothing.
 
     Args:
@@ -23,8 +23,8 @@ def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any])
         axes: Its axes, with the example.
         change: Makes of the copy what the network is to become.
     """
-    example = fitting(axes.example, model)
-    changed = replaced(model, {})
+    example = cast_example(axes.example, model)
+    changed = replace_parameters(model, {})
     change(changed)
     try:
         with evaluating(changed), torch.no_grad(), torch.random.fork_rng(), preserve_state(changed, outside=True):
@@ -35,7 +35,7 @@ def tried(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any])
     return ""
 
 
-def zeroed(model: nn.Module, axes: AxisGraph, plan: Plan) -> nn.Module:
+def mask_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> nn.Module:
     """A copy of full size in which the dropped units of declared axes count for nothing: what reads them is 0.
 
     Where the plan has means, the bias beside the weight takes what they add.
@@ -61,7 +61,7 @@ def zeroed(model: nn.Module, axes: AxisGraph, plan: Plan) -> nn.Module:
             value.index_fill_(slot.dim, slot.positions(axes[key].size)[dropped].flatten().to(value.device), 0)
             if slot.name in plan.means:
                 biases[bias_of(slot.name)] = _offset(model, axes, slot.name, plan.means[slot.name])
-    changed = replaced(model, {id(state[name]): value for name, value in made.items()})
+    changed = replace_parameters(model, {id(state[name]): value for name, value in made.items()})
     for name, value in biases.items():
         path, _, leaf = name.rpartition(".")
         setattr(changed.get_submodule(path), leaf, nn.Parameter(value))
@@ -81,7 +81,7 @@ def _offset(model: nn.Module, axes: AxisGraph, weight: str, means: Mapping[int, 
     return lost if old is None else old.detach() + lost
 
 
-def replaced(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
+def replace_parameters(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
     """A copy that shares the numbers of parameters, but for some; buffers and other tensors have their own.
 
     Args:

@@ -16,7 +16,7 @@ from regrow.sources import Batch, moved
 from regrow.tracing.capture import evaluating
 
 
-def fitted(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
+def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
     """Give newborn units the spread of the old ones: w ← ± w · median(std of old outputs) / std of its own output.
 
     The standard deviation is that of what each row of a linear layer or convolution gives, over all positions of all
@@ -44,11 +44,11 @@ def fitted(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batc
     >>> axes = trace(net, x)
     >>> plan = Plan.growing(axes, {"0.weight:0": 2})
     >>> net, axes = apply(net, axes, plan)
-    >>> spread = fitted(net, axes, plan, [Batch((x,))])[0](x).std(0)
+    >>> spread = fit_new_units(net, axes, plan, [Batch((x,))])[0](x).std(0)
     >>> bool(torch.allclose(spread[7:], spread[:7].median().expand(2)))
     True
     """
-    young, batches = newborn(model, axes, plan), list(batches)
+    young, batches = new_units(model, axes, plan), list(batches)
     for key in young:
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its newborn units yet, so they have no spread to fit")
@@ -66,7 +66,7 @@ def fitted(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batc
     return model
 
 
-def thinned(
+def sparsify_new_units(
     model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
 ) -> nn.Module:
     """Leave newborn units a drawn share of what makes them; the rest is 0. Each unit keeps at least one entry.
@@ -82,17 +82,17 @@ def thinned(
         The same model; its function is as it was, for nothing reads the units yet.
 
     Raises:
-        PlanError: As :func:`fitted`.
+        PlanError: As :func:`fit_new_units`.
 
     >>> from regrow import apply, trace
     >>> net = nn.Sequential(nn.Linear(40, 7), nn.ReLU(), nn.Linear(7, 2))
     >>> axes = trace(net, torch.randn(2, 40))
     >>> plan = Plan.growing(axes, {"0.weight:0": 2})
     >>> net, axes = apply(net, axes, plan)
-    >>> thinned(net, axes, plan, 0.25)[0].weight[7:].count_nonzero(1).tolist()
+    >>> sparsify_new_units(net, axes, plan, 0.25)[0].weight[7:].count_nonzero(1).tolist()
     [10, 10]
     """
-    for entries in sides(model, axes, newborn(model, axes, plan))[0]:
+    for entries in split_entries(model, axes, new_units(model, axes, plan))[0]:
         rows = entries.of(model.get_parameter(entries.name).detach()).movedim(entries.dim, 0)
         flat = rows.flatten(1)
         order = torch.rand(flat.shape, generator=generator).argsort(1).to(flat.device)
@@ -101,7 +101,7 @@ def thinned(
     return model
 
 
-def newborn(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
+def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
     """Axis key → the units that a plan gave birth to, where they lie now.
 
     Args:
@@ -129,7 +129,7 @@ def newborn(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
         found[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])
     if not found:
         raise PlanError("the plan gives birth to no units; there is nothing to fit")
-    for entries in sides(model, axes, found)[1]:
+    for entries in split_entries(model, axes, found)[1]:
         if bool(entries.of(model.get_parameter(entries.name).detach()).any()):
             raise PlanError(
                 f"axis {entries.axis!r}: {entries.name} already uses its newborn units; fit them before they learn"
@@ -170,7 +170,9 @@ class Entries:
         self.set(model, turned.reshape(now.shape).movedim(0, self.dim))
 
 
-def sides(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
+def split_entries(
+    model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]
+) -> tuple[list[Entries], list[Entries]]:
     """The entries that newborn units have drawn numbers in, and those that are 0."""
     parameters = dict(model.named_parameters())
     found: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
@@ -180,12 +182,12 @@ def sides(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> tup
             if slot.role in found and name in parameters and parameters[name].dim() > 1:
                 own = found[slot.role].setdefault((key, name, slot.dim), [])
                 own += slot.positions(axes[key].size)[units].flatten().tolist()
-    sides: tuple[list[Entries], list[Entries]] = ([], [])
+    split_entries: tuple[list[Entries], list[Entries]] = ([], [])
     for role, places in found.items():
         for place, where in places.items():
             silent = (role is Role.PRODUCES) == (axes[place[0]].mark is Mark.FOLDED)
-            sides[silent].append(Entries(*place, tuple(dict.fromkeys(where))))
-    return sides
+            split_entries[silent].append(Entries(*place, tuple(dict.fromkeys(where))))
+    return split_entries
 
 
 @dataclass(frozen=True)

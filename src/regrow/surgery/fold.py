@@ -27,12 +27,12 @@ class Outcome:
     removed: tuple[str, ...] = ()
 
 
-def extent(fold: Fold, sizes: Mapping[str, int]) -> int:
+def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
     """The size that a fold divides by."""
     return prod(size_of(dim, sizes) for dim in fold.over)
 
 
-def folded(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: Mapping[str, Tensor]) -> Outcome:
+def fold_values(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: Mapping[str, Tensor]) -> Outcome:
     """Gains and the constants under roots folded: γ′ = γ·√(n_old/n_new), ε′ = ε·n_old/n_new.
 
     Args:
@@ -42,17 +42,17 @@ def folded(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: 
         values: The tensors that the cut replaces.
     """
     result = dict(values)
-    constants, folds = refolded_constants(model, axes, sizes)
+    constants, folds = fold_constants(model, axes, sizes)
     for fold in axes.folds:
-        old, new = extent(fold, axes.sizes()), extent(fold, sizes)
+        old, new = divisor_size(fold, axes.sizes()), divisor_size(fold, sizes)
         if old != new:
             gain = result.get(fold.weight)
             gain = model.get_parameter(fold.weight).detach() if gain is None else gain
-            result[fold.weight] = refolded(gain, torch.tensor(old), new, fold)
+            result[fold.weight] = rescale(gain, torch.tensor(old), new, fold)
     return Outcome(result, constants, folds)
 
 
-def refolded_constants(
+def fold_constants(
     model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
     """The constants under roots at other sizes by ``module:attribute``, and the folds then.
@@ -65,7 +65,7 @@ def refolded_constants(
     constants: dict[str, float | None] = {}
     folds = []
     for fold in axes.folds:
-        old, new = extent(fold, axes.sizes()), extent(fold, sizes)
+        old, new = divisor_size(fold, axes.sizes()), divisor_size(fold, sizes)
         folds.append(replace(fold, value=fold.value * (old / new)))
         if old != new and fold.epsilon:
             path, _, name = fold.epsilon.partition(":")
@@ -75,7 +75,7 @@ def refolded_constants(
     return constants, tuple(folds)
 
 
-def refolded(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:
+def rescale(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:
     """Numbers that hold at the given sizes of the divisor, as they must be at ``n``; the very same where it is that."""
     change = sizes.double() / n
     factor = (change if fold.kind == "norm" else 1 / change).sqrt().to(values.device)

@@ -12,7 +12,7 @@ from regrow.scoring.weights import Reader, readers
 
 
 @contextmanager
-def gated(
+def gate_inputs(
     model: nn.Module, axes: AxisGraph, gates: Mapping[str, Tensor], fills: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
     """Inside, every weight that reads a gated axis is fed ``fill + gate · (x − fill)``: x at 1, the fill at 0.

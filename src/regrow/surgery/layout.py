@@ -47,7 +47,7 @@ class Layout:
         return self.source[~self.born]
 
 
-def layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
+def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     """Name of a tensor → dimension → its entries after the plan, for every dimension that the plan changes.
 
     Args:
@@ -61,11 +61,15 @@ def layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     return {
         name: found
         for name, dims in axes.shapes.items()
-        if (found := {i: laid(d, sizes, units) for i, d in enumerate(dims) if not units.keys().isdisjoint(axes_in(d))})
+        if (
+            found := {
+                i: lay_out(d, sizes, units) for i, d in enumerate(dims) if not units.keys().isdisjoint(axes_in(d))
+            }
+        )
     }
 
 
-def laid(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Layout:
+def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Layout:
     """The entries of a dimension, given the units of the axes that change.
 
     Args:
@@ -79,14 +83,14 @@ def laid(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Lay
         case str():
             return units[dim] if dim in units else Layout.of(torch.arange(sizes[dim]))
         case Product(parts):
-            whole = laid(parts[0], sizes, units)
+            whole = lay_out(parts[0], sizes, units)
             for part in parts[1:]:
-                whole = _nested(whole, laid(part, sizes, units), size_of(part, sizes))
+                whole = _nested(whole, lay_out(part, sizes, units), size_of(part, sizes))
             return whole
         case Sum(parts):
             before, after, found = 0, 0, []
             for part in parts:
-                one = laid(part, sizes, units)
+                one = lay_out(part, sizes, units)
                 found.append(replace(one, source=one.source + before, twin=one.twin + after))
                 before, after = before + size_of(part, sizes), after + len(one)
             return Layout(*(torch.cat([getattr(one, field.name) for one in found]) for field in fields(Layout)))
@@ -145,10 +149,10 @@ def units_after(change: Change, axis: Axis) -> Layout:
             silent = torch.where(born, 0.0, one)
             factors = (silent, one) if axis.mark is Mark.FOLDED else (one, silent)
             made = Layout(source, born, born, twin, *factors)
-    return _in_order(made, born_as(change, axis)) if change.restore else made
+    return _in_order(made, unit_ids_after(change, axis)) if change.restore else made
 
 
-def born_as(change: Change, axis: Axis) -> list[int]:
+def unit_ids_after(change: Change, axis: Axis) -> list[int]:
     """The birth numbers of an axis's units after its change: those kept, then those restored, then newborn ones."""
     kept = [axis.ids[unit] for unit in change.keep]
     return [*kept, *change.restore, *range(axis.born, axis.born + change.grow)]

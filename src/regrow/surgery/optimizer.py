@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from regrow.plan import PlanError
 from regrow.surgery.layout import Layout
-from regrow.surgery.widen import moment
+from regrow.surgery.widen import resize_moment
 
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
 """What an optimiser calls a mean of gradients: 0 for newborn entries."""
@@ -99,4 +99,4 @@ def _state(what: str, value: object, one: Exchange) -> object:
             "make a new optimiser after the change"
         )
     with torch.no_grad():
-        return moment(value, one.lays, mean=what in SECOND)
+        return resize_moment(value, one.lays, mean=what in SECOND)

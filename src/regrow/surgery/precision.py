@@ -27,24 +27,24 @@ class CastsToDouble(TorchFunctionMode):
     """Has every cast to a shorter float go to float64 instead, in a network that is run as it is."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map(longer, args), tree_map(longer, kwargs or {})
+        args, kwargs = tree_map(widen_dtype, args), tree_map(widen_dtype, kwargs or {})
         return _EXACT.get(func, func)(*args, **kwargs)
 
 
-def longer(value: Any) -> Any:
+def widen_dtype(value: Any) -> Any:
     """An argument of an operation in float64: shorter precisions become that, other arguments stay."""
     short = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
     return torch.float64 if short else value
 
 
-def in_double(value: Any) -> Any:
+def as_double(value: Any) -> Any:
     """A tensor in float64, if it is one of real numbers."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def example_in_double(example: Example) -> Example:
     """An example in float64."""
-    return Example(tree_map(in_double, example.args), tree_map(in_double, dict(example.kwargs)))
+    return Example(tree_map(as_double, example.args), tree_map(as_double, dict(example.kwargs)))
 
 
 def grouped_product(x: Tensor, weight: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:

@@ -18,13 +18,13 @@ from regrow.axes import Role, axes_in
 from regrow.plan import PlanError
 from regrow.surgery.carry import state_of
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.lockstep import CutTensors, gap, run_both, scale
+from regrow.surgery.paired_forward import CutTensors, max_difference, max_magnitude, run_both
 from regrow.surgery.proposed_change import ROUNDING, ProposedChange, computed_tensors, restored_means
-from regrow.surgery.runner import Answers, Load, Masking, Runner, generators_kept, masking, reseed, stored
-from regrow.surgery.widen import carried
+from regrow.surgery.runner import Answers, Load, Masking, Runner, loader, masking, preserve_generators, reseed
+from regrow.surgery.widen import resize
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
-from regrow.tracing.hollow import fitting
+from regrow.tracing.meta_copy import cast_example
 from regrow.tracing.steps import operations, source
 from regrow.tracing.walk import op_name
 
@@ -53,8 +53,8 @@ def check_blocks(change: ProposedChange) -> None:
         PlanError: If they differ, or a tensor is not what it is in float64 up to rounding.
     """
     pair = _Pair(change)
-    with generators_kept():
-        if len(change.recording.blocks) > 1 and all(pair.same(block) for block in chosen(change)):
+    with preserve_generators():
+        if len(change.recording.blocks) > 1 and all(pair.same(block) for block in select_blocks(change)):
             return
         try:
             ours, theirs = pair.whole()
@@ -63,11 +63,11 @@ def check_blocks(change: ProposedChange) -> None:
             raise PlanError(
                 f"the plan cannot be carried out: what it leaves does not run in float64 ({why}); plan other sizes"
             ) from error
-    if not (distance := gap(ours, theirs)) <= change.bound * scale(ours):
-        raise PlanError(different(distance, scale(ours)))
+    if not (distance := max_difference(ours, theirs)) <= change.bound * max_magnitude(ours):
+        raise PlanError(describe_difference(distance, max_magnitude(ours)))
 
 
-def different(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
+def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
     """What is said of a network that a plan would leave, and that is not the masked one."""
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
@@ -75,7 +75,7 @@ def different(distance: float, largest: float, remedy: str = "a fault of regrow,
     )
 
 
-def chosen(change: ProposedChange) -> list[GraphBlock]:
+def select_blocks(change: ProposedChange) -> list[GraphBlock]:
     """The blocks to check: of each class that a plan changes the narrowest, the widest, and two more if they are small.
 
     Where all are equally wide, the first is both.
@@ -114,11 +114,11 @@ class _Pair:
         if change.recalls:
             old = {key: tuple((~one.born).nonzero().flatten().tolist()) for key, one in change.units.items()}
             back = masking(change.planned, reads, change.ready.sizes, old, restored_means(change))
-            after = (change.planned, stored(model, change.ready.done.values), back)
-        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, stored(model), mask), after)
+            after = (change.planned, loader(model, change.ready.done.values), back)
+        self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, loader(model), mask), after)
         self.nodes = tuple(operations(one) for one, *_ in self.sides)
         self.steps = {node: i for nodes in self.nodes for i, node in enumerate(nodes)}
-        example = fitting(change.axes.example, model)
+        example = cast_example(change.axes.example, model)
         self.given = tree_leaves((example.args, dict(example.kwargs)))
 
     def _fresh(self) -> tuple[Runner, Runner]:
@@ -183,7 +183,7 @@ class _Pair:
         shape = [n or int(whole) for n, whole in zip(few, form.shape, strict=True)]
         made = torch.randn(shape, dtype=torch.float64, generator=generator).to(form.device)
         lays = self.change.lays(dims)
-        return made, carried(f"seam {step}", made, lays, dict.fromkeys(lays, frozenset({Role.PRODUCES})))
+        return made, resize(f"seam {step}", made, lays, dict.fromkeys(lays, frozenset({Role.PRODUCES})))
 
     def _run(self, side: int, block: GraphBlock, seams: Mapping[int, Tensor]) -> dict[int, Any]:
         """The results of a block's operations that are read later, or its answers."""
@@ -217,7 +217,9 @@ class _Pair:
             theirs = theirs.index_select(dim, stays.to(theirs.device))
         if not ours.is_floating_point():
             return torch.equal(ours, theirs)
-        return bool(ours.isfinite().all()) and gap([ours], [theirs]) <= self.change.bound * scale([ours])
+        return bool(ours.isfinite().all()) and max_difference([ours], [theirs]) <= self.change.bound * max_magnitude(
+            [ours]
+        )
 
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """What will be put into the network is what was checked, in the network's own precision."""
@@ -228,7 +230,7 @@ class _Pair:
             done = change.ready.done.values[name]
             if name not in self.rounded or (change.undo is not None and name in anew):
                 continue
-            if not gap([exact], [done]) <= ROUNDING * torch.finfo(done.dtype).eps * scale([exact]):
+            if not max_difference([exact], [done]) <= ROUNDING * torch.finfo(done.dtype).eps * max_magnitude([exact]):
                 raise PlanError(
                     f"the plan cannot be carried out: {name} would be cut otherwise than in float64; "
                     "a fault of regrow, please report it"

@@ -11,7 +11,7 @@ from regrow.axes import AxisGraph, Dim, axes_in
 from regrow.plan import Plan
 from regrow.surgery.carry import Prepared
 from regrow.surgery.compensate import bias_of, read_dim
-from regrow.surgery.layout import Layout, born_as, laid, units_after
+from regrow.surgery.layout import Layout, lay_out, unit_ids_after, units_after
 from regrow.surgery.undo_store import UndoStore, locate_entries
 from regrow.tracing.capture import Capture
 from regrow.tracing.readings import Recording
@@ -60,7 +60,7 @@ class ProposedChange:
         """The entries afterwards of those of some dimensions that change."""
         sizes = self.axes.sizes()
         moved = {i: dim for i, dim in enumerate(dims) if not self.units.keys().isdisjoint(axes_in(dim))}
-        return {i: laid(dim, sizes, self.units) for i, dim in moved.items()}
+        return {i: lay_out(dim, sizes, self.units) for i, dim in moved.items()}
 
     @property
     def bound(self) -> float:
@@ -86,7 +86,10 @@ def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
         return {}
     grown = {key: one.grow for key, one in plan.changes.items()}
     born = {axis.key: axis.born + grown.get(axis.key, 0) for axis in axes}
-    ids = {axis.key: sorted(born_as(plan.changes[axis.key], axis)) if axis.key in grown else axis.ids for axis in axes}
+    ids = {
+        axis.key: sorted(unit_ids_after(plan.changes[axis.key], axis)) if axis.key in grown else axis.ids
+        for axis in axes
+    }
     left = change.ready.undo.means if change.ready.undo is not None else {}
     found: dict[str, dict[int, float]] = {}
     for weight, row in change.undo.means.items():

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph, Dim, Fold, Role, size_of
 from regrow.plan import Plan
 from regrow.surgery.compensate import bias_dim, bias_of, read_dim
-from regrow.surgery.fold import Outcome, extent, refolded
-from regrow.surgery.layout import Layout, born_as
+from regrow.surgery.fold import Outcome, divisor_size, rescale
+from regrow.surgery.layout import Layout, unit_ids_after
 from regrow.surgery.undo_store import Constant, RemovedWeights, UndoStore, get, locate_entries, put
 
 
-def through(
+def plan_with_undo(
     undo: UndoStore,
     model: nn.Module,
     axes: AxisGraph,
@@ -82,7 +82,7 @@ class _Way:
         self.added = [*self.undo.added]
         self.recalls = any(change.recalled for change in plan.changes.values())
         self.ids = {axis.key: axis.ids for axis in axes}
-        changed = {key: tuple(sorted(born_as(change, axes[key]))) for key, change in plan.changes.items()}
+        changed = {key: tuple(sorted(unit_ids_after(change, axes[key]))) for key, change in plan.changes.items()}
         self.ids_after = {**self.ids, **changed}
         self.sizes = (axes.sizes(), plan.sizes(axes))
         self.folds = {axes.ties.get(fold.weight, fold.weight): fold for fold in axes.folds}
@@ -102,7 +102,7 @@ class _Way:
     def size(self, name: str, after: bool) -> int:
         """The size of the divisor that a tensor takes up; 1 for any other."""
         fold = self.folds.get(name)
-        return extent(fold, self.sizes[after]) if fold else 1
+        return divisor_size(fold, self.sizes[after]) if fold else 1
 
     def dropped(self, key: str) -> set[int]:
         change = self.plan.changes.get(key)
@@ -149,7 +149,7 @@ class _Way:
         """What stored numbers come to at a size of the divisor, and with what dropped inputs leave."""
         values = get(stored.values, where)
         if stored.sizes is not None:
-            values = refolded(values, get(stored.sizes, where), n, self.folds[name])
+            values = rescale(values, get(stored.sizes, where), n, self.folds[name])
         return values if lost is None else (values.double() + lost[where[0]]).to(values.dtype)
 
     def rewritten(self, name: str, made: Tensor | None) -> Tensor:
@@ -163,7 +163,7 @@ class _Way:
         if self.recalls:
             made = torch.where(born & ~held & self._strangers(name, held), torch.zeros_like(made), made)
         if stored.sizes is not None:
-            made = refolded(made, torch.tensor(self.size(name, False)), n, self.folds[name])
+            made = rescale(made, torch.tensor(self.size(name, False)), n, self.folds[name])
         old = held & torch.where(born, torch.tensor(self.recalls), kept)
         return torch.where(old, self._written(name, stored, where, n), made).to(now.device)
 
@@ -234,7 +234,7 @@ class _Way:
         stored, dim = self.weights[name], _read(self.axes, weight)
         values = stored.values.double() * stored.held
         if stored.sizes is not None:
-            values = torch.where(stored.held, refolded(values, stored.sizes, n, self.folds[name]), values)
+            values = torch.where(stored.held, rescale(values, stored.sizes, n, self.folds[name]), values)
         columns = values.movedim(dim, 0).flatten(2) if values.dim() > 2 else values.movedim(dim, 0)[..., None]
         total = torch.zeros(columns.shape[1], dtype=torch.float64)
         for at, mean in means.items():
@@ -249,7 +249,7 @@ class _Way:
         found: dict[str, float | None] = {}
         folds = []
         for fold in self.axes.folds:
-            before, after = (extent(fold, sizes) for sizes in self.sizes)
+            before, after = (divisor_size(fold, sizes) for sizes in self.sizes)
             if before != after and fold.epsilon:
                 known = self._constant(fold, before)
                 self.known[fold.epsilon] = known

@@ -13,7 +13,7 @@ from torch.fx.node import map_aggregate, map_arg
 from regrow.axes import Dim, Product, Sum
 from regrow.branches import Branch
 from regrow.surgery.carry import state_of
-from regrow.surgery.precision import grouped_product, in_double, longer, made_in_double
+from regrow.surgery.precision import as_double, grouped_product, made_in_double, widen_dtype
 from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture
 from regrow.tracing.effects import Effects
@@ -81,15 +81,15 @@ def masking(
     found: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
     groups: dict[Node, int] = {}
     for read in reads:
-        mask = kept_mask(read.dim, sizes, keep)
+        mask = keep_mask(read.dim, sizes, keep)
         if not bool(mask.all()):
             node = nodes[read.step]
             found.setdefault(node, []).append((read, operands(node)[read.operand], mask))
             if read.fill is None:
-                groups[node] = int(kept_mask(read.groups, sizes, keep).sum())
+                groups[node] = int(keep_mask(read.groups, sizes, keep).sum())
     watched: dict[Node, list[tuple[Node, bool]]] = {}
     for node, operand, dims in judged:
-        whole = all(bool(kept_mask(dim, sizes, keep).all()) for dim in dims)
+        whole = all(bool(keep_mask(dim, sizes, keep).all()) for dim in dims)
         watched.setdefault(node, []).append((operand, whole))
     gone = [*drop]
     branches = locate_branches(RecordedModules(Effects(recorded)), gone) if gone else {}
@@ -133,7 +133,7 @@ class Runner(Interpreter):
         for node in recorded.graph.nodes:
             if node.op == "placeholder" and node not in recorded.states:
                 value = recorded.constants[node] if node in recorded.constants else next(inputs)
-                self.env[node] = own(in_double(value) if double else value)
+                self.env[node] = copy_written(as_double(value) if double else value)
 
     def run_until(self, stop: Node | None = None) -> None:
         """Run on, up to an operation or to the end; parameters are let go then."""
@@ -193,7 +193,9 @@ class Runner(Interpreter):
             return self.env[node]
         if node not in self.held:
             value = self.load(self.states[node], self.double)
-            (self.env if node in self.written else self.held)[node] = own(value) if node in self.written else value
+            (self.env if node in self.written else self.held)[node] = (
+                copy_written(value) if node in self.written else value
+            )
         return self.held.get(node, self.env.get(node))
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
@@ -204,7 +206,7 @@ class Runner(Interpreter):
                 values[operand] = self._replaced(values[operand], read, mask)
 
         def valued(arg: Any) -> Any:
-            return values[arg] if isinstance(arg, Node) else longer(arg) if self.double else arg
+            return values[arg] if isinstance(arg, Node) else widen_dtype(arg) if self.double else arg
 
         return map_aggregate((n.args, n.kwargs), valued)
 
@@ -215,7 +217,7 @@ class Runner(Interpreter):
         operand: Sequence[Node] = operands(n) if name in _READS_A_WEIGHT else ()
         if name == "embedding" and operand[0] in self.states:
             table = self.load(self.states[operand[0]], False)
-            return in_double(target(table, *map_arg(n.args[1:], self.value)))
+            return as_double(target(table, *map_arg(n.args[1:], self.value)))
         if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > self._most(operand[1]):
             return self._in_parts(n, *operand)
         if len(operand) > 1 and self._goes_in_parts(n, operand[0], operand[1]):
@@ -233,7 +235,7 @@ class Runner(Interpreter):
         for read, operand, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask) if operand is given else x
         full = self.load(self.states[weight], False)
-        made = torch.cat([x @ in_double(part).mT for part in full.split(max(1, PART // full.shape[1]))], -1)
+        made = torch.cat([x @ as_double(part).mT for part in full.split(max(1, PART // full.shape[1]))], -1)
         return made + self.value(bias[0]) if bias else made
 
     def _most(self, weight: Node) -> int:
@@ -260,10 +262,10 @@ class Runner(Interpreter):
         for read, _, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask)
         full = self.load(self.states[weight], False)
-        rest = map_aggregate(n.args[3:], longer)
+        rest = map_aggregate(n.args[3:], widen_dtype)
         many = max(1, PART // full[0].numel())
         target = cast(Callable[..., Tensor], n.target)
-        made = torch.cat([target(x, in_double(part), None, *rest) for part in full.split(many)], 1)
+        made = torch.cat([target(x, as_double(part), None, *rest) for part in full.split(many)], 1)
         return made + self.value(bias[0]).view(-1, *(1 for _ in full.shape[2:])) if bias else made
 
     def _replaced(self, value: Tensor, read: ReadDim, mask: Tensor) -> Tensor:
@@ -287,7 +289,7 @@ class Runner(Interpreter):
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
+def preserve_generators() -> Iterator[None]:
     """Leave torch's global generators as they were, whatever is drawn inside."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
@@ -301,12 +303,12 @@ def reseed(seed: int) -> None:
         torch.cuda.manual_seed_all(seed)
 
 
-def stored(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load:
+def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load:
     """The parameters and buffers of a network as they are, or others in their place."""
     state = {**state_of(model), **(others or {})}
 
     def load(name: str, double: bool) -> Tensor:
-        return in_double(state[name].detach()) if double else state[name].detach()
+        return as_double(state[name].detach()) if double else state[name].detach()
 
     return load
 
@@ -316,12 +318,12 @@ def floats(value: Any) -> Answers:
     return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def own(value: Any) -> Any:
+def copy_written(value: Any) -> Any:
     """What operations in place may change, copied; no forward pass changes parameters."""
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
-def kept_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, ...]]) -> Tensor:
+def keep_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, ...]]) -> Tensor:
     """Which entries of a dimension stay (bool), for the kept units of each axis."""
     match dim:
         case int():
@@ -333,7 +335,7 @@ def kept_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, 
         case Product(parts):
             mask = torch.ones(1, dtype=torch.bool)
             for part in parts:
-                mask = (mask[:, None] & kept_mask(part, sizes, keep)[None, :]).flatten()
+                mask = (mask[:, None] & keep_mask(part, sizes, keep)[None, :]).flatten()
             return mask
         case Sum(parts):
-            return torch.cat([kept_mask(part, sizes, keep) for part in parts])
+            return torch.cat([keep_mask(part, sizes, keep) for part in parts])

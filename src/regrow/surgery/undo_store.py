@@ -10,7 +10,7 @@ from torch import Tensor
 from regrow.axes import AxisGraph, Dim, size_of
 from regrow.branches import Branch
 from regrow.plan import Plan, PlanError
-from regrow.surgery.layout import Layout, laid
+from regrow.surgery.layout import Layout, lay_out
 from regrow.surgery.removed_branch import RemovedBranch
 
 FORMAT = "regrow-attic/1"
@@ -261,7 +261,7 @@ def locate_entries(dims: tuple[Dim, ...], born: Mapping[str, int], ids: Mapping[
         ids: The birth numbers of its units.
     """
     units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in ids.items()}
-    return [laid(dim, born, units).source for dim in dims]
+    return [lay_out(dim, born, units).source for dim in dims]
 
 
 def get(full: Tensor, where: list[Tensor]) -> Tensor:

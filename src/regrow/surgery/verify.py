@@ -9,10 +9,10 @@ from regrow.axes import AxisGraph, Example
 from regrow.plan import Plan
 from regrow.surgery.apply import apply, check, try_out
 from regrow.surgery.carry import carry_out, resizing
-from regrow.surgery.lockstep import gap, lockstep, pairs, planned, scale
+from regrow.surgery.paired_forward import common_outputs, max_difference, max_magnitude, record_planned, run_pair
 from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
-from regrow.surgery.whole import Decisions, copied, whole_pair
+from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
 from regrow.tracing.readings import Readings, readings
 
 
@@ -73,11 +73,11 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
     runs = _Runs(model, axes, example)
     _, exact_masked, exact_shrunk, decisions = runs.both(plan, double=True)
     _, masked, shrunk, _ = runs.both(plan, double=False, decisions=decisions)
-    difference, largest = gap(exact_masked, exact_shrunk), scale(exact_masked)
-    own, rounding = gap(masked, shrunk), gap(masked, exact_masked)
+    difference, largest = max_difference(exact_masked, exact_shrunk), max_magnitude(exact_masked)
+    own, rounding = max_difference(masked, shrunk), max_difference(masked, exact_masked)
     if not difference <= RELATIVE_BOUND * largest:
         _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
-    rows = [(a, b) for a, b in pairs(masked, shrunk) if a.dim() > 1 and a.shape == b.shape]
+    rows = [(a, b) for a, b in common_outputs(masked, shrunk) if a.dim() > 1 and a.shape == b.shape]
     return Verification(
         ok=difference <= RELATIVE_BOUND * largest,
         max_abs_diff=difference,
@@ -118,7 +118,7 @@ def distances(
     runs = _Runs(model, axes, example or axes.example)
     for plan in plans:
         _, masked, shrunk, _ = runs.both(plan, double=True)
-        distance = gap(masked, shrunk) / (scale(masked) or 1.0)
+        distance = max_difference(masked, shrunk) / (max_magnitude(masked) or 1.0)
         if not distance <= RELATIVE_BOUND:
             _refuse(model, axes, plan)  # a plan that is refused is no wrong cut
         yield plan, distance
@@ -127,7 +127,7 @@ def distances(
 def _refuse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Raise :class:`PlanError` if :func:`regrow.apply` would not try the plan."""
     if plan.drop or plan.back:
-        apply(copied(model), axes, plan)
+        apply(shallow_copy(model), axes, plan)
     else:
         try_out(model, axes, plan, resizing(model, axes, plan))
 
@@ -152,9 +152,9 @@ class _Runs:
         if self.axes.declared or self.axes.decisions is not None or plan.drop or plan.back or moved:
             taken = None if self.axes.decisions is None else decisions
             carried = apply if plan.drop or plan.back else carry_out
-            return plan, *whole_pair(self.model, self.axes, plan, self.example, double, taken, carried)
+            return plan, *run_whole_pair(self.model, self.axes, plan, self.example, double, taken, carried)
         if self.recorded is None:
             self.recorded = readings(self.model, self.axes, self.example)
-        small = planned(self.model, self.axes, resizing(self.model, self.axes, plan), self.example)
-        masked, shrunk = lockstep(self.model, self.axes, plan, self.recorded, small, double)
+        small = record_planned(self.model, self.axes, resizing(self.model, self.axes, plan), self.example)
+        masked, shrunk = run_pair(self.model, self.axes, plan, self.recorded, small, double)
         return plan, masked, shrunk, None

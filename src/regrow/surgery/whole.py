@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph, Decision, Example
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import carry_out
-from regrow.surgery.eager import replaced, zeroed
+from regrow.surgery.eager import mask_units, replace_parameters
 from regrow.surgery.precision import CastsToDouble, example_in_double, made_in_double
-from regrow.surgery.runner import Answers, Runner, floats, masking, stored
+from regrow.surgery.runner import Answers, Runner, floats, loader, masking
 from regrow.tracing.capture import capture, evaluating
-from regrow.tracing.hollow import copy_model
+from regrow.tracing.meta_copy import copy_model
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.readings import Readings, readings
 
 Decisions = tuple[Decision, ...] | None
 
 
-def whole_pair(
+def run_whole_pair(
     model: nn.Module,
     axes: AxisGraph,
     plan: Plan,
@@ -44,9 +44,9 @@ def whole_pair(
     Raises:
         PlanError: If the copy does not run.
     """
-    widened = _widened(model, axes) if double else copied(model)
+    widened = _widened(model, axes) if double else shallow_copy(model)
     example = example_in_double(example) if double else example
-    whole = zeroed(widened, axes, plan) if axes.declared else widened
+    whole = mask_units(widened, axes, plan) if axes.declared else widened
     taken, masked, orders = decisions, [], []
     if axes.recorded == "not":
         masked = _run(whole, example, double, None)
@@ -57,12 +57,12 @@ def whole_pair(
         means = {name: row for name, row in plan.means.items() if name not in declared}
         keep = {key: change.keep for key, change in plan.changes.items()}
         mask = masking(
-            recorded.capture, recorded.reads, recorded.sizes, keep, means, recorded.judged, plan.drop.values()
+            recorded.capture, recorded.reads, recorded.sizes, keep, means, recorded.compared, plan.drop.values()
         )
-        runner = Runner(recorded.capture, recorded.given, stored(whole), double, mask)
+        runner = Runner(recorded.capture, recorded.given, loader(whole), double, mask)
         runner.run_until()
         taken, masked, orders = recorded.decisions, runner.answers, runner.orders
-    cut, _ = carried(copied(widened), axes, plan)
+    cut, _ = carried(shallow_copy(widened), axes, plan)
     try:
         shrunk = _run(cut, example, double, taken, orders)
     except Exception as error:
@@ -80,9 +80,9 @@ def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
     return wide
 
 
-def copied(model: nn.Module) -> nn.Module:
+def shallow_copy(model: nn.Module) -> nn.Module:
     """A copy that shares the numbers: a cut makes new tensors and leaves the old ones alone."""
-    return replaced(model, {})
+    return replace_parameters(model, {})
 
 
 def _run(

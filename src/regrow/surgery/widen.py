@@ -13,7 +13,7 @@ Roles = Mapping[int, frozenset[Role]]
 """Dimension of a tensor → what it does with the axes that change there."""
 
 
-def carried(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0) -> Tensor:
+def resize(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0) -> Tensor:
     """A tensor as a plan has it, in storage of its own.
 
     Newborn entries that scale or shift units are those of a kept unit. Those that make or read units are drawn from the
@@ -61,7 +61,7 @@ def _filled(
     return tensor * factor.to(tensor).view(shape)
 
 
-def moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
+def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
     """An optimiser's moment as a plan has it: kept entries keep theirs.
 
     Args:

@@ -6,17 +6,17 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph, Example
-from regrow.tracing.branches import offered, with_branches
+from regrow.tracing.branches import candidate_branches, with_branches
 from regrow.tracing.caches import caches
 from regrow.tracing.capture import TraceError, capture, example_of, first_line
 from regrow.tracing.graph import assemble
 from regrow.tracing.kinds import check_traceable, with_remedies
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.reach import reach
 from regrow.tracing.readings import recording
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import steps
-from regrow.tracing.trial import proved
+from regrow.tracing.training_trace import trace_training
+from regrow.tracing.trial import freeze_failing
 from regrow.tracing.walk import walk
 
 __all__ = ["TraceError", "trace", "with_branches"]
@@ -60,7 +60,7 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
 def _traced(model: nn.Module, example: Example) -> AxisGraph:
     recorded = capture(model, example)
     w = walk(recorded, RULES, POINTWISE)
-    reach(model, example, w)
+    trace_training(model, example, w)
     axes, names = assemble(model, w, example)
-    axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=offered(model))
-    return proved(model, replace(axes, recording=recording(w, names)))
+    axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
+    return freeze_failing(model, replace(axes, recording=recording(w, names)))

@@ -149,9 +149,12 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
                 found[f"{path}:{name}"] = expr
     for path, module in model.named_modules():
         for name, value in _numbers(module):
-            if f"{path}:{name}" not in found and (held := _of_literals(w, path, name, value)):
-                found[f"{path}:{name}"] = held[0]
-                alike += [(held[0], other, f"`{name}` of {path or 'the model'} sets both") for other in held[1:]]
+            if f"{path}:{name}" not in found and (get_attribute := _of_literals(w, path, name, value)):
+                found[f"{path}:{name}"] = get_attribute[0]
+                alike += [
+                    (get_attribute[0], other, f"`{name}` of {path or 'the model'} sets both")
+                    for other in get_attribute[1:]
+                ]
     for path, module in model.named_modules():
         found |= _of_products(path, module, w, found)
     for path, module in model.named_modules():
@@ -193,13 +196,13 @@ def restated_sizes(
     return found
 
 
-def held(module: nn.Module, name: str) -> Any:
+def get_attribute(module: nn.Module, name: str) -> Any:
     """What an attribute holds; ``config.num_attention_heads`` is one of the module's configuration."""
     owner, _, leaf = name.rpartition(".")
     return getattr(getattr(module, owner) if owner else module, leaf)
 
 
-def hold(module: nn.Module, name: str, value: Any) -> None:
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
     """Set an attribute; a configuration is copied first, since other layers share it."""
     owner, _, leaf = name.rpartition(".")
     if owner:
@@ -225,8 +228,8 @@ def repeats(model: nn.Module, path: str, size: int) -> bool:
 
 def epsilon(model: nn.Module, path: str, value: float | None) -> str:
     """``module:attribute`` of the constant under a norm's root; empty if no attribute holds it."""
-    held = vars(_module(model, path))
-    return next((f"{path}:{name}" for name in EPSILONS if name in held and held[name] == value), "")
+    get_attribute = vars(_module(model, path))
+    return next((f"{path}:{name}" for name in EPSILONS if name in get_attribute and get_attribute[name] == value), "")
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -234,8 +237,8 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    for name, held in vars(module).items():
-        value = held[0] if isinstance(held, tuple) and len(held) == 1 else held
+    for name, get_attribute in vars(module).items():
+        value = get_attribute[0] if isinstance(get_attribute, tuple) and len(get_attribute) == 1 else get_attribute
         if name in WIDTHS | COUNTS | REPEATS and isinstance(value, int) and not isinstance(value, bool) and value > 1:
             yield name, value
 

@@ -22,7 +22,7 @@ from regrow.tracing.branch_sites import (
 )
 from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
 from regrow.tracing.effects import Effects
-from regrow.tracing.hollow import faked, fitting, hollow
+from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.model_state import preserve_state
 from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
 from regrow.tracing.walk import op_name
@@ -54,13 +54,13 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """
     with preserve_state(model, entries=True):
         recorded = capture(model, axes.example, axes.decisions)
-    return replace(axes, branches=branches(model, recorded, axes.example) | offered(model))
+    return replace(axes, branches=branches(model, recorded, axes.example) | candidate_branches(model))
 
 
-def offered(model: nn.Module) -> dict[str, Branch]:
+def candidate_branches(model: nn.Module) -> dict[str, Branch]:
     """The operations that a network marks as candidates, each as a branch; nothing needs to be looked at for that.
 
-    >>> offered(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
+    >>> candidate_branches(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
     'nothing'
     """
     return {
@@ -82,10 +82,10 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     """
     if recorded.decisions is not None:
         return {}
-    copy, mode = hollow(model, {})
-    given = faked(fitting(example, model), mode)
+    copy, mode = meta_copy(model, {})
+    given = fake_example(cast_example(example, model), mode)
     try:
-        calls, answer = called(copy, given)
+        calls, answer = record_calls(copy, given)
     except Exception as error:
         reason = f"the network does not run on tensors without numbers: {first_line(error)}"
         return {path: Branch(path, reason=reason) for path, _ in copy.named_modules() if path}
@@ -95,7 +95,7 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     return _tried(result, copy, given, calls, answer)
 
 
-def called(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], Any]:
+def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], Any]:
     """How each module is called on an example, and what the network answers."""
     calls: dict[str, list[ModuleCall]] = {}
 
@@ -179,8 +179,10 @@ class _Search:
         tensors = [(where, x) for where, x in given if isinstance(x, Tensor)]
         if not tensors:
             raise BranchError("it is given no tensor")
-        fitting = [where for where, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
-        takes = next(iter([*fitting, tensors[0][0]]))
+        cast_example = [
+            where for where, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)
+        ]
+        takes = next(iter([*cast_example, tensors[0][0]]))
         return Placeholder("zero" if at is None or at.source is None else "input", takes, of, place)
 
     @staticmethod
@@ -283,7 +285,7 @@ def _problem(
     }
     gone = insert_placeholders(copy, outer)
     try:
-        now, said = called(copy, example)
+        now, said = record_calls(copy, example)
     except Exception as error:
         return f"the network does not run without it: {first_line(error)}"
     finally:

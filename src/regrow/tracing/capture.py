@@ -22,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Decision, Example
-from regrow.tracing.hollow import faked, hollow
+from regrow.tracing.meta_copy import fake_example, meta_copy
 from regrow.tracing.model_state import describe_state, preserve_state
 from regrow.tracing.record import record
 
@@ -153,8 +153,8 @@ def _dry(model: nn.Module, example: Example) -> Capture:
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
     known = _holds_numbers(model, example)
     if not any(isinstance(x, FakeTensor) for x in (*model.parameters(), *model.buffers(), *leaves)):
-        model, mode = hollow(model, {})
-        example = faked(example, mode)
+        model, mode = meta_copy(model, {})
+        example = fake_example(example, mode)
     with as_exporting():
         found = _eager(model, example, (), "", every_name=True)
     if known and any(isinstance(x, FakeTensor) for x in found.constants.values()):
@@ -243,8 +243,8 @@ def _again(model: nn.Module, example: Example, found: Capture) -> Capture:
     Where the network does not run on fake data, no copy will: the real run is all there is then.
     """
     try:
-        copy, mode = hollow(model, {})
-        return _eager(copy, faked(example, mode), found.decisions or (), found.refusal)
+        copy, mode = meta_copy(model, {})
+        return _eager(copy, fake_example(example, mode), found.decisions or (), found.refusal)
     except Exception:
         return found
 

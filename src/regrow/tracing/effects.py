@@ -162,7 +162,7 @@ def _views(node: Node) -> bool:
     }
 
 
-def otherwise(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:
+def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:
     """What a network does otherwise than another one with replaced values; empty if nothing.
 
     Both are reduced to the operations that their answers rest on, which are then held against each other one by one.

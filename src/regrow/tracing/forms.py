@@ -16,22 +16,22 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
-def mapped(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+def map_arguments(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     """The arguments of an operation with everything of a kind changed.
 
-    >>> mapped((1, [2, "x"], {"y": 3}), int, str)
+    >>> map_arguments((1, [2, "x"], {"y": 3}), int, str)
     ('1', ['2', 'x'], {'y': '3'})
     """
     if isinstance(value, kind):
         return change(value)
     if isinstance(value, list):
-        return [mapped(one, kind, change) for one in value]
+        return [map_arguments(one, kind, change) for one in value]
     if isinstance(value, tuple):
-        return tuple([mapped(one, kind, change) for one in value])
-    return {name: mapped(one, kind, change) for name, one in value.items()} if isinstance(value, dict) else value
+        return tuple([map_arguments(one, kind, change) for one in value])
+    return {name: map_arguments(one, kind, change) for name, one in value.items()} if isinstance(value, dict) else value
 
 
-def told(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
+def infer_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
     """What an operation gives on fake tensors, or ``NotImplemented`` where that is not for us to tell.
 
     Args:
@@ -44,7 +44,7 @@ def told(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTen
     if (rule is None and func not in _KERNELS) or torch._C._is_any_autocast_enabled():
         return NotImplemented
     given: list[Tensor] = []
-    mapped((args, kwargs), Tensor, given.append)
+    map_arguments((args, kwargs), Tensor, given.append)
     if not given or any(
         type(x) is not FakeTensor or x.fake_mode is not mode or x.layout is not torch.strided for x in given
     ):
@@ -79,12 +79,12 @@ def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: 
         known[id(made)] = x
         return made
 
-    given = mapped((args, kwargs), Tensor, form)
+    given = map_arguments((args, kwargs), Tensor, form)
     try:
         out = func(*given[0], **given[1])
     except Exception:
         return NotImplemented
-    return mapped(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
+    return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
 
 
 # --- rules: a shape, a shape and strides, the operand that is given back, or None where they do not hold -------------

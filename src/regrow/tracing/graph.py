@@ -13,9 +13,9 @@ from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.folds import FoldSite, folds
 from regrow.tracing.kinds import unalterable
-from regrow.tracing.silence import heard
 from regrow.tracing.size_groups import group_equal_sizes
 from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.zero_init import not_zero_initialisable
 
 MOST_SLOTS = 64
 """More places than this in one dimension are not kept apart; the axis is frozen."""
@@ -77,7 +77,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
     lasting = {id(tensors[name]) for name in w.capture.states.values() if name in tensors}  # not made by the run itself
     tensors = {name: tensor for name, tensor in tensors.items() if id(tensor) in lasting}
-    axes, keys = _axes(leaf_of, by_leaf, held, read, heard(w, tensors))
+    axes, keys = _axes(leaf_of, by_leaf, held, read, not_zero_initialisable(w, tensors))
     names = Names(keys)
     shapes: dict[str, tuple[Dim, ...]] = {
         name: names.dims(state[name]) if name in state else tuple(tensor.shape) for name, tensor in tensors.items()

@@ -13,10 +13,10 @@ from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.graph import Names, assemble
-from regrow.tracing.reach import reach
-from regrow.tracing.record import judged
+from regrow.tracing.record import compared_operands
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import operations
+from regrow.tracing.training_trace import trace_training
 from regrow.tracing.walk import Walk, walk
 
 
@@ -86,7 +86,7 @@ class Readings:
         reads: The places.
         sizes: The size of each axis that occurs in them.
         decisions: What data decided; ``None`` where ``torch.export`` recorded.
-        judged: Each operand of which an operation makes whole numbers or truth values, in an eager record: the
+        compared: Each operand of which an operation makes whole numbers or truth values, in an eager record: the
             operation, the operand, and its dimensions written in axes.
     """
 
@@ -95,7 +95,7 @@ class Readings:
     reads: tuple[ReadDim, ...]
     sizes: Mapping[str, int]
     decisions: tuple[Decision, ...] | None
-    judged: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
+    compared: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
 
     @property
     def given(self) -> list[Any]:
@@ -119,7 +119,7 @@ def readings(
     recorded = capture(model, example, decisions)
     w = walk(recorded, RULES, POINTWISE, cautious=False)
     if axes.trained:
-        reach(model, example, w)
+        trace_training(model, example, w)
     fresh, names = assemble(model, w, example)
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}
@@ -133,10 +133,10 @@ def readings(
         reads=reads(w, written),
         sizes={renamed[axis.key]: axis.size for axis in fresh},
         decisions=recorded.decisions,
-        judged=tuple(
+        compared=tuple(
             (node, one, tuple(map(written, w.of(one))))
             for node in (recorded.graph.nodes if recorded.decisions is not None else ())
-            for one in judged(node)
+            for one in compared_operands(node)
         ),
     )
 

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from regrow.axes import Decision
 from regrow.tracing.fixed_results import ORDERS, cast_answer, is_floating, reorder
-from regrow.tracing.forms import mapped, told
+from regrow.tracing.forms import infer_result, map_arguments
 from regrow.tracing.interception import SpellOut, follow_modules
 from regrow.tracing.model_state import describe_state
 from regrow.tracing.source_lines import LINE, line_here
@@ -121,7 +121,7 @@ def record(
     return seen if describe_state(model) == before else run()
 
 
-def judged(node: Node) -> list[Node]:
+def compared_operands(node: Node) -> list[Node]:
     """The floating-point operands of an operation that makes whole numbers or truth values of them."""
     made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
     if node.op != "call_function" or (node.target is not decision and all(map(is_floating, made))):
@@ -161,7 +161,7 @@ class _Recorder(ProxyTorchDispatchMode):
         self.answers, self.orders = iter(answers), iter(orders)
         self.nodes = WeakTensorKeyDictionary()
         self.plain: dict[Node, Tensor] = {}
-        self.judged: list[Tensor] = []
+        self.compared: list[Tensor] = []
         self.first: Node | None = None
 
     @classmethod
@@ -184,7 +184,7 @@ class _Recorder(ProxyTorchDispatchMode):
         tensors = [leaf for leaf in outputs(result) if isinstance(leaf, Tensor)]
         self.seen.graph.output(tuple(map(self._node, tensors)))
         if self.real:
-            self.seen.values = [*(x.detach() for x in tensors if is_floating(x)), *self.judged]
+            self.seen.values = [*(x.detach() for x in tensors if is_floating(x)), *self.compared]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -197,10 +197,10 @@ class _Recorder(ProxyTorchDispatchMode):
             raise RuntimeError("it takes forward derivatives (torch.func.jvp), which cannot be run again as recorded")
         if func in _PICKS:
             args = (args[0], [one for index in args[1] for one in self._positions(index)], *args[2:])
-        nodes, named = mapped((args, kwargs), Tensor, self._node)
+        nodes, named = map_arguments((args, kwargs), Tensor, self._node)
         plain = self._plainly(func, nodes, named)
         try:
-            form = self._form(func, *mapped((nodes, named), Node, _val))
+            form = self._form(func, *map_arguments((nodes, named), Node, _val))
         except _DATA_DECIDE:
             return self._decided(func, args, kwargs) if plain is None else self._shown(plain)
         if plain is None and func._schema.is_mutable:
@@ -216,7 +216,7 @@ class _Recorder(ProxyTorchDispatchMode):
 
     def _form(self, func: Any, args: Any, kwargs: Any) -> Any:
         """The result of an operation on fake tensors."""
-        if (form := told(func, args, kwargs, self.fake)) is not NotImplemented:
+        if (form := infer_result(func, args, kwargs, self.fake)) is not NotImplemented:
             return form
         with self.fake:
             form = func(*args, **kwargs)
@@ -270,7 +270,7 @@ class _Recorder(ProxyTorchDispatchMode):
     def _keep_judged(self, node: Node, args: Any, kwargs: Any) -> None:
         if self.real:
             live = {self._node(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
-            self.judged += [_copy(live[one]) for one in judged(node)]
+            self.compared += [_copy(live[one]) for one in compared_operands(node)]
 
     def _write(self, target: Any, args: Any, kwargs: Any, val: Any) -> Node:
         node = self.seen.graph.call_function(target, args, kwargs)

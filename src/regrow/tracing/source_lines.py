@@ -72,7 +72,7 @@ def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example
     return None
 
 
-def written(line: Line | None) -> str:
+def format_line(line: Line | None) -> str:
     """A line as ``net.py:12: h = h * 2``; empty if there is none."""
     if line is None:
         return ""

@@ -80,7 +80,9 @@ def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[
     return constant
 
 
-def changed(present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None) -> Difference | None:
+def first_difference(
+    present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None
+) -> Difference | None:
     """The first constant or operand that differs between a network as it is and as it is planned to be.
 
     Args:
@@ -100,7 +102,7 @@ def changed(present: Capture, planned: Capture, known: Sequence[RecordedStep] | 
     return None
 
 
-def refolded(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
+def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
     """The operations of a network once folds have set constants under roots anew.
 
     Args:
@@ -116,7 +118,7 @@ def refolded(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[Re
     return tuple(map(fitting, axes.steps))
 
 
-def restated(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
+def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
     """The operations as they are recorded now, their shapes still written in axes."""
     started = _started(known, recorded)
     return tuple(

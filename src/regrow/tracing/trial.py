@@ -11,15 +11,15 @@ from torch import nn
 
 from regrow.axes import Axis, AxisGraph, Mark, size_of
 from regrow.plan import PlanError
-from regrow.tracing.attributes import held, hold
+from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.capture import Capture, TraceError, as_exporting, capture, evaluating, in_training, quiet
-from regrow.tracing.hollow import faked, fitting, hollow, without_numbers
+from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy, without_numbers
 from regrow.tracing.model_state import preserve_state
-from regrow.tracing.source_lines import Line, line_of, line_raised, parting_line, written
-from regrow.tracing.steps import Difference, changed, difference, operations, refolded
+from regrow.tracing.source_lines import Line, format_line, line_of, line_raised, parting_line
+from regrow.tracing.steps import Difference, difference, first_difference, operations, refold_steps
 
 
-def proved(model: nn.Module, axes: AxisGraph) -> AxisGraph:
+def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     """The graph with every axis frozen whose cut the network does not survive as planned.
 
     A few units of each free axis are cut, in all axes at once, on a copy without numbers, which is recorded again.
@@ -112,7 +112,7 @@ def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
     sizes = _cut_sizes(axes, cut)
     if any(size < 1 for size in sizes.values()):
         return "it cannot lose what an axis of the same count must lose with it"
-    return rehearsed(model, axes, sizes)
+    return trial_error(model, axes, sizes)
 
 
 def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
@@ -160,7 +160,7 @@ class Resizing:
         return Resizing(self.sizes)
 
 
-def rehearsed(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
+def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
     """What goes wrong when the network is given other sizes, on a copy without numbers; empty if nothing does.
 
     The copy is recorded as the network was when it was traced.
@@ -191,10 +191,10 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
     except TraceError as error:
         line = line_raised(error.__cause__ or error)
         raise PlanError(_cannot(_refusal(error), line)) from error
-    found = difference(refolded(axes, to.constants), planned, to.sizes)
+    found = difference(refold_steps(axes, to.constants), planned, to.sizes)
     if found is not None and found.constant:  # so do other precisions, and biases that compensation added
         bare = planned if to == to.plain else _recorded(model, axes, to.plain)
-        found = changed(_recorded(model, axes, Resizing(axes.sizes())), bare, axes.steps)
+        found = first_difference(_recorded(model, axes, Resizing(axes.sizes())), bare, axes.steps)
     if found is not None:
         raise PlanError(_cannot(found.problem, _line(model, axes, to, found)))
     if problem := _untrained(model, axes, to.sizes):
@@ -209,13 +209,13 @@ def _cannot(problem: str, line: Line | None) -> str:
 
 
 def _at(line: Line | None) -> str:
-    return f"; it is the code at {written(line)}" if line else ""
+    return f"; it is the code at {format_line(line)}" if line else ""
 
 
 def _line(model: nn.Module, axes: AxisGraph, to: Resizing, found: Difference) -> Line | None:
     """The line of the network's code that makes a difference: where it parts, or else that of the operation."""
-    both = [resized(model, axes, Resizing(sizes)) for sizes in (axes.sizes(), to.sizes)]
-    given = [faked(fitting(axes.example, model), mode) for _, mode in both]
+    both = [resize_copy(model, axes, Resizing(sizes)) for sizes in (axes.sizes(), to.sizes)]
+    given = [fake_example(cast_example(axes.example, model), mode) for _, mode in both]
     (one, _), (other, _) = both
     kept = (preserve_state(one, outside=True), preserve_state(other, outside=True))
     with evaluating(one), evaluating(other), as_exporting(), quiet(), kept[0], kept[1]:
@@ -227,8 +227,8 @@ def _line(model: nn.Module, axes: AxisGraph, to: Resizing, found: Difference) ->
 
 
 def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
-    copy, mode = resized(model, axes, to)
-    example = faked(fitting(axes.example, model), mode)
+    copy, mode = resize_copy(model, axes, to)
+    example = fake_example(cast_example(axes.example, model), mode)
     return capture(copy, example, axes.decisions, exported=axes.exported, lines=lines)
 
 
@@ -236,12 +236,14 @@ def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> s
     """Why the network trains otherwise at other sizes, or not at all; empty if it does not, or was not followed."""
     if not axes.trained:
         return ""
-    copies = [resized(model, axes, Resizing(one)) for one in (axes.sizes(), sizes)]
+    copies = [resize_copy(model, axes, Resizing(one)) for one in (axes.sizes(), sizes)]
     try:
-        present, planned = (in_training(copy, faked(fitting(axes.example, model), mode)) for copy, mode in copies)
+        present, planned = (
+            in_training(copy, fake_example(cast_example(axes.example, model), mode)) for copy, mode in copies
+        )
     except TraceError as error:
         return _refusal(error)
-    found = changed(present, planned)
+    found = first_difference(present, planned)
     return f"in training, {found.problem}" if found is not None else ""
 
 
@@ -258,15 +260,15 @@ def _step(axis: Axis, axes: AxisGraph) -> int:
     return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
-def resized(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
+def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
     """A copy without numbers as a plan makes it: shapes, the integers that restate them, constants and biases."""
     shapes = {name: tuple(size_of(dim, to.sizes) for dim in dims) for name, dims in axes.shapes.items()}
-    copy, mode = hollow(model, shapes)
+    copy, mode = meta_copy(model, shapes)
     for place, value in {**planned_integers(axes, to.sizes), **to.constants}.items():
         path, name = place.split(":")
         module = copy.get_submodule(path)
-        old = held(module, name)
-        hold(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
+        old = get_attribute(module, name)
+        set_attribute(module, name, (value, *old[1:]) if isinstance(old, tuple) else value)
     for bias in (*to.added, *to.removed):
         path, _, leaf = bias.rpartition(".")
         own: dict[str, Any] = copy.get_submodule(path)._parameters

@@ -11,7 +11,7 @@ from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.learner import Stand, along
 from regrow.plan import Plan
-from regrow.surgery.stand_in import followed
+from regrow.surgery.parametrize import resize_axis_tensor
 
 SMOOTHING = 0.9
 """How much of the smoothed loss stays at each step."""
@@ -30,7 +30,7 @@ def young(there: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> dict[
         axes: The axes before it.
         plan: The plan.
     """
-    return {name: ~followed(one, axes, plan).values for name, one in there.items()}
+    return {name: ~resize_axis_tensor(one, axes, plan).values for name, one in there.items()}
 
 
 def shares(at: Stand, young: Mapping[str, Tensor]) -> dict[str, float]:

@@ -17,7 +17,7 @@ from regrow.evaluation.continual import Matrix, share_right
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 from regrow.training.fit import Around, Fitted, Observer, fit
 from regrow.training.learner import PLAIN, Context, Learner
@@ -145,7 +145,7 @@ def accuracies(
     row = []
     for number, task in enumerate(tasks):
         there = replace(context, answered=number, classes=None)
-        with standing_in(context.model, learner.parametrize(state, there).values):
+        with parametrize(context.model, learner.parametrize(state, there).values):
             choice = _choice(schedule, tasks, context.number, number)
             row.append(nan if task.gone else share_right(context.model, task.test, choice))
     return tuple(row)
@@ -243,14 +243,14 @@ def _probe(
 ) -> tuple[list[float], Tensor]:
     """In the middle of a task: accuracy on tasks so far, and the logits of some test examples."""
     model, was = context.model, context.model.training
-    with torch.no_grad(), standing_in(model, learner.parametrize(state, context).values):
+    with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
         found = [
             nan if tasks[i].gone else share_right(model, tasks[i].test, _choice(schedule, tasks, context.number, i))
             for i in probed_tasks(context.number)
         ]
     model.eval()
     try:
-        with torch.no_grad(), standing_in(model, learner.parametrize(state, context).values):
+        with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
             inputs = next(context.task.test.batches(256)).inputs
             return found, context.logits(inputs).nan_to_num(neginf=0.0)
     finally:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.training.learner import Context, Learner, Step
 
 S = TypeVar("S")
@@ -38,7 +38,7 @@ def compute_gradients(
     second = step.second.to(device) if step.second else None
     for batch in batches:
         step = Step(step.index, batch.to(device), second, learner.parametrize(state, context))
-        with standing_in(context.model, step.replaced.values):
+        with parametrize(context.model, step.replaced.values):
             with autocast:
                 found = learner.loss(state, context, step)
             mean = found.value if len(batches) == 1 else found.value / len(batches)

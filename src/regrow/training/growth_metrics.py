@@ -9,7 +9,7 @@ from torch import Tensor
 from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
-from regrow.surgery.stand_in import followed
+from regrow.surgery.parametrize import resize_axis_tensor
 from regrow.training.learner import Context, tensor_along
 from regrow.training.state import GrowthEvent
 
@@ -31,7 +31,7 @@ def new_entries(marked: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -
         axes: The axes before the plan.
         plan: The plan.
     """
-    return {name: ~followed(one, axes, plan).values for name, one in marked.items()}
+    return {name: ~resize_axis_tensor(one, axes, plan).values for name, one in marked.items()}
 
 
 def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, float]:

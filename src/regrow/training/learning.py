@@ -19,7 +19,7 @@ from regrow.learner import Learner, Stand
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import apply
-from regrow.surgery.stand_in import followed, standing_in
+from regrow.surgery.parametrize import parametrize, resize_axis_tensor
 from regrow.tasks import Task
 from regrow.training import births
 from regrow.training.movers import Movers
@@ -182,7 +182,7 @@ def _learn_task(
                 movers.rate(schedule.rate((at.epoch * steps + i) / (schedule.epochs * steps)))
             with around(at, i):
                 movers.clear()
-                with standing_in(at.model, learner.standing(at)):
+                with parametrize(at.model, learner.standing(at)):
                     with precision:
                         loss = learner.loss(at, batch)
                     loss.backward()
@@ -269,7 +269,7 @@ def changed(at: Stand, learner: Learner, plan: Plan, movers: Movers | None = Non
     # Of what comes back no optimiser knows a group yet.
     following = [movers.network] if movers and not plan.back else []
     at.model, at.axes = apply(at.model, at.axes, plan, optimizers=following, undo=learner.undo)
-    learner.tensors = {name: followed(one, old, plan) for name, one in learner.tensors.items()}
+    learner.tensors = {name: resize_axis_tensor(one, old, plan) for name, one in learner.tensors.items()}
     for name, value in held.items():
         learner.tensors[name].values.requires_grad_()
         if movers:
@@ -299,7 +299,7 @@ def accuracies(
     at = Stand(model, _NO_AXES, tasks[after], after)
     found = []
     for number, task in enumerate(tasks):
-        with standing_in(model, learner.answering(at, number)):
+        with parametrize(model, learner.answering(at, number)):
             choice = _choice(schedule, tasks, after, number)
             found.append(nan if task.gone else share_right(model, task.test, choice, ask=partial(learner.asked, at)))
     return tuple(found)
@@ -325,7 +325,7 @@ def _past(at: Stand, tasks: Sequence[Task], learner: Learner, schedule: Schedule
     def ask(inputs: Tensor) -> Tensor:
         return learner.asked(at, inputs)
 
-    with torch.no_grad(), standing_in(at.model, learner.standing(at)):
+    with torch.no_grad(), parametrize(at.model, learner.standing(at)):
         return [
             nan
             if tasks[i].gone
@@ -338,7 +338,7 @@ def _answers(at: Stand, learner: Learner, inputs: Tensor) -> Tensor:
     was = at.model.training
     at.model.eval()
     try:
-        with torch.no_grad(), standing_in(at.model, learner.standing(at)):
+        with torch.no_grad(), parametrize(at.model, learner.standing(at)):
             return learner.asked(at, inputs).nan_to_num(neginf=0.0)
     finally:
         at.model.train(was)

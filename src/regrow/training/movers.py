@@ -10,7 +10,7 @@ from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.learner import Learner, Stand
 from regrow.plan import Plan
-from regrow.surgery.stand_in import followed
+from regrow.surgery.parametrize import resize_axis_tensor
 
 
 class Movers:
@@ -72,7 +72,7 @@ class Movers:
         for mover in self.optimizers:
             if memory := mover.state.pop(old, {}):
                 mover.state[new.values] = {
-                    what: followed(AxisTensor(value, new.dims), axes, plan).values
+                    what: resize_axis_tensor(AxisTensor(value, new.dims), axes, plan).values
                     if isinstance(value, Tensor) and value.dim()
                     else value
                     for what, value in memory.items()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
-from regrow.surgery.stand_in import followed
+from regrow.surgery.parametrize import resize_axis_tensor
 
 Moments = Mapping[str, Mapping[str, Any]]
 """Name of a parameter, or ``learner NAME`` of a learner's tensor → what the optimizer remembers of it."""
@@ -118,7 +118,7 @@ class Optimizers:
             for optimizer in self.all:
                 if memory := optimizer.state.pop(one.values, {}):
                     optimizer.state[new[name].values] = {
-                        what: followed(AxisTensor(value, one.dims), axes, plan).values
+                        what: resize_axis_tensor(AxisTensor(value, one.dims), axes, plan).values
                         if isinstance(value, Tensor) and value.dim()
                         else value
                         for what, value in memory.items()

@@ -17,7 +17,7 @@ from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
 from regrow.store.convert import convert
-from regrow.surgery.stand_in import followed
+from regrow.surgery.parametrize import resize_axis_tensor
 from regrow.training.optimizers import Moments
 
 S = TypeVar("S")
@@ -95,7 +95,9 @@ def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
         axes: The axes before the plan.
         plan: The plan.
     """
-    return with_axis_tensors(state, {name: followed(one, axes, plan) for name, one in axis_tensors(state).items()})
+    return with_axis_tensors(
+        state, {name: resize_axis_tensor(one, axes, plan) for name, one in axis_tensors(state).items()}
+    )
 
 
 def values_of(state: Any) -> dict[str, Any]:

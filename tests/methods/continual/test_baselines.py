@@ -14,7 +14,7 @@ from regrow.evaluation.continual import share_right
 from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _old_logits
 from regrow.nets.small import small
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn
 from regrow.training.learner import Boundary, Context, Event, Step, cross_entropy_loss
@@ -92,7 +92,7 @@ def test_lwf_asks_the_network_as_it_was() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, net.state_dict().values(), strict=True))
     with torch.no_grad():
         old = {n: state.old[n].values for n, _ in net.named_parameters()}
-        with standing_in(net, old):
+        with parametrize(net, old):
             assert not torch.allclose(net(batch.inputs), teacher, atol=1e-3), "batch statistics are other answers"
     assert learner.loss(state, context, Step(0, batch)).value > plain
 

@@ -12,7 +12,7 @@ from regrow.methods import LEARNERS
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import build_gates
 from regrow.nets.small import small
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn
@@ -178,7 +178,7 @@ def test_the_loss_moves_thresholds_where_it_should(tasks: list[Task], mode: str)
     last = context.weights[-1]
     with torch.no_grad():
         weights[last][:, 0] = 0.0
-    with standing_in(model, learner.parametrize(state, context).values):
+    with parametrize(model, learner.parametrize(state, context).values):
         cross_entropy_loss(state, context, Step(0, next(tasks[0].train.batches(64)))).value.backward()
     moved = [t.grad is not None and bool(t.grad.any()) for t in thresholds]
     assert all(moved) if mode == "dst" else not any(moved)

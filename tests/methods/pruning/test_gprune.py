@@ -77,7 +77,7 @@ def test_what_is_judged_is_what_is_cut() -> None:
     """Without leaving sources out, the loss kept is that of the cut network on the held-out windows."""
     import torch.nn.functional as F
 
-    from regrow.surgery.gate import gated
+    from regrow.surgery.gate import gate_inputs
 
     plan, state, axes = run({"steps": 6, "every": 3, "cross": False})
     model, _ = lm(**SIZES)
@@ -91,7 +91,7 @@ def test_what_is_judged_is_what_is_cut() -> None:
     for source in evidence.data.values():
         for batch in source.held_out(0.25)[1]:
             (dense,) = model(*batch.args)
-            with gated(model, axes, gates, fills):
+            with gate_inputs(model, axes, gates, fills):
                 (cut,) = model(*batch.args)
             said, truth = (F.log_softmax(x, -1).flatten(0, -2) for x in (cut, dense))
             losses.append(F.kl_div(said, truth, log_target=True, reduction="batchmean").item())

@@ -16,7 +16,7 @@ from regrow.learner import Stand
 from regrow.methods.search.darts import Darts, Settings
 from regrow.nets.cells import Cells, operation, whole
 from regrow.nets.small import small
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 from regrow.training.learning import Schedule, changed, learn
 
@@ -116,7 +116,7 @@ def test_the_gradient_of_alpha_and_beta_is_that_of_the_held_out_loss(name, task,
     found, middle = alpha.values.grad, alpha.values.detach()
     for sign in (1, -1):
         alpha.values = middle + sign * eps * way
-        with standing_in(at.model, own.standing(at)):
+        with parametrize(at.model, own.standing(at)):
             losses.append(own.loss(at, held).item())
     assert float(found @ way) == pytest.approx((losses[0] - losses[1]) / (2 * eps), rel=1e-5)
 
@@ -207,7 +207,7 @@ def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(
 
 def test_what_is_left_answers_as_its_masks_did(run, task):
     at, own = ended(run, 1e4)
-    with torch.no_grad(), standing_in(at.model, own.answering(at, 0)):
+    with torch.no_grad(), parametrize(at.model, own.answering(at, 0)):
         masked = own.asked(at, task.test.inputs)
     own.baked(at)
     assert torch.equal(at.model.upto(task.test.inputs, 1), masked)
@@ -251,7 +251,7 @@ def test_with_partial_channels_what_is_left_is_whole_and_answers_as_its_masks_di
     while plan := own.final(at):
         changed(at, own, plan)
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
-    with torch.no_grad(), standing_in(net, own.answering(at, 0)):
+    with torch.no_grad(), parametrize(net, own.answering(at, 0)):
         masked = own.asked(at, task.test.inputs)
     own.baked(at)
     assert torch.equal(net.upto(task.test.inputs, 1), masked)

@@ -12,7 +12,7 @@ from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 from regrow.training.learning import Schedule, changed, learn
 
@@ -134,7 +134,7 @@ def test_the_gradient_of_alpha_is_that_of_the_loss_with_its_pressure(price, task
     own.values["lambda"], batch = 0.5, Examples(task.train.inputs[:20].double(), task.train.labels[:20])
 
     def loss():
-        with standing_in(at.model, own.standing(at)):
+        with parametrize(at.model, own.standing(at)):
             return own.loss(at, batch)
 
     loss().backward()
@@ -164,7 +164,7 @@ def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     while plan := own.final(at):
         changed(at, own, plan)
     assert 0.6 * own.most < own.size() <= own.most
-    with torch.no_grad(), standing_in(net, own.answering(at, 0)):
+    with torch.no_grad(), parametrize(net, own.answering(at, 0)):
         masked = own.asked(at, task.test.inputs)
     own.baked(at)
     assert torch.equal(net.upto(task.test.inputs, 1), masked)

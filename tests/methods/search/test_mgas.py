@@ -20,7 +20,7 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, whole
 from regrow.nets.small import small
 from regrow.plan import Plan
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 from regrow.training.learning import Schedule, changed, learn
 from regrow.training.movers import Movers
@@ -63,7 +63,7 @@ def test_at_first_nothing_stands_otherwise(task, axes):
     for stage, last in enumerate((0, 1)):
         own._start(at, stage)
         plain = at.model.upto(x, last)
-        with standing_in(at.model, own.answering(at, 0)):
+        with parametrize(at.model, own.answering(at, 0)):
             assert torch.equal(own.asked(at, x), plain)
 
 
@@ -83,7 +83,7 @@ def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
         changed(at, own, plan)
     assert 0.9 * own.settings.target < own.size() <= own.settings.target
     x = task.test.inputs[:16]
-    with torch.no_grad(), standing_in(at.model, own.answering(at, 0)):
+    with torch.no_grad(), parametrize(at.model, own.answering(at, 0)):
         masked = own.asked(at, x)
     own.baked(at)
     assert torch.equal(at.model.upto(x, 1), masked)
@@ -167,7 +167,7 @@ def test_the_pull_at_a_cut_filter_is_the_gradient_of_its_scale(task, axes):
             kappa = other.tensors[f"kappa {key}"].values
             for one in ids:
                 kappa[one] = torch.logit(torch.tensor(scales.get((key, one), 1e-12) / 2, dtype=torch.float64))
-        with torch.no_grad(), standing_in(whole_at.model, other.answering(whole_at, 0)):
+        with torch.no_grad(), parametrize(whole_at.model, other.answering(whole_at, 0)):
             return float(F.cross_entropy(other.asked(whole_at, inputs), labels))
 
     none = loss({})

@@ -14,7 +14,7 @@ from regrow.allocation import slopes, soft_step
 from regrow.axes import Axis, AxisGraph
 from regrow.scoring import cross_entropy, curvature
 from regrow.sources import Batch, asked, logits_in
-from regrow.surgery.gate import gated
+from regrow.surgery.gate import gate_inputs
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Comparison:
         """
         dense = self._dense(model, batch) if self.loss == "kl" else None
         here = batch.to(next(model.parameters()).device)
-        with gated(model, axes, gates, fills):
+        with gate_inputs(model, axes, gates, fills):
             logits = logits_in(model(*here.args, **here.kwargs))
         if dense is not None:
             # KL(p ‖ q) = H(p, q) − H(p), and the first is one fused operation: half the time of ``kl_div`` on text.

@@ -16,7 +16,7 @@ from regrow.methods.recovery.task import Recovery, Task
 from regrow.scores import Moments, Statistics
 from regrow.scoring import collect, means
 from regrow.surgery.compensate import offsets
-from regrow.surgery.layout import layouts
+from regrow.surgery.layout import plan_layouts
 
 CITATION = (
     "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
@@ -51,7 +51,7 @@ def bias(task: Task, settings: Settings) -> dict[str, Any]:
     kept = {key: change.keep for key, change in task.plan.changes.items() if not change.idle}
     found = means(task.dense, task.axes, kept, _measured(task))
     plan, now = replace(task.plan, means=found), dict(task.model.named_parameters(remove_duplicate=False))
-    made = offsets(task.dense, task.axes, plan, layouts(task.axes, plan), now)
+    made = offsets(task.dense, task.axes, plan, plan_layouts(task.axes, plan), now)
     for name, value in made.items():
         set_bias(task.model, name, value)
     return {"biases": len(made)}

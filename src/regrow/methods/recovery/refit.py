@@ -38,7 +38,7 @@ from regrow.methods.recovery.streams import Carried, Layer, Lockstep, Refitting,
 from regrow.methods.recovery.task import Recovery, Task, device_of
 from regrow.sources import Batch
 from regrow.surgery.compensate import bias_of, read_dim
-from regrow.surgery.layout import layouts
+from regrow.surgery.layout import plan_layouts
 from regrow.training.freeze import freeze
 
 CITATION = (
@@ -126,7 +126,7 @@ def readers_of(task: Task, batch: Batch) -> tuple[list[Layer], dict[str, str]]:
         task: The two networks and the cut.
         batch: What the cut network is called with, to see which layers it runs how often.
     """
-    axes, lays = task.axes, layouts(task.axes, task.plan)
+    axes, lays = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
     own = dict(task.model.named_parameters())
     calls = _Calls({id(own[name]): name for name in names if name in own})

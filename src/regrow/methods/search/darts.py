@@ -40,7 +40,7 @@ from regrow.method import Measure
 from regrow.methods.search.searcher import Searcher
 from regrow.nets.cells import Cells
 from regrow.plan import Plan
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
 
 CITATION = (
@@ -214,7 +214,7 @@ class Darts(Searcher):
         part = self.batches.pop(0)
         self.batches.append(part)
         batch = Examples(self.held.inputs[part], self.held.labels[part])
-        with standing_in(at.model, self.scales(at)):
+        with parametrize(at.model, self.scales(at)):
             pulls = torch.autograd.grad(self.loss(at, batch), learned)
         for one, value in zip(buffers, before, strict=True):  # running statistics are the weights' half's alone
             one.copy_(value)

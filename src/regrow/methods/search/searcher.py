@@ -21,9 +21,9 @@ from regrow.learner import Learner, Stand, flags
 from regrow.method import Measure
 from regrow.plan import Plan
 from regrow.surgery import UndoStore, apply
-from regrow.surgery.stand_in import followed, standing_in
+from regrow.surgery.parametrize import parametrize, resize_axis_tensor
 from regrow.tasks import Examples
-from regrow.tracing.hollow import clone_model
+from regrow.tracing.meta_copy import clone_model
 
 LEVELS = ("operations", "filters", "weights")
 THRESHOLDS = dict(zip(LEVELS, ("threshold ops", "threshold filters", "threshold weights"), strict=True))
@@ -229,7 +229,7 @@ class Searcher(Learner):
         """Accuracy on the held-out part, size, what it may be and what each level keeps, for the record."""
         assert self.gates is not None
         self.masks(at)
-        with standing_in(at.model, self.answering(at, at.number)):
+        with parametrize(at.model, self.answering(at, at.number)):
             right = share_right(at.model, at.task.test, ask=lambda x: self.asked(at, x))
         record = {"epoch": at.epoch + 1, "stage": self.values["stage"], "accuracy": right, "size": self.size()}
         self.values["history"].append(record | {"allowed": self.allowed(at), "mu": self.values["mu"]} | self.kept())
@@ -309,7 +309,7 @@ class Searcher(Learner):
         total = torch.zeros(len(levels.reads))
         at.model.eval()
         for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
-            with standing_in(at.model, stood | learned):
+            with parametrize(at.model, stood | learned):
                 logits = self.asked(at, batch.inputs[piece])
                 loss = F.cross_entropy(logits, batch.labels[piece], reduction="sum") / len(batch)
                 found = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
@@ -334,7 +334,7 @@ class Searcher(Learner):
         model, axes = apply(clone_model(at.model), at.axes, plan, undo=copy.copy(self.undo))
         there, probe = replace(at, model=model, axes=axes), copy.copy(self)
         probe.values = copy.deepcopy(self.values)
-        probe.tensors = {name: followed(one, at.axes, plan) for name, one in self.tensors.items()}
+        probe.tensors = {name: resize_axis_tensor(one, at.axes, plan) for name, one in self.tensors.items()}
         for name in THRESHOLDS.values():
             probe.tensors[name].values = torch.zeros_like(probe.tensors[name].values)
         probe.settle(there)

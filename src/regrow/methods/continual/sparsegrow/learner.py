@@ -18,8 +18,8 @@ from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.plan import Fill, Plan
 from regrow.scoring.factors import joined, part
 from regrow.sources import Batch
-from regrow.surgery import fitted
-from regrow.surgery.fill import newborn, sides, thinned
+from regrow.surgery import fit_new_units
+from regrow.surgery.fill import new_units, sparsify_new_units, split_entries
 from regrow.tasks import among
 from regrow.training import reservoir
 from regrow.training.learner import (
@@ -210,8 +210,8 @@ def _plan_growth(state: SparseGrowState, context: Context, settings: Settings) -
 
 def _initialise_new_units(state: SparseGrowState, context: Context, plan: Plan, settings: Settings) -> SparseGrowState:
     """Make new units sparse, turn them away from earlier tasks, and give them the spread of the old ones."""
-    unread = sides(context.model, context.axes, newborn(context.model, context.axes, plan))[1]
-    thinned(context.model, context.axes, plan, settings.density, context.generator(2))
+    unread = split_entries(context.model, context.axes, new_units(context.model, context.axes, plan))[1]
+    sparsify_new_units(context.model, context.axes, plan, settings.density, context.generator(2))
     gate.weigh_new_units(state, context, settings.loud)
     state = _freeze(state, context, settings)
     if settings.silent:
@@ -223,7 +223,7 @@ def _initialise_new_units(state: SparseGrowState, context: Context, plan: Plan, 
         examples = context.task.train.batches(256, seed=context.generator(3).initial_seed())
         batches = [Batch((one.inputs,)) for one in examples][:4]
         with _masked(state, context, settings):
-            fitted(context.model, context.axes, plan, batches)
+            fit_new_units(context.model, context.axes, plan, batches)
     return _freeze(state, context, settings)
 
 

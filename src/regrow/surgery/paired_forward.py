@@ -1,4 +1,4 @@
-"""A masked network and its cut copy, run side by side from block to block."""
+"""The masked network and its cut copy, run side by side, block by block."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,31 +11,31 @@ from regrow.axes import AxisGraph, Example, axes_in
 from regrow.plan import Plan, PlanError
 from regrow.surgery.carry import prepare, state_of
 from regrow.surgery.compensate import bias_of
-from regrow.surgery.precision import in_double
-from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, generators_kept, masking, reseed, stored
+from regrow.surgery.precision import as_double
+from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
-from regrow.tracing.hollow import faked
+from regrow.tracing.meta_copy import fake_example
 from regrow.tracing.readings import Readings
 from regrow.tracing.steps import operations
-from regrow.tracing.trial import Resizing, resized
+from regrow.tracing.trial import Resizing, resize_copy
 from regrow.tracing.walk import op_name
 
 
-def planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:
+def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:
     """What a network does once a plan is carried out, recorded on a copy without numbers.
 
     Raises:
         PlanError: If it does not run then.
     """
-    copy, mode = resized(model, axes, to)
+    copy, mode = resize_copy(model, axes, to)
     try:
-        return capture(copy, faked(example, mode), exported=axes.exported)
+        return capture(copy, fake_example(example, mode), exported=axes.exported)
     except TraceError as error:
         raise PlanError(f"the plan cannot be carried out: the network does not run: {error}") from error
 
 
-def lockstep(
+def run_pair(
     model: nn.Module, axes: AxisGraph, plan: Plan, whole: Readings, small: Capture, double: bool
 ) -> tuple[Answers, Answers]:
     """What the masked network answers, and what its cut copy does.
@@ -53,7 +53,7 @@ def lockstep(
     """
     keep = {key: change.keep for key, change in plan.changes.items()}
     mask = masking(whole.capture, whole.reads, whole.sizes, keep, plan.means)
-    masked = Runner(whole.capture, whole.given, stored(model), double, mask, exact=lambda name: True)
+    masked = Runner(whole.capture, whole.given, loader(model), double, mask, exact=lambda name: True)
     cut = CutTensors(model, axes, plan, double)
     shrunk = Runner(small, whole.given, cut.load, double)
     ours, theirs = operations(whole.capture), operations(small)
@@ -81,7 +81,7 @@ def run_both(
         theirs: The operations of the other.
         tensors: Those of the other.
     """
-    with generators_kept():
+    with preserve_generators():
         for block in cut:
             last = block.stop == len(ours)
             reseed(block.start)
@@ -93,11 +93,11 @@ def run_both(
         shrunk.run_until()
 
 
-def gap(ours: Answers, theirs: Answers) -> float:
+def max_difference(ours: Answers, theirs: Answers) -> float:
     """The largest difference of two answers; infinite where they are of other shapes, or one is not a number."""
     if len(ours) != len(theirs):
         return inf
-    return max((_gap(x.double(), y.double()) for x, y in pairs(ours, theirs)), default=0.0)
+    return max((_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)), default=0.0)
 
 
 def _gap(x: Tensor, y: Tensor) -> float:
@@ -107,13 +107,13 @@ def _gap(x: Tensor, y: Tensor) -> float:
     return float(difference.masked_fill(difference.isnan(), inf).max())
 
 
-def pairs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
+def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
     """What there is of both answers."""
     both = zip(ours, theirs, strict=False)  # what gives another number of answers is told by their distance
     return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
 
 
-def scale(answers: Answers) -> float:
+def max_magnitude(answers: Answers) -> float:
     """The largest finite number in some answers."""
     finite = [x[x.isfinite()].abs() for x in answers if x is not None]
     return max((float(x.max()) for x in finite if x.numel()), default=0.0)
@@ -159,7 +159,7 @@ class CutTensors:
             return self.values[name]
         value = self._worked_out([name], double).get(name)
         value = self.state[name].detach() if value is None else value
-        return in_double(value) if double else value
+        return as_double(value) if double else value
 
     def changes(self, name: str) -> bool:
         """Whether the plan changes a tensor."""
@@ -167,7 +167,7 @@ class CutTensors:
         return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
 
     def _worked_out(self, names: Collection[str], double: bool) -> Mapping[str, Tensor]:
-        own = {n: in_double(self.known[n]) if double else self.known[n] for n in names if n in self.known}
+        own = {n: as_double(self.known[n]) if double else self.known[n] for n in names if n in self.known}
         left = [name for name in names if name not in own and self.changes(name)]
         added = {bias_of(weight) for weight in self.plan.means}
         left += [bias_of(name) for name in names if name in self.plan.means]

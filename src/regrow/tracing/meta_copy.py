@@ -15,7 +15,7 @@ from regrow.axes import Example
 from regrow.tracing.model_state import find_tensors
 
 
-def hollow(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, FakeTensorMode]:
+def meta_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, FakeTensorMode]:
     """A copy of the model's structure without its numbers, with other shapes where given. Costs no memory.
 
     Tensors that are neither parameters nor buffers keep their numbers, which are shared.
@@ -152,7 +152,7 @@ _WHOLE = frozenset((int, float, bool, str, type(None), type, FunctionType, torch
 """Kinds of values that a copy shares."""
 
 
-def faked(example: Example, mode: FakeTensorMode) -> Example:
+def fake_example(example: Example, mode: FakeTensorMode) -> Example:
     """The example as fake tensors of a mode."""
 
     def fake(value: Any) -> Any:
@@ -161,7 +161,7 @@ def faked(example: Example, mode: FakeTensorMode) -> Example:
     return Example(tree_map(fake, example.args), tree_map(fake, dict(example.kwargs)))
 
 
-def fitting(example: Example, model: nn.Module) -> Example:
+def cast_example(example: Example, model: nn.Module) -> Example:
     """The example in the precision of the model, if all of the model is in one."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(kinds) != 1:

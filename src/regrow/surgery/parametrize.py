@@ -1,4 +1,4 @@
-"""Other tensors in the place of parameters for a while, and tensors that follow a network's change of shape."""
+"""Tensors used in place of parameters in the forward pass, and tensors along axes that follow a plan."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,22 +8,22 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
-from regrow.surgery.layout import laid, units_after
-from regrow.surgery.widen import moment
+from regrow.surgery.layout import lay_out, units_after
+from regrow.surgery.widen import resize_moment
 
 
 @contextmanager
-def standing_in(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, modules find these tensors where their parameters were; gradients reach what they were made of.
 
     It must last until gradients have been taken: activation checkpointing runs modules again then.
 
     Args:
         model: The network.
-        values: Name of a parameter → what stands in for it.
+        values: Name of a parameter → the tensor to use in its place.
 
     >>> net = nn.Linear(2, 1, bias=False)
-    >>> with standing_in(net, {"weight": net.weight * 0}):
+    >>> with parametrize(net, {"weight": net.weight * 0}):
     ...     net(net.weight.new_ones(1, 2)).item()
     0.0
     """
@@ -43,7 +43,7 @@ def standing_in(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
             module.__dict__.pop(leaf, None)
 
 
-def followed(one: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
+def resize_axis_tensor(one: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
     """A tensor along axes as it is after a plan: kept entries keep theirs, newborn ones are 0 (or false).
 
     Args:
@@ -53,5 +53,5 @@ def followed(one: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
     """
     sizes = axes.sizes()
     units = {key: units_after(change, axes[key]) for key, change in plan.changes.items() if not change.idle}
-    lays = {i: laid(dim, sizes, units) for i, dim in enumerate(one.dims) if not isinstance(dim, int)}
-    return AxisTensor(moment(one.values.detach(), lays, mean=False), one.dims, one.lr)
+    lays = {i: lay_out(dim, sizes, units) for i, dim in enumerate(one.dims) if not isinstance(dim, int)}
+    return AxisTensor(resize_moment(one.values.detach(), lays, mean=False), one.dims, one.lr)

@@ -16,7 +16,7 @@ from regrow.tracing.steps import operations
 from regrow.tracing.walk import Walk, op_name, walk
 
 
-def reach(model: nn.Module, example: Example, w: Walk) -> None:
+def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     """Follow what the network does in training too, where that is something else.
 
     It is where training reaches parameters which evaluation leaves out, or where code of the network's own looks at the

@@ -1,8 +1,8 @@
-"""Which axes can get newborn units that nothing hears at first.
+"""Which axes can get new units that are zero-initialised, so that they do not change the output at first.
 
-A newborn unit of a neutral axis is silent where only weights read it, for these can be 0. On a folded axis, over which
-a norm runs, its value itself must be 0 wherever it is read; that is followed here from operation to operation, and
-what is not known to keep a 0 does not.
+A new unit of a neutral axis has no effect where only weights read it, for these can be 0. On a folded axis, over which
+a norm runs, its value itself must be 0 wherever it is read; that is followed here from operation to operation. An
+operation that is not known to map 0 to 0 ends it.
 """
 
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ from regrow.tracing.capture import shape_of
 from regrow.tracing.walk import ALIASES, Reading, Walk, arg, op_name
 
 
-def heard(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
-    """Leaf → why newborn units of it would be heard, or could never learn; leaves not named can be widened.
+def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
+    """Leaf → why new units of it would change the output, or could never learn; leaves not named can be widened.
 
     Args:
         w: A finished walk.
