@@ -44,7 +44,7 @@ format: $(VENV)/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The file tree at the end of the README.
+# The file tree in docs/architecture.md.
 tree:
 	$(PYTHON) tests/tree.py
 

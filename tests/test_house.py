@@ -62,10 +62,15 @@ def public(tree, prefix=""):
                 yield from public(node, f"{prefix}{node.name}.")
 
 
-def test_the_readme_draws_the_tree_that_is_on_disk():
-    drawn = tree.BLOCK.search((ROOT / "README.md").read_text("utf-8"))
-    assert drawn, "README.md has no file tree (a code block whose first line is `regrow/`)"
+def test_the_file_tree_is_the_one_on_disk():
+    drawn = tree.BLOCK.search(tree.PAGE.read_text("utf-8"))
+    assert drawn, "docs/architecture.md has no file tree (a code block whose first line is `regrow/`)"
     assert drawn[0].splitlines()[1:-1] == tree.draw().splitlines(), "renew it: make tree"
+
+
+def test_the_front_pages_are_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 150
+    assert len((ROOT / "REPRODUCTIONS.md").read_text("utf-8").splitlines()) <= 100
 
 
 def test_the_tree_shows_the_whole_top_of_the_repository():

@@ -1,4 +1,4 @@
-"""The tree of packages at the end of README.md, drawn from what is on disk: `make tree` renews it.
+"""The tree of packages at the end of docs/architecture.md, drawn from what is on disk: `make tree` renews it.
 
 A package's remark is the first sentence of its docstring; what its files hold is the first line of each.
 """
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "architecture.md"
 BLOCK = re.compile(r"^```\nregrow/\n.*?^```$", re.DOTALL | re.MULTILINE)
 
 TOP = {
@@ -18,10 +18,10 @@ TOP = {
     "CONTRIBUTING.md": "set-up, adding a method, what we avoid and why",
     "LICENSE": "Apache-2.0",
     "Makefile": "demo, test, check",
-    "README.md": "this page",
+    "README.md": "what regrow is, and where to read on",
     "REPRODUCTIONS.md": "what of each paper is reproduced, and what is not",
     "benchmarks/": "speed and memory, beside others, in one run; results with their date",
-    "docs/": "axes, what was tried, how to choose, learning, searching, serving; the picture above",
+    "docs/": "one page per subject; the picture of the README",
     "examples/": "short scripts",
     "pyproject.toml": "dependencies, style, types, import floors",
     "recipes/": "golden runs in plain Python",
@@ -89,4 +89,4 @@ def _remark(path):
 
 
 if __name__ == "__main__":
-    README.write_text(BLOCK.sub(lambda _: f"```\n{draw()}\n```", README.read_text("utf-8")), "utf-8")
+    PAGE.write_text(BLOCK.sub(lambda _: f"```\n{draw()}\n```", PAGE.read_text("utf-8")), "utf-8")

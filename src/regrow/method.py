@@ -1,7 +1,4 @@
-"""Methods: a paper as a choice of pieces that turns a network and evidence into plans.
-
-``docs/method-fit.md`` shows how the three papers sit on this interface.
-"""
+"""Methods: a paper as a choice of pieces that turns a network and evidence into plans."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""A method in an external package: one file, no change to the core, found by name, and all laws run."""
+"""The method of docs/add-a-method.md: one file in an external package, no change to the core, and all laws run."""
 
 import os
 import subprocess
@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 import regrow
-from methods.toy_method import TOY
+from regrow.methods import TABLES, Kind
 from regrow.testing import check_method
 from regrow.training.learner import PLAIN
 
-FILE = Path(__file__).with_name("toy_method.py")
+PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text("utf-8")
+CODE = PAGE.partition("```python\n")[2].partition("```")[0]
 META = {
-    "METADATA": "Metadata-Version: 2.1\nName: regrow-toy\nVersion: 1.0\n",
+    "METADATA": "Metadata-Version: 2.1\nName: regrow-anchored\nVersion: 1.0\n",
     "WHEEL": "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    "entry_points.txt": "[regrow.methods]\ntoy = toy_method:TOY\nbroken = nowhere:TOY\n",
+    "entry_points.txt": "[regrow.methods]\nanchored = anchored:ANCHORED\nbroken = nowhere:BROKEN\n",
     "RECORD": "",
 }
 LEARN = ["learn", "permuted:digits:2", "--model", "mlp:8", "--epochs", "1", "--train", "64", "--test", "32"]
@@ -28,12 +29,12 @@ LEARN = ["learn", "permuted:digits:2", "--model", "mlp:8", "--epochs", "1", "--t
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder into which pip has installed the package."""
-    folder = tmp_path_factory.mktemp("toy")
-    wheel = folder / "regrow_toy-1.0-py3-none-any.whl"
+    folder = tmp_path_factory.mktemp("anchored")
+    wheel = folder / "regrow_anchored-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(FILE, FILE.name)
+        archive.writestr("anchored.py", CODE)
         for name, text in META.items():
-            archive.writestr(f"regrow_toy-1.0.dist-info/{name}", text)
+            archive.writestr(f"regrow_anchored-1.0.dist-info/{name}", text)
     site = folder / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(site)]
     subprocess.run([*pip, str(wheel)], check=True, capture_output=True)
@@ -55,17 +56,17 @@ def python(*words: str, site: Path | None, cwd: Path) -> subprocess.CompletedPro
 def test_an_installed_method_is_listed_explained_and_run(installed: Path, tmp_path: Path) -> None:
     code = "from regrow.cli import main; raise SystemExit(main())"
     listed = python("-c", code, "methods", site=installed, cwd=tmp_path)
-    assert "toy " in listed.stdout and "broken" not in listed.stdout, listed.stderr
-    explained = python("-c", code, "methods", "toy", site=installed, cwd=tmp_path)
-    assert "--set strength=0.01" in explained.stdout and "How hard it pulls" in explained.stdout
-    run = python("-c", code, *LEARN, "--method", "toy", "--out", "run", site=installed, cwd=tmp_path)
+    assert "anchored " in listed.stdout and "broken" not in listed.stdout, listed.stderr
+    explained = python("-c", code, "methods", "anchored", site=installed, cwd=tmp_path)
+    assert "--set strength=0.01" in explained.stdout and "The strength of the pull" in explained.stdout
+    run = python("-c", code, *LEARN, "--method", "anchored", "--out", "run", site=installed, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     more = python("-c", code, "learn", "--resume", "run", "--task", "digits", site=installed, cwd=tmp_path)
     assert more.returncode == 0, more.stderr
 
 
 def test_every_law_runs_on_an_installed_method(installed: Path, tmp_path: Path) -> None:
-    check = "from regrow.testing import LAWS, check_method; print(check_method('toy') == tuple(LAWS['continual']))"
+    check = "from regrow.testing import LAWS, check_method; print(check_method('anchored') == tuple(LAWS['continual']))"
     found = python("-c", check, site=installed, cwd=tmp_path)
     assert found.stdout.strip() == "True", found.stderr
 
@@ -75,22 +76,22 @@ def test_a_law_that_is_broken_is_named() -> None:
         return replace(PLAIN, state=[])
 
     with pytest.raises(AssertionError, match=r"^a learner and its state are frozen records: the state is a list"):
-        check_method(replace(TOY, build=forgetful))
+        check_method(replace(TABLES[Kind.CONTINUAL]["naive"], build=forgetful))
 
 
 def test_a_method_of_a_users_own_code_is_named_on_the_command_line_alone(tmp_path: Path) -> None:
     """A name of code in a run folder or a settings file is never imported."""
-    (tmp_path / "mine.py").write_text(FILE.read_text())
+    (tmp_path / "mine.py").write_text(CODE)
     code = "from regrow.cli import main; raise SystemExit(main())"
-    run = python("-c", code, *LEARN, "--method", "mine:TOY", "--out", "run", site=None, cwd=tmp_path)
+    run = python("-c", code, *LEARN, "--method", "mine:ANCHORED", "--out", "run", site=None, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     (tmp_path / "mine.py").write_text("raise SystemExit('code named in a file has run')")
     refused = python("-c", code, "learn", "--resume", "run", "--task", "digits", site=None, cwd=tmp_path)
     assert refused.returncode == 2 and "a name in a file is never imported" in refused.stderr
-    (tmp_path / "run.toml").write_text('tasks = ["digits"]\nmethod = "mine:TOY"\n')
+    (tmp_path / "run.toml").write_text('tasks = ["digits"]\nmethod = "mine:ANCHORED"\n')
     refused = python("-c", code, "learn", "--config", "run.toml", "--out", "other", site=None, cwd=tmp_path)
     assert refused.returncode == 2 and "code named in a file" not in refused.stderr, refused.stderr
     for name, told in (("mine:NONE", "NONE"), ("os:path", "not a regrow.methods.MethodEntry"), ("toi", "did you mean")):
-        (tmp_path / "mine.py").write_text(FILE.read_text())
+        (tmp_path / "mine.py").write_text(CODE)
         refused = python("-c", code, *LEARN, "--method", name, "--out", "third", site=None, cwd=tmp_path)
         assert refused.returncode == 2 and (told in refused.stderr or name == "toi"), refused.stderr
