@@ -15,10 +15,10 @@ from regrow.dims import size_of
 from regrow.methods import MethodEntry
 from regrow.nets.small import small
 from regrow.plan import Plan
-from regrow.surgery.stand_in import standing_in
+from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
-from regrow.tracing.hollow import clone_model
+from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
 from regrow.training.continual import TaskSchedule, learn
 from regrow.training.fit import Fitted, apply_plan
@@ -165,7 +165,7 @@ def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     plain = clone_model(fitted.model).eval()
     write_replacements(learner, state, replace(context, model=plain))
     inputs = tasks[last].test.inputs
-    with torch.no_grad(), standing_in(fitted.model, learner.parametrize(state, context).values):
+    with torch.no_grad(), parametrize(fitted.model, learner.parametrize(state, context).values):
         evaluated = fitted.model.eval()(inputs)
     assert torch.equal(plain(inputs), evaluated), "the finished network gives other logits"
 
