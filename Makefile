@@ -1,5 +1,6 @@
 # make demo    prune a real language model on four kinds of real text, and write a page about it
 # make test    run the whole suite
+# make test-fast   a part of it, in two minutes
 # make check   style, types, import floors
 # make bench   the law on networks of full size, and what it costs to measure and cut
 #
@@ -15,7 +16,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Two test processes or as many as there are cores, at most four: each loads torch.
 JOBS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n > 4 ? 4 : n)))
 
-.PHONY: demo test check bench format tree clean
+# Processes that tests start, and further runs, load compiled modules.
+test test-fast: export PYTHONDONTWRITEBYTECODE =
+
+.PHONY: demo test test-fast check bench format tree clean
 
 demo: demo/report.html
 	@echo "Look at it: demo/report.html  (make clean forgets it)"
@@ -28,6 +32,10 @@ demo/report.html: | $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# Every package and one network of each kind; what is marked slow is left out.
+test-fast: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow"
 
 check: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

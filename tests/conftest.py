@@ -1,6 +1,7 @@
 """Set-up shared by all tests: the same threads and seed everywhere, no hub, no screen."""
 
 import os
+import sys
 
 # Before torch is imported, and inherited by the processes that tests start: bit-equality needs equal threads, and more
 # threads than cores make everything several times slower. A worker inherits what its controller, which counts no
@@ -21,6 +22,25 @@ from hypothesis import settings  # noqa: E402
 # Machines in CI stall now and then: no deadlines; and a failure there must be one that can be had again.
 settings.register_profile("regrow", deadline=None, derandomize="CI" in os.environ, print_blob=True)
 settings.load_profile("regrow")
+
+
+FAST_NETWORKS = (
+    *("mlp", "conv_residual", "concat", "grouped", "attention", "tied", "rmsnorm_block", "glu", "chunk_gate"),
+    *("softmax_gate", "group_norm", "topk", "lstm", "gru_speech", "llama", "resnet18"),
+)
+"""One network of each kind: `make test-fast` checks the laws on these alone."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests of the other networks of the zoo, and of most random ones, as slow."""
+    for item in items:
+        values = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        zoo = sys.modules.get("zoo")
+        if zoo and values.get("name") in zoo.ZOO and values["name"] not in FAST_NETWORKS:
+            item.add_marker(pytest.mark.slow)
+        if item.path.name == "test_fuzz.py" and values.get("seed", 0) >= 30:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -317,6 +317,7 @@ def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_langua
     assert found == logged[0]
 
 
+@pytest.mark.slow
 def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,6 +355,7 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     assert plans[0] == plans[1]
 
 
+@pytest.mark.slow
 def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

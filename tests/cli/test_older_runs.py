@@ -69,6 +69,7 @@ def test_a_finished_run_of_an_earlier_version_is_read(version, name, folders):
     assert rows(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("version", "name"), FOLDERS)
 def test_a_half_finished_run_of_an_earlier_version_comes_to_its_end(version, name, folders, regrow):
     here = folders(version)

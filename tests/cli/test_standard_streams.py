@@ -28,6 +28,7 @@ def test_closed_streams_change_nothing(regrow: Run, monkeypatch: pytest.MonkeyPa
     assert Path("axes.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_process_goes_on_without_descriptors_and_without_a_reader(tmp_path: Path) -> None:
     paths = {"PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     for line, code in (

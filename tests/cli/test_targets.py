@@ -44,6 +44,7 @@ def test_parameters_are_all_parameters(regrow: Run) -> None:
     assert told("again")["after"] == left
 
 
+@pytest.mark.slow
 def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model: Path) -> None:
     words = ("prune", str(tiny_language_model), "--source", "manual", *SMALL, "--regular")
     code, out, err = regrow(*words, "--target", "kv_cache=10K@64", "--out", "cache")
@@ -63,6 +64,7 @@ def test_a_cache_target_leaves_a_regular_model(regrow: Run, tiny_language_model:
     assert regrow("compare", "cache", "widths", "--out", "both.html")[0] == 0
 
 
+@pytest.mark.slow
 def test_times_are_measured_once_for_a_run(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,8 @@ from regrow.surgery import apply
 from regrow.tracing import trace, with_branches
 from zoo import ZOO
 
+pytestmark = pytest.mark.slow
+
 LANGUAGE = ("llama_tied", "gpt2", "gemma3")
 ALONE = """
 import sys

@@ -34,7 +34,7 @@ from regrow.settings.words import command_line
 from regrow.store.atomic import StoreError
 from regrow.tracing import trace
 
-pytestmark = pytest.mark.usefixtures("plan_once")
+pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
 
 SMALL: dict[str, Any] = {
     "train": 240,

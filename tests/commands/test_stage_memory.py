@@ -19,7 +19,7 @@ from regrow.reports import write_page
 from regrow.tracing import trace
 from regrow.training.learning import learn
 
-pytestmark = pytest.mark.usefixtures("plan_once")
+pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
 
 SMALL: dict[str, Any] = {"train": 120, "test": 50, "batch_size": 48, "epochs": 4, "retrain": 1, "stride": 1}
 QUICK = {"warm": 1, "every": 1}

@@ -38,6 +38,7 @@ def row(folder: RunFolder, what: str) -> dict[str, Any]:
     return [one for one in folder.metrics() if one["what"] == what][-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "measure", "share", "levels", "seed"),
     [
@@ -77,6 +78,7 @@ def test_no_target_of_a_search_is_exceeded(
     assert file.stat().st_size == counted["bytes"] + header
 
 
+@pytest.mark.slow
 def test_a_target_in_macs_counts_masked_weights_like_others(tmp_path: Path) -> None:
     """At first 0.1 M bought 0.3 M: what was masked cost nothing, and the kernels computed it all the same."""
     folder = run(Settings("cells:4-2-1", "digits", "macs=20k", method_settings=QUICK, **TINY), tmp_path / "run")

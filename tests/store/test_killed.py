@@ -67,6 +67,7 @@ def killed(words, patch, after):
         code_of(words.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "kills"),
     [(PRUNE, (1, 3)), (f"{PRUNE} --recover refit --recover-tokens 96", (5,)), (RECOVER, (0, 3, 5))],
@@ -197,6 +198,7 @@ def test_a_save_over_a_save_leaves_the_old_or_the_new_model_wherever_it_is_kille
     assert number > 5
 
 
+@pytest.mark.slow
 def test_an_export_that_was_killed_can_be_made_again(here):
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -109,6 +109,7 @@ def test_a_reader_completes_two_renames_of_a_killed_process(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["net"]
 
 
+@pytest.mark.slow
 def test_readers_never_fail_while_a_model_is_saved_over_another(tmp_path):
     torch.manual_seed(0)
     save(nn.Sequential(nn.Linear(3, 3)), tmp_path / "net")

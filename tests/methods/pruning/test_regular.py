@@ -18,6 +18,8 @@ from regrow.methods import entry
 from regrow.sources import Source
 from regrow.training import loop
 
+pytestmark = pytest.mark.slow
+
 METHODS = [
     ("random", {}),
     ("magnitude", {}),

@@ -287,6 +287,7 @@ class KilledError(Exception):
     """Ends a recovery as a kill does: nothing is written any more."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(RECOVERIES))
 @pytest.mark.parametrize("how", [KilledError, KeyboardInterrupt])
 def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, how, monkeypatch, tmp_path):

@@ -46,6 +46,7 @@ def begun(axes, task, epoch=3, **more):
     return own, at
 
 
+@pytest.mark.slow
 def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     own, at = begun(axes, task, target=100.0, each=2, low=0.01, high=0.05)
     alpha, first, second = own.tensors["alpha"].values, own.gates.node == 0, own.gates.node == 1
@@ -156,6 +157,7 @@ def test_the_gradient_of_alpha_is_that_of_the_loss_with_its_pressure(price, task
     assert float(loss().detach()) - plain == pytest.approx(0.5 * total, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_a_search_ends_at_its_target_and_answers_as_its_masks_did(task, axes):
     own, net = learner(), network()
     here, course = learn(net, axes, [task], own, SCHEDULE)

@@ -136,6 +136,7 @@ def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypa
     assert len(set(seen)) > 2
 
 
+@pytest.mark.slow
 def test_the_pull_at_a_cut_filter_is_the_gradient_of_its_scale(task, axes):
     """Held against a network that was never cut, in which the filter stands at a small scale, and at none."""
     net = network()
@@ -192,6 +193,7 @@ def test_filters_come_back_where_the_loss_pulls_most(task, axes, monkeypatch):
     assert {key: change.restore for key, change in plan.changes.items()} == {keys[1]: (0,)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["operations", "filters", "weights"])
 def test_one_level_alone_leaves_the_others_whole(task, axes, level):
     own = learner(levels=(level,), target=5200.0 if level == "operations" else 4000.0, regrow=0.0)
@@ -204,6 +206,7 @@ def test_one_level_alone_leaves_the_others_whole(task, axes, level):
     assert level != "weights" or not course.events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [500, 800, 1300])
 def test_commits_of_operations_alone_keep_what_a_tight_target_needs(task, axes, target):
     """The cheapest choice costs 498. What is delivered has no operation that gives nothing."""
@@ -219,6 +222,7 @@ def test_commits_of_operations_alone_keep_what_a_tight_target_needs(task, axes, 
     assert int(scales.count_nonzero()) == len(at.axes.branches)
 
 
+@pytest.mark.slow
 def test_told_shares_are_kept_to_the_unit(task, axes):
     own = learner(controller="ratios", ratios=(0.6, 0.75, 0.8), stages=(1,), target=9000.0, regrow=0.0)
     at, _ = searched(task, axes, own)
@@ -298,6 +302,7 @@ def test_thresholds_of_filters_learn_at_the_full_rate_where_no_node_may_keep_sev
     assert own.tensors["threshold filters"].lr == own.tensors["threshold ops"].lr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begun", [ending_with_one, lambda: (network(), trace(network(), torch.zeros(2, 1, 8, 8)))])
 def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
     def loss(**more):

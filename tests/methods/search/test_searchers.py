@@ -13,6 +13,8 @@ from regrow.nets.cells import Cells, whole
 from regrow.tasks import Task
 from regrow.training.learning import Schedule, learn
 
+pytestmark = pytest.mark.slow
+
 CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 WIRED = whole((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
 STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 1, "regrow": 0.5}
