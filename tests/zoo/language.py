@@ -32,6 +32,8 @@ GROUPED = {
 }
 
 
+ONE_LAYER = {"num_hidden_layers": 1}
+"""For variants of a decoder that another network of the zoo has with two layers."""
 MIXER = "backbone.layers.0.mixer"
 
 
@@ -62,10 +64,19 @@ def rotary(
     neurons: int = 56,
     bias: bool = False,
     shared: bool = True,
+    layers: int = 2,
 ) -> tuple:
     """What a decoder with rotary positions, grouped queries, a gated MLP and RMSNorm must have.
 
-    ``shared``: whether all layers rotate by the same frequencies, and so share their rotary pairs.
+    Args:
+        kv: Key-value heads.
+        rep: Queries per key-value head.
+        head: Width of a head.
+        width: Of the residual stream.
+        neurons: Of the MLP.
+        bias: Whether queries, keys and values have biases.
+        shared: Whether all layers rotate by the same frequencies, and so share their rotary pairs.
+        layers: How many there are.
     """
 
     def per_layer(i: int) -> Iterable[Fact]:
@@ -82,10 +93,10 @@ def rotary(
         if not shared:
             yield Has(head // 2, (q, k), (N, F_))
 
-    pairs = tuple(f"model.layers.{i}.self_attn.{part}_proj.weight:0" for i in (0, 1) for part in "qk")
-    widths = (neurons,) * 2 + (kv if kv > 1 else rep,) * 2
+    pairs = tuple(f"model.layers.{i}.self_attn.{part}_proj.weight:0" for i in range(layers) for part in "qk")
+    widths = (neurons,) * layers + (kv if kv > 1 else rep,) * layers
     return (
-        *(fact for i in (0, 1) for fact in per_layer(i)),
+        *(fact for i in range(layers) for fact in per_layer(i)),
         Widths(widths),
         *((Has(head // 2, pairs, (N, F_)),) if shared else ()),
         Has(
@@ -95,7 +106,7 @@ def rotary(
                 "model.norm.weight:0",
                 *(
                     f"model.layers.{i}.{place}"
-                    for i in (0, 1)
+                    for i in range(layers)
                     for place in (
                         "input_layernorm.weight:0",
                         "self_attn.q_proj.weight:1",
@@ -131,7 +142,7 @@ LANGUAGE = (
         *rotary(bias=True),
         Tied("model.embed_tokens.weight", "lm_head.weight"),
     ),
-    language("llama_eager", "Llama", GROUPED, *rotary(), attention="eager"),
+    language("llama_eager", "Llama", GROUPED | ONE_LAYER, *rotary(layers=1), attention="eager"),
     language(
         "llama_single",
         "Llama",
@@ -139,7 +150,7 @@ LANGUAGE = (
         *rotary(rep=1),
     ),
     language("qwen2", "Qwen2", GROUPED | {"head_dim": 8}, *rotary(bias=True)),
-    language("qwen3", "Qwen3", GROUPED, *rotary()),
+    language("qwen3", "Qwen3", GROUPED | ONE_LAYER, *rotary(layers=1)),
     language("mistral", "Mistral", GROUPED | {"sliding_window": 4}, *rotary()),
     language(
         "gemma3",
@@ -168,8 +179,8 @@ LANGUAGE = (
     language(
         "gemma3_single_kv",
         "Gemma3Text",
-        GEMMA | {"num_attention_heads": 3, "num_key_value_heads": 1},
-        *rotary(kv=1, rep=3, shared=False),
+        GEMMA | ONE_LAYER | {"num_attention_heads": 3, "num_key_value_heads": 1, "layer_types": ["full_attention"]},
+        *rotary(kv=1, rep=3, shared=False, layers=1),
     ),
     language(
         "gpt2",
