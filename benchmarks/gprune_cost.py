@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from regrow import trace
-from regrow.commands.pruning import begun, built, measured
+from regrow.commands.pruning import built, measured
 from regrow.data import Half, text, windows
 from regrow.method import Budget
+from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions
-from regrow.training.loop import proposed
 
 KINDS = ("news", "code", "manual", "talk")
 
@@ -34,7 +34,7 @@ def one(method: str, n: int) -> dict[str, Any]:
     start = time.perf_counter()
     evidence = measured(loaded.model, axes, chosen, sources)
     middle = time.perf_counter()
-    proposed(loaded.model, axes, chosen, evidence, begun(axes, chosen, Budget(0.8), sources))
+    plan_cut(chosen, loaded.model, axes, Budget(0.8), evidence)
     return {
         "method": method,
         "measuring_s": round(middle - start, 1),

@@ -21,12 +21,12 @@ from torch import nn
 
 from regrow import Plan, trace, verify
 from regrow.axes import Axis, AxisGraph
-from regrow.commands.pruning import begun, built, measured
+from regrow.commands.pruning import built, measured
 from regrow.data import Half, text, windows
 from regrow.method import Budget
+from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions
-from regrow.training.loop import proposed
 
 NETS = (
     "resnet18",
@@ -103,7 +103,7 @@ def language_model() -> list[dict[str, Any]]:
     evidence = measured(loaded.model, axes, method, sources)
     rows = []
     for keep in (0.8, 0.5):
-        plan, _ = proposed(loaded.model, axes, method, evidence, begun(axes, method, Budget(keep), sources))
+        plan = plan_cut(method, loaded.model, axes, Budget(keep), evidence).plan
         rows.append(row("SmolLM2-135M", f"flap, keep {keep}", loaded.model, axes, plan, seconds))
     rows.append(row("SmolLM2-135M", "random, every free axis", loaded.model, axes, random_plan(axes, 0), seconds))
     return rows

@@ -21,13 +21,13 @@ import torch
 
 from regrow import apply, trace
 from regrow.commands import save
-from regrow.commands.pruning import begun, built, measured
+from regrow.commands.pruning import built, measured
 from regrow.data import Half, text, windows
 from regrow.method import Budget, Need
+from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.scoring import collect
 from regrow.store.versions import versions
-from regrow.training.loop import proposed
 
 
 def calibration(dtype: torch.dtype, repeats: int) -> dict[str, Any]:
@@ -73,8 +73,8 @@ def cutting(repeats: int) -> dict[str, Any]:
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     source = windows(text("code"), loaded.tokenizer, n=4, seq_len=256, half=Half.CALIBRATION)
     method = built("flap", {})
-    evidence, state = measured(loaded.model, axes, method, [source]), begun(axes, method, Budget(0.8), [source])
-    plan, _ = proposed(loaded.model, axes, method, evidence, state)
+    evidence = measured(loaded.model, axes, method, [source])
+    plan = plan_cut(method, loaded.model, axes, Budget(0.8), evidence).plan
     surgery, saving = [], []
     for _ in range(repeats):
         model = copy.deepcopy(loaded.model)

@@ -36,20 +36,17 @@ import torch
 from rows import add, rows
 
 from regrow import apply, trace
-from regrow.axes import Axis, AxisGraph
 from regrow.commands import pruning as prune
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
 from regrow.method import Budget, Evidence, Need
-from regrow.methods.pruning.gprune import GPrune
-from regrow.methods.pruning.masked import Comparison
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning import gprune
+from regrow.methods.pruning.gprune.masks import Comparison
+from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, check_pruner, plan_cut
 from regrow.nets import load
-from regrow.scores import Scores
 from regrow.scoring import METRICS, collect, weights_of
 from regrow.scoring.sensitivity import ranks, spectrum
 from regrow.scoring.spaces import spaces
-from regrow.training import loop
 
 FOLDS = (("news", "code", "manual", "talk"), ("prose", "legal", "wiki", "dialogue"))
 BASES = ("flap", "wanda_sp", "llm_pruner")
@@ -125,7 +122,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "hard switch": {"switch": "unreliable"},
     "not judged across sources": {"cross": False},
     "started as the base": {"start": "base"},
-    "started by curvature": {"start": "curvature"},
     "200 steps": {"steps": 200, "every": 50},
     "cross-entropy": {"loss": "cross_entropy"},
     "no compensation": {"compensate": False},
@@ -203,15 +199,15 @@ def protected(settings: dict[str, Any], most: float = 0.01) -> Pruner:
     plain = prune.built("flap", settings)
     assert isinstance(plain, Pruner)
 
-    def score(model: torch.nn.Module, axes: AxisGraph, units: Sequence[Axis], evidence: Evidence) -> Scores:
-        found = plain.score(model, axes, units, evidence)
-        ones = {name: torch.ones_like(weight) for name, weight in weights_of(model).items()}
-        power = METRICS["wanda_sp"][0](ones, axes, evidence.pooled(), units=units, pool="sum")
+    def score(task: PruningTask) -> Ranking:
+        found = plain.score(task).scores
+        ones = {name: torch.ones_like(weight) for name, weight in weights_of(task.model).items()}
+        power = METRICS["wanda_sp"][0](ones, task.axes, task.evidence.pooled(), units=task.units, pool="sum")
         values = {}
         for key, row in found.values.items():
             strongest = power.values[key].topk(max(1, round(most * len(row)))).indices
             values[key] = row.index_fill(0, strongest, float(max(v.max() for v in found.values.values())) + 1)
-        return replace(found, values=values)
+        return Ranking(replace(found, values=values))
 
     return replace(plain, score=score)
 
@@ -230,13 +226,6 @@ def markers(path: Path) -> list[dict[str, Any]]:
 
 
 TABLES = {"main": main_table, "ablation": ablation_table, "choice": choice_table, "validation": validation_table}
-
-
-class Remembered(Comparison):
-    """The dense network's answers, kept from one point to the next."""
-
-    def forget(self) -> None:
-        """The next point asks for the same."""
 
 
 @dataclass
@@ -322,15 +311,16 @@ class Bench:
             only=(point.only,) if point.only else (),
             exclude=(point.exclude,) if point.exclude else (),
         )
-        if isinstance(method, GPrune):
-            loss = method.compare.loss
-            method = replace(method, compare=Remembered(self.args.memory, loss, self.answers))
+        if point.method == "gprune":  # the dense network's answers are kept from one point to the next
+            settings = gprune.Settings(**point.settings)
+            method = gprune.build(settings, Comparison(self.args.memory, settings.loss, self.answers))
         start = time.perf_counter()
-        plan, state = loop.proposed(self.model, self.axes, method, evidence, method.init(self.axes, budget))
+        check_pruner(method, self.axes, budget)
+        planned_cut = plan_cut(method, self.model, self.axes, budget, evidence)
+        plan, found = planned_cut.plan, planned_cut.findings
         planned = time.perf_counter() - start
         cut, after = apply(copy.deepcopy(self.model), self.axes, plan)
         kept = sum(p.numel() for n, p in cut.named_parameters() if n in after.counted)
-        found = state.findings
         return {
             **self.judged(point, cut),
             "kept": kept / sum(p.numel() for n, p in self.model.named_parameters() if n in self.axes.counted),

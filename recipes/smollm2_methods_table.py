@@ -30,6 +30,7 @@ from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import perplexity
 from regrow.method import Budget, Evidence, Need
 from regrow.methods import METHODS
+from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.scores import Statistics
 from regrow.scoring import collect
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
         method = entry.build(entry.settings(compensate=point["compensate"], **more))
         budget = Budget(point["keep"], only=(point["only"],) if point["only"] else ())
         assert wide is not None
-        plan, _ = method.propose(wide, axes, evidence[draw], method.init(axes, budget))
+        plan = plan_cut(method, wide, axes, budget, evidence[draw]).plan
         model, _ = apply(copy.deepcopy(loaded.model), axes, plan)
         write(point, evaluate(model, tests))
         print(f"{number}/{len(todo)} {point} {time.perf_counter() - start:.0f} s", flush=True)

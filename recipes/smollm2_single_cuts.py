@@ -20,10 +20,11 @@ from torch import nn
 
 from regrow import trace
 from regrow.axes import Axis
-from regrow.commands.pruning import built, proposed
+from regrow.commands.pruning import built
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
 from regrow.method import Budget, Evidence, Need
+from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.scoring import collect, energy, massive, weights_of
 from regrow.sources import Source
@@ -82,7 +83,7 @@ def main() -> None:
     evidence = Evidence(collect(model, axes, calibration, {Need.ACTIVATIONS}))
     found = massive(axes, energy(weights_of(model), axes, evidence.pooled()))
     magnitude = built("magnitude", {"compensate": False})
-    plan, _ = proposed(model, axes, magnitude, Budget(args.keep, only=("mlp",)), Evidence())
+    plan = plan_cut(magnitude, model, axes, Budget(args.keep, only=("mlp",))).plan
     dense = mean_perplexity(model, tests)
     units, layers = [], []
     for one in found:

@@ -359,7 +359,7 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
 def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import regrow.commands.folder as folder
+    from regrow.methods.pruning.gprune import shares
 
     words = [
         "prune",
@@ -380,16 +380,16 @@ def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     found = json.loads(Path("whole/findings.json").read_text())
     assert [row["step"] for row in found["history"]] == [0, 2, 4] and found["sources"] == ["manual", "code", "news"]
     assert "Behaviour over kinds of text" in Path("whole/report.html").read_text()
-    real = folder.RunFolder.save_learned
+    real = shares.write_checkpoint
 
-    def stop_after_two_steps(self: folder.RunFolder, learned: Any, *, key: str = "") -> None:
-        real(self, learned, key=key)
-        if learned.step == 2:
+    def stop_after_two_steps(path: Path, model: Any, state: Any, **more: Any) -> None:
+        real(path, model, state, **more)
+        if state.epoch == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(folder.RunFolder, "save_learned", stop_after_two_steps)
+    monkeypatch.setattr(shares, "write_checkpoint", stop_after_two_steps)
     assert regrow(*words, "--out", "halves")[0] == 130
-    monkeypatch.setattr(folder.RunFolder, "save_learned", real)
+    monkeypatch.setattr(shares, "write_checkpoint", real)
     assert regrow(*words, "--out", "halves")[0] == 0
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"] for name in ("whole", "halves")]
     assert plans[0] == plans[1]

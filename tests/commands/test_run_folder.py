@@ -19,6 +19,7 @@ from regrow.commands import Ledger, RunFolder, StoreError, fingerprint, replay
 from regrow.commands.checkpoints import file_name
 from regrow.method import Budget, Evidence, Need
 from regrow.methods.pruning import flap
+from regrow.methods.pruning.pruner import plan_cut
 from regrow.plan import PlanError
 from regrow.reports.summary import summarise
 from regrow.scoring import collect
@@ -346,8 +347,7 @@ def pruned(folder, die_after=0):
 
     method = flap.build(flap.Settings())
     statistics = collect(model, axes, sources, method.needs, shards=2, done=done, on_done=keep)
-    plan, _ = method.propose(model, axes, Evidence(statistics), method.init(axes, Budget(0.7)))
-    return plan, len(done)
+    return plan_cut(method, model, axes, Budget(0.7), Evidence(statistics)).plan, len(done)
 
 
 @pytest.mark.slow

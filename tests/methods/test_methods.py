@@ -8,13 +8,14 @@ import torch
 from hand import conv, lm, texts
 from regrow.allocation import BudgetError, Cost
 from regrow.axes import AxisGraph
+from regrow.budget import Budget
 from regrow.commands.pruning import measured
-from regrow.method import Budget, Evidence, Need
+from regrow.method import Evidence, Need
 from regrow.methods import METHODS, entry, searcher_entry
+from regrow.methods.pruning.pruner import check_pruner, plan_cut
 from regrow.plan import Plan
 from regrow.scoring import collect
 from regrow.sources import Batch, Source
-from regrow.training import loop
 
 
 def proposed(name: str, keep: float = 0.7, **settings: object) -> tuple[Plan, AxisGraph]:
@@ -22,9 +23,8 @@ def proposed(name: str, keep: float = 0.7, **settings: object) -> tuple[Plan, Ax
     row = entry(name)
     method = row.build(row.settings(**settings))
     evidence = measured(model, axes, method, [texts(word, seed=i) for i, word in enumerate("abc")])
-    plan, state = loop.proposed(model, axes, method, evidence, method.init(axes, Budget(keep)))
-    assert method.propose(model, axes, evidence, state)[0] is None, "one shot"
-    return plan, axes
+    check_pruner(method, axes, Budget(keep))
+    return plan_cut(method, model, axes, Budget(keep), evidence).plan, axes
 
 
 VARIANTS = [
@@ -88,15 +88,15 @@ def test_only_and_exclude_choose_axes() -> None:
         (Budget(0.8, only=("decoder.blocks.1.*",)), "blocks.1"),
         (Budget(0.8, exclude=("o",)), "gate"),
     ):
-        plan, _ = method.propose(model, axes, Evidence(), method.init(axes, budget))
-        assert plan is not None and plan.changes and all(part in key for key in plan.changes)
+        plan = plan_cut(method, model, axes, budget).plan
+        assert plan.changes and all(part in key for key in plan.changes)
 
 
 def test_evidence_that_is_missing_is_asked_for() -> None:
     model, axes = lm()
     method = entry("flap").build(entry("flap").settings())
     with pytest.raises(ValueError, match="at least one --source"):
-        method.propose(model, axes, Evidence(), method.init(axes, Budget(0.8)))
+        plan_cut(method, model, axes, Budget(0.8))
 
 
 def test_convolutions_work_and_padded_ones_are_not_compensated() -> None:
@@ -106,8 +106,8 @@ def test_convolutions_work_and_padded_ones_are_not_compensated() -> None:
         for name in METHODS.keys() - {"gprune"}:  # which compares sources
             method = entry(name).build(entry(name).settings())
             evidence = Evidence(collect(model, axes, [source], method.needs))
-            plan, _ = method.propose(model, axes, evidence, method.init(axes, Budget(0.7)))
-            assert plan is not None and len(plan.changes["0.weight:0"].keep) == 4
+            plan = plan_cut(method, model, axes, Budget(0.7), evidence).plan
+            assert len(plan.changes["0.weight:0"].keep) == 4
             assert bool(plan.means) is (padding == 0 and name in ("flap", "wanda_sp", "llm_pruner"))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from regrow.allocation.cost import Cost
 from regrow.allocation.priced import TimeCost, payers, priced
 from regrow.allocation.ranked import BudgetError, ranked
-from regrow.allocation.solved import module_costs, ratios, slopes, soft_step
+from regrow.allocation.solved import module_costs, ratios, soft_step
 from regrow.allocation.stages import MemoryBudgetError, Stages, stages
 from regrow.allocation.uniform import uniform
 
@@ -42,7 +42,6 @@ __all__ = [
     "priced",
     "ranked",
     "ratios",
-    "slopes",
     "soft_step",
     "stages",
     "uniform",

@@ -72,28 +72,6 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
     return costs, float(max(0, cost.total - budget.limit(cost.total)))
 
 
-def slopes(curve: Tensor) -> Tensor:
-    """What each further unit adds to a loss, if the loss is made convex from below: never falling.
-
-    The slopes of the greatest convex minorant of (0, 0), (1, curve[0]), …: cutting by them, lowest first, over several
-    curves gives the least total loss for every budget that lies on a corner.
-
-    Args:
-        curve: The loss after cutting the first k units, ``[n]``, k = 1 … n.
-
-    >>> slopes(torch.tensor([3.0, 4.0, 9.0])).tolist()
-    [2.0, 2.0, 5.0]
-    """
-    blocks: list[tuple[float, int]] = []
-    for step in torch.diff(curve, prepend=curve.new_zeros(1)).tolist():
-        rise, length = step, 1
-        while blocks and blocks[-1][0] / blocks[-1][1] >= rise / length:
-            before = blocks.pop()
-            rise, length = rise + before[0], length + before[1]
-        blocks.append((rise, length))
-    return curve.new_tensor([rise / length for rise, length in blocks for _ in range(length)])
-
-
 def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
     """1 where a unit stays, 0 where it goes; on the way back, the slope of σ((place − share) / width).
 

@@ -9,14 +9,15 @@ from regrow.axes import AxisGraph
 from regrow.commands import checkpoints
 from regrow.commands import pruning as prune
 from regrow.commands.folder import RunFolder
-from regrow.method import Evidence, Method
+from regrow.method import Evidence
+from regrow.methods.pruning.pruner import Pruner
 from regrow.nets import Loaded
 from regrow.progress import Progress
 from regrow.sources import Source
 
 
 def calibrated(
-    folder: RunFolder, loaded: Loaded, axes: AxisGraph, method: Method, sources: Sequence[Source], progress: Progress
+    folder: RunFolder, loaded: Loaded, axes: AxisGraph, pruner: Pruner, sources: Sequence[Source], progress: Progress
 ) -> tuple[Evidence, str]:
     """Measure what a method needs, or take up an interrupted measurement.
 
@@ -24,26 +25,26 @@ def calibrated(
         folder: Where finished shards are kept.
         loaded: The model.
         axes: Its axes.
-        method: What asks.
+        pruner: What asks.
         sources: Where to measure.
         progress: Called as work goes on.
 
     Returns:
         What was measured, and a digest of all it depends on.
     """
-    model, several = loaded.origin.record(), prune.spread(sources, method.sources)[0]
+    model, several = loaded.origin.record(), prune.spread(sources, pruner.sources)[0]
     keys = {
         source.name: checkpoints.fingerprint(
-            source, method.shards, sorted(method.needs), str(model), glance(loaded.model)
+            source, pruner.shards, sorted(pruner.needs), str(model), glance(loaded.model)
         )
         for source in several
     }
-    done = folder.statistics(keys, method.shards)
+    done = folder.statistics(keys, pruner.shards)
 
     def keep(source: str, shard: int, statistics: Any) -> None:
         folder.save_statistics(source, shard, statistics, key=keys[source])
 
-    evidence = prune.measured(loaded.model, axes, method, sources, progress, done=done, on_done=keep)
+    evidence = prune.measured(loaded.model, axes, pruner, sources, progress, done=done, on_done=keep)
     return evidence, checkpoints.fingerprint(Source("", ()), keys)
 
 

@@ -3,13 +3,11 @@
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from regrow.method import State
 from regrow.methods.recovery import task as recovery
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
@@ -18,10 +16,8 @@ from regrow.store.convert import convert
 from regrow.store.errors import StoreError, telling
 from regrow.store.tensors import add_to_digest, read_header, read_tensors, write_tensors
 from regrow.training import checkpoint as training
-from regrow.training.loop import Learned
 
 FORMAT = "regrow-statistics/1"
-LEARNED = "regrow-learned/1"
 FORMATS = (training.FORMAT, recovery.FORMAT)
 """Of the checkpoints of stages that train or reconstruct."""
 _SUMS = ("total", "square", "mean_total", "mean_square")
@@ -120,46 +116,6 @@ def open_checkpoint(path: Path, key: str) -> dict[str, Any]:
         return header
     path.unlink(missing_ok=True)
     return {}
-
-
-def write_learned(path: Path, learned: Learned, key: str) -> None:
-    """Write where a method that learns stands.
-
-    Raises:
-        StoreError: If the disk is full or does not let us write.
-    """
-    tensors = {f"state {name}": value for name, value in learned.state.tensors.items()}
-    tensors |= {f"optimiser {name}": value for name, value in learned.optimiser.items()}
-    header = {
-        "key": key,
-        "step": learned.step,
-        "values": dict(learned.state.values),
-        "findings": dict(learned.state.findings),
-    }
-    write_tensors(path, tensors, header, LEARNED)
-
-
-def read_learned(path: Path, state: State, key: str) -> Learned | None:
-    """Where a method stood; ``None`` if that is of something else, or damaged: then it learns from the start.
-
-    Args:
-        path: The file.
-        state: The first state of the method, which has the budget.
-        key: What it must have been written with.
-    """
-    try:
-        header, tensors = read_tensors(path, LEARNED)
-        record = convert(header, schemas.LearnedHeader)
-        if record.key != key:
-            return None
-        parts: dict[str, dict[str, Tensor]] = {"state": {}, "optimiser": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(" ")
-            parts[part][rest] = value
-        state = replace(state, values=record.values, tensors=parts["state"], findings=record.findings)
-        return Learned(record.step, state, parts["optimiser"])
-    except (StoreError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:

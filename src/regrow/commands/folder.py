@@ -13,13 +13,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from regrow.commands.checkpoints import file_name, read_learned, read_statistics, write_learned, write_statistics
+from regrow.commands.checkpoints import file_name, read_statistics, write_statistics
 from regrow.commands.metrics import Metrics, finite
 from regrow.commands.record import FORMAT, RUN, identity, read_json, read_run
 from regrow.commands.undo_stores import read_undo_store, write_undo_store
 from regrow.commands.working_area import adopt, begin_again, cleared_area, resumes, started
 from regrow.ledger import Ledger
-from regrow.method import State
 from regrow.scores import Statistics
 from regrow.store import schemas
 from regrow.store.atomic import write_text
@@ -29,7 +28,6 @@ from regrow.store.locks import Lock, lock
 from regrow.store.replacing import WORK, check_replaceable, cleared, link_tree, replaced, settle
 from regrow.store.versions import versions
 from regrow.surgery import UndoStore
-from regrow.training.loop import Learned
 
 WritePage = Callable[[Path], object]
 """Writes the page of a run into its folder, right before that takes its place."""
@@ -335,31 +333,6 @@ class RunFolder:
                 if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
                     found[source, shard] = statistics
         return found
-
-    def save_learned(self, learned: Learned, *, key: str = "") -> None:
-        """Keep where a method that learns stands, for resuming.
-
-        Args:
-            learned: Where it stands.
-            key: What that depends on.
-
-        Raises:
-            StoreError: If the disk is full.
-        """
-        path = self.path / "statistics" / "learned.safetensors"
-        with telling(path.parent):
-            path.parent.mkdir(exist_ok=True)
-        write_learned(path, learned, key)
-
-    def learned(self, state: State, *, key: str = "") -> Learned | None:
-        """Where an interrupted run had got to in learning; ``None``: nowhere.
-
-        Args:
-            state: The first state of the method.
-            key: As in :meth:`save_learned`.
-        """
-        path = self.path / "statistics" / "learned.safetensors"
-        return read_learned(path, state, key) if path.is_file() else None
 
     def write_findings(self, method: str, findings: Mapping[str, Any]) -> None:
         """Write ``findings.json``: what a method saw.

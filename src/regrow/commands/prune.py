@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrated
+from regrow.commands.checkpoints import open_checkpoint
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import noted_input
 from regrow.commands.folder import RunFolder, WritePage
@@ -23,8 +23,8 @@ from regrow.commands.record import convert_settings
 from regrow.commands.recovering import check_recovery, compared, recovered
 from regrow.commands.scored import write_scores
 from regrow.errors import InputError, RefusedError
-from regrow.method import Method, State
 from regrow.methods import entry, recovery_entry
+from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import Loaded
 from regrow.nets.code import check_code
 from regrow.plan import Plan
@@ -35,7 +35,7 @@ from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
-from regrow.training import loop, tune
+from regrow.training import tune
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,9 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
     kinds = sources_of(source_specs(settings), loaded)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     budget = prune.timed(loaded.model, axes, budget, progress=progress)
-    state = prune.begun(axes, method, budget, kinds.calibration)
+    prune.check_pruning(method, axes, budget, kinds.calibration)
     evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress)
-    return loop.proposed(loaded.model, axes, method, evidence, state, progress=progress)[0]
+    return plan_cut(method, loaded.model, axes, budget, evidence, progress=progress).plan
 
 
 def run(
@@ -107,19 +107,19 @@ def run(
         begun = RunFolder.started(out)
         known = begun.run().get("timing") if begun else None
         budget = prune.timed(loaded.model, axes, budget, known=known, progress=progress)
-    state = prune.begun(axes, method, budget, kinds.calibration)
+    prune.check_pruning(method, axes, budget, kinds.calibration)
     with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
         clock.folder = folder
         folder.update(notes=list(loaded.notes), sources=described(source_specs(settings), kinds), **noted_input(loaded))
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
         job = _Job(settings, folder, loaded, kinds, clock, progress)
-        plan = _planned(job, axes, method, state)
+        plan = _planned(job, axes, method, budget)
         _pruned(job, axes, plan, budget)
         return folder.finish(write_page, seconds=clock.seconds)
 
 
-def _planned(job: _Job, axes: AxisGraph, method: Method, state: State) -> Plan:
+def _planned(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
     """Calibrate, and plan the cut."""
     folder, loaded, progress = job.folder, job.loaded, job.progress
     with job.clock.stage("calibrate"):
@@ -127,16 +127,14 @@ def _planned(job: _Job, axes: AxisGraph, method: Method, state: State) -> Plan:
         if evidence.notes:
             folder.update(notes=[*loaded.notes, *evidence.notes])
     with job.clock.stage("plan"):
-        keep = partial(folder.save_learned, key=key)
-        done = folder.learned(state, key=key)
-        plan, state = loop.proposed(
-            loaded.model, axes, method, evidence, state, done=done, on_done=keep, progress=progress
-        )
-        if state.scores is not None:
-            write_scores(folder, loaded, axes, plan, state.scores, evidence)
-        if state.findings:
-            folder.write_findings(job.settings.method, state.findings)
-    return plan
+        path = folder.path / "statistics" / "learned.safetensors"
+        open_checkpoint(path, key)
+        header = lambda: {"key": key}  # noqa: E731
+        cut = plan_cut(method, loaded.model, axes, budget, evidence, checkpoint=path, header=header, progress=progress)
+        write_scores(folder, loaded, axes, cut.plan, cut.scores, evidence)
+        if cut.findings:
+            folder.write_findings(job.settings.method, cut.findings)
+    return cut.plan
 
 
 def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:

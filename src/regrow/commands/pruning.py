@@ -12,15 +12,15 @@ from regrow.amounts import Measure, Target
 from regrow.axes import AxisGraph, Example
 from regrow.budget import Budget, Timing
 from regrow.commands.measuring import passed
-from regrow.method import Evidence, Method, Need, State
+from regrow.method import Evidence, Need
 from regrow.methods import entry
+from regrow.methods.pruning.pruner import Pruner, check_pruner, plan_cut
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scoring import collect
 from regrow.sources import Source
 from regrow.surgery import apply
 from regrow.tracing import trace
-from regrow.training.loop import proposed
 
 
 def prune(
@@ -76,11 +76,11 @@ def prune(
         example = _example(example, sources)
         axes = trace(model, *example.args, **example.kwargs)
     wanted = timed(model, axes, wanted, progress=progress)
-    state = begun(axes, chosen, wanted, sources)
+    check_pruning(chosen, axes, wanted, sources)
     evidence = measured(model, axes, chosen, sources, progress)
     for note in evidence.notes:
         warnings.warn(note, stacklevel=2)
-    plan, _ = proposed(model, axes, chosen, evidence, state, progress=progress)
+    plan = plan_cut(chosen, model, axes, wanted, evidence, progress=progress).plan
     apply(model, axes, plan)
     return model, plan
 
@@ -94,30 +94,30 @@ def _example(example: Example | None, sources: Sequence[Source]) -> Example:
     return Example(batch.args, batch.kwargs)
 
 
-def built(method: str, settings: Mapping[str, Any]) -> Method:
+def built(method: str, settings: Mapping[str, Any]) -> Pruner:
     """A method with settings, checked.
 
     Raises:
         ValueError: If the method or a setting is unknown, or a setting is of another type than its default.
     """
-    chosen: Method = entry(method).made(method, settings)
+    chosen: Pruner = entry(method).made(method, settings)
     return chosen
 
 
 def measured(
     model: nn.Module,
     axes: AxisGraph,
-    method: Method,
+    pruner: Pruner,
     sources: Sequence[Source],
     progress: Progress = silent,
     **resume: Any,
 ) -> Evidence:
     """What a method needs to know, measured on the sources, which are split if it compares more than there are."""
-    if not {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
+    if not {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         return Evidence()
     told = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
-    several, notes = spread(sources, method.sources)
-    statistics = collect(model, axes, several, method.needs, shards=method.shards, progress=told, **resume)
+    several, notes = spread(sources, pruner.sources)
+    statistics = collect(model, axes, several, pruner.needs, shards=pruner.shards, progress=told, **resume)
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 
 
@@ -186,13 +186,13 @@ def _known_of(axes: AxisGraph, budget: Budget) -> None:
         )
 
 
-def begun(axes: AxisGraph, method: Method, budget: Budget, sources: Sequence[Source]) -> State:
-    """The first state of a method: the budget can be met and there is something to measure on.
+def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequence[Source]) -> None:
+    """Assert that a method can meet a budget and has something to measure on.
 
     Raises:
         ValueError: If not; names the least reachable keep.
     """
-    if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & method.needs:
+    if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")
     _known_of(axes, budget)
-    return method.init(axes, budget)
+    check_pruner(pruner, axes, budget)

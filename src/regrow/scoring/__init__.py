@@ -9,7 +9,6 @@ from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources, percentile
 from regrow.scoring.compensate import means, takes_constant, unbiased
-from regrow.scoring.curvature import curvature
 from regrow.scoring.gradients import cross_entropy, taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
@@ -25,7 +24,6 @@ __all__ = [
     "Metric",
     "collect",
     "cross_entropy",
-    "curvature",
     "energy",
     "magnitude",
     "massive",

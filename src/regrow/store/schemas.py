@@ -285,15 +285,6 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
     gradients: list[str]
 
 
-class LearnedHeader(msgspec.Struct, frozen=True):
-    """The header of ``learned.safetensors``."""
-
-    key: str
-    step: Count
-    values: dict[str, Any]
-    findings: dict[str, Any]
-
-
 class RecoveryHeader(msgspec.Struct, frozen=True):
     """The header of ``recovery.safetensors``."""
 

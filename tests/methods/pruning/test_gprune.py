@@ -9,25 +9,26 @@ import torch
 
 from hand import lm, texts
 from regrow.allocation import Cost
-from regrow.commands.checkpoints import read_learned, write_learned
-from regrow.commands.pruning import begun, measured, prune
-from regrow.method import Budget, State
+from regrow.budget import Budget
+from regrow.commands.checkpoints import open_checkpoint
+from regrow.commands.pruning import check_pruning, measured, prune
 from regrow.methods import entry
+from regrow.methods.pruning.pruner import Cut, plan_cut
 from regrow.plan import Plan
-from regrow.training import loop
 
 SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
 
 
 def run(
     settings: Mapping[str, Any], keep: float = 0.6, method: str = "gprune", blocks: int = 2, **more: Any
-) -> tuple[Plan, State, Any]:
+) -> tuple[Plan, Cut, Any]:
     model, axes = lm(**SIZES, blocks=blocks)
     built = entry(method).build(entry(method).settings(**settings))
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
     evidence = measured(model, axes, built, sources)
-    plan, state = loop.proposed(model, axes, built, evidence, begun(axes, built, Budget(keep), sources), **more)
-    return plan, state, axes
+    check_pruning(built, axes, Budget(keep), sources)
+    cut = plan_cut(built, model, axes, Budget(keep), evidence, **more)
+    return cut.plan, cut, axes
 
 
 @pytest.mark.parametrize("base", ["flap", "wanda_sp", "magnitude", "llm_pruner"])
@@ -95,7 +96,9 @@ def test_what_is_judged_is_what_is_cut() -> None:
                 (cut,) = model(*batch.args)
             said, truth = (F.log_softmax(x, -1).flatten(0, -2) for x in (cut, dense))
             losses.append(F.kl_div(said, truth, log_target=True, reduction="batchmean").item())
-    assert sum(losses) / len(losses) == pytest.approx(state.values["best_loss"], rel=1e-4)
+    assert sum(losses) / len(losses) == pytest.approx(
+        min(row["held_out"] for row in state.findings["history"]), rel=1e-4
+    )
 
 
 def test_learning_moves_what_is_cut_to_where_it_costs_least() -> None:
@@ -109,31 +112,44 @@ def test_learning_moves_what_is_cut_to_where_it_costs_least() -> None:
     )
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
     budget = Budget(0.8, only=("gate", "up", "down"))
-    state = begun(axes, built, budget, sources)
-    _, state = loop.proposed(model, axes, built, measured(model, axes, built, sources), state)
+    state = plan_cut(built, model, axes, budget, measured(model, axes, built, sources))
     first, second = (row["learned"] for row in state.findings["modules"])
     assert second > first + 0.3
     history = state.findings["history"]
     assert min(row["held_out"] for row in history) < 0.7 * history[0]["held_out"]
 
 
-def test_a_run_stopped_while_learning_ends_as_if_it_had_not(tmp_path: Path) -> None:
-    settings = {"steps": 8, "every": 2, "shards": 2}
-    stands: list[loop.Learned] = []
-    whole, state, _ = run(
-        settings, on_done=lambda one: (stands.append(one), write_learned(tmp_path / "x", one, "k"))[0]
-    )
-    assert [one.step for one in stands] == [0, 2, 4, 6]
-    for stand in stands:
-        write_learned(tmp_path / "one", stand, "key")
-        back = read_learned(tmp_path / "one", State(Budget(0.6)), "key")
-        assert back is not None and back.step == stand.step and back.state.values == dict(stand.state.values)
-        again, other, _ = run(settings, done=back)
-        assert again == whole and other.findings["modules"] == state.findings["modules"]
-        assert other.findings["history"] == state.findings["history"]
-    assert read_learned(tmp_path / "one", State(Budget(0.6)), "another") is None
-    (tmp_path / "one").write_bytes((tmp_path / "one").read_bytes()[:-7])
-    assert read_learned(tmp_path / "one", State(Budget(0.6)), "key") is None
+class KilledError(Exception):
+    """Ends learning as a kill does: nothing is written any more."""
+
+
+@pytest.mark.parametrize("how", [KilledError, KeyboardInterrupt])
+def test_a_run_stopped_while_learning_ends_as_if_it_had_not(how: type[BaseException], tmp_path: Path) -> None:
+    settings, header = {"steps": 8, "every": 3, "shards": 2}, lambda: {"key": "k"}
+    whole, cut, _ = run(settings)
+    assert [row["step"] for row in cut.findings["history"]] == [0, 3, 6, 8]
+    for stop in (1, 3, 5, 8):
+
+        def stopping(done: int, total: int, what: str, stop: int = stop) -> None:
+            if what.startswith("learning") and done == stop:
+                raise how
+
+        place = tmp_path / f"{stop}.safetensors"
+        with pytest.raises(how):
+            run(settings, checkpoint=place, header=header, progress=stopping)
+        assert open_checkpoint(place, "k")["starts"] == cut.findings["starts"]
+        seen: list[str] = []
+        again, other, _ = run(
+            settings, checkpoint=place, header=header, progress=lambda done, total, what, seen=seen: seen.append(what)
+        )
+        learned = [what for what in seen if what.startswith("learning")]
+        assert len(learned) == 8 - (stop if how is KeyboardInterrupt else (stop - 1) // 3 * 3)
+        assert not [what for what in seen if what.startswith("evaluating the start")]
+        assert again == whole and other.findings == cut.findings
+        assert all(torch.equal(row, cut.scores.values[key]) for key, row in other.scores.values.items())
+    place.write_bytes(place.read_bytes()[:-7])
+    assert run(settings, checkpoint=place, header=header)[0] == whole
+    assert open_checkpoint(place, "another") == {} and not place.exists()
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:
@@ -148,7 +164,7 @@ def test_one_source_is_split_and_the_reader_is_told() -> None:
     evidence = measured(model, axes, built, [texts("only", batches=6)])
     assert list(evidence.statistics) == ["only/1", "only/2", "only/3"]
     assert "at least 3 kinds of text and got 1" in evidence.notes[0]
-    _, state = built.propose(model, axes, evidence, built.init(axes, Budget(0.7)))
+    state = plan_cut(built, model, axes, Budget(0.7), evidence)
     assert state.findings["notes"] == list(evidence.notes)
 
 

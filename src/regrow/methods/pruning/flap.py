@@ -12,7 +12,7 @@ from functools import partial
 from regrow import scoring
 from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning.pruner import Pruner, Ranking
 
 CITATION = (
     "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
@@ -43,13 +43,15 @@ def build(settings: Settings) -> Pruner:
     more = {"pool": "standardised" if settings.allocation == "ranked" else "sum", "form": settings.form}
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
-        score=lambda model, axes, units, evidence: scoring.wifv(
-            scoring.weights_of(model),
-            axes,
-            evidence.pooled(),
-            units=units,
-            square_blocks=settings.square_blocks,
-            **more,
+        score=lambda task: Ranking(
+            scoring.wifv(
+                scoring.weights_of(task.model),
+                task.axes,
+                task.evidence.pooled(),
+                units=task.units,
+                square_blocks=settings.square_blocks,
+                **more,
+            )
         ),
         allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
         compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))

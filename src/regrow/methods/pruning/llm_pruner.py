@@ -11,7 +11,7 @@ from functools import partial
 from regrow import scoring
 from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning.pruner import Pruner, Ranking
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
 
@@ -42,9 +42,17 @@ def build(settings: Settings) -> Pruner:
     how = "zscore" if settings.allocation == "ranked" else "none"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
-        score=lambda model, axes, units, evidence: scoring.normalise(
-            scoring.taylor(scoring.weights_of(model), axes, evidence.pooled(), units=units, form=settings.form),
-            how,
+        score=lambda task: Ranking(
+            scoring.normalise(
+                scoring.taylor(
+                    scoring.weights_of(task.model),
+                    task.axes,
+                    task.evidence.pooled(),
+                    units=task.units,
+                    form=settings.form,
+                ),
+                how,
+            )
         ),
         allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
         compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))

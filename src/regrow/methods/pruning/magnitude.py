@@ -6,7 +6,7 @@ from functools import partial
 from regrow import scoring
 from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning.pruner import Pruner, Ranking
 
 CITATION = (
     "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710; "
@@ -36,8 +36,10 @@ def build(settings: Settings) -> Pruner:
     how = "zscore" if settings.allocation == "ranked" else "none"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
-        score=lambda model, axes, units, evidence: scoring.normalise(
-            scoring.magnitude(scoring.weights_of(model), axes, units=units, form=settings.form), how
+        score=lambda task: Ranking(
+            scoring.normalise(
+                scoring.magnitude(scoring.weights_of(task.model), task.axes, units=task.units, form=settings.form), how
+            )
         ),
         allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
         compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))

@@ -1,88 +1,163 @@
-"""One-shot pruning as a choice of pieces: score, allocate, compensate.
+"""One-shot pruning: evidence → scores → allocation → plan, and compensation for what is cut.
 
-Most pruning papers are a row of such choices; :class:`Pruner` is what they share, and itself knows no paper.
+Most pruning papers are a choice of these functions; :class:`Pruner` is a record of them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from regrow.allocation import payers
 from regrow.axes import Axis, AxisGraph
-from regrow.method import Budget, Evidence, Need, State, Training
+from regrow.budget import Budget
+from regrow.method import Evidence, Need
 from regrow.plan import Plan
+from regrow.progress import Progress, silent
 from regrow.scores import Scores
 from regrow.scoring import random, unbiased
 from regrow.scoring.spaces import inner
+from regrow.training.freeze import freeze
 
-Score = Callable[[nn.Module, AxisGraph, Sequence[Axis], Evidence], Scores]
-Allocate = Callable[[AxisGraph, Scores, Budget], Mapping[str, tuple[int, ...]]]
-Compensate = Callable[
-    [nn.Module, AxisGraph, Mapping[str, tuple[int, ...]], Evidence], Mapping[str, Mapping[int, float]]
-]
+Kept = Mapping[str, tuple[int, ...]]
+"""Axis key → the units that are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class PruningTask:
+    """What scores are made from.
+
+    Args:
+        model: The network, frozen.
+        axes: Its axes.
+        units: The axes that may be cut.
+        budget: How much may stay.
+        evidence: What was measured.
+        checkpoint: The file from which interrupted learning goes on; ``None``: it starts again.
+        header: JSON data that goes into the header of that file.
+        progress: Called with (steps done, steps in all, what).
+    """
+
+    model: nn.Module
+    axes: AxisGraph
+    units: Sequence[Axis]
+    budget: Budget
+    evidence: Evidence
+    checkpoint: Path | None = None
+    header: Callable[[], dict[str, Any]] = dict
+    progress: Progress = silent
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How much units matter.
+
+    Args:
+        scores: One number per unit.
+        findings: The units that are kept of every axis with scores → tables for a report, as JSON data.
+    """
+
+    scores: Scores
+    findings: Callable[[Kept], Mapping[str, Any]] = lambda kept: {}
 
 
 @dataclass(frozen=True)
 class Pruner:
-    """A method that makes one plan (``regrow.method.Method``).
+    """A pruning method.
 
     Args:
         needs: What evidence it asks for.
-        score: (model, axes, units, evidence) → how much each unit matters.
+        score: How much each unit matters.
         allocate: (axes, scores, budget) → axis key → units kept.
-        compensate: (model, axes, kept, evidence) → ``Plan.means``; none if dropped inputs count as nothing.
+        compensate: (model, axes, kept, evidence) → ``Plan.means``; ``None`` if dropped inputs count as zero.
         origin: What the plan says of its maker: method name and settings.
+        shards: Into how many disjoint parts each source is split.
+        sources: The number of sources it compares at least.
         spare: The shares of the numbered blocks, at the beginning and at the end, that stay whole; a regular plan has
             none of these, since it cuts every block alike.
+        check: (axes, units, budget) → ``None``; raises ``ValueError`` if the method cannot be used.
     """
 
     needs: frozenset[Need]
-    score: Score
-    allocate: Allocate
-    compensate: Compensate | None = None
+    score: Callable[[PruningTask], Ranking]
+    allocate: Callable[[AxisGraph, Scores, Budget], Kept]
+    compensate: Callable[[nn.Module, AxisGraph, Kept, Evidence], Mapping[str, Mapping[int, float]]] | None = None
     origin: Mapping[str, Any] = field(default_factory=dict)
     shards: int = 1
     sources: int = 1
-    training: Training | None = None
     spare: tuple[float, float] = (0.0, 0.0)
-
-    def init(self, axes: AxisGraph, budget: Budget) -> State:
-        """Nothing but the budget is carried.
-
-        Raises:
-            ValueError: If it cannot be met, whatever the scores.
-        """
-        self.allocate(axes, random(axes, units=self._units(axes, budget)), budget)
-        return State(budget)
-
-    def propose(self, model: nn.Module, axes: AxisGraph, evidence: Evidence, state: State) -> tuple[Plan | None, State]:
-        """The one plan; ``None`` once it has been made.
-
-        Raises:
-            ValueError: If the budget cannot be met, or evidence is missing or not finite.
-        """
-        if state.scores is not None:
-            return None, state
-        budget = state.budget
-        scores = self.score(model, axes, self._units(axes, budget), evidence)
-        budget = compensating(model, axes, budget) if self.compensate else budget
-        kept = {key: keep for key, keep in self.allocate(axes, scores, budget).items() if len(keep) < axes[key].size}
-        means = self.compensate(model, axes, kept, evidence) if self.compensate else {}
-        origin = {**self.origin, **budget.record(), **told(scores)}
-        return Plan.keeping(axes, kept, means=means, origin=origin), replace(state, scores=scores)
-
-    def _units(self, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:
-        units = payers(axes, budget)
-        return units if budget.regular else inner(units, *self.spare)
+    check: Callable[[AxisGraph, Sequence[Axis], Budget], None] = lambda axes, units, budget: None
 
 
-def compensating(model: nn.Module, axes: AxisGraph, budget: Budget) -> Budget:
-    """The budget, if dropped inputs leave their means behind: biases that this makes are to be paid for."""
-    return replace(budget, compensated=unbiased(model, axes, payers(axes, budget)))
+@dataclass(frozen=True)
+class Cut:
+    """A planned cut.
+
+    Args:
+        plan: What is kept.
+        scores: What it was chosen by.
+        findings: Tables for a report, as JSON data.
+    """
+
+    plan: Plan
+    scores: Scores
+    findings: Mapping[str, Any] = field(default_factory=dict)
 
 
-def told(scores: Scores) -> dict[str, Any]:
-    """What a plan says of the scores it was made from."""
-    return {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
+def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
+    """Assert that a method can meet a budget, whatever it measures.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    units = _units(pruner, axes, budget)
+    pruner.allocate(axes, random(axes, units=units), budget)
+    pruner.check(axes, units, budget)
+
+
+def plan_cut(
+    pruner: Pruner,
+    model: nn.Module,
+    axes: AxisGraph,
+    budget: Budget,
+    evidence: Evidence | None = None,
+    *,
+    checkpoint: Path | None = None,
+    header: Callable[[], dict[str, Any]] = dict,
+    progress: Progress = silent,
+) -> Cut:
+    """Plan what to cut of a network.
+
+    Args:
+        pruner: The method.
+        model: The network, which stays as it is.
+        axes: Its axes.
+        budget: How much may stay.
+        evidence: What was measured for the method; ``None``: nothing.
+        checkpoint: The file from which interrupted learning goes on.
+        header: JSON data that goes into the header of that file.
+        progress: Called with (steps done, steps in all, what).
+
+    Raises:
+        ValueError: If the budget cannot be met, or evidence is missing or not finite.
+    """
+    evidence = evidence or Evidence()
+    units = _units(pruner, axes, budget)
+    if pruner.compensate:  # biases that this makes count too
+        budget = replace(budget, compensated=unbiased(model, axes, payers(axes, budget)))
+    with freeze(model):
+        ranking = pruner.score(PruningTask(model, axes, units, budget, evidence, checkpoint, header, progress))
+        scores, every = ranking.scores, pruner.allocate(axes, ranking.scores, budget)
+        kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
+        means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
+    origin = {**pruner.origin, **budget.record()}
+    origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
+    origin |= {"notes": list(evidence.notes)} if evidence.notes else {}
+    return Cut(Plan.keeping(axes, kept, means=means, origin=origin), scores, ranking.findings(every))
+
+
+def _units(pruner: Pruner, axes: AxisGraph, budget: Budget) -> Sequence[Axis]:
+    units = payers(axes, budget)
+    return units if budget.regular else inner(units, *pruner.spare)

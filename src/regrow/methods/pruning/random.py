@@ -6,7 +6,7 @@ from functools import partial
 from regrow import scoring
 from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning.pruner import Pruner, Ranking
 
 CITATION = "No paper: uniform random scores, a control."
 
@@ -32,7 +32,7 @@ def build(settings: Settings) -> Pruner:
     """Random scores, the same share everywhere, no compensation unless asked."""
     return Pruner(
         needs=frozenset({Need.ACTIVATIONS} if settings.compensate else set()),
-        score=lambda model, axes, units, evidence: scoring.random(axes, units=units, seed=settings.seed),
+        score=lambda task: Ranking(scoring.random(task.axes, units=task.units, seed=settings.seed)),
         allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
         compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
         if settings.compensate

@@ -11,7 +11,7 @@ from functools import partial
 from regrow import scoring
 from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning.pruner import Pruner, Ranking
 
 CITATION = (
     "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv:2306.11695; "
@@ -39,8 +39,10 @@ def build(settings: Settings) -> Pruner:
     pool = "standardised" if settings.allocation == "ranked" else "sum"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
-        score=lambda model, axes, units, evidence: scoring.wanda_sp(
-            scoring.weights_of(model), axes, evidence.pooled(), units=units, pool=pool
+        score=lambda task: Ranking(
+            scoring.wanda_sp(
+                scoring.weights_of(task.model), task.axes, task.evidence.pooled(), units=task.units, pool=pool
+            )
         ),
         allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
         compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))

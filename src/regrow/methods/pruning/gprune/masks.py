@@ -3,16 +3,16 @@
 The order in which the units of a module go is fixed; what is cut follows from one share per module.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation import slopes, soft_step
-from regrow.axes import Axis, AxisGraph
-from regrow.scoring import cross_entropy, curvature
+from regrow.allocation import soft_step
+from regrow.axes import AxisGraph
+from regrow.scoring import cross_entropy
 from regrow.sources import Batch, asked, logits_in
 from regrow.surgery.gate import gate_inputs
 
@@ -33,23 +33,6 @@ class Masks:
     fills: Mapping[str, Tensor]
     width: Tensor
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything by name, as a state stores it."""
-        parts = {"module": self.modules, "place": self.places, "fill": self.fills}
-        return {f"{part}:{key}": value for part, row in parts.items() for key, value in row.items()} | {
-            "width": self.width
-        }
-
-    @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> "Masks":
-        """The inverse of :meth:`tensors`; other names are ignored."""
-        parts: dict[str, dict[str, Tensor]] = {"module": {}, "place": {}, "fill": {}}
-        for name, value in tensors.items():
-            part, _, key = name.partition(":")
-            if part in parts:
-                parts[part][key] = value
-        return cls(parts["module"], parts["place"], parts["fill"], tensors["width"])
-
     def margins(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
         """How far above its module's share each unit lies; what is below 0 is cut."""
         return {key: place[view] - share[self.modules[key][view]] for key, place in self.places.items()}
@@ -62,21 +45,11 @@ class Masks:
             for label in (self.modules[key][view],)
         }
 
-    def orders(self, view: int = 0) -> list[tuple[tuple[str, ...], Tensor]]:
-        """Per module: the axes it lies in, and its units, lowest first, as places in the row of all their units."""
-        found = []
-        for module in range(len(self.width)):
-            keys = tuple(key for key, label in self.modules.items() if bool((label[view] == module).any()))
-            mine = torch.cat([self.modules[key][view] for key in keys]) == module
-            places = torch.cat([self.places[key][view] for key in keys]).masked_fill(~mine, torch.inf)
-            found.append((keys, places.argsort(stable=True)[: int(mine.sum())]))
-        return found
-
     def filled(self, view: int = 0) -> dict[str, Tensor]:
         """What stands in for dropped inputs."""
         return {name: fill[view] for name, fill in self.fills.items()}
 
-    def given(self, kept: Mapping[str, "tuple[int, ...]"]) -> Tensor:
+    def given(self, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
         """What share of each module's units (first view) a choice of units gives up, ``[modules]`` float64."""
         labels = torch.cat([label[0] for label in self.modules.values()])
         gone = torch.ones(len(labels), dtype=torch.float64)
@@ -86,58 +59,6 @@ class Masks:
             start += label.shape[1]
         count = torch.bincount(labels)
         return torch.zeros(len(count), dtype=torch.float64).index_add(0, labels, gone) / count
-
-
-def least_curvature(
-    model: nn.Module,
-    axes: AxisGraph,
-    batches: Sequence[tuple[Batch, int]],
-    units: Sequence[Axis],
-    masks: Masks,
-    costs: Tensor,
-    *,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """What a parameter of each unit is worth if modules give up units in their order, for one ranking of all of them.
-
-    The slopes of the convex minorant of each module's expected divergence along its order (``scoring.curvature``),
-    over the cost of a unit: the ranking that makes the sum over modules least for a budget.
-
-    Args:
-        model: The network, in eval mode.
-        axes: Its axes.
-        batches: What to answer, each with the view it is looked at with.
-        units: The axes of the modules.
-        masks: Orders and fills; the worth is written along the orders of the first view.
-        costs: What all units of a module cost, ``[modules]``.
-        seed: Of the answers drawn.
-
-    Returns:
-        Axis key → ``[size]`` float64.
-    """
-    orders = [masks.orders(view) for view in range(len(next(iter(masks.places.values()))))]
-    curves = [torch.zeros(len(order), dtype=torch.float64) for _, order in orders[0]]
-    for i, (batch, view) in enumerate(batches):
-        found = curvature(model, axes, batch, units, masks.filled(view), orders[view], seed=seed + i)
-        curves = [total + _stretched(one, len(total)) for total, one in zip(curves, found, strict=True)]
-    worth = {key: torch.zeros(label.shape[1], dtype=torch.float64) for key, label in masks.modules.items()}
-    for (keys, order), curve, cost in zip(orders[0], curves, costs, strict=True):
-        row = torch.cat([worth[key] for key in keys])
-        steps = slopes(curve) * len(curve) / float(cost)
-        # Units of one slope go in their order.
-        row[order] = steps * (1 + torch.arange(len(steps)) * 1e-12)
-        worth |= dict(zip(keys, row.split([len(worth[key]) for key in keys]), strict=True))
-    return worth
-
-
-def _stretched(curve: Tensor, n: int) -> Tensor:
-    """A curve over the units of a module, from 0 before the first, read off at n equal steps."""
-    if len(curve) == n:
-        return curve
-    known = torch.cat([curve.new_zeros(1), curve])
-    at = torch.arange(1, n + 1, dtype=torch.float64) * len(curve) / n
-    low = at.long().clamp_max(len(curve) - 1)
-    return known[low] + (at - low) * (known[low + 1] - known[low])
 
 
 @dataclass
@@ -177,10 +98,6 @@ class Comparison:
         if here.labels is None:
             raise ValueError("cross entropy needs labels; learn with loss=kl")
         return cross_entropy(logits, here.labels)
-
-    def forget(self) -> None:
-        """Give the memory of the answers back."""
-        self.kept.clear()
 
     def _dense(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
         """The dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""

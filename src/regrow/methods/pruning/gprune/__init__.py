@@ -1,0 +1,61 @@
+"""GPrune-LLM: rank units only within modules of similar cross-domain behaviour, and learn the ratio of each module.
+
+Reconstructed from the abstracts: the paper's formulas could not be obtained, every formula and default here is ours.
+A wrapper around a base metric: (1) measure how far a unit's rank moves between sources; (2) form modules of units with
+similar sensitivity and score; (3) the more sensitive and weak a module is, the more it is ordered by a metric without
+activations; (4) learn the pruning ratio of each module under the exact budget: the order in a module is fixed, masks
+are straight-through, the loss is the divergence from the dense network, and the best allocation on held-out text is
+kept, the base method's own and that of unpruned first and last blocks among them. The strongest baseline is
+``llm_pruner`` on MLP neurons; partition, switch and learning add little to it: see docs/reproductions/gprune.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+
+import torch
+
+from regrow import scoring
+from regrow.allocation import module_costs, ranked, ratios
+from regrow.axes import Axis, AxisGraph, Mark
+from regrow.budget import Budget
+from regrow.method import Need
+from regrow.methods.pruning.gprune.masks import Comparison
+from regrow.methods.pruning.gprune.settings import Settings
+from regrow.methods.pruning.gprune.shares import score_units
+from regrow.methods.pruning.pruner import Pruner
+from regrow.scoring.base import BASES
+
+__all__ = ["CITATION", "Settings", "build"]
+
+CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from the abstracts; no code was published)"
+
+
+def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
+    """The method.
+
+    Args:
+        settings: Its settings.
+        compare: The loss of a masked network; by default what the settings say.
+    """
+    return Pruner(
+        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, scoring.METRICS[BASES[settings.base].metric][1]}),
+        score=partial(score_units, settings=settings, compare=compare),
+        allocate=partial(ranked, minimum=settings.minimum),
+        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
+        if settings.compensate
+        else None,
+        origin={"method": "gprune", "settings": asdict(settings)},
+        shards=settings.shards,
+        sources=3,
+        check=partial(_check, settings),
+    )
+
+
+def _check(settings: Settings, axes: AxisGraph, units: Sequence[Axis], budget: Budget) -> None:
+    units = scoring.scorable(axes, units)
+    if other := next((axis for axis in units if axis.mark is not Mark.NEUTRAL), None):
+        raise ValueError(f"gprune masks units by 0 or their mean; {other.key!r} is {other.mark}: leave --mark neutral")
+    one = {axis.key: torch.zeros(axis.size, dtype=torch.int64) for axis in units}
+    costs, removed = module_costs(axes, one, 1, budget)
+    ratios(torch.zeros(1, dtype=torch.float64), costs, removed, most=settings.most)

@@ -1,0 +1,113 @@
+"""Stages 1 to 3 of GPrune: how far ranks move between sources, modules of similar units, and the order in each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow import scoring
+from regrow.axes import Axis
+from regrow.methods.pruning.gprune.masks import Masks
+from regrow.methods.pruning.gprune.settings import Settings
+from regrow.methods.pruning.pruner import PruningTask
+from regrow.scores import Scores, Statistics
+from regrow.scoring.base import BASES
+from regrow.scoring.partition import Modules, partition
+from regrow.scoring.reliability import Reliability, ordered
+from regrow.scoring.sensitivity import spectrum
+from regrow.scoring.spaces import Space, spaces, within
+from regrow.scoring.views import View, halves, views
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured: with all sources first, then without each (if they are looked at like that)."""
+
+    units: tuple[Axis, ...]
+    spaces: tuple[Space, ...]
+    views: tuple[View, ...]
+    weights_only: Scores
+    halves: tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None
+
+
+def measure(s: Settings, task: PruningTask) -> Measurement:
+    """Score and rank the units with all sources, and without each.
+
+    Raises:
+        ValueError: If there are too few sources, or what was measured is not finite.
+    """
+    units = tuple(scoring.scorable(task.axes, task.units))
+    weights, among, sums = scoring.weights_of(task.model), spaces(units), task.evidence.statistics
+
+    def score(statistics: Statistics | None) -> Scores:
+        return BASES[s.base].score(weights, task.axes, statistics, units)
+
+    seen = views(sums, score, among, scale=s.rank, denoise=s.denoise, without_each=s.cross)
+    return Measurement(units, among, tuple(seen), score(None), halves(sums, score))
+
+
+def order_modules(
+    s: Settings, task: PruningTask, seen: Measurement, modules: Modules, trust: Tensor, among: Sequence[Space]
+) -> Masks:
+    """The modules and the orders in them, by all sources and without each.
+
+    Args:
+        s: Settings.
+        task: The network.
+        seen: What was measured.
+        modules: The modules by all sources.
+        trust: How far the metric of activations orders each module, ``[modules]``.
+        among: The sets of axes whose units form modules together.
+    """
+    # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
+    others = seen.views[1:] if s.partition != "profiles" else ()
+    every = [modules, *(form_modules(s, one, among).numbered_as(modules, among) for one in others)]
+    every += [modules] * (len(seen.views) - len(every))
+    instead = _other_orders(s, task, seen)
+    places = [
+        ordered(m, trust, one.scores.values, other) for m, one, other in zip(every, seen.views, instead, strict=True)
+    ]
+    filled = [
+        name for name in seen.views[0].pooled.moments if s.compensate and scoring.takes_constant(task.model, name)
+    ]
+    return Masks(
+        {key: torch.stack([one.labels[key] for one in every]) for key in modules.labels},
+        {key: torch.stack([one[key] for one in places]) for key in modules.labels},
+        {name: torch.stack([one.pooled.moments[name].mean for one in seen.views]) for name in filled},
+        torch.tensor([s.width_few if among[i].pooled else s.width for i in modules.spaces]).double(),
+    )
+
+
+def form_modules(s: Settings, seen: View, among: Sequence[Space]) -> Modules:
+    """Form modules of units with similar sensitivity and score."""
+    return partition(s.partition, among, seen.scores.values, seen.ranks, seen.spread, bins=s.bins, seed=s.seed)
+
+
+def _other_orders(s: Settings, task: PruningTask, seen: Measurement) -> list[Mapping[str, Tensor]]:
+    """What orders the modules that are switched, in each view."""
+    if s.instead == "mean_rank":
+        return [view.spread.mean for view in seen.views]
+    path = scoring.PATHS.get(s.instead)
+    found = path(scoring.weights_of(task.model), task.axes, units=seen.units) if path else seen.weights_only
+    return [found.values] * len(seen.views)
+
+
+def findings_of(
+    seen: Measurement, among: Sequence[Space], modules: Modules, trusted: Reliability, costs: Tensor, start: Tensor
+) -> dict[str, Any]:
+    """What the method saw, as tables for the report."""
+    first = seen.views[0]
+    several = next(iter(first.ranks.shards.values())).shape[1] > 1
+    rows = modules.table(
+        among,
+        sensitivity=modules.mean(first.spread.sigma),
+        activity=modules.mean(within(first.scores.values, among, scoring.percentile)),
+        unreliability=trusted.unreliability,
+        trust=trusted.trust,
+        cost=costs,
+        start=start,
+    )
+    sources, table = list(first.ranks.sources), spectrum(first.ranks, seen.spaces) if several else []
+    return {"sources": sources, "spectrum": table, "modules": rows}

@@ -1,0 +1,244 @@
+"""Stage 4 of GPrune: the share of each module that is cut is learned under the exact budget."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regrow.allocation import module_costs, ranked, ratios
+from regrow.axis_tensor import AxisTensor
+from regrow.methods.pruning.gprune.masks import Comparison, Masks
+from regrow.methods.pruning.gprune.modules import findings_of, form_modules, measure, order_modules
+from regrow.methods.pruning.gprune.settings import STARTS, Settings
+from regrow.methods.pruning.gprune.starts import allocate_start
+from regrow.methods.pruning.pruner import Kept, PruningTask, Ranking
+from regrow.scores import Scores
+from regrow.scoring.reliability import reliability
+from regrow.scoring.sensitivity import share_of
+from regrow.scoring.spaces import spaces, within
+from regrow.sources import Batch, drawn
+from regrow.store.errors import StoreError
+from regrow.store.tensors import read_header
+from regrow.training.checkpoint import FORMAT, read_checkpoint, write_checkpoint
+from regrow.training.early_stopping import Check, EarlyStopping, Tensors, with_early_stopping
+from regrow.training.fit import fit
+from regrow.training.learner import Learner, Loss
+from regrow.training.optimizers import OptimizerSettings
+from regrow.training.schedule import NO_AXES, Schedule, source_phase
+from regrow.training.state import TrainState
+
+SECONDS = 120.0
+"""A checkpoint is written at least this often, besides after every check."""
+
+
+def score_units(task: PruningTask, settings: Settings, compare: Comparison | None = None) -> Ranking:
+    """Score units by how far they lie above the learned share of their module.
+
+    Args:
+        task: The network and what was measured.
+        settings: How.
+        compare: The loss of a masked network; by default what the settings say.
+
+    Raises:
+        ValueError: If there are too few sources, or what was measured is not finite.
+    """
+    s, compare = settings, compare or Comparison(settings.memory, settings.loss)
+    task.progress(0, 1, "forming modules")
+    measured = measure(s, task)
+    among, first = spaces(measured.units, parts=4), measured.views[0]
+    modules = form_modules(s, first, among)
+    trusted = reliability(
+        s.switch, among, modules, first.scores.values, first.spread, measured.halves, most=s.switch_most
+    )
+    masks = order_modules(s, task, measured, modules, trusted.trust, among)
+    labels = [{key: row[view] for key, row in masks.modules.items()} for view in range(len(measured.views))]
+    priced = [module_costs(task.axes, one, len(modules), task.budget) for one in labels]
+    costs, removed = torch.stack([each for each, _ in priced]), priced[0][1]
+    shares = ModuleShares(s, task, masks, costs, removed, torch.tensor(modules.spaces), compare)
+
+    tried = STARTS if s.start == "best" else (s.start,)
+    kept = {name: allocate_start(name, s, task, measured) for name in tried}
+    given = {name: masks.given(units) for name, units in kept.items() if name == tried[0] or units != kept["base"]}
+    losses, state = _read(task) if s.steps else ({}, None)
+    if state is None and (s.steps or len(tried) > 1):
+        losses = _compare_starts(shares, given)
+    start = min(losses, key=lambda name: losses[name]) if losses else s.start
+    if state is None:
+        history = (Check(0, losses[start]),) if losses else ()
+        own = EarlyStopping(shares.tensors(given[start], len(among)), {"share": _tensor(given[start])}, history)
+        state = TrainState(own)
+    if s.steps:
+        state = _learn(shares, state, losses)
+
+    own = state.learner
+    share, base = own.best["share"].values, kept.get("base") or allocate_start("base", s, task, measured)
+    robust = within(first.spread.sigma, measured.spaces, lambda sigma: (sigma <= sigma.median()).double())
+    found = findings_of(measured, among, modules, trusted, costs[0], given[start])
+
+    def findings(every: Kept) -> dict[str, Any]:
+        last = masks.given(every)
+        rows = [
+            {**row, "learned": float(one), "given": float(end)}
+            for row, one, end in zip(found["modules"], share, last, strict=True)
+        ]
+        cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in every}, every)}
+        return {
+            **found,
+            "modules": rows,
+            "starts": losses,
+            "history": [asdict(check) for check in own.history],
+            "robust_among_cut": cut,
+            "notes": list(task.evidence.notes),
+            "best_step": own.best_check.step if own.history else 0,
+        }
+
+    metric, pooled = f"gprune/{first.scores.metric}", task.evidence.pooled()
+    return Ranking(Scores(masks.margins(share), metric, task.evidence.sources, pooled.tokens), findings)
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleShares:
+    """The share of each module that is cut, as a function of logits.
+
+    Args:
+        settings: Settings.
+        task: The network and what was measured.
+        masks: The modules and the order in each.
+        costs: What all units of each module cost, ``[views, modules]``.
+        removed: The cost that has to go.
+        home: The set of axes that each module is of, ``[modules]`` int64.
+        compare: The loss of a masked network.
+    """
+
+    settings: Settings
+    task: PruningTask
+    masks: Masks
+    costs: Tensor
+    removed: float
+    home: Tensor
+    compare: Comparison
+
+    def tensors(self, share: Tensor, spaces: int) -> Tensors:
+        """The tensors that are trained, at given shares.
+
+        What the modules of a layer have in common is trained beside what tells them apart.
+
+        Args:
+            share: ``[modules]``.
+            spaces: The number of sets of axes.
+        """
+        logits, lr = torch.logit((share / self.settings.most).clamp(0.02, 0.98)), self.settings.lr
+        return {"logits": _tensor(logits, lr), "shared": _tensor(logits.new_zeros(spaces), lr)}
+
+    def shares(self, tensors: Tensors, view: int = 0) -> Tensor:
+        """The share of each module, ``[modules]``, with a gradient to the tensors."""
+        logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.home)
+        return ratios(logits, self.costs[view], self.removed, most=self.settings.most)
+
+    def loss(self, tensors: Tensors, batch: Batch, view: int) -> Tensor:
+        """The loss of the network with soft masks, as a scalar with a gradient to the tensors."""
+        masks, task = self.masks, self.task
+        gates = masks.gates(self.shares(tensors, view), view)
+        return self.compare(task.model, task.axes, batch, gates, masks.filled(view))
+
+    def held_out_loss(self, share: Tensor) -> float:
+        """The mean loss over sources on held-out windows, cut to the budget just as the plan would be."""
+        s, task, masks, losses = self.settings, self.task, self.masks, []
+        for i, source in enumerate(task.evidence.data.values()):
+            view, batches = self._view(i), source.held_out(s.held_out)[1]
+            kept = ranked(task.axes, masks.margins(share, view), task.budget, minimum=s.minimum)
+            gates = {
+                key: torch.zeros(task.axes[key].size).index_fill(0, torch.tensor(kept[key]), 1.0)
+                for key in masks.places
+            }
+            with torch.no_grad():
+                found = [self.compare(task.model, task.axes, batch, gates, masks.filled(view)) for batch in batches]
+            losses.append(float(torch.stack(found).mean()))
+        return sum(losses) / len(losses)
+
+    def windows(self, step: int) -> list["Window"]:
+        """The windows of a step."""
+        s = self.settings
+        sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
+        return [Window(batch, self._view(i)) for i, batch in drawn(sources, s.windows, step, s.seed)]
+
+    def _view(self, source: int) -> int:
+        """Which orders the windows of a source are looked at with."""
+        return source + 1 if self.settings.cross else 0
+
+
+@dataclass(frozen=True)
+class Window:
+    """A batch, and which orders of units it is looked at with."""
+
+    batch: Batch
+    view: int
+
+    def to(self, device: torch.device) -> "Window":
+        """The same window: the comparison moves batches, since it remembers answers by batch."""
+        return self
+
+
+def _compare_starts(shares: ModuleShares, given: Mapping[str, Tensor]) -> dict[str, float]:
+    losses = {}
+    for i, (name, share) in enumerate(given.items()):
+        shares.task.progress(i, len(given), f"evaluating the start {name}")
+        losses[name] = shares.held_out_loss(share)
+    return losses
+
+
+def _learn(
+    shares: ModuleShares, state: TrainState[EarlyStopping], starts: Mapping[str, float]
+) -> TrainState[EarlyStopping]:
+    """Train the logits; the network's own parameters stay as they are."""
+    s, task = shares.settings, shares.task
+    every = min(s.every, s.steps)
+    epochs = [every] * (s.steps // every) + [s.steps % every] * bool(s.steps % every)
+    learner = with_early_stopping(
+        Learner[Tensors](
+            state.learner.tensors,
+            loss=lambda tensors, context, step: Loss(shares.loss(tensors, step.batch.batch, step.batch.view)),
+            boundary=lambda tensors, context, boundary: tensors,
+            scheduled=True,
+        ),
+        evaluate=lambda tensors, context: shares.held_out_loss(shares.shares(tensors)),
+        snapshot=lambda tensors, context: {"share": _tensor(shares.shares(tensors))},
+        start=state.learner,
+    )
+
+    def write(now: TrainState[EarlyStopping]) -> None:
+        if task.checkpoint is not None:
+            header = {**task.header(), "starts": dict(starts)}
+            write_checkpoint(task.checkpoint, task.model, now, trained_only=True, header=header)
+
+    if not (state.epoch or state.step or state.number):
+        write(state)
+    return fit(
+        task.model,
+        task.axes,
+        [source_phase("learning", epochs, shares.windows)],
+        learner,
+        Schedule(OptimizerSettings("adamw", s.lr), "cosine", seed=s.seed),
+        state=state,
+        checkpoint=lambda now, context: write(now),
+        seconds=SECONDS,
+        progress=task.progress,
+    ).state
+
+
+def _read(task: PruningTask) -> tuple[dict[str, float], TrainState[EarlyStopping] | None]:
+    """Where an earlier call stopped, with the losses of the starts; nothing if no checkpoint can be used."""
+    if task.checkpoint is None or not task.checkpoint.is_file():
+        return {}, None
+    try:
+        losses = dict(read_header(task.checkpoint, FORMAT)["starts"])
+        _, _, state = read_checkpoint(task.checkpoint, task.model, NO_AXES, EarlyStopping(), trained_only=True)
+    except (StoreError, KeyError, TypeError):
+        return {}, None
+    return losses, state
+
+
+def _tensor(values: Tensor, lr: float | None = None) -> AxisTensor:
+    return AxisTensor(values.detach(), (len(values),), lr)

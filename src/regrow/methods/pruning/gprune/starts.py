@@ -1,0 +1,34 @@
+"""The allocations that GPrune's learning may start with."""
+
+from regrow.allocation import BudgetError, allocation, uniform
+from regrow.methods.pruning.gprune.modules import Measurement
+from regrow.methods.pruning.gprune.settings import Settings
+from regrow.methods.pruning.pruner import Kept, PruningTask
+from regrow.scoring.base import BASES
+from regrow.scoring.spaces import FEW, inner
+
+OUTER = (0.125, 0.0625)
+"""The shares of the blocks at the beginning and at the end that the start ``inner`` leaves whole."""
+
+
+def allocate_start(how: str, s: Settings, task: PruningTask, measured: Measurement) -> Kept:
+    """The units that are kept at the start of learning.
+
+    Args:
+        how: ``base``: as the base method does; ``inner``: the same share of every large axis outside the outer blocks;
+            ``uniform``: the same share of every axis.
+        s: Settings.
+        task: The network.
+        measured: Its units and their scores.
+    """
+    base, scores = BASES[s.base], measured.views[0].scores.values
+    allocate = allocation(base.allocation) if how == "base" else uniform
+    outer = {"base": base.spare, "inner": OUTER}.get(how, (0.0, 0.0))
+    outer = (0.0, 0.0) if task.budget.regular else outer  # every block gives alike
+    some = {axis.key for axis in inner(measured.units, *outer) if how != "inner" or axis.size >= FEW}
+    try:
+        chosen = {axis.key: scores[axis.key] for axis in measured.units if axis.key in some}
+        kept = allocate(task.axes, chosen, task.budget, minimum=s.minimum)
+    except BudgetError:  # what is spared has to give, too
+        kept = allocate(task.axes, scores, task.budget, minimum=s.minimum)
+    return {key: kept.get(key, tuple(range(len(row)))) for key, row in scores.items()}
