@@ -26,7 +26,7 @@ settings.load_profile("regrow")
 
 FAST_NETWORKS = (
     *("mlp", "conv_residual", "concat", "grouped", "attention", "tied", "rmsnorm_block", "glu", "chunk_gate"),
-    *("softmax_gate", "group_norm", "topk", "lstm", "gru_speech", "llama", "resnet18"),
+    *("softmax_gate", "group_norm", "topk", "lstm", "llama", "resnet18"),
 )
 """One network of each kind: `make test-fast` checks the laws on these alone."""
 

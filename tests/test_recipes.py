@@ -12,6 +12,7 @@ from regrow.data.streams import digits_task, fewer, permuted
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "words", "arm"),
     [

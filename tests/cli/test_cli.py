@@ -155,6 +155,7 @@ def test_again_repeats_a_run_with_the_same_plan(regrow: Run) -> None:
     assert code == 0 and Path("both.html").exists() and "one" in out
 
 
+@pytest.mark.slow
 def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     given = ("--data", "digits", "--train", "200", "--test", "50", "--stages", "1", "--epochs", "3", "--retrain", "1")
     code, out, err = regrow("search", "cells:3-2-1", *given, "--target", "0.4", "--stride", "1", "--out", "run")
@@ -168,6 +169,7 @@ def test_a_network_is_searched_for_a_size(regrow: Run) -> None:
     assert "--set levels=operations,filters,weights" in out.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_what_must_not_be_overlooked_in_a_search_is_noted(regrow: Run) -> None:
     given = ("--data", "digits", "--train", "100", "--test", "50", "--method", "blind", "--set", "what=operations")
     given += ("--stages", "1", "--epochs", "0", "--retrain", "0", "--target", "0.2")
@@ -278,6 +280,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SOURCES)
 def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_language_model: Path) -> None:
     content, says = SOURCES[name]
@@ -289,6 +292,7 @@ def test_a_source_that_is_no_text_is_refused(regrow: Run, name: str, tiny_langua
     assert not Path("run").exists()
 
 
+@pytest.mark.slow
 def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_language_model: Path) -> None:
     words = (
         "prune",

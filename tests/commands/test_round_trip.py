@@ -41,6 +41,7 @@ def shop(tmp_path_factory):
     return root, models
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", saved.CASES)
 def test_a_fresh_process_says_the_same_bit_for_bit(shop, name):
     root, models = shop

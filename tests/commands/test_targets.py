@@ -105,6 +105,7 @@ def test_a_run_of_version_0_1_keeps_what_its_target_counted(tmp_path: Path, monk
         run(Settings("cells:4-2-1", "digits", "params=20k"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
     parts = parts_of(Settings("cells:4-2-1", "digits", "0.2", **TINY))
     model, _, _ = searching.network(Settings("cells:4-2-1", "digits", "0.2", **TINY), parts.search)

@@ -241,6 +241,7 @@ class Busy(nn.Module):
         return torch.ones(self.bytes_needed // 4).sum() + tokens.sum()
 
 
+@pytest.mark.slow
 def test_models_take_turns_and_memory_is_seen() -> None:
     """Each round begins with another model; the hungrier one shows a greater peak, call after call."""
     calls: list[str] = []

@@ -172,6 +172,7 @@ def ends_at(number, work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+@pytest.mark.slow
 def test_a_save_over_a_save_leaves_the_old_or_the_new_model_wherever_it_is_killed(here):
     def network(seed, width):
         torch.manual_seed(seed)

@@ -56,6 +56,7 @@ def test_nothing_changes_if_the_block_fails(tmp_path, system):
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the folder around a new one goes too"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", range(40))
 def test_a_kill_at_any_rename_leaves_the_old_or_the_new_folder_and_nothing_else(tmp_path, killed, system):
     """In a child process that ends at its Nth file operation; the next command clears up."""

@@ -30,6 +30,7 @@ def dropped(net, every=2):
     return paths, masked
 
 
+@pytest.mark.slow
 def test_without_candidates_a_network_computes_the_sum_of_the_others(traced):
     net, axes, x = traced
     net = copy.deepcopy(net)
@@ -41,6 +42,7 @@ def test_without_candidates_a_network_computes_the_sum_of_the_others(traced):
     assert not after.branches.keys() & set(paths)
 
 
+@pytest.mark.slow
 def test_the_axes_after_it_are_those_of_a_new_trace_where_a_cell_stays_tied(traced):
     net, axes, x = traced
     net = copy.deepcopy(net)
@@ -51,6 +53,7 @@ def test_the_axes_after_it_are_those_of_a_new_trace_where_a_cell_stays_tied(trac
         assert own in fresh or own == frozenset().union(*(one for one in fresh if one <= own))
 
 
+@pytest.mark.slow
 def test_filters_are_cut_beside_candidates_that_went(traced):
     net, axes, _ = traced
     net = copy.deepcopy(net)
@@ -60,6 +63,7 @@ def test_filters_are_cut_beside_candidates_that_went(traced):
     assert found.ok
 
 
+@pytest.mark.slow
 def test_what_went_comes_back_as_it_was(traced):
     net, axes, x = traced
     net, undo = copy.deepcopy(net), UndoStore()
@@ -71,6 +75,7 @@ def test_what_went_comes_back_as_it_was(traced):
     assert {axis.key: axis.slots for axis in back.free()} == {axis.key: axis.slots for axis in axes.free()}
 
 
+@pytest.mark.slow
 def test_what_comes_back_was_cut_with_the_rest(traced):
     net, axes, x = traced
     net, other, undo = copy.deepcopy(net), copy.deepcopy(net), UndoStore()
@@ -86,6 +91,7 @@ def test_what_comes_back_was_cut_with_the_rest(traced):
     assert torch.equal(restored(x), traced[0](x))
 
 
+@pytest.mark.slow
 def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
     net, axes, _ = traced
     net, undo = copy.deepcopy(net), UndoStore()

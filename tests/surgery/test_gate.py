@@ -15,6 +15,7 @@ from regrow.sources import Batch, Source
 from regrow.surgery.gate import gate_inputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compensated", [False, True])
 def test_gates_of_zero_and_one_are_the_cut(compensated: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -32,6 +32,7 @@ SETTINGS = Settings(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_method_learns_and_tells(name: str) -> None:
     """Each learns the first of two tasks far better than chance, and its matrix is that of the network it leaves."""

@@ -217,6 +217,7 @@ def test_bias_is_what_the_plan_could_have_carried():
     assert again["biases"] == 0 and "already" in again["note"]
 
 
+@pytest.mark.slow
 def test_merged_adapters_answer_as_adapters_did():
     pytest.importorskip("peft")
     one = language()
@@ -348,6 +349,7 @@ def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
+@pytest.mark.slow
 def test_settings_are_checked_and_unknown_names_are_told():
     with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? the recoveries are bias, refit"):
         recovery_entry("refti")

@@ -72,6 +72,7 @@ def lies_in(examples, part):
     return (examples.inputs[:, None] == part.inputs[None]).flatten(2).all(2).any(1)
 
 
+@pytest.mark.slow
 def test_one_half_moves_alpha_alone_and_the_other_weights_alone(task, axes):
     def one_step(of):
         own, net = learner(augment=False), network()
@@ -187,6 +188,7 @@ def test_two_edges_into_a_node_stay_with_their_best_operation(run):
     assert all(set(one) & set(at.axes.branches) for one in at.model.needed())
 
 
+@pytest.mark.slow
 def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run):
     at, own = ended(run, 1e4)
     whole_size, widths = size(at), {key: axis.size for key, axis in at.axes.axes.items()}

@@ -60,6 +60,7 @@ def test_what_hardly_counts_goes_at_once_and_of_the_rest_the_lowest(task, axes):
     assert plan.drop and not {*plan.drop} & {own.gates.ops[i] for i in one.tolist()}
 
 
+@pytest.mark.slow
 def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
     own, at = begun(axes, task, target=700.0, each=2, low=0.01, high=0.05)
     cheap = own.gates.prices() <= 1
@@ -98,6 +99,7 @@ def test_operations_that_are_decided_together_count_as_one(task):
     assert own.values["lambda"] == 0.0 and own.values["step"] == 1e-5  # two went, as many as there were to
 
 
+@pytest.mark.slow
 def test_the_last_operation_of_a_node_stays_and_none_goes_below_the_target(task, axes):
     own, at = begun(axes, task, target=10.0, each=1000, high=1.0)
     changed(at, own, own.plan(at))

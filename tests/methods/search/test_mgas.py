@@ -74,6 +74,7 @@ def run(task, axes):
     return at, own, course
 
 
+@pytest.mark.slow
 def test_a_search_commits_regrows_and_ends_at_its_target(run, task):
     at, own, course = copy.deepcopy(run)
     assert any(event["dropped"] for event in course.events)
@@ -120,6 +121,7 @@ def test_a_commit_changes_no_answer(run):
             assert event["logits_moved"] < 1e-4, event["epoch"]
 
 
+@pytest.mark.slow
 def test_every_living_parameter_is_moved_by_one_group_alone(task, axes, monkeypatch):
     joined, seen = Movers.join, []
 
@@ -231,6 +233,7 @@ def test_told_shares_are_kept_to_the_unit(task, axes):
     assert len(at.axes.branches) <= 0.75 * 28
 
 
+@pytest.mark.slow
 def test_the_authors_controller_raises_its_pressure(task, axes):
     own = learner(controller="feedback", levels=("operations",), stages=(1,), regrow=0.0)
     searched(task, axes, own, schedule=Schedule(epochs=4, batch_size=75))
