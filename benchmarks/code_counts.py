@@ -24,6 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+COMMANDS = ("prune", "recover", "learn", "search", "evaluate")
+"""Those that have settings."""
 LONG_FILE = 350
 SIMILAR_LINES = 6
 
@@ -195,10 +197,10 @@ def tensor_layouts(modules: list[Module]) -> list[str]:
 def setting_declarations(modules: list[Module]) -> dict[str, int]:
     """Ways in which the settings of a command are declared, with the number of declarations in each.
 
-    ``fields`` of the dataclasses named Settings in ``runs/``, ``commands/`` or ``settings/``;
-    ``options``: calls of click's ``option``
-    or ``argument`` in ``cli/`` whose parameter has the name of such a field; ``command_lines``: methods ``command`` of
-    those dataclasses that put the command line together again.
+    ``fields`` of the dataclasses named Settings in ``runs/``, ``commands/`` or ``settings/``; ``options``: calls of
+    click's ``option`` or ``argument`` in the modules of ``cli/`` that are of commands with settings (``COMMANDS``, and
+    ``options.py``, which they share) whose parameter has the name of such a field; ``command_lines``: methods
+    ``command`` of those dataclasses that put the command line together again.
     """
     fields: set[str] = set()
     counts = {"fields": 0, "options": 0, "command_lines": 0}
@@ -210,7 +212,8 @@ def setting_declarations(modules: list[Module]) -> dict[str, int]:
                 counts["fields"] += len(names)
                 counts["command_lines"] += sum(isinstance(s, Function) and s.name == "command" for s in node.body)
     for module in modules:
-        for call in calls(module.tree) if module.path.startswith("cli/") else ():
+        shared = module.path in {f"cli/{name}.py" for name in ("options", *COMMANDS)}
+        for call in calls(module.tree) if shared else ():
             if call.args and ast.unparse(call.func) in ("click.option", "click.argument"):
                 flags = [a.value for a in call.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
                 plain = [flag for flag in flags if not flag.startswith("-")] or [flags[-1].split("/")[0].strip("-")]

@@ -53,7 +53,7 @@ OUTSIDE = {
 @pytest.mark.parametrize("name", [name for name in OUTSIDE if not isinstance(OUTSIDE[name][0], type)])
 def test_every_failure_is_one_line_with_an_exit_code(regrow: Run, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     error, says, expected = OUTSIDE[name]
-    monkeypatch.setattr("regrow.methods.entry", failing(error))
+    monkeypatch.setattr("regrow.methods.find_method", failing(error))
     monkeypatch.setattr(boundary, "_foreign", lambda tb: None)  # this file is no part of regrow either
     code, out, err = regrow("methods", "flap")
     assert code == expected and says in err and not out, err
@@ -203,7 +203,7 @@ def test_an_answer_keeps_its_lines_and_loses_its_escapes() -> None:
 
 
 def test_the_end_of_a_file_is_no_ctrl_c(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.methods.entry", failing(EOFError()))
+    monkeypatch.setattr("regrow.methods.find_method", failing(EOFError()))
     assert regrow("methods", "flap")[0] != 130
 
 
@@ -227,7 +227,7 @@ def test_an_error_that_compiled_code_makes_of_ctrl_c_is_ctrl_c(regrow: Run, monk
             signal.raise_signal(signal.SIGINT)
         raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'")
 
-    monkeypatch.setattr("regrow.methods.entry", swallow)
+    monkeypatch.setattr("regrow.methods.find_method", swallow)
     before = signal.getsignal(signal.SIGINT)
     code, _, err = regrow("methods", "flap")
     assert (code, err.strip()) == (130, "regrow: stopped; nothing was written")

@@ -7,6 +7,7 @@ import pytest
 
 from regrow.errors import InputError
 from regrow.settings import evaluate, learn, prune, recover, search
+from regrow.settings.declaration import options_of
 from regrow.settings.file import MAX_BYTES, format_settings, left_out, read_settings
 from regrow.settings.words import build_settings
 
@@ -70,6 +71,20 @@ def test_what_cannot_be_used_is_refused_in_one_line(name: str, tmp_path: Path) -
     with pytest.raises(InputError) as caught:
         read_settings(path, learn.Settings, elsewhere=("--out", "--config"))
     assert says in str(caught.value) and "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+def test_every_name_of_code_is_refused_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    kinds = (prune.Settings, recover.Settings, learn.Settings, search.Settings, evaluate.Settings)
+    named = [(kind, field) for kind in kinds for field in options_of(kind) if field.setting.code]
+    assert {f"{kind.__module__[16:]} {field.key}" for kind, field in named} == {
+        "prune model", "prune method", "prune recover", "recover by", "learn model", "learn method", "search space",
+        "search method", "evaluate model",
+    }  # fmt: skip
+    for kind, field in named:
+        path.write_text(f'{field.key} = "os:getcwd"')
+        with pytest.raises(InputError, match="only the command line names code"):
+            read_settings(path, kind)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path) -> None:

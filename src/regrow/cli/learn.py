@@ -77,6 +77,7 @@ def learn(
                 "alone"
             )
         settings = given.build()
+        options.say_code(settings.method)
         if out is None:
             raise click.UsageError("--out names the folder of the run, for example --out run")
         from regrow.commands.learn import run

@@ -36,7 +36,7 @@ def prune(given: Given, out: Path | None, dry_run: Path | None, again: Path | No
         raise click.UsageError(f"--again repeats a run with its settings; leave out {', '.join(given.options)}")
     settings = _again(again, code) if again else given.build()
     options.check_json(dry_run, settings.model, *settings.sources, *settings.unseen)
-    options.say_code(settings.model)
+    options.say_code(settings.model, settings.method, settings.recover)
     if dry_run:
         _write_plan(settings, dry_run)
         return

@@ -30,7 +30,7 @@ def recover(given: Given, code: str, out: Path) -> None:
     from regrow.commands import recover as recovery_run
 
     settings, page = given.build(), RunPage("model")
-    options.say_code(code)
+    options.say_code(code, settings.by)
     with working() as progress:
         folder = recovery_run.run(settings, out, progress, code=code, write_page=page)
     tell(folder.metrics())

@@ -31,7 +31,7 @@ def search(given: Given, out: Path) -> None:
     is read once, at the end.
     """
     settings = given.build()
-    options.say_code(settings.space)
+    options.say_code(settings.space, settings.method)
     from regrow.commands.search import run
 
     page = RunPage("network")

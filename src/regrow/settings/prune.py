@@ -116,7 +116,9 @@ class Settings:
     ] = 0
     recover: Annotated[
         str,
-        Setting("Win back what was lost: bias, refit, lora or distil.", metavar="NAME", group=AFTER, absent=""),
+        Setting(
+            "Win back what was lost: bias, refit, lora or distil.", metavar="NAME", group=AFTER, code=True, absent=""
+        ),
     ] = ""
     recover_tokens: Annotated[
         int,

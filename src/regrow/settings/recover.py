@@ -18,7 +18,7 @@ class Settings:
             argument=True, path=True, example="RUN --by refit --out RUN2",
         ),
     ]  # fmt: skip
-    by: Annotated[str, Setting("bias, refit, lora or distil: see `regrow methods NAME`.", example="refit")]
+    by: Annotated[str, Setting("bias, refit, lora or distil: see `regrow methods NAME`.", code=True, example="refit")]
     tokens: Annotated[
         int, Setting("Tokens to learn from, of all sources; or images.", range=Range(1, MANY), shown=True)
     ] = 32768
