@@ -25,7 +25,7 @@ import torch
 from continual_peer import OURS, SCHEDULE, VERSION, environment, network, strategy_of
 from torch import nn
 
-from regrow.data.streams import fewer, idx, permuted
+from regrow.data.streams import fewer, idx, permuted_tasks
 from regrow.methods import LEARNERS
 from regrow.tasks import Task
 from regrow.tracing import trace
@@ -69,7 +69,7 @@ def theirs(arm: str, tasks: list[Task], until: int, file: Path | None) -> nn.Mod
 def one(args: argparse.Namespace) -> dict[str, Any]:
     """One process: what it came to."""
     torch.set_num_threads(1)
-    tasks = permuted(fewer(idx(args.fashion, "fashion"), 5000, 2000, 0), 4, 0)
+    tasks = permuted_tasks(fewer(idx(args.fashion, "fashion"), 5000, 2000, 0), 4, 0)
     run: Callable[..., nn.Module] = {"regrow": ours, "avalanche": theirs}[args.side]
     start = time.perf_counter()
     try:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.data.streams import fewer, idx, permuted
+from regrow.data.streams import fewer, idx, permuted_tasks
 from regrow.evaluation.continual import share_right
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
@@ -119,7 +119,7 @@ def compare(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     found: dict[str, list[tuple[float, float]]] = {}
     for seed in range(args.seeds):
-        tasks = permuted(fewer(idx(args.fashion, "fashion"), 5000, 2000, seed), 5, seed)
+        tasks = permuted_tasks(fewer(idx(args.fashion, "fashion"), 5000, 2000, seed), 5, seed)
         for side, arms, run in (("regrow", OURS, ours), ("avalanche", THEIRS, theirs)):
             for arm in arms:
                 found.setdefault(f"{side}, {arm}", []).append(run(arm, tasks, seed))

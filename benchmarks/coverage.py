@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from nets import KINDS, Net, nets
 from regrow.axes import AxisGraph, Mark, size_of
 from regrow.commands import load, save
-from regrow.nets import Origin, opened
+from regrow.nets import Origin, replace_attention
 from regrow.plan import Plan, PlanError
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
@@ -49,7 +49,7 @@ def measured(net: Net, plans: int, seconds: float) -> Iterator[apart.Row]:
     start = time.perf_counter()
     torch.set_num_threads(1)
     row: apart.Row = {"name": net.name, "kind": net.kind, "group": net.group}
-    model, (args, kwargs) = opened(net.build()) if net.kind != "transformers" else net.build(), net.example()
+    model, (args, kwargs) = replace_attention(net.build()) if net.kind != "transformers" else net.build(), net.example()
     row |= {"parameters": sum(p.numel() for p in model.parameters()), "example": _shapes(args, kwargs)}
     begun = time.perf_counter()
     try:

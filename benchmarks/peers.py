@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_map
 from nets import KINDS, nets
 from regrow import scoring
 from regrow.axes import AxisGraph, Mark
-from regrow.nets import opened
+from regrow.nets import replace_attention
 from regrow.plan import Plan
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
@@ -43,7 +43,7 @@ def ours(what: str, name: str, judge: bool = True) -> None:
     torch.set_num_threads(1)
     model, args, kwargs = peer.network(what, name)
     if not name.startswith("transformers/"):
-        model = opened(model)
+        model = replace_attention(model)
     if judge:
         model = model.double()
         double = lambda x: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x  # noqa: E731

@@ -27,7 +27,7 @@ import torch
 import regrow
 from regrow import evaluation, store
 from regrow.evaluation.replies import empty_cache
-from regrow.export.formats import exported
+from regrow.export.formats import export_model
 from regrow.nets import load
 from regrow.store.versions import versions
 from regrow.tracing import trace
@@ -100,14 +100,14 @@ def transformers_turns(folder: Path, tokens: int, steps: int) -> dict[str, Turn]
 def _onnx(folder: Path) -> Path:
     path = folder / "model.onnx"
     if not path.is_file():
-        exported(folder, "onnx", path, cache=True)
+        export_model(folder, "onnx", path, cache=True)
     return path
 
 
 def _gguf(folder: Path, dtype: str) -> Path:
     path = folder / f"model-{dtype}.gguf"
     if not path.is_file():
-        exported(folder, "gguf", path, dtype=dtype)
+        export_model(folder, "gguf", path, dtype=dtype)
     return path
 
 

@@ -24,7 +24,7 @@ from statistics import fmean, median, stdev
 from typing import IO, Any
 
 import regrow
-from regrow.nets.bench201 import EDGES, Bench201, counted, read, written
+from regrow.nets.bench201 import EDGES, Bench201, architecture_string, count_cost, read
 
 OUT = Path(__file__).parent / "results" / "analog201.json"
 WHEEL = "f7d4e56e416d249d25555b867a6d7c72886fa9d85a49bd1870708acbf5ee6fe2"
@@ -52,7 +52,7 @@ def ours(codes: Sequence[int]) -> str:
     '|nor_conv_3x3~0|+|skip_connect~0|nor_conv_1x1~1|+|avg_pool_3x3~0|none~1|none~2|'
     """
     on = {edge: CODES[code] for edge, code in zip(THEIRS, codes, strict=True)}
-    return written([on[edge] for edge in EDGES])
+    return architecture_string([on[edge] for edge in EDGES])
 
 
 def converted(file: IO[bytes]) -> dict[str, float]:
@@ -78,7 +78,7 @@ class Table:
     @cached_property
     def params(self) -> dict[str, int]:
         """Topology → parameters in the paper's skeleton."""
-        return {text: counted(read(text))["params"] for text in self.accuracy}
+        return {text: count_cost(read(text))["params"] for text in self.accuracy}
 
     def upto(self, params: int) -> list[str]:
         """The topologies that have no more parameters."""
@@ -101,7 +101,7 @@ class Table:
             "topology": text,
             "accuracy": round(own, 2),
             "rank": 1 + sum(one > own for one in self.accuracy.values()),
-            **counted(read(text)),
+            **count_cost(read(text)),
             "peers": len(peers),
             "percentile": round(100 * (below + same / 2) / len(peers), 2),
             "random, one draw": round(fmean(peers), 2),
@@ -172,11 +172,11 @@ def topology(name: str) -> str:
         ValueError: If the folder has another network, or an edge of it more than one operation.
     """
     if name.startswith("|"):
-        return written(read(name))
+        return architecture_string(read(name))
     net = regrow.load(name)
     if not isinstance(net, Bench201) or any(len(ops) > 1 for ops in net.config["edges"]):
         raise ValueError(f"{name} holds no single topology of NAS-Bench-201")
-    return written([ops[0] for ops in net.config["edges"]])
+    return architecture_string([ops[0] for ops in net.config["edges"]])
 
 
 def told(found: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -21,8 +21,8 @@ import torch
 from regrow.commands.models import ModelSpec, load_model_or_run
 from regrow.data import Half, text, windows
 from regrow.export.onnx import OPSET, write
-from regrow.export.onnx.calls import described
-from regrow.export.onnx.reading import OnnxSession, started
+from regrow.export.onnx.calls import describe_call
+from regrow.export.onnx.reading import OnnxSession, start_inputs
 from regrow.nets.examples import text_example
 
 KINDS, PROMPTS, TOKENS = ("news", "code", "manual", "talk"), 50, 32
@@ -54,7 +54,7 @@ def compared(run: str, dtype: str) -> dict[str, Any]:
     model.tokenizer = tokenizer
     with tempfile.TemporaryDirectory() as folder:
         written = write(model, Path(folder) / "net.onnx", dtype=dtype, progress=lambda *at: print(run, dtype, *at))
-        reading = OnnxSession(written.path, described(model, text_example(model, len(tokenizer))))
+        reading = OnnxSession(written.path, describe_call(model, text_example(model, len(tokenizer))))
         found = {kind: foreseen(reading, kind, tokenizer) for kind in KINDS}
 
     def over(key: str, together: Callable[..., float]) -> float:
@@ -92,7 +92,7 @@ def foreseen(reading: OnnxSession, kind: str, tokenizer: Any) -> dict[str, float
     source = windows(text(kind), tokenizer, n=PROMPTS, seq_len=TOKENS, half=Half.EVALUATION)
     differ, margins, differences, largest = 0, [0.0], [0.0], [0.0]
     for batch in source:
-        inputs = started(reading.call, batch.args[0])
+        inputs = start_inputs(reading.call, batch.args[0])
         said, meant = reading.says(inputs)[0][0], reading.meant(inputs)[0][0]
         first, second = int(meant[-1].argmax()), int(said[-1].argmax())
         differ += first != second

@@ -35,7 +35,7 @@ import torch
 from rows import add, difference, head, line, rows, spread
 from torch import nn
 
-from regrow.data.streams import alike, digits_task, fewer, idx, permuted, pictures, rotated, split
+from regrow.data.streams import alike, digits_task, fewer, idx, permuted_tasks, pictures, rotated_tasks, split
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.tasks import Examples, Task
@@ -228,8 +228,8 @@ def stream(spec: str, folders: argparse.Namespace, seed: int) -> list[Task]:
     if kind == "digits":
         return alike([base, digits_task(), over_photographs(idx(folder, data), folders, seed)])
     if kind == "permuted":
-        return permuted(base, int(n), seed)
-    return rotated(base, int(n)) if kind == "rotated" else split(base, int(n))
+        return permuted_tasks(base, int(n), seed)
+    return rotated_tasks(base, int(n)) if kind == "rotated" else split(base, int(n))
 
 
 def held(folder: Path, data: str, n: int, folders: argparse.Namespace, seed: int) -> list[Task]:

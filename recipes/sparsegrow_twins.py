@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from regrow.axes import AxisGraph
 from regrow.axis_tensor import AxisTensor
 from regrow.change import Fill
-from regrow.data.streams import fewer, idx, permuted, rotated
+from regrow.data.streams import fewer, idx, permuted_tasks, rotated_tasks
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import weigh_new_units
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
@@ -264,7 +264,7 @@ def main() -> None:
             if any(told.items() <= row.items() for row in there):
                 continue
             base = fewer(idx(args.fashion, "fashion"), 5000, 2000, seed)
-            tasks = permuted(base, 10, seed) if kind == "permuted" else rotated(base, 10)
+            tasks = permuted_tasks(base, 10, seed) if kind == "permuted" else rotated_tasks(base, 10)
             for row in twins(tasks, args.at, seed, gate):
                 add(args.out, told | row | {"date": str(date.today())})
                 print(row, flush=True)

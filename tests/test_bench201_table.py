@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from regrow import store
-from regrow.nets.bench201 import Bench201, counted, read, topologies, whole, written
+from regrow.nets.bench201 import Bench201, architecture_string, count_cost, read, supernet, topologies
 from regrow.nets.loaded import Origin
 
 PATH = Path(__file__).parents[1] / "recipes" / "bench201_table.py"
@@ -56,16 +56,18 @@ def test_a_pickle_of_anything_else_is_refused(recipe, value):
 
 def test_a_topology_is_ranked_among_those_of_at_most_its_size(recipe):
     every = [ops for ops in topologies() if {*ops} <= {"nor_conv_3x3", "skip_connect"}]
-    accuracy = {written(ops): 80.0 + ops.count("nor_conv_3x3") + ops.index("nor_conv_3x3") / 10 for ops in every[1:]}
-    accuracy |= {written(["skip_connect"] * 6): 50.0}
+    accuracy = {
+        architecture_string(ops): 80.0 + ops.count("nor_conv_3x3") + ops.index("nor_conv_3x3") / 10 for ops in every[1:]
+    }
+    accuracy |= {architecture_string(["skip_connect"] * 6): 50.0}
     table = recipe.Table(accuracy)
     one = [ops for ops in every if ops.count("nor_conv_3x3") == 1]
-    best = written(max(one, key=lambda ops: accuracy[written(ops)]))
+    best = architecture_string(max(one, key=lambda ops: accuracy[architecture_string(ops)]))
     told = table.look(best, 3)
     assert told["peers"] == 1 + 6 and told["convolutions 3 x 3 that fit"] == 1
     assert told["percentile"] == pytest.approx(100 * 6.5 / 7, abs=0.01)
     assert told["rank"] == 1 + sum(value > accuracy[best] for value in accuracy.values())
-    assert told["params"] == counted(read(best))["params"]
+    assert told["params"] == count_cost(read(best))["params"]
     assert told["as many and skips, mean"] == pytest.approx(81.25) == told["as many of them, mean"]
 
 
@@ -76,7 +78,7 @@ def test_the_best_of_some_draws_is_what_drawing_gives(recipe):
 
 
 def test_the_topology_of_a_folder_is_read(recipe, tmp_path):
-    config = whole((1, 8, 8), 10, width=4, cells=1)
+    config = supernet((1, 8, 8), 10, width=4, cells=1)
     alone = config | {"edges": [["none"], ["skip_connect"], ["nor_conv_1x1"], ["none"], ["none"], ["avg_pool_3x3"]]}
     for name, one in (("alone", alone), ("whole", config)):
         store.save(Bench201(one), tmp_path / name, origin=Origin("bench201", "bench201", one))

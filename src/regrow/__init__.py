@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from regrow.candidates import Candidates
     from regrow.commands import load
     from regrow.commands.pruning import prune
-    from regrow.export.formats import exported
+    from regrow.export.formats import export_model
     from regrow.plan import Fill, Plan
     from regrow.surgery import UndoStore, align_new_units, apply, declare, fit_new_units, verify
     from regrow.tracing import trace, with_branches
@@ -22,7 +22,7 @@ __all__ = [
     "align_new_units",
     "apply",
     "declare",
-    "exported",
+    "export_model",
     "fit_new_units",
     "load",
     "prune",
@@ -34,7 +34,7 @@ __all__ = [
 _MODULES = {
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
-    "exported": "regrow.export.formats",
+    "export_model": "regrow.export.formats",
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
     "load": "regrow.commands",
     "prune": "regrow.commands.pruning",

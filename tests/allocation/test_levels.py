@@ -8,10 +8,17 @@ import torch
 from torch import nn
 
 from regrow import Plan, apply, trace
-from regrow.allocation.commits import cut, excess, least, reserved, spared, threshold_for
+from regrow.allocation.commits import (
+    fit_to_budget,
+    least,
+    limit_removal,
+    protect_cheapest,
+    select_removed,
+    threshold_for,
+)
 from regrow.allocation.gates import gates
-from regrow.allocation.regrowth import drawn
-from regrow.allocation.timed import timed
+from regrow.allocation.regrowth import sample_operations
+from regrow.allocation.timed import spread_times
 from regrow.candidates import Candidates, candidates_in, single_in, tied_in
 from regrow.evaluation import macs
 from regrow.method import Measure
@@ -24,10 +31,10 @@ from regrow.tracing.placeholder import find_placeholders
 from zoo import randomise
 
 CONFIGS = {
-    Cells: cells.whole((3, 16, 16), 5, width=4, cells=2, nodes=2),
-    Mobile: mobile.whole((3, 16, 16), 5, width=4, blocks=2),
+    Cells: cells.supernet((3, 16, 16), 5, width=4, cells=2, nodes=2),
+    Mobile: mobile.supernet((3, 16, 16), 5, width=4, blocks=2),
 }
-DESCRIBED = {Cells: cells.described, Mobile: mobile.described}
+DESCRIBED = {Cells: cells.describe, Mobile: mobile.describe}
 
 
 @pytest.fixture(scope="module", params=[Cells, Mobile])
@@ -72,7 +79,7 @@ def test_masked_is_cut_and_the_price_is_what_is_left(traced, seed):
     with torch.no_grad():
         for name, value in stood.items():
             net.get_parameter(name).copy_(value)
-    drop, keep = cut(found, masks, axes)
+    drop, keep = select_removed(found, masks, axes)
     small, after = apply(net, axes, Plan.dropping(axes, drop, keep))
     assert torch.allclose(small(x), masked, rtol=0, atol=1e-10)
     kind = type(net)
@@ -99,14 +106,14 @@ def test_multiply_accumulates_are_those_of_the_cut_network(traced):
     ones = torch.ones(found.levels.filters)
     assert float(found.levels.size(torch.ones(len(found.ops)), ones)) == pytest.approx(macs(axes))
     masks = drawn_masks(found, parameters, 5)
-    drop, keep = cut(found, masks, axes)
+    drop, keep = select_removed(found, masks, axes)
     _, after = apply(net, axes, Plan.dropping(axes, drop, keep))
     assert float(found.levels.size(masks.ops, masks.filters)) == pytest.approx(macs(after))
 
 
 @pytest.mark.slow
 def test_gradients_are_the_same_every_time_on_several_threads():
-    net = randomise(Cells(cells.whole((3, 16, 16), 5, width=16, cells=3, nodes=2)))
+    net = randomise(Cells(cells.supernet((3, 16, 16), 5, width=16, cells=3, nodes=2)))
     found, parameters = found_in(net, trace(net, torch.randn(2, 3, 16, 16)))
     flat = found.levels.flat(parameters).detach()
     gone, levels = torch.zeros(len(flat), dtype=torch.bool), (len(found.ops), len(found.keys), len(found.ops) + 1)
@@ -121,8 +128,8 @@ def test_gradients_are_the_same_every_time_on_several_threads():
         masks = found.masks((a, ops), (b, filters), (flat, gone, weights))
         total = found.levels.size(masks.ops, masks.filters, masks.weights) / len(flat)
         total = total + found.levels.masked(flat, masks.filter_scale, masks.over).square().sum()
-        total = total + found.evenness(masks, a, torch.arange(len(found.ops)) % 2 == 0)
-        total = total + found.lowness(masks, (ops, filters, weights))
+        total = total + found.operation_regularizer(masks, a, torch.arange(len(found.ops)) % 2 == 0)
+        total = total + found.threshold_regularizer(masks, (ops, filters, weights))
         return torch.autograd.grad(total, given)
 
     threads = torch.get_num_threads()
@@ -144,7 +151,7 @@ def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     table = {path: 0.5 + 0.01 * i for i, path in enumerate([*ops, *sums, *layers])}
     parts = {"ops": ops, "beside": sums, "layers": layers}
     keys = [axis.key for axis in axes.units()]
-    spread = timed(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
+    spread = spread_times(axes, sums, **{name: {p: table[p] for p in own} for name, own in parts.items()}, rest=2.0)
     found = gates(
         axes, dict(net.named_parameters()), sums, keys, net.needed(), lambda path: True, Measure.TIME, timed=spread
     )
@@ -183,13 +190,13 @@ def test_what_a_target_asks_for_goes_and_no_more(traced, levels):
     masks = found.masks((torch.randn(n), torch.zeros(n)), filters, weights)
     relative = found.levels.relative(flat, torch.ones(len(flat), dtype=torch.bool))
     whole_size = float(found.levels.size(masks.ops, masks.filters))
-    mask_o, mask_f, gone = excess(found, masks, relative, 0.7 * whole_size)
+    mask_o, mask_f, gone = fit_to_budget(found, masks, relative, 0.7 * whole_size)
     left = float(found.levels.size(mask_o, mask_f, (~gone).float()))
     assert left <= 0.7 * whole_size
     if levels[2]:
         assert left > 0.7 * whole_size - 1
     with pytest.raises(ValueError, match="the target 1 "):
-        excess(found, masks, relative, 1.0)
+        fit_to_budget(found, masks, relative, 1.0)
 
 
 def test_where_one_operation_of_each_sum_is_left_and_that_is_too_much_it_is_a_cheaper_one(traced):
@@ -199,11 +206,11 @@ def test_where_one_operation_of_each_sum_is_left_and_that_is_too_much_it_is_a_ch
     alpha = found.prices() / found.prices().max()  # what is most expensive is most important
     masks = found.masks((alpha, torch.zeros(len(alpha))), None, None)
     target = least(found, ("operations",)) + 10
-    left, units, _ = excess(found, masks, found.levels.flat(parameters), target)
+    left, units, _ = fit_to_budget(found, masks, found.levels.flat(parameters), target)
     assert torch.equal(units, masks.filters) and all(int(left[one].sum()) >= 1 for one in found.needed)
     assert target - 10 <= float(found.levels.size(left, masks.filters)) <= target
     with pytest.raises(ValueError, match="search filters or weights too"):
-        excess(found, masks, found.levels.flat(parameters), target - 11)
+        fit_to_budget(found, masks, found.levels.flat(parameters), target - 11)
 
 
 def test_what_is_cheapest_where_a_choice_holds_in_two_places_is_cheapest_in_both():
@@ -223,7 +230,7 @@ def test_what_is_cheapest_where_a_choice_holds_in_two_places_is_cheapest_in_both
         sizes.append(float(found.levels.size(one, torch.ones(found.levels.filters))))
     assert least(found, ("operations",)) == sizes[0] < sizes[1]
     masks = found.masks((torch.tensor([-9.0, 9.0] * 2), torch.zeros(4)), None, None)
-    assert excess(found, masks, found.levels.flat(parameters), sizes[0])[0].tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert fit_to_budget(found, masks, found.levels.flat(parameters), sizes[0])[0].tolist() == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_a_commit_keeps_what_a_target_will_need_and_no_more(traced):
@@ -235,13 +242,13 @@ def test_a_commit_keeps_what_a_target_will_need_and_no_more(traced):
     halfway = (fewest + most) / 2
     many = []
     for target in (fewest, halfway, most):
-        left = reserved(found, masks, target, ("operations",))
+        left = protect_cheapest(found, masks, target, ("operations",))
         assert bool((left.ops >= masks.ops).all())
         there = replace(found, alive=left.ops > 0)
         assert least(there, ("operations",)) <= target
         many.append(int((left.ops - masks.ops).sum()))
         later = there.masks((alpha, torch.full_like(alpha, 0.99)), None, None)
-        ops, _, _ = excess(there, later, found.levels.flat(parameters), target)
+        ops, _, _ = fit_to_budget(there, later, found.levels.flat(parameters), target)
         assert float(found.levels.size(ops, masks.filters)) <= target and bool((left.ops >= ops).all())
         # What stood and could have stayed did.
         assert all(
@@ -261,28 +268,32 @@ def test_what_comes_back_is_drawn_by_kind_and_cell():
     alive = [f"cells.{c}.nodes.0.ops.{kind}_0" for c in (0, 1) for kind in ("sep3", "skip")]
     dead = [f"cells.{c}.nodes.0.ops.{kind}_1" for c in (0, 1) for kind in ("sep3", "skip")]
     strong = {path: 1.0 if "cells.1" in path and "sep3" in path else 1e-9 for path in alive}
-    found = drawn(dead, alive, strong, strong, 40, torch.Generator().manual_seed(0))
+    found = sample_operations(dead, alive, strong, strong, 40, torch.Generator().manual_seed(0))
     assert found == ["cells.1.nodes.0.ops.sep3_1"]  # further draws there are lost
     even = dict.fromkeys(alive, 1.0)
-    assert sorted(drawn(dead, alive, even, even, 60, torch.Generator().manual_seed(0))) == sorted(dead)
+    assert sorted(sample_operations(dead, alive, even, even, 60, torch.Generator().manual_seed(0))) == sorted(dead)
 
 
 def test_nodes_that_end_with_one_operation_are_not_pressed_and_keep_what_costs_nothing():
-    net = randomise(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
     axes, sums = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net)
     keys, needed, parameters = [axis.key for axis in axes.units()], [*sums.values()], dict(net.named_parameters())
     found = gates(axes, parameters, sums, keys, needed, lambda _: True, Measure.NONZERO, single=single_in(net))
     alpha = torch.randn(len(found.ops), generator=torch.Generator().manual_seed(3))
     masks = found.masks((alpha, torch.full_like(alpha, 0.5)), None, None)
     every = torch.ones_like(found.single)
-    assert float(found.evenness(masks, alpha, every)) > 0 == float(found.evenness(masks, alpha, ~found.single))
+    assert (
+        float(found.operation_regularizer(masks, alpha, every))
+        > 0
+        == float(found.operation_regularizer(masks, alpha, ~found.single))
+    )
     many = replace(found, single=~every)
-    back = [float(spared(one, masks, 1e9, bare=False).ops[one.bare()].mean()) for one in (found, many)]
+    back = [float(limit_removal(one, masks, 1e9, bare=False).ops[one.bare()].mean()) for one in (found, many)]
     assert back[0] == 1 > back[1] == float(masks.ops[found.bare()].mean())
 
 
 def test_what_is_tied_stands_and_falls_together():
-    net = randomise(Bench201(bench201.whole((3, 8, 8), 4, width=4, cells=1)))
+    net = randomise(Bench201(bench201.supernet((3, 8, 8), 4, width=4, cells=1)))
     axes, sums, parameters = trace(net, torch.randn(2, 3, 8, 8)), candidates_in(net), dict(net.named_parameters())
     keys, needed = [axis.key for axis in axes.units()], [*sums.values()]
     found = gates(axes, parameters, sums, keys, needed, lambda path: True, Measure.PARAMETERS, tied_in(net))
@@ -296,11 +307,11 @@ def test_what_is_tied_stands_and_falls_together():
     masks = replace(masks, ops=masks.ops.detach())
     dear = found.masks((found.prices() / 1e4, torch.full_like(alpha, 0.99)), None, None)
     fewest = least(found, ("operations",))
-    spares = [masks, spared(found, masks, 1.05 * size), reserved(found, dear, fewest, ("operations",))]
+    spares = [masks, limit_removal(found, masks, 1.05 * size), protect_cheapest(found, dear, fewest, ("operations",))]
     assert int(spares[2].ops.sum()) > int(dear.ops.sum())
     flat = found.levels.flat(parameters)
-    spares.append(replace(masks, ops=excess(found, masks, flat.abs(), 0.8 * size)[0]))
-    spares.append(replace(masks, ops=excess(found, dear, flat.abs(), fewest)[0]))
+    spares.append(replace(masks, ops=fit_to_budget(found, masks, flat.abs(), 0.8 * size)[0]))
+    spares.append(replace(masks, ops=fit_to_budget(found, dear, flat.abs(), fewest)[0]))
     sizes = [float(found.levels.size(one.ops, one.filters).detach()) for one in spares]
     assert sizes[0] <= sizes[1] <= 1.05 * size and sizes[3] <= 0.8 * size and sizes[4] == fewest
     for one in spares:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hand import lm, mlp, timed
-from regrow.allocation import TimeCost, payers, priced
+from regrow.allocation import TimeCost, cost_of, payers
 from regrow.amounts import Measure, Target
 from regrow.budget import Budget, Timing
 
@@ -43,7 +43,7 @@ def test_a_bias_costs_once_an_input_of_its_weight_is_dropped(kv: int, ff: int, m
     n = "decoder.blocks.0"
     down, out = f"{n}.down.weight", f"{n}.o.weight"
     budget = Budget(target=Target(Measure.BYTES, 10), compensated=(down, out))
-    cost, plain = priced(axes, budget), priced(axes, replace(budget, compensated=()))
+    cost, plain = cost_of(axes, budget), cost_of(axes, replace(budget, compensated=()))
     keys = f"{n}.q.weight:0", f"{n}.gate.weight:0"
     sizes = dict(zip(keys, (kv, ff), strict=True))
     width = model.head.in_features
@@ -51,7 +51,7 @@ def test_a_bias_costs_once_an_input_of_its_weight_is_dropped(kv: int, ff: int, m
     vector = cost.vector(axes.sizes() | sizes)
     step = {keys[1]: ff + wider}
     assert cost.rise(vector, [cost.index[keys[1]]], wider) == cost(sizes | step) - cost(sizes) >= 0
-    assert cost.total == plain.total and priced(axes, replace(budget, keep=0.5, target=None)).total == plain.total
+    assert cost.total == plain.total and cost_of(axes, replace(budget, keep=0.5, target=None)).total == plain.total
 
 
 def test_only_what_costs_something_pays() -> None:
@@ -70,13 +70,13 @@ def test_only_what_costs_something_pays() -> None:
 def test_what_a_target_counts() -> None:
     model, axes = mlp()
     every = Budget(target=Target(Measure.PARAMETERS, 10))
-    assert priced(axes, every).total == sum(p.numel() for p in model.parameters())
-    assert priced(axes, Budget(1.0)).total == sum(p.numel() for p in model.parameters() if p.dim() > 1)
+    assert cost_of(axes, every).total == sum(p.numel() for p in model.parameters())
+    assert cost_of(axes, Budget(1.0)).total == sum(p.numel() for p in model.parameters() if p.dim() > 1)
     _, axes = lm()
-    cache = priced(axes, Budget(target=Target(Measure.CACHE, 10, 100)))
+    cache = cost_of(axes, Budget(target=Target(Measure.CACHE, 10, 100)))
     assert cache.total == 2 * 2 * 3 * 4 * 4 * 100, "blocks · (keys, values) · groups · head size · bytes · tokens"
-    assert cache.total == 100 * priced(axes, Budget(0.5, Measure.CACHE)).total
+    assert cache.total == 100 * cost_of(axes, Budget(0.5, Measure.CACHE)).total
     with pytest.raises(ValueError, match="no kv_cache"):
-        priced(mlp()[1], Budget(target=Target(Measure.CACHE, 10, 100)))
+        cost_of(mlp()[1], Budget(target=Target(Measure.CACHE, 10, 100)))
     with pytest.raises(ValueError, match="not measured"):
-        priced(axes, Budget(0.5, Measure.TIME))
+        cost_of(axes, Budget(0.5, Measure.TIME))

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from hand import conv, graph, lm, mlp, slot, timed
-from regrow.allocation import BudgetError, Cost, allocation, priced, ranked, uniform
+from regrow.allocation import BudgetError, Cost, allocation, cost_of, rank, uniform
 from regrow.amounts import IN_CONTEXT, STEPS, Measure, Target
 from regrow.axes import Axis, AxisGraph, Role
 from regrow.budget import Budget
@@ -63,7 +63,7 @@ NETS = {"mlp": lambda: mlp(13, 9), "lm": lm, "conv": lambda: conv(8), "tied": la
     st.floats(0.25, 1.0),
     st.sampled_from([1, 2, 4]),
     st.sampled_from([measure for measure in Measure if measure != Measure.NONZERO]),
-    st.sampled_from([ranked, uniform]),
+    st.sampled_from([rank, uniform]),
     st.booleans(),
     st.booleans(),
 )
@@ -78,10 +78,12 @@ def test_budget_is_never_exceeded_and_no_further_step_fits(
     asked = Budget(keep, measure, round_to=round_to, regular=regular, timing=timed(axes, seed))
     if absolute:
         context = 7 if measure in IN_CONTEXT else 0
-        whole = priced(axes, replace(asked, keep=1.0, target=Target(measure, 1, context))).total / STEPS.get(measure, 1)
+        whole = cost_of(axes, replace(asked, keep=1.0, target=Target(measure, 1, context))).total / STEPS.get(
+            measure, 1
+        )
         assume(whole)
         asked = replace(asked, keep=1.0, target=Target(measure, keep * whole, context))
-    cost = priced(axes, asked)
+    cost = cost_of(axes, asked)
     try:
         kept = allocate(axes, drawn(axes, seed), asked)
     except BudgetError as error:
@@ -103,7 +105,7 @@ def test_budget_is_never_exceeded_and_no_further_step_fits(
     Plan.keeping(axes, {key: units for key, units in kept.items() if len(units) < axes[key].size}).check(axes)
 
 
-@given(st.integers(0, 50), st.sampled_from([1, 4]), st.sampled_from([ranked, uniform]))
+@given(st.integers(0, 50), st.sampled_from([1, 4]), st.sampled_from([rank, uniform]))
 @settings(max_examples=30, deadline=None)
 def test_a_regular_plan_keeps_the_best_units_of_each_block(seed: int, round_to: int, allocate: Any) -> None:
     _, axes = lm(kv=4, rep=2, size=4, ff=24, blocks=3)
@@ -122,12 +124,12 @@ def test_a_kind_that_one_block_cannot_give_of_is_cut_nowhere_in_a_regular_plan()
     scores = drawn(axes, 0)
     first = next(key for key in scores if "gate" in key)
     some = {key: value for key, value in scores.items() if key != first}
-    kept = ranked(axes, some, Budget(0.8, regular=True))
+    kept = rank(axes, some, Budget(0.8, regular=True))
     assert all(len(units) == 24 for key, units in kept.items() if "gate" in key)
     assert {len(units) for key, units in kept.items() if "gate" not in key} <= {1, 2, 3}
     with pytest.raises(BudgetError, match="in every block or in none"):
-        ranked(axes, some, Budget(0.3, regular=True))
-    ranked(axes, some, Budget(0.5))
+        rank(axes, some, Budget(0.3, regular=True))
+    rank(axes, some, Budget(0.5))
     uneven = axes.with_axes({key: replace(a, size=20) if key == first else a for key, a in axes.axes.items()})
     assert uneven[first].kind != axes[first].kind, "axes of unequal size are of unequal kinds"
 
@@ -135,7 +137,7 @@ def test_a_kind_that_one_block_cannot_give_of_is_cut_nowhere_in_a_regular_plan()
 def test_axes_that_cost_nothing_of_a_measure_stay_whole() -> None:
     _, axes = lm()
     budget = Budget(target=Target(Measure.CACHE, 2 * 2 * 2 * 4 * 4 * 100, 100))  # two groups of three in both blocks
-    kept = ranked(axes, drawn(axes, 0), budget)
+    kept = rank(axes, drawn(axes, 0), budget)
     assert all(len(units) == axes[key].size for key, units in kept.items() if "gate" in key)
     assert sum(len(units) for key, units in kept.items() if "gate" not in key) == 4
 
@@ -143,7 +145,7 @@ def test_axes_that_cost_nothing_of_a_measure_stay_whole() -> None:
 def test_the_best_units_stay_within_and_across_axes() -> None:
     _, axes = mlp(6, 5)
     scores = {A: torch.tensor([9.0, 1, 8, 2, 7, 6]).double(), B: torch.tensor([10.0, 11, 12, 13, 14]).double()}
-    kept = ranked(axes, scores, Budget(0.75))
+    kept = rank(axes, scores, Budget(0.75))
     assert kept[B] == (0, 1, 2, 3, 4)
     assert kept[A] == (0, 2, 4, 5)
 
@@ -151,10 +153,10 @@ def test_the_best_units_stay_within_and_across_axes() -> None:
 def test_permuting_units_permutes_what_is_kept() -> None:
     _, axes = lm()
     scores = drawn(axes, 3)
-    kept = ranked(axes, scores, Budget(0.6))
+    kept = rank(axes, scores, Budget(0.6))
     for key in scores:
         order = torch.randperm(len(scores[key]))
-        moved = ranked(axes, scores | {key: scores[key][order]}, Budget(0.6))
+        moved = rank(axes, scores | {key: scores[key][order]}, Budget(0.6))
         assert {int(order[unit]) for unit in moved[key]} == set(kept[key])
         assert all(moved[other] == kept[other] for other in scores if other != key)
 
@@ -163,7 +165,7 @@ def test_ties_are_cut_in_the_order_of_keys_whatever_the_order_of_axes() -> None:
     _, axes = lm()
     scores = {key: torch.ones(axes[key].size).double() for key in axes.axes}
     backwards = axes.with_axes(dict(reversed(axes.axes.items())))
-    one, two = ranked(axes, scores, Budget(0.8)), ranked(backwards, dict(reversed(scores.items())), Budget(0.8))
+    one, two = rank(axes, scores, Budget(0.8)), rank(backwards, dict(reversed(scores.items())), Budget(0.8))
     assert one == two
     assert len(one[min(scores)]) < axes[min(scores)].size
 
@@ -172,18 +174,18 @@ def test_axes_of_one_count_lose_equally_many_their_own_worst() -> None:
     _, axes = mlp(6, 6)
     axes = axes.with_axes({key: replace(axis, count="half") for key, axis in axes.axes.items()})
     scores = {A: torch.tensor([1.0, 2, 3, 4, 5, 6]).double(), B: torch.tensor([60.0, 50, 40, 30, 20, 10]).double()}
-    kept = ranked(axes, scores, Budget(0.5))
+    kept = rank(axes, scores, Budget(0.5))
     many = len(kept[A])
     assert 1 <= many < 6
     assert kept[A] == tuple(range(6 - many, 6)) and kept[B] == tuple(range(many))
     with pytest.raises(BudgetError, match="least reachable keep is 1"):
-        ranked(axes, {A: scores[A]}, Budget(0.9))  # its partner may not be cut, so neither may it
+        rank(axes, {A: scores[A]}, Budget(0.9))  # its partner may not be cut, so neither may it
 
 
 def test_rounding_is_part_of_the_allocation() -> None:
     _, axes = lm(kv=3, rep=2, size=4, ff=20)
     budget = Budget(0.7, round_to=8)
-    kept = ranked(axes, drawn(axes, 0), budget)
+    kept = rank(axes, drawn(axes, 0), budget)
     for key, units in kept.items():
         assert len(units) in ({20, 16, 8} if "gate" in key else {1, 2, 3})
     cost = Cost(axes)
@@ -193,27 +195,27 @@ def test_rounding_is_part_of_the_allocation() -> None:
 def test_minimum_and_share_hold() -> None:
     _, axes = mlp(20, 10)
     scores = {A: torch.arange(20).double(), B: 100 + torch.arange(10).double()}
-    assert len(ranked(axes, scores, Budget(0.4))[A]) < 8
-    assert len(ranked(axes, scores, Budget(0.5), share=0.4)[A]) == 8
-    assert len(ranked(axes, scores, Budget(0.5), minimum=9)[A]) == 9
+    assert len(rank(axes, scores, Budget(0.4))[A]) < 8
+    assert len(rank(axes, scores, Budget(0.5), share=0.4)[A]) == 8
+    assert len(rank(axes, scores, Budget(0.5), minimum=9)[A]) == 9
 
 
 def test_an_infeasible_budget_names_the_least_keep() -> None:
     _, axes = mlp(20, 10)
     with pytest.raises(BudgetError, match=r"keep 0.01 of params .*least reachable keep is 0.0259") as info:
-        ranked(axes, drawn(axes, 0), Budget(0.01))
+        rank(axes, drawn(axes, 0), Budget(0.01))
     assert info.value.least == 0.0259  # (4 + 1 + 3) of 310, rounded up
-    ranked(axes, drawn(axes, 0), Budget(info.value.least))
+    rank(axes, drawn(axes, 0), Budget(info.value.least))
     with pytest.raises(BudgetError, match="no axis is left to cut"):
-        ranked(axes, {}, Budget(0.9))
-    assert ranked(axes, {}, Budget(1.0)) == {}
-    assert all(len(units) == axes[key].size for key, units in ranked(axes, drawn(axes, 0), Budget(1.0)).items())
+        rank(axes, {}, Budget(0.9))
+    assert rank(axes, {}, Budget(1.0)) == {}
+    assert all(len(units) == axes[key].size for key, units in rank(axes, drawn(axes, 0), Budget(1.0)).items())
 
 
 def test_scores_that_do_not_fit_are_refused() -> None:
     _, axes = mlp(6, 5)
     with pytest.raises(ValueError, match="do not fit"):
-        ranked(axes, {A: torch.zeros(5)}, Budget(0.9))
+        rank(axes, {A: torch.zeros(5)}, Budget(0.9))
     with pytest.raises(ValueError, match=f"scores of '{A}' hold NaN"):
         uniform(axes, {A: torch.full((6,), float("nan"))}, Budget(0.9))
     with pytest.raises(ValueError, match="ranked, uniform"):
@@ -243,7 +245,7 @@ def test_forty_six_thousand_units_take_well_under_a_second() -> None:
     net = replace(graph(model, axes, {}), shapes=shapes, counted=tuple(shapes), parameters=frozenset(shapes))
     scores = drawn(net, 0)
     start = time.perf_counter()
-    kept = ranked(net, scores, Budget(0.8))
+    kept = rank(net, scores, Budget(0.8))
     assert time.perf_counter() - start < 0.5
     cost = Cost(net)
     left = 0.8 * cost.total - cost({key: len(units) for key, units in kept.items()})

@@ -24,7 +24,7 @@ from regrow.cli.app import regrow as commands
 from regrow.commands.folder import RunFolder
 from regrow.errors import RefusedError, ResourceError
 from regrow.nets.errors import ModelError
-from regrow.store.atomic import StoreError, telling
+from regrow.store.atomic import StoreError, explain_os_errors
 
 
 def failing(error: BaseException):
@@ -104,22 +104,22 @@ def test_a_value_error_is_the_users_only_where_regrow_raises_it() -> None:
 
 
 def test_the_machine_behind_an_error_gives_its_exit_code(tmp_path: Path) -> None:
-    with pytest.raises(StoreError) as full, telling(tmp_path):
+    with pytest.raises(StoreError) as full, explain_os_errors(tmp_path):
         raise OSError(errno.ENOSPC, "No space left")
     assert boundary.failure_of(full.value).code == 4
     rust, numpy = "No space left on device (os error 28)", "9280 requested and 0 written"
     for error in (Exception(rust), SafetensorError(rust), OSError(numpy)):  # of tokenizers, safetensors and numpy
-        with pytest.raises(StoreError, match="disk is full") as full, telling(tmp_path):
+        with pytest.raises(StoreError, match="disk is full") as full, explain_os_errors(tmp_path):
             raise error
         assert boundary.failure_of(full.value).code == 4
-    with pytest.raises(StoreError) as wrong, telling(tmp_path):
+    with pytest.raises(StoreError) as wrong, explain_os_errors(tmp_path):
         raise OSError(errno.ENOENT, "No such folder")
     assert boundary.failure_of(wrong.value).code == 2
     assert boundary._code_of(RefusedError("x")) == 3 and boundary._code_of(ResourceError("x")) == 4
 
 
 def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.export.formats.exported", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("regrow.export.formats.export_model", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.commands.prune.run", failing(KeyboardInterrupt()))
     monkeypatch.setattr("regrow.commands.prune.plan_only", failing(KeyboardInterrupt()))
     prune = ("prune", "toys:classifier", "--method", "magnitude", "--keep", "0.8")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from regrow.store.atomic import LEFTOVER, staged, write_bytes, write_text, written
+from regrow.store.atomic import LEFTOVER, atomic_write, staging_folder, write_bytes, write_text
 from regrow.store.errors import StoreError
 
 
@@ -22,7 +22,7 @@ def test_a_file_is_replaced_whole(tmp_path):
 
 
 def test_others_may_read_what_their_umask_allows(tmp_path):
-    with written(tmp_path / "a.safetensors") as temporary:
+    with atomic_write(tmp_path / "a.safetensors") as temporary:
         save_file({"x": torch.ones(2)}, temporary)
     write_text(tmp_path / "b", "")
     mask = os.umask(0)
@@ -65,9 +65,9 @@ def test_a_disk_that_fills_up_half_way(tmp_path, monkeypatch):
 
 def test_what_a_library_writes_is_kept_to_the_same_rules(tmp_path):
     path = tmp_path / "x.safetensors"
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         save_file({"x": torch.ones(2)}, temporary)
-    with pytest.raises(ZeroDivisionError), written(path) as temporary:
+    with pytest.raises(ZeroDivisionError), atomic_write(path) as temporary:
         save_file({"x": torch.zeros(2)}, temporary)
         raise ZeroDivisionError
     assert load_file(path)["x"].tolist() == [1, 1] and len(list(tmp_path.iterdir())) == 1
@@ -76,14 +76,14 @@ def test_what_a_library_writes_is_kept_to_the_same_rules(tmp_path):
 def test_the_error_of_a_library_that_met_a_full_disk(tmp_path):
     from safetensors import SafetensorError
 
-    with pytest.raises(StoreError, match="disk is full"), written(tmp_path / "x"):
+    with pytest.raises(StoreError, match="disk is full"), atomic_write(tmp_path / "x"):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
     with pytest.raises(StoreError, match="create it first"):
         write_text(tmp_path / "no" / "such", "")
 
 
 def test_names_of_unfinished_files(tmp_path):
-    with staged(tmp_path / "a.json") as stage:
+    with staging_folder(tmp_path / "a.json") as stage:
         assert LEFTOVER.fullmatch(stage.name)
     assert not LEFTOVER.fullmatch("a.json") and not LEFTOVER.fullmatch(".hidden")
 

@@ -17,7 +17,7 @@ from regrow import Plan, apply, trace
 from regrow.commands import StoreError, load, save
 from regrow.nets import Loaded, Origin
 from regrow.store.models import read_shapes
-from regrow.store.state import held, numbers, ties
+from regrow.store.state import named_tensors, numbers, ties
 from regrow.store.weights import write_weights
 
 TESTS = Path(__file__).parents[1]
@@ -55,7 +55,7 @@ def test_a_fresh_process_says_the_same_bit_for_bit(shop, name):
 def test_all_that_can_differ_comes_back(shop, name):
     root, models = shop
     model, again = models[name][0], load(root / name, model=saved.CASES[name].model)
-    before, after = held(model), held(again)
+    before, after = named_tensors(model), named_tensors(again)
     assert before.keys() == after.keys()
     for key, here in before.items():
         there = after[key]

@@ -10,7 +10,7 @@ from torch import nn
 from regrow import Plan, apply, trace
 from regrow.axes import Example
 from regrow.commands import load, save
-from regrow.nets import ModelError, Origin, opened
+from regrow.nets import ModelError, Origin, replace_attention
 from regrow.nets import load as load_by_name
 
 
@@ -38,7 +38,7 @@ CROSSED = (torch.ones(2, 4, 12), torch.linspace(-1, 1, 84).reshape(2, 6, 7), tor
 @pytest.mark.parametrize("closed", [False, True])
 @pytest.mark.parametrize("known", [False, True])
 def test_attention_with_widths_of_its_own_comes_back(tmp_path, cut, closed, known):
-    net = crossing() if closed else opened(crossing())
+    net = crossing() if closed else replace_attention(crossing())
     if cut:
         axes = trace(net, *CROSSED)
         net, _ = apply(net, axes, Plan.keeping(axes, {one.key: range(one.size - one.multiple) for one in axes.free()}))
@@ -52,7 +52,7 @@ def test_attention_with_widths_of_its_own_comes_back(tmp_path, cut, closed, know
 def test_a_shared_attention_stays_shared_and_only_named_ones_are_opened():
     both = nn.ModuleDict({"a": nn.MultiheadAttention(6, 2), "c": nn.MultiheadAttention(6, 2)})
     both["b"] = both["a"]
-    opened(both, {"a.q_proj.weight", "b.q_proj.weight"})
+    replace_attention(both, {"a.q_proj.weight", "b.q_proj.weight"})
     assert both["a"] is both["b"] and not isinstance(both["a"], nn.MultiheadAttention)
     assert isinstance(both["c"], nn.MultiheadAttention)
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from regrow.data.augment import cut_out, moved
+from regrow.data.augment import cut_out, shift_and_flip
 
 
 def test_a_square_is_cut_out_of_each_picture_by_itself():
@@ -24,7 +24,7 @@ def test_a_square_is_cut_out_of_each_picture_by_itself():
 def test_pictures_move_and_nothing_is_made_up():
     torch.manual_seed(0)
     pictures = torch.rand(50, 1, 8, 8) + 0.1
-    away = moved(pictures)
+    away = shift_and_flip(pictures)
     for before, after in zip(pictures, away, strict=True):
         there = after[after != 0]
         assert torch.isin(there, before).all() and len(there) >= 16

@@ -8,25 +8,35 @@ import pytest
 import torch
 
 from regrow.data import SourceError
-from regrow.data.streams import alike, digits_task, fewer, idx, of_datasets, permuted, pictures, rotated, split
+from regrow.data.streams import (
+    alike,
+    digits_task,
+    fewer,
+    idx,
+    of_datasets,
+    permuted_tasks,
+    pictures,
+    rotated_tasks,
+    split,
+)
 from regrow.tasks import Examples, Task
 
 
 def test_permuted_tasks_hold_the_same_pixels_in_one_order_per_task() -> None:
     base = digits_task()
-    first, second, third = permuted(base, 3, seed=1)
+    first, second, third = permuted_tasks(base, 3, seed=1)
     assert torch.equal(first.train.inputs, base.train.inputs)
     order = second.train.inputs.flatten(1), third.train.inputs.flatten(1)
     for rows in order:
         assert not torch.equal(rows, base.train.inputs.flatten(1))
         assert torch.equal(rows.sort(1)[0], base.train.inputs.flatten(1).sort(1)[0])
-    assert torch.equal(permuted(base, 3, seed=1)[2].test.inputs, third.test.inputs)
-    assert not torch.equal(permuted(base, 3, seed=2)[2].test.inputs, third.test.inputs)
+    assert torch.equal(permuted_tasks(base, 3, seed=1)[2].test.inputs, third.test.inputs)
+    assert not torch.equal(permuted_tasks(base, 3, seed=2)[2].test.inputs, third.test.inputs)
 
 
 def test_rotated_tasks_turn_further_and_further() -> None:
     base = digits_task()
-    tasks = rotated(base, 4, degrees=360)
+    tasks = rotated_tasks(base, 4, degrees=360)
     assert torch.allclose(tasks[0].train.inputs, base.train.inputs, atol=1e-6)
     quarter = base.test.inputs.rot90(1, (2, 3)), base.test.inputs.rot90(-1, (2, 3))
     assert any(torch.allclose(tasks[1].test.inputs, one, atol=1e-4) for one in quarter)
@@ -108,7 +118,7 @@ def test_pictures_as_torchvision_gives_them_are_tasks(mode: str, channels: int) 
     assert task.train.inputs.shape == (6, channels, 5, 4) and 0.5 < float(task.train.inputs.max()) <= 1
     raw = torch.tensor(np.array(rows[2][0])).reshape(5, 4, -1)
     assert torch.equal((task.train.inputs[2, -1] * 255).round(), raw[..., -1].float())
-    assert permuted(task, 2)[1].train.inputs.shape == (6, channels, 5, 4)
+    assert permuted_tasks(task, 2)[1].train.inputs.shape == (6, channels, 5, 4)
     rows[1] = (image.new(mode, (9, 9)), 0)
     with pytest.raises(SourceError, match="differ in size"):
         of_datasets([(rows, rows)])

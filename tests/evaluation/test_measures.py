@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph, Product, Work
-from regrow.evaluation import accuracy, choices, items_in, macs, paired, perplexity, size, speed
+from regrow.evaluation import accuracy, choices, items_in, macs, paired_difference, perplexity, size, speed
 from regrow.evaluation.language import Perplexity, token_losses
 from regrow.sources import Batch, Source
 
@@ -124,13 +124,13 @@ def test_paired_differences_are_sharper_than_their_parts(llama: nn.Module) -> No
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(0.9)
     before, after = perplexity(llama, source(8, 4)), perplexity(other.eval(), source(8, 4))
-    difference = paired(before, after)
+    difference = paired_difference(before, after)
     assert difference.mean == pytest.approx(after.mean - before.mean, rel=1e-6)
     assert difference.error < before.error / 2
     assert difference.t == pytest.approx(difference.mean / difference.error)
-    assert paired(before, before).t == 0
+    assert paired_difference(before, before).t == 0
     with pytest.raises(ValueError, match="not the same windows"):
-        paired(before, perplexity(llama, source(7, 4)))
+        paired_difference(before, perplexity(llama, source(7, 4)))
 
 
 def test_no_labels_is_an_error(llama: nn.Module) -> None:

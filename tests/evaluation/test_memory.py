@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.allocation import MemoryBudgetError, stages
-from regrow.allocation.thresholds import thresholded
+from regrow.allocation.thresholds import apply_threshold
 from regrow.candidates import Prefix
-from regrow.evaluation import Live, UnpredictableError, measured, predicted, prefix_peaks, training
-from regrow.nets.cells import OPERATIONS, Cells, prefix, thinned, whole
+from regrow.evaluation import Live, UnpredictableError, measure_memory, predict_memory, prefix_peaks, training
+from regrow.nets.cells import OPERATIONS, Cells, prefix, supernet, thin
 from regrow.sources import Batch
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)
@@ -33,7 +33,7 @@ FEW = ("skip", "sep3", "max")
 
 def cells(width: int, last: int, operations: Sequence[str] = FEW) -> Callable[[], Prefix]:
     """A small super-network up to a cell."""
-    config = whole((3, 16, 16), 10, width=width, cells=3, nodes=2, heads=range(3), operations=operations)
+    config = supernet((3, 16, 16), 10, width=width, cells=3, nodes=2, heads=range(3), operations=operations)
     return lambda: Prefix(Cells(config), last)
 
 
@@ -44,9 +44,9 @@ def residual() -> nn.Module:
 
 def agree(build: Callable[[], nn.Module], batch: Batch, step: Callable[[nn.Module, Batch], Any]) -> int:
     """Hold the prediction against a run; the peak."""
-    foretold = predicted(build, batch, step)
+    foretold = predict_memory(build, batch, step)
     gc.collect()
-    found = measured(build(), batch, step)
+    found = measure_memory(build(), batch, step)
     assert foretold.held == found.held
     assert foretold.peak == pytest.approx(found.peak, rel=TOLERANCE)
     assert found.peak > found.held
@@ -110,11 +110,11 @@ def test_predicted_is_measured_on_a_residual_network(optimizer: Any) -> None:
 def test_a_network_that_exists_is_left_as_it_is() -> None:
     model, step = cells(4, 1)(), training(SGD)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    foretold = predicted(model, images(8), step)
+    foretold = predict_memory(model, images(8), step)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert foretold == predicted(cells(4, 1), images(8), step)
-    assert foretold.peak == pytest.approx(measured(model, images(8), step).peak, rel=TOLERANCE)
+    assert foretold == predict_memory(cells(4, 1), images(8), step)
+    assert foretold.peak == pytest.approx(measure_memory(model, images(8), step).peak, rel=TOLERANCE)
 
 
 @pytest.mark.slow
@@ -124,7 +124,9 @@ def test_masks_that_stand_in_for_weights_are_counted() -> None:
     def masked(model: nn.Module, batch: Batch) -> float:
         parameters = dict(model.named_parameters())
         weights = {
-            name: thresholded(p, p.new_full((len(p),), 0.01).requires_grad_(), torch.zeros_like(p, dtype=torch.bool))
+            name: apply_threshold(
+                p, p.new_full((len(p),), 0.01).requires_grad_(), torch.zeros_like(p, dtype=torch.bool)
+            )
             for name, p in parameters.items()
             if p.dim() == 4
         }
@@ -147,41 +149,41 @@ def test_a_size_that_data_decide_is_no_prediction() -> None:
         answer[answer > 0].sum().backward()
 
     with pytest.raises(UnpredictableError, match=r"data decide how much aten\.nonzero"):
-        predicted(cells(4, 0), images(2), picky)
+        predict_memory(cells(4, 0), images(2), picky)
 
 
 def test_resident_memory_is_beside_it() -> None:
     """Where the system tells: the process grew by as much as was live, and not by twice as much."""
-    found = measured(cells(8, 2)(), images(256), training(SGD))
+    found = measure_memory(cells(8, 2)(), images(256), training(SGD))
     if found.resident is None:
         pytest.skip("the system does not tell")
     assert 0.9 * found.peak < found.resident < 2 * found.peak
 
 
 def test_thinned_cells_keep_their_share_and_run() -> None:
-    config = whole((3, 16, 16), 10, width=4, cells=3, nodes=3)
-    small = thinned(config, 2, 0.3)
+    config = supernet((3, 16, 16), 10, width=4, cells=3, nodes=3)
+    small = thin(config, 2, 0.3)
     counts = [[len(node["ops"]) for node in cell["nodes"]] for cell in small["cells"]]
     assert [sum(nodes) for nodes in counts] == [19, 19, 63]
     names = [op[0] for node in small["cells"][0]["nodes"] for op in node["ops"]]
     assert all(2 <= names.count(op) <= 3 for op in set(names)) and len(set(names)) == 7
-    assert [len(node["ops"]) for node in thinned(config, 1, 0.0)["cells"][0]["nodes"]] == [1, 1, 1]
-    assert thinned(config, 3, 1.0) == config
+    assert [len(node["ops"]) for node in thin(config, 1, 0.0)["cells"][0]["nodes"]] == [1, 1, 1]
+    assert thin(config, 3, 1.0) == config
     assert Cells(small)(torch.zeros(2, 3, 16, 16)).shape == (2, 10)
 
 
 @pytest.mark.slow
 def test_stages_keep_the_budget_in_the_run_itself() -> None:
     """Planned on shapes alone, then learned: half of what the whole network needs is enough, and is not exceeded."""
-    config = whole((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
+    config = supernet((3, 16, 16), 10, width=4, cells=4, nodes=2, operations=("sep3", "sep5", "dil3"))
     batch, step = images(64), training(SGD)
     peak = prefix_peaks(partial(prefix, config, share=0.2), batch, step)
     budget = peak(0, 3) // 2
     plan = stages(peak, 4, budget)
     begin = 0
     for end, foretold in zip(plan.ends, plan.peaks, strict=True):
-        net = Cells({**thinned(config, begin, 0.2), "heads": sorted({end, 3})})
-        found = measured(Prefix(net, end), batch, step).peak
+        net = Cells({**thin(config, begin, 0.2), "heads": sorted({end, 3})})
+        found = measure_memory(Prefix(net, end), batch, step).peak
         assert found == pytest.approx(foretold, rel=TOLERANCE) and found <= budget
         begin = end + 1
     with pytest.raises(MemoryBudgetError) as refused:

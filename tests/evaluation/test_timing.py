@@ -6,11 +6,11 @@ from torch import nn
 
 from hand import lm, texts
 from regrow import trace
-from regrow.allocation import TimeCost, payers, priced
+from regrow.allocation import TimeCost, cost_of, payers
 from regrow.amounts import Measure, Target
 from regrow.budget import Budget
 from regrow.commands.pruning import prune, timed
-from regrow.evaluation import fastest_pass, lengthened, timing
+from regrow.evaluation import fastest_pass, lengthen, timing
 from regrow.sources import Batch
 
 
@@ -52,7 +52,7 @@ def test_kinds_share_a_curve_and_wide_ones_save_more() -> None:
 
 def test_modules_are_timed_with_what_they_get_in_the_network() -> None:
     model, axes = lm(kv=3, rep=2, size=4, ff=64)
-    batch = lengthened(Batch(texts("a").batches[0].args), 32)
+    batch = lengthen(Batch(texts("a").batches[0].args), 32)
     found = timing(model, axes, axes.units(), batch, repeats=2)
     assert found.positions == batch.args[0].numel() == 3 * 32
     assert [len(curve) for curve in found.curves.values()] == [3, 5]
@@ -67,15 +67,15 @@ def test_a_time_target_is_met_as_predicted_and_nearly_in_truth() -> None:
     budget = timed(model, axes, Budget(target=Target(Measure.TIME, before * 0.6 / 1e6)))
     assert budget.timing is not None
     _, plan = prune(model, method="magnitude", axes=axes, target=budget.target or "", timing=budget.timing)
-    cost = priced(axes, budget)
+    cost = cost_of(axes, budget)
     assert cost(plan.sizes(axes)) <= budget.limit(cost.total)
     assert fastest_pass(model, Batch((x,)), repeats=25) < 0.85 * before, "a loose bound: other processes are about"
 
 
 def test_what_cannot_be_timed_is_said() -> None:
     with pytest.raises(ValueError, match="no rows of tokens"):
-        lengthened(Batch((torch.ones(2, 3),)), 9)
-    assert lengthened(Batch((), {"ids": torch.tensor([[1, 2]])}), 5).kwargs["ids"].tolist() == [[1, 2, 1, 2, 1]]
+        lengthen(Batch((torch.ones(2, 3),)), 9)
+    assert lengthen(Batch((), {"ids": torch.tensor([[1, 2]])}), 5).kwargs["ids"].tolist() == [[1, 2, 1, 2, 1]]
     _, axes = lm()
     with pytest.raises(ValueError, match="not measured"):
         payers(axes, Budget(0.5, Measure.TIME))

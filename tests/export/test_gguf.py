@@ -17,8 +17,8 @@ from regrow.branches import Placeholder
 from regrow.commands import save
 from regrow.export.gguf import write
 from regrow.export.gguf import writer as export
-from regrow.export.gguf.network import described
-from regrow.export.gguf.quants import allowed, encoded, q6_k
+from regrow.export.gguf.network import describe_decoder
+from regrow.export.gguf.quants import allowed_error, encode, q6_k
 from regrow.export.written import ExportError
 from regrow.tracing.placeholder import insert_placeholders
 from zoo import GROUPED, SMALL, ZOO, randomise
@@ -182,8 +182,8 @@ def test_q6_k_is_near_and_packed_as_gguf_reads_it(draw: str) -> None:
         "spike": np.eye(1, 256, 77) * -300,
         "scales": rng.standard_normal((9, 512)) * np.exp(3 * rng.standard_normal((9, 512))),
     }[draw].astype(np.float32)
-    back = gguf.quants.dequantize(encoded(rows, "Q6_K", gguf), gguf.GGMLQuantizationType.Q6_K)
-    assert (np.abs(back - rows) <= allowed(rows, "Q6_K")).all()
+    back = gguf.quants.dequantize(encode(rows, "Q6_K", gguf), gguf.GGMLQuantizationType.Q6_K)
+    assert (np.abs(back - rows) <= allowed_error(rows, "Q6_K")).all()
     if draw == "normal":
         assert np.linalg.norm(back - rows) / np.linalg.norm(rows) < 0.019
     if draw == "spike":
@@ -256,9 +256,9 @@ def test_a_file_that_says_something_else_is_noticed(dtype: str, tmp_path: Path, 
     def wrong(values, kind, gguf):
         values = values.copy()
         values.flat[-1] += values.max() / 8
-        return encoded(values, kind, gguf)
+        return encode(values, kind, gguf)
 
-    monkeypatch.setattr(export, "encoded", wrong)
+    monkeypatch.setattr(export, "encode", wrong)
     with pytest.raises(ExportError, match="is off by up to"):
         write(model, tmp_path / "model.gguf", dtype=dtype)
     assert not [*tmp_path.iterdir()]
@@ -310,6 +310,6 @@ def test_a_saved_run_gives_the_same_file_and_a_name_leads_nowhere(tmp_path: Path
 
 def test_what_is_said_of_a_network_costs_no_copy_of_it() -> None:
     model = llama(2)
-    decoder = described(model)
+    decoder = describe_decoder(model)
     held = {id(p) for p in model.parameters()}
     assert {id(linear.weight) for one in decoder.layers for linear in one.block.linear.values()} <= held

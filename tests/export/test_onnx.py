@@ -16,12 +16,12 @@ from regrow.axes import Example
 from regrow.commands import save
 from regrow.export.onnx import write
 from regrow.export.onnx import writer as format
-from regrow.export.onnx.placing import clear_abandoned, placed
+from regrow.export.onnx.placing import clear_abandoned, place_file
 from regrow.export.written import ExportError
 from regrow.nets import Origin
-from regrow.nets.cells import Cells, whole
+from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
-from regrow.store.atomic import staged
+from regrow.store.atomic import staging_folder
 from regrow.tracing.placeholder import PlaceholderModule
 from zoo import ZOO
 
@@ -143,7 +143,7 @@ def test_an_image_network_takes_any_batch(tmp_path: Path) -> None:
 
 def found_cells() -> tuple[Cells, dict[str, Any]]:
     """Cells after a search: half of the operations dropped, every width cut to a number of its own."""
-    config = whole((3, 16, 16), 5, width=6, cells=3, nodes=2)
+    config = supernet((3, 16, 16), 5, width=6, cells=3, nodes=2)
     net = Cells(config).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -232,14 +232,14 @@ def test_no_file_of_the_user_goes_with_the_old_weights(tmp_path: Path, monkeypat
 
 def put(path: Path, value: float) -> None:
     """Place a small file whose weights lie beside it, as an export does."""
-    with staged(path) as stage:
+    with staging_folder(path) as stage:
         weights = onnx.numpy_helper.from_array(np.full(4, value, np.float32), "w")
         output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [4])
         graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["w"], ["y"])], "g", [], [output], [weights])
         model = onnx.helper.make_model(graph, ir_version=8, opset_imports=[onnx.helper.make_opsetid("", 17)])
         more = {"save_as_external_data": True, "location": f"{path.name}.data", "size_threshold": 0}
         onnx.save(model, stage / path.name, **more)
-        placed(stage / path.name, stage, path)
+        place_file(stage / path.name, stage, path)
 
 
 @pytest.mark.parametrize("renamed", [False, True], ids=["the old file stands", "the new file stands"])

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from regrow import Plan, apply, trace, verify
-from regrow.nets import opened
+from regrow.nets import replace_attention
 
 
 def random(module: nn.Module) -> nn.Module:
@@ -22,7 +22,7 @@ def random(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 5, "vdim": 7}])
 def test_it_computes_the_same(batch_first: bool, masks: str, sizes: dict[str, int]) -> None:
     old = random(nn.MultiheadAttention(12, 3, batch_first=batch_first, **sizes))
-    new = opened(copy.deepcopy(old))
+    new = replace_attention(copy.deepcopy(old))
     shape = (2, 4) if batch_first else (4, 2)
     x = [torch.randn(*shape, n, dtype=torch.float64) for n in (12, sizes.get("kdim", 12), sizes.get("vdim", 12))]
     upper = torch.ones(4, 4, dtype=torch.bool).triu(1)
@@ -45,19 +45,19 @@ def test_it_computes_the_same(batch_first: bool, masks: str, sizes: dict[str, in
 def test_one_sequence_without_a_batch() -> None:
     old = random(nn.MultiheadAttention(12, 3))
     x = torch.randn(4, 12, dtype=torch.float64)
-    found, weights = opened(copy.deepcopy(old))(x, x, x)
+    found, weights = replace_attention(copy.deepcopy(old))(x, x, x)
     assert torch.allclose(found, old(x, x, x)[0], atol=1e-12)
     assert weights.shape == (4, 4)
 
 
 def test_extra_keys_stay_as_they_are() -> None:
     old = nn.MultiheadAttention(12, 3, add_bias_kv=True)
-    assert opened(old) is old
+    assert replace_attention(old) is old
 
 
 def test_heads_and_their_widths_are_cut_in_an_encoder() -> None:
     layer = nn.TransformerEncoderLayer(12, 3, 20, batch_first=True)
-    model, x = opened(random(nn.TransformerEncoder(layer, 2))), torch.randn(2, 5, 12, dtype=torch.float64)
+    model, x = replace_attention(random(nn.TransformerEncoder(layer, 2))), torch.randn(2, 5, 12, dtype=torch.float64)
     axes = trace(model, x)
     name = "layers.0.self_attn"
     heads = next(a for a in axes.free() if a.size == 3 and any(s.name.startswith(name) for s in a.slots))

@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from regrow.candidates import Candidates, candidates_in, tied_in
-from regrow.nets.bench201 import EDGES, OPERATIONS, Bench201, checked, counted, read, topologies, whole, written
+from regrow.nets.bench201 import (
+    EDGES,
+    OPERATIONS,
+    Bench201,
+    architecture_string,
+    check_description,
+    count_cost,
+    read,
+    supernet,
+    topologies,
+)
 from regrow.nets.errors import ModelError
 from regrow.nets.load import build
 from regrow.nets.loaded import Origin
@@ -18,7 +28,7 @@ MIXED = ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3", "none",
 
 
 def single(edges, **sizes):
-    return whole((3, 32, 32), 10, **sizes) | {"edges": [[name] for name in edges]}
+    return supernet((3, 32, 32), 10, **sizes) | {"edges": [[name] for name in edges]}
 
 
 @pytest.mark.parametrize(
@@ -29,14 +39,14 @@ def single(edges, **sizes):
     ],
 )
 def test_sizes_are_the_published_ones(edges, params, macs):
-    assert counted(edges) == {"params": params, "macs": macs}
+    assert count_cost(edges) == {"params": params, "macs": macs}
 
 
 @pytest.mark.parametrize("edges", [MIXED, MIXED[::-1]])
 def test_counted_is_what_the_network_has(edges):
     net = Bench201(single(edges, width=6, cells=2))
     scales = sum(one.scale.numel() for one in net.modules() if isinstance(one, Candidates))
-    told = counted(edges, width=6, cells=2)
+    told = count_cost(edges, width=6, cells=2)
     assert sum(p.numel() for p in net.parameters()) - scales == told["params"]
     done = []
     for module in net.modules():
@@ -49,7 +59,7 @@ def test_counted_is_what_the_network_has(edges):
 
 
 def test_a_topology_alone_answers_as_in_the_super_network():
-    config = whole((3, 8, 8), 4, width=4, cells=2)
+    config = supernet((3, 8, 8), 4, width=4, cells=2)
     net, x = randomise(Bench201(config)).double().eval(), torch.randn(2, 3, 8, 8, dtype=torch.float64)
     alone = Bench201(config | {"edges": [[name] for name in MIXED]}).double().eval()
     state = {name: value for name, value in net.state_dict().items() if name in alone.state_dict()}
@@ -70,7 +80,7 @@ def test_edges_that_reach_no_output_do_not_matter():
     """In our order of edges: with nothing from 1 and 2 to 3, only 0-3 is left."""
     x = torch.randn(2, 3, 8, 8)
     base = ["nor_conv_3x3", "skip_connect", "avg_pool_3x3", "skip_connect", "none", "none"]
-    net = Bench201(whole((3, 8, 8), 4, width=4, cells=1) | {"edges": [[name] for name in base]}).eval()
+    net = Bench201(supernet((3, 8, 8), 4, width=4, cells=1) | {"edges": [[name] for name in base]}).eval()
     before = net(x)
     for edge, matters in (("01", False), ("02", False), ("12", False), ("03", True)):
         other = copy.deepcopy(net)
@@ -81,7 +91,7 @@ def test_edges_that_reach_no_output_do_not_matter():
 
 
 def test_every_cell_decides_with_the_first():
-    net = Bench201(whole((3, 8, 8), 4, width=4, cells=2))
+    net = Bench201(supernet((3, 8, 8), 4, width=4, cells=2))
     tied = tied_in(net)
     assert len(tied) == 5 * 30 and {to.partition(".edges")[0] for to in tied.values()} == {"parts.0"}
     assert all(path.partition(".edges")[2] == to.partition(".edges")[2] for path, to in tied.items())
@@ -92,7 +102,9 @@ def test_every_cell_decides_with_the_first():
 
 def test_the_notation_names_each_topology_once():
     every = topologies()
-    assert len({*map(written, every)}) == 15_625 and all(read(written(one)) == one for one in every[::97])
+    assert len({*map(architecture_string, every)}) == 15_625 and all(
+        read(architecture_string(one)) == one for one in every[::97]
+    )
     text = "|nor_conv_3x3~0|+|none~0|skip_connect~1|+|nor_conv_1x1~0|avg_pool_3x3~1|none~2|"
     assert read(text) == ("nor_conv_3x3", "none", "skip_connect", "nor_conv_1x1", "avg_pool_3x3", "none")
     for bad in ("", text[:-1], text.replace("~2", "~1"), text.replace("none~0", "exec~0"), text * 9):
@@ -112,7 +124,7 @@ def test_it_is_built_again_from_its_origin():
     assert again.state_dict().keys() == Bench201(config).state_dict().keys()
 
 
-GOOD = whole((3, 8, 8), 4, width=4, cells=1)
+GOOD = supernet((3, 8, 8), 4, width=4, cells=1)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +148,6 @@ GOOD = whole((3, 8, 8), 4, width=4, cells=1)
 )
 def test_what_is_no_description_is_refused(config):
     with pytest.raises(ModelError):
-        checked(config)
+        check_description(config)
     with pytest.raises(ModelError):
         build(Origin("bench201", "bench201", config))

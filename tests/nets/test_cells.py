@@ -10,13 +10,13 @@ from torch import nn
 from regrow.candidates import Candidates, fold_scales
 from regrow.nets import bench201, mobile
 from regrow.nets.bench201 import Bench201
-from regrow.nets.cells import OPERATIONS, Cells, described, operation, whole
+from regrow.nets.cells import OPERATIONS, Cells, describe, operation, supernet
 from regrow.nets.errors import ModelError
 from regrow.nets.mobile import Mobile
 
 
 def small(**more):
-    return whole((3, 16, 16), 5, width=4, cells=3, nodes=2, heads=(0,), **more)
+    return supernet((3, 16, 16), 5, width=4, cells=3, nodes=2, heads=(0,), **more)
 
 
 def test_every_operation_keeps_or_halves_the_picture():
@@ -29,7 +29,7 @@ def test_every_operation_keeps_or_halves_the_picture():
 
 def test_pictures_of_any_size_are_taken():
     for side in (28, 27):
-        net = Cells(whole((1, side, side), 5, width=4, cells=3, nodes=1))
+        net = Cells(supernet((1, side, side), 5, width=4, cells=3, nodes=1))
         assert net(torch.randn(2, 1, side, side)).shape == (2, 5)
 
 
@@ -50,8 +50,8 @@ def test_a_stage_runs_what_lies_within_it_and_nothing_else():
 
 SPACES = (
     (Cells, small()),
-    (Mobile, mobile.whole((3, 32, 32), 5, width=4, blocks=1)),
-    (Bench201, bench201.whole((3, 16, 16), 5, width=4, cells=1)),
+    (Mobile, mobile.supernet((3, 32, 32), 5, width=4, blocks=1)),
+    (Bench201, bench201.supernet((3, 16, 16), 5, width=4, cells=1)),
 )
 
 
@@ -104,7 +104,7 @@ def test_a_scale_stays_where_a_layer_does_not_say_all():
 def test_a_description_builds_what_it_describes():
     config = small()
     net = Cells(config)
-    again = Cells(json.loads(json.dumps(described(net, config, ()))))
+    again = Cells(json.loads(json.dumps(describe(net, config, ()))))
     left = {name: value.shape for name, value in net.state_dict().items() if not name.startswith("heads.0.")}
     assert {name: value.shape for name, value in again.state_dict().items()} == left
 

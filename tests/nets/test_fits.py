@@ -10,9 +10,9 @@ from regrow.nets.errors import ModelError
 from regrow.nets.fits import OPERATION_BYTES, check_space_fits
 
 SPACES = {
-    "cells": (cells.Cells, cells.whole((3, 8, 8), 4, width=6, cells=3, nodes=2)),
-    "mobile": (mobile.Mobile, mobile.whole((3, 32, 32), 4, width=8, blocks=2)),
-    "bench201": (bench201.Bench201, bench201.whole((3, 8, 8), 4, width=6, cells=2)),
+    "cells": (cells.Cells, cells.supernet((3, 8, 8), 4, width=6, cells=3, nodes=2)),
+    "mobile": (mobile.Mobile, mobile.supernet((3, 32, 32), 4, width=8, blocks=2)),
+    "bench201": (bench201.Bench201, bench201.supernet((3, 8, 8), 4, width=6, cells=2)),
 }
 
 
@@ -32,4 +32,4 @@ def test_the_weights_of_all_operations_are_counted(name, monkeypatch):
 @pytest.mark.parametrize(("many", "nodes"), [(99, 99), (64, 17), (65, 1), (0, 3)])
 def test_too_many_cells_are_refused_before_they_are_described(many, nodes):
     with pytest.raises(ModelError, match=f"1 to 64 cells of 1 to 16 nodes, got {many} and {nodes}; write it as"):
-        cells.whole((3, 8, 8), 4, cells=many, nodes=nodes)
+        cells.supernet((3, 8, 8), 4, cells=many, nodes=nodes)

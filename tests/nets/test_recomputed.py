@@ -14,8 +14,8 @@ from regrow.surgery.parametrize import parametrize
 from zoo import randomise
 
 NETS = {
-    "cells": lambda: Cells(cells.whole((3, 16, 16), 5, width=4, cells=3, nodes=2)),
-    "mobile": lambda: Mobile(mobile.whole((3, 16, 16), 5, width=4, blocks=1, stride=1)),
+    "cells": lambda: Cells(cells.supernet((3, 16, 16), 5, width=4, cells=3, nodes=2)),
+    "mobile": lambda: Mobile(mobile.supernet((3, 16, 16), 5, width=4, blocks=1, stride=1)),
 }
 
 

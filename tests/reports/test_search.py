@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from regrow.cli.app import regrow
 from regrow.nets import bench201, mobile
-from regrow.nets.cells import OPERATIONS, whole
+from regrow.nets.cells import OPERATIONS, supernet
 from regrow.reports import ReportError, blocks, cells, epochs, summarise, to_html, to_markdown, topology, write_page
 from regrow.reports.search import RECONSTRUCTED
 from reports.test_page import check_self_contained
@@ -146,7 +146,7 @@ def found_as(path, **config):
 def test_the_topology_of_a_search_in_nas_bench_201_is_drawn_and_named(tmp_path):
     chosen = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
     edges = [[name] for name in bench201.read(chosen)]
-    folder = found_as(tmp_path / "run", **bench201.whole((3, 8, 8), 10, width=8, cells=1) | {"edges": edges})
+    folder = found_as(tmp_path / "run", **bench201.supernet((3, 8, 8), 10, width=8, cells=1) | {"edges": edges})
     text, words = to_html(summarise([folder])), to_markdown(summarise([folder]))
     page = check_self_contained(text)
     assert "fig-cells" in page.ids and f"<code>{chosen}</code>" in text and f"`{chosen}`" in words
@@ -161,9 +161,13 @@ def test_the_topology_of_a_search_in_nas_bench_201_is_drawn_and_named(tmp_path):
 
 
 def test_what_an_edge_still_has_is_drawn_and_a_collapse_of_a_topology_told(tmp_path):
-    space = bench201.whole((3, 8, 8), 10, width=8, cells=1)
+    space = bench201.supernet((3, 8, 8), 10, width=8, cells=1)
     (run,) = summarise([found_as(tmp_path / "whole", **space)])["runs"]
-    assert len(cells.kept(cells.drawn(run))) == 6 * 5 and not run["search"]["notation"] and cells.picture(run)
+    assert (
+        len(cells.kept_operations(cells.cells_of(run))) == 6 * 5
+        and not run["search"]["notation"]
+        and cells.picture(run)
+    )
     skips = found_as(tmp_path / "skips", **space | {"edges": [["skip_connect"]] * 3 + [["nor_conv_3x3"]] * 3})
     assert alarms(skips) == ["The search may have collapsed: 50.0\xa0% of the operations that it kept are skips."]
     bare = found_as(tmp_path / "bare", **space | {"edges": [["none"], ["avg_pool_3x3"]] * 2 + [["none"]] * 2})
@@ -176,7 +180,7 @@ def test_blocks_are_listed_and_a_collapse_of_them_is_told(tmp_path):
     def of_blocks(name, plans):
         return found_as(tmp_path / name, blocks=plans)
 
-    plans = mobile.whole((1, 8, 8), 10, width=4, blocks=2, operations=("mb3e6", "skip"))["blocks"]
+    plans = mobile.supernet((1, 8, 8), 10, width=4, blocks=2, operations=("mb3e6", "skip"))["blocks"]
     folder = of_blocks("whole", [*plans, {"ops": [["x", 1], 2]}, 3])  # of the last, nothing is known
     text, words = to_html(summarise([folder])), to_markdown(summarise([folder]))
     check_self_contained(text)
@@ -189,9 +193,9 @@ def test_blocks_are_listed_and_a_collapse_of_them_is_told(tmp_path):
 
 @pytest.mark.parametrize(("many", "nodes"), [(6, 3), (12, 4), (2, 5), (1, 1)])
 def test_whole_spaces_are_drawn(tmp_path, many, nodes):
-    space = whole((3, 32, 32), 10, cells=many, nodes=nodes)
+    space = supernet((3, 32, 32), 10, cells=many, nodes=nodes)
     (found,) = summarise([searched(tmp_path / "whole", space["cells"])])["runs"]
-    assert len(cells.kept(found["search"]["cells"])) == many * 7 * nodes * (nodes + 3) // 2
+    assert len(cells.kept_operations(found["search"]["cells"])) == many * 7 * nodes * (nodes + 3) // 2
     drawing = cells.picture(found)
     assert f"Cell {many}" in drawing.wide and len(drawing.wide) < 2_000_000
     assert [row["all"] for row in cells.counts(found["search"]["cells"])] == [many * nodes * (nodes + 3) // 2] * 7
@@ -244,7 +248,7 @@ def test_what_must_not_be_overlooked_is_said(tmp_path, change, said):
 def test_a_skip_that_halves_the_picture_has_weights(tmp_path):
     plan = [{**only(["skip"])[0], "reduce": True}]
     (found,) = summarise([searched(tmp_path / "run", plan)])["runs"]
-    assert [op["bare"] for op in cells.kept(found["search"]["cells"])] == [False, False]
+    assert [op["bare"] for op in cells.kept_operations(found["search"]["cells"])] == [False, False]
 
 
 def test_what_a_search_without_stages_or_cells_lacks(tmp_path):

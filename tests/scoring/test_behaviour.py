@@ -10,7 +10,7 @@ from regrow.scores import Scores
 from regrow.scoring import METRICS, collect, percentile, weights_of
 from regrow.scoring.partition import LEAST, PARTITIONS, Modules, partition
 from regrow.scoring.paths import peak_to_peak, product_of_norms, through
-from regrow.scoring.reliability import SWITCHES, ordered, reliability
+from regrow.scoring.reliability import SWITCHES, rank_in_modules, reliability
 from regrow.scoring.sensitivity import ranks, sensitivity, spectrum
 from regrow.scoring.spaces import spaces
 
@@ -163,7 +163,7 @@ def test_a_switched_module_ignores_the_calibration_and_others_keep_the_base_orde
     instead = {key: torch.rand(len(value), dtype=torch.float64) for key, value in base.items()}
     trust = torch.ones(len(modules), dtype=torch.float64)
     trust[2] = 0
-    one, two = (ordered(modules, trust, given, instead) for given in (base, other))
+    one, two = (rank_in_modules(modules, trust, given, instead) for given in (base, other))
     mine, rest = modules.labels["a"] == 2, modules.labels["a"] == 1
     assert torch.equal(one["a"][mine], two["a"][mine])
     assert torch.equal(torch.argsort(one["a"][mine]), torch.argsort(instead["a"][mine]))

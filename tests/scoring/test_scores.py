@@ -9,7 +9,7 @@ from regrow.axes import Axis, AxisGraph, Role
 from regrow.method import Need
 from regrow.scores import Scores, Statistics
 from regrow.scoring import collect, magnitude, normalise, over_sources, random, taylor, wanda_sp, weights_of, wifv
-from regrow.scoring.combine import standardised
+from regrow.scoring.combine import standardise
 from regrow.sources import Batch, Source
 
 KV, FF = "decoder.blocks.1.q.weight:0", "decoder.blocks.1.gate.weight:0"
@@ -41,7 +41,7 @@ def test_wifv_and_wanda_equal_a_direct_computation() -> None:
     z = (token - token.mean()) / token.std()
     torch.testing.assert_close(pooled[KV], z.view(3, 8).mean(1), rtol=1e-3, atol=1e-5)
     square = wifv(weights, axes, seen, pool="standardised", square_blocks=True)
-    z = standardised(token.square())
+    z = standardise(token.square())
     torch.testing.assert_close(square[KV], z.view(3, 8).mean(1), rtol=1e-3, atol=1e-5)
     assert torch.equal(square[FF], pooled[FF]), "single channels are not squared"
 

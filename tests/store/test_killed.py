@@ -14,8 +14,8 @@ from regrow import load
 from regrow.cli import code_of
 from regrow.commands import RunFolder, save
 from regrow.commands.prune import Settings, run
-from regrow.export.formats import exported
-from regrow.store.errors import telling
+from regrow.export.formats import export_model
+from regrow.store.errors import explain_os_errors
 
 CLOCK = {"seconds", "started", "finished"}
 PRUNE = "prune toys:classifier --method magnitude --keep 0.6 --source digits --tokens 128 --eval-tokens 64 --no-verify"
@@ -112,7 +112,7 @@ def test_a_page_that_fails_keeps_no_run_from_its_end(here, monkeypatch, capsys):
 
 def test_a_run_whose_page_fills_the_disk_fails_and_goes_on_from_there(here, monkeypatch, capsys):
     def fills(*_):
-        with telling(here / "run"):
+        with explain_os_errors(here / "run"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -206,12 +206,12 @@ def test_an_export_that_was_killed_can_be_made_again(here):
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
     save(LlamaForCausalLM(LlamaConfig(vocab_size=40, **sizes)).eval(), "model")
     number, done = 0, False
-    exported("model", "transformers", "net")
+    export_model("model", "transformers", "net")
     whole = {path.name: path.read_bytes() for path in Path("net").iterdir()}
     while not done:
-        done = ends_at(number, lambda: exported("model", "transformers", "net"))
+        done = ends_at(number, lambda: export_model("model", "transformers", "net"))
         assert load("net") is not None
-        exported("model", "transformers", "net")
+        export_model("model", "transformers", "net")
         assert {path.name: path.read_bytes() for path in Path("net").iterdir()} == whole
         assert {path.name for path in here.iterdir()} == {"model", "net"}
         number += 3

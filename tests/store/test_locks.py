@@ -65,7 +65,7 @@ def test_what_a_living_process_has_not_finished_stays(tmp_path):
 import sys, time
 from pathlib import Path
 from regrow.store.atomic import written
-with written(Path(sys.argv[1])) as temporary:
+with atomic_write(Path(sys.argv[1])) as temporary:
     print(temporary.parent, flush=True)
     time.sleep(60)
 """

@@ -12,7 +12,7 @@ from torch import nn
 from regrow import load
 from regrow.commands import StoreError, save
 from regrow.store import replacing
-from regrow.store.replacing import cleared, read_whole, replaced, settle
+from regrow.store.replacing import clear_leftovers, read_whole, replace_folder, settle
 
 
 class Killed(BaseException):
@@ -28,7 +28,7 @@ def system(request, monkeypatch):
 
 
 def filled(folder, text):
-    with replaced(folder) as new:
+    with replace_folder(folder) as new:
         (new / "a").write_text(text)
         (new / "in").mkdir()
         (new / "in" / "b").write_text(text)
@@ -47,10 +47,10 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path, system):
 
 def test_nothing_changes_if_the_block_fails(tmp_path, system):
     filled(tmp_path / "out", "first")
-    with pytest.raises(ZeroDivisionError), replaced(tmp_path / "out") as new:
+    with pytest.raises(ZeroDivisionError), replace_folder(tmp_path / "out") as new:
         (new / "a").write_text("second")
         raise ZeroDivisionError
-    with pytest.raises(ZeroDivisionError), replaced(tmp_path / "new" / "out"):
+    with pytest.raises(ZeroDivisionError), replace_folder(tmp_path / "new" / "out"):
         raise ZeroDivisionError
     assert held(tmp_path / "out") == {"a": "first", "in/b": "first"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"], "the folder around a new one goes too"
@@ -79,7 +79,7 @@ def test_a_kill_at_any_rename_leaves_the_old_or_the_new_folder_and_nothing_else(
     settle(tmp_path / "out")
     found = held(tmp_path / "out")
     assert found in ({"a": text, "in/b": text} for text in ("first", "second"))
-    cleared(tmp_path / "out")
+    clear_leftovers(tmp_path / "out")
     assert held(tmp_path / "out") == found and [path.name for path in tmp_path.iterdir()] == ["out"]
     assert code in (0, 9)
     if not code:

@@ -7,7 +7,7 @@ import torch
 
 import regrow
 from hand import lm
-from regrow.allocation import ranked
+from regrow.allocation import rank
 from regrow.method import Budget, Evidence, Need
 from regrow.plan import Plan
 from regrow.scoring import collect, means, random
@@ -27,7 +27,7 @@ def test_gates_of_zero_and_one_are_the_cut(compensated: bool) -> None:
     axes = regrow.trace(model, ids, use_cache=False)
     source = Source("x", [Batch((ids,), {"use_cache": False}, torch.roll(ids, -1, 1))])
     pooled = Evidence(collect(model, axes, [source], {Need.ACTIVATIONS})).pooled()
-    kept = ranked(axes, random(axes, seed=3), Budget(0.7))
+    kept = rank(axes, random(axes, seed=3), Budget(0.7))
     assert sum(len(keep) < axes[key].size for key, keep in kept.items()) > 2
     ones = {key: torch.zeros(axes[key].size, dtype=torch.float64) for key in kept}
     gates = {key: zeros.index_fill(0, torch.tensor(kept[key]), 1.0) for key, zeros in ones.items()}

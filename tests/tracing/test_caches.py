@@ -8,7 +8,7 @@ from torch import nn
 
 from hand import lm
 from regrow import apply, prune, trace
-from regrow.allocation import BudgetError, priced
+from regrow.allocation import BudgetError, cost_of
 from regrow.amounts import Measure, Target
 from regrow.axes import Example
 from regrow.budget import Budget
@@ -48,26 +48,26 @@ def test_the_polynomial_is_what_the_cache_holds_before_and_after_a_cut(attention
     model = llama(attention).to(dtype)
     axes = trace(model, TOKENS, use_cache=False)
     budget = Budget(target=Target(Measure.CACHE, 1, 21))
-    assert priced(axes, budget).total == held(model, 21)
+    assert cost_of(axes, budget).total == held(model, 21)
     groups = [axis.key for axis in axes.units() if "self_attn" in axis.key]
     plan = Plan.keeping(axes, {groups[0]: (1,), groups[2]: (0, 2, 3)})
-    planned = priced(axes, budget)(plan.sizes(axes))
+    planned = cost_of(axes, budget)(plan.sizes(axes))
     _, axes = apply(model, axes, plan)
-    assert planned == priced(axes, budget).total == held(model, 21) == (1 + 4 + 3) * 2 * 4 * dtype.itemsize * 21
+    assert planned == cost_of(axes, budget).total == held(model, 21) == (1 + 4 + 3) * 2 * 4 * dtype.itemsize * 21
 
 
 @pytest.mark.parametrize("name", ["llama_eager", "llama_single", "qwen3", "phi3", "gpt2", "gpt_neox", "opt"])
 def test_every_way_to_make_keys_and_values(name: str) -> None:
     model = ZOO[name].build().eval()
     axes = trace(model, torch.arange(1, 15).view(2, 7), use_cache=False)
-    assert priced(axes, Budget(target=Target(Measure.CACHE, 1, 9))).total == held(model, 9)
+    assert cost_of(axes, Budget(target=Target(Measure.CACHE, 1, 9))).total == held(model, 9)
 
 
 def test_a_cache_of_a_window_holds_less_than_is_counted() -> None:
     model = ZOO["mistral"].build().eval()
     axes = trace(model, torch.arange(1, 15).view(2, 7), use_cache=False)
     window = model.config.sliding_window
-    priced_at = [priced(axes, Budget(target=Target(Measure.CACHE, 1, n))).total for n in (window - 1, 99)]
+    priced_at = [cost_of(axes, Budget(target=Target(Measure.CACHE, 1, n))).total for n in (window - 1, 99)]
     assert priced_at[0] == held(model, 99) < priced_at[1]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import laws
 from regrow import Plan, apply, trace, verify
-from regrow.allocation import ranked
+from regrow.allocation import rank
 from regrow.axes import Mark
 from regrow.method import Budget
 from regrow.plan import PlanError
@@ -66,5 +66,5 @@ def test_too_few_experts_and_odd_widths_are_refused(axes, key: str, keep, reason
 
 def test_budgets_are_met_in_multiples(axes) -> None:
     scores = {NEURONS: torch.rand(56, generator=torch.Generator().manual_seed(0))}
-    kept = ranked(axes, scores, Budget(0.97))
+    kept = rank(axes, scores, Budget(0.97))
     assert 0 < len(kept[NEURONS]) < 56 and len(kept[NEURONS]) % 4 == 0

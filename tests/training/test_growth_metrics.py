@@ -12,7 +12,7 @@ from regrow.axes import AxisGraph
 from regrow.commands import RunFolder
 from regrow.commands import learn as learning_run
 from regrow.commands.learn import Settings, run
-from regrow.data.streams import digits_task, permuted, split
+from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.plan import Fill, Plan
@@ -62,7 +62,7 @@ def growing(watched: Watched, rule: str = "zero_out") -> Learner[Any]:
 
 
 def grown(rule: str = "zero_out", lr: float = 0.05) -> tuple[Watched, TrainState[Any]]:
-    task = permuted(digits_task(), 1)
+    task = permuted_tasks(digits_task(), 1)
     model, _ = small("mlp:12-8", (1, 8, 8), 10)
     watched, axes = Watched(), trace(model, task[0].train.inputs[:2])
     fitted = learn(model, axes, task, growing(watched, rule), TaskSchedule(epochs=3, lr=lr))
@@ -101,7 +101,7 @@ def test_steps_until_the_loss_is_back(lr: float) -> None:
 
 def test_what_is_told_changes_no_step() -> None:
     """The same as steps written out by hand, growth included, bit for bit."""
-    task = permuted(digits_task(), 1)[0]
+    task = permuted_tasks(digits_task(), 1)[0]
     learner, schedule = growing(Watched()), TaskSchedule(epochs=2, lr=0.05)
     nets: list[Any] = [small("mlp:12-8", (1, 8, 8), 10)[0] for _ in range(2)]
     axes: AxisGraph = trace(nets[0], task.train.inputs[:2])

@@ -16,7 +16,7 @@ import regrow
 from regrow.commands import learn as learning_run
 from regrow.commands.learn import Settings, extend, run, tasks_of
 from regrow.data import SourceError
-from regrow.data.streams import digits_task, permuted, split
+from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.evaluation.continual import Matrix, share_right
 from regrow.methods import LEARNERS, learner_entry
 from regrow.nets.small import small
@@ -36,7 +36,7 @@ SETTINGS = Settings(
 @pytest.mark.parametrize("name", LEARNERS)
 def test_every_method_learns_and_tells(name: str) -> None:
     """Each learns the first of two tasks far better than chance, and its matrix is that of the network it leaves."""
-    tasks = permuted(digits_task(), 2)
+    tasks = permuted_tasks(digits_task(), 2)
     model, _ = small("mlp:48-32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
     learner = learner_entry(name).build(learner_entry(name).settings())

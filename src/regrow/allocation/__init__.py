@@ -1,6 +1,6 @@
 """How many units, and where: scores and a budget → the units kept.
 
-``cost.Cost`` says what a network costs at given sizes, ``priced`` what a budget counts of it; ``ranked`` and
+``cost.Cost`` says what a network costs at given sizes, ``cost_of`` what a budget counts of it; ``rank`` and
 ``uniform`` choose units under a budget; ``ratios`` solves for shares that meet one while they are learned; ``stages``
 cuts a search where memory has one.
 """
@@ -8,13 +8,13 @@ cuts a search where memory has one.
 from collections.abc import Callable, Mapping
 
 from regrow.allocation.cost import Cost
-from regrow.allocation.priced import TimeCost, payers, priced
-from regrow.allocation.ranked import BudgetError, ranked
+from regrow.allocation.priced import TimeCost, cost_of, payers
+from regrow.allocation.ranked import BudgetError, rank
 from regrow.allocation.solved import module_costs, ratios, soft_step
 from regrow.allocation.stages import MemoryBudgetError, Stages, stages
 from regrow.allocation.uniform import uniform
 
-ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": ranked, "uniform": uniform}
+ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"rank": rank, "uniform": uniform}
 """Name → (axes, scores, budget, *, minimum, share) → axis key → units kept."""
 
 
@@ -37,10 +37,10 @@ __all__ = [
     "Stages",
     "TimeCost",
     "allocation",
+    "cost_of",
     "module_costs",
     "payers",
-    "priced",
-    "ranked",
+    "rank",
     "ratios",
     "soft_step",
     "stages",

@@ -14,7 +14,7 @@ from regrow.axes import AxisGraph
 from regrow.branches import lies_in
 
 
-def cut(found: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
+def select_removed(found: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
     """The operations that do not stand, and of each axis that loses filters those that do.
 
     Args:
@@ -33,7 +33,7 @@ def cut(found: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dic
     return drop, keep
 
 
-def spared(found: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
+def limit_removal(found: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
     """Masks under which no more goes than must: the nearest to their thresholds stay, as long as all that is allowed.
 
     Args:
@@ -64,7 +64,7 @@ def spared(found: Gates, masks: GateMasks, allowed: float, bare: bool = True) ->
     return replace(masks, ops=ops, filters=filters)
 
 
-def reserved(found: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
+def protect_cheapest(found: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
     """Masks under which a target can still be met later: of sets whose cheapest operation would go, it stays.
 
     Those nearest to their thresholds stay, one after the other, until the target is within reach, if it ever is.
@@ -143,7 +143,7 @@ def threshold_for(share: float, importance: Tensor, whole: int) -> float:
     return float(importance.sort().values[many]) if many > 0 else 0.0
 
 
-def controlled(
+def update_controller(
     values: Mapping[str, Any], dropped: int, few: int = 24, many: int = 48, factor: int = 4
 ) -> dict[str, Any]:
     """λ after a commit, as the controller of MG-DARTS moves it, and that of GOLD-NAS by other numbers.
@@ -168,7 +168,7 @@ def controlled(
     return {"cap": cap}
 
 
-def excess(found: Gates, masks: GateMasks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
+def fit_to_budget(found: Gates, masks: GateMasks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
     """What a target leaves of what stands: the least important goes, as little as must.
 
     Weights pay where they are searched and cost anything; else filters, where they are, and then operations, of which

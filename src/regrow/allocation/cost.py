@@ -33,7 +33,7 @@ class Cost:
     ) -> None:
         terms: Monomials = {}
         for dims, factor in _tensors(axes, measure, counted, tokens):
-            for keys, coefficient in expanded(dims).items():
+            for keys, coefficient in expand(dims).items():
                 terms[keys] = terms.get(keys, 0) + coefficient * factor
         self._over(axes, measure)
         degree = max((len(keys) for keys in terms), default=0)
@@ -106,10 +106,10 @@ def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> I
             raise ValueError("time is no polynomial in sizes; allocation.priced makes a cost of measured times")
 
 
-def expanded(dims: Iterable[Dim]) -> Monomials:
+def expand(dims: Iterable[Dim]) -> Monomials:
     """A product of dimensions as a sum of monomials.
 
-    >>> expanded([Sum((2, "a")), "b", 3])
+    >>> expand([Sum((2, "a")), "b", 3])
     {('b',): 6, ('a', 'b'): 3}
     """
     result: Monomials = {(): 1}
@@ -120,11 +120,11 @@ def expanded(dims: Iterable[Dim]) -> Monomials:
             case str():
                 factor = {(dim,): 1}
             case Product(parts):
-                factor = expanded(parts)
+                factor = expand(parts)
             case Sum(parts):
                 factor = {}
                 for part in parts:
-                    for keys, coefficient in expanded([part]).items():
+                    for keys, coefficient in expand([part]).items():
                         factor[keys] = factor.get(keys, 0) + coefficient
         multiplied: Monomials = {}
         for (a, x), (b, y) in product(result.items(), factor.items()):

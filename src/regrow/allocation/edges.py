@@ -89,7 +89,7 @@ class Edges:
         return grown / total.index_select(0, self.node)
 
 
-def chosen(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:
+def select_operations(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:
     """The operations that are kept: the best of each of the best edges into each node.
 
     Args:
@@ -101,7 +101,7 @@ def chosen(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:
     Returns:
         ``[operations]`` bool.
 
-    >>> chosen(torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 1, 2]), torch.zeros(4)).tolist()
+    >>> select_operations(torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 1, 2]), torch.zeros(4)).tolist()
     [False, True, True, False]
     """
     found, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), most)

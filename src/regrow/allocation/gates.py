@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.levels import Levels, levels
-from regrow.allocation.thresholds import stepped
+from regrow.allocation.thresholds import step_mask
 from regrow.allocation.timed import Prices
 from regrow.axes import AxisGraph
 from regrow.method import Measure
@@ -42,7 +42,7 @@ class GateMasks:
     @property
     def weights(self) -> Tensor | None:
         """Mask of weights, ``[N]``."""
-        return None if self.over is None else stepped(self.over)
+        return None if self.over is None else step_mask(self.over)
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Gates:
         else:
             share = ops[0].sigmoid().index_select(0, self.tied)
             margin_o = torch.where(self.alive & self.runs, share - ops[1].index_select(0, self.tied) - _JUST, NEVER)
-            mask_o = stepped(margin_o).masked_fill(self._last(margin_o.detach()), 1.0)
+            mask_o = step_mask(margin_o).masked_fill(self._last(margin_o.detach()), 1.0)
             mask_o = torch.where(self.runs, mask_o, self.alive.float())
             scale_o = 2 * share * mask_o
         if filters is None:
@@ -103,7 +103,7 @@ class Gates:
         else:
             share = filters[0].sigmoid()
             margin_f = share - filters[1].index_select(0, self.axis) - _JUST
-            mask_f = stepped(margin_f).masked_fill(self._fewest(margin_f.detach()), 1.0)
+            mask_f = step_mask(margin_f).masked_fill(self._fewest(margin_f.detach()), 1.0)
             scale_f = 2 * share * mask_f
         over = None
         if weights is not None:
@@ -167,7 +167,7 @@ class Gates:
         many = share.new_zeros(len(self.ops)).index_add(0, node, torch.ones_like(share))
         return stands, share / total.index_select(0, node), many[node]
 
-    def evenness(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
+    def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
         """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node.
 
         Of each node it is greatest where all weigh the same, and least where one has all.
@@ -182,7 +182,7 @@ class Gates:
         stands, share, many = self.shares(masks, alpha)
         return torch.log1p(many * share)[among[stands]].sum()
 
-    def lowness(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def threshold_regularizer(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         """Σ exp(−t) over the thresholds of what stands.
 
         Args:

@@ -6,7 +6,7 @@ from math import ceil, prod
 from regrow.axes import Axis, AxisGraph, Role, size_of
 
 
-def hidden(axes: AxisGraph) -> tuple[Axis, ...]:
+def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:
     """The axes inside blocks that can be widened: one weight makes their units. A residual stream has several."""
     return tuple(axis for axis in axes.units() if not axis.narrow and len(makers(axis, axes)) == 1)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from regrow.allocation.thresholds import kept
-from regrow.allocation.timed import Prices, above, multiplied
+from regrow.allocation.thresholds import keep_above
+from regrow.allocation.timed import Prices, above, count_macs
 from regrow.axes import AxisGraph, Role
 from regrow.method import Measure
 
@@ -82,7 +82,7 @@ class Levels:
             over_by: How far each weight is above its threshold, ``[N]``; ``None`` if none is left out.
         """
         scaled = flat * torch.cat([filters, filters.new_ones(1)]).index_select(0, self.reads)
-        return scaled if over_by is None else kept(scaled, over_by)
+        return scaled if over_by is None else keep_above(scaled, over_by)
 
     def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
         """Which weights lie in operations and between filters that stand, ``[N]`` bool."""
@@ -245,4 +245,4 @@ def _prices(axes: AxisGraph, measure: Measure, timed: Prices | None, ops: Collec
             return timed
         case Measure.CACHE:
             raise ValueError(f"what single weights have of {measure} is not known; count params, macs, bytes or ms")
-    return multiplied(axes, ops)
+    return count_macs(axes, ops)

@@ -5,7 +5,7 @@ from math import prod
 
 import numpy as np
 
-from regrow.allocation.cost import Cost, expanded
+from regrow.allocation.cost import Cost, expand
 from regrow.amounts import Measure
 from regrow.axes import Axis, AxisGraph, Role, axes_in
 from regrow.budget import Budget, Timing
@@ -68,7 +68,7 @@ class BiasedCost(Cost):
             }
             made = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
             read = sorted({self.index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
-            terms = [(each * n, [self.index[key] for key in keys]) for keys, n in expanded(made).items()]
+            terms = [(each * n, [self.index[key] for key in keys]) for keys, n in expand(made).items()]
             for i in {*read, *(i for _, own in terms for i in own)}:
                 self._beside[i].append(len(self._biases))
             self._biases.append((read, terms))
@@ -92,7 +92,7 @@ class BiasedCost(Cost):
         return sum(n * prod(int(vector[i]) for i in own) for n, own in terms)
 
 
-def priced(axes: AxisGraph, budget: Budget) -> Cost:
+def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
     """What a budget counts, as a function of sizes, in whole steps of its measure.
 
     Raises:
@@ -119,7 +119,7 @@ def payers(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
         axes: The network's axes.
         budget: What is counted, and which axes may pay.
     """
-    cost, units = priced(axes, budget), budget.units(axes)
+    cost, units = cost_of(axes, budget), budget.units(axes)
     paying = [axis for axis in units if cost({axis.key: min(axis.least, axis.size - 1)}) < cost.total]
     keys, counts = {axis.key for axis in paying}, {axis.count for axis in paying if axis.count}
     return tuple(axis for axis in units if axis.key in keys or axis.count in counts)

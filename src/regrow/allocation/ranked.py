@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from regrow.allocation.cost import Cost
-from regrow.allocation.priced import priced
+from regrow.allocation.priced import cost_of
 from regrow.amounts import STEPS
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
@@ -49,7 +49,7 @@ class Lane:
     values: np.ndarray
 
 
-def ranked(
+def rank(
     axes: AxisGraph,
     scores: Scores | Mapping[str, Tensor],
     budget: Budget,
@@ -84,7 +84,7 @@ def ranked(
     """
     values = scores.values if isinstance(scores, Scores) else scores
     lanes = list(_lanes(axes, values, budget, minimum, share))
-    cost = priced(axes, budget)
+    cost = cost_of(axes, budget)
     limit = budget.limit(cost.total)
     members = [np.array([cost.index[key] for key in lane.keys]) for lane in lanes]
     steps = [np.concatenate([[0], np.cumsum(lane.steps)]) for lane in lanes]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def drawn(
+def sample_operations(
     dead: Sequence[str],
     alive: Sequence[str],
     drift: Mapping[str, float],

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from regrow.allocation.priced import priced
+from regrow.allocation.priced import cost_of
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 
@@ -62,7 +62,7 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
         modules: How many there are.
         budget: What is counted, and how much stays.
     """
-    cost, costs = priced(axes, budget), torch.zeros(modules, dtype=torch.float64)
+    cost, costs = cost_of(axes, budget), torch.zeros(modules, dtype=torch.float64)
     for key, label in labels.items():
         size = axes[key].size
         low = min(axes[key].least, size - 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def over(weight: Tensor, threshold: Tensor) -> Tensor:
+def margin(weight: Tensor, threshold: Tensor) -> Tensor:
     """How far each weight is above its threshold: |w| − t.
 
     Args:
@@ -29,7 +29,7 @@ def surrogate(x: Tensor) -> Tensor:
     return (2 - 4 * size).clamp_min_(0.4).mul_(size <= 1)
 
 
-def thresholded(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
+def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
     """W · [|w| ≥ t or owned], with the dense gradient to the weights.
 
     The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
@@ -41,7 +41,7 @@ def thresholded(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
         owned: Entries that are never left out, bool in the shape of the weight.
 
     >>> w, t = torch.tensor([[0.5, -0.1, 0.0]], requires_grad=True), torch.tensor([0.2], requires_grad=True)
-    >>> y = thresholded(w, t, torch.tensor([[False, False, False]]))
+    >>> y = apply_threshold(w, t, torch.tensor([[False, False, False]]))
     >>> y.sum().backward()
     >>> y.tolist(), w.grad.tolist(), round(t.grad.item(), 3)
     ([[0.5, -0.0, 0.0]], [[1.0, 1.0, 1.0]], -0.24)
@@ -53,7 +53,7 @@ def thresholded(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
 class _Thresholded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
-        above = over(weight, threshold)
+        above = margin(weight, threshold)
         ctx.save_for_backward(weight, above, owned)
         ctx.shape = threshold.shape
         return weight * (above >= 0).logical_or_(owned)
@@ -66,12 +66,12 @@ class _Thresholded(torch.autograd.Function):
         return gradient, -down.reshape(ctx.shape), None
 
 
-def stepped(over_by: Tensor) -> Tensor:
+def step_mask(over_by: Tensor) -> Tensor:
     """1 where a value is at least 0, else 0; with the surrogate's gradient.
 
     >>> z = torch.tensor([0.1, -0.1], requires_grad=True)
-    >>> stepped(z).sum().backward()
-    >>> stepped(z).tolist(), [round(g, 2) for g in z.grad.tolist()]
+    >>> step_mask(z).sum().backward()
+    >>> step_mask(z).tolist(), [round(g, 2) for g in z.grad.tolist()]
     ([1.0, 0.0], [1.6, 1.6])
     """
     found: Tensor = _StepFunction.apply(over_by)
@@ -90,7 +90,7 @@ class _StepFunction(torch.autograd.Function):
         return surrogate(over_by).mul_(gradient)
 
 
-def kept(values: Tensor, over_by: Tensor) -> Tensor:
+def keep_above(values: Tensor, over_by: Tensor) -> Tensor:
     """Values where ``over_by`` is at least 0, else 0; values get the dense gradient, ``over_by`` the surrogate's.
 
     Args:

@@ -23,7 +23,7 @@ class Prices:
     rest: float = 0.0
 
 
-def timed(
+def spread_times(
     axes: AxisGraph,
     sums: Mapping[str, Sequence[str]],
     *,
@@ -78,7 +78,7 @@ def macs_of(axes: AxisGraph) -> Callable[[str], float]:
     return macs
 
 
-def multiplied(axes: AxisGraph, ops: Collection[str]) -> Prices:
+def count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
     """The multiply–accumulates of one example.
 
     What a module with a weight does is spread over its entries; what others do (attention, products of activations)

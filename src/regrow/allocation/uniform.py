@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from regrow.allocation.ranked import ranked
+from regrow.allocation.ranked import rank
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.scores import Scores
@@ -26,7 +26,7 @@ def uniform(
     Args:
         axes: The network's axes.
         scores: Axis key → one number per unit; need not be comparable between axes.
-        budget: As for ``ranked``.
+        budget: As for ``rank``.
         minimum: How many units every axis keeps at least.
         share: What share of its units every axis keeps at least.
 
@@ -39,7 +39,7 @@ def uniform(
     """
     values = scores.values if isinstance(scores, Scores) else scores
     shares = {key: _percentile(value) for key, value in values.items()}
-    return ranked(axes, shares, budget, minimum=minimum, share=share)
+    return rank(axes, shares, budget, minimum=minimum, share=share)
 
 
 def _percentile(values: Tensor) -> Tensor:

@@ -25,13 +25,13 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
     from regrow.commands import Ledger, replay
     from regrow.commands.models import ModelSpec, load_model_or_run
     from regrow.store import write_model
-    from regrow.store.replacing import cleared, replaced
+    from regrow.store.replacing import clear_leftovers, replace_folder
     from regrow.tracing import trace
 
     if not plan.is_file():
         raise click.UsageError(f"{plan} is not a file; write a plan with `regrow prune … --dry-run {plan}`")
     plans = _plans(plan)
-    cleared(out)
+    clear_leftovers(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise click.UsageError(f"{out} exists and is not empty; choose another folder, or delete it")
     options.say_code(model, code)
@@ -39,7 +39,7 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
         loaded = load_model_or_run(ModelSpec(model, dtype=dtype, input=input), progress, code)
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
         replay(loaded.model, axes, plans)
-        with replaced(out) as made:
+        with replace_folder(out) as made:
             write_model(loaded, made)
             for one in plans:
                 Ledger(made / "ledger.json").append(one)

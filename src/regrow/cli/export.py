@@ -33,11 +33,11 @@ Examples
 @click.option("--cache", is_flag=True, help="For onnx: a graph that takes and gives keys and values.")
 def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str) -> None:
     """Export RUN (a run folder, or any model that `regrow prune` takes), and check what was written by reading it."""
-    from regrow.export.formats import exported
+    from regrow.export.formats import export_model
 
     options.say_code(run, code)
     with working() as progress:
-        written = exported(run, to, out, dtype=dtype, cache=cache, code=code, input=input, progress=progress)
+        written = export_model(run, to, out, dtype=dtype, cache=cache, code=code, input=input, progress=progress)
     say(f"{written.path}: {number(written.bytes)} bytes")
     for note in written.notes:
         say(f"note: {note}")

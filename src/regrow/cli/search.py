@@ -44,7 +44,7 @@ def search(given: Given, out: Path) -> None:
 
 def _tell(folder: Any) -> None:
     from regrow.reports import summarise
-    from regrow.reports.search import alarms, unsearched
+    from regrow.reports.search import alarms, explain_unsearched
 
     found, tested, levels = map(folder.last, ("found", "test", "levels"))
     table(
@@ -61,5 +61,5 @@ def _tell(folder: Any) -> None:
         f"test{after} {tested['accuracy']:.3f} on {tested['images']} images"
     )
     (told,) = summarise([folder.path])["runs"]
-    for note in [*alarms(told), *filter(None, [unsearched(told)])]:
+    for note in [*alarms(told), *filter(None, [explain_unsearched(told)])]:
         say(f"note: {note}")

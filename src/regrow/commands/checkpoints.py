@@ -13,7 +13,7 @@ from regrow.scores import Moments, Statistics
 from regrow.sources import Source
 from regrow.store import schemas
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError, telling
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensors import add_to_digest, read_header, read_tensors, write_tensors
 from regrow.training import checkpoint as training
 
@@ -106,7 +106,7 @@ def open_checkpoint(path: Path, key: str) -> dict[str, Any]:
     Raises:
         StoreError: If the folder cannot be created.
     """
-    with telling(path.parent):
+    with explain_os_errors(path.parent):
         path.parent.mkdir(exist_ok=True)
     try:
         header = read_header(path, *FORMATS)

@@ -23,9 +23,9 @@ from regrow.scores import Statistics
 from regrow.store import schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError, telling
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.locks import Lock, lock
-from regrow.store.replacing import WORK, check_replaceable, cleared, link_tree, replaced, settle
+from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
 from regrow.store.versions import versions
 from regrow.surgery import UndoStore
 
@@ -74,7 +74,7 @@ class RunFolder:
         """
         out, wanted = Path(out), identity(verb, settings, defaults)
         cls.check(out, verb=verb, settings=settings, defaults=defaults)
-        with telling(out):
+        with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
         try:
@@ -107,7 +107,7 @@ class RunFolder:
         """
         out = Path(out)
         check_replaceable(out)
-        cleared(out)
+        clear_leftovers(out)
         if out.is_dir():
             lock(out).release()
         if not resumes(out, identity(verb, settings, defaults)):
@@ -125,7 +125,7 @@ class RunFolder:
         """
         out = Path(out)
         check_replaceable(out)
-        with telling(out):
+        with explain_os_errors(out):
             owner = lock(out)
         try:
             if started(out):
@@ -202,7 +202,7 @@ class RunFolder:
         self.update(**fields, **_now("finished"))
         if write_page:
             write_page(self.path)
-        with replaced(self.out, self.owner) as new:
+        with replace_folder(self.out, self.owner) as new:
             link_tree(self.path, new, skip={"statistics"})
         if self.owner:
             self.owner.release()
@@ -315,7 +315,7 @@ class RunFolder:
             StoreError: If the disk is full.
         """
         path = self.path / "statistics" / file_name(source, shard)
-        with telling(path.parent):
+        with explain_os_errors(path.parent):
             path.parent.mkdir(exist_ok=True)
         write_statistics(path, source, shard, statistics, key)
 

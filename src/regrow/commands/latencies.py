@@ -11,7 +11,7 @@ from regrow.evaluation import Latency, latency
 from regrow.limits import read_json
 from regrow.sources import Batch
 from regrow.store import schemas
-from regrow.store.atomic import written
+from regrow.store.atomic import atomic_write
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 
@@ -43,5 +43,5 @@ def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
 def keep(out: Path, table: Latency) -> None:
     """Write a table into a run folder that has none."""
     if not (out / TABLE).is_file():
-        with written(out / TABLE) as temporary:
+        with atomic_write(out / TABLE) as temporary:
             temporary.write_text(json.dumps(asdict(table), indent=1) + "\n")

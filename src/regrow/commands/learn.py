@@ -25,7 +25,7 @@ from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.learn import Settings
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
-from regrow.store.replacing import cleared
+from regrow.store.replacing import clear_leftovers
 from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
@@ -96,7 +96,7 @@ def extend(
     """
     if Path(out).is_dir():
         check_files(Path(out))
-    cleared(Path(out))
+    clear_leftovers(Path(out))
     folder = RunFolder.started(out) or RunFolder.open(out)
     told = folder.run()
     if told.get("verb") != "learn":
@@ -285,9 +285,9 @@ def _sequence(spec: str, settings: Settings) -> list[Task]:
         case "":
             return [base]
         case "permuted":
-            return streams.permuted(base, n, settings.seed)
+            return streams.permuted_tasks(base, n, settings.seed)
         case "rotated":
-            return streams.rotated(base, n)
+            return streams.rotated_tasks(base, n)
     return streams.split(base, n, relabel=settings.scenario == "domain")
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from torch import nn
 
 from regrow import evaluation
-from regrow.allocation import priced
+from regrow.allocation import cost_of
 from regrow.amounts import STEPS, Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
@@ -93,7 +93,7 @@ def counted(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisG
     """
     if budget.target is None and budget.measure != Measure.TIME:
         return
-    was, now = (priced(axes, budget).total for axes in (before, after))
+    was, now = (cost_of(axes, budget).total for axes in (before, after))
     row: dict[str, Any] = {"asked": budget.limit(was), "before": was, "after": now}
     if budget.measure == Measure.TIME:
         row |= {"predicted": now, "after": evaluation.fastest_pass(model, passed(before, budget))}
@@ -107,4 +107,4 @@ def passed(axes: AxisGraph, budget: Budget) -> Batch:
     """What a pass is timed with: the traced example, or as many tokens as a target names."""
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
-    return evaluation.lengthened(batch, tokens) if tokens else batch
+    return evaluation.lengthen(batch, tokens) if tokens else batch

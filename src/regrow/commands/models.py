@@ -11,7 +11,7 @@ from regrow.axes import Example
 from regrow.commands.example_inputs import asked_input, input_of
 from regrow.commands.record import RUN, read_run
 from regrow.nets import Loaded, ModelError
-from regrow.nets.code import called, check_code, imported
+from regrow.nets.code import call_builder, check_code, import_builder
 from regrow.nets.devices import usable_device
 from regrow.nets.examples import read_shape, shaped_example
 from regrow.nets.files import check_files
@@ -73,8 +73,8 @@ def load_model_or_run(spec: ModelSpec, progress: Progress = silent, code: str = 
         check_code(recorded.reference, recorded.kind == "callable", code)
     except ModelError as error:
         raise ModelError(f"{folder}: {error}") from None
-    builder = imported(code) if code else None
-    own, example = called(builder, code) if builder else (None, None)
+    builder = import_builder(code) if code else None
+    own, example = call_builder(builder, code) if builder else (None, None)
     net = store.load(folder, model=own, device=spec.device, dtype=DTYPES.get(spec.dtype))
     tokenizer: Any = getattr(net, "tokenizer", None)
     origin = replace(recorded, name=folder.name, builder=builder)

@@ -159,7 +159,7 @@ def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     after = job.measure(axes, "pruned")
     measuring.counted(folder, loaded.model, traced, axes, budget)
     for name in before.keys() & after.keys():
-        pair = evaluation.paired(before[name], after[name])
+        pair = evaluation.paired_difference(before[name], after[name])
         folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
     if settings.recover:
         with clock.stage("recover"):

@@ -10,7 +10,7 @@ from regrow.axes import AxisGraph
 from regrow.commands.calibration import glance
 from regrow.commands.checkpoints import fingerprint, open_checkpoint
 from regrow.commands.folder import RunFolder
-from regrow.evaluation import Perplexity, paired
+from regrow.evaluation import Perplexity, paired_difference
 from regrow.methods import recovery_entry
 from regrow.methods.recovery import Task
 from regrow.nets import Loaded
@@ -97,5 +97,5 @@ def compared(folder: RunFolder, found: Mapping[str, Perplexity], number: int = 1
             row = rows.get((model, name), {})
             nll = row.get("nll_per_window", [])
             if row.get("tokens") == sum(after.tokens) and len(nll) == len(after.nll) and None not in nll:
-                pair = paired(Perplexity(name, tuple(nll), after.tokens, after.bytes, after.origin), after)
+                pair = paired_difference(Perplexity(name, tuple(nll), after.tokens, after.bytes, after.origin), after)
                 folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error, of=[model, "recovered"], **more)

@@ -11,7 +11,7 @@ from torch import nn
 
 from regrow import evaluation, store
 from regrow.allocation.stages import Stages
-from regrow.allocation.timed import timed
+from regrow.allocation.timed import spread_times
 from regrow.amounts import Measure, parse_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
@@ -296,7 +296,7 @@ def built(
         raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
     if table:
         parts = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
-        found.timed = timed(axes, candidates_in(model), **parts, rest=table.rest)
+        found.timed = spread_times(axes, candidates_in(model), **parts, rest=table.rest)
         if most <= found.timed.rest:
             raise ValueError(f"{found.timed.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
     if isinstance(model, Bench201) and "filters" in found.searched:

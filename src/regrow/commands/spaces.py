@@ -18,7 +18,7 @@ from regrow.methods.search.searcher import Searcher
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.code import Builder, called, imported
+from regrow.nets.code import Builder, call_builder, import_builder
 from regrow.nets.fits import check_space_fits
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
@@ -61,14 +61,14 @@ def network(
     shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
         _one_stage(f"{space} has one topology for all cells, so it", stages, memory)
-        config = bench201.whole(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
+        config = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
         check_space_fits(config, f"a search of {space}")
         return _drawn(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
     found = _growing(space, shape, classes, stride)
     if found is None:
         _one_stage(space, stages, memory)
         if names_code(space):
-            builder = imported(space)
+            builder = import_builder(space)
             return _own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
         return *small(space, shape, classes, seed), None
     check_space_fits(found.whole(), f"a search of {space}")
@@ -91,7 +91,7 @@ def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
     """A network of the user's own code, with drawn weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, _ = called(builder, space)
+        model, _ = call_builder(builder, space)
     said = logits_in(model.eval()(task.train.inputs[:2]))
     if said.shape != (2, len(task.classes)):
         raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {len(task.classes)} classes")
@@ -112,11 +112,11 @@ class _Growing:
 def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Growing | None:
     if fit := re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", space):
         width, many, nodes = map(int, fit.groups())
-        whole = partial(cells.whole, shape, classes, width=width, cells=many, nodes=nodes, stride=stride)
+        whole = partial(cells.supernet, shape, classes, width=width, cells=many, nodes=nodes, stride=stride)
         return _Growing("cells", Cells, whole, cells.prefix, many)
     if fit := re.fullmatch(r"mobile:(\d{1,3})-(\d{1,2})", space):
         width, many = map(int, fit.groups())
-        whole = partial(mobile.whole, shape, classes, width=width, blocks=many, stride=stride)
+        whole = partial(mobile.supernet, shape, classes, width=width, blocks=many, stride=stride)
         return _Growing("mobile", Mobile, whole, mobile.prefix, len(whole()["blocks"]))
     return None
 
@@ -165,11 +165,11 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
     fold_scales(model)
     match model:
         case Cells():
-            config = cells.described(model, origin.config, gone)
+            config = cells.describe(model, origin.config, gone)
         case Mobile():
-            config = mobile.described(model, origin.config, gone)
+            config = mobile.describe(model, origin.config, gone)
         case Bench201():
-            config = bench201.described(origin.config, gone)
+            config = bench201.describe(origin.config, gone)
         case _:
             return model.eval(), origin
     return rebuilt(config, model), replace(origin, config=config)

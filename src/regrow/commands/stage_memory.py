@@ -12,7 +12,7 @@ from torch import nn
 from regrow.allocation.stages import MemoryBudgetError, Peak
 from regrow.amounts import format_bytes
 from regrow.candidates import Prefix, Staged
-from regrow.evaluation import Live, predicted, prefix_peaks, training
+from regrow.evaluation import Live, predict_memory, prefix_peaks, training
 from regrow.evaluation.memory import peak_meter
 from regrow.learner import Stand
 from regrow.methods.search.searcher import Searcher
@@ -52,7 +52,7 @@ def foretold(method: Searcher, at: Stand, batch: Batch) -> int:
     """The most bytes that a search needs from now on, as the network stands; nothing of it runs."""
     net = Prefix(at.model, method.last)
     cut = sum(one.untyped_storage().nbytes() for one in method.undo.contents().values())
-    return _masked(method, predicted(net, batch, _step()).peak, net.many()) + cut
+    return _masked(method, predict_memory(net, batch, _step()).peak, net.many()) + cut
 
 
 def _step() -> Callable[[nn.Module, Batch], Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from regrow.commands.record import RUN, check_same, read_run
 from regrow.store.atomic import LEFTOVER, write_text
-from regrow.store.errors import StoreError, telling
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.replacing import WORK, link_tree
 
 
@@ -66,7 +66,7 @@ def check_area(area: Path) -> None:
 
 def cleared_area(out: Path) -> Path:
     """An empty working area in a folder."""
-    with telling(out):
+    with explain_os_errors(out):
         if (out / WORK).exists():
             shutil.rmtree(out / WORK)
         (out / WORK).mkdir()
@@ -77,7 +77,7 @@ def adopt(out: Path) -> None:
     """Move an unfinished run of version 0.1 into the working area; a call that is killed is completed by the next."""
     if not _of_0_1(out):
         return
-    with telling(out):
+    with explain_os_errors(out):
         (out / WORK).mkdir(exist_ok=True)
         for one in sorted(out.iterdir()):
             if one.name not in (WORK, RUN):
@@ -89,7 +89,7 @@ def adopt(out: Path) -> None:
 def begin_again(out: Path) -> None:
     """Have the working area hold what the finished run of a folder left, so that it can be changed there."""
     area = cleared_area(out)
-    with telling(out):
+    with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})
     write_text(area / RUN, (out / RUN).read_text(encoding="utf-8"))  # last: now there is a run
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def moved(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tensor:
+def shift_and_flip(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tensor:
     """Each picture moved by up to ``most`` pixels in both directions, 0 coming in, and mirrored every second time.
 
     Args:
@@ -13,7 +13,7 @@ def moved(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tensor:
         most: Pixels.
         mirror: Whether left and right may be exchanged.
 
-    >>> moved(torch.ones(2, 1, 8, 8), most=0).sum().item()
+    >>> shift_and_flip(torch.ones(2, 1, 8, 8), most=0).sum().item()
     128.0
     """
     n, _, height, width = pictures.shape

@@ -22,7 +22,7 @@ _MOST = 2**28
 """Bytes of the longest file that is read."""
 
 
-def permuted(base: Task, n: int, seed: int = 0) -> list[Task]:
+def permuted_tasks(base: Task, n: int, seed: int = 0) -> list[Task]:
     """The same images with their pixels in another fixed order in each task; the first has them as they are.
 
     Args:
@@ -39,7 +39,7 @@ def permuted(base: Task, n: int, seed: int = 0) -> list[Task]:
     return [_changed(base, f"permuted-{i + 1}", change(order)) for i, order in enumerate(orders)]
 
 
-def rotated(base: Task, n: int, degrees: float = 180.0) -> list[Task]:
+def rotated_tasks(base: Task, n: int, degrees: float = 180.0) -> list[Task]:
     """The same images turned further in each task, from 0 up to (not including) ``degrees``; bilinear, 0 outside.
 
     Args:

@@ -2,13 +2,13 @@
 
 from regrow.evaluation.choice import Choices, choices, items_in
 from regrow.evaluation.harness import Harnessed, harness
-from regrow.evaluation.language import Paired, Perplexity, paired, perplexity
+from regrow.evaluation.language import Paired, Perplexity, paired_difference, perplexity
 from regrow.evaluation.latency import Latency, latency
-from regrow.evaluation.memory import Live, Memory, UnpredictableError, measured, predicted, training
+from regrow.evaluation.memory import Live, Memory, UnpredictableError, measure_memory, predict_memory, training
 from regrow.evaluation.prefixes import prefix_peaks
 from regrow.evaluation.size import Size, dense, size
 from regrow.evaluation.speed import Speed, speed
-from regrow.evaluation.timing import fastest_pass, lengthened, timing
+from regrow.evaluation.timing import fastest_pass, lengthen, timing
 from regrow.evaluation.vision import Accuracy, accuracy
 from regrow.work import macs
 
@@ -31,12 +31,12 @@ __all__ = [
     "harness",
     "items_in",
     "latency",
-    "lengthened",
+    "lengthen",
     "macs",
-    "measured",
-    "paired",
+    "measure_memory",
+    "paired_difference",
     "perplexity",
-    "predicted",
+    "predict_memory",
     "prefix_peaks",
     "size",
     "speed",

@@ -146,10 +146,10 @@ def perplexity(
     return Perplexity(source.name, tuple(nll), tuple(tokens), tuple(lengths), source.origin)
 
 
-def paired(before: Perplexity, after: Perplexity) -> Paired:
+def paired_difference(before: Perplexity, after: Perplexity) -> Paired:
     """The difference after − before per window, with its standard error: much sharper than the two errors apart.
 
-    >>> paired(Perplexity("a", (8.0, 12.0), (4, 4)), Perplexity("a", (9.0, 14.0), (4, 4))).mean
+    >>> paired_difference(Perplexity("a", (8.0, 12.0), (4, 4)), Perplexity("a", (9.0, 14.0), (4, 4))).mean
     0.375
 
     Raises:

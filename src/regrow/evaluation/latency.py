@@ -12,7 +12,7 @@ from torch import nn
 from regrow.candidates import candidates_in
 from regrow.evaluation.forward import evaluating
 from regrow.evaluation.speed import waiting_for
-from regrow.evaluation.timing import uncollected
+from regrow.evaluation.timing import pause_collection
 from regrow.sources import Batch, moved
 
 
@@ -65,7 +65,7 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
         and name not in sums
         and not f"{name}.".startswith(inside)
     ]
-    with evaluating(model) as device, uncollected():
+    with evaluating(model) as device, pause_collection():
         args, kwargs = moved(batch.args, device), moved(dict(batch.kwargs), device)
         clock, total = _Clock(device), float("inf")
         for turn in range(1 + repeats):

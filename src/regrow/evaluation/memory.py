@@ -159,7 +159,7 @@ def training(
     return step
 
 
-def measured(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) -> Memory:
+def measure_memory(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) -> Memory:
     """Take steps, and say how many bytes they needed. The network learns from them as from any others.
 
     Args:
@@ -178,8 +178,8 @@ def measured(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) -> Mem
     return Memory(live.held, live.peak, None if extra is None else extra + live.held)
 
 
-def predicted(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: Step, rounds: int = 2) -> Memory:
-    """What :func:`measured` would say, from the same step on tensors that have shapes and no numbers.
+def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: Step, rounds: int = 2) -> Memory:
+    """What :func:`measure_memory` would say, from the same step on tensors that have shapes and no numbers.
 
     A number that the step asks a tensor for (``loss.item()``) is 1.
 
@@ -193,7 +193,7 @@ def predicted(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: St
         UnpredictableError: If data decide how large something is.
 
     >>> step, batch = training(torch.optim.Adam), Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
-    >>> predicted(nn.Linear(64, 8), batch, step).peak == measured(nn.Linear(64, 8), batch, step).peak
+    >>> predict_memory(nn.Linear(64, 8), batch, step).peak == measure_memory(nn.Linear(64, 8), batch, step).peak
     True
     """
     if isinstance(model, nn.Module):

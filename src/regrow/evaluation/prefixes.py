@@ -5,7 +5,7 @@ from functools import cache, partial
 
 from torch import nn
 
-from regrow.evaluation.memory import Step, predicted
+from regrow.evaluation.memory import Step, predict_memory
 from regrow.sources import Batch
 
 
@@ -21,6 +21,6 @@ def prefix_peaks(prefix: Callable[[int, int], nn.Module], batch: Batch, step: St
 
     @cache
     def peak(first: int, last: int) -> int:
-        return predicted(partial(prefix, first, last), batch, step).peak
+        return predict_memory(partial(prefix, first, last), batch, step).peak
 
     return peak

@@ -102,10 +102,10 @@ def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
         return _rounds([call], device, repeats, silent)[0]
 
 
-def lengthened(batch: Batch, tokens: int) -> Batch:
+def lengthen(batch: Batch, tokens: int) -> Batch:
     """The same batch with so many tokens in each row, its own over and over.
 
-    >>> lengthened(Batch((torch.tensor([[1, 2, 3]]),)), 5).args[0].tolist()
+    >>> lengthen(Batch((torch.tensor([[1, 2, 3]]),)), 5).args[0].tolist()
     [[1, 2, 3, 1, 2]]
 
     Raises:
@@ -223,7 +223,7 @@ def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress
     fastest = [0] * len(calls)
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time_ns if alone else time.perf_counter_ns
-    with uncollected():
+    with pause_collection():
         for turn in range(1 + repeats):
             for step in range(len(calls)):
                 at = (turn + step) % len(calls)
@@ -239,7 +239,7 @@ def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress
 
 
 @contextmanager
-def uncollected() -> Iterator[None]:
+def pause_collection() -> Iterator[None]:
     """No collection during timed calls: it would be blamed on one of them."""
     gc.collect()
     enabled = gc.isenabled()

@@ -33,10 +33,10 @@ FORMATS: Mapping[str, Format] = {
     "onnx": Format(("float32", "int8"), ".onnx", ("example", "cache")),
     "torchvision": Format(("",)),
 }
-"""What :func:`exported` writes; each in the module of its name."""
+"""What :func:`export_model` writes; each in the module of its name."""
 
 
-def exported(
+def export_model(
     model: str | Path,
     to: str,
     out: str | Path,

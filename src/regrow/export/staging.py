@@ -6,12 +6,12 @@ from pathlib import Path
 
 from regrow.store.errors import StoreError
 from regrow.store.models import keep_others
-from regrow.store.replacing import WORK, replaced
+from regrow.store.replacing import WORK, replace_folder
 from regrow.store.shapes import SHAPES
 
 
 @contextmanager
-def staged(out: Path) -> Iterator[Path]:
+def staging_folder(out: Path) -> Iterator[Path]:
     """A folder of the same name elsewhere that takes the place of ``out`` once the block ends without an error.
 
     Args:
@@ -26,6 +26,6 @@ def staged(out: Path) -> Iterator[Path]:
         raise StoreError(f"{out} is the folder of a run; choose another folder")
     if out.is_dir() and any(out.iterdir()) and not (out / SHAPES).is_file():
         raise StoreError(f"{out} holds something else; choose another folder")
-    with replaced(out) as made:
+    with replace_folder(out) as made:
         yield made
         keep_others(out, made)

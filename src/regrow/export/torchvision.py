@@ -10,10 +10,10 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
-from regrow.export.staging import staged
+from regrow.export.staging import staging_folder
 from regrow.export.written import CheckError, ExportError, Written
 from regrow.nets import Origin
-from regrow.nets.vision import example_of, unweighted
+from regrow.nets.vision import example_of, unweighted_arguments
 from regrow.progress import Progress, silent
 from regrow.store import portable
 from regrow.store.atomic import write_text
@@ -44,7 +44,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         raise ExportError("this is no torchvision network; export it to onnx")
     if dtype:
         raise ExportError(f"weights are stored as they are; --dtype {dtype} is for other formats")
-    with staged(out) as folder:
+    with staging_folder(out) as folder:
         progress(0, 2, "writing the folder")
         store.write_model(model, folder, origin=origin)
         record = portable.record(model, store.read_shapes(folder))
@@ -52,7 +52,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
             raise ExportError(
                 f"{origin.name} has modules that torchvision has not (attention that was opened); export it to onnx"
             )
-        settings = unweighted(origin.reference) | dict(origin.config)
+        settings = unweighted_arguments(origin.reference) | dict(origin.config)
         made = {"builder": origin.reference, "settings": settings, "regrow": record}
         write_text(folder / "network.json", json.dumps(made, indent=1) + "\n")
         for name in FILES:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from regrow import store
-from regrow.export.staging import staged
+from regrow.export.staging import staging_folder
 from regrow.export.written import CheckError, ExportError, Written
 from regrow.nets import ModelError, Origin, build
 from regrow.nets.blocks import ATTENTION, MLP, DecoderLayer, blocks
@@ -24,7 +24,7 @@ from regrow.nets.language import origin_of, quiet, require_transformers
 from regrow.progress import Progress, silent
 from regrow.store import portable
 from regrow.store.shapes import Number
-from regrow.store.state import held, numbers
+from regrow.store.state import named_tensors, numbers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = 1e-4
@@ -56,7 +56,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
     if dtype and dtype not in DTYPES:
         raise ExportError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     stored = DTYPES[dtype] if dtype else None
-    with staged(out) as made:
+    with staging_folder(out) as made:
         progress(0, 2, "writing the folder")
         same = plain(model, origin)
         if same is None:
@@ -64,7 +64,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         else:
             store.write_model(same, made, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
         carried = (made / "modeling_regrow.py").is_file()
-        if not carried and portable.changed(store.read_shapes(made)):
+        if not carried and portable.is_changed(store.read_shapes(made)):
             raise ExportError(
                 f"transformers cannot build this {origin.reference} from what it records; export it to onnx"
             )
@@ -95,7 +95,7 @@ def plain(model: nn.Module, origin: Origin) -> Any | None:
         whole, fresh = build(origin), build(replace(origin, config=settings))
     except ModelError:
         return None
-    now, made = held(model), held(fresh)
+    now, made = named_tensors(model), named_tensors(fresh)
     if now.keys() - made.keys() or not _alike(numbers(model), numbers(fresh), numbers(whole)):
         return None
     zeros = {name for name in made.keys() - now.keys() if name.endswith("_proj.bias")}

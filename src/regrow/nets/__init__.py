@@ -1,8 +1,8 @@
 """Loading real networks, and building their architectures again."""
 
-from regrow.nets.attention import opened
+from regrow.nets.attention import replace_attention
 from regrow.nets.errors import ModelError
 from regrow.nets.load import build, example_for, load
 from regrow.nets.loaded import Loaded, Origin
 
-__all__ = ["Loaded", "ModelError", "Origin", "build", "example_for", "load", "opened"]
+__all__ = ["Loaded", "ModelError", "Origin", "build", "example_for", "load", "replace_attention"]

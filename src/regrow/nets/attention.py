@@ -69,7 +69,7 @@ class Attention(nn.Module):
         return out if self.batch_first else out.transpose(0, 1), weights
 
 
-def opened(model: nn.Module, names: Container[str] | None = None) -> nn.Module:
+def replace_attention(model: nn.Module, names: Container[str] | None = None) -> nn.Module:
     """Put :class:`Attention` in the place of every ``nn.MultiheadAttention``, so that heads can be cut; in place.
 
     Those with extra entries (``add_bias_kv``, ``add_zero_attn``) stay, and so do their heads.
@@ -81,7 +81,7 @@ def opened(model: nn.Module, names: Container[str] | None = None) -> nn.Module:
     Returns:
         The same model; what stands for the model itself, if that is an ``nn.MultiheadAttention``.
 
-    >>> layer = opened(nn.TransformerEncoderLayer(6, 3, 8, batch_first=True))
+    >>> layer = replace_attention(nn.TransformerEncoderLayer(6, 3, 8, batch_first=True))
     >>> type(layer.self_attn).__name__, layer.self_attn.q_proj.weight.shape
     ('Attention', torch.Size([6, 6]))
     """

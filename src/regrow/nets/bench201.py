@@ -110,7 +110,7 @@ class Bench201(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        config = checked(config)
+        config = check_description(config)
         self.config = config
         width, parts = config["width"], list[nn.Module]()
         self.stem = nn.Sequential(
@@ -132,13 +132,13 @@ class Bench201(nn.Module):
         return found
 
 
-def whole(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
+def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
     """The description of the super-network: every operation on every edge; the defaults are the paper's skeleton."""
     edges = [[*OPERATIONS] for _ in EDGES]
     return {"shape": [*shape], "classes": classes, "width": width, "cells": cells, "stride": stride, "edges": edges}
 
 
-def described(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+def describe(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
     """The description of what a search left.
 
     Args:
@@ -152,7 +152,7 @@ def described(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]
     return {**config, "edges": edges}
 
 
-def checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A description, once it is seen to be one; sizes are checked before anything is built.
 
     Raises:
@@ -177,10 +177,10 @@ def checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
-def written(edges: Sequence[str]) -> str:
+def architecture_string(edges: Sequence[str]) -> str:
     """A topology in the notation of NAS-Bench-201.
 
-    >>> written(["skip_connect"] * 5 + ["none"])
+    >>> architecture_string(["skip_connect"] * 5 + ["none"])
     '|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|none~2|'
     """
     nodes = [[f"{name}~{a}" for (a, b), name in zip(EDGES, edges, strict=True) if b == node] for node in (1, 2, 3)]
@@ -193,11 +193,11 @@ def read(text: str) -> tuple[str, ...]:
     Raises:
         ModelError: If the text is no topology.
 
-    >>> read(written(OPERATIONS + ("none",))) == OPERATIONS + ("none",)
+    >>> read(architecture_string(OPERATIONS + ("none",))) == OPERATIONS + ("none",)
     True
     """
     found = tuple(re.findall(r"\|(\w+)(?=~)", text[:400]))
-    if len(found) != len(EDGES) or not {*found} <= {*OPERATIONS} or written(found) != text:
+    if len(found) != len(EDGES) or not {*found} <= {*OPERATIONS} or architecture_string(found) != text:
         raise ModelError(f"not a topology of NAS-Bench-201: {text[:80]!r}")
     return found
 
@@ -207,7 +207,7 @@ def topologies() -> list[tuple[str, ...]]:
     return [*product(OPERATIONS, repeat=len(EDGES))]
 
 
-def counted(
+def count_cost(
     edges: Sequence[str], *, width: int = 16, cells: int = 5, size: int = 32, classes: int = 10
 ) -> dict[str, int]:
     """Parameters and multiply–accumulates of a topology on square pictures of three colours, ``scale`` not counted.

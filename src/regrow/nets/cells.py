@@ -122,7 +122,7 @@ class Cells(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        config = checked(config)
+        config = check_description(config)
         stem = config["stem"]
         self.stem = nn.Sequential(
             nn.Conv2d(config["shape"][0], stem, 3, config["stride"], 1, bias=False), nn.BatchNorm2d(stem)
@@ -185,7 +185,7 @@ class Cells(nn.Module):
         return found
 
 
-def whole(
+def supernet(
     shape: Sequence[int],
     classes: int,
     *,
@@ -235,7 +235,7 @@ def whole(
     return {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": found, "heads": ends}
 
 
-def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
     """The description with a share of the operations of its first cells left, as a search may leave them.
 
     Each kind of operation keeps its share, spread evenly over the edges; each node keeps at least one operation.
@@ -245,7 +245,7 @@ def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, A
         before: How many cells are thinned.
         share: What share of the operations of each stays, rounded up.
 
-    >>> config = thinned(whole((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
+    >>> config = thin(supernet((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
     >>> [len(cell["nodes"][0]["ops"]) for cell in config["cells"]]
     [5, 14]
     """
@@ -273,14 +273,14 @@ def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Pr
         share: Which.
     """
     heads = sorted({*config["heads"], last})
-    return Prefix(Cells(thinned({**config, "heads": heads}, first, share)), last)
+    return Prefix(Cells(thin({**config, "heads": heads}, first, share)), last)
 
 
 def _ceil(value: float) -> int:
     return ceil(round(value, 9))  # 0.1 × 30 is 3.0000000000000004
 
 
-def described(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
     """The description of what is left of a network of cells, with the last classifier alone; it builds exactly that.
 
     Args:
@@ -315,7 +315,7 @@ def _features(module: nn.Module) -> int:
     return norms[-1] if norms else 0
 
 
-def checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A description, once it is seen to be one; sizes are checked before anything is built.
 
     Raises:

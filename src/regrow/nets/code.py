@@ -17,7 +17,7 @@ Builder = Callable[[], Any]
 """Gives a module, or a module and its example input."""
 
 
-def imported(name: str) -> Builder:
+def import_builder(name: str) -> Builder:
     """Import the function that a person named.
 
     Args:
@@ -72,7 +72,7 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
         raise ModelError(f"--code {code} is for a network that your own code builds, and this one is not; leave it out")
 
 
-def called(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
+def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
     """What a function of the user's own code gives: a model, and an example input if it gives one.
 
     Args:

@@ -82,7 +82,7 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
 
 def origin_of(model: Any, name: str) -> Origin:
     """How to build a transformers model again."""
-    config = configured(model.config.to_json_string(use_diff=False))
+    config = parse_configuration(model.config.to_json_string(use_diff=False))
     return Origin("transformers", type(model).__name__, _plain(config), name)
 
 
@@ -92,7 +92,7 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
     return {k: _plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
 
 
-def configured(text: str) -> dict[str, Any]:
+def parse_configuration(text: str) -> dict[str, Any]:
     """A configuration from its JSON text, in which transformers writes infinity as ``{"__float__": "Infinity"}``."""
     return json.loads(text, object_hook=lambda one: float(one["__float__"]) if one.keys() == {"__float__"} else one)
 

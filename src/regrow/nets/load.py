@@ -12,10 +12,10 @@ from torch import nn
 
 from regrow.axes import Example
 from regrow.limits import expanded
-from regrow.nets.attention import opened
+from regrow.nets.attention import replace_attention
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
-from regrow.nets.code import called, imported
+from regrow.nets.code import call_builder, import_builder
 from regrow.nets.devices import usable_device
 from regrow.nets.errors import ModelError, first_line
 from regrow.nets.examples import guessed_example, image_example, say_guess, shaped_example, takes, written_shape
@@ -74,7 +74,7 @@ def load(
         loaded.model.to(dtype)
     model = loaded.model.to(device)
     if loaded.origin.kind != "transformers":  # whose folders others load, by the names they know
-        model = opened(model)
+        model = replace_attention(model)
     check_finite(model, name)
     if loaded.guessed:
         say_guess(loaded.example)
@@ -107,7 +107,7 @@ def build(origin: Origin) -> nn.Module:
         case "bench201":
             return Bench201(origin.config).eval()
         case "callable" if origin.builder is not None:
-            return called(origin.builder, origin.reference)[0].eval()
+            return call_builder(origin.builder, origin.reference)[0].eval()
         case "callable":
             raise ModelError(
                 f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never "
@@ -211,8 +211,8 @@ def _pickle_advice(path: Path) -> str:
 
 
 def _from_callable(name: str, wanted: Wanted | None, pixels: int) -> Loaded:
-    builder = imported(name)
-    model, example = called(builder, name)
+    builder = import_builder(name)
+    model, example = call_builder(builder, name)
     model.eval()
     origin = Origin("callable", name, {}, name, builder)
     if wanted is not None:

@@ -78,7 +78,7 @@ class Mobile(nn.Module):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        config = checked(config)
+        config = check_description(config)
         (first, width), last = config["stem"], len(config["blocks"]) - 1
         self.stem = nn.Sequential(
             nn.Conv2d(config["shape"][0], first, 3, config["stride"], 1, bias=False),
@@ -131,7 +131,7 @@ class Mobile(nn.Module):
         return found
 
 
-def whole(
+def supernet(
     shape: Sequence[int],
     classes: int,
     *,
@@ -152,7 +152,7 @@ def whole(
         heads: Blocks at which a stage of a search ends; the last one has a classifier anyway.
         operations: The candidates of each block; ``skip`` only where a block keeps the form of its input.
 
-    >>> config = whole((3, 32, 32), 10, width=8, blocks=1)
+    >>> config = supernet((3, 32, 32), 10, width=8, blocks=1)
     >>> [plan["width"] for plan in config["blocks"]], config["stem"], config["mix"]
     ([8, 12, 28, 32, 64, 108], [12, 4], 428)
     """
@@ -175,7 +175,7 @@ def whole(
     return {**told, "blocks": found, "mix": scaled(1280), "heads": ends}
 
 
-def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
     """The description with a share of the operations of its first blocks left, evenly, as a search may leave them.
 
     Args:
@@ -183,7 +183,7 @@ def thinned(config: Mapping[str, Any], before: int, share: float) -> dict[str, A
         before: How many blocks are thinned; each keeps at least one operation.
         share: What share of their operations stays, rounded up.
 
-    >>> config = thinned(whole((3, 8, 8), 2, blocks=1), before=2, share=0.3)
+    >>> config = thin(supernet((3, 8, 8), 2, blocks=1), before=2, share=0.3)
     >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
     [['mb3e3', 'mb3e6'], ['mb3e3', 'mb5e6'], ['mb3e3', 'mb5e3', 'mb7e3', 'mb3e6', 'mb5e6', 'mb7e6']]
     """
@@ -208,10 +208,10 @@ def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Pr
         share: Which.
     """
     heads = sorted({*config["heads"], last})
-    return Prefix(Mobile(thinned({**config, "heads": heads}, first, share)), last)
+    return Prefix(Mobile(thin({**config, "heads": heads}, first, share)), last)
 
 
-def described(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
     """The description of what is left of a network, with the last classifier alone; it builds exactly that.
 
     Args:
@@ -242,7 +242,7 @@ def _features(module: nn.Module, at: int) -> int:
     return norm.num_features
 
 
-def checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """A description, once it is seen to be one; sizes are checked before anything is built.
 
     Raises:

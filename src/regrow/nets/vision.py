@@ -82,7 +82,7 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         near = difflib.get_close_matches(name, known_names(), n=1)
         hint = f"; did you mean torchvision:{near[0]}?" if near else ""
         raise ModelError(f"torchvision has no model {name!r}{hint}")
-    more = unweighted(name)
+    more = unweighted_arguments(name)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -91,7 +91,7 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"torchvision cannot build {name} with {dict(arguments)}: {first_line(error)}") from None
 
 
-def unweighted(name: str) -> dict[str, Any]:
+def unweighted_arguments(name: str) -> dict[str, Any]:
     """What a builder has to be told so that it neither fetches weights nor draws them for minutes."""
     more: dict[str, Any] = {"init_weights": False} if name in _SLOW_START else {}
     if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):

@@ -33,15 +33,15 @@ def blocks(origin: dict[str, Any]) -> list[Block]:
     return found
 
 
-def skipped(found: Sequence[Block]) -> int:
+def count_skipped(found: Sequence[Block]) -> int:
     """How many blocks do nothing: what they read is all that they give."""
     return sum([op["kind"] for op in block["ops"]] == ["skip"] for block in found)
 
 
-def told(block: Block) -> str:
+def describe_block(block: Block) -> str:
     """What a block sums, in words.
 
-    >>> told({"ops": [{"kind": "mb3e6", "mid": 40}, {"kind": "skip", "mid": 8}]})
+    >>> describe_block({"ops": [{"kind": "mb3e6", "mid": 40}, {"kind": "skip", "mid": 8}]})
     '3 × 3 bottleneck (40 inside); its input'
     """
     words = []

@@ -82,19 +82,19 @@ def cells(origin: dict[str, Any]) -> list[Cell]:
     return found
 
 
-def kept(found: Sequence[Cell]) -> list[dict[str, Any]]:
+def kept_operations(found: Sequence[Cell]) -> list[dict[str, Any]]:
     """All operations of some cells."""
     return [op for cell in found for node in cell["nodes"] for op in node["ops"]]
 
 
 def counts(found: Sequence[Cell]) -> list[dict[str, Any]]:
     """How many operations of each kind each cell keeps: ``kind``, ``cells`` and ``all``."""
-    table = [[op["kind"] for op in kept([cell])] for cell in found]
+    table = [[op["kind"] for op in kept_operations([cell])] for cell in found]
     rows = [(kind, [kinds.count(kind) for kinds in table]) for kind in KINDS]
     return [{"kind": kind, "cells": many, "all": sum(many)} for kind, many in rows]
 
 
-def told(cell: Cell) -> list[dict[str, Any]]:
+def describe_nodes(cell: Cell) -> list[dict[str, Any]]:
     """What each node of a cell sums, in words: ``name``, ``width`` and ``sums``."""
     rows, inputs = [], len(cell["inputs"])
     for i, node in enumerate(cell["nodes"]):
@@ -102,21 +102,21 @@ def told(cell: Cell) -> list[dict[str, Any]]:
         for op in node["ops"]:
             inside = f" ({op['mid']} inside)" if op["kind"].startswith("sep") and op["mid"] else ""
             sources.setdefault(op["source"], []).append(f"{op['kind']}{inside}")
-        sums = "; ".join(f"{named(source, inputs)}: {', '.join(ops)}" for source, ops in sorted(sources.items()))
-        rows.append({"name": named(i + inputs, inputs), "width": node["width"], "sums": sums or "nothing"})
+        sums = "; ".join(f"{source_name(source, inputs)}: {', '.join(ops)}" for source, ops in sorted(sources.items()))
+        rows.append({"name": source_name(i + inputs, inputs), "width": node["width"], "sums": sums or "nothing"})
     return rows
 
 
-def named(source: int, inputs: int = 2) -> str:
+def source_name(source: int, inputs: int = 2) -> str:
     """What a source is called; where there is one input, it is node 0.
 
-    >>> named(0), named(1), named(2), named(0, inputs=1)
+    >>> source_name(0), source_name(1), source_name(2), source_name(0, inputs=1)
     ('cell before last', 'last cell', 'node 1', 'node 0')
     """
     return ("cell before last", "last cell")[source] if source < inputs == 2 else f"node {source - inputs + 1}"
 
 
-def drawn(run: Run) -> list[Cell]:
+def cells_of(run: Run) -> list[Cell]:
     """The cells of a search, or the one of a topology that all its cells have."""
     found: dict[str, list[Cell]] = run["search"] or {"cells": [], "topology": []}
     return found["cells"] or found["topology"]
@@ -127,15 +127,15 @@ def picture(run: Run) -> Drawing | None:
 
     Each kind has its place on each edge, so that cells can be compared and what went is a gap.
     """
-    found = drawn(run)[:MAX_DRAWN]
-    if not kept(found):
+    found = cells_of(run)[:MAX_DRAWN]
+    if not kept_operations(found):
         return None
     inputs, most = len(found[0]["inputs"]), max(len(cell["nodes"]) for cell in found)
     kinds = KINDS if inputs == 2 else SINGLE
     slots = sum(_edge(kinds) * (i + inputs) for i in range(most))
     titles = [f"Cell {i + 1}" for i in range(len(found))] if inputs == 2 else ["Every cell"]
     said = "; ".join(
-        f"{titles[i].lower()}: " + ", ".join(f"{row['name']} sums {row['sums']}" for row in told(cell))
+        f"{titles[i].lower()}: " + ", ".join(f"{row['name']} sums {row['sums']}" for row in describe_nodes(cell))
         for i, cell in enumerate(found[:6])
     )
     entries: list[Entry] = [(kind, colour, "s", strength) for kind, (colour, strength) in kinds.items()]
@@ -157,7 +157,7 @@ def picture(run: Run) -> Drawing | None:
             legend(canvas, 10 + 20 * i, row)
         for i, cell in enumerate(found):
             x, y = (i % across) * (width + gap), top + (i // across) * high
-            n = len(kept([cell]))
+            n = len(kept_operations([cell]))
             canvas.text(x, y + 14, f"{titles[i]}{', halves the picture' * cell['reduce']}")
             words = f"{q.count(n)} operation{'s' * (n != 1)}, gives {_given(cell)}"
             if not canvas.narrow or not cell["reduce"]:
@@ -166,7 +166,9 @@ def picture(run: Run) -> Drawing | None:
             _wiring(axes, cell, kinds, slots, step(across) >= NAME)
             for place, value in enumerate([*cell["inputs"], *(node["width"] for node in cell["nodes"])]):
                 at = y + head + (place + 0.5) * wire
-                canvas.text(x, at, named(place, inputs).replace("cell before last", "before last"), fontsize=SMALL)
+                canvas.text(
+                    x, at, source_name(place, inputs).replace("cell before last", "before last"), fontsize=SMALL
+                )
                 canvas.text(x + left - 6, at, q.count(value), color=MUTED, fontsize=SMALL, ha="right")
 
     return draw("fig-cells", "The cells that were found", said, paint)

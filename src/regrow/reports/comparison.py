@@ -77,7 +77,7 @@ def perplexity(summary: dict[str, Any]) -> Drawing | None:
 
 def front(summary: dict[str, Any]) -> Drawing | None:
     """Quality against size: the geometric mean of perplexity over the shared kinds, against the fraction kept."""
-    points = [(run["label"], kept(run), (run["means"]["shared"] or {}).get("after")) for run in summary["runs"]]
+    points = [(run["label"], kept_share(run), (run["means"]["shared"] or {}).get("after")) for run in summary["runs"]]
     known = [(label, x, y) for label, x, y in points if x and y]
     if len({x for _, x, _ in known}) < 2:
         return None
@@ -122,7 +122,7 @@ def front(summary: dict[str, Any]) -> Drawing | None:
     return draw("fig-front", "Perplexity against the fraction of weights kept", told, paint)
 
 
-def kept(run: dict[str, Any]) -> float | None:
+def kept_share(run: dict[str, Any]) -> float | None:
     """The fraction of counted weights that a run kept, as measured or else as asked for."""
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     if before.get("params_counted") and after.get("params_counted"):
@@ -140,7 +140,7 @@ def leaders(runs: list[dict[str, Any]], values: Sequence[float | None]) -> list[
     Returns:
         One answer per run; never true where the value is unknown.
     """
-    shares = [kept(run) or 1.0 for run in runs]
+    shares = [kept_share(run) or 1.0 for run in runs]
     known = [(value, share) for value, share in zip(values, shares, strict=True) if value]
     return [
         value is not None and not any(v < value and s <= share + 0.005 for v, s in known)

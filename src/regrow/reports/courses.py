@@ -31,7 +31,7 @@ Line = tuple[str, list[float | None]]
 """A run's label, and its value after each task."""
 
 
-def learned(summary: dict[str, Any]) -> bool:
+def are_learning_runs(summary: dict[str, Any]) -> bool:
     """Whether every run learned task after task."""
     return all(run["course"] for run in summary["runs"])
 

@@ -62,7 +62,7 @@ def levels(run: Run) -> Drawing | None:
     return _over_epochs(run, "fig-search-levels", "What each level keeps over epochs", panels)
 
 
-def saved(run: Run) -> Drawing | None:
+def savings_figure(run: Run) -> Drawing | None:
     """What each level left out."""
     colours = dict(LEVELS)
     found = run["search"] or {"levels": [], "unit": ""}

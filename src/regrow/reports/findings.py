@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from regrow.reports.reading import RunRecord, mapping, number, objects, size, text
-from regrow.reports.widths import block_of, grouped, kind_of
+from regrow.reports.widths import block_of, group_rows, kind_of
 
 MAX_ROWS = 1000
 MAX_CELLS = 24
@@ -26,10 +26,11 @@ def findings(folder: RunRecord) -> Row | None:
         folder: A run folder.
 
     Returns:
-        ``method`` and ``sources``; ``spectrum`` (ranking spaces of one axis, as :func:`regrow.reports.widths.grouped`
-        has them) and ``tested`` (their means, one row per kind, pooled ones too); ``modules`` (axes with their
-        ``cells``, likewise) and ``cells`` (the means, per kind and cell); ``starts``, ``history``, ``best`` (losses on
-        held-out text), ``robust`` (their share among the units cut) and ``notes``. ``None`` without the tables on
+        ``method`` and ``sources``; ``spectrum`` (ranking spaces of one axis, as
+        :func:`regrow.reports.widths.group_rows` has them) and ``tested`` (their means, one row per kind, pooled ones
+        too); ``modules`` (axes with their ``cells``, likewise) and ``cells`` (the means, per kind and cell);
+        ``starts``, ``history``, ``best`` (losses on held-out text), ``robust`` (their share among the units cut) and
+        ``notes``. ``None`` without the tables on
         behaviour.
     """
     data = folder.findings
@@ -42,9 +43,9 @@ def findings(folder: RunRecord) -> Row | None:
     return {
         "method": text(data.get("method"), 40),
         "sources": [name for source in _list(data.get("sources")) if (name := text(source, 60))],
-        "spectrum": grouped([space for space in spaces if not space["pooled"]]),
+        "spectrum": group_rows([space for space in spaces if not space["pooled"]]),
         "tested": _tested(spaces),
-        "modules": grouped(_axes(modules)),
+        "modules": group_rows(_axes(modules)),
         "cells": _cells(modules),
         "starts": [
             {"name": text(name, 20), "held_out": loss}

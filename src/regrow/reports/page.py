@@ -13,7 +13,7 @@ from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
 from regrow.reports.summary import summarise
 from regrow.store.atomic import write_text
-from regrow.store.errors import telling
+from regrow.store.errors import explain_os_errors
 
 Summary = dict[str, Any]
 
@@ -67,7 +67,7 @@ SEARCHED_FIGURES = {
     "search_size": epochs.size,
     "search_front": epochs.front,
     "search_levels": epochs.levels,
-    "saved": epochs.saved,
+    "saved": epochs.savings_figure,
     "search_memory": epochs.memory,
     "times": figures.times,
 }
@@ -107,7 +107,7 @@ def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None
     """
     page = to_html(summarise(folders))
     out = Path(out)
-    with telling(out):
+    with explain_os_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     (write or write_text)(out, page)
     return out
@@ -126,7 +126,7 @@ def to_html(summary: Summary) -> str:
         ReportError: If jinja2 or matplotlib is not installed.
     """
     run, several = summary["runs"][0], len(summary["runs"]) > 1
-    learned, searched = courses.learned(summary), quests.searched(summary)
+    learned, searched = courses.are_learning_runs(summary), quests.are_search_runs(summary)
     drawings: dict[str, Drawing | None]
     if several:
         made = COURSES_FIGURES if learned else {} if searched else COMPARED_FIGURES
@@ -164,7 +164,7 @@ def _context(summary: Summary) -> dict[str, Any]:
     run = runs[0]
     if len(runs) == 1:
         told: Any = course if run["course"] else quest if run["search"] else words
-        found, parts = cells.drawn(run), run["search"]["blocks"] if run["search"] else []
+        found, parts = cells.cells_of(run), run["search"]["blocks"] if run["search"] else []
         return {
             "title": f"{run['model']}: {run['label']}",
             "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],
@@ -176,9 +176,9 @@ def _context(summary: Summary) -> dict[str, Any]:
             "modules": words.modules(run),
             "learning": words.learning(run),
             "proof": words.proof(run),
-            "cells": [cell | {"nodes": cells.told(cell)} for cell in found],
+            "cells": [cell | {"nodes": cells.describe_nodes(cell)} for cell in found],
             "counts": cells.counts(found),
-            "blocks": [block | {"sums": blocks.told(block)} for block in parts],
+            "blocks": [block | {"sums": blocks.describe_block(block)} for block in parts],
             "run": run,
             "runs": runs,
         }
@@ -191,7 +191,7 @@ def _context(summary: Summary) -> dict[str, Any]:
         "searches": [],
         "runs": runs,
     }
-    if courses.learned(summary):
+    if courses.are_learning_runs(summary):
         return shared | {
             "title": courses.headline(summary),
             "headline": courses.headline(summary),
@@ -201,7 +201,7 @@ def _context(summary: Summary) -> dict[str, Any]:
             "courses": courses.table(summary),
             "most": courses.MAX_LINES,
         }
-    if quests.searched(summary):
+    if quests.are_search_runs(summary):
         return shared | {
             "title": quests.headline(summary),
             "headline": quests.headline(summary),
@@ -215,7 +215,7 @@ def _context(summary: Summary) -> dict[str, Any]:
     return shared | {
         "title": words.comparison(summary),
         "headline": words.comparison(summary),
-        "details": words.leading(summary, comparison.kept),
+        "details": words.leading(summary, comparison.kept_share),
         "dense": dense if whole else {},
         "dense_mean": math.exp(sum(known) / len(known)) if whole else None,
         "kinds": summary["kinds"],
@@ -247,7 +247,7 @@ def _table(summary: Summary) -> list[dict[str, Any]]:
             row = found[kind]
             error = 1.96 * row["ratio"] * row["delta_se"] if row["ratio"] and row["delta_se"] is not None else None
             cells.append({"ppl": row["after"]["ppl"], "ratio": row["ratio"], "error": error})
-        rows.append({"label": run["label"], "kept": comparison.kept(run), "cells": cells})
+        rows.append({"label": run["label"], "kept": comparison.kept_share(run), "cells": cells})
     for column in zip(*(row["cells"] for row in rows), strict=True):
         leads = comparison.leaders(summary["runs"], [cell["ppl"] for cell in column])
         for cell, lead in zip(column, leads, strict=True):

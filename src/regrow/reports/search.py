@@ -123,7 +123,7 @@ def headline(run: Run) -> str:
     return f"{deed} {state}, it answers {q.percent(right)} of the test set right."
 
 
-def unsearched(run: Run) -> str:
+def explain_unsearched(run: Run) -> str:
     """What is said where weights were not searched because the target counts those that are 0; empty otherwise."""
     measure = run["search"]["measure"]
     if run["method"] != "mgas" or measure not in ("params", "macs", "bytes") or run["search"]["topology"]:
@@ -136,7 +136,7 @@ def details(run: Run) -> list[str]:
     found, lines = run["search"], []
     if run["method"] in RECONSTRUCTED:
         lines.append(RECONSTRUCTED[run["method"]])
-    if told := unsearched(run):
+    if told := explain_unsearched(run):
         lines.append(told)
     if found["epochs"]:
         n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
@@ -152,7 +152,7 @@ def details(run: Run) -> list[str]:
 
 def key_numbers(run: Run) -> list[dict[str, str]]:
     """The figures at the head of the page: ``label``, ``value`` and a line ``below`` each."""
-    found, ops = run["search"], cells.kept(cells.drawn(run))
+    found, ops = run["search"], cells.kept_operations(cells.cells_of(run))
     rows = []
 
     def add(label: str, value: Any, unit: Any, below: str) -> None:
@@ -177,7 +177,12 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
         kinds = "none, skips and pools" if found["topology"] else "skips and pools"
         add("Without weights", bare / len(ops), q.percent, f"of operations, {bare} of {len(ops)}: {kinds}")
     if found["blocks"]:
-        add("Blocks", len(found["blocks"]) - blocks.skipped(found["blocks"]), q.count, f"of {len(found['blocks'])}")
+        add(
+            "Blocks",
+            len(found["blocks"]) - blocks.count_skipped(found["blocks"]),
+            q.count,
+            f"of {len(found['blocks'])}",
+        )
     return rows
 
 
@@ -188,9 +193,9 @@ def alarms(run: Run) -> list[str]:
 
 
 def _collapse(found: dict[str, Any]) -> str:
-    ops, left = cells.kept(found["cells"] or found["topology"]), found["blocks"]
-    if left and blocks.skipped(left) >= COLLAPSE * len(left):
-        return f"The search may have collapsed: {blocks.skipped(left)} of {len(left)} blocks do nothing."
+    ops, left = cells.kept_operations(found["cells"] or found["topology"]), found["blocks"]
+    if left and blocks.count_skipped(left) >= COLLAPSE * len(left):
+        return f"The search may have collapsed: {blocks.count_skipped(left)} of {len(left)} blocks do nothing."
     if not ops:
         return ""
     skips, bare = (sum(kind) / len(ops) for kind in ([op["kind"] == "skip" for op in ops], [op["bare"] for op in ops]))

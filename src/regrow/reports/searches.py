@@ -9,7 +9,7 @@ from regrow.reports.search import RECONSTRUCTED
 Run = dict[str, Any]
 
 
-def searched(summary: dict[str, Any]) -> bool:
+def are_search_runs(summary: dict[str, Any]) -> bool:
     """Whether every run is a search."""
     return all(run["search"] for run in summary["runs"])
 

@@ -74,7 +74,7 @@ def scores(folder: RunRecord, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
     if not found and not massive:
         return None
     massive.sort(key=lambda unit: -abs(unit["ratio"]))
-    return {"metric": text(folder.scores.get("metric")), "kinds": grouped(found), "massive": massive}
+    return {"metric": text(folder.scores.get("metric")), "kinds": group_rows(found), "massive": massive}
 
 
 def kind_of(axis: dict[str, Any], key: str) -> str:
@@ -88,7 +88,7 @@ def block_of(axis: dict[str, Any], key: str) -> str:
     return text(axis.get("block"), 80) or (found.group() if found else key.rpartition(".")[0] or key)
 
 
-def grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def group_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows by kind; each row gets its depth: the number of its block, or its place where that is not unique.
 
     Args:
@@ -149,7 +149,7 @@ def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
 
 
 def _by_kind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    kinds = grouped(rows)
+    kinds = group_rows(rows)
     for kind in kinds:
         kind["before"] = sum(row["before"] for row in kind["rows"])
         kind["after"] = sum(row["after"] for row in kind["rows"])

@@ -8,7 +8,7 @@ from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources, percentile
-from regrow.scoring.compensate import means, takes_constant, unbiased
+from regrow.scoring.compensate import means, takes_constant, weights_without_bias
 from regrow.scoring.gradients import cross_entropy, taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
@@ -39,8 +39,8 @@ __all__ = [
     "takes_constant",
     "taylor",
     "through",
-    "unbiased",
     "wanda_sp",
     "weights_of",
+    "weights_without_bias",
     "wifv",
 ]

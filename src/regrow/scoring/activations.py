@@ -12,7 +12,7 @@ from torch import Tensor
 from regrow.axes import Axis, AxisGraph
 from regrow.scores import Moments, Scores, Statistics
 from regrow.scoring.combine import to_units
-from regrow.scoring.weights import checked, columns, readers, scorable
+from regrow.scoring.weights import check_scores, columns, readers, scorable
 
 
 def wanda_sp(
@@ -117,9 +117,9 @@ def _scores(
             channels[reader.weight] = activations * columns(weight, reader.slot.dim, groups, form=form)
     values = to_units(channels, widths, reads, pool, square_blocks=square_blocks)
     if statistics is None:
-        return checked(Scores(values, f"{name}/weight-only"))
+        return check_scores(Scores(values, f"{name}/weight-only"))
     sources = tuple(dict.fromkeys(statistics.source.split("+")))
-    return checked(Scores(values, name, sources, statistics.tokens))
+    return check_scores(Scores(values, name, sources, statistics.tokens))
 
 
 def moments_of(statistics: Statistics, weight: str) -> Moments:

@@ -9,10 +9,10 @@ from regrow.scores import Scores
 from regrow.scoring.weights import Reader
 
 
-def standardised(values: Tensor) -> Tensor:
+def standardise(values: Tensor) -> Tensor:
     """(v − mean) / sd, with ``ddof = 1``; zeros where all are equal.
 
-    >>> standardised(torch.tensor([1.0, 2.0, 3.0])).tolist()
+    >>> standardise(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [-1.0, 0.0, 1.0]
     """
     if len(values) < 2 or bool((values == values[0]).all()):
@@ -51,7 +51,7 @@ def to_units(
 ) -> dict[str, Tensor]:
     """One number per unit from one number per input channel of the weights that read it.
 
-    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardised`` (FLAP's AL-AM): each
+    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardise`` (FLAP's AL-AM): each
     weight's channels are first z-scored among themselves, then averaged over the unit's channels and its weights, so
     that units of different layers and kinds can stand in one ranking.
 
@@ -74,7 +74,7 @@ def to_units(
         if pool == "sum":
             parts.setdefault(reader.axis, []).append(scores[where].sum(1))
         else:
-            scores = standardised(scores.square() if square_blocks and where.shape[1] > 1 else scores)
+            scores = standardise(scores.square() if square_blocks and where.shape[1] > 1 else scores)
             parts.setdefault(reader.axis, []).append(scores[where].mean(1))
     stacked = {key: torch.stack(values) for key, values in parts.items()}
     return {key: values.sum(0) if pool == "sum" else values.mean(0) for key, values in stacked.items()}
@@ -87,7 +87,7 @@ def normalise(scores: Scores, how: str) -> Scores:
         scores: Any scores.
         how: ``zscore``: (s − mean) / sd within the axis. ``rank``: percentile within the axis. ``none``: as they are.
     """
-    kinds = {"zscore": standardised, "rank": percentile, "none": lambda values: values}
+    kinds = {"zscore": standardise, "rank": percentile, "none": lambda values: values}
     if how not in kinds:
         raise ValueError(f"scores are normalised by {', '.join(kinds)}; got {how!r}")
     return Scores(

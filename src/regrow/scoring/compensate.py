@@ -52,7 +52,7 @@ def means(
     return {name: dict(sorted(row.items())) for name, row in result.items()}
 
 
-def unbiased(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
+def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
     """The weights without a bias that get one once inputs of theirs are dropped.
 
     Args:
@@ -65,12 +65,12 @@ def unbiased(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[
     return tuple(name for name in names if takes_constant(model, name) and getattr(owners[name], "bias", 0) is None)
 
 
-def shared_with(model: nn.Module, name: str) -> str | None:
+def sharing_module(model: nn.Module, name: str) -> str | None:
     """Another module that holds the same weight; ``None`` if there is none.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
-    >>> shared_with(net, "a.weight"), shared_with(net, "a.bias")
+    >>> sharing_module(net, "a.weight"), sharing_module(net, "a.bias")
     ('b', None)
     """
     path, _, _ = name.rpartition(".")
@@ -91,7 +91,7 @@ def takes_constant(model: nn.Module, name: str) -> bool:
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
         return False  # its biases are of other names, and dropped units have means of their own at the first step
-    if shared_with(model, name) is not None:
+    if sharing_module(model, name) is not None:
         return False
     if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return model.get_parameter(name).dim() == 2

@@ -184,7 +184,7 @@ class Gate:
         return turned
 
 
-def joined(model: nn.Module, name: str) -> Tensor:
+def join_bias(model: nn.Module, name: str) -> Tensor:
     """A layer's weight and bias side by side, ``[m, n + 1]``; zeros where it has no bias."""
     layer = layers(model)[name]
     rows = layer.weight.detach().flatten(1)

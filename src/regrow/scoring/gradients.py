@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
 from regrow.scores import Scores, Statistics
-from regrow.scoring.weights import checked, scorable, tensors
+from regrow.scoring.weights import check_scores, scorable, tensors
 from regrow.sources import Batch, logits_in
 
 
@@ -54,9 +54,9 @@ def taylor(
             total += channels[where].sum(1)
         values[axis.key] = total
     if statistics is None:
-        return checked(Scores(values, f"taylor/{form}/weight-only"))
+        return check_scores(Scores(values, f"taylor/{form}/weight-only"))
     sources = tuple(dict.fromkeys(statistics.source.split("+")))
-    return checked(Scores(values, f"taylor/{form}", sources, statistics.tokens))
+    return check_scores(Scores(values, f"taylor/{form}", sources, statistics.tokens))
 
 
 def cross_entropy(output: Any, labels: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regrow.axes import Axis, AxisGraph, Role, Slot
 from regrow.scores import Scores
-from regrow.scoring.weights import checked, columns, scorable, tensors
+from regrow.scoring.weights import check_scores, columns, scorable, tensors
 
 
 def product_of_norms(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[Axis] | None = None) -> Scores:
@@ -25,7 +25,7 @@ def product_of_norms(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: S
             if weights[name].dim() > 1
         ]
         values[axis.key] = torch.stack(norms).log().sum(0)
-    return checked(Scores(_finite(values), "path/product-of-norms"))
+    return check_scores(Scores(_finite(values), "path/product-of-norms"))
 
 
 def peak_to_peak(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[Axis] | None = None) -> Scores:
@@ -40,7 +40,7 @@ def peak_to_peak(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Seque
             rest = [d for d in range(weight.dim()) if d != slot.dim]
             total += (weight.amax(rest) + weight.amin(rest).abs()).double().cpu()[where].mean(1)
         values[axis.key] = total
-    return checked(Scores(values, "path/peak-to-peak"))
+    return check_scores(Scores(values, "path/peak-to-peak"))
 
 
 def through(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[Axis] | None = None) -> Scores:
@@ -56,7 +56,7 @@ def through(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[A
         pairs = list(_circuits(weights, axes, axis))
         if pairs:
             values[axis.key] = torch.stack(pairs).sum(0).sqrt()
-    return checked(Scores(values, "path/through"))
+    return check_scores(Scores(values, "path/through"))
 
 
 PATHS: Mapping[str, Callable[..., Scores]] = {"norms": product_of_norms, "peaks": peak_to_peak, "through": through}

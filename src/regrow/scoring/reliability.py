@@ -91,7 +91,7 @@ def reliability(
     return Reliability(u, torch.where(judged, trust, torch.ones_like(trust)))
 
 
-def ordered(
+def rank_in_modules(
     modules: Modules, trust: Tensor, scores: Mapping[str, Tensor], instead: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The place of every unit in its module, (rank + ½) / n in (0, 1), lowest first; ties go by index.

@@ -37,7 +37,7 @@ def _addmm(bias: Tensor, mat1: Tensor, mat2: Tensor, **more: Any) -> Iterator[Op
     yield from _matmul(mat1, mat2)
 
 
-def _conv(input: Tensor, weight: Tensor, *more: Any, **named: Any) -> Iterator[Operands]:
+def _conv(input: Tensor, weight: Tensor, *more: Any, **watched_name: Any) -> Iterator[Operands]:
     yield weight, input, 1 - weight.dim()
 
 
@@ -61,7 +61,7 @@ CONTRACTIONS: Mapping[Callable[..., Any], Callable[..., Iterator[Operands]]] = {
 """Which argument of which function is contracted with which."""
 
 
-def named(watched: Mapping[int, str], weight: Any) -> str | None:
+def watched_name(watched: Mapping[int, str], weight: Any) -> str | None:
     """The watched weight (``id`` → name) that an operand is, or is the transpose of (``x @ weight.T``)."""
     name = watched.get(id(weight))
     if name is None and isinstance(weight, Tensor) and weight._base is not None:
@@ -107,7 +107,7 @@ class Feed(TorchFunctionMode, ABC):
             args, kwargs = tree_map_only(Tensor, self._weighed, (args, kwargs))
         read = CONTRACTIONS.get(func)
         for weight, value, dim in read(*args, **kwargs) if read else ():
-            name = named(self.watched, weight)
+            name = watched_name(self.watched, weight)
             if name is not None:
                 fed = self.fed(name, value, dim)
                 args = tuple(fed if arg is value else arg for arg in args)
@@ -139,7 +139,7 @@ class InputSums(TorchFunctionMode):
         read, inside = CONTRACTIONS.get(func), RECURRENT.get(func)
         if self.watched and (read is not None or inside is not None):
             for weight, value, dim in inside(func, *args, **kwargs) if inside else read(*args, **kwargs):  # type: ignore[misc]
-                name = named(self.watched, weight)
+                name = watched_name(self.watched, weight)
                 if name is not None:
                     with torch.no_grad():
                         self._add(name, value.detach(), dim)

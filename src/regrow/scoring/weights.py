@@ -124,7 +124,7 @@ def magnitude(
             values[axis.key] = torch.stack(owned).sum(0).sqrt()
     else:
         raise ValueError(f"magnitude has the forms 'columns' and 'group'; got {form!r}")
-    return checked(Scores(values, f"magnitude/{form}"))
+    return check_scores(Scores(values, f"magnitude/{form}"))
 
 
 def random(axes: AxisGraph, *, units: Sequence[Axis] | None = None, seed: int = 0) -> Scores:
@@ -153,7 +153,7 @@ def tensors(axes: AxisGraph, axis: Axis, weights: Mapping[str, Tensor]) -> Itera
             yield name, slot, slot.positions(axis.size)
 
 
-def checked(scores: Scores) -> Scores:
+def check_scores(scores: Scores) -> Scores:
     """The same scores.
 
     Raises:

@@ -12,17 +12,27 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from regrow.store.errors import StoreError, telling
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.locks import LockedError, lock
 
-__all__ = ["LEFTOVER", "StoreError", "staged", "sweep", "sync", "telling", "write_bytes", "write_text", "written"]
+__all__ = [
+    "LEFTOVER",
+    "StoreError",
+    "atomic_write",
+    "explain_os_errors",
+    "staging_folder",
+    "sweep",
+    "sync",
+    "write_bytes",
+    "write_text",
+]
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
 """What unfinished files and folders are called, and folders that were replaced and are being deleted."""
 
 
 @contextlib.contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A place to write a new file to, which takes the name ``path`` once the block ends without an error.
 
     Args:
@@ -35,7 +45,7 @@ def written(path: Path) -> Iterator[Path]:
         StoreError: If the disk is full or does not let us write.
     """
     path = Path(path)
-    with telling(path), staged(path) as stage:
+    with explain_os_errors(path), staging_folder(path) as stage:
         temporary = stage / path.name
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = temporary.stat().st_mode
@@ -63,7 +73,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     >>> path.read_bytes(), len(list(path.parent.iterdir()))
     (b'whole', 1)
     """
-    with written(path) as temporary, temporary.open("wb", buffering=0) as file:
+    with atomic_write(path) as temporary, temporary.open("wb", buffering=0) as file:
         left = memoryview(data)
         while left:
             left = left[os.write(file.fileno(), left) :]
@@ -95,7 +105,7 @@ def sync(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def staged(path: Path) -> Iterator[Path]:
+def staging_folder(path: Path) -> Iterator[Path]:
     """A new, locked folder beside ``path`` for what is not finished; it is deleted at the end.
 
     What killed processes left of earlier ones is deleted first.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from regrow.nets import ModelError, Origin, build, opened
+from regrow.nets import ModelError, Origin, build, replace_attention
 from regrow.nets.errors import first_line
 from regrow.store.errors import StoreError
 from regrow.store.pretrained import (
@@ -53,7 +53,7 @@ def build_network(
 def open_attention(made: nn.Module, names: Container[str]) -> nn.Module:
     """The architecture that a record describes, newly built, or that a model or a function of the caller is."""
     """The same model, with attention opened where it was when it was saved: its weights have other names then."""
-    return opened(made, names)
+    return replace_attention(made, names)
 
 
 def build_fresh(origin: Origin) -> nn.Module | None:

@@ -30,7 +30,7 @@ def check_readable(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def telling(path: Path) -> Iterator[None]:
+def explain_os_errors(path: Path) -> Iterator[None]:
     """Turn what the operating system says about writing ``path`` into one line with a remedy.
 
     Raises:

@@ -13,7 +13,7 @@ from regrow.limits import parse_json
 from regrow.store import schemas
 from regrow.store.atomic import write_bytes
 from regrow.store.convert import convert
-from regrow.store.errors import StoreError, check_readable, telling
+from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
 
 def append(path: Path, row: Mapping[str, Any]) -> None:
@@ -27,7 +27,7 @@ def append(path: Path, row: Mapping[str, Any]) -> None:
         StoreError: If it is no regular file, or the disk is full; the file then holds what it held.
     """
     line = json.dumps(row, allow_nan=False) + "\n"
-    with telling(path):
+    with explain_os_errors(path):
         handle = _opened(path)
         try:
             _append(handle, line.encode())
@@ -43,7 +43,7 @@ def mend(path: Path) -> None:
     """
     if not os.path.lexists(path):
         return
-    with telling(path):
+    with explain_os_errors(path):
         handle = _opened(path)
         try:
             _mended(handle)

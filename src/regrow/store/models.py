@@ -22,7 +22,7 @@ from regrow.store import portable, probe
 from regrow.store.atomic import write_text
 from regrow.store.attributes import attribute_tensors
 from regrow.store.building import Builder, build_fresh, build_network, open_attention
-from regrow.store.errors import StoreError, telling
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.pretrained import (
     as_saved,
     is_pretrained,
@@ -31,10 +31,10 @@ from regrow.store.pretrained import (
     write_tokenizer,
 )
 from regrow.store.rebuilding import unsaved_change
-from regrow.store.replacing import WORK, link_tree, read_whole, replaced, settle
+from regrow.store.replacing import WORK, link_tree, read_whole, replace_folder, settle
 from regrow.store.shapes import DTYPES, SHAPES, Probe, Shapes
 from regrow.store.state import check as check_architecture
-from regrow.store.state import describe, drop, held, restore
+from regrow.store.state import describe, drop, named_tensors, restore
 from regrow.store.versions import versions
 from regrow.store.weights import check_file, inside, measure, read_weights, write_weights
 
@@ -92,7 +92,7 @@ def save(
         raise StoreError(f"{folder} holds a model that regrow did not write; choose another folder")
     if (folder / WORK).exists():
         raise StoreError(f"{folder} holds a run that is not finished; choose another folder")
-    with replaced(folder) as new:
+    with replace_folder(folder) as new:
         write_model(model, new, origin=origin, tokenizer=tokenizer, dtype=dtype, example=example)
         keep_others(folder, new)
     return folder
@@ -140,7 +140,7 @@ def write_model(
     fresh = build_fresh(origin)
     fresh = fresh and open_attention(fresh, dict(net.named_parameters(remove_duplicate=False)))
     shapes = describe(net, fresh, origin, dtype)
-    with telling(folder):
+    with explain_os_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for path in _files_of_a_model(folder):
             path.unlink()
@@ -283,7 +283,7 @@ def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
 
 
 def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
-    changes = portable.settings(net, shapes) if portable.changed(shapes) else None
+    changes = portable.settings(net, shapes) if portable.is_changed(shapes) else None
     if changes is None:
         write_configuration(shapes.origin, net, folder)
         return
@@ -301,7 +301,7 @@ def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | Non
         example = example or example_for(net, shapes.origin)
         if example is None:
             raise probe.UnprobedError("no example input is known; give one: save(…, example=input)")
-        there = held(net)
+        there = named_tensors(net)
         cast = any(
             str(there[n].tensor.dtype) != f"torch.{one.dtype}" for n, one in shapes.tensors.items() if n in there
         )

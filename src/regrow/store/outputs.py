@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from regrow.store.atomic import write_text
-from regrow.store.errors import StoreError, check_readable, telling
+from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
 JSON = (".json",)
 PAGES = (".html", ".htm")
@@ -41,7 +41,7 @@ def check_output(
         StoreError: If it is a folder, a device, another kind of file, an input, or part of a run or model folder.
     """
     target = Path(os.path.realpath(path))
-    with telling(path):
+    with explain_os_errors(path):
         try:
             found = path.stat()
         except FileNotFoundError:
@@ -73,7 +73,7 @@ def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
         StoreError: As :func:`check_output`, if no process reads a FIFO, or if the disk is full.
     """
     target = check_output(path, suffixes, streams=True)
-    with telling(path):
+    with explain_os_errors(path):
         stream = path.exists() and _is_stream(path.stat())
     if stream:
         _write_stream(path, text.encode("utf-8"))
@@ -104,7 +104,7 @@ def _is_same(found: os.stat_result, name: str | Path) -> bool:
 
 
 def _write_stream(path: Path, data: bytes) -> None:
-    with telling(path):
+    with explain_os_errors(path):
         number = _descriptor(path.stat())
         try:
             # A FIFO that no process reads is refused instead of waited for.

@@ -12,10 +12,10 @@ from torch import nn
 
 from regrow.nets import ModelError, Origin
 from regrow.nets.errors import first_line
-from regrow.nets.language import configured, quiet, require_transformers
+from regrow.nets.language import parse_configuration, quiet, require_transformers
 from regrow.nets.library import ATTENTION, check_settings, check_tokenizer, leads_away, settings_of
-from regrow.store.atomic import staged, sync, write_text
-from regrow.store.errors import StoreError, telling
+from regrow.store.atomic import staging_folder, sync, write_text
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.weights import inside
 
 INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path", "_attn_implementation"})
@@ -71,7 +71,10 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
     Raises:
         StoreError: If the disk is full.
     """
-    with telling(folder), staged(folder / "tokenizer") as stage:  # transformers would write through links
+    with (
+        explain_os_errors(folder),
+        staging_folder(folder / "tokenizer") as stage,
+    ):  # transformers would write through links
         with quiet():
             tokenizer.save_pretrained(str(stage))
         path = stage / "tokenizer_config.json"
@@ -135,7 +138,7 @@ def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
         if _LAYERS.fullmatch(key) and isinstance(value, int) and not 0 <= value <= max(tensors, 1):
             raise StoreError(f"{folder}: {key!r} is {value}, but {tensors} tensors are stored; restore shapes.json")
     try:
-        config = configured(inside(folder, "config.json").read_text(encoding="utf-8"))
+        config = parse_configuration(inside(folder, "config.json").read_text(encoding="utf-8"))
         other = next(_differing(config, origin.config), None)
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise StoreError(f"{folder}: config.json cannot be read ({first_line(error)}); restore it") from None

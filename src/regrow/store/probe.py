@@ -140,7 +140,7 @@ def answer(model: nn.Module, shape: Any, inputs: Sequence[Tensor]) -> Answer:
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     args, kwargs = _filled(shape, [one.to(device) for one in inputs])
-    with untouched(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         outputs = [leaf.detach() for leaf in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(leaf, Tensor)]
         if not outputs:
@@ -152,7 +152,7 @@ def answer(model: nn.Module, shape: Any, inputs: Sequence[Tensor]) -> Answer:
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def preserve_modules(model: nn.Module) -> Iterator[None]:
     """Whatever modules set on themselves inside, and small buffers they write to, is afterwards as it was."""
     modules = list(model.modules())
     states = [dict(vars(module)) for module in modules]

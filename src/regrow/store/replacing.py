@@ -15,8 +15,8 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from regrow.store.atomic import LEFTOVER, leftovers, staged, sweep, sync
-from regrow.store.errors import StoreError, telling
+from regrow.store.atomic import LEFTOVER, leftovers, staging_folder, sweep, sync
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.locks import Lock, LockedError, lock
 
 WORK = ".work"
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 
 @contextlib.contextmanager
-def replaced(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
+def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
     """A new folder that takes the place of ``folder``, as a whole, once the block ends without an error.
 
     Args:
@@ -43,11 +43,11 @@ def replaced(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
     """
     place = folder.resolve()
     check_replaceable(folder)
-    with telling(folder), _parents(place), contextlib.ExitStack() as stack:
+    with explain_os_errors(folder), _parents(place), contextlib.ExitStack() as stack:
         settle(place)
         if owner is None and place.is_dir():
             stack.enter_context(lock(place))
-        stage = stack.enter_context(staged(place))
+        stage = stack.enter_context(staging_folder(place))
         new = stage / place.name
         new.mkdir()
         stack.enter_context(lock(new))
@@ -92,7 +92,7 @@ def settle(folder: Path) -> None:
                 (stage / place.name).rename(place)
 
 
-def cleared(folder: Path) -> None:
+def clear_leftovers(folder: Path) -> None:
     """Delete what killed processes left beside a folder that they were replacing."""
     settle(folder)
     sweep(folder.resolve())

@@ -26,7 +26,7 @@ class Held:
     kind: Kind
 
 
-def held(model: nn.Module) -> dict[str, Held]:
+def named_tensors(model: nn.Module) -> dict[str, Held]:
     """Every parameter and buffer under each of its names."""
     found: dict[str, Held] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -46,7 +46,7 @@ def ties(tensors: Mapping[str, Held]) -> dict[str, str]:
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     >>> net["b"].weight = net["a"].weight
-    >>> ties(held(net))
+    >>> ties(named_tensors(net))
     {'b.weight': 'a.weight'}
     """
     first: dict[Any, str] = {}
@@ -76,10 +76,10 @@ def numbers(model: nn.Module) -> dict[str, Number]:
     }
 
 
-def unset(model: nn.Module) -> set[str]:
+def settable_places(model: nn.Module) -> set[str]:
     """``module:attribute`` of everything that holds ``None`` and may be given a number (an epsilon by default).
 
-    >>> unset(nn.RMSNorm(3))
+    >>> settable_places(nn.RMSNorm(3))
     {':eps'}
     """
     every = vars(nn.Module())
@@ -107,7 +107,7 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
     placeholders = find_placeholders(model)
     if fresh is not None:
         drop(fresh, placeholders)
-    now, before = held(model), held(fresh) if fresh is not None else {}
+    now, before = named_tensors(model), named_tensors(fresh) if fresh is not None else {}
     tied = ties(now)
     tensors = {}
     for name, here in now.items():
@@ -129,7 +129,7 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
         )
     attributes = numbers(model)
     if fresh is not None:
-        fixed, empty = numbers(fresh), unset(fresh)
+        fixed, empty = numbers(fresh), settable_places(fresh)
         attributes = {
             place: number
             for place, number in attributes.items()
@@ -162,7 +162,7 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
     Raises:
         StoreError: Naming the first tensor or attribute that it does not have, or has in another shape.
     """
-    there = held(fresh)
+    there = named_tensors(fresh)
     for name, stored in shapes.tensors.items():
         if stored.kind is Kind.ATTRIBUTE:
             check_attribute(fresh, name)
@@ -179,7 +179,7 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
     for name in shapes.dropped:
         if name not in there:
             raise StoreError(f"the architecture has no tensor {name!r} to drop; restore shapes.json")
-    fixed, empty = numbers(fresh), unset(fresh)
+    fixed, empty = numbers(fresh), settable_places(fresh)
     for place, value in shapes.attributes.items():
         # Without a comparison everything is listed, numbers too that a module first sets when it runs.
         if place in empty:
@@ -197,7 +197,7 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
         tensors: Name → numbers, in storage of their own.
     """
     made: dict[str, Tensor] = {}
-    before = {name: here.tensor for name, here in held(model).items()}
+    before = {name: here.tensor for name, here in named_tensors(model).items()}
     for name, stored in shapes.tensors.items():
         value = tensors[name]
         made[name] = nn.Parameter(value, stored.trains) if stored.kind is Kind.PARAMETER else value
@@ -207,7 +207,7 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, made.get(name))
     replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
-    fixed, empty = numbers(model), unset(model)
+    fixed, empty = numbers(model), settable_places(model)
     for place, number in shapes.attributes.items():
         path, name = place.split(":")
         if place in empty:
@@ -257,8 +257,8 @@ def _loose(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
     Raises:
         StoreError: If a list or mapping holds a tensor that no file keeps.
     """
-    own = {id(here.tensor): name for name, here in held(model).items()}
-    before = {} if fresh is None else {id(here.tensor): name for name, here in held(fresh).items()}
+    own = {id(here.tensor): name for name, here in named_tensors(model).items()}
+    before = {} if fresh is None else {id(here.tensor): name for name, here in named_tensors(fresh).items()}
     built = attribute_tensors(fresh) if fresh is not None else {}
     packed = packed_tensors(fresh) if fresh is not None else {}
     for place, tensor in packed_tensors(model).items():

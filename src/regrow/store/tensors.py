@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from regrow.store.atomic import written
+from regrow.store.atomic import atomic_write
 from regrow.store.errors import StoreError
 from regrow.store.tensor_file import as_bytes, save_tensors
 
@@ -35,7 +35,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     # The file format knows no views and restricts names: tensors are numbered, and copied.
     plain = {f"t{i}": tensors[name].detach().cpu().contiguous().clone() for i, name in enumerate(names)}
     whole = {"format": kind, **header, "names": names, "sha256": digest(plain)}
-    with written(path) as temporary:
+    with atomic_write(path) as temporary:
         save_tensors(plain, temporary, {"regrow": json.dumps(whole)})
 
 

@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from regrow.nets.load import count_nonfinite
-from regrow.store.atomic import StoreError, telling, write_text, written
+from regrow.store.atomic import StoreError, atomic_write, explain_os_errors, write_text
 from regrow.store.attributes import attribute_tensors
 from regrow.store.errors import check_readable
 from regrow.store.shapes import DTYPES, File, Kind, Shapes, Stored
-from regrow.store.state import held
+from regrow.store.state import named_tensors
 from regrow.store.tensor_file import as_bytes, save_tensors
 
 SHARD = 5 * 10**9
@@ -38,7 +38,7 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
     Raises:
         StoreError: If the disk is full or does not let us write.
     """
-    places = {name: here.tensor for name, here in held(model).items()} | attribute_tensors(model)
+    places = {name: here.tensor for name, here in named_tensors(model).items()} | attribute_tensors(model)
     digests: dict[str, str] = {}
     own = {name: stored for name, stored in shapes.tensors.items() if stored.kind.carried}
     rest = {name: stored for name, stored in shapes.tensors.items() if not stored.kind.carried}
@@ -48,7 +48,7 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
     for name, part in {**files, **({"buffers.safetensors": rest} if rest else {})}.items():
         tensors = _plain({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
         digests |= {key: digest(tensor) for key, tensor in tensors.items()}
-        with written(folder / name) as temporary:
+        with atomic_write(folder / name) as temporary:
             save_tensors(tensors, temporary, {"format": "pt"})
     if len(parts) > 1:
         index = {
@@ -111,7 +111,7 @@ def inside(folder: Path, name: str) -> Path:
 
 def measure(path: Path) -> File:
     """The length of a file, its digest and that of its header."""
-    with telling(path), path.open("rb") as file:
+    with explain_os_errors(path), path.open("rb") as file:
         return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), _header(path))
 
 

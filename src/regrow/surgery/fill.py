@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 
 from regrow.axes import AxisGraph, Mark, Role
 from regrow.plan import Plan, PlanError
-from regrow.scoring.watch import CONTRACTIONS, named
+from regrow.scoring.watch import CONTRACTIONS, watched_name
 from regrow.sources import Batch, moved
 from regrow.tracing.capture import evaluating
 
@@ -296,7 +296,7 @@ class _Watch(TorchFunctionMode):
         kwargs = kwargs or {}
         result, read = func(*args, **kwargs), CONTRACTIONS.get(func)
         for weight, _, dim in read(*args, **kwargs) if read else ():
-            if (name := named(self.watched, weight)) is not None:
+            if (name := watched_name(self.watched, weight)) is not None:
                 self.add(name, result, dim)
                 break
         return result

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import regrow
 from regrow.commands.learn import Settings, run, tasks_of
 from regrow.commands.record import convert_settings
-from regrow.data.streams import digits_task, fewer, permuted, split
+from regrow.data.streams import digits_task, fewer, permuted_tasks, split
 from regrow.evaluation.continual import share_right
 from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _old_logits
@@ -30,7 +30,7 @@ def learned(name: str, given: dict[str, Any], tasks: Any, model: str = "mlp:16",
     return net, state.learner, state
 
 
-TWO = permuted(fewer(digits_task(), 200, 80), 2)
+TWO = permuted_tasks(fewer(digits_task(), 200, 80), 2)
 
 
 @pytest.mark.slow

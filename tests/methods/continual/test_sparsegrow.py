@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from regrow.data.streams import digits_task, permuted, split
+from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.methods import LEARNERS
 from regrow.methods.continual.sparsegrow import Settings, build
 from regrow.methods.continual.sparsegrow.gate import build_gates
@@ -24,7 +24,7 @@ SCHEDULE = TaskSchedule(epochs=4, batch_size=64, lr=0.05)
 
 @pytest.fixture(scope="module")
 def tasks() -> list[Task]:
-    return permuted(digits_task(), 3)
+    return permuted_tasks(digits_task(), 3)
 
 
 def begun(tasks: list[Task], spec: str = "mlp:24-16") -> tuple[nn.Module, Any]:

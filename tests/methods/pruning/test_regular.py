@@ -8,7 +8,7 @@ from torch import nn
 
 from hand import lm, texts, timed
 from regrow import apply, trace
-from regrow.allocation import priced
+from regrow.allocation import cost_of
 from regrow.amounts import STEPS, Measure, Target
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
@@ -56,13 +56,13 @@ def test_the_target_is_met_with_round_and_regular_widths(
         round_to=8, regular=regular, timing=timed(axes), target=Target(measure, 1, 9 * (measure == "kv_cache"))
     )
     assert asked.target is not None
-    whole = priced(axes, asked).total
+    whole = cost_of(axes, asked).total
     asked = replace(asked, target=replace(asked.target, amount=0.75 * whole / STEPS.get(measure, 1)))
     check_pruning(method, axes, asked, sources)
     plan = plan_cut(method, model, axes, asked, evidence).plan
     sizes = plan.sizes(axes)
     kept = {axis.key: sizes.get(axis.key, axis.size) for axis in axes}
-    assert priced(axes, asked)(kept) <= asked.limit(whole) < whole
+    assert cost_of(axes, asked)(kept) <= asked.limit(whole) < whole
     assert all(kept[key] % 8 == 0 for key in kept if "gate" in key), "four groups are too few to be rounded"
     if regular:
         units = axes.units()

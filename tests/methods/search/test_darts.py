@@ -14,14 +14,14 @@ from regrow.candidates import Candidates, candidates_in
 from regrow.data import streams
 from regrow.learner import Stand
 from regrow.methods.search.darts import Darts, Settings
-from regrow.nets.cells import Cells, operation, whole
+from regrow.nets.cells import Cells, operation, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 from regrow.training.learning import Schedule, changed, learn
 
 OPERATIONS = ("skip", "sep3", "max")
-CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
+CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
 SCHEDULE = Schedule(epochs=3, batch_size=25, lr=0.02)
 
 
@@ -123,7 +123,7 @@ def test_the_gradient_of_alpha_and_beta_is_that_of_the_held_out_loss(name, task,
 
 
 def test_an_edge_shares_one_with_none_and_cells_of_a_kind_share_alpha():
-    net = Cells(whole((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
+    net = Cells(supernet((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
     own, shared = Edges.of(net, {}), Edges.of(net, net.alike())
     assert own.entries == 2 * shared.entries == 4 * 5 * (len(OPERATIONS) + 1)
     alpha = torch.randn(shared.entries, generator=torch.Generator().manual_seed(0))
@@ -151,7 +151,7 @@ def test_edges_into_a_node_share_one_and_scale_their_operations(task, axes):
             assert torch.allclose(own.share()[ops], plain(edges, alpha)[ops] * own_weight)
     own.share()[edges.edge == 0].sum().backward()
     assert beta.grad[0] > 0 > beta.grad[1] and bool((beta.grad[2:] == 0).all())  # its node's other edge pays
-    net = Cells(whole((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
+    net = Cells(supernet((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
     assert Edges.of(net, {}).betas == 2 * Edges.of(net, net.alike()).betas == 4 * (2 + 3)
     own.tensors["beta"].values = torch.where(torch.arange(10) == 3, 9.0, 0.0)  # an edge of the second node
     kept = own.choice() & (edges.edge == 3)
@@ -217,7 +217,7 @@ def test_what_is_left_answers_as_its_masks_did(run, task):
 
 def test_partial_channels_are_narrower_operations_beside_what_goes_by():
     torch.manual_seed(0)
-    config = whole((1, 8, 8), 10, width=8, cells=2, nodes=1, stride=1, operations=("sep3", "dil3", "avg"))
+    config = supernet((1, 8, 8), 10, width=8, cells=2, nodes=1, stride=1, operations=("sep3", "dil3", "avg"))
     net = Cells(config).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -10,13 +10,13 @@ from regrow.learner import Stand
 from regrow.methods.search.gold_nas import GoldNas, Settings
 from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
-from regrow.nets.cells import Cells, whole
+from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
 from regrow.training.learning import Schedule, changed, learn
 
-CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
+CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
 SCHEDULE = Schedule(epochs=6, batch_size=50, lr=0.02)
 
 
@@ -88,7 +88,7 @@ def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
 
 
 def test_operations_that_are_decided_together_count_as_one(task):
-    net = Bench201(bench201.whole((1, 8, 8), 10, width=4, cells=1, stride=1))
+    net = Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1, stride=1))
     own = GoldNas(settings=Settings(target=100.0, warm=1, each=2, high=1.0))
     at = Stand(net, trace(net, torch.zeros(2, 1, 8, 8)), task, epoch=3, epochs=6)
     own.begin(at)

@@ -17,7 +17,7 @@ from regrow.methods.search.mgas import Mgas, Settings
 from regrow.methods.search.searcher import LEVELS
 from regrow.nets import bench201
 from regrow.nets.bench201 import Bench201
-from regrow.nets.cells import Cells, whole
+from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.plan import Plan
 from regrow.surgery.parametrize import parametrize
@@ -25,7 +25,7 @@ from regrow.tasks import Examples, Task
 from regrow.training.learning import Schedule, changed, learn
 from regrow.training.movers import Movers
 
-CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
+CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
 SCHEDULE = Schedule(epochs=6, batch_size=50, lr=0.02)
 
 
@@ -289,7 +289,7 @@ def test_thresholds_of_filters_learn_slower_where_operations_are_searched(task, 
 
 def ending_with_one():
     torch.manual_seed(0)
-    net = Bench201(bench201.whole((1, 8, 8), 10, width=4, cells=1))
+    net = Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1))
     return net, trace(net, torch.zeros(2, 1, 8, 8))
 
 

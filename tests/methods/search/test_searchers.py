@@ -9,14 +9,14 @@ from regrow import trace
 from regrow.commands.courses import read_course, write_course
 from regrow.data import streams
 from regrow.methods import SEARCHERS, searcher_entry
-from regrow.nets.cells import Cells, whole
+from regrow.nets.cells import Cells, supernet
 from regrow.tasks import Task
 from regrow.training.learning import Schedule, learn
 
 pytestmark = pytest.mark.slow
 
-CONFIG = whole((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
-WIRED = whole((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
+CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=1, stride=1, heads=(0,))
+WIRED = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"))
 STAGED = {"target": 2500.0, "stages": (0, 1), "share": 0.2, "warm": 1, "every": 1, "regrow": 0.5}
 STAGED |= {"regrow_filters": 0.5, "regrow_weights": 0.3}
 SEARCHES = {

@@ -88,7 +88,7 @@ class Decoder:
         return "llama" if alike and not biased and not dropped else "deci"
 
 
-def described(model: nn.Module) -> Decoder:
+def describe_decoder(model: nn.Module) -> Decoder:
     """A network in llama.cpp's words.
 
     Raises:
@@ -193,7 +193,7 @@ def _epsilon(net: Any, layers: Sequence[GgufLayer]) -> float:
     Raises:
         ExportError: If they differ, for a file has one.
     """
-    parts = [(one, name) for one in layers for name, there in zip(NORMS, present(one), strict=True) if there]
+    parts = [(one, name) for one in layers for name, there in zip(NORMS, parts_present(one), strict=True) if there]
     norms = [*(getattr(one.module, name) for one, name in parts), net.model.norm]
     found = sorted({float(norm.variance_epsilon) for norm in norms})
     if len(found) > 1:
@@ -201,6 +201,6 @@ def _epsilon(net: Any, layers: Sequence[GgufLayer]) -> float:
     return found[0]
 
 
-def present(layer: GgufLayer) -> tuple[bool, bool]:
+def parts_present(layer: GgufLayer) -> tuple[bool, bool]:
     """Whether the network has the attention, and the MLP."""
     return bool(layer.block.heads), bool(layer.block.width)

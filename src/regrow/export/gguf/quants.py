@@ -42,7 +42,7 @@ def kind_for(asked: str, row: int) -> str:
     return asked
 
 
-def encoded(values: Floats, kind: str, gguf: Any) -> NDArray[Any]:
+def encode(values: Floats, kind: str, gguf: Any) -> NDArray[Any]:
     """Numbers as they are stored.
 
     Args:
@@ -114,7 +114,7 @@ def _over(a: Floats, b: Floats) -> Floats:
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)
 
 
-def allowed(values: Floats, kind: str) -> Floats | None:
+def allowed_error(values: Floats, kind: str) -> Floats | None:
     """How far each number may be from what is stored; ``None`` where it must be the very number that rounding gives.
 
     Of the largest magnitude m in a block: Q8_0 divides by 127 and rounds, which is off by m/254, and its scale in

@@ -265,7 +265,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
     return {role: number for role, number in found.items() if isinstance(number, int)}
 
 
-def told(words: Vocabulary, writer: Any) -> None:
+def write_vocabulary(words: Vocabulary, writer: Any) -> None:
     """Put what a vocabulary says into a file's metadata.
 
     Args:

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from regrow.export.gguf.network import NORMS, PARTS, Decoder, GgufLayer, described, present
-from regrow.export.gguf.quants import BLOCK, KINDS, Floats, allowed, encoded, kind_for
-from regrow.export.gguf.tokens import Vocabulary, told, vocabulary
+from regrow.export.gguf.network import NORMS, PARTS, Decoder, GgufLayer, describe_decoder, parts_present
+from regrow.export.gguf.quants import BLOCK, KINDS, Floats, allowed_error, encode, kind_for
+from regrow.export.gguf.tokens import Vocabulary, vocabulary, write_vocabulary
 from regrow.export.written import CheckError, ExportError, Written
 from regrow.nets.blocks import ATTENTION, MLP
 from regrow.nets.errors import needs
 from regrow.progress import Progress, silent
-from regrow.store.atomic import written
+from regrow.store.atomic import atomic_write
 from regrow.store.errors import StoreError
 from regrow.store.outputs import check_output
 
@@ -94,12 +94,12 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
     if out.is_dir():
         raise ExportError(f"{out} is a folder; give the name of the file to write, such as {out / 'model.gguf'}")
     _place(out)
-    decoder = described(model)
+    decoder = describe_decoder(model)
     rows = decoder.model.model.embed_tokens.weight.shape[0]
     words = vocabulary(getattr(model, "tokenizer", None), rows)
     pieces = list(_pieces(decoder, KINDS[dtype]))
     try:
-        with written(_place(out)) as temporary:
+        with atomic_write(_place(out)) as temporary:
             _put(gguf, temporary, decoder, words, pieces, progress)
             checked = _checked(gguf, temporary, decoder, pieces, progress)
     except StoreError as error:
@@ -130,7 +130,7 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
     for i, one in enumerate(decoder.layers):
-        for norm, there, parts in zip(NORMS, present(one), (ATTENTION, MLP), strict=True):
+        for norm, there, parts in zip(NORMS, parts_present(one), (ATTENTION, MLP), strict=True):
             if not there and not (one.heads if parts is ATTENTION else one.width):
                 continue
             gain = getattr(one.module, norm).weight if there else torch.ones(width)
@@ -176,7 +176,7 @@ def _put(
     """Write the file: what it says of itself, then tensor after tensor."""
     with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
         _tell(gguf, writer, decoder, Counter(one.kind for one in pieces if len(one.shape) == 2).most_common(1)[0][0])
-        told(words, writer)
+        write_vocabulary(words, writer)
         kinds = gguf.GGMLQuantizationType
         for one in pieces:
             block, size = gguf.GGML_QUANT_SIZES[kinds[one.kind]]
@@ -188,7 +188,7 @@ def _put(
         writer.write_ti_data_to_file()
         for i, one in enumerate(pieces):
             progress(i, 2 * len(pieces), f"writing {one.name}")
-            values = encoded(one.floats(), one.kind, gguf)
+            values = encode(one.floats(), one.kind, gguf)
             if values.dtype != np.uint8 and not np.isfinite(values).all():
                 raise ExportError(f"{one.name} holds numbers that {one.kind} does not reach; write f32 or bf16")
             writer.write_tensor_data(values)
@@ -256,7 +256,7 @@ def _checked(
             part = rows[start : start + step]
             back = gguf.quants.dequantize(np.ascontiguousarray(data[start : start + step]), here.tensor_type)
             difference = np.abs(part - back)
-            limit = allowed(part, piece.kind)
+            limit = allowed_error(part, piece.kind)
             wrong = back != _rounded(part, piece.kind) if limit is None else difference > limit
             if wrong.any():
                 raise CheckError(f"{piece.name} is off by up to {difference.max():.3g} in the file; write it again")
@@ -284,9 +284,9 @@ def _fallen(decoder: Decoder, pieces: Sequence[Piece], kind: str) -> Iterator[st
     if not fallen:
         return
     rows, own = sorted({one.shape[1] for one in fallen}), decoder.model.model.norm.weight.shape[0]
-    told = ", ".join(map(str, rows[:4])) + (", …" if len(rows) > 4 else "")
+    lengths = ", ".join(map(str, rows[:4])) + (", …" if len(rows) > 4 else "")
     kinds = " or ".join(sorted({one.kind for one in fallen}))
-    note = f"{len(fallen)} of {len(matrices)} matrices are {kinds}: their rows ({told} numbers) are no multiple of "
+    note = f"{len(fallen)} of {len(matrices)} matrices are {kinds}: their rows ({lengths} numbers) are no multiple of "
     note += f"{BLOCK[kind]}; widths pruned with --round {BLOCK[kind]} are"
     yield f"{note}, but the network's own width, {own}, is not" if own in rows else note
 

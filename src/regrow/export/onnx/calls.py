@@ -62,7 +62,7 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The tensors of the network's answer."""
-        return tuple(named(self.answer(*tensors)).values())
+        return tuple(name_outputs(self.answer(*tensors)).values())
 
     def answer(self, *tensors: Tensor) -> Any:
         """The network's answer, as it gives it."""
@@ -100,7 +100,7 @@ class Cached(nn.Module):
         return answer.logits, *_kept(answer.past_key_values)
 
 
-def described(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
+def describe_call(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
     """How a network is called, learned from one call with an example.
 
     Args:
@@ -132,7 +132,7 @@ def described(model: nn.Module, example: Example, *, cache: bool = False) -> Exp
         )
     try:
         with torch.no_grad():
-            given = named(run.answer(*told.values()))
+            given = name_outputs(run.answer(*told.values()))
     except Exception as error:
         raise ExportError(
             f"the network does not take the example ({first_line(error)}); give one that it takes"
@@ -142,14 +142,14 @@ def described(model: nn.Module, example: Example, *, cache: bool = False) -> Exp
     return ExportedCall(run, told, tuple(given), tokens is not None and "logits" in given, _most(model))
 
 
-def labelled(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
+def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
     """Which sizes of the inputs are open: name of an input → dimension → what the size is called.
 
     Args:
         call: The call.
         open_to: The sizes that may be open.
 
-    >>> labelled(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
+    >>> label_sizes(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
     {'x': {0: 'batch'}}
     """
     batch = {tensor.shape[0] for tensor in call.inputs.values() if tensor.dim()}
@@ -172,12 +172,12 @@ def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
     return {label: call.inputs[name].shape[dim] for name, dims in labels.items() for dim, label in dims.items()}
 
 
-def resized(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
     """The inputs at other sizes: rows are those of the example again, each moved on or scaled, so that they differ.
 
     Args:
         call: The call.
-        labels: What :func:`labelled` says.
+        labels: What :func:`label_sizes` says.
         sizes: What a size is called → its new value. Sizes that are not named stay.
     """
     found = {}
@@ -194,7 +194,7 @@ def resized(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dic
     return found
 
 
-def named(answer: Any) -> dict[str, Tensor]:
+def name_outputs(answer: Any) -> dict[str, Tensor]:
     """The tensors of a network's answer by name: the logits alone, where there are any."""
     if isinstance(answer, Tensor):
         return {"output": answer}

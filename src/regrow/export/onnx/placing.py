@@ -11,7 +11,7 @@ from regrow.store.atomic import leftovers, sync
 from regrow.store.locks import LockedError, lock
 
 
-def placed(path: Path, stage: Path, out: Path) -> int:
+def place_file(path: Path, stage: Path, out: Path) -> int:
     """Give a file, and the weights beside it where there are any, their places.
 
     Weights take a name that no file has; then the new file replaces the old one, and the weights that the old one led
@@ -60,7 +60,7 @@ def clear_abandoned(out: Path) -> None:
 
 
 def _is_weights(name: str, out: Path) -> bool:
-    """Whether a file beside an ONNX file has a name that :func:`placed` gives to its weights."""
+    """Whether a file beside an ONNX file has a name that :func:`place_file` gives to its weights."""
     return re.fullmatch(rf"{re.escape(out.name)}(\.\d+)?\.data", name) is not None
 
 

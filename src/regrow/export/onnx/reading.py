@@ -78,7 +78,9 @@ def difference(reading: OnnxSession, inputs: Mapping[str, Tensor]) -> tuple[floa
     return _most(torch.tensor(gaps)), max(sizes)
 
 
-def foreseen(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> dict[str, float | int | str]:
+def compare_predictions(
+    reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]
+) -> dict[str, float | int | str]:
     """How many next tokens differ between file and network, and what each foresees of the text.
 
     Args:
@@ -95,7 +97,7 @@ def foreseen(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -
     many, differ, margin, nats = 0, 0, 0.0, torch.zeros(2, dtype=torch.float64)
     rows, told = _rows(reading.call, tokenizer, lengths)
     for row in rows:
-        inputs = started(reading.call, row)
+        inputs = start_inputs(reading.call, row)
         said, meant = reading.says(inputs)[0], reading.meant(inputs)[0]
         first, second = meant.argmax(-1), said.argmax(-1)
         gap = (meant.gather(-1, first[..., None]) - meant.gather(-1, second[..., None])).squeeze(-1)
@@ -110,7 +112,7 @@ def foreseen(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -
     return found
 
 
-def started(call: ExportedCall, tokens: Tensor) -> dict[str, Tensor]:
+def start_inputs(call: ExportedCall, tokens: Tensor) -> dict[str, Tensor]:
     """The inputs for the beginning of texts ``[batch, sequence]``: all tokens count, and none was seen before."""
     found = {}
     for name, tensor in call.inputs.items():

@@ -26,20 +26,20 @@ from regrow.export.onnx.calls import (
     TOTAL,
     ExportedCall,
     Labels,
-    described,
-    labelled,
-    resized,
+    describe_call,
+    label_sizes,
+    resize_inputs,
     sizes_of,
 )
 from regrow.export.onnx.int8 import quantise
-from regrow.export.onnx.placing import clear_abandoned, placed
-from regrow.export.onnx.reading import OnnxSession, difference, foreseen
+from regrow.export.onnx.placing import clear_abandoned, place_file
+from regrow.export.onnx.reading import OnnxSession, compare_predictions, difference
 from regrow.export.written import ExportError, Written
 from regrow.nets.errors import first_line, needs
 from regrow.nets.examples import guessed_example, image_example
 from regrow.progress import Progress, silent
-from regrow.store.atomic import staged
-from regrow.store.errors import StoreError, telling
+from regrow.store.atomic import staging_folder
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.outputs import check_output
 
 OPSET = 20
@@ -111,13 +111,13 @@ def write(
     tokenizer = getattr(model, "tokenizer", None)
     with _staged(place) as stage, _quiet(), evaluating(net):
         progress(0, steps, "recording the network")
-        call = described(net, _example(net, example), cache=cache)
+        call = describe_call(net, _example(net, example), cache=cache)
         found = _recorded(call, stage / "float32" / place.name, progress, steps)
         checked: Checked = {"opset": OPSET, "dtype": dtype or "float32", **found.checked}
         notes = [*notes, *_told(found)]
         if call.text:
             progress(2, steps, "next tokens, torch and onnxruntime")
-            checked |= foreseen(found.reading, tokenizer, found.fixed)
+            checked |= compare_predictions(found.reading, tokenizer, found.fixed)
         path = found.path
         if dtype == "int8":
             progress(3, steps, "weights in 8 bits")
@@ -125,7 +125,7 @@ def write(
             notes.append(quantise(found.path, path, call, LARGEST))
             checked |= _lost(OnnxSession(path, call), tokenizer, found.fixed)
         progress(steps - 1, steps, "writing")
-        size = placed(path, stage, _place(out))
+        size = place_file(path, stage, _place(out))
         progress(steps, steps, "written")
     return Written(out, size, checked, tuple(notes))
 
@@ -175,10 +175,10 @@ def _recorded(call: ExportedCall, path: Path, progress: Progress, steps: int) ->
         ExportError: If it cannot be written even with none.
     """
     path.parent.mkdir()
-    whole = sizes_of(call, labelled(call, OPEN[0]))
+    whole = sizes_of(call, label_sizes(call, OPEN[0]))
     refused: dict[str, str] = {}
     for number, open_to in enumerate(OPEN):
-        labels = labelled(call, open_to)
+        labels = label_sizes(call, open_to)
         if number and sizes_of(call, labels) == whole:
             continue
         try:
@@ -202,7 +202,7 @@ def _recorded(call: ExportedCall, path: Path, progress: Progress, steps: int) ->
 def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
     """Record the network and write the file."""
     # A size of 1 would be taken for a constant.
-    inputs = resized(call, labels, {label: max(2, size) for label, size in sizes_of(call, labels).items()})
+    inputs = resize_inputs(call, labels, {label: max(2, size) for label, size in sizes_of(call, labels).items()})
     shapes = tuple(dict.fromkeys(labels[name], torch.export.Dim.DYNAMIC) or None for name in inputs)
     recorded = torch.export.export(
         call.run,
@@ -251,7 +251,7 @@ def _others(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dict[str,
         given = {BATCH: batch, PAST: past, TOTAL: past + sizes.get(SEQUENCE, 0)}
         sizes |= {label: size for label, size in given.items() if label in known}
         said = ", ".join(f"{label} {size}" for label, size in sizes.items() if label != TOTAL)
-        yield f" at {said}", resized(call, labels, sizes)
+        yield f" at {said}", resize_inputs(call, labels, sizes)
 
 
 def _told(found: _Found) -> list[str]:
@@ -273,7 +273,7 @@ def _told(found: _Found) -> list[str]:
 def _lost(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
     """What 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
     worst, _ = difference(reading, reading.call.inputs)
-    found = foreseen(reading, tokenizer, lengths) if reading.call.text else {}
+    found = compare_predictions(reading, tokenizer, lengths) if reading.call.text else {}
     lost = {name.replace("onnx", "int8"): value for name, value in found.items() if name != "nats_torch"}
     return {"int8_max_abs_diff": worst, **{name if "int8" in name else f"int8_{name}": v for name, v in lost.items()}}
 
@@ -286,9 +286,9 @@ def _staged(out: Path) -> Iterator[Path]:
         ExportError: If the disk does not let us write.
     """
     try:
-        with telling(out):
+        with explain_os_errors(out):
             clear_abandoned(out)
-            with staged(out) as stage:
+            with staging_folder(out) as stage:
                 yield stage
     except StoreError as error:
         raise ExportError(str(error)) from None

@@ -17,7 +17,7 @@ from regrow.method import Evidence, Need
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores
-from regrow.scoring import random, unbiased
+from regrow.scoring import random, weights_without_bias
 from regrow.scoring.spaces import inner
 from regrow.training.freeze import freeze
 
@@ -146,7 +146,7 @@ def plan_cut(
     evidence = evidence or Evidence()
     units = _units(pruner, axes, budget)
     if pruner.compensate:  # biases that this makes count too
-        budget = replace(budget, compensated=unbiased(model, axes, payers(axes, budget)))
+        budget = replace(budget, compensated=weights_without_bias(model, axes, payers(axes, budget)))
     with freeze(model):
         ranking = pruner.score(PruningTask(model, axes, units, budget, evidence, checkpoint, header, progress))
         scores, every = ranking.scores, pruner.allocate(axes, ranking.scores, budget)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from regrow.scoring.watch import CONTRACTIONS, named
+from regrow.scoring.watch import CONTRACTIONS, watched_name
 from regrow.sources import Batch
 
 ADDITIONS = frozenset(
@@ -88,7 +88,7 @@ class Meetings(TorchFunctionMode, ABC):
         result = func(*args, **kwargs)
         read = CONTRACTIONS.get(func)
         for weight, value, dim in read(*args, **kwargs) if read else ():
-            name = named(self.watched, weight)
+            name = watched_name(self.watched, weight)
             if name is not None:
                 self.waiting[id(result)] = Met(name, value, dim, result, lambda: func(*args, **kwargs))
                 break

@@ -29,12 +29,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from regrow.allocation.edges import Edges, chosen
+from regrow.allocation.edges import Edges, select_operations
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.partial import partial_channels
 from regrow.axis_tensor import AxisTensor
 from regrow.candidates import candidates_in
-from regrow.data.augment import moved
+from regrow.data.augment import shift_and_flip
 from regrow.learner import Stand
 from regrow.method import Measure
 from regrow.methods.search.searcher import Searcher
@@ -199,7 +199,7 @@ class Darts(Searcher):
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """Cross-entropy."""
-        inputs = moved(batch.inputs) if self.settings.augment else batch.inputs
+        inputs = shift_and_flip(batch.inputs) if self.settings.augment else batch.inputs
         return F.cross_entropy(self.asked(at, inputs), batch.labels)
 
     def gate(self, at: Stand) -> None:
@@ -232,7 +232,7 @@ class Darts(Searcher):
     def choice(self) -> Tensor:
         """The operations that would be kept now, ``[operations]`` bool."""
         assert self.edges is not None and self.gates is not None
-        return chosen(self.share().detach(), self.edges.edge, self.gates.node)
+        return select_operations(self.share().detach(), self.edges.edge, self.gates.node)
 
     def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> GateMasks:
         """What stands now: every operation until the end."""

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation.commits import controlled, least
+from regrow.allocation.commits import least, update_controller
 from regrow.allocation.gates import GateMasks
 from regrow.candidates import candidates_in
-from regrow.data.augment import moved
+from regrow.data.augment import shift_and_flip
 from regrow.learner import Stand
 from regrow.method import Measure
 from regrow.methods.search.searcher import Searcher
@@ -133,7 +133,7 @@ class GoldNas(Searcher):
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """Cross-entropy, and the pressure on operations."""
-        inputs = moved(batch.inputs) if self.settings.augment else batch.inputs
+        inputs = shift_and_flip(batch.inputs) if self.settings.augment else batch.inputs
         loss = plain = F.cross_entropy(self.asked(at, inputs), batch.labels)
         if self.joint(at) and self.values["lambda"]:
             assert self.gates is not None and self.now is not None
@@ -167,7 +167,7 @@ class GoldNas(Searcher):
         assert self.gates is not None
         each = self.settings.each or -(-len(self.gates.tied.unique()) // (at.epochs - self.settings.warm - 1))
         left, many = self._left(each)
-        self.values |= controlled(self.values, many, few=each, many=2 * each, factor=2)
+        self.values |= update_controller(self.values, many, few=each, many=2 * each, factor=2)
         return self.without(at, left)
 
     def _left(self, each: int) -> tuple[Tensor, int]:

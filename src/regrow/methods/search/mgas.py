@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation.commits import controlled, threshold_for
+from regrow.allocation.commits import threshold_for, update_controller
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
-from regrow.allocation.regrowth import drawn
+from regrow.allocation.regrowth import sample_operations
 from regrow.axis_tensor import AxisTensor
-from regrow.data.augment import moved
+from regrow.data.augment import shift_and_flip
 from regrow.learner import Stand
 from regrow.method import Measure
 from regrow.methods.search.searcher import LEVELS, THRESHOLDS, Searcher
@@ -240,7 +240,7 @@ class Mgas(Searcher):
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """Cross-entropy, and what size and the authors' regulariser add."""
         self.seen += len(batch)
-        inputs = moved(batch.inputs) if self.settings.augment else batch.inputs
+        inputs = shift_and_flip(batch.inputs) if self.settings.augment else batch.inputs
         loss = plain = F.cross_entropy(self.asked(at, inputs), batch.labels)
         if not self.joint(at) or self.settings.controller == "ratios":
             return loss
@@ -251,10 +251,10 @@ class Mgas(Searcher):
             loss = loss + self.values["mu"] * (over + self._lifted() / self.allowed(at))
         if self.values["lambda"]:
             among = ~self.gates.single if self.thins else torch.ones_like(self.gates.single)
-            pressure = self.gates.evenness(self.now, self.tensors["alpha"].values, among)
+            pressure = self.gates.operation_regularizer(self.now, self.tensors["alpha"].values, among)
             if not self.thins:  # μ is what raises thresholds otherwise
                 ops, filters, weights = (self.tensors[name].values for name in THRESHOLDS.values())
-                pressure = pressure + self.gates.lowness(self.now, (ops, filters, weights))
+                pressure = pressure + self.gates.threshold_regularizer(self.now, (ops, filters, weights))
             pressed = self.values["lambda"] * pressure
             before = self.values["loss"]
             self.values["loss"] = [before[0] + float(plain.detach()), before[1] + float(pressed.detach())]
@@ -321,7 +321,7 @@ class Mgas(Searcher):
         before = len(self.values["dropped"])
         plan = super().commit(at, masks)
         if self.settings.controller == "feedback":
-            self.values |= controlled(self.values, len(self.values["dropped"]) - before)
+            self.values |= update_controller(self.values, len(self.values["dropped"]) - before)
         return plan
 
     def due(self, at: Stand) -> GateMasks:
@@ -353,7 +353,7 @@ class Mgas(Searcher):
         alive = [p for p, a, r in zip(found.ops, found.alive, found.runs, strict=True) if r and a]
         drift = dict(zip(found.ops, self.tensors["drift"].values.abs().tolist(), strict=True))
         share = dict(zip(found.ops, self.tensors["alpha"].values.detach().sigmoid().tolist(), strict=True))
-        back = drawn(dead, alive, drift, share, many, at.drawn(at.epoch, 7)) if dead else []
+        back = sample_operations(dead, alive, drift, share, many, at.drawn(at.epoch, 7)) if dead else []
         return Plan(back=tuple(back), origin={"method": "mgas", "epoch": at.epoch}) if back else None
 
     def restoring(self, at: Stand) -> Plan | None:

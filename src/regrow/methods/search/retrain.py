@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.axis_tensor import AxisTensor
-from regrow.data.augment import cut_out, moved
+from regrow.data.augment import cut_out, shift_and_flip
 from regrow.learner import Learner, Stand
 from regrow.tasks import Examples
 
@@ -66,7 +66,7 @@ class Retrain(Learner):
 
     def loss(self, at: Stand, batch: Examples) -> Tensor:
         """Cross-entropy on moved pictures."""
-        inputs = moved(batch.inputs) if self.settings.augment else batch.inputs
+        inputs = shift_and_flip(batch.inputs) if self.settings.augment else batch.inputs
         return F.cross_entropy(self.asked(at, cut_out(inputs, self.settings.cutout)), batch.labels)
 
     def gate(self, at: Stand) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.commits import cut, excess, least, reserved, savings, spared
+from regrow.allocation.commits import fit_to_budget, least, limit_removal, protect_cheapest, savings, select_removed
 from regrow.allocation.gates import GateMasks, Gates, gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
@@ -267,9 +267,9 @@ class Searcher(Learner):
         """What does not stand now, or under masks, goes."""
         assert self.gates is not None
         with torch.no_grad():
-            masks = spared(self.gates, masks or self.due(at), self.allowed(at), self.spares_bare)
-            masks = reserved(self.upto(at, (self.ends or (-1,))[-1]), masks, self.most, self.cuts)
-            drop, keep = cut(self.gates, masks, at.axes)
+            masks = limit_removal(self.gates, masks or self.due(at), self.allowed(at), self.spares_bare)
+            masks = protect_cheapest(self.upto(at, (self.ends or (-1,))[-1]), masks, self.most, self.cuts)
+            drop, keep = select_removed(self.gates, masks, at.axes)
             saved = savings(self.gates, masks)
             if masks.over is not None:
                 for name, below in self.gates.levels.apart(masks.over < 0).items():
@@ -365,7 +365,7 @@ class Searcher(Learner):
         with torch.no_grad():
             masks, flat = self.due(at), self.gates.levels.flat(at.parameters())
             relative = self.gates.levels.relative(flat, self.gates.levels.standing(masks.ops, masks.filters))
-            ops, filters, weights = excess(self.gates, masks, relative, self.most)
+            ops, filters, weights = fit_to_budget(self.gates, masks, relative, self.most)
             self.gone |= weights
             masks = replace(self.masks(at), ops=ops, filters=filters)
         plan = self.commit(at, masks)
@@ -389,7 +389,7 @@ class Searcher(Learner):
         """Operations that stand go where a mask, ``[operations]``, leaves them out; so answers change."""
         assert self.gates is not None and self.now is not None
         masks = replace(self.now, ops=ops)
-        drop, _ = cut(self.gates, masks, at.axes)
+        drop, _ = select_removed(self.gates, masks, at.axes)
         if not drop:
             return None
         self.values["going"] = savings(self.gates, masks)["operations"]

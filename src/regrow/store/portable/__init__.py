@@ -15,7 +15,7 @@ from regrow.nets.blocks import DecoderLayer, blocks
 from regrow.nets.language import require_transformers
 from regrow.store.atomic import write_text
 from regrow.store.shapes import Kind, Shapes
-from regrow.store.state import held
+from regrow.store.state import named_tensors
 
 MOST_DERIVED = 2**16
 """Numbers of buffers that no state dict holds, so that they travel in the configuration."""
@@ -24,7 +24,7 @@ _BASE = "from transformers import PreTrainedModel as Base"
 _CLASS = "class Regrown(Base)"
 
 
-def changed(shapes: Shapes) -> bool:
+def is_changed(shapes: Shapes) -> bool:
     """Whether a network differs from what its architecture's configuration builds."""
     differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
     return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders)
@@ -41,7 +41,7 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
         Every tensor of another shape, every changed number, what was dropped, and the numbers of buffers that no file
         of weights holds. ``None`` where that does not suffice: modules that only regrow has, or large such buffers.
     """
-    found = held(model)
+    found = named_tensors(model)
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
     nothing = any(placeholder.gives == "nothing" for placeholder in shapes.placeholders.values())
     foreign = any(isinstance(module, Attention) for module in model.modules())

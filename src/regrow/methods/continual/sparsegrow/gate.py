@@ -10,7 +10,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from regrow.axes import axes_in
 from regrow.axis_tensor import AxisTensor
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
-from regrow.scoring.factors import Factors, Gate, factors, joined, layers, part
+from regrow.scoring.factors import Factors, Gate, factors, join_bias, layers, part
 from regrow.training.learner import Context
 
 
@@ -108,11 +108,11 @@ def apply_gates(state: SparseGrowState, context: Context) -> None:
     parameters = context.parameters()
     for name, gate in state.gates.items():
         before = state.last[name]
-        after = before + gate.through(joined(context.model, name) - before)
+        after = before + gate.through(join_bias(context.model, name) - before)
         with torch.no_grad():
             for which, value in part(context.model, name, after).items():
                 parameters[which].copy_(value)
-        state.last[name] = joined(context.model, name)
+        state.last[name] = join_bias(context.model, name)
 
 
 def silence_new_units(context: Context, gates: Mapping[str, Gate], old: Mapping[str, Tensor]) -> None:
@@ -125,7 +125,7 @@ def silence_new_units(context: Context, gates: Mapping[str, Gate], old: Mapping[
     """
     parameters = context.parameters()
     for name in gates.keys() & old.keys():
-        whole, new = joined(context.model, name), ~old[name]
+        whole, new = join_bias(context.model, name), ~old[name]
         whole[new] = gates[name].away(whole[new])
         with torch.no_grad():
             for which, value in part(context.model, name, whole).items():

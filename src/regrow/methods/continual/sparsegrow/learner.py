@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.growth import growth, hidden, makers
-from regrow.allocation.thresholds import over, thresholded
+from regrow.allocation.growth import growable_axes, growth, makers
+from regrow.allocation.thresholds import apply_threshold, margin
 from regrow.axes import Axis
 from regrow.axis_tensor import AxisTensor
 from regrow.methods.continual.sparsegrow import gate
 from regrow.methods.continual.sparsegrow.settings import Settings
 from regrow.methods.continual.sparsegrow.state import SparseGrowState
 from regrow.plan import Fill, Plan
-from regrow.scoring.factors import joined, part
+from regrow.scoring.factors import join_bias, part
 from regrow.sources import Batch
 from regrow.surgery import fit_new_units
 from regrow.surgery.fill import new_units, sparsify_new_units, split_entries
@@ -115,10 +115,10 @@ def _mask(state: SparseGrowState, context: Context, settings: Settings) -> Repla
     for name in _thresholded_weights(context, settings):
         weight, threshold, owned = parameters[name], state.threshold[name].values, state.owned[name].values
         if settings.threshold == "dst":
-            values[name] = thresholded(weight, threshold, owned)
+            values[name] = apply_threshold(weight, threshold, owned)
         else:  # as in AdaptCL's code: what is pruned is 0 at once, and the loss does not train the threshold
             with torch.no_grad():
-                weight.mul_((over(weight, threshold) >= 0) | owned)
+                weight.mul_((margin(weight, threshold) >= 0) | owned)
     return Replacements(values)
 
 
@@ -180,7 +180,7 @@ def _describe_thresholds(state: SparseGrowState, context: Context, settings: Set
     rows = dict(state.kept)
     for name in _thresholded_weights(context, settings):
         threshold = state.threshold[name].values.detach()
-        kept = (over(context.parameters()[name].detach(), threshold) >= 0) | state.owned[name].values
+        kept = (margin(context.parameters()[name].detach(), threshold) >= 0) | state.owned[name].values
         row = {"threshold": float(threshold.mean()), "density": float(kept.double().mean())}
         rows[name] = {what: round(value, 6) for what, value in row.items()}
     return rows
@@ -192,7 +192,7 @@ def _plan_growth(state: SparseGrowState, context: Context, settings: Settings) -
     first = context.epochs - max(1, round(settings.late * context.epochs))
     if settings.grow == "never" or context.epoch != first:
         return None, state
-    free = {axis: _free_share(state, axis, context, settings) for axis in hidden(context.axes)}
+    free = {axis: _free_share(state, axis, context, settings) for axis in growable_axes(context.axes)}
     limit = 1.0 if settings.grow == "always" else settings.short
     short = sorted((axis for axis in free if free[axis] < limit), key=lambda axis: free[axis])
     wanted = growth(context.axes, short, state.base, share=settings.width, multiple=settings.multiple, cap=settings.cap)
@@ -235,7 +235,7 @@ def _end_task(state: SparseGrowState, context: Context, settings: Settings) -> S
             owned = owned_by_name[name]
             if name in state.threshold:
                 threshold = state.threshold[name].values
-                parameter.mul_((over(parameter, threshold) >= 0) | owned)
+                parameter.mul_((margin(parameter, threshold) >= 0) | owned)
                 threshold.zero_()
             new = parameter != 0 if name in context.weights else torch.ones_like(owned)
             if context.classes is not None and name in context.head:
@@ -282,7 +282,7 @@ def _freeze(state: SparseGrowState, context: Context, settings: Settings) -> Spa
     if settings.gate == "kronecker":
         gates = gate.build_gates(state, context, settings.strength * relief, settings.damping)
         gates = {name: one for name, one in gates.items() if name not in alone}
-        last = {name: joined(context.model, name) for name in gates}
+        last = {name: join_bias(context.model, name) for name in gates}
         free = {name: round(one.free, 4) for name, one in gates.items()}
     gated = {which for name in gates for which in part(context.model, name, last[name])}
     frozen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -301,7 +301,7 @@ def _reset_high_thresholds(state: SparseGrowState, context: Context, settings: S
     """Set the thresholds of a weight back to 0 if they leave next to nothing of it."""
     for name in _thresholded_weights(context, settings):
         threshold = state.threshold[name].values
-        kept = (over(context.parameters()[name].detach(), threshold) >= 0) | state.owned[name].values
+        kept = (margin(context.parameters()[name].detach(), threshold) >= 0) | state.owned[name].values
         if float(kept.double().mean()) <= 0.01:
             with torch.no_grad():
                 threshold.zero_()
@@ -315,7 +315,7 @@ def _free_share(state: SparseGrowState, axis: Axis, context: Context, settings: 
     shares = []
     for name in makers(axis, context.axes):
         weight, owned = context.parameters()[name].detach(), state.owned[name].values
-        above = over(weight, state.threshold[name].values) >= 0 if settings.threshold != "none" else weight != 0
+        above = margin(weight, state.threshold[name].values) >= 0 if settings.threshold != "none" else weight != 0
         shares.append(((above & (weight != 0)) | owned).double().mean())
     return 1 - float(torch.stack(shares).mean())
 
@@ -327,7 +327,7 @@ def _masked(state: SparseGrowState, context: Context, settings: Settings) -> Ite
     with torch.no_grad():
         for name in _thresholded_weights(context, settings):
             weight = parameters[name]
-            kept = (over(weight, state.threshold[name].values) >= 0) | state.owned[name].values
+            kept = (margin(weight, state.threshold[name].values) >= 0) | state.owned[name].values
             held[name] = kept, weight.clone()
             weight.mul_(kept)
     yield

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from regrow import scoring
-from regrow.allocation import module_costs, ranked, ratios
+from regrow.allocation import module_costs, rank, ratios
 from regrow.axes import Axis, AxisGraph, Mark
 from regrow.budget import Budget
 from regrow.method import Need
@@ -41,7 +41,7 @@ def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, scoring.METRICS[BASES[settings.base].metric][1]}),
         score=partial(score_units, settings=settings, compare=compare),
-        allocate=partial(ranked, minimum=settings.minimum),
+        allocate=partial(rank, minimum=settings.minimum),
         compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
         if settings.compensate
         else None,

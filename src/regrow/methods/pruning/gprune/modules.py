@@ -15,7 +15,7 @@ from regrow.methods.pruning.pruner import PruningTask
 from regrow.scores import Scores, Statistics
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import Modules, partition
-from regrow.scoring.reliability import Reliability, ordered
+from regrow.scoring.reliability import Reliability, rank_in_modules
 from regrow.scoring.sensitivity import spectrum
 from regrow.scoring.spaces import Space, spaces, within
 from regrow.scoring.views import View, halves, views
@@ -67,7 +67,8 @@ def order_modules(
     every += [modules] * (len(seen.views) - len(every))
     instead = _other_orders(s, task, seen)
     places = [
-        ordered(m, trust, one.scores.values, other) for m, one, other in zip(every, seen.views, instead, strict=True)
+        rank_in_modules(m, trust, one.scores.values, other)
+        for m, one, other in zip(every, seen.views, instead, strict=True)
     ]
     filled = [
         name for name in seen.views[0].pooled.moments if s.compensate and scoring.takes_constant(task.model, name)

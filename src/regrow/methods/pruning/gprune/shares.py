@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regrow.allocation import module_costs, ranked, ratios
+from regrow.allocation import module_costs, rank, ratios
 from regrow.axis_tensor import AxisTensor
 from regrow.methods.pruning.gprune.masks import Comparison, Masks
 from regrow.methods.pruning.gprune.modules import findings_of, form_modules, measure, order_modules
@@ -148,7 +148,7 @@ class ModuleShares:
         s, task, masks, losses = self.settings, self.task, self.masks, []
         for i, source in enumerate(task.evidence.data.values()):
             view, batches = self._view(i), source.held_out(s.held_out)[1]
-            kept = ranked(task.axes, masks.margins(share, view), task.budget, minimum=s.minimum)
+            kept = rank(task.axes, masks.margins(share, view), task.budget, minimum=s.minimum)
             gates = {
                 key: torch.zeros(task.axes[key].size).index_fill(0, torch.tensor(kept[key]), 1.0)
                 for key in masks.places
