@@ -20,6 +20,7 @@ import regrow
 from regrow.commands import RunFolder
 from regrow.commands.record import convert_settings
 from regrow.commands.search import Settings, parts_of
+from regrow.commands.targets import measure_of
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.tasks import Examples
@@ -44,7 +45,7 @@ def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     unseen = others(settings, learned, many)
     return {
         "space": settings.space,
-        "measure": str(settings.measure),
+        "measure": str(measure_of(settings.target, settings.accounting)),
         "method": settings.method,
         "settings": settings.method_settings,
         "seed": settings.seed,

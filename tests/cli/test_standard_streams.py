@@ -106,7 +106,7 @@ def test_the_handler_of_failures_does_not_fail(regrow: Run, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise MutedError
 
-    monkeypatch.setattr("regrow.methods.entry", fail)
+    monkeypatch.setattr("regrow.methods.find_method", fail)
     code, _, err = regrow("methods", "flap")
     assert code == 70 and "MutedError, and TypeError" in err and err.count("\n") == 1
 

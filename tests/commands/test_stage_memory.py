@@ -12,7 +12,7 @@ import regrow
 from regrow.allocation.stages import MemoryBudgetError
 from regrow.commands import search as searching
 from regrow.commands import stage_memory
-from regrow.commands.search import Settings, built, network, parts_of, run
+from regrow.commands.search import Settings, built, network, parts_of, run, schedule_of
 from regrow.commands.stage_memory import Watch
 from regrow.methods import searcher_entry
 from regrow.reports import write_page
@@ -84,7 +84,8 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     axes = trace(model, parts.search.train.inputs[:2])
     own = built(settings, model, axes, plan)
     assert plan is not None and len(plan.ends) == 1 and plan.recomputed == recomputed
-    learn(model, axes, [parts.search], own, settings.schedule(1, "constant"), around=Watch(own, plan.peak, batch))
+    schedule = schedule_of(settings, 1, "constant")
+    learn(model, axes, [parts.search], own, schedule, around=Watch(own, plan.peak, batch))
     assert own.values["memory"]["0"]["joint"]
     assert 0.85 * plan.peak < own.values["memory"]["0"]["peak"] <= plan.peak
 

@@ -4,16 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from regrow.settings.declaration import Range, Setting
-from regrow.settings.training import (
-    TRAINING,
-    BatchSize,
-    LearningRate,
-    MethodSettings,
-    Seed,
-    Test,
-    Train,
-    WeightDecay,
-)
+from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSettings, Seed, Test, Train, WeightDecay
 
 DENSE, FORMER = "dense", "0.1"
 """How weights that are 0 are counted: as stored and computed, or as version 0.1 did, for which they cost nothing."""
@@ -25,83 +16,63 @@ SEARCH, RETRAIN = "Searching", "Training the network that was found"
 class Settings:
     """Everything that a search depends on; ``run.json`` holds this, and the method's defaults beside it."""
 
-    space: Annotated[
-        str,
-        Setting(
-            "cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell), "
-            "mobile:WIDTH-BLOCKS (inverted bottlenecks of six kinds and a skip, WIDTH in the first stage, BLOCKS in "
-            "each), bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all "
-            "cells), a small network such as resnet:16-3, of which filters and weights are searched, or pkg.mod:fn, a "
-            "function of your own code that gives a network: its filters and weights, and the operations that it marks "
-            "with regrow.Candidates.",
-            argument=True, code=True, example="cells:4-3-2 --data digits --target 0.2 --out RUN",
-        ),
-    ]  # fmt: skip
-    data: Annotated[
-        str,
-        Setting(
-            "digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…", group="Data", example="digits"
-        ),
-    ]
-    target: Annotated[
-        str,
-        Setting(
-            "params=50k (stored), nonzero=50k (without masked weights), macs=3M (dense, of an image), bytes=200k (of "
-            "the file), ms=20 (of a batch, here), a share of the whole space (macs=20%) or of its parameters (0.2).",
-            example="params=50k",
-        ),
-    ]
+    # fmt: off
+    space: Annotated[str, Setting(
+        "cells:WIDTH-CELLS-NODES (a DARTS-like super-network: seven operations on every edge of every cell), "
+        "mobile:WIDTH-BLOCKS (inverted bottlenecks of six kinds and a skip, WIDTH in the first stage, BLOCKS in "
+        "each), bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all "
+        "cells), a small network such as resnet:16-3, of which filters and weights are searched, or pkg.mod:fn, a "
+        "function of your own code that gives a network: its filters and weights, and the operations that it marks "
+        "with regrow.Candidates.",
+        argument=True, code=True, example="cells:4-3-2 --data digits --target 0.2 --out RUN",
+    )]
+    data: Annotated[str, Setting(
+        "digits, or a folder: MNIST's four files, or train/CLASS/… and test/CLASS/…",
+        group="Data", example="digits",
+    )]
+    target: Annotated[str, Setting(
+        "params=50k (stored), nonzero=50k (without masked weights), macs=3M (dense, of an image), bytes=200k (of "
+        "the file), ms=20 (of a batch, here), a share of the whole space (macs=20%) or of its parameters (0.2).",
+        example="params=50k",
+    )]
     method: Annotated[str, Setting("What searches: see `regrow methods`.", code=True)] = "mgas"
     method_settings: MethodSettings = field(default_factory=dict)
-    stages: Annotated[
-        int,
-        Setting(
-            "In how many stages it is searched; 0: three, or as many as it has parts, or as --memory needs.",
-            group=SEARCH, range=Range(0, 99),
-        ),
-    ] = 0  # fmt: skip
-    memory: Annotated[
-        str,
-        Setting(
-            "What a stage may need, like 2GiB: cuts stages to fit, or computes parts twice.",
-            metavar="BYTES", group=SEARCH, example="2GiB",
-        ),
-    ] = ""  # fmt: skip
-    epochs: Annotated[
-        int,
-        Setting(
-            "Passes over the training part in the search; 0 for methods that learn nothing.",
-            group=SEARCH, range=Range(0, 10**6),
-        ),
-    ] = 30  # fmt: skip
-    retrain: Annotated[
-        int, Setting("Passes of the training after it; 0: none.", group=RETRAIN, range=Range(0, 10**6))
-    ] = 30
-    inherit: Annotated[
-        bool,
-        Setting("Begin it with the weights that the search left, not with new ones.", group=RETRAIN, absent=False),
-    ] = False
-    cutout: Annotated[
-        int, Setting("Cut a square of so many pixels out of each image.", group=RETRAIN, range=Range(0, 2**16))
-    ] = 0
+    stages: Annotated[int, Setting(
+        "In how many stages it is searched; 0: three, or as many as it has parts, or as --memory needs.",
+        group=SEARCH, range=Range(0, 99),
+    )] = 0
+    memory: Annotated[str, Setting(
+        "What a stage may need, like 2GiB: cuts stages to fit, or computes parts twice.",
+        metavar="BYTES", group=SEARCH, example="2GiB",
+    )] = ""
+    epochs: Annotated[int, Setting(
+        "Passes over the training part in the search; 0 for methods that learn nothing.",
+        group=SEARCH, range=Range(0, 10**6),
+    )] = 30
+    retrain: Annotated[int, Setting(
+        "Passes of the training after it; 0: none.",
+        group=RETRAIN, range=Range(0, 10**6),
+    )] = 30
+    inherit: Annotated[bool, Setting(
+        "Begin it with the weights that the search left, not with new ones.",
+        group=RETRAIN, absent=False,
+    )] = False
+    cutout: Annotated[int, Setting(
+        "Cut a square of so many pixels out of each image.",
+        group=RETRAIN, range=Range(0, 2**16),
+    )] = 0
     batch_size: BatchSize = 96
     lr: LearningRate = 0.025
     weight_decay: WeightDecay = 3e-4
     train: Train = 0
     test: Test = 0
-    validation: Annotated[
-        float,
-        Setting(
-            "The share of the training examples that the search holds out: it never learns from them.",
-            group="Data", range=Range(0, 1, above=True, below=True),
-        ),
-    ] = 0.2  # fmt: skip
+    validation: Annotated[float, Setting(
+        "The share of the training examples that the search holds out: it never learns from them.",
+        group="Data", range=Range(0, 1, above=True, below=True),
+    )] = 0.2
     stride: Annotated[int, Setting("Stride of the stem.", group=TRAINING, range=Range(1, 4))] = 2
     seed: Seed = 0
-    accounting: Annotated[
-        str,
-        Setting(
-            "dense; 0.1 for a run of that version, whose target in parameters counted what is not 0.",
-            hidden=True, absent=FORMER,
-        ),
-    ] = DENSE  # fmt: skip
+    accounting: Annotated[str, Setting(
+        "dense; 0.1 for a run of that version, whose target in parameters counted what is not 0.",
+        hidden=True, absent=FORMER,
+    )] = DENSE
