@@ -14,7 +14,7 @@ from regrow.commands import recover as recovery_run
 from regrow.commands.checkpoints import open_checkpoint
 from regrow.commands.prune import Settings, run
 from regrow.methods import entry, recovery_entry
-from regrow.methods.recovery import Task
+from regrow.methods.recovery import RecoveryTask
 from regrow.plan import Plan
 from regrow.reports.summary import summarise
 from regrow.settings import recover
@@ -132,7 +132,9 @@ def test_a_page_tells_the_cut_from_what_came_back(tmp_path):
 def test_a_checkpoint_of_something_else_is_removed(tmp_path):
     path = tmp_path / "in" / "s.safetensors"
     assert open_checkpoint(path, "key") == {} and path.parent.is_dir()
-    task = Task(nn.Identity(), nn.Identity(), NO_AXES, Plan(), [], checkpoint=path, header=lambda: {"key": "key"})
+    task = RecoveryTask(
+        nn.Identity(), nn.Identity(), NO_AXES, Plan(), [], checkpoint=path, header=lambda: {"key": "key"}
+    )
     assert task.read() is None
     tensors = {"w a": torch.randn(2, 3)}
     task.write(3, tensors, {"layers": [{"ridge": 1}]})

@@ -40,7 +40,7 @@ VARIANTS = [
     ("llm_pruner", {}),
     ("llm_pruner", {"form": "vector", "allocation": "ranked", "compensate": True}),
     ("gprune", {"steps": 4, "every": 2, "shards": 2}),
-    ("gprune", {"steps": 0, "base": "wanda_sp", "shards": 2, "instead": "through", "switch": "always"}),
+    ("gprune", {"steps": 0, "base": "wanda_sp", "shards": 2, "instead": "norms", "switch": "always"}),
     ("gprune", {"steps": 2, "base": "llm_pruner", "shards": 2, "rank": "probit", "denoise": True, "switch": "halves"}),
     ("gprune", {"steps": 2, "base": "magnitude", "shards": 1, "loss": "cross_entropy", "compensate": False}),
 ]

@@ -12,7 +12,7 @@ from regrow.commands.checkpoints import fingerprint, open_checkpoint
 from regrow.commands.folder import RunFolder
 from regrow.evaluation import Perplexity, paired_difference
 from regrow.methods import recovery_entry
-from regrow.methods.recovery import Task
+from regrow.methods.recovery import RecoveryTask
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -62,7 +62,7 @@ def recovered(
     spent = float(open_checkpoint(path, key).get("seconds", 0))
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
-    found = work(Task(model, dense.model, axes, plan, sources, seed, path, header, progress))
+    found = work(RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress))
     tokens = sum(source.tokens for source in sources)
     row = {"by": by, "tokens": tokens, "seconds": round(seconds(), 1), **found}
     row |= {"round": number} if number > 1 else {}

@@ -12,7 +12,7 @@ from regrow.scoring.compensate import means, takes_constant, weights_without_bia
 from regrow.scoring.gradients import cross_entropy, taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
-from regrow.scoring.paths import PATHS, peak_to_peak, product_of_norms, through
+from regrow.scoring.paths import PATHS, peak_to_peak, product_of_norms
 from regrow.scoring.weights import magnitude, random, readers, scorable, weights_of
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "scorable",
     "takes_constant",
     "taylor",
-    "through",
     "wanda_sp",
     "weights_of",
     "weights_without_bias",

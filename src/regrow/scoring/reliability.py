@@ -11,7 +11,7 @@ from regrow.scoring.partition import Modules
 from regrow.scoring.sensitivity import Sensitivity
 from regrow.scoring.spaces import Space, within
 
-SWITCHES = ("unreliable", "both", "weak", "halves", "blend", "even", "never", "always", "reversed")
+SWITCHES = ("unreliable", "halves", "blend", "even", "never", "always", "reversed")
 
 
 @dataclass(frozen=True)
@@ -41,11 +41,10 @@ def reliability(
     """Judge each module; modules of pooled spaces, whose units are too few to judge, are always trusted.
 
     Args:
-        how: ``unreliable``: not trusted where U is highest, in at most a share ``most`` of the units; ``both``: where S
-            and 1 − A both exceed ½; ``weak``: where a module is more sensitive and less active than its space;
-            ``halves``: where the orders by two halves of the sources correlate below ½ in the module; ``blend``: trust
-            1 − U; ``even``: the mean of that everywhere (does the place matter, or the mixture?); ``never`` and
-            ``always`` switch; ``reversed``: the most reliable modules instead (a sign check).
+        how: ``unreliable``: not trusted where U is highest, in at most a share ``most`` of the units; ``halves``: where
+            the orders by two halves of the sources correlate below ½ in the module; ``blend``: trust 1 − U; ``even``:
+            the mean of that everywhere (does the place matter, or the mixture?); ``never`` and ``always`` switch;
+            ``reversed``: the most reliable modules instead (a sign check).
         among: The spaces of the modules.
         modules: The modules.
         scores: Axis key → the base score on all sources.
@@ -62,8 +61,7 @@ def reliability(
         raise ValueError(f"modules are switched by {', '.join(SWITCHES)}; got {how!r}")
     labels = [among[i].label for i in modules.spaces]
     s = _scaled(modules.mean(sensitive.sigma), labels)
-    active = within(scores, among, percentile)
-    a = _scaled(modules.mean(active), labels)
+    a = _scaled(modules.mean(within(scores, among, percentile)), labels)
     u = s * (1 - a)
     judged = torch.tensor([not among[i].pooled for i in modules.spaces])
     trust = torch.ones(len(modules), dtype=torch.float64)
@@ -73,10 +71,6 @@ def reliability(
             trust = _most(
                 u if how == "unreliable" else -u, _sizes(modules), able, most * float(_sizes(modules)[judged].sum())
             )
-        case "both":
-            trust[(s > 0.5) & (1 - a > 0.5)] = 0
-        case "weak":
-            trust[_beyond(modules, sensitive.sigma, among, 1) & _beyond(modules, active, among, -1)] = 0
         case "halves":
             if halves is None:
                 raise ValueError("the switch 'halves' compares two halves of the calibration data; none are given")
@@ -140,12 +134,6 @@ def _most(u: Tensor, sizes: Tensor, judged: Tensor, left: float) -> Tensor:
             trust[module] = 0
             left -= float(sizes[module])
     return trust
-
-
-def _beyond(modules: Modules, values: Mapping[str, Tensor], among: Sequence[Space], sign: int) -> Tensor:
-    """Whether the mean of a module lies above (below, for ``sign = -1``) the median of its space."""
-    medians = torch.stack([among[i].gather(values).median() for i in modules.spaces])
-    return sign * (modules.mean(values) - medians) > 0
 
 
 def _agreement(modules: Modules, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:

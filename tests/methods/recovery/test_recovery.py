@@ -12,17 +12,17 @@ from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
 from regrow.evaluation import perplexity
 from regrow.methods import RECOVERIES, recovery_entry
-from regrow.methods.recovery import Task, bias, distil, fitting, lora, refit, streams
+from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, streams
 from regrow.methods.recovery.solve import Sums, chosen, ridged
 from regrow.sources import Batch, Source, logits_in
 from regrow.training.interrupts import defer_interrupts
 
 
-def task(model: nn.Module, axes, keep, source: Source, **more) -> Task:
+def task(model: nn.Module, axes, keep, source: Source, **more) -> RecoveryTask:
     dense = copy.deepcopy(model)
     plan = Plan.keeping(axes, keep)
     model, _ = apply(model, axes, plan)
-    return Task(model, dense, axes, plan, [source], **more)
+    return RecoveryTask(model, dense, axes, plan, [source], **more)
 
 
 def rows(batches: int = 8, width: int = 4, size: int = 16, seed: int = 1, shape: tuple[int, ...] = ()) -> Source:
@@ -31,13 +31,13 @@ def rows(batches: int = 8, width: int = 4, size: int = 16, seed: int = 1, shape:
     return Source("v", [Batch((draw(),), labels=torch.arange(size) % 3) for _ in range(batches)])
 
 
-def perceptron(**more) -> Task:
+def perceptron(**more) -> RecoveryTask:
     model = mlp(width=12, second=9)[0]
     axes = trace(model, torch.randn(2, 4))
     return task(model, axes, {"0.weight:0": range(7), "2.weight:0": range(1, 7)}, rows(), **more)
 
 
-def language(**more) -> Task:
+def language(**more) -> RecoveryTask:
     model, _ = lm()
     source = texts("a", batches=8)
     axes = trace(model, *source.batches[0].args)
@@ -51,7 +51,7 @@ def answers(model: nn.Module, source: Source) -> Tensor:
         return torch.cat([logits_in(model(*batch.args)) for batch in source]).flatten(0, -2)
 
 
-def error(one: Task, seed: int) -> float:
+def error(one: RecoveryTask, seed: int) -> float:
     """How far the cut network is from the dense one, on inputs that no recovery has seen."""
     source = texts("t", seed=seed) if hasattr(one.model, "decoder") else rows(seed=seed)
     return float((answers(one.model, source) - answers(one.dense, source)).square().mean())
@@ -110,7 +110,7 @@ def test_nothing_changes_where_nothing_is_missing():
     found = refit.refit(one, refit.Settings())
     assert [row["ridge"] for row in found["layers"]] == [0.0]
     assert all(torch.equal(before[name], tensor) for name, tensor in one.model.state_dict().items())
-    whole = Task(copy.deepcopy(model), model, axes, Plan(), [rows()])
+    whole = RecoveryTask(copy.deepcopy(model), model, axes, Plan(), [rows()])
     assert refit.refit(whole, refit.Settings())["layers"] == []
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.method import Need
-from regrow.methods.recovery.task import Recovery, Task
+from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.scores import Moments, Statistics
 from regrow.scoring import collect, means
 from regrow.surgery.compensate import offsets
@@ -33,7 +33,7 @@ def build(settings: Settings) -> Recovery:
     return partial(bias, settings=settings)
 
 
-def bias(task: Task, settings: Settings) -> dict[str, Any]:
+def bias(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     """Move the means of dropped inputs into biases, where that is exact; layers without a bias get one.
 
     Args:
@@ -70,7 +70,7 @@ def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
             old.copy_(value)
 
 
-def _measured(task: Task) -> Statistics:
+def _measured(task: RecoveryTask) -> Statistics:
     """The pooled moments of what every weight of the dense network is fed, source after source."""
     sums: dict[str, Moments] = {}
     first = 0

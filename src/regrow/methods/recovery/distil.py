@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
 from regrow.methods.recovery.fitting import fit_recovery
-from regrow.methods.recovery.task import Recovery, Task, precise
+from regrow.methods.recovery.task import Recovery, RecoveryTask, precise
 from regrow.plan import Plan
 from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch, asked, logits_in
@@ -56,7 +56,7 @@ def build(settings: Settings) -> Recovery:
     return partial(distil, settings=settings)
 
 
-def distil(task: Task, settings: Settings) -> dict[str, Any]:
+def distil(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     """Train the cut network on the dense one's answers.
 
     Args:
@@ -109,7 +109,7 @@ def cut_tensors(model: nn.Module, axes: AxisGraph, plan: Plan) -> list[str]:
     return [name for name, parameter in model.named_parameters() if name in cut or parameter.dim() < 2]
 
 
-def _loss(task: Task, batch: Batch, settings: Settings) -> Tensor:
+def _loss(task: RecoveryTask, batch: Batch, settings: Settings) -> Tensor:
     with torch.no_grad():
         wanted = asked(logits_in(task.dense(*batch.args, **batch.kwargs)), batch.labels)
     answer = task.model(*batch.args, **batch.kwargs)

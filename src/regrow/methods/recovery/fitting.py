@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from regrow.methods.recovery.task import Task, device_of
+from regrow.methods.recovery.task import RecoveryTask, device_of
 from regrow.sources import Batch, drawn
 from regrow.store.errors import StoreError
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
@@ -48,7 +48,10 @@ class FittingSettings(Protocol):
 
 
 def fit_recovery(
-    task: Task, parameters: Mapping[str, nn.Parameter], loss: Callable[[Batch], Tensor], settings: FittingSettings
+    task: RecoveryTask,
+    parameters: Mapping[str, nn.Parameter],
+    loss: Callable[[Batch], Tensor],
+    settings: FittingSettings,
 ) -> dict[str, Any]:
     """Train parameters of a cut network, and restore the best of the networks that were checked.
 
@@ -103,7 +106,7 @@ def fit_recovery(
     return {"steps": steps, "best": state.best_check.step, "history": [asdict(check) for check in state.history]}
 
 
-def _read(task: Task, learner: EarlyStopping) -> TrainState[EarlyStopping] | None:
+def _read(task: RecoveryTask, learner: EarlyStopping) -> TrainState[EarlyStopping] | None:
     """Where an earlier call stopped; ``None`` if there is no checkpoint, or it cannot be used."""
     if task.checkpoint is None or not task.checkpoint.is_file():
         return None

@@ -15,7 +15,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.methods.recovery.fitting import fit_recovery
-from regrow.methods.recovery.task import Recovery, Task
+from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.nets.errors import needs
 from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch
@@ -59,7 +59,7 @@ def build(settings: Settings) -> Recovery:
     return partial(lora, settings=settings)
 
 
-def lora(task: Task, settings: Settings) -> dict[str, Any]:
+def lora(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     """Train adapters on the linear layers of the cut network, and merge them.
 
     The base stays as it is and in its own precision; adapters are in float32, with their gradients, two moments and

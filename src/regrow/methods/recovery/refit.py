@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.lockstep import Meetings, Met, StopRunError, answers
 from regrow.methods.recovery.streams import Carried, Layer, Lockstep, Refitting, Work
-from regrow.methods.recovery.task import Recovery, Task, device_of
+from regrow.methods.recovery.task import Recovery, RecoveryTask, device_of
 from regrow.sources import Batch
 from regrow.surgery.compensate import bias_of, read_dim
 from regrow.surgery.layout import plan_layouts
@@ -70,7 +70,7 @@ def build(settings: Settings) -> Recovery:
     return partial(refit, settings=settings)
 
 
-def refit(task: Task, settings: Settings) -> dict[str, Any]:
+def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     """Refit the layers of the cut network that read what was cut.
 
     Args:
@@ -119,7 +119,7 @@ def refit(task: Task, settings: Settings) -> dict[str, Any]:
     return {**found, "note": f"{problem}; fitted to what the dense network has there"} if problem else found
 
 
-def readers_of(task: Task, batch: Batch) -> tuple[list[Layer], dict[str, str]]:
+def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str]]:
     """The layers that read what a plan cut, in the order of their names, and why others are left out.
 
     Args:
@@ -243,7 +243,7 @@ def _with_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
     return added
 
 
-def _problem(task: Task, name: str, dim: int | None, calls: int) -> str:
+def _problem(task: RecoveryTask, name: str, dim: int | None, calls: int) -> str:
     """Why a layer cannot be refitted; empty if it can."""
     ties = task.axes.ties
     if name in ties or name in ties.values() or name not in dict(task.model.named_parameters()):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regrow.methods.recovery.lockstep import Answers, Meetings, Met, StopRunError
 from regrow.methods.recovery.solve import Sums, chosen
-from regrow.methods.recovery.task import Task
+from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery.compensate import bias_of
 
 SECONDS = 60.0
@@ -49,7 +49,7 @@ class Work:
         told: Per refitted layer: ``weight``, ``before``, ``after``, ``ridge``.
     """
 
-    task: Task
+    task: RecoveryTask
     layers: Mapping[str, Layer]
     ridges: Sequence[float]
     share: float

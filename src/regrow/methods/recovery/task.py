@@ -22,7 +22,7 @@ FORMAT = "regrow-recovery/1"
 
 
 @dataclass(frozen=True)
-class Task:
+class RecoveryTask:
     """A cut network that is to win back what it lost.
 
     Args:
@@ -93,7 +93,7 @@ class Task:
         return record.step, tensors, record.values
 
 
-Recovery = Callable[[Task], dict[str, Any]]
+Recovery = Callable[[RecoveryTask], dict[str, Any]]
 """Changes a task's network in place, and says as JSON data what it did."""
 
 

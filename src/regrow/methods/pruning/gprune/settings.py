@@ -24,10 +24,10 @@ class Settings:
         denoise: Take the noise within sources out of the sensitivity.
         partition: ``thresholds``, ``grid``, ``quantiles``, ``profiles``, ``random`` or ``layer``: see there.
         bins: How many modules ``quantiles`` and ``profiles`` make of each layer.
-        switch: ``blend``, ``unreliable``, ``both``, ``weak``, ``halves``, ``never``, ``always`` or ``reversed``.
+        switch: ``blend``, ``even``, ``unreliable``, ``halves``, ``never``, ``always`` or ``reversed``.
         switch_most: The largest share of units that ``unreliable`` and ``reversed`` may switch.
         instead: What orders switched modules: ``peaks`` (peak to peak of a unit's rows), ``norms`` (their norms, as a
-            product), ``through`` (the map through it), ``weights`` (weight-only factor of the base), ``mean_rank``.
+            product), ``weights`` (weight-only factor of the base), ``mean_rank``.
         cross: Teach and judge each source with the order and the means of the others alone, as if it were a kind that
             calibration never saw.
         start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same share of every
