@@ -14,7 +14,7 @@ from regrow.allocation.solved import module_costs, ratios, soft_step
 from regrow.allocation.stages import MemoryBudgetError, Stages, stages
 from regrow.allocation.uniform import uniform
 
-ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"rank": rank, "uniform": uniform}
+ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
 """Name → (axes, scores, budget, *, minimum, share) → axis key → units kept."""
 
 
