@@ -21,7 +21,20 @@ class Case:
         return " ".join((self.name, *(f"{key}={value}" for key, value in self.settings.items())))
 
 
+PERMUTED = "permuted units give the permuted plan"
+
 CASES = (
+    Case(Kind.PRUNING, "random", exempt={PERMUTED: "its scores are random numbers by index"}),
+    Case(Kind.PRUNING, "magnitude"),
+    Case(Kind.PRUNING, "magnitude", {"form": "group", "allocation": "ranked"}),
+    Case(Kind.PRUNING, "wanda_sp"),
+    Case(Kind.PRUNING, "wanda_sp", {"allocation": "ranked"}),
+    Case(Kind.PRUNING, "flap"),
+    Case(Kind.PRUNING, "flap", {"allocation": "uniform", "form": "sequence"}),
+    Case(Kind.PRUNING, "llm_pruner"),
+    Case(Kind.PRUNING, "llm_pruner", {"form": "vector", "allocation": "ranked"}),
+    Case(Kind.PRUNING, "gprune", {"steps": 4, "every": 2, "shards": 2}),
+    Case(Kind.PRUNING, "gprune", {"steps": 0, "shards": 2, "base": "wanda_sp"}),
     Case(Kind.CONTINUAL, "naive"),
     Case(Kind.CONTINUAL, "naive", {"keep": "data"}),
     Case(Kind.CONTINUAL, "naive", {"keep": "network"}),

@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from regrow.methods import Kind, MethodEntry, find_method
-from regrow.testing import continual
+from regrow.testing import continual, pruning
 
 __all__ = ["LAWS", "check_method"]
 
 Law = Callable[[MethodEntry, Mapping[str, Any]], None]
 """(method, its settings) → ``None``; raises an ``AssertionError``."""
 
-LAWS: Mapping[Kind, Mapping[str, Law]] = {Kind.CONTINUAL: continual.LAWS}
+LAWS: Mapping[Kind, Mapping[str, Law]] = {Kind.PRUNING: pruning.LAWS, Kind.CONTINUAL: continual.LAWS}
 """What a method does → its laws by name."""
 
 
@@ -27,7 +27,7 @@ def check_method(
     Args:
         method: The method, or its name: of this package, of an entry point, or ``pkg.mod:NAME``.
         settings: Its settings, where they differ from the defaults.
-        kind: What it does, for a method given by name: ``"continual"``.
+        kind: What it does, for a method given by name: ``"pruning"`` or ``"continual"``, unless given.
 
     Returns:
         The names of the laws that were run.

@@ -1,0 +1,134 @@
+"""Laws of one-shot pruning methods."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from regrow.allocation import Cost
+from regrow.axes import AxisGraph, Example
+from regrow.budget import Budget
+from regrow.commands.pruning import measured
+from regrow.methods import MethodEntry
+from regrow.methods.pruning.pruner import Pruner, plan_cut
+from regrow.plan import Plan
+from regrow.sources import Batch, Source
+from regrow.surgery import apply, verify
+from regrow.tracing import trace
+
+INPUTS, CLASSES, WIDTHS = 6, 4, (24, 16)
+KEEPS = (0.8, 0.5)
+DOMAINS = 3
+
+
+def make_network(order: Sequence[int] | None = None) -> tuple[nn.Module, AxisGraph]:
+    """A small classifier in float64 with random weights, and its axes.
+
+    Args:
+        order: A permutation of the units of the first hidden layer; as they are unless given.
+    """
+    torch.manual_seed(0)
+    first, second = WIDTHS
+    model = nn.Sequential(
+        nn.Linear(INPUTS, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, CLASSES)
+    ).double()
+    if order is not None:
+        with torch.no_grad():
+            for name, dim in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1)):
+                parameter = model.get_parameter(name)
+                parameter.copy_(parameter.index_select(dim, torch.tensor(order)))
+    return model.eval(), trace(model, torch.ones(2, INPUTS, dtype=torch.float64))
+
+
+def make_sources() -> list[Source]:
+    """Random inputs of several distributions, with labels."""
+    sources = []
+    for domain in range(DOMAINS):
+        generator = torch.Generator().manual_seed(domain)
+        scale = 0.2 + torch.rand(INPUTS, generator=generator, dtype=torch.float64)
+        batches = []
+        for _ in range(4):
+            inputs = scale * torch.randn(16, INPUTS, generator=generator, dtype=torch.float64)
+            batches.append(Batch((inputs,), labels=torch.randint(CLASSES, (16,), generator=generator)))
+        sources.append(Source(f"domain-{domain + 1}", batches))
+    return sources
+
+
+def make_plan(
+    method: MethodEntry, settings: Mapping[str, Any], model: nn.Module, axes: AxisGraph, keep: float = 0.5
+) -> Plan:
+    """The method's plan for a network."""
+    pruner = method.made("the method", settings)
+    evidence = measured(model, axes, pruner, make_sources())
+    return plan_cut(pruner, model, axes, Budget(keep), evidence).plan
+
+
+def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The method is a record of functions, and every setting is documented."""
+    pruner = method.made("the method", settings)
+    assert isinstance(pruner, Pruner), f"build returns a {type(pruner).__name__}, not a Pruner"
+    page = method.settings.__doc__ or ""
+    silent = [one.name for one in fields(method.settings) if f"{one.name}:" not in page]
+    assert not silent, f"settings without a sentence in the docstring of Settings: {', '.join(silent)}"
+
+
+def check_budget(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """A budget is met within one unit, and never exceeded."""
+    model, axes = make_network()
+    cost = Cost(axes)
+    for keep in KEEPS:
+        plan = make_plan(method, settings, model, axes, keep)
+        share, unit = cost(plan.sizes(axes)) / cost.total, _largest_unit(cost, axes) / cost.total
+        assert share <= keep, f"keep {keep:g}: {share:.4f} stays"
+        assert share > keep - unit, f"keep {keep:g}: only {share:.4f} stays, and a unit costs {unit:.4f} at most"
+
+
+def _largest_unit(cost: Cost, axes: AxisGraph) -> float:
+    sizes = axes.sizes()
+    return max(cost.total - cost({**sizes, axis.key: axis.size - 1}) for axis in axes.units())
+
+
+def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The same seed gives the same plan, which survives JSON; planning leaves the network as it is."""
+    model, axes = make_network()
+    before = copy.deepcopy(model.state_dict())
+    first, second = (make_plan(method, settings, model, axes) for _ in range(2))
+    assert first == second, "two plans with the same seed differ"
+    assert Plan.from_json(first.to_json()) == first, "the plan does not survive JSON"
+    changed = [name for name, value in model.state_dict().items() if not torch.equal(value, before[name])]
+    assert not changed, f"planning changed {', '.join(changed)}"
+
+
+def check_cut(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The plan is legal, masked = shrunk holds, and the cut network runs."""
+    model, axes = make_network()
+    inputs = torch.randn(5, INPUTS, dtype=torch.float64)
+    for keep in KEEPS:
+        plan = make_plan(method, settings, model, axes, keep)
+        plan.check(axes)
+        result = verify(model, axes, plan, Example((inputs,)))
+        assert result.ok, f"keep {keep:g}: {result}"
+        small, _ = apply(copy.deepcopy(model), axes, plan)
+        assert bool(small(inputs).isfinite().all()), f"keep {keep:g}: the cut network gives numbers that are not finite"
+
+
+def check_permutation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """Permuting the units of a network permutes the plan."""
+    order = torch.randperm(WIDTHS[0], generator=torch.Generator().manual_seed(1)).tolist()
+    plans = [make_plan(method, settings, *make_network(which)) for which in (None, order)]
+    key = "0.weight:0"
+    kept, moved = ([*plan.changes[key].keep] if key in plan.changes else [*range(WIDTHS[0])] for plan in plans)
+    assert sorted(order[unit] for unit in moved) == sorted(kept), "other units are kept of a permuted network"
+
+
+LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
+    "a pruner is a record of functions": check_record,
+    "a budget is met within one unit": check_budget,
+    "the same seed gives the same plan": check_seed,
+    "masked = shrunk": check_cut,
+    "permuted units give the permuted plan": check_permutation,
+}
+"""Every law by its name."""
