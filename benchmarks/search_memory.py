@@ -21,10 +21,10 @@ from typing import Any
 from search_step import in_turns, step_of
 
 from regrow import trace
-from regrow.commands.search import Settings, built, network, parts_of, run
-from regrow.learner import Stand
+from regrow.commands.search import Settings, build_search, network, parts_of, run
 from regrow.store.versions import versions
 from regrow.tasks import Examples
+from regrow.training.learner import Context
 
 
 def searched(settings: Settings, whole: int, work: Path) -> dict[str, Any]:
@@ -65,8 +65,8 @@ def anew(settings: Settings, repeats: int) -> dict[str, Any]:
     for name in ("kept", "anew"):
         model = copy.deepcopy(net)
         model.recomputed = name == "anew"  # type: ignore[assignment]
-        own = built(Settings(settings.space, "", settings.target, method_settings={"warm": 0}), model, axes)
-        steps[name] = step_of(own, Stand(model, axes, task, epochs=10, steps=100), batch)
+        own = build_search(Settings(settings.space, "", settings.target, method_settings={"warm": 0}), model, axes)
+        steps[name] = step_of(own.learner, Context(model, axes, task, epochs=10, steps=100), batch)
     found = in_turns(steps, repeats)
     return {"repeats": repeats, **{f"{name}_s": round(wall, 3) for name, (wall, _) in found.items()}} | {
         "ratio": round(found["anew"][0] / found["kept"][0], 3),

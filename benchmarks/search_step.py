@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +24,44 @@ from torch import nn
 
 from regrow import trace
 from regrow.commands import spaces
-from regrow.commands.search import Settings, built
-from regrow.learner import Learner, Stand
+from regrow.commands.search import Settings, build_search
 from regrow.store.versions import versions
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
+from regrow.training.learner import Boundary, Context, Event, Learner, NoState, Step
+from regrow.training.optimizers import Optimizers, OptimizerSettings
+from regrow.training.state import axis_tensors
 
 
-class Plain(Learner):
-    """Plain training, gradients clipped as in a search."""
-
-    def gate(self, at: Stand) -> None:
-        """They are clipped."""
-        nn.utils.clip_grad_norm_(at.parameters().values(), 5.0)
+def clip(state: NoState, context: Context, step: Step) -> NoState:
+    """Clip gradients as in a search."""
+    nn.utils.clip_grad_norm_(context.parameters().values(), 5.0)
+    return state
 
 
-def step_of(learner: Learner, at: Stand, batch: Examples) -> Callable[[], None]:
-    """A step of learning, as the loop takes it."""
-    learner.begin(at)
-    at.model.train()
-    movers: list[torch.optim.Optimizer] = [torch.optim.SGD(at.parameters().values(), 0.01, momentum=0.9, nesterov=True)]
-    if learned := [one for one in learner.tensors.values() if one.lr is not None]:
-        groups = [{"params": [one.values.requires_grad_()], "lr": one.lr} for one in learned]
-        movers.append(torch.optim.Adam(groups, betas=(0.5, 0.999)))
+PLAIN: Learner[NoState] = Learner(NoState(), project=clip)
+"""Plain training."""
+
+
+def step_of(learner: Learner[Any], context: Context, batch: Examples) -> Callable[[], None]:
+    """A training step, as the loop takes it."""
+    state = learner.boundary(learner.state, context, Boundary(Event.TASK_START))
+    context.model.train()
+    optimizers = Optimizers(OptimizerSettings(lr=0.01), learner.optimizer)
+    optimizers.collect(context.parameters(), axis_tensors(state))
 
     def step() -> None:
-        for mover in movers:
-            mover.zero_grad(set_to_none=True)
-        with parametrize(at.model, learner.standing(at)):
-            learner.loss(at, batch).backward()
-        learner.gate(at)
-        for mover in movers:
-            mover.step()
-        learner.stepped(at)
+        nonlocal state
+        optimizers.clear_gradients()
+        replaced = learner.parametrize(state, context)
+        now = Step(0, batch, replaced=replaced)
+        with parametrize(context.model, replaced.values):
+            loss = learner.loss(state, context, now)
+            loss.value.backward()
+        now = replace(now, aux=loss.aux)
+        state = learner.project(state, context, now)
+        optimizers.step()
+        state = learner.after_step(state, context, now)
 
     return step
 
@@ -84,10 +90,10 @@ def measured(space: str, batch_size: int, size: int, stride: int, repeats: int) 
     task = Task("noise", batch, batch, tuple(range(10)))
     net, _, _ = spaces.network(space, task, stages=1, memory="", batch_size=batch_size, stride=stride, seed=0)
     axes = trace(net, pictures[:2])
-    own = built(Settings(space, "", "nonzero=30%", method_settings={"warm": 0, "augment": False}), net, axes)
+    own = build_search(Settings(space, "", "nonzero=30%", method_settings={"warm": 0, "augment": False}), net, axes)
     steps = {
-        name: step_of(learner, Stand(copy.deepcopy(net), axes, task, epochs=10, steps=100), batch)
-        for name, learner in (("plain", Plain()), ("masked", own))
+        name: step_of(learner, Context(copy.deepcopy(net), axes, task, epochs=10, steps=100), batch)
+        for name, learner in (("plain", PLAIN), ("masked", own.learner))
     }
     found = in_turns(steps, repeats)
     plain, masked = found["plain"], found["masked"]

@@ -36,7 +36,7 @@ import regrow
 from regrow.allocation.regrowth import kind_of
 from regrow.candidates import candidates_in
 from regrow.commands import RunFolder
-from regrow.commands.search import Settings, parts_of, retrained, run
+from regrow.commands.search import Settings, parts_of, retrain, run
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.progress import silent
@@ -107,9 +107,7 @@ def best(settings: Settings, place: Path, draws: int) -> Settings:
         # Others than the one draw of *random operations*, whose seed is the run's.
         drawn = replace(settings, method_settings={**settings.method_settings, "seed": 1000 + 100 * settings.seed + i})
         folder = once(replace(drawn, retrain=0, cutout=0, test=1), place.with_name(f"{place.name}-{i}"))
-        trained = retrained(
-            folder, drawn, replace(parts, whole=parts.search), regrow.load(folder.path / "found"), silent
-        )
+        trained = retrain(folder, drawn, replace(parts, whole=parts.search), regrow.load(folder.path / "found"), silent)
         found[share_right(trained, parts.search.test)] = drawn
     return found[max(found)]
 

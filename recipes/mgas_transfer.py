@@ -28,7 +28,7 @@ from torch import nn
 import regrow
 from regrow.commands import RunFolder
 from regrow.commands.record import convert_settings
-from regrow.commands.search import Parts, Settings, parts_of, retrained
+from regrow.commands.search import Parts, Settings, parts_of, retrain
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.export.onnx import write
@@ -62,7 +62,7 @@ def again(folder: RunFolder, fashion: Path, work: Path) -> dict[str, Any]:
     parts: Parts = parts_of(settings)
     net = for_grey(folder.path / "found", [*parts.test.inputs.shape[1:]])
     scratch = RunFolder.create(work, verb="transfer", settings={"of": folder.path.name}, command="")
-    trained = retrained(scratch, settings, parts, net, lambda *_: None)
+    trained = retrain(scratch, settings, parts, net, lambda *_: None)
     many = sum(int(p.count_nonzero()) for p in trained.parameters())
     return {"accuracy": share_right(trained, parts.test), "images": len(parts.test), "nonzero": many}
 

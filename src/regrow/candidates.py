@@ -1,7 +1,8 @@
 """Candidates: operations of which a search keeps some, summed into one value."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol, cast
 
 import torch
@@ -111,6 +112,21 @@ class Staged(Protocol):
     def needed(self) -> list[tuple[str, ...]]:
         """Sets of operations of each of which one must stay."""
         ...
+
+
+@contextmanager
+def run_whole(model: nn.Module) -> Iterator[None]:
+    """Inside, a network that runs up to its active part runs as a whole, as it must where it is traced."""
+    active = getattr(model, "active", None) if hasattr(model, "upto") else None
+    if active is None:
+        yield
+        return
+    staged = cast(Staged, model)
+    try:
+        staged.active = None
+        yield
+    finally:
+        staged.active = active
 
 
 class Prefix(nn.Module):

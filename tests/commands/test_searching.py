@@ -18,13 +18,12 @@ from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
 from regrow.commands import RunFolder, latencies
 from regrow.commands import search as searching
-from regrow.commands.search import Settings, built, network, parts_of, run
+from regrow.commands.search import Settings, build_search, network, parts_of, run
 from regrow.commands.targets import target
 from regrow.data.augment import cut_out
 from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
-from regrow.learner import Stand
-from regrow.methods.search.searcher import LEVELS
+from regrow.methods.search.space import GRANULARITIES, measure_whole
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
@@ -33,6 +32,7 @@ from regrow.reports import write_page
 from regrow.settings.words import command_line
 from regrow.store.atomic import StoreError
 from regrow.tracing import trace
+from regrow.training.learner import Context
 
 pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
 
@@ -59,14 +59,14 @@ def rows(folder: Any, what: str) -> list[dict[str, Any]]:
 
 def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
     """From now on a run is interrupted behind these of the checkpoints that it writes."""
-    write, seen = searching.write_course, count(1)
+    write, seen = searching.write_checkpoint, count(1)
 
     def stopping(*given: Any, **more: Any) -> None:
         write(*given, **more)
         if next(seen) in writes:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching, "write_course", stopping)
+    monkeypatch.setattr(searching, "write_checkpoint", stopping)
 
 
 def test_the_folder_holds_the_network_that_was_tested(done: Any) -> None:
@@ -101,10 +101,10 @@ def test_the_ledger_adds_up(measure: str, tmp_path: Path) -> None:
     own = replace(SETTINGS, target=target, epochs=6, retrain=0, cutout=0, method_settings=more)
     folder = run(own, tmp_path / "run")
     assert sum(len(row["back"]) for row in rows(folder, "commit")) > 0, "something came back"
-    first = built(own, model, axes)
-    first.begin(Stand(model, axes, parts_of(own).search, epochs=6))
+    space = build_search(own, model, axes).rules.space
+    whole = measure_whole(space, (), Context(model, axes, parts_of(own).search))
     levels = rows(folder, "levels")[-1]
-    assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(first.values["whole"], rel=1e-9)
+    assert sum(levels["saved"].values()) + levels["size"] == pytest.approx(whole, rel=1e-9)
     assert min(levels["saved"].values()) >= 0
     assert levels["size"] == rows(folder, "found")[-1][measure]
 
@@ -113,7 +113,7 @@ def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
     said: list[str] = []
     settings = replace(SETTINGS, retrain=1)
     folder = run(settings, tmp_path / "run", lambda done, total, what: said.append(what))
-    told = [*dict.fromkeys(said)]
+    told = [*dict.fromkeys(line.rpartition(", loss ")[0] for line in said)]
     first, _, second, _ = rows(folder, "epoch")
     assert told[0] == "search, stage 1" and told[2] == "search, stage 2" and told[4:] == ["retraining"]
     for line, row, start in ((told[1], first, "search, stage 1, "), (told[3], second, "search, stage 2, ")):
@@ -122,7 +122,7 @@ def test_how_it_goes_is_told_while_it_searches(tmp_path: Path) -> None:
             pytest.approx([row["size"], row["allowed"]], rel=5e-3)
         )
         assert float(accuracy) == pytest.approx(row["accuracy"], abs=6e-3)
-        assert [int(share) for share in shares] == [round(100 * row[level]) for level in LEVELS]
+        assert [int(share) for share in shares] == [round(100 * row[level]) for level in GRANULARITIES]
 
 
 def test_networks_on_the_way_are_left(done: Any, tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_squares_are_cut_out_in_the_training_anew(done: Any, monkeypatch: pytest
     monkeypatch.setattr("regrow.methods.search.retrain.cut_out", watched)
     parts = parts_of(SETTINGS)
     net = regrow.load(done.path / "found")
-    searching.retrained(RunFolder.create(tmp_path / "run", verb="t", settings={}), SETTINGS, parts, net, silent)
+    searching.retrain(RunFolder.create(tmp_path / "run", verb="t", settings={}), SETTINGS, parts, net, silent)
     assert set(sides) == {3}
 
 
@@ -177,7 +177,7 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
         # At a rate this low it ends as it begins.
         own = replace(SETTINGS, inherit=inherit, retrain=1, lr=1e-9, weight_decay=0.0)
         folder = RunFolder.create(tmp_path / f"{inherit}", verb="t", settings={})
-        began.append(searching.retrained(folder, own, parts, net, silent))
+        began.append(searching.retrain(folder, own, parts, net, silent))
     for name, value in net.named_parameters():
         assert torch.allclose(began[0].get_parameter(name), value, rtol=0, atol=1e-6)
     weights = [(name, value) for name, value in net.named_parameters() if value.dim() > 1 and bool(value.any())]
@@ -187,7 +187,7 @@ def test_a_found_network_goes_on_from_its_weights_where_it_inherits(done: Any, t
 
 def test_a_run_notes_the_defaults_it_took_and_none_of_what_it_was_given(done: Any, tmp_path: Path) -> None:
     taken = done.run()["defaults"]
-    assert taken["pace"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*LEVELS]
+    assert taken["pace"] == 0.25 and taken["lr"] == 8.0 and taken["levels"] == [*GRANULARITIES]
     assert not {*QUICK, "target", "stages", "seed"} & {*taken}
     assert "inherit" not in done.run()["settings"], "a run that was begun before there was this setting goes on"
     place = tmp_path / "run"
@@ -272,15 +272,15 @@ def test_each_level_bears_its_share_of_what_goes_blindly(tmp_path: Path) -> None
     folder = run(settings, tmp_path / "run")
     told, levels = rows(folder, "test")[0], rows(folder, "levels")[0]
     goes = sum(levels["saved"].values())
-    assert [levels["saved"][level] / goes for level in LEVELS] == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
+    assert [levels["saved"][level] / goes for level in GRANULARITIES] == pytest.approx([0.5, 0.3, 0.2], abs=0.08)
     assert 0.98 * levels["asked"] < levels["size"] <= levels["asked"]
     assert told["nonzero"] == levels["size"] < told["parameters"]  # what is 0 stays 0 in the training anew
     for wrong, words in (
         ({"what": "filters,operations", "split": "0.5,0.5"}, "in this order"),
-        ({"what": "operations,filters"}, "split has a share"),
-        ({"what": "operations,filters", "split": "0.7,0.7"}, "1 in all; got 0.7, 0.7"),
-        ({"what": "layers"}, "what is of operations, filters, weights"),
-        ({"what": "filters", "keep_bare": True}, "keep_bare is of operations"),
+        ({"what": "operations,filters"}, "split must have a share"),
+        ({"what": "operations,filters", "split": "0.7,0.7"}, "1 in all, got 0.7, 0.7"),
+        ({"what": "layers"}, "what must be of operations, filters, weights"),
+        ({"what": "filters", "keep_bare": True}, "keep_bare keeps operations"),
     ):
         with pytest.raises(ValueError, match=words):
             run(
@@ -452,7 +452,7 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
     assert not (tmp_path / "run").exists()
     model, parts = network(Settings(space, "digits", "0.3"), parts_of(SETTINGS).search)[0], parts_of(SETTINGS)
     axes, one_stage = trace(model, parts.search.train.inputs[:2]), Stages(tuple(plan["ends"]), (1,))
-    built(Settings(space, "digits", "0.3", method=method), model, axes, one_stage)
+    build_search(Settings(space, "digits", "0.3", method=method), model, axes, one_stage)
 
 
 def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

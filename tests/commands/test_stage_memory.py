@@ -12,12 +12,12 @@ import regrow
 from regrow.allocation.stages import MemoryBudgetError
 from regrow.commands import search as searching
 from regrow.commands import stage_memory
-from regrow.commands.search import Settings, built, network, parts_of, run, schedule_of
-from regrow.commands.stage_memory import Watch
+from regrow.commands.search import Settings, build_search, network, parts_of, run, schedule_of
+from regrow.commands.stage_memory import MemoryWatch
 from regrow.methods import searcher_entry
 from regrow.reports import write_page
 from regrow.tracing import trace
-from regrow.training.learning import learn
+from regrow.training.continual import learn
 
 pytestmark = [pytest.mark.usefixtures("plan_once"), pytest.mark.slow]
 
@@ -82,12 +82,12 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     parts = parts_of(settings)
     model, _, plan = network(settings, parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
-    own = built(settings, model, axes, plan)
+    own = build_search(settings, model, axes, plan)
     assert plan is not None and len(plan.ends) == 1 and plan.recomputed == recomputed
-    schedule = schedule_of(settings, 1, "constant")
-    learn(model, axes, [parts.search], own, schedule, around=Watch(own, plan.peak, batch))
-    assert own.values["memory"]["0"]["joint"]
-    assert 0.85 * plan.peak < own.values["memory"]["0"]["peak"] <= plan.peak
+    watch = MemoryWatch(own, plan.peak, batch)
+    learn(model, axes, [parts.search], own.learner, schedule_of(settings, 1, "constant"), around=watch)
+    assert watch.rows["0"].joint
+    assert 0.85 * plan.peak < watch.rows["0"].peak <= plan.peak
 
 
 def test_a_step_in_which_masks_learn_is_measured_once_a_stage(tight: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_run_that_goes_on_measures_each_stage_once(
     tight: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed behind a warm-up epoch, of the first stage and of the second: what was decided there holds."""
-    write, seen = searching.write_course, []
+    write, seen = searching.write_checkpoint, []
 
     def stopping(*given: Any, **more: Any) -> None:
         write(*given, **more)
@@ -117,7 +117,7 @@ def test_a_run_that_goes_on_measures_each_stage_once(
         if len(seen) in (1, 3):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(searching, "write_course", stopping)
+    monkeypatch.setattr(searching, "write_checkpoint", stopping)
     for epochs in (1, 3):
         with pytest.raises(KeyboardInterrupt):
             run(TIGHT, tmp_path / "killed")
@@ -149,8 +149,8 @@ def test_what_settings_tell_of_earlier_stages_is_planned_with() -> None:
         ({"levels": "filters,weights"}, 1.0),
     ):
         method = searcher_entry("mgas").made("mgas", given)
-        assert stage_memory.left_of(method) == pytest.approx(expected), given
-    assert stage_memory.left_of(searcher_entry("blind").made("blind", {})) == 1
+        assert method.stage_share == pytest.approx(expected), given
+    assert searcher_entry("blind").made("blind", {}).stage_share == 1
 
 
 @pytest.mark.parametrize("more", [{"levels": "weights"}, {"share": 0.9}])
@@ -165,7 +165,7 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     def much(*_: Any) -> int:
         return BUDGET + 1024
 
-    monkeypatch.setattr(stage_memory, "foretold", much)
+    monkeypatch.setattr(stage_memory, "predict_stage", much)
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 5\.342 MiB \(5601024 bytes\).*more --memory"):
             run(TIGHT, tmp_path / "run")

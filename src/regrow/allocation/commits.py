@@ -1,10 +1,9 @@
 """What a commit of a search takes out: what does not stand, what a share tells, or what a target still asks for."""
 
 from bisect import bisect_left
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from math import ceil
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,31 +140,6 @@ def threshold_for(share: float, importance: Tensor, whole: int) -> float:
     """
     many = len(importance) - max(1, ceil(share * whole))
     return float(importance.sort().values[many]) if many > 0 else 0.0
-
-
-def update_controller(
-    values: Mapping[str, Any], dropped: int, few: int = 24, many: int = 48, factor: int = 4
-) -> dict[str, Any]:
-    """λ after a commit, as the controller of MG-DARTS moves it, and that of GOLD-NAS by other numbers.
-
-    At ``many`` dropped operations or more λ is halved and its step begins anew; below ``few`` it rises by ``factor``
-    times its last step, unless the loss it makes exceeds the network's own: then it has found its cap.
-
-    Args:
-        values: ``lambda``, ``step``, ``cap``, and ``loss``: of an epoch, the network's own and what λ makes.
-        dropped: How many operations the commit drops.
-        few: So many are enough.
-        many: So many are too many.
-        factor: How its step grows.
-    """
-    plain, pressure = values.get("loss", (1.0, 0.0))
-    cap = values["lambda"] if plain < pressure else values["cap"]
-    if dropped >= many:
-        return {"cap": cap, "step": 1e-5, "lambda": values["lambda"] / 2}
-    if dropped < few and values["lambda"] < cap:
-        step = factor * values["step"]
-        return {"cap": cap, "step": step, "lambda": values["lambda"] + step}
-    return {"cap": cap}
 
 
 def fit_to_budget(found: Gates, masks: GateMasks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:

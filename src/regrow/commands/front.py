@@ -1,51 +1,68 @@
-"""The front of a search: the networks that its last stage passes on its way down to the target, each as files."""
+"""The Pareto front of a search: the networks after the epochs of its last stage, on the way to the target, as files."""
 
-import copy
 from dataclasses import replace
+from functools import partial
 from math import inf
+from typing import Any
 
 from torch import nn
 
 from regrow import store
-from regrow.axis_tensor import AxisTensor
 from regrow.commands import spaces
 from regrow.commands.folder import RunFolder
 from regrow.evaluation.continual import share_right
-from regrow.learner import Stand
-from regrow.methods.search.searcher import Searcher
+from regrow.methods.search.assembly import Search
+from regrow.methods.search.importance import copy_state
+from regrow.methods.search.state import SearchState
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.learning import changed
+from regrow.training.fit import Fitted, finish
+from regrow.training.learner import Context
+from regrow.training.state import TrainState
 
 FOLDER = "front"
 
 
-def passed(folder: RunFolder, learner: Searcher, at: Stand, origin: Origin) -> None:
-    """Leave what stands now as a network of its own in ``front/EPOCH``, where the search is in its last stage.
+def write_network(
+    folder: RunFolder, search: Search, state: TrainState[SearchState], context: Context, origin: Origin
+) -> None:
+    """Write what masks keep at the end of an epoch of the last stage as a network, to ``front/EPOCH``.
 
     Args:
-        folder: The run folder; gets a line with the network's size, and its accuracy on the validation part.
-        learner: What searches; it goes on as if nothing had been asked.
-        at: Where the search stands, at the end of an epoch.
-        origin: How the whole space was built.
+        folder: The run folder; gets a row with the network's size, and its accuracy on the validation part.
+        search: The method; it goes on as if nothing had been written.
+        state: Of the search at the end of the epoch.
+        context: The network then.
+        origin: How the space was built.
     """
-    if not learner.shrinks or learner.last != (learner.ends or (-1,))[-1] or not learner.joint(at):
+    space, own = search.rules.space, state.learner
+    if not search.shrinks or space.part(own.stage) != space.part(-1) or not search.rules.trains(own, context):
         return
-    twin, there = copy.copy(learner), replace(at, model=clone_model(at.model))
-    twin.tensors = {n: AxisTensor(one.values.detach().clone(), one.dims, one.lr) for n, one in learner.tensors.items()}
-    twin.values, twin.undo, twin.most, twin.gates = copy.deepcopy(learner.values), UndoStore(), inf, None
-    while plan := twin.final(there):
-        changed(there, twin, plan)
-    twin.baked(there)
-    net, described = spaces.left(there.model, origin)
-    epoch = at.epoch + 1
+    sizes: list[float] = []
+
+    def log(kind: str, /, **row: Any) -> None:
+        if kind == "levels":
+            sizes.append(row["size"])
+
+    model, epoch = clone_model(context.model), context.epoch + 1
+    there = replace(context, model=model, epoch=epoch, undo=UndoStore(), log=log)
+    learner = replace(search.learner, plan=partial(_finalize, search))
+    fitted, _ = finish(learner, Fitted(model, context.axes, replace(state, learner=copy_state(own))), there)
+    net, described = spaces.left(fitted.model, origin)
     store.write_model(net, folder.path / FOLDER / f"{epoch:04d}", origin=described)
-    folder.log("front", epoch=epoch, size=twin.size(), accuracy=share_right(net, at.task.test), **sizes(net))
+    accuracy = share_right(net, context.task.test)
+    folder.log("front", epoch=epoch, size=sizes[-1], accuracy=accuracy, **count_parameters(net))
 
 
-def sizes(model: nn.Module) -> dict[str, int]:
+def _finalize(search: Search, state: SearchState, context: Context) -> Any:
+    return search.finalize(state, context, inf)
+
+
+def count_parameters(model: nn.Module) -> dict[str, int]:
     """How many parameters a network has, and how many of them are not 0."""
     parameters = [*model.parameters()]
-    found = {"parameters": sum(p.numel() for p in parameters)}
-    return found | {"nonzero": sum(int(p.count_nonzero()) for p in parameters)}
+    return {
+        "parameters": sum(p.numel() for p in parameters),
+        "nonzero": sum(int(p.count_nonzero()) for p in parameters),
+    }

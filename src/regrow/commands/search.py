@@ -11,23 +11,22 @@ from torch import nn
 
 from regrow import evaluation, store
 from regrow.allocation.stages import Stages
-from regrow.allocation.timed import spread_times
+from regrow.allocation.timed import Prices, spread_times
 from regrow.amounts import Measure, parse_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.commands import front, latencies, spaces, stage_memory
-from regrow.commands.courses import COURSE, read_course, read_history, write_course
 from regrow.commands.folder import RunFolder, WritePage
+from regrow.commands.history import read_history
 from regrow.commands.record import RUN
 from regrow.commands.targets import levels_for, measure_of, target
 from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
-from regrow.learner import Stand
 from regrow.methods import searcher_entry
-from regrow.methods.search.retrain import Retrain
-from regrow.methods.search.retrain import Settings as Anew
-from regrow.methods.search.searcher import Searcher
+from regrow.methods.search import retrain as retraining
+from regrow.methods.search.assembly import Search
+from regrow.methods.search.state import SearchState
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
@@ -37,20 +36,25 @@ from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.search import FORMER, Settings
 from regrow.settings.words import command_line
 from regrow.sources import Batch
+from regrow.surgery import UndoStore
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.learning import Course, Schedule, changed, learn
+from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import Fitted, finish
+from regrow.training.learner import Boundary, Context, Event, write_replacements
+from regrow.training.state import TrainState
 
 GIVEN = ("target", "measure", "stages", "seed")
 """Settings of methods that a run gives them."""
 RETRAINING = "retraining.safetensors"
 
 
-def schedule_of(settings: Settings, epochs: int, decay: str) -> Schedule:
+def schedule_of(settings: Settings, epochs: int, decay: str) -> TaskSchedule:
     """How the search, or the training after it, goes."""
     shared = {name: getattr(settings, name) for name in ("batch_size", "lr", "weight_decay", "seed")}
-    return Schedule(epochs=epochs, decay=decay, **shared)
+    return TaskSchedule(epochs=epochs, decay=decay, **shared)
 
 
 @dataclass(frozen=True)
@@ -92,12 +96,12 @@ def run(
     batch = Batch((parts.search.train.inputs[: settings.batch_size],))
     started = RunFolder.started(out)
     place = started.path if started else Path(out)
-    begun = (place / COURSE).is_file()
+    begun = (place / CHECKPOINT).is_file()
     timed_target = measure_of(settings.target, settings.accounting) == Measure.TIME
     table = latencies.of(place, model, batch, begun) if timed_target else None
-    learner = built(settings, model, axes, plan, table)
-    learner.check(Stand(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
-    taken = {n: v for n, v in asdict(learner.settings).items() if n not in {*settings.method_settings, *GIVEN}}
+    search = build_search(settings, model, axes, plan, table)
+    search.check(Context(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
+    taken = {n: v for n, v in search.settings.items() if n not in {*settings.method_settings, *GIVEN}}
     told: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": taken}
     with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
         if plan is not None:
@@ -105,13 +109,13 @@ def run(
         if table:
             latencies.keep(folder.path, table)
         start = time.perf_counter()
-        found, described_by = _searched(folder, settings, parts, model, axes, origin, learner, progress)
+        found, described_by = _search(folder, settings, parts, model, axes, origin, search, progress)
         seconds = {"search": round(time.perf_counter() - start, 3)}
         store.write_model(found, folder.path / "found", origin=described_by)
         right = share_right(found, parts.search.test)
         folder.log("found", accuracy=right, **evaluation.dense(found, parts.test.inputs[:1]))
         start = time.perf_counter()
-        trained = retrained(folder, settings, parts, found, progress) if settings.retrain else found
+        trained = retrain(folder, settings, parts, found, progress) if settings.retrain else found
         store.write_model(trained, folder.path, origin=described_by)
         if table:
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
@@ -120,67 +124,75 @@ def run(
         return folder.finish(write_page, seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
 
 
-def _searched(
+def _search(
     folder: RunFolder,
     settings: Settings,
     parts: Parts,
     model: nn.Module,
     axes: AxisGraph,
     origin: Origin,
-    learner: Searcher,
+    search: Search,
     progress: Progress,
 ) -> tuple[nn.Module, Origin]:
     """The network that a search leaves, as a plain network, and how to build it."""
-    place, course = folder.path / COURSE, Course()
+    place, undo, state = folder.path / CHECKPOINT, UndoStore(), TrainState(search.learner.state)
     if folder.resumed and place.is_file():
-        axes, course = read_course(place, model, axes, learner, read_history(folder, "commit"))
-    folder.ledger.keep(len(course.plans))
-    if learner.values.get("recomputed"):
+        history = read_history(folder, "commit")
+        model, axes, state = read_checkpoint(place, model, axes, search.learner.state, history, undo)
+    folder.ledger.keep(len(state.plans))
+    if state.learner.recomputed:
         cast(Staged, model).recomputed = True
+    budget = parse_bytes(settings.memory) if settings.memory else 0
+    watch = stage_memory.MemoryWatch(search, budget, settings.batch_size)
+    watch.rows.update(state.learner.memory)
     plans, events = len(folder.ledger), 0
+    rows: list[tuple[str, dict[str, Any]]] = [("epoch", dict(row)) for row in state.learner.history]
 
-    def tell(now: Course, unfinished: int = 0) -> None:
+    def log(kind: str, /, **row: Any) -> None:
+        if kind != "status":
+            rows.append((kind, row))
+
+    def write_rows(now: TrainState[SearchState], unfinished: int = 0) -> None:
         nonlocal plans, events
         for plan in now.plans[plans:]:
             folder.ledger.append(plan)
         for i in range(events, len(now.events)):
             folder.log("commit", number=i, **now.events[i])
         plans, events = len(now.plans), len(now.events)
-        for row in learner.values.get("history", []):
-            folder.log("epoch", **row)
-        rows = [*learner.values.get("memory", {}).values()]
-        for i, row in enumerate(rows[: len(rows) - unfinished]):
-            folder.log("memory", number=i, **row)
+        for kind, row in rows:
+            folder.log(kind, **row)
+        rows.clear()
+        stages = [*watch.rows.values()]
+        for i, one in enumerate(stages[: len(stages) - unfinished]):
+            folder.log("memory", number=i, **asdict(one))
 
-    def keep(now: Course, here: AxisGraph) -> None:
+    def write(now: TrainState[SearchState], context: Context) -> None:
         if now.epoch:
-            at = Stand(model, here, parts.search, 0, now.epoch - 1, settings.epochs, seed=settings.seed)
-            front.passed(folder, learner, at, origin)
-        tell(now, unfinished=1)  # more may be seen of the last stage's memory
-        if "history" in learner.values:
-            del learner.values["history"][:-1]  # what is logged need not be stored, too
-        write_course(place, model, learner, now, logged=events)
+            front.write_network(folder, search, now, context, origin)
+        write_rows(now, unfinished=1)  # the last stage may turn out to need more memory
+        recomputed = bool(search.rules.space.ends) and cast(Staged, model).recomputed
+        own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
+        write_checkpoint(place, model, replace(now, learner=own), undo, logged=events)
 
-    tell(course, unfinished=1)  # version 0.1 stores before it logs
+    write_rows(state, unfinished=1)  # version 0.1 wrote checkpoints before rows
+    context = Context(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed, undo=undo)
     if settings.epochs:
         schedule = schedule_of(settings, settings.epochs, "constant")
-        more: dict[str, Any] = {"course": course, "on_epoch": keep, "progress": progress}
+        more: dict[str, Any] = {"state": state, "undo": undo, "checkpoint": write, "log": log, "progress": progress}
         if settings.memory:
-            more["around"] = stage_memory.Watch(learner, parse_bytes(settings.memory), settings.batch_size)
-        axes, course = learn(model, axes, [parts.search], learner, schedule, **more)
-    tell(course)
-    at = Stand(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed)
-    if not settings.epochs:
-        learner.begin(at)
-    last = []
-    while plan := learner.final(at):
-        changed(at, learner, plan)
-        last.append(plan)
-    for plan in [*course.plans, *last][len(folder.ledger) :]:
+            more["around"] = watch
+        fitted = learn(model, axes, [parts.search], search.learner, schedule, **more)
+    else:
+        own = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
+        fitted = Fitted(model, axes, replace(state, learner=own))
+    write_rows(fitted.state)
+    done = len(fitted.state.plans)
+    context = replace(context, model=fitted.model, axes=fitted.axes, log=log)
+    fitted, last = finish(search.learner, fitted, context)
+    for plan in last[max(0, len(folder.ledger) - done) :]:
         folder.ledger.append(plan)
-    learner.baked(at)
-    folder.log("levels", saved=learner.values["saved"], kept=learner.kept(), **learner.account(at))
-    return spaces.left(model, origin)
+    write_rows(replace(fitted.state, plans=(), events=()))
+    return spaces.left(fitted.model, origin)
 
 
 def _check_training(settings: Settings, parts: Parts) -> None:
@@ -192,31 +204,29 @@ def _check_training(settings: Settings, parts: Parts) -> None:
             raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
 
 
-def retrained(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
-    """The found network, drawn anew unless it inherits, trained on training and validation part; zeros stay."""
-    fresh = clone_model(found)
+def retrain(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
+    """The found network, re-initialised unless it inherits, trained on training and validation part; zeros stay."""
+    model = clone_model(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        for module in fresh.modules():
+        for module in model.modules():
             if not settings.inherit and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    axes = trace(fresh, parts.whole.train.inputs[:2])
-    at, learner, course = Stand(fresh, axes, parts.whole), Retrain(settings=Anew(cutout=settings.cutout)), Course()
-    learner.masked(at, dict(found.named_parameters()))
-    place = folder.path / RETRAINING
+    axes = trace(model, parts.whole.train.inputs[:2])
+    context = Context(model, axes, parts.whole)
+    learner = retraining.build(retraining.Settings(cutout=settings.cutout), context, dict(found.named_parameters()))
+    place, state = folder.path / RETRAINING, TrainState(learner.state)
     if folder.resumed and place.is_file():
-        axes, course = read_course(place, fresh, axes, learner)
+        model, axes, state = read_checkpoint(place, model, axes, learner.state)
     schedule = schedule_of(settings, settings.retrain, "cosine")
 
-    def keep(now: Course, _: AxisGraph) -> None:
-        write_course(place, fresh, learner, now)
+    def write(now: TrainState[retraining.RetrainState], _: Context) -> None:
+        write_checkpoint(place, model, now)
 
-    learn(fresh, axes, [parts.whole], learner, schedule, course=course, on_epoch=keep, progress=progress)
-    with torch.no_grad():
-        for name, value in learner.answering(at, 0).items():
-            fresh.get_parameter(name).copy_(value)
-    fold_scales(fresh)
-    return fresh.eval()
+    fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, checkpoint=write, progress=progress)
+    write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
+    fold_scales(fitted.model)
+    return fitted.model.eval()
 
 
 def parts_of(settings: Settings) -> Parts:
@@ -247,36 +257,37 @@ def _counted_as_begun(settings: Settings, out: Path) -> Settings:
     return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
 
 
-def _known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _select_known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     """Those settings that a method has."""
     return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
 
 
 def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
-    """The space of a search as a network with drawn weights, and its stages, where a memory budget cuts them."""
+    """The space of a search as a network with random weights, and its stages, where a memory budget cuts them."""
     names = ("stages", "memory", "batch_size", "stride", "seed")
     entry = searcher_entry(settings.method)
     measure = measure_of(settings.target, settings.accounting)
     given = {"measure": str(measure), "levels": levels_for(measure)}
-    method = entry.made(settings.method, _known(entry, given) | dict(settings.method_settings))
-    return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names}, method=method)
+    search: Search = entry.made(settings.method, _select_known(entry, given) | dict(settings.method_settings))
+    needs: dict[str, Any] = {"stage_share": search.stage_share, "masked": search.masked}
+    return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names}, **needs)
 
 
-def built(
+def build_search(
     settings: Settings,
     model: nn.Module,
     axes: AxisGraph,
     plan: Stages | None = None,
     table: Latency | None = None,
-) -> Searcher:
-    """The learner of a search.
+) -> Search:
+    """The method of a search.
 
     Args:
         settings: Of the run.
         model: The space.
         axes: Its axes.
         plan: Its stages, where a memory budget cut them.
-        table: How long what takes (:func:`regrow.commands.latencies.of`), for a target in ms.
+        table: How long operations and layers take (:func:`regrow.commands.latencies.of`), for a target in ms.
 
     Raises:
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
@@ -291,20 +302,23 @@ def built(
     elif measure == Measure.TIME:
         # A narrow layer may take longer than a wide one.
         given["levels"] = ("operations",) if candidates_in(model) else ("filters",)
-    found: Searcher = entry.made(settings.method, _known(entry, given) | dict(settings.method_settings))
-    if settings.epochs < 1 and found.learns:
-        raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
+    prices: Prices | None = None
     if table:
-        parts = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
-        found.timed = spread_times(axes, candidates_in(model), **parts, rest=table.rest)
-        if most <= found.timed.rest:
-            raise ValueError(f"{found.timed.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
-    if isinstance(model, Bench201) and "filters" in found.searched:
+        tables = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
+        prices = spread_times(axes, candidates_in(model), **tables, rest=table.rest)
+    own = _select_known(entry, given) | dict(settings.method_settings)
+    search: Search = entry.made(settings.method, own, **({"prices": prices} if prices else {}))
+    if settings.epochs < 1 and search.needs_epochs:
+        raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
+    if prices and most <= prices.rest:
+        raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
+    space = search.rules.space
+    if isinstance(model, Bench201) and "filters" in space.granularities:
         raise ValueError("networks of NAS-Bench-201 have the widths they have: search operations, or weights too")
-    if plan is not None and found.ends != plan.ends:
+    if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
         raise ValueError(
             f"within {settings.memory}, stages end at parts {ends}, and {settings.method} does not search in these: "
             "give more --memory or none, or a method and settings that do"
         )
-    return found
+    return search

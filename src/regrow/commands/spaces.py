@@ -1,7 +1,7 @@
 """Spaces that a search begins with, by name, and the plain network that it leaves of one."""
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -13,8 +13,8 @@ from regrow.allocation.stages import MemoryBudgetError, Stages
 from regrow.allocation.stages import stages as cut
 from regrow.amounts import parse_bytes
 from regrow.candidates import Prefix, Staged, fold_scales
-from regrow.commands.stage_memory import left_of, planned
-from regrow.methods.search.searcher import Searcher
+from regrow.commands.stage_memory import predict_peaks
+from regrow.methods.search.space import GRANULARITIES
 from regrow.nets import bench201, cells, mobile
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
@@ -41,7 +41,8 @@ def network(
     batch_size: int,
     stride: int,
     seed: int,
-    method: Searcher | None = None,
+    stage_share: float = 1.0,
+    masked: Collection[str] = GRANULARITIES,
 ) -> tuple[nn.Module, Origin, Stages | None]:
     """A space as a network with drawn weights, and its stages, where a memory budget cuts them.
 
@@ -53,7 +54,8 @@ def network(
         batch_size: Examples per step.
         stride: Of the stem.
         seed: Of the weights.
-        method: What searches, with its settings; memory depends on it.
+        stage_share: The share of its operations that a part is expected to have after its stage.
+        masked: The granularities whose masks need memory in a step.
 
     Raises:
         ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
@@ -75,7 +77,7 @@ def network(
     plan = None
     if memory:
         batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
-        plan = _planned(found, batch, parse_bytes(memory), method or Searcher())
+        plan = _planned(found, batch, parse_bytes(memory), stage_share, masked)
     config = found.whole(heads=plan.ends if plan else ends(found.parts, stages or min(3, found.parts)))
     net = _drawn(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed
@@ -121,10 +123,10 @@ def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Gr
     return None
 
 
-def _planned(found: _Growing, batch: Batch, budget: int, method: Searcher) -> Stages:
+def _planned(found: _Growing, batch: Batch, budget: int, share: float, masked: Collection[str]) -> Stages:
     """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
     # Where stages end is not known yet: a classifier behind every part is no less than there will be.
-    prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=left_of(method))
+    prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=share)
 
     def recomputed(first: int, last: int) -> Prefix:
         made = prefix(first, last)
@@ -132,9 +134,9 @@ def _planned(found: _Growing, batch: Batch, budget: int, method: Searcher) -> St
         return made
 
     try:
-        return cut(planned(method, prefix, batch), found.parts, budget)
+        return cut(predict_peaks(masked, prefix, batch), found.parts, budget)
     except MemoryBudgetError:
-        return replace(cut(planned(method, recomputed, batch), found.parts, budget), recomputed=True)
+        return replace(cut(predict_peaks(masked, recomputed, batch), found.parts, budget), recomputed=True)
 
 
 def _drawn(kind: type[Found], config: Mapping[str, Any], seed: int) -> Found:

@@ -1,6 +1,6 @@
 """The memory of a search's stages: predicted from shapes, kept within a budget, and measured in the search itself."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,130 +14,126 @@ from regrow.amounts import format_bytes
 from regrow.candidates import Prefix, Staged
 from regrow.evaluation import Live, predict_memory, prefix_peaks, training
 from regrow.evaluation.memory import peak_meter
-from regrow.learner import Stand
-from regrow.methods.search.searcher import Searcher
+from regrow.methods.search.assembly import Search
+from regrow.methods.search.state import SearchState, StageMemory
 from regrow.sources import Batch
+from regrow.training.learner import Context
 
-MASKS, WEIGHT, LEVEL = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
-"""How much more a step needs with masks than without, as far as tensors are counted: a share, and bytes per weight;
-and of these some for each level that is searched."""
+MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
+"""How much more a step needs with masks than without, as far as tensors are counted: a factor, and bytes per weight;
+and more of these for each granularity that is searched."""
 
 
-def left_of(method: Searcher) -> float:
-    """The share of its operations that a part is taken to have once it was searched: what stays, and what regrows.
+def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
+    """(first part that is whole, last part that runs) → the most bytes that a stage needs there.
 
-    A stage has a goal for the size of all levels together. Where none of them is that of operations, these stay; else
-    they are taken to bear it, and what they do not is seen when the next stage begins.
+    Args:
+        masked: The granularities whose masks need memory in a step.
+        prefix: Gives the part of the network that runs.
+        batch: Of a step.
     """
-    if "operations" not in method.searched:
-        return 1.0
-    own = getattr(method, "settings", None)
-    share, regrow = getattr(own, "share", 1.0), getattr(own, "regrow", 0.0)
-    return float(share + regrow * (1 - share))
-
-
-def planned(method: Searcher, prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
-    """(first part that is whole, last part that runs) → the most bytes that searching there needs."""
     plain = prefix_peaks(prefix, batch, _step())
 
     def peak(first: int, last: int) -> int:
         with torch.device("meta"):
             many = prefix(first, last).many()
-        return _masked(method, plain(first, last), many)
+        return _add_masks(masked, plain(first, last), many)
 
     return peak
 
 
-def foretold(method: Searcher, at: Stand, batch: Batch) -> int:
-    """The most bytes that a search needs from now on, as the network stands; nothing of it runs."""
-    net = Prefix(at.model, method.last)
-    cut = sum(one.untyped_storage().nbytes() for one in method.undo.contents().values())
-    return _masked(method, predict_memory(net, batch, _step()).peak, net.many()) + cut
+def predict_stage(search: Search, state: SearchState, context: Context, batch: Batch) -> int:
+    """The most bytes that the current stage needs, as the network is; nothing of it runs."""
+    net = Prefix(context.model, search.rules.space.part(state.stage))
+    removed = context.undo.contents().values() if context.undo else ()
+    cut = sum(one.untyped_storage().nbytes() for one in removed)
+    return _add_masks(search.masked, predict_memory(net, batch, _step()).peak, net.many()) + cut
 
 
 def _step() -> Callable[[nn.Module, Batch], Any]:
     return training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
 
 
-def _masked(method: Searcher, plain: int, weights: int) -> int:
-    # Where levels cannot be chosen, a step may do other things besides: DARTS takes gradients twice.
-    levels = getattr(getattr(method, "settings", None), "levels", LEVEL)
-    return int(MASKS * plain) + (WEIGHT + sum(LEVEL[level] for level in levels)) * weights
+def _add_masks(masked: Collection[str], plain: int, weights: int) -> int:
+    return int(MASKS * plain) + (WEIGHT + sum(GRANULARITY[one] for one in masked)) * weights
 
 
 @dataclass
-class Watch:
-    """Keeps each stage of a search within a budget, and measures it: two steps at its start, or when masks first learn.
-
-    What it finds it writes down in ``learner.values``, where it is stored: ``memory``, a row per stage, and
-    whether parts are ``recomputed``.
+class MemoryWatch:
+    """Keeps each stage of a search within a budget, and measures it: two steps at its start, or when masks are trained.
 
     Args:
-        learner: What searches.
+        search: The method.
         budget: In bytes.
         size: Examples per step.
+        rows: Stage → what was measured of it.
+        predictions: Stage that began in this process → what was predicted then, in bytes.
     """
 
-    learner: Searcher
+    search: Search
     budget: int
     size: int
-    predicted: dict[int, int] = field(default_factory=dict)
-    """Stage that began in this process → what was foretold then, in bytes."""
+    rows: dict[str, StageMemory] = field(default_factory=dict)
+    predictions: dict[int, int] = field(default_factory=dict)
 
-    def __call__(self, at: Stand, number: int) -> AbstractContextManager[None]:
-        """What a step is taken inside.
+    def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
+        """A context manager for a step.
 
         Args:
-            at: Where the network stands.
-            number: Of the step in its epoch.
+            state: Of the search.
+            context: The network.
+            step: The number of the step in its epoch.
 
         Raises:
-            MemoryBudgetError: If the stage needs more than there is, though parts are computed anew.
+            MemoryBudgetError: If the stage needs more than the budget, even with recomputed parts.
         """
-        stage = self.learner.values["stage"]
-        if stage and stage not in self.predicted:
-            self.predicted[stage] = self._fitted(at, stage)
-        if number > 1:
+        stage = state.stage
+        if stage and stage not in self.predictions:
+            self.predictions[stage] = self._fit(state, context)
+        if step > 1:
             return nullcontext()
-        row, joint = self.rows.get(f"{stage}"), self.learner.joint(at)
-        if row is None or row["epoch"] == at.epoch + 1 or joint > row["joint"]:
-            return self._measured(at, {"stage": stage, "epoch": at.epoch + 1, "joint": joint})
+        row, trains = self.rows.get(f"{stage}"), self.search.rules.trains(state, context)
+        if row is None or row.epoch == context.epoch + 1 or trains > row.joint:
+            return self._measure(context, stage, trains)
         return nullcontext()
 
-    @property
-    def rows(self) -> dict[str, dict[str, Any]]:
-        """Stage → what was measured of it, as JSON data."""
-        found: dict[str, dict[str, Any]] = self.learner.values.setdefault("memory", {})
-        return found
-
-    def _fitted(self, at: Stand, stage: int) -> int:
-        """What a stage needs; with its parts computed anew from now on, where that is more than there is."""
-        train, net = at.task.train, cast(Staged, at.model)
+    def _fit(self, state: SearchState, context: Context) -> int:
+        """What a stage needs; from now on with recomputed parts, if it exceeds the budget."""
+        train, net = context.task.train, cast(Staged, context.model)
         batch = Batch((train.inputs[: self.size],), labels=train.labels[: self.size])
-        needed = foretold(self.learner, at, batch)
+        needed = predict_stage(self.search, state, context, batch)
         if needed > self.budget and not net.recomputed:
-            self.learner.values["recomputed"] = net.recomputed = True
-            needed = foretold(self.learner, at, batch)
+            net.recomputed = True
+            needed = predict_stage(self.search, state, context, batch)
         if needed > self.budget:
             raise MemoryBudgetError(
-                f"{format_bytes(self.budget)} of memory do not suffice: stage {stage + 1} needs {format_bytes(needed)} "
-                f"({needed} bytes), as earlier ones left the network and with parts computed anew. What they found is "
-                "kept, but cannot go on with another budget: search anew, with more --memory or a smaller --batch-size",
+                f"{format_bytes(self.budget)} of memory do not suffice: stage {state.stage + 1} needs "
+                f"{format_bytes(needed)} ({needed} bytes), as earlier ones left the network and with parts computed "
+                "anew. What they found is kept, but cannot go on with another budget: search anew, with more --memory "
+                "or a smaller --batch-size",
                 needed,
-                self.learner.last,
+                self.search.rules.space.part(state.stage),
             )
         return needed
 
     @contextmanager
-    def _measured(self, at: Stand, row: dict[str, Any]) -> Iterator[None]:
-        gone = self.learner.undo.contents().values()
-        live = Live([*at.model.parameters(), *at.model.buffers(), *gone])
-        resident = peak_meter(next(at.model.parameters()).device)
+    def _measure(self, context: Context, stage: int, trains: bool) -> Iterator[None]:
+        removed = context.undo.contents().values() if context.undo else ()
+        live = Live([*context.model.parameters(), *context.model.buffers(), *removed])
+        resident = peak_meter(next(context.model.parameters()).device)
         with live:
             yield
         extra = resident()
-        row |= {"held": live.held, "peak": live.peak, "resident": None if extra is None else extra + live.held}
-        row |= {"predicted": self.predicted.get(row["stage"]), "recomputed": cast(Staged, at.model).recomputed}
-        before = self.rows.get(f"{row['stage']}", row)
-        if before["epoch"] < row["epoch"] or before["peak"] <= row["peak"]:
-            self.rows[f"{row['stage']}"] = row
+        row = StageMemory(
+            stage,
+            context.epoch + 1,
+            trains,
+            live.held,
+            live.peak,
+            None if extra is None else extra + live.held,
+            self.predictions.get(stage),
+            cast(Staged, context.model).recomputed,
+        )
+        before = self.rows.get(f"{stage}", row)
+        if before.epoch < row.epoch or before.peak <= row.peak:
+            self.rows[f"{stage}"] = row

@@ -4,7 +4,7 @@ from regrow.allocation.cost import Cost
 from regrow.amounts import Measure, Target, parse_share
 from regrow.axes import AxisGraph
 from regrow.evaluation import Latency
-from regrow.methods.search.searcher import LEVELS
+from regrow.methods.search.space import GRANULARITIES
 from regrow.settings.search import DENSE, FORMER
 
 SIZES = ("params", "nonzero", "macs", "bytes", "ms")
@@ -47,7 +47,7 @@ def levels_for(measure: Measure) -> tuple[str, ...]:
     Args:
         measure: What the target counts.
     """
-    return LEVELS if measure == Measure.NONZERO else LEVELS[:2]
+    return GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
 
 
 def target(text: str, axes: AxisGraph, table: Latency | None = None, accounting: str = DENSE) -> tuple[Measure, float]:

@@ -14,8 +14,7 @@ from typing import Any, get_args, get_type_hints
 from regrow.methods.continual import ewc, lwf, naive, packnet, replay, si, sparsegrow, wsn
 from regrow.methods.pruning import flap, gprune, llm_pruner, magnitude, random, wanda_sp
 from regrow.methods.recovery import bias, distil, lora, refit
-from regrow.methods.search import baselines as blind
-from regrow.methods.search import darts, gold_nas, mgas
+from regrow.methods.search import baselines, darts, gold_nas, mgas
 from regrow.nets.code import import_object
 from regrow.references import names_code
 
@@ -46,7 +45,7 @@ class MethodEntry:
 
     kind: Kind
     settings: type
-    build: Callable[[Any], Any]
+    build: Callable[..., Any]
     citation: str
     about: str
 
@@ -58,8 +57,13 @@ class MethodEntry:
         """
         return {one.name: one.default for one in fields(self.settings) if one.name not in told}
 
-    def made(self, name: str, settings: Mapping[str, Any]) -> Any:
+    def made(self, name: str, settings: Mapping[str, Any], **inputs: Any) -> Any:
         """The method with settings, checked.
+
+        Args:
+            name: Its name, for messages.
+            settings: Those that differ from their defaults.
+            **inputs: What it needs besides, such as the time that operations take.
 
         Raises:
             ValueError: If a setting is unknown, or is of another type than its default.
@@ -76,7 +80,7 @@ class MethodEntry:
             if type(value) is not type(defaults[key]):
                 kind = type(defaults[key]).__name__
                 raise ValueError(f"{name}: {key} is of type {kind}, like its default {defaults[key]!r}; got {value!r}")
-        return self.build(self.settings(**given))
+        return self.build(self.settings(**given), **inputs)
 
     def _several(self, name: str, key: str, value: str | list[Any]) -> tuple[Any, ...]:
         """A tuple of what the setting holds, from words with commas between them."""
@@ -124,7 +128,7 @@ LEARNERS: Mapping[str, MethodEntry] = _entries(
 """Every method that learns task after task."""
 
 SEARCHERS: Mapping[str, MethodEntry] = _entries(
-    Kind.SEARCH, {"mgas": mgas, "blind": blind, "darts": darts, "gold_nas": gold_nas}
+    Kind.SEARCH, {"mgas": mgas, "blind": baselines, "darts": darts, "gold_nas": gold_nas}
 )
 """Every method that searches."""
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
+from regrow.candidates import run_whole
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore, apply
@@ -261,7 +262,8 @@ def apply_plan(
     before, old = context, axis_tensors(state)
     # No optimizer knows the group of what a plan brings back yet.
     following = [optimizers.network] if optimizers and not plan.back else []
-    model, axes = apply(context.model, context.axes, plan, optimizers=following, undo=context.undo)
+    with run_whole(context.model):
+        model, axes = apply(context.model, context.axes, plan, optimizers=following, undo=context.undo)
     context = replace(context, model=model, axes=axes, applied=context.applied + 1)
     state = follow_plan(state, before.axes, plan)
     tensors = axis_tensors(state)
@@ -296,6 +298,7 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
             break
         context, own = apply_plan(learner, own, context, plan)
         plans.append(plan)
+    own = learner.boundary(own, context, Boundary(Event.FINISH))
     write_replacements(learner, own, context)
     return Fitted(context.model, context.axes, replace(fitted.state, learner=own)), plans
 

@@ -42,7 +42,7 @@ def discard(kind: str, /, **row: Any) -> None:
 
 
 class Event(StrEnum):
-    """When the ``boundary`` hook is called."""
+    """When the ``boundary`` hook is called; ``FINISH`` comes after the last plan, before replacements are written."""
 
     TASK_START = "task start"
     RESUME = "resume"
@@ -50,6 +50,7 @@ class Event(StrEnum):
     PLAN_APPLIED = "plan applied"
     EPOCH_END = "epoch end"
     TASK_END = "task end"
+    FINISH = "finish"
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,28 +1,41 @@
 """DARTS: which half moves what, two edges per node, the target."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from methods.search.searches import (
+    compute_loss,
+    count_left,
+    draw,
+    ended,
+    finalize,
+    replace_parameters,
+    start,
+    train,
+    write,
+)
 from regrow import trace
 from regrow.allocation.edges import Edges
 from regrow.allocation.partial import partial_channels
-from regrow.candidates import Candidates, candidates_in
+from regrow.candidates import candidates_in
 from regrow.data import streams
-from regrow.learner import Stand
-from regrow.methods.search.darts import Darts, Settings
+from regrow.methods.search.darts import Settings, build
+from regrow.methods.search.importance import choose_operations, weigh_operations
 from regrow.nets.cells import Cells, operation, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
-from regrow.training.learning import Schedule, changed, learn
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.learner import Context, Event, Step
 
 OPERATIONS = ("skip", "sep3", "max")
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
-SCHEDULE = Schedule(epochs=3, batch_size=25, lr=0.02)
+SCHEDULE = TaskSchedule(epochs=3, batch_size=25, lr=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +54,24 @@ def network():
     return Cells(CONFIG)
 
 
-def learner(**more):
-    return Darts(settings=Settings(**{"target": 1e4, "stages": (0, 1), **more}))
+def search_with(**more):
+    return build(Settings(**{"target": 1e4, "stages": (0, 1), **more}))
 
 
 @pytest.fixture(scope="module")
 def run(task, axes):
-    own, net = learner(), network()
-    here, course = learn(net, axes, [task], own, SCHEDULE)
-    return Stand(net, here, task, 0, SCHEDULE.epochs, SCHEDULE.epochs), own, course
+    search = search_with()
+    net = network()
+    fitted = learn(net, axes, [task], search.learner, SCHEDULE)
+    return search, fitted.axes, net, fitted.state.learner
 
 
-def ended(run, target):
-    """The network that a search to a target leaves, and its learner."""
-    at, own, _ = copy.deepcopy(run)
-    own.most = target
-    while plan := own.final(at):
-        changed(at, own, plan)
-    return at, own
-
-
-def size(at):
-    """Parameters up to the last classifier, without the scales of what is gone."""
-    gone = sum(len(node.ops) for node in at.model.modules() if isinstance(node, Candidates)) - len(at.axes.branches)
-    return sum(p.numel() for n, p in at.model.named_parameters() if at.model.within(n, 1)) - gone
+def end(run, task, target):
+    """The network that a search to a target leaves, and its state."""
+    search, axes, net, state = run
+    net, state = copy.deepcopy((net, state))
+    search = search_with(target=target)
+    return search, *finalize(search, state, ended(net, axes, task, SCHEDULE))
 
 
 def lies_in(examples, part):
@@ -74,21 +81,29 @@ def lies_in(examples, part):
 
 @pytest.mark.slow
 def test_one_half_moves_alpha_alone_and_the_other_weights_alone(task, axes):
+    halves = {"weights": [], "alpha": []}
+
     def one_step(of):
-        own, net = learner(augment=False), network()
-        learn(net, axes, [of], own, Schedule(epochs=1, batch_size=50, lr=0.1))
-        return own.tensors["alpha"].values.detach(), net.state_dict()
+        search, net = search_with(augment=False), network()
+
+        def note(state, context, step):
+            halves["weights"].append(step.batch)
+            halves["alpha"].append(step.second)
+            return search.learner.project(state, context, step)
+
+        learner = replace(search.learner, project=note)
+        state = learn(net, axes, [of], learner, TaskSchedule(epochs=1, batch_size=50, lr=0.1)).state
+        return state.learner.alpha.values.detach(), net.state_dict()
 
     def otherwise(rows):
         labels = torch.where(rows, (task.train.labels + 3) % 10, task.train.labels)
         inputs = torch.where(rows[:, None, None, None], task.train.inputs.flip(-1) + 1, task.train.inputs)
         return Task("other", Examples(inputs, labels), task.test, task.classes)
 
-    own = learner()
-    mine = lies_in(task.train, own.examples(Stand(network(), axes, task)))
-    held = lies_in(task.train, own.held)
-    assert torch.equal(mine, ~held) and int(held.sum()) == 50
     alpha, state = one_step(task)
+    (own,), (second,) = halves["weights"], halves["alpha"]
+    mine, held = lies_in(task.train, own), lies_in(task.train, second)
+    assert torch.equal(mine, ~held) and int(held.sum()) == 50
     other_alpha, same_state = one_step(otherwise(held))
     assert not torch.equal(alpha, other_alpha)
     assert all(torch.equal(value, same_state[name]) for name, value in state.items())  # running statistics too
@@ -104,21 +119,22 @@ def test_one_half_moves_alpha_alone_and_the_other_weights_alone(task, axes):
 @pytest.mark.parametrize("name", ["alpha", "beta"])
 def test_the_gradient_of_alpha_and_beta_is_that_of_the_held_out_loss(name, task, axes):
     more = {"edges": True, "partial": 2} if name == "beta" else {}
-    at, own = Stand(network().double(), axes, task), learner(augment=False, decay=0.0, **more)
+    search = search_with(augment=False, decay=0.0, **more)
+    context = Context(network(), axes, task)
+    state = start(search, context)
+    context.model.double()
     held = Examples(task.train.inputs[:40].double(), task.train.labels[:40])
-    own.begin(at)
-    for one in (own.tensors["alpha"], own.tensors.get("beta", own.tensors["alpha"])):
+    for one in (state.alpha, state.beta or state.alpha):
         one.values = one.values.double().detach().requires_grad_()
-    alpha = own.tensors[name]
-    own.held, own.batches = held, [torch.arange(40)]
-    own.gate(at)
-    assert all(p.grad is None for p in at.model.parameters())
-    way, eps, losses = torch.randn(len(alpha.values), generator=torch.Generator().manual_seed(1)).double(), 1e-6, []
-    found, middle = alpha.values.grad, alpha.values.detach()
+    learned = getattr(state, name)
+    search.learner.project(state, context, Step(0, held, held))
+    assert all(p.grad is None for p in context.model.parameters())
+    way, eps, losses = draw(len(learned.values), 1).double(), 1e-6, []
+    found, middle = learned.values.grad, learned.values.detach()
     for sign in (1, -1):
-        alpha.values = middle + sign * eps * way
-        with parametrize(at.model, own.standing(at)):
-            losses.append(own.loss(at, held).item())
+        learned.values = middle + sign * eps * way
+        with parametrize(context.model, replace_parameters(search, state, context)):
+            losses.append(compute_loss(search, state, context, held).value.item())
     assert float(found @ way) == pytest.approx((losses[0] - losses[1]) / (2 * eps), rel=1e-5)
 
 
@@ -136,83 +152,80 @@ def test_an_edge_shares_one_with_none_and_cells_of_a_kind_share_alpha():
 
 
 def test_edges_into_a_node_share_one_and_scale_their_operations(task, axes):
-    at, own = Stand(network(), axes, task), learner(edges=True)
-    own.begin(at)
-    edges, plain = own.edges, Edges.share
+    search = search_with(edges=True)
+    state = start(search, Context(network(), axes, task))
+    edges, plain = state.edges, Edges.share
     assert edges.betas == len(edges.table) == 2 * (2 + 3)
-    alpha = torch.randn(edges.entries, generator=torch.Generator().manual_seed(0))
-    beta = torch.randn(edges.betas, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    own.tensors["alpha"].values, own.tensors["beta"].values = alpha, beta
+    alpha, beta = draw(edges.entries), draw(edges.betas, 1).requires_grad_()
+    state = replace(state, alpha=replace(state.alpha, values=alpha), beta=replace(state.beta, values=beta))
+    share = weigh_operations(state)
     for node in range(4):
         here = edges.node == node
         weight = beta[edges.beta[here]].softmax(0)
         for edge, own_weight in zip(here.nonzero()[:, 0], weight, strict=True):
             ops = edges.edge == edge
-            assert torch.allclose(own.share()[ops], plain(edges, alpha)[ops] * own_weight)
-    own.share()[edges.edge == 0].sum().backward()
+            assert torch.allclose(share[ops], plain(edges, alpha)[ops] * own_weight)
+    share[edges.edge == 0].sum().backward()
     assert beta.grad[0] > 0 > beta.grad[1] and bool((beta.grad[2:] == 0).all())  # its node's other edge pays
     net = Cells(supernet((1, 8, 8), 10, width=4, cells=4, nodes=2, operations=OPERATIONS))
     assert Edges.of(net, {}).betas == 2 * Edges.of(net, net.alike()).betas == 4 * (2 + 3)
-    own.tensors["beta"].values = torch.where(torch.arange(10) == 3, 9.0, 0.0)  # an edge of the second node
-    kept = own.choice() & (edges.edge == 3)
-    assert int(kept.sum()) == 1
+    state.beta.values = torch.where(torch.arange(10) == 3, 9.0, 0.0)  # an edge of the second node
+    assert int((choose_operations(state) & (edges.edge == 3)).sum()) == 1
 
 
 def test_alpha_and_beta_wait_until_weights_are_warm(task, axes):
-    seen = []
+    seen, search = [], search_with(edges=True, warm=0.5)
 
-    class Watched(Darts):
-        def passed(self, at):
-            super().passed(at)
-            seen.append([self.tensors[name].values.detach().clone() for name in ("alpha", "beta")])
+    def watch(state, context, boundary):
+        if boundary.event == Event.EPOCH_END:
+            seen.append([one.values.detach().clone() for one in (state.alpha, state.beta)])
+        return search.learner.boundary(state, context, boundary)
 
-    own = Watched(settings=Settings(target=1e4, stages=(0, 1), edges=True, warm=0.5))
-    learn(network(), axes, [task], own, Schedule(epochs=4, batch_size=25, lr=0.02))
+    schedule = TaskSchedule(epochs=4, batch_size=25, lr=0.02)
+    learn(network(), axes, [task], replace(search.learner, boundary=watch), schedule)
     for first, second, third in zip(*seen[:3], strict=True):
         assert torch.equal(first, second) and not torch.equal(second, third)
     with pytest.raises(ValueError, match="share of the epochs"):
         Settings(warm=1.0)
 
 
-def test_two_edges_into_a_node_stay_with_their_best_operation(run):
-    at, own = ended(run, 1e4)
-    share = dict(zip(own.gates.ops, own.edges.share(own.tensors["alpha"].values.detach()).tolist(), strict=True))
-    for path, paths in candidates_in(run[0].model).items():
-        sources = dict(zip(paths, run[0].model.get_submodule(path).sources, strict=True))
-        left = [one for one in paths if one in at.axes.branches]
+def test_two_edges_into_a_node_stay_with_their_best_operation(run, task):
+    _, context, state = end(run, task, 1e4)
+    share = dict(zip(state.layout.ops, state.edges.share(state.alpha.values.detach()).tolist(), strict=True))
+    model = run[2]
+    for path, paths in candidates_in(model).items():
+        sources = dict(zip(paths, model.get_submodule(path).sources, strict=True))
+        left = [one for one in paths if one in context.axes.branches]
         assert len({sources[one] for one in left}) == len(left) == 2
         for one in left:
             assert share[one] == max(share[other] for other in paths if sources[other] == sources[one])
         out = [other for other in paths if sources[other] not in {sources[one] for one in left}]
         assert max((share[other] for other in out), default=0.0) <= min(share[one] for one in left)
-    assert all(set(one) & set(at.axes.branches) for one in at.model.needed())
+    assert all(set(one) & set(context.axes.branches) for one in context.model.needed())
 
 
 @pytest.mark.slow
-def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run):
-    at, own = ended(run, 1e4)
-    whole_size, widths = size(at), {key: axis.size for key, axis in at.axes.axes.items()}
-    assert (
-        own.account(at).items() >= {"discretised": whole_size, "below": True, "asked": 1e4}.items()
-        and own.values["saved"]["filters"] == 0
-    )
-    assert all(axis.size == axis.born for axis in at.axes.axes.values())
+def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(run, task):
+    search, context, state = end(run, task, 1e4)
+    whole_size, widths = count_left(context, 1), {key: axis.size for key, axis in context.axes.axes.items()}
+    assert search.rules.summary(state) == {"discretised": whole_size, "below": True} and state.saved.filters == 0
+    assert all(axis.size == axis.born for axis in context.axes.axes.values())
     for share in (0.9, 0.7):
-        at, own = ended(run, share * whole_size)
-        assert 0.85 * share * whole_size < size(at) <= share * whole_size
-        assert own.account(at).items() >= {"discretised": whole_size, "below": False}.items()
-        lost = {widths[axis.key] - axis.size for axis in at.axes.units() if axis.size < 6}
+        search, context, state = end(run, task, share * whole_size)
+        assert 0.85 * share * whole_size < count_left(context, 1) <= share * whole_size
+        assert search.rules.summary(state) == {"discretised": whole_size, "below": False}
+        lost = {widths[axis.key] - axis.size for axis in context.axes.units() if axis.size < 6}
         assert lost <= {0, 1, 2} and len(lost) <= 2
     with pytest.raises(ValueError, match="cannot be reached"):
-        ended(run, 50.0)
+        end(run, task, 50.0)
 
 
 def test_what_is_left_answers_as_its_masks_did(run, task):
-    at, own = ended(run, 1e4)
-    with torch.no_grad(), parametrize(at.model, own.answering(at, 0)):
-        masked = own.asked(at, task.test.inputs)
-    own.baked(at)
-    assert torch.equal(at.model.upto(task.test.inputs, 1), masked)
+    search, context, state = end(run, task, 1e4)
+    with torch.no_grad(), parametrize(context.model, replace_parameters(search, state, context)):
+        masked = context.logits(task.test.inputs)
+    write(search, state, context)
+    assert torch.equal(context.model.upto(task.test.inputs, 1), masked)
 
 
 def test_partial_channels_are_narrower_operations_beside_what_goes_by():
@@ -247,35 +260,35 @@ def test_partial_channels_are_narrower_operations_beside_what_goes_by():
 
 
 def test_with_partial_channels_what_is_left_is_whole_and_answers_as_its_masks_did(task, axes):
-    own, net = learner(edges=True, partial=2), network()
-    here, _ = learn(net, axes, [task], own, SCHEDULE)
-    at = Stand(net, here, task, 0, SCHEDULE.epochs, SCHEDULE.epochs)
-    while plan := own.final(at):
-        changed(at, own, plan)
+    search, net = search_with(edges=True, partial=2), network()
+    context, state = train(search, net, axes, task, SCHEDULE)
+    context, state = finalize(search, state.learner, context)
     assert not any(one._forward_hooks or one._forward_pre_hooks for one in net.modules())
-    with torch.no_grad(), parametrize(net, own.answering(at, 0)):
-        masked = own.asked(at, task.test.inputs)
-    own.baked(at)
+    with torch.no_grad(), parametrize(net, replace_parameters(search, state, context)):
+        masked = context.logits(task.test.inputs)
+    write(search, state, context)
     assert torch.equal(net.upto(task.test.inputs, 1), masked)
 
 
-def test_a_collapse_to_skips_is_told(run):
-    own = copy.deepcopy(run[1])
-    assert own.values["history"][-1]["skips"] == own.kept()["skips"] < 1
-    for i, path in enumerate(own.gates.ops):
+def test_a_collapse_to_skips_is_told(run, task):
+    search, _, _, state = run
+    state = copy.deepcopy(state)
+    masks = search.rules.masks(state, ended(run[2], run[1], task, SCHEDULE), None, False)
+    assert state.history[-1]["skips"] == search.rules.shares(state, masks)["skips"] < 1
+    for i, path in enumerate(state.layout.ops):
         if ".skip_" in path:
-            own.tensors["alpha"].values.data[own.edges.table[own.edges.edge[i], own.edges.column[i]]] = 9.0
-    assert own.kept()["skips"] == 1.0
+            state.alpha.values.data[state.edges.table[state.edges.edge[i], state.edges.column[i]]] = 9.0
+    assert search.rules.shares(state, masks)["skips"] == 1.0
 
 
 def test_a_network_without_candidates_is_refused(task):
     net = small("resnet:4-2", (1, 8, 8), 10)[0]
-    at = Stand(net, trace(net, torch.zeros(2, 1, 8, 8)), task)
+    context = Context(net, trace(net, torch.zeros(2, 1, 8, 8)), task)
     with pytest.raises(ValueError, match="no candidates"):
-        Darts(settings=Settings(target=1e3)).begin(at)
+        start(build(Settings(target=1e3)), context)
     with pytest.raises(ValueError, match="none"):
-        Darts(settings=Settings(target=1e3, shared=True)).begin(at)
+        start(build(Settings(target=1e3, shared=True)), context)
     with pytest.raises(ValueError, match="none"):
-        Darts(settings=Settings(target=1e3, partial=4)).begin(at)
+        start(build(Settings(target=1e3, partial=4)), context)
     with pytest.raises(ValueError, match="at least 1"):
         Settings(partial=0)

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from regrow import trace
-from regrow.commands.courses import read_course, write_course
 from regrow.data import streams
 from regrow.methods import SEARCHERS, searcher_entry
 from regrow.nets.cells import Cells, supernet
+from regrow.surgery import UndoStore
 from regrow.tasks import Task
-from regrow.training.learning import Schedule, learn
+from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.state import axis_tensors, values_of
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +34,7 @@ SEARCHES = {
     "gold_nas": (WIRED, {"target": 1500.0, "stages": (1,), "warm": 1, "high": 1.0}),
 }
 """What is searched, and with which settings, by the method's name and what is special."""
-SCHEDULE = Schedule(epochs=6, batch_size=25, lr=0.02)
+SCHEDULE = TaskSchedule(epochs=6, batch_size=25, lr=0.02)
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +62,13 @@ def named(row):
 @pytest.fixture(scope="module", params=SEARCHES)
 def run(request, task):
     """A search that nothing stopped."""
-    net, axes, own = begun(request.param)
-    _, course = learn(net, axes, [task], own, SCHEDULE)
+    net, axes, search = begun(request.param)
+    state = learn(net, axes, [task], search.learner, SCHEDULE).state
     if named(request.param) != "darts":  # which cuts nothing before its end
-        assert any(plan.drop for plan in course.plans)
+        assert any(plan.drop for plan in state.plans)
     if "controller" not in request.param and named(request.param) == "mgas":
-        assert any(plan.back for plan in course.plans)
-    return request.param, own, net, course
+        assert any(plan.back for plan in state.plans)
+    return request.param, net, state
 
 
 def test_every_search_that_learns_has_a_row():
@@ -75,25 +77,27 @@ def test_every_search_that_learns_has_a_row():
 
 def test_killed_and_resumed_is_never_stopped(run, task, tmp_path):
     """Stopped after each of the first epochs; where there are two stages: before, at and after the change."""
-    row, straight, whole_net, course = run
+    row, whole_net, straight = run
     place = tmp_path / "course.safetensors"
-    net, axes, own = begun(row)
-    stood = None
+    net, axes, search = begun(row)
+    state, undo = None, UndoStore()
     for last in (1, 2, 3, 4):
 
-        def stop(now, _, net=net, own=own, last=last):
-            write_course(place, net, own, now)
+        def stop(now, _, net=net, undo=undo, last=last):
+            write_checkpoint(place, net, now, undo)
             if now.epoch == last:
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            learn(net, axes, [task], own, SCHEDULE, course=stood, on_epoch=stop)
-        net, axes, own = begun(row)
-        axes, stood = read_course(place, net, axes, own)
-        assert stood.epoch == last
-    _, stood = learn(net, axes, [task], own, SCHEDULE, course=stood)
-    assert stood.rows == course.rows and own.values == straight.values
+            learn(net, axes, [task], search.learner, SCHEDULE, state=state, undo=undo, checkpoint=stop)
+        net, axes, search = begun(row)
+        undo = UndoStore()
+        net, axes, state = read_checkpoint(place, net, axes, search.learner.state, undo=undo)
+        assert state.epoch == last
+    state = learn(net, axes, [task], search.learner, SCHEDULE, state=state, undo=undo).state
+    assert state.rows == straight.rows and values_of(state.learner) == values_of(straight.learner)
     for name, value in whole_net.state_dict().items():
         assert torch.equal(net.state_dict()[name], value), name
-    for name, one in straight.tensors.items():
-        assert torch.equal(own.tensors[name].values, one.values), name
+    resumed = axis_tensors(state.learner)
+    for name, one in axis_tensors(straight.learner).items():
+        assert torch.equal(resumed[name].values, one.values), name

@@ -1,35 +1,43 @@
-"""Controls of a search: operations drawn at random, the same share of every width, the smallest weights; none learned.
+"""Random baselines of a search: random operations, the same share of every axis, or the smallest weights.
 
-What any search must beat at the same size, trained the same way (Li and Talwalkar, arXiv 1902.07638; ours). Given the
-``split`` of what a search left out, it tells whether it mattered which units that search chose, or only of what level.
+A search should do better than these at the same size and with the same training (Li and Talwalkar, arXiv 1902.07638).
+With the ``split`` of what a search removed, they tell whether it matters which units it chose, or only how much of each
+granularity.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
+from torch import Tensor
 
+from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
-from regrow.learner import Stand
+from regrow.allocation.timed import Prices
 from regrow.method import Measure
-from regrow.methods.search.searcher import LEVELS, Searcher
-from regrow.plan import Plan
+from regrow.methods.search.assembly import Search, compute_loss, follow_training
+from regrow.methods.search.commit import Commit, fit_to_budget
+from regrow.methods.search.importance import mask_by_thresholds, rank_evenly
+from regrow.methods.search.space import GRANULARITIES, Rules, SearchSpace, check_space
+from regrow.methods.search.state import SearchState
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
 
 CITATION = "controls; Li, Talwalkar, Random Search and Reproducibility for NAS (arXiv 1902.07638)"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Which control.
+    """Which baseline.
 
     Args:
         target: What the network may cost.
         measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
-        what: ``operations``: they go in a drawn order until the target is met; ``filters``: every axis loses the same
-            share of them; ``weights``: the smallest go, under ``nonzero`` alone. Several go in this order.
-        split: Where they are several: the share of what goes that each bears; 1 in all.
-        keep_bare: Whether operations that hold nothing but their scale, such as pools, go last.
+        what: ``operations``: dropped in random order until the target is met; ``filters``: every axis loses the same
+            share; ``weights``: the smallest are set to 0, for a target in ``nonzero``. Several apply in this order.
+        split: If there are several, the share of the removal that each is responsible for; 1 in all.
+        keep_bare: Whether operations without weights, such as pools, are dropped last.
         stages: The last part of the network; set by the run.
-        seed: Of the order.
+        seed: Of the random order.
     """
 
     target: float = 0.0
@@ -41,53 +49,77 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.what or list(self.what) != [level for level in LEVELS if level in self.what]:
-            raise ValueError(f"what is of {', '.join(LEVELS)}, in this order; got {', '.join(self.what) or 'none'}")
+        if not self.what or list(self.what) != [one for one in GRANULARITIES if one in self.what]:
+            names = ", ".join(GRANULARITIES)
+            raise ValueError(f"what must be of {names}, in this order, got {', '.join(self.what) or 'none'}")
         if len(self.what) > 1 and (
             len(self.split) != len(self.what) or min(self.split) < 0 or abs(sum(self.split) - 1) > 1e-6
         ):
-            told = ", ".join(f"{share:g}" for share in self.split) or "none"
-            raise ValueError(f"split has a share of what goes for each of {', '.join(self.what)}, 1 in all; got {told}")
+            split = ", ".join(f"{share:g}" for share in self.split) or "none"
+            raise ValueError(f"split must have a share for each of {', '.join(self.what)}, 1 in all, got {split}")
         if self.keep_bare and ("operations" not in self.what or self.measure == Measure.TIME):
-            raise ValueError("keep_bare is of operations, and of a target that some cost nothing of: not of ms")
+            raise ValueError(
+                "keep_bare keeps operations without weights, so it needs what=operations and a target other than ms"
+            )
         check_levels(self.what, Measure(self.measure))
 
 
-def build(settings: Settings) -> "Blind":
-    """The learner."""
-    return Blind(settings=settings)
+def build(settings: Settings, prices: Prices | None = None) -> Search:
+    """The search method."""
+    s = settings
+    space = SearchSpace(s.target, Measure(s.measure), s.what, s.stages[-1:], prices)
+    rules = Rules(space, partial(_mask, space), rates=lambda context: (0.02, 0.005))
+    learner = Learner(
+        SearchState(),
+        parametrize=rules.parametrize,
+        loss=_compute_loss,
+        plan=partial(_plan, s, rules),
+        boundary=partial(_follow, s, rules),
+        optimizer="adam",
+    )
+    return Search(
+        rules,
+        learner,
+        partial(_finalize, s, rules),
+        asdict(s),
+        needs_epochs=False,
+        check=partial(check_space, space),
+    )
 
 
-@dataclass
-class Blind(Searcher):
-    """See the module."""
+def _compute_loss(state: SearchState, context: Context, step: Step) -> Loss:
+    return Loss(compute_loss(context, step.batch, augment=False))
 
-    settings: Settings = field(default_factory=Settings)
 
-    def __post_init__(self) -> None:
-        s = self.settings
-        self.searched, self.ends, self.most, self.measure = s.what, s.stages[-1:], s.target, Measure(s.measure)
-        self.learns = False
+def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
+    """After the last epoch one granularity after the other is masked, and the others are complete."""
+    if context.epoch == context.epochs:
+        space = replace(space, granularities=(space.granularities[state.turn],))
+    return mask_by_thresholds(space, False, state, context, flat, learning)
 
-    def begin(self, at: Stand) -> None:
-        """Importances are drawn once, or stand for the place of a filter in its axis."""
-        super().begin(at)
-        order = replace(at, seed=self.settings.seed).drawn(11)
-        drawn = torch.randn(len(self.tensors["alpha"].values), generator=order)
-        if self.settings.keep_bare:
-            assert self.gates is not None
-            drawn[self.gates.bare()] = 50.0
-        self.tensors["alpha"].values = drawn
-        self.evenly()
-        self.masks(at)
-        self.values |= {"turn": 0, "goes": self.values["whole"] - self.settings.target}
 
-    def final(self, at: Stand) -> Plan | None:
-        """Each level in its turn loses what it is to bear."""
-        what, split = self.settings.what, self.settings.split
-        for turn in range(self.values["turn"], len(what)):
-            self.values["turn"], self.searched = turn, (what[turn],)
-            self.most = self.settings.target + sum(split[turn + 1 :]) * self.values["goes"]
-            if plan := super().final(at):
-                return plan
-        return None
+def _follow(s: Settings, rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+    state = follow_training(rules, state, context, boundary)
+    if boundary.event != Event.TASK_START:
+        return state
+    generator = replace(context, seed=s.seed).generator(11)
+    alpha = torch.randn(len(state.alpha.values), generator=generator)
+    if s.keep_bare:
+        alpha[state.layout.bare()] = 50.0
+    state = rank_evenly(replace(state, alpha=replace(state.alpha, values=alpha)))
+    return replace(state, removal=state.whole - s.target)
+
+
+def _plan(s: Settings, rules: Rules, state: SearchState, context: Context) -> Commit:
+    return _finalize(s, rules, state, context, s.target) if context.epoch == context.epochs else (None, state)
+
+
+def _finalize(s: Settings, rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
+    """Each granularity in turn loses its share of the removal."""
+    for turn in range(state.turn, len(s.what)):
+        state = replace(state, turn=turn)
+        one = replace(rules, space=replace(rules.space, granularities=(s.what[turn],)))
+        plan, state = fit_to_budget(one, state, context, target + sum(s.split[turn + 1 :]) * state.removal)
+        if plan:
+            return plan, state
+    return None, state

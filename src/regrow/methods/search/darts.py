@@ -1,47 +1,51 @@
-"""DARTS, first order: on each edge a softmax weighs the operations, and what weighs most at the end is kept.
+"""DARTS, first order: a softmax over the operations of each edge; the one with the largest weight is kept at the end.
 
-Liu, Simonyan, Yang: DARTS, Differentiable Architecture Search (arXiv 1806.09055), with xi = 0, in our space, loop and
-delivery. On an edge (the operations of one node that read the same source) operation i is scaled by
+Liu, Simonyan, Yang: DARTS, Differentiable Architecture Search (arXiv 1806.09055), with ξ = 0, in our spaces and loop.
+On an edge (the operations of one node that read the same source) operation i is scaled by
 
     exp α_i / (exp α_none + Σ exp α_j).
 
-One half of the search's training part moves the weights, the other α, both in the same step; the validation part is
-only watched. At the end each node keeps its two edges with the largest weight of an operation, and of each that
-operation alone. If that costs more than the target, every axis then loses the same share of its filters; if less, it
-stays as it is.
+One half of the training examples of the search trains the weights, the other α, both in the same step; the validation
+part is only used for reports. At the end each node keeps its two edges with the largest weight of an operation, and of
+each edge that operation. If that costs more than the target, all axes then lose the same share of their filters; if
+less, it stays as it is.
 
-With ``edges`` each edge has a weight of its own beside it, softmax over β of the edges into its node, which scales its
-operations and counts in the choice; with ``warm`` weights learn alone at first; with ``partial`` operations see and
-change one channel of so many while they are weighed, and the rest goes by. These three are PC-DARTS (Xu et al., arXiv
-1907.05737): ``partial=4``, ``edges=true``, ``warm=0.3`` and ``lr=2.9`` are its numbers. Channels are masked, not cut:
-what is searched has the memory and the time of the whole, and what is kept has weights that did not learn.
+With ``edges`` each edge also has a weight, a softmax over β of the edges into its node, which scales its operations and
+counts in the choice; with ``warm`` only weights are trained at first; with ``partial`` operations read and change one
+channel in so many, and the others bypass them. These three are PC-DARTS (Xu et al., arXiv 1907.05737): ``partial=4``,
+``edges=true``, ``warm=0.3`` and ``lr=2.9`` are its numbers. Channels are masked, not cut: the search needs the memory
+and time of the whole network, and the found network has weights that were not trained.
 
-Where we differ: every cell has an α of its own, unless ``shared``; there is no operation "none", only its logit;
-BatchNorms are affine; and the rate of α is a share of the steps, equal to the authors' at their 50 epochs.
+Where we differ: every cell has its own α, unless ``shared``; there is no operation "none", only its logit; BatchNorms
+are affine; and the learning rate of α is a share of the steps, equal to the authors' at their 50 epochs.
 """
 
-from collections.abc import Collection
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from regrow.allocation.edges import Edges, select_operations
+from regrow.allocation.edges import Edges
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.partial import partial_channels
+from regrow.allocation.timed import Prices
 from regrow.axis_tensor import AxisTensor
-from regrow.candidates import candidates_in
-from regrow.data.augment import shift_and_flip
-from regrow.learner import Stand
 from regrow.method import Measure
-from regrow.methods.search.searcher import Searcher
+from regrow.methods.search.assembly import Search, compute_loss, follow_training
+from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
+from regrow.methods.search.importance import (
+    choose_operations,
+    mask_by_thresholds,
+    rank_evenly,
+    weigh_edges,
+    weigh_operations,
+)
+from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_shares, measure_size, scale_candidates
+from regrow.methods.search.state import SearchState
 from regrow.nets.cells import Cells
-from regrow.plan import Plan
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step
 
 CITATION = (
     "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order; edges, warm, "
@@ -60,11 +64,11 @@ class Settings:
         shared: One α for all normal cells and one for all reducing ones, as the authors have it.
         lr: The rate of α times the number of steps; the authors' 3e-4 for 50 epochs of 391 steps is 5.9, and
             PC-DARTS's 6e-4 for 50 epochs of 98 steps 2.9.
-        edges: Whether edges have weights of their own, β.
-        warm: The share of the epochs, at the start, in which α and β do not learn; PC-DARTS's 15 of 50 are 0.3.
-        partial: One channel of so many is worked on while operations are weighed; PC-DARTS's is 4. 1: all are.
+        edges: Whether edges have weights, β.
+        warm: The share of the epochs, at the start, in which α and β are not trained; PC-DARTS's 15 of 50 are 0.3.
+        partial: Operations read and change one channel in so many during the search; PC-DARTS's is 4. 1: all.
         decay: Weight decay of α and β.
-        clip: The network's gradients are clipped to this norm.
+        clip: The largest norm of the gradient of the network's parameters.
         augment: Whether pictures are moved and mirrored.
     """
 
@@ -82,197 +86,134 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.warm < 1:
-            raise ValueError(f"warm is a share of the epochs, from 0 to below 1; got {self.warm:g}")
+            raise ValueError(f"warm must be a share of the epochs, from 0 to below 1, got {self.warm:g}")
         if self.partial < 1:
-            raise ValueError(
-                f"partial is a number of channels, at least 1, of which one is worked on; got {self.partial}"
-            )
+            raise ValueError(f"partial must be a number of channels, at least 1, got {self.partial}")
         Measure(self.measure)
 
 
-def build(settings: Settings) -> "Darts":
-    """The learner."""
-    return Darts(settings=settings)
+def build(settings: Settings, prices: Prices | None = None) -> Search:
+    """The search method."""
+    s = settings
+    space = SearchSpace(
+        s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=("operations", "filters")
+    )
+    rules = Rules(
+        space,
+        partial(_mask, space),
+        rates=lambda context: (s.lr / (context.epochs * context.steps or 1), 0.0),
+        allowed=lambda state, context, target: 0.0 if state.chosen is None else target,
+        shares=_measure_shares,
+        summary=lambda state: _summarize(s, state),
+        own_parametrize=_replace_scales,
+    )
+    learner = Learner(
+        SearchState(),
+        parametrize=rules.parametrize,
+        loss=lambda state, context, step: Loss(compute_loss(context, step.batch, s.augment)),
+        project=partial(_differentiate_importance, s),
+        plan=partial(_plan, rules),
+        boundary=partial(_follow, s, rules),
+        optimizer="adam",
+        second_share=0.5,
+    )
+    return Search(rules, learner, partial(_finalize, rules), asdict(s), check=partial(check_space, space))
 
 
-@dataclass
-class Darts(Searcher):
-    """See the module."""
+def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
+    """Everything is kept; in the end only the chosen operations are."""
+    masks = mask_by_thresholds(space, True, state, context, flat, learning)
+    return masks if state.chosen is None else replace(masks, ops=masks.ops * choose_operations(state))
 
-    settings: Settings = field(default_factory=Settings)
-    edges: Edges | None = field(default=None, repr=False)
-    """Where operations lie."""
-    held: Examples | None = field(default=None, repr=False)
-    """What α learns from."""
-    batches: list[Tensor] = field(default_factory=list, repr=False)
-    """Which of them come together, the next ones first."""
-    beside: list[RemovableHandle] = field(default_factory=list, repr=False)
-    """What lets channels go by operations."""
-    between: list[Tensor] = field(default_factory=list, repr=False)
-    """The weights of the edges into each node, as they are in this pass."""
 
-    def __post_init__(self) -> None:
-        s = self.settings
-        self.searched, self.ends, self.most, self.measure = ("filters",), s.stages[-1:], s.target, Measure(s.measure)
+def _summarize(s: Settings, state: SearchState) -> dict[str, float]:
+    """The size of the chosen operations with all their filters, and whether it met the target already."""
+    size = state.chosen
+    return {} if size is None else {"discretised": size, "below": size <= s.target}
 
-    @property
-    def cuts(self) -> Collection[str]:
-        """What goes in the end: operations that are not chosen, and then filters."""
-        return ("operations", "filters")
 
-    def rates(self, at: Stand) -> tuple[float, float]:
-        """How fast α learns; thresholds do not."""
-        return self.settings.lr / (at.epochs * at.steps or 1), 0.0
+def _measure_shares(state: SearchState, masks: GateMasks) -> dict[str, float]:
+    """Also the share of skips among the operations that would be chosen; near 1 the search has collapsed."""
+    chosen = [path for path, here in zip(state.layout.ops, choose_operations(state), strict=True) if here]
+    skips = sum(path.rpartition(".")[2].startswith("skip") for path in chosen)
+    return measure_shares(state, masks) | {"skips": skips / max(1, len(chosen))}
 
-    def examples(self, at: Stand) -> Examples:
-        """The half that weights learn from; the other is held out for α."""
-        train = at.task.train
-        n = len(train)
-        order = torch.randperm(n, generator=at.drawn(12))
-        own, self.held = (Examples(train.inputs[i], train.labels[i]) for i in order.split([n - n // 2, n // 2]))
-        return own
 
-    def begin(self, at: Stand) -> None:
-        """All operations of an edge weigh about the same."""
-        self.values["discrete"] = False
-        super().begin(at)
-        assert self.edges is not None
-        many = self.edges.entries
-        drawn = 1e-3 * torch.randn(many, generator=at.drawn(11))
-        self.tensors["alpha"] = AxisTensor(drawn, (many,), self.rates(at)[0])
-        if self.settings.edges:
-            many = self.edges.betas
-            drawn = 1e-3 * torch.randn(many, generator=at.drawn(14))
-            self.tensors["beta"] = AxisTensor(drawn, (many,), self.rates(at)[0])
+def _follow(s: Settings, rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+    begins = boundary.event == Event.TASK_START
+    if begins or boundary.event == Event.RESUME:
+        state = replace(state, edges=_find_edges(s, context))
+    edges = state.edges
+    state = follow_training(rules, state, context, boundary)
+    if begins:
+        state = replace(state, edges=edges, alpha=_draw(rules, context, edges.entries, 11))
+        state = replace(state, beta=_draw(rules, context, edges.betas, 14)) if s.edges else state
+    if s.partial > 1 and state.chosen is None and not state.handles:
+        weights = state.edge_weights
+        state = replace(state, handles=tuple(partial_channels(context.model, s.partial, lambda: weights)))
+    return state
 
-    def settle(self, at: Stand) -> None:
-        """Where operations and filters lie now.
 
-        Raises:
-            ValueError: If there is nothing to choose from, or cells are needed and there are none.
-        """
-        if (self.settings.shared or self.settings.partial > 1) and not isinstance(at.model, Cells):
-            raise ValueError("shared and partial are for networks of cells; this is none")
-        names = at.model.alike() if self.settings.shared and isinstance(at.model, Cells) else {}
-        self.edges = self.edges or Edges.of(at.model, names)
-        if self.settings.partial > 1 and not self.values["discrete"] and not self.beside:
-            self.beside = partial_channels(at.model, self.settings.partial, lambda: self.between)
-        super().settle(at)
+def _find_edges(s: Settings, context: Context) -> Edges:
+    """Where operations lie on edges.
 
-    def share(self) -> Tensor:
-        """The weight of each operation, its edge's included, ``[operations]``."""
-        assert self.edges is not None
-        beta = self.tensors.get("beta")
-        return self.edges.share(self.tensors["alpha"].values, None if beta is None else beta.values)
+    Raises:
+        ValueError: If the network has no candidates, or no cells where these are needed.
+    """
+    if (s.shared or s.partial > 1) and not isinstance(context.model, Cells):
+        raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
+    return Edges.of(context.model, context.model.alike() if s.shared and isinstance(context.model, Cells) else {})
 
-    def scales(self, at: Stand) -> dict[str, Tensor]:
-        """What stands in for the scales of each node."""
-        assert self.gates is not None
-        sums = candidates_in(at.model)
-        share = self.share() * self.gates.alive
-        assert self.edges is not None
-        beta = self.tensors["beta"].values if self.settings.edges else None
-        edges = share.new_ones(len(self.edges.node)) if beta is None else self.edges.between(beta)
-        self.between = [edges[self.edges.node == node] for node in range(len(sums))]
-        parts = share.split([*map(len, sums.values())])
-        return {f"{path}.scale".lstrip("."): part for path, part in zip(sums, parts, strict=True)}
 
-    def standing(self, at: Stand) -> dict[str, Tensor]:
-        """The scales, from which α learns nothing: this is the weights' half."""
-        return self.answering(at, at.number)
+def _draw(rules: Rules, context: Context, n: int, purpose: int) -> AxisTensor:
+    """Small random importances: at first all operations of an edge weigh about the same."""
+    return AxisTensor(1e-3 * torch.randn(n, generator=context.generator(purpose)), (n,), rules.rates(context)[0])
 
-    def answering(self, at: Stand, number: int) -> dict[str, Tensor]:
-        """The same when it is evaluated."""
-        with torch.no_grad():
-            return self.scales(at)
 
-    # A step.
+def _scale(state: SearchState, context: Context) -> dict[str, Tensor]:
+    """What replaces the scales of candidates; also notes the weights of edges for the channels that bypass them."""
+    share = weigh_operations(state) * state.layout.alive
+    state.edge_weights[:] = weigh_edges(state, share)
+    return scale_candidates(context, share, keep=False)
 
-    def mode(self, at: Stand) -> None:
-        """A new epoch: what is held out comes in a new order, and lasts as long as the rest."""
-        at.model.train()
-        assert self.held is not None
-        order = torch.randperm(len(self.held), generator=at.drawn(at.epoch, 13))
-        self.batches = [*order.split(max(2, -(-len(order) // at.steps)))]
-        if len(self.batches[-1]) == 1 < len(order):
-            self.batches.pop()  # a BatchNorm cannot train on it
 
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """Cross-entropy."""
-        inputs = shift_and_flip(batch.inputs) if self.settings.augment else batch.inputs
-        return F.cross_entropy(self.asked(at, inputs), batch.labels)
+@torch.no_grad()
+def _replace_scales(state: SearchState, context: Context) -> Replacements:
+    """Scales without gradients for α: these examples train the weights."""
+    return Replacements(_scale(state, context))
 
-    def gate(self, at: Stand) -> None:
-        """The network's own gradients are clipped; α and β get theirs, of the half that is held out, and they stay."""
-        nn.utils.clip_grad_norm_(at.parameters().values(), self.settings.clip)
-        if at.epoch < self.settings.warm * at.epochs:
-            return
-        learned = [self.tensors[name].values for name in ("alpha", "beta") if name in self.tensors]
-        buffers = [*at.model.buffers()]
-        before = [one.clone() for one in buffers]
-        assert self.held is not None
-        part = self.batches.pop(0)
-        self.batches.append(part)
-        batch = Examples(self.held.inputs[part], self.held.labels[part])
-        with parametrize(at.model, self.scales(at)):
-            pulls = torch.autograd.grad(self.loss(at, batch), learned)
-        for one, value in zip(buffers, before, strict=True):  # running statistics are the weights' half's alone
-            one.copy_(value)
-        for one, pull in zip(learned, pulls, strict=True):
-            one.grad = pull + self.settings.decay * one.detach()
 
-    # What is kept.
+def _differentiate_importance(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
+    """Clip the gradients of the network; set those of α and β from the second part of the examples."""
+    nn.utils.clip_grad_norm_(context.parameters().values(), s.clip)
+    if context.epoch < s.warm * context.epochs or step.second is None:
+        return state
+    learned = [one.values for one in (state.alpha, state.beta) if one is not None]
+    buffers = [*context.model.buffers()]
+    before = [one.clone() for one in buffers]
+    with parametrize(context.model, _scale(state, context)):
+        gradients = torch.autograd.grad(compute_loss(context, step.second, s.augment), learned)
+    for one, value in zip(buffers, before, strict=True):  # running statistics are those of the first part
+        one.copy_(value)
+    for one, gradient in zip(learned, gradients, strict=True):
+        one.grad = gradient + s.decay * one.detach()
+    return state
 
-    def plan(self, at: Stand) -> Plan | None:
-        """Nothing goes before the end."""
-        if self.gates is None:  # a run was taken up again
-            self.settle(at)
-        return None
 
-    def choice(self) -> Tensor:
-        """The operations that would be kept now, ``[operations]`` bool."""
-        assert self.edges is not None and self.gates is not None
-        return select_operations(self.share().detach(), self.edges.edge, self.gates.node)
+def _plan(rules: Rules, state: SearchState, context: Context) -> Commit:
+    at_end = context.epoch == context.epochs
+    return _finalize(rules, state, context, rules.space.target) if at_end else (None, state)
 
-    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> GateMasks:
-        """What stands now: every operation until the end."""
-        self.now = found = super().masks(at, flat, learning)
-        if self.values["discrete"]:
-            self.now = found = replace(found, ops=found.ops * self.choice())
-        return found
 
-    def allowed(self, at: Stand) -> float:
-        """What a commit may leave: nothing but what is chosen, and then the target."""
-        return self.most if "left" in self.values else 0.0
-
-    def kept(self) -> dict[str, float]:
-        """The share of each level that stands, and of skips among what would be kept: near 1 a search collapsed."""
-        assert self.gates is not None
-        own = [path for path, here in zip(self.gates.ops, self.choice(), strict=True) if here]
-        skips = sum(path.rpartition(".")[2].startswith("skip") for path in own)
-        return super().kept() | {"skips": skips / max(1, len(own))}
-
-    def final(self, at: Stand) -> Plan | None:
-        """First all operations go that are not chosen; then filters, as far as the target asks for it.
-
-        Raises:
-            ValueError: If the target is below what can be reached.
-        """
-        if self.gates is None:  # a run was taken up again
-            self.settle(at)
-        if not self.values["discrete"]:
-            self.values["discrete"] = True
-            for handle in self.beside:
-                handle.remove()
-            plan = self.commit(at)
-            self.values["left"] = self.size()
-            if plan:
-                return plan
-        self.evenly()
-        return super().final(at)
-
-    def account(self, at: Stand) -> dict[str, Any]:
-        """What the chosen operations cost with all their filters, and whether that is below the target already."""
-        left = self.values.get("left")
-        told = {} if left is None else {"discretised": left, "below": left <= self.most}
-        return super().account(at) | told
+def _finalize(rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
+    """First drop all operations that are not chosen; then cut filters, if the target requires it."""
+    if state.chosen is None:
+        for handle in state.handles:
+            handle.remove()
+        state = replace(state, chosen=0.0)
+        masks = rules.masks(state, context, None, False)
+        plan, state = cut_masked(replace(rules, allowed=lambda *_: 0.0), state, context, masks, target)
+        state = replace(state, chosen=measure_size(rules, state, context))
+        if plan:
+            return plan, state
+    return fit_to_budget(rules, rank_evenly(state), context, target)

@@ -1,4 +1,4 @@
-"""GOLD-NAS-like: operations alone are searched, and go a few at a time under a pressure that grows until enough do.
+"""GOLD-NAS-like: only operations are searched, and dropped a few at a time under a growing regulariser.
 
 Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331). **Reconstructed** from notes on the authors'
 code; neither that nor the paper was at hand. With a = σ(α) of an operation, and over
@@ -6,50 +6,52 @@ the N operations that flow into its node, α and weights learn from the same exa
 
     cross-entropy + λ Σ (1 + μ cost / mean cost) log(1 + N a / Σ a).
 
-After each epoch all operations go whose share a / Σ a is at most ``low``, and of those whose share is at most ``high``
-the ``each`` lowest. Where fewer went than that, λ grows, by steps that double; where twice as many did, it is halved.
-One that is the last of its node, or of what reads an input of its cell, stays, and those decided together count as one.
+After each epoch all operations are dropped whose share a / Σ a is at most ``low``, and of those whose share is at most
+``high`` the ``each`` lowest. If fewer were dropped, λ grows, by steps that double; if twice as many were, it is halved.
+The last operation of a node, or of what reads an input of its cell, stays; tied operations count as one.
 
-Ours: operations go until the target is met and no further, and then nothing presses; ``each`` follows from how many
-epochs there are; what is above the target at the end is left out by the size of α; rates are shares of the steps; and
+Ours: operations are dropped until the target is met and no further, and λ is 0 then; ``each`` follows from the number
+of epochs; what exceeds the target at the end is dropped by the size of α; learning rates are shares of the steps; and
 the seven operations of our space are searched, not the authors' two.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.allocation.commits import least, update_controller
 from regrow.allocation.gates import GateMasks
+from regrow.allocation.timed import Prices
 from regrow.candidates import candidates_in
-from regrow.data.augment import shift_and_flip
-from regrow.learner import Stand
 from regrow.method import Measure
-from regrow.methods.search.searcher import Searcher
-from regrow.plan import Plan
-from regrow.tasks import Examples
+from regrow.methods.search.assembly import Search, compute_loss, follow_training
+from regrow.methods.search.commit import Commit, drop_operations, fit_to_budget, select_lowest
+from regrow.methods.search.controller import add_losses, raise_penalty
+from regrow.methods.search.importance import mask_by_thresholds, scale_by_importance
+from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
+from regrow.methods.search.state import SearchState
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
 
 CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331); reconstructed"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How operations go.
+    """How operations are dropped.
 
     Args:
         target: What the network may cost at the end.
         measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
         stages: The last part of the network; set by the run.
-        warm: Epochs at the start in which weights alone learn.
-        low: Every operation goes whose share of its node is at most this.
-        high: None goes whose share is above this.
-        each: Of those between, so many go after an epoch; the authors' is 4. 0: as many as would be all of them
-            by the last epoch.
-        price: μ, how much more the pressure is on an operation that costs more.
-        lr: Of α: how far it could go in all epochs.
-        clip: The network's gradients are clipped to this norm.
+        warm: Epochs at the start in which only weights are trained.
+        low: Every operation is dropped whose share of its node is at most this.
+        high: None is dropped whose share is above this.
+        each: How many of those between are dropped after an epoch; the authors' is 4. 0: as many as would be all of
+            them by the last epoch.
+        price: μ, how much stronger the regulariser is for an operation that costs more.
+        lr: Of α: how far it could move in all epochs.
+        clip: The largest norm of the gradient of the network's parameters.
         augment: Whether pictures are moved and mirrored.
     """
 
@@ -68,127 +70,91 @@ class Settings:
     def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(
-                f"low and high are shares of a node, low not above high; got {self.low:g} and {self.high:g}"
+                f"low and high must be shares of a node, low not above high, got {self.low:g} and {self.high:g}"
             )
         for name in ("warm", "each", "price", "lr"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name):g}")
         if self.clip <= 0:
-            raise ValueError(f"clip is a norm above 0; got {self.clip:g}")
+            raise ValueError(f"clip must be a norm above 0, got {self.clip:g}")
         Measure(self.measure)
 
 
-def build(settings: Settings) -> "GoldNas":
-    """The learner."""
-    return GoldNas(settings=settings)
+def build(settings: Settings, prices: Prices | None = None) -> Search:
+    """The search method."""
+    s = settings
+    space = SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices)
+    rules = Rules(
+        space,
+        partial(_mask, space),
+        rates=lambda context: (s.lr / max(1, (context.epochs - s.warm) * context.steps), 0.0),
+        trains=lambda state, context: context.epoch >= s.warm,
+    )
+    learner = Learner(
+        SearchState(),
+        parametrize=rules.parametrize,
+        loss=partial(_compute_loss, s, rules),
+        project=partial(_clip, s),
+        after_step=_add_losses,
+        plan=partial(_plan, s, rules),
+        boundary=partial(_follow, rules),
+        optimizer="adam",
+    )
+    finalize = partial(fit_to_budget, rules)
+    return Search(rules, learner, finalize, asdict(s), shrinks=True, check=partial(_check, s, space))
 
 
-@dataclass
-class GoldNas(Searcher):
-    """See the module."""
+def _check(s: Settings, space: SearchSpace, context: Context) -> None:
+    """Refuse, besides, a search in which nothing would be dropped, or a network without candidates."""
+    if not candidates_in(context.model):
+        raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
+    if context.epochs < s.warm + 2:
+        raise ValueError(
+            f"in {context.epochs} epochs no operation is dropped: the first {s.warm} train weights only, and nothing "
+            f"is dropped after the last one; use --epochs {s.warm + 2} or more, or a smaller warm"
+        )
+    check_space(space, context)
 
-    settings: Settings = field(default_factory=Settings)
 
-    def __post_init__(self) -> None:
-        s = self.settings
-        self.searched, self.ends, self.most, self.measure = ("operations",), s.stages[-1:], s.target, Measure(s.measure)
-        self.learns, self.shrinks = False, True
+def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
+    """Every operation is kept until it is dropped (or α is below −13.8); there are no thresholds to train."""
+    return scale_by_importance(mask_by_thresholds(space, False, state, context, flat, learning), state, learning)
 
-    def check(self, at: Stand) -> None:
-        """Besides, refuse a search in which nothing goes by its rules, or of a network with nothing to choose from.
 
-        Raises:
-            ValueError: If it is one; says how many epochs it needs, or what to mark.
-        """
-        if not candidates_in(at.model):
-            raise ValueError("GOLD-NAS searches operations, and this network has no candidates: mark some")
-        if at.epochs < (warm := self.settings.warm) + 2:
-            raise ValueError(
-                f"in {at.epochs} epochs nothing goes: the first {warm} are for weights alone, and what goes does after "
-                f"each of the others but the last: take --epochs {warm + 2} or more, or a smaller warm"
-            )
-        super().check(at)
+def _compute_loss(s: Settings, rules: Rules, state: SearchState, context: Context, step: Step) -> Loss:
+    """Cross-entropy, and λ times the regulariser of operations."""
+    plain = compute_loss(context, step.batch, s.augment)
+    if not rules.trains(state, context) or not state.penalty:
+        return Loss(plain, (0.0, 0.0))
+    kept, share, many = state.layout.shares(step.replaced.aux, state.alpha.values)
+    cost = state.layout.prices()[kept]
+    weight = 1 + s.price * cost / cost.mean().clamp_min(1e-12)
+    regularizer = state.penalty * (weight * torch.log1p(many * share)).sum()
+    return Loss(plain + regularizer, (float(plain.detach()), float(regularizer.detach())))
 
-    def joint(self, at: Stand) -> bool:
-        """Whether α learns in this epoch."""
-        return at.epoch >= self.settings.warm
 
-    def rates(self, at: Stand) -> tuple[float, float]:
-        """How fast α learns; thresholds do not."""
-        return self.settings.lr / max(1, (at.epochs - self.settings.warm) * at.steps), 0.0
+def _clip(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
+    nn.utils.clip_grad_norm_(context.parameters().values(), s.clip)
+    return state
 
-    def begin(self, at: Stand) -> None:
-        """Nothing presses."""
-        super().begin(at)
-        self.values |= {"lambda": 0.0, "step": 1e-5, "cap": 100.0}
 
-    def masks(self, at: Stand, flat: Tensor | None = None, learning: bool = False) -> GateMasks:
-        """What stands now: every operation until it goes (or α is below −13.8). No threshold is there to learn from."""
-        found = super().masks(at, flat, learning)
-        assert self.gates is not None
-        alpha = self.tensors["alpha"].values
-        share = (alpha if learning else alpha.detach()).sigmoid().index_select(0, self.gates.tied)
-        self.now = replace(found, ops=found.ops.detach(), op_scale=2 * share * found.ops.detach())
-        return self.now
+def _add_losses(state: SearchState, context: Context, step: Step) -> SearchState:
+    return add_losses(state, step.aux)
 
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """Cross-entropy, and the pressure on operations."""
-        inputs = shift_and_flip(batch.inputs) if self.settings.augment else batch.inputs
-        loss = plain = F.cross_entropy(self.asked(at, inputs), batch.labels)
-        if self.joint(at) and self.values["lambda"]:
-            assert self.gates is not None and self.now is not None
-            stands, share, many = self.gates.shares(self.now, self.tensors["alpha"].values)
-            cost = self.gates.prices()[stands]
-            weight = 1 + self.settings.price * cost / cost.mean().clamp_min(1e-12)
-            pressed = self.values["lambda"] * (weight * torch.log1p(many * share)).sum()
-            before = self.values["loss"]
-            self.values["loss"] = [before[0] + float(plain.detach()), before[1] + float(pressed.detach())]
-            loss = loss + pressed
-        return loss
 
-    def gate(self, at: Stand) -> None:
-        """The network's own gradients are clipped."""
-        nn.utils.clip_grad_norm_(at.parameters().values(), self.settings.clip)
+def _follow(rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+    state = follow_training(rules, state, context, boundary)
+    return replace(state, losses=(0.0, 0.0)) if boundary.event == Event.EPOCH_START else state
 
-    def mode(self, at: Stand) -> None:
-        """A new epoch."""
-        self.values["loss"] = [0.0, 0.0]
-        at.model.train()
 
-    def plan(self, at: Stand) -> Plan | None:
-        """After each epoch in which α learned, but the last: what goes."""
-        if self.gates is None:  # a run was taken up again
-            self.settle(at)
-        if at.epoch <= self.settings.warm:
-            return None
-        if self.size() <= self.most:
-            self.values["lambda"] = 0.0
-            return None
-        assert self.gates is not None
-        each = self.settings.each or -(-len(self.gates.tied.unique()) // (at.epochs - self.settings.warm - 1))
-        left, many = self._left(each)
-        self.values |= update_controller(self.values, many, few=each, many=2 * each, factor=2)
-        return self.without(at, left)
-
-    def _left(self, each: int) -> tuple[Tensor, int]:
-        """Which operations stay, and how many decisions that took."""
-        assert self.gates is not None and self.now is not None
-        found, left, size = self.gates, self.now.ops.clone(), self.size()
-        with torch.no_grad():
-            stands, share, _ = found.shares(self.now, self.tensors["alpha"].values)
-        prices, many, reachable = found.prices(), 0, least(found, self.cuts) <= self.most
-        places = stands.nonzero()[:, 0].tolist()
-        for own, i in sorted(zip(share.tolist(), places, strict=True)):
-            low = own <= self.settings.low
-            if size <= self.most or own > self.settings.high or not (low or each):
-                break
-            together = found.together(i)
-            if found.tied[i] == i and all(bool(found.open(0, left)[j]) for j in together.nonzero()[:, 0]):
-                less = left.masked_fill(together, 0.0)
-                rest = replace(found, alive=found.alive & (less > 0))
-                if reachable and least(rest, self.cuts) > self.most:  # the target will need it
-                    continue
-                size -= float(prices[together].sum())
-                left = less
-                each, many = each - (not low), many + 1
-        return left, many
+def _plan(s: Settings, rules: Rules, state: SearchState, context: Context) -> Commit:
+    """After each epoch in which α was trained, but the last: drop the lowest operations; then fit to the target."""
+    if context.epoch == context.epochs:
+        return fit_to_budget(rules, state, context, s.target)
+    if context.epoch <= s.warm or context.applied:
+        return None, state
+    if measure_size(rules, state, context) <= s.target:
+        return None, replace(state, penalty=0.0)
+    each = s.each or -(-len(state.layout.tied.unique()) // (context.epochs - s.warm - 1))
+    left, many = select_lowest(rules, state, context, s.low, s.high, each)
+    return drop_operations(rules, raise_penalty(state, many, few=each, many=2 * each, factor=2), context, left)

@@ -1,30 +1,32 @@
-"""Training a found network anew: what a search set to 0 stays 0.
+"""Retraining a found network: weights that a search set to 0 stay 0.
 
-As MG-DARTS trains its networks (the authors' code): from scratch, weight masks fixed, pictures moved and mirrored.
+As MG-DARTS trains its networks (the authors' code): from scratch, with fixed weight masks, on pictures that are moved
+and mirrored.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.axis_tensor import AxisTensor
 from regrow.data.augment import cut_out, shift_and_flip
-from regrow.learner import Learner, Stand
-from regrow.tasks import Examples
+from regrow.training.learner import Context, Learner, Loss, Replacements, Step
+from regrow.training.state import stored_as
 
 CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How.
+    """How a network is retrained.
 
     Args:
-        clip: Most norm of the gradient.
+        clip: The largest norm of the gradient.
         augment: Whether pictures are moved and mirrored.
-        cutout: Side of the square that is cut out of each picture, pixels; 0: none is.
+        cutout: The side of the square that is cut out of each picture, pixels; 0: none.
     """
 
     clip: float = 5.0
@@ -32,43 +34,48 @@ class Settings:
     cutout: int = 0
 
 
-def build(settings: Settings) -> "Retrain":
-    """The learner."""
-    return Retrain(settings=settings)
+@dataclass(frozen=True)
+class RetrainState:
+    """What retraining remembers.
+
+    Args:
+        masks: Weight → which entries may differ from 0; weights without zeros have no mask.
+    """
+
+    masks: Mapping[str, AxisTensor] = stored_as("stays", dict)
 
 
-@dataclass
-class Retrain(Learner):
-    """See the module; ``masked`` says which entries stay 0."""
+def build(settings: Settings, context: Context, found: Mapping[str, Tensor]) -> Learner[RetrainState]:
+    """The learner.
 
-    settings: Settings = field(default_factory=Settings)
+    Args:
+        settings: How it is retrained.
+        context: The network as it starts.
+        found: Its parameters as the search left them; what is 0 in weights stays 0.
+    """
+    masks = {
+        name: AxisTensor(found[name].detach() != 0, context.axes.shapes[name])
+        for name in context.weights
+        if not bool(found[name].all())
+    }
+    return Learner(
+        RetrainState(masks),
+        parametrize=_mask,
+        loss=partial(_compute_loss, settings),
+        project=partial(_clip, settings),
+    )
 
-    def masked(self, at: Stand, found: Mapping[str, Tensor]) -> None:
-        """Keep at 0 what is 0 in the weights of a found network.
 
-        Args:
-            at: The network with drawn weights.
-            found: The same network's parameters as the search left them.
-        """
-        for name in at.weights:
-            if not bool(found[name].all()):
-                self.tensors[f"stays {name}"] = AxisTensor(found[name].detach() != 0, at.axes.shapes[name])
+def _mask(state: RetrainState, context: Context) -> Replacements:
+    parameters = context.parameters()
+    return Replacements({name: parameters[name] * mask.values for name, mask in state.masks.items()})
 
-    def standing(self, at: Stand) -> Mapping[str, Tensor]:
-        """The weights with their zeros."""
-        parameters = at.parameters()
-        stays = {name.removeprefix("stays "): one.values for name, one in self.tensors.items()}
-        return {name: parameters[name] * here for name, here in stays.items()}
 
-    def answering(self, at: Stand, number: int) -> Mapping[str, Tensor]:
-        """The same when it is evaluated."""
-        return {name: value.detach() for name, value in self.standing(at).items()}
+def _compute_loss(settings: Settings, state: RetrainState, context: Context, step: Step) -> Loss:
+    inputs = shift_and_flip(step.batch.inputs) if settings.augment else step.batch.inputs
+    return Loss(F.cross_entropy(context.logits(cut_out(inputs, settings.cutout)), step.batch.labels))
 
-    def loss(self, at: Stand, batch: Examples) -> Tensor:
-        """Cross-entropy on moved pictures."""
-        inputs = shift_and_flip(batch.inputs) if self.settings.augment else batch.inputs
-        return F.cross_entropy(self.asked(at, cut_out(inputs, self.settings.cutout)), batch.labels)
 
-    def gate(self, at: Stand) -> None:
-        """Gradients are clipped."""
-        nn.utils.clip_grad_norm_(at.parameters().values(), self.settings.clip)
+def _clip(settings: Settings, state: RetrainState, context: Context, step: Step) -> RetrainState:
+    nn.utils.clip_grad_norm_(context.parameters().values(), settings.clip)
+    return state

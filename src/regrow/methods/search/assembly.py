@@ -1,0 +1,117 @@
+"""A search method assembled from its parts: the hooks that all methods share, and what a run asks of a method."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regrow.amounts import short
+from regrow.data.augment import shift_and_flip
+from regrow.evaluation.continual import share_right
+from regrow.methods.search.commit import Commit, account_plan
+from regrow.methods.search.space import (
+    GRANULARITIES,
+    Rules,
+    measure_masked,
+    measure_size,
+    start_search,
+    update_layout,
+)
+from regrow.methods.search.state import SearchState
+from regrow.surgery.parametrize import parametrize
+from regrow.tasks import Examples
+from regrow.training.learner import Boundary, Context, Event, Learner
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search method.
+
+    Args:
+        rules: The choices that its parts need.
+        learner: What it adds to training.
+        finalize: (state, context, target) → its next plan after the last epoch.
+        settings: Its settings, as JSON data.
+        needs_epochs: Whether it has to be trained.
+        shrinks: Whether masks remove more and more in training, so that each epoch leaves a network of another size.
+        check: Refuses, with a ``ValueError``, a search that cannot succeed.
+        stage_share: The share of its operations that a part of the network is expected to have after its stage.
+        masked: The granularities whose masks need memory in a step.
+    """
+
+    rules: Rules
+    learner: Learner[SearchState]
+    finalize: Callable[[SearchState, Context, float], Commit]
+    settings: Mapping[str, Any]
+    needs_epochs: bool = True
+    shrinks: bool = False
+    check: Callable[[Context], None] = lambda context: None
+    stage_share: float = 1.0
+    masked: tuple[str, ...] = GRANULARITIES
+
+
+def follow_training(rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
+    """The boundary hook that all methods share: begin, follow plans, report epochs."""
+    match boundary.event:
+        case Event.TASK_START:
+            state = start_search(rules, context)
+            log_status(rules, state, context)
+        case Event.RESUME:
+            state = update_layout(rules, state, context)
+            log_status(rules, state, context)
+        case Event.EPOCH_START:
+            context.model.train()
+        case Event.EPOCH_END:
+            state = log_epoch(rules, state, context)
+        case Event.FINISH:
+            log_result(rules, state, context)
+    return account_plan(rules, state, context, boundary.plan) if boundary.plan else state
+
+
+def log_epoch(rules: Rules, state: SearchState, context: Context) -> SearchState:
+    """Log accuracy on the validation part, size, what it may be, and the share of each granularity that is kept."""
+    masks = rules.masks(state, context, None, False)
+    with parametrize(context.model, rules.parametrize(state, replace(context, answered=context.number)).values):
+        accuracy = share_right(context.model, context.task.test)
+    row: dict[str, int | float] = {"epoch": context.epoch + 1, "stage": state.stage, "accuracy": accuracy}
+    with torch.no_grad():
+        row["size"] = float(measure_masked(state, masks))
+    row |= {"allowed": rules.allowed(state, context, rules.space.target), "mu": state.multiplier}
+    row |= rules.shares(state, masks)
+    context.log("epoch", **row)
+    state = replace(state, history=(row,))
+    log_status(rules, state, context)
+    return state
+
+
+def log_status(rules: Rules, state: SearchState, context: Context) -> None:
+    """Log the stage, and how the last epoch of it ended: size, accuracy, the share of each granularity."""
+    words = [context.task.name] + [f"stage {state.stage + 1}"] * (len(rules.space.ends) > 1)
+    for row in state.history[-1:]:
+        if row["stage"] == state.stage:
+            most = f" of {short(row['allowed'])}" if row["allowed"] else ""
+            words += [f"{short(row['size'])}{most} {rules.space.measure}", f"validation {row['accuracy']:.2f}"]
+            words += [f"{name} {row[name]:.0%}" for name in GRANULARITIES if name in rules.space.granularities]
+    context.log("status", text=", ".join(words))
+
+
+def compute_loss(context: Context, batch: Examples, augment: bool) -> Tensor:
+    """Cross-entropy, of pictures that are moved and mirrored at random if ``augment``."""
+    return F.cross_entropy(context.logits(shift_and_flip(batch.inputs) if augment else batch.inputs), batch.labels)
+
+
+def log_result(rules: Rules, state: SearchState, context: Context) -> None:
+    """Log what was removed, and the size of what is left, in a row ``levels``."""
+    masks = rules.masks(state, context, None, False)
+    context.log(
+        "levels",
+        saved=asdict(state.saved),
+        kept=rules.shares(state, masks),
+        measure=str(rules.space.measure),
+        asked=rules.space.target,
+        size=measure_size(rules, state, context),
+        **rules.summary(state),
+    )

@@ -1,0 +1,229 @@
+"""The commits of a search: plans that remove what is masked, fit the network to its budget, or restore."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from regrow.allocation import commits
+from regrow.allocation.commits import least, limit_removal, protect_cheapest, savings, select_removed
+from regrow.allocation.gates import GateMasks
+from regrow.allocation.regrowth import sample_operations
+from regrow.candidates import single_in
+from regrow.methods.search.importance import differentiate_weights, measure_relative, score_cut_filters
+from regrow.methods.search.space import (
+    Rules,
+    build_layout,
+    clear_thresholds,
+    measure_size,
+    measure_whole,
+    set_zeros,
+    update_layout,
+)
+from regrow.methods.search.state import Savings, SearchState
+from regrow.plan import Plan
+from regrow.tasks import Examples
+from regrow.training.learner import Context
+
+Commit = tuple[Plan | None, SearchState]
+"""A plan, and the state of the search after it was made."""
+CommitStep = Callable[[SearchState, Context], Commit]
+
+
+@torch.no_grad()
+def cut_masked(rules: Rules, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
+    """Remove what is masked, as far as the controller allows and the target does not need it.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+        masks: What is masked.
+        target: What the whole network may cost at the end.
+    """
+    layout, space = state.layout, rules.space
+    masks = limit_removal(layout, masks, rules.allowed(state, context, target), rules.fills_with_bare)
+    masks = protect_cheapest(build_layout(space, state.axes, context, space.part(-1)), masks, target, space.cuts)
+    drop, keep = select_removed(layout, masks, context.axes)
+    saved = savings(layout, masks)
+    if masks.over is not None:
+        state = set_zeros(state, state.zero_mask | (masks.over < 0))
+    lost = {
+        key: tuple(int(one) for i, one in enumerate(context.axes[key].ids) if i not in units)
+        for key, units in keep.items()
+    }
+    state = replace(
+        state,
+        cut={**state.cut, **{key: (*state.cut.get(key, ()), *ids) for key, ids in lost.items()}},
+        saved=replace(state.saved, weights=saved["weights"]),
+        pending=saved["operations"],
+        dropped=(*state.dropped, *drop),
+    )
+    origin = {"method": "search", "epoch": context.epoch}
+    if drop:
+        return Plan.dropping(context.axes, drop, keep, origin=origin), state
+    state = update_layout(rules, state, context)
+    return Plan.keeping(context.axes, keep, origin=origin) if keep else None, state
+
+
+def drop_operations(rules: Rules, state: SearchState, context: Context, ops: Tensor) -> Commit:
+    """Drop operations that are kept so far, which changes the network's outputs.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+        ops: The mask of those that remain, ``[operations]``.
+    """
+    masks = replace(rules.masks(state, context, None, False), ops=ops)
+    drop, _ = select_removed(state.layout, masks, context.axes)
+    if not drop:
+        return None, state
+    state = replace(state, pending=savings(state.layout, masks)["operations"], dropped=(*state.dropped, *drop))
+    return Plan.dropping(
+        context.axes, drop, {}, origin={"method": "search", "epoch": context.epoch, "stood": True}
+    ), state
+
+
+def fit_to_budget(rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
+    """Remove what is masked and, least important first, as much more as the target requires.
+
+    Candidates of which one is to remain lose all others afterwards.
+
+    Raises:
+        ValueError: If the target cannot be reached.
+    """
+    with torch.no_grad():
+        masks = rules.masks(state, context, None, False)
+        ops, filters, weights = commits.fit_to_budget(
+            state.layout, masks, measure_relative(state, context, masks), target
+        )
+        state = replace(state, zero_mask=state.zero_mask | weights)
+        masks = replace(rules.masks(state, context, None, False), ops=ops, filters=filters)
+    plan, state = cut_masked(rules, state, context, masks, target)
+    clear_thresholds(state)
+    return (plan, state) if plan else keep_single(rules, state, context)
+
+
+def keep_single(rules: Rules, state: SearchState, context: Context) -> Commit:
+    """Where one operation is to remain of several, drop all but the most important one."""
+    sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
+    if not sets:
+        return None, state
+    ops = rules.masks(state, context, None, False).ops.detach().clone()
+    number = {path: i for i, path in enumerate(layout.ops)}
+    for paths in sets:
+        own = [number[path] for path in paths if layout.alive[number[path]]]
+        best = max(own, key=lambda i: float(alpha[layout.tied[i]]))
+        ops[[i for i in own if i != best]] = 0.0
+    return drop_operations(rules, state, context, ops)
+
+
+@torch.no_grad()
+def select_lowest(
+    rules: Rules, state: SearchState, context: Context, low: float, high: float, each: int
+) -> tuple[Tensor, int]:
+    """The operations that remain after those with the lowest shares of their node have been dropped.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+        low: All with at most this share are dropped,
+        high: and none above this.
+        each: Of those between so many.
+
+    Returns:
+        The mask of those that remain, ``[operations]``, and how many decisions were made; operations that are tied are
+        one decision.
+    """
+    layout, space, target = state.layout, rules.space, rules.space.target
+    masks = rules.masks(state, context, None, False)
+    left, size = masks.ops.clone(), measure_size(rules, state, context)
+    kept, shares, _ = layout.shares(masks, state.alpha.values)
+    prices, many, reachable = layout.prices(), 0, least(layout, space.cuts) <= target
+    for share, i in sorted(zip(shares.tolist(), kept.nonzero()[:, 0].tolist(), strict=True)):
+        below = share <= low
+        if size <= target or share > high or not (below or each):
+            break
+        together = layout.together(i)
+        if layout.tied[i] == i and all(bool(layout.open(0, left)[j]) for j in together.nonzero()[:, 0]):
+            less = left.masked_fill(together, 0.0)
+            if reachable and least(replace(layout, alive=layout.alive & (less > 0)), space.cuts) > target:
+                continue  # the target will need it
+            size -= float(prices[together].sum())
+            left = less
+            each, many = each - (not below), many + 1
+    return left, many
+
+
+def revive_operations(share: float, state: SearchState, context: Context) -> Commit:
+    """Restore a share of the operations that were dropped in this stage, drawn as MG-DARTS draws them."""
+    layout, many = state.layout, int(share * len(state.dropped))
+    dead = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and not a]
+    alive = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and a]
+    moved = [] if state.drift is None else state.drift.values.abs().tolist()
+    drift = dict(zip(layout.ops, moved, strict=True))
+    weight = dict(zip(layout.ops, state.alpha.values.detach().sigmoid().tolist(), strict=True))
+    back = sample_operations(dead, alive, drift, weight, many, context.generator(context.epoch, 7)) if dead else []
+    return Plan(back=tuple(back), origin={"method": "mgas", "epoch": context.epoch}) if back else None, state
+
+
+def restore_filters(rules: Rules, share: float, state: SearchState, context: Context) -> Commit:
+    """Restore a share of the filters that were cut in this stage: those whose scale has the largest gradient."""
+    stored = context.undo.restorable if context.undo else {}
+    there = {key: stored.get(key, ()) for key in state.layout.levels.axes}
+    cut_here = {key: [one for one in ids if one in there.get(key, ())] for key, ids in state.cut.items()}
+    lost = {key: ids for key, ids in cut_here.items() if ids}
+    if not (many := int(share * sum(map(len, lost.values())))):
+        return None, state
+    back: dict[str, list[int]] = {}
+    scores = score_cut_filters(rules, state, context, lost, take_examples(context))
+    for _, key, one in sorted(scores, reverse=True)[:many]:
+        back.setdefault(key, []).append(one)
+    return Plan.restoring(context.axes, back, origin={"method": "mgas", "epoch": context.epoch}), state
+
+
+def release_weights(rules: Rules, share: float, state: SearchState, context: Context) -> SearchState:
+    """The state in which a share of the weights that were 0 for good may change again: those of largest gradient."""
+    zero = state.zero_mask
+    if not (many := int(share * int(zero.sum()))):
+        return state
+    slopes = differentiate_weights(rules, state, context, take_examples(context))
+    scale = torch.cat([rules.masks(state, context, None, False).filter_scale, torch.ones(1)])
+    gradient = torch.where(zero, (slopes * scale[state.layout.levels.reads]).abs(), -1.0)
+    released = zero.clone()
+    released[gradient.topk(many).indices] = False
+    return set_zeros(state, released)
+
+
+def reset_modules(context: Context, paths: Sequence[str]) -> None:
+    """Re-initialise modules at random."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(context.generator(context.epoch, 9).initial_seed() % 2**63)
+        for path in paths:
+            for module in context.model.get_submodule(path).modules():
+                if callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+
+
+def take_examples(context: Context) -> Examples:
+    """As many examples as a step has; more could need more memory."""
+    many = -(-len(context.task.train) // context.steps)
+    return next(context.task.train.batches(many, seed=context.generator(context.epoch, 8).initial_seed()))
+
+
+def account_plan(rules: Rules, state: SearchState, context: Context, plan: Plan) -> SearchState:
+    """The state after a plan: its layout, and what operations and filters have saved by now."""
+    before, now = state.whole, measure_whole(rules.space, state.axes, context)
+    if plan.back:
+        operations = before - now
+    else:
+        operations, state = state.pending, replace(state, pending=0.0)
+    saved = Savings(
+        state.saved.operations + operations,
+        state.saved.filters + (before - now - operations),
+        state.saved.weights,
+    )
+    return update_layout(rules, replace(state, whole=now, saved=saved), context)

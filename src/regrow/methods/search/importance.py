@@ -1,0 +1,171 @@
+"""The importance of operations, filters and weights, and the masks that follow from it."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regrow.allocation.edges import select_operations
+from regrow.allocation.gates import GateMasks
+from regrow.axis_tensor import AxisTensor
+from regrow.candidates import run_whole
+from regrow.methods.search.space import (
+    Rules,
+    SearchSpace,
+    clear_thresholds,
+    iterate_spans,
+    mask_parameters,
+    update_layout,
+)
+from regrow.methods.search.state import SearchState
+from regrow.plan import Plan
+from regrow.surgery import apply
+from regrow.surgery.parametrize import parametrize
+from regrow.tasks import Examples
+from regrow.tracing.meta_copy import clone_model
+from regrow.training.learner import Context
+from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors
+
+
+def mask_by_thresholds(
+    space: SearchSpace,
+    trains_thresholds: bool,
+    state: SearchState,
+    context: Context,
+    flat: Tensor | None,
+    learning: bool,
+) -> GateMasks:
+    """The masks of what is at least as important as its threshold: σ(α), σ(κ) and |w| as a multiple of its mean.
+
+    Args:
+        space: What may be removed.
+        trains_thresholds: Whether masks have gradients for thresholds, not only for α and κ.
+        state: Importances and thresholds.
+        context: The network.
+        flat: All weights, ``[weights]``; read from the network if ``None``.
+        learning: Whether masks have gradients.
+    """
+    layout, searched = state.layout, space.granularities
+    flat = layout.levels.flat(context.parameters()) if flat is None else flat
+
+    def values(one: AxisTensor, trained: bool = True) -> Tensor:
+        return one.values if learning and trained else one.values.detach()
+
+    ops, filters, weights = (values(one, trains_thresholds) for one in state.thresholds)
+    kappa = [values(state.kappa[key]) for key in layout.levels.axes]
+    return layout.masks(
+        (values(state.alpha), ops) if "operations" in searched else None,
+        (torch.cat(kappa), filters) if "filters" in searched and kappa else None,
+        (flat, state.zero_mask, weights) if "weights" in searched else None,
+    )
+
+
+def scale_by_importance(masks: GateMasks, state: SearchState, learning: bool) -> GateMasks:
+    """GateMasks under which operations are scaled by 2 σ(α) and nothing has a gradient for thresholds."""
+    alpha = state.alpha.values if learning else state.alpha.values.detach()
+    share = alpha.sigmoid().index_select(0, state.layout.tied)
+    return replace(masks, ops=masks.ops.detach(), op_scale=2 * share * masks.ops.detach())
+
+
+def measure_relative(state: SearchState, context: Context, masks: GateMasks) -> Tensor:
+    """|w| as a multiple of the mean |w| of what is kept of its tensor, ``[weights]``."""
+    levels = state.layout.levels
+    return levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
+
+
+def weigh_operations(state: SearchState) -> Tensor:
+    """The softmax weight of each operation on its edge, times that of the edge if edges have one, ``[operations]``."""
+    return state.edges.share(state.alpha.values, None if state.beta is None else state.beta.values)
+
+
+def weigh_edges(state: SearchState, like: Tensor) -> list[Tensor]:
+    """Per node the weights of the edges into it; 1 where edges have none."""
+    edges = state.edges
+    weight = like.new_ones(len(edges.node)) if state.beta is None else edges.between(state.beta.values)
+    return [weight[edges.node == node] for node in range(int(edges.node.max()) + 1)]
+
+
+def choose_operations(state: SearchState) -> Tensor:
+    """Per node the best operation of each of its two best edges, ``[operations]`` bool."""
+    return select_operations(weigh_operations(state).detach(), state.edges.edge, state.layout.node)
+
+
+def rank_evenly(state: SearchState) -> SearchState:
+    """The state in which a filter is as important as its place in its axis, so that all axes lose the same share."""
+
+    def rank(n: int) -> Tensor:
+        return torch.logit((torch.arange(n, 0, -1) - 0.5) / n)
+
+    return replace(state, kappa={key: replace(one, values=rank(len(one.values))) for key, one in state.kappa.items()})
+
+
+def differentiate_weights(rules: Rules, state: SearchState, context: Context, batch: Examples) -> Tensor:
+    """∂ loss / ∂ the masked weights, ``[weights]``; the network is left in evaluation mode.
+
+    In that mode nothing is recomputed, so an eighth of the examples is used at a time.
+
+    Args:
+        rules: Gives the masks.
+        state: The state of the search.
+        context: The network.
+        batch: What the loss is computed on.
+    """
+    values = mask_parameters(rules, state, replace(context, answered=context.number)).values
+    levels = state.layout.levels
+    learned = {name: values[name].detach().requires_grad_() for name in levels.weights}
+    total = torch.zeros(len(levels.reads))
+    context.model.eval()
+    for piece in torch.arange(len(batch)).split(max(1, len(batch) // 8)):
+        with parametrize(context.model, {**values, **learned}):
+            logits = context.logits(batch.inputs[piece])
+            loss = F.cross_entropy(logits, batch.labels[piece], reduction="sum") / len(batch)
+            gradients = torch.autograd.grad(loss, [*learned.values()], allow_unused=True, materialize_grads=True)
+        total = total + levels.flat(dict(zip(learned, gradients, strict=True)))
+    return total
+
+
+def score_cut_filters(
+    rules: Rules, state: SearchState, context: Context, cut: Mapping[str, Sequence[int]], batch: Examples
+) -> list[tuple[float, str, int]]:
+    """How much the loss would change if a filter came back: |∂ loss / ∂ g|, g = 0 the scale of what reads it.
+
+    A copy of the network has all of them back at this scale, so its outputs are those of the network when a stage
+    begins: with thresholds at 0.
+
+    Args:
+        rules: Gives the masks.
+        state: The state of the search.
+        context: The network, and what can be restored.
+        cut: Axis → birth numbers of filters that can be restored.
+        batch: What the loss is computed on.
+
+    Returns:
+        Per filter its score, its axis and its birth number.
+    """
+    plan = Plan.restoring(context.axes, cut)
+    with run_whole(context.model):
+        copied = clone_model(context.model)
+    model, axes = apply(copied, context.axes, plan, undo=copy.copy(context.undo))
+    there = replace(context, model=model, axes=axes)
+    probe = copy_state(follow_plan(state, context.axes, plan))
+    clear_thresholds(probe)
+    probe = update_layout(rules, probe, there)
+    places = {key: [axes[key].ids.index(one) for one in ids] for key, ids in cut.items()}
+    for key, own in places.items():
+        probe.kappa[key].values[own] = -50.0
+    levels = probe.layout.levels
+    each = differentiate_weights(rules, probe, there, batch) * levels.flat(there.parameters()).detach()
+    score = each.new_zeros(levels.filters + 1).index_add(0, levels.reads, each).abs().tolist()
+    first = {key: base for key, (base, _, _) in iterate_spans(probe.layout)}
+    return [
+        (score[first[key] + i], key, one) for key, ids in cut.items() for i, one in zip(places[key], ids, strict=True)
+    ]
+
+
+def copy_state(state: SearchState) -> SearchState:
+    """The state with copies of its tensors, which can be changed in place."""
+    tensors = axis_tensors(state).items()
+    return with_axis_tensors(state, {name: replace(one, values=one.values.detach().clone()) for name, one in tensors})

@@ -1,0 +1,147 @@
+"""The state of an architecture search: one typed record for all methods."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from regrow.allocation.edges import Edges
+from regrow.allocation.gates import Gates
+from regrow.allocation.levels import Levels
+from regrow.axis_tensor import AxisTensor
+from regrow.training.state import derived, stored_as
+
+
+@dataclass(frozen=True)
+class Savings:
+    """By how much each granularity has made the network smaller, in units of the search's measure."""
+
+    operations: float = 0.0
+    filters: float = 0.0
+    weights: float = 0.0
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The memory of one stage, measured in a step.
+
+    Args:
+        stage: The stage, from 0.
+        epoch: The epoch of the step, from 1.
+        joint: Whether masks were trained in that step.
+        held: Bytes of tensors that were there before the step.
+        peak: The most bytes of live tensors.
+        resident: By how much the process grew, plus ``held``; ``None`` where this cannot be measured.
+        predicted: What was predicted when the stage began; ``None`` for the first stage.
+        recomputed: Whether parts of the network were recomputed in the backward pass.
+    """
+
+    stage: int
+    epoch: int
+    joint: bool
+    held: int
+    peak: int
+    resident: int | None
+    predicted: int | None
+    recomputed: bool
+
+
+def _no_layout() -> Gates:
+    places, flags = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.bool)
+    levels = Levels((), (), {}, 0, places, places, places, places, torch.zeros(0, dtype=torch.float64))
+    return Gates(levels, (), flags, flags, (), places, places, flags, places, (), ())
+
+
+def _no_edges() -> Edges:
+    places = torch.zeros(0, dtype=torch.long)
+    return Edges(places, places, places, 0, places, places)
+
+
+def _empty() -> AxisTensor:
+    return AxisTensor(torch.zeros(0), (0,))
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """What a search remembers.
+
+    Args:
+        alpha: α, the importance of operations.
+        kappa: Axis → κ, the importance of its filters.
+        operation_thresholds: Per operation.
+        filter_thresholds: Per axis of ``axes``.
+        weight_thresholds: Per operation, for the weights in it; the last one for all other weights.
+        zeros: Weight → which of its entries are 0 for good.
+        drift: The smoothed gradient of α (MGAS).
+        beta: β, the importance of edges (PC-DARTS).
+        axes: The axes when the search began.
+        stage: The current stage, from 0.
+        whole: The size of the network as it is, without classifiers of earlier stages.
+        saved: What has been removed.
+        pending: The part of the next plan's savings that operations have.
+        dropped: Operations that were dropped in this stage.
+        cut: Axis → the birth numbers of the filters that were cut in this stage.
+        history: The measurements of the last epoch (of all, in checkpoints of version 0.1).
+        multiplier: μ, the weight of the size in the loss.
+        penalty: λ, the weight of the regulariser of α in the loss.
+        penalty_step: By how much λ rose last.
+        penalty_cap: λ rises no further than this.
+        losses: The sum over an epoch's steps of cross-entropy and of the regulariser.
+        start: The size when the stage began.
+        goal: The size at which the stage is to end.
+        removal: By how much the network must shrink (random baselines).
+        memory: Stage → its memory, where a budget is set.
+        recomputed: Whether parts of the network are recomputed in the backward pass.
+        layout: Where operations, filters and weights lie in the network now.
+        zero_mask: ``zeros`` in one vector, ``[weights]``.
+        earlier: Operations and axes of earlier stages that are no longer pruned.
+        examples: The number of training examples seen in this epoch.
+        turn: How many of several steps were taken at this boundary.
+        edges: Where operations lie on the edges of cells (DARTS).
+        edge_weights: The weights of the edges into each node in this pass; one list, changed in place (PC-DARTS).
+        handles: Hooks that let channels bypass operations (PC-DARTS).
+        chosen: The size right after operations were chosen; ``None`` before (DARTS).
+    """
+
+    alpha: AxisTensor = field(default_factory=_empty)
+    kappa: Mapping[str, AxisTensor] = field(default_factory=dict)
+    operation_thresholds: AxisTensor = stored_as("threshold ops", _empty)
+    filter_thresholds: AxisTensor = stored_as("threshold filters", _empty)
+    weight_thresholds: AxisTensor = stored_as("threshold weights", _empty)
+    zeros: Mapping[str, AxisTensor] = stored_as("gone", dict)
+    drift: AxisTensor | None = None
+    beta: AxisTensor | None = None
+    axes: tuple[str, ...] = ()
+    stage: int = 0
+    whole: float = 0.0
+    saved: Savings = Savings()
+    pending: float = stored_as("going", float)
+    dropped: tuple[str, ...] = ()
+    cut: Mapping[str, tuple[int, ...]] = stored_as("fallen", dict)
+    history: tuple[Mapping[str, int | float], ...] = ()
+    multiplier: float = stored_as("mu", float)
+    penalty: float = stored_as("lambda", float)
+    penalty_step: float = stored_as("step", lambda: 1e-5)
+    penalty_cap: float = stored_as("cap", lambda: 100.0)
+    losses: tuple[float, float] = stored_as("loss", lambda: (0.0, 0.0))
+    start: float = 0.0
+    goal: float = 0.0
+    removal: float = stored_as("goes", float)
+    memory: Mapping[str, StageMemory] = field(default_factory=dict)
+    recomputed: bool = False
+    layout: Gates = derived(_no_layout)
+    zero_mask: Tensor = derived(lambda: torch.zeros(0, dtype=torch.bool))
+    earlier: tuple[Tensor, ...] = derived(tuple)
+    examples: int = derived(int)
+    turn: int = derived(int)
+    edges: Edges = derived(_no_edges)
+    edge_weights: list[Tensor] = derived(list)
+    handles: tuple[RemovableHandle, ...] = derived(tuple)
+    chosen: float | None = derived(lambda: None)
+
+    @property
+    def thresholds(self) -> tuple[AxisTensor, AxisTensor, AxisTensor]:
+        """The thresholds of operations, filters and weights."""
+        return self.operation_thresholds, self.filter_thresholds, self.weight_thresholds
