@@ -81,6 +81,7 @@ SEEDS: dict[str, list[bytes]] = {
     "text": [b"One line.\n\nAnother line.\n" * 4, b'{"text": "a"}\n{"text": "b"}\n', b"\x1f\x8b\x08\0"],
     "amounts": [b"params=100M", b"kv_cache=50MiB@4096", b"ms=7.5@512", b"0.2", b"2GiB", b"permuted:digits:5"],
     "config": [b'{"hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 10, "text_config": {"head_dim": 4}}'],
+    "settings": [b'keep = 0.5\nsource = ["digits"]\n[set]\na = 1\n', b"tasks: [digits]\nlr: 1.0e-3\nset: {a: [1]}\n"],
     "items": [b'{"query": "a", "choices": ["b", "c"], "gold": 0}\n'],
 }  # fmt: skip
 
@@ -101,6 +102,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     from regrow.nets.files import check_config, check_gguf
     from regrow.plan import Plan
     from regrow.reports import summarise, to_markdown
+    from regrow.settings.file import read_settings
     from regrow.store.shapes import Shapes
 
     def kept(name: str, data: bytes) -> Path:
@@ -148,6 +150,14 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
             except ValueError as error:
                 _on_purpose(error)
 
+    def settings(data: bytes) -> None:
+        for name in ("x.toml", "x.yaml"):
+            for kind in (learning_run.Settings, pruning_run.Settings):
+                try:
+                    read_settings(kept(name, data), kind)
+                except ValueError as error:
+                    _on_purpose(error)
+
     return {
         "plan": lambda data: Plan.from_json(data.decode("utf-8", errors="replace")),
         "shapes": lambda data: Shapes.from_json(data.decode("utf-8", errors="replace")),
@@ -160,6 +170,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
         "text": text,
         "amounts": amounts,
         "config": lambda data: (check_config(kept("config.json", data), "x"), parse_json(data)),
+        "settings": settings,
         "items": lambda data: items_in(kept("items.jsonl", data)),
     }
 

@@ -45,6 +45,7 @@ REFUSED = {
     "nothing near": ("a.toml", "zzzzzz = 3", "see `regrow learn --help`"),
     "another type": ("a.toml", 'epochs = "3"', "epochs must be a whole number, got '3'"),
     "out of range": ("a.yaml", "lr: .inf", "lr must be between 0 and 1,000, got inf"),
+    "too many digits": ("a.toml", "seed = " + "9" * 400, "seed must be 0 to 9,223,372,036,854,775,807, got 999"),
     "no choice": ("a.yaml", "scenario: tusk", "scenario must be one of domain, class, task, got 'tusk'"),
     "code as model": ("a.toml", 'model = "os:getcwd"', "only the command line names code"),
     "code as method": ("a.yaml", "method: os:getcwd", "only the command line names code"),

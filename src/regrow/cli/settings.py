@@ -42,7 +42,7 @@ def settings(run: Path, out: Path | None) -> None:
     if command not in KINDS:
         raise click.UsageError(f"{run} holds a run of {command!r}; give one of {', '.join(KINDS)}")
     known: DataclassInstance = convert_settings(given, KINDS[command])
-    text = format_settings(known, out.suffix.lower() if out else TOML[0])
+    text = format_settings(known, (out and out.suffix.lower()) or TOML[0])
     if out is None:
         say(text.rstrip("\n"), lines=True)
         return

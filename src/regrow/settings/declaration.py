@@ -9,7 +9,6 @@ Traceback (most recent call last):
 regrow.errors.InputError: --epochs must be 1 to 100, got 0; for example --epochs 5
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from functools import cache
@@ -46,7 +45,7 @@ class Range:
         """Whether a number lies in it; not-a-number and infinity never do."""
         lower = value > self.least if self.above else value >= self.least
         upper = value < self.most if self.below else value <= self.most
-        return math.isfinite(value) and lower and upper
+        return lower and upper
 
     def __str__(self) -> str:
         if self.above and self.below:
