@@ -35,7 +35,10 @@ def fake(*shapes: tuple[int, ...]) -> tuple[FakeTensorMode, list[Tensor]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, net in ZOO.items() if not net.heavy])
 def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shape, precision, device and memory of every result in a network, and whether it is a tensor that was given."""
+    """Shape, precision, device and memory of every result in a network, and whether it is a tensor that was given.
+
+    Evaluated, and in training, where norms take the statistics of the batch.
+    """
     asked: Counter[str] = Counter()
 
     def checked(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
@@ -52,8 +55,11 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(record, "infer_result", checked)
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
-    capture(model, example_of(model, args, kwargs), exported=False)
-    assert asked
+    for training in (False, True):
+        asked.clear()
+        model.train(training)
+        capture(model, example_of(model, args, kwargs), exported=False)
+        assert asked
 
 
 @pytest.mark.parametrize(
@@ -66,6 +72,8 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
         (aten.conv2d.default, ((1, 3, 5, 5), (4, 2, 3, 3)), ()),
         (aten.conv2d.default, ((1, 3, 2, 2), (4, 3, 3, 3)), ()),
         (aten.batch_norm.default, ((2, 3), (4,), (3,), (3,), (3,)), (False, 0.1, 1e-5, False)),
+        (aten.batch_norm.default, ((2, 3), (4,), (3,), (3,), (3,)), (True, 0.1, 1e-5, False)),
+        (aten.addmm.default, ((4,), (2, 3), (5, 4)), ()),
         (aten.view.default, ((2, 3),), ([4],)),
     ],
 )

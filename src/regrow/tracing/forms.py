@@ -150,7 +150,7 @@ def _convolution(
 
 
 def _batch_norm(x: Tensor, weight: Any, bias: Any, mean: Any, variance: Any, training: bool, *more: Any) -> Any:
-    known = mean is not None and variance is not None and not training
+    known = mean is not None and variance is not None
     fits = all(_of(one, x.shape[1:2]) for one in (weight, bias, mean, variance))
     return (x.shape,) if known and fits and x.dim() > 1 and x.is_contiguous() else None
 
@@ -200,7 +200,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
 
 _KERNELS = frozenset(
     _ops(
-        "add.Tensor sub.Tensor mul.Tensor div.Tensor linear matmul mm bmm cat softmax.int mean mean.dim "
+        "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean mean.dim "
         "sum.dim_IntList amax view reshape flatten.using_ints permute transpose.int unsqueeze squeeze.dim expand "
         "slice.Tensor select.int split.Tensor split_with_sizes chunk unbind.int contiguous embedding"
     )
