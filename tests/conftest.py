@@ -1,5 +1,6 @@
 """Set-up shared by all tests: the same threads and seed everywhere, no hub, no screen."""
 
+import gc
 import os
 import sys
 
@@ -41,6 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
         if item.path.name == "test_fuzz.py" and values.get("seed", 0) >= 30:
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what collection made to itself: each full garbage collection would look at a million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from regrow.tracing import record
-from regrow.tracing.capture import capture, example_of
+from regrow.tracing.capture import capture, example_of, in_training
 from regrow.tracing.forms import infer_result
 from zoo import ZOO
 
@@ -55,11 +55,12 @@ def test_what_is_told_is_what_fake_tensors_tell(name: str, monkeypatch: pytest.M
     monkeypatch.setattr(record, "infer_result", checked)
     args, kwargs = ZOO[name].example()
     model = ZOO[name].build()
-    for training in (False, True):
-        asked.clear()
-        model.train(training)
-        capture(model, example_of(model, args, kwargs), exported=False)
-        assert asked
+    example = example_of(model, args, kwargs)
+    capture(model, example, exported=False)
+    assert asked
+    asked.clear()
+    in_training(model, example)
+    assert asked
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,19 @@ def test_what_does_not_fit_is_left_to_fake_tensors(func: Any, shapes: Any, more:
     """A cut that leaves two sizes apart must fail, with what torch says of it."""
     mode, given = fake(*shapes)
     assert infer_result(func, (*given, *more), {}, mode) is NotImplemented
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("shape", [(4, 3), (1, 3, 5), (2, 3, 4, 5), (0, 3, 4, 5), (2, 3, 1, 1)])
+def test_a_norm_keeps_the_form_of_its_input(shape: tuple[int, ...], training: bool) -> None:
+    """With statistics of its own and without."""
+    mode, (x, weight, bias, mean, variance) = fake(shape, *[(3,)] * 4)
+    more = (training, 0.1, 1e-5, False)
+    given: list[tuple[Any, ...]] = [(x, weight, bias, mean, variance, *more), (x, None, None, mean, variance, *more)]
+    for one in given:
+        with mode:
+            expected = aten.batch_norm.default(*one)
+        assert form(infer_result(aten.batch_norm.default, one, {}, mode)) == form(expected)
 
 
 def test_other_devices_precisions_and_casts_are_left_to_fake_tensors() -> None:

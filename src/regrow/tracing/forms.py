@@ -200,9 +200,10 @@ _RULES: dict[Any, Callable[..., Any]] = {
 
 _KERNELS = frozenset(
     _ops(
-        "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean mean.dim "
-        "sum.dim_IntList amax view reshape flatten.using_ints permute transpose.int unsqueeze squeeze.dim expand "
-        "slice.Tensor select.int split.Tensor split_with_sizes chunk unbind.int contiguous embedding"
+        "add.Tensor sub.Tensor mul.Tensor div.Tensor linear addmm matmul mm bmm einsum cat softmax.int mean "
+        "mean.dim sum.dim_IntList amax view reshape flatten.using_ints permute transpose.int unsqueeze squeeze.dim "
+        "expand slice.Tensor select.int split.Tensor split_with_sizes chunk unbind.int contiguous embedding "
+        "gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell"
     )
 )
 """Operations whose kernels tell the form on any device."""
