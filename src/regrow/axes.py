@@ -164,11 +164,11 @@ class Axis:
 
 def _modules(names: Iterable[str]) -> list[str]:
     """The last named module of each tensor, numbers left out."""
-    found = []
+    result = []
     for name in names:
         parts = [part for part in name.split(".")[:-1] if not part.isdigit()]
-        found.append(re.sub(r"\d+$", "", parts[-1]) or parts[-1] if parts else name)
-    return list(dict.fromkeys(found))
+        result.append(re.sub(r"\d+$", "", parts[-1]) or parts[-1] if parts else name)
+    return list(dict.fromkeys(result))
 
 
 def _listed(names: list[str]) -> str:

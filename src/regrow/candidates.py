@@ -176,15 +176,15 @@ def tied_in(model: nn.Module) -> dict[str, str]:
     {'1.ops.a': '0.ops.a'}
     """
     first: dict[str, tuple[str, ...]] = {}
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for path, paths in candidates_in(model).items():
         name = _candidates(model, path).tied
         if name and name in first:
             if [one.rpartition(".")[2] for one in paths] != [one.rpartition(".")[2] for one in first[name]]:
                 raise ValueError(f"candidates tied by {name!r} have the same operations in the same order; {path} not")
-            found |= dict(zip(paths, first[name], strict=True))
+            result |= dict(zip(paths, first[name], strict=True))
         first.setdefault(name, paths)
-    return found
+    return result
 
 
 def single_in(model: nn.Module) -> list[tuple[str, ...]]:
@@ -193,6 +193,6 @@ def single_in(model: nn.Module) -> list[tuple[str, ...]]:
 
 
 def _candidates(model: nn.Module, path: str) -> Candidates:
-    found = model.get_submodule(path)
-    assert isinstance(found, Candidates)
-    return found
+    result = model.get_submodule(path)
+    assert isinstance(result, Candidates)
+    return result

@@ -304,13 +304,13 @@ def _check_restore(axis: Axis, change: Change) -> None:
 
 def _numbers(key: str, units: Iterable[Any]) -> tuple[int, ...]:
     """Positions in order; a mask, a share or a text is none."""
-    found = []
+    result = []
     for one in units:
         try:
             if isinstance(one, bool) or "bool" in str(getattr(one, "dtype", "")):
                 raise TypeError
-            found.append(operator.index(one))
+            result.append(operator.index(one))
         except TypeError:
             remedy = "give positions, of a mask those of mask.nonzero().flatten()"
             raise PlanError(f"axis {key!r}: a unit is a whole number, got {str(one)[:40]!r}; {remedy}") from None
-    return tuple(sorted(found))
+    return tuple(sorted(result))

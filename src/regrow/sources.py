@@ -95,13 +95,13 @@ def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) 
     >>> sorted((i, word) for step in (0, 1) for i, word in drawn([["a", "b"], ["c"]], 2, step))
     [(0, 'a'), (0, 'b'), (1, 'c'), (1, 'c')]
     """
-    found = []
+    result = []
     for i in range(step * n, (step + 1) * n):
         source, turn = i % len(sources), i // len(sources)
         many = len(sources[source])
         order = torch.randperm(many, generator=torch.Generator().manual_seed(seed * 65537 + turn // many))
-        found.append((source, sources[source][int(order[turn % many])]))
-    return found
+        result.append((source, sources[source][int(order[turn % many])]))
+    return result
 
 
 def logits_in(answer: Any) -> Tensor:
@@ -110,14 +110,14 @@ def logits_in(answer: Any) -> Tensor:
     Raises:
         TypeError: If there is no tensor of logits.
     """
-    found = getattr(answer, "logits", answer)
-    if isinstance(found, dict):
-        found = found.get("logits", found.get("out"))
-    if isinstance(found, tuple | list) and found:
-        found = found[0]
-    if not isinstance(found, Tensor):
+    result = getattr(answer, "logits", answer)
+    if isinstance(result, dict):
+        result = result.get("logits", result.get("out"))
+    if isinstance(result, tuple | list) and result:
+        result = result[0]
+    if not isinstance(result, Tensor):
         raise TypeError(f"expected logits from the model, got {type(answer).__name__}")
-    return found
+    return result
 
 
 def asked(logits: Tensor, labels: Tensor | None) -> Tensor:

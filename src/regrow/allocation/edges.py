@@ -104,11 +104,11 @@ def select_operations(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) 
     >>> select_operations(torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 1, 2]), torch.zeros(4)).tolist()
     [False, True, True, False]
     """
-    found, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), most)
+    result, seen, left = torch.zeros_like(share, dtype=torch.bool), set(), dict.fromkeys(node.tolist(), most)
     edges, nodes = edge.tolist(), node.tolist()
     for i in share.argsort(descending=True, stable=True).tolist():
         if edges[i] not in seen and left[nodes[i]]:
-            found[i] = True
+            result[i] = True
             seen.add(edges[i])
             left[nodes[i]] -= 1
-    return found
+    return result

@@ -119,19 +119,19 @@ class Gates:
 
     def open(self, level: int, mask: Tensor) -> Tensor:
         """Which operations (level 0) or filters (1) that stand could still go, as bool."""
-        found = mask > 0
+        result = mask > 0
         if level == 0:
-            found = found & self.alive & self.runs
+            result = result & self.alive & self.runs
             for one in self.needed:
                 if int((mask[one] > 0).sum()) <= 1:
-                    found[one] = False
-            return found
+                    result[one] = False
+            return result
         if not self.spans:
-            return found
+            return result
         _, sizes, least = torch.tensor(self.spans).unbind(1)
         axis = torch.arange(len(sizes)).repeat_interleave(sizes)
-        many = torch.zeros_like(sizes).index_add(0, axis, found.long())
-        return found & (many > least)[axis]
+        many = torch.zeros_like(sizes).index_add(0, axis, result.long())
+        return result & (many > least)[axis]
 
     def prices(self) -> Tensor:
         """What each operation costs with all that it has, ``[operations]``."""
@@ -198,21 +198,21 @@ class Gates:
 
     def _last(self, margin: Tensor) -> Tensor:
         """The operations that stay because all others of a needed set go."""
-        found = torch.zeros_like(margin, dtype=torch.bool)
+        result = torch.zeros_like(margin, dtype=torch.bool)
         for one in self.needed:
             best = margin[one].argmax()
             if margin[one[best]] < 0:
-                found[one[best]] = True
-        return found
+                result[one[best]] = True
+        return result
 
     def _fewest(self, margin: Tensor) -> Tensor:
         """The filters that stay because an axis keeps so many."""
-        found = torch.zeros_like(margin, dtype=torch.bool)
+        result = torch.zeros_like(margin, dtype=torch.bool)
         for base, size, least in self.spans:
             own = margin[base : base + size]
             if int((own >= 0).sum()) < least:
-                found[base + own.topk(min(least, size)).indices] = True
-        return found
+                result[base + own.topk(min(least, size)).indices] = True
+        return result
 
 
 def gates(

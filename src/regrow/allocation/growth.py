@@ -41,13 +41,13 @@ def growth(
     """
     sizes = axes.sizes()
     most = cap * _parameters(axes, {**sizes, **base})
-    found: dict[str, int] = {}
+    result: dict[str, int] = {}
     for axis in short:
         n = ceil(ceil(share * base[axis.key]) / multiple) * multiple
         if _parameters(axes, {**sizes, axis.key: axis.size + n}) <= most:
             sizes[axis.key] += n
-            found[axis.key] = n
-    return found
+            result[axis.key] = n
+    return result
 
 
 def _parameters(axes: AxisGraph, sizes: Mapping[str, int]) -> int:

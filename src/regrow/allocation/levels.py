@@ -118,11 +118,11 @@ def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
         model: The network.
         measure: What is counted.
     """
-    found: dict[str, Tensor] = dict(model.named_parameters())
+    result: dict[str, Tensor] = dict(model.named_parameters())
     if measure == Measure.BYTES:
         stored = model.state_dict().keys()
-        found |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
-    return found
+        result |= {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return result
 
 
 def check_levels(searched: Collection[str], measure: Measure) -> None:

@@ -46,7 +46,7 @@ def sample_operations(
             chance[i] += _normal(row) / 2
     q = (_normal(share[:, 0]) + _normal(share[:, 1])) / 2
     places = (q[:, None] * chance).flatten().cumsum(0)
-    left, found = list(dead), []
+    left, result = list(dead), []
     for one in torch.rand(many, generator=generator, dtype=torch.float64).tolist():
         at = min(int(torch.searchsorted(places, one)), len(places) - 1)
         fit = [p for p in left if cell_of(p) == cells[at // len(kinds)] and kind_of(p) == kinds[at % len(kinds)]]
@@ -55,8 +55,8 @@ def sample_operations(
             inside = (one - before) / max(float(places[at]) - before, 1e-12)
             chosen = fit[min(int(inside * len(fit)), len(fit) - 1)]
             left.remove(chosen)
-            found.append(chosen)
-    return found
+            result.append(chosen)
+    return result
 
 
 def kind_of(path: str) -> str:

@@ -46,8 +46,8 @@ def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
     >>> y.tolist(), w.grad.tolist(), round(t.grad.item(), 3)
     ([[0.5, -0.0, 0.0]], [[1.0, 1.0, 1.0]], -0.24)
     """
-    found: Tensor = _Thresholded.apply(weight, threshold, owned)
-    return found
+    result: Tensor = _Thresholded.apply(weight, threshold, owned)
+    return result
 
 
 class _Thresholded(torch.autograd.Function):
@@ -74,8 +74,8 @@ def step_mask(over_by: Tensor) -> Tensor:
     >>> step_mask(z).tolist(), [round(g, 2) for g in z.grad.tolist()]
     ([1.0, 0.0], [1.6, 1.6])
     """
-    found: Tensor = _StepFunction.apply(over_by)
-    return found
+    result: Tensor = _StepFunction.apply(over_by)
+    return result
 
 
 class _StepFunction(torch.autograd.Function):
@@ -97,8 +97,8 @@ def keep_above(values: Tensor, over_by: Tensor) -> Tensor:
         values: Any shape.
         over_by: The same shape.
     """
-    found: Tensor = _Kept.apply(values, over_by)
-    return found
+    result: Tensor = _Kept.apply(values, over_by)
+    return result
 
 
 class _Kept(torch.autograd.Function):

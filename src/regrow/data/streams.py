@@ -188,14 +188,14 @@ def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: i
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({one.name for half in halves if half.is_dir() for one in half.iterdir() if one.is_dir()})
-    found = []
+    result = []
     for half, n in zip(halves, (train, test), strict=True):
         files = [(file, i) for i, one in enumerate(classes) for file in image_files(half / one)]
         if not files:
             raise SourceError(f"{half} has no pictures; give a folder with train/CLASS/… and test/CLASS/…")
         chosen = random.Random(seed).sample(files, min(n or len(files), len(files)))
-        found.append(Examples(read_images([file for file, _ in chosen]), torch.tensor([label for _, label in chosen])))
-    return Task(name, found[0], found[1], tuple(range(len(classes))))
+        result.append(Examples(read_images([file for file, _ in chosen]), torch.tensor([label for _, label in chosen])))
+    return Task(name, result[0], result[1], tuple(range(len(classes))))
 
 
 def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:

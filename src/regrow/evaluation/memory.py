@@ -85,11 +85,11 @@ class Live(TorchDispatchMode):
         if func is _ITEM and self._item is not None:
             kind = _KINDS[0 if args[0].dtype == torch.bool else 2 if args[0].is_floating_point() else 1]
             return kind(self._item)
-        found = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         # An operation that writes into what it was given may have made it bigger.
-        for tensor in _tensors((found, *read) if func._schema.is_mutable else (found,)):
+        for tensor in _tensors((result, *read) if func._schema.is_mutable else (result,)):
             self._seen(tensor)
-        return found
+        return result
 
     def _were_there(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -121,13 +121,13 @@ def _forget(watch: "weakref.ref[Live]", key: int, _: Any) -> None:
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
     """The tensors among the values of an operation, and in lists of them; ``tree_leaves`` takes twice the time."""
-    found: list[Tensor] = []
+    result: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            found.append(value)
+            result.append(value)
         elif isinstance(value, tuple | list):
-            found += _tensors(value)
-    return found
+            result += _tensors(value)
+    return result
 
 
 def training(

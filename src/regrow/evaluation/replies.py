@@ -96,7 +96,7 @@ def empty_cache(model: Any) -> dict[str, Any]:
 def _ends(model: Any, tokenizer: Any) -> set[int]:
     """Every token at which a reply ends."""
     settings = getattr(model, "generation_config", None)
-    found = {tokenizer.eos_token_id}
+    result = {tokenizer.eos_token_id}
     ends = getattr(settings, "eos_token_id", None)
-    found |= set(ends) if isinstance(ends, list | tuple) else {ends}
-    return {int(one) for one in found if one is not None}
+    result |= set(ends) if isinstance(ends, list | tuple) else {ends}
+    return {int(one) for one in result if one is not None}

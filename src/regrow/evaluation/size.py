@@ -88,5 +88,5 @@ def dense(model: nn.Module, inputs: Tensor) -> dict[str, int]:
 
 
 def _distinct(tensors: Iterable[Any]) -> list[Tensor]:
-    found: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
-    return list(found.values())
+    result: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
+    return list(result.values())

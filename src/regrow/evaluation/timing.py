@@ -257,7 +257,7 @@ def _never_falling(curve: dict[int, float]) -> list[tuple[int, float]]:
     >>> _never_falling({4: 9.0, 3: 10.0, 1: 2.0})
     [(1, 2.0), (3, 9.0), (4, 9.0)]
     """
-    found: list[tuple[int, float]] = []
+    result: list[tuple[int, float]] = []
     for width in sorted(curve, reverse=True):
-        found.append((width, min(curve[width], found[-1][1]) if found else curve[width]))
-    return found[::-1]
+        result.append((width, min(curve[width], result[-1][1]) if result else curve[width]))
+    return result[::-1]

@@ -93,8 +93,8 @@ class Reduction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` → ``[N, 2 C, H / 2, W / 2]``."""
-        found: Tensor = self.short(x) + self.body(x)
-        return found
+        result: Tensor = self.short(x) + self.body(x)
+        return result
 
 
 class Bench201(nn.Module):
@@ -128,8 +128,8 @@ class Bench201(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits ``[N, classes]``."""
         x = F.relu(self.norm(self.parts(self.stem(x))))
-        found: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
-        return found
+        result: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
+        return result
 
 
 def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
@@ -196,10 +196,10 @@ def read(text: str) -> tuple[str, ...]:
     >>> read(architecture_string(OPERATIONS + ("none",))) == OPERATIONS + ("none",)
     True
     """
-    found = tuple(re.findall(r"\|(\w+)(?=~)", text[:400]))
-    if len(found) != len(EDGES) or not {*found} <= {*OPERATIONS} or architecture_string(found) != text:
+    result = tuple(re.findall(r"\|(\w+)(?=~)", text[:400]))
+    if len(result) != len(EDGES) or not {*result} <= {*OPERATIONS} or architecture_string(result) != text:
         raise ModelError(f"not a topology of NAS-Bench-201: {text[:80]!r}")
-    return found
+    return result
 
 
 def topologies() -> list[tuple[str, ...]]:

@@ -151,22 +151,22 @@ class Cells(nn.Module):
 
     def needed(self) -> list[tuple[str, ...]]:
         """Sets of operations of which one must stay: those into a node, and those that read an input of a cell."""
-        found = [*candidates_in(self).values()]
+        result = [*candidates_in(self).values()]
         reads: dict[tuple[str, int], list[str]] = {}
         for path, node in self.named_modules():
             for key, source in zip(node.ops, node.sources, strict=True) if isinstance(node, Candidates) else ():
                 reads.setdefault((path.partition(".nodes.")[0], source), []).append(f"{path}.ops.{key}")
-        found += [tuple(paths) for (_, source), paths in reads.items() if source < 2]
-        return found
+        result += [tuple(paths) for (_, source), paths in reads.items() if source < 2]
+        return result
 
     def alike(self) -> dict[str, str]:
         """Path of each node → its kind and number: the same in all cells that reduce, and in all that do not."""
-        found = {}
+        result = {}
         for path in candidates_in(self):
             cell, _, number = path.partition(".nodes.")
             strides = [getattr(one, "stride", 1) for one in self.get_submodule(f"{cell}.nodes").modules()]
-            found[path] = f"{'reducing' if 2 in strides or (2, 2) in strides else 'normal'} {number}"
-        return found
+            result[path] = f"{'reducing' if 2 in strides or (2, 2) in strides else 'normal'} {number}"
+        return result
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Logits ``[N, classes]`` behind cell ``active``; without it of every classifier, if there are several."""
@@ -174,15 +174,15 @@ class Cells(nn.Module):
         return found[0] if len(found) == 1 else tuple(found)
 
     def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
-        found = []
+        result = []
         # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
         first = second = self.stem(x.contiguous(memory_format=torch.channels_last))
         for i in range(wanted[-1] + 1):
             run = partial(again, self.cells[i]) if self.recomputed and self.training else self.cells[i]
             first, second = second, run(first, second)
             if i in wanted:
-                found.append(self.heads[str(i)](F.adaptive_avg_pool2d(second, 1).flatten(1)))
-        return found
+                result.append(self.heads[str(i)](F.adaptive_avg_pool2d(second, 1).flatten(1)))
+        return result
 
 
 def supernet(
@@ -217,10 +217,10 @@ def supernet(
             "it as cells:WIDTH-CELLS-NODES, for example cells:8-6-3"
         )
     reductions = {cells // 3, 2 * cells // 3} - {0}
-    found: list[dict[str, Any]] = []
+    result: list[dict[str, Any]] = []
     for i in range(cells):
         width *= 2 if i in reductions else 1
-        found.append(
+        result.append(
             {
                 "reduce": i in reductions,
                 "inputs": [width, width],
@@ -230,9 +230,9 @@ def supernet(
                 ],
             }
         )
-    stem = 3 * found[0]["inputs"][0]
+    stem = 3 * result[0]["inputs"][0]
     ends = sorted({*heads, cells - 1})
-    return {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": found, "heads": ends}
+    return {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": result, "heads": ends}
 
 
 def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:

@@ -30,9 +30,9 @@ def usable_device(name: str) -> torch.device:
 
 def devices_here() -> list[str]:
     """The devices that models can run on here, like ``cpu`` and ``cuda:0``."""
-    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    result = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
-        found.append("mps")
+        result.append("mps")
     if hasattr(torch, "xpu") and torch.xpu.is_available():
-        found += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
-    return found
+        result += [f"xpu:{i}" for i in range(torch.xpu.device_count())]
+    return result

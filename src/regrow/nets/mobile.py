@@ -120,15 +120,15 @@ class Mobile(nn.Module):
         return found[0] if len(found) == 1 else tuple(found)
 
     def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
-        found = []
+        result = []
         # Depthwise convolutions are faster in this layout on a CPU, most of all those of few channels.
         x = self.stem(x.contiguous(memory_format=torch.channels_last))
         for i in range(wanted[-1] + 1):
             run = partial(again, self.blocks[i]) if self.recomputed and self.training else self.blocks[i]
             x = run(x, x)
             if i in wanted:
-                found.append(self.heads[str(i)](x))
-        return found
+                result.append(self.heads[str(i)](x))
+        return result
 
 
 def supernet(

@@ -22,15 +22,15 @@ def blocks(origin: dict[str, Any]) -> list[Block]:
     Returns:
         Per block ``width``, ``stride`` and ``ops`` (``kind``, and ``mid``: channels inside a bottleneck).
     """
-    found = []
+    result = []
     for plan in objects(mapping(origin.get("config")).get("blocks"))[:MAX_BLOCKS]:
         ops = {}
         for op in plan["ops"][: len(KINDS)] if isinstance(plan.get("ops"), list) else []:
             kind, mid = op if isinstance(op, list) and len(op) == 2 else ("", None)
             if text(kind) in KINDS:
                 ops[kind] = {"kind": kind, "mid": size(mid)}
-        found.append({"width": size(plan.get("width")), "stride": size(plan.get("stride")), "ops": list(ops.values())})
-    return found
+        result.append({"width": size(plan.get("width")), "stride": size(plan.get("stride")), "ops": list(ops.values())})
+    return result
 
 
 def count_skipped(found: Sequence[Block]) -> int:

@@ -64,7 +64,7 @@ def cells(origin: dict[str, Any]) -> list[Cell]:
         ``width`` and ``ops`` (``kind``, ``source``, ``mid``: channels inside a ``sep``, and whether it is ``bare``: has
         no weights). Sources 0 and 1 are the inputs, 2 is the first node.
     """
-    found = []
+    result = []
     for plan in objects(mapping(origin.get("config")).get("cells"))[:MAX_CELLS]:
         inputs = plan["inputs"][:2] if isinstance(plan.get("inputs"), list) else []
         nodes = []
@@ -78,8 +78,8 @@ def cells(origin: dict[str, Any]) -> list[Cell]:
                     ops[kind, known] = {"kind": kind, "source": known, "mid": size(mid), "bare": bare}
             nodes.append({"width": size(node.get("width")), "ops": list(ops.values())})
         widths = [size(width) for width in inputs] + [None] * (2 - len(inputs))
-        found.append({"reduce": plan.get("reduce") is True, "inputs": widths, "nodes": nodes})
-    return found
+        result.append({"reduce": plan.get("reduce") is True, "inputs": widths, "nodes": nodes})
+    return result
 
 
 def kept_operations(found: Sequence[Cell]) -> list[dict[str, Any]]:

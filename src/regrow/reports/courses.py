@@ -99,10 +99,10 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
         values = [run["course"]["figures"][name] for run in runs]
         leads = leaders(sizes, [None if v is None else sign * v for v in values])
         columns.append([{"value": unit(v), "best": lead} for v, lead in zip(values, leads, strict=True)])
-    found = []
+    result = []
     for i, run in enumerate(runs):
         seconds = [row["seconds"] for row in run["course"]["sizes"]]
-        found.append(
+        result.append(
             {
                 "label": run["label"],
                 "cells": [column[i] for column in columns],
@@ -115,7 +115,7 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
                 "seconds": sum(seconds) if seconds and None not in seconds else None,
             }
         )
-    return found
+    return result
 
 
 def _shock(run: dict[str, Any]) -> float | None:
@@ -219,14 +219,14 @@ def apart(places: Sequence[float], least: float, room: float) -> list[float]:
     [100, 90]
     """
     order = sorted(range(len(places)), key=lambda i: places[i])
-    found = list(places)
+    result = list(places)
     for before, i in zip([None, *order], order, strict=False):
-        found[i] = max(found[i], 0 if before is None else found[before] + least)
+        result[i] = max(result[i], 0 if before is None else result[before] + least)
     limit = room
     for i in reversed(order):
-        found[i] = min(found[i], limit)
-        limit = found[i] - least
-    return found
+        result[i] = min(result[i], limit)
+        limit = result[i] - least
+    return result
 
 
 def text_of(label: str) -> str:
@@ -235,14 +235,14 @@ def text_of(label: str) -> str:
 
 
 def _few(summary: dict[str, Any]) -> list[Run]:
-    found: list[Run] = summary["runs"][:MAX_LINES]
-    return found
+    result: list[Run] = summary["runs"][:MAX_LINES]
+    return result
 
 
 def _parameters(run: Run) -> int | None:
     rows = run["course"]["sizes"]
-    found: int | None = rows[-1]["parameters"] if rows else None
-    return found
+    result: int | None = rows[-1]["parameters"] if rows else None
+    return result
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

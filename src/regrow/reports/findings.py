@@ -137,19 +137,19 @@ def _cells(modules: list[Row]) -> list[Row]:
 
 
 def _by_kind(rows: list[Row]) -> list[tuple[tuple[str, bool], list[Row]]]:
-    found: dict[tuple[str, bool], list[Row]] = {}
+    result: dict[tuple[str, bool], list[Row]] = {}
     for row in rows:
-        found.setdefault((row["kind"], row["pooled"]), []).append(row)
-    return list(found.items())
+        result.setdefault((row["kind"], row["pooled"]), []).append(row)
+    return list(result.items())
 
 
 def _means(rows: list[Row], names: Sequence[str]) -> Row:
     """How many units there are, and the mean of each value over the units it is known for."""
-    found: Row = {"units": sum(row["units"] for row in rows)}
+    result: Row = {"units": sum(row["units"] for row in rows)}
     for name in names:
         known = [(row[name], row["units"]) for row in rows if row[name] is not None]
-        found[name] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
-    return found
+        result[name] = sum(value * n for value, n in known) / sum(n for _, n in known) if known else None
+    return result
 
 
 def _order(cell: str) -> tuple[int, int, str]:

@@ -226,14 +226,14 @@ def _context(summary: Summary) -> dict[str, Any]:
 
 def _alarms(run: dict[str, Any]) -> list[str]:
     """What must not be overlooked."""
-    found = quest.alarms(run) if run["search"] else []
+    result = quest.alarms(run) if run["search"] else []
     if any(row["holds"] is False for row in run["verify"]):
-        found.append(words.proof(run))
+        result.append(words.proof(run))
     if any(unit["kept"] is False for unit in (run["scores"] or {"massive": []})["massive"]):
-        found.append(words.massive(run))
+        result.append(words.massive(run))
     if not run["finished"]:
-        found.append("The run has no finishing time: what follows is what it had written so far.")
-    return found
+        result.append("The run has no finishing time: what follows is what it had written so far.")
+    return result
 
 
 def _table(summary: Summary) -> list[dict[str, Any]]:
@@ -257,11 +257,11 @@ def _table(summary: Summary) -> list[dict[str, Any]]:
 
 def _seen(summary: Summary) -> dict[str, str]:
     """Kind → "seen" or "unseen" if that is so for all runs, else nothing."""
-    found: dict[str, set[Any]] = {}
+    result: dict[str, set[Any]] = {}
     for run in summary["runs"]:
         for row in run["perplexity"]:
-            found.setdefault(row["source"], set()).add(row["seen"])
-    return {kind: {(True,): "seen", (False,): "unseen"}.get(tuple(seen), "") for kind, seen in found.items()}
+            result.setdefault(row["source"], set()).add(row["seen"])
+    return {kind: {(True,): "seen", (False,): "unseen"}.get(tuple(seen), "") for kind, seen in result.items()}
 
 
 def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:

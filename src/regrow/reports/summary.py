@@ -181,10 +181,10 @@ def _sides(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, dic
 def _budget(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What a target counts: asked for, before, after, and for time what was predicted."""
     line = lines[-1] if lines else {}
-    found: dict[str, Any] = {name: number(line.get(name), 0) for name in ("asked", "before", "after", "predicted")}
-    if found["asked"] is None or found["after"] is None:
+    result: dict[str, Any] = {name: number(line.get(name), 0) for name in ("asked", "before", "after", "predicted")}
+    if result["asked"] is None or result["after"] is None:
         return None
-    return found | {"measure": text(line.get("measure"), 20), "context": size(line.get("context")) or 0}
+    return result | {"measure": text(line.get("measure"), 20), "context": size(line.get("context")) or 0}
 
 
 def _verify(line: dict[str, Any]) -> dict[str, Any]:

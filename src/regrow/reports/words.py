@@ -57,10 +57,10 @@ def details(run: Run) -> list[str]:
 def key_numbers(run: Run) -> list[dict[str, str]]:
     """The numbers at the head of the page: ``label``, ``value`` and a line ``below`` each."""
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
-    found = []
+    result = []
 
     def add(label: str, value: str, below: str) -> None:
-        found.append({"label": label, "value": value, "below": below})
+        result.append({"label": label, "value": value, "below": below})
 
     if _both(before, after, "params_counted"):
         share = after["params_counted"] / before["params_counted"]
@@ -106,7 +106,7 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     if proof:
         figures = f"max difference {q.power(proof['max_abs_diff'])}, {proof['dtype']}"
         add("Masked = shrunk", "holds" if proof["holds"] else "broken", figures)
-    return found
+    return result
 
 
 def massive(run: Run) -> str:
@@ -218,13 +218,13 @@ def leading(summary: dict[str, Any], kept: Callable[[Run], float | None]) -> lis
 
 def same_dense(summary: dict[str, Any]) -> dict[str, float] | None:
     """Kind → perplexity of the model before, if all runs measured the same; else ``None``."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
     for run in summary["runs"]:
         for row in run["perplexity"]:
             value = (row["before"] or {}).get("ppl")
-            if value and abs(found.setdefault(row["source"], value) / value - 1) > 1e-3:
+            if value and abs(result.setdefault(row["source"], value) / value - 1) > 1e-3:
                 return None
-    return found
+    return result
 
 
 def _deed(run: Run) -> str:

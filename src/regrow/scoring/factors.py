@@ -195,5 +195,5 @@ def join_bias(model: nn.Module, name: str) -> Tensor:
 def part(model: nn.Module, name: str, rows: Tensor) -> Mapping[str, Tensor]:
     """Rows ``[m, n + 1]`` as the layer's parameters: name → values."""
     layer = layers(model)[name]
-    found = {name: rows[:, :-1].reshape(layer.weight.shape)}
-    return found if layer.bias is None else found | {f"{name.removesuffix('weight')}bias": rows[:, -1]}
+    result = {name: rows[:, :-1].reshape(layer.weight.shape)}
+    return result if layer.bias is None else result | {f"{name.removesuffix('weight')}bias": rows[:, -1]}

@@ -38,12 +38,12 @@ def massive(axes: AxisGraph, energy: Scores) -> list[Massive]:
 
     Source: the observation is Sun et al. 2024 (arXiv 2402.17762); the share as a measure is ours.
     """
-    found = []
+    result = []
     for key, values in energy.values.items():
         axis, total, middle = axes[key], float(values.sum()), float(values.median())
         if axis.size < FEWEST or total <= 0:
             continue
         for unit in (values > SHARE * total).nonzero().flatten().tolist():
             ratio = float(values[unit]) / middle if middle > 0 else float("inf")
-            found.append(Massive(key, axis.ids[unit], float(values[unit]) / total, ratio))
-    return sorted(found, key=lambda one: -one.share)
+            result.append(Massive(key, axis.ids[unit], float(values[unit]) / total, ratio))
+    return sorted(result, key=lambda one: -one.share)

@@ -53,19 +53,19 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1, few: int = FEW) -> tuple[Spa
     >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
     [('a',), ('b', 'c')]
     """
-    found: list[Space] = []
+    result: list[Space] = []
     small: dict[str, list[Axis]] = {}
     for axis in axes:
         if axis.size < few:
             small.setdefault(axis.label, []).append(axis)
         else:
-            found.append(Space(axis.label, (axis.key,), (axis.size,)))
+            result.append(Space(axis.label, (axis.key,), (axis.size,)))
     for label, pooled in small.items():
         for part in range(parts):
             some = [axis for i, axis in enumerate(pooled) if i * parts // len(pooled) == part]
             if some:
-                found.append(Space(label, tuple(a.key for a in some), tuple(a.size for a in some)))
-    return tuple(found)
+                result.append(Space(label, tuple(a.key for a in some), tuple(a.size for a in some)))
+    return tuple(result)
 
 
 def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
@@ -80,10 +80,10 @@ def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
     >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], 0.4, 0.0)]
     ['h.1.w', 'h.2.w', 'head']
     """
-    found = {axis.key: re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units}
-    blocks = sorted({int(match[1]) for match in found.values() if match})
+    result = {axis.key: re.search(r"(?:^|\.)(\d+)\.", axis.key) for axis in units}
+    blocks = sorted({int(match[1]) for match in result.values() if match})
     chosen = set(blocks[round(first * len(blocks)) : len(blocks) - round(last * len(blocks))])
-    return [axis for axis in units if not (match := found[axis.key]) or int(match[1]) in chosen]
+    return [axis for axis in units if not (match := result[axis.key]) or int(match[1]) in chosen]
 
 
 def within(values: Mapping[str, Tensor], among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:

@@ -46,13 +46,13 @@ def readers(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Reade
         axes: The network's axes.
         units: The axes asked for; ``axes.units()`` if none are named.
     """
-    found: dict[tuple[object, ...], Reader] = {}
+    result: dict[tuple[object, ...], Reader] = {}
     for axis in axes.units() if units is None else units:
         for slot in axis.consumers():
             weight = axes.ties.get(slot.name, slot.name)
             place = (axis.key, weight, slot.dim, slot.outer, slot.stride, slot.inner, slot.offset)
-            found.setdefault(place, Reader(axis.key, axis.size, weight, slot))
-    return tuple(found.values())
+            result.setdefault(place, Reader(axis.key, axis.size, weight, slot))
+    return tuple(result.values())
 
 
 def scorable(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:

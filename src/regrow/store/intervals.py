@@ -25,11 +25,11 @@ def to_intervals(numbers: Sequence[Any]) -> list[Any]:
     """
     if any(type(number) is not int or number < 0 for number in numbers):
         return list(numbers)
-    found: list[int | list[int]] = []
+    result: list[int | list[int]] = []
     for _, row in groupby(enumerate(numbers), key=lambda one: one[1] - one[0]):
         part = [number for _, number in row]
-        found += [[part[0], part[-1]]] if len(part) > 2 else part
-    return found
+        result += [[part[0], part[-1]]] if len(part) > 2 else part
+    return result
 
 
 def from_intervals(entries: Sequence[Any]) -> list[Any]:
@@ -38,10 +38,10 @@ def from_intervals(entries: Sequence[Any]) -> list[Any]:
     >>> from_intervals([[0, 3], 7, 8, 11])
     [0, 1, 2, 3, 7, 8, 11]
     """
-    found: list[Any] = []
+    result: list[Any] = []
     for entry in entries:
-        found += range(entry[0], entry[1] + 1) if _length(entry) else [entry]
-    return found
+        result += range(entry[0], entry[1] + 1) if _length(entry) else [entry]
+    return result
 
 
 def shorten_plan(plan: Any) -> Any:

@@ -266,12 +266,12 @@ def _real(tensor: Tensor) -> Tensor:
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """The largest difference; NaN and infinity equal themselves."""
-    found = 0.0
+    result = 0.0
     for one, other in zip(a, b, strict=True):
         different = ~((one == other) | (one.isnan() & other.isnan()))
         gaps = (one - other)[different].abs()
-        found = max(found, float(gaps.nan_to_num(torch.inf).max()) if len(gaps) else 0.0)
-    return found
+        result = max(result, float(gaps.nan_to_num(torch.inf).max()) if len(gaps) else 0.0)
+    return result
 
 
 def _epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:

@@ -135,13 +135,13 @@ def read_whole(folder: Path, read: Callable[[], T]) -> T:
         settle(folder)
         before = _identity(folder)
         try:
-            found = read()
+            result = read()
         except (ValueError, OSError):
             if _identity(folder) == before:
                 raise
         else:
             if _identity(folder) == before:
-                return found
+                return result
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:

@@ -28,17 +28,17 @@ class Held:
 
 def named_tensors(model: nn.Module) -> dict[str, Held]:
     """Every parameter and buffer under each of its names."""
-    found: dict[str, Held] = {}
+    result: dict[str, Held] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
-                found[dot + leaf] = Held(parameter, Kind.PARAMETER)
+                result[dot + leaf] = Held(parameter, Kind.PARAMETER)
         for leaf, buffer in module._buffers.items():
             if buffer is not None:
                 kind = Kind.DERIVED if leaf in module._non_persistent_buffers_set else Kind.BUFFER
-                found[dot + leaf] = Held(buffer, kind)
-    return found
+                result[dot + leaf] = Held(buffer, kind)
+    return result
 
 
 def ties(tensors: Mapping[str, Held]) -> dict[str, str]:

@@ -12,10 +12,10 @@ def versions() -> dict[str, str]:
     >>> sorted({"python", "torch", "regrow"} & versions().keys())
     ['python', 'regrow', 'torch']
     """
-    found = {"python": platform.python_version()}
+    result = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            result[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return result

@@ -77,21 +77,21 @@ def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[st
         StoreError: If a file is missing, truncated or changed, lacks a tensor or has one too many, or if a tensor has
             another shape, dtype or digest than recorded, or if a parameter holds NaN or infinity; names the tensor.
     """
-    found: dict[str, Tensor] = {}
+    result: dict[str, Tensor] = {}
     for name, expected in shapes.files.items():
         path = inside(folder, name)
         check_file(path, expected, digests=check)
         try:
             with safe_open(path, framework="pt") as content:
                 for key in content.keys():  # noqa: SIM118 (it is no dictionary)
-                    if key in found or key not in shapes.tensors:
+                    if key in result or key not in shapes.tensors:
                         raise StoreError(f"{path} holds the tensor {key!r}, which is not recorded; restore the file")
-                    found[key] = _checked(path, key, content.get_tensor(key), shapes.tensors[key], check)
+                    result[key] = _checked(path, key, content.get_tensor(key), shapes.tensors[key], check)
         except (SafetensorError, OSError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
-    if missing := [name for name in shapes.tensors if name not in found]:
+    if missing := [name for name in shapes.tensors if name not in result]:
         raise StoreError(f"{folder}: {len(missing)} tensors are missing, {missing[0]!r} first; restore its files")
-    return found
+    return result
 
 
 def inside(folder: Path, name: str) -> Path:

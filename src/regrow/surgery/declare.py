@@ -261,7 +261,7 @@ def _left(base: AxisGraph, forms: Mapping[tuple[str, int], Dim], made: Mapping[s
 
 def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Mapping[str, Axis]) -> dict[str, Dim]:
     """``module:attribute`` → the declared dimension that it restates."""
-    found: dict[str, Dim] = {}
+    result: dict[str, Dim] = {}
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         own = {leaf: t for leaf, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
@@ -269,15 +269,15 @@ def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Map
         weight, bias = shapes.get(f"{dot}weight", ()), shapes.get(f"{dot}bias", ())
         same = [dim for dim, form in enumerate(weight) if (form,) == bias]
         for name, (leaf, dim) in restated_sizes(module, sizes, same[0] if len(same) == 1 else None).items():
-            found[f"{path}:{name}"] = shapes[dot + leaf][dim]
+            result[f"{path}:{name}"] = shapes[dot + leaf][dim]
         if isinstance(module, nn.modules.conv._ConvNd):
             first, second = shapes[f"{dot}weight"][:2]
             depthwise = module.groups == module.weight.shape[0] and second == 1
             group: Dim = first if depthwise and module.groups > 1 else module.groups
             whole = group if second == 1 else second if group == 1 else Product((group, second))
             ends = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
-            found |= {f"{path}:{ends[0]}": first, f"{path}:{ends[1]}": whole, f"{path}:groups": group}
-    return {place: dim for place, dim in found.items() if not made.keys().isdisjoint(axes_in(dim))}
+            result |= {f"{path}:{ends[0]}": first, f"{path}:{ends[1]}": whole, f"{path}:groups": group}
+    return {place: dim for place, dim in result.items() if not made.keys().isdisjoint(axes_in(dim))}
 
 
 def _unknown(model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any) -> AxisGraph:

@@ -113,7 +113,7 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
         PlanError: If it gave birth to none, not by ``zero_out``, these are not the axes that it left, or the units are
             not silent any more.
     """
-    found = {}
+    result = {}
     for key, change in plan.changes.items():
         if not change.births:
             continue
@@ -126,15 +126,15 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
         ids = {*range(axis.born - change.grow, axis.born), *(change.restore if change.fresh else ())}
         if not ids <= set(axis.ids) or axis.size != change.after:
             raise PlanError(f"axis {key!r} is not as this plan left it; give the axes that apply returned for it")
-        found[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])
-    if not found:
+        result[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])
+    if not result:
         raise PlanError("the plan gives birth to no units; there is nothing to fit")
-    for entries in split_entries(model, axes, found)[1]:
+    for entries in split_entries(model, axes, result)[1]:
         if bool(entries.of(model.get_parameter(entries.name).detach()).any()):
             raise PlanError(
                 f"axis {entries.axis!r}: {entries.name} already uses its newborn units; fit them before they learn"
             )
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -247,13 +247,13 @@ def _rows(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> lis
 
 
 def _channels(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> list[_Spot]:
-    found: dict[tuple[str, str], list[int]] = {}
+    result: dict[tuple[str, str], list[int]] = {}
     for key, units in young.items():
         for slot in axes[key].slots:
             name, _, leaf = slot.name.rpartition(".")
             if leaf == "running_var":
-                found.setdefault((key, name), []).extend(slot.positions(axes[key].size)[units].flatten().tolist())
-    return [_Channels(*place, tuple(own)) for place, own in found.items()]
+                result.setdefault((key, name), []).extend(slot.positions(axes[key].size)[units].flatten().tolist())
+    return [_Channels(*place, tuple(own)) for place, own in result.items()]
 
 
 def _sums(model: nn.Module, spots: Sequence[_Spot], batches: Sequence[Batch]) -> dict[_Spot, tuple[Tensor, Tensor]]:

@@ -77,7 +77,7 @@ class _Gate(Feed):
 
 
 def _by_weight(reads: Sequence[Reader]) -> dict[str, list[Reader]]:
-    found: dict[str, list[Reader]] = {}
+    result: dict[str, list[Reader]] = {}
     for reader in reads:
-        found.setdefault(reader.weight, []).append(reader)
-    return found
+        result.setdefault(reader.weight, []).append(reader)
+    return result

@@ -176,18 +176,18 @@ def slots_after(
         lays: The entries of each dimension that changes.
         sizes: The size of each axis after.
     """
-    found: dict[Slot, None] = {}
+    result: dict[Slot, None] = {}
     for slot in axis.slots:
         lay = lays.get(slot.name, {}).get(slot.dim)
         if lay is None:
-            found[slot] = None
+            result[slot] = None
         elif axis.free:
             dim = axes.shapes[slot.name][slot.dim]
             for outer, stride, inner, offset in places(dim, axis.key, sizes):
-                found[Slot(slot.name, slot.dim, outer, stride, inner, offset, slot.role)] = None
+                result[Slot(slot.name, slot.dim, outer, stride, inner, offset, slot.role)] = None
         elif (moved := _moved(slot, lay, axis.size)) is not None:
-            found[moved] = None
-    return tuple(found)
+            result[moved] = None
+    return tuple(result)
 
 
 def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, int, int, int]]:

@@ -89,14 +89,14 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
         if any(reach[block.start : block.stop]) or not made.keys().isdisjoint(block.states):
             width = sum(sizes[name] for name in block.states)
             classes.setdefault(block.kind, []).append((width, block))
-    found: list[GraphBlock] = []
+    result: list[GraphBlock] = []
     for members in classes.values():
         ordered = sorted(members, key=lambda one: one[0])
         (least, narrowest), *between, (most, widest) = [ordered[0], *ordered]
         extremes = [narrowest] if least == most else [narrowest, widest]
         more = [block for _, block in between if block not in extremes] if most <= SMALL else []
-        found += [*extremes, *more][:PER_CLASS]
-    return sorted(found, key=lambda block: block.start)
+        result += [*extremes, *more][:PER_CLASS]
+    return sorted(result, key=lambda block: block.start)
 
 
 class _Pair:
@@ -243,23 +243,23 @@ def _past_parameters(
     """The operations that no parameter has a say in, and that read nothing which is written in place."""
     made: set[Node] = {node for node, name in recorded.states.items() if name in parameters}
     made |= {node for origin, ones in writers.items() for node in (origin, *ones)}
-    found = []
+    result = []
     for node in recorded.graph.nodes:
         if node in made or not made.isdisjoint(node.all_input_nodes):
             made.add(node)
         elif node.op not in ("placeholder", "output"):
-            found.append(node)
-    return found
+            result.append(node)
+    return result
 
 
 def _between(nodes: Sequence[Node], block: GraphBlock) -> dict[Node, None]:
     """The operations of a block with the casts and copies between them."""
     node, last = nodes[block.start], nodes[block.stop - 1]
-    found: dict[Node, None] = {}
+    result: dict[Node, None] = {}
     while True:
-        found[node] = None
+        result[node] = None
         if node is last:
-            return found
+            return result
         node = node.next
 
 

@@ -91,11 +91,11 @@ def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
         for axis in axes
     }
     left = change.ready.undo.means if change.ready.undo is not None else {}
-    found: dict[str, dict[int, float]] = {}
+    result: dict[str, dict[int, float]] = {}
     for weight, row in change.undo.means.items():
         dim = read_dim(axes, weight)
         assert dim is not None
         for position, place in enumerate(locate_entries(axes.shapes[weight], born, ids)[dim].tolist()):
             if place in row and place not in left.get(weight, {}):
-                found.setdefault(weight, {})[position] = row[place]
-    return found
+                result.setdefault(weight, {})[position] = row[place]
+    return result

@@ -190,14 +190,14 @@ class _Way:
 
     def means_after(self) -> dict[str, dict[int, float]]:
         """The means that stand in for dropped inputs after the plan, by their places in the stored weight."""
-        found = {weight: dict(row) for weight, row in self.undo.means.items()}
+        result = {weight: dict(row) for weight, row in self.undo.means.items()}
         for weight, row in self.plan.means.items():
             at = self.here(weight)[_read(self.axes, weight)]
-            found[weight] = found.get(weight, {}) | {int(at[position]): mean for position, mean in row.items()}
-        for weight in list(found):
+            result[weight] = result.get(weight, {}) | {int(at[position]): mean for position, mean in row.items()}
+        for weight in list(result):
             back = set(self.there(weight)[_read(self.axes, weight)].tolist())
-            found[weight] = {at: mean for at, mean in sorted(found[weight].items()) if at not in back}
-        return {weight: row for weight, row in found.items() if row}
+            result[weight] = {at: mean for at, mean in sorted(result[weight].items()) if at not in back}
+        return {weight: row for weight, row in result.items() if row}
 
     def compensated(
         self, bias: str, weight: str, told: Mapping[int, float], tells: Mapping[int, float], made: Tensor | None
@@ -246,7 +246,7 @@ class _Way:
 
     def constants(self) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
         """The constants under roots to set, and the folds afterwards."""
-        found: dict[str, float | None] = {}
+        result: dict[str, float | None] = {}
         folds = []
         for fold in self.axes.folds:
             before, after = (divisor_size(fold, sizes) for sizes in self.sizes)
@@ -254,10 +254,10 @@ class _Way:
                 known = self._constant(fold, before)
                 self.known[fold.epsilon] = known
                 value = known.value if known.size == after else known.value * (known.size / after)
-                found[fold.epsilon] = known.own if known.size == after else value
+                result[fold.epsilon] = known.own if known.size == after else value
                 fold = replace(fold, value=value)
             folds.append(fold)
-        return found, tuple(folds)
+        return result, tuple(folds)
 
     def _constant(self, fold: Fold, size: int) -> Constant:
         path, _, name = fold.epsilon.partition(":")

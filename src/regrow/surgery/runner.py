@@ -78,13 +78,13 @@ def masking(
         drop: The branches that go.
     """
     nodes = operations(recorded)
-    found: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
+    result: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
     groups: dict[Node, int] = {}
     for read in reads:
         mask = keep_mask(read.dim, sizes, keep)
         if not bool(mask.all()):
             node = nodes[read.step]
-            found.setdefault(node, []).append((read, operands(node)[read.operand], mask))
+            result.setdefault(node, []).append((read, operands(node)[read.operand], mask))
             if read.fill is None:
                 groups[node] = int(keep_mask(read.groups, sizes, keep).sum())
     watched: dict[Node, list[tuple[Node, bool]]] = {}
@@ -93,7 +93,7 @@ def masking(
         watched.setdefault(node, []).append((operand, whole))
     gone = [*drop]
     branches = locate_branches(RecordedModules(Effects(recorded)), gone) if gone else {}
-    return Masking(found, groups, means, watched, branches)
+    return Masking(result, groups, means, watched, branches)
 
 
 class Runner(Interpreter):

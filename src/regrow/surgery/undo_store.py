@@ -130,12 +130,12 @@ class UndoStore:
 
     def contents(self) -> dict[str, Tensor]:
         """Every number that it holds by a name of its own, those of dropped branches too; not copied."""
-        found = {f"shelf {name}": removed.values for name, removed in self.weights.items()}
+        result = {f"shelf {name}": removed.values for name, removed in self.weights.items()}
         for path, removed in self.branches.items():
             held = {f"{at}.{name}": t for at, one in removed.modules.items() for name, t in one.state_dict().items()}
             held |= removed.undo.contents()
-            found |= {f"branch {path} {name}": tensor for name, tensor in held.items()}
-        return found
+            result |= {f"branch {path} {name}": tensor for name, tensor in held.items()}
+        return result
 
     def tensors(self) -> dict[str, Tensor]:
         """Its numbers, named, as :meth:`read` takes them back together with :meth:`record`."""

@@ -85,8 +85,8 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
 
 def roles_of(slots: Sequence[tuple[str, int, Role]]) -> dict[str, dict[int, frozenset[Role]]]:
     """Tensor → dimension → everything that it does."""
-    found: dict[str, dict[int, frozenset[Role]]] = {}
+    result: dict[str, dict[int, frozenset[Role]]] = {}
     for name, dim, role in slots:
-        own = found.setdefault(name, {})
+        own = result.setdefault(name, {})
         own[dim] = own.get(dim, frozenset()) | {role}
-    return found
+    return result

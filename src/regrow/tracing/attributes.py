@@ -135,31 +135,31 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
         w: The walk; says which numbers stood in reshapes, and where.
         dims: Name of a parameter or buffer → its dimensions.
     """
-    found: dict[str, Expr] = {}
+    result: dict[str, Expr] = {}
     alike: Alike = []
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
         own = {leaf: dims[dot + leaf] for leaf in (*module._parameters, *module._buffers) if dot + leaf in dims}
         shapes = {leaf: tuple(map(d.size, exprs)) for leaf, exprs in own.items()}
         restated = restated_sizes(module, shapes, _output_dim(own))
-        found |= {f"{path}:{name}": own[tensor][dim] for name, (tensor, dim) in restated.items()}
+        result |= {f"{path}:{name}": own[tensor][dim] for name, (tensor, dim) in restated.items()}
     for path, expr in w.groups:
         for name in ("groups", "num_groups"):
             if vars(_module(model, path)).get(name) == d.size(expr):
-                found[f"{path}:{name}"] = expr
+                result[f"{path}:{name}"] = expr
     for path, module in model.named_modules():
         for name, value in _numbers(module):
-            if f"{path}:{name}" not in found and (get_attribute := _of_literals(w, path, name, value)):
-                found[f"{path}:{name}"] = get_attribute[0]
+            if f"{path}:{name}" not in result and (get_attribute := _of_literals(w, path, name, value)):
+                result[f"{path}:{name}"] = get_attribute[0]
                 alike += [
                     (get_attribute[0], other, f"`{name}` of {path or 'the model'} sets both")
                     for other in get_attribute[1:]
                 ]
     for path, module in model.named_modules():
-        found |= _of_products(path, module, w, found)
+        result |= _of_products(path, module, w, result)
     for path, module in model.named_modules():
-        _channels(path, module, found, dims)
-    return found, alike
+        _channels(path, module, result, dims)
+    return result, alike
 
 
 def restated_sizes(
@@ -186,14 +186,14 @@ def restated_sizes(
             )
             if transposed:
                 places |= {first: (("weight", 1),), second: (("weight", 0),)}
-    found = {}
+    result = {}
     for name, spots in places.items():
         value = vars(module)[name]
         value = value[0] if isinstance(value, tuple) and value else value
         fitting = (at for at in spots if at[1] < len(shapes.get(at[0], ())) and shapes[at[0]][at[1]] == value)
         if type(value) is int and (place := next(fitting, None)):
-            found[name] = place
-    return found
+            result[name] = place
+    return result
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:

@@ -116,15 +116,15 @@ class _Net:
         kinds = {path: self.steps[part[0]].modules[depth][1] for path, part in whole.items()}
         classes = {path: kind for path, kind in kinds.items() if self._has_own(whole[path], depth + 1)}
         alike, same = Counter(forms.values()), Counter(classes.values())
-        found = []
+        result = []
         for path, part in children.items():
             parts = self.repeated(part, depth + 1)
             is_repeated = path in whole and (alike[forms[path]] > 1 or same[classes.get(path)] > 1)
             if is_repeated and not (2 * sum(one.stop - one.start for one in parts) > len(part) and self._chain(parts)):
-                found.append(GraphBlock(path, part[0], part[-1] + 1))
+                result.append(GraphBlock(path, part[0], part[-1] + 1))
             else:
-                found += parts
-        return found
+                result += parts
+        return result
 
     def _chain(self, parts: Sequence[GraphBlock]) -> bool:
         """Whether each of some modules works on what the one before it made."""

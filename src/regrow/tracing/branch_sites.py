@@ -40,11 +40,11 @@ class RecordedModules:
     @cached_property
     def inside(self) -> dict[str, list[Node]]:
         """Path of a module → its operations, those of its parts too."""
-        found: dict[str, list[Node]] = {}
+        result: dict[str, list[Node]] = {}
         for node in self.effects.calls:
             for path in enclosing_modules(node):
-                found.setdefault(path, []).append(node)
-        return found
+                result.setdefault(path, []).append(node)
+        return result
 
     def site(self, path: str) -> BranchSite:
         """Where a module lies as a branch.

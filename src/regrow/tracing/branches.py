@@ -223,13 +223,13 @@ class _Search:
     @cached_property
     def first(self) -> dict[str, str]:
         """The first of the modules of each kind that are numbered → what counts on it."""
-        found: dict[Any, tuple[int, str, str]] = {}
+        result: dict[Any, tuple[int, str, str]] = {}
         for name, why in FIRST.items():
             for path, module in self.model.named_modules():
                 if type(number := vars(module).get(name)) is int:
                     one = (number, path, why)
-                    found[name, _kind(module)] = min(found.get((name, _kind(module)), one), one)
-        return {path: why for _, path, why in found.values()}
+                    result[name, _kind(module)] = min(result.get((name, _kind(module)), one), one)
+        return {path: why for _, path, why in result.values()}
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:

@@ -27,7 +27,7 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
     """
     given = [node for node in w.capture.graph.nodes if node.op == "placeholder" and node not in w.capture.states]
     tokens = {leaf.number for node in given for expr in w.dims[node] or () for leaf in d.leaves(expr)}
-    found: dict[tuple[Node, Node], Cache] = {}
+    result: dict[tuple[Node, Node], Cache] = {}
     for node in w.capture.graph.nodes:
         for key, value, over in _read(w, node):
             if not _is_token(over, tokens):
@@ -36,8 +36,8 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
             own = [_per_token(w.of(one), tokens) for one in both]
             if own[0] is not None and own[1] is not None:
                 item = both[0].meta["val"].element_size()
-                found.setdefault(both, Cache(module_of(node), names.dims(own[0]), names.dims(own[1]), item))
-    return tuple(found.values())
+                result.setdefault(both, Cache(module_of(node), names.dims(own[0]), names.dims(own[1]), item))
+    return tuple(result.values())
 
 
 def _read(w: Walk, node: Node) -> Iterator[tuple[Node, Node, Expr]]:

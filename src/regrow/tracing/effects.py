@@ -56,21 +56,21 @@ class Effects:
     @cached_property
     def fixed(self) -> set[Node]:
         """What depends on parameters, buffers and constants alone; zeros do, whatever they are made in the form of."""
-        found: set[Node] = {*self.capture.states, *self.capture.constants}
+        result: set[Node] = {*self.capture.states, *self.capture.constants}
         for node, given in self.inputs.items():
-            still = node.op == "call_function" and (found.issuperset(given) or op_name(node) == "zeros_like")
+            still = node.op == "call_function" and (result.issuperset(given) or op_name(node) == "zeros_like")
             if node.op == "get_attr" or still:
-                found.add(node)
-        return found
+                result.add(node)
+        return result
 
     @cached_property
     def writers(self) -> dict[Node, list[Node]]:
         """The operation that made a tensor → those that write into it in place."""
-        found: dict[Node, list[Node]] = {}
+        result: dict[Node, list[Node]] = {}
         for node in self.calls:
             if writes(node) and node.args:
-                found.setdefault(self.root(node.args[0]), []).append(node)
-        return found
+                result.setdefault(self.root(node.args[0]), []).append(node)
+        return result
 
     def root(self, value: Any) -> Node:
         """The node that made the memory in which a value lies."""
@@ -85,17 +85,17 @@ class Effects:
 
         An operation that writes into a tensor in place counts where that tensor does.
         """
-        found: set[Node] = set()
+        result: set[Node] = set()
         zeros: set[Node] = set()
         ask = [*self.inputs[self.end]]
         ask += [one for origin, ones in self.writers.items() if origin.op == "placeholder" for one in ones]
         while ask:
             node = stood(ask.pop(), replaced)
-            if node in found or node in zeros:
+            if node in result or node in zeros:
                 continue
-            (zeros if node in replaced else found).add(node)
+            (zeros if node in replaced else result).add(node)
             ask += [*(() if node in replaced else self.inputs[node]), *self.writers.get(node, ())]
-        return found
+        return result
 
     def only_added(self, zeros: Iterable[Node]) -> str:
         """Why the values of some nodes are not only summands, if they are not; empty if they are.

@@ -29,7 +29,7 @@ class FoldSite:
 
 def folds(model: nn.Module, w: Walk) -> list[FoldSite]:
     """The folds of a network; a mean without one freezes what it runs over."""
-    found: list[FoldSite] = []
+    result: list[FoldSite] = []
     for node, kind in w.norms:
         over = size_divided_by(w, node, kind)
         if not any(map(d.is_free, over)):
@@ -41,14 +41,14 @@ def folds(model: nn.Module, w: Walk) -> list[FoldSite]:
                 own = _one_operation(model, w, node, over)
             case _:
                 own = _query(w, node, over)
-        if not own or {one.weight for one in own} & {other.weight for other in found}:
+        if not own or {one.weight for one in own} & {other.weight for other in result}:
             for expr in over:
                 d.freeze(expr, w.why(node, _REASONS[kind]))
         else:
             for expr in over:
                 d.mark(expr, Mark.FOLDED, w.why(node, _MARKS.get(kind, "a root-mean-square norm runs over it")))
-            found += own
-    return found
+            result += own
+    return result
 
 
 _MARKS = {"scale": "attention is scaled by its size"}

@@ -54,11 +54,11 @@ def infer_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode:
         return NotImplemented
     with no_python_dispatcher():
         if rule is not None and dtype.is_floating_point and all(x.dtype is dtype for x in given):
-            found = rule(*args, **kwargs)
-            if isinstance(found, Tensor):
-                return found
-            if found is not None:
-                shape, *stride = found
+            result = rule(*args, **kwargs)
+            if isinstance(result, Tensor):
+                return result
+            if result is not None:
+                shape, *stride = result
                 form = (
                     torch.empty_strided(shape, *stride, dtype=dtype, device="meta") if stride else _plain(shape, dtype)
                 )

@@ -35,20 +35,20 @@ def line_of(node: Node | None) -> Line | None:
     """The line that ran an operation, in a recording that notes lines."""
     if node is None:
         return None
-    if found := node.meta.get(LINE):
-        return found
+    if result := node.meta.get(LINE):
+        return result
     stack = [line.strip() for line in str(node.meta.get("stack_trace") or "").splitlines()]
     calls = [line.split('"') for line in stack if line.startswith('File "')]
-    found = [(parts[1], int(parts[2].split(",")[1].split()[1])) for parts in calls if _is_own(parts[1])]
-    return found[-1] if found else None
+    result = [(parts[1], int(parts[2].split(",")[1].split()[1])) for parts in calls if _is_own(parts[1])]
+    return result[-1] if result else None
 
 
 def line_raised(error: BaseException) -> Line | None:
     """The innermost line of a network's own code that an error came through."""
-    found, step = None, error.__traceback__
+    result, step = None, error.__traceback__
     while step is not None:
-        step, found = _deeper(step, found)
-    return found
+        step, result = _deeper(step, result)
+    return result
 
 
 def _deeper(step: TracebackType, found: Line | None) -> tuple[TracebackType | None, Line | None]:

@@ -97,8 +97,8 @@ def first_difference(
     pairs = (calls(recorded, _started(known, recorded)) for recorded in (present, planned))
     for i, ((node, before, reads), (_, after, takes)) in enumerate(zip(*pairs, strict=True)):
         where = _where(op_name(node), module_of(node))
-        if found := _constants(where, before, after, reads, takes, i):
-            return found
+        if result := _constants(where, before, after, reads, takes, i):
+            return result
     return None
 
 

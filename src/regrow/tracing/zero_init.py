@@ -24,20 +24,20 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
         tensors: The network's parameters and buffers by name.
     """
     zeros = _zeros(w)
-    found: dict[int, str] = {}
+    result: dict[int, str] = {}
     for one in w.readings:
         for leaf in d.leaves(w.of(one.operand)[one.dim]):
             if reason := _reason(w, one, leaf, zeros):
-                found.setdefault(leaf.number, reason)
+                result.setdefault(leaf.number, reason)
     for expr, weight in w.also:
         for leaf in d.leaves(expr) if not weight else ():
-            found.setdefault(leaf.number, "in training it is read with no weight that could be 0")
+            result.setdefault(leaf.number, "in training it is read with no weight that could be 0")
     for node, name in w.capture.states.items():
         if name in tensors and not tensors[name].is_floating_point():
             for expr in w.dims[node] or ():
                 for leaf in d.leaves(expr):
-                    found.setdefault(leaf.number, f"{name} does not hold real numbers, of which some could be 0")
-    return found
+                    result.setdefault(leaf.number, f"{name} does not hold real numbers, of which some could be 0")
+    return result
 
 
 def _reason(w: Walk, one: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> str:

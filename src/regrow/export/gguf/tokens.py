@@ -261,8 +261,8 @@ def _ends(tokenizer: Any) -> tuple[bool, bool]:
 def _special(tokenizer: Any) -> dict[str, int]:
     """GGUF's name of a role → token."""
     roles = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad"}
-    found = {role: getattr(tokenizer, f"{name}_token_id", None) for role, name in roles.items()}
-    return {role: number for role, number in found.items() if isinstance(number, int)}
+    result = {role: getattr(tokenizer, f"{name}_token_id", None) for role, name in roles.items()}
+    return {role: number for role, number in result.items() if isinstance(number, int)}
 
 
 def write_vocabulary(words: Vocabulary, writer: Any) -> None:

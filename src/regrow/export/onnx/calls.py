@@ -153,7 +153,7 @@ def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
     {'x': {0: 'batch'}}
     """
     batch = {tensor.shape[0] for tensor in call.inputs.values() if tensor.dim()}
-    found: dict[str, dict[int, str]] = {}
+    result: dict[str, dict[int, str]] = {}
     for name, tensor in call.inputs.items():
         labels = {0: BATCH} if tensor.dim() and len(batch) == 1 else {}
         if name.startswith("past_key_values"):
@@ -163,8 +163,8 @@ def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
         elif tensor.dim() == 2 and not tensor.is_floating_point():
             # What a decoder reads is as long as it likes.
             labels[1] = f"decoder {SEQUENCE}" if name.startswith("decoder") else SEQUENCE
-        found[name] = {dim: label for dim, label in labels.items() if label.removeprefix("decoder ") in open_to}
-    return found
+        result[name] = {dim: label for dim, label in labels.items() if label.removeprefix("decoder ") in open_to}
+    return result
 
 
 def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
@@ -180,18 +180,18 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
         labels: What :func:`label_sizes` says.
         sizes: What a size is called → its new value. Sizes that are not named stay.
     """
-    found = {}
+    result = {}
     for name, tensor in call.inputs.items():
         for dim, label in labels[name].items():
             if (size := sizes.get(label)) is not None:
                 tensor = tensor.index_select(dim, torch.arange(size) % max(tensor.shape[dim], 1))
         if BATCH in labels[name].values() and name != "attention_mask":
             tensor = torch.stack([_other(row, i) for i, row in enumerate(tensor)])
-        found[name] = tensor
-    if (mask := found.get("attention_mask")) is not None and mask.dim() == 2 and len(mask) > 1 and mask.shape[1] > 2:
-        found["attention_mask"] = torch.ones_like(mask)
-        found["attention_mask"][-1, -mask.shape[1] // 3 :] = 0  # a shorter text, filled up on the right
-    return found
+        result[name] = tensor
+    if (mask := result.get("attention_mask")) is not None and mask.dim() == 2 and len(mask) > 1 and mask.shape[1] > 2:
+        result["attention_mask"] = torch.ones_like(mask)
+        result["attention_mask"][-1, -mask.shape[1] // 3 :] = 0  # a shorter text, filled up on the right
+    return result
 
 
 def name_outputs(answer: Any) -> dict[str, Tensor]:

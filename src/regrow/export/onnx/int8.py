@@ -68,13 +68,13 @@ def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
 
 def spread(call: ExportedCall) -> dict[str, float]:
     """Path of each linear layer → the largest number of its input in the example, over the mean of all."""
-    found: dict[str, float] = {}
+    result: dict[str, float] = {}
 
     def hook(name: str) -> object:
         def look(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             values = args[0].float()
             ratio = float(values.abs().max() / values.abs().mean().clamp(min=1e-30))
-            found[name] = max(found.get(name, 0.0), ratio)
+            result[name] = max(result.get(name, 0.0), ratio)
 
         return look
 
@@ -90,4 +90,4 @@ def spread(call: ExportedCall) -> dict[str, float]:
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return result

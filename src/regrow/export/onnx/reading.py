@@ -105,22 +105,22 @@ def compare_predictions(
         for i, one in enumerate((meant, said)):
             chances = one[:, :-1].double().log_softmax(-1)
             nats[i] -= chances.gather(-1, row[:, 1:, None]).sum() / (row.numel() - len(row))
-    found: dict[str, float | int | str] = {"next_tokens": many, "next_tokens_differ": differ}
-    found |= {"next_tokens_margin": margin, "next_tokens_on": told}
+    result: dict[str, float | int | str] = {"next_tokens": many, "next_tokens_differ": differ}
+    result |= {"next_tokens_margin": margin, "next_tokens_on": told}
     if tokenizer is not None:
-        found |= {"nats_torch": float(nats[0]) / len(rows), "nats_onnx": float(nats[1]) / len(rows)}
-    return found
+        result |= {"nats_torch": float(nats[0]) / len(rows), "nats_onnx": float(nats[1]) / len(rows)}
+    return result
 
 
 def start_inputs(call: ExportedCall, tokens: Tensor) -> dict[str, Tensor]:
     """The inputs for the beginning of texts ``[batch, sequence]``: all tokens count, and none was seen before."""
-    found = {}
+    result = {}
     for name, tensor in call.inputs.items():
         if name.startswith("past_key_values"):
-            found[name] = tensor.new_zeros(len(tokens), tensor.shape[1], 0, tensor.shape[3])
+            result[name] = tensor.new_zeros(len(tokens), tensor.shape[1], 0, tensor.shape[3])
         else:
-            found[name] = torch.ones_like(tokens) if name == "attention_mask" else tokens
-    return found
+            result[name] = torch.ones_like(tokens) if name == "attention_mask" else tokens
+    return result
 
 
 def _rows(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tuple[list[Tensor], str]:

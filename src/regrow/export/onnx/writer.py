@@ -162,10 +162,10 @@ def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def _example(model: nn.Module, example: Example | None) -> Example:
     """What a network is called with."""
     shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
-    found = example or (image_example(model, *shape) if shape else guessed_example(model))
-    if found is None:
+    result = example or (image_example(model, *shape) if shape else guessed_example(model))
+    if result is None:
         raise ExportError("the network does not say what input it takes; give an example")
-    return found
+    return result
 
 
 def _recorded(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _Found:

@@ -116,15 +116,15 @@ def _automatic(reference: str) -> list[str]:
     from transformers.models.auto import modeling_auto
 
     require_transformers()
-    found = []
+    result = []
     for name, automatic in vars(modeling_auto).items():
         mapping: Any = getattr(automatic, "_model_mapping", None)
         names: Mapping[str, Any] = getattr(mapping, "_model_mapping", {})
         if name.startswith("AutoModel") and any(
             reference in (one if isinstance(one, tuple) else (one,)) for one in names.values()
         ):
-            found.append(name)
-    return sorted(found)
+            result.append(name)
+    return sorted(result)
 
 
 def _block_config(block: DecoderLayer) -> dict[str, Any]:
