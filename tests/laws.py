@@ -235,7 +235,7 @@ def masked_equals_shrunk(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
 def widening_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan, alive: bool = True) -> None:
     """The widened network answers what it did (float64), evaluated and in training, and what is new in it learns.
 
-    ``alive=False`` leaves the last one out: behind a ReLU both of two newborn units can be off for two small images.
+    ``alive=False`` leaves the last one out: behind a ReLU both of two new units can be off for two small images.
     """
     double = in_double(model)
     for module in double.modules():
@@ -256,7 +256,7 @@ def widening_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan, alive
 
 
 def newborn_units_learn(wide: nn.Module, axes: AxisGraph, left: AxisGraph, plan: Plan) -> None:
-    """Of the newborn units of each axis, at least one has a gradient in some tensor from the first step on."""
+    """Of the new units of each axis, at least one has a gradient in some tensor from the first step on."""
     args, kwargs = in_double((axes.example.args, dict(axes.example.kwargs)))
     answers = [x for x in tree_leaves(wide(*args, **kwargs)) if isinstance(x, Tensor) and x.requires_grad]
     generator = torch.Generator().manual_seed(0)
@@ -270,11 +270,11 @@ def newborn_units_learn(wide: nn.Module, axes: AxisGraph, left: AxisGraph, plan:
             for slot in axis.slots
             if slot.name in state and state[slot.name].grad is not None
         ]
-        assert max(map(float, moved), default=0.0) > 0, f"newborn units of {key} are dead"
+        assert max(map(float, moved), default=0.0) > 0, f"new units of {key} are dead"
 
 
 def fitting_keeps_function(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Newborn units fitted to data leave the network's answers as they are, bit for bit."""
+    """New units fitted to data leave the network's answers as they are, bit for bit."""
     from regrow.sources import Batch
     from regrow.surgery import align_new_units, apply, fit_new_units
 
@@ -356,7 +356,7 @@ def same_axes(left: AxisGraph, known: AxisGraph) -> None:
     assert left.folds == known.folds and left.shapes == known.shapes and left.itemsize == known.itemsize
     for axis in known.free():
         again = left[axis.key]
-        assert (again.ids, again.born, again.size) == (axis.ids, axis.born, axis.size)
+        assert (again.ids, again.next_id, again.size) == (axis.ids, axis.next_id, axis.size)
         assert entries_of(again) == entries_of(axis), axis.key
 
 

@@ -159,7 +159,7 @@ def test_what_is_cut_and_grown_at_once_is_what_is_cut(name: str) -> None:
 
 
 FITTED = "mlp depthwise concat flatten grouped transposed attention glu chunk_gate rmsnorm_block tied gpt2 llama gemma3"
-"""One network of each build: how newborn units are made, and what lies between that and what reads them."""
+"""One network of each build: how new units are made, and what lies between that and what reads them."""
 
 
 @pytest.mark.parametrize("name", [name for name in LIGHT if name in FITTED.split()])

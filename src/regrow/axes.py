@@ -112,8 +112,8 @@ class Axis:
         least: How many units it must keep: 2 for a repetition, which networks skip when there is but one.
         multiple: Its size must stay a multiple of this, for an operation that runs on nothing else; 1 if any will do.
         inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
-        ids: The birth numbers of its units; they survive cuts, so a ledger can name a unit for life.
-        born: How many units it ever had: the next birth number, so that none is used twice.
+        ids: The ids of its units; they survive cuts, so a ledger can name a unit for life.
+        next_id: How many units it ever had: the next unit id, so that none is used twice.
         narrow: Why it cannot be widened; empty if it can. What cannot be cut cannot be widened either.
     """
 
@@ -128,13 +128,13 @@ class Axis:
     multiple: int = 1
     inside: str = ""
     ids: tuple[int, ...] = ()
-    born: int = 0
+    next_id: int = 0
     narrow: str = ""
 
     def __post_init__(self) -> None:
         if not self.ids:
             object.__setattr__(self, "ids", tuple(range(self.size)))
-        object.__setattr__(self, "born", max(self.born, max(self.ids, default=-1) + 1))
+        object.__setattr__(self, "next_id", max(self.next_id, max(self.ids, default=-1) + 1))
 
     @property
     def free(self) -> bool:

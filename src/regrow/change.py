@@ -18,7 +18,7 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True)
 class Fill:
-    """What newborn units hold, such that the network computes what it did.
+    """What new units hold, such that the network computes what it did.
 
     What is drawn can be fitted to data afterwards, with the function kept: :func:`regrow.fit_new_units` and
     :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
@@ -42,12 +42,12 @@ class Change:
         size: How many units the axis has before.
         keep: Which of them stay, ascending.
         slots: Where its units lie, so that the plan stands alone.
-        ids: The birth numbers of the units before the change.
-        grow: How many units are born; they lie behind all others.
+        ids: The ids of the units before the change.
+        grow: How many units are added; they lie behind all others.
         fill: What they hold.
-        restore: The birth numbers of units cut earlier that come back, ascending. Each goes to its old place: units
-            lie in the order of their birth numbers.
-        fresh: Whether they hold what newborn units would (``fill``), and not what they held when they were cut.
+        restore: The ids of units cut earlier that come back, ascending. Each goes to its old place: units
+            lie in the order of their unit ids.
+        fresh: Whether they hold what new units would (``fill``), and not what they held when they were cut.
     """
 
     size: int
@@ -66,17 +66,17 @@ class Change:
 
     @property
     def alive(self) -> tuple[int, ...]:
-        """The birth numbers of the units before it."""
+        """The ids of the units before it."""
         return self.ids or tuple(range(self.size))
 
     @property
-    def births(self) -> int:
-        """How many units come without numbers of their own: newborn ones, and those restored afresh."""
+    def new_units(self) -> int:
+        """How many units come without numbers of their own: new ones, and those restored afresh."""
         return self.grow + (len(self.restore) if self.fresh else 0)
 
     @property
     def recalled(self) -> tuple[int, ...]:
-        """The birth numbers of the units that come back with what they held."""
+        """The ids of the units that come back with what they held."""
         return () if self.fresh else self.restore
 
     @property
@@ -151,13 +151,13 @@ def _check(key: str, change: Change) -> None:
     if not 0 <= change.fill.seed < 2**63:
         raise PlanError(f"axis {key!r}: a seed is a number from 0, below 2**63; got {change.fill.seed}")
     if change.fill.rule not in FILLS:
-        raise PlanError(f"axis {key!r}: newborn units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
-    if change.fill.rule == "pair" and change.births % 2:
-        raise PlanError(f"axis {key!r}: pairs are born two by two; {change.births} is odd")
+        raise PlanError(f"axis {key!r}: new units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
+    if change.fill.rule == "pair" and change.new_units % 2:
+        raise PlanError(f"axis {key!r}: pairs are added two by two; {change.new_units} is odd")
     if change.ids and len(change.ids) != change.size:
-        raise PlanError(f"axis {key!r}: {len(change.ids)} birth numbers for {change.size} units")
+        raise PlanError(f"axis {key!r}: {len(change.ids)} unit ids for {change.size} units")
     if list(change.restore) != sorted(set(change.restore)) or min(change.restore, default=0) < 0:
-        raise PlanError(f"axis {key!r}: units to restore are named by birth numbers, ascending, each once, from 0")
+        raise PlanError(f"axis {key!r}: units to restore are named by unit ids, ascending, each once, from 0")
     if living := sorted(set(change.restore) & set(change.alive)):
         raise PlanError(f"axis {key!r}: unit {living[0]} is alive; only units that were cut can be restored")
     for slot in change.slots:

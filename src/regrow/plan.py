@@ -60,7 +60,7 @@ class Plan:
 
         Args:
             axes: The network's axes.
-            grow: Axis key → how many units are born.
+            grow: Axis key → how many units are added.
             fill: What they hold; ``zero_out`` unless given.
             **more: As for :class:`Plan`.
 
@@ -78,12 +78,12 @@ class Plan:
 
         Args:
             axes: The network's axes as they are now.
-            restore: Axis key → the birth numbers of the units (``Axis.ids`` names those alive).
-            fill: Given, they come back with what newborn units hold; else with what they held, out of the undo store.
+            restore: Axis key → the ids of the units (``Axis.ids`` names those alive).
+            fill: Given, they come back with what new units hold; else with what they held, out of the undo store.
             **more: As for :class:`Plan`.
 
         Raises:
-            PlanError: If an axis does not exist or is frozen, or a unit is alive or was never born.
+            PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
         """
         back = {key: _numbers(key, ids) for key, ids in restore.items()}
         fresh = {"fresh": fill is not None, "fill": fill or Fill()}
@@ -130,12 +130,12 @@ class Plan:
             PlanError: If an axis is missing, frozen, of another size or lies elsewhere, or if axes that must keep
                 equally many units would not.
         """
-        grows = any(change.births for change in self.changes.values())
+        grows = any(change.new_units for change in self.changes.values())
         recalls = any(change.recalled for change in self.changes.values())
         if self.means and (grows or recalls):
             raise PlanError("one plan compensates for what it drops, or brings units; make two")
         if grows and recalls:
-            raise PlanError("one plan brings units back with what they held, or gives birth to units; make two")
+            raise PlanError("one plan brings units back with what they held, or adds units; make two")
         if self.drop:
             self._check_drop(axes)
         for key, change in self.changes.items():
@@ -151,7 +151,7 @@ class Plan:
                 raise PlanError(
                     f"axis {key!r} must keep a multiple of {axis.multiple} units; the plan leaves {change.after}"
                 )
-            if change.births and axis.free and (problem := _cannot_grow(axis, change, axes.parameters)):
+            if change.new_units and axis.free and (problem := _cannot_grow(axis, change, axes.parameters)):
                 raise PlanError(f"axis {key!r} cannot be widened: {problem}")
             if not axis.free:
                 raise PlanError(f"axis {key!r} is frozen: {axis.reason}")
@@ -277,16 +277,16 @@ def _cannot_grow(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
         return axis.narrow
     zero_out, folded = change.fill.rule == "zero_out", axis.mark is Mark.FOLDED
     if folded and not zero_out:
-        return f"{axis.reason}, which only newborn units of value 0 leave as it was; take the fill 'zero_out'"
+        return f"{axis.reason}, which only new units of value 0 leave as it was; take the fill 'zero_out'"
     made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))
     others = {(s.name, s.dim) for s in axis.slots if s.role is not Role.CONSUMES}
     both = ", ".join(sorted(name for name, _ in others & read))
     if both and not zero_out:
         return f"{both} reads its units and does something else with them, too; take the fill 'zero_out'"
     if both and (read <= made if folded else made <= read):
-        return f"{both} both makes and reads its units: 0 on both sides, newborn ones could never learn"
+        return f"{both} both makes and reads its units: 0 on both sides, new ones could never learn"
     if zero_out and not {name for name, _ in (made if folded else read)} & parameters:
-        return "no parameter is there that could learn to use newborn units"
+        return "no parameter is there that could learn to use new units"
     return ""
 
 
@@ -295,10 +295,10 @@ def _check_restore(axis: Axis, change: Change) -> None:
         raise PlanError(
             f"axis {axis.key!r}: the plan restores units among others than those alive here; make it for these axes"
         )
-    if change.restore[-1] >= axis.born:
+    if change.restore[-1] >= axis.next_id:
         raise PlanError(
-            f"axis {axis.key!r}: no unit {change.restore[-1]} was ever born; its units are numbered from 0 to "
-            f"{axis.born - 1}"
+            f"axis {axis.key!r}: no unit {change.restore[-1]} ever existed; its units are numbered from 0 to "
+            f"{axis.next_id - 1}"
         )
 
 

@@ -506,7 +506,7 @@ def test_brought_back_is_what_was_dropped(name: str, modules: list[str]) -> None
     for back in [modules[:1], modules[1:]]:
         plan = Plan.from_json(Plan(back=tuple(back)).to_json())
         net, left = apply(net, left, plan, undo=undo)
-    assert undo == UndoStore(born=undo.born)
+    assert undo == UndoStore(next_ids=undo.next_ids)
     laws.same_network(net, model)
     laws.same_axes(left, axes)
     for field in fields_of(axes):
@@ -528,7 +528,7 @@ def test_units_cut_inside_and_outside_come_back_after_the_branch() -> None:
     net, cut = apply(net, axes, Plan.keeping(axes, {inner: range(5, 40)}), undo=undo)
     halfway = deepcopy(net)
     net, left = apply(net, cut, Plan.dropping(cut, [mlp], keep={other: range(50)}), undo=undo)
-    assert inner not in undo.born and undo.restorable == {other: tuple(range(50, 56))}
+    assert inner not in undo.next_ids and undo.restorable == {other: tuple(range(50, 56))}
     net, left = apply(net, left, Plan.keeping(left, {other: range(20)}), undo=undo)
     net, left = apply(net, left, Plan(back=(mlp,)), undo=undo)
     assert left[other].size == 20 and undo.restorable[inner] == cut_ids(axes, cut, inner)

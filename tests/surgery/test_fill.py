@@ -1,4 +1,4 @@
-"""Newborn units fitted to data: the function stays, they are alive, and the loss falls faster."""
+"""New units fitted to data: the function stays, they are alive, and the loss falls faster."""
 
 import copy
 from typing import Any
@@ -139,7 +139,7 @@ def test_between_linear_layers_aligned_units_are_the_leading_singular_vectors() 
     model, left = apply(model, axes, plan)
     labels = torch.arange(len(X)) % 4
     delta = torch.autograd.grad(F.cross_entropy(out := model(X), labels), out)[0]
-    # The bias of newborn units is that of old ones and takes part, so what is fed counts as it is.
+    # The bias of new units is that of old ones and takes part, so what is fed counts as it is.
     _, _, right = torch.linalg.svd((delta.T @ X).double())
     with torch.no_grad():
         model[0].bias[5:] = 0
@@ -165,11 +165,11 @@ def test_the_silent_side_learns_faster_and_no_newborn_unit_is_dead(name: str) ->
         optimiser.step()
     for one, first, second in zip((*mute, *loud), *moved, strict=True):
         both = (first.abs() + second.abs()).movedim(one.dim, 0).flatten(1).sum(1)
-        assert bool((both > 0).all()), f"{one.name}: a newborn unit has no gradient in two steps"
+        assert bool((both > 0).all()), f"{one.name}: a new unit has no gradient in two steps"
 
 
 def test_on_a_residual_stream_the_reading_side_is_turned() -> None:
-    """Nothing writes newborn units there, so this is GradMax itself; there is no spread to fit."""
+    """Nothing writes new units there, so this is GradMax itself; there is no spread to fit."""
     torch.manual_seed(0)
     model = Gated()
     axes = trace(model, X)
@@ -177,7 +177,7 @@ def test_on_a_residual_stream_the_reading_side_is_turned() -> None:
     plan = Plan.growing(axes, {key: 2})
     model, left = apply(model, axes, plan)
     batches = [Batch((X,), labels=torch.arange(len(X)) % 4)]
-    with laws.untouched(model), pytest.raises(PlanError, match="nothing writes its newborn units yet"):
+    with laws.untouched(model), pytest.raises(PlanError, match="nothing writes its new units yet"):
         fit_new_units(model, left, plan, batches)
     said, drawn = model(X), silent_gradient(model, left, plan, batches)
     align_new_units(model, left, plan, batches)
@@ -212,10 +212,10 @@ def test_what_cannot_be_fitted_is_refused_by_name_and_nothing_changes() -> None:
     for rule in ("split", "pair"):
         model, axes, plan, batches = grown("relu", 2, Fill(rule))
         for change in (fit_new_units, align_new_units):
-            with laws.untouched(model), pytest.raises(PlanError, match=rf"born by '{rule}' are read already"):
+            with laws.untouched(model), pytest.raises(PlanError, match=rf"added by '{rule}' are read already"):
                 change(model, axes, plan, batches)
     model, axes, plan, batches = grown("relu")
-    with pytest.raises(PlanError, match="gives birth to no units"):
+    with pytest.raises(PlanError, match="adds no units"):
         fit_new_units(model, axes, Plan.keeping(axes, {"0.weight:0": range(3)}), batches)
     with laws.untouched(model), pytest.raises(ValueError, match="needs batches with labels"):
         align_new_units(model, axes, plan, [Batch((X,))])
@@ -226,7 +226,7 @@ def test_what_cannot_be_fitted_is_refused_by_name_and_nothing_changes() -> None:
         fit_new_units(model, later, plan, batches)
     with torch.no_grad():
         model[2].weight += 0.1
-    with laws.untouched(model), pytest.raises(PlanError, match=r"2\.weight already uses its newborn units"):
+    with laws.untouched(model), pytest.raises(PlanError, match=r"2\.weight already uses its new units"):
         fit_new_units(model, axes, plan, batches)
 
 

@@ -152,23 +152,23 @@ def test_a_bias_that_was_trained_loses_only_what_compensation_gave_it() -> None:
 
 @pytest.mark.parametrize("name", ["mlp", "conv_residual", "flatten", "concat", "llama", "chunk_gate"])
 def test_units_born_meanwhile_are_not_heard_by_those_restored(name: str) -> None:
-    """Cut, grow, restore: the function of the network that only grew, whose newborn units are silent."""
+    """Cut, grow, restore: the function of the network that only grew, whose new units are silent."""
     model, axes = trace_zoo(name)
     double, undo = laws.in_double(model), UndoStore()
     left = replace(axes, example=Example(*laws.in_double((axes.example.args, dict(axes.example.kwargs)))))
     cut = laws.random_plan(left, torch.Generator().manual_seed(5), floor=2)
     net, left = apply(copy.deepcopy(double), left, cut, undo=undo)
     net, left = apply(net, left, laws.joint_growing_plan(left, "zero_out"), undo=undo)
-    born = {axis.key: axis.born for axis in left}
+    born = {axis.key: axis.next_id for axis in left}
     net, left = apply(net, left, Plan.restoring(left, undo.restorable), undo=undo)
     assert laws.gap(laws.outputs(net, axes), laws.outputs(double, axes)) <= laws.EXACT
     for axis in left:
-        assert list(axis.ids) == sorted(set(axis.ids)) and axis.born == born[axis.key]
+        assert list(axis.ids) == sorted(set(axis.ids)) and axis.next_id == born[axis.key]
     assert any(axis.size > axes[axis.key].size for axis in left)
 
 
 def test_a_restored_head_learns_to_use_a_size_born_without_it() -> None:
-    """Head 2 was gone when heads became larger: its new entries are as in newborn units, not 0 on both sides."""
+    """Head 2 was gone when heads became larger: its new entries are as in new units, not 0 on both sides."""
     torch.manual_seed(0)
 
     def wire(m: Any, x: torch.Tensor) -> torch.Tensor:
@@ -262,7 +262,7 @@ def test_units_can_come_back_afresh() -> None:
     for rule in ("split", "pair"):
         laws.widening_keeps_function(model, axes, Plan.restoring(axes, {A: (1, 4)}, Fill(rule)), alive=False)
     model, left = apply(model, axes, plan)
-    assert left[A].ids == (0, 1, 2, 4, 5) and left[A].born == 6
+    assert left[A].ids == (0, 1, 2, 4, 5) and left[A].next_id == 6
     assert not model[2].weight[:, [1, 3]].any()
     assert torch.equal(model[2].weight[:, [0, 2, 4]], old[2].weight[:, [0, 2, 5]])
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_restored_is_refused_by_name_and_nothing_changes() -> Non
     model, axes = apply(model, axes, Plan.keeping(axes, {A: (0, 1, 2, 3)}), undo=undo)
     with pytest.raises(PlanError, match="unit 3 is alive; only units that were cut"):
         Plan.restoring(axes, {A: (3,)})
-    with pytest.raises(PlanError, match="no unit 9 was ever born; its units are numbered from 0 to 5"):
+    with pytest.raises(PlanError, match="no unit 9 ever existed; its units are numbered from 0 to 5"):
         Plan.restoring(axes, {A: (9,)})
     with pytest.raises(PlanError, match="each once"):
         Plan({A: Change(4, (0, 1, 2, 3), axes[A].slots, axes[A].ids, restore=(5, 4))})

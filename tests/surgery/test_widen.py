@@ -1,4 +1,4 @@
-"""Growing: birth numbers, what newborn units hold, and an optimiser that follows."""
+"""Growing: unit ids, what new units hold, and an optimiser that follows."""
 
 import copy
 from typing import Any
@@ -31,13 +31,13 @@ def mlp() -> tuple[nn.Module, Any]:
     return model, trace(model, torch.randn(8, 4))
 
 
-def test_a_birth_number_is_never_used_twice() -> None:
+def test_a_unit_id_is_never_used_twice() -> None:
     model, axes = net()
     model, axes = apply(model, axes, Plan.keeping(axes, {KEY: range(5)}))
     model, axes = apply(model, axes, Plan.growing(axes, {KEY: 2}))
-    assert axes[KEY].ids == (0, 1, 2, 3, 4, 6, 7) and axes[KEY].born == 8
+    assert axes[KEY].ids == (0, 1, 2, 3, 4, 6, 7) and axes[KEY].next_id == 8
     model, axes = apply(model, axes, Plan.keeping(axes, {KEY: (0, 6)}))
-    assert axes[KEY].ids == (0, 7) and axes[KEY].born == 8
+    assert axes[KEY].ids == (0, 7) and axes[KEY].next_id == 8
 
 
 def test_a_plan_that_grows_survives_json() -> None:
@@ -66,7 +66,7 @@ def test_an_axis_that_cannot_grow_says_why() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3))
     axes = trace(model, torch.randn(2, 4))
-    with pytest.raises(PlanError, match=r"cannot be widened: it would be taken over newborn units too \(layer_norm"):
+    with pytest.raises(PlanError, match=r"cannot be widened: it would be taken over new units too \(layer_norm"):
         Plan.growing(axes, {"0.weight:0": 1})
     with pytest.raises(PlanError, match="is frozen: it is an output"):
         Plan.growing(axes, {"2.weight:0": 1})
@@ -77,7 +77,7 @@ def test_an_axis_that_cannot_grow_says_why() -> None:
 @pytest.mark.parametrize("rule", ["zero_out", "split", "pair"])
 @pytest.mark.parametrize("groups", [3, 12])
 def test_group_norms_take_whole_newborn_groups(rule: str, groups: int) -> None:
-    """A newborn group is normed by itself, so nothing else hears it; a unit more inside a group would be heard."""
+    """A new group is normed by itself, so nothing else hears it; a unit more inside a group would be heard."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.GroupNorm(groups, 12), nn.ReLU(), nn.Conv2d(12, 4, 3), nn.Flatten(), nn.Linear(16, 2)
@@ -89,9 +89,7 @@ def test_group_norms_take_whole_newborn_groups(rule: str, groups: int) -> None:
     wide, _ = apply(copy.deepcopy(model), axes, Plan.growing(axes, {whole.key: 2}, Fill(rule)))
     assert wide[1].num_groups == groups + 2 and wide[1].num_channels == 12 + 2 * 12 // groups
     if groups == 3:
-        with pytest.raises(
-            PlanError, match=r"cannot be widened: it would be taken over newborn units too \(group_norm"
-        ):
+        with pytest.raises(PlanError, match=r"cannot be widened: it would be taken over new units too \(group_norm"):
             Plan.growing(axes, {"0.weight:0": 1})
 
 
@@ -141,7 +139,7 @@ def _step(model: nn.Module, optimiser: torch.optim.Optimizer, seed: int) -> None
 
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_an_optimiser_follows(name: str) -> None:
-    """Kept entries keep what is remembered of them; newborn ones start with no drift and a usual step size."""
+    """Kept entries keep what is remembered of them; new ones start with no drift and a usual step size."""
     model, axes = mlp()
     decayed = [p for n, p in model.named_parameters() if "weight" in n]
     optimiser = OPTIMISERS[name](
@@ -215,10 +213,10 @@ def test_a_memory_that_is_not_known_is_refused() -> None:
 
 
 def test_units_of_an_axis_are_numbered_from_0_at_birth() -> None:
-    assert Axis("a", 3, ()).born == 3 and Axis("a", 2, (), ids=(4, 9)).born == 10
+    assert Axis("a", 3, ()).next_id == 3 and Axis("a", 2, (), ids=(4, 9)).next_id == 10
 
 
-# --- what must be refused, since newborn units would be heard ---------------------------------------------------------
+# --- what must be refused, since new units would be heard ---------------------------------------------------------
 
 
 def stream(put: Any, **parts: Any) -> Wired:

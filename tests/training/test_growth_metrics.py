@@ -1,4 +1,4 @@
-"""What is told of a growth: the newborn entries' part of the gradient, and when the loss was back."""
+"""What is told of a growth: the new entries' part of the gradient, and when the loss was back."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,7 +71,7 @@ def grown(rule: str = "zero_out", lr: float = 0.05) -> tuple[Watched, TrainState
 
 @pytest.mark.parametrize("rule", ["zero_out", "split"])
 def test_newborn_entries_have_the_part_of_the_gradient_that_is_told(rule: str) -> None:
-    """6 newborn units of the first layer: 6 rows, 6 biases, 6 columns behind them."""
+    """6 new units of the first layer: 6 rows, 6 biases, 6 columns behind them."""
     learner, course = grown(rule)
     (event,) = course.events
     first = learner.first
@@ -80,7 +80,7 @@ def test_newborn_entries_have_the_part_of_the_gradient_that_is_told(rule: str) -
     assert event["newborn_gradient"] == pytest.approx(parts / whole, rel=1e-12) and 0 < parts < whole
     assert event["newborn_entries"] == (6 * 64 + 6 + 8 * 6) / event["parameters"]
     if rule == "zero_out":
-        assert not first["1.weight"][12:].any(), "nothing reads newborn units yet"
+        assert not first["1.weight"][12:].any(), "nothing reads new units yet"
 
 
 @pytest.mark.parametrize("lr", [0.05, 1e-5])
@@ -121,7 +121,7 @@ def test_what_is_told_changes_no_step() -> None:
 
 @pytest.mark.parametrize("young", [10.0, 1e7])
 def test_watching_goes_on_after_a_stop(young: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stopped after growth; under a penalty that only newborn units have, the loss never comes back."""
+    """Stopped after growth; under a penalty that only new units have, the loss never comes back."""
     given: dict[str, Any] = {"late": 0.75, "young": young}
     settings = Settings(("permuted:digits:2",), model="mlp:16-16", epochs=4, train=200, test=80, method_settings=given)
     run(settings, tmp_path / "whole")

@@ -1,4 +1,4 @@
-"""How many units are born, and where: axes that are short of free weights, under a cap on the whole."""
+"""How many units are added, and where: axes that are short of free weights, under a cap on the whole."""
 
 from collections.abc import Iterable, Mapping
 from math import ceil, prod
@@ -26,7 +26,7 @@ def growth(
     multiple: int,
     cap: float,
 ) -> dict[str, int]:
-    """Axis key → how many units are born: ``share`` of its first size, rounded up to a multiple, while there is room.
+    """Axis key → how many units are added: ``share`` of its first size, rounded up to a multiple, while there is room.
 
     Args:
         axes: The network's axes.

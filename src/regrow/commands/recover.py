@@ -151,7 +151,7 @@ def _cut(source: RunFolder, dense: Loaded) -> tuple[AxisGraph, Plan]:
         StoreError: If there is not one plan, or it does more than cut.
     """
     plans = source.ledger.plans()
-    if len(plans) != 1 or plans[0].back or any(change.births for change in plans[0].changes.values()):
+    if len(plans) != 1 or plans[0].back or any(change.new_units for change in plans[0].changes.values()):
         raise StoreError(f"{source.path}: recovery needs a run of one plan that only cuts; this has {len(plans)} plans")
     axes = trace(dense.model, *dense.example.args, **dense.example.kwargs)
     plans[0].check(axes)

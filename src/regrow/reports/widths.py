@@ -128,7 +128,7 @@ def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int
 
 
 def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
-    """Axis → the birth numbers of the units that every plan kept, or that came back as they were."""
+    """Axis → the ids of the units that every plan kept, or that came back as they were."""
     left: dict[str, set[int]] = {}
     for plan in plans:
         for key, change in mapping(plan.get("changes")).items():

@@ -18,7 +18,7 @@ class Massive:
 
     Args:
         axis: The key of its axis.
-        unit: Its birth number.
+        unit: Its unit id.
         share: Its part of the layer's energy (0 to 1).
         ratio: Its energy as a multiple of the median unit's.
     """

@@ -1,4 +1,4 @@
-"""Newborn units turned to where the loss would learn most from them, with the network's function kept."""
+"""New units turned to where the loss would learn most from them, with the network's function kept."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,7 +35,7 @@ def align_new_units(
     loss: Loss = classification_loss,
     steps: int = 1,
 ) -> nn.Module:
-    """Turn newborn units such that the gradient of their silent side is large: the loss learns fast from them.
+    """Turn new units such that the gradient of their silent side is large: the loss learns fast from them.
 
     With zeros in what reads a unit, ``G = ∂L/∂W_out`` depends on its incoming weights w, and w is to make ``‖G‖²``
     large at the length that it has. A step of the power method turns w halfway to ``∂‖G‖²/∂w``, these directions made
@@ -44,18 +44,18 @@ def align_new_units(
     output, x: input of the previous one), as in GradMax; activations, norms, gates and attention are passed through.
 
     GradMax itself has the incoming weights at 0 and chooses the outgoing ones. Behind a batch normalisation and a ReLU
-    such units are dead, so that is done only where nothing writes newborn units anyway (a residual stream).
+    such units are dead, so that is done only where nothing writes new units anyway (a residual stream).
 
     Args:
         model: The network after the plan; changed in place.
         axes: Its axes after the plan.
-        plan: The plan that gave birth to the units, by ``zero_out``.
+        plan: The plan that added the units, by ``zero_out``.
         batches: One to four are enough.
         loss: The loss of a batch; cross entropy with its labels unless given.
         steps: Steps of the power method. With one, units keep half of their drawn directions, and learn longest.
 
     Returns:
-        The same model, whose newborn units also have the spread of the old ones, as :func:`fit_new_units` gives it.
+        The same model, whose new units also have the spread of the old ones, as :func:`fit_new_units` gives it.
 
     Raises:
         PlanError: As :func:`fit_new_units`; or if no gradient reaches the units.
@@ -69,7 +69,7 @@ def align_new_units(
         pull = _gradients(model, mute, batches, loss)
     for key in young:
         if not any(bool(part.any()) for entries, part in pull.items() if entries.axis == key):
-            raise PlanError(f"axis {key!r}: no gradient of these batches reaches its newborn units")
+            raise PlanError(f"axis {key!r}: no gradient of these batches reaches its new units")
     if spread.changes:
         fit_new_units(model, axes, spread, batches)
     for _ in range(steps):
@@ -80,7 +80,7 @@ def align_new_units(
         for entries, direction in turn.items():
             entries.turn(model, direction)
         for entries in mute:
-            entries.set(model, torch.zeros(()))  # some newborn units of one axis are made by those of another
+            entries.set(model, torch.zeros(()))  # some new units of one axis are made by those of another
         if spread.changes:
             fit_new_units(model, axes, spread, batches)
     return model

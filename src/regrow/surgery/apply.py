@@ -49,7 +49,7 @@ def apply(
         axes: Its axes, as :func:`regrow.trace` gave them.
         plan: What to keep, which branches go, what grows, and what comes back.
         optimizers: Those that move the model's parameters; they follow, with what they remember of them. Entries that
-            are newborn or restored start with no drift and the step size of their neighbours.
+            are new or restored start with no drift and the step size of their neighbours.
         undo: Keeps what is cut, and has what is restored.
 
     Returns:

@@ -110,8 +110,8 @@ def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
 
 
 def _seed(axes: AxisGraph, plan: Plan) -> int:
-    births = [(key, change.fill.seed, axes[key].born) for key, change in sorted(plan.changes.items())]
-    return zlib.crc32(repr(births).encode())
+    grown = [(key, change.fill.seed, axes[key].next_id) for key, change in sorted(plan.changes.items())]
+    return zlib.crc32(repr(grown).encode())
 
 
 def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[AxisGraph, Plan]:
@@ -233,8 +233,8 @@ def _after(
         slots = [slot for slot in slots_after(axis, axes, lays, sizes) if slot.name not in done.removed]
         for name, (dim,) in added.items():
             slots += [Slot(name, 0, *place, role=Role.SHIFTS) for place in places(dim, axis.key, sizes)]
-        born = axis.born + (0 if change is None else change.grow)
-        return replace(axis, size=sizes[axis.key], slots=tuple(slots), ids=ids, born=born)
+        next_id = axis.next_id + (0 if change is None else change.grow)
+        return replace(axis, size=sizes[axis.key], slots=tuple(slots), ids=ids, next_id=next_id)
 
     itemsize = {**axes.itemsize, **{name: done.values[name].element_size() for name in added}}
     return replace(

@@ -152,7 +152,7 @@ def replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
     keep = {}
     for key in shared:
         place = {one: i for i, one in enumerate(own[key].ids)}
-        if not place.keys() >= set(axes[key].ids) or axes[key].born != own[key].born:
+        if not place.keys() >= set(axes[key].ids) or axes[key].next_id != own[key].next_id:
             raise PlanError(
                 f"axis {key!r} has other units than when {removed.branch.module} was dropped; cut those first"
             )

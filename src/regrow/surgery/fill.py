@@ -1,4 +1,4 @@
-"""Newborn units fitted to data, with the network's function kept: what makes them changes, what reads them stays 0."""
+"""New units fitted to data, with the network's function kept: what makes them changes, what reads them stays 0."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,18 +17,18 @@ from regrow.tracing.capture import evaluating
 
 
 def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
-    """Give newborn units the spread of the old ones: w ← ± w · median(std of old outputs) / std of its own output.
+    """Give new units the spread of the old ones: w ← ± w · median(std of old outputs) / std of its own output.
 
     The standard deviation is that of what each row of a linear layer or convolution gives, over all positions of all
     batches; its bias goes along. A unit whose mean is further than that below 0 changes its sign: behind a ReLU it
-    would hardly answer, and hardly learn. The running statistics of newborn channels are set to what their batch
+    would hardly answer, and hardly learn. The running statistics of new channels are set to what their batch
     normalisation is fed. The units must have grown by ``zero_out``: nothing reads them yet, so the network's function
     stays as it is.
 
     Args:
         model: The network after the plan; changed in place.
         axes: Its axes after the plan.
-        plan: The plan that gave birth to the units.
+        plan: The plan that added the units.
         batches: One to four are enough.
 
     Returns:
@@ -51,14 +51,14 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     young, batches = new_units(model, axes, plan), list(batches)
     for key in young:
         if axes[key].mark is Mark.FOLDED:
-            raise PlanError(f"axis {key!r}: nothing writes its newborn units yet, so they have no spread to fit")
+            raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
     spots = [*_rows(model, axes, young), *_channels(model, axes, young)]
     met = list(_sums(model, spots, batches[:1]))
     for key in young:
         if not any(spot.axis == key for spot in met):
             raise PlanError(f"axis {key!r}: no linear layer or convolution makes its units when the network runs")
     turns = [[spot for spot in met if spot.axis == key] for key in young]
-    # What lies behind is fed by what lies before, so one after the other; axes do not feel each other's newborn units.
+    # What lies behind is fed by what lies before, so one after the other; axes do not feel each other's new units.
     for i in range(max(map(len, turns))):
         now = [turn[i] for turn in turns if i < len(turn)]
         for spot, sums in _sums(model, now, batches).items():
@@ -69,12 +69,12 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
 def sparsify_new_units(
     model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """Leave newborn units a drawn share of what makes them; the rest is 0. Each unit keeps at least one entry.
+    """Leave new units a drawn share of what makes them; the rest is 0. Each unit keeps at least one entry.
 
     Args:
         model: The network after the plan; changed in place.
         axes: Its axes after the plan.
-        plan: The plan that gave birth to the units, by ``zero_out``.
+        plan: The plan that added the units, by ``zero_out``.
         density: The share of entries that stay, above 0.
         generator: What is drawn with.
 
@@ -102,7 +102,7 @@ def sparsify_new_units(
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Axis key → the units that a plan gave birth to, where they lie now.
+    """Axis key → the units that a plan added, where they lie now.
 
     Args:
         model: The network after the plan.
@@ -110,36 +110,36 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
         plan: The plan.
 
     Raises:
-        PlanError: If it gave birth to none, not by ``zero_out``, these are not the axes that it left, or the units are
+        PlanError: If it added none, not by ``zero_out``, these are not the axes that it left, or the units are
             not silent any more.
     """
     result = {}
     for key, change in plan.changes.items():
-        if not change.births:
+        if not change.new_units:
             continue
         if change.fill.rule != "zero_out":
             raise PlanError(
-                f"axis {key!r}: units born by {change.fill.rule!r} are read already, so a change would be heard; "
+                f"axis {key!r}: units added by {change.fill.rule!r} are read already, so a change would be heard; "
                 "take the fill 'zero_out'"
             )
         axis = axes[key]
-        ids = {*range(axis.born - change.grow, axis.born), *(change.restore if change.fresh else ())}
+        ids = {*range(axis.next_id - change.grow, axis.next_id), *(change.restore if change.fresh else ())}
         if not ids <= set(axis.ids) or axis.size != change.after:
             raise PlanError(f"axis {key!r} is not as this plan left it; give the axes that apply returned for it")
         result[key] = torch.tensor([unit for unit, one in enumerate(axis.ids) if one in ids])
     if not result:
-        raise PlanError("the plan gives birth to no units; there is nothing to fit")
+        raise PlanError("the plan adds no units; there is nothing to fit")
     for entries in split_entries(model, axes, result)[1]:
         if bool(entries.of(model.get_parameter(entries.name).detach()).any()):
             raise PlanError(
-                f"axis {entries.axis!r}: {entries.name} already uses its newborn units; fit them before they learn"
+                f"axis {entries.axis!r}: {entries.name} already uses its new units; fit them before they learn"
             )
     return result
 
 
 @dataclass(frozen=True)
 class Entries:
-    """What newborn units of an axis own in one dimension of a parameter."""
+    """What new units of an axis own in one dimension of a parameter."""
 
     axis: str
     name: str
@@ -173,7 +173,7 @@ class Entries:
 def split_entries(
     model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]
 ) -> tuple[list[Entries], list[Entries]]:
-    """The entries that newborn units have drawn numbers in, and those that are 0."""
+    """The entries that new units have drawn numbers in, and those that are 0."""
     parameters = dict(model.named_parameters())
     found: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
     for key, units in young.items():

@@ -16,16 +16,16 @@ class Layout:
     """The entries of a dimension (or the units of an axis) after a plan; everything ``[entries]``.
 
     Args:
-        source: The entry that it was before, or that a newborn one is a copy of.
-        born: Whether it is newborn.
-        drawn: Whether it is newborn and no copy: its numbers are drawn.
+        source: The entry that it was before, or that a new one is a copy of.
+        is_new: Whether it is new.
+        drawn: Whether it is new and no copy: its numbers are drawn.
         twin: The entry whose drawn numbers it shares; itself, mostly.
         inward: The factor on numbers that make it.
         outward: The factor on numbers that read it.
     """
 
     source: Tensor
-    born: Tensor
+    is_new: Tensor
     drawn: Tensor
     twin: Tensor
     inward: Tensor
@@ -44,7 +44,7 @@ class Layout:
     @property
     def kept(self) -> Tensor:
         """The entries before that stay, ascending."""
-        return self.source[~self.born]
+        return self.source[~self.is_new]
 
 
 def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
@@ -106,32 +106,32 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
         high, low = pairs(a, b)
         return high * width + low
 
-    born, drawn = (torch.logical_or(*pairs(getattr(outer, n), getattr(inner, n))) for n in ("born", "drawn"))
+    is_new, drawn = (torch.logical_or(*pairs(getattr(outer, n), getattr(inner, n))) for n in ("is_new", "drawn"))
     inward, outward = (torch.mul(*pairs(getattr(outer, n), getattr(inner, n))) for n in ("inward", "outward"))
     source, twin = index(outer.source, inner.source, size), index(outer.twin, inner.twin, len(inner))
-    return Layout(source, born, drawn, twin, inward, outward)
+    return Layout(source, is_new, drawn, twin, inward, outward)
 
 
 def units_after(change: Change, axis: Axis) -> Layout:
-    """The units of an axis after its change, in the order of their birth numbers; newborn ones as its fill has them.
+    """The units of an axis after its change, in the order of their unit ids; new ones as its fill has them.
 
     ``zero_out``: drawn, and nothing reads them yet; on a folded axis (a residual stream under root-mean-square norms)
     nothing writes them yet. ``split``: each is a copy of a kept unit, and they share what reads that. ``pair``: two and
-    two are drawn alike and read with opposite signs. Restored units lie among the kept ones, and are newborn until
+    two are drawn alike and read with opposite signs. Restored units lie among the kept ones, and are new until
     their old numbers are put in.
     """
     keep = torch.tensor(change.keep)
     old, n = Layout.of(keep), len(change.restore) + change.grow
     if not n:
         return old
-    generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.born) % 2**63)
+    generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.next_id) % 2**63)
     many = len(keep)
     rounds = [torch.randperm(many, generator=generator) for _ in range(-(-n // many))]
     donors = torch.cat(rounds)[:n]
     rule = "zero_out" if change.recalled else change.fill.rule
     if rule == "pair":
         donors = donors[: n // 2].repeat(2)
-    source, born = torch.cat([keep, keep[donors]]), torch.arange(many + n) >= many
+    source, is_new = torch.cat([keep, keep[donors]]), torch.arange(many + n) >= many
     twin, one = torch.arange(many + n), torch.ones(many + n, dtype=torch.float64)
     match rule:
         case "split":
@@ -139,27 +139,27 @@ def units_after(change: Change, axis: Axis) -> Layout:
             share = 0.5 + torch.rand(many + n, dtype=torch.float64, generator=generator)
             owner = torch.cat([torch.arange(many), donors])
             total = torch.zeros(many, dtype=torch.float64).index_add(0, owner, share)
-            made = Layout(source, born, torch.zeros_like(born), twin, one, share / total[owner])
+            made = Layout(source, is_new, torch.zeros_like(is_new), twin, one, share / total[owner])
         case "pair":
             twin[many + n // 2 :] = torch.arange(many, many + n // 2)
             sign = one.clone()
             sign[many + n // 2 :] = -1
-            made = Layout(source, born, born, twin, one, sign)
+            made = Layout(source, is_new, is_new, twin, one, sign)
         case _:
-            silent = torch.where(born, 0.0, one)
+            silent = torch.where(is_new, 0.0, one)
             factors = (silent, one) if axis.mark is Mark.FOLDED else (one, silent)
-            made = Layout(source, born, born, twin, *factors)
+            made = Layout(source, is_new, is_new, twin, *factors)
     return _in_order(made, unit_ids_after(change, axis)) if change.restore else made
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
-    """The birth numbers of an axis's units after its change: those kept, then those restored, then newborn ones."""
+    """The ids of an axis's units after its change: those kept, then those restored, then new ones."""
     kept = [axis.ids[unit] for unit in change.keep]
-    return [*kept, *change.restore, *range(axis.born, axis.born + change.grow)]
+    return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
 
 
 def _in_order(units: Layout, ids: list[int]) -> Layout:
-    """The same units in the order of their birth numbers."""
+    """The same units in the order of their unit ids."""
     order = torch.tensor(ids).argsort()
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
     return Layout(*(place[part[order]] if name == "twin" else part[order] for name, part in vars(units).items()))

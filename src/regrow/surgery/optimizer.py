@@ -12,10 +12,10 @@ from regrow.surgery.layout import Layout
 from regrow.surgery.widen import resize_moment
 
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-"""What an optimiser calls a mean of gradients: 0 for newborn entries."""
+"""What an optimiser calls a mean of gradients: 0 for new entries."""
 
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
-"""What it calls a mean of their squares or sizes: the mean of the kept entries for newborn ones."""
+"""What it calls a mean of their squares or sizes: the mean of the kept entries for new ones."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def _state(what: str, value: object, one: Exchange) -> object:
         )
     if what not in FIRST | SECOND:
         raise PlanError(
-            f"the optimiser keeps {what!r} for {one.name}; what newborn or kept units should have of it is not known; "
+            f"the optimiser keeps {what!r} for {one.name}; what new or kept units should have of it is not known; "
             "make a new optimiser after the change"
         )
     with torch.no_grad():

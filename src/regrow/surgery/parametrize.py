@@ -44,7 +44,7 @@ def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 
 def resize_axis_tensor(one: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
-    """A tensor along axes as it is after a plan: kept entries keep theirs, newborn ones are 0 (or false).
+    """A tensor along axes as it is after a plan: kept entries keep theirs, new ones are 0 (or false).
 
     Args:
         one: The tensor.

@@ -46,7 +46,7 @@ def check_blocks(change: ProposedChange) -> None:
     """Compare the network masked by a plan with what the plan leaves of it, in float64, on some blocks of each class.
 
     A block runs on the same random numbers in both; what reaches it past all parameters (positions, attention masks) is
-    computed. Units that are restored are masked in what the plan leaves. Newborn ones are not: they leave the function
+    computed. Units that are restored are masked in what the plan leaves. New ones are not: they leave the function
     as it was. If a block differs, or cannot run by itself, both networks run as a whole, on the example.
 
     Raises:
@@ -112,7 +112,7 @@ class _Pair:
         mask = masking(capture, reads, change.axes.sizes(), keep, plan.means)
         after: tuple[Capture, Load, Masking | None] = (change.planned, self.cut.load, None)
         if change.recalls:
-            old = {key: tuple((~one.born).nonzero().flatten().tolist()) for key, one in change.units.items()}
+            old = {key: tuple((~one.is_new).nonzero().flatten().tolist()) for key, one in change.units.items()}
             back = masking(change.planned, reads, change.ready.sizes, old, restored_means(change))
             after = (change.planned, loader(model, change.ready.done.values), back)
         self.sides: tuple[tuple[Capture, Load, Masking | None], ...] = ((capture, loader(model), mask), after)
@@ -212,7 +212,7 @@ class _Pair:
         if not isinstance(ours, Tensor) or dims is None:
             raise _NotAloneError
         for dim, lay in self.change.lays(dims).items():
-            stays = (~lay.born).nonzero().flatten()
+            stays = (~lay.is_new).nonzero().flatten()
             ours = ours.index_select(dim, lay.source[stays].to(ours.device))
             theirs = theirs.index_select(dim, stays.to(theirs.device))
         if not ours.is_floating_point():

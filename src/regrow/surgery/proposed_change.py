@@ -75,7 +75,7 @@ def computed_tensors(change: ProposedChange) -> set[str]:
     """The tensors in which a plan does not only select numbers, but works some out."""
     folds = {fold.weight for fold in change.axes.folds}
     biases = {bias_of(weight) for weight in change.plan.means}
-    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.born.any()) for lay in lays.values())}
+    grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.is_new.any()) for lay in lays.values())}
     return {name for name in folds | biases | grown if name in change.ready.done.values}
 
 
@@ -85,7 +85,7 @@ def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
     if change.undo is None:
         return {}
     grown = {key: one.grow for key, one in plan.changes.items()}
-    born = {axis.key: axis.born + grown.get(axis.key, 0) for axis in axes}
+    next_ids = {axis.key: axis.next_id + grown.get(axis.key, 0) for axis in axes}
     ids = {
         axis.key: sorted(unit_ids_after(plan.changes[axis.key], axis)) if axis.key in grown else axis.ids
         for axis in axes
@@ -95,7 +95,7 @@ def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
     for weight, row in change.undo.means.items():
         dim = read_dim(axes, weight)
         assert dim is not None
-        for position, place in enumerate(locate_entries(axes.shapes[weight], born, ids)[dim].tolist()):
+        for position, place in enumerate(locate_entries(axes.shapes[weight], next_ids, ids)[dim].tolist()):
             if place in row and place not in left.get(weight, {}):
                 result.setdefault(weight, {})[position] = row[place]
     return result

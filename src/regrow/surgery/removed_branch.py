@@ -49,7 +49,7 @@ class RemovedBranch:
                 return axes[key]
             now = axes.axes.get(key) or replace(old[key], slots=())
             slots = both(old[key].slots, now.slots, lambda slot: slot.name)
-            return replace(old[key], size=now.size, ids=now.ids, born=now.born, slots=slots)
+            return replace(old[key], size=now.size, ids=now.ids, next_id=now.next_id, slots=slots)
 
         keys = [*(key for key in old.axes if key in own or key in axes.axes), *(axes.axes.keys() - old.axes.keys())]
         return replace(

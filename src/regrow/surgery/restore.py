@@ -34,11 +34,13 @@ def plan_with_undo(
         axes: Its axes before it.
         plan: The plan.
         lays: The entries of each dimension that it changes.
-        values: The tensors it replaces, compensated, not yet folded, with newborn numbers in restored places.
+        values: The tensors it replaces, compensated, not yet folded, with new numbers in restored places.
     """
     undo.check(axes, plan)
-    born = {axis.key: axis.born + (plan.changes[axis.key].grow if axis.key in plan.changes else 0) for axis in axes}
-    way = _Way(undo.enlarged(axes, born), model, axes, plan, lays, born)
+    next_ids = {
+        axis.key: axis.next_id + (plan.changes[axis.key].grow if axis.key in plan.changes else 0) for axis in axes
+    }
+    way = _Way(undo.enlarged(axes, next_ids), model, axes, plan, lays, next_ids)
     before, after = undo.means, way.means_after()
     biases = {bias_of(weight): weight for weight in {**before, **after}}
     result, removed = dict(values), []
@@ -59,7 +61,7 @@ def plan_with_undo(
         if (ids := (set(undo.restorable.get(axis.key, ())) | way.dropped(axis.key)) - set(way.ids_after[axis.key]))
     }
     added = tuple(name for name in way.added if name not in removed)
-    done = UndoStore(way.weights, born, restorable, after, way.known, added, undo.branches, axes.network)
+    done = UndoStore(way.weights, next_ids, restorable, after, way.known, added, undo.branches, axes.network)
     return Outcome(result, constants, folds, tuple(removed)), done
 
 
@@ -72,7 +74,7 @@ class _Way:
     axes: AxisGraph
     plan: Plan
     lays: Mapping[str, Mapping[int, Layout]]
-    born: Mapping[str, int]
+    next_ids: Mapping[str, int]
     weights: dict[str, RemovedWeights] = field(init=False)
     known: dict[str, Constant] = field(init=False)
 
@@ -94,10 +96,10 @@ class _Way:
         return self.axes.shapes.get(name) or (bias_dim(self.axes, name),)
 
     def here(self, name: str) -> list[Tensor]:
-        return locate_entries(self.dims(name), self.born, self.ids)
+        return locate_entries(self.dims(name), self.next_ids, self.ids)
 
     def there(self, name: str) -> list[Tensor]:
-        return locate_entries(self.dims(name), self.born, self.ids_after)
+        return locate_entries(self.dims(name), self.next_ids, self.ids_after)
 
     def size(self, name: str, after: bool) -> int:
         """The size of the divisor that a tensor takes up; 1 for any other."""
@@ -125,7 +127,7 @@ class _Way:
     def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
         """The stored tensor with its present numbers; what follows from those there stays as it was."""
         where, n, now = self.here(name), self.size(name, False), now.cpu()
-        shape = [size_of(dim, self.born) for dim in self.dims(name)]
+        shape = [size_of(dim, self.next_ids) for dim in self.dims(name)]
         stored = self.weights.get(name)
         if stored is None:
             sizes = torch.zeros(shape, dtype=torch.int32) if name in self.folds else None
@@ -157,14 +159,14 @@ class _Way:
         now = self.state(name)
         assert now is not None
         stored, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
-        was, born = self._followed(name, now.cpu())
+        was, new = self._followed(name, now.cpu())
         made = was if made is None else made.cpu()
         held, kept = get(stored.held, where), torch.eq(was, made)
         if self.recalls:
-            made = torch.where(born & ~held & self._strangers(name, held), torch.zeros_like(made), made)
+            made = torch.where(new & ~held & self._strangers(name, held), torch.zeros_like(made), made)
         if stored.sizes is not None:
             made = rescale(made, torch.tensor(self.size(name, False)), n, self.folds[name])
-        old = held & torch.where(born, torch.tensor(self.recalls), kept)
+        old = held & torch.where(new, torch.tensor(self.recalls), kept)
         return torch.where(old, self._written(name, stored, where, n), made).to(now.device)
 
     def _followed(self, name: str, now: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,13 +174,13 @@ class _Way:
         lays = self.lays.get(name, {})
         for dim, lay in lays.items():
             now = now.index_select(dim, lay.source)
-        born = torch.zeros(now.shape, dtype=torch.bool)
+        new = torch.zeros(now.shape, dtype=torch.bool)
         for dim, lay in lays.items():
-            born |= lay.born.view([-1 if i == dim else 1 for i in range(now.dim())])
-        return now, born
+            new |= lay.is_new.view([-1 if i == dim else 1 for i in range(now.dim())])
+        return now, new
 
     def _strangers(self, name: str, held: Tensor) -> Tensor:
-        """Entries of units that have both lived and never together: one was born while the other was gone."""
+        """Entries of units that have both lived and never together: one was added while the other was gone."""
         reads = any(slot.name == name and slot.role is Role.CONSUMES for axis in self.axes for slot in axis.slots)
         known = torch.full_like(held, reads)
         for dim in range(held.dim()):
@@ -209,7 +211,7 @@ class _Way:
             weight: The weight beside it.
             told: The means that stand in for dropped inputs before the plan.
             tells: And after it.
-            made: The bias as the plan has it, for entries that are newborn.
+            made: The bias as the plan has it, for entries that are new.
         """
         now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
         if now is None:

@@ -54,14 +54,14 @@ class Constant:
 class UndoStore:
     """What cuts took out of a network; give it to every :func:`regrow.apply` from the first cut on.
 
-    Entries are addressed by the birth numbers of their units along each dimension, so it does not matter in which order
+    Entries are addressed by the ids of their units along each dimension, so it does not matter in which order
     units of several axes went. It costs one copy, of full size and on the CPU, of each tensor that a cut reached, plus
     a byte per entry, and four more in tensors that take up a divisor's size. Optimisers' moments are not kept.
 
     Args:
         weights: Tensor → its numbers; tied tensors under their first name.
-        born: Axis key → how many places its units have in the stored tensors.
-        restorable: Axis key → the birth numbers of the units that can be restored.
+        next_ids: Axis key → how many places its units have in the stored tensors.
+        restorable: Axis key → the ids of the units that can be restored.
         means: Weight → place of a dropped input → the mean that stands in for it in the bias.
         constants: ``module:attribute`` → the constant before any cut.
         added: Biases that only compensation has made.
@@ -80,7 +80,7 @@ class UndoStore:
     """
 
     weights: Mapping[str, RemovedWeights] = field(default_factory=dict)
-    born: Mapping[str, int] = field(default_factory=dict)
+    next_ids: Mapping[str, int] = field(default_factory=dict)
     restorable: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     constants: Mapping[str, Constant] = field(default_factory=dict)
@@ -104,7 +104,7 @@ class UndoStore:
         """The same once a branch is back: what cuts had taken out of it can be restored again."""
         parts: dict[str, Any] = {
             name: {**getattr(self, name), **getattr(removed.undo, name)}
-            for name in ("weights", "born", "restorable", "means", "constants")
+            for name in ("weights", "next_ids", "restorable", "means", "constants")
         }
         left = {path: one for path, one in self.branches.items() if path != removed.branch.module}
         return replace(self, **parts, added=(*self.added, *removed.undo.added), branches=left)
@@ -121,7 +121,7 @@ class UndoStore:
         return replace(
             self,
             weights=those(self.weights, names),
-            born=those(self.born, keys),
+            next_ids=those(self.next_ids, keys),
             restorable=those(self.restorable, keys),
             means=those(self.means, names),
             constants=those(self.constants, names),
@@ -154,7 +154,7 @@ class UndoStore:
         return {
             "format": FORMAT,
             "shelves": list(self.weights),
-            "born": dict(self.born),
+            "born": dict(self.next_ids),
             "gone": {key: list(ids) for key, ids in self.restorable.items()},
             "means": {name: {str(at): mean for at, mean in row.items()} for name, row in self.means.items()},
             "constants": {place: asdict(one) for place, one in self.constants.items()},
@@ -211,9 +211,9 @@ class UndoStore:
             PlanError: If it is of another network, numbers its units otherwise, or lacks a unit.
         """
         self.check_network(axes)
-        for key, n in self.born.items():
+        for key, n in self.next_ids.items():
             axis = axes.axes.get(key)
-            if axis is None or axis.born < n or set(self.restorable.get(key, ())) & set(axis.ids):
+            if axis is None or axis.next_id < n or set(self.restorable.get(key, ())) & set(axis.ids):
                 raise PlanError(
                     f"the undo store numbers the units of axis {key!r} otherwise than these axes do; use it with the "
                     "axes that apply returned, or replay the plans from the start"
@@ -225,17 +225,17 @@ class UndoStore:
                     "restore it with fresh numbers: Plan.restoring(axes, units, Fill())"
                 )
 
-    def enlarged(self, axes: AxisGraph, born: Mapping[str, int]) -> "UndoStore":
-        """The same with places for units born since.
+    def enlarged(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
+        """The same with places for units added since.
 
         Args:
             axes: The network's axes.
-            born: Axis key → how many places its units are to have.
+            next_ids: Axis key → how many places its units are to have.
 
         Raises:
             PlanError: If a stored tensor is not of the network.
         """
-        before = {**born, **self.born}
+        before = {**next_ids, **self.next_ids}
         weights = {}
         for name, removed in self.weights.items():
             dims = axes.shapes.get(name, ())
@@ -243,25 +243,25 @@ class UndoStore:
                 raise PlanError(
                     f"the undo store holds {name} in another shape than this network has it; it is of another"
                 )
-            shape = [size_of(dim, born) for dim in dims]
+            shape = [size_of(dim, next_ids) for dim in dims]
             if list(removed.values.shape) != shape:
-                where = locate_entries(dims, born, {key: range(n) for key, n in before.items()})
+                where = locate_entries(dims, next_ids, {key: range(n) for key, n in before.items()})
                 parts = {what: put(part.new_zeros(shape), where, part) for what, part in removed.parts().items()}
                 removed = RemovedWeights(**parts)
             weights[name] = removed
-        return replace(self, weights=weights, born=dict(born))
+        return replace(self, weights=weights, next_ids=dict(next_ids))
 
 
-def locate_entries(dims: tuple[Dim, ...], born: Mapping[str, int], ids: Mapping[str, Any]) -> list[Tensor]:
+def locate_entries(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Any]) -> list[Tensor]:
     """Where the entries of a tensor lie in the stored one, one list of places per dimension.
 
     Args:
         dims: Its dimensions.
-        born: How many places the units of each axis have.
-        ids: The birth numbers of its units.
+        next_ids: How many places the units of each axis have.
+        ids: The ids of its units.
     """
     units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in ids.items()}
-    return [lay_out(dim, born, units).source for dim in dims]
+    return [lay_out(dim, next_ids, units).source for dim in dims]
 
 
 def get(full: Tensor, where: list[Tensor]) -> Tensor:

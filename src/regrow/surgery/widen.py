@@ -1,4 +1,4 @@
-"""What is left of each tensor after a plan, and what its newborn entries hold."""
+"""What is left of each tensor after a plan, and what its new entries hold."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ Roles = Mapping[int, frozenset[Role]]
 def resize(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0) -> Tensor:
     """A tensor as a plan has it, in storage of its own.
 
-    Newborn entries that scale or shift units are those of a kept unit. Those that make or read units are drawn from the
-    tensor's own numbers, unless they are copies. What makes newborn units is then multiplied by ``inward``, what reads
+    New entries that scale or shift units are those of a kept unit. Those that make or read units are drawn from the
+    tensor's own numbers, unless they are copies. What makes new units is then multiplied by ``inward``, what reads
     them by ``outward``: that leaves the network's function as it was.
 
     Args:
@@ -41,7 +41,7 @@ def _filled(
     tensor: Tensor, dim: int, lay: Layout, roles: frozenset[Role], old: Tensor, generator: torch.Generator
 ) -> Tensor:
     """The entries of one dimension drawn and scaled as they should be."""
-    if not tensor.is_floating_point() or not bool(lay.born.any()):
+    if not tensor.is_floating_point() or not bool(lay.is_new.any()):
         return tensor
     if bool(lay.drawn.any()) and roles & {Role.PRODUCES, Role.CONSUMES}:
         new = lay.drawn.nonzero().flatten().to(tensor.device)
@@ -67,14 +67,14 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
     Args:
         tensor: The moment before, in the shape of its parameter.
         lays: The entries of each dimension that changes.
-        mean: Newborn entries get the mean of the kept ones along the dimension (second moments: with 0 the first steps
-            of a newborn unit are several times the learning rate); else 0.
+        mean: New entries get the mean of the kept ones along the dimension (second moments: with 0 the first steps
+            of a new unit are several times the learning rate); else 0.
     """
     for dim, lay in lays.items():
         tensor = tensor.index_select(dim, lay.source.to(tensor.device))
-        if not bool(lay.born.any()):
+        if not bool(lay.is_new.any()):
             continue
-        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (lay.born, ~lay.born))
+        new, old = (flags.nonzero().flatten().to(tensor.device) for flags in (lay.is_new, ~lay.is_new))
         part = tensor.index_select(dim, new)
         value = (
             tensor.index_select(dim, old).mean(dim, keepdim=True).expand_as(part) if mean else torch.zeros_like(part)

@@ -42,23 +42,23 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
 
 def _reason(w: Walk, one: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[int]]) -> str:
     if one.groups is not None and leaf in d.leaves(one.groups):
-        return ""  # a newborn group is normed by itself
+        return ""  # a new group is normed by itself
     if one.fill != 0:
-        return w.why(one.node, "it would be taken over newborn units too")
+        return w.why(one.node, "it would be taken over new units too")
     meeting = op_name(one.node) in _MEETINGS
     if meeting and not one.weight:
         return w.why(one.node, "its units meet units there, not weights")
     if meeting and w.source(one.operand):
         return w.why(one.node, "weights meet weights there, and neither makes its units")
     if leaf.mark is Mark.FOLDED and leaf.number not in zeros[one.operand]:
-        return w.why(one.node, "newborn units are not known to be 0 there")
+        return w.why(one.node, "new units are not known to be 0 there")
     if leaf.mark is not Mark.FOLDED and not one.weight:
-        return w.why(one.node, "it reads newborn units with no weight that could be 0")
+        return w.why(one.node, "it reads new units with no weight that could be 0")
     return ""
 
 
 def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
-    """Node → the leaves on which its value is 0 if what makes and shifts newborn units is 0."""
+    """Node → the leaves on which its value is 0 if what makes and shifts new units is 0."""
     zeros: dict[Node, frozenset[int]] = {}
     spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
     for node in w.capture.graph.nodes:

@@ -1,4 +1,4 @@
-"""What a growth does to training: how much of the gradient newborn entries get, and when the loss is back."""
+"""What a growth does to training: how much of the gradient new entries get, and when the loss is back."""
 
 from collections.abc import Mapping, Sequence
 from itertools import takewhile
@@ -23,7 +23,7 @@ def entries(at: Stand) -> dict[str, AxisTensor]:
 
 
 def young(there: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Name of a parameter → which of its entries a plan gave birth to, in its new shape.
+    """Name of a parameter → which of its entries a plan added, in its new shape.
 
     Args:
         there: What :func:`entries` gave before it.
@@ -34,11 +34,11 @@ def young(there: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> dict[
 
 
 def shares(at: Stand, young: Mapping[str, Tensor]) -> dict[str, float]:
-    """What newborn entries have of the gradient as it stands, by its squared norm, and of all entries.
+    """What new entries have of the gradient as it stands, by its squared norm, and of all entries.
 
     Args:
         at: Where the network stands; gradients have been taken.
-        young: Which entries are newborn.
+        young: Which entries are new.
     """
     parameters = at.parameters()
     squares = {name: p.grad.double().square() for name, p in parameters.items() if p.grad is not None}

@@ -225,7 +225,7 @@ def _change(
     """Carry out a plan between two steps; optimisers and learner follow. Accuracy is taken on both sides.
 
     Returns:
-        Name of a parameter → which of its entries are newborn; nothing if none are.
+        Name of a parameter → which of its entries are new; nothing if none are.
     """
     probe, asked = next(at.task.test.batches(256)), probed(at.number)
     before, logits = _past(at, tasks, learner, schedule, asked), _answers(at, learner, probe.inputs)

@@ -209,7 +209,7 @@ def test_the_target_is_met_by_the_same_share_of_every_width_and_only_if_it_must(
     search, context, state = end(run, task, 1e4)
     whole_size, widths = count_left(context, 1), {key: axis.size for key, axis in context.axes.axes.items()}
     assert search.rules.summary(state) == {"discretised": whole_size, "below": True} and state.saved.filters == 0
-    assert all(axis.size == axis.born for axis in context.axes.axes.values())
+    assert all(axis.size == axis.next_id for axis in context.axes.axes.values())
     for share in (0.9, 0.7):
         search, context, state = end(run, task, share * whole_size)
         assert 0.85 * share * whole_size < count_left(context, 1) <= share * whole_size

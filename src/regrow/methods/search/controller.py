@@ -157,7 +157,7 @@ def set_thresholds(controller: Controller, masks: MaskRule, state: SearchState, 
         return
     layout, progress = state.layout, controller.stages.progress(state, context)
     kappa = torch.cat([state.kappa[key].values.detach() for key in layout.levels.axes])
-    whole = sum(context.axes[key].born for key in layout.levels.axes)
+    whole = sum(context.axes[key].next_id for key in layout.levels.axes)
     alpha = state.alpha.values.detach()[layout.alive & layout.runs]
 
     def fill(one: AxisTensor, granularity: str, values: Tensor, units: int) -> None:

@@ -139,11 +139,11 @@ def score_cut_filters(
         rules: Gives the masks.
         state: The state of the search.
         context: The network, and what can be restored.
-        cut: Axis → birth numbers of filters that can be restored.
+        cut: Axis → ids of filters that can be restored.
         batch: What the loss is computed on.
 
     Returns:
-        Per filter its score, its axis and its birth number.
+        Per filter its score, its axis and its unit id.
     """
     plan = Plan.restoring(context.axes, cut)
     with run_whole(context.model):

@@ -82,7 +82,7 @@ class SearchState:
         saved: What has been removed.
         pending: The part of the next plan's savings that operations have.
         dropped: Operations that were dropped in this stage.
-        cut: Axis → the birth numbers of the filters that were cut in this stage.
+        cut: Axis → the ids of the filters that were cut in this stage.
         history: The measurements of the last epoch (of all, in checkpoints of version 0.1).
         multiplier: μ, the weight of the size in the loss.
         penalty: λ, the weight of the regulariser of α in the loss.
