@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hand import lm, mlp, timed
-from regrow.allocation import TimeCost, cost_of, payers
+from regrow.allocation import cost_of, payers
 from regrow.amounts import Measure, Target
 from regrow.budget import Budget, Timing
 
@@ -18,7 +18,7 @@ A, B = "0.weight:0", "2.weight:0"
 @settings(max_examples=60, deadline=None)
 def test_rises_are_differences_and_wider_is_never_faster(seed: int, a: int, b: int, da: int, db: int) -> None:
     _, axes = mlp(width=13, second=12)
-    cost = TimeCost(axes, timed(axes, seed))
+    cost = cost_of(axes, Budget(measure=Measure.TIME, timing=timed(axes, seed)))
     vector = cost.vector({A: a, B: b})
     assert cost.rise(vector, [0], da) == cost({A: a + da, B: b}) - cost({A: a, B: b}) >= 0
     assert cost.rise(vector, [0, 1], db) == cost({A: a + db, B: b + db}) - cost({A: a, B: b}) >= 0
@@ -29,11 +29,13 @@ def test_rises_are_differences_and_wider_is_never_faster(seed: int, a: int, b: i
 def test_time_is_linear_between_widths_and_level_below_the_least() -> None:
     _, axes = mlp(width=9, second=8)
     timing = Timing("none", 1, 1000, {"k": ((3, 100), (5, 300), (9, 340))}, {A: "k"})
-    cost = TimeCost(axes, timing)
+    cost = cost_of(axes, Budget(measure=Measure.TIME, timing=timing))
     assert [cost({A: n}) for n in (9, 7, 5, 4, 3, 1)] == [1000, 980, 960, 860, 760, 760]
     assert cost({B: 1}) == 1000, "what has no curve saves nothing"
     cut = axes.with_axes({**axes.axes, A: replace(axes[A], size=5, ids=())})
-    assert TimeCost(cut, timing).total == 960, "the same times hold for the network that was cut"
+    assert cost_of(cut, Budget(measure=Measure.TIME, timing=timing)).total == 960, (
+        "the same times hold for the network that was cut"
+    )
 
 
 @given(st.integers(1, 3), st.integers(1, 10), st.integers(0, 2), st.integers(0, 4))

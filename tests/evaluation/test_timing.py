@@ -6,7 +6,7 @@ from torch import nn
 
 from hand import lm, texts
 from regrow import trace
-from regrow.allocation import TimeCost, cost_of, payers
+from regrow.allocation import cost_of, payers
 from regrow.amounts import Measure, Target
 from regrow.budget import Budget
 from regrow.commands.pruning import prune, timed
@@ -44,7 +44,7 @@ def test_kinds_share_a_curve_and_wide_ones_save_more() -> None:
     for curve in (wide, narrow):
         assert [t for _, t in curve] == sorted(t for _, t in curve)
     assert wide[-1][1] - wide[0][1] > 3 * (narrow[-1][1] - narrow[0][1])
-    least = TimeCost(axes, found)({axis.key: 1 for axis in units})
+    least = cost_of(axes, Budget(measure=Measure.TIME, timing=found))({axis.key: 1 for axis in units})
     assert 0 <= least < 0.7 * found.total
     rounded = timing(model, axes, units, Batch((x,)), round_to=32, repeats=1)
     assert all(width % 32 == 0 or width in (48, 768) for curve in rounded.curves.values() for width, _ in curve)

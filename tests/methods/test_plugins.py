@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import regrow
-from regrow.methods import TABLES, Kind
+from regrow.methods import TABLES, MethodKind
 from regrow.testing import check_method
 from regrow.training.learner import PLAIN
 
@@ -76,7 +76,7 @@ def test_a_law_that_is_broken_is_named() -> None:
         return replace(PLAIN, state=[])
 
     with pytest.raises(AssertionError, match=r"^a learner and its state are frozen records: the state is a list"):
-        check_method(replace(TABLES[Kind.CONTINUAL]["naive"], build=forgetful))
+        check_method(replace(TABLES[MethodKind.CONTINUAL]["naive"], build=forgetful))
 
 
 def test_a_method_of_a_users_own_code_is_named_on_the_command_line_alone(tmp_path: Path) -> None:

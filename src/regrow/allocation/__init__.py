@@ -8,7 +8,7 @@ cuts a search where memory has one.
 from collections.abc import Callable, Mapping
 
 from regrow.allocation.cost import Cost
-from regrow.allocation.priced import TimeCost, cost_of, payers
+from regrow.allocation.priced import cost_of, payers
 from regrow.allocation.ranked import BudgetError, rank
 from regrow.allocation.solved import module_costs, ratios, soft_step
 from regrow.allocation.stages import MemoryBudgetError, Stages, stages
@@ -35,7 +35,6 @@ __all__ = [
     "Cost",
     "MemoryBudgetError",
     "Stages",
-    "TimeCost",
     "allocation",
     "cost_of",
     "module_costs",

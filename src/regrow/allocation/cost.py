@@ -1,7 +1,9 @@
 """What a network costs at given sizes of its axes: exact, and fast enough to ask thousands of times."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
+from typing import Protocol
 
 import numpy as np
 
@@ -13,11 +15,44 @@ Monomials = dict[tuple[str, ...], int]
 """Axis keys (sorted, with repetition) → coefficient."""
 
 
-class Cost:
-    """The cost of a network as a polynomial in the sizes of its axes: Σ over terms of coefficient · Π sizes.
+class CostTerm(Protocol):
+    """A part of a cost, as a function of a vector of sizes."""
 
-    A convolution between two free axes costs a product of both sizes, so costs of units do not add up; this evaluates
-    the planned network instead.
+    def at(self, vector: np.ndarray) -> int:
+        """The cost at a vector of sizes."""
+        ...
+
+    def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
+        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class SizeIndex:
+    """The axes of a network in a fixed order.
+
+    Args:
+        axes: The axes.
+        keys: Their keys.
+        index: Key → its place in ``keys``.
+        present: Their sizes, and a constant 1.
+    """
+
+    axes: AxisGraph
+    keys: tuple[str, ...]
+    index: Mapping[str, int]
+    present: np.ndarray
+
+    @classmethod
+    def of(cls, axes: AxisGraph) -> "SizeIndex":
+        """The index of a network's axes."""
+        keys, sizes = tuple(axes.axes), axes.sizes()
+        present = np.array([*(sizes[key] for key in keys), 1], dtype=np.int64)
+        return cls(axes, keys, {key: i for i, key in enumerate(keys)}, present)
+
+
+class Cost:
+    """The cost of a network as a function of the sizes of its axes: the sum of its terms.
 
     Args:
         axes: The network's axes.
@@ -26,32 +61,21 @@ class Cost:
         counted: For parameters: the weights in ``AxisGraph.counted`` alone, as a ``keep`` fraction means; otherwise
             every parameter, tied ones once.
         tokens: For the cache: how many tokens it holds, of one sequence; each attention holds all of them.
+        terms: (index of the sizes) → its terms; the polynomial of the measure unless given.
     """
 
     def __init__(
-        self, axes: AxisGraph, measure: Measure = Measure.PARAMETERS, *, counted: bool = True, tokens: int = 1
+        self,
+        axes: AxisGraph,
+        measure: Measure = Measure.PARAMETERS,
+        *,
+        counted: bool = True,
+        tokens: int = 1,
+        terms: Callable[[SizeIndex], Sequence[CostTerm]] | None = None,
     ) -> None:
-        terms: Monomials = {}
-        for dims, factor in _tensors(axes, measure, counted, tokens):
-            for keys, coefficient in expand(dims).items():
-                terms[keys] = terms.get(keys, 0) + coefficient * factor
-        self._over(axes, measure)
-        degree = max((len(keys) for keys in terms), default=0)
-        # A last, constant size of 1 pads the shorter terms.
-        self._axes = np.full((len(terms), degree), len(self.keys), dtype=np.int64)
-        for row, keys in enumerate(terms):
-            self._axes[row, : len(keys)] = [self.index[key] for key in keys]
-        self._coefficients = np.array(list(terms.values()), dtype=np.int64)
-        self._touching: list[list[int]] = [[] for _ in self.keys]
-        for row, keys in enumerate(terms):
-            for key in set(keys):
-                self._touching[self.index[key]].append(row)
-
-    def _over(self, axes: AxisGraph, measure: Measure) -> None:
-        self.measure = measure
-        self.keys = tuple(axes.axes)
-        self.index = {key: i for i, key in enumerate(self.keys)}
-        self.present = self.vector(axes.sizes())
+        self.measure, self.sizes = measure, SizeIndex.of(axes)
+        self.keys, self.index, self.present = self.sizes.keys, self.sizes.index, self.sizes.present
+        self._terms = terms(self.sizes) if terms else (SizePolynomial(self.sizes, measure, counted, tokens),)
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
         """The cost at the given sizes; axes not named stay as they are."""
@@ -71,11 +95,49 @@ class Cost:
 
     def at(self, vector: np.ndarray) -> int:
         """The cost at a vector of sizes (``vector``)."""
-        return self._sum(slice(None), vector)
+        return sum(term.at(vector) for term in self._terms)
 
     def rise(self, vector: np.ndarray, members: Iterable[int], units: int) -> int:
         """What ``units`` more units of each of some axes (their indices in ``keys``) would add at these sizes."""
-        members = list(members)
+        several = list(members)
+        return sum(term.rise(vector, several, units) for term in self._terms)
+
+
+class SizePolynomial:
+    """A polynomial in the sizes of axes: Σ over monomials of coefficient · Π sizes.
+
+    A convolution between two free axes costs a product of both sizes, so costs of units do not add up; this evaluates
+    the planned network instead.
+
+    Args:
+        sizes: The axes.
+        measure: What is counted, as for :class:`Cost`.
+        counted: As for :class:`Cost`.
+        tokens: As for :class:`Cost`.
+    """
+
+    def __init__(self, sizes: SizeIndex, measure: Measure, counted: bool, tokens: int = 1) -> None:
+        monomials: Monomials = {}
+        for dims, factor in _tensors(sizes.axes, measure, counted, tokens):
+            for keys, coefficient in expand(dims).items():
+                monomials[keys] = monomials.get(keys, 0) + coefficient * factor
+        degree = max((len(keys) for keys in monomials), default=0)
+        # A last, constant size of 1 pads the shorter monomials.
+        self._axes = np.full((len(monomials), degree), len(sizes.keys), dtype=np.int64)
+        for row, keys in enumerate(monomials):
+            self._axes[row, : len(keys)] = [sizes.index[key] for key in keys]
+        self._coefficients = np.array(list(monomials.values()), dtype=np.int64)
+        self._touching: list[list[int]] = [[] for _ in sizes.keys]
+        for row, keys in enumerate(monomials):
+            for key in set(keys):
+                self._touching[sizes.index[key]].append(row)
+
+    def at(self, vector: np.ndarray) -> int:
+        """The cost at a vector of sizes."""
+        return self._sum(slice(None), vector)
+
+    def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
+        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
         rows = sorted({row for member in members for row in self._touching[member]})
         wider = vector.copy()
         wider[members] += units

@@ -1,43 +1,42 @@
 """What a budget counts: the polynomial of sizes for its measure, or the times that were measured."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 
 import numpy as np
 
-from regrow.allocation.cost import Cost, expand
+from regrow.allocation.cost import Cost, CostTerm, SizeIndex, SizePolynomial, expand
 from regrow.amounts import Measure
 from regrow.axes import Axis, AxisGraph, Role, axes_in
 from regrow.budget import Budget, Timing
 
 
-class TimeCost(Cost):
+class TimeTable:
     """Nanoseconds of a forward pass at given sizes: those of the network as it was timed, less what each axis saves.
 
-    Between two measured widths time is taken to be linear, and below the least one as there. What axes save adds up;
-    where two of them meet in one weight, as in convolutions that follow one another, less is saved in truth.
+    Between two measured widths time is interpolated linearly, and below the smallest one it is constant. What axes save
+    adds up; where two of them meet in one weight, as in consecutive convolutions, less is saved in truth.
 
     Args:
-        axes: The network's axes; those without a curve save nothing.
+        sizes: The network's axes; those without a curve save nothing.
         timing: What was measured.
     """
 
-    def __init__(self, axes: AxisGraph, timing: Timing) -> None:
-        self._over(axes, Measure.TIME)
+    def __init__(self, sizes: SizeIndex, timing: Timing) -> None:
         self._whole = timing.total
         saved: dict[str, np.ndarray] = {}
         for name, curve in timing.curves.items():
             widths, times = (np.array(row, dtype=np.float64) for row in zip(*curve, strict=True))
             at_each = np.interp(np.arange(int(widths[-1]) + 1), widths, times).round().astype(np.int64)
             saved[name] = at_each[-1] - at_each
-        self._saved = {self.index[key]: saved[name] for key, name in timing.names.items() if key in self.index}
+        self._saved = {sizes.index[key]: saved[name] for key, name in timing.names.items() if key in sizes.index}
 
     def at(self, vector: np.ndarray) -> int:
-        """The nanoseconds at a vector of sizes (``vector``)."""
+        """The nanoseconds at a vector of sizes."""
         return self._whole - sum(self._less(i, int(vector[i])) for i in self._saved)
 
-    def rise(self, vector: np.ndarray, members: Iterable[int], units: int) -> int:
-        """What ``units`` more units of each of some axes (their indices in ``keys``) would add at these sizes."""
+    def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
+        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
         timed = [i for i in members if i in self._saved]
         return sum(self._less(i, int(vector[i])) - self._less(i, int(vector[i]) + units) for i in timed)
 
@@ -46,48 +45,47 @@ class TimeCost(Cost):
         return int(row[min(width, len(row) - 1)])
 
 
-class BiasedCost(Cost):
-    """Parameters or bytes at given sizes, with the biases that weights get once inputs of theirs are dropped.
+class CompensationBiases:
+    """The biases that weights get once inputs of theirs are dropped, in parameters or bytes.
 
     Dropping an input saves at least as many entries as the bias has, so less never costs more.
 
     Args:
-        axes: The network's axes.
+        sizes: The network's axes.
         measure: All parameters, or bytes.
         weights: The weights that get a bias.
     """
 
-    def __init__(self, axes: AxisGraph, measure: Measure, weights: Iterable[str]) -> None:
-        super().__init__(axes, measure, counted=False)
+    def __init__(self, sizes: SizeIndex, measure: Measure, weights: Iterable[str]) -> None:
+        axes, self._present = sizes.axes, sizes.present
         self._biases: list[tuple[list[int], list[tuple[int, list[int]]]]] = []
-        self._beside: list[list[int]] = [[] for _ in self.keys]
+        self._beside: list[list[int]] = [[] for _ in sizes.keys]
         for name in weights:
             each = axes.itemsize.get(name, 4) if measure == Measure.BYTES else 1
             reads = {
                 slot.dim for axis in axes for slot in axis.slots if slot.name == name and slot.role is Role.CONSUMES
             }
             made = [dim for i, dim in enumerate(axes.shapes[name]) if i not in reads][:1]
-            read = sorted({self.index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
-            terms = [(each * n, [self.index[key] for key in keys]) for keys, n in expand(made).items()]
+            read = sorted({sizes.index[key] for i in reads for key in axes_in(axes.shapes[name][i])})
+            terms = [(each * n, [sizes.index[key] for key in keys]) for keys, n in expand(made).items()]
             for i in {*read, *(i for _, own in terms for i in own)}:
                 self._beside[i].append(len(self._biases))
             self._biases.append((read, terms))
 
     def at(self, vector: np.ndarray) -> int:
-        """The cost at a vector of sizes (``vector``)."""
-        return super().at(vector) + sum(self._bias(one, vector) for one in range(len(self._biases)))
+        """The cost of all biases at a vector of sizes."""
+        return sum(self._bias(one, vector) for one in range(len(self._biases)))
 
-    def rise(self, vector: np.ndarray, members: Iterable[int], units: int) -> int:
-        """What ``units`` more units of each of some axes (their indices in ``keys``) would add at these sizes."""
-        members = list(members)
+    def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
+        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
         wider = vector.copy()
         wider[members] += units
         some = {one for i in members for one in self._beside[i]}
-        return super().rise(vector, members, units) + sum(self._bias(i, wider) - self._bias(i, vector) for i in some)
+        return sum(self._bias(i, wider) - self._bias(i, vector) for i in some)
 
     def _bias(self, one: int, vector: np.ndarray) -> int:
         read, terms = self._biases[one]
-        if all(vector[i] >= self.present[i] for i in read):
+        if all(vector[i] >= self._present[i] for i in read):
             return 0
         return sum(n * prod(int(vector[i]) for i in own) for n, own in terms)
 
@@ -101,13 +99,19 @@ def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
     if budget.measure == Measure.TIME:
         if budget.timing is None:
             raise ValueError("how long the network takes was not measured: Budget(timing=evaluation.timing(…))")
-        return TimeCost(axes, budget.timing)
+        timing = budget.timing
+        return Cost(axes, Measure.TIME, terms=lambda sizes: [TimeTable(sizes, timing)])
     if budget.measure == Measure.CACHE and not axes.caches:
         raise ValueError("no attention of this network reads keys and values of earlier tokens: there is no kv_cache")
     if budget.compensated and (
         budget.measure == Measure.BYTES or (budget.target and budget.measure == Measure.PARAMETERS)
     ):
-        return BiasedCost(axes, budget.measure, budget.compensated)
+        measure, weights = budget.measure, budget.compensated
+
+        def terms(sizes: SizeIndex) -> list[CostTerm]:
+            return [SizePolynomial(sizes, measure, False), CompensationBiases(sizes, measure, weights)]
+
+        return Cost(axes, measure, terms=terms)
     tokens = budget.target.context if budget.target else 1
     return Cost(axes, budget.measure, counted=budget.target is None, tokens=tokens)
 

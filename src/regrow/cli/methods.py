@@ -17,12 +17,12 @@ _COMMANDS = {"pruning": "prune", "recovery": "recover", "continual": "learn", "s
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
     """List the methods, or explain NAME: what it does, its settings, whom to cite."""
-    from regrow.methods import TABLES, Kind, added_methods, find_method
+    from regrow.methods import TABLES, MethodKind, added_methods, find_method
 
     added = added_methods()
     if name is None:
         for kind, command in _COMMANDS.items():
-            known = dict(TABLES[Kind(kind)]) | {key: one for key, one in added.items() if one.kind == kind}
+            known = dict(TABLES[MethodKind(kind)]) | {key: one for key, one in added.items() if one.kind == kind}
             rows = [(key, one.about.strip().splitlines()[0].rstrip(".")) for key, one in known.items()]
             table(f"Methods of `regrow {command}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")

@@ -22,7 +22,7 @@ GROUP = "regrow.methods"
 """The group of entry points by which packages add methods."""
 
 
-class Kind(StrEnum):
+class MethodKind(StrEnum):
     """What a method does."""
 
     PRUNING = "pruning"
@@ -43,7 +43,7 @@ class MethodEntry:
         about: The module's docstring: what the paper does, and where we differ.
     """
 
-    kind: Kind
+    kind: MethodKind
     settings: type
     build: Callable[..., Any]
     citation: str
@@ -92,7 +92,7 @@ class MethodEntry:
             raise ValueError(f"{name}: {key} is several of type {kind.__name__}; got {value!r}") from None
 
 
-def _entries(kind: Kind, modules: Mapping[str, Any]) -> dict[str, MethodEntry]:
+def _entries(kind: MethodKind, modules: Mapping[str, Any]) -> dict[str, MethodEntry]:
     return {
         name: MethodEntry(kind, module.Settings, module.build, module.CITATION, module.__doc__ or "")
         for name, module in modules.items()
@@ -100,7 +100,7 @@ def _entries(kind: Kind, modules: Mapping[str, Any]) -> dict[str, MethodEntry]:
 
 
 METHODS: Mapping[str, MethodEntry] = _entries(
-    Kind.PRUNING,
+    MethodKind.PRUNING,
     {
         "random": random,
         "magnitude": magnitude,
@@ -113,7 +113,7 @@ METHODS: Mapping[str, MethodEntry] = _entries(
 """Every method that prunes."""
 
 LEARNERS: Mapping[str, MethodEntry] = _entries(
-    Kind.CONTINUAL,
+    MethodKind.CONTINUAL,
     {
         "naive": naive,
         "ewc": ewc,
@@ -128,25 +128,25 @@ LEARNERS: Mapping[str, MethodEntry] = _entries(
 """Every method that learns task after task."""
 
 SEARCHERS: Mapping[str, MethodEntry] = _entries(
-    Kind.SEARCH, {"mgas": mgas, "blind": baselines, "darts": darts, "gold_nas": gold_nas}
+    MethodKind.SEARCH, {"mgas": mgas, "blind": baselines, "darts": darts, "gold_nas": gold_nas}
 )
 """Every method that searches."""
 
 RECOVERIES: Mapping[str, MethodEntry] = _entries(
-    Kind.RECOVERY, {"bias": bias, "refit": refit, "lora": lora, "distil": distil}
+    MethodKind.RECOVERY, {"bias": bias, "refit": refit, "lora": lora, "distil": distil}
 )
 """Every way to recover what pruning lost."""
 
-TABLES: Mapping[Kind, Mapping[str, MethodEntry]] = {
-    Kind.PRUNING: METHODS,
-    Kind.CONTINUAL: LEARNERS,
-    Kind.SEARCH: SEARCHERS,
-    Kind.RECOVERY: RECOVERIES,
+TABLES: Mapping[MethodKind, Mapping[str, MethodEntry]] = {
+    MethodKind.PRUNING: METHODS,
+    MethodKind.CONTINUAL: LEARNERS,
+    MethodKind.SEARCH: SEARCHERS,
+    MethodKind.RECOVERY: RECOVERIES,
 }
 """The methods of this package, by what they do."""
 
 
-def find_method(kind: Kind, name: str) -> MethodEntry:
+def find_method(kind: MethodKind, name: str) -> MethodEntry:
     """The method of a name.
 
     Args:
@@ -167,7 +167,7 @@ def find_method(kind: Kind, name: str) -> MethodEntry:
     known = [*TABLES[kind], *(other for other in added if not any(other in table for table in TABLES.values()))]
     near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? the" if near else "the"
-    what, all_of = ("recovery", "recoveries") if kind == Kind.RECOVERY else ("method", "methods")
+    what, all_of = ("recovery", "recoveries") if kind == MethodKind.RECOVERY else ("method", "methods")
     raise ValueError(f"there is no {what} {name!r}; {hint} {all_of} are {', '.join(known)}")
 
 
@@ -201,7 +201,7 @@ def added_methods() -> dict[str, MethodEntry]:
     return methods
 
 
-def _checked(kind: Kind, name: str, found: object) -> MethodEntry:
+def _checked(kind: MethodKind, name: str, found: object) -> MethodEntry:
     if not isinstance(found, MethodEntry):
         raise ValueError(f"{name} is a {type(found).__name__}, not a regrow.methods.MethodEntry; name one")
     if found.kind != kind:
@@ -211,19 +211,19 @@ def _checked(kind: Kind, name: str, found: object) -> MethodEntry:
 
 def entry(name: str) -> MethodEntry:
     """The method that prunes, of a name."""
-    return find_method(Kind.PRUNING, name)
+    return find_method(MethodKind.PRUNING, name)
 
 
 def learner_entry(name: str) -> MethodEntry:
     """The method that learns task after task, of a name."""
-    return find_method(Kind.CONTINUAL, name)
+    return find_method(MethodKind.CONTINUAL, name)
 
 
 def searcher_entry(name: str) -> MethodEntry:
     """The method that searches, of a name."""
-    return find_method(Kind.SEARCH, name)
+    return find_method(MethodKind.SEARCH, name)
 
 
 def recovery_entry(name: str) -> MethodEntry:
     """The recovery of a name."""
-    return find_method(Kind.RECOVERY, name)
+    return find_method(MethodKind.RECOVERY, name)

@@ -7,7 +7,7 @@ broken. In a test suite of your own, parametrize over :data:`LAWS` and call each
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from regrow.methods import Kind, MethodEntry, find_method
+from regrow.methods import MethodEntry, MethodKind, find_method
 from regrow.testing import continual, pruning
 
 __all__ = ["LAWS", "check_method"]
@@ -15,7 +15,7 @@ __all__ = ["LAWS", "check_method"]
 Law = Callable[[MethodEntry, Mapping[str, Any]], None]
 """(method, its settings) → ``None``; raises an ``AssertionError``."""
 
-LAWS: Mapping[Kind, Mapping[str, Law]] = {Kind.PRUNING: pruning.LAWS, Kind.CONTINUAL: continual.LAWS}
+LAWS: Mapping[MethodKind, Mapping[str, Law]] = {MethodKind.PRUNING: pruning.LAWS, MethodKind.CONTINUAL: continual.LAWS}
 """What a method does → its laws by name."""
 
 
@@ -36,7 +36,7 @@ def check_method(
         AssertionError: If the method breaks one; names the law.
         ValueError: If there is no such method, or no law of its kind.
     """
-    entry = method if isinstance(method, MethodEntry) else find_method(Kind(kind or Kind.CONTINUAL), method)
+    entry = method if isinstance(method, MethodEntry) else find_method(MethodKind(kind or MethodKind.CONTINUAL), method)
     if entry.kind not in LAWS:
         raise ValueError(f"there are no laws for methods of {entry.kind}; there are some for {', '.join(LAWS)}")
     for name, law in LAWS[entry.kind].items():

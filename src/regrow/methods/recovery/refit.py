@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.methods.recovery.bias import set_bias
 from regrow.methods.recovery.lockstep import Meetings, Met, StopRunError, answers
-from regrow.methods.recovery.streams import Carried, Layer, Lockstep, Refitting, Work
+from regrow.methods.recovery.streams import Carried, Layer, Lockstep, Refitting, RefitWork
 from regrow.methods.recovery.task import Recovery, RecoveryTask, device_of
 from regrow.sources import Batch
 from regrow.surgery.compensate import bias_of, read_dim
@@ -99,7 +99,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
             name, why = next(iter(left_out.items()))
             raise ValueError(f"{name}, which reads what was cut, cannot be refitted: {why}; recover by distil")
         named, share = {layer.name: layer for layer in layers}, sum(map(len, fit)) / len(every)
-        work = Work(task, named, settings.ridges, share, dict(task.model.named_parameters()))
+        work = RefitWork(task, named, settings.ridges, share, dict(task.model.named_parameters()))
         problem = "" if settings.target == "dense" else _not_carried(work, left_out, one)
         if problem and settings.target == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
@@ -179,12 +179,12 @@ class _Calls(Meetings):
         self.times[met.name] += 1
 
 
-def _carried(work: Work, batch: Batch) -> None:
+def _carried(work: RefitWork, batch: Batch) -> None:
     dense = work.task.dense
     _run(dense, batch.to(device_of(dense)), Carried(_watched(dense, work.layers), work))
 
 
-def _in_lockstep(work: Work, batch: Batch) -> None:
+def _in_lockstep(work: RefitWork, batch: Batch) -> None:
     task, waiting = work.task, set(work.layers) - {row["weight"] for row in work.told}
     with answers(task.dense, batch.to(device_of(task.dense)), _watched(task.dense, work.layers)) as dense:
         _run(task.model, batch, Lockstep(_watched(task.model, waiting), work, dense))
@@ -207,7 +207,7 @@ def _run(model: nn.Module, batch: Batch, mode: Refitting) -> None:
         raise
 
 
-def _not_carried(work: Work, left_out: Mapping[str, str], batch: Batch) -> str:
+def _not_carried(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
     """Why the dense network with the cut one's layers in it is not the cut network; empty if it is."""
     dense, model = work.task.dense, work.task.model
     for name, why in left_out.items():

@@ -37,7 +37,7 @@ class Layer:
 
 
 @dataclass
-class Work:
+class RefitWork:
     """The work on all layers; ``told`` grows by an entry per layer, in the order in which they are met.
 
     Args:
@@ -108,7 +108,7 @@ class Work:
 class Refitting(Meetings):
     """Refits each layer before its output is used, and ends the run with the last."""
 
-    def __init__(self, watched: Mapping[int, str], work: Work) -> None:
+    def __init__(self, watched: Mapping[int, str], work: RefitWork) -> None:
         super().__init__(watched)
         self.work, self.last = work, time.monotonic()
         self.solved = {row["weight"] for row in work.told}
@@ -145,7 +145,7 @@ class Carried(Refitting):
     units reach nothing but layers that do not read them. Without ``fit`` it is only run, to see whether that is so.
     """
 
-    def __init__(self, watched: Mapping[int, str], work: Work, *, fit: bool = True) -> None:
+    def __init__(self, watched: Mapping[int, str], work: RefitWork, *, fit: bool = True) -> None:
         super().__init__(watched, work)
         self.fit = fit
         self.fed = torch.empty(0)
@@ -189,7 +189,7 @@ class Lockstep(Refitting):
     Where its output is added to a stream that is what is left to give: dense output + dense stream − own stream.
     """
 
-    def __init__(self, watched: Mapping[int, str], work: Work, dense: Answers) -> None:
+    def __init__(self, watched: Mapping[int, str], work: RefitWork, dense: Answers) -> None:
         super().__init__(watched, work)
         self.dense = dense
 
