@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import regrow
+from commands.results import rows, same_parameters
 from regrow import amounts
 from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import Stages
@@ -51,10 +52,6 @@ SETTINGS = Settings("cells:4-2-1", "digits", "nonzero=3k", method_settings=QUICK
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run(SETTINGS, tmp_path_factory.mktemp("search") / "run")
-
-
-def rows(folder: Any, what: str) -> list[dict[str, Any]]:
-    return [row for row in folder.metrics() if row["what"] == what]
 
 
 def stopped(monkeypatch: pytest.MonkeyPatch, *writes: int) -> None:
@@ -230,7 +227,7 @@ def test_killed_and_resumed_is_never_stopped(done: Any, tmp_path: Path, monkeypa
             run(SETTINGS, tmp_path / "killed")
     again = run(SETTINGS, tmp_path / "killed")
     whole, other = regrow.load(done.path), regrow.load(again.path)
-    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters(), strict=True))
+    assert same_parameters(whole, other)
     assert [_same(row) for row in rows(done, "epoch")] == [_same(row) for row in rows(again, "epoch")]
     for what in ("found", "levels", "test"):
         assert [_same(row) for row in rows(done, what)] == [_same(row) for row in rows(again, what)] != []
@@ -420,7 +417,7 @@ def test_where_no_stages_fit_parts_are_computed_anew(tmp_path: Path) -> None:
     (planned,) = rows(small, "stages")
     assert planned["recomputed"] and max(planned["peaks"]) < 0.5 * plan.peak
     nets = [regrow.load(folder.path) for folder in (plain, small)]
-    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    assert same_parameters(*nets)
     assert all(row["peak"] <= 17 * 2**20 for row in rows(small, "memory"))
     pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, small)]
     assert ["computed a second time" in page for page in pages] == [False, True]
@@ -471,7 +468,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
         run(settings, tmp_path / "killed")
     again = run(settings, tmp_path / "killed")
     other = regrow.load(again.path)
-    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert same_parameters(net, other)
     assert _same(rows(done, "test")[-1]) == _same(rows(again, "test")[-1])
 
 
@@ -532,7 +529,7 @@ def test_a_target_in_milliseconds_is_met_by_the_table_of_the_run(
     kept.write_text(text)
     again = run(settings, tmp_path / "killed")
     both = [regrow.load(folder.path) for folder in (done, again)]
-    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in both), strict=True))
+    assert same_parameters(*both)
 
 
 def test_a_time_that_cannot_be_reached_is_refused_before_the_search(

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import regrow
+from commands.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
 from regrow.commands import search as searching
 from regrow.commands import stage_memory
@@ -27,15 +27,6 @@ BUDGET = 5_600_000
 """Bytes: too few for `cells:4-2-1` in one stage, or in two of which the first leaves much."""
 
 TIGHT = Settings("cells:4-2-1", "digits", "nonzero=30%", memory=f"{BUDGET}", method_settings=QUICK, **SMALL)
-
-
-def rows(folder: Any, what: str) -> list[dict[str, Any]]:
-    return [row for row in folder.metrics() if row["what"] == what]
-
-
-def same(one: Path, other: Path) -> bool:
-    nets = [regrow.load(path) for path in (one, other)]
-    return all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
 
 
 def kept(folder: Any) -> list[dict[str, Any]]:
@@ -100,7 +91,7 @@ def test_where_a_stage_left_more_than_was_planned_parts_are_computed_anew(tight:
     assert [row["recomputed"] for row in kept(tight)] == [False, True]
     assert not rows(tight, "stages")[0]["recomputed"]
     plain = run(replace(TIGHT, memory="", stages=2), tmp_path / "plain")
-    assert same(plain.path / "found", tight.path / "found") and same(plain.path, tight.path)
+    assert same_parameters(plain.path / "found", tight.path / "found") and same_parameters(plain.path, tight.path)
     pages = [write_page([one.path], tmp_path / "page.html").read_text(encoding="utf-8") for one in (plain, tight)]
     assert ["computed a second time" in page for page in pages] == [False, True]
 
@@ -127,7 +118,7 @@ def test_a_run_that_goes_on_measures_each_stage_once(
         [{name: row[name] for name in ("stage", "epoch", "peak", "recomputed")} for row in kept(folder)]
         for folder in (tight, again)
     ]
-    assert told[0] == told[1] and same(tight.path, again.path)
+    assert told[0] == told[1] and same_parameters(tight.path, again.path)
 
 
 def test_what_a_budget_needs_holds_while_the_found_network_is_trained_anew(

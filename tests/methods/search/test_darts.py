@@ -23,7 +23,6 @@ from regrow import trace
 from regrow.allocation.edges import Edges
 from regrow.allocation.partial import partial_channels
 from regrow.candidates import candidates_in
-from regrow.data import streams
 from regrow.methods.search.darts import Settings, build
 from regrow.methods.search.importance import choose_operations, weigh_operations
 from regrow.nets.cells import Cells, operation, supernet
@@ -36,12 +35,6 @@ from regrow.training.learner import Context, Event, Step
 OPERATIONS = ("skip", "sep3", "max")
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(0,), operations=OPERATIONS)
 SCHEDULE = TaskSchedule(epochs=3, batch_size=25, lr=0.02)
-
-
-@pytest.fixture(scope="module")
-def task():
-    base = streams.fewer(streams.digits_task(), 100, 40)
-    return Task("digits", base.train, base.test, base.classes)
 
 
 @pytest.fixture(scope="module")

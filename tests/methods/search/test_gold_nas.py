@@ -8,7 +8,6 @@ import torch
 from methods.search.searches import change, compute_loss, draw, finalize, replace_parameters, size, start, train, write
 from regrow import trace
 from regrow.candidates import candidates_in
-from regrow.data import streams
 from regrow.methods.search.commit import drop_operations
 from regrow.methods.search.gold_nas import Settings, build
 from regrow.nets import bench201
@@ -16,18 +15,12 @@ from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, Task
+from regrow.tasks import Examples
 from regrow.training.continual import TaskSchedule
 from regrow.training.learner import Context
 
 CONFIG = supernet((1, 8, 8), 10, width=4, cells=2, nodes=2, stride=1, heads=(1,))
 SCHEDULE = TaskSchedule(epochs=6, batch_size=50, lr=0.02)
-
-
-@pytest.fixture(scope="module")
-def task():
-    base = streams.fewer(streams.digits_task(), 100, 40)
-    return Task("digits", base.train, base.test, base.classes)
 
 
 @pytest.fixture(scope="module")

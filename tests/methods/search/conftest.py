@@ -1,0 +1,13 @@
+"""What tests of searches share: a small task of pictures."""
+
+import pytest
+
+from regrow.data import streams
+from regrow.tasks import Task
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    """A hundred digits to learn, forty to test."""
+    base = streams.fewer(streams.digits_task(), 100, 40)
+    return Task("digits", base.train, base.test, base.classes)
