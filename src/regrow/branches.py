@@ -35,7 +35,7 @@ class Placeholder:
         return asdict(self)
 
     @classmethod
-    def from_data(cls, data: Any) -> "Placeholder":
+    def from_data(cls, data: object) -> "Placeholder":
         """Read it back.
 
         Raises:

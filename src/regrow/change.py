@@ -126,7 +126,7 @@ class Change:
         )
 
 
-def whole(value: Any, what: str) -> int:
+def whole(value: object, what: str) -> int:
     """A whole number; ``what`` says of what."""
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise PlanError(f"{what} is a whole number; the plan says {str(value)[:40]!r}")

@@ -45,7 +45,7 @@ class Plan:
         _check_branches(self.drop, self.back)
 
     @classmethod
-    def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: Any) -> "Plan":
+    def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: object) -> "Plan":
         """A plan for ``axes`` that keeps the given units of the named axes.
 
         Raises:
@@ -55,7 +55,7 @@ class Plan:
         return cls._made(axes, kept, more)
 
     @classmethod
-    def growing(cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, **more: Any) -> "Plan":
+    def growing(cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, **more: object) -> "Plan":
         """A plan for ``axes`` that gives the named axes so many units more.
 
         Args:
@@ -72,7 +72,7 @@ class Plan:
 
     @classmethod
     def restoring(
-        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, **more: Any
+        cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, **more: object
     ) -> "Plan":
         """A plan for ``axes`` that brings back units that were cut (whole modules: ``Plan(back=[path])``).
 

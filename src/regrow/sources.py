@@ -66,7 +66,7 @@ class Source:
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
 
 
-def moved(value: Any, device: torch.device) -> Any:
+def moved(value: object, device: torch.device) -> Any:
     """The same inputs with every tensor on the device."""
     match value:
         case Tensor():

@@ -92,7 +92,7 @@ def harness(
     return [_record(one, found, name or one) for one in loaded["tasks"]]
 
 
-def dataset(file: str, items: int | None = None, **_: Any) -> Any:
+def dataset(file: str, items: int | None = None, **_: object) -> Any:
     """The items of a file as the data set of a task file; the harness calls this.
 
     Args:

@@ -32,7 +32,7 @@ def check_fits(make: Callable[[], nn.Module], what: str, copies: int = 1) -> Non
     check_memory(copies * needed, what, "take a smaller network")
 
 
-def check_space_fits(config: Mapping[str, Any], what: str) -> None:
+def check_space_fits(config: Mapping[str, object], what: str) -> None:
     """Assert that there is memory for the network of a search space, by its description alone.
 
     What is counted is less than the search will need: the weights of the operations, and the modules that hold them.

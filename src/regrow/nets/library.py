@@ -42,7 +42,7 @@ def model_class(name: str) -> Any | None:
     return found if found is not None and issubclass(found, transformers.PreTrainedModel) else None
 
 
-def check_settings(config: Mapping[str, Any], *, automatic: bool = False) -> None:
+def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> None:
     """Assert that no setting of a configuration, nested ones included, would load code or fetch files.
 
     Args:
@@ -64,7 +64,7 @@ def check_settings(config: Mapping[str, Any], *, automatic: bool = False) -> Non
             raise ModelError(f"the setting {key!r} is {value!s:.60}; known dtypes: {', '.join(DTYPES)}")
 
 
-def check_tokenizer(settings: Mapping[str, Any]) -> None:
+def check_tokenizer(settings: Mapping[str, object]) -> None:
     """Assert that the settings of a tokenizer name a class of transformers and no file elsewhere.
 
     Args:
@@ -80,7 +80,7 @@ def check_tokenizer(settings: Mapping[str, Any]) -> None:
         raise ModelError(f"{away!r} leads out of the folder ({settings[away]!s:.60}); take that line out")
 
 
-def leads_away(key: str, value: Any) -> bool:
+def leads_away(key: str, value: object) -> bool:
     """Whether a setting names a file that lies elsewhere.
 
     >>> leads_away("vocab_file", "../vocab.json"), leads_away("vocab_file", "vocab.json")
@@ -89,7 +89,7 @@ def leads_away(key: str, value: Any) -> bool:
     return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
 
 
-def settings_of(config: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def settings_of(config: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
     """Every setting, those of nested configurations too.
 
     Raises:

@@ -114,7 +114,7 @@ class Canvas:
         axes.minorticks_off()
         return axes
 
-    def text(self, x: float, y: float, words: str, **style: Any) -> None:
+    def text(self, x: float, y: float, words: str, **style: object) -> None:
         """Write a line of text whose middle lies at height ``y``."""
         style = {"ha": "left", "va": "center", "color": INK} | style
         self.figure.text(x / self.width, 1 - y / self.height, words, **style)

@@ -148,7 +148,7 @@ def _plans(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def objects(value: Any) -> list[dict[str, Any]]:
+def objects(value: object) -> list[dict[str, Any]]:
     """The objects of a list, at most ``MAX_ITEMS``; none if it is no list.
 
     >>> objects([{"a": 1}, 2, None]), objects("abc")
@@ -157,12 +157,12 @@ def objects(value: Any) -> list[dict[str, Any]]:
     return [item for item in value[:MAX_ITEMS] if isinstance(item, dict)] if isinstance(value, list) else []
 
 
-def mapping(value: Any) -> dict[str, Any]:
+def mapping(value: object) -> dict[str, Any]:
     """The value if it is an object, with at most ``MAX_ITEMS`` entries; else an empty one."""
     return dict(list(value.items())[:MAX_ITEMS]) if isinstance(value, dict) else {}
 
 
-def number(value: Any, low: float = -1e30, high: float = 1e30) -> float | None:
+def number(value: object, low: float = -1e30, high: float = 1e30) -> float | None:
     """The value if it is a finite number within the bounds, else ``None``.
 
     >>> number(1.5), number(True), number("3"), number(float("nan")), number(-1, low=0)
@@ -177,7 +177,7 @@ def number(value: Any, low: float = -1e30, high: float = 1e30) -> float | None:
     return result if math.isfinite(result) and low <= result <= high else None
 
 
-def size(value: Any, high: int = MAX_SIZE) -> int | None:
+def size(value: object, high: int = MAX_SIZE) -> int | None:
     """The value if it is a whole number from 0 to ``high``, else ``None``.
 
     >>> size(3), size(3.0), size(-1), size(10**99)
@@ -187,7 +187,7 @@ def size(value: Any, high: int = MAX_SIZE) -> int | None:
     return int(result) if result is not None and result == int(result) else None
 
 
-def text(value: Any, limit: int = 120) -> str:
+def text(value: object, limit: int = 120) -> str:
     """The value as one printable line of at most ``limit`` characters; empty if it is no such thing.
 
     >>> text("a\\n\\x00b"), text(["a"]), text("abcdef", limit=4)

@@ -61,7 +61,7 @@ CONTRACTIONS: Mapping[Callable[..., Any], Callable[..., Iterator[Operands]]] = {
 """Which argument of which function is contracted with which."""
 
 
-def watched_name(watched: Mapping[int, str], weight: Any) -> str | None:
+def watched_name(watched: Mapping[int, str], weight: object) -> str | None:
     """The watched weight (``id`` → name) that an operand is, or is the transpose of (``x @ weight.T``)."""
     name = watched.get(id(weight))
     if name is None and isinstance(weight, Tensor) and weight._base is not None:

@@ -13,7 +13,7 @@ Record = TypeVar("Record")
 _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
-def convert(data: Any, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
+def convert(data: object, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
     """A record from JSON data.
 
     Args:

@@ -44,12 +44,12 @@ def from_intervals(entries: Sequence[Any]) -> list[Any]:
     return result
 
 
-def shorten_plan(plan: Any) -> Any:
+def shorten_plan(plan: object) -> Any:
     """A plan, as JSON data, with intervals; what is no plan stays as it is."""
     return _converted(plan, to_intervals)
 
 
-def expand_plans(plans: Iterable[Any], length: int) -> list[Any]:
+def expand_plans(plans: Iterable[object], length: int) -> list[Any]:
     """Plans as JSON data, with intervals or without, as they were before :func:`shorten_plan`.
 
     Args:

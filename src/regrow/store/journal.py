@@ -16,7 +16,7 @@ from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
 
-def append(path: Path, row: Mapping[str, Any]) -> None:
+def append(path: Path, row: Mapping[str, object]) -> None:
     """Add a line; it is on the disk when this returns.
 
     Args:

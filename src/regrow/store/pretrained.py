@@ -22,7 +22,7 @@ INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path
 _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
 
 
-def as_saved(origin: Origin, model: Any, dtype: torch.dtype) -> Origin:
+def as_saved(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
     """The origin of a transformers model, with the dtype and the way of attention that the model has now."""
     config = {**origin.config, "dtype": str(dtype).removeprefix("torch.")}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -32,7 +32,7 @@ def as_saved(origin: Origin, model: Any, dtype: torch.dtype) -> Origin:
 
 
 def write_configuration(
-    origin: Origin, model: Any, folder: Path, changes: Mapping[str, Any] | None = None, architecture: str = ""
+    origin: Origin, model: object, folder: Path, changes: Mapping[str, Any] | None = None, architecture: str = ""
 ) -> None:
     """Write ``config.json`` (of the architecture before any cut) and ``generation_config.json``.
 

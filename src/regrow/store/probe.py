@@ -130,7 +130,7 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] =
 _REMEDY = "build it with the code and versions it was saved with, or load it with check=False"
 
 
-def answer(model: nn.Module, shape: Any, inputs: Sequence[Tensor]) -> Answer:
+def answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
     """What a network answers, in eval mode and with fixed random numbers.
 
     Args:

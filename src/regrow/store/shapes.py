@@ -189,7 +189,7 @@ class Shapes:
         )
 
 
-def content_digest(data: Mapping[str, Any]) -> str:
+def content_digest(data: Mapping[str, object]) -> str:
     """The SHA-256 of a record as JSON data: of its keys in order and without spaces, but for ``sha256`` itself.
 
     >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "sha256": "…"})

@@ -17,7 +17,7 @@ from regrow.store.tensor_file import as_bytes, save_tensors
 _RESERVED = frozenset({"format", "names", "sha256"})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any], kind: str) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str) -> None:
     """Write named tensors and a header, all of it or nothing.
 
     Args:

@@ -31,13 +31,13 @@ class CastsToDouble(TorchFunctionMode):
         return _EXACT.get(func, func)(*args, **kwargs)
 
 
-def widen_dtype(value: Any) -> Any:
+def widen_dtype(value: object) -> Any:
     """An argument of an operation in float64: shorter precisions become that, other arguments stay."""
     short = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
     return torch.float64 if short else value
 
 
-def as_double(value: Any) -> Any:
+def as_double(value: object) -> Any:
     """A tensor in float64, if it is one of real numbers."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 

@@ -111,7 +111,7 @@ class Runner(Interpreter):
     def __init__(
         self,
         recorded: Capture,
-        given: Sequence[Any],
+        given: Sequence[object],
         load: Load,
         double: bool,
         masking: Masking | None = None,
@@ -313,12 +313,12 @@ def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load
     return load
 
 
-def floats(value: Any) -> Answers:
+def floats(value: object) -> Answers:
     """The floating-point tensors among what a network returns."""
     return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def copy_written(value: Any) -> Any:
+def copy_written(value: object) -> Any:
     """What operations in place may change, copied; no forward pass changes parameters."""
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 

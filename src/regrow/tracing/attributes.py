@@ -202,7 +202,7 @@ def get_attribute(module: nn.Module, name: str) -> Any:
     return getattr(getattr(module, owner) if owner else module, leaf)
 
 
-def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+def set_attribute(module: nn.Module, name: str, value: object) -> None:
     """Set an attribute; a configuration is copied first, since other layers share it."""
     owner, _, leaf = name.rpartition(".")
     if owner:

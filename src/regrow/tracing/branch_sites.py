@@ -116,6 +116,6 @@ def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> di
     return replaced
 
 
-def tensor_forms(value: Any) -> list[tuple[Any, ...]]:
+def tensor_forms(value: object) -> list[tuple[Any, ...]]:
     """Shape and precision of every tensor in a value."""
     return [(x.shape, x.dtype) for x in tree_leaves(value) if isinstance(x, Tensor)]

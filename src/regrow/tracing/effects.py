@@ -72,7 +72,7 @@ class Effects:
                 result.setdefault(self.root(node.args[0]), []).append(node)
         return result
 
-    def root(self, value: Any) -> Node:
+    def root(self, value: object) -> Node:
         """The node that made the memory in which a value lies."""
         node = self.same(value[0] if isinstance(value, list | tuple) else value)
         while node.op == "call_function" and node.args and _views(node):

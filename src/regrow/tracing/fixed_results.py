@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 
-def cast_answer(asked: list[Tensor], answer: Any) -> Any:
+def cast_answer(asked: list[Tensor], answer: object) -> Any:
     """An answer in the precision of what was asked about; it may have been given in another."""
     kinds = {x.dtype for x in asked if is_floating(x)}
     return tree_map_only(Tensor, lambda x: x.to(*kinds) if is_floating(x) and len(kinds) == 1 else x, answer)

@@ -16,7 +16,7 @@ from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
-def map_arguments(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+def map_arguments(value: object, kind: type, change: Callable[[Any], Any]) -> Any:
     """The arguments of an operation with everything of a kind changed.
 
     >>> map_arguments((1, [2, "x"], {"y": 3}), int, str)
@@ -31,7 +31,7 @@ def map_arguments(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return {name: map_arguments(one, kind, change) for name, one in value.items()} if isinstance(value, dict) else value
 
 
-def infer_result(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
+def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
     """What an operation gives on fake tensors, or ``NotImplemented`` where that is not for us to tell.
 
     Args:

@@ -20,7 +20,7 @@ _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins"}
 """Packages whose objects (locks, loggers, devices) hold nothing that a network's code writes."""
 
 
-def find_tensors(value: Any) -> Iterator[Tensor]:
+def find_tensors(value: object) -> Iterator[Tensor]:
     """Every tensor that a value holds: a network with its lists, dictionaries and objects, or any of these.
 
     >>> [x.shape for x in find_tensors({"a": [torch.ones(2)], "b": (torch.ones(3), 1)})]

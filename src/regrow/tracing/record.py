@@ -130,7 +130,7 @@ def compared_operands(node: Node) -> list[Node]:
     return [one for one, value in read if isinstance(value, Tensor) and is_floating(value)]
 
 
-def outputs(value: Any) -> Iterator[Any]:
+def outputs(value: object) -> Iterator[Any]:
     """The leaves of what a network returns: those of lists, tuples and dictionaries, and fields of other objects."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):

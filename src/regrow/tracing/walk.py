@@ -87,12 +87,12 @@ class Walk:
         """The dimensions of a node's tensor."""
         return self.dims[node]
 
-    def source(self, node: Any) -> str:
+    def source(self, node: object) -> str:
         """The parameter or buffer that a node is, possibly recast or transposed; empty if it is computed."""
         place = self.place(node, 0)
         return place[0] if place else ""
 
-    def place(self, node: Any, dim: int) -> tuple[str, int] | None:
+    def place(self, node: object, dim: int) -> tuple[str, int] | None:
         """Which dimension of which parameter or buffer a dimension of a node is; ``None`` if it is computed."""
         if not isinstance(node, Node):
             return None
@@ -116,7 +116,7 @@ class Walk:
             return self.place(operand, int(arg(node, 1)[dim]) % rank)
         return None
 
-    def role(self, node: Any, dim: int, role: Role) -> None:
+    def role(self, node: object, dim: int, role: Role) -> None:
         """Note what a dimension of a parameter does, if the node is one."""
         if not isinstance(node, Node):
             return

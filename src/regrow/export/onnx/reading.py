@@ -79,7 +79,7 @@ def difference(reading: OnnxSession, inputs: Mapping[str, Tensor]) -> tuple[floa
 
 
 def compare_predictions(
-    reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]
+    reading: OnnxSession, tokenizer: object, lengths: Mapping[str, int]
 ) -> dict[str, float | int | str]:
     """How many next tokens differ between file and network, and what each foresees of the text.
 
