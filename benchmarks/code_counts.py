@@ -34,7 +34,7 @@ USER_INPUTS = {
     "record.args", "record.kwargs", "declare.args", "declare.kwargs", "of_datasets.pairs", "logits_in.answer",
     "cross_entropy.output", "reply.model", "reply.tokenizer", "prompt.tokenizer", "perplexity.tokenizer",
     "choices.tokenizer", "harness.tokenizer", "windows.tokenizer", "windows.kwargs", "save.tokenizer",
-    "write_model.tokenizer", "write_tokenizer.tokenizer", "vocabulary.tokenizer", "foreseen.tokenizer",
+    "write_model.tokenizer", "write_tokenizer.tokenizer", "vocabulary.tokenizer", "compare_predictions.tokenizer",
     "prune.settings", "forward.args", "forward.kwargs", "Batch.args", "Batch.kwargs", "Example.args",
     "Example.kwargs",
 }  # fmt: skip
@@ -113,34 +113,31 @@ def training_loops(modules: list[Module]) -> list[str]:
                     return other, other.functions()[name]
         return None
 
+    def key_of(module: Module, function: Function) -> str:
+        return f"{module.path}:{function.lineno} {function.name}"
+
     def effects(module: Module, node: ast.AST, seen: frozenset[str]) -> set[str]:
-        found: set[str] = set()
+        result: set[str] = set()
         for call in calls(node):
             if isinstance(call.func, ast.Attribute):
                 if call.func.attr == "backward":
-                    found.add("backward")
+                    result.add("backward")
                 if call.func.attr == "step" and len(call.args) + len(call.keywords) <= 1:
-                    found.add("step")
+                    result.add("step")
             target = resolve(module, call)
-            if target and (key := f"{target[0].name}:{target[1].name}") not in seen:
-                found |= effects(*target, seen | {key})
-        return found
+            if target and key_of(*target) not in seen:
+                result |= effects(*target, seen | {key_of(*target)})
+        return result
 
-    def loops(module: Module, function: Function) -> bool:
-        key = frozenset({f"{module.name}:{function.name}"})
+    def loops(module: Module, function: Function, stop: frozenset[str] = frozenset()) -> bool:
+        seen = stop | {key_of(module, function)}
         bodies = [node for node in ast.walk(function) if isinstance(node, ast.For | ast.While)]
-        return any(effects(module, body, key) >= {"backward", "step"} for body in bodies)
+        return any(effects(module, body, seen) >= {"backward", "step"} for body in bodies)
 
-    looping = {f"{m.path}:{f.lineno} {f.name}": (m, f) for m in modules for f in m.functions().values() if loops(m, f)}
-    return [
-        place
-        for place, (module, function) in looping.items()
-        if not any(
-            (target := resolve(module, call)) and f"{target[0].path}:{target[1].lineno} {target[1].name}" in looping
-            for call in calls(function)
-            if called_name(call) != function.name
-        )
-    ]
+    every = [(module, function) for module in modules for function in module.functions().values()]
+    looping = [(module, function) for module, function in every if loops(module, function)]
+    keys = frozenset(key_of(*one) for one in looping)
+    return [key_of(*one) for one in looping if loops(*one, stop=keys - {key_of(*one)})]
 
 
 def resume_records(modules: list[Module]) -> list[str]:
