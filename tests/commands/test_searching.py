@@ -14,7 +14,7 @@ import regrow
 from commands.results import rows, same_parameters
 from regrow import amounts
 from regrow.allocation.regrowth import kind_of
-from regrow.allocation.stages import Stages
+from regrow.allocation.stages import MemoryStages
 from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
 from regrow.commands import RunFolder, latencies
@@ -448,7 +448,7 @@ def test_a_method_that_runs_all_of_the_network_keeps_a_budget_in_one_stage(
         run(Settings("resnet:4-2", "digits", "0.3", **given), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     model, parts = network(Settings(space, "digits", "0.3"), parts_of(SETTINGS).search)[0], parts_of(SETTINGS)
-    axes, one_stage = trace(model, parts.search.train.inputs[:2]), Stages(tuple(plan["ends"]), (1,))
+    axes, one_stage = trace(model, parts.search.train.inputs[:2]), MemoryStages(tuple(plan["ends"]), (1,))
     build_search(Settings(space, "digits", "0.3", method=method), model, axes, one_stage)
 
 

@@ -11,7 +11,7 @@ from regrow.allocation.cost import Cost
 from regrow.allocation.priced import cost_of, payers
 from regrow.allocation.ranked import BudgetError, rank
 from regrow.allocation.solved import module_costs, ratios, soft_step
-from regrow.allocation.stages import MemoryBudgetError, Stages, stages
+from regrow.allocation.stages import MemoryBudgetError, MemoryStages, stages
 from regrow.allocation.uniform import uniform
 
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
@@ -34,7 +34,7 @@ __all__ = [
     "BudgetError",
     "Cost",
     "MemoryBudgetError",
-    "Stages",
+    "MemoryStages",
     "allocation",
     "cost_of",
     "module_costs",

@@ -30,7 +30,7 @@ class MemoryBudgetError(ValueError):
 
 
 @dataclass(frozen=True)
-class Stages:
+class MemoryStages:
     """Stages of a search, in order.
 
     Args:
@@ -53,7 +53,7 @@ class Stages:
         return {"ends": list(self.ends), "peaks": list(self.peaks), "recomputed": self.recomputed}
 
 
-def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> Stages:
+def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
     """The fewest stages of which each keeps a budget; each takes as many cells as fit, so that the last has most room.
 
     Later stages rest on a guess of how small earlier ones will be, which the room is for. Once a stage is over, its
@@ -72,13 +72,13 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> Stages:
         ValueError: If there is no cell to search.
 
     >>> stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)
-    Stages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)
+    MemoryStages(ends=(2, 4, 5), peaks=(30, 29, 25), recomputed=False)
     """
     if not 0 <= first < cells:
         raise ValueError(f"cells {first} to {cells - 1} are to be searched: there is none")
     peak = cache(peak)
     if peak(first, cells - 1) <= budget:
-        return Stages((cells - 1,), (peak(first, cells - 1),))
+        return MemoryStages((cells - 1,), (peak(first, cells - 1),))
     ends: list[int] = []
     peaks: list[int] = []
     while first < cells:
@@ -90,7 +90,7 @@ def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> Stages:
         ends.append(last)
         peaks.append(peak(first, last))
         first = last + 1
-    return Stages(tuple(ends), tuple(peaks))
+    return MemoryStages(tuple(ends), tuple(peaks))
 
 
 def _too_little(peak: Peak, cells: Iterable[int], budget: int) -> MemoryBudgetError:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from regrow import evaluation, store
-from regrow.allocation.stages import Stages
+from regrow.allocation.stages import MemoryStages
 from regrow.allocation.timed import Prices, spread_times
 from regrow.amounts import Measure, parse_bytes
 from regrow.axes import AxisGraph
@@ -262,7 +262,7 @@ def _select_known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
 
 
-def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, Stages | None]:
+def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, MemoryStages | None]:
     """The space of a search as a network with random weights, and its stages, where a memory budget cuts them."""
     names = ("stages", "memory", "batch_size", "stride", "seed")
     entry = searcher_entry(settings.method)
@@ -277,7 +277,7 @@ def build_search(
     settings: Settings,
     model: nn.Module,
     axes: AxisGraph,
-    plan: Stages | None = None,
+    plan: MemoryStages | None = None,
     table: Latency | None = None,
 ) -> Search:
     """The method of a search.

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from regrow.allocation.stages import MemoryBudgetError, Stages
+from regrow.allocation.stages import MemoryBudgetError, MemoryStages
 from regrow.allocation.stages import stages as cut
 from regrow.amounts import parse_bytes
 from regrow.candidates import Prefix, Staged, fold_scales
@@ -43,7 +43,7 @@ def network(
     seed: int,
     stage_share: float = 1.0,
     masked: Collection[str] = GRANULARITIES,
-) -> tuple[nn.Module, Origin, Stages | None]:
+) -> tuple[nn.Module, Origin, MemoryStages | None]:
     """A space as a network with drawn weights, and its stages, where a memory budget cuts them.
 
     Args:
@@ -123,7 +123,7 @@ def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Gr
     return None
 
 
-def _planned(found: _Growing, batch: Batch, budget: int, share: float, masked: Collection[str]) -> Stages:
+def _planned(found: _Growing, batch: Batch, budget: int, share: float, masked: Collection[str]) -> MemoryStages:
     """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
     # Where stages end is not known yet: a classifier behind every part is no less than there will be.
     prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=share)
