@@ -9,8 +9,9 @@ from torch import Tensor
 from regrow.allocation.commits import threshold_for
 from regrow.allocation.gates import GateMasks
 from regrow.axis_tensor import AxisTensor
+from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
 from regrow.methods.search.importance import measure_relative
-from regrow.methods.search.space import MaskRule, measure_masked
+from regrow.methods.search.space import MaskRule, Rules, measure_masked
 from regrow.methods.search.stages import Stages
 from regrow.methods.search.state import SearchState
 from regrow.training.learner import Context, Loss, Step
@@ -168,3 +169,26 @@ def set_thresholds(controller: Controller, masks: MaskRule, state: SearchState, 
     fill(state.filter_thresholds, "filters", kappa.sigmoid(), whole)
     relative = measure_relative(state, context, masks(state, context, None, False))
     fill(state.weight_thresholds, "weights", relative.masked_fill(state.zero_mask, 0.0), len(relative))
+
+
+def slow_filters(controller: Controller, state: SearchState, pace: float) -> SearchState:
+    """The state in which thresholds of filters are trained more slowly, if the regulariser presses on some node."""
+    if not controller.thins or bool(state.layout.single.all()) or state.filter_thresholds.lr is None:
+        return state
+    slow = pace * state.filter_thresholds.lr
+    return replace(state, filter_thresholds=replace(state.filter_thresholds, lr=slow))
+
+
+def cut_due(controller: Controller, rules: Rules, state: SearchState, context: Context) -> Commit:
+    """Cut what is masked; under ``feedback`` λ follows the number of operations."""
+    before = len(state.dropped)
+    set_thresholds(controller, rules.masks, state, context)
+    masks = rules.masks(state, context, None, False)
+    plan, state = cut_masked(rules, state, context, masks, rules.space.target)
+    return plan, raise_penalty(state, len(state.dropped) - before) if controller.kind == "feedback" else state
+
+
+def fit_due(controller: Controller, rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
+    """Cut what is masked, and what the target requires."""
+    set_thresholds(controller, rules.masks, state, context)
+    return fit_to_budget(rules, state, context, target)

@@ -23,29 +23,27 @@ are affine; and the learning rate of α is a share of the steps, equal to the au
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from regrow.allocation.edges import Edges
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.partial import partial_channels
 from regrow.allocation.timed import Prices
-from regrow.axis_tensor import AxisTensor
 from regrow.method import Measure
 from regrow.methods.search.assembly import Search, compute_loss, follow_training
 from regrow.methods.search.commit import Commit, cut_masked, fit_to_budget
 from regrow.methods.search.importance import (
     choose_operations,
+    draw_importance,
+    find_edges,
     mask_by_thresholds,
+    measure_skips,
     rank_evenly,
-    weigh_edges,
-    weigh_operations,
+    replace_scales,
+    set_importance_gradients,
 )
-from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_shares, measure_size, scale_candidates
+from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
 from regrow.methods.search.state import SearchState
-from regrow.nets.cells import Cells
-from regrow.surgery.parametrize import parametrize
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Replacements, Step
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
 
 CITATION = (
     "Liu, Simonyan, Yang, DARTS: Differentiable Architecture Search (arXiv 1806.09055), first order; edges, warm, "
@@ -103,15 +101,15 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
         partial(_mask, space),
         rates=lambda context: (s.lr / (context.epochs * context.steps or 1), 0.0),
         allowed=lambda state, context, target: 0.0 if state.chosen is None else target,
-        shares=_measure_shares,
+        shares=measure_skips,
         summary=lambda state: _summarize(s, state),
-        own_parametrize=_replace_scales,
+        own_parametrize=replace_scales,
     )
     learner = Learner(
         SearchState(),
         parametrize=rules.parametrize,
         loss=lambda state, context, step: Loss(compute_loss(context, step.batch, s.augment)),
-        project=partial(_differentiate_importance, s),
+        project=partial(_project, s),
         plan=partial(_plan, rules),
         boundary=partial(_follow, s, rules),
         optimizer="adam",
@@ -132,71 +130,28 @@ def _summarize(s: Settings, state: SearchState) -> dict[str, float]:
     return {} if size is None else {"discretised": size, "below": size <= s.target}
 
 
-def _measure_shares(state: SearchState, masks: GateMasks) -> dict[str, float]:
-    """Also the share of skips among the operations that would be chosen; near 1 the search has collapsed."""
-    chosen = [path for path, here in zip(state.layout.ops, choose_operations(state), strict=True) if here]
-    skips = sum(path.rpartition(".")[2].startswith("skip") for path in chosen)
-    return measure_shares(state, masks) | {"skips": skips / max(1, len(chosen))}
-
-
 def _follow(s: Settings, rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
     begins = boundary.event == Event.TASK_START
     if begins or boundary.event == Event.RESUME:
-        state = replace(state, edges=_find_edges(s, context))
+        state = replace(state, edges=find_edges(context, s.shared, s.shared or s.partial > 1))
     edges = state.edges
     state = follow_training(rules, state, context, boundary)
     if begins:
-        state = replace(state, edges=edges, alpha=_draw(rules, context, edges.entries, 11))
-        state = replace(state, beta=_draw(rules, context, edges.betas, 14)) if s.edges else state
+        lr = rules.rates(context)[0]
+        beta = draw_importance(context, edges.betas, lr, 14) if s.edges else None
+        state = replace(state, edges=edges, alpha=draw_importance(context, edges.entries, lr, 11), beta=beta)
     if s.partial > 1 and state.chosen is None and not state.handles:
         weights = state.edge_weights
         state = replace(state, handles=tuple(partial_channels(context.model, s.partial, lambda: weights)))
     return state
 
 
-def _find_edges(s: Settings, context: Context) -> Edges:
-    """Where operations lie on edges.
-
-    Raises:
-        ValueError: If the network has no candidates, or no cells where these are needed.
-    """
-    if (s.shared or s.partial > 1) and not isinstance(context.model, Cells):
-        raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
-    return Edges.of(context.model, context.model.alike() if s.shared and isinstance(context.model, Cells) else {})
-
-
-def _draw(rules: Rules, context: Context, n: int, purpose: int) -> AxisTensor:
-    """Small random importances: at first all operations of an edge weigh about the same."""
-    return AxisTensor(1e-3 * torch.randn(n, generator=context.generator(purpose)), (n,), rules.rates(context)[0])
-
-
-def _scale(state: SearchState, context: Context) -> dict[str, Tensor]:
-    """What replaces the scales of candidates; also notes the weights of edges for the channels that bypass them."""
-    share = weigh_operations(state) * state.layout.alive
-    state.edge_weights[:] = weigh_edges(state, share)
-    return scale_candidates(context, share, keep=False)
-
-
-@torch.no_grad()
-def _replace_scales(state: SearchState, context: Context) -> Replacements:
-    """Scales without gradients for α: these examples train the weights."""
-    return Replacements(_scale(state, context))
-
-
-def _differentiate_importance(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
+def _project(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
     """Clip the gradients of the network; set those of α and β from the second part of the examples."""
     nn.utils.clip_grad_norm_(context.parameters().values(), s.clip)
-    if context.epoch < s.warm * context.epochs or step.second is None:
-        return state
-    learned = [one.values for one in (state.alpha, state.beta) if one is not None]
-    buffers = [*context.model.buffers()]
-    before = [one.clone() for one in buffers]
-    with parametrize(context.model, _scale(state, context)):
-        gradients = torch.autograd.grad(compute_loss(context, step.second, s.augment), learned)
-    for one, value in zip(buffers, before, strict=True):  # running statistics are those of the first part
-        one.copy_(value)
-    for one, gradient in zip(learned, gradients, strict=True):
-        one.grad = gradient + s.decay * one.detach()
+    if context.epoch >= s.warm * context.epochs and step.second is not None:
+        second = step.second
+        set_importance_gradients(state, context, lambda: compute_loss(context, second, s.augment), s.decay)
     return state
 
 

@@ -1,14 +1,14 @@
 """The importance of operations, filters and weights, and the masks that follow from it."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from regrow.allocation.edges import select_operations
+from regrow.allocation.edges import Edges, select_operations
 from regrow.allocation.gates import GateMasks
 from regrow.axis_tensor import AxisTensor
 from regrow.candidates import run_whole
@@ -18,15 +18,18 @@ from regrow.methods.search.space import (
     clear_thresholds,
     iterate_spans,
     mask_parameters,
+    measure_shares,
+    scale_candidates,
     update_layout,
 )
 from regrow.methods.search.state import SearchState
+from regrow.nets.cells import Cells
 from regrow.plan import Plan
 from regrow.surgery import apply
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples
 from regrow.tracing.meta_copy import clone_model
-from regrow.training.learner import Context
+from regrow.training.learner import Context, Replacements
 from regrow.training.state import axis_tensors, follow_plan, with_axis_tensors
 
 
@@ -169,3 +172,75 @@ def copy_state(state: SearchState) -> SearchState:
     """The state with copies of its tensors, which can be changed in place."""
     tensors = axis_tensors(state).items()
     return with_axis_tensors(state, {name: replace(one, values=one.values.detach().clone()) for name, one in tensors})
+
+
+def find_edges(context: Context, shared: bool, cells: bool) -> Edges:
+    """Where operations lie on edges.
+
+    Args:
+        context: The network.
+        shared: Whether cells of one kind share α and β.
+        cells: Whether the network must be one of cells.
+
+    Raises:
+        ValueError: If it is not, or has no candidates.
+    """
+    if cells and not isinstance(context.model, Cells):
+        raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
+    return Edges.of(context.model, context.model.alike() if shared and isinstance(context.model, Cells) else {})
+
+
+def draw_importance(context: Context, n: int, lr: float, purpose: int) -> AxisTensor:
+    """Small random importances: at first all operations of an edge weigh about the same."""
+    return AxisTensor(1e-3 * torch.randn(n, generator=context.generator(purpose)), (n,), lr)
+
+
+def scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
+    """The scales of candidates; notes the weights of edges, too, for the channels that bypass operations."""
+    share = weigh_operations(state) * state.layout.alive
+    state.edge_weights[:] = weigh_edges(state, share)
+    return scale_candidates(context, share, keep=False)
+
+
+@torch.no_grad()
+def replace_scales(state: SearchState, context: Context) -> Replacements:
+    """Scales without gradients for α: these examples train the weights."""
+    return Replacements(scale_by_softmax(state, context))
+
+
+def set_importance_gradients(state: SearchState, context: Context, loss: Callable[[], Tensor], decay: float) -> None:
+    """Set the gradients of α and β to those of a loss; the network and its running statistics stay as they are.
+
+    Args:
+        state: The state of the search.
+        context: The network.
+        loss: Runs the network.
+        decay: Weight decay of α and β.
+    """
+    learned = [one.values for one in (state.alpha, state.beta) if one is not None]
+    buffers = [*context.model.buffers()]
+    before = [one.clone() for one in buffers]
+    with parametrize(context.model, scale_by_softmax(state, context)):
+        gradients = torch.autograd.grad(loss(), learned)
+    for one, value in zip(buffers, before, strict=True):
+        one.copy_(value)
+    for one, gradient in zip(learned, gradients, strict=True):
+        one.grad = gradient + decay * one.detach()
+
+
+def measure_skips(state: SearchState, masks: GateMasks) -> dict[str, float]:
+    """The kept shares, and the share of skips among the operations that would be chosen; near 1 DARTS has collapsed."""
+    chosen = [path for path, here in zip(state.layout.ops, choose_operations(state), strict=True) if here]
+    skips = sum(path.rpartition(".")[2].startswith("skip") for path in chosen)
+    return measure_shares(state, masks) | {"skips": skips / max(1, len(chosen))}
+
+
+def start_drift(state: SearchState) -> SearchState:
+    """The state with a smoothed gradient of α, 0 at first."""
+    return replace(state, drift=AxisTensor(torch.zeros_like(state.alpha.values), state.alpha.dims))
+
+
+def smooth_gradient(state: SearchState) -> None:
+    """Add the gradient of α to the smoothed one, in place."""
+    if (gradient := state.alpha.values.grad) is not None and state.drift is not None:
+        state.drift.values.mul_(0.9).add_(gradient)

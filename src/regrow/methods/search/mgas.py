@@ -28,22 +28,20 @@ authors draw them.
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import torch
 from torch import nn
 
 from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
-from regrow.axis_tensor import AxisTensor
 from regrow.method import Measure
 from regrow.methods.search import commit
 from regrow.methods.search.assembly import Search, compute_loss, follow_training, log_status
 from regrow.methods.search.commit import Commit
-from regrow.methods.search.controller import Controller, add_pressure, follow_step, raise_penalty, set_thresholds
-from regrow.methods.search.importance import mask_by_thresholds
+from regrow.methods.search.controller import Controller, add_pressure, cut_due, fit_due, follow_step, slow_filters
+from regrow.methods.search.importance import mask_by_thresholds, smooth_gradient, start_drift
 from regrow.methods.search.space import GRANULARITIES, Rules, SearchSpace
 from regrow.methods.search.stages import Stages, check_stages, protect_earlier, start_stage, take_turns
 from regrow.methods.search.state import SearchState
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
+from regrow.training.learner import Boundary, Context, Event, Learner, Step
 
 CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from abstract and authors' code"
 
@@ -150,12 +148,14 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
         allowed=controller.allow,
         fills_with_bare=not controller.floor,
     )
-    own = _Mgas(s, rules, stages, controller)
+    own = _Mgas(s, rules, controller)
     learner = Learner(
         SearchState(),
         parametrize=rules.parametrize,
-        loss=partial(_compute_loss, own),
-        project=partial(_smooth_gradient, own),
+        loss=lambda state, context, step: add_pressure(
+            controller, state, context, step, compute_loss(context, step.batch, s.augment)
+        ),
+        project=partial(_project, s),
         after_step=partial(follow_step, controller),
         plan=partial(_plan, own),
         boundary=partial(_follow, own),
@@ -166,7 +166,7 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
     return Search(
         rules,
         learner,
-        partial(_finalize, own),
+        partial(fit_due, controller, rules),
         asdict(s),
         shrinks=True,
         check=partial(check_stages, stages, space),
@@ -181,7 +181,6 @@ class _Mgas:
 
     settings: Settings
     rules: Rules
-    stages: Stages
     controller: Controller
 
 
@@ -191,13 +190,10 @@ def _follow(own: _Mgas, state: SearchState, context: Context, boundary: Boundary
     state = follow_training(own.rules, state, context, boundary)
     match boundary.event:
         case Event.TASK_START:
-            if own.controller.thins and not bool(state.layout.single.all()):
-                slow = own.settings.pace * own.rules.rates(context)[1]
-                state = replace(state, filter_thresholds=replace(state.filter_thresholds, lr=slow))
-            drift = AxisTensor(torch.zeros_like(state.alpha.values), state.alpha.dims)
-            return start_stage(own.stages, own.rules, replace(state, drift=drift), context, 0)
+            state = slow_filters(own.controller, start_drift(state), own.settings.pace)
+            return start_stage(own.controller.stages, own.rules, state, context, 0)
         case Event.RESUME:
-            return protect_earlier(own.stages, own.rules, state, context)
+            return protect_earlier(own.controller.stages, own.rules, state, context)
         case Event.EPOCH_START:
             return replace(state, losses=(0.0, 0.0))
         case Event.EPOCH_END:
@@ -205,49 +201,27 @@ def _follow(own: _Mgas, state: SearchState, context: Context, boundary: Boundary
     return state
 
 
-def _compute_loss(own: _Mgas, state: SearchState, context: Context, step: Step) -> Loss:
-    plain = compute_loss(context, step.batch, own.settings.augment)
-    return add_pressure(own.controller, state, context, step, plain)
-
-
-def _smooth_gradient(own: _Mgas, state: SearchState, context: Context, step: Step) -> SearchState:
-    """Clip the gradients of the network; smooth that of α."""
-    nn.utils.clip_grad_norm_(context.parameters().values(), own.settings.clip)
-    if (gradient := state.alpha.values.grad) is not None and state.drift is not None:
-        state.drift.values.mul_(0.9).add_(gradient)
+def _project(s: Settings, state: SearchState, context: Context, step: Step) -> SearchState:
+    nn.utils.clip_grad_norm_(context.parameters().values(), s.clip)
+    smooth_gradient(state)
     return state
 
 
 def _plan(own: _Mgas, state: SearchState, context: Context) -> Commit:
     """Cut what is masked; at the end of a stage also restore a part of what it removed, and start the next stage."""
     if context.epoch == context.epochs:
-        return _finalize(own, state, context, own.settings.target)
-    over = context.epoch == own.stages.bounds(context.epochs, state.stage)[1]
-    steps = [partial(_cut, own)]
+        return fit_due(own.controller, own.rules, state, context, own.settings.target)
+    over = context.epoch == own.controller.stages.bounds(context.epochs, state.stage)[1]
+    steps = [partial(cut_due, own.controller, own.rules)]
     if over:
         steps += [partial(commit.revive_operations, own.settings.regrow), partial(_restore, own)]
-    plan, state = take_turns(steps if own.stages.commits(state, context) else (), state, context)
+    plan, state = take_turns(steps if own.controller.stages.commits(state, context) else (), state, context)
     if over and plan is None:
-        state = start_stage(own.stages, own.rules, state, context, state.stage + 1)
+        state = start_stage(own.controller.stages, own.rules, state, context, state.stage + 1)
         log_status(own.rules, state, context)
     return plan, state
-
-
-def _cut(own: _Mgas, state: SearchState, context: Context) -> Commit:
-    """Cut what is masked; under ``feedback`` λ follows the number of operations."""
-    before, rules = len(state.dropped), own.rules
-    set_thresholds(own.controller, rules.masks, state, context)
-    masks = rules.masks(state, context, None, False)
-    plan, state = commit.cut_masked(rules, state, context, masks, own.settings.target)
-    dropped = len(state.dropped) - before
-    return plan, raise_penalty(state, dropped) if own.controller.kind == "feedback" else state
 
 
 def _restore(own: _Mgas, state: SearchState, context: Context) -> Commit:
     state = commit.release_weights(own.rules, own.settings.regrow_weights, state, context)
     return commit.restore_filters(own.rules, own.settings.regrow_filters, state, context)
-
-
-def _finalize(own: _Mgas, state: SearchState, context: Context, target: float) -> Commit:
-    set_thresholds(own.controller, own.rules.masks, state, context)
-    return commit.fit_to_budget(own.rules, state, context, target)
