@@ -12,11 +12,11 @@ import pytest
 
 import regrow
 from regrow.methods import TABLES, MethodKind
-from regrow.testing import check_method
+from regrow.testing import LAWS, check_method
 from regrow.training.learner import PLAIN
 
 PAGE = (Path(__file__).parents[2] / "docs" / "add-a-method.md").read_text("utf-8")
-CODE = PAGE.partition("```python\n")[2].partition("```")[0]
+PRUNER, CODE = (part.partition("```")[0] for part in PAGE.split("```python\n")[1:])
 META = {
     "METADATA": "Metadata-Version: 2.1\nName: regrow-anchored\nVersion: 1.0\n",
     "WHEEL": "Wheel-Version: 1.0\nGenerator: a test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
@@ -69,6 +69,17 @@ def test_every_law_runs_on_an_installed_method(installed: Path, tmp_path: Path) 
     check = "from regrow.testing import LAWS, check_method; print(check_method('anchored') == tuple(LAWS['continual']))"
     found = python("-c", check, site=installed, cwd=tmp_path)
     assert found.stdout.strip() == "True", found.stderr
+
+
+def test_the_pruning_method_of_the_page_obeys_the_laws_and_prunes(tmp_path: Path) -> None:
+    (tmp_path / "largest.py").write_text(PRUNER)
+    check = "from regrow.testing import check_method; print(len(check_method('largest:LARGEST', kind='pruning')))"
+    found = python("-c", check, site=None, cwd=tmp_path)
+    assert found.stdout.strip() == str(len(LAWS[MethodKind.PRUNING])), found.stderr
+    code = "from regrow.cli import main; raise SystemExit(main())"
+    words = ["prune", "resnet18", "--method", "largest:LARGEST", "--keep", "0.9", "--dry-run", "plan.json"]
+    run = python("-c", code, *words, site=None, cwd=tmp_path)
+    assert run.returncode == 0 and (tmp_path / "plan.json").is_file(), run.stderr
 
 
 def test_a_law_that_is_broken_is_named() -> None:
