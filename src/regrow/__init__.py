@@ -45,7 +45,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, or a module of the package by its name."""
+    """Return a public name, or a submodule of regrow by its name; both are imported on first use."""
     if name in _MODULES:
         found = getattr(importlib.import_module(_MODULES[name]), name)
     else:

@@ -1,4 +1,4 @@
-"""``python -m regrow``."""
+"""Run the command line: ``python -m regrow``."""
 
 from regrow.cli import main
 

@@ -1,4 +1,4 @@
-"""Amounts as people write them: 2G, 100M, 16GiB, 4096 bytes, 7.5 and shares such as 20%; and targets made of them."""
+"""Parse and format amounts as people write them (2G, 100M, 16GiB, 4096 bytes, 7.5, 20%), and size targets."""
 
 import re
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 
 class Measure(StrEnum):
-    """What a budget counts.
+    """The quantity that a budget or target limits: parameters, MACs, bytes, key-value cache or milliseconds.
 
     ``params``, ``macs`` and ``bytes`` are those of dense kernels and of the stored file: an entry that is 0 counts like
     any other. ``nonzero`` counts the parameters that masks leave.
@@ -21,9 +21,9 @@ class Measure(StrEnum):
 
 
 STEPS = {Measure.TIME: 10**6}
-"""In how many whole steps one unit of a measure is counted, where that is not 1: time is counted in nanoseconds."""
+"""Measure → whole steps per unit of it, where that is not 1: milliseconds are counted in nanoseconds."""
 IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
-"""The measures that ask for how many tokens."""
+"""The measures whose value depends on the number of tokens, so that a target may name it (``@4096``)."""
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
@@ -35,7 +35,7 @@ _EXAMPLES = {
 
 
 def parse_amount(text: str, measure: Measure) -> float:
-    """How much a text says.
+    """Parse an amount such as ``0.5M`` or ``50MiB`` into a number in units of the measure.
 
     >>> parse_amount("0.5M", Measure.PARAMETERS), parse_amount("50MiB", Measure.CACHE)
     (500000.0, 52428800.0)
@@ -43,7 +43,7 @@ def parse_amount(text: str, measure: Measure) -> float:
     Args:
         text: A number; K, M, G or T multiply it by powers of 1000; of bytes, Ki, Mi, Gi or Ti by powers of 1024, and
             ``B`` or ``bytes`` may follow.
-        measure: What it is an amount of.
+        measure: What the amount counts; it decides which suffixes are allowed.
 
     Raises:
         ValueError: If it is no such amount, or 0; names the forms that are.
@@ -59,10 +59,13 @@ def parse_amount(text: str, measure: Measure) -> float:
 
 
 def parse_bytes(text: str | int) -> int:
-    """A whole number of bytes, at least 1.
+    """Parse an amount of memory such as ``2GiB`` into a whole number of bytes, at least 1.
 
     >>> parse_bytes("2GiB"), parse_bytes("1.5 GB"), parse_bytes("2G"), parse_bytes("4096 bytes")
     (2147483648, 1500000000, 2000000000, 4096)
+
+    Args:
+        text: The amount, as for :func:`parse_amount`; an integer counts bytes.
 
     Raises:
         ValueError: If it is no amount of bytes.
@@ -74,10 +77,13 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_share(text: str) -> float:
-    """A share: ``0.2`` or ``20%``.
+    """Parse a fraction written as ``0.2`` or ``20%`` into a float; its range is not checked.
 
     >>> parse_share("0.2"), parse_share("20 %")
     (0.2, 0.2)
+
+    Args:
+        text: A decimal number, or one in percent.
 
     Raises:
         ValueError: If it is no number.
@@ -90,10 +96,13 @@ def parse_share(text: str) -> float:
 
 
 def format_bytes(number: int) -> str:
-    """Bytes in powers of 1024, as :func:`parse_bytes` reads them.
+    """Format a number of bytes in powers of 1024, in a form that :func:`parse_bytes` reads.
 
     >>> format_bytes(1_610_612_736), format_bytes(7)
     ('1.5 GiB', '7 bytes')
+
+    Args:
+        number: Bytes.
     """
     for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
         if number >= 1024**power:
@@ -102,10 +111,13 @@ def format_bytes(number: int) -> str:
 
 
 def short(number: float) -> str:
-    """A number in three digits, as :func:`parse_amount` reads it.
+    """Format a number with three significant digits and a suffix (k, M, G, T) that :func:`parse_amount` reads.
 
     >>> short(33_640), short(999_700), short(950.4), short(7.25), short(2e13)
     ('33.6k', '1M', '950', '7.25', '20T')
+
+    Args:
+        number: Any finite number.
     """
     for unit in ("", "k", "M", "G"):
         if abs(number) < 999.5:
@@ -116,14 +128,14 @@ def short(number: float) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """So much and no more.
+    """Upper limit on one measure of a network: the size it may have at most after pruning or search.
 
     Args:
         measure: What is counted: all parameters, those that are not masked, multiply–accumulates of one example, bytes
             of the file in the dtype as loaded, bytes of the cache of keys and values of one sequence, or milliseconds
             of a forward pass on this device.
-        amount: How much of it may be left.
-        context: For so many tokens; 0: those of the traced example.
+        amount: The limit, in units of the measure.
+        context: The number of tokens for which it holds; 0: that of the traced example.
     """
 
     measure: Measure
@@ -140,13 +152,16 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> "Target":
-        """A target as users write it: ``UNIT=AMOUNT``, or ``UNIT=AMOUNT@TOKENS``.
+        """Parse a target as users write it: ``MEASURE=AMOUNT`` or ``MEASURE=AMOUNT@TOKENS``.
 
         >>> Target.parse("kv_cache=50M@4096")
         Target(measure=<Measure.CACHE: 'kv_cache'>, amount=50000000.0, context=4096)
 
+        Args:
+            text: The target, such as ``params=100M`` or ``kv_cache=50M@4096``.
+
         Raises:
-            ValueError: If it is none; says what one looks like.
+            ValueError: If the text is no target; the message shows the form of one.
         """
         unit, equals, rest = text.strip().partition("=")
         much, at, context = rest.partition("@")

@@ -1,4 +1,4 @@
-"""Axes: which dimensions of which tensors of a network belong to one another.
+"""Axes of a network: sets of tensor dimensions that must be cut or widened together.
 
 A network is a set of parameters and buffers. Some of their dimensions always change together: the output of one
 layer is the input of the next. An :class:`Axis` is one such set of dimensions, a *unit* is one index of it (a neuron,
@@ -43,7 +43,7 @@ __all__ = [
 
 
 class Role(StrEnum):
-    """What a tensor's dimension does with the axis: makes its units, reads them, scales or shifts them one by one."""
+    """How a tensor's dimension takes part in an axis: it produces its units, consumes, scales or shifts them."""
 
     PRODUCES = "produces"
     CONSUMES = "consumes"
@@ -52,7 +52,7 @@ class Role(StrEnum):
 
 
 class Mark(StrEnum):
-    """What happens to the network's function when units of an axis are taken out.
+    """How exactly an axis can be cut: what removing its units does to the function that the network computes.
 
     * ``NEUTRAL``: only sums read the axis; dropped units count as 0.
     * ``COMPETED``: a softmax or a maximum reads it; dropped units count as −∞.
@@ -70,7 +70,14 @@ class Mark(StrEnum):
 
 @dataclass(frozen=True)
 class Slot:
-    """Where the units of an axis lie in one dimension of one tensor.
+    """Where the units of an axis lie in one dimension of one tensor, and the role of that dimension.
+
+    Unit ``i`` owns the entries ``offset + o * stride + i * inner + r`` for ``o < outer`` and ``r < inner``. With
+    ``outer = inner = 1`` and ``offset = 0`` that is simply entry ``i``.
+
+    Args: name: The parameter or buffer, by its dotted name. dim: Its dimension, from 0. outer: How many times the whole
+    axis is repeated along the dimension. stride: Entries from one repetition to the next. inner: Contiguous entries per
+    unit in one repetition. offset: Entries before the first unit. role: What the dimension does with the axis.
 
     Unit ``i`` owns the entries ``offset + o * stride + i * inner + r`` for ``o < outer`` and ``r < inner``. With
     ``outer = inner = 1`` and ``offset = 0`` that is simply entry ``i``.
@@ -85,7 +92,10 @@ class Slot:
     role: Role
 
     def positions(self, size: int) -> Tensor:
-        """The entries of each unit, ``[size, outer * inner]`` (int64), for an axis of ``size`` units.
+        """Return the indices along the dimension that each unit owns, ``[size, outer * inner]`` (int64).
+
+        Args:
+            size: How many units the axis has.
 
         >>> Slot("w", 0, outer=2, stride=6, inner=1, offset=0, role=Role.PRODUCES).positions(3).tolist()
         [[0, 6], [1, 7], [2, 8]]
@@ -97,24 +107,24 @@ class Slot:
 
 @dataclass(frozen=True)
 class Axis:
-    """One set of indices shared by dimensions of several parameters and buffers.
+    """A set of units (neurons, filters, head groups) that several tensor dimensions share and that change together.
 
     Args:
-        key: The name of its first slot: ``"layers.0.up_proj.weight:0"``, with ``+offset`` or ``/inner`` where several
-            axes lie in the same dimension.
+        key: The name of its first slot, ``"layers.0.up_proj.weight:0"``, with ``+offset`` or ``/inner`` to tell apart
+            several.
         size: How many units it has.
-        slots: Where the units lie, in the order of the network's state.
-        mark: What cutting it means.
-        reason: Why it is frozen, or what made its mark; empty for a neutral axis.
-        count: Axes with the same ``count`` must keep equally many units, though not the same ones; empty if free.
-        times: What a unit counts for in that: ``units kept × times`` is what must be equal (a rotary pair counts for
-            two entries of a head).
-        least: How many units it must keep: 2 for a repetition, which networks skip when there is but one.
-        multiple: Its size must stay a multiple of this, for an operation that runs on nothing else; 1 if any will do.
+        slots: Where the units lie in each tensor, in the order of the network's state dict.
+        mark: How exactly it can be cut.
+        reason: Why it is frozen, or why it has its mark; empty for a neutral axis.
+        count: Group name: axes of a group must keep equal numbers of units, though not the same units; empty if free.
+        times: Multiplier in that comparison: ``units kept × times`` must be equal (a rotary pair counts for two
+            entries).
+        least: How many units it must keep: 2 for a repetition, which networks skip if there is only one.
+        multiple: Its size must stay a multiple of this, since an operation needs it; 1: any size.
         inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
-        ids: The ids of its units; they survive cuts, so a ledger can name a unit for life.
-        next_id: How many units it ever had: the next unit id, so that none is used twice.
-        narrow: Why it cannot be widened; empty if it can. What cannot be cut cannot be widened either.
+        ids: The permanent ids of its units, which survive cuts, so that a ledger can name a unit.
+        next_id: The id that the next new unit gets: how many units the axis ever had.
+        narrow: Why it cannot be widened; empty if it can. A frozen axis can never be widened.
     """
 
     key: str
@@ -138,22 +148,22 @@ class Axis:
 
     @property
     def free(self) -> bool:
-        """Whether units of it can be cut."""
+        """Whether units of the axis can be cut: it is not frozen."""
         return self.mark is not Mark.FROZEN
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What it is but for the number of its block: equal for axes of one size and role in every block."""
+        """Return a key that is equal for axes of the same size and role in different blocks, ignoring block numbers."""
         slots = ((re.sub(r"(^|\.)\d+(?=\.)", r"\1#", s.name), *astuple(s)[1:]) for s in self.slots)
         return (self.size, *sorted(set(slots)))
 
     def consumers(self) -> tuple[Slot, ...]:
-        """The slots that read the units."""
+        """Return the slots of dimensions that consume the units as input."""
         return tuple(slot for slot in self.slots if slot.role is Role.CONSUMES)
 
     @property
     def label(self) -> str:
-        """What makes the units and what reads them, the same in every block: ``gate_proj, up_proj → down_proj``."""
+        """Name of the axis in reports, equal in every block: producers → consumers (``up_proj → down_proj``)."""
         made = _modules(slot.name for slot in self.slots if slot.role is Role.PRODUCES)
         read = _modules(slot.name for slot in self.consumers())
         widths = {slot.inner for slot in self.consumers() if slot.inner > 1}
@@ -163,7 +173,7 @@ class Axis:
 
 
 def _modules(names: Iterable[str]) -> list[str]:
-    """The last named module of each tensor, numbers left out."""
+    """Return the last named module in each tensor name, without numbers and repetitions."""
     result = []
     for name in names:
         parts = [part for part in name.split(".")[:-1] if not part.isdigit()]
@@ -177,7 +187,10 @@ def _listed(names: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Example:
-    """The input a network was traced with: what it is called with, positional and by name."""
+    """The input that a network was traced with: positional arguments and keyword arguments of its forward.
+
+    Args: args: Positional inputs. kwargs: Inputs by name.
+    """
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -185,34 +198,34 @@ class Example:
 
 @dataclass(frozen=True)
 class AxisGraph:
-    """All axes of a network, and the shape of each of its tensors written in them.
+    """The result of tracing: all axes of a network, and every tensor's shape as products and sums of axes.
 
     Args:
         axes: Every axis by key, frozen ones too.
         shapes: Parameter or buffer name → its dimensions. Tied tensors appear under each of their names.
         ties: Name → the first name of the same tensor, for every further name.
         parameters: The names in ``shapes`` that are parameters (the others are buffers).
-        counted: The weights a ``keep`` fraction is a fraction of: those of linear layers and convolutions; where the
-            network looks its input up in an embedding, the embedding and the head that mirrors it are left out.
+        counted: The weights of which ``keep`` is a fraction: those of linear layers and convolutions; where the
+            network looks its input up in an embedding, without the embedding and the output head.
         itemsize: Name → bytes per entry.
         work: The multiply–accumulates of the traced example, per contraction.
-        caches: What each attention reads of every token that went before.
+        caches: The keys and values that each attention caches per token.
         integers: ``module:attribute`` → the dimension whose size the attribute holds (``out_features``, ``head_dim``).
-        folds: Sizes that stand in divisors.
+        folds: Axis sizes that occur as divisors (in norms, attention scales), and the parameters that absorb a change.
         unreached: Parameters that the example did not use.
-        notes: What tracing could not read: operations without a rule, with the module and the axes frozen for it.
-        branches: Every module that runs, by path: whether it can be dropped whole, or why not. Only
-            what the network offers as candidates, until :func:`regrow.with_branches` has looked.
-        steps: What the network does, operation by operation.
-        decisions: What the data of the example decided, where one eager run was recorded; ``None`` where fake data
-            were enough.
-        exported: Whether ``torch.export`` recorded what it does on fake data, since we could not.
-        trained: Whether what the network does in training was followed too, since that reaches more parameters.
-        declared: The keys of the axes that a user named, and no recording shows.
+        notes: What tracing could not analyse: operations without a rule, with the module and the axes frozen for it.
+        branches: Module path → whether the module can be dropped whole, or why not. Only the operations of
+            :class:`regrow.Candidates`, until :func:`regrow.with_branches` has examined every module that runs.
+        steps: The operations of the network, in the order in which they ran.
+        decisions: The data-dependent values of the example, where one eager run was recorded; ``None`` where
+            fake data were enough.
+        exported: Whether the recording on fake data was made by ``torch.export`` and not by regrow's own tracer.
+        trained: Whether training mode was traced too, since it reaches more parameters.
+        declared: The keys of the axes that the user declared instead of tracing.
         example: The traced input, for verifying.
-        recording: The operations and where they read axes (:class:`regrow.tracing.readings.Recording`), for the proof
-            of a change; ``None`` where it takes a new one.
-        network: Which traced network it is of: new for every trace, the same through every change.
+        recording: The operations and where they read axes (:class:`regrow.tracing.readings.Recording`), to prove a
+            change; ``None``: the proof makes a new one.
+        network: The id of the traced network: new for every trace, unchanged by cuts and growth.
     """
 
     axes: Mapping[str, Axis]
@@ -248,17 +261,17 @@ class AxisGraph:
 
     @property
     def recorded(self) -> str:
-        """How it was recorded: as an ``"export"`` is, or from one ``"eager"`` run; ``"not"`` if it was declared."""
+        """How the graph was obtained: ``"export"``, one ``"eager"`` run, or ``"not"`` traced but all declared."""
         if self.declared and self.axes.keys() <= set(self.declared):
             return "not"
         return "export" if self.decisions is None else "eager"
 
     def sizes(self) -> dict[str, int]:
-        """The present size of each axis."""
+        """Return axis key → its current number of units."""
         return {axis.key: axis.size for axis in self}
 
     def free(self) -> tuple[Axis, ...]:
-        """The axes that can be cut."""
+        """Return the axes whose units can be cut."""
         return tuple(axis for axis in self if axis.free)
 
     def units(
@@ -267,14 +280,20 @@ class AxisGraph:
         exclude: tuple[str, ...] = (),
         marks: frozenset[Mark] = frozenset({Mark.NEUTRAL}),
     ) -> tuple[Axis, ...]:
-        """The axes a pruning method works on: free, of the given marks, not inside one another.
+        """Return the axes that a pruning method may cut: free, of the given marks, not inside another chosen axis.
+
+        Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
+
+        Axes that must stay equal in size while their units count differently (``Axis.times``) are left to plans made by
+        hand.
 
         Axes that must keep unequal multiples of one number are left to plans made by hand.
 
         Args:
-            only: Patterns (``fnmatch``, or a plain part of a dotted name); each tensor of the axis must match one.
+            only: Patterns (``fnmatch``, or a plain part of a dotted name); each tensor of the axis must match one;
+                empty: all.
             exclude: Patterns; an axis is left out as soon as one of its tensors matches.
-            marks: Which marks to work on. Neutral ones alone, unless asked.
+            marks: Which marks are allowed; neutral alone unless given.
         """
         uneven = {axis.count for axis in self if axis.count and axis.times != 1}
         chosen = tuple(
@@ -289,7 +308,11 @@ class AxisGraph:
         return tuple(axis for axis in chosen if axis.inside not in keys)
 
     def without(self, branches: Iterable[Branch]) -> "AxisGraph":
-        """The same graph without what goes with some branches (to ask what is left to cut, and what it costs)."""
+        """Return a copy without everything that dropping the branches removes, for costing what is left.
+
+        Args:
+            branches: The branches to leave out.
+        """
         gone = [path for branch in branches for path in branch.placeholders]
 
         def stays(name: str) -> bool:
@@ -316,14 +339,22 @@ class AxisGraph:
         )
 
     def with_axes(self, axes: Mapping[str, Axis]) -> "AxisGraph":
-        """The same graph with other axes (after a cut)."""
+        """Return a copy with other axes, as after a cut; everything else is unchanged.
+
+        Args:
+            axes: Axis key → axis.
+        """
         return replace(self, axes=axes)
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a dotted tensor name fits a pattern: an ``fnmatch`` of the whole, or a run of its dotted parts.
+    """Whether a dotted tensor name matches a pattern: an ``fnmatch`` of the whole name, or a run of its dotted parts.
 
     >>> matches("layers.0.mlp.up_proj.weight", "mlp"), matches("layers.0.mlp.up_proj.weight", "layers.1*")
     (True, False)
+
+    Args:
+        name: The name of a parameter or buffer.
+        pattern: A shell pattern such as ``layers.1*``, or parts such as ``mlp.up_proj``.
     """
     return fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."

@@ -1,4 +1,4 @@
-"""Tensors that lie along axes of a network: plans cut and widen them, as they do its parameters."""
+"""Tensors outside the network that are cut and widened with its axes, such as masks or importance estimates."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,13 @@ from regrow.axes import Dim
 
 @dataclass
 class AxisTensor:
-    """A tensor whose dimensions are dimensions of the network, such as a mask, an anchor or learned thresholds.
+    """A tensor that follows the network's axes: ``apply`` cuts and widens it like the network's own parameters.
 
     Args:
-        values: The tensor. Entries that a plan adds are 0 (``False``).
-        dims: Its dimensions, as in ``AxisGraph.shapes``; plain numbers for those that no plan changes.
-        lr: The learning rate of a tensor that is trained; ``None``: it is not trained.
+        values: The tensor, such as a mask, an anchor or learned thresholds. Entries that a plan adds are 0 (``False``).
+        dims: Its dimensions, as in ``AxisGraph.shapes``: axis keys, or plain numbers for dimensions that no plan
+            changes.
+        lr: Learning rate of a tensor that is trained; ``None``: it is not trained.
     """
 
     values: Tensor

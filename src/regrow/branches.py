@@ -1,9 +1,9 @@
-"""Branches: whole modules that can go, as plain data.
+"""Branches: whole modules (residual bodies, attentions, candidate operations) that can be dropped, as plain data.
 
-What a module gives may reach the rest of a network through additions alone: the body of a residual block, the
-attention or the MLP of a decoder layer, one of several operations that are summed. Or it is a residual step as a whole:
-its input, plus something. Such a module can be dropped, and the network computes what is left of the sum. So can all
-but one of the operations that a :class:`regrow.Candidates` sums, whatever they do.
+A module is a branch if its output reaches the rest of the network through additions alone (the body of a residual
+block, the attention or the MLP of a decoder layer, one of several operations that are summed), or if its output is its
+input plus something. It can be dropped, and the network computes what is left of the sum. So can all but one of the
+operations that a :class:`regrow.Candidates` sums, whatever they compute.
 """
 
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ Gives = Literal["zero", "input", "nothing"]
 
 @dataclass(frozen=True)
 class Placeholder:
-    """The placeholder of a module that is dropped.
+    """How a dropped module is replaced: by zeros, by one of its inputs, or by ``None``.
 
     Args:
-        gives: ``"zero"``: zeros in the form of an argument; ``"input"``: the argument as it is;
+        gives: The output: ``"zero"``: zeros in the shape of an argument; ``"input"``: the argument unchanged;
             ``"nothing"``: ``None``, which a :class:`regrow.Candidates` leaves out of its sum.
-        takes: Which argument, by its position or name.
-        of: Of how many parts its answer is a tuple; 0 where it answers with a tensor.
-        at: Which of them is the tensor; the others are ``None``.
+        takes: Which argument that is, by its position or name.
+        of: How many parts the output tuple has; 0 if the output is one tensor.
+        at: Which part of the tuple is the tensor; the others are ``None``.
     """
 
     gives: Gives
@@ -31,15 +31,18 @@ class Placeholder:
     at: int = 0
 
     def to_data(self) -> dict[str, Any]:
-        """It as JSON data."""
+        """Return the placeholder as JSON data."""
         return asdict(self)
 
     @classmethod
     def from_data(cls, data: object) -> "Placeholder":
-        """Read it back.
+        """Read a placeholder from JSON data, checking every value.
+
+        Args:
+            data: What :meth:`to_data` returned.
 
         Raises:
-            ValueError: If the data say something else.
+            ValueError: If the data are not those of a placeholder.
 
         >>> Placeholder.from_data(Placeholder("zero", "x").to_data())
         Placeholder(gives='zero', takes='x', of=0, at=0)
@@ -58,12 +61,13 @@ class Placeholder:
 
 @dataclass(frozen=True)
 class Branch:
-    """A module that can be dropped, or the reason why it cannot.
+    """A module that can be dropped whole, with everything that goes with it, or the reason why it cannot.
 
     Args:
-        module: Its path. What it gives is replaced: by zero, or by its own input (``placeholders[module].gives``).
-        placeholders: Its placeholder, and those of every module that nothing but it had use of (the norm in front of an
-            attention).
+        module: The path of the module. Its output is replaced by zeros, its input or ``None``
+            (``placeholders[module].gives``).
+        placeholders: Module path → placeholder, for the module and for every module whose output only it uses (the norm
+            in front of an attention).
         reason: Why it cannot be dropped; empty if it can.
     """
 
@@ -73,27 +77,34 @@ class Branch:
 
     @property
     def free(self) -> bool:
-        """Whether it can be dropped."""
+        """Whether the module can be dropped."""
         return not self.reason
 
     @property
     def gives(self) -> str:
-        """What its placeholder gives: ``"zero"``, ``"input"`` or ``"nothing"``; empty if it cannot be dropped."""
+        """Output of the placeholder, ``"zero"``, ``"input"`` or ``"nothing"``; empty if it cannot be dropped."""
         return self.placeholders[self.module].gives if self.free else ""
 
     def holds(self, name: str) -> bool:
-        """Whether a module or tensor of this name goes with it.
+        """Whether a module or tensor is removed when the branch is dropped.
 
         >>> Branch("a.b", {"a.b": Placeholder("zero", 0)}).holds("a.b.weight")
         True
+
+        Args:
+            name: Its dotted name.
         """
         return any(lies_in(name, path) for path in self.placeholders)
 
 
 def lies_in(name: str, path: str) -> bool:
-    """Whether a dotted name is a path, or begins with it.
+    """Whether a dotted name is that of a module or of anything inside it.
 
     >>> lies_in("a.b.weight", "a.b"), lies_in("a.bc.weight", "a.b")
     (True, False)
+
+    Args:
+        name: The name of a module or tensor.
+        path: The path of the module.
     """
     return f"{name}.".startswith(f"{path}.")

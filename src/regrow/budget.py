@@ -1,4 +1,4 @@
-"""Budgets: how much of a network may stay, in the units people have, and which axes may pay for it."""
+"""Budgets: how large a network may be after pruning, in parameters, MACs, bytes or time, and which axes are cut."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from regrow.axes import Axis, AxisGraph, Mark
 
 @dataclass(frozen=True)
 class Timing:
-    """How long one forward pass takes by the widths of axes, as measured on one device.
+    """Measured time of a forward pass on one device, as a function of the width of each axis.
 
     Args:
-        device: Which.
-        positions: How many tokens (or images) a pass handles.
-        total: Nanoseconds of a pass of the network as it is.
-        curves: Name → what one axis takes at each width, as (width, nanoseconds), widths rising, time never falling.
-        names: Axis key → the name of its curve; axes that play one role in several blocks share one.
+        device: The name of the device.
+        positions: How many tokens (or images) one pass handles.
+        total: Nanoseconds of one pass of the unchanged network.
+        curves: Curve name → (width, nanoseconds) pairs of one axis, widths rising, time never falling.
+        names: Axis key → the name of its curve; axes with the same role in several blocks share a curve.
     """
 
     device: str
@@ -28,33 +28,39 @@ class Timing:
     names: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """Return everything as JSON data."""
         curves = {name: [list(point) for point in curve] for name, curve in self.curves.items()}
         plain = {"device": self.device, "positions": self.positions, "total": self.total}
         return {**plain, "curves": curves, "names": dict(self.names)}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Timing":
-        """The inverse of :meth:`record`."""
+        """Read a timing back from what :meth:`record` returned.
+
+        Args:
+            record: The JSON data.
+        """
         curves = {name: tuple((int(w), int(t)) for w, t in curve) for name, curve in record["curves"].items()}
         return cls(record["device"], int(record["positions"]), int(record["total"]), curves, dict(record["names"]))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may stay, and which axes may pay for it.
+    """How much of a network stays when it is pruned, by which measure, and which axes may be cut for it.
 
     Args:
-        keep: The fraction of the measure that stays, in (0, 1]. Parameters are the weights in ``AxisGraph.counted``.
-        measure: What is counted; with a target, what that counts.
-        only: Patterns; work only on axes all of whose tensors match one.
-        exclude: Patterns; leave out axes with a tensor that matches.
-        marks: Which kinds of axes to work on.
-        round_to: Sizes left are multiples of this, as far as an axis has that many units.
-        regular: Axes that play one role in several blocks keep equally many units, each its own best.
-        target: So much may stay, instead of a fraction. Parameters are then all parameters.
-        compensated: Weights without a bias beside them that get one once an input of theirs is dropped.
-        timing: How long the network takes, where time is counted (:func:`regrow.evaluation.timing`).
+        keep: The fraction of the measure that stays, in (0, 1]. Parameters are then the weights in
+            ``AxisGraph.counted``.
+        measure: What is counted; replaced by the target's measure if there is a target.
+        only: Patterns; cut only axes all of whose tensors match one; empty: all axes.
+        exclude: Patterns; leave out axes with a tensor that matches one.
+        marks: Which marks of axes may be cut.
+        round_to: Units left per axis are a multiple of this, as far as an axis has that many.
+        regular: Whether axes with the same role in several blocks keep equally many units, each axis its own best.
+        target: An absolute upper limit instead of a fraction. Parameters are then all parameters.
+        compensated: Weights of layers without a bias, which get one once an input is dropped (bias compensation); it
+            counts.
+        timing: The measured time of the network, where milliseconds are limited (:func:`regrow.evaluation.timing`).
     """
 
     keep: float = 1.0
@@ -84,32 +90,36 @@ class Budget:
             )
 
     def units(self, axes: AxisGraph) -> tuple[Axis, ...]:
-        """The axes that may pay."""
+        """Return the axes that may be cut for the budget.
+
+        Args:
+            axes: The network's axes.
+        """
         return axes.units(self.only, self.exclude, self.marks)
 
     def limit(self, total: int) -> int:
-        """The most that may be left, in whole steps of the measure.
+        """Return how much of the measure may be left at most, in whole steps (milliseconds in nanoseconds).
 
         Args:
-            total: What there is.
+            total: The measure of the unpruned network, in the same steps.
         """
         if self.target is None:
             return floor(self.keep * total + 1e-6)
         return floor(self.target.amount * STEPS.get(self.measure, 1) + 1e-6)
 
     def least(self, steps: int, total: int) -> float:
-        """The least keep or target under which so much may be left.
+        """Return the smallest ``keep`` or target that allows a network of a given size, for error messages.
 
         Args:
-            steps: What is left at least, in whole steps of the measure.
-            total: What there is.
+            steps: The smallest size that can be reached, in whole steps of the measure.
+            total: The measure of the unpruned network, in the same steps.
         """
         if self.target is None:
             return min(1.0, ceil(steps / total * 1e4) / 1e4)
         return ceil(steps / 1000) / 1000 if self.measure == Measure.TIME else steps
 
     def record(self) -> dict[str, Any]:
-        """What a plan says of its budget, as JSON data."""
+        """Return the budget as JSON data, as plans and reports store it."""
         return {
             **({"keep": self.keep} if self.target is None else {"target": str(self.target)}),
             "measure": str(self.measure),

@@ -1,4 +1,4 @@
-"""Candidates: operations of which a search keeps some, summed into one value."""
+"""Candidate operations in a network: alternatives that are summed, of which an architecture search keeps some."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +12,19 @@ from torch.nn.modules.conv import _ConvNd
 
 
 class Candidates(nn.Module):
-    """Σ over candidates i of  scale_i · op_i(input of i); a user's own network marks what may be chosen with it.
+    """Weighted sum of alternative operations, Σ scale_i · op_i(input), of which an architecture search keeps some.
+
+    Put it into your own network where operations can be chosen. Each candidate is a branch that ``Plan.dropping`` can
+    drop, whatever it computes, as long as one of them stays.
 
     Each candidate is a branch that ``Plan.dropping`` can drop, whatever it does, as long as one of them stays.
 
     Args:
-        ops: Name → module; each takes one tensor, and all give the same shape.
-        sources: Which of the inputs each one takes, in their order; the first, unless given.
-        tied: Candidates of one name, in different places of a network, are decided together; empty: by themselves.
-        single: Whether a search leaves one of them, rather than any number.
+        ops: Name → candidate module; each takes one tensor, and all return the same shape.
+        sources: For each candidate, in order, the index of the input that it takes; the first input unless given.
+        tied: Group name: equally named candidates in ``Candidates`` of one group are kept or dropped together; empty:
+            on their own.
+        single: Whether a search keeps exactly one candidate, rather than any number.
 
     >>> mixed = Candidates({"wide": nn.Upsample(scale_factor=1), "same": nn.Identity()})
     >>> mixed(torch.ones(1, 1, 2)).tolist()
@@ -42,11 +46,15 @@ class Candidates(nn.Module):
         self.scale = nn.Parameter(torch.ones(len(ops)))
 
     def reset_parameters(self) -> None:
-        """Every scale is 1 again."""
+        """Set every scale to 1."""
         nn.init.ones_(self.scale)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        """The sum over the candidates that are still there."""
+        """Return the scaled sum of the candidates that were not dropped.
+
+        Args:
+            *inputs: The tensors that ``sources`` refers to.
+        """
         total = None
         for i, (op, source) in enumerate(zip(self.ops.values(), self.sources, strict=True)):
             value = op(inputs[source])
@@ -58,7 +66,9 @@ class Candidates(nn.Module):
 
 
 def fold_scales(model: nn.Module) -> None:
-    """Candidates that end in a layer take their scale into its weight and bias: it is 1 then, and answers stay.
+    """Multiply each candidate's scale into the last layer of the candidate and set it to 1; outputs are unchanged.
+
+    Scales of candidates that end otherwise (in a pool, an identity, a user's own module, a layer used twice) are left.
 
     Scales of what ends otherwise (a pool, what is left as it is, a module of one's own, a layer held twice) stay.
 
@@ -68,6 +78,9 @@ def fold_scales(model: nn.Module) -> None:
     >>> fold_scales(mixed)
     >>> mixed.scale.tolist()
     [1.0, 0.5]
+
+    Args:
+        model: A network with :class:`Candidates`; changed in place.
     """
     held = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     with torch.no_grad():
@@ -85,38 +98,42 @@ def fold_scales(model: nn.Module) -> None:
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether what a module answers is what torch's own of its kind does."""
+    """Whether a module computes what its torch class does: no overridden forward, no forward hook."""
     return type(module).forward.__module__.startswith("torch.nn.modules") and not module._forward_hooks
 
 
 _LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.GroupNorm, nn.LayerNorm)
-"""Layers whose answer is as many times larger as weight and bias are."""
+"""Layers whose output is linear in weight and bias together: scaling both scales the output."""
 
 
 class Staged(Protocol):
-    """What a network offers that can be searched in stages: a part of it runs, with a classifier of its own."""
+    """Interface of a network searchable in stages: it can run a first part alone, with a classifier of its own."""
 
     recomputed: bool
-    """Whether parts are computed anew in the backward pass while it learns, to save memory."""
+    """Whether activations are recomputed in the backward pass (checkpointing), to save memory."""
     active: int | None
-    """The last part that runs when the network is called; ``None``: all of it."""
+    """The index of the last part that runs when the network is called; ``None``: all parts run."""
 
     def upto(self, x: Tensor, last: int) -> Tensor:
-        """The logits behind part ``last``; what comes later does not run."""
+        """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
         ...
 
     def within(self, name: str, last: int) -> bool:
-        """Whether a parameter takes part in :meth:`upto`."""
+        """Whether a parameter is used by :meth:`upto`."""
         ...
 
     def needed(self) -> list[tuple[str, ...]]:
-        """Sets of operations of each of which one must stay."""
+        """Return sets of paths of operations; one of each set must stay."""
         ...
 
 
 @contextmanager
 def run_whole(model: nn.Module) -> Iterator[None]:
-    """Inside, a network that runs up to its active part runs as a whole, as it must where it is traced."""
+    """Context manager in which a staged network runs all its parts, as tracing requires.
+
+    Args:
+        model: Any network; one that is not :class:`Staged` is left alone.
+    """
     active = getattr(model, "active", None) if hasattr(model, "upto") else None
     if active is None:
         yield
@@ -130,7 +147,10 @@ def run_whole(model: nn.Module) -> Iterator[None]:
 
 
 class Prefix(nn.Module):
-    """A network that can be searched in stages up to one of its parts, as a network of its own.
+    """The first parts of a staged network as a network of its own; later parts keep their parameters and do not run.
+
+    Args: net: A :class:`Staged` network; a classifier follows part ``last``. last: The index of the last part that
+    runs.
 
     Later parts are there and do not run.
 
@@ -144,20 +164,27 @@ class Prefix(nn.Module):
         self.net, self.last = net, last
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N, classes]``."""
+        """Return logits ``[N, classes]`` of the classifier behind the last part.
+
+        Args:
+            x: Inputs ``[N, ...]``.
+        """
         return cast(Staged, self.net).upto(x, self.last)
 
     def many(self) -> int:
-        """How many parameters take part."""
+        """Return how many parameters the parts that run have."""
         net = cast(Staged, self.net)
         return sum(p.numel() for name, p in self.net.named_parameters() if net.within(name, self.last))
 
 
 def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Path of each :class:`Candidates` of a network → the paths of its operations, dropped ones too, in order.
+    """Return the path of each :class:`Candidates` → the paths of its operations in order, dropped ones included.
 
     >>> candidates_in(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))
     {'0': ('0.ops.a', '0.ops.b')}
+
+    Args:
+        model: Any network.
     """
     return {
         path: tuple(f"{path}.ops.{name}".lstrip(".") for name in module.ops)
@@ -167,10 +194,13 @@ def candidates_in(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def tied_in(model: nn.Module) -> dict[str, str]:
-    """Path of each operation that is decided together with an earlier one → the path of the first of those.
+    """Return the path of each operation that is tied to an earlier one → the path of the first operation of its group.
+
+    Args:
+        model: Any network.
 
     Raises:
-        ValueError: If candidates that are tied have not the same names.
+        ValueError: If :class:`Candidates` that are tied do not name the same operations in the same order.
 
     >>> tied_in(nn.Sequential(*(Candidates({"a": nn.Identity()}, tied="edge") for _ in range(2))))
     {'1.ops.a': '0.ops.a'}
@@ -188,7 +218,11 @@ def tied_in(model: nn.Module) -> dict[str, str]:
 
 
 def single_in(model: nn.Module) -> list[tuple[str, ...]]:
-    """Sets of operations of which a search leaves one."""
+    """Return the sets of operation paths of which a search keeps exactly one.
+
+    Args:
+        model: Any network.
+    """
     return [paths for path, paths in candidates_in(model).items() if _candidates(model, path).single]
 
 

@@ -1,4 +1,4 @@
-"""Changes: what happens to one axis, as plain data."""
+"""Change to one axis as plain data: which units stay, which come back, how many are added, and with which values."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,27 +7,31 @@ from regrow.axes import Role, Slot
 
 FILLS = ("zero_out", "split", "pair")
 MOST = 2**24
-"""No axis grows by more units at once."""
+"""The largest number of units that one change may add to an axis."""
 MOST_UNITS = 2**26
-"""No axis has more."""
+"""The largest number of units of an axis."""
 
 
 class PlanError(ValueError):
-    """A plan that cannot be read, or does not fit the network it is meant for."""
+    """Raised for a plan that cannot be read, or does not fit the network to which it is applied."""
 
 
 @dataclass(frozen=True)
 class Fill:
-    """What new units hold, such that the network computes what it did.
+    """How new units are initialised such that the network's outputs do not change.
+
+    New units can be fitted to data afterwards, with the outputs unchanged: :func:`regrow.fit_new_units` and
+    :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
 
     What is drawn can be fitted to data afterwards, with the function kept: :func:`regrow.fit_new_units` and
     :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
 
     Args:
-        rule: ``zero_out``: drawn numbers, and nothing reads the units yet (on the stream that root-mean-square norms
-            run over: nothing writes them yet). ``split``: copies of kept units, which share what reads them (Net2Wider,
-            Chen et al., 2016). ``pair``: two and two drawn alike, and read with opposite signs.
-        seed: Of what is drawn, and of who is copied.
+        rule: ``zero_out``: random incoming weights, outgoing weights 0 (on the residual stream that root-mean-square
+            norms run over: incoming weights 0). ``split``: copies of kept units, which share the outgoing weights
+            (Net2Wider, Chen et al., 2016). ``pair``: pairs of equal random units with outgoing weights of opposite
+            sign.
+        seed: Seed of the random weights, and of the choice of units to copy.
     """
 
     rule: str = "zero_out"
@@ -36,18 +40,19 @@ class Fill:
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to one axis.
+    """What a plan does to one axis: units kept, units restored, units added.
 
     Args:
-        size: How many units the axis has before.
-        keep: Which of them stay, ascending.
-        slots: Where its units lie, so that the plan stands alone.
-        ids: The ids of the units before the change.
-        grow: How many units are added; they lie behind all others.
-        fill: What they hold.
-        restore: The ids of units cut earlier that come back, ascending. Each goes to its old place: units
-            lie in the order of their unit ids.
-        fresh: Whether they hold what new units would (``fill``), and not what they held when they were cut.
+        size: How many units the axis has before the change.
+        keep: The positions of the units that stay, ascending.
+        slots: Where the axis lies in each tensor, so that the plan can be checked against another network.
+        ids: The ids of the units before the change; empty: 0 to ``size - 1``.
+        grow: How many units are added, behind all others.
+        fill: How new units are initialised.
+        restore: The ids of units cut earlier that come back, ascending. Each returns to its old place: units lie in the
+            order of their ids.
+        fresh: Whether restored units are initialised like new ones (``fill``) instead of with the weights they had when
+            cut.
     """
 
     size: int
@@ -61,37 +66,40 @@ class Change:
 
     @property
     def after(self) -> int:
-        """How many units there are after it."""
+        """The number of units after the change."""
         return len(self.keep) + len(self.restore) + self.grow
 
     @property
     def alive(self) -> tuple[int, ...]:
-        """The ids of the units before it."""
+        """The ids of the units before the change."""
         return self.ids or tuple(range(self.size))
 
     @property
     def new_units(self) -> int:
-        """How many units come without numbers of their own: new ones, and those restored afresh."""
+        """The number of units that are initialised by ``fill``: added units, and restored ones if ``fresh``."""
         return self.grow + (len(self.restore) if self.fresh else 0)
 
     @property
     def recalled(self) -> tuple[int, ...]:
-        """The ids of the units that come back with what they held."""
+        """The ids of the units that come back with the weights they had when cut."""
         return () if self.fresh else self.restore
 
     @property
     def idle(self) -> bool:
-        """Whether nothing happens."""
+        """Whether the change leaves the axis as it is."""
         return len(self.keep) == self.size == self.after
 
     @property
     def dropped(self) -> tuple[int, ...]:
-        """The units that go."""
+        """The positions of the units that are cut, ascending."""
         kept = set(self.keep)
         return tuple(unit for unit in range(self.size) if unit not in kept)
 
     def check(self, key: str) -> None:
-        """Assert that it makes sense by itself.
+        """Raise ``PlanError`` unless the change is valid by itself, without knowing the network.
+
+        Args:
+            key: The key of the axis, for the message.
 
         Raises:
             PlanError: If it keeps no unit, a unit twice, or one that does not exist, or a number is not legal.
@@ -100,10 +108,13 @@ class Change:
 
     @classmethod
     def from_data(cls, value: Any) -> "Change":
-        """Read it back from what ``dataclasses.asdict`` makes of it.
+        """Read a change back from what ``dataclasses.asdict`` made of it, checking the type of every value.
+
+        Args:
+            value: The JSON data.
 
         Raises:
-            PlanError: If a value is not of its kind.
+            PlanError: If a value has the wrong type.
         """
         slots = tuple(
             Slot(
@@ -127,7 +138,12 @@ class Change:
 
 
 def whole(value: object, what: str) -> int:
-    """A whole number; ``what`` says of what."""
+    """Return a value from a plan file if it is a whole number of 64 bits.
+
+    Args: value: The value as it was read. what: The name of the field, for the message.
+
+    Raises: PlanError: If it is of another type, or too large.
+    """
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise PlanError(f"{what} is a whole number; the plan says {str(value)[:40]!r}")
     return value

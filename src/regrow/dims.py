@@ -1,4 +1,4 @@
-"""Dimensions: sizes, the keys of axes, and products and concatenations of them."""
+"""Symbolic tensor dimensions: fixed sizes, axis keys, and products and concatenations of them."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,14 +7,14 @@ from math import prod
 
 @dataclass(frozen=True)
 class Product:
-    """A dimension that is a product of dimensions, outermost first: ``heads × head_dim``."""
+    """A flattened dimension: the product of dimensions, outermost first, such as ``heads × head_dim``."""
 
     parts: tuple["Dim", ...]
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A dimension that is a concatenation of dimensions: ``query ‖ key ‖ value``."""
+    """A concatenated dimension: the parts one behind the other, such as ``query ‖ key ‖ value``."""
 
     parts: tuple["Dim", ...]
 
@@ -25,12 +25,12 @@ Dim = int | str | Product | Sum
 
 @dataclass(frozen=True)
 class Cache:
-    """What one attention reads of each token that went before, and a cache therefore keeps.
+    """The keys and values that one attention caches per token, as dimensions, to compute the size of a key-value cache.
 
     Args:
-        module: Where the attention runs.
-        keys: The dimensions of a token's keys, before any repetition of heads.
-        values: Those of its values.
+        module: The path of the attention module.
+        keys: The dimensions of one token's keys, before key-value heads are repeated.
+        values: The dimensions of one token's values.
         itemsize: Bytes per entry.
     """
 
@@ -41,10 +41,14 @@ class Cache:
 
 
 def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
-    """The number of entries of a dimension, given the size of each axis.
+    """Return the number of entries of a dimension, given the size of each axis.
 
     >>> size_of(Product(("kv", Sum((2, "d")))), {"kv": 3, "d": 5})
     21
+
+    Args:
+        dim: The dimension.
+        sizes: Axis key → its number of units.
     """
     match dim:
         case int():
@@ -58,7 +62,11 @@ def size_of(dim: Dim, sizes: Mapping[str, int]) -> int:
 
 
 def axes_in(dim: Dim) -> Iterator[str]:
-    """The keys of the axes that a dimension is made of, with repetitions, outermost and leftmost first."""
+    """Yield the keys of the axes in a dimension, with repetitions, outermost and leftmost first.
+
+    Args:
+        dim: The dimension.
+    """
     match dim:
         case str():
             yield dim

@@ -1,13 +1,13 @@
-"""Errors by who can mend them; every other error of regrow is a ``ValueError`` about what it was given."""
+"""Error types by who can fix the problem; every other error of regrow is a ``ValueError`` about an argument."""
 
 
 class InputError(ValueError):
-    """A file or a setting that cannot be used; one line with the problem, the value and the remedy."""
+    """Raised for a file or setting that cannot be used; its one line has the problem, the value and the remedy."""
 
 
 class ResourceError(ValueError):
-    """What the machine lacks (memory, a device, a package); one line with the value and the remedy."""
+    """Raised where the machine lacks memory, a device or a package; its one line has the value and the remedy."""
 
 
 class RefusedError(ValueError):
-    """A result that a check refused, so that it was not kept; one line with the figure and the remedy."""
+    """Raised where a check rejects a result, which is then not kept; its one line has the figure and the remedy."""

@@ -1,6 +1,6 @@
-"""The ledger of a run: every plan that changed the network, in order.
+"""The ledger of a run: the file that lists every plan applied to the network, in order, so that it can be replayed.
 
-Format 2 writes units in intervals (:mod:`regrow.store.intervals`); format 1, of version 0.1, names each.
+Format 2 writes unit ids as intervals (:mod:`regrow.store.intervals`); format 1, of version 0.1, lists each.
 """
 
 import json
@@ -32,19 +32,19 @@ _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
 @dataclass(frozen=True)
 class Ledger:
-    """The plans of a run, in a file.
+    """File with every plan that was applied to a network, in order; append to it, read it, or cut its end off.
 
     Args:
-        path: Its ``ledger.json``; it need not exist yet.
+        path: The ``ledger.json`` of a run; it need not exist yet.
     """
 
     path: Path
 
     def plans(self) -> tuple[Plan, ...]:
-        """Every plan, in the order in which they were applied; none if there is no file.
+        """Return every plan, in the order in which they were applied; empty if there is no file.
 
         Raises:
-            StoreError: If the file is damaged, or holds a plan that is not legal; names it.
+            StoreError: If the file is damaged, or holds an invalid plan; the message names the file and the plan.
         """
         plans = []
         for i, entry in enumerate(self._entries()):
@@ -56,7 +56,10 @@ class Ledger:
         return tuple(plans)
 
     def append(self, plan: Plan) -> None:
-        """Add a plan at the end; the plans before it are not read.
+        """Write a plan to the end of the file; the plans before it are not parsed.
+
+        Args:
+            plan: The plan that was applied.
 
         Raises:
             StoreError: If the file is no ledger, or the disk is full; the file is then as it was.
@@ -69,7 +72,10 @@ class Ledger:
             self._write([*map(_line, self._entries()), line])
 
     def keep(self, many: int) -> None:
-        """Take off every plan behind the first so many: those of work that a killed process did not store.
+        """Remove all but the first ``many`` plans: those whose result a killed process did not store.
+
+        Args:
+            many: How many plans stay; 0 deletes the file.
 
         Raises:
             StoreError: As :meth:`append`.
@@ -115,10 +121,13 @@ def _line(plan: Any) -> str:
 
 
 def read_plan(data: Any) -> Plan:
-    """A plan from JSON data, read by a strict schema.
+    """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors.
+
+    Args:
+        data: One entry of a ledger, its intervals expanded.
 
     Raises:
-        PlanError: If it is no plan, or not a legal one.
+        PlanError: If it is no plan, or an invalid one.
         StoreError: If a field is missing, unknown or of another type.
     """
     if isinstance(data, dict) and data.get("format") == PLAN_FORMAT:
@@ -129,15 +138,17 @@ def read_plan(data: Any) -> Plan:
 def replay(
     model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], undo: UndoStore | None = None
 ) -> tuple[nn.Module, AxisGraph]:
-    """Apply plans one after the other: the same shapes again, from the model they were made for.
+    """Apply plans one after the other to the model they were made for, to get the same shapes again.
+
+    A plan that restores units restores those that the plans before it cut, with the weights that this model has.
 
     What a plan restores is what the plans before it cut, as the model has it.
 
     Args:
         model: The model as it was before the first plan; changed in place.
-        axes: Its axes.
-        plans: What :meth:`Ledger.plans` gave.
-        undo: Gets what they cut; one of its own, unless given.
+        axes: The model's axes before the first plan.
+        plans: The plans in order, as :meth:`Ledger.plans` returns them.
+        undo: The undo store that gets the weights that are cut; a temporary one, unless given.
 
     Returns:
         The model, and its axes as they are now.

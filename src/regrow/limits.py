@@ -1,4 +1,4 @@
-"""Limits on what is read: kind and size of files, depth of JSON, decompression, pixels, memory; checked before work."""
+"""Limits on untrusted input, checked before it is read: file type and size, JSON depth, decompression, memory."""
 
 import errno
 import gzip
@@ -12,19 +12,19 @@ from typing import Any
 from regrow.errors import InputError, ResourceError
 
 MAX_JSON_BYTES = 2**28
-"""Of a JSON file; a ledger has its own, larger limit."""
+"""The largest JSON file that is read; a ledger has its own, larger limit."""
 MAX_JSON_DEPTH = 100
-"""Lists and objects inside each other."""
+"""How deep lists and objects may be nested in JSON."""
 MAX_TEXT_BYTES = 64_000_000
-"""Of a text file or folder; what lies behind is not read."""
+"""How much of a text file or folder is read; the rest is ignored."""
 MAX_GZIP_RATIO = 200
-"""Decompressed bytes per byte of a ``.gz`` above a mebibyte; text has 3 to 20, a decompression bomb about 1,000."""
+"""Most decompressed bytes per byte of a ``.gz`` above a mebibyte; text has 3 to 20, a bomb about 1,000."""
 MAX_PIXELS = 2**26
-"""Of one image, as it is stored and as it is scaled: 8,192 × 8,192."""
+"""Most pixels of one image, as stored and as scaled: 8,192 × 8,192."""
 MAX_LAYERS = 1024
-"""Of a network that a configuration file describes."""
+"""Most layers of a network that a configuration file describes."""
 MAX_WIDTH = 2**24
-"""Of any size in a configuration file: hidden units, vocabulary, positions."""
+"""The largest size in a configuration file: hidden units, vocabulary, positions."""
 
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -38,7 +38,10 @@ _DENIED = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def check_regular(path: Path) -> None:
-    """Assert that a path names a regular file, before it is opened: opening a FIFO waits, a device may never end.
+    """Raise ``InputError`` unless a path is a readable regular file; opening a FIFO or a device might never return.
+
+    Args:
+        path: The path to check; links are followed.
 
     Raises:
         InputError: If it is missing, a folder, FIFO, socket or device, a loop of links, or may not be read.
@@ -57,7 +60,11 @@ def check_regular(path: Path) -> None:
 
 
 def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
-    """The content of a regular file of at most so many bytes.
+    """Read a regular file, or raise ``InputError`` if it is longer than ``most`` bytes.
+
+    Args:
+        path: The file.
+        most: The largest size in bytes that is read.
 
     Raises:
         InputError: If it is no regular file, longer, or not readable.
@@ -73,7 +80,11 @@ def read_bytes(path: Path, most: int = MAX_JSON_BYTES) -> bytes:
 
 
 def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
-    """The text of a regular file in UTF-8.
+    """Read a regular file as UTF-8 text, or raise ``InputError`` if it is longer than ``most`` bytes.
+
+    Args:
+        path: The file; a byte order mark is removed.
+        most: The largest size in bytes that is read.
 
     Raises:
         InputError: As :func:`read_bytes`, or if it is not UTF-8.
@@ -85,7 +96,11 @@ def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
 
 
 def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
-    """The value in a JSON file.
+    """Read and parse a JSON file that may be hostile: one too long or too deeply nested raises ``InputError``.
+
+    Args:
+        path: The file.
+        most: The largest size in bytes that is read.
 
     Raises:
         InputError: As :func:`read_text`, or if it is not JSON, or nested too deeply.
@@ -94,7 +109,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
 
 
 def parse_json(text: str | bytes, name: str = "the text") -> Any:
-    """The value of a JSON text.
+    """Parse JSON that may be hostile: like ``json.loads``, but invalid or deeply nested text raises ``InputError``.
 
     >>> parse_json("[1, [2]]")
     [1, [2]]
@@ -103,8 +118,8 @@ def parse_json(text: str | bytes, name: str = "the text") -> Any:
     regrow.errors.InputError: the text is JSON nested deeper than 100 levels; restore it
 
     Args:
-        text: The JSON.
-        name: What messages call it.
+        text: The JSON text.
+        name: What error messages call it.
 
     Raises:
         InputError: If it is not JSON, holds a number of thousands of digits, or is nested too deeply.
@@ -125,10 +140,14 @@ def parse_json(text: str | bytes, name: str = "the text") -> Any:
 
 
 def read_content(path: Path, most: int) -> bytes:
-    """The first ``most + 1`` bytes of a regular file, decompressed where its name ends in ``.gz``.
+    """Return the first ``most + 1`` bytes of a regular file, decompressed if its name ends in ``.gz``.
+
+    Args:
+        path: The file.
+        most: How many bytes the caller uses; one more shows that the file is longer.
 
     Raises:
-        InputError: If it is no regular file, not readable, a damaged ``.gz``, or one that swells beyond reason.
+        InputError: If it is no regular file, not readable, a damaged ``.gz``, or a decompression bomb.
     """
     check_regular(path)
     if path.suffix != ".gz":
@@ -154,7 +173,10 @@ def read_content(path: Path, most: int) -> bytes:
 
 
 def expanded(path: Path) -> Path:
-    """A path with ``~`` replaced.
+    """Return a path with a leading ``~`` or ``~user`` replaced by the home folder.
+
+    Args:
+        path: Any path.
 
     Raises:
         InputError: If there is no such user.
@@ -166,7 +188,7 @@ def expanded(path: Path) -> Path:
 
 
 def available_memory() -> int | None:
-    """Bytes of memory that this process can still take, by the system and its control group; ``None``: not known."""
+    """Return the bytes of memory that this process can still allocate (system and control group); ``None``: unknown."""
     known = [1024 * value for value in _figures("/proc/meminfo", "MemAvailable:")]
     for group, limit, used, cached in (
         ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
@@ -180,7 +202,7 @@ def available_memory() -> int | None:
 
 
 def _figures(path: str, name: str = "") -> list[int]:
-    """The number in a file of the system, or that behind a name in it; none where there is no such file or number."""
+    """Return the numbers in a file of the system, or those behind ``name`` in it; empty if there are none."""
     try:
         lines = [line.split() for line in Path(path).read_text("ascii").splitlines()]
         return [int(words[bool(name)]) for words in lines if not name or words[0] == name]
@@ -189,12 +211,12 @@ def _figures(path: str, name: str = "") -> list[int]:
 
 
 def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Assert that so many bytes are available.
+    """Raise ``ResourceError`` if fewer than ``needed`` bytes of memory are available; pass if that is unknown.
 
     Args:
-        needed: Bytes.
-        what: What needs them.
-        remedy: What to do if there are fewer.
+        needed: The bytes that are needed.
+        what: What needs them, for the message.
+        remedy: What the user can do, for the message.
 
     Raises:
         ResourceError: If there are fewer.
@@ -205,20 +227,31 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
 
 
 def gigabytes(number: int) -> str:
-    """Bytes for people.
+    """Format a number of bytes in gigabytes (powers of 1000).
 
     >>> gigabytes(1_500_000_000), gigabytes(20_000_000)
     ('1.5 GB', '0.02 GB')
+
+    Args:
+        number: Bytes.
     """
     return f"{number / 1e9:.2g} GB" if number < 1e10 else f"{number / 1e9:,.0f} GB"
 
 
 def problem(error: BaseException) -> str:
-    """What an error says, on one line, without its remedy."""
+    """Return the problem that an error states, on one line, without the remedy behind its first semicolon.
+
+    Args:
+        error: Any exception.
+    """
     return reason(error).partition("; ")[0]
 
 
 def reason(error: BaseException) -> str:
-    """Why, in a few words on one line."""
+    """Return an exception's message on one line of at most 100 characters.
+
+    Args:
+        error: Any exception; one without a message gives the name of its class.
+    """
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return " ".join(str(text).split())[:100]

@@ -1,4 +1,4 @@
-"""What is measured for methods that prune."""
+"""What pruning methods need measured (weights, activations or gradients), and the container of these measurements."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ __all__ = ["Budget", "Evidence", "Measure", "Need"]
 
 
 class Need(StrEnum):
-    """Which evidence a method asks for."""
+    """What a pruning method needs measured before it can score units: weights only, activations, or gradients."""
 
     WEIGHTS = "weights"
     ACTIVATIONS = "activations"
@@ -22,12 +22,12 @@ class Need(StrEnum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was measured for a method.
+    """Calibration measurements that a pruning method scores units with, per source.
 
     Args:
-        statistics: Source name → the sums of its shards (as many as the method asks for).
-        data: Source name → the batches themselves, for methods that learn.
-        notes: What a reader should know about the sources (one had to be split).
+        statistics: Source name → the sums of its shards (as many shards as the method asks for).
+        data: Source name → the batches themselves, for methods that train.
+        notes: Remarks for the report on the sources (such as one that had to be split).
     """
 
     statistics: Mapping[str, Sequence[Statistics]] = field(default_factory=dict)
@@ -36,11 +36,11 @@ class Evidence:
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """The names of the sources."""
+        """The names of the sources that were measured."""
         return tuple(self.statistics)
 
     def pooled(self) -> Statistics:
-        """All sources and shards together.
+        """Return the sums over all sources and shards.
 
         Raises:
             ValueError: If nothing was measured.

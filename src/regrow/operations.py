@@ -1,4 +1,4 @@
-"""Records of the operations of a traced network: what they cost, what folds, what they decide."""
+"""Records of the operations of a traced network: their MACs, sizes in divisors, and data-dependent decisions."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,11 @@ from regrow.dims import Dim
 
 @dataclass(frozen=True)
 class Work:
-    """Multiply–accumulates of one operation: the product of ``dims``, done in ``module``."""
+    """Multiply–accumulates of one contraction: the product of the sizes of ``dims``.
+
+    Args: module: The path of the module in whose forward it ran. op: The name of the operation. dims: The dimensions
+    whose product counts the multiply–accumulates.
+    """
 
     module: str
     op: str
@@ -17,7 +21,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Fold:
-    """A size that stands in a divisor, and the numbers that take up its change.
+    """An axis size used as a divisor (in a norm or attention scale), and the parameter that compensates for a change.
+
+    A root-mean-square norm divides by the number of units it runs over. When that number goes from ``n_old`` to
+    ``n_new``, the kept units have the same output as if the others were 0, if the gain becomes γ′ = γ·√(n_old / n_new)
+    and the constant under the root ε′ = ε·n_old / n_new. An attention that scales by its query size takes √(n_new /
+    n_old) into the weight and bias that make the query.
 
     A root-mean-square norm divides by the number of units it runs over. When that number goes from ``n_old`` to
     ``n_new``, the kept units stay as if the others were 0 if the gain becomes γ′ = γ·√(n_old / n_new) and the
@@ -25,11 +34,11 @@ class Fold:
     into the weight and bias that make the query.
 
     Args:
-        over: The dimension whose size is divided by.
-        weight: The parameter that takes up √(n_old / n_new), or √(n_new / n_old) for ``"scale"``.
-        kind: ``"norm"`` or ``"scale"``.
-        plus: What the network adds to the parameter before it multiplies (1 where the gain is ``1 + γ``).
-        epsilon: ``module:attribute`` of the constant under the root; empty for ``"scale"``.
+        over: The dimension whose size is the divisor.
+        weight: The parameter that is multiplied by √(n_old / n_new), or by √(n_new / n_old) for ``"scale"``.
+        kind: ``"norm"`` for a root-mean-square norm, ``"scale"`` for the scale of an attention.
+        plus: The constant that the network adds to the parameter before it multiplies (1 where the gain is ``1 + γ``).
+        epsilon: ``module:attribute`` that holds the constant under the root; empty for ``"scale"``.
         value: The constant under the root.
     """
 
@@ -43,16 +52,16 @@ class Fold:
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One recorded operation, so that a cut network can be held against the one that was traced.
+    """One recorded operation in comparable form, to check that a cut network runs the same operations as the original.
 
     Args:
-        op: Its name.
-        module: The module in whose forward it ran.
-        shapes: The shape of each of its results; ``None`` for what is no tensor.
+        op: The name of the operation.
+        module: The path of the module in whose forward it ran.
+        shapes: The dimensions of each result; ``None`` for a result that is no tensor.
         numbers: The constants of the call that are not sizes: numbers, truth values and words.
         start: For a slice: how many entries lie before it.
-        operands: What it works on, in order: the number of an earlier operation, the name of a parameter or buffer,
-            ``"input 0"``, or ``"constant"``.
+        operands: The inputs, in order: the index of an earlier operation, the name of a parameter or buffer, ``"input
+            0"``, or ``"constant"``.
     """
 
     op: str
@@ -65,12 +74,12 @@ class RecordedStep:
 
 @dataclass(frozen=True)
 class Decision:
-    """What data decided at one place of one run.
+    """A data-dependent value that the network used in one run, such as the result of ``.item()`` or of an NMS.
 
     Args:
-        op: The operation that asked: ``"aten.item.default"``, ``"torchvision.nms.default"``.
-        module: The module in whose forward it asked.
-        answer: What came of it: a number, or tensors (of positions, mostly).
+        op: The operation that read the data: ``"aten.item.default"``, ``"torchvision.nms.default"``.
+        module: The path of the module in whose forward it ran.
+        answer: Its result: a number, or tensors (of positions, mostly).
     """
 
     op: str

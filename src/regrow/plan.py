@@ -1,4 +1,4 @@
-"""Plans: what will change in a network, as plain data."""
+"""Plans: every change that is to be made to a network, as plain data that can be checked, stored and applied."""
 
 import json
 import operator
@@ -19,15 +19,16 @@ FORMAT = "regrow-plan/1"
 
 @dataclass(frozen=True)
 class Plan:
-    """What will change: which units of which axes stay, and what stands in for those that go.
+    """A set of changes to a network: units cut, added or restored per axis, and whole modules dropped or restored.
 
     Args:
-        changes: Axis key → its change. Axes not named stay as they are.
-        means: Name of a consuming weight → position of its contracted dimension → the constant that stands in for
-            that dropped input (bias compensation). Without it a dropped input counts as the axis's neutral element.
+        changes: Axis key → its change. Axes not named are unchanged.
+        means: Name of a consuming weight → position in its contracted dimension → the constant that replaces that
+            dropped input (bias compensation). Without it a dropped input counts as the axis's neutral element (0 or
+            −∞).
         origin: What made the plan (method, settings, budget, seed); informative.
-        drop: Path of a module → the branch that goes with it.
-        back: Paths of modules dropped earlier that come back, with what they held.
+        drop: Path of a module that is dropped → its branch.
+        back: Paths of modules dropped earlier that are restored, with the weights they had.
 
     Raises:
         PlanError: If a change keeps no unit, a unit twice, or one that does not exist, or a branch lies in another.
@@ -46,7 +47,12 @@ class Plan:
 
     @classmethod
     def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: object) -> "Plan":
-        """A plan for ``axes`` that keeps the given units of the named axes.
+        """Return a plan that keeps the given units of the named axes and cuts their others; other axes stay.
+
+        Args:
+            axes: The network's axes.
+            keep: Axis key → the positions of the units to keep, in any order.
+            **more: Further fields of :class:`Plan`, such as ``origin``.
 
         Raises:
             PlanError: If an axis does not exist, is frozen (with its reason), or the units are no positions in it.
@@ -56,13 +62,13 @@ class Plan:
 
     @classmethod
     def growing(cls, axes: AxisGraph, grow: Mapping[str, int], fill: Fill | None = None, **more: object) -> "Plan":
-        """A plan for ``axes`` that gives the named axes so many units more.
+        """Return a plan that adds units to the named axes.
 
         Args:
             axes: The network's axes.
             grow: Axis key → how many units are added.
-            fill: What they hold; ``zero_out`` unless given.
-            **more: As for :class:`Plan`.
+            fill: How the new units are initialised; ``zero_out`` unless given.
+            **more: Further fields of :class:`Plan`.
 
         Raises:
             PlanError: If an axis does not exist or cannot be widened (with the reason).
@@ -74,13 +80,14 @@ class Plan:
     def restoring(
         cls, axes: AxisGraph, restore: Mapping[str, Iterable[int]], fill: Fill | None = None, **more: object
     ) -> "Plan":
-        """A plan for ``axes`` that brings back units that were cut (whole modules: ``Plan(back=[path])``).
+        """Return a plan that restores units that were cut (for whole modules use ``Plan(back=[path])``).
 
         Args:
-            axes: The network's axes as they are now.
-            restore: Axis key → the ids of the units (``Axis.ids`` names those alive).
-            fill: Given, they come back with what new units hold; else with what they held, out of the undo store.
-            **more: As for :class:`Plan`.
+            axes: The network's current axes.
+            restore: Axis key → the ids of the units to restore (``Axis.ids`` has those that were not cut).
+            fill: Initialise the restored units like new ones; ``None``: with the weights that the undo store has of
+                them.
+            **more: Further fields of :class:`Plan`.
 
         Raises:
             PlanError: If an axis does not exist or is frozen, or a unit is alive or never existed.
@@ -93,13 +100,13 @@ class Plan:
     def dropping(
         cls, axes: AxisGraph, modules: Iterable[str], keep: Mapping[str, Iterable[int]] | None = None, **more: Any
     ) -> "Plan":
-        """A plan for ``axes`` that drops whole modules.
+        """Return a plan that drops whole modules, and optionally cuts units elsewhere.
 
         Args:
             axes: The network's axes.
-            modules: Their paths; ``axes.branches`` says of each whether it can go, and what goes with it.
-            keep: Units of other axes to keep, as in :meth:`keeping`.
-            **more: As for :class:`Plan`.
+            modules: Their paths; ``axes.branches`` says of each whether it can be dropped, and what is removed with it.
+            keep: Axis key → the units to keep, as in :meth:`keeping`.
+            **more: Further fields of :class:`Plan`.
 
         Raises:
             PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
@@ -124,7 +131,10 @@ class Plan:
         return plan
 
     def check(self, axes: AxisGraph) -> None:
-        """Assert that the plan fits the network.
+        """Raise ``PlanError`` unless the plan fits the network.
+
+        Args:
+            axes: The network's current axes.
 
         Raises:
             PlanError: If an axis is missing, frozen, of another size or lies elsewhere, or if axes that must keep
@@ -184,11 +194,15 @@ class Plan:
             raise PlanError(f"{lost} goes with a branch that the plan drops, and it compensates for it; leave one out")
 
     def sizes(self, axes: AxisGraph) -> dict[str, int]:
-        """The size of every axis after the plan."""
+        """Return axis key → its number of units after the plan, for every axis.
+
+        Args:
+            axes: The network's axes before the plan.
+        """
         return axes.sizes() | {key: change.after for key, change in self.changes.items()}
 
     def to_json(self) -> str:
-        """The plan as JSON text."""
+        """Return the plan as JSON text."""
         return json.dumps(
             {
                 "format": FORMAT,
@@ -204,10 +218,13 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """Read a plan back; everything is checked before it is used.
+        """Read a plan from JSON text that may be hostile; every value is checked.
+
+        Args:
+            text: What :meth:`to_json` returned.
 
         Raises:
-            PlanError: If the text is not a plan, names the value that is wrong.
+            PlanError: If the text is not a valid plan; the message names the wrong value.
         """
         try:
             data = parse_json(text, "the plan")
@@ -234,10 +251,10 @@ def _branch(path: str, placeholders: Mapping[str, Any]) -> Branch:
 
 
 def _droppable(axes: AxisGraph, path: str) -> Branch:
-    """The branch of a module.
+    """Return the branch of a module that can be dropped.
 
     Raises:
-        PlanError: If it has none, or cannot be dropped; says why, and what can be dropped in it.
+        PlanError: If it has none or cannot be dropped; the message says why, and which module inside it can be.
     """
     branch = axes.branches.get(path)
     inner = [name for name, one in axes.branches.items() if one.free and lies_in(name, path)]
@@ -266,13 +283,13 @@ def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
 
 
 def _places(slots: Iterable[Slot]) -> list[Slot]:
-    """Where units lie and what is done there; plans from before shifting was told from scaling still fit."""
+    """Return slots with SHIFTS read as SCALES, so that plans from before the two were distinguished still fit."""
     told = (replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
     return list(dict.fromkeys(told))
 
 
 def _cannot_grow(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
-    """Why an axis cannot get the units it is to get; empty if it can."""
+    """Return why an axis cannot get the units that the change adds; empty if it can."""
     if axis.narrow:
         return axis.narrow
     zero_out, folded = change.fill.rule == "zero_out", axis.mark is Mark.FOLDED
@@ -303,7 +320,7 @@ def _check_restore(axis: Axis, change: Change) -> None:
 
 
 def _numbers(key: str, units: Iterable[Any]) -> tuple[int, ...]:
-    """Positions in order; a mask, a share or a text is none."""
+    """Return positions in ascending order; raise ``PlanError`` for a mask, a fraction or a text."""
     result = []
     for one in units:
         try:

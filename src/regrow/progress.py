@@ -1,4 +1,4 @@
-"""How long work tells that it goes on: one callable that whoever shows it may replace."""
+"""The callback through which long work reports its progress."""
 
 from collections.abc import Callable
 
@@ -7,4 +7,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def silent(done: int, total: int, what: str) -> None:
-    """Show nothing."""
+    """Ignore a progress report: the callback for work that shows nothing.
+
+    Args: done: Steps done. total: Steps in all. what: What is being done.
+    """

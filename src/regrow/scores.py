@@ -1,4 +1,4 @@
-"""Scores: one number per unit per axis, and where it came from."""
+"""Unit scores of pruning methods, and the activation and gradient statistics that they are computed from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,13 +8,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """How much each unit matters: higher is more worth keeping.
+    """Importance of each unit of each axis: units with the lowest scores are cut first.
 
     Args:
-        values: Axis key → one float64 number per unit, ``[size]``.
-        metric: The name of the measure: ``"wifv"``, ``"magnitude"``.
-        sources: The names of the sources it was measured on; empty for measures that need none.
-        tokens: How many positions were seen.
+        values: Axis key → importance per unit, ``[size]`` float64; higher is more worth keeping.
+        metric: The name of the importance measure: ``"wifv"``, ``"magnitude"``.
+        sources: The names of the sources on which it was measured; empty for measures that need no data.
+        tokens: How many positions (tokens or pixels) were measured.
+        notes: Remarks for the report.
     """
 
     values: Mapping[str, Tensor]
@@ -29,7 +30,7 @@ class Scores:
 
 @dataclass
 class Moments:
-    """Running sums over the inputs of one weight, per position of its contracted dimension (``[C]``, float64).
+    """Running sums of a weight's inputs, per input feature (``[C]``, float64), that give means and variances.
 
     A *position* is a token of a text or a pixel of a picture; a *sequence* is one text window or one picture.
 
@@ -61,29 +62,29 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """E[x] over positions."""
+        """Mean of each input feature over positions, ``[C]``."""
         return self.total / self.count
 
     @property
     def variance(self) -> Tensor:
-        """Var[x] over positions (population form, never negative)."""
+        """Variance of each input feature over positions, ``[C]`` (population form, never negative)."""
         return (self.square / self.count - self.mean**2).clamp_min(0)
 
     @property
     def sequence_variance(self) -> Tensor:
-        """Variance of the per-sequence means (population form, never negative)."""
+        """Variance of the per-sequence means of each input feature, ``[C]`` (population form, never negative)."""
         return (self.mean_square / self.sequences - (self.mean_total / self.sequences) ** 2).clamp_min(0)
 
 
 @dataclass
 class Statistics:
-    """What one pass over a source (or a shard of it) saw, as sums that can be merged.
+    """Sums collected in one calibration pass over a source or a shard of it; sums of several passes can be added.
 
     Args:
         source: The name of the source.
-        tokens: Labelled positions seen.
+        tokens: How many labelled positions were seen.
         moments: Name of a consuming weight → running sums of its inputs.
-        gradients: Name of a parameter → sum over the batches of the loss's gradient; empty unless asked for.
+        gradients: Name of a parameter → the loss gradient summed over batches; empty unless asked for.
     """
 
     source: str
@@ -101,7 +102,11 @@ class Statistics:
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """The sums of one or more parts together."""
+    """Return the sums of several statistics as one.
+
+    Args:
+        parts: Statistics of shards or sources, at least one.
+    """
     total = parts[0]
     for part in parts[1:]:
         total = total + part

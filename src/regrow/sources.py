@@ -1,4 +1,4 @@
-"""Sources: named streams of batches. Importance is always importance *on some sources*."""
+"""Calibration and training data: named sequences of batches, and the logits and labels of a batch."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,13 +10,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Batch:
-    """What a network is called with, and what it should answer.
+    """Inputs of one forward pass and the labels of its outputs.
 
     Args:
         args: Positional inputs.
         kwargs: Inputs by name.
-        labels: Class per position, int64, −100 where none is asked: ``[batch]`` for images, ``[batch, tokens]`` for
-            text (already shifted: ``labels[:, t]`` is the token after ``input[:, t]``).
+        labels: Class per position, int64, −100 where the loss ignores the position: ``[batch]`` for images, ``[batch,
+            tokens]`` for text (already shifted: ``labels[:, t]`` is the token after ``input[:, t]``).
     """
 
     args: tuple[Any, ...] = ()
@@ -24,7 +24,11 @@ class Batch:
     labels: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with every tensor on a device."""
+        """Return the batch with every tensor on a device.
+
+        Args:
+            device: The device.
+        """
         if device.type == "cpu":
             return self
         labels = self.labels if self.labels is None else self.labels.to(device)
@@ -33,12 +37,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Source:
-    """A named sequence of batches: ``"wiki"``, ``"code"``, ``"task-3"``.
+    """A named sequence of batches from one data source, such as a text domain, a data set or a task.
 
     Args:
-        name: How results refer to it.
-        batches: The batches, in order; the same each time it is read.
-        origin: Where it came from, in words a reader of a report understands (path, package, half).
+        name: What results and settings call it: ``"wiki"``, ``"task-3"``.
+        batches: The batches, in order; the same each time they are read.
+        origin: Where the data came from, for reports (path, package, calibration or evaluation half).
     """
 
     name: str
@@ -52,22 +56,27 @@ class Source:
         return len(self.batches)
 
     def held_out(self, share: float) -> tuple[list[Batch], list[Batch]]:
-        """The first batches, to learn from, and the last, to judge by; the same one where there is but one.
+        """Split the batches into (training, held-out): the last ones are held out; a single batch serves as both.
 
         Args:
-            share: What share is held out, at least one batch.
+            share: The fraction of the batches that is held out, at least one batch.
         """
         n, batches = max(1, round(len(self.batches) * share)), list(self.batches)
         return batches[:-n] or batches, batches[-n:]
 
     @property
     def tokens(self) -> int:
-        """How many positions carry a label (tokens of text, or images)."""
+        """The number of positions that carry a label (tokens of text, or images)."""
         return sum(int((batch.labels != -100).sum()) for batch in self.batches if batch.labels is not None)
 
 
 def moved(value: object, device: torch.device) -> Any:
-    """The same inputs with every tensor on the device."""
+    """Return a nested structure of inputs with every tensor on a device.
+
+    Args:
+        value: A tensor, or dicts, lists and tuples of them; anything else is returned as it is.
+        device: The device.
+    """
     match value:
         case Tensor():
             return value.to(device)
@@ -79,15 +88,17 @@ def moved(value: object, device: torch.device) -> Any:
 
 
 def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) -> list[tuple[int, Batch]]:
-    """The batches of one step of learning: the sources in turn, each in a drawn order, and then in another.
+    """Return the batches of one training step: from the sources in turn, each source shuffled anew in every pass.
+
+    The result depends on the step's number alone, so that training can be stopped and resumed.
 
     What a step gets depends on its number alone, so that learning can be stopped and taken up again.
 
     Args:
         sources: The batches of each source.
-        n: How many batches a step gets.
-        step: Which step, from 0.
-        seed: Of the orders.
+        n: How many batches a step takes.
+        step: The index of the step, from 0.
+        seed: Seed of the shuffling.
 
     Returns:
         (index of the source, batch) pairs.
@@ -105,7 +116,10 @@ def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) 
 
 
 def logits_in(answer: Any) -> Tensor:
-    """The logits in what a network answered: the answer, its ``.logits`` (``["logits"]``, ``["out"]``), or its first.
+    """Return the logits in a model's output: the output itself, ``.logits``, ``["logits"]``, ``["out"]`` or its first.
+
+    Args:
+        answer: What the model returned.
 
     Raises:
         TypeError: If there is no tensor of logits.
@@ -121,11 +135,11 @@ def logits_in(answer: Any) -> Tensor:
 
 
 def asked(logits: Tensor, labels: Tensor | None) -> Tensor:
-    """The logits of the positions that were asked for, as ``[positions, classes]``.
+    """Return the logits of the labelled positions, ``[positions, classes]``.
 
     Args:
-        logits: ``[..., classes]``, or ``[batch, classes, ...]`` where that is what the labels fit.
-        labels: Class per position, −100 where none is asked; all positions without them.
+        logits: ``[..., classes]``, or ``[batch, classes, ...]`` where that fits the labels.
+        labels: Class per position, −100 where a position is ignored; ``None``: all positions are returned.
 
     >>> labels = torch.tensor([[0, -100]])
     >>> asked(torch.zeros(1, 2, 5), labels).shape, asked(torch.zeros(1, 5, 2), labels).shape

@@ -1,4 +1,4 @@
-"""Tasks: what a network learns one after the other."""
+"""Tasks of continual learning: labelled examples that a network learns one task after the other."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Examples:
-    """Inputs and the class of each, in memory.
+    """Labelled examples in memory.
 
     Args:
         inputs: ``[N, ...]``, as the network takes them.
-        labels: ``[N]`` int64.
+        labels: The class of each example, ``[N]`` int64.
 
     Raises:
-        ValueError: If there are not equally many, or none.
+        ValueError: If the numbers of inputs and labels differ, or there are none.
     """
 
     inputs: Tensor
@@ -30,17 +30,27 @@ class Examples:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Examples":
-        """The same examples on a device."""
+        """Return the examples on a device.
+
+        Args:
+            device: The device.
+        """
         return self if device.type == "cpu" else Examples(self.inputs.to(device), self.labels.to(device))
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
-        """All examples once, ``size`` at a time; in a drawn order if there is a seed, and then no rest of one.
+        """Yield all examples once, ``size`` at a time; with a seed shuffled, and a last batch of one is left out.
+
+        BatchNorm cannot train on a single example; with ``size`` 1, or one example in all, none is left out.
 
         A BatchNorm cannot train on a single example; where batches are of one anyway, none is left out.
 
         >>> found = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
         >>> [len(batch) for batch in found]
         [2, 2]
+
+        Args:
+            size: Examples per batch; the last batch may have fewer.
+            seed: Seed of the shuffling; ``None``: in order.
         """
         n = len(self)
         order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
@@ -50,11 +60,12 @@ class Examples:
 
 
 def among(logits: Tensor, classes: Tensor | None) -> Tensor:
-    """Logits with −∞ for every class that answers are not chosen among.
+    """Mask logits with −∞ for every class that may not be predicted.
 
     Args:
         logits: ``[N, outputs]``.
-        classes: ``[classes]`` or ``[N, classes]`` bool, for the first outputs; no others are chosen. ``None``: all.
+        classes: Which of the first outputs may be predicted, ``[classes]`` or ``[N, classes]`` bool; all further
+            outputs are masked. ``None``: nothing is masked.
 
     >>> among(torch.zeros(1, 3), torch.tensor([True, False])).tolist()
     [[0.0, -inf, -inf]]
@@ -69,14 +80,14 @@ def among(logits: Tensor, classes: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a sequence.
+    """One task of a continual-learning sequence: its training and test examples and its classes.
 
     Args:
-        name: How results refer to it.
-        train: What is learned from.
-        test: What is only evaluated on.
-        classes: The classes that it is about, ascending.
-        gone: Whether its examples are not there any more and a few zeros stand for them: it is not evaluated on.
+        name: What results call it.
+        train: The training examples.
+        test: The test examples, never trained on.
+        classes: The class indices of the task, ascending.
+        gone: Whether its data are no longer available, so that a few zeros replace them and it is not evaluated.
     """
 
     name: str
@@ -87,6 +98,12 @@ class Task:
 
     @classmethod
     def of_gone(cls, name: str, shape: tuple[int, ...], classes: tuple[int, ...]) -> "Task":
-        """A task of which no more is known than what its inputs were like, without the first dimension."""
+        """Return a task whose data are no longer available: zeros in the shape of its inputs replace its examples.
+
+        Args:
+            name: What results call it.
+            shape: The shape of one input, without the batch dimension.
+            classes: The class indices of the task, ascending.
+        """
         none = Examples(torch.zeros(2, *shape), torch.full((2,), classes[0]))
         return cls(name, none, none, classes, gone=True)

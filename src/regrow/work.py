@@ -1,4 +1,4 @@
-"""Multiply–accumulates of one example, whatever batch a network was traced with."""
+"""Multiply–accumulates (MACs) of a network per example, independent of the batch size it was traced with."""
 
 from dataclasses import replace
 from math import gcd, prod
@@ -10,7 +10,10 @@ from regrow.dims import Dim, Product, size_of
 
 
 def examples(axes: AxisGraph) -> int:
-    """How many examples the traced input holds.
+    """Return the batch size of the traced input.
+
+    That is the number of entries of its first list, or the leading size of its first tensor if the network's last
+    result has the same; 1 otherwise.
 
     That is the number of entries of its first list, or the leading size of its first tensor where the network's last
     result has the same; 1 otherwise.
@@ -30,7 +33,7 @@ def examples(axes: AxisGraph) -> int:
 
 
 def per_example(axes: AxisGraph) -> tuple[Work, ...]:
-    """The contractions of a network with one example; one whose size does not depend on the batch stays whole.
+    """Return the contractions of a network for a single example; those that do not depend on the batch stay whole.
 
     Args:
         axes: The network's axes.
@@ -40,7 +43,9 @@ def per_example(axes: AxisGraph) -> tuple[Work, ...]:
 
 
 def macs(axes: AxisGraph) -> int:
-    """The multiply–accumulates of one example: Σ over contractions of the product of their dimensions.
+    """Return the multiply–accumulates of one example: the sum over contractions of the product of their dimensions.
+
+    Kernels are taken as dense: a weight that is 0 costs as much as any other.
 
     Those are of dense kernels: a weight that is 0 costs as much as another.
 
@@ -52,7 +57,7 @@ def macs(axes: AxisGraph) -> int:
 
 
 def _divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
-    """Dimensions without a factor, if their fixed sizes have it; as they are otherwise.
+    """Return dimensions divided by ``many`` if their fixed sizes contain that factor; unchanged otherwise.
 
     >>> _divided((128, "a", 3), 64), _divided((3, "a"), 64)
     ((2, 'a', 3), (3, 'a'))
