@@ -1,8 +1,8 @@
-"""How many units, and where: scores and a budget → the units kept.
+"""Decide how many units each axis keeps or gains, and which: importance scores and a budget → units kept.
 
-``cost.Cost`` says what a network costs at given sizes, ``cost_of`` what a budget counts of it; ``rank`` and
-``uniform`` choose units under a budget; ``ratios`` solves for shares that meet one while they are learned; ``stages``
-cuts a search where memory has one.
+``cost.Cost`` computes a network's parameters, MACs or bytes at given axis sizes, ``cost_of`` the cost that a budget
+limits; ``rank`` and ``uniform`` choose units under a budget; ``ratios`` turns logits into pruning ratios that meet it,
+differentiably; ``stages`` splits a search into stages that fit a memory budget.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,11 +15,14 @@ from regrow.allocation.stages import MemoryBudgetError, MemoryStages, stages
 from regrow.allocation.uniform import uniform
 
 ALLOCATIONS: Mapping[str, Callable[..., dict[str, tuple[int, ...]]]] = {"ranked": rank, "uniform": uniform}
-"""Name → (axes, scores, budget, *, minimum, share) → axis key → units kept."""
+"""Name → allocation function: (axes, scores, budget, *, minimum, share) → axis key → units kept."""
 
 
 def allocation(name: str) -> Callable[..., dict[str, tuple[int, ...]]]:
-    """The allocation of a name.
+    """Return the allocation function of a name; raise ValueError if there is none.
+
+    Args:
+        name: A key of :data:`ALLOCATIONS`.
 
     Raises:
         ValueError: If there is none.

@@ -1,4 +1,4 @@
-"""What a commit of a search takes out: what does not stand, what a share tells, or what a target still asks for."""
+"""Choose the operations, filters and weights that a search removes at a commit, from masks and a cost target."""
 
 from bisect import bisect_left
 from collections.abc import Collection
@@ -14,11 +14,11 @@ from regrow.branches import lies_in
 
 
 def select_removed(found: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[list[str], dict[str, list[int]]]:
-    """The operations that do not stand, and of each axis that loses filters those that do.
+    """Return the operations to drop, and for each axis that loses filters the positions of those that stay.
 
     Args:
-        found: What may go.
-        masks: What stands.
+        found: The gates: where operations, filters and weights lie, and which may be removed.
+        masks: The present masks; what they set to 0 is removed.
         axes: The network's axes.
     """
     there = zip(found.ops, found.alive & found.runs, masks.ops, strict=True)
@@ -33,14 +33,14 @@ def select_removed(found: Gates, masks: GateMasks, axes: AxisGraph) -> tuple[lis
 
 
 def limit_removal(found: Gates, masks: GateMasks, allowed: float, bare: bool = True) -> GateMasks:
-    """Masks under which no more goes than must: the nearest to their thresholds stay, as long as all that is allowed.
+    """Return masks that remove less: what is nearest to its threshold is put back while the cost fits.
 
     Args:
-        found: What may go.
-        masks: What stands.
-        allowed: What the network may cost.
-        bare: Whether operations that hold nothing but their scale stay too, which fills nothing up. Where one of a sum
-            is left at the end, they do.
+        found: The gates of the network.
+        masks: The present masks.
+        allowed: The cost that the network may have after this commit, in the target's unit.
+        bare: Whether operations without parameters, such as pools, are put back too, although they cost almost nothing;
+            they always are in sums of which a search leaves one operation.
     """
     margins = torch.cat(masks.margins)
     here = torch.cat([found.alive & found.runs, torch.ones_like(masks.filters, dtype=torch.bool)])
@@ -64,15 +64,15 @@ def limit_removal(found: Gates, masks: GateMasks, allowed: float, bare: bool = T
 
 
 def protect_cheapest(found: Gates, masks: GateMasks, target: float, searched: Collection[str]) -> GateMasks:
-    """Masks under which a target can still be met later: of sets whose cheapest operation would go, it stays.
+    """Return masks that keep the target reachable: the cheapest operation of a needed set is put back.
 
-    Those nearest to their thresholds stay, one after the other, until the target is within reach, if it ever is.
+    Those nearest to their thresholds are put back first, until the target can be reached; none if it never can.
 
     Args:
-        found: What may go in the whole network, be it searched in this stage or not.
-        masks: What stands.
-        target: What the whole network may cost in the end.
-        searched: Which levels are.
+        found: The gates of the whole network, whether it is searched in this stage or not.
+        masks: The present masks.
+        target: The cost that the whole network may have in the end.
+        searched: The levels that are searched: ``"operations"``, ``"filters"``, ``"weights"``.
     """
     ops, margin = masks.ops.clone(), masks.margins[0]
     lost = (_cheapest(found) > ops).nonzero()[:, 0].tolist() if least(found, searched) <= target else []
@@ -84,7 +84,12 @@ def protect_cheapest(found: Gates, masks: GateMasks, target: float, searched: Co
 
 
 def savings(found: Gates, masks: GateMasks) -> dict[str, float]:
-    """What each level leaves out, one after the other: operations, filters of the rest, weights of those."""
+    """Return level → the cost that its masks remove: operations, then filters of the rest, then weights.
+
+    Args:
+        found: The gates of the network.
+        masks: The present masks.
+    """
     ones = torch.ones_like(masks.filters)
     steps = [
         found.levels.size(found.alive.float(), ones),
@@ -97,13 +102,16 @@ def savings(found: Gates, masks: GateMasks) -> dict[str, float]:
 
 
 def least(found: Gates, searched: Collection[str]) -> float:
-    """What the cheapest choice costs: of each node the cheapest operation, of each axis the fewest filters, no weight.
+    """Return the cost of the cheapest network that can still be reached.
+
+    It has the cheapest operation of each node, the fewest filters of each axis, and no weight, as far as these are
+    searched.
 
     Where sets of which one operation stays overlap, another choice may cost a little less.
 
     Args:
-        found: What may go.
-        searched: Which levels are.
+        found: The gates of the network.
+        searched: The levels that are searched: ``"operations"``, ``"filters"``, ``"weights"``.
     """
     levels = found.levels
     ops, filters, weights = found.alive.float(), torch.ones(levels.filters), None
@@ -117,14 +125,17 @@ def least(found: Gates, searched: Collection[str]) -> float:
 
 
 def _prices(found: Gates) -> Tensor:
-    """What an operation costs with those decided with it, ``[operations]``; ∞ if it is gone or does not run."""
+    """Return the cost of each operation with those decided with it, ``[operations]``; ∞ if gone or not running."""
     here = found.alive & found.runs
     own = torch.where(here, found.prices(), 0.0)
     return torch.where(here, torch.zeros_like(own).index_add(0, found.tied, own)[found.tied], torch.inf)
 
 
 def _cheapest(found: Gates) -> Tensor:
-    """Of each set that needs an operation and has none yet the cheapest, ``[operations]``; and all that do not run."""
+    """Return a mask with the cheapest operation of each needed set that has none yet, ``[operations]``.
+
+    What does not run stays as it is.
+    """
     ops, prices = torch.zeros(len(found.ops)), _prices(found)
     for own in found.needed:
         if not ops[own].any():
@@ -133,7 +144,14 @@ def _cheapest(found: Gates) -> Tensor:
 
 
 def threshold_for(share: float, importance: Tensor, whole: int) -> float:
-    """The threshold at which a share of ``whole`` units stands; 0 where no more are left.
+    """Return the importance below which units are cut so that ``share`` of the original ``whole`` units stay.
+
+    It is 0 if no more than that many units remain.
+
+    Args:
+        share: The fraction of ``whole`` that stays, in [0, 1]; at least one unit stays.
+        importance: The importance of each unit that remains, ``[n]``.
+        whole: How many units there were at first.
 
     >>> threshold_for(0.5, torch.tensor([0.1, 0.4, 0.2, 0.3]), 4)
     0.30000001192092896
@@ -143,22 +161,23 @@ def threshold_for(share: float, importance: Tensor, whole: int) -> float:
 
 
 def fit_to_budget(found: Gates, masks: GateMasks, relative: Tensor, target: float) -> tuple[Tensor, Tensor, Tensor]:
-    """What a target leaves of what stands: the least important goes, as little as must.
+    """Remove the least important of what is still active until the cost meets the target, and no more.
 
-    Weights pay where they are searched and cost anything; else filters, where they are, and then operations, of which
-    the least important that must not all go are exchanged for cheaper ones where nothing else is left.
+    Weights are removed if they are searched and the measure counts only non-zero ones. Otherwise filters are removed,
+    if they are searched, and then operations; if that is not enough, operations that a node needs are exchanged for
+    cheaper ones, the least important first.
 
     Args:
-        found: What may go.
-        masks: What stands.
-        relative: How large each weight is, ``[N]``.
-        target: What may be left.
+        found: The gates of the network.
+        masks: The present masks.
+        relative: The magnitude of each weight relative to the mean of its tensor, ``[N]``.
+        target: The cost that may be left.
 
     Returns:
-        Masks of operations and of filters, and which weights go, ``[N]`` bool.
+        The masks of operations and of filters, and which weights are removed, ``[N]`` bool.
 
     Raises:
-        ValueError: If not so much can go; names the least that can be reached.
+        ValueError: If the target cannot be reached; the message names the least cost that can.
     """
     ops, filters, weights = masks.ops.clone(), masks.filters.clone(), masks.weights
     none = torch.zeros(len(relative), dtype=torch.bool)
@@ -193,7 +212,7 @@ def fit_to_budget(found: Gates, masks: GateMasks, relative: Tensor, target: floa
 
 
 def _going(found: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> list[int]:
-    """The fewest operations (level 0) or filters (1), least important first, without which the target is met."""
+    """Return the fewest operations (level 0) or filters (1), least important first, whose removal meets the target."""
     last, order = masks[level].clone(), []
     for at in margin.argsort(stable=True).tolist():
         if bool(found.open(level, last)[at]):
@@ -210,10 +229,10 @@ def _going(found: Gates, level: int, masks: tuple[Tensor, Tensor], margin: Tenso
 
 
 def _exchanged(found: Gates, stood: Tensor, masks: tuple[Tensor, Tensor], margin: Tensor, target: float) -> Tensor:
-    """What a target leaves of operations of which none can go any more, ``[operations]``.
+    """Exchange operations that a node needs for cheaper ones until the target is met, ``[operations]``.
 
-    The least important are exchanged for the cheapest that can stand for them, until the target is met or all are the
-    cheapest; then what stood comes back where it fits, the most important first.
+    The least important are exchanged for the cheapest that can replace them, until the target is met or all are the
+    cheapest; then the former operations are put back where they fit, the most important first.
     """
     ops, filters, prices = masks[0].clone(), masks[1], _prices(found)
 

@@ -1,4 +1,4 @@
-"""What a network costs at given sizes of its axes: exact, and fast enough to ask thousands of times."""
+"""Compute a network's cost (parameters, MACs, bytes, cache) at given axis sizes: exact and fast."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,30 +12,40 @@ from regrow.axes import AxisGraph, Dim, Product, Sum
 from regrow.work import per_example
 
 Monomials = dict[tuple[str, ...], int]
-"""Axis keys (sorted, with repetition) → coefficient."""
+"""A polynomial in axis sizes: axis keys (sorted, with repetition) → integer coefficient."""
 
 
 class CostTerm(Protocol):
-    """A part of a cost, as a function of a vector of sizes."""
+    """One summand of a cost, as a function of the vector of axis sizes."""
 
     def at(self, vector: np.ndarray) -> int:
-        """The cost at a vector of sizes."""
+        """Return the cost at a vector of axis sizes.
+
+        Args:
+            vector: The sizes in the order of ``SizeIndex.keys``, and a constant 1.
+        """
         ...
 
     def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
-        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
+        """Return how much the cost grows if each of some axes gets ``units`` more units.
+
+        Args:
+            vector: The sizes to start from.
+            members: The indices of the axes that grow.
+            units: How many units each of them gets.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class SizeIndex:
-    """The axes of a network in a fixed order.
+    """The axes of a network in a fixed order, so that sizes can be written as a vector.
 
     Args:
         axes: The axes.
-        keys: Their keys.
-        index: Key → its place in ``keys``.
-        present: Their sizes, and a constant 1.
+        keys: Their keys, in the order of the vector.
+        index: Key → its index in ``keys``.
+        present: Their current sizes, and a constant 1, ``[axes + 1]`` int64.
     """
 
     axes: AxisGraph
@@ -45,23 +55,27 @@ class SizeIndex:
 
     @classmethod
     def of(cls, axes: AxisGraph) -> "SizeIndex":
-        """The index of a network's axes."""
+        """Return the index of a network's axes.
+
+        Args:
+            axes: The network's axes.
+        """
         keys, sizes = tuple(axes.axes), axes.sizes()
         present = np.array([*(sizes[key] for key in keys), 1], dtype=np.int64)
         return cls(axes, keys, {key: i for i, key in enumerate(keys)}, present)
 
 
 class Cost:
-    """The cost of a network as a function of the sizes of its axes: the sum of its terms.
+    """The cost of a network as a function of the sizes of its axes; a sum of terms.
 
     Args:
         axes: The network's axes.
-        measure: Parameters, multiply–accumulates of one example, bytes (parameters and buffers), or bytes of the cache
-            of keys and values.
-        counted: For parameters: the weights in ``AxisGraph.counted`` alone, as a ``keep`` fraction means; otherwise
+        measure: What is counted: parameters, multiply–accumulates of one example, bytes (parameters and buffers), or
+            bytes of the key-value cache.
+        counted: For parameters: count only the weights in ``AxisGraph.counted``, as a ``keep`` fraction does; otherwise
             every parameter, tied ones once.
-        tokens: For the cache: how many tokens it holds, of one sequence; each attention holds all of them.
-        terms: (index of the sizes) → its terms; the polynomial of the measure unless given.
+        tokens: For the key-value cache: how many tokens of one sequence it holds in every attention.
+        terms: Function from the size index to the terms to sum; if ``None``, the polynomial of the measure.
     """
 
     def __init__(
@@ -78,7 +92,11 @@ class Cost:
         self._terms = terms(self.sizes) if terms else (SizePolynomial(self.sizes, measure, counted, tokens),)
 
     def __call__(self, sizes: Mapping[str, int]) -> int:
-        """The cost at the given sizes; axes not named stay as they are."""
+        """Return the cost at the given sizes; axes not named keep their current size.
+
+        Args:
+            sizes: Axis key → size.
+        """
         vector = self.present.copy()
         for key, size in sizes.items():
             vector[self.index[key]] = size
@@ -86,31 +104,45 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """The cost of the network as it is."""
+        """The cost of the network at its current sizes."""
         return self.at(self.present)
 
     def vector(self, sizes: Mapping[str, int]) -> np.ndarray:
-        """The sizes of all axes in the order of ``keys``, and a constant 1."""
+        """Return the sizes of all axes as a vector in the order of ``keys``, with a constant 1 appended.
+
+        Args:
+            sizes: Axis key → size, for every axis.
+        """
         return np.array([*(sizes[key] for key in self.keys), 1], dtype=np.int64)
 
     def at(self, vector: np.ndarray) -> int:
-        """The cost at a vector of sizes (``vector``)."""
+        """Return the cost at a vector of sizes, as :meth:`vector` makes it.
+
+        Args:
+            vector: The sizes, ``[axes + 1]``.
+        """
         return sum(term.at(vector) for term in self._terms)
 
     def rise(self, vector: np.ndarray, members: Iterable[int], units: int) -> int:
-        """What ``units`` more units of each of some axes (their indices in ``keys``) would add at these sizes."""
+        """Return how much the cost grows if each of some axes gets ``units`` more units.
+
+        Args:
+            vector: The sizes to start from.
+            members: The indices in ``keys`` of the axes that grow.
+            units: How many units each of them gets.
+        """
         several = list(members)
         return sum(term.rise(vector, several, units) for term in self._terms)
 
 
 class SizePolynomial:
-    """A polynomial in the sizes of axes: Σ over monomials of coefficient · Π sizes.
+    """A cost that is a polynomial in axis sizes: Σ over monomials of coefficient · Π sizes.
 
-    A convolution between two free axes costs a product of both sizes, so costs of units do not add up; this evaluates
-    the planned network instead.
+    A convolution between two free axes costs a product of both sizes, so the cost of a unit depends on the other axis;
+    this evaluates the cost of the whole planned network instead of adding up units.
 
     Args:
-        sizes: The axes.
+        sizes: The index of the network's axes.
         measure: What is counted, as for :class:`Cost`.
         counted: As for :class:`Cost`.
         tokens: As for :class:`Cost`.
@@ -133,11 +165,21 @@ class SizePolynomial:
                 self._touching[sizes.index[key]].append(row)
 
     def at(self, vector: np.ndarray) -> int:
-        """The cost at a vector of sizes."""
+        """Return the cost at a vector of sizes.
+
+        Args:
+            vector: The sizes, ``[axes + 1]``.
+        """
         return self._sum(slice(None), vector)
 
     def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
-        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
+        """Return how much the cost grows if each of some axes gets ``units`` more units.
+
+        Args:
+            vector: The sizes to start from.
+            members: The indices of the axes that grow.
+            units: How many units each of them gets.
+        """
         rows = sorted({row for member in members for row in self._touching[member]})
         wider = vector.copy()
         wider[members] += units
@@ -148,7 +190,7 @@ class SizePolynomial:
 
 
 def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> Iterable[tuple[tuple[Dim, ...], int]]:
-    """The products of dimensions that are summed, each with a factor."""
+    """Yield the products of dimensions that a measure sums, each with an integer coefficient."""
     match measure:
         case Measure.MACS:
             yield from ((work.dims, 1) for work in per_example(axes))
@@ -169,7 +211,10 @@ def _tensors(axes: AxisGraph, measure: Measure, counted: bool, tokens: int) -> I
 
 
 def expand(dims: Iterable[Dim]) -> Monomials:
-    """A product of dimensions as a sum of monomials.
+    """Multiply dimensions out into a polynomial in axis sizes: axis keys → coefficient.
+
+    Args:
+        dims: The dimensions to multiply.
 
     >>> expand([Sum((2, "a")), "b", 3])
     {('b',): 6, ('a', 'b'): 3}

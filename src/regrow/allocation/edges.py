@@ -1,4 +1,4 @@
-"""Edges: the operations of one node that read the same source, weighed against each other."""
+"""The edges of a DARTS cell: operations that read the same source, and softmax weights among them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +11,18 @@ from regrow.candidates import Candidates, candidates_in
 
 @dataclass(frozen=True)
 class Edges:
-    """Where the operations of a network lie on its edges, and which entry of α, and of β, is whose.
+    """Index tables from the operations of a network to its edges and to their entries in α and β.
+
+    α are the architecture parameters of DARTS, one per operation and one for "none" per edge; β those of PC-DARTS, one
+    per edge.
 
     Args:
-        table: The entries of α on each edge, that of none first, ``[edges, most]``; ``entries`` where there are fewer.
+        table: The entries of α on each edge, that of "none" first, ``[edges, most]``; padded with ``entries``.
         edge: The edge of each operation, ``[operations]``.
-        column: Its column of the table, ``[operations]``.
+        column: The column of ``table`` that holds each operation, ``[operations]``.
         entries: How many entries α has.
-        node: The node that each edge leads into, ``[edges]``.
-        beta: The entry of β of each edge, ``[edges]``.
+        node: The index of the node that each edge leads into, ``[edges]``.
+        beta: The entry of β that belongs to each edge, ``[edges]``.
     """
 
     table: Tensor
@@ -36,14 +39,14 @@ class Edges:
 
     @classmethod
     def of(cls, model: nn.Module, names: Mapping[str, str]) -> "Edges":
-        """The edges of a network.
+        """Build the index tables of a network's candidate operations.
 
         Args:
-            model: The network.
-            names: Path of a node → its name, where several have their entries together.
+            model: The network, its nodes marked with :class:`regrow.Candidates`.
+            names: Path of a node → its name; nodes of the same name share their entries of α and β.
 
         Raises:
-            ValueError: If it has no candidates.
+            ValueError: If the network has no candidates.
         """
         entries: dict[tuple[str, int, str], int] = {}
         rows: list[list[int]] = []
@@ -72,34 +75,39 @@ class Edges:
         return cls(own[0], own[1], own[2], len(entries), own[3], own[4])
 
     def share(self, alpha: Tensor, beta: Tensor | None = None) -> Tensor:
-        """The weight of each operation among those of its edge and none, ``[operations]``.
+        """Return the softmax weight of each operation among those of its edge and "none", ``[operations]``.
 
         Args:
-            alpha: Of operations, ``[entries]``.
-            beta: Of edges, ``[betas]``: what it makes of each edge among those into its node is multiplied in.
+            alpha: The architecture parameters α, ``[entries]``.
+            beta: The edge parameters β, ``[betas]``, or ``None``; if given, the weight of the operation's edge is
+                multiplied in.
         """
         logits = torch.cat([alpha, alpha.new_full((1,), -torch.inf)]).index_select(0, self.table.reshape(-1))
         found = logits.view_as(self.table).softmax(1)[self.edge, self.column]
         return found if beta is None else found * self.between(beta).index_select(0, self.edge)
 
     def between(self, beta: Tensor) -> Tensor:
-        """The weight of each edge among those into its node, ``[edges]``; ``beta`` as in :meth:`share`."""
+        """Return the softmax weight of each edge among the edges into its node, ``[edges]`` (PC-DARTS).
+
+        Args:
+            beta: The edge parameters β, ``[betas]``.
+        """
         grown = (beta - beta.detach().max()).exp().index_select(0, self.beta)
         total = grown.new_zeros(len(self.node)).index_add(0, self.node, grown)
         return grown / total.index_select(0, self.node)
 
 
 def select_operations(share: Tensor, edge: Tensor, node: Tensor, most: int = 2) -> Tensor:
-    """The operations that are kept: the best of each of the best edges into each node.
+    """Derive the discrete cell of DARTS: keep the best operation of each of the best edges into each node.
 
     Args:
-        share: The weight of each operation, ``[operations]``.
-        edge: The edge of each, ``[operations]``.
-        node: The node of each, ``[operations]``.
+        share: The softmax weight of each operation, ``[operations]``.
+        edge: The edge of each operation, ``[operations]``.
+        node: The node of each operation, ``[operations]``.
         most: How many edges into a node are kept.
 
     Returns:
-        ``[operations]`` bool.
+        Whether each operation is kept, ``[operations]`` bool.
 
     >>> select_operations(torch.tensor([0.1, 0.4, 0.3, 0.2]), torch.tensor([0, 0, 1, 2]), torch.zeros(4)).tolist()
     [False, True, True, False]

@@ -1,4 +1,4 @@
-"""Which operations, filters and weights stand at one moment: importances against thresholds, on three levels."""
+"""Masks of operations, filters and weights in a search: importances compared with learned thresholds."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,23 +13,24 @@ from regrow.axes import AxisGraph
 from regrow.method import Measure
 
 NEVER = -2.0
-"""Further below a threshold than its surrogate's gradient reaches."""
+"""A margin so far below 0 that the surrogate gradient of the step function vanishes there."""
 
 _JUST = 1e-6
-"""A threshold of 0 leaves out what is not important at all."""
+"""Added to every threshold, so that a threshold of 0 removes what has importance 0."""
 
 
 @dataclass(frozen=True)
 class GateMasks:
-    """The three levels at one moment.
+    """The masks of operations, filters and weights at one moment of a search; 1 keeps, 0 removes.
 
     Args:
-        ops: Mask of operations, ``[operations]``.
-        filters: Mask of filters, ``[filters]``.
-        op_scale: What operations are scaled by, the mask included, ``[operations]``; 1 at first.
-        filter_scale: What is read of a filter is scaled by this, the mask included, ``[filters]``; 1 at first.
-        over: How far each weight is above its threshold, ``[N]``; ``None`` where that level is not searched.
-        margins: How far operations and filters are above theirs.
+        ops: The mask of operations, ``[operations]``.
+        filters: The mask of filters, ``[filters]``.
+        op_scale: What the output of each operation is multiplied by, mask included, ``[operations]``; 1 at the start.
+        filter_scale: What each filter's output is multiplied by where it is read, mask included, ``[filters]``; 1 at
+            the start.
+        over: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not searched.
+        margins: How far operations, ``[operations]``, and filters, ``[filters]``, are above their thresholds.
     """
 
     ops: Tensor
@@ -41,26 +42,27 @@ class GateMasks:
 
     @property
     def weights(self) -> Tensor | None:
-        """Mask of weights, ``[N]``."""
+        """The mask of weights, ``[N]``; ``None`` if weights are not searched."""
         return None if self.over is None else step_mask(self.over)
 
 
 @dataclass(frozen=True)
 class Gates:
-    """What may go in the part of a network that runs.
+    """Where the operations, filters and weights that a search may remove lie in the running part of a network.
 
     Args:
-        levels: Where the units of the three levels lie.
-        ops: Paths of all operations, dropped ones too.
-        alive: Which of them are there, ``[operations]`` bool.
+        levels: Where filters and weights lie in the network's parameters, and what they cost.
+        ops: Paths of all operations, including those already dropped.
+        alive: Which operations are not dropped, ``[operations]`` bool.
         runs: Which of them lie in the part that runs, ``[operations]`` bool.
-        needed: Sets of operations of each of which one stays, as numbers.
-        tied: The operation whose importance and threshold decide each one: itself, unless several are decided together.
-        node: The sum that each operation flows into, ``[operations]``.
-        single: Whether one operation of that sum is left at the end, whatever learns, ``[operations]`` bool.
-        axis: The number of the axis of each filter, among ``keys``, ``[filters]``.
-        keys: The axes in the order of their thresholds.
-        spans: Per axis: the place of its first filter, how many it has, and how many it keeps at least.
+        needed: Sets of operations, as indices, of each of which at least one must stay.
+        tied: The index of the operation whose importance and threshold decide each one: its own, unless several are
+            decided together.
+        node: The index of the sum that each operation's output is added to, ``[operations]``.
+        single: Whether exactly one operation of that sum is left at the end of the search, ``[operations]`` bool.
+        axis: The index in ``keys`` of the axis of each filter, ``[filters]``.
+        keys: The axis keys in the order of their thresholds.
+        spans: Per axis: the index of its first filter, how many it has, and how many it must keep.
     """
 
     levels: Levels
@@ -81,13 +83,15 @@ class Gates:
         filters: tuple[Tensor, Tensor] | None,
         weights: tuple[Tensor, Tensor, Tensor] | None,
     ) -> GateMasks:
-        """Hold importances against thresholds.
+        """Compare importances with thresholds and return the masks and scales of all three levels.
 
         Args:
-            ops: α ``[operations]`` and their thresholds; ``None`` where that level is not searched.
-            filters: κ ``[filters]`` and the thresholds of ``keys``.
-            weights: All weights ``[N]``, which of them are 0 for good, and the thresholds of operations, with one more
-                for what lies in none.
+            ops: The importance logits α, ``[operations]``, and the thresholds of operations; ``None`` if operations are
+                not searched.
+            filters: The importance logits κ, ``[filters]``, and one threshold per axis of ``keys``; ``None`` if filters
+                are not searched.
+            weights: All weights ``[N]``, which of them are 0 for good ``[N]`` bool, and one threshold per operation,
+                with a last one for weights outside operations; ``None`` if weights are not searched.
         """
         one = torch.ones(len(self.ops))
         if ops is None:
@@ -114,11 +118,20 @@ class Gates:
         return GateMasks(mask_o, mask_f, scale_o, scale_f, over, (margin_o, margin_f))
 
     def together(self, at: int) -> Tensor:
-        """The operations that are decided with one, as bool."""
+        """Return which operations are decided together with operation ``at``, ``[operations]`` bool.
+
+        Args:
+            at: The index of an operation.
+        """
         return self.tied == self.tied[at]
 
     def open(self, level: int, mask: Tensor) -> Tensor:
-        """Which operations (level 0) or filters (1) that stand could still go, as bool."""
+        """Return which active operations (level 0) or filters (1) could still be removed, as a bool vector.
+
+        Args:
+            level: 0 for operations, 1 for filters.
+            mask: The present mask of that level.
+        """
         result = mask > 0
         if level == 0:
             result = result & self.alive & self.runs
@@ -134,11 +147,11 @@ class Gates:
         return result & (many > least)[axis]
 
     def prices(self) -> Tensor:
-        """What each operation costs with all that it has, ``[operations]``."""
+        """Return the cost of each operation with all parameters in it, ``[operations]``."""
         return self.levels.price.new_zeros(len(self.ops) + 1).index_add(0, self.levels.ops, self.levels.price)[:-1]
 
     def typical(self) -> Tensor:
-        """What operations of the same node that hold more than their scale cost in the mean, ``[operations]``; or 0."""
+        """Return the mean cost of the operations with parameters in each operation's node, ``[operations]``; or 0."""
         counted = self.alive & ~self.bare()
         node, n = self.node[counted], len(self.ops)
         prices = self.prices()[counted]
@@ -146,20 +159,20 @@ class Gates:
         return (total / torch.bincount(node, minlength=n).clamp_min(1)).index_select(0, self.node)
 
     def bare(self) -> Tensor:
-        """The operations that hold nothing but their scale, such as pools, unless it is time that counts, as bool."""
+        """Return which operations have no parameters but their scale, such as pools; none if time is the cost."""
         many = torch.bincount(self.levels.ops, minlength=len(self.ops) + 1)[:-1]
         return (many <= 1) & (not self.levels.timed)
 
     def shares(self, masks: GateMasks, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """How much each operation that stands weighs in its node.
+        """Return the normalised importance of each active operation within its node.
 
         Args:
-            masks: What stands.
-            alpha: Of every operation.
+            masks: The present masks.
+            alpha: The importance logit of every operation, ``[operations]``.
 
         Returns:
-            Which ones stand, ``[operations]`` bool; and of those a / Σ a over their node, with its gradients, and N,
-            how many it has.
+            Which operations are active, ``[operations]`` bool; for each of those its importance divided by the sum over
+            its node (differentiable); and the number N of active operations in its node.
         """
         stands = (masks.ops.detach() > 0) & self.alive & self.runs
         node, share = self.node[stands], alpha.sigmoid().index_select(0, self.tied[stands])
@@ -168,14 +181,15 @@ class Gates:
         return stands, share / total.index_select(0, node), many[node]
 
     def operation_regularizer(self, masks: GateMasks, alpha: Tensor, among: Tensor) -> Tensor:
-        """Σ log(1 + N a / Σ a) over operations that stand, N and Σ a of their node.
+        """Return the GOLD-NAS regulariser Σ log(1 + N a / Σ a) over active operations.
 
-        Of each node it is greatest where all weigh the same, and least where one has all.
+        a is an operation's importance; N and Σ a are taken over its node. It is greatest where all operations of a node
+        are equally important, and least where one has all importance.
 
         Args:
-            masks: What stands.
-            alpha: Of every operation.
-            among: Which of them count, ``[operations]`` bool: whole nodes.
+            masks: The present masks.
+            alpha: The importance logit of every operation, ``[operations]``.
+            among: Which operations are summed over, ``[operations]`` bool: whole nodes.
 
         Source: the authors' code (model_search.py, after GOLD-NAS), with N of each node its own.
         """
@@ -183,11 +197,11 @@ class Gates:
         return torch.log1p(many * share)[among[stands]].sum()
 
     def threshold_regularizer(self, masks: GateMasks, thresholds: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """Σ exp(−t) over the thresholds of what stands.
+        """Return the regulariser Σ exp(−t) over the thresholds t of what is active; it raises thresholds.
 
         Args:
-            masks: What stands.
-            thresholds: Of operations, of the filters of ``keys``, and of the weights in each operation.
+            masks: The present masks.
+            thresholds: Those of operations, of the axes in ``keys``, and of the weights in each operation.
 
         Source: the authors' code (model_search.py, after Dynamic Sparse Training).
         """
@@ -197,7 +211,7 @@ class Gates:
         return torch.exp(-torch.cat(own)).sum()
 
     def _last(self, margin: Tensor) -> Tensor:
-        """The operations that stay because all others of a needed set go."""
+        """Return the operations that stay because all others of a needed set are below their thresholds."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for one in self.needed:
             best = margin[one].argmax()
@@ -206,7 +220,7 @@ class Gates:
         return result
 
     def _fewest(self, margin: Tensor) -> Tensor:
-        """The filters that stay because an axis keeps so many."""
+        """Return the filters that stay because their axis must keep that many."""
         result = torch.zeros_like(margin, dtype=torch.bool)
         for base, size, least in self.spans:
             own = margin[base : base + size]
@@ -227,19 +241,19 @@ def gates(
     single: Sequence[Sequence[str]] = (),
     timed: Prices | None = None,
 ) -> Gates:
-    """Work out what may go in the part of a network that runs.
+    """Work out which operations, filters and weights may be removed in the running part of a network.
 
     Args:
         axes: The network's axes.
         parameters: The parameters of the part that runs.
-        sums: Path of each sum of candidates → the paths of its operations.
-        keys: The axes that have thresholds, in their order.
-        needed: Sets of operations of each of which one stays.
-        runs: Whether an operation lies in the part that runs.
-        measure: What is priced.
-        tied: Path of each operation that is decided together with others → the one that decides.
-        single: Sets of operations of which one is left at the end.
-        timed: What entries and operations take of a pass, where time is priced.
+        sums: Path of each sum of candidate operations → the paths of its operations.
+        keys: The axes that have thresholds, in the order of the thresholds.
+        needed: Sets of operations of each of which at least one must stay.
+        runs: Function: whether the operation at a path lies in the part that runs.
+        measure: The measure in which costs are counted.
+        tied: Path of each operation that is decided together with others → the path of the one that decides.
+        single: Sets of operations of which exactly one is left at the end.
+        timed: The milliseconds of entries and operations, if the measure is time.
     """
     found = levels(axes, parameters, sums, measure=measure, timed=timed)
     ops = tuple(path for paths in sums.values() for path in paths)

@@ -1,4 +1,4 @@
-"""How many units are added, and where: axes that are short of free weights, under a cap on the whole."""
+"""Decide how many units axes gain that run short of free weights, under a cap on the network's parameters."""
 
 from collections.abc import Iterable, Mapping
 from math import ceil, prod
@@ -7,12 +7,23 @@ from regrow.axes import Axis, AxisGraph, Role, size_of
 
 
 def growable_axes(axes: AxisGraph) -> tuple[Axis, ...]:
-    """The axes inside blocks that can be widened: one weight makes their units. A residual stream has several."""
+    """Return the axes that can be widened by growth: those whose units a single weight produces.
+
+    A residual stream is produced by several weights, and is left out.
+
+    Args:
+        axes: The network's axes.
+    """
     return tuple(axis for axis in axes.units() if not axis.narrow and len(makers(axis, axes)) == 1)
 
 
 def makers(axis: Axis, axes: AxisGraph) -> tuple[str, ...]:
-    """The weights that make an axis's units."""
+    """Return the names of the weights that produce an axis's units.
+
+    Args:
+        axis: The axis.
+        axes: The network's axes.
+    """
     made = dict.fromkeys(slot.name for slot in axis.slots if slot.role is Role.PRODUCES)
     return tuple(name for name in made if name in axes.counted)
 
@@ -26,15 +37,15 @@ def growth(
     multiple: int,
     cap: float,
 ) -> dict[str, int]:
-    """Axis key → how many units are added: ``share`` of its first size, rounded up to a multiple, while there is room.
+    """Return axis key → how many units it gains: ``share`` of its first size, rounded up, if the cap allows it.
 
     Args:
         axes: The network's axes.
-        short: Those that are to grow, most urgent first.
+        short: The axes that run short, most urgent first.
         base: The first size of each axis.
-        share: Of the first size.
-        multiple: Numbers are multiples of this.
-        cap: How many times its first parameters the network may have.
+        share: The fraction of an axis's first size that is added.
+        multiple: The number of added units is rounded up to a multiple of this.
+        cap: The most parameters the network may have, as a multiple of those it had at first.
 
     Returns:
         The numbers; axes for which there is no room are left out.

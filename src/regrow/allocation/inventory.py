@@ -1,4 +1,4 @@
-"""The axes of a network as rows that a person can read: what each is, where, and what one unit of it costs."""
+"""The axes of a network as table rows: what each axis is, where it lies, and what one unit of it costs."""
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -11,19 +11,20 @@ from regrow.method import Measure
 
 @dataclass(frozen=True)
 class Row:
-    """One axis.
+    """One row of the table of axes.
 
     Args:
-        key: Its key.
-        label: What makes its units and what reads them; the same for the same kind of axis in every block.
-        block: The numbered block all of its tensors lie in; empty where they lie in several.
+        key: The axis's key.
+        label: Which modules produce its units and which read them; the same for axes of one kind in every block.
+        block: The numbered block that all of its tensors lie in, such as ``model.layers.7``; empty if there are
+            several.
         size: How many units.
-        mark: What cutting means.
-        reason: Why it is frozen or marked.
-        inside: The key of the axis whose units contain these.
-        unit_params: Parameters that one unit less saves, of all parameters.
-        unit_macs: Multiply–accumulates of one example that one unit less saves.
-        tensors: In how many tensors it lies.
+        mark: What cutting it does to the network's function (:class:`regrow.axes.Mark`).
+        reason: Why it is frozen or has its mark.
+        inside: The key of the axis whose units contain these units.
+        unit_params: How many parameters removing one unit saves; 0 if the axis is frozen.
+        unit_macs: How many multiply–accumulates per example removing one unit saves; 0 if the axis is frozen.
+        tensors: How many tensors it lies in.
     """
 
     key: str
@@ -38,16 +39,16 @@ class Row:
     tensors: int
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """Return the row as JSON-able data."""
         return asdict(self)
 
 
 def inventory(axes: AxisGraph, chosen: Iterable[Axis] | None = None) -> list[Row]:
-    """A row for each axis, in the order of the network.
+    """Return one row per axis, in the order of the network.
 
     Args:
         axes: The network's axes.
-        chosen: Which of them; all, unless given.
+        chosen: The axes to list; all if ``None``.
     """
     parameters, macs = Cost(axes, Measure.PARAMETERS, counted=False), Cost(axes, Measure.MACS)
     return [_row(axis, parameters, macs) for axis in (axes if chosen is None else chosen)]
@@ -71,7 +72,11 @@ def _row(axis: Axis, parameters: Cost, macs: Cost) -> Row:
 
 
 def block(names: list[str]) -> str:
-    """The longest numbered prefix that all names share: ``model.layers.7``."""
+    """Return the longest numbered path prefix that all names share, such as ``model.layers.7``; or ``""``.
+
+    Args:
+        names: Names of parameters or buffers.
+    """
     parts = [name.split(".") for name in names]
     shared: list[str] = []
     for level in zip(*parts, strict=False):

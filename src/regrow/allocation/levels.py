@@ -1,10 +1,10 @@
-"""Operations, filters and weights of a network as three vectors, and what it costs with some of each left out.
+"""The three levels of a search (operations, filters, weights) as flat vectors, and the cost under masks.
 
-Every entry of every parameter knows which filter it makes, which one it reads, and which operation it lies in. So the
-three levels are masked and priced together by a few operations on long vectors, however many filters there are.
+For every entry of every parameter there is the index of the filter it makes, of the filter it reads, and of the
+operation it lies in. So masks and costs of all levels take a few operations on long vectors.
 
 Where gradients flow, entries are picked by ``index_select``: on several threads, the gradient of ``x[i]`` adds up in
-whatever order they come, so that no run would be the same as another.
+a varying order, so that runs could not be reproduced.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,21 +21,23 @@ from regrow.method import Measure
 
 @dataclass(frozen=True)
 class Levels:
-    """Where the units of three levels lie in a network's parameters, entry by entry.
+    """Index vectors that say which filter, operation and weight every parameter entry belongs to, and its cost.
 
     Args:
-        weights: Names of the parameters that are masked: those that read filters, and all that are counted.
-        shapes: Their shapes.
-        axes: Axis key → the place of its first filter among all filters.
+        weights: Names of the N-entry part: the parameters that can be masked (those that read filters, and
+            ``AxisGraph.counted``).
+        shapes: The shapes of ``weights``.
+        axes: Axis key → the index of its first filter among all filters.
         filters: How many filters there are.
-        reads: The filter that an entry of a weight reads, ``[N]``; ``filters`` for none.
-        makes: The filter that it makes, ``[N + M]``, the M entries of other parameters included; ``filters`` for none.
-        ops: The operation that it lies in, ``[N + M]``; the number of operations for none.
-        weight: The number of the weight that an entry lies in, ``[N]``.
-        price: What it costs, ``[N + M]`` float64.
-        rest: What the network costs beside its entries.
-        sparse: Whether a weight that is 0 costs nothing: dense kernels and files of dense tensors do not spare it.
-        timed: Whether the price is time, of which what holds no weights takes some too.
+        reads: The filter that each entry of a weight reads, ``[N]``; ``filters`` if none.
+        makes: The filter that each entry makes, ``[N + M]``, the M entries of other parameters included; ``filters`` if
+            none.
+        ops: The operation that each entry lies in, ``[N + M]``; the number of operations if none.
+        weight: The index in ``weights`` of the tensor that each entry lies in, ``[N]``.
+        price: The cost of each entry, ``[N + M]`` float64.
+        rest: The cost of the network that no entry accounts for.
+        sparse: Whether a weight of 0 costs nothing (measure ``nonzero``); dense kernels and files do not save it.
+        timed: Whether the cost is time, of which operations without weights take some too.
     """
 
     weights: tuple[str, ...]
@@ -52,21 +54,29 @@ class Levels:
     timed: bool = False
 
     def flat(self, parameters: Mapping[str, Tensor]) -> Tensor:
-        """All weights in one vector, ``[N]``."""
+        """Concatenate all maskable weights into one vector, ``[N]``.
+
+        Args:
+            parameters: Name → tensor.
+        """
         return torch.cat([parameters[name].reshape(-1) for name in self.weights])
 
     def apart(self, flat: Tensor) -> dict[str, Tensor]:
-        """A vector as weights again."""
+        """Split a vector ``[N]`` into tensors by name: the inverse of :meth:`flat`.
+
+        Args:
+            flat: The vector, ``[N]``.
+        """
         parts = flat.split([shape.numel() for shape in self.shapes])
         return {name: part.view(shape) for name, part, shape in zip(self.weights, parts, self.shapes, strict=True)}
 
     def relative(self, flat: Tensor, stands: Tensor) -> Tensor:
-        """|w| as a multiple of the mean |w| of its tensor, ``[N]``: so one threshold suits all layers.
+        """Return each weight's magnitude relative to its tensor's mean, ``[N]``, so one threshold suits all layers.
 
         Args:
             flat: The weights, ``[N]``.
-            stands: Which of them lie between filters that stand, ``[N]`` bool: the mean is over those, so that it stays
-                when the others are cut.
+            stands: Which weights lie between active filters, ``[N]`` bool: the mean is over those alone, so that it
+                does not change when the others are cut.
         """
         size, here = flat.detach().abs(), stands.to(flat.dtype)
         none = size.new_zeros(len(self.weights))
@@ -74,25 +84,30 @@ class Levels:
         return size / (total / many.clamp_min(1)).clamp_min(1e-12)[self.weight]
 
     def masked(self, flat: Tensor, filters: Tensor, over_by: Tensor | None) -> Tensor:
-        """The weights as they stand: times the scale of the filter they read, 0 where they are below their threshold.
+        """Return the weights times the scale of the filter they read, and 0 below their threshold, ``[N]``.
 
         Args:
             flat: The weights, ``[N]``.
             filters: The scale of each filter, ``[filters]``.
-            over_by: How far each weight is above its threshold, ``[N]``; ``None`` if none is left out.
+            over_by: How far each weight is above its threshold, ``[N]``; ``None`` if weights are not masked.
         """
         scaled = flat * torch.cat([filters, filters.new_ones(1)]).index_select(0, self.reads)
         return scaled if over_by is None else keep_above(scaled, over_by)
 
     def standing(self, ops: Tensor, filters: Tensor) -> Tensor:
-        """Which weights lie in operations and between filters that stand, ``[N]`` bool."""
+        """Return which weights lie in active operations and between active filters, ``[N]`` bool.
+
+        Args:
+            ops: Mask of operations, ``[operations]``.
+            filters: Mask of filters, ``[filters]``.
+        """
         n = len(self.reads)
         here = torch.cat([filters, filters.new_ones(1)]) > 0
         inside = (torch.cat([ops, ops.new_ones(1)]) > 0)[self.ops[:n]]
         return inside & here[self.makes[:n]] & here[self.reads]
 
     def size(self, ops: Tensor, filters: Tensor, weights: Tensor | None = None) -> Tensor:
-        """What the network costs with these masks: Σ over entries of price · its operation · its filters · itself.
+        """Return the network's cost under masks: Σ over entries of price · its operation · its filters · itself.
 
         Args:
             ops: Mask of operations, ``[operations]``.
@@ -100,7 +115,7 @@ class Levels:
             weights: Mask of weights, ``[N]``; ``None`` for all.
 
         Returns:
-            A scalar, with the gradients of the masks.
+            A scalar that is differentiable with respect to the masks.
         """
         here = torch.cat([filters, filters.new_ones(1)])
         alive = torch.cat([ops, ops.new_ones(1)]).index_select(0, self.ops) * here.index_select(0, self.makes)
@@ -112,11 +127,11 @@ class Levels:
 
 
 def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
-    """Name → parameter, tied ones once; of bytes, the buffers that a file holds too.
+    """Return the tensors that a measure counts, by name: parameters, tied ones once; for bytes buffers too.
 
     Args:
         model: The network.
-        measure: What is counted.
+        measure: The measure.
     """
     result: dict[str, Tensor] = dict(model.named_parameters())
     if measure == Measure.BYTES:
@@ -126,14 +141,14 @@ def counted_tensors(model: nn.Module, measure: Measure) -> dict[str, Tensor]:
 
 
 def check_levels(searched: Collection[str], measure: Measure) -> None:
-    """Refuse to search weights under a target that counts a weight that is 0 like any other.
+    """Raise ValueError if weights are searched under a target that counts zero weights like any other.
 
     Args:
-        searched: The levels that are searched.
+        searched: The levels that are searched: ``"operations"``, ``"filters"``, ``"weights"``.
         measure: What the target counts.
 
     Raises:
-        ValueError: If weights are among them, and the measure is not ``nonzero``.
+        ValueError: If weights are searched and the measure is not ``nonzero``.
     """
     if "weights" in searched and measure != Measure.NONZERO:
         raise ValueError(
@@ -151,17 +166,17 @@ def levels(
     counts: Callable[[str], bool] = lambda name: True,
     timed: Prices | None = None,
 ) -> Levels:
-    """Work out where the units of three levels lie.
+    """Build the index vectors and costs of a network's operations, filters and weights.
 
     Args:
         axes: The network's axes.
         parameters: Its parameters, tied ones once; and, where bytes are counted, the buffers of its state.
-        candidates: Path of each sum of candidates → the paths of its operations, in order; all of them together are
-            numbered from 0.
-        measure: What an entry costs: 1, the multiply–accumulates of one example that it takes part in, bytes, or
+        candidates: Path of each sum of candidate operations → the paths of its operations, in order; operations are
+            numbered from 0 across all sums.
+        measure: What an entry costs: 1, the multiply–accumulates per example that it takes part in, its bytes, or
             milliseconds.
-        counts: Whether a parameter counts (a stage of a search runs a part of the network).
-        timed: What entries and operations take of a pass, where time is what is counted.
+        counts: Function: whether a parameter counts (a stage of a search runs only a part of the network).
+        timed: The milliseconds of entries and operations; required if the measure is time.
     """
     names = [name for name in parameters if counts(name) and name in axes.shapes]
     units = [
@@ -225,7 +240,7 @@ def levels(
 
 
 def _price(prices: Prices, numbers: Mapping[str, int], sums: Mapping[str, Sequence[str]]) -> Tensor:
-    """What each entry of each parameter costs; those of a scale, besides, what an operation is by itself."""
+    """Return the cost of each entry; entries of ``scale`` also carry what their operation costs by itself."""
     parts = []
     for name, n in numbers.items():
         own = torch.full((n,), prices.entries.get(name, 0.0), dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Channels that go by operations while these are weighed: they see and change a part of them alone.
+"""Partial channel connections of PC-DARTS: while operations are weighed, they process only some channels.
 
 Xu et al.: PC-DARTS, Partial Channel Connections for Memory-Efficient Architecture Search (arXiv 1907.05737), section
 3.2.
@@ -16,21 +16,24 @@ from regrow.candidates import Candidates, candidates_in
 
 
 def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Tensor]]) -> list[RemovableHandle]:
-    """From now on each node gives  shuffle([operations on the first C / many channels ; Σ w_e · the rest of edge e]).
+    """Hook nodes so that operations process 1 / ``many`` of the channels and the others bypass them (PC-DARTS).
 
-    An operation on the first channels is the whole one of which no convolution sees another channel: the same numbers
-    as those of a narrower one, in the memory and time of the whole. The rest is max-pooled where the node halves it.
+    Each node then outputs  shuffle([operations on the first C / many channels ; Σ w_e · the other channels of edge e]).
+
+    The operation itself keeps all channels, but its convolutions see 0 in the others: it computes what a narrower one
+    would, at the memory and time of the whole. The other channels are max-pooled where the node halves the resolution.
 
     Args:
-        model: A network whose operations lead from C channels to C.
-        many: One channel of so many is worked on; 4 in the paper.
-        weights: w of the edges into each node, node by node, ``[edges]`` each; asked for in every pass.
+        model: A network whose operations map C channels to C.
+        many: 1 / this fraction of the channels is processed; 4 in the paper.
+        weights: Function that returns the weights w of the edges into each node, node by node, ``[edges]`` each; called
+            in every forward pass.
 
     Returns:
-        What takes it back: ``remove`` each.
+        The handles of the hooks; call ``remove`` on each to undo them.
 
     Raises:
-        ValueError: If the channels of a node are no multiple of that.
+        ValueError: If the channels of a node are not a multiple of ``many``.
 
     >>> net = nn.Sequential(Candidates({"mixed": nn.Conv2d(2, 2, 1, bias=False)}))
     >>> _ = nn.init.constant_(net[0].ops["mixed"].weight, 5.0)
@@ -64,5 +67,5 @@ def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Ten
 
 
 def _first(x: Tensor, many: int) -> Tensor:
-    """The first of so many parts of the channels, 0 in the place of the others."""
+    """Return the first 1 / ``many`` of the channels, and 0 in place of the others."""
     return x * (torch.arange(x.shape[1], device=x.device) < x.shape[1] // many).to(x.dtype)[:, None, None]

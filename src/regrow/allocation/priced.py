@@ -1,4 +1,4 @@
-"""What a budget counts: the polynomial of sizes for its measure, or the times that were measured."""
+"""The cost that a budget limits: a polynomial in sizes, or interpolated measured latencies."""
 
 from collections.abc import Iterable, Sequence
 from math import prod
@@ -12,14 +12,15 @@ from regrow.budget import Budget, Timing
 
 
 class TimeTable:
-    """Nanoseconds of a forward pass at given sizes: those of the network as it was timed, less what each axis saves.
+    """Predict the nanoseconds of a forward pass at given sizes, from latencies measured per axis width.
 
-    Between two measured widths time is interpolated linearly, and below the smallest one it is constant. What axes save
-    adds up; where two of them meet in one weight, as in consecutive convolutions, less is saved in truth.
+    The prediction is the measured total less what each axis saves. Between two measured widths time is interpolated
+    linearly, below the smallest it is constant. Savings of axes are added up; where two axes meet in one weight, as in
+    consecutive convolutions, the real saving is smaller.
 
     Args:
-        sizes: The network's axes; those without a curve save nothing.
-        timing: What was measured.
+        sizes: The index of the network's axes; axes without a measured curve save nothing.
+        timing: The measured latencies.
     """
 
     def __init__(self, sizes: SizeIndex, timing: Timing) -> None:
@@ -32,11 +33,21 @@ class TimeTable:
         self._saved = {sizes.index[key]: saved[name] for key, name in timing.names.items() if key in sizes.index}
 
     def at(self, vector: np.ndarray) -> int:
-        """The nanoseconds at a vector of sizes."""
+        """Return the predicted nanoseconds at a vector of sizes.
+
+        Args:
+            vector: The sizes, ``[axes + 1]``.
+        """
         return self._whole - sum(self._less(i, int(vector[i])) for i in self._saved)
 
     def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
-        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
+        """Return how many nanoseconds are added if each of some axes gets ``units`` more units.
+
+        Args:
+            vector: The sizes to start from.
+            members: The indices of the axes that grow.
+            units: How many units each of them gets.
+        """
         timed = [i for i in members if i in self._saved]
         return sum(self._less(i, int(vector[i])) - self._less(i, int(vector[i]) + units) for i in timed)
 
@@ -46,14 +57,14 @@ class TimeTable:
 
 
 class CompensationBiases:
-    """The biases that weights get once inputs of theirs are dropped, in parameters or bytes.
+    """The cost of biases that bias compensation adds to layers without one, in parameters or bytes.
 
-    Dropping an input saves at least as many entries as the bias has, so less never costs more.
+    Dropping an input saves at least as many entries as the bias has, so a smaller network never costs more.
 
     Args:
-        sizes: The network's axes.
-        measure: All parameters, or bytes.
-        weights: The weights that get a bias.
+        sizes: The index of the network's axes.
+        measure: Parameters (all of them) or bytes.
+        weights: The names of the weights whose layers get a bias.
     """
 
     def __init__(self, sizes: SizeIndex, measure: Measure, weights: Iterable[str]) -> None:
@@ -73,11 +84,21 @@ class CompensationBiases:
             self._biases.append((read, terms))
 
     def at(self, vector: np.ndarray) -> int:
-        """The cost of all biases at a vector of sizes."""
+        """Return the cost of all added biases at a vector of sizes.
+
+        Args:
+            vector: The sizes, ``[axes + 1]``.
+        """
         return sum(self._bias(one, vector) for one in range(len(self._biases)))
 
     def rise(self, vector: np.ndarray, members: Sequence[int], units: int) -> int:
-        """What ``units`` more units of each of some axes (their indices) would add at these sizes."""
+        """Return how much the cost of the biases changes if each of some axes gets ``units`` more units.
+
+        Args:
+            vector: The sizes to start from.
+            members: The indices of the axes that grow.
+            units: How many units each of them gets.
+        """
         wider = vector.copy()
         wider[members] += units
         some = {one for i in members for one in self._beside[i]}
@@ -91,10 +112,14 @@ class CompensationBiases:
 
 
 def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
-    """What a budget counts, as a function of sizes, in whole steps of its measure.
+    """Return the cost that a budget limits, as a function of axis sizes, in whole steps of its measure.
+
+    Args:
+        axes: The network's axes.
+        budget: The budget.
 
     Raises:
-        ValueError: If it counts a cache and no attention reads one, or time and none was measured.
+        ValueError: If the budget counts the key-value cache and the network has none, or time and none was measured.
     """
     if budget.measure == Measure.TIME:
         if budget.timing is None:
@@ -117,11 +142,11 @@ def cost_of(axes: AxisGraph, budget: Budget) -> Cost:
 
 
 def payers(axes: AxisGraph, budget: Budget) -> tuple[Axis, ...]:
-    """The axes that a budget is met with: those it may be met with, as far as units of them cost anything.
+    """Return the axes that can contribute to meeting a budget: allowed by it, and their units cost something.
 
     Args:
         axes: The network's axes.
-        budget: What is counted, and which axes may pay.
+        budget: What is counted, and which axes may be cut.
     """
     cost, units = cost_of(axes, budget), budget.units(axes)
     paying = [axis for axis in units if cost({axis.key: min(axis.least, axis.size - 1)}) < cost.total]

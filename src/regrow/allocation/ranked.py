@@ -1,4 +1,4 @@
-"""One ranking over the units of many axes, cut where the planned network fits the budget."""
+"""Global ranking: rank the units of many axes together and cut where the network's cost fits the budget."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,11 +18,11 @@ from regrow.scores import Scores
 
 
 class BudgetError(ValueError):
-    """A budget that the axes chosen cannot meet; names the least that they can.
+    """Raised if a budget cannot be met by cutting the chosen axes; holds the least that can be reached.
 
     Args:
-        message: What went wrong, and what would work.
-        least: The least keep fraction, in (0, 1], or the least amount of the target's measure, that can be reached.
+        message: What is wrong, and what would work.
+        least: The least keep fraction, in (0, 1], or the least amount in the target's unit, that can be reached.
     """
 
     def __init__(self, message: str, least: float) -> None:
@@ -32,14 +32,14 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Lane:
-    """Axes that are cut in lock-step (often one), and the steps their size may take.
+    """Axes that must be cut together (often a single one), and the steps in which their size may shrink.
 
     Args:
         keys: The axes, which all have ``size`` units.
         size: How many units each has.
-        orders: Per axis, its units from worst to best.
-        steps: How many units each successive step takes from each axis.
-        values: The mean score of the units each step takes, never falling.
+        orders: Per axis, its units from lowest to highest score.
+        steps: How many units each successive step removes from each axis.
+        values: The mean score of the units that each step removes, in non-decreasing order.
     """
 
     keys: tuple[str, ...]
@@ -57,7 +57,7 @@ def rank(
     minimum: int = 1,
     share: float = 0.0,
 ) -> dict[str, tuple[int, ...]]:
-    """Keep the best units of all scored axes together, so that the network's cost fits the budget.
+    """Keep the best units of all scored axes in one global ranking, so that the network's cost fits the budget.
 
     Units are sorted by score (equal ones by axis key, then unit), the longest affordable tail is found by bisection
     on the exact cost of the planned network, and what still fits is put back, best first. So the cost is never above
@@ -70,13 +70,14 @@ def rank(
 
     Args:
         axes: The network's axes.
-        scores: Axis key → one number per unit, comparable between axes; higher is kept.
-        budget: ``keep`` or ``target``, ``measure``, ``round_to`` and ``regular`` (which axes to cut, ``scores`` says).
-        minimum: How many units every axis keeps at least.
-        share: What share of its units every axis keeps at least.
+        scores: Axis key → one score per unit, ``[size]``, comparable between axes; units with higher scores are kept.
+        budget: The limit; of its fields ``keep`` or ``target``, ``measure``, ``round_to`` and ``regular`` are used. The
+            axes to cut are those in ``scores``.
+        minimum: The least number of units that every axis keeps.
+        share: The least fraction of its units that every axis keeps.
 
     Returns:
-        Axis key → the units kept, ascending, for every scored axis.
+        Axis key → the positions of the units kept, ascending, for every scored axis.
 
     Raises:
         BudgetError: If the budget cannot be met.
@@ -110,7 +111,7 @@ def rank(
 
 
 def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimum: int, share: float) -> Iterator[Lane]:
-    """The lanes of the scored axes, by key."""
+    """Yield the groups of scored axes that are cut together, with their steps."""
     for key, scores in values.items():
         if key not in axes.axes or len(scores) != axes[key].size:
             raise ValueError(f"the scores of {key!r} do not fit the network: {len(scores)} numbers")
@@ -134,7 +135,7 @@ def _lanes(axes: AxisGraph, values: Mapping[str, Tensor], budget: Budget, minimu
 
 
 def _groups(axes: AxisGraph, values: Mapping[str, Tensor], regular: bool) -> list[list[str]]:
-    """The scored axes, those together that must keep equally many units, with those not scored that bind them."""
+    """Group scored axes that must keep equally many units, with the axes not scored that bind them."""
     kinds = {axes[key].kind for key in values} if regular else frozenset()
     home: dict[Any, int] = {}
     groups: dict[int, list[str]] = {}
@@ -154,7 +155,7 @@ def _groups(axes: AxisGraph, values: Mapping[str, Tensor], regular: bool) -> lis
 
 
 def _steps(size: int, least: int, round_to: int) -> np.ndarray:
-    """How many units each step takes: first down to a multiple, then one multiple at a time.
+    """Return how many units each step removes: first down to a multiple of ``round_to``, then one multiple each.
 
     >>> _steps(21, 3, 8).tolist(), _steps(5, 3, 1).tolist()
     ([5, 8], [1, 1])
@@ -164,7 +165,7 @@ def _steps(size: int, least: int, round_to: int) -> np.ndarray:
 
 
 def _bisect(owner: np.ndarray, lanes: int, fits: Any) -> np.ndarray | None:
-    """The fewest steps taken from the front of the ranking that fit, counted per lane; none if not even all do."""
+    """Return the fewest steps of the ranking whose removal fits, counted per lane; ``None`` if all do not suffice."""
     low, high = 0, len(owner)
     if not fits(np.bincount(owner, minlength=lanes)):
         return None

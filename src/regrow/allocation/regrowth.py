@@ -1,4 +1,4 @@
-"""Which operations come back: drawn by how much their kind and their cell moved and weighs, as MG-DARTS draws them."""
+"""Choose dropped operations to revive, sampled by the gradient and importance of their kind and cell."""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +14,7 @@ def sample_operations(
     many: int,
     generator: torch.Generator,
 ) -> list[str]:
-    """Operations to revive, at most ``many``.
+    """Sample at most ``many`` dropped operations to revive, by the regrowth rule of MGAS's code.
 
     For each cell i and kind j, with G the mean drift and A the mean importance over the living ones of that kind (half
     of the least of the cell where none lives), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i is the
@@ -22,12 +22,12 @@ def sample_operations(
     q_i · p_ij revives one dropped operation of kind j in cell i; with none there, the draw is lost.
 
     Args:
-        dead: Paths of the operations that could come back.
-        alive: Paths of those that are there.
-        drift: Path → how far its α keeps moving (the size of its gradient, averaged over steps).
+        dead: Paths of the dropped operations that could come back.
+        alive: Paths of the operations that are active.
+        drift: Path → how fast its importance logit α changes (the magnitude of its gradient, averaged over steps).
         weight: Path → its importance.
         many: How many draws.
-        generator: Of the draws.
+        generator: The random number generator.
 
     Source: the authors' code (train_search.py), read; the normalisations as there.
     """
@@ -60,7 +60,10 @@ def sample_operations(
 
 
 def kind_of(path: str) -> str:
-    """What an operation is, by the last part of its path without the number of its source.
+    """Return the kind of an operation: the last part of its path without the number of its source.
+
+    Args:
+        path: The operation's path.
 
     >>> kind_of("cells.1.nodes.0.ops.sep3_2"), cell_of("cells.1.nodes.0.ops.sep3_2")
     ('sep3', 'cells.1')
@@ -71,7 +74,12 @@ def kind_of(path: str) -> str:
 
 
 def cell_of(path: str) -> str:
-    """The cell that an operation lies in: what comes before its node, or the sum itself where there are no nodes.
+    """Return the path of the cell that an operation lies in.
+
+    That is what comes before its node, or the sum of candidates itself where there are no nodes.
+
+    Args:
+        path: The operation's path.
 
     >>> cell_of("blocks.3.ops.skip")
     'blocks.3'

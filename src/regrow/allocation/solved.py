@@ -1,4 +1,4 @@
-"""Ratios that always meet a budget: what each module gives up is learned, one common shift is solved for."""
+"""Pruning ratios that always meet a budget: one logit per module is learned, a common shift is solved for."""
 
 from collections.abc import Mapping
 
@@ -11,19 +11,21 @@ from regrow.budget import Budget
 
 
 def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95) -> Tensor:
-    """The share that each module gives up, p = most · σ(logits + b), with b such that Σ cost · p = removed.
+    """Return the fraction that each module removes, from learned logits, so that a budget is met exactly.
+
+    p = most · σ(logits + b), with the shift b such that Σ cost · p = removed.
 
     b is found by bisection, and takes part in the derivative: ∂b/∂logits_g = −w_g with w ∝ cost · σ′, Σ w = 1. So the
     budget is met at every step of learning and needs no penalty.
 
     Args:
-        logits: One per module, ``[modules]``; may require a gradient.
-        costs: What all units of a module cost together, ``[modules]``, in any unit.
-        removed: The cost to be given up, in the same unit.
-        most: The largest share any module may give up.
+        logits: One learned logit per module, ``[modules]``; may require a gradient.
+        costs: The cost of all units of each module together, ``[modules]``, in any unit.
+        removed: The total cost to remove, in the same unit.
+        most: The largest fraction that any module may remove.
 
     Raises:
-        ValueError: If more is to be removed than all modules may give up together.
+        ValueError: If more must be removed than all modules together may remove.
 
     >>> p = ratios(torch.zeros(2), torch.tensor([30.0, 10.0]), 8.0)
     >>> p.tolist(), float((p * torch.tensor([30.0, 10.0])).sum())
@@ -51,16 +53,16 @@ def ratios(logits: Tensor, costs: Tensor, removed: float, *, most: float = 0.95)
 
 
 def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, budget: Budget) -> tuple[Tensor, float]:
-    """What all units of each module cost at present sizes (``[modules]``), and how much has to go.
+    """Return the cost of all units of each module, ``[modules]``, and the total cost that must be removed.
 
-    A unit costs what one does on average of all that can go from its axis alone, which is exact where no two of the
-    axes meet in one weight, as in a transformer.
+    A unit's cost is the average over all units that can be removed from its axis alone, which is exact where no two of
+    the axes meet in one weight, as in a transformer.
 
     Args:
         axes: The network's axes.
-        labels: Axis key → the module of each unit.
-        modules: How many there are.
-        budget: What is counted, and how much stays.
+        labels: Axis key → the module index of each unit, ``[size]``.
+        modules: The number of modules.
+        budget: What is counted, and how much of it stays.
     """
     cost, costs = cost_of(axes, budget), torch.zeros(modules, dtype=torch.float64)
     for key, label in labels.items():
@@ -73,12 +75,14 @@ def module_costs(axes: AxisGraph, labels: Mapping[str, Tensor], modules: int, bu
 
 
 def soft_step(places: Tensor, share: Tensor, width: Tensor | float) -> Tensor:
-    """1 where a unit stays, 0 where it goes; on the way back, the slope of σ((place − share) / width).
+    """Return 1 for each unit that stays and 0 for each that is removed, with a sigmoid's gradient.
+
+    The backward pass uses the slope of σ((place − share) / width).
 
     Args:
-        places: The place of each unit in its module, in (0, 1), lowest goes first.
-        share: What share of its module goes, one per unit.
-        width: Over what range of places the gradient is felt.
+        places: The rank of each unit in its module, in (0, 1); the lowest are removed first.
+        share: The fraction of its module that is removed, one value per unit.
+        width: The range of ranks around the cut over which the gradient is noticeable.
     """
     soft = torch.sigmoid((places - share) / width)
     return (places >= share).to(soft) + (soft - soft.detach())

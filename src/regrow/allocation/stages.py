@@ -1,7 +1,7 @@
-"""Stages: where to cut a search over a growing network, so that the memory of every stage fits a budget.
+"""Split a search over a growing network into stages, so that the peak memory of every stage fits a budget.
 
-In a stage some cells are whole and are searched; those before them were searched, and are small; those behind them
-do not run yet.
+In a stage some cells have all candidates and are searched; earlier cells were searched and are small; later cells do
+not run yet.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,16 +12,16 @@ from typing import Any
 from regrow.amounts import format_bytes
 
 Peak = Callable[[int, int], int]
-"""(first cell that is whole, last cell that runs) → the most bytes that this needs."""
+"""Function: (first cell with all candidates, last cell that runs) → peak memory in bytes."""
 
 
 class MemoryBudgetError(ValueError):
-    """A budget that no choice of stages keeps; names the least that one keeps.
+    """Raised if no choice of stages fits the memory budget; holds the least budget that one fits.
 
     Args:
-        message: What went wrong, and what would work.
-        least: The least budget in bytes that can be kept.
-        cell: The cell that needs it, searched in a stage of its own; the first is 0, and part 1 in the message.
+        message: What is wrong, and what would work.
+        least: The least budget, in bytes, for which there are stages.
+        cell: The cell that needs it, searched in a stage of its own; the first is 0 here, and part 1 in the message.
     """
 
     def __init__(self, message: str, least: int, cell: int) -> None:
@@ -31,12 +31,12 @@ class MemoryBudgetError(ValueError):
 
 @dataclass(frozen=True)
 class MemoryStages:
-    """Stages of a search, in order.
+    """The stages of a search whose memory is limited, in order.
 
     Args:
-        ends: The last cell of each, ascending.
-        peaks: The most bytes that each needs.
-        recomputed: Whether parts have to be computed anew in the backward pass.
+        ends: The index of the last cell of each stage, ascending.
+        peaks: The peak memory of each stage in bytes.
+        recomputed: Whether activations are recomputed in the backward pass (gradient checkpointing).
     """
 
     ends: tuple[int, ...]
@@ -45,30 +45,31 @@ class MemoryStages:
 
     @property
     def peak(self) -> int:
-        """The most bytes that the whole search needs."""
+        """The peak memory of the whole search, in bytes."""
         return max(self.peaks)
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """Return the stages as JSON-able data."""
         return {"ends": list(self.ends), "peaks": list(self.peaks), "recomputed": self.recomputed}
 
 
 def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
-    """The fewest stages of which each keeps a budget; each takes as many cells as fit, so that the last has most room.
+    """Return the fewest stages that each fit the memory budget; earlier stages take as many cells as fit.
 
     Later stages rest on a guess of how small earlier ones will be, which the room is for. Once a stage is over, its
     size is known: plan again from the next cell on. A last phase over all cells, all of them small, needs no more
     than the last stage.
 
     Args:
-        peak: More cells never need less, and a cell never needs more after its stage than in it. Asked once where
-            one stage suffices, else once per cell and stage besides.
-        cells: How many.
-        budget: In bytes.
-        first: The first cell that was not searched yet.
+        peak: Peak memory as a function of (first cell with all candidates, last cell that runs). It must not fall with
+            more cells, and a cell must not need more after its stage than in it. Called once if one stage suffices,
+            else once more per cell and stage.
+        cells: The number of cells.
+        budget: The memory budget in bytes.
+        first: The first cell that is not searched yet.
 
     Raises:
-        MemoryBudgetError: If a cell that is alone in its stage needs more.
+        MemoryBudgetError: If a cell needs more even in a stage of its own.
         ValueError: If there is no cell to search.
 
     >>> stages(lambda first, last: 10 * (last - first + 1) + 3 * first, cells=6, budget=30)

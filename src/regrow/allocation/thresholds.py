@@ -1,4 +1,4 @@
-"""Learned thresholds: a weight below its unit's threshold is left out, and the threshold learns from the loss.
+"""Learned pruning thresholds: weights below a threshold are masked, and the loss trains the threshold.
 
 After Dynamic Sparse Training (Liu et al., ICLR 2020; read in its authors' code).
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def margin(weight: Tensor, threshold: Tensor) -> Tensor:
-    """How far each weight is above its threshold: |w| − t.
+    """Return how far each weight's magnitude is above its threshold: abs(w) − t, in the shape of the weight.
 
     Args:
         weight: ``[out, ...]``.
@@ -20,7 +20,10 @@ def margin(weight: Tensor, threshold: Tensor) -> Tensor:
 
 
 def surrogate(x: Tensor) -> Tensor:
-    """The derivative that the step at 0 is given: 2 − 4|x| up to 0.4, 0.4 up to 1, and 0 beyond.
+    """Return the surrogate derivative of the step function: 2 − 4 abs(x) up to 0.4, 0.4 up to 1, 0 beyond.
+
+    Args:
+        x: Any shape; the distance from the step.
 
     >>> surrogate(torch.tensor([0.0, 0.25, -0.5, 2.0])).tolist()
     [2.0, 1.0, 0.4000000059604645, 0.0]
@@ -30,15 +33,15 @@ def surrogate(x: Tensor) -> Tensor:
 
 
 def apply_threshold(weight: Tensor, threshold: Tensor, owned: Tensor) -> Tensor:
-    """W · [|w| ≥ t or owned], with the dense gradient to the weights.
+    """Mask the weights whose magnitude is below their threshold; weights get the dense gradient.
 
     The weight's gradient is taken as if nothing were left out: a weight of exactly 0 under a strict step would never
     get one again. The threshold's is Σ −g · w · surrogate(|w| − t) over the entries that are not owned.
 
     Args:
-        weight: ``[out, ...]``.
-        threshold: ``[out]``.
-        owned: Entries that are never left out, bool in the shape of the weight.
+        weight: The weight, ``[out, ...]``.
+        threshold: The threshold of each output unit, ``[out]``.
+        owned: Entries that are never masked, bool in the shape of the weight.
 
     >>> w, t = torch.tensor([[0.5, -0.1, 0.0]], requires_grad=True), torch.tensor([0.2], requires_grad=True)
     >>> y = apply_threshold(w, t, torch.tensor([[False, False, False]]))
@@ -67,7 +70,10 @@ class _Thresholded(torch.autograd.Function):
 
 
 def step_mask(over_by: Tensor) -> Tensor:
-    """1 where a value is at least 0, else 0; with the surrogate's gradient.
+    """Return 1 where a value is at least 0, else 0; the backward pass uses the surrogate gradient.
+
+    Args:
+        over_by: How far values are above their thresholds, any shape.
 
     >>> z = torch.tensor([0.1, -0.1], requires_grad=True)
     >>> step_mask(z).sum().backward()
@@ -91,11 +97,13 @@ class _StepFunction(torch.autograd.Function):
 
 
 def keep_above(values: Tensor, over_by: Tensor) -> Tensor:
-    """Values where ``over_by`` is at least 0, else 0; values get the dense gradient, ``over_by`` the surrogate's.
+    """Return values where ``over_by`` is at least 0, else 0.
+
+    The gradient of the values is dense, as if none were masked; that of ``over_by`` is the surrogate's.
 
     Args:
         values: Any shape.
-        over_by: The same shape.
+        over_by: How far each value is above its threshold, in the same shape.
     """
     result: Tensor = _Kept.apply(values, over_by)
     return result

@@ -1,4 +1,4 @@
-"""Prices: what a single entry of a parameter, an operation by itself, and the rest of a network cost."""
+"""The cost of a network split into costs of parameter entries, of operations by themselves, and a rest."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from regrow.work import per_example
 
 @dataclass(frozen=True)
 class Prices:
-    """What a network costs by what it is made of.
+    """The cost of a network by what it consists of: parameter entries, operations, and a rest.
 
     Args:
-        entries: Parameter or buffer → what each of its entries costs.
-        ops: Path of an operation → what it costs beside its entries.
-        rest: What stays whatever goes.
+        entries: Parameter or buffer name → the cost of each of its entries.
+        ops: Path of an operation → its cost beside that of its entries.
+        rest: The cost that remains whatever is removed.
     """
 
     entries: Mapping[str, float]
@@ -32,18 +32,19 @@ def spread_times(
     layers: Mapping[str, float],
     rest: float,
 ) -> Prices:
-    """Spread times that were measured over parameters and operations.
+    """Distribute measured times over parameter entries and operations, so that masks can be priced in time.
 
     A module takes its time in proportion to the multiply–accumulates of its weights, so a layer with half its inputs
-    and half its outputs is taken to need a quarter; one without any takes it evenly over its parameters; an operation
-    without parameters all at once. What a sum takes beside its operations they share.
+    and half its outputs is assumed to need a quarter; a module without any spreads it evenly over its parameters; an
+    operation without parameters carries it itself. The time of a sum beside its operations is divided equally among
+    them.
 
     Args:
-        axes: The axes of the network as it was timed.
+        axes: The axes of the network at which times were measured.
         sums: Path of each sum of candidates → the paths of its operations.
-        ops: Operation → milliseconds (:func:`regrow.evaluation.latency`).
-        beside: Sum → milliseconds beside its operations.
-        layers: Layer that lies in no operation → milliseconds.
+        ops: Path of an operation → milliseconds (:func:`regrow.evaluation.latency`).
+        beside: Path of a sum → its milliseconds beside those of its operations.
+        layers: Path of a layer that lies in no operation → milliseconds.
         rest: Milliseconds that no module accounts for.
     """
     sizes, each, modules = axes.sizes(), macs_of(axes), {**layers, **ops}
@@ -68,7 +69,11 @@ def spread_times(
 
 
 def macs_of(axes: AxisGraph) -> Callable[[str], float]:
-    """Name of a parameter → the multiply–accumulates of one example that each entry of it takes part in."""
+    """Return a function: parameter name → multiply–accumulates per example that each of its entries takes part in.
+
+    Args:
+        axes: The network's axes.
+    """
     sizes, done = axes.sizes(), _done(axes)
 
     def macs(name: str) -> float:
@@ -79,14 +84,14 @@ def macs_of(axes: AxisGraph) -> Callable[[str], float]:
 
 
 def count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
-    """The multiply–accumulates of one example.
+    """Return costs in multiply–accumulates of one example, per parameter entry and operation.
 
-    What a module with a weight does is spread over its entries; what others do (attention, products of activations)
-    counts whole as long as the operation that they lie in is there: more than it is, where widths go.
+    Those of a module with a weight are spread over its entries. Those of other modules (attention, products of
+    activations) count in full as long as their operation is active, which is too much once widths are cut.
 
     Args:
         axes: The network's axes.
-        ops: The paths of all operations.
+        ops: The paths of all candidate operations.
     """
     each, alone, rest = macs_of(axes), dict.fromkeys(ops, 0.0), 0.0
     for module, many in _done(axes).items():
@@ -100,7 +105,7 @@ def count_macs(axes: AxisGraph, ops: Collection[str]) -> Prices:
 
 
 def _done(axes: AxisGraph) -> dict[str, int]:
-    """Module → the multiply–accumulates of one example that it does."""
+    """Return module path → the multiply–accumulates that it does for one example."""
     sizes, done = axes.sizes(), dict[str, int]()
     for one in per_example(axes):
         done[one.module] = done.get(one.module, 0) + prod(size_of(dim, sizes) for dim in one.dims)
@@ -108,7 +113,10 @@ def _done(axes: AxisGraph) -> dict[str, int]:
 
 
 def above(name: str) -> list[str]:
-    """The modules that a parameter lies in, the nearest first.
+    """Return the paths of the modules that contain a parameter, the innermost first.
+
+    Args:
+        name: The parameter's name.
 
     >>> above("a.b.weight")
     ['a.b', 'a']

@@ -1,4 +1,4 @@
-"""The same share of every axis."""
+"""Uniform allocation: the same fraction of every axis is kept."""
 
 from collections.abc import Mapping
 
@@ -19,19 +19,22 @@ def uniform(
     minimum: int = 1,
     share: float = 0.0,
 ) -> dict[str, tuple[int, ...]]:
-    """Keep the same share of every scored axis, the best units of each: one ranking of percentiles, (rank + ½) / n.
+    """Keep the same fraction of the units of every scored axis, the best of each, so that the budget is met.
 
-    The half makes small axes round to the nearest number of units (of three groups, one goes from a share of 1/6 on).
+    Scores are replaced by percentiles within the axis, (rank + ½) / n, and ranked together.
+
+    The half makes small axes round to the nearest number of units (of three groups, one is removed from a fraction of
+    1/6 on).
 
     Args:
         axes: The network's axes.
-        scores: Axis key → one number per unit; need not be comparable between axes.
-        budget: As for ``rank``.
-        minimum: How many units every axis keeps at least.
-        share: What share of its units every axis keeps at least.
+        scores: Axis key → one score per unit, ``[size]``; they need not be comparable between axes.
+        budget: The limit, as for :func:`rank`.
+        minimum: The least number of units that every axis keeps.
+        share: The least fraction of its units that every axis keeps.
 
     Returns:
-        Axis key → the units kept, ascending.
+        Axis key → the positions of the units kept, ascending.
 
     Raises:
         BudgetError: If the budget cannot be met.

@@ -1,7 +1,7 @@
-"""How much each unit matters: one pass over the sources → statistics → scores.
+"""Measure unit importance: one forward (and backward) pass per source → statistics → scores per unit.
 
-Every metric is called with (weights, axes, statistics, *, units) and gives its weight-only factor for
-``statistics=None``, so that a method can take any of them as its base.
+Every metric is called with (weights, axes, statistics, *, units) and gives its score from weights alone for
+``statistics=None``, so that a method can wrap any of them.
 """
 
 from regrow.scoring.activations import energy, wanda_sp, wifv

@@ -1,8 +1,8 @@
-"""Scores from what the weights were fed: Wanda-sp and FLAP's fluctuation (WIFV).
+"""Importance scores from activations: Wanda-sp, and the weighted input feature variance (WIFV) of FLAP.
 
-Each is a product of a factor of the activations and a factor of the weights, per input channel of each weight that
-reads the axis. With ``statistics=None`` the activations' factor is 1: the weight-only factor of the same metric.
-A unit's score is the sum over its channels and over all weights that read it (or their standardised mean).
+Each multiplies a term from the activations by a term from the weights, for every input channel of every weight that
+reads the axis. With ``statistics=None`` the activation term is 1: the score then follows from the weights alone.
+A unit's score is the sum over its channels and over all weights that read it (or the mean of their z-scores).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +23,18 @@ def wanda_sp(
     units: Sequence[Axis] | None = None,
     pool: str = "sum",
 ) -> Scores:
-    """Structured Wanda: mean_i abs(W_ij) · rms(x_j).
+    """Score units by structured Wanda: mean absolute weight of an input channel × RMS of its activations.
 
     The original multiplies by the root of the mean over sequences of Σ_t x²; ours by the root mean square over
     positions: the same up to one constant for equally long sequences, and comparable between sources.
 
     Args:
-        weights: Parameter name → tensor.
+        weights: Parameter name → tensor, as :func:`regrow.scoring.weights_of` returns them.
         axes: The network's axes.
-        statistics: Input moments; ``None`` gives the weight-only factor mean_i abs(W_ij).
+        statistics: Input moments of one or more sources; ``None`` scores by the weights alone, mean_i abs(W_ij).
         units: The axes to score; ``axes.units()`` if none are named.
-        pool: How channels become units: ``"sum"`` (as the original does for heads) or ``"standardised"``.
+        pool: How channel scores become unit scores: ``"sum"`` (as the original does for heads), or ``"standardised"``:
+            channels z-scored per weight, then averaged.
 
     Source: Sun et al., Wanda (arXiv 2306.11695); its structured form in the code of FLAP (arXiv 2312.11983).
     """
@@ -52,7 +53,7 @@ def wifv(
     pool: str = "sum",
     square_blocks: bool = False,
 ) -> Scores:
-    """FLAP's weighted input feature variance: Var(x_j) · ‖W_j‖₂².
+    """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
     What would be lost if channel j were replaced by its mean. The paper's variance is over per-sequence *means*
     (``form="sequence"``), its code's over *positions* (``form="token"``, up to the constant sequence length).
@@ -61,12 +62,12 @@ def wifv(
     Args:
         weights: Parameter name → tensor.
         axes: The network's axes.
-        statistics: Input moments; ``None`` gives the weight-only factor ‖W_j‖₂².
+        statistics: Input moments of one or more sources; ``None`` scores by the weights alone, ‖W_j‖₂².
         units: The axes to score; ``axes.units()`` if none are named.
-        form: ``"token"`` or ``"sequence"``.
+        form: What the variance is taken over: ``"token"`` (all positions) or ``"sequence"`` (the means of sequences).
         pool: ``"sum"``, or ``"standardised"``: channels z-scored per weight, then averaged (FLAP's AL-AM).
-        square_blocks: FLAP's code squares the attention scores, not the MLP's, before it standardises them; this does
-            so for every unit with several channels.
+        square_blocks: Square the channel scores of units with several channels before they are z-scored. FLAP's code
+            does this for attention heads, not for MLPs; this applies it to every unit with several channels.
 
     Source: An et al., Fluctuation-based Adaptive Structured Pruning (arXiv 2312.11983), paper and code.
     """
@@ -79,12 +80,12 @@ def wifv(
 def energy(
     weights: Mapping[str, Tensor], axes: AxisGraph, statistics: Statistics, *, units: Sequence[Axis] | None = None
 ) -> Scores:
-    """What a channel adds to its layer's output: E[x_j²] · ‖W_j‖₂².
+    """Score units by the energy that they add to their layer's output, E[x_j²] · ‖W_j‖₂² per input channel j.
 
     Args:
         weights: Parameter name → tensor.
         axes: The network's axes.
-        statistics: Input moments.
+        statistics: Input moments of one or more sources; required.
         units: The axes to score; ``axes.units()`` if none are named.
 
     Source: ours; it shows which units carry massive activations (Sun et al. 2024, arXiv 2402.17762).
@@ -123,7 +124,11 @@ def _scores(
 
 
 def moments_of(statistics: Statistics, weight: str) -> Moments:
-    """The input moments of a weight.
+    """Return the running sums of the inputs of ``weight``; raise ValueError if no batch reached that weight.
+
+    Args:
+        statistics: What was collected on a source.
+        weight: The parameter name of the weight.
 
     Raises:
         ValueError: If the source never reached it.

@@ -1,4 +1,4 @@
-"""Base methods, as others wrap them: a metric made comparable between axes, and the allocation that goes with it."""
+"""Complete pruning baselines that other methods wrap: a metric, how it is normalised, and its allocation."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ from regrow.scoring.metrics import METRICS
 
 @dataclass(frozen=True)
 class Base:
-    """A base method.
+    """Settings of a pruning baseline that another method can wrap: its metric, allocation and protected blocks.
 
     Args:
-        metric: Its name in ``regrow.scoring.METRICS``.
-        allocation: The name of the allocation it uses.
-        options: Of the metric; without any, its scores are standardised per axis.
-        spare: The shares of the blocks at the beginning and at the end that it leaves whole.
+        metric: Its name in :data:`regrow.scoring.METRICS`.
+        allocation: The name of its allocation in :data:`regrow.allocation.ALLOCATIONS`.
+        options: Keyword arguments of the metric; without any, its scores are z-scored per axis.
+        spare: The fractions of blocks at the beginning and at the end of the network that are not pruned.
     """
 
     metric: str
@@ -31,7 +31,14 @@ class Base:
     def score(
         self, weights: Mapping[str, Tensor], axes: AxisGraph, statistics: Statistics | None, units: Sequence[Axis]
     ) -> Scores:
-        """Scores that can be compared between axes; without statistics, the factor of the metric that needs none."""
+        """Return scores that are comparable between axes; without statistics, scores by the weights alone.
+
+        Args:
+            weights: Parameter name → tensor.
+            axes: The network's axes.
+            statistics: What was collected on the sources, or ``None``.
+            units: The axes to score.
+        """
         metric: Callable[..., Scores] = METRICS[self.metric][0]
         found = metric(weights, axes, statistics, units=units, **self.options)
         return found if self.options else normalise(found, "zscore")
@@ -43,4 +50,4 @@ BASES: Mapping[str, Base] = {
     "llm_pruner": Base("taylor", "uniform", spare=(0.125, 0.0625)),
     "magnitude": Base("magnitude", "uniform"),
 }
-"""The name of a method → what is wrapped of it."""
+"""Name of a pruning method → its settings as a baseline that can be wrapped."""

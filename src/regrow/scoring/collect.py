@@ -1,7 +1,7 @@
-"""One pass over each source: running sums of what every consuming weight is fed, and of the loss's gradients.
+"""Collect calibration statistics: sums over the inputs of weights and over loss gradients, in one pass.
 
 The sums are taken where a weight is contracted (a linear map, a convolution, a matrix product), not in module hooks:
-the weight is recognised by identity in a torch-function mode, so a module that never calls its children is seen too.
+the weight is recognised by identity in a torch-function mode, so modules that never call their submodules are covered.
 Nothing but sums is kept. One (source, shard) is the unit that can be merged, saved and resumed.
 """
 
@@ -36,16 +36,17 @@ def collect(
     on_done: Callable[[str, int, Statistics], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, list[Statistics]]:
-    """Measure a network on some sources, in eval mode, one pass per source.
+    """Run a network over calibration sources and return input moments and gradient sums, per source and shard.
 
     Args:
         model: The network; its parameters, buffers and modes are left as they were.
-        axes: Its axes.
-        sources: What to run it on. Positions that a two-dimensional ``attention_mask`` hides are not counted.
+        axes: The network's axes.
+        sources: The calibration data. Positions that a two-dimensional ``attention_mask`` hides are not counted.
         needs: ``ACTIVATIONS`` fills ``moments``, ``GRADIENTS`` fills ``gradients``; ``WEIGHTS`` needs no pass.
         shards: Into how many disjoint parts each source is split, batch ``i`` into part ``i % shards``.
-        units: The axes asked for; ``axes.units()`` if none are named.
-        done: What an earlier, interrupted call finished: (source, shard) → its statistics; these are not run again.
+        units: The axes whose weights are measured; ``axes.units()`` if none are named.
+        done: What an earlier, interrupted call finished: (source, shard) → its statistics. These are returned as they
+            are, not measured again.
         on_done: Called with (source, shard, statistics) as soon as one is finished.
         progress: Called with (source, batches finished, batches in all) after every batch.
 
@@ -84,7 +85,7 @@ def collect(
 
 
 class _Walk:
-    """Runs batches through the network and adds what it sees to some statistics."""
+    """Runs batches through the network and adds their input moments and gradients to given statistics."""
 
     def __init__(self, model: nn.Module, axes: AxisGraph, units: Sequence[Axis], needs: frozenset[Need]) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -100,7 +101,7 @@ class _Walk:
         self.first = not self.differentiated
 
     def step(self, batch: Batch, statistics: Statistics) -> None:
-        """Run one batch and add it."""
+        """Run one batch and add its sums to ``statistics``."""
         batch = _moved(batch, self.device)
         if self.first:
             self.first, self.run = False, self._trunk(batch)
@@ -131,9 +132,9 @@ class _Walk:
         return watch
 
     def _trunk(self, batch: Batch) -> nn.Module:
-        """The part of the network that has to run: without the head, where there is a seam and nothing is read past it.
+        """Return the smallest part of the network to run: without the head, if no measured weight lies in it.
 
-        The seam is transformers' ``base_model``: a submodule that takes the same inputs.
+        That part is transformers' ``base_model``: a submodule that takes the same inputs.
         """
         base = getattr(self.model, "base_model", None)
         prefix = next((name for name, module in self.model.named_modules() if module is base), "")
@@ -180,7 +181,7 @@ def _check_sources(sources: Sequence[Source], shards: int) -> None:
 
 
 def _settle(statistics: Statistics) -> None:
-    """Bring the sums to the CPU once a shard is finished (not per batch: that would make a GPU wait)."""
+    """Move the sums of a finished shard to the CPU (not after each batch: that would stall a GPU)."""
     for name, m in statistics.moments.items():
         sums = (m.total.cpu(), m.square.cpu(), m.sequences, m.mean_total.cpu(), m.mean_square.cpu())
         statistics.moments[name] = Moments(m.count, *sums)
@@ -198,7 +199,7 @@ def _leading(batch: Batch) -> int:
 
 
 def _positions(batch: Batch) -> int:
-    """Labelled positions; without labels, token ids, or else sequences."""
+    """Count the labelled positions of a batch; without labels its token ids, or else its sequences."""
     if batch.labels is not None:
         return int((batch.labels != -100).sum())
     ids = next((value for value in _inputs(batch) if value.dim() == 2 and not value.is_floating_point()), None)

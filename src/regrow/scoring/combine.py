@@ -1,4 +1,4 @@
-"""From channels to units, from axis to axis, from source to source: making scores comparable and combining them."""
+"""Combine scores: channels into units, and scores of several axes or several sources into comparable ones."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,7 +10,10 @@ from regrow.scoring.weights import Reader
 
 
 def standardise(values: Tensor) -> Tensor:
-    """(v − mean) / sd, with ``ddof = 1``; zeros where all are equal.
+    """Return z-scores, (v − mean) / standard deviation (``ddof = 1``); zeros where all values are equal.
+
+    Args:
+        values: ``[n]``.
 
     >>> standardise(torch.tensor([1.0, 2.0, 3.0])).tolist()
     [-1.0, 0.0, 1.0]
@@ -21,7 +24,10 @@ def standardise(values: Tensor) -> Tensor:
 
 
 def percentile(values: Tensor) -> Tensor:
-    """The percentile rank of each value along the last dimension, (rank + ½) / n; equal values share their mean rank.
+    """Return each value's percentile rank along the last dimension, (rank + ½) / n; ties share their mean.
+
+    Args:
+        values: ``[..., n]``.
 
     >>> percentile(torch.tensor([5.0, 1.0, 5.0, 9.0])).tolist()
     [0.5, 0.125, 0.5, 0.875]
@@ -33,7 +39,10 @@ def percentile(values: Tensor) -> Tensor:
 
 
 def probit(ranks: Tensor) -> Tensor:
-    """Φ⁻¹(r): on this scale equal noise moves the ranks in the middle no more than those at the ends.
+    """Return Φ⁻¹(rank): equal noise in the scores then moves ranks in the middle no more than at the ends.
+
+    Args:
+        ranks: Percentile ranks in (0, 1).
 
     >>> probit(torch.tensor([0.5, 0.975], dtype=torch.float64)).round(decimals=2).tolist()
     [0.0, 1.96]
@@ -49,17 +58,17 @@ def to_units(
     *,
     square_blocks: bool = False,
 ) -> dict[str, Tensor]:
-    """One number per unit from one number per input channel of the weights that read it.
+    """Pool scores per input channel into one score per unit, over all weights that read the unit.
 
-    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardise`` (FLAP's AL-AM): each
+    ``sum``: Σ over the unit's channels and over the weights that read it. ``standardised`` (FLAP's AL-AM): each
     weight's channels are first z-scored among themselves, then averaged over the unit's channels and its weights, so
-    that units of different layers and kinds can stand in one ranking.
+    that units of different layers and kinds can be ranked together.
 
     Args:
         channels: Weight → score per input channel, ``[C]`` float64.
         widths: Weight → its size in the contracted dimension.
-        reads: Which weights read which axis.
-        pool: ``"sum"`` or ``"standardised"``.
+        reads: The weights that read each axis, from :func:`regrow.scoring.readers`.
+        pool: ``"sum"`` or ``"standardised"``, as above.
         square_blocks: Square the channel scores of units with several channels before they are standardised.
 
     Returns:
@@ -81,10 +90,10 @@ def to_units(
 
 
 def normalise(scores: Scores, how: str) -> Scores:
-    """Make the scores of different axes comparable: ``"zscore"``, ``"rank"`` (percentile) or ``"none"``.
+    """Return scores made comparable between axes: z-scores, percentile ranks, or unchanged.
 
     Args:
-        scores: Any scores.
+        scores: The scores of any metric.
         how: ``zscore``: (s − mean) / sd within the axis. ``rank``: percentile within the axis. ``none``: as they are.
     """
     kinds = {"zscore": standardise, "rank": percentile, "none": lambda values: values}
@@ -100,12 +109,14 @@ def normalise(scores: Scores, how: str) -> Scores:
 
 
 def over_sources(scores: Sequence[Scores], how: str = "mean") -> Scores:
-    """One set of scores from several sources' (to pool their *moments* instead, add the ``Statistics``).
+    """Combine the scores of one metric on several sources by the mean, maximum or minimum of each unit.
+
+    To pool the *moments* of sources instead, add their ``Statistics``.
 
     Args:
         scores: The same metric on different sources, made comparable first (``normalise``).
-        how: ``mean``; ``max``: a unit is worth what it is worth where it matters most (worst-case loss); ``min``: a
-            unit counts only if every source needs it.
+        how: ``mean``; ``max``: the score on the source where the unit matters most (worst-case loss); ``min``: a unit
+            scores high only if every source needs it.
 
     Raises:
         ValueError: If there are none, if they score different axes, or for an unknown ``how``.

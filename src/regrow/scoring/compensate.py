@@ -1,4 +1,4 @@
-"""Bias compensation: the constants that stand in for dropped inputs."""
+"""Bias compensation as in FLAP: add the mean contribution of dropped inputs to the bias of the next layer."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,7 +16,7 @@ def means(
     statistics: Statistics,
     units: Sequence[Axis] | None = None,
 ) -> dict[str, dict[int, float]]:
-    """The mean of every dropped input, for weights where a constant input can be moved into a bias exactly.
+    """Return the mean of every dropped input, for the weights whose bias can absorb it exactly.
 
     b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
     padding. A padded convolution sees zeros at its borders, not the mean: it is left out. So is a weight that several
@@ -25,8 +25,8 @@ def means(
     Args:
         model: The network, to see which convolutions are padded.
         axes: Its axes.
-        kept: Axis key → the units kept; other axes are not compensated.
-        statistics: Input moments, usually of all sources pooled. Weights they do not name are left out.
+        kept: Axis key → the units kept (positions); other axes are not compensated.
+        statistics: Input moments, usually pooled over all sources. Weights without moments are left out.
         units: The axes to look at; those in ``kept`` if none are named.
 
     Returns:
@@ -53,7 +53,7 @@ def means(
 
 
 def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis]) -> tuple[str, ...]:
-    """The weights without a bias that get one once inputs of theirs are dropped.
+    """Return the weights whose layer has no bias yet and gets one when inputs of theirs are compensated.
 
     Args:
         model: The network.
@@ -66,7 +66,11 @@ def weights_without_bias(model: nn.Module, axes: AxisGraph, units: Sequence[Axis
 
 
 def sharing_module(model: nn.Module, name: str) -> str | None:
-    """Another module that holds the same weight; ``None`` if there is none.
+    """Return the path of another module that holds the same parameter, or ``None`` if there is none.
+
+    Args:
+        model: The network.
+        name: The parameter's name.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
     >>> net["b"].weight = net["a"].weight
@@ -80,9 +84,13 @@ def sharing_module(model: nn.Module, name: str) -> str | None:
 
 
 def takes_constant(model: nn.Module, name: str) -> bool:
-    """Whether a constant input of a weight is the same as a bias: of a linear map, or of a plain unpadded convolution.
+    """Whether a constant input to a weight can be moved exactly into the bias of its layer.
 
-    The weight is one module's alone.
+    That holds for a linear layer and an ungrouped, unpadded convolution whose weight no other module shares.
+
+    Args:
+        model: The network.
+        name: The weight's parameter name.
 
     >>> net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3, padding=1))
     >>> takes_constant(net, "0.weight"), takes_constant(net, "1.weight")

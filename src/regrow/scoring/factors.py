@@ -1,4 +1,4 @@
-"""Kronecker factors of curvature: which inputs a layer was fed, and which of its outputs mattered."""
+"""Kronecker factors of the Fisher information (K-FAC), and gradient preconditioners made of them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ from regrow.tasks import Examples, among
 
 @dataclass(frozen=True)
 class Factors:
-    """The two second moments of a layer.
+    """The two Kronecker factors of one layer's Fisher matrix: of its inputs and of its output gradients.
 
     Args:
-        inputs: E[a aᵀ] of what each output reads, with a 1 for the bias as last entry: ``[n + 1, n + 1]``; the mean
-            runs over positions too, and for a convolution a is a patch, in the order of the weight's entries.
-        outputs: E[g gᵀ] of the derivative of log p(y) by each output, divided by its mean diagonal: ``[m, m]``.
+        inputs: E[a aᵀ] over the layer's inputs a, with a 1 appended for the bias, ``[n + 1, n + 1]``. The mean also
+            runs over positions; for a convolution a is a patch, in the order of the weight's entries.
+        outputs: E[g gᵀ] over the gradients g of log p(y) with respect to the layer's outputs, divided by the mean of
+            its diagonal, ``[m, m]``.
     """
 
     inputs: Tensor
@@ -27,7 +28,11 @@ class Factors:
 
 
 def layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Name of the weight → its layer, for every layer that has factors: linear ones and ungrouped 2-d convolutions."""
+    """Return weight name → layer, for the layers that K-FAC covers: linear and ungrouped 2-d convolutions.
+
+    Args:
+        model: The network.
+    """
     return {
         f"{name}.weight": module
         for name, module in model.named_modules()
@@ -38,13 +43,15 @@ def layers(model: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
 def factors(
     model: nn.Module, batches: Iterable[Examples], generator: torch.Generator, classes: Tensor | None = None
 ) -> dict[str, Factors]:
-    """Both factors of every layer that the batches reach, with y drawn from the network's own answers.
+    """Compute the two Kronecker factors of the Fisher matrix (K-FAC) of every layer that the batches reach.
+
+    Labels y are sampled from the network's own predictions, as the true Fisher matrix requires.
 
     Args:
-        model: The network; answered in eval mode, its gradients are cleared.
-        batches: What to measure on.
-        generator: Draws the answers.
-        classes: The classes that answers are chosen among.
+        model: The network; it runs in eval mode, its training mode is restored and its gradients are cleared.
+        batches: The examples; their labels are not used.
+        generator: Draws the labels y.
+        classes: The classes that y is drawn from, and that compete in the softmax; all if ``None``.
 
     Returns:
         Name of the weight → its factors.
@@ -78,7 +85,7 @@ def factors(
 
 
 class _Sums:
-    """Adds up both factors of one layer while it runs."""
+    """Accumulates both Kronecker factors of one layer with hooks while the network runs."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
         self.inputs: Tensor | None = None
@@ -99,17 +106,17 @@ class _Sums:
         self.outputs = new if self.outputs is None else self.outputs + new
 
     def factors(self, many: int) -> Factors:
-        """The means over so many examples."""
+        """Return the factors: sums of inputs divided by ``many``, the number of examples."""
         assert self.inputs is not None and self.outputs is not None
         return Factors(self.inputs / many, self.outputs / self.outputs.diag().mean().clamp_min(1e-30))
 
     def close(self) -> None:
-        """Look no longer."""
+        """Remove the hook."""
         self._hook.remove()
 
 
 def _read(layer: nn.Module, value: Tensor) -> Tensor:
-    """What each output reads, one row per position."""
+    """Return what each output position of a layer reads (for a convolution its patch), one row per position."""
     if isinstance(layer, nn.Conv2d):
         pad = [int(p) for p in layer._reversed_padding_repeated_twice]
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
@@ -121,7 +128,7 @@ def _read(layer: nn.Module, value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gate:
-    """How far each direction of a layer's change may go: what earlier tasks read and used moves little.
+    """A preconditioner that shrinks weight changes in directions that earlier tasks used, by K-FAC factors.
 
     The change Δ ``[m, n + 1]`` becomes  Q_B ((Q_Bᵀ Δ Q_A) ∘ 1 / (1 + s λ_B λ_Aᵀ)) Q_Aᵀ  with the eigenvectors Q and
     eigenvalues λ of both factors; that is (1 + s A ⊗ B)⁻¹ Δ.
@@ -130,10 +137,10 @@ class Gate:
     parameters of earlier tasks; factors as in Ritter et al., Online Structured Laplace Approximations (NeurIPS 2018).
 
     Args:
-        inputs: Q_A.
-        outputs: Q_B.
-        open: The factor of each pair of directions, from 0 (shut) to 1 (free), ``[m, n + 1]``.
-        kept: 1 / (1 + s λ_A): the same for inputs alone.
+        inputs: Q_A, the eigenvectors of the input factor, ``[n + 1, n + 1]``.
+        outputs: Q_B, the eigenvectors of the output factor, ``[m, m]``.
+        open: What each pair of directions is multiplied by, from 0 (blocked) to 1 (free), ``[m, n + 1]``.
+        kept: 1 / (1 + s λ_A): the same for input directions alone, ``[n + 1]``.
     """
 
     inputs: Tensor
@@ -143,7 +150,11 @@ class Gate:
 
     @classmethod
     def of(cls, factors: Factors, strength: float) -> "Gate":
-        """The gate of the summed factors of all tasks so far.
+        """Make the preconditioner from Kronecker factors summed over all tasks so far.
+
+        Args:
+            factors: The summed factors of one layer.
+            strength: s: how strongly directions that were used are blocked; 0 leaves all free.
 
         >>> gate = Gate.of(Factors(torch.diag(torch.tensor([9.0, 0.0])), torch.eye(1)), strength=1.0)
         >>> gate.through(torch.ones(1, 2)).tolist()
@@ -157,18 +168,25 @@ class Gate:
 
     @property
     def free(self) -> float:
-        """The share of what the layer could change that is still open."""
+        """The mean multiplier over all directions: 1 if the layer may change freely, 0 if it may not change."""
         return float(self.open.mean())
 
     def through(self, change: Tensor) -> Tensor:
-        """What is let through of a change of weights and bias, ``[m, n + 1]``."""
+        """Return a change of weights and bias, shrunk in the directions that earlier tasks used, ``[m, n + 1]``.
+
+        Args:
+            change: The change of the weights with the bias as last column, ``[m, n + 1]``.
+        """
         inside = (self.outputs.T @ change @ self.inputs).mul_(self.open)
         return self.outputs @ inside @ self.inputs.T
 
     def away(self, rows: Tensor) -> Tensor:
-        """Rows turned away from what was read, ``[k, n + 1]``: (1 + s A)⁻¹ of each, among what it reads and the bias.
+        """Return rows of weights turned away from inputs that earlier tasks used: (1 + s A)⁻¹ · row, each.
 
         What a row does not read stays 0.
+
+        Args:
+            rows: New rows of weights with the bias as last column, ``[k, n + 1]``.
 
         >>> gate = Gate.of(Factors(torch.diag(torch.tensor([9.0, 1.0, 0.0])), torch.eye(1)), strength=1.0)
         >>> gate.away(torch.tensor([[1.0, 0.0, 2.0]])).round(decimals=3).tolist()
@@ -185,7 +203,12 @@ class Gate:
 
 
 def join_bias(model: nn.Module, name: str) -> Tensor:
-    """A layer's weight and bias side by side, ``[m, n + 1]``; zeros where it has no bias."""
+    """Return a layer's weight and bias side by side, ``[m, n + 1]``; the last column is 0 without a bias.
+
+    Args:
+        model: The network.
+        name: The name of the layer's weight.
+    """
     layer = layers(model)[name]
     rows = layer.weight.detach().flatten(1)
     bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.detach()
@@ -193,7 +216,13 @@ def join_bias(model: nn.Module, name: str) -> Tensor:
 
 
 def part(model: nn.Module, name: str, rows: Tensor) -> Mapping[str, Tensor]:
-    """Rows ``[m, n + 1]`` as the layer's parameters: name → values."""
+    """Split rows of weights with a bias column into the layer's parameters: name → values.
+
+    Args:
+        model: The network.
+        name: The name of the layer's weight.
+        rows: ``[m, n + 1]``.
+    """
     layer = layers(model)[name]
     result = {name: rows[:, :-1].reshape(layer.weight.shape)}
     return result if layer.bias is None else result | {f"{name.removesuffix('weight')}bias": rows[:, -1]}

@@ -1,4 +1,4 @@
-"""Scores from the loss's gradient: LLM-Pruner's Taylor importance, and the gradients it needs."""
+"""Importance scores from loss gradients: the first-order Taylor importance of LLM-Pruner."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,7 +21,7 @@ def taylor(
     units: Sequence[Axis] | None = None,
     form: str = "element1",
 ) -> Scores:
-    """First-order Taylor importance of a unit: what the loss would change by if its weights were zero.
+    """Score units by first-order Taylor importance: the estimated change of the loss if they were zeroed.
 
     ``element1``: Σ over the parameters the unit runs through of Σ abs(w · g). ``vector``: Σ over the parameters and
     over the unit's channels in each of abs(Σ w · g). g is the gradient of the mean loss.
@@ -29,9 +29,9 @@ def taylor(
     Args:
         weights: Parameter name → tensor.
         axes: The network's axes.
-        statistics: Gradient sums; ``None`` gives the weight-only factor Σ w².
+        statistics: Gradient sums of one or more sources; ``None`` scores by the weights alone, Σ w².
         units: The axes to score; ``axes.units()`` if none are named.
-        form: ``"element1"`` or ``"vector"``.
+        form: ``"element1"`` (absolute values per weight entry) or ``"vector"`` (absolute values per channel).
 
     Source: Ma et al., LLM-Pruner (arXiv 2305.11627), code (``param_first`` and ``vectorize``).
     """
@@ -60,7 +60,7 @@ def taylor(
 
 
 def cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    """The mean cross entropy of a network's answer, over the positions with a label (−100 has none).
+    """Return the mean cross-entropy of a network's output over the labelled positions (label −100: none).
 
     Args:
         output: Logits ``[..., classes]`` (or ``[batch, classes, ...]``), or an object with ``.logits``, or a tuple that
@@ -74,10 +74,16 @@ def cross_entropy(output: Any, labels: Tensor) -> Tensor:
 
 
 def add_gradients(model: nn.Module, batch: Batch, names: Sequence[str], sums: dict[str, Tensor]) -> None:
-    """Run the network on a batch, and add the gradient of its *summed* loss to ``sums`` (float32).
+    """Run the network on a batch and add the gradient of its *summed* loss to ``sums`` (float32).
 
     Summed, so that batches of different sizes can be merged. The backward pass itself runs on the mean, which half
     precision can hold.
+
+    Args:
+        model: The network.
+        batch: Inputs with labels.
+        names: The parameters whose gradients are wanted.
+        sums: Parameter name → sum so far; changed in place.
 
     Raises:
         ValueError: If the batch has no labels, or the loss is not finite.

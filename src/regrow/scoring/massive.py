@@ -1,4 +1,4 @@
-"""Units that carry a layer by themselves, so that a reader can see whether a plan cuts them."""
+"""Find units with massive activations, so that a report can say whether a plan removes them."""
 
 from dataclasses import dataclass
 
@@ -6,21 +6,21 @@ from regrow.axes import AxisGraph
 from regrow.scores import Scores
 
 SHARE = 0.1
-"""A unit is called massive from this share of what its layer adds."""
+"""The least fraction of its axis's total energy from which a unit is called massive."""
 
 FEWEST = 16
-"""In an axis of fewer units a large share is nothing special."""
+"""Axes with fewer units are not searched: a large fraction is nothing special there."""
 
 
 @dataclass(frozen=True)
 class Massive:
-    """A unit that makes up a large share of what its layer adds.
+    """A unit with massive activations: it contributes a large fraction of its axis's energy.
 
     Args:
         axis: The key of its axis.
-        unit: Its unit id.
-        share: Its part of the layer's energy (0 to 1).
-        ratio: Its energy as a multiple of the median unit's.
+        unit: Its unit id, which survives cuts.
+        share: Its fraction of the axis's total energy (0 to 1).
+        ratio: Its energy divided by that of the median unit.
     """
 
     axis: str
@@ -30,11 +30,11 @@ class Massive:
 
 
 def massive(axes: AxisGraph, energy: Scores) -> list[Massive]:
-    """The units with a large share of their axis's energy, largest first.
+    """Return the units that contribute more than a tenth of their axis's energy, largest first.
 
     Args:
         axes: The network's axes.
-        energy: What each unit adds (:func:`regrow.scoring.activations.energy`).
+        energy: The energy of each unit, from :func:`regrow.scoring.energy`.
 
     Source: the observation is Sun et al. 2024 (arXiv 2402.17762); the share as a measure is ours.
     """

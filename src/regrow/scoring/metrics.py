@@ -1,4 +1,4 @@
-"""The metrics by name, and what each has to be given."""
+"""The importance metrics by name, and which statistics each of them needs."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -14,7 +14,7 @@ from regrow.scoring.weights import magnitude
 
 
 class Metric(Protocol):
-    """A measure of units, from weights and (if there are any) statistics."""
+    """An importance metric: a function from weights and, where it needs them, statistics to scores."""
 
     def __call__(
         self,
@@ -24,7 +24,14 @@ class Metric(Protocol):
         *,
         units: Sequence[Axis] | None = None,
     ) -> Scores:
-        """Score the units of some axes."""
+        """Score the units of the given axes.
+
+        Args:
+            weights: Parameter name → tensor.
+            axes: The network's axes.
+            statistics: What was collected on the sources; ``None`` scores by the weights alone.
+            units: The axes to score; ``axes.units()`` if none are named.
+        """
         ...
 
 
@@ -34,4 +41,4 @@ METRICS: Mapping[str, tuple[Metric, Need]] = {
     "taylor": (taylor, Need.GRADIENTS),
     "magnitude": (magnitude, Need.WEIGHTS),
 }
-"""Name → (metric, what it has to be given)."""
+"""Name → (metric, the statistics that it needs)."""

@@ -1,4 +1,4 @@
-"""Modules: units of similar behaviour over kinds of text, which compete with each other alone."""
+"""Partition units into modules of similar sensitivity across text domains (the modules of GPrune-LLM)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ from regrow.scoring.sensitivity import Ranks, Sensitivity
 from regrow.scoring.spaces import Space
 
 LEAST = 8
-"""Modules of fewer units are merged with their neighbour in sensitivity."""
+"""Modules with fewer units are merged with the module of the nearest mean sensitivity."""
 
 
 @dataclass(frozen=True)
 class Modules:
-    """A partition of units.
+    """A partition of units into modules, in which units compete only with each other.
 
     Args:
-        labels: Axis key → the number of each unit's module, ``[size]`` int64; every module has at least one unit.
-        names: Per module: ``"layers.3 sensitive weak"``, for people.
-        spaces: Per module: the index of the space it lies in.
+        labels: Axis key → the module index of each unit, ``[size]`` int64; every module has at least one unit.
+        names: A readable name per module: ``"layers.3 sensitive weak"``.
+        spaces: Per module: the index of the ranking space it lies in.
     """
 
     labels: Mapping[str, Tensor]
@@ -33,18 +33,25 @@ class Modules:
         return len(self.names)
 
     def mean(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The mean of some values over the units of each module, ``[modules]`` float64."""
+        """Return the mean of per-unit values over the units of each module, ``[modules]`` float64.
+
+        Args:
+            values: Axis key → one value per unit, ``[size]``.
+        """
         labels = torch.cat(list(self.labels.values()))
         flat = torch.cat([values[key].double() for key in self.labels])
         zeros = torch.zeros(len(self), dtype=torch.float64)
         return zeros.index_add(0, labels, flat) / zeros.index_add(0, labels, torch.ones_like(flat))
 
     def numbered_as(self, other: "Modules", among: Sequence[Space]) -> "Modules":
-        """The same modules under the numbers of another partition, whose own stand where a space is divided otherwise.
+        """Return this partition with module numbers of ``other``, whose modules are used where they differ.
+
+        A space that both divide into the same modules keeps this partition's units; any other space is taken from
+        ``other``.
 
         Args:
             other: Another partition of the same units.
-            among: The spaces of both.
+            among: The ranking spaces of both.
         """
         number = {name: i for i, name in enumerate(other.names)}
         mine, theirs = (
@@ -60,7 +67,12 @@ class Modules:
         return Modules({key: labels[key] for key in other.labels}, other.names, other.spaces)
 
     def table(self, among: Sequence[Space], **columns: Tensor) -> list[dict[str, Any]]:
-        """One row per module, as JSON data: its name, space, kind and number of units, and its entry of each column."""
+        """Return one JSON-able row per module: its name, space, kind, number of units, and given columns.
+
+        Args:
+            among: The ranking spaces.
+            **columns: Column name → one value per module, ``[modules]``.
+        """
         sizes = torch.bincount(torch.cat(list(self.labels.values())), minlength=len(self))
         homes = [among[i] for i in self.spaces]
         return [
@@ -80,19 +92,19 @@ def partition(
     bins: int = 4,
     seed: int = 0,
 ) -> Modules:
-    """Divide the units of each space into modules.
+    """Divide the units of each ranking space into modules, by sensitivity, score, or other criteria.
 
     Args:
         how: One of ``PARTITIONS``: ``grid``, sensitivity × score, each split at its median in the space (pooled spaces,
             whose units are few: sensitivity alone); ``quantiles`` of sensitivity; ``profiles``, k-means on the ranks by
             source; ``thresholds``, the grid with medians over all spaces of a kind; ``random``, modules as large as
             those, but who is in which is drawn; ``layer``, one module per axis.
-        among: The spaces.
-        scores: Axis key → the base score on all sources.
-        found: Ranks by source.
-        sensitive: Their spread.
+        among: The ranking spaces.
+        scores: Axis key → the baseline's score on all sources, ``[size]``.
+        found: The units' ranks on each source.
+        sensitive: How much ranks vary between sources.
         bins: How many modules ``quantiles`` and ``profiles`` make of a space.
-        seed: Of ``profiles`` and ``random``.
+        seed: The random seed of ``profiles`` and ``random``.
 
     Raises:
         ValueError: If ``how`` is unknown.
@@ -182,7 +194,7 @@ PARTITIONS: Mapping[str, Callable[[_View, int], Cells]] = {
     "random": _random,
     "layer": _layer,
 }
-"""Name → how the units of one space are divided."""
+"""Name → function that divides the units of one ranking space."""
 
 
 def _merged(cells: Tensor, sigma: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures of a unit that need no activations, beyond the weights that read it: both ends of its path."""
+"""Data-free importance measures from all weights that a unit passes through, both made and read."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -11,9 +11,17 @@ from regrow.scoring.weights import check_scores, columns, scorable, tensors
 
 
 def product_of_norms(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[Axis] | None = None) -> Scores:
-    """Π over the weight matrices a unit runs through of ‖W[unit]‖₂ (of gate and up rows and the down column).
+    """Score units by the log of Π over the matrices they pass through of ‖W[unit]‖₂; needs no data.
+
+    For a gated MLP these are the gate and up rows and the down column. The score is the sum of the logarithms, and at
+    least −10⁶.
 
     The gain of the norm before them is not folded in: which norm that is cannot be read from an axis.
+
+    Args:
+        weights: Parameter name → tensor.
+        axes: The network's axes.
+        units: The axes to score; ``axes.units()`` if none are named.
 
     Source: ours, after the neuron norms of gated units in common pruning practice.
     """
@@ -29,7 +37,12 @@ def product_of_norms(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: S
 
 
 def peak_to_peak(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[Axis] | None = None) -> Scores:
-    """Σ over the matrices that make a unit of (max W + |min W|) over its rows.
+    """Score units by Σ over the matrices that produce them of (max W + abs(min W)) over the unit's rows.
+
+    Args:
+        weights: Parameter name → tensor.
+        axes: The network's axes.
+        units: The axes to score; ``axes.units()`` if none are named.
 
     Source: ours; large row extremes were reported to hold up best as the sole criterion for gated units (peremartra).
     """
@@ -44,7 +57,7 @@ def peak_to_peak(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Seque
 
 
 PATHS: Mapping[str, Callable[..., Scores]] = {"norms": product_of_norms, "peaks": peak_to_peak}
-"""Name → (weights, axes, *, units) → scores."""
+"""Name → data-free measure: (weights, axes, *, units) → scores."""
 
 
 def _made(weights: Mapping[str, Tensor], axes: AxisGraph, axis: Axis) -> Iterator[tuple[Tensor, Slot, Tensor]]:

@@ -1,4 +1,4 @@
-"""What the weights of recurrent layers are fed, which happens inside one function."""
+"""Recover the inputs of each weight of a recurrent layer (LSTM, GRU, RNN), which runs as one fused function."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ Fed = tuple[Tensor, Tensor, int]
 
 
 def _layers(func: Callable[..., Any], x: Tensor, state: Any, params: Sequence[Tensor], *how: Any) -> Iterator[Fed]:
-    """Each direction of each layer is run by itself, to see what goes from one layer, and one time, to the next."""
+    """Run each direction of each layer by itself, to see the inputs of each layer and each time step."""
     if not isinstance(params, list | tuple):  # packed sequences: their form is not that of sequences
         return
     biased, many, _, training, both, batch_first = how
@@ -43,4 +43,4 @@ RECURRENT: Mapping[Callable[..., Any], Callable[..., Iterator[Fed]]] = {
     **dict.fromkeys((torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu), _layers),
     **dict.fromkeys((torch.lstm_cell, torch.gru_cell, torch.rnn_tanh_cell, torch.rnn_relu_cell), _cell),
 }
-"""Function → what its weights are fed. A projected layer's projection is fed what no function gives away."""
+"""Function → the (weight, input, dimension) triples of a call. The projection of ``proj_size`` is not covered."""

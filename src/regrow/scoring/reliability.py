@@ -1,4 +1,4 @@
-"""Where a metric of activations can be trusted, module by module, and what orders the units where it cannot."""
+"""Decide per module whether its activation-based ranking is reliable, or a data-free one replaces it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ SWITCHES = ("unreliable", "halves", "blend", "even", "never", "always", "reverse
 
 @dataclass(frozen=True)
 class Reliability:
-    """How far the activation metric is trusted in each module; all ``[modules]`` float64.
+    """How far the activation-based metric is trusted in each module; all ``[modules]`` float64.
 
     Args:
-        unreliability: U = S · (1 − A): S the mean sensitivity, A the mean percentile of the score, each scaled to
-            0..1 over the modules of one kind.
-        trust: 1: the activation metric orders the module; 0: the metric without activations does; between: a blend.
+        unreliability: U = S · (1 − A), with S the module's mean sensitivity and A the mean percentile of its scores,
+            each scaled to 0..1 over the modules of one kind.
+        trust: The weight of the activation-based ranking in the module: 1 uses it alone, 0 the data-free one alone.
     """
 
     unreliability: Tensor
@@ -38,19 +38,21 @@ def reliability(
     *,
     most: float = 0.25,
 ) -> Reliability:
-    """Judge each module; modules of pooled spaces, whose units are too few to judge, are always trusted.
+    """Compute how far the activation-based ranking of each module is trusted, by the rule ``how``.
+
+    Modules of pooled spaces have too few units to be judged, and are always trusted.
 
     Args:
         how: ``unreliable``: not trusted where U is highest, in at most a share ``most`` of the units; ``halves``: where
             the orders by two halves of the sources correlate below ½ in the module; ``blend``: trust 1 − U; ``even``:
             the mean of that everywhere (does the place matter, or the mixture?); ``never`` and ``always`` switch;
             ``reversed``: the most reliable modules instead (a sign check).
-        among: The spaces of the modules.
+        among: The ranking spaces of the modules.
         modules: The modules.
-        scores: Axis key → the base score on all sources.
-        sensitive: Sensitivity of the units.
-        halves: The base score on two halves of the calibration data, for ``halves``.
-        most: The largest share of the units that may be switched.
+        scores: Axis key → the baseline's score on all sources, ``[size]``.
+        sensitive: How much the ranks of units vary between sources.
+        halves: The baseline's scores on two halves of the calibration data; needed by ``how="halves"`` alone.
+        most: The largest fraction of the judged units that ``unreliable`` and ``reversed`` may switch.
 
     Raises:
         ValueError: If ``how`` is unknown, or ``halves`` are missing.
@@ -88,13 +90,14 @@ def reliability(
 def rank_in_modules(
     modules: Modules, trust: Tensor, scores: Mapping[str, Tensor], instead: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The place of every unit in its module, (rank + ½) / n in (0, 1), lowest first; ties go by index.
+    """Rank every unit within its module, (rank + ½) / n in (0, 1), lowest first; ties go by index.
 
     Args:
         modules: The modules.
-        trust: ``Reliability.trust``.
-        scores: What orders trusted modules.
-        instead: What orders the others; a trust between 0 and 1 blends the percentiles of both.
+        trust: ``Reliability.trust``, ``[modules]``.
+        scores: Axis key → the activation-based scores, which order trusted modules.
+        instead: Axis key → the data-free scores, which order the others; a trust between 0 and 1 blends both
+            percentiles.
     """
     keys = list(modules.labels)
     sizes = [len(modules.labels[key]) for key in keys]

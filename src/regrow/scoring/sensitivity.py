@@ -1,4 +1,4 @@
-"""How far a unit's rank moves from one kind of text to another, beyond what sampling alone would move it."""
+"""How much a unit's importance rank varies between text domains, beyond sampling noise."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ SCALES = {"raw": lambda ranks: ranks, "probit": probit}
 
 @dataclass(frozen=True)
 class Ranks:
-    """The rank of every unit on every source, and on every shard of it.
+    """The importance rank of every unit on every source, and on every shard of each source.
 
     Args:
         sources: The names of the M sources.
-        whole: Axis key → ``[M, size]``: ranks by all of a source.
-        shards: Axis key → ``[M, S, size]``: ranks by each of its shards.
+        whole: Axis key → ``[M, size]``: ranks by the scores on whole sources.
+        shards: Axis key → ``[M, S, size]``: ranks by the scores on each of the S shards of a source.
     """
 
     sources: tuple[str, ...]
@@ -30,11 +30,11 @@ class Ranks:
 
 
 def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence[Space], scale: str = "raw") -> Ranks:
-    """Rank the units of each space by each source's scores.
+    """Rank the units of each ranking space by their scores, for each source and each of its shards.
 
     Args:
         scores: Source → its scores, and the scores of each of its shards; equally many shards each.
-        among: Which units are ranked against each other.
+        among: The ranking spaces: which units are ranked against each other.
         scale: ``raw``: percentile ranks in (0, 1); ``probit``: Φ⁻¹ of them.
 
     Raises:
@@ -53,7 +53,7 @@ def ranks(scores: Mapping[str, tuple[Scores, Sequence[Scores]]], among: Sequence
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How sensitive each unit's rank is to the source; everything axis key → ``[size]`` float64.
+    """How much each unit's rank varies between sources; every field: axis key → ``[size]`` float64.
 
     Args:
         sigma: The standard deviation of the rank over sources.
@@ -71,15 +71,15 @@ class Sensitivity:
 
 
 def sensitivity(found: Ranks, *, denoise: bool = False) -> Sensitivity:
-    """The spread of ranks over sources.
+    """Compute how much each unit's rank varies between sources, with the variance between shards as noise.
 
     One-way random effects over S shards of M sources: MS_b = S · Var_m(shard mean), MS_w = the mean over sources of the
     variance between shards. ``sigma`` is the standard deviation (ddof = 1) of the ranks by whole sources, or, with
     ``denoise``, the root of ``between``.
 
     Args:
-        found: Ranks on M ≥ 2 sources; noise can be told from S ≥ 2 shards.
-        denoise: Take the noise within sources out of ``sigma``.
+        found: Ranks on M ≥ 2 sources; the noise can only be estimated from S ≥ 2 shards.
+        denoise: Subtract the variance within sources from the variance that ``sigma`` is the root of.
 
     Raises:
         ValueError: If there are fewer than 2 sources, or ``denoise`` and fewer than 2 shards.
@@ -103,7 +103,11 @@ def sensitivity(found: Ranks, *, denoise: bool = False) -> Sensitivity:
 
 
 def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> float:
-    """The share of flagged units among those that a choice of units cuts; 0 if it cuts none.
+    """Return the fraction of flagged units among the units that are removed; 0 if none is removed.
+
+    Args:
+        flags: Axis key → 1 per flagged unit, else 0, ``[size]``.
+        kept: Axis key → the units that are kept (positions).
 
     >>> share_of({"a": torch.tensor([1.0, 0.0, 1.0, 0.0])}, {"a": (1,)})
     0.6666666666666666
@@ -113,7 +117,7 @@ def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> 
 
 
 def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[dict[str, Any]]:
-    """Is there anything to act on? One row per space: how much ranks differ between sources, and by chance.
+    """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
     The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: share of units with
     F > 1; ``significant``: with F above the null's 95 % point; ``share``: Σ between ÷ Σ (between + within), how much of
@@ -122,10 +126,10 @@ def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int
     and of the same source, which have equally much noise.
 
     Args:
-        found: Ranks with at least 2 sources of at least 2 shards.
-        among: The spaces they were ranked in.
-        draws: How often to shuffle.
-        seed: Of the shuffles.
+        found: The ranks on at least 2 sources of at least 2 shards.
+        among: The ranking spaces.
+        draws: How often shards are shuffled for the null distribution.
+        seed: The random seed of the shuffles.
     """
     generator = torch.Generator().manual_seed(seed)
     rows = []

@@ -1,4 +1,4 @@
-"""Spaces: which units are ranked against each other."""
+"""Ranking spaces: which units are ranked against each other."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,10 +15,10 @@ FEW = 16
 
 @dataclass(frozen=True)
 class Space:
-    """Units ranked against each other: those of one axis, or of several small ones of one kind.
+    """A ranking space: units ranked against each other, of one axis or of several small axes of one kind.
 
     Args:
-        label: What kind of units they are.
+        label: The kind of units (``Axis.label``).
         keys: The axes, in the order of the network.
         sizes: How many units each has.
     """
@@ -29,25 +29,35 @@ class Space:
 
     @property
     def pooled(self) -> bool:
-        """Whether it holds axes too small to be ranked by themselves."""
+        """Whether it consists of axes that are too small to be ranked by themselves."""
         return len(self.keys) > 1 or self.sizes[0] < FEW
 
     def gather(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The values of all its units, one axis after the other, along the last dimension."""
+        """Concatenate the values of all its units, one axis after the other, along the last dimension.
+
+        Args:
+            values: Axis key → ``[..., size]``.
+        """
         return torch.cat([values[key] for key in self.keys], dim=-1)
 
     def scatter(self, values: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`gather`."""
+        """Split values of all its units into one tensor per axis: the inverse of :meth:`gather`.
+
+        Args:
+            values: ``[..., n]`` for the n units of the space.
+        """
         return dict(zip(self.keys, values.split(self.sizes, dim=-1), strict=True))
 
 
 def spaces(axes: Iterable[Axis], *, parts: int = 1, few: int = FEW) -> tuple[Space, ...]:
-    """One space per axis; axes of fewer than ``few`` units are pooled by kind, in ``parts`` of the depth.
+    """Return the ranking spaces: one per large axis; small axes of one kind are pooled.
+
+    Axes of fewer than ``few`` units are pooled by kind, in ``parts`` consecutive ranges of the depth.
 
     Args:
         axes: The axes, in the order of the network.
         parts: Into how many consecutive parts the pooled axes of one kind are divided.
-        few: From how many units on an axis stands alone.
+        few: The number of units from which on an axis is a space of its own.
 
     >>> from regrow.axes import Axis
     >>> [space.keys for space in spaces([Axis("a", 20, ()), Axis("b", 3, ()), Axis("c", 3, ())])]
@@ -69,12 +79,14 @@ def spaces(axes: Iterable[Axis], *, parts: int = 1, few: int = FEW) -> tuple[Spa
 
 
 def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
-    """The axes outside the first and the last blocks; a block is the first number in a tensor's dotted name.
+    """Return the axes that lie neither in the first nor in the last blocks of the network.
+
+    A block is the first number in a tensor's dotted name.
 
     Args:
-        units: Axes; those of no block are always in.
-        first: The share of the blocks at the beginning that is left out.
-        last: The share at the end.
+        units: Axes; those that lie in no block are always returned.
+        first: The fraction of the blocks at the beginning that is left out.
+        last: The fraction of the blocks at the end that is left out.
 
     >>> from regrow.axes import Axis
     >>> [axis.key for axis in inner([Axis(key, 4, ()) for key in ("h.0.w", "h.1.w", "h.2.w", "head")], 0.4, 0.0)]
@@ -87,11 +99,11 @@ def inner(units: Sequence[Axis], first: float, last: float) -> list[Axis]:
 
 
 def within(values: Mapping[str, Tensor], among: Sequence[Space], each: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """Apply a function of all units of a space (a ranking, a standardisation) in each space.
+    """Apply a function (a ranking, a standardisation) to all units of each ranking space together.
 
     Args:
         values: Axis key → ``[..., size]``.
-        among: The spaces.
-        each: ``[..., n]`` → ``[..., n]``.
+        among: The ranking spaces.
+        each: The function, ``[..., n]`` → ``[..., n]``.
     """
     return {key: part for space in among for key, part in space.scatter(each(space.gather(values))).items()}

@@ -1,4 +1,4 @@
-"""Views: what all sources show, and what they show without each of them."""
+"""Scores, ranks and sensitivity from all sources together, and with each source left out in turn."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ Score = Callable[[Statistics], Scores]
 
 @dataclass(frozen=True)
 class View:
-    """What some sources show together.
+    """Scores, ranks and sensitivity of units, computed from a given set of sources.
 
     Args:
-        pooled: Their sums.
-        scores: The scores on all of them.
-        ranks: The ranks on each.
-        spread: How far these differ.
+        pooled: The statistics of the sources, summed.
+        scores: The scores by the pooled statistics.
+        ranks: The ranks on each source and shard.
+        spread: How much the ranks differ between the sources.
     """
 
     pooled: Statistics
@@ -38,17 +38,17 @@ def views(
     denoise: bool = False,
     without_each: bool = True,
 ) -> Iterator[View]:
-    """The view of all sources, then (with ``without_each``) without the first, the second, and so on.
+    """Yield the view of all sources, then (with ``without_each``) one view with each source left out.
 
-    What is decided without a source can be judged on it as on a kind of text that was never seen.
+    A decision made without a source can be evaluated on that source as an unseen text domain.
 
     Args:
-        statistics: Source → the sums of its shards; at least 2 sources, 3 to leave one out.
-        score: Statistics → scores.
-        among: Which units are ranked against each other.
-        scale: Of the ranks, as in :func:`regrow.scoring.sensitivity.ranks`.
-        denoise: As in :func:`regrow.scoring.sensitivity.sensitivity`.
-        without_each: Leave each source out in turn, too.
+        statistics: Source → the statistics of its shards; at least 2 sources, 3 to leave one out.
+        score: Function from statistics to scores.
+        among: The ranking spaces: which units are ranked against each other.
+        scale: The scale of ranks, as in :func:`regrow.scoring.sensitivity.ranks`.
+        denoise: Subtract sampling noise, as in :func:`regrow.scoring.sensitivity.sensitivity`.
+        without_each: Also yield a view without each source.
     """
     rows = {name: (score(merged(shards)), [score(one) for one in shards]) for name, shards in statistics.items()}
     for left_out in (None, *(rows if without_each else ())):
@@ -61,6 +61,11 @@ def views(
 def halves(
     statistics: Mapping[str, Sequence[Statistics]], score: Score
 ) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]] | None:
-    """The scores on two halves of the shards of every source; ``None`` if they have one shard."""
+    """Return the scores on two halves of the shards of every source; ``None`` if each has only one shard.
+
+    Args:
+        statistics: Source → the statistics of its shards.
+        score: Function from statistics to scores.
+    """
     parts = [[shard for shards in statistics.values() for shard in shards[i::2]] for i in (0, 1)]
     return (score(merged(parts[0])).values, score(merged(parts[1])).values) if parts[1] else None

@@ -14,7 +14,7 @@ from regrow.scores import Moments
 from regrow.scoring.recurrent import RECURRENT
 
 CHUNK = 1 << 18
-"""Entries summed at a time on a CPU: a chunk in float32 stays in the cache, so half precision costs no extra memory."""
+"""Entries summed at a time on a CPU: a chunk in float32 fits the cache, so half precision costs no extra memory."""
 
 Operands = tuple[Any, Any, int]
 """A weight, the input it is contracted with, and which dimension of the input that is."""
@@ -58,11 +58,16 @@ CONTRACTIONS: Mapping[Callable[..., Any], Callable[..., Iterator[Operands]]] = {
     torch.conv_transpose2d: _conv,
     torch.conv_transpose3d: _conv,
 }
-"""Which argument of which function is contracted with which."""
+"""Function → the (weight, input, dimension) triples that a call of it contracts."""
 
 
 def watched_name(watched: Mapping[int, str], weight: object) -> str | None:
-    """The watched weight (``id`` → name) that an operand is, or is the transpose of (``x @ weight.T``)."""
+    """Return the name of the watched weight that an operand is, or is the transpose of (``x @ weight.T``).
+
+    Args:
+        watched: ``id`` of a weight → its name.
+        weight: The operand.
+    """
     name = watched.get(id(weight))
     if name is None and isinstance(weight, Tensor) and weight._base is not None:
         base = weight._base
@@ -72,7 +77,7 @@ def watched_name(watched: Mapping[int, str], weight: object) -> str | None:
 
 
 class Feed(TorchFunctionMode, ABC):
-    """Gives watched weights another input than they were to be contracted with, while it is active.
+    """A torch-function mode that replaces the inputs with which watched weights are contracted.
 
     Args:
         watched: ``id`` of a weight → its name.
@@ -84,13 +89,23 @@ class Feed(TorchFunctionMode, ABC):
 
     @abstractmethod
     def fed(self, name: str, value: Tensor, dim: int) -> Tensor:
-        """What the weight of a name is fed instead of ``value``, of which it contracts ``dim``."""
+        """Return the input to use instead of ``value``.
+
+        Args:
+            name: The name of the watched weight.
+            value: The input that it would be contracted with.
+            dim: The dimension of ``value`` that is contracted.
+        """
 
     def weighed(self, name: str, weight: Tensor) -> Tensor:
-        """What stands for the weight of a name inside a recurrent layer, whose inputs cannot be exchanged.
+        """Return the weight to use inside a recurrent layer, whose inputs cannot be replaced.
+
+        Args:
+            name: The name of the watched weight.
+            weight: The weight.
 
         Raises:
-            ValueError: If nothing can.
+            ValueError: Always, unless a subclass overrides it.
         """
         raise ValueError(f"{name!r} is read inside a recurrent layer, where its input cannot be exchanged")
 
@@ -101,7 +116,7 @@ class Feed(TorchFunctionMode, ABC):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Exchange the input if a watched weight is contracted, then do what was asked."""
+        """Replace the input if a watched weight is contracted, then call the function."""
         kwargs = kwargs or {}
         if func in RECURRENT:
             args, kwargs = tree_map_only(Tensor, self._weighed, (args, kwargs))
@@ -117,11 +132,11 @@ class Feed(TorchFunctionMode, ABC):
 
 
 class InputSums(TorchFunctionMode):
-    """Sums the inputs of watched weights while it is active.
+    """A torch-function mode that sums the inputs of watched weights into :class:`~regrow.scores.Moments`.
 
     Args:
         watched: ``id`` of a weight → its name.
-        sequences: How many sequences the batch has: rows of an input belong to them in equal, consecutive shares.
+        sequences: How many sequences the batch has; the rows of an input belong to them in equal, consecutive parts.
         mask: ``[sequences, tokens]``, zero at positions that do not count (padding).
     """
 
@@ -134,7 +149,7 @@ class InputSums(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Sum the input if a watched weight is contracted, then do what was asked."""
+        """Sum the input if a watched weight is contracted, then call the function."""
         kwargs = kwargs or {}
         read, inside = CONTRACTIONS.get(func), RECURRENT.get(func)
         if self.watched and (read is not None or inside is not None):

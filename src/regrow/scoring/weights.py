@@ -1,4 +1,4 @@
-"""Which weights read an axis, and what can be said of its units from weights alone."""
+"""Which weights read an axis, and importance scores that need only the weights: magnitude and random."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from regrow.scores import Scores, Statistics
 
 @dataclass(frozen=True)
 class Reader:
-    """One weight that contracts an axis.
+    """A weight that contracts an axis (sums over its units), and where the units lie in it.
 
     Args:
         axis: The axis's key.
         size: How many units it has.
-        weight: The first name of the weight (the one the statistics use), also where the slot names a tied alias.
+        weight: The first name of the weight (the one in the statistics), even where the slot names a tied alias.
         slot: Where the units lie in the contracted dimension.
     """
 
@@ -28,7 +28,7 @@ class Reader:
     slot: Slot
 
     def positions(self, channels: int, width: int) -> Tensor:
-        """The input channels of each unit, ``[size, k]`` int64.
+        """Return the input channels of each unit, ``[size, k]`` int64.
 
         Args:
             channels: How many input channels the operation sees.
@@ -40,11 +40,11 @@ class Reader:
 
 
 def readers(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Reader, ...]:
-    """The weights that read each axis, tied ones once.
+    """Return the weights that read each axis; tied weights appear once.
 
     Args:
         axes: The network's axes.
-        units: The axes asked for; ``axes.units()`` if none are named.
+        units: The axes to look at; ``axes.units()`` if none are named.
     """
     result: dict[tuple[object, ...], Reader] = {}
     for axis in axes.units() if units is None else units:
@@ -56,20 +56,33 @@ def readers(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Reade
 
 
 def scorable(axes: AxisGraph, units: Sequence[Axis] | None = None) -> tuple[Axis, ...]:
-    """The axes that some weight reads; no input of a weight says anything about the others."""
+    """Return the axes that some weight reads; activation-based metrics cannot score the others.
+
+    Args:
+        axes: The network's axes.
+        units: The axes to choose from; ``axes.units()`` if none are named.
+    """
     read = {reader.axis for reader in readers(axes, units)}
     return tuple(axis for axis in (axes.units() if units is None else units) if axis.key in read)
 
 
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter under each of its names, detached, not copied."""
+    """Return every parameter under each of its names, detached but not copied.
+
+    Args:
+        model: The network.
+    """
     return {name: parameter.detach() for name, parameter in model.named_parameters(remove_duplicate=False)}
 
 
 def columns(weight: Tensor, dim: int, groups: int = 1, *, form: str = "square") -> Tensor:
-    """One number per input channel of a weight, ``[groups * weight.shape[dim]]`` float64.
+    """Return one norm per input channel of a weight, ``[groups * weight.shape[dim]]`` float64.
 
-    ``square``: ‖W_j‖². ``norm``: ‖W_j‖. ``mean``: mean over i of abs(W_ij).
+    Args:
+        weight: The weight.
+        dim: The dimension that is contracted with the input.
+        groups: The number of groups of a grouped convolution.
+        form: ``square``: ‖W_j‖². ``norm``: ‖W_j‖. ``mean``: mean over i of abs(W_ij).
 
     >>> columns(torch.tensor([[3.0, 0.0], [4.0, -2.0]]), 1).tolist()
     [25.0, 4.0]
@@ -91,7 +104,7 @@ def magnitude(
     units: Sequence[Axis] | None = None,
     form: str = "columns",
 ) -> Scores:
-    """How long the weights of a unit are; ``statistics`` are not looked at (it is its own weight-only factor).
+    """Score units by the norm of their weights; needs no data.
 
     ``columns`` (FLAP's repository, "mag-sp"): Σ over the unit's input channels j of ‖W_j‖₂, over all weights that read
     it. ``group`` (DepGraph): the root of Σ w² over every parameter entry the unit owns.
@@ -99,7 +112,7 @@ def magnitude(
     Args:
         weights: Parameter name → tensor.
         axes: The network's axes.
-        statistics: Ignored.
+        statistics: Ignored; it is there because all metrics take it.
         units: The axes to score; ``axes.units()`` if none are named.
         form: ``"columns"`` or ``"group"``.
 
@@ -128,12 +141,12 @@ def magnitude(
 
 
 def random(axes: AxisGraph, *, units: Sequence[Axis] | None = None, seed: int = 0) -> Scores:
-    """Uniform random numbers, seeded by each axis's key, so that the order of the axes does not matter.
+    """Score units by uniform random numbers, seeded by each axis's key, so the order of axes does not matter.
 
     Args:
         axes: The network's axes.
         units: The axes to score; ``axes.units()`` if none are named.
-        seed: The draw.
+        seed: The random seed.
     """
     values = {}
     for axis in scorable(axes, units):
@@ -143,7 +156,15 @@ def random(axes: AxisGraph, *, units: Sequence[Axis] | None = None, seed: int = 
 
 
 def tensors(axes: AxisGraph, axis: Axis, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Slot, Tensor]]:
-    """The parameters an axis runs through, tied ones once: first name, slot, and entries per unit ``[size, k]``."""
+    """Yield the parameters that an axis runs through, tied ones once: (first name, slot, entries per unit).
+
+    The entries have the shape ``[size, k]``.
+
+    Args:
+        axes: The network's axes.
+        axis: The axis.
+        weights: Parameter name → tensor; parameters that it lacks are left out.
+    """
     seen = set()
     for slot in axis.slots:
         name = axes.ties.get(slot.name, slot.name)
@@ -154,7 +175,10 @@ def tensors(axes: AxisGraph, axis: Axis, weights: Mapping[str, Tensor]) -> Itera
 
 
 def check_scores(scores: Scores) -> Scores:
-    """The same scores.
+    """Return the scores unchanged, or raise ValueError, with the axis, if one of them is NaN or infinite.
+
+    Args:
+        scores: The scores to check.
 
     Raises:
         ValueError: If one is not a number, with the axis it belongs to.
