@@ -1,7 +1,8 @@
-"""Methods: one file or folder is one paper, and none imports another.
+"""Tables of all methods (pruning, continual learning, search, recovery), and look-up by name.
 
-The tables below list all of them: name → its settings, how to build it from them, and whom to cite. Packages add
-methods by entry points of the group ``regrow.methods``; ``docs/add-a-method.md`` shows how.
+One file or folder is one paper, and none imports another. The tables map a name to the method's settings, the function
+that builds it from them, and the paper to cite. Packages add methods by entry points of the group ``regrow.methods``;
+``docs/add-a-method.md`` shows how.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -23,7 +24,7 @@ GROUP = "regrow.methods"
 
 
 class MethodKind(StrEnum):
-    """What a method does."""
+    """The task of a method: pruning, continual learning, architecture search, or recovery of a pruned network."""
 
     PRUNING = "pruning"
     CONTINUAL = "continual"
@@ -33,14 +34,14 @@ class MethodKind(StrEnum):
 
 @dataclass(frozen=True)
 class MethodEntry:
-    """A method by its name on the command line.
+    """A method as a table lists it: its settings, the function that builds it, its citation and its description.
 
     Args:
-        kind: What it does.
+        kind: The task of the method.
         settings: A dataclass with a default for every field, documented in its docstring.
-        build: Settings → the method.
-        citation: The paper.
-        about: The module's docstring: what the paper does, and where we differ.
+        build: Returns the method; called with the settings, and with the keyword arguments of :meth:`made`.
+        citation: The paper to cite.
+        about: The docstring of the method's module: what the paper does, and where this implementation differs.
     """
 
     kind: MethodKind
@@ -50,7 +51,10 @@ class MethodEntry:
     about: str
 
     def defaults(self, told: Collection[str]) -> dict[str, Any]:
-        """The settings that are not told, as this version has them: a run notes them, as another may have others.
+        """Return the default of every setting not in ``told``; a run records them, since another version may differ.
+
+        Args:
+            told: The names of the settings that the user gave.
 
         >>> entry("wanda_sp").defaults(told={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
@@ -58,12 +62,12 @@ class MethodEntry:
         return {one.name: one.default for one in fields(self.settings) if one.name not in told}
 
     def made(self, name: str, settings: Mapping[str, Any], **inputs: Any) -> Any:
-        """The method with settings, checked.
+        """Build the method with the given settings, after checking their names and types.
 
         Args:
-            name: Its name, for messages.
-            settings: Those that differ from their defaults.
-            **inputs: What it needs besides, such as the time that operations take.
+            name: The method's name, for error messages.
+            settings: Setting name → value; all others have their defaults.
+            **inputs: Further keyword arguments of ``build``, such as ``prices``, the time that operations take.
 
         Raises:
             ValueError: If a setting is unknown, or is of another type than its default.
@@ -83,7 +87,7 @@ class MethodEntry:
         return self.build(self.settings(**given), **inputs)
 
     def _several(self, name: str, key: str, value: str | list[Any]) -> tuple[Any, ...]:
-        """A tuple of what the setting holds, from words with commas between them."""
+        """Return a setting of several values as a tuple of the right type; a string is split at commas."""
         parts = value.split(",") if isinstance(value, str) else value
         kind = get_args(get_type_hints(self.settings)[key])[0]
         try:
@@ -110,7 +114,7 @@ METHODS: Mapping[str, MethodEntry] = _entries(
         "llm_pruner": llm_pruner,
     },
 )
-"""Every method that prunes."""
+"""The pruning methods, by name."""
 
 LEARNERS: Mapping[str, MethodEntry] = _entries(
     MethodKind.CONTINUAL,
@@ -125,17 +129,17 @@ LEARNERS: Mapping[str, MethodEntry] = _entries(
         "sparsegrow": sparsegrow,
     },
 )
-"""Every method that learns task after task."""
+"""The continual-learning methods, by name."""
 
 SEARCHERS: Mapping[str, MethodEntry] = _entries(
     MethodKind.SEARCH, {"mgas": mgas, "blind": baselines, "darts": darts, "gold_nas": gold_nas}
 )
-"""Every method that searches."""
+"""The architecture-search methods, by name."""
 
 RECOVERIES: Mapping[str, MethodEntry] = _entries(
     MethodKind.RECOVERY, {"bias": bias, "refit": refit, "lora": lora, "distil": distil}
 )
-"""Every way to recover what pruning lost."""
+"""The methods that recover accuracy which pruning lost, by name."""
 
 TABLES: Mapping[MethodKind, Mapping[str, MethodEntry]] = {
     MethodKind.PRUNING: METHODS,
@@ -143,19 +147,19 @@ TABLES: Mapping[MethodKind, Mapping[str, MethodEntry]] = {
     MethodKind.SEARCH: SEARCHERS,
     MethodKind.RECOVERY: RECOVERIES,
 }
-"""The methods of this package, by what they do."""
+"""All methods of this package, by kind and name."""
 
 
 def find_method(kind: MethodKind, name: str) -> MethodEntry:
-    """The method of a name.
+    """Look up a method by kind and name: built in, from an installed package, or from the user's own code.
 
     Args:
-        kind: What it does.
+        kind: The kind that the method must have.
         name: A name in :data:`TABLES`, that of an entry point of an installed package, or ``pkg.mod:NAME``, where NAME
             is a :class:`MethodEntry` of your own code. Never pass a name of code that comes from a file.
 
     Raises:
-        ValueError: If there is none; suggests the nearest.
+        ValueError: If there is no such method (suggests the nearest name), or it has another kind.
     """
     if name in TABLES[kind]:
         return TABLES[kind][name]
@@ -172,14 +176,14 @@ def find_method(kind: MethodKind, name: str) -> MethodEntry:
 
 
 def refuse_recorded_code(name: str, command: str) -> None:
-    """Assert that the method of a run folder is not the user's own code, which a name in a file never imports.
+    """Raise ValueError if the method named in a run folder is user code: names in files are never imported.
 
     Args:
-        name: The recorded name.
-        command: The command line of the run.
+        name: The method's name as the run folder records it.
+        command: The command line that started the run, for the message.
 
     Raises:
-        ValueError: If it is; names the remedy.
+        ValueError: If the name is that of user code, ``package.module:NAME``; the message names the remedy.
     """
     if names_code(name):
         raise ValueError(
@@ -189,7 +193,7 @@ def refuse_recorded_code(name: str, command: str) -> None:
 
 
 def added_methods() -> dict[str, MethodEntry]:
-    """The methods that installed packages add, by name; those that cannot be imported are left out."""
+    """Return the methods that installed packages add, by name; those that cannot be imported are left out."""
     methods = {}
     for point in entry_points(group=GROUP):
         try:
@@ -210,20 +214,36 @@ def _checked(kind: MethodKind, name: str, found: object) -> MethodEntry:
 
 
 def entry(name: str) -> MethodEntry:
-    """The method that prunes, of a name."""
+    """Look up a pruning method by name; see :func:`find_method`.
+
+    Args:
+        name: The method's name.
+    """
     return find_method(MethodKind.PRUNING, name)
 
 
 def learner_entry(name: str) -> MethodEntry:
-    """The method that learns task after task, of a name."""
+    """Look up a continual-learning method by name; see :func:`find_method`.
+
+    Args:
+        name: The method's name.
+    """
     return find_method(MethodKind.CONTINUAL, name)
 
 
 def searcher_entry(name: str) -> MethodEntry:
-    """The method that searches, of a name."""
+    """Look up an architecture-search method by name; see :func:`find_method`.
+
+    Args:
+        name: The method's name.
+    """
     return find_method(MethodKind.SEARCH, name)
 
 
 def recovery_entry(name: str) -> MethodEntry:
-    """The recovery of a name."""
+    """Look up a recovery method by name; see :func:`find_method`.
+
+    Args:
+        name: The method's name.
+    """
     return find_method(MethodKind.RECOVERY, name)

@@ -1,1 +1,1 @@
-"""Continual learning: one file per paper, a choice of hooks of the training loop."""
+"""Continual learning: one file or folder per paper; each method is a set of hooks of the training loop."""

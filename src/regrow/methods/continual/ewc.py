@@ -1,8 +1,8 @@
-"""Elastic weight consolidation: what mattered to earlier tasks is held by springs.
+"""Elastic weight consolidation (EWC): a quadratic penalty keeps parameters near their values after the last task.
 
 Kirkpatrick et al., PNAS 2017 (arXiv 1612.00796); the running sum over tasks after Schwarz et al., Progress & Compress
-(ICML 2018):  loss + λ/2 Σ F (θ − θ*)²,  F ← γ F + F_task,  F_task = E[(∂ log p(y|x) / ∂θ)²] with y drawn from the
-network's own answers (the true Fisher, not the squared gradient of a batch).
+(ICML 2018):  loss + λ/2 Σ F (θ − θ*)²,  F ← γ F + F_task,  F_task = E[(∂ log p(y|x) / ∂θ)²] with y sampled from
+the network's own predictions (the true Fisher information, not the squared gradient of a batch).
 """
 
 from collections.abc import Mapping
@@ -29,12 +29,12 @@ CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural net
 
 @dataclass(frozen=True)
 class Settings:
-    """EWC's.
+    """Settings of elastic weight consolidation: penalty strength, decay of older Fisher information, sample count.
 
     Args:
-        strength: λ, of the springs.
-        decay: γ, how much of earlier tasks' Fisher stays.
-        samples: Examples that the Fisher is measured on, one by one.
+        strength: λ, the strength of the penalty.
+        decay: γ, the factor on the Fisher information of earlier tasks whenever a task's is added, 0 to 1.
+        samples: The number of examples, taken one by one, on which a task's Fisher information is estimated.
     """
 
     strength: float = 10.0
@@ -51,14 +51,23 @@ class Settings:
 
 @dataclass(frozen=True)
 class EwcState:
-    """The Fisher information of earlier tasks, and the parameters after the last one, by name of a parameter."""
+    """The state of EWC between tasks, by parameter name.
+
+    Args:
+        fisher: The diagonal of the Fisher information, summed over tasks (with ``decay``).
+        anchor: The parameters at the end of the last task.
+    """
 
     fisher: Mapping[str, AxisTensor] = field(default_factory=dict)
     anchor: Mapping[str, AxisTensor] = field(default_factory=dict)
 
 
 def build(settings: Settings) -> Learner[EwcState]:
-    """The learner."""
+    """Return the learner that trains with elastic weight consolidation.
+
+    Args:
+        settings: Its settings.
+    """
 
     def compute_loss(state: EwcState, context: Context, step: Step) -> Loss:
         loss = cross_entropy_loss(state, context, step).value
@@ -83,7 +92,7 @@ def build(settings: Settings) -> Learner[EwcState]:
 
 
 def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
-    """The diagonal of a task's Fisher information, by name of a parameter."""
+    """Estimate the diagonal of the current task's Fisher information, by parameter name."""
     was, parameters = context.model.training, context.parameters()
     fisher = {name: torch.zeros_like(p) for name, p in parameters.items()}
     order = torch.randperm(len(context.task.train), generator=context.generator(4))[:samples]

@@ -1,4 +1,4 @@
-"""Learning without forgetting: on new inputs the network goes on answering as it did.
+"""Learning without forgetting (LwF): on new inputs the network is distilled from itself before the task.
 
 Li and Hoiem, ECCV 2016 (arXiv 1606.09282):  loss + λ T² KL(softmax(old / T) ‖ softmax(new / T)), where the old network
 is the one before the task.
@@ -21,11 +21,11 @@ CITATION = "Li and Hoiem, Learning without forgetting, ECCV 2016"
 
 @dataclass(frozen=True)
 class Settings:
-    """LwF's.
+    """Settings of learning without forgetting: strength and temperature of the distillation loss.
 
     Args:
-        strength: λ, of the old answers.
-        temperature: T, how much small answers count.
+        strength: λ, the weight of the distillation loss.
+        temperature: T; a higher one gives classes of low probability more influence.
     """
 
     strength: float = 1.0
@@ -41,7 +41,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class LwfState:
-    """The network before the task, parameters and buffers by name; the classes of earlier tasks, and of all."""
+    """The state of LwF: the teacher, that is the network before the current task, and the classes seen.
+
+    Args:
+        old: The teacher's parameters and buffers, by name.
+        known: The classes of earlier tasks.
+        seen: The classes of all tasks up to the current one.
+    """
 
     old: Mapping[str, AxisTensor] = field(default_factory=dict)
     known: list[int] = field(default_factory=list)
@@ -49,7 +55,11 @@ class LwfState:
 
 
 def build(settings: Settings) -> Learner[LwfState]:
-    """The learner."""
+    """Return the learner that trains with learning without forgetting.
+
+    Args:
+        settings: Its settings.
+    """
 
     def compute_loss(state: LwfState, context: Context, step: Step) -> Loss:
         logits = logits_in(context.model(step.batch.inputs))
@@ -74,7 +84,7 @@ def build(settings: Settings) -> Learner[LwfState]:
 
 
 def _old_logits(state: LwfState, context: Context, inputs: Tensor) -> Tensor:
-    """The logits of the network before the task."""
+    """Return the logits of the network as it was before the current task."""
     old = {name: one.values for name, one in state.old.items()}
     context.model.eval()
     with torch.no_grad():

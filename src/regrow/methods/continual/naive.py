@@ -1,4 +1,4 @@
-"""Controls: plain training, all data kept, and nothing learned after the first task."""
+"""Controls for continual learning: plain fine-tuning, joint training on all data, and a frozen network."""
 
 from dataclasses import dataclass
 
@@ -23,11 +23,11 @@ CITATION = "controls"
 
 @dataclass(frozen=True)
 class Settings:
-    """Which control.
+    """Settings of the controls: which one is run.
 
     Args:
-        keep: ``nothing``: plain training; ``data``: every batch comes with as many examples of earlier tasks, all of
-            which are kept (an upper bound); ``network``: no parameter moves after the first task.
+        keep: ``nothing``: plain fine-tuning; ``data``: every batch comes with as many examples of earlier tasks, of
+            which all are stored (an upper bound); ``network``: no parameter changes after the first task.
     """
 
     keep: str = "nothing"
@@ -39,13 +39,21 @@ class Settings:
 
 @dataclass(frozen=True)
 class NaiveState:
-    """The number of steps in which examples of earlier tasks were drawn."""
+    """The state of the controls.
+
+    Args:
+        step: The number of steps in which examples of earlier tasks were drawn; it seeds the next draw.
+    """
 
     step: int = 0
 
 
 def build(settings: Settings) -> Learner[NaiveState]:
-    """The learner."""
+    """Return the learner of the chosen control.
+
+    Args:
+        settings: Which control.
+    """
 
     def compute_loss(state: NaiveState, context: Context, step: Step) -> Loss:
         if settings.keep != "data" or not context.past:
@@ -78,7 +86,7 @@ def build(settings: Settings) -> Learner[NaiveState]:
 
 
 def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
-    """The loss on a batch and on as many examples of earlier tasks; every task counts the same."""
+    """Return the loss on a batch and on as many examples of earlier tasks; all tasks have equal weight."""
     past = context.past
     generator = context.generator(8, state.step + 1)
     whose = torch.randint(len(past), (len(batch),), generator=generator)

@@ -1,8 +1,8 @@
-"""PackNet: each task gets what the earlier ones gave back, and is evaluated with its own weights if it is named.
+"""PackNet: each task trains the weights that earlier tasks pruned away, and then prunes some of its own.
 
-Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the ``prune``
-share of its weights with the least |w| is given back, and the others are trained on; biases and norms stay after the
-first task. With the task named, task k is answered with the weights of tasks up to k; without, with all.
+Mallya and Lazebnik, CVPR 2018 (arXiv 1711.05769; read in the authors' code): half-way through a task the fraction
+``prune`` of its weights with the smallest |w| is freed, and the others are trained further; biases and norms are frozen
+after the first task. With ``named``, task k is evaluated with the weights of tasks up to k; otherwise with all weights.
 """
 
 from collections.abc import Mapping
@@ -30,11 +30,11 @@ CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
 
 @dataclass(frozen=True)
 class Settings:
-    """PackNet's.
+    """Settings of PackNet: the pruned fraction, and whether evaluation is given the task.
 
     Args:
-        prune: The share of a task's weights that it gives back.
-        named: Whether a task is named when it is evaluated.
+        prune: The fraction of the weights available to a task that it frees for later tasks, from 0 to below 1.
+        named: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
     """
 
     prune: float = 0.5
@@ -47,7 +47,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class PackNetState:
-    """By name of a weight: the number of the task that owns each entry, from 1, or 0; whether this task has pruned."""
+    """The state of PackNet, by name of a weight.
+
+    Args:
+        owner: The number of the task that owns each entry, from 1; 0 for free entries.
+        pruned: Whether the current task has pruned already.
+        before: The weights before the step.
+    """
 
     owner: Mapping[str, AxisTensor] = field(default_factory=dict)
     pruned: bool = False
@@ -56,7 +62,11 @@ class PackNetState:
 
 
 def build(settings: Settings) -> Learner[PackNetState]:
-    """The learner."""
+    """Return the learner that trains with PackNet.
+
+    Args:
+        settings: Its settings.
+    """
 
     def select_weights(state: PackNetState, context: Context) -> Replacements:
         number = context.answered

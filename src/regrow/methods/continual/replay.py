@@ -1,10 +1,10 @@
-"""Replay: a small memory of earlier examples is learned again with every batch.
+"""Experience replay (ER, DER++, ER-ACE): every batch comes with examples from a small memory of earlier ones.
 
 Chaudhry et al., On tiny episodic memories (arXiv 1902.10486); with ``answers`` above 0 DER++, Buzzega et al., NeurIPS
-2020 (arXiv 2004.07211), which also holds the answers that the network gave:  loss + α |z − z_then|² + β CE; with
-``own`` ER-ACE, Caccia et al., ICLR 2022 (arXiv 2104.05025), where new classes push old ones down through the memory
-alone. The memory is filled by reservoir sampling, so each example seen is in it with equal chance: once, in the first
-epoch of its task; for DER++ in every epoch, as its authors do, so that answers of a network that has learned are held.
+2020 (arXiv 2004.07211), which also stores the logits at that time:  loss + α |z − z_then|² + β CE; with
+``own`` ER-ACE, Caccia et al., ICLR 2022 (arXiv 2104.05025), where the logits of old classes are lowered by the memory's
+loss alone. The memory is filled by reservoir sampling, so each example is in it with equal probability: in the first
+epoch of a task; for DER++ in every epoch, as its authors do, so that it holds logits of a network that has learned.
 """
 
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ CITATION = "Chaudhry et al., On tiny episodic memories in continual learning, 20
 
 @dataclass(frozen=True)
 class Settings:
-    """The memory's.
+    """Settings of experience replay: memory size, and the weights of the losses on replayed examples.
 
     Args:
-        memory: How many examples it holds.
-        answers: DER++'s α, on old answers; 0: plain replay.
-        labels: β, on old labels.
-        own: Examples at hand are told apart among the classes of their task only (ER-ACE).
+        memory: The number of examples that the memory holds.
+        answers: DER++'s α, the weight of the squared difference from the stored logits; 0: plain replay.
+        labels: β, the weight of the cross-entropy on replayed labels.
+        own: Whether the loss on the current batch is computed over the classes of its task only (ER-ACE).
     """
 
     memory: int = 500
@@ -46,7 +46,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class ReplayState:
-    """The memory: inputs, labels and logits of examples, and how many were offered and how often it was read."""
+    """The replay memory, and counters for its sampling.
+
+    Args:
+        inputs: The stored inputs, ``[examples, ...]``; ``None`` while the memory is empty.
+        labels: Their labels, ``[examples]``.
+        logits: The network's logits when they were stored, ``[examples, classes]``.
+        seen: The number of examples offered to the memory.
+        recalled: The number of times that examples were drawn from it.
+    """
 
     inputs: AxisTensor | None = None
     labels: AxisTensor | None = None
@@ -56,7 +64,11 @@ class ReplayState:
 
 
 def build(settings: Settings) -> Learner[ReplayState]:
-    """The learner."""
+    """Return the learner that trains with experience replay.
+
+    Args:
+        settings: Its settings.
+    """
 
     def compute_loss(state: ReplayState, context: Context, step: Step) -> Loss:
         batch = step.batch

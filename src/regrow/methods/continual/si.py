@@ -1,8 +1,8 @@
-"""Synaptic intelligence: each parameter is held by what its own path gave to the loss.
+"""Synaptic intelligence (SI): parameters are penalised for moving, by how much they reduced earlier losses.
 
 Zenke, Poole, Ganguli, ICML 2017 (arXiv 1703.04200):  w ← w − g · Δθ along the path,  Ω ← Ω + w / (Δ² + ξ) at a task's
-end,  loss + c Σ Ω (θ − θ*)².  Where we differ: g is the gradient that moves the network, springs included (the paper's
-is that of the task's loss alone), and a path that gave less than nothing makes no spring.
+end,  loss + c Σ Ω (θ − θ*)².  Where we differ: g is the gradient of the whole loss, penalty included (the paper's
+is that of the task's loss alone), and negative contributions to Ω are set to 0.
 """
 
 from collections.abc import Mapping
@@ -28,11 +28,12 @@ CITATION = "Zenke et al., Continual learning through synaptic intelligence, ICML
 
 @dataclass(frozen=True)
 class Settings:
-    """SI's.
+    """Settings of synaptic intelligence: penalty strength, and damping of the importance.
 
     Args:
-        strength: c, of the springs.
-        damping: ξ, what keeps a short path from counting for much.
+        strength: c, the strength of the penalty.
+        damping: ξ, added to the squared distance moved, so that parameters that hardly moved do not get a large
+            importance.
     """
 
     strength: float = 0.1
@@ -47,13 +48,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class SiState:
-    """The state of SI, by name of a parameter.
+    """The state of synaptic intelligence, by parameter name.
 
     Args:
-        weight: Its importance to earlier tasks.
-        path: Its path integral in this task.
-        anchor: Its values at the start of the task.
-        last: Its values after the last step.
+        weight: Ω, the importance to earlier tasks.
+        path: w, the path integral in the current task: how much the parameter has reduced the loss.
+        anchor: θ*, the values at the start of the current task.
+        last: The values after the last step.
     """
 
     weight: Mapping[str, AxisTensor] = field(default_factory=dict)
@@ -63,7 +64,11 @@ class SiState:
 
 
 def build(settings: Settings) -> Learner[SiState]:
-    """The learner."""
+    """Return the learner that trains with synaptic intelligence.
+
+    Args:
+        settings: Its settings.
+    """
 
     def compute_loss(state: SiState, context: Context, step: Step) -> Loss:
         loss = cross_entropy_loss(state, context, step).value

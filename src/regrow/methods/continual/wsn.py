@@ -1,8 +1,8 @@
-"""Winning subnetworks: each task learns which weights it uses; those of earlier tasks are shared and stay as they are.
+"""Winning subnetworks (WSN): each task learns which weights it uses; those of earlier tasks are shared and frozen.
 
-Kang et al., ICML 2022 (read in the authors' code): every weight has a score, a task uses the ``share`` of a layer with
-the largest, the gradient passes straight through to the scores, and weights that a task used never move again. With the
-task named it is answered with its own mask; without, with what any task used.
+Kang et al., ICML 2022 (read in the authors' code): every weight has a score, a task uses the fraction ``share`` of a
+layer with the largest |score|, the gradient passes straight through to the scores, and used weights never change again.
+With ``named``, a task is evaluated with its own mask; otherwise with the weights that any task uses.
 """
 
 from collections.abc import Mapping
@@ -32,13 +32,13 @@ CITATION = "Kang et al., Forget-free continual learning with winning subnetworks
 
 @dataclass(frozen=True)
 class Settings:
-    """WSN's.
+    """Settings of winning subnetworks: density of the masks, use of task identities, and the scores' learning rate.
 
     Args:
-        share: The share of each layer's weights that a task uses.
-        named: Whether a task is named when it is evaluated.
+        share: The fraction of each layer's weights that a task uses, above 0 and at most 1.
+        named: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
         lr: Learning rate of the scores.
-        seed: Of the first scores.
+        seed: Seed of the initial scores.
     """
 
     share: float = 0.5
@@ -53,7 +53,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class WsnState:
-    """By name of a weight: its scores and the entries that any task uses; by ``TASK NAME`` those that a task uses."""
+    """The state of winning subnetworks, by name of a weight.
+
+    Args:
+        score: The learned scores, of the weight's shape.
+        used: Which entries any finished task uses.
+        mask: Which entries one task uses; the key is ``"NUMBER NAME"``, with the task's number from 0.
+        before: The weights when the task started, or the run was resumed.
+    """
 
     score: Mapping[str, AxisTensor] = field(default_factory=dict)
     used: Mapping[str, AxisTensor] = field(default_factory=dict)
@@ -63,7 +70,11 @@ class WsnState:
 
 
 def build(settings: Settings) -> Learner[WsnState]:
-    """The learner."""
+    """Return the learner that trains with winning subnetworks.
+
+    Args:
+        settings: Its settings.
+    """
 
     def select_weights(state: WsnState, context: Context) -> Replacements:
         parameters, number = context.parameters(), context.answered
@@ -134,7 +145,7 @@ def _keep_masks(state: WsnState, context: Context, share: float) -> WsnState:
 
 
 def _select_largest(scores: Tensor, share: float) -> Tensor:
-    """Where the ``share`` of the scores with the largest size lies, bool."""
+    """Return a bool mask of the fraction ``share`` of the scores that are largest in absolute value."""
     size = scores.abs()
     return size >= size.flatten().kthvalue(max(1, round((1 - share) * size.numel()))).values
 

@@ -1,1 +1,1 @@
-"""One-shot pruning: one file per paper, a choice of scores, allocation and compensation."""
+"""One-shot pruning: one file or folder per paper; each is a choice of scores, allocation and compensation."""

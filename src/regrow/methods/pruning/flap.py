@@ -1,4 +1,4 @@
-"""FLAP: drop the inputs that fluctuate least, one ranking over the whole network, and replace them by their mean.
+"""FLAP: cut the units whose inputs fluctuate least, in one ranking of the whole network; means go into biases.
 
 Like the original: WIFV scores, z-scored within each weight and averaged over a head's channels, one global threshold,
 bias compensation, all layers measured in the dense network. Unlike it: the budget is met on exact parameter counts
@@ -21,14 +21,17 @@ CITATION = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``flap``.
+    """Settings of ``flap``: the form of the fluctuation score, allocation and compensation.
 
     Args:
-        form: ``token``: variance over positions (the paper's code); ``sequence``: of per-sequence means (its text).
-        allocation: ``ranked``: one ranking of standardised scores (original, "AL-AM"); ``uniform``: the same share.
-        compensate: Let the mean of dropped inputs stand in for them (original: on).
-        square_blocks: Square the scores of units of several channels, as the original does with attention's.
-        minimum: How many units every axis keeps at least.
+        form: ``token``: variance over positions (the paper's code); ``sequence``: variance of per-sequence means (its
+            text).
+        allocation: ``ranked``: one ranking of standardised scores (original, "AL-AM"); ``uniform``: the same fraction
+            of each axis.
+        compensate: Whether the mean of dropped inputs is added to the biases of the layers that read them (original:
+            on).
+        square_blocks: Whether scores of units of several channels are squared, as the original does for attention.
+        minimum: The smallest number of units that stay in an axis.
     """
 
     form: str = "token"
@@ -39,7 +42,11 @@ class Settings:
 
 
 def build(settings: Settings) -> Pruner:
-    """WIFV, one ranking, compensated."""
+    """Return the FLAP pruner: weighted input variance (WIFV), one global ranking, bias compensation.
+
+    Args:
+        settings: Its settings.
+    """
     more = {"pool": "standardised" if settings.allocation == "ranked" else "sum", "form": settings.form}
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),

@@ -1,6 +1,6 @@
-"""LLM-Pruner: drop the units whose weights, set to zero, would change the loss least (first-order Taylor).
+"""LLM-Pruner: cut the units whose removal changes the loss least, by a first-order Taylor estimate.
 
-Like the original: the same share from every block but the first eighth and the last sixteenth, which stay whole (4 and
+Like the original: the same fraction of every block but the first eighth and the last sixteenth, left unpruned (4 and
 2 of 32; a regular plan spares none). Unlike it: the gradient is that of all sources together (there: 10 × 64 tokens),
 dropped inputs are replaced by their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
 """
@@ -18,15 +18,16 @@ CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language M
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``llm_pruner``.
+    """Settings of ``llm_pruner``: the form of the Taylor score, allocation, unpruned blocks and compensation.
 
     Args:
         form: ``element1``: Σ abs(w·g) over a unit's weights; ``vector``: abs(Σ w·g) per channel.
-        allocation: ``uniform``: the same share of each axis (original); ``ranked``: one ranking of z-scores.
-        compensate: Let the mean of dropped inputs stand in for them (original: off).
-        spare_first: The share of the numbered blocks, at the beginning, that stays whole (original: 4 of 32).
-        spare_last: The share of the numbered blocks, at the end, that stays whole (original: 2 of 32).
-        minimum: How many units every axis keeps at least.
+        allocation: ``uniform``: the same fraction of each axis (original); ``ranked``: one ranking of z-scores.
+        compensate: Whether the mean of dropped inputs is added to the biases of the layers that read them (original:
+            off).
+        spare_first: The fraction of the numbered blocks, at the beginning, that is not pruned (original: 4 of 32).
+        spare_last: The fraction of the numbered blocks, at the end, that is not pruned (original: 2 of 32).
+        minimum: The smallest number of units that stay in an axis.
     """
 
     form: str = "element1"
@@ -38,7 +39,11 @@ class Settings:
 
 
 def build(settings: Settings) -> Pruner:
-    """Taylor importance, the same share of all but the outer blocks, compensated."""
+    """Return the LLM-Pruner: Taylor scores, the same fraction of all but the outer blocks, bias compensation.
+
+    Args:
+        settings: Its settings.
+    """
     how = "zscore" if settings.allocation == "ranked" else "none"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),

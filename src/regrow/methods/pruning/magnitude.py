@@ -1,4 +1,4 @@
-"""Magnitude pruning: units with small weights go first. Needs no data."""
+"""Magnitude pruning: cut the units with the smallest weight norms. Needs no data."""
 
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,13 +16,13 @@ CITATION = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``magnitude``.
+    """Settings of ``magnitude``: which weights the norm is of, allocation and compensation.
 
     Args:
-        form: ``columns``: norm of the weights that read a unit; ``group``: norm of all weights it owns.
-        allocation: ``uniform``: the same share of each axis; ``ranked``: one ranking of z-scores.
-        compensate: Let the mean of dropped inputs stand in for them (needs sources; the original does not).
-        minimum: How many units every axis keeps at least.
+        form: ``columns``: norm of the weights that read a unit; ``group``: norm of all weights that belong to it.
+        allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of z-scores.
+        compensate: Whether the mean of dropped inputs is added to biases (needs sources; the original does not do it).
+        minimum: The smallest number of units that stay in an axis.
     """
 
     form: str = "columns"
@@ -32,7 +32,11 @@ class Settings:
 
 
 def build(settings: Settings) -> Pruner:
-    """Column norms, the same share everywhere, no compensation: as "mag-sp" in FLAP's repository."""
+    """Return the magnitude pruner: column norms, the same fraction of every axis ("mag-sp" in FLAP's repository).
+
+    Args:
+        settings: Its settings.
+    """
     how = "zscore" if settings.allocation == "ranked" else "none"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),

@@ -27,17 +27,17 @@ Kept = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, eq=False)
 class PruningTask:
-    """What scores are made from.
+    """What a pruning method scores: the network, its axes, the budget and the measurements on the user's sources.
 
     Args:
-        model: The network, frozen.
-        axes: Its axes.
+        model: The network, with its parameters frozen.
+        axes: The axes of the network.
         units: The axes that may be cut.
-        budget: How much may stay.
-        evidence: What was measured.
-        checkpoint: The file from which interrupted learning goes on; ``None``: it starts again.
-        header: JSON data that goes into the header of that file.
-        progress: Called with (steps done, steps in all, what).
+        budget: How much of the network may stay.
+        evidence: The measured activations and gradients, per source.
+        checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
+        header: Returns JSON data for the header of that file.
+        progress: Called with (steps done, steps in all, what is being done).
     """
 
     model: nn.Module
@@ -52,11 +52,11 @@ class PruningTask:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How much units matter.
+    """The importance of units, and tables about it for a report.
 
     Args:
-        scores: One number per unit.
-        findings: The units that are kept of every axis with scores → tables for a report, as JSON data.
+        scores: One number per unit; higher for units worth keeping.
+        findings: Called with the kept units of every scored axis; returns tables for a report, as JSON data.
     """
 
     scores: Scores
@@ -65,18 +65,19 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Pruner:
-    """A pruning method.
+    """A pruning method, as a record of the functions that measure, score, allocate and compensate.
 
     Args:
-        needs: What evidence it asks for.
-        score: How much each unit matters.
-        allocate: (axes, scores, budget) → axis key → units kept.
-        compensate: (model, axes, kept, evidence) → ``Plan.means``; ``None`` if dropped inputs count as zero.
-        origin: What the plan says of its maker: method name and settings.
-        shards: Into how many disjoint parts each source is split.
-        sources: The number of sources it compares at least.
-        spare: The shares of the numbered blocks, at the beginning and at the end, that stay whole; a regular plan has
-            none of these, since it cuts every block alike.
+        needs: What has to be measured before: weights, activations, gradients.
+        score: Returns the importance of each unit.
+        allocate: (axes, scores, budget) → axis key → the units that stay.
+        compensate: (model, axes, kept, evidence) → ``Plan.means``, the means of dropped inputs; ``None`` if they count
+            as zero.
+        origin: Data recorded in the plan: the method's name and its settings.
+        shards: The number of disjoint parts into which each source is split.
+        sources: The smallest number of sources that the method needs.
+        spare: The fractions of the numbered blocks, at the beginning and at the end, that are not pruned; a regular
+            plan prunes these too, since it cuts every block alike.
         check: (axes, units, budget) → ``None``; raises ``ValueError`` if the method cannot be used.
     """
 
@@ -93,11 +94,11 @@ class Pruner:
 
 @dataclass(frozen=True)
 class Cut:
-    """A planned cut.
+    """The plan of a cut, with the scores that it follows from.
 
     Args:
-        plan: What is kept.
-        scores: What it was chosen by.
+        plan: The units that stay.
+        scores: The importance of the units.
         findings: Tables for a report, as JSON data.
     """
 
@@ -107,7 +108,12 @@ class Cut:
 
 
 def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:
-    """Assert that a method can meet a budget, whatever it measures.
+    """Raise ValueError unless a method can meet a budget, whatever it will measure.
+
+    Args:
+        pruner: The method.
+        axes: The axes of the network.
+        budget: How much may stay.
 
     Raises:
         ValueError: If it cannot.
@@ -128,17 +134,17 @@ def plan_cut(
     header: Callable[[], dict[str, Any]] = dict,
     progress: Progress = silent,
 ) -> Cut:
-    """Plan what to cut of a network.
+    """Score the units of a network, choose which stay within the budget, and return the plan; the model is unchanged.
 
     Args:
         pruner: The method.
-        model: The network, which stays as it is.
-        axes: Its axes.
+        model: The network; it is not changed.
+        axes: The axes of the network.
         budget: How much may stay.
-        evidence: What was measured for the method; ``None``: nothing.
-        checkpoint: The file from which interrupted learning goes on.
-        header: JSON data that goes into the header of that file.
-        progress: Called with (steps done, steps in all, what).
+        evidence: The measurements that the method needs; ``None``: nothing was measured.
+        checkpoint: The file from which interrupted learning resumes; ``None``: it starts again.
+        header: Returns JSON data for the header of that file.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the budget cannot be met, or evidence is missing or not finite.

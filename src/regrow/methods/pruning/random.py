@@ -1,4 +1,4 @@
-"""Random pruning: the control that every metric has to beat."""
+"""Random pruning: cut random units; a control that every importance metric has to beat."""
 
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,13 +13,13 @@ CITATION = "No paper: uniform random scores, a control."
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``random``.
+    """Settings of ``random``: seed, allocation and compensation.
 
     Args:
-        seed: The draw; each axis has its own stream, so the order of axes does not matter.
-        allocation: ``uniform``: the same share of each axis; ``ranked``: all units in one lottery.
-        compensate: Let the mean of dropped inputs stand in for them (needs sources).
-        minimum: How many units every axis keeps at least.
+        seed: Seed of the scores; each axis has its own random stream, so the order of axes does not matter.
+        allocation: ``uniform``: the same fraction of each axis; ``ranked``: one ranking of all units.
+        compensate: Whether the mean of dropped inputs is added to biases (needs sources).
+        minimum: The smallest number of units that stay in an axis.
     """
 
     seed: int = 0
@@ -29,7 +29,11 @@ class Settings:
 
 
 def build(settings: Settings) -> Pruner:
-    """Random scores, the same share everywhere, no compensation unless asked."""
+    """Return the random pruner: random scores, the same fraction of every axis, no compensation by default.
+
+    Args:
+        settings: Its settings.
+    """
     return Pruner(
         needs=frozenset({Need.ACTIVATIONS} if settings.compensate else set()),
         score=lambda task: Ranking(scoring.random(task.axes, units=task.units, seed=settings.seed)),

@@ -1,6 +1,6 @@
-"""Wanda-sp: weights times the size of their inputs, summed over whole units.
+"""Wanda-sp: structured Wanda; cut the units with the smallest weights times the size of their inputs.
 
-The original (in FLAP's repository) takes the same share from every layer and compensates nothing; it measures each
+The original (in FLAP's repository) cuts the same fraction of every layer and compensates nothing; it measures each
 layer behind the already pruned ones. Here all layers are measured in the dense network, in one pass, and dropped
 inputs are replaced by their mean unless switched off.
 """
@@ -21,12 +21,13 @@ CITATION = (
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``wanda_sp``.
+    """Settings of ``wanda_sp``: allocation and compensation.
 
     Args:
-        allocation: ``uniform``: the same share of each axis (original); ``ranked``: one ranking of z-scores.
-        compensate: Let the mean of dropped inputs stand in for them (original: off).
-        minimum: How many units every axis keeps at least.
+        allocation: ``uniform``: the same fraction of each axis (original); ``ranked``: one ranking of z-scores.
+        compensate: Whether the mean of dropped inputs is added to the biases of the layers that read them (original:
+            off).
+        minimum: The smallest number of units that stay in an axis.
     """
 
     allocation: str = "uniform"
@@ -35,7 +36,11 @@ class Settings:
 
 
 def build(settings: Settings) -> Pruner:
-    """Structured Wanda: mean abs(W) · rms(x), the same share everywhere, compensated."""
+    """Return the Wanda-sp pruner: mean abs(W) · rms(x) per unit, the same fraction of every axis, bias compensation.
+
+    Args:
+        settings: Its settings.
+    """
     pool = "standardised" if settings.allocation == "ranked" else "sum"
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),

@@ -1,4 +1,4 @@
-"""Bias compensation after a cut: the mean of dropped inputs goes into the bias of the layer that read them.
+"""Bias compensation: the mean contribution of dropped inputs is added to the bias of the layer that read them.
 
 b′ = b + Σ over dropped j of W_j · E[x_j], the means taken in the dense network: what FLAP (arXiv 2312.11983) does as a
 part of its plan. A plan that carries means has done it already.
@@ -29,19 +29,23 @@ class Settings:
 
 
 def build(settings: Settings) -> Recovery:
-    """Bias compensation."""
+    """Return the recovery that compensates biases.
+
+    Args:
+        settings: Without effect.
+    """
     return partial(bias, settings=settings)
 
 
 def bias(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
-    """Move the means of dropped inputs into biases, where that is exact; layers without a bias get one.
+    """Add the mean contribution of dropped inputs to biases, where that is exact; layers without a bias get one.
 
     Args:
         task: The two networks, the cut and the text.
-        settings: None.
+        settings: Without effect.
 
     Returns:
-        ``biases``: how many were changed.
+        ``biases``: how many were changed; ``note``: why none were, if the plan had done it already.
 
     Raises:
         ValueError: If a source has fewer batches than needed, or its activations are not finite.
@@ -58,7 +62,13 @@ def bias(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
 
 
 def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
-    """Give a layer a bias, or its bias another value."""
+    """Set the bias of a layer, in place; a layer that has none gets one.
+
+    Args:
+        model: The network.
+        name: The name of the bias, such as ``fc.bias``.
+        value: Its values, ``[outputs]``.
+    """
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     old = module._parameters.get(leaf)
@@ -71,7 +81,7 @@ def set_bias(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _measured(task: RecoveryTask) -> Statistics:
-    """The pooled moments of what every weight of the dense network is fed, source after source."""
+    """Return the moments of the inputs of every weight in the dense network, pooled over all sources."""
     sums: dict[str, Moments] = {}
     first = 0
     if (done := task.read()) is not None:

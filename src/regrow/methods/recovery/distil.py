@@ -1,9 +1,9 @@
-"""Distillation: the cut network learns to answer as the dense one does.
+"""Distillation: train the cut network on the dense network's output distribution.
 
 L = (1 − mix) · T² · KL(softmax(z_dense / T) ‖ softmax(z / T)) + mix · cross entropy of the text
 
-Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531). It holds both networks in memory, and of
-the one that learns, in float32, five numbers more per trained parameter (gradient, two moments, the best value).
+Hinton et al., Distilling the Knowledge in a Neural Network (arXiv 1503.02531). Both networks are in memory, and for
+the cut one, in float32, more numbers per trained parameter: its gradient, Adam's two moments and the best value so far.
 """
 
 from dataclasses import dataclass
@@ -28,17 +28,17 @@ TRAINED = ("all", "cut")
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``distil``.
+    """Settings of ``distil``: learning rate, loss, trained parameters, and evaluation on held-out text.
 
     Args:
-        lr: The largest learning rate.
-        temperature: T, above 0.
-        mix: The share of the text's own cross entropy, 0 to 1.
+        lr: The peak learning rate.
+        temperature: T, above 0; a higher one gives tokens of low probability more influence.
+        mix: The weight of the text's own cross-entropy in the loss, 0 to 1.
         train: ``all`` parameters, or ``cut``: the tensors that the plan cut, and all vectors (gains of norms, biases).
-        passes: How often each batch is seen.
+        passes: The number of passes over the training batches.
         windows: Batches per step.
-        checks: How often the network is evaluated on the held-out part of the text; the best one is kept.
-        held_out: Which share of the text that is.
+        checks: The number of evaluations on the held-out part of the text; the best evaluated network is kept.
+        held_out: The fraction of the text that is held out.
     """
 
     lr: float = 3e-4
@@ -52,16 +52,20 @@ class Settings:
 
 
 def build(settings: Settings) -> Recovery:
-    """Distillation with these settings."""
+    """Return the recovery that distils the dense network into the cut one.
+
+    Args:
+        settings: Its settings.
+    """
     return partial(distil, settings=settings)
 
 
 def distil(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
-    """Train the cut network on the dense one's answers.
+    """Train the cut network to predict what the dense one predicts, in place.
 
     Args:
         task: The two networks and the text.
-        settings: How.
+        settings: The settings of distillation.
 
     Returns:
         What :func:`regrow.methods.recovery.fitting.fit_recovery` returns, and how many parameters were trained.
@@ -84,11 +88,11 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
 
 
 def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
-    """T² · KL(softmax(dense / T) ‖ softmax(logits / T)), mean over positions, in nats.
+    """Return T² · KL(softmax(dense / T) ‖ softmax(logits / T)), mean over positions, in nats.
 
     Args:
-        logits: ``[positions, classes]``.
-        dense: The same of the network that teaches.
+        logits: Logits of the network that is trained, ``[positions, classes]``.
+        dense: Logits of the teacher, ``[positions, classes]``.
         temperature: T.
 
     >>> bool(divergence(torch.ones(2, 3), torch.zeros(2, 3)).abs() < 1e-6)
@@ -99,7 +103,13 @@ def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tenso
 
 
 def cut_tensors(model: nn.Module, axes: AxisGraph, plan: Plan) -> list[str]:
-    """The parameters of a cut network that a plan cut, and all vectors: gains of norms, biases."""
+    """Return the names of the parameters that a plan cut, and of all vectors: gains of norms, biases.
+
+    Args:
+        model: The cut network.
+        axes: The axes of the network before the cut.
+        plan: The cut.
+    """
     cut = {
         axes.ties.get(slot.name, slot.name)
         for key, change in plan.changes.items()

@@ -1,4 +1,4 @@
-"""Training after a cut: checked on held-out text, and the best of the checked networks is kept."""
+"""Training of a cut network, evaluated on held-out text; the parameters of the best evaluation are restored."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -24,27 +24,27 @@ SECONDS = 120.0
 
 
 class FittingSettings(Protocol):
-    """Settings of a recovery that trains."""
+    """The settings that :func:`fit_recovery` reads; each recovery that trains has them."""
 
     @property
     def lr(self) -> float:
-        """The largest learning rate: it rises over the first tenth of the steps, then falls as a half cosine."""
+        """The peak learning rate: it rises over the first tenth of the steps, then falls as a half cosine."""
 
     @property
     def passes(self) -> int:
-        """How often each batch is seen."""
+        """The number of passes over the training batches."""
 
     @property
     def windows(self) -> int:
-        """Batches per step, taken from the sources in turn."""
+        """The number of batches per step, taken from the sources in turn."""
 
     @property
     def checks(self) -> int:
-        """How often the network is evaluated on held-out batches."""
+        """The number of evaluations on held-out batches."""
 
     @property
     def held_out(self) -> float:
-        """The share of each source that is held out."""
+        """The fraction of each source that is held out."""
 
 
 def fit_recovery(
@@ -53,19 +53,19 @@ def fit_recovery(
     loss: Callable[[Batch], Tensor],
     settings: FittingSettings,
 ) -> dict[str, Any]:
-    """Train parameters of a cut network, and restore the best of the networks that were checked.
+    """Train parameters of a cut network in place, and restore the values that were best on held-out batches.
 
     Args:
-        task: What to learn from; goes on from its checkpoint.
-        parameters: Name in the network → what is trained.
+        task: The networks and the text; training resumes from its checkpoint.
+        parameters: Name in the network → the parameter to train.
         loss: A batch (on the network's device) → a scalar with a gradient, mean per position.
-        settings: How.
+        settings: Learning rate, batches and evaluations.
 
     Returns:
-        ``steps``, ``best`` (the step that was kept) and ``history``: the held-out loss after some steps, as JSON data.
+        ``steps``, ``best`` (the step whose values were restored) and ``history`` (the held-out losses), as JSON data.
 
     Raises:
-        ValueError: If there is nothing to learn from, or the loss stops being finite.
+        ValueError: If there is no text to train on, or the loss stops being finite.
     """
     for name in ("passes", "windows", "checks"):
         if getattr(settings, name) < 1:
@@ -107,7 +107,7 @@ def fit_recovery(
 
 
 def _read(task: RecoveryTask, learner: EarlyStopping) -> TrainState[EarlyStopping] | None:
-    """Where an earlier call stopped; ``None`` if there is no checkpoint, or it cannot be used."""
+    """Return the training state from the checkpoint; ``None`` if there is no checkpoint, or it cannot be used."""
     if task.checkpoint is None or not task.checkpoint.is_file():
         return None
     try:

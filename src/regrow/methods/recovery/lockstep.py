@@ -1,7 +1,7 @@
-"""Two runs in lockstep: the dense network waits at each layer until the cut one has come to the same place.
+"""Paired forward: the dense network runs in a thread and waits at each layer until the cut one has reached it.
 
-Neither run is repeated and no output is kept longer than needed: what is held of a network is what one forward pass of
-all the text holds.
+Neither forward pass is repeated and no output is kept longer than needed, so the memory of each network is that of one
+forward pass over all the text.
 """
 
 import queue
@@ -26,20 +26,20 @@ ADDITIONS = frozenset(
 _ASKING = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
 )
-"""Methods that ask for the form of a tensor and not for its numbers."""
+"""Names of tensor methods that read the shape or layout of a tensor and not its numbers."""
 
 
 @dataclass(frozen=True)
 class Met:
-    """A watched layer whose output is about to be used for the first time.
+    """A watched layer that has run, and whose output is about to be used for the first time.
 
     Args:
-        name: Its weight.
-        value: What it was fed.
-        dim: Which dimension of that it contracts.
-        output: What it gave; whoever holds it sees what is written into it.
-        again: Computes that anew.
-        other: What is added to the output, if that is what it is used for.
+        name: The name of its weight.
+        value: The input of the layer.
+        dim: The dimension of the input that is contracted with the weight, negative: from the end.
+        output: The output of the layer; writing into it changes what the network goes on with.
+        again: Computes the output again, with the current weight.
+        other: The tensor that is added to the output, if that is its first use; else ``None``.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Met:
 
 
 class StopRunError(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
+    """Raised to end a forward pass early, when no further layer is needed."""
 
 
 class Meetings(TorchFunctionMode, ABC):
-    """Calls :meth:`meet` for each watched layer, once it is known what its output is used for.
+    """Calls :meth:`meet` for each watched layer, as soon as its output is first used.
 
     Args:
         watched: ``id`` of a weight → its name.
@@ -68,12 +68,16 @@ class Meetings(TorchFunctionMode, ABC):
 
     @abstractmethod
     def meet(self, met: Met) -> None:
-        """Do something with a layer."""
+        """Handle a watched layer; subclasses say how.
+
+        Args:
+            met: The layer, its input and its output.
+        """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Meet layers whose outputs are operands, then do what was asked."""
+        """Call :meth:`meet` for the watched layers whose outputs are operands, then run the operation."""
         kwargs = kwargs or {}
         if self.waiting and getattr(func, "__name__", "") not in _ASKING:
             used = [
@@ -103,7 +107,7 @@ class Meetings(TorchFunctionMode, ABC):
         self.meet(Met(met.name, met.value, met.dim, met.output, met.again, other if same else None))
 
     def finish(self) -> None:
-        """Meet what is left once a run has ended."""
+        """Call :meth:`meet` for the watched layers whose outputs were never used, once a forward pass has ended."""
         while self.waiting:
             self.meet(self.waiting.pop(next(iter(self.waiting))))
 
@@ -118,11 +122,11 @@ class _Telling(Meetings):
 
 
 class Answers:
-    """What the layers of a network give, layer by layer, as the network runs in a thread of its own.
+    """The outputs of a network's layers, produced one by one on request by a forward pass in a thread of its own.
 
     Args:
         model: The network.
-        batch: What it is run on.
+        batch: The input of the forward pass.
         watched: ``id`` of a weight → its name.
     """
 
@@ -132,10 +136,13 @@ class Answers:
         self._thread = threading.Thread(target=self._run, args=(model, batch, watched), daemon=True)
 
     def __call__(self, name: str) -> tuple[Tensor, Tensor | None] | None:
-        """What a layer gives, and what that is added to, if it is; ``None`` if the network does not come to it.
+        """Return a layer's output and the tensor added to it, if any; ``None`` if the network does not run the layer.
+
+        Args:
+            name: The name of the layer's weight.
 
         Raises:
-            Exception: What stopped the network.
+            Exception: The error that stopped the forward pass.
         """
         while name not in self._kept:
             if not self._thread.is_alive() and self._told.empty():
@@ -154,7 +161,13 @@ class Answers:
         return self._kept.pop(name)
 
     def offer(self, name: str, output: Tensor, other: Tensor | None) -> None:
-        """Tell what a layer gives, in the thread, and wait until more is asked for."""
+        """Hand over a layer's output, from the thread, and wait until the next output is requested.
+
+        Args:
+            name: The name of the layer's weight.
+            output: The layer's output.
+            other: The tensor that is added to it, if any.
+        """
         self._told.put((name, output, other))
         self._wait()
 
@@ -179,7 +192,13 @@ class Answers:
 
 @contextmanager
 def answers(model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> Iterator[Answers]:
-    """A network that runs as far as it is asked for its answers, and no further."""
+    """Run a network in a thread, layer by layer, only as far as its outputs are requested in the ``with`` block.
+
+    Args:
+        model: The network.
+        batch: The input of the forward pass.
+        watched: ``id`` of a weight → its name.
+    """
     run = Answers(model, batch, watched)
     run._thread.start()
     try:

@@ -1,8 +1,8 @@
-"""LoRA: low-rank changes of the linear layers, trained on next tokens and merged, so that the model stays plain.
+"""LoRA: train low-rank changes of the linear layers on next tokens and merge them, so the model stays plain.
 
-W′ = W + (α / r) · B A,  A: [r, in] drawn, B: [out, r] zero at first
+W′ = W + (α / r) · B A,  A: [r, in] random, B: [out, r] zero at first
 
-Hu et al., LoRA (arXiv 2106.09685), through the package peft. LLM-Pruner (arXiv 2305.11627) recovers by it.
+Hu et al., LoRA (arXiv 2106.09685), through the package peft. LLM-Pruner (arXiv 2305.11627) uses it for recovery.
 """
 
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ CITATION = "Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``lora``.
+    """Settings of ``lora``: learning rate, rank and scale of the adapters, and evaluation on held-out text.
 
     Args:
-        lr: The largest learning rate.
-        rank: r, of every adapter.
-        alpha: α; the change is scaled by α / r.
-        passes: How often each batch is seen.
+        lr: The peak learning rate.
+        rank: r, the rank of every adapter.
+        alpha: α; the change of a weight is scaled by α / r.
+        passes: The number of passes over the training batches.
         windows: Batches per step.
-        checks: How often the network is evaluated on the held-out part of the text; the best one is kept.
-        held_out: Which share of the text that is.
+        checks: The number of evaluations on the held-out part of the text; the best evaluated network is kept.
+        held_out: The fraction of the text that is held out.
     """
 
     lr: float = 1e-3
@@ -49,7 +49,10 @@ class Settings:
 
 
 def build(settings: Settings) -> Recovery:
-    """LoRA with these settings.
+    """Return the recovery that trains and merges LoRA adapters.
+
+    Args:
+        settings: Its settings.
 
     Raises:
         ModelError: If peft is not installed.
@@ -60,14 +63,14 @@ def build(settings: Settings) -> Recovery:
 
 
 def lora(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
-    """Train adapters on the linear layers of the cut network, and merge them.
+    """Train adapters on the linear layers of the cut network, and merge them into its weights, in place.
 
-    The base stays as it is and in its own precision; adapters are in float32, with their gradients, two moments and
-    the best values so far.
+    The weights are frozen and keep their precision; adapters are in float32, with their gradients, Adam's two moments
+    and the best values so far.
 
     Args:
-        task: The cut network and the text; the dense network is not looked at.
-        settings: How.
+        task: The cut network and the text; the dense network is not used.
+        settings: The settings of LoRA.
 
     Returns:
         What :func:`regrow.methods.recovery.fitting.fit_recovery` returns, and how many parameters were trained.
@@ -93,10 +96,14 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
 
 
 def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
-    """The paths of the linear layers that a ``keep`` fraction counts; embeddings and what mirrors them are left out.
+    """Return the paths of the linear layers that a ``keep`` fraction counts: all but embeddings and tied output layers.
+
+    Args:
+        model: The network.
+        axes: Its axes.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If the network has no such layer.
     """
     paths = [name.removesuffix(".weight") for name in axes.counted if name.endswith(".weight")]
     modules = dict(model.named_modules())
@@ -108,7 +115,14 @@ def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
 
 
 def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:
-    """Put an adapter around each of some layers, in place; name → what it trains."""
+    """Put an adapter around each of some layers, in place, and return the adapters' parameters by name.
+
+    Args:
+        model: The network.
+        paths: The paths of the layers.
+        settings: Rank and scale of the adapters.
+        seed: Seed of the initial A matrices.
+    """
     import peft
 
     known = {id(parameter) for parameter in model.parameters()}
@@ -120,11 +134,11 @@ def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 
 
 
 def merged(model: nn.Module, *, undo: bool = False) -> None:
-    """Take the adapters off again, in place.
+    """Remove the adapters, in place, after adding their changes to the weights (unless ``undo``).
 
     Args:
         model: A network with adapters.
-        undo: Throw them away; unless given, their change goes into the weights.
+        undo: Whether the adapters' changes are discarded.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 

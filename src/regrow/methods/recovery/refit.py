@@ -1,18 +1,18 @@
-"""Refit: every layer that reads what was cut learns by least squares to do without it.
+"""Refit: every layer that reads units that were cut is fitted by least squares to do without them.
 
 W′ = W + D,  D = argmin Σ_t |y_t − (W + D) x_t|² + ridge · mean(diag Σ x_t x_tᵀ) · |D|²
 
 Layers are refitted from the first to the last; x_t is what the layer is fed at position t by the cut network, with all
 layers before it refitted already. Two targets:
 
-* ``own``: y_t is what the layer gave if nothing that it reads were cut, on the stream of the cut network.
-* ``dense``: y_t is what the dense network, on its own stream, has where the output goes. Where that is added to a
+* ``own``: y_t is the output that the uncut layer would have, on the stream of the cut network.
+* ``dense``: y_t is the dense network's value, on its own stream, where the output goes. Where that is added to a
   residual stream: (dense output + dense stream) − stream of the cut network, so that a layer makes up for what the
   layers before it still miss.
 
-On SmolLM2-135M ``own`` wins back more, above all on kinds of text that it was not fitted on: what the layers before
-have lost is mostly not to be seen in what a layer is fed. It needs a network that is the dense one but for the layers
-that read what was cut: not one that was trained since, or that lost units of a residual stream under norms.
+On SmolLM2-135M ``own`` recovers more, above all on text domains that it was not fitted on: the error of the layers
+before can mostly not be predicted from a layer's inputs. It needs a network that equals the dense one but for layers
+that read cut units: not one that was trained since, or that lost units of a residual stream under norms.
 
 The ridge is chosen per layer on the held-out part of the text; a layer that no ridge brings closer there stays as it
 is. A bias goes along, and layers that can have one get one. Where nothing was cut nothing is missing, and D = 0.
@@ -46,18 +46,18 @@ CITATION = (
 )
 TARGETS = ("auto", "own", "dense")
 CLOSE = 0.01
-"""How far the dense network that carries the cut one's stream may be from that, relative, in root mean square."""
+"""The largest relative root mean square error at which the dense network with the cut layers counts as the cut one."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``refit``.
+    """Settings of ``refit``: the target of the least squares, the candidate ridges, and the held-out fraction.
 
     Args:
-        target: ``own``: what the uncut layer would give on the cut network's stream; ``dense``: what the dense network
-            has there; ``auto``: ``own`` where that can be worked out, else ``dense``.
-        ridges: What the ridge is chosen from, as shares of the mean diagonal.
-        held_out: Which share of the text chooses it.
+        target: ``own``: the output that the uncut layer would have on the cut network's stream; ``dense``: the dense
+            network's value there; ``auto``: ``own`` where that can be computed, else ``dense``.
+        ridges: The candidate ridges, as multiples of the mean diagonal of Σ x xᵀ.
+        held_out: The fraction of the text on which the ridge is chosen.
     """
 
     target: str = "auto"
@@ -66,20 +66,24 @@ class Settings:
 
 
 def build(settings: Settings) -> Recovery:
-    """Least squares with these settings."""
+    """Return the recovery that refits layers by least squares.
+
+    Args:
+        settings: Its settings.
+    """
     return partial(refit, settings=settings)
 
 
 def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
-    """Refit the layers of the cut network that read what was cut.
+    """Refit the layers of the cut network that read cut units, by least squares and in place.
 
     Args:
         task: The two networks, the cut and the text, in windows of one length.
-        settings: How.
+        settings: The settings of the fit.
 
     Returns:
-        ``layers``: per refitted layer the held-out error before and after, as a share of what was wanted, and the
-        ridge (0: it stayed as it was); ``left_out``: name → why a layer was not refitted; ``target``: which was taken,
+        ``layers``: per refitted layer the held-out error before and after, relative to the target's energy, and the
+        ridge (0: it stayed as it was); ``left_out``: name → why a layer was not refitted; ``target``: which was used,
         and ``note``: why not ``own``, if not. JSON data.
 
     Raises:
@@ -120,11 +124,11 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
 
 
 def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str]]:
-    """The layers that read what a plan cut, in the order of their names, and why others are left out.
+    """Return the layers that read cut units and can be refitted, sorted by name, and why others are left out.
 
     Args:
         task: The two networks and the cut.
-        batch: What the cut network is called with, to see which layers it runs how often.
+        batch: An input of the cut network, which is run once to count how often each layer runs.
     """
     axes, lays = task.axes, plan_layouts(task.axes, task.plan)
     names = {slot.name for key, c in task.plan.changes.items() if not c.idle for slot in axes[key].consumers()}
@@ -146,13 +150,16 @@ def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str,
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    """Several batches as one.
+    """Concatenate several batches into one.
+
+    Args:
+        batches: The batches; their tensors may differ in the first dimension only.
 
     >>> joined([Batch((torch.zeros(1, 3),)), Batch((torch.ones(2, 3),))]).args[0].shape
     torch.Size([3, 3])
 
     Raises:
-        ValueError: If their inputs differ in more than their number.
+        ValueError: If their inputs differ in a dimension other than the first.
     """
 
     def one(values: Sequence[Any]) -> Any:
@@ -195,7 +202,7 @@ def _watched(model: nn.Module, names: Mapping[str, Any] | set[str]) -> dict[int,
 
 
 def _run(model: nn.Module, batch: Batch, mode: Refitting) -> None:
-    """Run a network until its last layer is refitted; what is finished is kept if the user stops it."""
+    """Run a network until its last layer is refitted; a user's interrupt first writes the layers done so far."""
     try:
         with mode:
             model(*batch.args, **batch.kwargs)
@@ -208,7 +215,7 @@ def _run(model: nn.Module, batch: Batch, mode: Refitting) -> None:
 
 
 def _not_carried(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
-    """Why the dense network with the cut one's layers in it is not the cut network; empty if it is."""
+    """Say why the dense network with the cut one's layers in it is not the cut network; empty if it is."""
     dense, model = work.task.dense, work.task.model
     for name, why in left_out.items():
         return f"{name}, which reads what was cut, cannot be refitted: {why}"
@@ -232,7 +239,7 @@ def _not_carried(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> 
 
 
 def _with_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
-    """Give zero biases to layers that can have one and have none; the names of their weights."""
+    """Give zero biases to layers that can have one and have none; return the names of their weights."""
     added = []
     for layer in layers:
         path, _, leaf = layer.name.rpartition(".")
@@ -244,7 +251,7 @@ def _with_biases(model: nn.Module, layers: Sequence[Layer]) -> list[str]:
 
 
 def _problem(task: RecoveryTask, name: str, dim: int | None, calls: int) -> str:
-    """Why a layer cannot be refitted; empty if it can."""
+    """Say why a layer cannot be refitted; empty if it can."""
     ties = task.axes.ties
     if name in ties or name in ties.values() or name not in dict(task.model.named_parameters()):
         return "its weight is shared"

@@ -1,4 +1,4 @@
-"""Least squares from sums: what is added to a layer's weight and bias so that it comes closer to a target."""
+"""Ridge regression from sums: the change of a layer's weight and bias that brings its output closest to a target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,19 +7,19 @@ import torch
 from torch import Tensor
 
 CHUNK = 8192
-"""Rows summed at a time in float64."""
+"""The number of rows summed at a time in float64."""
 
 
 @dataclass(frozen=True)
 class Sums:
-    """What least squares needs to know of inputs x and of what is missing r (target − output): float64 sums over rows.
+    """Sufficient statistics of a least squares problem with inputs x and residuals r (target − output), in float64.
 
     Args:
         gram: Σ x xᵀ, ``[k, k]``.
         cross: Σ x rᵀ, ``[k, out]``.
-        missing: Σ |r|².
-        wanted: Σ |target|².
-        rows: How many.
+        missing: Σ |r|², the energy of the residuals.
+        wanted: Σ |target|², the energy of the target.
+        rows: The number of rows.
     """
 
     gram: Tensor
@@ -30,7 +30,13 @@ class Sums:
 
     @classmethod
     def of(cls, inputs: Tensor, missing: Tensor, target: Tensor) -> "Sums":
-        """The sums over rows ``[rows, k]``, ``[rows, out]`` and ``[rows, out]``, chunk by chunk."""
+        """Compute the sums over all rows, chunk by chunk.
+
+        Args:
+            inputs: x, ``[rows, k]``.
+            missing: r = target − output, ``[rows, out]``.
+            target: The target, ``[rows, out]``.
+        """
         k, out = inputs.shape[1], missing.shape[1]
         gram, cross = (torch.zeros(k, n, dtype=torch.float64, device=inputs.device) for n in (k, out))
         lost = wanted = 0.0
@@ -52,12 +58,20 @@ class Sums:
         )
 
     def left(self, change: Tensor) -> float:
-        """Σ |r − change ᵀ x|², what a change ``[k, out]`` leaves missing."""
+        """Return Σ |r − changeᵀ x|², the energy of the residuals that a change leaves.
+
+        Args:
+            change: The change of the weight, ``[k, out]``.
+        """
         return self.missing - 2 * float((change * self.cross).sum()) + float((change * (self.gram @ change)).sum())
 
 
 def ridged(sums: Sums, ridge: float) -> Tensor:
-    """The change D ``[k, out]`` that minimises Σ |r − Dᵀ x|² + ridge · mean(diag Σ x xᵀ) · |D|².
+    """Return the change D ``[k, out]`` that minimises Σ |r − Dᵀ x|² + ridge · mean(diag Σ x xᵀ) · |D|².
+
+    Args:
+        sums: The sums over the rows.
+        ridge: The ridge, as a multiple of the mean diagonal.
 
     >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0], [1.0, 1.0]])
     >>> wanted = torch.tensor([[3.0], [-1.0]])
@@ -73,16 +87,16 @@ def ridged(sums: Sums, ridge: float) -> Tensor:
 
 
 def chosen(fit: Sums, held: Sums, ridges: Sequence[float]) -> tuple[Tensor | None, float, float]:
-    """The change that all rows together ask for, with the ridge under which the held-out rows miss least.
+    """Choose the ridge that is best on held-out rows, and solve for the change with it on all rows.
 
     Args:
-        fit: Sums over the rows to learn from.
-        held: Sums over others.
-        ridges: What there is to choose from.
+        fit: Sums over the training rows.
+        held: Sums over the held-out rows.
+        ridges: The candidate ridges.
 
     Returns:
-        The change, its ridge, and what the held-out rows miss under what the others ask for; no change and 0 if they
-        miss least as it is.
+        The change, its ridge, and the residual energy of the held-out rows under the training rows' solution;
+        ``None`` and 0 if no ridge lowers that energy.
     """
     found = {ridge: held.left(ridged(fit, ridge)) for ridge in ridges}
     best = min(found, key=lambda ridge: found[ridge])

@@ -1,4 +1,4 @@
-"""Layers refitted as a network runs: on the dense network that carries the cut one's stream, or in lockstep with it."""
+"""Refit layers during a forward pass: inside the dense network with the cut one's layers, or beside the dense one."""
 
 import time
 from abc import abstractmethod
@@ -21,13 +21,13 @@ SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer to refit.
+    """A layer to refit, and which of the dense layer's inputs and outputs it still has.
 
     Args:
-        name: Its weight.
-        dim: In which dimension that reads.
-        kept: Which of the dense layer's inputs are left.
-        rows: Which of its outputs are; ``None``: all.
+        name: The name of its weight.
+        dim: The dimension of the weight along which its inputs lie.
+        kept: The indices of the dense layer's inputs that the cut layer has.
+        rows: The indices of the dense layer's outputs that the cut layer has; ``None``: all.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Layer:
 
 @dataclass
 class RefitWork:
-    """The work on all layers; ``told`` grows by an entry per layer, in the order in which they are met.
+    """The progress of a refit over all layers; ``told`` grows by one entry per layer, in the order in which they run.
 
     Args:
         task: The two networks.
-        layers: By name.
-        ridges: What the ridge is chosen from.
-        share: Which share of the positions is learned from; the rest judge.
+        layers: Weight name → the layer.
+        ridges: The candidate ridges.
+        share: The fraction of the positions that is fitted; the others are held out.
         own: The parameters of the cut network.
-        told: Per refitted layer: ``weight``, ``before``, ``after``, ``ridge``.
+        told: Per finished layer a record of ``weight``, ``before``, ``after`` (relative held-out errors) and ``ridge``.
     """
 
     task: RecoveryTask
@@ -58,16 +58,16 @@ class RefitWork:
 
     @property
     def changed(self) -> set[str]:
-        """The weights that are not as the cut left them."""
+        """The names of the weights that have been refitted."""
         return {row["weight"] for row in self.told if row["ridge"]}
 
     @property
     def done(self) -> bool:
-        """Whether every layer was met."""
+        """Whether every layer has been handled."""
         return len(self.told) == len(self.layers)
 
     def resume(self) -> None:
-        """Put in what an earlier call solved."""
+        """Load the layers that an interrupted call had solved, from the task's checkpoint."""
         if (done := self.task.read()) is not None:
             _, tensors, values = done
             self.told = [dict(row) for row in values["layers"]]
@@ -82,13 +82,13 @@ class RefitWork:
         self.task.write(len(self.told), tensors, {"layers": [dict(row) for row in self.told]})
 
     def solve(self, layer: Layer, inputs: Tensor, target: Tensor, missing: Tensor) -> None:
-        """Change a layer, and tell what the held-out positions missed before and miss after it.
+        """Fit a layer by ridge regression, in place, and record its held-out error before and after.
 
         Args:
-            layer: Which.
-            inputs: What it is fed, ``[rows, k]``.
-            target: What it is to give, ``[rows, out]``.
-            missing: What of that it does not give yet.
+            layer: The layer.
+            inputs: The inputs of the layer, ``[rows, k]``.
+            target: The outputs that it should have, ``[rows, out]``.
+            missing: The target minus the current output, ``[rows, out]``.
         """
         weight, bias = self.own[layer.name], self.own.get(bias_of(layer.name))
         if bias is not None:
@@ -106,7 +106,12 @@ class RefitWork:
 
 
 class Refitting(Meetings):
-    """Refits each layer before its output is used, and ends the run with the last."""
+    """Refits each watched layer before its output is used, and ends the forward pass after the last one.
+
+    Args:
+        watched: ``id`` of a weight → its name.
+        work: The refit.
+    """
 
     def __init__(self, watched: Mapping[int, str], work: RefitWork) -> None:
         super().__init__(watched)
@@ -115,14 +120,28 @@ class Refitting(Meetings):
 
     @abstractmethod
     def rows(self, layer: Layer, met: Met) -> tuple[Tensor, Tensor, Tensor] | None:
-        """The inputs of a layer, what it is to give, and what of that is missing; ``None``: it cannot be said."""
+        """Return a layer's inputs, its target and target − output, one row per position; ``None`` without a target.
+
+        Args:
+            layer: The layer.
+            met: Its input and output in this forward pass.
+        """
 
     @abstractmethod
     def put(self, layer: Layer, met: Met) -> None:
-        """Write what the layer gives now into its output."""
+        """Overwrite the layer's output in the forward pass with that of the refitted layer.
+
+        Args:
+            layer: The layer.
+            met: Its input and output in this forward pass.
+        """
 
     def meet(self, met: Met) -> None:
-        """Refit a layer, unless an earlier call has."""
+        """Refit a layer, unless an interrupted call had done it, and update its output.
+
+        Args:
+            met: The layer, its input and its output.
+        """
         work, task = self.work, self.work.task
         layer = work.layers[met.name]
         if layer.name not in self.solved and (rows := self.rows(layer, met)) is not None:
@@ -139,10 +158,16 @@ class Refitting(Meetings):
 
 
 class Carried(Refitting):
-    """The dense network with the cut one's stream in it: each watched layer gives what the cut one's layer gives.
+    """Runs the dense network with the cut network's layers in it, and refits each to what the dense layer would give.
 
-    What the dense layer would have given there is the target. Nothing else differs between the networks, since dropped
-    units reach nothing but layers that do not read them. Without ``fit`` it is only run, to see whether that is so.
+    Each watched layer's output is replaced by that of the cut network's layer, so that the activations are those of the
+    cut network. Nothing else differs between the networks, since only the watched layers read dropped units.
+
+    Args:
+        watched: ``id`` of a weight of the dense network → its name.
+        work: The refit.
+        fit: Whether layers are refitted; if not, the network is only run, to test whether it computes what the cut one
+            does.
     """
 
     def __init__(self, watched: Mapping[int, str], work: RefitWork, *, fit: bool = True) -> None:
@@ -151,7 +176,11 @@ class Carried(Refitting):
         self.fed = torch.empty(0)
 
     def meet(self, met: Met) -> None:
-        """Refit a layer, or only put in what it gives."""
+        """Refit a layer (if ``fit``), and replace its output by that of the cut network's layer.
+
+        Args:
+            met: The layer, its input and its output in the dense network.
+        """
         layer = self.work.layers[met.name]
         inputs = inputs_of(
             self.work.task.model, layer, met.value.index_select(met.dim, layer.kept.to(met.value.device)), met.dim
@@ -163,12 +192,22 @@ class Carried(Refitting):
             self.put(layer, met)
 
     def rows(self, layer: Layer, met: Met) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the cut layer is fed, and what the dense one gives."""
+        """Return the cut layer's inputs, the dense layer's output as target, and target − the cut layer's output.
+
+        Args:
+            layer: The layer.
+            met: Its input and output in the dense network.
+        """
         target = rows_of(met.output, met.output.dim() + met.dim, layer.rows)
         return self.fed, target, target - self._given(layer)
 
     def put(self, layer: Layer, met: Met) -> None:
-        """Write what the cut layer gives; outputs that it has not are left: nothing reads them."""
+        """Overwrite the output with the cut layer's; outputs that it does not have stay, since nothing reads them.
+
+        Args:
+            layer: The layer.
+            met: Its input and output in the dense network.
+        """
         channel = met.output.dim() + met.dim
         form = met.output.movedim(channel, -1).shape[:-1]
         given = self._given(layer).reshape(*form, -1).movedim(-1, channel).to(met.output.dtype)
@@ -184,9 +223,14 @@ class Carried(Refitting):
 
 
 class Lockstep(Refitting):
-    """The cut network beside the dense one: each layer is to give what the dense network has at the same place.
+    """Runs the cut network beside the dense one, and refits each layer to the dense network's value at the same place.
 
-    Where its output is added to a stream that is what is left to give: dense output + dense stream − own stream.
+    Where a layer's output is added to a residual stream, the target is dense output + dense stream − own stream.
+
+    Args:
+        watched: ``id`` of a weight of the cut network → its name.
+        work: The refit.
+        dense: The outputs of the dense network's layers.
     """
 
     def __init__(self, watched: Mapping[int, str], work: RefitWork, dense: Answers) -> None:
@@ -194,7 +238,12 @@ class Lockstep(Refitting):
         self.dense = dense
 
     def rows(self, layer: Layer, met: Met) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What the layer is fed, and what the dense network has where its output goes."""
+        """Return the layer's inputs, the dense network's value where the output goes, and the difference to it.
+
+        Args:
+            layer: The layer.
+            met: Its input and output in the cut network.
+        """
         answer, channel = self.dense(layer.name), met.output.dim() + met.dim
         if answer is None:
             return None
@@ -207,25 +256,36 @@ class Lockstep(Refitting):
         return inputs_of(self.work.task.model, layer, met.value, met.dim), target, missing
 
     def put(self, layer: Layer, met: Met) -> None:
-        """Compute the output anew."""
+        """Compute the layer's output again with its refitted weight.
+
+        Args:
+            layer: The layer.
+            met: Its input and output in the cut network.
+        """
         met.output.copy_(met.again())
 
 
 def rows_of(value: Tensor, channel: int, some: Tensor | None = None) -> Tensor:
-    """A tensor as ``[positions, channels]``, in float32 or float64; some of its channels, if asked."""
+    """Reshape a tensor to ``[positions, channels]`` in float32 (float64 stays), with only some channels if asked.
+
+    Args:
+        value: The tensor.
+        channel: The dimension of the channels.
+        some: The indices of the channels to keep; ``None``: all.
+    """
     value = value if some is None else value.index_select(channel, some.to(value.device))
     value = value.movedim(channel, -1).flatten(0, -2)
     return value if value.dtype == torch.float64 else value.float()
 
 
 def inputs_of(model: nn.Module, layer: Layer, value: Tensor, dim: int) -> Tensor:
-    """What a layer contracts with its weight at each position, ``[positions, k]``, in float32 or float64.
+    """Return what a layer multiplies by its weight at each position, ``[positions, k]``, in float32 or float64.
 
     Args:
-        model: The cut network, whose module says how a convolution runs.
-        layer: Which.
-        value: What the layer is fed.
-        dim: Which dimension of that it contracts.
+        model: The cut network, whose module has the kernel size, stride and padding of a convolution.
+        layer: The layer.
+        value: The input of the layer.
+        dim: The dimension of the input that is contracted with the weight, negative: from the end.
     """
     module = model.get_submodule(layer.name.rpartition(".")[0])
     if not isinstance(module, nn.Conv2d):

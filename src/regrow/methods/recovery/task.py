@@ -1,4 +1,4 @@
-"""What a recovery is given: the network before and after a cut, text to learn from, and a file for its progress."""
+"""The input of a recovery: the networks before and after a cut, text to train on, and a file for its progress."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,18 +23,18 @@ FORMAT = "regrow-recovery/1"
 
 @dataclass(frozen=True)
 class RecoveryTask:
-    """A cut network that is to win back what it lost.
+    """A cut network to recover, with the dense network, the cut, and the data to learn from.
 
     Args:
         model: The network after the cut; it is changed in place.
         dense: The network before the cut.
         axes: The axes of the network before the cut.
-        plan: The cut.
-        sources: What to learn from; the last part of each is held out, and judges.
-        seed: Of what is drawn.
-        checkpoint: The file from which an interrupted call goes on; ``None``: it starts again.
-        header: JSON data that goes into the header of that file.
-        progress: Called with (steps done, steps in all, what).
+        plan: The plan of the cut.
+        sources: Text or images; the last part of each source is held out for evaluation.
+        seed: Seed of all random choices.
+        checkpoint: The file from which an interrupted call resumes; ``None``: it starts again.
+        header: Returns JSON data for the header of that file.
+        progress: Called with (steps done, steps in all, what is being done).
     """
 
     model: nn.Module
@@ -48,13 +48,13 @@ class RecoveryTask:
     progress: Progress = silent
 
     def parts(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
-        """The batches of each source to learn from, and those of all sources to judge by; no batch is both.
+        """Return the training batches of each source, and the held-out batches of all sources; no batch is both.
 
         Args:
-            share: What share of each source is held out.
+            share: The fraction of each source that is held out, above 0 and below 1.
 
         Raises:
-            ValueError: If there is no source, or one has a single batch.
+            ValueError: If there is no source, one has a single batch, or ``share`` is out of range.
         """
         if not self.sources:
             raise ValueError("recovery learns from text or images; give at least one source, like --source news")
@@ -68,12 +68,12 @@ class RecoveryTask:
         return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
 
     def write(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
-        """Write how far a closed-form recovery has got.
+        """Write the progress of a closed-form recovery to the checkpoint, if the task has one.
 
         Args:
-            step: Sources or layers done.
-            tensors: What they have made.
-            values: What else must be known, as JSON data.
+            step: The number of sources or layers that are done.
+            tensors: The results so far, by name.
+            values: Further state, as JSON data.
 
         Raises:
             StoreError: If the disk is full or the file cannot be written.
@@ -82,7 +82,7 @@ class RecoveryTask:
             write_tensors(self.checkpoint, tensors, {**self.header(), "step": step, "values": dict(values)}, FORMAT)
 
     def read(self) -> tuple[int, dict[str, Tensor], dict[str, Any]] | None:
-        """What :meth:`write` wrote; ``None`` if there is no checkpoint, or it cannot be used."""
+        """Return the step, tensors and values of the checkpoint; ``None`` if there is none, or it cannot be used."""
         if self.checkpoint is None or not self.checkpoint.is_file():
             return None
         try:
@@ -94,18 +94,26 @@ class RecoveryTask:
 
 
 Recovery = Callable[[RecoveryTask], dict[str, Any]]
-"""Changes a task's network in place, and says as JSON data what it did."""
+"""Changes a task's network in place, and returns a summary as JSON data."""
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network's parameters are."""
+    """Return the device of a network's parameters; the CPU if it has none.
+
+    Args:
+        model: The network.
+    """
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device
 
 
 @contextmanager
 def precise(model: nn.Module) -> Iterator[None]:
-    """A network in float32, if it is in half precision; each tensor goes back to its own precision afterwards."""
+    """Convert a half-precision network to float32 inside the ``with`` block; its own precision returns after it.
+
+    Args:
+        model: The network; changed in place.
+    """
     half = (torch.float16, torch.bfloat16)
     parameters = [(p, p.dtype) for p in model.parameters() if p.dtype in half]
     buffers = [

@@ -8,7 +8,7 @@ strongest baseline is Kronecker-factored Laplace (Ritter et al., NeurIPS 2018): 
 
 A task, for weights W with thresholds t and the entries M that earlier tasks own:
 
-1. train on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W; every step passes the gate;
+1. train on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W; the gate preconditions every step;
 2. in the last ``late`` of its epochs widen every hidden axis that is short of what is free by ``width`` of its first
    size: newborn units read a ``density`` of their inputs, turned (among these) away from what old tasks fed their layer
    and scaled to the spread of the old units on the data at hand, with the sign with which they answer it; nothing reads

@@ -1,4 +1,4 @@
-"""The Kronecker gate: second moments of what layers read and use, and how their steps are preconditioned by it."""
+"""The Kronecker gate: preconditions each layer's steps with Kronecker factors (K-FAC) of the earlier tasks."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,12 +15,12 @@ from regrow.training.learner import Context
 
 
 def add_factors(state: SparseGrowState, context: Context, samples: int) -> SparseGrowState:
-    """Add the factors of the task that ends to those of earlier tasks.
+    """Add the current task's Kronecker factors of every layer to the sums over earlier tasks; return the new state.
 
     Args:
-        state: The state.
-        context: The network at the end of a task.
-        samples: Examples of the task that are used.
+        state: The state of SparseGrow.
+        context: The network and its data at the end of the task.
+        samples: The number of examples on which the factors are estimated.
     """
     read, bias, used = dict(state.read), dict(state.bias), dict(state.used)
     train = context.task.train
@@ -42,16 +42,16 @@ def _add(sums: dict[str, AxisTensor], name: str, values: Tensor, dims: tuple) ->
 
 
 def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> None:
-    """Give new units the mean weight of the others, so that the gate protects what they answer to earlier tasks.
+    """Give new units the mean output importance of the others, so that the gate also protects their weights.
 
     Hidden units that were inactive in all earlier tasks get it too: trained freely, they would become active on earlier
     inputs. Outputs do not: a class that no task has had yet is free. Behind a norm that rescales each group of units by
     itself (GroupNorm), new units are active on earlier inputs, however small their outputs: there their inputs count.
 
     Args:
-        state: The state; changed in place.
+        state: The state of SparseGrow; its factors are changed in place.
         context: The network, just grown.
-        share: How much such inputs count, as a share of the mean.
+        share: The second moment assumed for inputs from new units behind such norms, as a fraction of the mean.
     """
     rescaled = _rescaled_axes(context)
     for name in gated_weights(state, context):
@@ -75,12 +75,12 @@ def _rescaled_axes(context: Context) -> set[str]:
 
 
 def build_gates(state: SparseGrowState, context: Context, strength: float, damping: float = 0.0) -> dict[str, Gate]:
-    """The gate of every layer with factors, A and B + d·I for hidden layers, by name of its weight.
+    """Return the gate of every layer that has Kronecker factors, by name of its weight.
 
     Args:
-        state: The state.
+        state: The state of SparseGrow.
         context: The network; its task's number is the number of tasks over which factors were added up.
-        strength: s of :class:`Gate`.
+        strength: s of :class:`Gate`: the higher, the less a layer may move in directions that earlier tasks used.
         damping: d, beside a mean diagonal of B of 1: how much a hidden unit counts that earlier tasks did not use. B
             describes the earlier weights only: a unit that was inactive has none, and becomes active when trained.
     """
@@ -99,12 +99,22 @@ def build_gates(state: SparseGrowState, context: Context, strength: float, dampi
 
 
 def gated_weights(state: SparseGrowState, context: Context) -> tuple[str, ...]:
-    """The weights whose layers have factors."""
+    """Return the names of the weights whose layers have Kronecker factors.
+
+    Args:
+        state: The state of SparseGrow.
+        context: The network.
+    """
     return tuple(name for name in layers(context.model) if name in state.read)
 
 
 def apply_gates(state: SparseGrowState, context: Context) -> None:
-    """Precondition what the layers' parameters have changed by since the gates were last applied; in place."""
+    """Precondition the change of each gated layer's parameters since the gates were last applied; in place.
+
+    Args:
+        state: The state of SparseGrow, with the gates and the parameters after their last use.
+        context: The network.
+    """
     parameters = context.parameters()
     for name, gate in state.gates.items():
         before = state.last[name]
@@ -116,12 +126,12 @@ def apply_gates(state: SparseGrowState, context: Context) -> None:
 
 
 def silence_new_units(context: Context, gates: Mapping[str, Gate], old: Mapping[str, Tensor]) -> None:
-    """Turn the inputs of new units away from what earlier tasks fed their layers; in place.
+    """Project the input weights of new units away from the inputs that earlier tasks fed their layers; in place.
 
     Args:
         context: The network, just grown.
-        gates: Name of a weight → its gate.
-        old: Name of a weight → which of its rows are not new, ``[m]`` bool.
+        gates: Weight name → its layer's gate.
+        old: Weight name → which of its rows belong to old units, ``[rows]`` bool.
     """
     parameters = context.parameters()
     for name in gates.keys() & old.keys():

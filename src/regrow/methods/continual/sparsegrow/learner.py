@@ -1,4 +1,4 @@
-"""SparseGrow as hooks of the training loop."""
+"""The learner of SparseGrow: thresholds, gates, growth and an optional memory as hooks of the training loop."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +39,11 @@ from regrow.training.learner import (
 
 
 def build(settings: Settings) -> Learner[SparseGrowState]:
-    """The learner."""
+    """Return the learner that trains with SparseGrow.
+
+    Args:
+        settings: Its settings.
+    """
 
     def mask(state: SparseGrowState, context: Context) -> Replacements:
         return _mask(state, context, settings) if context.training else Replacements()

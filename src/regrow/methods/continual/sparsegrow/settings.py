@@ -1,44 +1,47 @@
-"""The settings of SparseGrow."""
+"""The settings of SparseGrow, with the defaults used where its abstracts leave a choice open."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the abstracts leave open.
+    """Settings of SparseGrow: growth, thresholds, the gate that protects earlier tasks, and an optional memory.
 
     Args:
-        grow: ``always``: once in every task, wherever anything is no longer free; ``short``: where what is free runs
-            short; ``never``: not.
-        late: The last share of a task's epochs, at the start of which it grows.
-        short: An axis grows if a smaller share of the weights that make it (``kronecker``: and read it) is free.
-        width: How much it grows by, as a share of its first size.
-        multiple: Numbers of newborn units are multiples of this.
-        cap: How many times its first parameters the network may have.
-        density: The share of their inputs that newborn units read at birth.
-        fit: Whether newborn units are scaled to the spread of the old ones, on data.
-        threshold: ``dst``: one per unit, learning from the loss; ``adaptcl``: one per layer, moved by the penalty
-            alone; ``none``: nothing is left out.
-        alpha: Strength of the penalty Σ exp(−t).
-        young: How many times as strong it is for newborn units, where they have thresholds of their own.
-        gate: ``kronecker``: a layer moves little in directions that old tasks read and used; ``hard``: owned entries
-            do not move; ``block``: nor do free ones that old hidden units read; ``soft``: all move, less the more they
-            mattered; ``none``.
-        strength: Of the gate ``kronecker``.
-        damping: How much a hidden unit counts under it that old tasks did not use, as a share of the mean: moved freely
-            it would wake on what they read.
-        loud: Behind a norm that rescales each group of units (GroupNorm) newborn ones are heard on old inputs, and what
-            reads them counts under it: this share of the mean.
-        samples: Examples of each task that it looks at.
-        every: The gate works on what so many steps changed together, which costs a fraction of its time.
-        silent: Under that gate, newborn units are turned away from what old tasks fed their layer.
+        grow: When axes are widened: ``always``: once in every task, wherever some capacity is used; ``short``: where
+            free capacity runs short; ``never``.
+        late: The fraction of a task's epochs, at its end, that forms the late phase; growth comes at the start of it.
+        short: Under ``grow=short``, an axis grows if less than this fraction of the weights that compute it
+            (``kronecker``: and read it) is free.
+        width: The number of new units of an axis, as a fraction of its initial size.
+        multiple: Numbers of new units are multiples of this.
+        cap: The largest allowed size of the network, as a multiple of its initial parameters, at least 1.
+        density: The fraction of their inputs that new units read at first.
+        fit: Whether new units are scaled to the output spread of the old ones, on data.
+        threshold: ``dst``: one per unit, trained by the loss; ``adaptcl``: one per layer, trained by the penalty alone;
+            ``none``: no weight is masked.
+        alpha: α, the strength of the penalty Σ exp(−t), which raises thresholds.
+        young: The factor on the penalty for new units, where they have thresholds of their own (``dst``).
+        gate: How earlier tasks are protected: ``kronecker``: layers move little in directions that earlier tasks used;
+            ``hard``: owned entries are frozen; ``block``: so are the free entries of hidden units with owned ones;
+            ``soft``: gradients are reduced by importance; ``none``.
+        strength: The strength of the gate ``kronecker``.
+        damping: Under that gate, the importance of a hidden unit that earlier tasks did not use, as a fraction of the
+            mean: trained freely, it could become active on their inputs.
+        loud: Behind a norm that rescales each group of units (GroupNorm), new units are active on earlier inputs; the
+            gate assumes this fraction of the mean second moment for them.
+        samples: The number of examples of each task on which the gate is estimated.
+        every: The gate is applied to the joint change of this many steps, which costs a fraction of its time.
+        silent: Whether, under that gate, new units are projected away from the inputs that earlier tasks fed their
+            layer.
         norms: Running statistics of BatchNorm in later tasks: ``update`` or ``freeze``.
-        memory: How many examples of earlier tasks are kept and learned along; the paper's abstracts name none.
-        relief: With a memory, where classes come one after the other, the gate is this much as strong and leaves the
-            output layer alone: old classes must give way to new ones, and the memory says how far. 1: no relief.
-        own: There, examples at hand are told apart among the classes of their task only (ER-ACE, arXiv 2104.05025).
+        memory: The number of examples of earlier tasks that are stored and replayed; the paper's abstracts name none.
+        relief: With a memory, in class-incremental learning, the factor on the gate's strength, which then leaves the
+            output layer alone: old classes must give way to new ones, and the memory limits how far. 1: no relief.
+        own: With a memory, in class-incremental learning, whether the loss on the current batch is computed over the
+            classes of its task only (ER-ACE, arXiv 2104.05025).
         lr: Learning rate of the thresholds.
-        seed: Of newborn units.
+        seed: Seed of the new units' weights.
     """
 
     grow: str = "always"

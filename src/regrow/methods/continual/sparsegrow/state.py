@@ -1,4 +1,4 @@
-"""What SparseGrow remembers from one step, and one task, to the next."""
+"""The state that SparseGrow carries from step to step and from task to task."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,26 +13,26 @@ from regrow.training.state import derived
 
 @dataclass(frozen=True)
 class SparseGrowState:
-    """The state of SparseGrow; tensors by name of a parameter or a weight.
+    """The state of SparseGrow; tensors are by name of a parameter or a weight.
 
     Args:
         owned: Which entries earlier tasks own.
-        threshold: The thresholds of the weights.
-        importance: Under the gate ``soft``: how much each entry mattered to earlier tasks.
-        old: Which units of a weight are older than the last growth in this task.
-        read: Under the gate ``kronecker``: the second moments of what a layer read in earlier tasks.
-        bias: The same with the constant input of its bias.
-        used: The second moments of the gradients of its outputs.
-        inputs: The inputs in the memory.
-        labels: Their labels.
-        base: The first size of every axis.
-        steps: The number of steps.
-        kept: The mean threshold of a weight, and the share above it, after the last epoch.
-        free: The share of a layer's directions that its gate lets through.
+        threshold: The thresholds t below which entries of a weight are masked.
+        importance: Under the gate ``soft``: the importance of each entry to earlier tasks, 0 to 1.
+        old: Which units of a weight existed before the last growth in this task.
+        read: Under the gate ``kronecker``: the second moments of a layer's inputs in earlier tasks, summed over tasks.
+        bias: The products of these inputs with the constant input of the layer's bias.
+        used: The second moments of the gradients of the layer's outputs.
+        inputs: The inputs in the replay memory.
+        labels: The labels in the replay memory.
+        base: The initial size of every axis.
+        steps: The number of training steps so far.
+        kept: The mean threshold of a weight, and the fraction of its entries above it, after the last epoch.
+        free: The fraction of a layer's directions that its gate lets through.
         seen: The number of examples that were offered to the memory.
-        recalled: The number of times that the memory was read.
+        recalled: The number of times that examples were drawn from the memory.
         frozen: Which entries of a parameter are not trained in this task, and their values.
-        gates: The gate of a weight's layer.
+        gates: The gate of a layer, by name of its weight.
         last: The layer's parameters after the gate was last applied.
     """
 
@@ -57,6 +57,6 @@ class SparseGrowState:
 
     @property
     def memory(self) -> Reservoir:
-        """The memory of examples."""
+        """The replay memory as a reservoir."""
         rows = {"inputs": self.inputs, "labels": self.labels}
         return Reservoir({name: one for name, one in rows.items() if one is not None}, self.seen, self.recalled)

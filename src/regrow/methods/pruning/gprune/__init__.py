@@ -1,4 +1,4 @@
-"""GPrune-LLM: rank units only within modules of similar cross-domain behaviour, and learn the ratio of each module.
+"""GPrune-LLM: rank units only within modules of similar cross-domain behaviour, and learn each module's pruning ratio.
 
 Reconstructed from the abstracts: the paper's formulas could not be obtained, every formula and default here is ours.
 A wrapper around a base metric: (1) measure how far a unit's rank moves between sources; (2) form modules of units with
@@ -32,11 +32,11 @@ CITATION = "Liu et al., GPrune-LLM, 2026, arXiv:2603.13418 (reconstructed from t
 
 
 def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
-    """The method.
+    """Return the GPrune-LLM pruner.
 
     Args:
         settings: Its settings.
-        compare: The loss of a masked network; by default what the settings say.
+        compare: Returns the loss of a masked network; ``None``: a :class:`Comparison` as the settings say.
     """
     return Pruner(
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, scoring.METRICS[BASES[settings.base].metric][1]}),

@@ -1,6 +1,7 @@
-"""A network with part of its modules masked, compared with itself: what allocations are learned and judged by.
+"""Masks over modules of units, and the loss of the masked network against the dense one.
 
-The order in which the units of a module go is fixed; what is cut follows from one share per module.
+GPrune learns and judges allocations by them. The order in which the units of a module are cut is fixed; what is cut
+follows from one pruning ratio per module.
 """
 
 from collections.abc import Mapping
@@ -19,13 +20,14 @@ from regrow.surgery.gate import gate_inputs
 
 @dataclass(frozen=True)
 class Masks:
-    """Fixed orders, in one or more views (by all sources; by all but one).
+    """Fixed orders of the units in their modules, in one view per ranking (by all sources; by all but one).
 
     Args:
-        modules: Axis key → the module of each unit, ``[views, size]`` int64.
-        places: Axis key → the place of each unit in its module, in (0, 1), lowest goes first; ``[views, size]``.
-        fills: Name of a reading weight → what stands in for each dropped input; ``[views, C]``, 0 where not named.
-        width: Over what range of places a module's gradient is felt, ``[modules]``.
+        modules: Axis key → the module number of each unit, ``[views, size]`` int64.
+        places: Axis key → the relative rank of each unit in its module, in (0, 1), lowest cut first, ``[views, size]``.
+        fills: Name of a weight that reads units → the value that replaces each dropped input, ``[views, C]``; 0 for
+            weights without an entry.
+        width: The range of relative ranks around the ratio that has a gradient, ``[modules]``.
     """
 
     modules: Mapping[str, Tensor]
@@ -34,11 +36,21 @@ class Masks:
     width: Tensor
 
     def margins(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
-        """How far above its module's share each unit lies; what is below 0 is cut."""
+        """Return each unit's relative rank minus its module's pruning ratio, by axis key; units below 0 are cut.
+
+        Args:
+            share: The pruning ratio of each module, ``[modules]``.
+            view: Which ranking is used.
+        """
         return {key: place[view] - share[self.modules[key][view]] for key, place in self.places.items()}
 
     def gates(self, share: Tensor, view: int = 0) -> dict[str, Tensor]:
-        """1 for units that stay and 0 for those cut, with a gradient to the shares."""
+        """Return 1 for units that stay and 0 for units that are cut, by axis key, with a gradient to the ratios.
+
+        Args:
+            share: The pruning ratio of each module, ``[modules]``.
+            view: Which ranking is used.
+        """
         return {
             key: soft_step(place[view], share.index_select(0, label), self.width[label]).float()
             for key, place in self.places.items()
@@ -46,11 +58,19 @@ class Masks:
         }
 
     def filled(self, view: int = 0) -> dict[str, Tensor]:
-        """What stands in for dropped inputs."""
+        """Return the values that replace dropped inputs, by name of the weight that reads them.
+
+        Args:
+            view: Which ranking is used.
+        """
         return {name: fill[view] for name, fill in self.fills.items()}
 
     def given(self, kept: Mapping[str, tuple[int, ...]]) -> Tensor:
-        """What share of each module's units (first view) a choice of units gives up, ``[modules]`` float64."""
+        """Return the fraction of each module's units (first view) that a choice of units cuts, ``[modules]`` float64.
+
+        Args:
+            kept: Axis key → the units that stay.
+        """
         labels = torch.cat([label[0] for label in self.modules.values()])
         gone = torch.ones(len(labels), dtype=torch.float64)
         start = 0
@@ -63,11 +83,13 @@ class Masks:
 
 @dataclass
 class Comparison:
-    """The divergence of a masked network from the dense one, whose answers are kept while there is room.
+    """The loss of a masked network against the dense one, whose output probabilities are cached up to a memory limit.
 
     Args:
-        memory: GiB of answers that may be kept.
-        loss: ``kl``: KL(dense ‖ masked) in nats per position; ``cross_entropy``: of the text.
+        memory: GiB of the dense network's probabilities that may be cached.
+        loss: ``kl``: KL(dense ‖ masked) in nats per position; ``cross_entropy``: that of the masked network on the
+            text.
+        kept: The cache: ``id`` of a batch → the batch, the probabilities, and their mean entropy in nats.
     """
 
     memory: float = 3.0
@@ -82,7 +104,14 @@ class Comparison:
         gates: Mapping[str, Tensor],
         fills: Mapping[str, Tensor],
     ) -> Tensor:
-        """The loss on a batch with some gates, as a scalar with a gradient to them.
+        """Return the loss of the masked network on a batch, as a scalar with a gradient to the gates.
+
+        Args:
+            model: The dense network.
+            axes: Its axes.
+            batch: The batch, on any device.
+            gates: Axis key → the mask of its units, ``[size]``.
+            fills: Name of a weight → the values that replace its dropped inputs, ``[C]``.
 
         Raises:
             ValueError: If the loss needs labels and there are none.

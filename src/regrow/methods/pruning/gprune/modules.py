@@ -1,4 +1,4 @@
-"""Stages 1 to 3 of GPrune: how far ranks move between sources, modules of similar units, and the order in each."""
+"""Stages 1 to 3 of GPrune: rank changes between sources, modules of similar units, and the order within each module."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,15 @@ from regrow.scoring.views import View, halves, views
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured: with all sources first, then without each (if they are looked at like that)."""
+    """The scores and ranks of all units, with all sources first, then (under ``cross``) without each source in turn.
+
+    Args:
+        units: The axes that are scored.
+        spaces: The sets of axes whose units are ranked together.
+        views: The scores and ranks, one view per choice of sources.
+        weights_only: The scores of the base metric without activations.
+        halves: Scores from each half of the parts of the sources, to measure noise; ``None`` if there is one part only.
+    """
 
     units: tuple[Axis, ...]
     spaces: tuple[Space, ...]
@@ -33,10 +41,14 @@ class Measurement:
 
 
 def measure(s: Settings, task: PruningTask) -> Measurement:
-    """Score and rank the units with all sources, and without each.
+    """Score and rank the units with all sources and, under ``cross``, without each source in turn.
+
+    Args:
+        s: The settings.
+        task: The network and the measurements.
 
     Raises:
-        ValueError: If there are too few sources, or what was measured is not finite.
+        ValueError: If there are too few sources, or a measurement is not finite.
     """
     units = tuple(scoring.scorable(task.axes, task.units))
     weights, among, sums = scoring.weights_of(task.model), spaces(units), task.evidence.statistics
@@ -51,14 +63,14 @@ def measure(s: Settings, task: PruningTask) -> Measurement:
 def order_modules(
     s: Settings, task: PruningTask, seen: Measurement, modules: Modules, trust: Tensor, among: Sequence[Space]
 ) -> Masks:
-    """The modules and the orders in them, by all sources and without each.
+    """Form the modules and order the units in each, with all sources and without each source in turn.
 
     Args:
-        s: Settings.
-        task: The network.
-        seen: What was measured.
-        modules: The modules by all sources.
-        trust: How far the metric of activations orders each module, ``[modules]``.
+        s: The settings.
+        task: The network and the measurements.
+        seen: The scores and ranks.
+        modules: The modules formed with all sources.
+        trust: The weight of the activation-based metric in the order of each module, 0 to 1, ``[modules]``.
         among: The sets of axes whose units form modules together.
     """
     # A source must not have a say in the modules it is judged by, as far as these have counterparts without it.
@@ -82,7 +94,13 @@ def order_modules(
 
 
 def form_modules(s: Settings, seen: View, among: Sequence[Space]) -> Modules:
-    """Form modules of units with similar sensitivity and score."""
+    """Partition the units into modules of similar sensitivity and score.
+
+    Args:
+        s: The settings, which name the kind of partition.
+        seen: The scores, ranks and sensitivity.
+        among: The sets of axes whose units form modules together.
+    """
     return partition(s.partition, among, seen.scores.values, seen.ranks, seen.spread, bins=s.bins, seed=s.seed)
 
 
@@ -98,7 +116,16 @@ def _other_orders(s: Settings, task: PruningTask, seen: Measurement) -> list[Map
 def findings_of(
     seen: Measurement, among: Sequence[Space], modules: Modules, trusted: Reliability, costs: Tensor, start: Tensor
 ) -> dict[str, Any]:
-    """What the method saw, as tables for the report."""
+    """Return tables for the report: the sources, the spectrum of rank changes, and one row per module.
+
+    Args:
+        seen: The scores and ranks.
+        among: The sets of axes whose units form modules together.
+        modules: The modules.
+        trusted: How reliable the activation-based metric is in each module.
+        costs: The cost of all units of each module, ``[modules]``.
+        start: The pruning ratio of each module where learning starts, ``[modules]``.
+    """
     first = seen.views[0]
     several = next(iter(first.ranks.shards.values())).shape[1] > 1
     rows = modules.table(

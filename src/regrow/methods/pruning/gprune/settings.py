@@ -1,4 +1,4 @@
-"""Settings of GPrune."""
+"""Settings of GPrune-LLM."""
 
 from dataclasses import dataclass
 
@@ -9,43 +9,47 @@ from regrow.scoring.reliability import SWITCHES
 from regrow.scoring.sensitivity import SCALES
 
 STARTS = ("base", "inner", "uniform")
-"""The allocations that learning may start with."""
+"""The allocations from which learning may start."""
 INSTEAD = ("weights", *PATHS, "mean_rank")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of ``gprune``.
+    """Settings of ``gprune``: base metric, partition into modules, learning of the pruning ratios, compensation.
 
     Args:
-        base: The metric and start: ``flap`` (WIFV), ``wanda_sp``, ``llm_pruner`` (Taylor) or ``magnitude``.
-        shards: Into how many parts each source is split, to tell sensitivity from sampling noise.
+        base: The base method, whose metric and allocation are used: ``flap`` (WIFV), ``wanda_sp``, ``llm_pruner``
+            (Taylor) or ``magnitude``.
+        shards: The number of parts into which each source is split, to tell sensitivity from sampling noise.
         rank: ``raw``: sensitivity of percentile ranks; ``probit``: of their normal quantiles.
-        denoise: Take the noise within sources out of the sensitivity.
-        partition: ``thresholds``, ``grid``, ``quantiles``, ``profiles``, ``random`` or ``layer``: see there.
-        bins: How many modules ``quantiles`` and ``profiles`` make of each layer.
-        switch: ``blend``, ``even``, ``unreliable``, ``halves``, ``never``, ``always`` or ``reversed``.
-        switch_most: The largest share of units that ``unreliable`` and ``reversed`` may switch.
-        instead: What orders switched modules: ``peaks`` (peak to peak of a unit's rows), ``norms`` (their norms, as a
-            product), ``weights`` (weight-only factor of the base), ``mean_rank``.
-        cross: Teach and judge each source with the order and the means of the others alone, as if it were a kind that
-            calibration never saw.
-        start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same share of every
-            axis outside the first and last blocks; axes of few units stay whole), ``uniform`` (the same share of every
-            axis), or the ``best`` of these three on held-out text.
+        denoise: Whether the noise within sources is subtracted from the sensitivity.
+        partition: How units are grouped into modules: ``thresholds``, ``grid``, ``quantiles``, ``profiles``, ``random``
+            or ``layer``; see :mod:`regrow.scoring.partition`.
+        bins: The number of modules that ``quantiles`` and ``profiles`` make of each layer.
+        switch: Which modules are ordered without activations: ``blend``, ``even``, ``unreliable``, ``halves``,
+            ``never``, ``always`` or ``reversed``; see :mod:`regrow.scoring.reliability`.
+        switch_most: The largest fraction of units that ``unreliable`` and ``reversed`` may switch.
+        instead: The metric that orders switched modules: ``peaks`` (peak to peak of a unit's rows), ``norms`` (product
+            of the norms of its rows), ``weights`` (the weight-only part of the base metric), ``mean_rank``.
+        cross: Whether each source is trained and judged with the order and the means of the other sources alone, as if
+            it were a text domain that calibration never saw.
+        start: Where learning starts: ``base`` (the base method's own allocation), ``inner`` (the same fraction of every
+            axis outside the first and last blocks; axes of few units are not pruned), ``uniform`` (the same fraction of
+            every axis), or the ``best`` of these three on held-out text.
         steps: Steps of learning; 0 keeps the start.
         windows: Calibration windows per step.
-        every: After how many steps an allocation is evaluated on held-out text.
-        held_out: What share of each source's windows judges and does not teach.
+        every: The number of steps between two evaluations of the allocation on held-out text.
+        held_out: The fraction of each source's windows that is used for evaluation only.
         lr: Learning rate of the modules' logits.
-        width: Over what range of places in a module the gradient is felt; ``width_few``: where small axes are pooled.
-        width_few: As ``width``, for modules of pooled axes.
-        most: The largest share any module may give up while learning.
-        loss: ``kl``: divergence of the dense network's answers from the pruned one's; ``cross_entropy``: of the text.
-        memory: GiB of the dense network's answers that may be kept instead of computed again.
-        compensate: Let the mean of dropped inputs stand in for them; the learner sees it.
-        minimum: How many units every axis keeps at least.
-        seed: Of random partitions, k-means and the order of windows.
+        width: The range of relative ranks in a module, around the pruning ratio, that has a gradient.
+        width_few: As ``width``, for modules of several small axes that are pooled.
+        most: The largest fraction of a module that may be cut while learning.
+        loss: ``kl``: KL divergence of the pruned network's predictions from the dense one's; ``cross_entropy``: of the
+            text.
+        memory: GiB of the dense network's predictions that may be cached instead of computed again.
+        compensate: Whether the mean of dropped inputs is added to biases; the masked network in learning does the same.
+        minimum: The smallest number of units that stay in an axis.
+        seed: Seed of random partitions, of k-means and of the order of windows.
     """
 
     base: str = "flap"

@@ -1,4 +1,4 @@
-"""Stage 4 of GPrune: the share of each module that is cut is learned under the exact budget."""
+"""Stage 4 of GPrune: learn the pruning ratio of each module under the exact budget."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -34,15 +34,15 @@ SECONDS = 120.0
 
 
 def score_units(task: PruningTask, settings: Settings, compare: Comparison | None = None) -> Ranking:
-    """Score units by how far they lie above the learned share of their module.
+    """Learn the pruning ratio of each module, and score units by how far their relative rank lies above it.
 
     Args:
-        task: The network and what was measured.
-        settings: How.
-        compare: The loss of a masked network; by default what the settings say.
+        task: The network and the measurements.
+        settings: The settings of GPrune.
+        compare: Returns the loss of a masked network; ``None``: a :class:`Comparison` as the settings say.
 
     Raises:
-        ValueError: If there are too few sources, or what was measured is not finite.
+        ValueError: If there are too few sources, or a measurement is not finite.
     """
     s, compare = settings, compare or Comparison(settings.memory, settings.loss)
     task.progress(0, 1, "forming modules")
@@ -100,16 +100,16 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
 
 @dataclass(frozen=True, eq=False)
 class ModuleShares:
-    """The share of each module that is cut, as a function of logits.
+    """The pruning ratio of each module as a function of trained logits, and the loss at these ratios.
 
     Args:
-        settings: Settings.
-        task: The network and what was measured.
+        settings: The settings of GPrune.
+        task: The network and the measurements.
         masks: The modules and the order in each.
-        costs: What all units of each module cost, ``[views, modules]``.
-        removed: The cost that has to go.
-        home: The set of axes that each module is of, ``[modules]`` int64.
-        compare: The loss of a masked network.
+        costs: The cost of all units of each module, ``[views, modules]``.
+        removed: The cost that must be removed.
+        home: The number of the set of axes that each module belongs to, ``[modules]`` int64.
+        compare: Returns the loss of a masked network.
     """
 
     settings: Settings
@@ -121,30 +121,45 @@ class ModuleShares:
     compare: Comparison
 
     def tensors(self, share: Tensor, spaces: int) -> Tensors:
-        """The tensors that are trained, at given shares.
+        """Return the trained tensors that give the pruning ratios ``share``.
 
-        What the modules of a layer have in common is trained beside what tells them apart.
+        There is one logit per module, and one more for what the modules of a set of axes have in common.
 
         Args:
-            share: ``[modules]``.
+            share: The pruning ratio of each module, ``[modules]``.
             spaces: The number of sets of axes.
         """
         logits, lr = torch.logit((share / self.settings.most).clamp(0.02, 0.98)), self.settings.lr
         return {"logits": _tensor(logits, lr), "shared": _tensor(logits.new_zeros(spaces), lr)}
 
     def shares(self, tensors: Tensors, view: int = 0) -> Tensor:
-        """The share of each module, ``[modules]``, with a gradient to the tensors."""
+        """Return the pruning ratio of each module, ``[modules]``, with a gradient to the trained tensors.
+
+        Args:
+            tensors: The trained tensors.
+            view: Which ranking of the units is used.
+        """
         logits = tensors["logits"].values + tensors["shared"].values.index_select(0, self.home)
         return ratios(logits, self.costs[view], self.removed, most=self.settings.most)
 
     def loss(self, tensors: Tensors, batch: Batch, view: int) -> Tensor:
-        """The loss of the network with soft masks, as a scalar with a gradient to the tensors."""
+        """Return the loss of the network under soft masks, as a scalar with a gradient to the trained tensors.
+
+        Args:
+            tensors: The trained tensors.
+            batch: The batch.
+            view: Which ranking of the units is used.
+        """
         masks, task = self.masks, self.task
         gates = masks.gates(self.shares(tensors, view), view)
         return self.compare(task.model, task.axes, batch, gates, masks.filled(view))
 
     def held_out_loss(self, share: Tensor) -> float:
-        """The mean loss over sources on held-out windows, cut to the budget just as the plan would be."""
+        """Return the loss on held-out windows, mean over sources, of the network cut exactly to the budget.
+
+        Args:
+            share: The pruning ratio of each module, ``[modules]``.
+        """
         s, task, masks, losses = self.settings, self.task, self.masks, []
         for i, source in enumerate(task.evidence.data.values()):
             view, batches = self._view(i), source.held_out(s.held_out)[1]
@@ -159,25 +174,38 @@ class ModuleShares:
         return sum(losses) / len(losses)
 
     def windows(self, step: int) -> list["Window"]:
-        """The windows of a step."""
+        """Return the windows of text that a training step uses.
+
+        Args:
+            step: The number of the step, from 0.
+        """
         s = self.settings
         sources = [source.held_out(s.held_out)[0] for source in self.task.evidence.data.values()]
         return [Window(batch, self._view(i)) for i, batch in drawn(sources, s.windows, step, s.seed)]
 
     def _view(self, source: int) -> int:
-        """Which orders the windows of a source are looked at with."""
+        """Return the ranking that is used on a source's windows: the one without that source, under ``cross``."""
         return source + 1 if self.settings.cross else 0
 
 
 @dataclass(frozen=True)
 class Window:
-    """A batch, and which orders of units it is looked at with."""
+    """A batch of text, and the ranking of the units under which the network is masked on it.
+
+    Args:
+        batch: The batch.
+        view: The number of the ranking.
+    """
 
     batch: Batch
     view: int
 
     def to(self, device: torch.device) -> "Window":
-        """The same window: the comparison moves batches, since it remembers answers by batch."""
+        """Return the window itself: the comparison moves batches, since it caches predictions by batch.
+
+        Args:
+            device: Ignored.
+        """
         return self
 
 
@@ -229,7 +257,7 @@ def _learn(
 
 
 def _read(task: PruningTask) -> tuple[dict[str, float], TrainState[EarlyStopping] | None]:
-    """Where an earlier call stopped, with the losses of the starts; nothing if no checkpoint can be used."""
+    """Return the losses of the starts and the training state from the checkpoint; ``({}, None)`` if there is none."""
     if task.checkpoint is None or not task.checkpoint.is_file():
         return {}, None
     try:

@@ -1,4 +1,4 @@
-"""The allocations that GPrune's learning may start with."""
+"""The allocations from which GPrune's learning of pruning ratios may start."""
 
 from regrow.allocation import BudgetError, allocation, uniform
 from regrow.methods.pruning.gprune.modules import Measurement
@@ -8,18 +8,18 @@ from regrow.scoring.base import BASES
 from regrow.scoring.spaces import FEW, inner
 
 OUTER = (0.125, 0.0625)
-"""The shares of the blocks at the beginning and at the end that the start ``inner`` leaves whole."""
+"""The fractions of the blocks, at the beginning and at the end, that the start ``inner`` does not prune."""
 
 
 def allocate_start(how: str, s: Settings, task: PruningTask, measured: Measurement) -> Kept:
-    """The units that are kept at the start of learning.
+    """Return the units of every axis that stay at the start of learning.
 
     Args:
-        how: ``base``: as the base method does; ``inner``: the same share of every large axis outside the outer blocks;
-            ``uniform``: the same share of every axis.
-        s: Settings.
-        task: The network.
-        measured: Its units and their scores.
+        how: ``base``: as the base method allocates; ``inner``: the same fraction of every large axis outside the outer
+            blocks; ``uniform``: the same fraction of every axis.
+        s: The settings.
+        task: The network and the budget.
+        measured: The units and their scores.
     """
     base, scores = BASES[s.base], measured.views[0].scores.values
     allocate = allocation(base.allocation) if how == "base" else uniform
