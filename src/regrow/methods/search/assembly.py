@@ -1,4 +1,4 @@
-"""A search method assembled from its parts: the hooks that all methods share, and what a run asks of a method."""
+"""A search method as a record of its parts, with the hooks and log rows that all search methods share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -28,17 +28,17 @@ from regrow.training.learner import Boundary, Context, Event, Learner
 
 @dataclass(frozen=True)
 class Search:
-    """A search method.
+    """A search method: its rules, its hooks of the training loop, and what a run must know to plan stages and memory.
 
     Args:
-        rules: The choices that its parts need.
-        learner: What it adds to training.
-        finalize: (state, context, target) → its next plan after the last epoch.
-        settings: Its settings, as JSON data.
-        needs_epochs: Whether it has to be trained.
-        shrinks: Whether masks remove more and more in training, so that each epoch leaves a network of another size.
-        check: Refuses, with a ``ValueError``, a search that cannot succeed.
-        stage_share: The share of its operations that a part of the network is expected to have after its stage.
+        rules: The method's choices that the shared parts need.
+        learner: The method's hooks of the training loop.
+        finalize: (state, context, target) → the next plan after the last epoch, and the new state.
+        settings: The method's settings, as JSON data.
+        needs_epochs: Whether the search has to be trained.
+        shrinks: Whether masks remove more and more in training, so that the network's size differs after each epoch.
+        check: Raises ``ValueError`` for a search that cannot succeed.
+        stage_share: The fraction of its operations that a part of the network is expected to have after its stage.
         masked: The granularities whose masks need memory in a step.
     """
 
@@ -54,7 +54,14 @@ class Search:
 
 
 def follow_training(rules: Rules, state: SearchState, context: Context, boundary: Boundary) -> SearchState:
-    """The boundary hook that all methods share: begin, follow plans, report epochs."""
+    """Boundary hook shared by all search methods: start the state, let it follow plans, and log epochs and the result.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network and its data.
+        boundary: The event, and the plan that was applied, if any.
+    """
     match boundary.event:
         case Event.TASK_START:
             state = start_search(rules, context)
@@ -72,7 +79,13 @@ def follow_training(rules: Rules, state: SearchState, context: Context, boundary
 
 
 def log_epoch(rules: Rules, state: SearchState, context: Context) -> SearchState:
-    """Log accuracy on the validation part, size, what it may be, and the share of each granularity that is kept."""
+    """Log validation accuracy, current and allowed size, and the kept fraction of each granularity; return the state.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network and its data.
+    """
     masks = rules.masks(state, context, None, False)
     with parametrize(context.model, rules.parametrize(state, replace(context, answered=context.number)).values):
         accuracy = share_right(context.model, context.task.test)
@@ -88,7 +101,13 @@ def log_epoch(rules: Rules, state: SearchState, context: Context) -> SearchState
 
 
 def log_status(rules: Rules, state: SearchState, context: Context) -> None:
-    """Log the stage, and how the last epoch of it ended: size, accuracy, the share of each granularity."""
+    """Log the text shown beside the progress: stage, size, validation accuracy and kept fractions of the last epoch.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network and its data.
+    """
     words = [context.task.name] + [f"stage {state.stage + 1}"] * (len(rules.space.ends) > 1)
     for row in state.history[-1:]:
         if row["stage"] == state.stage:
@@ -99,12 +118,24 @@ def log_status(rules: Rules, state: SearchState, context: Context) -> None:
 
 
 def compute_loss(context: Context, batch: Examples, augment: bool) -> Tensor:
-    """Cross-entropy, of pictures that are moved and mirrored at random if ``augment``."""
+    """Return the cross-entropy on a batch, of randomly shifted and mirrored images if ``augment``.
+
+    Args:
+        context: The network.
+        batch: Images and labels.
+        augment: Whether images are shifted and mirrored at random.
+    """
     return F.cross_entropy(context.logits(shift_and_flip(batch.inputs) if augment else batch.inputs), batch.labels)
 
 
 def log_result(rules: Rules, state: SearchState, context: Context) -> None:
-    """Log what was removed, and the size of what is left, in a row ``levels``."""
+    """Log what each granularity saved and the size that remains, as a row ``levels``.
+
+    Args:
+        rules: The choices of the method.
+        state: The last state of the search.
+        context: The found network.
+    """
     masks = rules.masks(state, context, None, False)
     context.log(
         "levels",

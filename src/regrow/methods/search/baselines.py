@@ -1,4 +1,4 @@
-"""Random baselines of a search: random operations, the same share of every axis, or the smallest weights.
+"""Random baselines of a search: random operations, the same fraction of every axis, or the smallest weights.
 
 A search should do better than these at the same size and with the same training (Li and Talwalkar, arXiv 1902.07638).
 With the ``split`` of what a search removed, they tell whether it matters which units it chose, or only how much of each
@@ -27,17 +27,17 @@ CITATION = "controls; Li, Talwalkar, Random Search and Reproducibility for NAS (
 
 @dataclass(frozen=True)
 class Settings:
-    """Which baseline.
+    """Settings of the random baselines: what is removed, down to which size.
 
     Args:
-        target: What the network may cost.
+        target: The largest allowed size of the found network, in units of ``measure``.
         measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
         what: ``operations``: dropped in random order until the target is met; ``filters``: every axis loses the same
-            share; ``weights``: the smallest are set to 0, for a target in ``nonzero``. Several apply in this order.
-        split: If there are several, the share of the removal that each is responsible for; 1 in all.
-        keep_bare: Whether operations without weights, such as pools, are dropped last.
-        stages: The last part of the network; set by the run.
-        seed: Of the random order.
+            fraction; ``weights``: the smallest are set to 0, for a target in ``nonzero``. Several apply in this order.
+        split: If there are several, the fraction of the removal that each is responsible for; 1 in all.
+        keep_bare: Whether operations without weights, such as pooling, are dropped last.
+        stages: The last part of the network that is used; set by the run.
+        seed: Seed of the random order.
     """
 
     target: float = 0.0
@@ -65,7 +65,12 @@ class Settings:
 
 
 def build(settings: Settings, prices: Prices | None = None) -> Search:
-    """The search method."""
+    """Return the search that removes at random.
+
+    Args:
+        settings: Its settings.
+        prices: The time that weights and operations take, if ``measure`` is ``ms``.
+    """
     s = settings
     space = SearchSpace(s.target, Measure(s.measure), s.what, s.stages[-1:], prices)
     rules = Rules(space, partial(_mask, space), rates=lambda context: (0.02, 0.005))
@@ -92,7 +97,7 @@ def _compute_loss(state: SearchState, context: Context, step: Step) -> Loss:
 
 
 def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
-    """After the last epoch one granularity after the other is masked, and the others are complete."""
+    """After the last epoch one granularity at a time is masked, while the others are complete."""
     if context.epoch == context.epochs:
         space = replace(space, granularities=(space.granularities[state.turn],))
     return mask_by_thresholds(space, False, state, context, flat, learning)
@@ -115,7 +120,7 @@ def _plan(s: Settings, rules: Rules, state: SearchState, context: Context) -> Co
 
 
 def _finalize(s: Settings, rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
-    """Each granularity in turn loses its share of the removal."""
+    """Let each granularity in turn lose its fraction of the removal."""
     for turn in range(state.turn, len(s.what)):
         state = replace(state, turn=turn)
         one = replace(rules, space=replace(rules.space, granularities=(s.what[turn],)))

@@ -1,4 +1,4 @@
-"""The commits of a search: plans that remove what is masked, fit the network to its budget, or restore."""
+"""Commits of a search: plans that remove what is masked, fit the network to its budget, or restore units."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,20 +27,20 @@ from regrow.tasks import Examples
 from regrow.training.learner import Context
 
 Commit = tuple[Plan | None, SearchState]
-"""A plan, and the state of the search after it was made."""
+"""A plan (``None``: no change), and the state of the search after it was made."""
 CommitStep = Callable[[SearchState, Context], Commit]
 
 
 @torch.no_grad()
 def cut_masked(rules: Rules, state: SearchState, context: Context, masks: GateMasks, target: float) -> Commit:
-    """Remove what is masked, as far as the controller allows and the target does not need it.
+    """Plan the removal of what is masked, limited by the controller's allowed size and by what the target needs.
 
     Args:
         rules: The choices of the method.
         state: The state of the search.
         context: The network.
-        masks: What is masked.
-        target: What the whole network may cost at the end.
+        masks: The masks; 0 for what is removed.
+        target: The largest allowed size of the whole network at the end.
     """
     layout, space = state.layout, rules.space
     masks = limit_removal(layout, masks, rules.allowed(state, context, target), rules.fills_with_bare)
@@ -68,13 +68,13 @@ def cut_masked(rules: Rules, state: SearchState, context: Context, masks: GateMa
 
 
 def drop_operations(rules: Rules, state: SearchState, context: Context, ops: Tensor) -> Commit:
-    """Drop operations that are kept so far, which changes the network's outputs.
+    """Plan to drop operations that the masks still keep, which changes the network's outputs.
 
     Args:
         rules: The choices of the method.
         state: The state of the search.
         context: The network.
-        ops: The mask of those that remain, ``[operations]``.
+        ops: The mask of the operations that remain, ``[operations]``.
     """
     masks = replace(rules.masks(state, context, None, False), ops=ops)
     drop, _ = select_removed(state.layout, masks, context.axes)
@@ -87,9 +87,15 @@ def drop_operations(rules: Rules, state: SearchState, context: Context, ops: Ten
 
 
 def fit_to_budget(rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
-    """Remove what is masked and, least important first, as much more as the target requires.
+    """Plan the removal of what is masked and, least important first, of as much more as the target requires.
 
-    Candidates of which one is to remain lose all others afterwards.
+    Of candidates marked as exclusive, all but one are dropped afterwards.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+        target: The largest allowed size of the network.
 
     Raises:
         ValueError: If the target cannot be reached.
@@ -107,7 +113,13 @@ def fit_to_budget(rules: Rules, state: SearchState, context: Context, target: fl
 
 
 def keep_single(rules: Rules, state: SearchState, context: Context) -> Commit:
-    """Where one operation is to remain of several, drop all but the most important one."""
+    """Plan to drop all but the most important of candidates of which only one may remain.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+    """
     sets, layout, alpha = single_in(context.model), state.layout, state.alpha.values.detach()
     if not sets:
         return None, state
@@ -124,15 +136,15 @@ def keep_single(rules: Rules, state: SearchState, context: Context) -> Commit:
 def select_lowest(
     rules: Rules, state: SearchState, context: Context, low: float, high: float, each: int
 ) -> tuple[Tensor, int]:
-    """The operations that remain after those with the lowest shares of their node have been dropped.
+    """Select the operations that remain after those with the smallest fraction of their node's importance are dropped.
 
     Args:
         rules: The choices of the method.
         state: The state of the search.
         context: The network.
-        low: All with at most this share are dropped,
-        high: and none above this.
-        each: Of those between so many.
+        low: All operations with at most this fraction are dropped.
+        high: No operation with a larger fraction is dropped.
+        each: The largest number of decisions on operations between ``low`` and ``high``.
 
     Returns:
         The mask of those that remain, ``[operations]``, and how many decisions were made; operations that are tied are
@@ -159,7 +171,13 @@ def select_lowest(
 
 
 def revive_operations(share: float, state: SearchState, context: Context) -> Commit:
-    """Restore a share of the operations that were dropped in this stage, drawn as MG-DARTS draws them."""
+    """Plan to restore a fraction of the operations dropped in this stage, sampled as MG-DARTS samples them.
+
+    Args:
+        share: The fraction of the dropped operations that is restored.
+        state: The state of the search.
+        context: The network.
+    """
     layout, many = state.layout, int(share * len(state.dropped))
     dead = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and not a]
     alive = [p for p, a, r in zip(layout.ops, layout.alive, layout.runs, strict=True) if r and a]
@@ -171,7 +189,14 @@ def revive_operations(share: float, state: SearchState, context: Context) -> Com
 
 
 def restore_filters(rules: Rules, share: float, state: SearchState, context: Context) -> Commit:
-    """Restore a share of the filters that were cut in this stage: those whose scale has the largest gradient."""
+    """Plan to restore a fraction of the filters cut in this stage: those whose scale has the largest gradient.
+
+    Args:
+        rules: The choices of the method.
+        share: The fraction of the cut filters that is restored.
+        state: The state of the search.
+        context: The network, and the store of what was removed.
+    """
     stored = context.undo.restorable if context.undo else {}
     there = {key: stored.get(key, ()) for key in state.layout.levels.axes}
     cut_here = {key: [one for one in ids if one in there.get(key, ())] for key, ids in state.cut.items()}
@@ -186,7 +211,14 @@ def restore_filters(rules: Rules, share: float, state: SearchState, context: Con
 
 
 def release_weights(rules: Rules, share: float, state: SearchState, context: Context) -> SearchState:
-    """The state in which a share of the weights that were 0 for good may change again: those of largest gradient."""
+    """Return the state in which a fraction of the zeroed weights may train again: those with the largest gradient.
+
+    Args:
+        rules: The choices of the method.
+        share: The fraction of the weights fixed at 0 that is released.
+        state: The state of the search.
+        context: The network.
+    """
     zero = state.zero_mask
     if not (many := int(share * int(zero.sum()))):
         return state
@@ -199,7 +231,12 @@ def release_weights(rules: Rules, share: float, state: SearchState, context: Con
 
 
 def reset_modules(context: Context, paths: Sequence[str]) -> None:
-    """Re-initialise modules at random."""
+    """Re-initialise modules at random, in place.
+
+    Args:
+        context: The network, and the seed.
+        paths: The paths of the modules.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(context.generator(context.epoch, 9).initial_seed() % 2**63)
         for path in paths:
@@ -209,13 +246,24 @@ def reset_modules(context: Context, paths: Sequence[str]) -> None:
 
 
 def take_examples(context: Context) -> Examples:
-    """As many examples as a step has; more could need more memory."""
+    """Return a batch of as many training examples as a step has; more could need more memory.
+
+    Args:
+        context: The training data and the seed.
+    """
     many = -(-len(context.task.train) // context.steps)
     return next(context.task.train.batches(many, seed=context.generator(context.epoch, 8).initial_seed()))
 
 
 def account_plan(rules: Rules, state: SearchState, context: Context, plan: Plan) -> SearchState:
-    """The state after a plan: its layout, and what operations and filters have saved by now."""
+    """Return the state after a plan: its new layout, and the savings of operations and filters so far.
+
+    Args:
+        rules: The choices of the method.
+        state: The state before.
+        context: The network after the plan.
+        plan: The plan.
+    """
     before, now = state.whole, measure_whole(rules.space, state.axes, context)
     if plan.back:
         operations = before - now

@@ -1,4 +1,4 @@
-"""The controller of a search: how small the network must be by now, and how strongly the loss presses for it."""
+"""The controller of MGAS: the allowed size at each step, and the strength of the penalties that enforce it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,17 +19,18 @@ from regrow.training.learner import Context, Loss, Step
 
 @dataclass(frozen=True)
 class Controller:
-    """How MGAS makes a network smaller.
+    """The controller of MGAS, which makes a network smaller by one of three rules.
 
     Args:
-        kind: ``dual``: the weight μ of the size follows its excess; ``feedback``: the weight λ of the regulariser
-            follows the number of dropped operations; ``ratios``: each granularity keeps a given share.
-        stages: When masks are trained.
-        shares: Under ``ratios``: granularity → the share that it keeps.
+        kind: ``dual``: the weight μ of the size in the loss follows the excess over the allowed size; ``feedback``: the
+            weight λ of the regulariser follows the number of dropped operations; ``ratios``: each granularity keeps a
+            given fraction.
+        stages: When masks are trained and the network is cut.
+        shares: Under ``ratios``: granularity → the fraction that it keeps.
         gain: How fast μ follows the excess.
-        floor: Operations count at least so much in the size, as a share of the mean cost in their node; 0: what they
-            cost.
-        thins: Whether the regulariser presses for few operations per node, and not for high thresholds.
+        floor: The least cost at which an operation counts in the size, as a fraction of the mean cost in its node; 0:
+            operations count at their cost.
+        thins: Whether the regulariser favours few operations per node, and not high thresholds.
     """
 
     kind: str
@@ -40,7 +41,13 @@ class Controller:
     thins: bool
 
     def allow(self, state: SearchState, context: Context, target: float) -> float:
-        """What the trained part may cost now: from its first size to the stage's goal, evenly in logarithms."""
+        """Return the allowed size of the trained part now: from its initial size to the stage's goal, log-linearly.
+
+        Args:
+            state: The state of the search.
+            context: The network and the progress of training.
+            target: The target of the whole search; not used, since the state holds the stage's goal.
+        """
         if self.kind == "ratios" and context.epoch < context.epochs:
             return 0.0  # the given share of each granularity is removed, whatever size that leaves
         if self.kind == "feedback":
@@ -50,11 +57,11 @@ class Controller:
 
 @dataclass(frozen=True)
 class Pressure:
-    """What a controller measures in a step.
+    """The measurements of a controller in one step.
 
     Args:
         losses: Cross-entropy and regulariser.
-        excess: The share by which the network is too large.
+        excess: Size over allowed size, minus 1.
     """
 
     losses: tuple[float, float] = (0.0, 0.0)
@@ -62,13 +69,13 @@ class Pressure:
 
 
 def add_pressure(controller: Controller, state: SearchState, context: Context, step: Step, plain: Tensor) -> Loss:
-    """Cross-entropy, μ ((size + lifted) / allowed − 1) and λ times the regulariser; what they are, as ``aux``.
+    """Return cross-entropy + μ ((size + lifted) / allowed − 1) + λ · regulariser, with a :class:`Pressure` as ``aux``.
 
     Args:
-        controller: Which of them apply.
-        state: Holds μ and λ.
+        controller: Says which of these terms apply.
+        state: The state of the search, with μ and λ.
         context: The network.
-        step: With masks as :attr:`Replacements.aux`.
+        step: The step, with masks as :attr:`Replacements.aux`.
         plain: The cross-entropy.
     """
     loss, masks, excess, layout = plain, step.replaced.aux, 0.0, state.layout
@@ -94,7 +101,14 @@ def add_pressure(controller: Controller, state: SearchState, context: Context, s
 
 @torch.no_grad()
 def follow_step(controller: Controller, state: SearchState, context: Context, step: Step) -> SearchState:
-    """Keep thresholds in their ranges, and those of earlier stages at 0 where these are not pruned; update μ."""
+    """Clamp thresholds (to 0 in earlier stages that are not pruned again) and update μ after a step; return the state.
+
+    Args:
+        controller: The controller.
+        state: The state of the search.
+        context: The network and the progress of training.
+        step: The step, with a :class:`Pressure` as ``aux``.
+    """
     for one, most in zip(state.thresholds, (0.99, 0.99, 2.0), strict=True):
         one.values.clamp_(0, most)
     if state.earlier:
@@ -110,12 +124,12 @@ def follow_step(controller: Controller, state: SearchState, context: Context, st
 
 
 def lift_cheap_operations(state: SearchState, masks: GateMasks, floor: float) -> Tensor:
-    """By how much operations that are kept cost less than a floor, with the gradients of their masks, a scalar.
+    """Return by how much kept operations cost less than ``floor``, in total; a scalar with their masks' gradients.
 
     Args:
         state: The state of the search.
-        masks: With gradients.
-        floor: As a share of the mean cost of operations with weights in the same node.
+        masks: The masks, with gradients.
+        floor: The least cost, as a fraction of the mean cost of operations with weights in the same node.
     """
     layout = state.layout
     if layout.levels.timed or not floor:
@@ -125,17 +139,17 @@ def lift_cheap_operations(state: SearchState, masks: GateMasks, floor: float) ->
 
 
 def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int = 48, factor: int = 4) -> SearchState:
-    """The state with λ after a commit, as the controllers of MG-DARTS and, with other numbers, GOLD-NAS change it.
+    """Return the state with λ changed after a commit, as in MG-DARTS and, with other numbers, GOLD-NAS.
 
     With ``many`` dropped operations or more λ is halved and its step starts anew. With fewer than ``few`` it rises by
     ``factor`` times its last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
 
     Args:
-        state: λ, its step and cap, and the losses of the last epoch.
-        dropped: How many operations the commit drops.
-        few: So many are enough.
-        many: So many are too many.
-        factor: By how much the step grows.
+        state: The state, with λ, its step and cap, and the losses of the last epoch.
+        dropped: The number of operations that the commit drops.
+        few: λ rises if fewer operations than this were dropped.
+        many: λ is halved if at least this many operations were dropped.
+        factor: The factor by which the step of λ grows.
     """
     plain, regularizer = state.losses
     state = replace(state, penalty_cap=state.penalty if plain < regularizer else state.penalty_cap)
@@ -148,12 +162,24 @@ def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int 
 
 
 def add_losses(state: SearchState, losses: tuple[float, float]) -> SearchState:
-    """The state with the cross-entropy and the regulariser of one more step in its sums."""
+    """Return the state with the cross-entropy and the regulariser of one more step added to its sums.
+
+    Args:
+        state: The state of the search.
+        losses: Cross-entropy and regulariser of the step.
+    """
     return replace(state, losses=(state.losses[0] + losses[0], state.losses[1] + losses[1]))
 
 
 def set_thresholds(controller: Controller, masks: MaskRule, state: SearchState, context: Context) -> None:
-    """Under ``ratios``, set thresholds, in place, at which each granularity keeps the share that is due by now."""
+    """Under ``ratios``, set thresholds, in place, at which each granularity keeps the fraction scheduled by now.
+
+    Args:
+        controller: The controller; others than ``ratios`` change nothing.
+        masks: How importances and thresholds become masks.
+        state: The state of the search.
+        context: The network.
+    """
     if controller.kind != "ratios":
         return
     layout, progress = state.layout, controller.stages.progress(state, context)
@@ -172,7 +198,13 @@ def set_thresholds(controller: Controller, masks: MaskRule, state: SearchState, 
 
 
 def slow_filters(controller: Controller, state: SearchState, pace: float) -> SearchState:
-    """The state in which thresholds of filters are trained more slowly, if the regulariser presses on some node."""
+    """Return the state in which filter thresholds have a lower learning rate, if the regulariser acts on some node.
+
+    Args:
+        controller: The controller.
+        state: The state of the search.
+        pace: The factor on the learning rate.
+    """
     if not controller.thins or bool(state.layout.single.all()) or state.filter_thresholds.lr is None:
         return state
     slow = pace * state.filter_thresholds.lr
@@ -180,7 +212,14 @@ def slow_filters(controller: Controller, state: SearchState, pace: float) -> Sea
 
 
 def cut_due(controller: Controller, rules: Rules, state: SearchState, context: Context) -> Commit:
-    """Cut what is masked; under ``feedback`` λ follows the number of operations."""
+    """Plan the removal of what is masked, and update λ under ``feedback``.
+
+    Args:
+        controller: The controller.
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+    """
     before = len(state.dropped)
     set_thresholds(controller, rules.masks, state, context)
     masks = rules.masks(state, context, None, False)
@@ -189,6 +228,14 @@ def cut_due(controller: Controller, rules: Rules, state: SearchState, context: C
 
 
 def fit_due(controller: Controller, rules: Rules, state: SearchState, context: Context, target: float) -> Commit:
-    """Cut what is masked, and what the target requires."""
+    """Plan the removal of what is masked, and of what the target requires besides.
+
+    Args:
+        controller: The controller.
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+        target: The largest allowed size of the network.
+    """
     set_thresholds(controller, rules.masks, state, context)
     return fit_to_budget(rules, state, context, target)

@@ -17,7 +17,7 @@ channel in so many, and the others bypass them. These three are PC-DARTS (Xu et 
 and time of the whole network, and the found network has weights that were not trained.
 
 Where we differ: every cell has its own α, unless ``shared``; there is no operation "none", only its logit; BatchNorms
-are affine; and the learning rate of α is a share of the steps, equal to the authors' at their 50 epochs.
+are affine; and the learning rate of α is divided by the number of steps; it equals the authors' at their 50 epochs.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -53,21 +53,21 @@ CITATION = (
 
 @dataclass(frozen=True)
 class Settings:
-    """How α is learned.
+    """Settings of DARTS and PC-DARTS: target size, and how the architecture parameters α are trained.
 
     Args:
-        target: What the network may cost at the end.
+        target: The largest allowed size of the found network, in units of ``measure``.
         measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
-        stages: The last part of the network; set by the run.
-        shared: One α for all normal cells and one for all reducing ones, as the authors have it.
-        lr: The rate of α times the number of steps; the authors' 3e-4 for 50 epochs of 391 steps is 5.9, and
+        stages: The last part of the network that is used; set by the run.
+        shared: Whether all normal cells share one α and all reduction cells another, as in the paper.
+        lr: The learning rate of α times the number of steps; the authors' 3e-4 for 50 epochs of 391 steps is 5.9, and
             PC-DARTS's 6e-4 for 50 epochs of 98 steps 2.9.
-        edges: Whether edges have weights, β.
-        warm: The share of the epochs, at the start, in which α and β are not trained; PC-DARTS's 15 of 50 are 0.3.
-        partial: Operations read and change one channel in so many during the search; PC-DARTS's is 4. 1: all.
+        edges: Whether edges have weights, β (PC-DARTS).
+        warm: The fraction of the epochs, at the start, in which α and β are not trained; PC-DARTS's 15 of 50 are 0.3.
+        partial: Operations read and change one in this many channels during the search (PC-DARTS: 4); 1: all channels.
         decay: Weight decay of α and β.
-        clip: The largest norm of the gradient of the network's parameters.
-        augment: Whether pictures are moved and mirrored.
+        clip: The largest norm of the gradient of the network's parameters; larger ones are scaled down to it.
+        augment: Whether images are shifted and mirrored at random.
     """
 
     target: float = 0.0
@@ -91,7 +91,12 @@ class Settings:
 
 
 def build(settings: Settings, prices: Prices | None = None) -> Search:
-    """The search method."""
+    """Return the DARTS search.
+
+    Args:
+        settings: Its settings.
+        prices: The time that weights and operations take, if ``measure`` is ``ms``.
+    """
     s = settings
     space = SearchSpace(
         s.target, Measure(s.measure), ("filters",), s.stages[-1:], prices, removable=("operations", "filters")

@@ -6,7 +6,7 @@ the N operations that flow into its node, α and weights learn from the same exa
 
     cross-entropy + λ Σ (1 + μ cost / mean cost) log(1 + N a / Σ a).
 
-After each epoch all operations are dropped whose share a / Σ a is at most ``low``, and of those whose share is at most
+After each epoch all operations are dropped whose fraction a / Σ a is at most ``low``, and of those where it is at most
 ``high`` the ``each`` lowest. If fewer were dropped, λ grows, by steps that double; if twice as many were, it is halved.
 The last operation of a node, or of what reads an input of its cell, stays; tied operations count as one.
 
@@ -38,21 +38,21 @@ CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.
 
 @dataclass(frozen=True)
 class Settings:
-    """How operations are dropped.
+    """Settings of the GOLD-NAS-like search: target size, and how operations are dropped.
 
     Args:
-        target: What the network may cost at the end.
+        target: The largest allowed size of the found network, in units of ``measure``.
         measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
-        stages: The last part of the network; set by the run.
-        warm: Epochs at the start in which only weights are trained.
-        low: Every operation is dropped whose share of its node is at most this.
-        high: None is dropped whose share is above this.
-        each: How many of those between are dropped after an epoch; the authors' is 4. 0: as many as would be all of
-            them by the last epoch.
-        price: μ, how much stronger the regulariser is for an operation that costs more.
-        lr: Of α: how far it could move in all epochs.
-        clip: The largest norm of the gradient of the network's parameters.
-        augment: Whether pictures are moved and mirrored.
+        stages: The last part of the network that is used; set by the run.
+        warm: The number of epochs at the start in which only weights are trained.
+        low: Every operation is dropped whose fraction of its node's importance is at most this.
+        high: No operation is dropped whose fraction of its node's importance is above this.
+        each: How many of the operations between are dropped after an epoch (the authors: 4); 0: as many as would drop
+            all of them by the last epoch.
+        price: μ, how much stronger the regulariser is for operations that cost more.
+        lr: The learning rate of α times the number of steps in which it is trained: how far α can move.
+        clip: The largest norm of the gradient of the network's parameters; larger ones are scaled down to it.
+        augment: Whether images are shifted and mirrored at random.
     """
 
     target: float = 0.0
@@ -81,7 +81,12 @@ class Settings:
 
 
 def build(settings: Settings, prices: Prices | None = None) -> Search:
-    """The search method."""
+    """Return the GOLD-NAS-like search.
+
+    Args:
+        settings: Its settings.
+        prices: The time that weights and operations take, if ``measure`` is ``ms``.
+    """
     s = settings
     space = SearchSpace(s.target, Measure(s.measure), ("operations",), s.stages[-1:], prices)
     rules = Rules(

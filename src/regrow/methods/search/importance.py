@@ -1,4 +1,4 @@
-"""The importance of operations, filters and weights, and the masks that follow from it."""
+"""The importance of operations, filters and weights in a search, and the masks that follow from it."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -41,15 +41,15 @@ def mask_by_thresholds(
     flat: Tensor | None,
     learning: bool,
 ) -> GateMasks:
-    """The masks of what is at least as important as its threshold: σ(α), σ(κ) and |w| as a multiple of its mean.
+    """Return masks that keep what is at least as important as its threshold: σ(α), σ(κ), and |w| over its mean.
 
     Args:
-        space: What may be removed.
+        space: What the search may remove.
         trains_thresholds: Whether masks have gradients for thresholds, not only for α and κ.
-        state: Importances and thresholds.
+        state: The importances and thresholds.
         context: The network.
-        flat: All weights, ``[weights]``; read from the network if ``None``.
-        learning: Whether masks have gradients.
+        flat: All weights, ``[weights]``; ``None``: they are read from the network.
+        learning: Whether masks have gradients at all.
     """
     layout, searched = state.layout, space.granularities
     flat = layout.levels.flat(context.parameters()) if flat is None else flat
@@ -67,37 +67,66 @@ def mask_by_thresholds(
 
 
 def scale_by_importance(masks: GateMasks, state: SearchState, learning: bool) -> GateMasks:
-    """GateMasks under which operations are scaled by 2 σ(α) and nothing has a gradient for thresholds."""
+    """Return masks under which operations are scaled by 2 σ(α), without gradients for thresholds.
+
+    Args:
+        masks: The masks.
+        state: The state of the search.
+        learning: Whether the scales have gradients for α.
+    """
     alpha = state.alpha.values if learning else state.alpha.values.detach()
     share = alpha.sigmoid().index_select(0, state.layout.tied)
     return replace(masks, ops=masks.ops.detach(), op_scale=2 * share * masks.ops.detach())
 
 
 def measure_relative(state: SearchState, context: Context, masks: GateMasks) -> Tensor:
-    """|w| as a multiple of the mean |w| of what is kept of its tensor, ``[weights]``."""
+    """Return |w| divided by the mean |w| of what is kept of its tensor, ``[weights]``.
+
+    Args:
+        state: The state of the search.
+        context: The network.
+        masks: Which operations and filters are kept.
+    """
     levels = state.layout.levels
     return levels.relative(levels.flat(context.parameters()), levels.standing(masks.ops, masks.filters))
 
 
 def weigh_operations(state: SearchState) -> Tensor:
-    """The softmax weight of each operation on its edge, times that of the edge if edges have one, ``[operations]``."""
+    """Return the softmax weight of each operation on its edge, times the edge's weight if it has one, ``[operations]``.
+
+    Args:
+        state: The state of the search.
+    """
     return state.edges.share(state.alpha.values, None if state.beta is None else state.beta.values)
 
 
 def weigh_edges(state: SearchState, like: Tensor) -> list[Tensor]:
-    """Per node the weights of the edges into it; 1 where edges have none."""
+    """Return the weights of the edges into each node, one tensor per node; 1 where edges have no weights.
+
+    Args:
+        state: The state of the search.
+        like: A tensor that gives device and dtype.
+    """
     edges = state.edges
     weight = like.new_ones(len(edges.node)) if state.beta is None else edges.between(state.beta.values)
     return [weight[edges.node == node] for node in range(int(edges.node.max()) + 1)]
 
 
 def choose_operations(state: SearchState) -> Tensor:
-    """Per node the best operation of each of its two best edges, ``[operations]`` bool."""
+    """Return DARTS's final choice as a mask: per node the best operation of its two best edges, ``[operations]`` bool.
+
+    Args:
+        state: The state of the search.
+    """
     return select_operations(weigh_operations(state).detach(), state.edges.edge, state.layout.node)
 
 
 def rank_evenly(state: SearchState) -> SearchState:
-    """The state in which a filter is as important as its place in its axis, so that all axes lose the same share."""
+    """Return the state in which a filter's importance is its place in its axis, so all axes lose the same fraction.
+
+    Args:
+        state: The state of the search.
+    """
 
     def rank(n: int) -> Tensor:
         return torch.logit((torch.arange(n, 0, -1) - 0.5) / n)
@@ -106,15 +135,15 @@ def rank_evenly(state: SearchState) -> SearchState:
 
 
 def differentiate_weights(rules: Rules, state: SearchState, context: Context, batch: Examples) -> Tensor:
-    """∂ loss / ∂ the masked weights, ``[weights]``; the network is left in evaluation mode.
+    """Return ∂ loss / ∂ the masked weights, ``[weights]``; the network is left in evaluation mode.
 
     In that mode nothing is recomputed, so an eighth of the examples is used at a time.
 
     Args:
-        rules: Gives the masks.
+        rules: The choices of the method, which give the masks.
         state: The state of the search.
         context: The network.
-        batch: What the loss is computed on.
+        batch: The examples on which the loss is computed.
     """
     values = mask_parameters(rules, state, replace(context, answered=context.number)).values
     levels = state.layout.levels
@@ -133,20 +162,20 @@ def differentiate_weights(rules: Rules, state: SearchState, context: Context, ba
 def score_cut_filters(
     rules: Rules, state: SearchState, context: Context, cut: Mapping[str, Sequence[int]], batch: Examples
 ) -> list[tuple[float, str, int]]:
-    """How much the loss would change if a filter came back: |∂ loss / ∂ g|, g = 0 the scale of what reads it.
+    """Score cut filters by how much the loss would change if they came back: |∂ loss / ∂ g| at g = 0.
 
-    A copy of the network has all of them back at this scale, so its outputs are those of the network when a stage
-    begins: with thresholds at 0.
+    g scales what reads the filter. All of them are restored at this scale in a copy of the network, so that its outputs
+    are those of the network at the start of a stage, with thresholds at 0.
 
     Args:
-        rules: Gives the masks.
+        rules: The choices of the method, which give the masks.
         state: The state of the search.
-        context: The network, and what can be restored.
-        cut: Axis → ids of filters that can be restored.
-        batch: What the loss is computed on.
+        context: The network, and the store of what was removed.
+        cut: Axis key → the ids of the filters that can be restored.
+        batch: The examples on which the loss is computed.
 
     Returns:
-        Per filter its score, its axis and its unit id.
+        Per filter its score, its axis key and its unit id.
     """
     plan = Plan.restoring(context.axes, cut)
     with run_whole(context.model):
@@ -169,21 +198,25 @@ def score_cut_filters(
 
 
 def copy_state(state: SearchState) -> SearchState:
-    """The state with copies of its tensors, which can be changed in place."""
+    """Return the state with copies of its tensors, which can be changed in place.
+
+    Args:
+        state: The state of the search.
+    """
     tensors = axis_tensors(state).items()
     return with_axis_tensors(state, {name: replace(one, values=one.values.detach().clone()) for name, one in tensors})
 
 
 def find_edges(context: Context, shared: bool, cells: bool) -> Edges:
-    """Where operations lie on edges.
+    """Return which edge of a cell each operation lies on, and which operations share α.
 
     Args:
         context: The network.
         shared: Whether cells of one kind share α and β.
-        cells: Whether the network must be one of cells.
+        cells: Whether a network that is not made of cells is an error.
 
     Raises:
-        ValueError: If it is not, or has no candidates.
+        ValueError: If the network is not made of cells (under ``cells``), or has no candidates.
     """
     if cells and not isinstance(context.model, Cells):
         raise ValueError("shared and partial need a network of cells, and this is none; use a space cells:…")
@@ -191,12 +224,24 @@ def find_edges(context: Context, shared: bool, cells: bool) -> Edges:
 
 
 def draw_importance(context: Context, n: int, lr: float, purpose: int) -> AxisTensor:
-    """Small random importances: at first all operations of an edge weigh about the same."""
+    """Return small random importances, so that at first all operations of an edge have about the same weight.
+
+    Args:
+        context: Gives the seed.
+        n: The number of importances.
+        lr: Their learning rate.
+        purpose: A number that tells random streams apart.
+    """
     return AxisTensor(1e-3 * torch.randn(n, generator=context.generator(purpose)), (n,), lr)
 
 
 def scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
-    """The scales of candidates; notes the weights of edges, too, for the channels that bypass operations."""
+    """Return the scale of each candidate by name, and store the edges' weights for channels that bypass operations.
+
+    Args:
+        state: The state of the search; its ``edge_weights`` are changed in place.
+        context: The network.
+    """
     share = weigh_operations(state) * state.layout.alive
     state.edge_weights[:] = weigh_edges(state, share)
     return scale_candidates(context, share, keep=False)
@@ -204,17 +249,22 @@ def scale_by_softmax(state: SearchState, context: Context) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def replace_scales(state: SearchState, context: Context) -> Replacements:
-    """Scales without gradients for α: these examples train the weights."""
-    return Replacements(scale_by_softmax(state, context))
-
-
-def set_importance_gradients(state: SearchState, context: Context, loss: Callable[[], Tensor], decay: float) -> None:
-    """Set the gradients of α and β to those of a loss; the network and its running statistics stay as they are.
+    """Return the candidates' scales without gradients for α, for the examples that train the weights.
 
     Args:
         state: The state of the search.
         context: The network.
-        loss: Runs the network.
+    """
+    return Replacements(scale_by_softmax(state, context))
+
+
+def set_importance_gradients(state: SearchState, context: Context, loss: Callable[[], Tensor], decay: float) -> None:
+    """Set the gradients of α and β to those of a loss; parameters and running statistics do not change.
+
+    Args:
+        state: The state of the search.
+        context: The network.
+        loss: Runs the network and returns a scalar.
         decay: Weight decay of α and β.
     """
     learned = [one.values for one in (state.alpha, state.beta) if one is not None]
@@ -229,18 +279,31 @@ def set_importance_gradients(state: SearchState, context: Context, loss: Callabl
 
 
 def measure_skips(state: SearchState, masks: GateMasks) -> dict[str, float]:
-    """The kept shares, and the share of skips among the operations that would be chosen; near 1 DARTS has collapsed."""
+    """Return the kept fractions, and the fraction of skips among the chosen operations; near 1 DARTS has collapsed.
+
+    Args:
+        state: The state of the search.
+        masks: The masks.
+    """
     chosen = [path for path, here in zip(state.layout.ops, choose_operations(state), strict=True) if here]
     skips = sum(path.rpartition(".")[2].startswith("skip") for path in chosen)
     return measure_shares(state, masks) | {"skips": skips / max(1, len(chosen))}
 
 
 def start_drift(state: SearchState) -> SearchState:
-    """The state with a smoothed gradient of α, 0 at first."""
+    """Return the state with a smoothed gradient of α, 0 at first.
+
+    Args:
+        state: The state of the search.
+    """
     return replace(state, drift=AxisTensor(torch.zeros_like(state.alpha.values), state.alpha.dims))
 
 
 def smooth_gradient(state: SearchState) -> None:
-    """Add the gradient of α to the smoothed one, in place."""
+    """Add the gradient of α to the smoothed gradient (factor 0.9 on earlier steps), in place.
+
+    Args:
+        state: The state of the search.
+    """
     if (gradient := state.alpha.values.grad) is not None and state.drift is not None:
         state.drift.values.mul_(0.9).add_(gradient)

@@ -48,35 +48,39 @@ CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from a
 
 @dataclass(frozen=True)
 class Settings:
-    """What is searched, to which size, and how.
+    """Settings of MGAS: what is searched, the target size, stages, the controller, and regrowth.
 
     Args:
-        target: What the network may cost at the end.
+        target: The largest allowed size of the found network, in units of ``measure``.
         measure: ``params``, ``nonzero``, ``macs``, ``bytes`` or ``ms``.
-        levels: Which levels are searched; weights under ``nonzero`` alone, as no other measure spares those that are 0.
-        stages: The last part of the network that each stage runs, ascending, the whole last; none: one stage.
-        share: What a stage but the last leaves of what it found.
-        warm: Epochs at the start of a stage in which weights alone learn.
-        every: A commit comes every so many epochs of the rest.
-        controller: ``dual``, ``feedback`` or ``ratios``.
-        ratios: Under ``ratios``: the share of each level that stays, in the order of ``levels``.
-        gain: How fast μ follows the excess: where it would be after the joint epochs of a stage at an excess of 1.
-        press: Under ``dual``, λ: it leaves fewer operations per node.
-        floor: Under ``dual``, what an operation counts at least in what μ presses on, as a share of what those of its
-            node that hold more than a scale cost in the mean (ours). Idle where time counts: a pool takes some.
-        reprune: Whether a stage prunes further what earlier stages kept; if not, still the weights that lie in none of
-            their operations, and what is above the target at the very end.
-        regrow: The share of a stage's dropped operations that comes back.
-        regrow_filters: The share of its cut filters that comes back, by the size of the gradient of their scale.
-        regrow_weights: The share of its weights set to 0 that is let back, by the size of their gradient.
-        revive: ``old``: operations come back with what they held; ``fresh``: drawn anew, as the authors do.
-        lr: Of α and κ: how far they could go in the joint epochs of a stage.
-        lr_threshold: Of thresholds: how far they could go.
-        pace: Under ``dual``, by what that is multiplied for filters, where a node may keep several operations (ours):
-            below 1, operations give up more, and what is left of them is wider.
-        clip: Most norm of the gradient of the network's own parameters.
-        augment: Whether pictures are moved and mirrored.
-        seed: Of everything drawn.
+        levels: The granularities that are searched; ``weights`` only with ``measure=nonzero``, the only measure in
+            which zeroed weights cost nothing.
+        stages: The last part of the network in each stage, ascending, ending with the whole network; set by the run.
+        share: The fraction of its size that a stage leaves, except the last one.
+        warm: The number of epochs at the start of a stage in which only weights are trained.
+        every: The number of epochs between two commits, which cut what is masked, after the ``warm`` ones.
+        controller: ``dual``: the weight μ of the size in the loss follows the excess; ``feedback``: λ follows the
+            number of dropped operations, as in the authors' code; ``ratios``: each granularity keeps a given fraction.
+        ratios: Under ``ratios``: the fraction of each granularity that stays, in the order of ``levels``.
+        gain: How fast μ follows the excess: the value that it would reach in a stage at a constant excess of 1.
+        press: Under ``dual``, λ, the weight of the regulariser that favours few operations per node.
+        floor: Under ``dual``, the least cost at which an operation counts in the size term of the loss, as a fraction
+            of the mean cost of its node's operations with weights (ours). Without effect if ``measure`` is ``ms``.
+        reprune: Whether a stage prunes further what earlier stages kept; if not, only weights outside their operations,
+            and at the very end what exceeds the target.
+        regrow: The fraction of a stage's dropped operations that is restored at its end.
+        regrow_filters: The fraction of a stage's cut filters that is restored, by the size of the gradient of their
+            scale.
+        regrow_weights: The fraction of the weights set to 0 that may train again, by the size of their gradient.
+        revive: ``old``: operations come back with the weights that they had; ``fresh``: re-initialised, as in the
+            authors' code.
+        lr: The learning rate of α and κ times the number of steps in which a stage trains them: how far they can move.
+        lr_threshold: The learning rate of thresholds, times the same number of steps.
+        pace: Under ``dual``, the factor on ``lr_threshold`` for filters, where a node may keep several operations
+            (ours): below 1, more operations are dropped, and the remaining ones are wider.
+        clip: The largest norm of the gradient of the network's own parameters; larger ones are scaled down to it.
+        augment: Whether images are shifted and mirrored at random.
+        seed: Seed of everything random.
     """
 
     target: float = 0.0
@@ -133,7 +137,12 @@ class Settings:
 
 
 def build(settings: Settings, prices: Prices | None = None) -> Search:
-    """The search method."""
+    """Return the MGAS search.
+
+    Args:
+        settings: Its settings.
+        prices: The time that weights and operations take, if ``measure`` is ``ms``.
+    """
     s = settings
     thins = s.controller == "dual" and "operations" in s.levels
     space = SearchSpace(s.target, Measure(s.measure), s.levels, s.stages, prices)
@@ -177,7 +186,7 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
 
 @dataclass(frozen=True)
 class _Mgas:
-    """The parts of the method."""
+    """The parts of MGAS that its hooks share."""
 
     settings: Settings
     rules: Rules

@@ -1,6 +1,6 @@
-"""Retraining a found network: weights that a search set to 0 stay 0.
+"""Retraining of a found network from scratch, where weights that the search set to 0 stay 0.
 
-As MG-DARTS trains its networks (the authors' code): from scratch, with fixed weight masks, on pictures that are moved
+As MG-DARTS trains its networks (the authors' code): from scratch, with fixed weight masks, on images that are shifted
 and mirrored.
 """
 
@@ -21,12 +21,12 @@ CITATION = "Liu et al., MG-DARTS (arXiv 2310.15074), code"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a network is retrained.
+    """Settings of the retraining of a found network.
 
     Args:
-        clip: The largest norm of the gradient.
-        augment: Whether pictures are moved and mirrored.
-        cutout: The side of the square that is cut out of each picture, pixels; 0: none.
+        clip: The largest norm of the gradient; larger ones are scaled down to it.
+        augment: Whether images are shifted and mirrored at random.
+        cutout: The side of the square that is blanked in each image, in pixels; 0: none.
     """
 
     clip: float = 5.0
@@ -36,22 +36,22 @@ class Settings:
 
 @dataclass(frozen=True)
 class RetrainState:
-    """What retraining remembers.
+    """The state of the retraining: the fixed weight masks.
 
     Args:
-        masks: Weight → which entries may differ from 0; weights without zeros have no mask.
+        masks: Weight name → which entries may differ from 0; weights without zeros have no mask.
     """
 
     masks: Mapping[str, AxisTensor] = stored_as("stays", dict)
 
 
 def build(settings: Settings, context: Context, found: Mapping[str, Tensor]) -> Learner[RetrainState]:
-    """The learner.
+    """Return the learner that retrains a found network.
 
     Args:
-        settings: How it is retrained.
-        context: The network as it starts.
-        found: Its parameters as the search left them; what is 0 in weights stays 0.
+        settings: The settings of the retraining.
+        context: The network as retraining starts.
+        found: The network's parameters as the search left them; weights that are 0 there stay 0.
     """
     masks = {
         name: AxisTensor(found[name].detach() != 0, context.axes.shapes[name])

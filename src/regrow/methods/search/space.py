@@ -22,15 +22,15 @@ GRANULARITIES = ("operations", "filters", "weights")
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What a search may remove.
+    """What a search may remove, and how the network's size is measured.
 
     Args:
-        target: What the network may cost at the end.
-        measure: What is counted.
-        granularities: Of ``operations``, ``filters``, ``weights`` those that have masks.
-        ends: The last part of the network that each stage trains, ascending; none: the whole network, in one stage.
-        prices: The time that entries and operations take, if the measure is time.
-        removable: The granularities of which the method may remove something; those that have masks, unless given.
+        target: The largest allowed size of the found network.
+        measure: The unit of size: parameters, non-zero parameters, MACs, bytes or milliseconds.
+        granularities: Those of ``operations``, ``filters`` and ``weights`` that have masks.
+        ends: The last part of the network that each stage trains, ascending; empty: the whole network, in one stage.
+        prices: The time that weights and operations take, if the measure is time.
+        removable: The granularities of which the method may remove something; empty: those that have masks.
     """
 
     target: float
@@ -41,7 +41,11 @@ class SearchSpace:
     removable: tuple[str, ...] = ()
 
     def part(self, stage: int) -> int:
-        """The last part that a stage trains, that of the last stage for −1; −1 for the whole network."""
+        """Return the last part of the network that a stage trains; −1 for the whole network.
+
+        Args:
+            stage: The number of the stage, from 0; −1 for the last one.
+        """
         return self.ends[stage] if self.ends else -1
 
     @property
@@ -56,18 +60,19 @@ MaskRule = Callable[[SearchState, Context, Tensor | None, bool], GateMasks]
 
 @dataclass(frozen=True)
 class Rules:
-    """The choices of a method that the shared parts need.
+    """A method's choices that the shared parts of a search call.
 
     Args:
-        space: What may be removed.
-        masks: How importances and thresholds become masks.
+        space: What the search may remove.
+        masks: Computes masks from importances and thresholds.
         rates: context → the learning rates of importances and of thresholds.
         trains: (state, context) → whether importances are trained in this epoch.
-        allowed: (state, context, target) → what the trained part may cost now; a commit goes no lower.
-        fills_with_bare: Whether a commit that goes too low takes back operations that have no weights, too.
-        shares: (state, masks) → the share of each granularity that masks keep, and what else is logged of each epoch.
-        summary: state → what is logged at the end besides sizes and shares.
-        own_parametrize: What replaces parameters; their masks do, unless given.
+        allowed: (state, context, target) → the allowed size of the trained part now; a commit removes no more than that
+            needs.
+        fills_with_bare: Whether a commit that would remove too much may also take back operations without weights.
+        shares: (state, masks) → the fraction of each granularity that masks keep, and further values to log each epoch.
+        summary: state → values to log at the end, besides sizes and fractions.
+        own_parametrize: (state, context) → the replaced parameters; ``None``: the masked parameters.
     """
 
     space: SearchSpace
@@ -81,16 +86,25 @@ class Rules:
     own_parametrize: Callable[[SearchState, Context], Replacements] | None = None
 
     def parametrize(self, state: SearchState, context: Context) -> Replacements:
-        """What replaces parameters in the forward pass."""
+        """Return the tensors that replace parameters in the forward pass.
+
+        Args:
+            state: The state of the search.
+            context: The network.
+        """
         own = self.own_parametrize
         return own(state, context) if own else mask_parameters(self, state, context)
 
 
 def check_space(space: SearchSpace, context: Context) -> None:
-    """Refuse a search whose target no choice meets, or whose candidates contain candidates.
+    """Raise ValueError for a search whose target cannot be reached, or whose candidates contain other candidates.
+
+    Args:
+        space: What the search may remove.
+        context: The network.
 
     Raises:
-        ValueError: If it is one; names the smallest size that can be reached, or the candidates.
+        ValueError: For such a search; names the smallest size that can be reached, or the candidates.
     """
     ops = [path for paths in candidates_in(context.model).values() for path in paths]
     for inner, outer in ((a, b) for a in ops for b in ops if a.startswith(f"{b}.")):
@@ -103,11 +117,11 @@ def check_space(space: SearchSpace, context: Context) -> None:
 
 
 def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, part: int) -> Gates:
-    """Where operations, filters and weights lie in the network up to one of its parts.
+    """Return where operations, filters and weights lie in the network up to one of its parts, and what they cost.
 
     Args:
-        space: What may be removed.
-        axes: The axes when the search began; those of now if there are none.
+        space: What the search may remove.
+        axes: The keys of the axes when the search began; empty: the present ones.
         context: The network.
         part: The last part that counts; −1 for the whole network.
     """
@@ -131,7 +145,12 @@ def build_layout(space: SearchSpace, axes: tuple[str, ...], context: Context, pa
 
 
 def start_search(rules: Rules, context: Context) -> SearchState:
-    """The state of a search that begins: everything is kept."""
+    """Return the initial state of a search, in which everything is kept.
+
+    Args:
+        rules: The choices of the method.
+        context: The network.
+    """
     n = sum(map(len, candidates_in(context.model).values()))
     axes = tuple(axis.key for axis in context.axes.units())
     importance, threshold = rules.rates(context)
@@ -151,9 +170,14 @@ def start_search(rules: Rules, context: Context) -> SearchState:
 
 
 def update_layout(rules: Rules, state: SearchState, context: Context) -> SearchState:
-    """The state for the network as it is now, which runs up to the current stage's last part.
+    """Return the state for the network as it is now, and let the network run up to the current stage's last part.
 
-    κ and flags of what was removed with an operation are discarded; what came back gets new ones.
+    κ and flags of what was removed with an operation are discarded; restored filters and weights get new ones.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
     """
     part = rules.space.part(state.stage)
     if rules.space.ends:
@@ -172,42 +196,77 @@ def update_layout(rules: Rules, state: SearchState, context: Context) -> SearchS
 
 
 def iterate_spans(layout: Gates) -> Iterator[tuple[str, tuple[int, int, int]]]:
-    """Per axis: its key; the place of its first filter, how many filters it has, and how many it keeps at least."""
+    """Yield each axis key with the place of its first filter, its number of filters, and the least number it keeps.
+
+    Args:
+        layout: Where filters lie in the network.
+    """
     return zip(layout.levels.axes, layout.spans, strict=True)
 
 
 def set_zeros(state: SearchState, mask: Tensor) -> SearchState:
-    """The state with other weights that are 0 for good, ``[weights]``."""
+    """Return the state with another set of weights fixed at 0.
+
+    Args:
+        state: The state of the search.
+        mask: ``True`` for weights fixed at 0, ``[weights]``.
+    """
     named = state.layout.levels.apart(mask)
     zeros = {name: replace(state.zeros[name], values=values.clone()) for name, values in named.items()}
     return replace(state, zeros={**state.zeros, **zeros}, zero_mask=mask)
 
 
 def clear_thresholds(state: SearchState) -> None:
-    """Set all thresholds to 0, in place, so that everything that is there is kept."""
+    """Set all thresholds to 0, in place, so that everything present is kept.
+
+    Args:
+        state: The state of the search.
+    """
     for one in state.thresholds:
         one.values.data.zero_()
 
 
 def measure_whole(space: SearchSpace, axes: tuple[str, ...], context: Context) -> float:
-    """The size of the network as it is, with nothing masked, without classifiers of stages but the last."""
+    """Return the size of the whole network with nothing masked, without the classifiers of all stages but the last.
+
+    Args:
+        space: What the search may remove, and the measure.
+        axes: The keys of the axes when the search began.
+        context: The network.
+    """
     layout = build_layout(space, axes, context, space.part(-1))
     return float(layout.levels.size(layout.alive.float(), torch.ones(layout.levels.filters)))
 
 
 def measure_masked(state: SearchState, masks: GateMasks) -> Tensor:
-    """The size of the trained part under masks, a scalar with their gradients."""
+    """Return the size of the trained part under masks, a scalar with the masks' gradients.
+
+    Args:
+        state: The state of the search.
+        masks: The masks.
+    """
     return state.layout.levels.size(masks.ops, masks.filters, masks.weights)
 
 
 def measure_size(rules: Rules, state: SearchState, context: Context) -> float:
-    """The size of the trained part under its masks."""
+    """Return the size of the trained part under its current masks.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+    """
     with torch.no_grad():
         return float(measure_masked(state, rules.masks(state, context, None, False)))
 
 
 def measure_shares(state: SearchState, masks: GateMasks) -> dict[str, float]:
-    """The share of each granularity that masks keep in the trained part."""
+    """Return the fraction of each granularity that masks keep in the trained part.
+
+    Args:
+        state: The state of the search.
+        masks: The masks.
+    """
     runs, weights = state.layout.runs, masks.weights
     return {
         "operations": float(masks.ops[runs].mean()) if bool(runs.any()) else 1.0,
@@ -217,7 +276,13 @@ def measure_shares(state: SearchState, masks: GateMasks) -> dict[str, float]:
 
 
 def mask_parameters(rules: Rules, state: SearchState, context: Context) -> Replacements:
-    """The parameters under their masks; ``aux`` holds the masks. They have gradients in epochs that train them."""
+    """Return the parameters under their masks, with the masks as ``aux``, and gradients in epochs that train masks.
+
+    Args:
+        rules: The choices of the method.
+        state: The state of the search.
+        context: The network.
+    """
     if context.training:
         return _mask(rules, state, context, rules.trains(state, context))
     with torch.no_grad():
@@ -233,7 +298,13 @@ def _mask(rules: Rules, state: SearchState, context: Context, learning: bool) ->
 
 
 def scale_candidates(context: Context, scale: Tensor, *, keep: bool) -> dict[str, Tensor]:
-    """The scales of candidates: ``[operations]`` numbers, times their own where these are kept."""
+    """Return the scales of candidate operations, by name of the parameter that holds them.
+
+    Args:
+        context: The network.
+        scale: One number per operation, ``[operations]``.
+        keep: Whether the numbers are multiplied by the scales that the network has.
+    """
     sums = candidates_in(context.model)
     parts, parameters = scale.split([*map(len, sums.values())]), context.parameters()
     names = [f"{path}.scale".lstrip(".") for path in sums]

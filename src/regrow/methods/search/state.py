@@ -16,7 +16,7 @@ from regrow.training.state import derived, stored_as
 
 @dataclass(frozen=True)
 class Savings:
-    """By how much each granularity has made the network smaller, in units of the search's measure."""
+    """The reduction of the network's size by each granularity, in units of the search's measure."""
 
     operations: float = 0.0
     filters: float = 0.0
@@ -25,16 +25,16 @@ class Savings:
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The memory of one stage, measured in a step.
+    """The memory of one stage of a search, measured in one step, in bytes.
 
     Args:
         stage: The stage, from 0.
         epoch: The epoch of the step, from 1.
         joint: Whether masks were trained in that step.
-        held: Bytes of tensors that were there before the step.
-        peak: The most bytes of live tensors.
-        resident: By how much the process grew, plus ``held``; ``None`` where this cannot be measured.
-        predicted: What was predicted when the stage began; ``None`` for the first stage.
+        held: Bytes of tensors that existed before the step.
+        peak: The largest number of bytes of live tensors in the step.
+        resident: The growth of the process's memory plus ``held``, bytes; ``None`` where this cannot be measured.
+        predicted: The prediction when the stage began, bytes; ``None`` for the first stage.
         recomputed: Whether parts of the network were recomputed in the backward pass.
     """
 
@@ -65,40 +65,40 @@ def _empty() -> AxisTensor:
 
 @dataclass(frozen=True)
 class SearchState:
-    """What a search remembers.
+    """The state of a search: importances, thresholds, stage, and what was removed.
 
     Args:
         alpha: α, the importance of operations.
         kappa: Axis → κ, the importance of its filters.
-        operation_thresholds: Per operation.
-        filter_thresholds: Per axis of ``axes``.
-        weight_thresholds: Per operation, for the weights in it; the last one for all other weights.
-        zeros: Weight → which of its entries are 0 for good.
+        operation_thresholds: One threshold per operation.
+        filter_thresholds: One threshold per axis of ``axes``.
+        weight_thresholds: One threshold per operation, for the weights in it; the last one for all other weights.
+        zeros: Weight name → which of its entries are fixed at 0.
         drift: The smoothed gradient of α (MGAS).
         beta: β, the importance of edges (PC-DARTS).
-        axes: The axes when the search began.
+        axes: The keys of the axes when the search began.
         stage: The current stage, from 0.
         whole: The size of the network as it is, without classifiers of earlier stages.
-        saved: What has been removed.
-        pending: The part of the next plan's savings that operations have.
+        saved: The reduction of the size by each granularity.
+        pending: The reduction of the size by operations in the plan that is about to be applied.
         dropped: Operations that were dropped in this stage.
         cut: Axis → the ids of the filters that were cut in this stage.
         history: The measurements of the last epoch (of all, in checkpoints of version 0.1).
         multiplier: μ, the weight of the size in the loss.
         penalty: λ, the weight of the regulariser of α in the loss.
-        penalty_step: By how much λ rose last.
-        penalty_cap: λ rises no further than this.
+        penalty_step: The last increase of λ.
+        penalty_cap: The largest value of λ.
         losses: The sum over an epoch's steps of cross-entropy and of the regulariser.
         start: The size when the stage began.
-        goal: The size at which the stage is to end.
-        removal: By how much the network must shrink (random baselines).
-        memory: Stage → its memory, where a budget is set.
+        goal: The size that the stage has to reach.
+        removal: The reduction of the size that is needed (random baselines).
+        memory: Stage → its measured memory, where a memory budget is set.
         recomputed: Whether parts of the network are recomputed in the backward pass.
         layout: Where operations, filters and weights lie in the network now.
         zero_mask: ``zeros`` in one vector, ``[weights]``.
         earlier: Operations and axes of earlier stages that are no longer pruned.
         examples: The number of training examples seen in this epoch.
-        turn: How many of several steps were taken at this boundary.
+        turn: The number of commit steps taken at this boundary.
         edges: Where operations lie on the edges of cells (DARTS).
         edge_weights: The weights of the edges into each node in this pass; one list, changed in place (PC-DARTS).
         handles: Hooks that let channels bypass operations (PC-DARTS).
