@@ -78,9 +78,6 @@ class Slot:
     Args: name: The parameter or buffer, by its dotted name. dim: Its dimension, from 0. outer: How many times the whole
     axis is repeated along the dimension. stride: Entries from one repetition to the next. inner: Contiguous entries per
     unit in one repetition. offset: Entries before the first unit. role: What the dimension does with the axis.
-
-    Unit ``i`` owns the entries ``offset + o * stride + i * inner + r`` for ``o < outer`` and ``r < inner``. With
-    ``outer = inner = 1`` and ``offset = 0`` that is simply entry ``i``.
     """
 
     name: str
@@ -283,11 +280,6 @@ class AxisGraph:
         """Return the axes that a pruning method may cut: free, of the given marks, not inside another chosen axis.
 
         Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
-
-        Axes that must stay equal in size while their units count differently (``Axis.times``) are left to plans made by
-        hand.
-
-        Axes that must keep unequal multiples of one number are left to plans made by hand.
 
         Args:
             only: Patterns (``fnmatch``, or a plain part of a dotted name); each tensor of the axis must match one;

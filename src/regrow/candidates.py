@@ -17,8 +17,6 @@ class Candidates(nn.Module):
     Put it into your own network where operations can be chosen. Each candidate is a branch that ``Plan.dropping`` can
     drop, whatever it computes, as long as one of them stays.
 
-    Each candidate is a branch that ``Plan.dropping`` can drop, whatever it does, as long as one of them stays.
-
     Args:
         ops: Name → candidate module; each takes one tensor, and all return the same shape.
         sources: For each candidate, in order, the index of the input that it takes; the first input unless given.
@@ -69,8 +67,6 @@ def fold_scales(model: nn.Module) -> None:
     """Multiply each candidate's scale into the last layer of the candidate and set it to 1; outputs are unchanged.
 
     Scales of candidates that end otherwise (in a pool, an identity, a user's own module, a layer used twice) are left.
-
-    Scales of what ends otherwise (a pool, what is left as it is, a module of one's own, a layer held twice) stay.
 
     >>> mixed = Candidates({"one": nn.Conv1d(1, 1, 1), "same": nn.Identity()})
     >>> with torch.no_grad():
@@ -151,8 +147,6 @@ class Prefix(nn.Module):
 
     Args: net: A :class:`Staged` network; a classifier follows part ``last``. last: The index of the last part that
     runs.
-
-    Later parts are there and do not run.
 
     Args:
         net: The network; a classifier follows part ``last``.

@@ -23,9 +23,6 @@ class Fill:
     New units can be fitted to data afterwards, with the outputs unchanged: :func:`regrow.fit_new_units` and
     :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
 
-    What is drawn can be fitted to data afterwards, with the function kept: :func:`regrow.fit_new_units` and
-    :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
-
     Args:
         rule: ``zero_out``: random incoming weights, outgoing weights 0 (on the residual stream that root-mean-square
             norms run over: incoming weights 0). ``split``: copies of kept units, which share the outgoing weights

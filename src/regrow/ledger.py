@@ -142,8 +142,6 @@ def replay(
 
     A plan that restores units restores those that the plans before it cut, with the weights that this model has.
 
-    What a plan restores is what the plans before it cut, as the model has it.
-
     Args:
         model: The model as it was before the first plan; changed in place.
         axes: The model's axes before the first plan.

@@ -28,11 +28,6 @@ class Fold:
     and the constant under the root ε′ = ε·n_old / n_new. An attention that scales by its query size takes √(n_new /
     n_old) into the weight and bias that make the query.
 
-    A root-mean-square norm divides by the number of units it runs over. When that number goes from ``n_old`` to
-    ``n_new``, the kept units stay as if the others were 0 if the gain becomes γ′ = γ·√(n_old / n_new) and the
-    constant under the root ε′ = ε·n_old / n_new. An attention that scales by its query size takes √(n_new / n_old)
-    into the weight and bias that make the query.
-
     Args:
         over: The dimension whose size is the divisor.
         weight: The parameter that is multiplied by √(n_old / n_new), or by √(n_new / n_old) for ``"scale"``.

@@ -92,8 +92,6 @@ def drawn(sources: Sequence[Sequence[Batch]], n: int, step: int, seed: int = 0) 
 
     The result depends on the step's number alone, so that training can be stopped and resumed.
 
-    What a step gets depends on its number alone, so that learning can be stopped and taken up again.
-
     Args:
         sources: The batches of each source.
         n: How many batches a step takes.

@@ -42,8 +42,6 @@ class Examples:
 
         BatchNorm cannot train on a single example; with ``size`` 1, or one example in all, none is left out.
 
-        A BatchNorm cannot train on a single example; where batches are of one anyway, none is left out.
-
         >>> found = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
         >>> [len(batch) for batch in found]
         [2, 2]

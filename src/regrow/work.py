@@ -15,9 +15,6 @@ def examples(axes: AxisGraph) -> int:
     That is the number of entries of its first list, or the leading size of its first tensor if the network's last
     result has the same; 1 otherwise.
 
-    That is the number of entries of its first list, or the leading size of its first tensor where the network's last
-    result has the same; 1 otherwise.
-
     Args:
         axes: The network's axes.
     """
@@ -46,8 +43,6 @@ def macs(axes: AxisGraph) -> int:
     """Return the multiply–accumulates of one example: the sum over contractions of the product of their dimensions.
 
     Kernels are taken as dense: a weight that is 0 costs as much as any other.
-
-    Those are of dense kernels: a weight that is 0 costs as much as another.
 
     Args:
         axes: The network's axes.

@@ -1,4 +1,4 @@
-"""Surgery: the only place that changes a model."""
+"""Apply plans to models: cut, widen, drop and restore, with a proof that each change does what the plan says."""
 
 from regrow.surgery.align import align_new_units
 from regrow.surgery.apply import apply

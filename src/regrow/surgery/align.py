@@ -1,4 +1,4 @@
-"""New units turned to where the loss would learn most from them, with the network's function kept."""
+"""Initialise new units in the directions that give their outgoing weights a large gradient (after GradMax)."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +16,16 @@ from regrow.tracing.capture import evaluating
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 STEP = 1e-3
-"""How far the silent side is moved to feel what the other side could do, as a part of the size of its neighbours."""
+"""Size of the finite-difference step in zero-initialised weights, relative to the RMS of the parameter."""
 
 
 def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The mean cross entropy of a batch with labels."""
+    """Return the mean cross entropy of a model on a labelled batch.
+
+    Args: model: The network. batch: Inputs and labels.
+
+    Raises: ValueError: If the batch has no labels.
+    """
     if batch.labels is None:
         raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
     return cross_entropy(model(*batch.args, **batch.kwargs), batch.labels)
@@ -35,27 +40,29 @@ def align_new_units(
     loss: Loss = classification_loss,
     steps: int = 1,
 ) -> nn.Module:
-    """Turn new units such that the gradient of their silent side is large: the loss learns fast from them.
+    """Turn the weights of new units so that the loss has a large gradient in their zero weights, and they learn fast.
 
-    With zeros in what reads a unit, ``G = ∂L/∂W_out`` depends on its incoming weights w, and w is to make ``‖G‖²``
-    large at the length that it has. A step of the power method turns w halfway to ``∂‖G‖²/∂w``, these directions made
-    orthogonal to one another; it takes two ordinary backward passes, the second with ``W_out`` moved a little along G.
-    Between two linear layers w goes to the leading right singular vectors of Σ δ xᵀ (δ: gradient at the next layer's
-    output, x: input of the previous one), as in GradMax; activations, norms, gates and attention are passed through.
+    With zero outgoing weights, ``G = ∂L/∂W_out`` depends on the incoming weights w of a new unit, and w is chosen to
+    make ``‖G‖²`` large at the norm that w has. A step of the power method turns w halfway to ``∂‖G‖²/∂w``, these
+    directions made orthogonal to one another; it takes two ordinary backward passes, the second with ``W_out`` moved a
+    little along G. Between two linear layers w approaches the leading right singular vectors of Σ δ xᵀ (δ: gradient at
+    the next layer's output, x: input of the previous one), as in GradMax; activations, norms, gates and attention are
+    differentiated through.
 
     GradMax itself has the incoming weights at 0 and chooses the outgoing ones. Behind a batch normalisation and a ReLU
-    such units are dead, so that is done only where nothing writes new units anyway (a residual stream).
+    such units are dead, so that is done only where the incoming weights are 0 anyway (a residual stream).
 
     Args:
         model: The network after the plan; changed in place.
         axes: Its axes after the plan.
         plan: The plan that added the units, by ``zero_out``.
-        batches: One to four are enough.
-        loss: The loss of a batch; cross entropy with its labels unless given.
-        steps: Steps of the power method. With one, units keep half of their drawn directions, and learn longest.
+        batches: Batches to take the gradients on; one to four are enough.
+        loss: Function of the model and a batch that returns a scalar; cross entropy with the batch's labels unless
+            given.
+        steps: Steps of the power method. With one, units keep half of their random directions, and learn longest.
 
     Returns:
-        The same model, whose new units also have the spread of the old ones, as :func:`fit_new_units` gives it.
+        The same model, whose new units also have outputs of the old ones' scale, as :func:`fit_new_units` sets it.
 
     Raises:
         PlanError: As :func:`fit_new_units`; or if no gradient reaches the units.
@@ -89,7 +96,7 @@ def align_new_units(
 def _gradients(
     model: nn.Module, entries: Sequence[Entries], batches: Sequence[Batch], loss: Loss
 ) -> dict[Entries, Tensor]:
-    """The gradient of the loss, summed over the batches, in the given entries."""
+    """Return the gradient of the loss, summed over the batches, in the given entries of parameters."""
     names = list(dict.fromkeys(one.name for one in entries))
     parameters = [model.get_parameter(name) for name in names]
     trains = [parameter.requires_grad for parameter in parameters]
@@ -113,7 +120,7 @@ def _gradients(
 
 @contextmanager
 def _moved(model: nn.Module, pull: Mapping[Entries, Tensor]) -> Iterator[None]:
-    """Inside, the silent entries lie a little along the given directions; afterwards they are 0 again."""
+    """Context manager in which the zero entries are moved along the given directions, and 0 again afterwards."""
     try:
         for key in {entries.axis for entries in pull}:
             own = {entries: part for entries, part in pull.items() if entries.axis == key}
@@ -130,5 +137,5 @@ def _moved(model: nn.Module, pull: Mapping[Entries, Tensor]) -> Iterator[None]:
 
 
 def _typical(tensor: Tensor) -> float:
-    """The root of the mean square."""
+    """Return the root mean square of a tensor's entries."""
     return float(tensor.detach().double().square().mean().sqrt())

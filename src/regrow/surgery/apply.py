@@ -1,4 +1,4 @@
-"""The only function that changes a model."""
+"""Carry a plan out on a model: the only function of regrow that changes a model's shape."""
 
 import copy
 from collections.abc import Sequence
@@ -34,26 +34,26 @@ def apply(
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
-    """ProposedChange a model's shape as planned: all of it, or nothing.
+    """Change a model's shape by a plan, after proving on a copy that the result is right: all of the plan, or nothing.
 
-    Parameters, buffers and the integers that modules hold are cut and widened; sizes that stand in divisors are folded
-    into the numbers next to them; tied tensors stay tied; where the plan gives means for dropped inputs, they go into a
-    bias. Branches that go are exchanged for modules that compute nothing. Everything is worked out and tried on a copy
-    first: without numbers the cut network must run the same operations on the same operands with the same constants; in
-    float64 it must compute what the masked one does, on blocks of each class (:mod:`regrow.surgery.proof`), or as a
-    whole where there are none; for axes that were declared it is run on the example. Only then is the model touched, in
-    place.
+    Parameters, buffers and the integers that modules hold are cut and widened; where an axis size is a divisor, its
+    change is folded into the gain next to it; tied tensors stay tied; where the plan gives means of dropped inputs,
+    they are added to a bias. Branches that are dropped are replaced by placeholder modules. Everything is computed and
+    tried on a copy first: on fake tensors, the cut network must run the same operations on the same operands with the
+    same constants; in float64 it must compute what the masked one does, on blocks of each class
+    (:mod:`regrow.surgery.proof`), or as a whole where there are none; for declared axes it is run on the example. Only
+    then is the model changed, in place.
 
     Args:
-        model: The traced model.
-        axes: Its axes, as :func:`regrow.trace` gave them.
-        plan: What to keep, which branches go, what grows, and what comes back.
-        optimizers: Those that move the model's parameters; they follow, with what they remember of them. Entries that
-            are new or restored start with no drift and the step size of their neighbours.
-        undo: Keeps what is cut, and has what is restored.
+        model: The traced model; changed in place.
+        axes: Its axes, as :func:`regrow.trace` or the last ``apply`` returned them.
+        plan: The units to cut, add and restore, and the branches to drop and restore.
+        optimizers: The optimisers of the model's parameters; their state is cut and widened too. New and restored
+            entries start with first moment 0 and the mean second moment of their neighbours.
+        undo: The undo store: gets the weights that are cut, and must have those that are restored.
 
     Returns:
-        The same model, and its axes as they are now. Parameters that changed are new ones; they keep their gradients
+        The same model, and its axes after the change. Parameters that changed are new ones; they keep their gradients
         (0 for new entries), memory format and Python attributes.
 
     Raises:
@@ -96,10 +96,19 @@ def apply(
 def try_out(
     model: nn.Module, axes: AxisGraph, plan: Plan, to: Resizing, undo: UndoStore | None = None
 ) -> Capture | None:
-    """What the network will do, where a recording shows it; what declared axes do is tried by a run of a copy.
+    """Check on a copy that the network runs as planned; return the recording of the planned network, if there is one.
+
+    Where axes were traced, the copy has no numbers and is recorded; for declared axes it is run on the example.
+
+    Args:
+        model: The model; it is left unchanged.
+        axes: Its axes.
+        plan: The plan.
+        to: The sizes and constants that the plan leads to.
+        undo: The undo store, where the plan restores units.
 
     Raises:
-        PlanError: If it does anything else than now, or does not run.
+        PlanError: If the planned network runs other operations than the present one, or does not run.
     """
     planned = None
     if axes.steps or not axes.declared:
@@ -111,7 +120,7 @@ def try_out(
 
 
 def _proved(change: ProposedChange) -> AxisGraph:
-    """The axes with what the network will do, once what comes of that is checked on blocks of it."""
+    """Check the planned change on blocks of the network; return the axes with the planned network's recording."""
     model, axes = change.model, change.axes
     known = replace(axes, steps=restate_steps(axes.steps, change.planned), recording=None)
     if _is_numberless(model, axes) or axes.declared or axes.decisions is not None:
@@ -133,9 +142,10 @@ def _is_numberless(model: nn.Module, axes: AxisGraph) -> bool:
 
 
 def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Compare the masked network with its cut copy as a whole, in float64: where data decide, or axes are declared.
+    """Compare the masked network with its cut copy as a whole in float64, where no blocks can be compared.
 
-    Units that come back are left out: no plan of the network as it is cuts them.
+    That is where data decide what the network does, and for declared axes. Plans that restore units are not compared:
+    no plan of the present network cuts those.
     """
     if any(change.restore for change in plan.changes.values()):
         return
@@ -147,7 +157,7 @@ def _compare(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
 
 
 def _try(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) -> None:
-    """Do all of the plan to a copy, and run that on the example: no recording shows what declared axes do."""
+    """Apply the plan to a copy and run that on the example, since no recording shows the effect of declared axes."""
     if problem := trial_error(model, axes, lambda other: carry_out(other, axes, plan, undo=copy.copy(undo))):
         changed = [key for key in axes.declared if key in plan.changes]
         hint = f"; is something of {' or '.join(changed)} not declared?" if changed else ""
@@ -155,7 +165,10 @@ def _try(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) 
 
 
 def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
-    """Raise :class:`PlanError` if a plan is not for these axes, or the axes are not of this model as it is."""
+    """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say.
+
+    Args: model: The model. axes: Its axes. plan: The plan.
+    """
     plan.check(axes)
     sizes, state = axes.sizes(), state_of(model)
     for name, dims in axes.shapes.items():

@@ -1,4 +1,4 @@
-"""A plan carried out, once it is checked and tried: tensors, integers, optimisers and axes follow."""
+"""Compute what a checked plan makes of every tensor, and write it into the model, its optimisers and its axes."""
 
 import zlib
 from collections.abc import Collection, Mapping, Sequence
@@ -24,13 +24,13 @@ from regrow.tracing.trial import Resizing, planned_integers
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a plan comes to, before anything is changed.
+    """The computed result of a plan, before anything is changed.
 
     Args:
-        sizes: The size of each axis afterwards.
-        lays: The entries of each dimension that changes.
-        done: The tensors and constants to set.
-        undo: What the undo store is afterwards.
+        sizes: Axis key → its number of units after the plan.
+        lays: Tensor name → dimension → the layout of its entries after the plan.
+        done: The tensors and constants to write.
+        undo: The undo store after the plan; ``None`` without one.
     """
 
     sizes: Mapping[str, int]
@@ -39,7 +39,11 @@ class Prepared:
     undo: UndoStore | None = None
 
     def resizing(self, axes: AxisGraph) -> Resizing:
-        """What it makes of the network, but for the numbers in its tensors."""
+        """Return the sizes, constants and biases of the planned network, without the values of its tensors.
+
+        Args:
+            axes: The axes before the plan.
+        """
         added = {name: len(value) for name, value in self.done.values.items() if name not in axes.shapes}
         return Resizing(self.sizes, self.done.constants, added, self.done.removed)
 
@@ -51,7 +55,15 @@ def carry_out(
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
-    """What :func:`regrow.apply` does once a plan is checked and tried; alone for copies that are run right after."""
+    """Apply a plan without the checks of :func:`regrow.apply`: for copies that are run and compared right after.
+
+    Args:
+        model: The model; changed in place.
+        axes: Its axes.
+        plan: The plan.
+        optimizers: The optimisers that follow.
+        undo: The undo store.
+    """
     return commit(model, axes, plan, prepare(model, axes, plan, undo), optimizers, undo)
 
 
@@ -63,18 +75,18 @@ def prepare(
     names: Collection[str] | None = None,
     exact: bool = False,
 ) -> Prepared:
-    """Work a plan out without changing anything.
+    """Compute the tensors that a plan leads to, without changing the model.
 
     Args:
         model: The model.
-        axes: Its axes.
-        plan: What to do.
-        undo: What was cut before.
-        names: The tensors to work out; all of them unless given.
-        exact: Whether to work them out in float64.
+        axes: Its axes before the plan.
+        plan: The plan.
+        undo: The undo store with the weights cut before; ``None`` without one.
+        names: The tensors to compute; all unless given.
+        exact: Whether to compute them in float64.
 
     Raises:
-        PlanError: If it does not fit.
+        PlanError: If the plan does not fit the model.
     """
     sizes, seed = plan.sizes(axes), _seed(axes, plan)
     part, plan = (axes, plan) if names is None else _restricted(axes, plan, names)
@@ -101,7 +113,10 @@ def prepare(
 
 
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
-    """What a plan makes of a model, but for the numbers in its tensors, which are not worked out."""
+    """Return the sizes, constants and biases that a plan leads to, without computing any tensor.
+
+    Args: model: The model. axes: Its axes before the plan. plan: The plan.
+    """
     sizes = plan.sizes(axes)
     constants, _ = fold_constants(model, axes, sizes)
     biases = [bias_of(weight) for weight in plan.means]
@@ -115,7 +130,7 @@ def _seed(axes: AxisGraph, plan: Plan) -> int:
 
 
 def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[AxisGraph, Plan]:
-    """Axes and a plan with what is about some tensors alone."""
+    """Return axes and a plan reduced to what concerns some tensors."""
     means = {weight: row for weight, row in plan.means.items() if bias_of(weight) in names}
     shapes = {name: axes.shapes[name] for name in (*names, *means) if name in axes.shapes}
     folds = tuple(fold for fold in axes.folds if fold.weight in names)
@@ -123,7 +138,7 @@ def _restricted(axes: AxisGraph, plan: Plan, names: Collection[str]) -> tuple[Ax
 
 
 def _gains(axes: AxisGraph, sizes: Mapping[str, int]) -> list[str]:
-    """The parameters that take up the change of a divisor."""
+    """Return the parameters that compensate for the divisors that change."""
     return [fold.weight for fold in axes.folds if divisor_size(fold, axes.sizes()) != divisor_size(fold, sizes)]
 
 
@@ -139,10 +154,18 @@ def commit(
     optimizers: Sequence[Optimizer] = (),
     undo: UndoStore | None = None,
 ) -> tuple[nn.Module, AxisGraph]:
-    """Change the model, the optimizers and the undo store in place as it was worked out.
+    """Write a prepared plan into the model, the optimisers and the undo store, in place.
+
+    Args:
+        model: The model.
+        axes: Its axes before the plan.
+        plan: The plan.
+        ready: What :func:`prepare` computed for it.
+        optimizers: The optimisers that follow.
+        undo: The undo store; replaced in place by its state after the plan.
 
     Returns:
-        The model, and its axes as they are now.
+        The model, and its axes after the plan.
 
     Raises:
         PlanError: If an optimizer or a hook cannot follow; nothing is changed then.
@@ -160,7 +183,10 @@ def commit(
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer under each of its names."""
+    """Return every parameter and buffer of a model by name; tied tensors appear under each of their names.
+
+    Args: model: Any network.
+    """
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
@@ -200,7 +226,7 @@ def _commit(model: nn.Module, axes: AxisGraph, ready: Prepared, integers: Mappin
 
 
 def _successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> nn.Parameter:
-    """A parameter in place of another: with its memory format, its attributes and its gradient, 0 for new entries."""
+    """Return the new parameter that replaces an old one: with its memory format, attributes and gradient (0 if new)."""
     made = nn.Parameter(_laid_out(value, old), requires_grad=old.requires_grad)
     vars(made).update(vars(old))
     if old.grad is not None:
@@ -210,7 +236,7 @@ def _successor(old: nn.Parameter, value: Tensor, lays: Mapping[int, Layout]) -> 
 
 
 def _laid_out(value: Tensor, like: Tensor | None) -> Tensor:
-    """A tensor in the memory format of another one."""
+    """Return a tensor in the memory format of another one."""
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     if like is None or like.layout is not torch.strided or like.dim() not in formats or like.is_contiguous():
         return value

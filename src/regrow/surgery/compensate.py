@@ -1,4 +1,4 @@
-"""Bias compensation: what dropped inputs contributed on average goes into the bias of the layer that read them."""
+"""Bias compensation: add the mean contribution of dropped inputs to the bias of the layer that read them."""
 
 from collections.abc import Mapping
 
@@ -19,18 +19,18 @@ def offsets(
     values: Mapping[str, Tensor],
     exact: bool = False,
 ) -> dict[str, Tensor]:
-    """The biases of layers whose dropped inputs have means: b′ = b + Σ_dropped W[:, i] · E[x_i].
+    """Return the biases that compensate for dropped inputs by their means: b′ = b + Σ_dropped W[:, i] · E[x_i].
 
     Args:
         model: The model before the cut.
         axes: Its axes before the cut.
-        plan: Its ``means`` say what stands in for each dropped input of a weight.
-        lays: The entries of each dimension that the plan changes.
-        values: The tensors that the cut replaces; a bias that is itself cut is taken from here.
-        exact: Whether to leave them in float64.
+        plan: Its ``means`` give the constant that replaces each dropped input of a weight.
+        lays: Tensor name → dimension → the layout of its entries after the plan.
+        values: The tensors after the cut by name; a bias that is itself cut is taken from here.
+        exact: Whether to return them in float64.
 
     Returns:
-        Name of a bias → its new value; a layer without one gets one.
+        Name of a bias → its new value; a layer without a bias gets one.
 
     Raises:
         PlanError: If means are given for something that is not a layer's weight, for a weight that several modules
@@ -70,18 +70,27 @@ def offsets(
 
 
 def read_dim(axes: AxisGraph, weight: str) -> int | None:
-    """The one dimension in which a weight reads an axis; ``None`` if there is none, or several."""
+    """Return the one dimension of a weight that consumes axes; ``None`` if there is none, or several.
+
+    Args: axes: The network's axes. weight: The name of the weight.
+    """
     reads = {slot.dim for axis in axes for slot in axis.slots if slot.name == weight and slot.role is Role.CONSUMES}
     return reads.pop() if len(reads) == 1 else None
 
 
 def bias_of(weight: str) -> str:
-    """The name of the bias beside a weight."""
+    """Return the name of the bias of the layer that has a weight.
+
+    Args: weight: The name of the weight.
+    """
     return weight.removesuffix("weight") + "bias"
 
 
 def bias_dim(axes: AxisGraph, bias: str) -> Dim:
-    """The dimension of a bias: what the weight beside it makes."""
+    """Return the dimension of a layer's bias: the output dimension of its weight.
+
+    Args: axes: The network's axes. bias: The name of the bias.
+    """
     weight = bias.removesuffix("bias") + "weight"
     read = read_dim(axes, weight)
     return next(dim for i, dim in enumerate(axes.shapes[weight]) if i != read)

@@ -1,4 +1,4 @@
-"""Axes that a user names himself, for networks, or parts of them, that tracing cannot read."""
+"""Declare axes by hand, for networks, or parts of them, that tracing cannot analyse."""
 
 import ast
 from collections.abc import Iterator, Mapping
@@ -15,19 +15,19 @@ from regrow.tracing.capture import example_of
 
 
 class DeclarationError(ValueError):
-    """Axes that are declared otherwise than the network is."""
+    """Raised where declared axes contradict the network, or are not written as :func:`declare` expects."""
 
 
 @dataclass(frozen=True)
 class _Place:
-    """One dimension of a tensor, or one integer of a module, as it was written.
+    """One dimension of a tensor, or one integer attribute of a module, in a declaration.
 
     Args:
-        axis: The axis it was written for.
-        name: The tensor, or ``module:attribute``.
+        axis: The axis in whose declaration it occurs.
+        name: The name of the tensor, or ``module:attribute``.
         dim: Which dimension; ``None`` for an integer.
-        form: What it is made of.
-        reads: Whether it stands behind the arrow.
+        form: The dimension as a product or sum of axes and numbers.
+        reads: Whether it follows the arrow, and so consumes the units.
     """
 
     axis: str
@@ -38,34 +38,36 @@ class _Place:
 
     @property
     def text(self) -> str:
-        """As it was written, without its form."""
+        """The place as the user wrote it, without its form."""
         return self.name if self.dim is None else f"{self.name}:{self.dim}"
 
 
 def declare(
     model: nn.Module, units: Mapping[str, str], *args: Any, axes: AxisGraph | None = None, **kwargs: Any
 ) -> AxisGraph:
-    """The axes of a network that cannot be traced, as its author knows them.
+    """Return the axes of a network that cannot be traced, as the user describes them.
 
-    What is said is not believed: :func:`regrow.apply` runs the changed network on the example before it commits, and
-    :func:`regrow.verify` holds the cut network against the whole one with 0 in every weight behind the arrow.
+    Declarations are checked: :func:`regrow.apply` runs the changed network on the example before it commits, and
+    :func:`regrow.verify` compares the cut network with the whole one, in which the dropped inputs of every weight
+    behind the arrow are set to 0.
 
     Args:
         model: The network.
-        units: Name of an axis → ``"what makes its units -> what reads them"``, dimensions written ``tensor:dim`` with
-            spaces between. A dimension of blocks says what it is made of, outermost first: ``qkv.weight:0=3*heads*16``;
-            a concatenation too: ``mix.weight:1=left+right``. An integer that restates a size is written
-            ``module:attribute``; those of torch's own layers are found. The axis of such a name is its key.
+        units: Axis name → ``"producers -> consumers"``, dimensions written ``tensor:dim`` with spaces between. A
+            dimension of blocks states its factors, outermost first: ``qkv.weight:0=3*heads*16``; a concatenation its
+            parts: ``mix.weight:1=left+right``. An integer that holds a size is written ``module:attribute``; those of
+            torch's own layers are found. The axis name becomes its key.
         *args: Positional inputs, as for ``model(...)``.
-        axes: What tracing found; then only dimensions that it froze can be declared, and its example is kept.
+        axes: The result of tracing, to be completed: only dimensions that it froze can be declared, and its example is
+            kept. ``None``: everything is declared.
         **kwargs: Inputs by name.
 
     Returns:
-        The axes.
+        The axes, with those that tracing found.
 
     Raises:
-        DeclarationError: If a name does not exist, sizes do not agree, an axis is not both made and read, or tracing
-            knows the dimension.
+        DeclarationError: If a name does not exist, sizes do not agree, an axis lacks producers or consumers, or tracing
+            has already put the dimension on an axis.
 
     >>> import torch
     >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
@@ -124,7 +126,7 @@ def _written(axis: str, text: str, units: Mapping[str, str]) -> Iterator[_Place]
 
 
 def _dim(axis: str, word: str, form: str, units: Mapping[str, str]) -> Dim:
-    """``3*heads*(16+2)`` as a dimension."""
+    """Parse ``3*heads*(16+2)`` into a dimension."""
 
     def read(node: ast.expr) -> Dim:
         match node:
@@ -171,7 +173,7 @@ def _check_exists(model: nn.Module, tensors: Mapping[str, Tensor], one: _Place) 
 
 
 def _sizes(model: nn.Module, tensors: Mapping[str, Tensor], written: list[_Place]) -> dict[str, int]:
-    """The size of each axis: of a dimension that is one, or of one that has no other unknown in it."""
+    """Return the size of each axis, from dimensions in which it is the only axis of unknown size."""
 
     def extent(one: _Place) -> int:
         if one.dim is not None:
@@ -222,7 +224,7 @@ def _forms(base: AxisGraph, written: list[_Place]) -> dict[tuple[str, int], Dim]
 
 
 def _aliases(base: AxisGraph, one: _Place) -> list[str]:
-    """All names of the same tensor."""
+    """Return all names of the tensor at a place."""
     first = base.ties.get(one.name, one.name)
     return [first, *(name for name, other in base.ties.items() if other == first)]
 
@@ -243,12 +245,12 @@ def _axis(key: str, sizes: Mapping[str, int], every: list[_Place], tensors: Mapp
 
 
 def _small(name: str) -> Role:
-    """What a vector that makes nothing by itself does."""
+    """Return the role of a vector that does not produce units by itself: it shifts or scales them."""
     return Role.SHIFTS if name.endswith(("bias", "running_mean")) else Role.SCALES
 
 
 def _left(base: AxisGraph, forms: Mapping[tuple[str, int], Dim], made: Mapping[str, Axis]) -> dict[str, Axis]:
-    """What tracing knows, without the places that are declared."""
+    """Return the traced axes without the slots that are declared."""
     left = {}
     for key, axis in base.axes.items():
         slots = tuple(slot for slot in axis.slots if (slot.name, slot.dim) not in forms)
@@ -260,7 +262,7 @@ def _left(base: AxisGraph, forms: Mapping[tuple[str, int], Dim], made: Mapping[s
 
 
 def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Mapping[str, Axis]) -> dict[str, Dim]:
-    """``module:attribute`` → the declared dimension that it restates."""
+    """Return ``module:attribute`` → the declared dimension whose size it holds."""
     result: dict[str, Dim] = {}
     for path, module in model.named_modules():
         dot = f"{path}." if path else ""
@@ -281,7 +283,7 @@ def _integers(model: nn.Module, shapes: Mapping[str, tuple[Dim, ...]], made: Map
 
 
 def _unknown(model: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Any) -> AxisGraph:
-    """A network of which nothing is known but its tensors."""
+    """Return an axis graph without axes, of a network of which only the tensors are known."""
     first: dict[int, str] = {}
     ties = {name: known for name, t in tensors.items() if (known := first.setdefault(id(t), name)) != name}
     parameters = dict(model.named_parameters(remove_duplicate=False))

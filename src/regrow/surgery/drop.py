@@ -1,4 +1,4 @@
-"""Whole branches are dropped and come back: placeholders replace them, and the rest is proved to compute the same."""
+"""Drop whole branches and bring them back: placeholders replace them, and the rest is proved to compute the same."""
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,17 +36,17 @@ from regrow.tracing.walk import walk
 def without_branches(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> Iterator[tuple[AxisGraph, Plan, UndoStore | None]]:
-    """Inside, the branches of a plan are gone; they come back if anything there fails.
+    """Context manager in which the plan's branches are replaced by placeholders; undone if the body raises.
 
     Args:
         model: The network.
         axes: Its axes.
-        plan: The plan; it fits them.
-        optimizers: Those that move parameters; what goes leaves their groups when all is done.
-        undo: Gets the modules when all is done.
+        plan: A plan that fits the axes.
+        optimizers: The optimisers; parameters of the branches leave their groups when the body has succeeded.
+        undo: The undo store; gets the modules when the body has succeeded.
 
     Yields:
-        The axes without the branches, what is left of the plan for them, and what is left of the undo store.
+        The axes without the branches, the rest of the plan for them, and the rest of the undo store.
 
     Raises:
         PlanError: If the network without the branches is not proved to compute what is left of the sums.
@@ -77,7 +77,14 @@ def without_branches(
 def bring_back(
     model: nn.Module, axes: AxisGraph, plan: Plan, optimizers: Sequence[Optimizer], undo: UndoStore | None
 ) -> tuple[nn.Module, AxisGraph]:
-    """The model with dropped branches where they were, with what they held, and its axes.
+    """Restore dropped branches with the weights they had; return the model and its axes.
+
+    Args:
+        model: The network; changed in place.
+        axes: Its axes.
+        plan: Its ``back`` names the modules; it must change nothing else.
+        optimizers: Must be empty, since no optimiser can follow.
+        undo: The undo store that has the modules.
 
     Raises:
         PlanError: If a branch is not in the undo store or not dropped here, an axis that it lies on has changed since,
@@ -135,7 +142,11 @@ def _check_back(model: nn.Module, removed: RemovedBranch) -> None:
 
 
 def replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
-    """A dropped branch as the network's later cuts would have left it, had it been there; what it was stays as it is.
+    """Return a dropped branch with the cuts that the network underwent since; the given branch is left unchanged.
+
+    Args:
+        removed: The branch as it was dropped.
+        axes: The network's axes now.
 
     Raises:
         PlanError: If the network has units that the branch never had.
@@ -174,7 +185,7 @@ def replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
 
 
 def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
-    """A module that has these at their paths, and nothing else."""
+    """Return a module that contains the given modules at their paths, and nothing else."""
     shell = nn.Module()
     for path, module in modules.items():
         *parents, leaf = path.split(".")
@@ -188,7 +199,7 @@ def _shell(modules: Mapping[str, nn.Module]) -> nn.Module:
 
 
 def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> AxisGraph:
-    """The axes of a network without some branches, proved on a copy without numbers."""
+    """Return the axes of a network without some branches, after proving on a copy without numbers that it is right."""
     names = ", ".join(branch.module for branch in removed)
     bare, mode = meta_copy(model, {})
     given = fake_example(cast_example(axes.example, model), mode)
@@ -222,12 +233,12 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
 
 
 def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGraph) -> AxisGraph:
-    """Axes with what the network does now: its operations, its work, its branches, and what can be cut of it.
+    """Return axes updated by a new recording of the network: operations, work, branches, and what can be cut.
 
     Args:
-        bare: The network as it is now, without numbers.
-        given: What it was recorded with.
-        recorded: The record.
+        bare: A copy of the present network without numbers.
+        given: The example it was recorded with.
+        recorded: The recording.
         axes: Its axes, as far as they are known.
     """
     w = walk(recorded, RULES, POINTWISE)
@@ -256,7 +267,7 @@ def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGra
 
 
 def _together(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
-    """An axis anew: what a trace finds in its place, or several that only what was dropped tied, still cut as one."""
+    """Return the axis that a new trace finds in its place; several that only dropped modules tied count as one."""
     if {*axis.slots} != {slot for part in parts for slot in part.slots}:
         return None
     if len(parts) == 1:
@@ -274,7 +285,7 @@ def _together(axis: Axis, parts: Sequence[Axis]) -> Axis | None:
 
 
 def _now(axis: Axis, fresh: Axis | None) -> Axis:
-    """An axis as it is without what was dropped: the same units, and what a new trace says of cutting them."""
+    """Return an axis without what was dropped: the same units, with the marks and limits of a new trace."""
     if not axis.free or axis.size == 1:
         return axis
     if fresh is None:

@@ -1,4 +1,4 @@
-"""Networks that no recording is of: tried, and masked, by running them as they are."""
+"""Try and mask networks that cannot be recorded, by running a changed copy of them."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -16,12 +16,12 @@ from regrow.tracing.model_state import preserve_state
 
 
 def trial_error(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:
-    """What goes wrong when the network runs on its example after a change to a copy of it; empty if nothing.
+    """Return the error of running a changed copy of the network on its example; empty if it runs.
 
     Args:
-        model: Left untouched.
+        model: The network; it is left unchanged.
         axes: Its axes, with the example.
-        change: Makes of the copy what the network is to become.
+        change: Changes the copy, in place.
     """
     example = cast_example(axes.example, model)
     changed = replace_parameters(model, {})
@@ -36,14 +36,14 @@ def trial_error(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module],
 
 
 def mask_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> nn.Module:
-    """A copy of full size in which the dropped units of declared axes count for nothing: what reads them is 0.
+    """Return a full-size copy in which the weights that consume dropped units of declared axes are 0 there.
 
-    Where the plan has means, the bias beside the weight takes what they add.
+    Where the plan has means, their contribution is added to the bias of the layer.
 
     Args:
-        model: Left untouched.
+        model: The network; it is left unchanged.
         axes: Its axes.
-        plan: What is dropped; what it does to traced axes is left to a recording.
+        plan: The units to drop; only its changes to declared axes are applied.
 
     Raises:
         PlanError: If a weight with means has no bias beside it.
@@ -82,11 +82,11 @@ def _offset(model: nn.Module, axes: AxisGraph, weight: str, means: Mapping[int, 
 
 
 def replace_parameters(model: nn.Module, values: Mapping[int, Tensor]) -> nn.Module:
-    """A copy that shares the numbers of parameters, but for some; buffers and other tensors have their own.
+    """Return a copy that shares parameters with the model, except some; buffers and other tensors are copied.
 
     Args:
-        model: Left untouched.
-        values: ``id`` of a parameter or buffer → what it is in the copy.
+        model: The network; it is left unchanged.
+        values: ``id`` of a parameter or buffer → the tensor that the copy has instead.
     """
 
     def made(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""New units fitted to data, with the network's function kept: what makes them changes, what reads them stays 0."""
+"""Initialise new units from data without changing the network's outputs: their outgoing weights stay 0."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ from regrow.tracing.capture import evaluating
 
 
 def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterable[Batch]) -> nn.Module:
-    """Give new units the spread of the old ones: w ← ± w · median(std of old outputs) / std of its own output.
+    """Scale the weights of new units so that their outputs vary as much as those of the old units.
 
-    The standard deviation is that of what each row of a linear layer or convolution gives, over all positions of all
-    batches; its bias goes along. A unit whose mean is further than that below 0 changes its sign: behind a ReLU it
-    would hardly answer, and hardly learn. The running statistics of new channels are set to what their batch
-    normalisation is fed. The units must have grown by ``zero_out``: nothing reads them yet, so the network's function
-    stays as it is.
+    Each row of a linear layer or convolution that makes a new unit becomes ± w · median(std of old outputs) / std of
+    its own output, over all positions of all batches; its bias likewise. A unit whose mean is more than one standard
+    deviation below 0 changes its sign: behind a ReLU it would be almost always 0, and hardly learn. The running
+    statistics of new batch-norm channels are set to those of their inputs. The units must have grown by ``zero_out``:
+    their outgoing weights are 0, so the network's outputs do not change.
 
     Args:
         model: The network after the plan; changed in place.
         axes: Its axes after the plan.
         plan: The plan that added the units.
-        batches: One to four are enough.
+        batches: Batches to measure on; one to four are enough.
 
     Returns:
         The same model.
 
     Raises:
-        PlanError: If the plan did not grow an axis by ``zero_out``, or nothing makes its units that could be fitted.
+        PlanError: If the plan did not grow an axis by ``zero_out``, or no linear layer or convolution makes its units.
 
     Source: after Mishkin and Matas, LSUV (arXiv 1511.06422).
 
@@ -69,17 +69,17 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
 def sparsify_new_units(
     model: nn.Module, axes: AxisGraph, plan: Plan, density: float, generator: torch.Generator | None = None
 ) -> nn.Module:
-    """Leave new units a drawn share of what makes them; the rest is 0. Each unit keeps at least one entry.
+    """Set a random part of the randomly initialised weights of new units to 0; each unit keeps at least one.
 
     Args:
         model: The network after the plan; changed in place.
         axes: Its axes after the plan.
         plan: The plan that added the units, by ``zero_out``.
-        density: The share of entries that stay, above 0.
-        generator: What is drawn with.
+        density: The fraction of a unit's entries that stay, above 0.
+        generator: The random generator; torch's default unless given.
 
     Returns:
-        The same model; its function is as it was, for nothing reads the units yet.
+        The same model; its outputs are unchanged, since the other side of the units is still 0.
 
     Raises:
         PlanError: As :func:`fit_new_units`.
@@ -102,16 +102,16 @@ def sparsify_new_units(
 
 
 def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Axis key → the units that a plan added, where they lie now.
+    """Return axis key → the positions of the units that a plan added or restored afresh.
 
     Args:
         model: The network after the plan.
         axes: Its axes after the plan.
-        plan: The plan.
+        plan: The plan that added them.
 
     Raises:
-        PlanError: If it added none, not by ``zero_out``, these are not the axes that it left, or the units are
-            not silent any more.
+        PlanError: If it added none, or not by ``zero_out``, these are not the axes after it, or the zero weights of
+            the units have been trained since.
     """
     result = {}
     for key, change in plan.changes.items():
@@ -139,7 +139,11 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
 
 @dataclass(frozen=True)
 class Entries:
-    """What new units of an axis own in one dimension of a parameter."""
+    """The indices that new units of an axis own in one dimension of a parameter.
+
+    Args: axis: The key of the axis. name: The name of the parameter. dim: Its dimension. where: The indices along the
+    dimension.
+    """
 
     axis: str
     name: str
@@ -147,20 +151,20 @@ class Entries:
     where: tuple[int, ...]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """These entries of a tensor in the shape of the parameter."""
+        """Return these entries of a tensor that has the parameter's shape."""
         return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
 
     def set(self, model: nn.Module, value: Tensor) -> None:
-        """Write them, in place."""
+        """Write a value into these entries of the model's parameter, in place."""
         tensor = model.get_parameter(self.name).detach()
         part = value.to(tensor).expand_as(self.of(tensor))
         tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
 
     def turn(self, model: nn.Module, direction: Tensor) -> None:
-        """Turn each row halfway to another direction and let it have its length; where there is none, it stays.
+        """Turn each row halfway to another direction and keep its norm; a row whose direction is 0 stays.
 
-        The directions are made orthogonal to one another by the smallest change that does it (the polar factor): or
-        all rows would go the one best way, and learn the same.
+        The directions are made orthogonal to one another by the smallest change that does it (the polar factor);
+        otherwise all rows would take the one best direction, and learn the same.
         """
         now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
         rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
@@ -173,7 +177,11 @@ class Entries:
 def split_entries(
     model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]
 ) -> tuple[list[Entries], list[Entries]]:
-    """The entries that new units have drawn numbers in, and those that are 0."""
+    """Return the entries of new units as (randomly initialised, zero-initialised).
+
+    Args: model: The network after the plan. axes: Its axes after the plan. young: Axis key → the positions of its new
+    units.
+    """
     parameters = dict(model.named_parameters())
     found: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
     for key, units in young.items():
@@ -192,7 +200,7 @@ def split_entries(
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows of a weight that make units of an axis."""
+    """The rows of a weight that make units of an axis: those of new units and those of old ones."""
 
     axis: str
     name: str
@@ -215,7 +223,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Channels:
-    """The channels of a batch normalisation that are units of an axis."""
+    """The channels of a batch normalisation that are new units of an axis."""
 
     axis: str
     name: str
@@ -257,7 +265,7 @@ def _channels(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) ->
 
 
 def _sums(model: nn.Module, spots: Sequence[_Spot], batches: Sequence[Batch]) -> dict[_Spot, tuple[Tensor, Tensor]]:
-    """What comes out of rows, and what goes into channels: mean and variance of each, in the order of execution."""
+    """Return mean and variance of the outputs of rows and of the inputs of channels, in the order of execution."""
     watch = _Watch({id(model.get_parameter(s.name)): s.name for s in spots if isinstance(s, _Rows)})
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
@@ -285,7 +293,7 @@ def _sums(model: nn.Module, spots: Sequence[_Spot], batches: Sequence[Batch]) ->
 
 
 class _Watch(TorchFunctionMode):
-    """Sums what watched weights give, channel by channel, while it is active."""
+    """Torch function mode that sums the outputs of watched weights, channel by channel."""
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
@@ -302,7 +310,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def add(self, name: str, value: Tensor, dim: int) -> None:
-        """Add numbers whose channels lie along a dimension."""
+        """Add the values of a tensor to the sums of a name, with its channels along ``dim``."""
         rows = value.detach().movedim(dim, -1).flatten(0, -2).double().cpu()
         count, total, square = self.sums.get(name, (0, 0.0, 0.0))
         self.sums[name] = (count + len(rows), total + rows.sum(0), square + rows.square().sum(0))

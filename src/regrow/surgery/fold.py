@@ -1,4 +1,4 @@
-"""Folds: when a size that stands in a divisor changes, the numbers next to it take up the change."""
+"""Folds: when an axis size that is used as a divisor changes, rescale the gain and epsilon next to it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,13 +12,13 @@ from regrow.axes import AxisGraph, Fold, size_of
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a plan comes to.
+    """The tensors and constants that a plan sets, and the folds after it.
 
     Args:
-        values: Name → tensor to set.
-        constants: ``module:attribute`` → what to set.
-        folds: The folds afterwards.
-        removed: Biases that only compensation had made, and that are no more.
+        values: Name → the tensor to set.
+        constants: ``module:attribute`` → the number to set.
+        folds: The folds after the plan.
+        removed: Biases that only compensation had added, and that are removed again.
     """
 
     values: Mapping[str, Tensor]
@@ -28,18 +28,21 @@ class Outcome:
 
 
 def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
-    """The size that a fold divides by."""
+    """Return the divisor of a fold: the product of the sizes of its dimensions.
+
+    Args: fold: The fold. sizes: Axis key → its number of units.
+    """
     return prod(size_of(dim, sizes) for dim in fold.over)
 
 
 def fold_values(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], values: Mapping[str, Tensor]) -> Outcome:
-    """Gains and the constants under roots folded: γ′ = γ·√(n_old/n_new), ε′ = ε·n_old/n_new.
+    """Return the tensors of a plan with rescaled gains and epsilons: γ′ = γ·√(n_old/n_new), ε′ = ε·n_old/n_new.
 
     Args:
         model: The model before the cut.
         axes: Its axes before the cut.
-        sizes: The size of each axis after it.
-        values: The tensors that the cut replaces.
+        sizes: Axis key → its number of units after the cut.
+        values: The tensors after the cut by name, not yet rescaled.
     """
     result = dict(values)
     constants, folds = fold_constants(model, axes, sizes)
@@ -55,12 +58,12 @@ def fold_values(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int], val
 def fold_constants(
     model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]
 ) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
-    """The constants under roots at other sizes by ``module:attribute``, and the folds then.
+    """Return the rescaled epsilons of norms by ``module:attribute``, and the folds with them.
 
     Args:
         model: The model before the cut.
         axes: Its axes before the cut.
-        sizes: The size of each axis after it.
+        sizes: Axis key → its number of units after the cut.
     """
     constants: dict[str, float | None] = {}
     folds = []
@@ -76,7 +79,11 @@ def fold_constants(
 
 
 def rescale(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:
-    """Numbers that hold at the given sizes of the divisor, as they must be at ``n``; the very same where it is that."""
+    """Rescale entries of a gain that hold at given divisors to the divisor ``n``; those already at ``n`` are unchanged.
+
+    Args: values: Entries of the parameter. sizes: The divisor at which each entry holds, in a shape that broadcasts. n:
+    The new divisor. fold: The fold.
+    """
     change = sizes.double() / n
     factor = (change if fold.kind == "norm" else 1 / change).sqrt().to(values.device)
     moved = ((values.double() + fold.plus) * factor - fold.plus).to(values.dtype)

@@ -1,4 +1,4 @@
-"""Gates: units of a network are scaled where they are read, without a change to the network."""
+"""Gates: scale units where they are consumed, in the forward pass, without changing the network."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,16 +15,17 @@ from regrow.scoring.weights import Reader, readers
 def gate_inputs(
     model: nn.Module, axes: AxisGraph, gates: Mapping[str, Tensor], fills: Mapping[str, Tensor] | None = None
 ) -> Iterator[None]:
-    """Inside, every weight that reads a gated axis is fed ``fill + gate · (x − fill)``: x at 1, the fill at 0.
+    """Context manager in which each weight that consumes a gated axis is fed ``fill + gate · (x − fill)``.
 
-    With gates of 0 and 1 this is the network that the cut would leave, for axes that only weights read; with means as
-    fills, the compensated one. Gradients reach the gates.
+    A gate of 1 passes x, a gate of 0 the fill. With gates of 0 and 1 this is the network that the cut would leave, for
+    axes that only weights consume; with means as fills, the bias-compensated one. Gradients reach the gates.
 
     Args:
         model: The network.
         axes: Its axes.
-        gates: Axis key → one number per unit, ``[size]``.
-        fills: Name of a reading weight → what stands in for each dropped input channel, ``[C]``; 0 where not named.
+        gates: Axis key → one gate per unit, ``[size]``.
+        fills: Name of a consuming weight → the value that replaces each dropped input channel, ``[C]``; 0 where not
+            named.
     """
     reads = readers(axes, [axes[key] for key in gates])
     parameters = dict(model.named_parameters())
@@ -55,13 +56,13 @@ class _Gate(Feed):
         return value * gate + fill * (1 - gate)
 
     def weighed(self, name: str, weight: Tensor) -> Tensor:
-        """A recurrent weight with its columns gated: what it is fed counts as much as that."""
+        """Return a recurrent weight with its columns gated, which is the same as gating its inputs."""
         if name in self.fills:
             raise ValueError(f"{name!r} is read inside a recurrent layer, where no mean stands in for an input")
         return weight * self._channels(name, weight.shape[1]).to(weight)
 
     def _channels(self, name: str, channels: int) -> Tensor:
-        """The gate of each input channel of a weight: the product over the gated axes that lie in it."""
+        """Return the gate of each input channel of a weight: the product over the gated axes in that dimension."""
         if (name, channels) not in self.made:
             total: Tensor | None = None
             for reader in self.reads[name]:

@@ -1,4 +1,4 @@
-"""How the entries of a dimension lie after a plan: where each comes from, which are new, and what new ones hold."""
+"""Layouts: for each entry of a dimension after a plan, its old index, whether it is new, and how it is initialised."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,15 +13,15 @@ from regrow.plan import Change, Plan
 
 @dataclass(frozen=True)
 class Layout:
-    """The entries of a dimension (or the units of an axis) after a plan; everything ``[entries]``.
+    """The entries of a dimension (or the units of an axis) after a plan; every field is ``[entries]``.
 
     Args:
-        source: The entry that it was before, or that a new one is a copy of.
-        is_new: Whether it is new.
-        drawn: Whether it is new and no copy: its numbers are drawn.
-        twin: The entry whose drawn numbers it shares; itself, mostly.
-        inward: The factor on numbers that make it.
-        outward: The factor on numbers that read it.
+        source: The index of the entry before the plan, or of the entry that a new one copies.
+        is_new: Whether it is new (bool).
+        drawn: Whether it is new and randomly initialised instead of copied (bool).
+        twin: The index of the new entry whose random values it shares; mostly its own.
+        inward: The factor on weights that make the entry (float64).
+        outward: The factor on weights that consume the entry (float64).
     """
 
     source: Tensor
@@ -33,7 +33,10 @@ class Layout:
 
     @classmethod
     def of(cls, source: Tensor) -> "Layout":
-        """Entries that stay, in the order of ``source``."""
+        """Return the layout in which old entries stay, in the given order, and none is new.
+
+        Args: source: Indices of old entries, int64.
+        """
         no = torch.zeros(len(source), dtype=torch.bool)
         one = torch.ones(len(source), dtype=torch.float64)
         return cls(source, no, no, torch.arange(len(source)), one, one)
@@ -43,16 +46,16 @@ class Layout:
 
     @property
     def kept(self) -> Tensor:
-        """The entries before that stay, ascending."""
+        """The old indices of the entries that stay, in their order after the plan."""
         return self.source[~self.is_new]
 
 
 def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
-    """Name of a tensor → dimension → its entries after the plan, for every dimension that the plan changes.
+    """Return tensor name → dimension → its layout after the plan, for every dimension that the plan changes.
 
     Args:
         axes: The network's axes before the plan.
-        plan: What is cut, and what grows.
+        plan: The plan.
     """
     sizes = axes.sizes()
     lie = {key for dims in axes.shapes.values() for dim in dims for key in axes_in(dim)}
@@ -70,12 +73,12 @@ def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
 
 
 def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> Layout:
-    """The entries of a dimension, given the units of the axes that change.
+    """Return the layout of a dimension after a plan, from the layouts of the axes that change.
 
     Args:
         dim: The dimension before.
-        sizes: The size of each axis before.
-        units: Axis key → its units after.
+        sizes: Axis key → its number of units before.
+        units: Axis key → the layout of its units after, for each axis that changes.
     """
     match dim:
         case int():
@@ -97,7 +100,7 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
 
 
 def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
-    """The entries of a product; ``size`` is that of the inner dimension before."""
+    """Return the layout of a product dimension; ``size`` is that of the inner dimension before the plan."""
 
     def pairs(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         return a.repeat_interleave(len(inner)), b.repeat(len(outer))
@@ -113,12 +116,14 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
 
 
 def units_after(change: Change, axis: Axis) -> Layout:
-    """The units of an axis after its change, in the order of their unit ids; new ones as its fill has them.
+    """Return the layout of an axis's units after its change, in the order of their ids; new ones as its fill says.
 
-    ``zero_out``: drawn, and nothing reads them yet; on a folded axis (a residual stream under root-mean-square norms)
-    nothing writes them yet. ``split``: each is a copy of a kept unit, and they share what reads that. ``pair``: two and
-    two are drawn alike and read with opposite signs. Restored units lie among the kept ones, and are new until
-    their old numbers are put in.
+    ``zero_out``: random incoming weights, outgoing weights 0; on a folded axis (a residual stream under
+    root-mean-square norms) incoming weights 0. ``split``: each new unit copies a kept one, and both share its outgoing
+    weights. ``pair``: pairs of equal random units with outgoing weights of opposite sign. Restored units lie among the
+    kept ones, and are new until their stored weights are written.
+
+    Args: change: The change. axis: The axis before it.
     """
     keep = torch.tensor(change.keep)
     old, n = Layout.of(keep), len(change.restore) + change.grow
@@ -153,13 +158,16 @@ def units_after(change: Change, axis: Axis) -> Layout:
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
-    """The ids of an axis's units after its change: those kept, then those restored, then new ones."""
+    """Return the ids of an axis's units after its change: those kept, then those restored, then new ones.
+
+    Args: change: The change. axis: The axis before it.
+    """
     kept = [axis.ids[unit] for unit in change.keep]
     return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
 
 
 def _in_order(units: Layout, ids: list[int]) -> Layout:
-    """The same units in the order of their unit ids."""
+    """Return the same units, sorted by their ids."""
     order = torch.tensor(ids).argsort()
     place = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
     return Layout(*(place[part[order]] if name == "twin" else part[order] for name, part in vars(units).items()))
@@ -168,13 +176,13 @@ def _in_order(units: Layout, ids: list[int]) -> Layout:
 def slots_after(
     axis: Axis, axes: AxisGraph, lays: Mapping[str, Mapping[int, Layout]], sizes: Mapping[str, int]
 ) -> tuple[Slot, ...]:
-    """Where the units of an axis lie after a plan; slots of which nothing is left are gone.
+    """Return the slots of an axis after a plan, without those of which nothing is left.
 
     Args:
-        axis: The axis before.
-        axes: The network's axes before.
-        lays: The entries of each dimension that changes.
-        sizes: The size of each axis after.
+        axis: The axis before the plan.
+        axes: The network's axes before the plan.
+        lays: Tensor name → dimension → its layout after the plan.
+        sizes: Axis key → its number of units after the plan.
     """
     result: dict[Slot, None] = {}
     for slot in axis.slots:
@@ -191,7 +199,12 @@ def slots_after(
 
 
 def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, int, int, int]]:
-    """``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension."""
+    """Yield ``(outer, stride, inner, offset)`` of every place where the units of an axis lie in a dimension.
+
+    The numbers mean the same as in :class:`~regrow.axes.Slot`.
+
+    Args: dim: The dimension. key: The key of the axis. sizes: Axis key → its number of units.
+    """
     for loops, inner, offset in _occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
         for at in product(*(range(n) for n, _ in loops[1:])):
@@ -199,7 +212,7 @@ def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, 
 
 
 def _occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-    """Each place of an axis in a dimension: the loops ``(times, stride)`` around it, longest first, extent, offset."""
+    """Yield each place of an axis in a dimension: enclosing loops ``(times, stride)``, inner extent, offset."""
     match dim:
         case str() if dim == key:
             yield [], 1, 0
@@ -218,7 +231,7 @@ def _occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple
 
 
 def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Loops that run on without a gap are one; the longest of the rest comes first."""
+    """Merge loops that continue each other without a gap, and sort them by length, longest first."""
     merged: list[tuple[int, int]] = []
     for times, stride in sorted(loops, key=lambda loop: -loop[1]):
         if merged and merged[-1][1] == times * stride:
@@ -229,7 +242,7 @@ def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:
-    """Where a slot of a frozen axis lies: the places of its first unit give its numbers."""
+    """Return where a slot of a frozen axis lies after a plan, derived from the places of its first unit."""
     first = torch.isin(lay.source, slot.positions(size)[0]).nonzero().flatten()
     if not len(first):
         return None

@@ -1,4 +1,4 @@
-"""An optimiser follows its network: its parameters are exchanged, and what it remembers of them is cut and widened."""
+"""Optimisers follow a change of shape: new parameters replace the old ones, and moments are cut and widened."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,20 +12,20 @@ from regrow.surgery.layout import Layout
 from regrow.surgery.widen import resize_moment
 
 FIRST = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-"""What an optimiser calls a mean of gradients: 0 for new entries."""
+"""Names of first moments in optimiser state: new entries get 0."""
 
 SECOND = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta", "exp_inf"})
-"""What it calls a mean of their squares or sizes: the mean of the kept entries for new ones."""
+"""Names of second moments in optimiser state: new entries get the mean of the kept ones."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What becomes of one parameter.
+    """A parameter that a plan replaces or removes.
 
     Args:
         name: Its name.
-        old: The parameter before.
-        lays: The entries of each dimension that changes.
+        old: The parameter before the plan.
+        lays: Dimension → the layout of its entries after the plan.
     """
 
     name: str
@@ -36,20 +36,20 @@ class Exchange:
 def follow(
     optimizers: Sequence[Optimizer], exchanged: Sequence[Exchange], added: Sequence[str] = ()
 ) -> Callable[[Mapping[str, nn.Parameter]], None]:
-    """Work out what the optimisers will remember, without changing anything yet.
+    """Compute the optimisers' state after a plan; return a function that writes it once the new parameters exist.
 
-    Groups, their settings and their order stay, so learning-rate schedulers keep their place.
+    Groups, their settings and their order stay, so learning-rate schedulers keep working.
 
     Args:
-        optimizers: All that move parameters of the network.
-        exchanged: The parameters that a plan replaces, or takes away.
-        added: The names of biases that it adds; each joins the weight of its layer.
+        optimizers: All optimisers of the network's parameters.
+        exchanged: The parameters that a plan replaces or removes.
+        added: The names of biases that it adds; each joins the parameter group of its layer's weight.
 
     Returns:
         A function that, given name → new parameter, changes the optimisers in place.
 
     Raises:
-        PlanError: If an optimiser remembers something that does not have its parameter's shape, or that is not known.
+        PlanError: If an optimiser's state has an unknown entry, or one that does not have its parameter's shape.
     """
     if problem := next((type(one).__name__ for one in optimizers if hasattr(one, "_params")), ""):
         raise PlanError(

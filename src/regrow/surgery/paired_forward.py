@@ -1,4 +1,4 @@
-"""The masked network and its cut copy, run side by side, block by block."""
+"""Paired forward: run the masked network and its cut copy side by side, block by block, and compare their outputs."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,10 +23,13 @@ from regrow.tracing.walk import op_name
 
 
 def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:
-    """What a network does once a plan is carried out, recorded on a copy without numbers.
+    """Record the network that a plan leads to, on a copy without numbers.
+
+    Args: model: The network; it is left unchanged. axes: Its axes. to: The sizes and constants that the plan leads to.
+    example: The input to record with.
 
     Raises:
-        PlanError: If it does not run then.
+        PlanError: If the planned network does not run.
     """
     copy, mode = resize_copy(model, axes, to)
     try:
@@ -38,17 +41,16 @@ def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Exa
 def run_pair(
     model: nn.Module, axes: AxisGraph, plan: Plan, whole: Readings, small: Capture, double: bool
 ) -> tuple[Answers, Answers]:
-    """What the masked network answers, and what its cut copy does.
+    """Run the masked network and its cut copy from input to output; return the outputs of both.
 
-    Each goes its own way from the input to the answer. Of either, the tensors of one block are in memory beside the
-    model at a time.
+    Of each network, the tensors of one block at a time are in memory beside the model.
 
     Args:
         model: The network.
         axes: Its axes.
-        plan: What is cut and what grows.
-        whole: The network's operations, and where they read axes.
-        small: Those of its cut copy.
+        plan: The plan.
+        whole: The recorded network, and where it reads axes.
+        small: The recorded cut copy.
         double: Whether to run in float64.
     """
     keep = {key: change.keep for key, change in plan.changes.items()}
@@ -71,15 +73,15 @@ def run_both(
     theirs: Sequence[Node],
     tensors: "CutTensors",
 ) -> None:
-    """Run two networks to their ends, block by block in turns, each block from the same seed.
+    """Run two recorded networks to their ends, block by block in turns, each block from the same random seed.
 
     Args:
-        masked: The one.
-        shrunk: The other.
-        cut: Their blocks.
-        ours: The operations of the one.
-        theirs: The operations of the other.
-        tensors: Those of the other.
+        masked: The runner of the masked network.
+        shrunk: The runner of the cut network.
+        cut: The blocks that both consist of.
+        ours: The operations of the masked network.
+        theirs: The operations of the cut network.
+        tensors: The tensors of the cut network.
     """
     with preserve_generators():
         for block in cut:
@@ -94,7 +96,10 @@ def run_both(
 
 
 def max_difference(ours: Answers, theirs: Answers) -> float:
-    """The largest difference of two answers; infinite where they are of other shapes, or one is not a number."""
+    """Return the largest absolute difference of two networks' outputs; infinite if shapes differ or one is NaN.
+
+    Args: ours: The outputs of one network. theirs: The outputs of the other.
+    """
     if len(ours) != len(theirs):
         return inf
     return max((_gap(x.double(), y.double()) for x, y in common_outputs(ours, theirs)), default=0.0)
@@ -108,26 +113,32 @@ def _gap(x: Tensor, y: Tensor) -> float:
 
 
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
-    """What there is of both answers."""
+    """Return the pairs of outputs that both networks have and that are not empty.
+
+    Args: ours: The outputs of one network. theirs: The outputs of the other.
+    """
     both = zip(ours, theirs, strict=False)  # what gives another number of answers is told by their distance
     return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
 
 
 def max_magnitude(answers: Answers) -> float:
-    """The largest finite number in some answers."""
+    """Return the largest finite absolute value in a network's outputs; 0 if there is none.
+
+    Args: answers: The outputs.
+    """
     finite = [x[x.isfinite()].abs() for x in answers if x is not None]
     return max((float(x.max()) for x in finite if x.numel()), default=0.0)
 
 
 class CutTensors:
-    """The tensors of a network as a plan has them, worked out block by block.
+    """The tensors of a network after a plan, computed block by block to save memory.
 
     Args:
         model: The network.
         axes: Its axes.
         plan: The plan.
-        double: Whether they are worked out in float64.
-        known: Those that are worked out already, without rounding.
+        double: Whether they are computed in float64.
+        known: Tensors that are already computed, without rounding.
     """
 
     def __init__(
@@ -144,7 +155,7 @@ class CutTensors:
 
     @contextmanager
     def of(self, names: Collection[str]) -> Iterator[None]:
-        """Have those of a block at hand; large ones are worked out when they are read."""
+        """Context manager in which a block's tensors are at hand; large ones are computed when they are read."""
         most = {name: WIDE if name in self.known else LARGE for name in names}
         own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
         self.values = self._worked_out(own, self.double)
@@ -154,7 +165,7 @@ class CutTensors:
             self.values = {}
 
     def load(self, name: str, double: bool) -> Tensor:
-        """One tensor."""
+        """Return one tensor after the plan, in float64 if ``double``."""
         if name in self.values and double == self.double:
             return self.values[name]
         value = self._worked_out([name], double).get(name)

@@ -1,4 +1,4 @@
-"""Tensors used in place of parameters in the forward pass, and tensors along axes that follow a plan."""
+"""Replace parameters by computed tensors in the forward pass, and let tensors along axes follow a plan."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ from regrow.surgery.widen import resize_moment
 
 @contextmanager
 def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, modules find these tensors where their parameters were; gradients reach what they were made of.
+    """Context manager in which modules use given tensors in place of parameters; gradients flow to their inputs.
 
-    It must last until gradients have been taken: activation checkpointing runs modules again then.
+    It must last until the backward pass is over, since activation checkpointing runs modules again.
 
     Args:
         model: The network.
-        values: Name of a parameter → the tensor to use in its place.
+        values: Name of a parameter → the tensor that replaces it.
 
     >>> net = nn.Linear(2, 1, bias=False)
     >>> with parametrize(net, {"weight": net.weight * 0}):
@@ -44,7 +44,7 @@ def parametrize(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None
 
 
 def resize_axis_tensor(one: AxisTensor, axes: AxisGraph, plan: Plan) -> AxisTensor:
-    """A tensor along axes as it is after a plan: kept entries keep theirs, new ones are 0 (or false).
+    """Return a tensor along axes after a plan: kept entries keep their values, new ones are 0 (``False``).
 
     Args:
         one: The tensor.

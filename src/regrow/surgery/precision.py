@@ -1,4 +1,4 @@
-"""Networks in float64: every cast to a shorter float goes there too, so that a network's own casts hide no fault."""
+"""Run networks in float64, casts to shorter floats included, so that a network's own casts hide no error."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from regrow.axes import Example
 
 @contextmanager
 def made_in_double(double: bool) -> Iterator[None]:
-    """Have tensors that a network makes without saying in which precision be of float64, like all its others."""
+    """Context manager in which torch's default dtype is float64, if ``double``, so that new tensors are too."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64 if double else before)
     try:
@@ -24,7 +24,7 @@ def made_in_double(double: bool) -> Iterator[None]:
 
 
 class CastsToDouble(TorchFunctionMode):
-    """Has every cast to a shorter float go to float64 instead, in a network that is run as it is."""
+    """Torch function mode that turns every cast to a shorter float into one to float64."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map(widen_dtype, args), tree_map(widen_dtype, kwargs or {})
@@ -32,23 +32,28 @@ class CastsToDouble(TorchFunctionMode):
 
 
 def widen_dtype(value: object) -> Any:
-    """An argument of an operation in float64: shorter precisions become that, other arguments stay."""
+    """Return float64 for a shorter floating-point dtype; any other argument of an operation unchanged."""
     short = isinstance(value, torch.dtype) and value in (torch.float32, torch.float16, torch.bfloat16)
     return torch.float64 if short else value
 
 
 def as_double(value: object) -> Any:
-    """A tensor in float64, if it is one of real numbers."""
+    """Return a floating-point tensor in float64; any other value unchanged."""
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def example_in_double(example: Example) -> Example:
-    """An example in float64."""
+    """Return an example with its floating-point tensors in float64."""
     return Example(tree_map(as_double, example.args), tree_map(as_double, dict(example.kwargs)))
 
 
 def grouped_product(x: Tensor, weight: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
-    """Torch's grouped product, which has no kernel for float64: rows up to each offset times that group's matrix."""
+    """Compute torch's grouped matrix product in float64, for which torch has no kernel.
+
+    Args: x: The rows of all groups, one group behind the other, ``[rows, in]``. weight: One matrix per group,
+    ``[groups, in, out]``. offs: The end of each group's rows, ``[groups]``; the rows behind the last are 0 in the
+    result. bias: Ignored. out_dtype: Ignored.
+    """
     ends = offs.tolist()
     parts = [x[start:end] @ w for start, end, w in zip([0, *ends], ends, weight, strict=False)]
     return torch.cat([*parts, x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])])

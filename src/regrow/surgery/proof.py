@@ -1,8 +1,8 @@
-"""The proof of a change: a float64 check of masked = shrunk on some blocks of each class, before anything is changed.
+"""The proof of a change: compare masked and cut network in float64, on some blocks of each class, before it is made.
 
-That the operations, their wiring and their constants are those of the network as it is has been compared before
+That both run the same operations on the same operands with the same constants has been checked before
 (:func:`regrow.tracing.trial.rehearse`), on the whole network. What is left to show is that tensors were cut and folded
-as the operations need it, which blocks of one class need alike.
+as the operations need it, and that is the same for all blocks of one class.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -32,25 +32,27 @@ PER_CLASS = 4
 """How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small."""
 
 SMALL = 2**18
-"""A block of at most so many numbers is small."""
+"""The most entries in the tensors of a block that counts as small."""
 
 CROP = 3
-"""How many entries are left of each spatial dimension between two blocks, if the block between them allows that."""
+"""Entries of each spatial dimension that a block is tested with, if its operations allow any size."""
 
 
 class _NotAloneError(Exception):
-    """A block cannot be run by itself."""
+    """Raised where a block cannot be run by itself."""
 
 
 def check_blocks(change: ProposedChange) -> None:
-    """Compare the network masked by a plan with what the plan leaves of it, in float64, on some blocks of each class.
+    """Raise ``PlanError`` unless masked and cut network agree in float64, on some blocks of each class.
 
-    A block runs on the same random numbers in both; what reaches it past all parameters (positions, attention masks) is
-    computed. Units that are restored are masked in what the plan leaves. New ones are not: they leave the function
-    as it was. If a block differs, or cannot run by itself, both networks run as a whole, on the example.
+    A block runs on the same random numbers in both; values that depend on no parameter (positions, attention masks) are
+    computed. Units that are restored are masked in the planned network. New ones are not: they must not change the
+    function. If a block differs, or cannot run by itself, both networks run as a whole, on the example.
+
+    Args: change: The prepared plan.
 
     Raises:
-        PlanError: If they differ, or a tensor is not what it is in float64 up to rounding.
+        PlanError: If they differ, or a computed tensor differs from its float64 value by more than rounding.
     """
     pair = _Pair(change)
     with preserve_generators():
@@ -68,7 +70,10 @@ def check_blocks(change: ProposedChange) -> None:
 
 
 def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
-    """What is said of a network that a plan would leave, and that is not the masked one."""
+    """Return the error message for a planned network whose outputs differ from those of the masked one.
+
+    Args: distance: The largest difference of an output. largest: The largest output. remedy: What the user can do.
+    """
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
         f"largest output is {largest:.1e} (float64); {remedy}"
@@ -76,9 +81,11 @@ def describe_difference(distance: float, largest: float, remedy: str = "a fault 
 
 
 def select_blocks(change: ProposedChange) -> list[GraphBlock]:
-    """The blocks to check: of each class that a plan changes the narrowest, the widest, and two more if they are small.
+    """Return the blocks to check: of each changed class the narrowest, the widest, and two more if they are small.
 
     Where all are equally wide, the first is both.
+
+    Args: change: The prepared plan.
     """
     moved, made = change.units.keys(), change.ready.done.values
     steps = change.axes.steps
@@ -100,7 +107,7 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
 
 
 class _Pair:
-    """The masked network and what the plan leaves of it, to be run by blocks."""
+    """The masked and the planned network, run block by block."""
 
     def __init__(self, change: ProposedChange) -> None:
         self.change = change
@@ -129,14 +136,14 @@ class _Pair:
 
     @cached_property
     def runners(self) -> tuple[Runner, Runner]:
-        """Both, with all that no parameter has a say in computed."""
+        """Runners of both networks, with every value computed that depends on no parameter."""
         pair = self._fresh()
         for runner, (capture, *_) in zip(pair, self.sides, strict=True):
             runner.run_only(_past_parameters(capture, self.change.axes.parameters, runner.writers))
         return pair
 
     def whole(self) -> tuple[Answers, Answers]:
-        """What both answer to the example."""
+        """Run both networks on the example and return their outputs."""
         for name in sorted(self.rounded):
             self._check_rounding({name: self.cut.load(name, True)})
         runners = self._fresh()
@@ -144,7 +151,7 @@ class _Pair:
         return runners[0].answers, runners[1].answers
 
     def same(self, block: GraphBlock) -> bool:
-        """Whether both are known to make the same of the same numbers in a block."""
+        """Whether both networks are known to compute the same in a block from the same inputs."""
         ours = self.nodes[0][block.start : block.stop]
         local = all(op_name(one) in _LOCAL or torch.Tag.pointwise in getattr(one.target, "tags", ()) for one in ours)
         try:
@@ -175,7 +182,7 @@ class _Pair:
         return all(self._alike(step, ours[step], theirs[step]) for step in ours)
 
     def _seam(self, step: int, generator: torch.Generator, crop: int | None) -> tuple[Tensor, Tensor]:
-        """Random numbers for a value between two blocks, and what the plan leaves of it."""
+        """Return random numbers for a value between two blocks, and the same after the plan."""
         form, dims = self.nodes[0][step].meta.get("val"), self.change.axes.steps[step].shapes[0]
         if not isinstance(form, Tensor) or not form.is_floating_point() or dims is None:
             raise _NotAloneError
@@ -186,7 +193,7 @@ class _Pair:
         return made, resize(f"seam {step}", made, lays, dict.fromkeys(lays, frozenset({Role.PRODUCES})))
 
     def _run(self, side: int, block: GraphBlock, seams: Mapping[int, Tensor]) -> dict[int, Any]:
-        """The results of a block's operations that are read later, or its answers."""
+        """Return the results of a block's operations that later ones read, or the network's outputs."""
         runner, nodes = self.runners[side], self.nodes[side]
         own = _between(nodes, block)
         before = {}
@@ -222,7 +229,7 @@ class _Pair:
         )
 
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
-        """What will be put into the network is what was checked, in the network's own precision."""
+        """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""
         change = self.change
         # What an undo store writes anew comes from numbers of before earlier cuts, which were rounded once.
         anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means if change.undo else ())}
@@ -240,7 +247,7 @@ class _Pair:
 def _past_parameters(
     recorded: Capture, parameters: Collection[str], writers: Mapping[Node, Sequence[Node]]
 ) -> list[Node]:
-    """The operations that no parameter has a say in, and that read nothing which is written in place."""
+    """Return the operations that depend on no parameter and read nothing that is written in place."""
     made: set[Node] = {node for node, name in recorded.states.items() if name in parameters}
     made |= {node for origin, ones in writers.items() for node in (origin, *ones)}
     result = []
@@ -253,7 +260,7 @@ def _past_parameters(
 
 
 def _between(nodes: Sequence[Node], block: GraphBlock) -> dict[Node, None]:
-    """The operations of a block with the casts and copies between them."""
+    """Return the operations of a block with the casts and copies between them."""
     node, last = nodes[block.start], nodes[block.stop - 1]
     result: dict[Node, None] = {}
     while True:

@@ -1,4 +1,4 @@
-"""A plan that is worked out and not carried out yet, as the proof reads it."""
+"""A plan whose result is computed but not yet written, as the proof takes it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,25 +17,25 @@ from regrow.tracing.capture import Capture
 from regrow.tracing.readings import Recording
 
 RELATIVE_BOUND = 1e-9
-"""What a float64 difference may be, as a part of the largest number that is compared."""
+"""The largest float64 difference allowed, relative to the largest value that is compared."""
 
 
 ROUNDING = 16
-"""How many units in the last place of its precision a tensor may differ from what it is in float64."""
+"""How many units in the last place a tensor may differ from its value in float64."""
 
 
 @dataclass(frozen=True)
 class ProposedChange:
-    """A plan that is worked out and not carried out yet.
+    """A plan whose result is computed but not yet written.
 
     Args:
-        model: The network as it is.
+        model: The network before the plan.
         axes: Its axes.
         plan: The plan.
         recording: The network's operations, and where they read axes.
-        planned: The operations of the network that the plan leaves.
-        ready: What the plan comes to.
-        undo: What was cut before.
+        planned: The operations of the network after the plan.
+        ready: The computed tensors and sizes.
+        undo: The undo store before the plan; ``None`` without one.
     """
 
     model: nn.Module
@@ -48,23 +48,23 @@ class ProposedChange:
 
     @property
     def recalls(self) -> bool:
-        """Whether units come back with what they held."""
+        """Whether units are restored with the weights they had when cut."""
         return any(change.recalled for change in self.plan.changes.values())
 
     @cached_property
     def units(self) -> dict[str, Layout]:
-        """The units of each axis that changes, afterwards."""
+        """Axis key → the layout of its units after the plan, for each axis that changes."""
         return {k: units_after(one, self.axes[k]) for k, one in self.plan.changes.items() if not one.idle}
 
     def lays(self, dims: Sequence[Dim]) -> dict[int, Layout]:
-        """The entries afterwards of those of some dimensions that change."""
+        """Return dimension index → its layout after the plan, for those of ``dims`` that change."""
         sizes = self.axes.sizes()
         moved = {i: dim for i, dim in enumerate(dims) if not self.units.keys().isdisjoint(axes_in(dim))}
         return {i: lay_out(dim, sizes, self.units) for i, dim in moved.items()}
 
     @property
     def bound(self) -> float:
-        """What a difference may be; what a cut has folded or compensated was rounded to the network's precision."""
+        """The largest relative difference allowed; larger where earlier folds were rounded to its precision."""
         rounded = any(fold.weight in self.ready.done.values for fold in self.axes.folds)
         if not self.recalls or not (rounded or (self.undo is not None and self.undo.means)):
             return RELATIVE_BOUND
@@ -72,7 +72,10 @@ class ProposedChange:
 
 
 def computed_tensors(change: ProposedChange) -> set[str]:
-    """The tensors in which a plan does not only select numbers, but works some out."""
+    """Return the names of the tensors that a plan computes (folded, compensated, widened) rather than selects from.
+
+    Args: change: The prepared plan.
+    """
     folds = {fold.weight for fold in change.axes.folds}
     biases = {bias_of(weight) for weight in change.plan.means}
     grown = {name for name, lays in change.ready.lays.items() if any(bool(lay.is_new.any()) for lay in lays.values())}
@@ -80,7 +83,10 @@ def computed_tensors(change: ProposedChange) -> set[str]:
 
 
 def restored_means(change: ProposedChange) -> dict[str, dict[int, float]]:
-    """Weight → position of an input that comes back → what stood in for it."""
+    """Return weight → position of a restored input → the mean that had replaced it while it was cut.
+
+    Args: change: The prepared plan.
+    """
     axes, plan = change.axes, change.plan
     if change.undo is None:
         return {}

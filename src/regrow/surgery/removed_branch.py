@@ -1,4 +1,4 @@
-"""A branch that was dropped, as an undo store keeps it."""
+"""A dropped branch as an undo store keeps it, to be restored later."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,13 +14,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RemovedBranch:
-    """A dropped branch, with what it takes to bring it back.
+    """A dropped branch with its modules and axes, as needed to restore it.
 
     Args:
-        branch: What was dropped.
-        axes: The network's axes before.
-        undo: What cuts had taken out of it before (an :class:`regrow.UndoStore`).
-        modules: What was at each place.
+        branch: The branch.
+        axes: The network's axes before it was dropped.
+        undo: The undo store of the cuts made inside the branch before it was dropped (:class:`regrow.UndoStore`).
+        modules: Path → the module that its placeholder replaced.
     """
 
     branch: Branch
@@ -29,9 +29,11 @@ class RemovedBranch:
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def rejoined(self, axes: AxisGraph) -> AxisGraph:
-        """The axes of the network with the branch in its place again; those that lie in it must be as they were.
+        """Return the network's axes with the branch restored; the axes inside it must not have changed since.
 
-        What the network does then (operations, work, branches), and the order of things, is for a new recording to say.
+        The operations, work and branches of the result, and its order, must be taken from a new recording.
+
+        Args: axes: The network's axes without the branch.
         """
         old, holds = self.axes, self.branch.holds
 

@@ -1,7 +1,8 @@
-"""A plan on its way through the undo store: what it cuts is put there, what it restores is fetched.
+"""Carry a plan through the undo store: store the weights that it cuts, fetch those that it restores.
 
-What a fold or a compensation rewrites is kept as it was before, with the size and the means that it stands for, and
-written anew from that. So undoing needs no inverse, which rounding would spoil: the old numbers are the old bits.
+Tensors that a fold or a compensation rewrites are stored as they were before, with the divisor and the means that they
+hold for, and computed anew from that. So undoing needs no inverse, which rounding would spoil: restored weights are
+equal bit by bit.
 """
 
 from collections.abc import Mapping
@@ -26,15 +27,16 @@ def plan_with_undo(
     lays: Mapping[str, Mapping[int, Layout]],
     values: Mapping[str, Tensor],
 ) -> tuple[Outcome, UndoStore]:
-    """Work out a plan with an undo store, without changing anything: the outcome, and the undo store afterwards.
+    """Compute a plan's tensors and the undo store after it, without changing anything.
 
     Args:
-        undo: What was cut before.
+        undo: The undo store before the plan.
         model: The network before the plan.
-        axes: Its axes before it.
+        axes: Its axes before the plan.
         plan: The plan.
-        lays: The entries of each dimension that it changes.
-        values: The tensors it replaces, compensated, not yet folded, with new numbers in restored places.
+        lays: Tensor name → dimension → its layout after the plan.
+        values: The tensors after the plan by name: compensated, not yet folded, newly initialised where units are
+            restored.
     """
     undo.check(axes, plan)
     next_ids = {
@@ -67,7 +69,7 @@ def plan_with_undo(
 
 @dataclass
 class _Way:
-    """What the steps of a passage share."""
+    """Shared state of the steps of :func:`plan_with_undo`."""
 
     undo: UndoStore
     model: nn.Module
@@ -102,7 +104,7 @@ class _Way:
         return locate_entries(self.dims(name), self.next_ids, self.ids_after)
 
     def size(self, name: str, after: bool) -> int:
-        """The size of the divisor that a tensor takes up; 1 for any other."""
+        """Return the divisor that a tensor compensates for; 1 for any other tensor."""
         fold = self.folds.get(name)
         return divisor_size(fold, self.sizes[after]) if fold else 1
 
@@ -119,13 +121,13 @@ class _Way:
     # --- tensors --------------------------------------------------------------------------------------------------
 
     def reached(self) -> list[str]:
-        """The tensors to go through, by first names: cut or restored, or made anew for a divisor's size."""
+        """Return the tensors to process, by first names: cut, restored, or rescaled for a divisor."""
         moves = any(change.dropped or change.restore for change in self.plan.changes.values())
         found = {self.axes.ties.get(name, name) for name in self.lays} if moves else set()
         return sorted(found | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
 
     def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
-        """The stored tensor with its present numbers; what follows from those there stays as it was."""
+        """Store a tensor's present values and return it; stored values from which the present ones follow stay."""
         where, n, now = self.here(name), self.size(name, False), now.cpu()
         shape = [size_of(dim, self.next_ids) for dim in self.dims(name)]
         stored = self.weights.get(name)
@@ -148,14 +150,14 @@ class _Way:
     def _written(
         self, name: str, stored: RemovedWeights, where: list[Tensor], n: int, lost: Tensor | None = None
     ) -> Tensor:
-        """What stored numbers come to at a size of the divisor, and with what dropped inputs leave."""
+        """Return stored values rescaled to a divisor ``n``, plus the contribution ``lost`` of dropped inputs."""
         values = get(stored.values, where)
         if stored.sizes is not None:
             values = rescale(values, get(stored.sizes, where), n, self.folds[name])
         return values if lost is None else (values.double() + lost[where[0]]).to(values.dtype)
 
     def rewritten(self, name: str, made: Tensor | None) -> Tensor:
-        """A tensor after the plan: old numbers in restored places, and all that is left at the new size."""
+        """Return a tensor after the plan: stored values in restored places, and all kept ones at the new divisor."""
         now = self.state(name)
         assert now is not None
         stored, where, n = self.stowed(name, now), self.there(name), self.size(name, True)
@@ -170,7 +172,7 @@ class _Way:
         return torch.where(old, self._written(name, stored, where, n), made).to(now.device)
 
     def _followed(self, name: str, now: Tensor) -> tuple[Tensor, Tensor]:
-        """The present numbers where they go to, and which entries are not there yet."""
+        """Return the present values at their new places, and which entries are new."""
         lays = self.lays.get(name, {})
         for dim, lay in lays.items():
             now = now.index_select(dim, lay.source)
@@ -180,7 +182,7 @@ class _Way:
         return now, new
 
     def _strangers(self, name: str, held: Tensor) -> Tensor:
-        """Entries of units that have both lived and never together: one was added while the other was gone."""
+        """Return the entries between units that never existed together: one was added while the other was cut."""
         reads = any(slot.name == name and slot.role is Role.CONSUMES for axis in self.axes for slot in axis.slots)
         known = torch.full_like(held, reads)
         for dim in range(held.dim()):
@@ -191,7 +193,7 @@ class _Way:
     # --- compensation ---------------------------------------------------------------------------------------------
 
     def means_after(self) -> dict[str, dict[int, float]]:
-        """The means that stand in for dropped inputs after the plan, by their places in the stored weight."""
+        """Return the means that replace dropped inputs after the plan, by their places in the stored weight."""
         result = {weight: dict(row) for weight, row in self.undo.means.items()}
         for weight, row in self.plan.means.items():
             at = self.here(weight)[_read(self.axes, weight)]
@@ -204,14 +206,14 @@ class _Way:
     def compensated(
         self, bias: str, weight: str, told: Mapping[int, float], tells: Mapping[int, float], made: Tensor | None
     ) -> Tensor:
-        """A bias after the plan: what it is by itself, and what the inputs that are gone leave in it.
+        """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut.
 
         Args:
             bias: Its name.
             weight: The weight beside it.
-            told: The means that stand in for dropped inputs before the plan.
-            tells: And after it.
-            made: The bias as the plan has it, for entries that are new.
+            told: The means that replace dropped inputs before the plan.
+            tells: Those after it.
+            made: The bias as the plan computed it, for entries that are new; ``None``: it has none.
         """
         now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
         if now is None:
@@ -228,7 +230,7 @@ class _Way:
         return torch.where(held, written, made.cpu()).to(now.device)
 
     def _lost(self, weight: str, means: Mapping[int, float], n: int) -> Tensor:
-        """Σ W[:, i] · E[x_i] over the dropped inputs, one number per place of what the weight makes (float64).
+        """Return Σ W[:, i] · E[x_i] over the dropped inputs, one number per output of the weight (float64).
 
         Added one by one, in the order of the places: the same numbers always make the same sum.
         """
@@ -247,7 +249,7 @@ class _Way:
     # --- constants ------------------------------------------------------------------------------------------------
 
     def constants(self) -> tuple[dict[str, float | None], tuple[Fold, ...]]:
-        """The constants under roots to set, and the folds afterwards."""
+        """Return the epsilons of norms to set, and the folds after the plan."""
         result: dict[str, float | None] = {}
         folds = []
         for fold in self.axes.folds:

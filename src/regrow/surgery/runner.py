@@ -1,4 +1,4 @@
-"""Runs recorded operations one after the other, block by block, with dropped units replaced wherever they are read."""
+"""Run a recorded network operation by operation, with dropped units replaced wherever they are read."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,13 +24,13 @@ from regrow.tracing.steps import operations
 from regrow.tracing.walk import op_name
 
 Load = Callable[[str, bool], Tensor]
-"""Name of a parameter or buffer, and whether in float64 → its numbers."""
+"""Function of a parameter's or buffer's name, and whether in float64, that returns the tensor."""
 
 LARGE, WIDE = 2**24, 2**18
-"""A weight of more entries is brought to float64 in parts: one that is worked out, and one that is as it is stored."""
+"""Weights with more entries are cast to float64 in parts: computed ones above LARGE, stored ones above WIDE."""
 
 PART = 2**18
-"""How many entries a part has: so many stay in the cache."""
+"""How many entries a part has; so many fit into the processor's cache."""
 
 _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 _READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}
@@ -40,14 +40,14 @@ Answers = list[Tensor | None]
 
 @dataclass(frozen=True)
 class Masking:
-    """What is replaced in a recorded network when units are dropped.
+    """The replacements that mask dropped units and branches in a recorded network.
 
     Args:
-        reads: Operation → the places at which it reads dropped units: which operand, and which entries stay.
-        groups: For a norm inside groups: how many groups stay.
-        means: Weight → position → what a dropped input counts as.
-        judged: Operation → its operands that are compared too, and whether no entry of them is dropped.
-        branches: What a dropped branch gives → its input, or ``None`` for zeros.
+        reads: Operation → its reads of dropped units: the read, the operand, and which entries stay (bool).
+        groups: For a norm inside groups: operation → how many groups stay.
+        means: Weight → position → the value that replaces a dropped input.
+        judged: Operation → operands that are compared too, and whether no entry of them is dropped.
+        branches: Output of a dropped branch → the value that replaces it, or ``None`` for zeros.
     """
 
     reads: Mapping[Node, list[tuple[ReadDim, Node, Tensor]]] = field(default_factory=dict)
@@ -66,16 +66,16 @@ def masking(
     judged: Iterable[tuple[Node, Node, tuple[Dim, ...]]] = (),
     drop: Iterable[Branch] = (),
 ) -> Masking:
-    """What is replaced in a recorded network when some units are kept and others are not.
+    """Return the replacements that mask a recorded network to the kept units and branches.
 
     Args:
-        recorded: The operations.
-        reads: Where they read axes.
+        recorded: The recorded network.
+        reads: Where its operations read axes.
         sizes: The size of each axis.
-        keep: The kept units of each axis that loses some.
-        means: What stands in for dropped inputs.
+        keep: Axis key → the positions of its kept units; axes not named keep all.
+        means: Weight → position → the mean that replaces a dropped input.
         judged: Operands that are compared too, with their dimensions.
-        drop: The branches that go.
+        drop: The branches that are dropped.
     """
     nodes = operations(recorded)
     result: dict[Node, list[tuple[ReadDim, Node, Tensor]]] = {}
@@ -97,15 +97,15 @@ def masking(
 
 
 class Runner(Interpreter):
-    """A recorded network that is being run.
+    """Interpreter of a recorded network that can be masked, run in float64, and run block by block.
 
     Args:
-        recorded: The operations.
+        recorded: The recorded network.
         given: The network's inputs, in order.
-        load: Where parameters and buffers come from, when they are read.
+        load: Returns a parameter or buffer when it is read.
         double: Whether to run in float64.
-        masking: What is replaced.
-        exact: Which tensors ``load`` gives as the network stores them, so that parts of them can be asked for.
+        masking: The replacements; none unless given.
+        exact: Whether ``load`` returns the tensor of a name as the network stores it, so that it can be cast in parts.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Runner(Interpreter):
                 self.env[node] = copy_written(as_double(value) if double else value)
 
     def run_until(self, stop: Node | None = None) -> None:
-        """Run on, up to an operation or to the end; parameters are let go then."""
+        """Run on up to an operation, or to the end; loaded parameters are released then."""
         with torch.no_grad(), made_in_double(self.double):
             while self.at < len(self.todo) and self.todo[self.at] is not stop:
                 node = self.todo[self.at]
@@ -152,12 +152,12 @@ class Runner(Interpreter):
     def run_only(
         self, nodes: Iterable[Node], before: Mapping[Node, Any] | None = None, wanted: Sequence[Node] = ()
     ) -> list[Any]:
-        """Run some operations.
+        """Run some operations and return the results of ``wanted``.
 
         Args:
-            nodes: The operations, in order. Their results are kept if nothing is wanted.
-            before: Results of earlier operations, for this time.
-            wanted: Whose results to return.
+            nodes: The operations, in order.
+            before: Results of earlier operations, for this call only; ``None``: new results are kept afterwards.
+            wanted: The operations whose results to return.
         """
         known = set(self.env)
         self.env.update(before or {})
@@ -173,7 +173,7 @@ class Runner(Interpreter):
         return results
 
     def run_node(self, n: Node) -> Any:
-        """One operation, or what stands for it."""
+        """Run one operation, or return its replacement where a branch is dropped."""
         if self.double and op_name(n).startswith("_assert"):
             return None  # it asserts the precision that was recorded
         for operand, whole in self.masking.judged.get(n, ()):
@@ -188,7 +188,7 @@ class Runner(Interpreter):
         return out
 
     def value(self, node: Node) -> Any:
-        """What a node holds now."""
+        """Return the present value of a node; parameters are loaded."""
         if node in self.env:
             return self.env[node]
         if node not in self.held:
@@ -199,7 +199,7 @@ class Runner(Interpreter):
         return self.held.get(node, self.env.get(node))
 
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
-        """The arguments of an operation, with dropped units replaced."""
+        """Return the arguments of an operation, with dropped units replaced."""
         values = {one: self.value(one) for one in n.all_input_nodes}
         for read, operand, mask in self.masking.reads.get(n, ()):
             if read.fill is not None:
@@ -230,7 +230,7 @@ class Runner(Interpreter):
         return target(*args, **kwargs)
 
     def _in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
-        """A linear layer whose weight is brought to float64 some rows at a time."""
+        """Compute a linear layer whose weight is cast to float64 some rows at a time."""
         x = self.value(given)
         for read, operand, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask) if operand is given else x
@@ -239,11 +239,11 @@ class Runner(Interpreter):
         return made + self.value(bias[0]) if bias else made
 
     def _most(self, weight: Node) -> int:
-        """How many entries of a parameter are brought to float64 at once."""
+        """Return how many entries of a parameter are cast to float64 at once."""
         return WIDE if self.exact(self.states[weight]) else LARGE
 
     def _goes_in_parts(self, n: Node, given: Node, weight: Node) -> bool:
-        """Whether an operation is a convolution with a large weight as it is stored, whose rows all read the same."""
+        """Whether an operation is an ungrouped convolution with a large stored weight that can be cast in parts."""
         if op_name(n) not in _CONVOLUTIONS or n.kwargs or weight not in self.states or self._most(weight) != WIDE:
             return False
         form, groups = weight.meta["val"], n.args[6] if len(n.args) > 6 else 1
@@ -257,7 +257,7 @@ class Runner(Interpreter):
         )
 
     def _convolved_in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
-        """A convolution whose weight is brought to float64 some filters at a time, which stay in the cache."""
+        """Compute a convolution whose weight is cast to float64 some filters at a time."""
         x = self.value(given)
         for read, _, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask)
@@ -290,21 +290,21 @@ class Runner(Interpreter):
 
 @contextmanager
 def preserve_generators() -> Iterator[None]:
-    """Leave torch's global generators as they were, whatever is drawn inside."""
+    """Context manager that restores the state of torch's global random generators."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         yield
 
 
 def reseed(seed: int) -> None:
-    """Seed torch's global generators; unlike ``torch.manual_seed`` it formats no stack where CUDA is not in use."""
+    """Seed torch's global generators, faster than ``torch.manual_seed`` where CUDA is not in use."""
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
 
 
 def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load:
-    """The parameters and buffers of a network as they are, or others in their place."""
+    """Return a function that loads a network's parameters and buffers by name; ``others`` replace some."""
     state = {**state_of(model), **(others or {})}
 
     def load(name: str, double: bool) -> Tensor:
@@ -314,17 +314,17 @@ def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load
 
 
 def floats(value: object) -> Answers:
-    """The floating-point tensors among what a network returns."""
+    """Return the floating-point tensors in a network's output, in order."""
     return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
 def copy_written(value: object) -> Any:
-    """What operations in place may change, copied; no forward pass changes parameters."""
+    """Return a copy of a tensor that operations may write into; parameters and other values unchanged."""
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
 
 def keep_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """Which entries of a dimension stay (bool), for the kept units of each axis."""
+    """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis."""
     match dim:
         case int():
             return torch.ones(dim, dtype=torch.bool)

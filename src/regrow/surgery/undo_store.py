@@ -1,4 +1,4 @@
-"""The undo store: what cuts take out of a network is kept, so that it can come back as it was."""
+"""The undo store: keeps the weights that cuts remove, so that units and branches can be restored exactly."""
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -18,12 +18,12 @@ FORMAT = "regrow-attic/1"
 
 @dataclass(frozen=True)
 class RemovedWeights:
-    """The numbers of one tensor, with a place for every entry that it ever had.
+    """All values that one tensor has had, with a place for every unit that ever existed.
 
     Args:
-        values: What each entry was when the network last had it.
-        held: Whether there is anything in a place.
-        sizes: For a tensor that takes up the size of a divisor: the size at which each number holds.
+        values: The last value of each entry.
+        held: Whether there is a value for the entry (bool).
+        sizes: For a tensor that compensates for a divisor: the divisor at which each value holds (int32).
     """
 
     values: Tensor
@@ -31,18 +31,18 @@ class RemovedWeights:
     sizes: Tensor | None = None
 
     def parts(self) -> dict[str, Tensor]:
-        """Its tensors by what they are called."""
+        """Return the tensors by field name, without those that are ``None``."""
         return {name: part for name, part in vars(self).items() if part is not None}
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A constant under a root as it was.
+    """The constant under the root of a norm as it was before a cut.
 
     Args:
-        own: What the module said; ``None`` where it left the number to its precision.
-        value: The number.
-        size: The size of the divisor at which it holds.
+        own: The module's attribute; ``None`` where it takes the epsilon of its precision.
+        value: The constant itself.
+        size: The divisor at which it holds.
     """
 
     own: float | None
@@ -52,22 +52,22 @@ class Constant:
 
 @dataclass
 class UndoStore:
-    """What cuts took out of a network; give it to every :func:`regrow.apply` from the first cut on.
+    """Weights that cuts removed, to restore them exactly; give it to every :func:`regrow.apply` from the first cut on.
 
-    Entries are addressed by the ids of their units along each dimension, so it does not matter in which order
-    units of several axes went. It costs one copy, of full size and on the CPU, of each tensor that a cut reached, plus
-    a byte per entry, and four more in tensors that take up a divisor's size. Optimisers' moments are not kept.
+    Entries are addressed by unit ids along each dimension, so the order in which units were cut does not matter. It
+    needs one full-size CPU copy of each tensor that a cut reached, plus one byte per entry, and four more in tensors
+    that compensate for a divisor. Optimiser moments are not kept.
 
     Args:
-        weights: Tensor → its numbers; tied tensors under their first name.
+        weights: Name of a tensor → its stored values; tied tensors under their first name.
         next_ids: Axis key → how many places its units have in the stored tensors.
         restorable: Axis key → the ids of the units that can be restored.
-        means: Weight → place of a dropped input → the mean that stands in for it in the bias.
+        means: Weight → place of a dropped input → the mean that replaces it in the bias.
         constants: ``module:attribute`` → the constant before any cut.
-        added: Biases that only compensation has made.
-        branches: Path of a dropped module → the branch. Its modules live in memory alone; no file keeps them.
-        network: The :attr:`regrow.axes.AxisGraph.network` that it belongs to; empty until a change, and where it was
-            read from a file, since plans that are replayed later give the same network by another trace.
+        added: Names of biases that only compensation has added.
+        branches: Path of a dropped module → the removed branch. Its modules live in memory only; no file keeps them.
+        network: The :attr:`regrow.axes.AxisGraph.network` whose weights it has; empty before the first change, and
+            after reading from a file, since a replay traces the network anew.
 
     >>> from torch import nn
     >>> from regrow import apply, trace
@@ -89,7 +89,10 @@ class UndoStore:
     network: str = field(default="", compare=False)
 
     def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
-        """What becomes of it when branches are dropped: each branch with what cuts took out of it, and the rest."""
+        """Split the store for branches that are dropped: each branch with its own part, and the rest.
+
+        Args: branches: The branches that are dropped. axes: The network's axes before.
+        """
         found, rest = {}, self
         for branch in branches:
             stays = axes.without([branch]).axes.keys()
@@ -101,7 +104,10 @@ class UndoStore:
         return found, rest
 
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
-        """The same once a branch is back: what cuts had taken out of it can be restored again."""
+        """Return the store after a branch is restored, with the cuts inside it restorable again.
+
+        Args: removed: The branch.
+        """
         parts: dict[str, Any] = {
             name: {**getattr(self, name), **getattr(removed.undo, name)}
             for name in ("weights", "next_ids", "restorable", "means", "constants")
@@ -113,7 +119,7 @@ class UndoStore:
         return {*self.weights, *self.means, *self.constants, *self.added}
 
     def _of(self, names: Container[str], keys: Container[str]) -> "UndoStore":
-        """A part of it: tensors and constants of some names, axes of some keys."""
+        """Return the part of the store with tensors and constants of some names and axes of some keys."""
 
         def those(what: Mapping[str, Any], which: Container[str]) -> dict[str, Any]:
             return {name: value for name, value in what.items() if name in which}
@@ -129,7 +135,7 @@ class UndoStore:
         )
 
     def contents(self) -> dict[str, Tensor]:
-        """Every number that it holds by a name of its own, those of dropped branches too; not copied."""
+        """Return every stored tensor under a unique name, those of dropped branches too; not copied."""
         result = {f"shelf {name}": removed.values for name, removed in self.weights.items()}
         for path, removed in self.branches.items():
             held = {f"{at}.{name}": t for at, one in removed.modules.items() for name, t in one.state_dict().items()}
@@ -138,11 +144,11 @@ class UndoStore:
         return result
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its numbers, named, as :meth:`read` takes them back together with :meth:`record`."""
+        """Return the stored tensors by name; :meth:`read` takes them with :meth:`record`."""
         return {f"{part}:{name}": t for name, removed in self.weights.items() for part, t in removed.parts().items()}
 
     def record(self) -> dict[str, Any]:
-        """Everything else, as JSON data.
+        """Return everything but the tensors, as JSON data.
 
         Raises:
             PlanError: If it holds branches: those are modules, which no file keeps.
@@ -163,7 +169,9 @@ class UndoStore:
 
     @classmethod
     def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
-        """An undo store from its parts.
+        """Rebuild an undo store from its JSON data and its tensors.
+
+        Args: record: What :meth:`record` returned. tensors: What :meth:`tensors` returned.
 
         Raises:
             PlanError: If they are no undo store, or damaged.
@@ -193,10 +201,10 @@ class UndoStore:
             raise PlanError(f"a damaged undo store: {error!r}") from None
 
     def check_network(self, axes: AxisGraph) -> None:
-        """Assert that it is of the network that axes are of.
+        """Raise ``PlanError`` if the store has weights of another network than the one of these axes.
 
-        Raises:
-            PlanError: If it has what another network lost.
+        Args: axes: The network's axes.
+
         """
         if self.network and self.network != axes.network:
             raise PlanError(
@@ -205,10 +213,12 @@ class UndoStore:
             )
 
     def check(self, axes: AxisGraph, plan: Plan) -> None:
-        """Assert that it belongs to a network, and has what a plan restores.
+        """Raise ``PlanError`` unless the store belongs to the network and has every unit that the plan restores.
+
+        Args: axes: The network's axes. plan: The plan.
 
         Raises:
-            PlanError: If it is of another network, numbers its units otherwise, or lacks a unit.
+            PlanError: If it is of another network, has other unit ids, or lacks a unit.
         """
         self.check_network(axes)
         for key, n in self.next_ids.items():
@@ -226,11 +236,11 @@ class UndoStore:
                 )
 
     def enlarged(self, axes: AxisGraph, next_ids: Mapping[str, int]) -> "UndoStore":
-        """The same with places for units added since.
+        """Return the store with places for the units that were added since.
 
         Args:
             axes: The network's axes.
-            next_ids: Axis key → how many places its units are to have.
+            next_ids: Axis key → how many places its units will have.
 
         Raises:
             PlanError: If a stored tensor is not of the network.
@@ -253,26 +263,26 @@ class UndoStore:
 
 
 def locate_entries(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Any]) -> list[Tensor]:
-    """Where the entries of a tensor lie in the stored one, one list of places per dimension.
+    """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension.
 
     Args:
-        dims: Its dimensions.
-        next_ids: How many places the units of each axis have.
-        ids: The ids of its units.
+        dims: The tensor's dimensions.
+        next_ids: Axis key → how many places its units have in stored tensors.
+        ids: Axis key → the ids of its units.
     """
     units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in ids.items()}
     return [lay_out(dim, next_ids, units).source for dim in dims]
 
 
 def get(full: Tensor, where: list[Tensor]) -> Tensor:
-    """The entries at the given places of each dimension; places are ascending, so all of them are the whole."""
+    """Return the entries of a stored tensor at the given indices of each dimension (ascending)."""
     for dim, at in enumerate(where):
         full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
     return full
 
 
 def put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
-    """A tensor with the entries at the given places replaced."""
+    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``."""
     if dim == len(where):
         return part
     if len(where[dim]) == full.shape[dim]:

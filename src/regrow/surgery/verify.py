@@ -1,4 +1,4 @@
-"""The law masked = shrunk, on demand, for any network and plan."""
+"""Verify a cut for any network and plan: the cut network must compute what the masked network computes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,16 +18,16 @@ from regrow.tracing.readings import Readings, readings
 
 @dataclass(frozen=True)
 class Verification:
-    """How far the cut network is from the masked one, both run from the input to the answer.
+    """The differences between a network cut by a plan and the same network masked by it.
 
     Args:
         ok: Whether the float64 difference is within its bound.
-        max_abs_diff: The largest difference of an output, in float64.
-        bound: What it may be: 1e-9 of the largest output.
-        float32_diff: The largest difference in the network's own precision.
+        max_abs_diff: The largest absolute difference of an output, in float64.
+        bound: The largest difference allowed: 1e-9 of the largest output.
+        float32_diff: The largest absolute difference in the network's own precision.
         rounding: The largest difference between the masked network in its own precision and in float64.
-        argmax_flips: Positions whose largest output changes in the network's own precision.
-        positions: How many positions there are.
+        argmax_flips: Positions whose argmax changes in the network's own precision.
+        positions: How many positions there are (the outputs without their last dimension).
     """
 
     ok: bool
@@ -40,30 +40,30 @@ class Verification:
 
 
 def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | None = None) -> Verification:
-    """Compare the network cut by a plan with the same network masked by it.
+    """Compare the network cut by a plan with the same network masked by it, in float64 and in its own precision.
 
-    Masked means: at every operation that sums over an axis its dropped units count as 0 (or as the plan's means), at
-    every one that compares as −∞; a norm that is restated runs over the kept units; what a dropped branch gives counts
-    as 0, or as its input where that goes through. The masked network is computed by running the recorded operations one
-    by one, without surgery; so is the cut one, as it is recorded on a copy of the planned shapes. Both go from block to
-    block (:mod:`regrow.tracing.blocks`), each with its own hidden states: one block of the network and its cut copy are
-    in float64 at a time. For axes that were declared (:func:`regrow.declare`) the masked network is the whole network
-    with 0 in each weight that reads dropped units; it and its cut copy are run as they are, and so are networks whose
-    data decide what they do, and plans that drop branches.
+    Masked means: in every operation that sums over an axis its dropped units count as 0 (or as the plan's means), in
+    one that compares as −∞; layer and group norms run over the kept units; the output of a dropped branch counts as 0,
+    or as its input where that passes through. The masked network is computed by running the recorded operations one by
+    one, without surgery; so is the cut one, recorded on a copy of the planned shapes. Both run block by block
+    (:mod:`regrow.tracing.blocks`), each with its own hidden states: one block of the network and its cut copy are in
+    float64 at a time. For declared axes (:func:`regrow.declare`) the masked network is the whole network with 0 in each
+    weight that consumes dropped units; it and its cut copy are run as they are, and so are networks in which data
+    decide which operations run, and plans that drop branches.
 
-    Where data decide what a network does (which boxes overlap), both networks are given the decisions of the uncut one,
-    so that their answers are of one form; then what the decisions are taken on is held against each other too: the
-    scores and boxes of all anchors, not only of those that were found. If these agree, so do the decisions. Likewise
-    the cut network sorts in the order of the masked one: equal scores (of anchors on the padding) lie in any order.
+    Where data decide what a network does (which boxes overlap), both networks get the decisions of the uncut one, so
+    that their outputs have one shape; then the values on which the decisions are based are compared too: the scores and
+    boxes of all anchors, not only of those found. If these agree, so do the decisions. Likewise the cut network sorts
+    in the order of the masked one: equal scores (of anchors on the padding) may come in any order.
 
     Args:
-        model: The traced model; it is left as it is.
+        model: The traced model; it is left unchanged.
         axes: Its axes.
-        plan: What to keep.
-        example: Another input than the traced one (same shapes).
+        plan: The plan.
+        example: An input of the same shapes to compare on; the traced one unless given.
 
     Returns:
-        The differences and whether the law holds.
+        The differences, and whether they are within their bound.
 
     Raises:
         PlanError: If the plan does not fit the model, or the model does not run as planned.
@@ -92,21 +92,21 @@ def verify(model: nn.Module, axes: AxisGraph, plan: Plan, example: Example | Non
 def distances(
     model: nn.Module, axes: AxisGraph, plans: Iterable[Plan], example: Example | None = None
 ) -> Iterator[tuple[Plan, float]]:
-    """Compare for many plans what :func:`verify` compares for one, in float64 alone: the network is recorded once.
+    """Yield each of many plans with its relative float64 difference, as :func:`verify` does for one.
 
     d = max |masked − shrunk| / max |masked|
 
     Args:
-        model: The traced model; it is left as it is.
+        model: The traced model; it is left unchanged.
         axes: Its axes.
-        plans: Any number of plans, each for the model as it is.
-        example: Another input than the traced one (same shapes).
+        plans: Any number of plans, each for the unchanged model.
+        example: An input of the same shapes to compare on; the traced one unless given.
 
     Yields:
-        Each plan with its d; the law holds where d is at most 1e-9.
+        Each plan with its d; the cut is exact where d is at most 1e-9.
 
     Raises:
-        PlanError: If a plan does not fit the model; those before it have been compared.
+        PlanError: If a plan does not fit the model; the plans before it have been yielded.
 
     >>> import torch
     >>> from regrow.tracing import trace
@@ -133,12 +133,12 @@ def _refuse(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
 
 
 Run = tuple[Plan, Answers, Answers, Decisions]
-"""A plan, what the masked network answers, what the cut one does, and what data decided in both."""
+"""A plan, the outputs of the masked network, those of the cut one, and the data-dependent decisions of both."""
 
 
 @dataclass
 class _Runs:
-    """The network masked and cut by plans; one recording serves all of them."""
+    """Runs of the network masked and cut by several plans; one recording serves all of them."""
 
     model: nn.Module
     axes: AxisGraph
@@ -146,7 +146,7 @@ class _Runs:
     recorded: Readings | None = field(default=None, init=False)
 
     def both(self, plan: Plan, double: bool, decisions: Decisions = ()) -> Run:
-        """Run both networks in float64 or in their own precision."""
+        """Run the masked and the cut network of a plan, in float64 or in the network's own precision."""
         check(self.model, self.axes, plan)
         moved = any(change.restore for change in plan.changes.values())
         if self.axes.declared or self.axes.decisions is not None or plan.drop or plan.back or moved:

@@ -1,4 +1,7 @@
-"""A masked network and its cut copy, each run as a whole: where data decide what it does, and for declared axes."""
+"""Run a masked network and its cut copy as a whole, where they have no blocks that could be compared.
+
+These are networks in which data decide which operations run, declared axes, and plans that drop branches.
+"""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -30,16 +33,16 @@ def run_whole_pair(
     decisions: Decisions,
     carried: Callable[..., Any] = carry_out,
 ) -> tuple[Answers, Answers, Decisions]:
-    """What the masked network answers, what its cut copy does, and what data decided in both.
+    """Run the masked network and its cut copy; return the outputs of both, and their data-dependent decisions.
 
     Args:
         model: The network.
         axes: Its axes.
         plan: The plan.
-        example: What to run both on.
+        example: The input for both.
         double: Whether to run in float64.
-        decisions: What data decide, as for :func:`regrow.tracing.capture.capture`.
-        carried: Cuts the copy.
+        decisions: The data-dependent decisions to replay, as for :func:`regrow.tracing.capture.capture`.
+        carried: The function that applies the plan to the copy.
 
     Raises:
         PlanError: If the copy does not run.
@@ -71,7 +74,7 @@ def run_whole_pair(
 
 
 def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
-    """A copy in float64; norms that take the epsilon of their precision keep that of the model's."""
+    """Return a copy in float64; norms that take the epsilon of their precision keep that of the model's precision."""
     wide = copy_model(model, lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone())
     for fold in axes.folds:
         path, _, name = fold.epsilon.partition(":")
@@ -81,7 +84,7 @@ def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
-    """A copy that shares the numbers: a cut makes new tensors and leaves the old ones alone."""
+    """Return a copy that shares the parameters' values: a cut makes new tensors and leaves the old ones unchanged."""
     return replace_parameters(model, {})
 
 

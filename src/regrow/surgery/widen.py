@@ -1,4 +1,4 @@
-"""What is left of each tensor after a plan, and what its new entries hold."""
+"""Cut and widen single tensors: select the kept entries, and initialise the new ones."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -10,22 +10,22 @@ from regrow.axes import Role
 from regrow.surgery.layout import Layout
 
 Roles = Mapping[int, frozenset[Role]]
-"""Dimension of a tensor → what it does with the axes that change there."""
+"""Dimension of a tensor → its roles in the axes that change there."""
 
 
 def resize(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, seed: int = 0) -> Tensor:
-    """A tensor as a plan has it, in storage of its own.
+    """Return a tensor after a plan, cut and widened, in storage of its own.
 
-    New entries that scale or shift units are those of a kept unit. Those that make or read units are drawn from the
-    tensor's own numbers, unless they are copies. What makes new units is then multiplied by ``inward``, what reads
-    them by ``outward``: that leaves the network's function as it was.
+    New entries that scale or shift units copy those of a kept unit. Those that make or consume units are drawn at
+    random from the tensor's own values, unless they are copies. Weights that make new units are then multiplied by
+    ``inward``, weights that consume them by ``outward``, so that the network's outputs do not change.
 
     Args:
-        name: Its name, which has a say in what is drawn.
-        tensor: Its numbers before.
-        lays: The entries of each dimension that changes.
-        roles: What these dimensions do.
-        seed: Of the draws.
+        name: The tensor's name, part of the random seed.
+        tensor: The tensor before the plan.
+        lays: Dimension → the layout of its entries after the plan.
+        roles: Dimension → its roles.
+        seed: The random seed.
     """
     old = tensor.flatten()
     for dim, lay in lays.items():
@@ -40,7 +40,7 @@ def resize(name: str, tensor: Tensor, lays: Mapping[int, Layout], roles: Roles, 
 def _filled(
     tensor: Tensor, dim: int, lay: Layout, roles: frozenset[Role], old: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """The entries of one dimension drawn and scaled as they should be."""
+    """Return a tensor with the new entries of one dimension initialised and scaled."""
     if not tensor.is_floating_point() or not bool(lay.is_new.any()):
         return tensor
     if bool(lay.drawn.any()) and roles & {Role.PRODUCES, Role.CONSUMES}:
@@ -62,13 +62,13 @@ def _filled(
 
 
 def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Tensor:
-    """An optimiser's moment as a plan has it: kept entries keep theirs.
+    """Return an optimiser's moment (or another tensor of a parameter's shape) after a plan; kept entries are unchanged.
 
     Args:
-        tensor: The moment before, in the shape of its parameter.
-        lays: The entries of each dimension that changes.
-        mean: New entries get the mean of the kept ones along the dimension (second moments: with 0 the first steps
-            of a new unit are several times the learning rate); else 0.
+        tensor: The moment before the plan, in the shape of its parameter.
+        lays: Dimension → the layout of its entries after the plan.
+        mean: Whether new entries get the mean of the kept ones along the dimension (second moments: with 0 the first
+            steps of a new unit are several times the learning rate) instead of 0.
     """
     for dim, lay in lays.items():
         tensor = tensor.index_select(dim, lay.source.to(tensor.device))
@@ -84,7 +84,10 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
 
 
 def roles_of(slots: Sequence[tuple[str, int, Role]]) -> dict[str, dict[int, frozenset[Role]]]:
-    """Tensor → dimension → everything that it does."""
+    """Return tensor name → dimension → all its roles.
+
+    Args: slots: (tensor name, dimension, role) triples.
+    """
     result: dict[str, dict[int, frozenset[Role]]] = {}
     for name, dim, role in slots:
         own = result.setdefault(name, {})
