@@ -1,4 +1,4 @@
-"""What is on the disk: files that are there whole or not at all, records that are checked, and model folders."""
+"""Files on disk: atomic writes, validated records, and model folders for networks of any shape."""
 
 from regrow.store.errors import StoreError
 from regrow.store.models import CARRIED, load, read_shapes, save, write_model

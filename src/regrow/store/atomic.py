@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all: made in a folder beside the old one, synced, then renamed over it.
+"""Atomic file writes: a file is made in a temporary folder beside the old one, synced, then renamed over it.
 
-Whatever is not finished lies in a folder ``.NAME.<hex>.partial`` that its process has locked. If that is killed, the
-next command that writes ``NAME`` finds the folder unlocked and deletes it.
+Unfinished files lie in a folder ``.NAME.<hex>.partial`` that the writing process has locked. If the process is killed,
+the next command that writes ``NAME`` finds the folder unlocked and deletes it.
 """
 
 import contextlib
@@ -28,21 +28,22 @@ __all__ = [
 ]
 
 LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(partial|old)")
-"""What unfinished files and folders are called, and folders that were replaced and are being deleted."""
+"""Pattern of the names of unfinished files and folders, and of replaced folders that are being deleted."""
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A place to write a new file to, which takes the name ``path`` once the block ends without an error.
+    """Yield a temporary path to write to; it replaces ``path`` when the block ends without an error.
 
     Args:
         path: The file to make or replace; its folder must exist.
 
     Returns:
-        A file of the same name in a temporary folder beside it. If the block fails, that goes and the old file stands.
+        A file of the same name in a temporary folder beside it. If the block fails, it is deleted and the old file
+        stays.
 
     Raises:
-        StoreError: If the disk is full or does not let us write.
+        StoreError: If the disk is full or write permission is missing.
     """
     path = Path(path)
     with explain_os_errors(path), staging_folder(path) as stage:
@@ -58,14 +59,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all.
+    """Write bytes to a file atomically: it has all of the new content or all of the old.
 
     Args:
         path: The file to make or replace; its folder must exist.
-        data: What it holds afterwards.
+        data: The new content.
 
     Raises:
-        StoreError: If the disk is full or does not let us write; the old file stands.
+        StoreError: If the disk is full or write permission is missing; the old file stays.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "note.txt"
@@ -80,20 +81,24 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
+    """Write text in UTF-8 to a file atomically: it has all of the new content or all of the old.
 
     Args:
         path: The file to make or replace; its folder must exist.
-        text: What it holds afterwards.
+        text: The new content.
 
     Raises:
-        StoreError: If the disk is full or does not let us write; the old file stands.
+        StoreError: If the disk is full or write permission is missing; the old file stays.
     """
     write_bytes(path, text.encode("utf-8"))
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Flush a file's content, or a folder's list of names, to the disk (fsync).
+
+    Args:
+        path: The file or folder.
+    """
     # Windows cannot open a folder; a rename there is durable in its own time.
     if os.name == "nt" and path.is_dir():
         return
@@ -106,12 +111,15 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def staging_folder(path: Path) -> Iterator[Path]:
-    """A new, locked folder beside ``path`` for what is not finished; it is deleted at the end.
+    """Yield a new, locked folder beside ``path`` for unfinished files; it is deleted at the end.
 
-    What killed processes left of earlier ones is deleted first.
+    Staging folders that killed processes left behind are deleted first.
+
+    Args:
+        path: The file or folder that will be made.
 
     Raises:
-        OSError: If it cannot be made.
+        OSError: If the folder cannot be made.
     """
     sweep(path)
     while True:
@@ -128,13 +136,21 @@ def staging_folder(path: Path) -> Iterator[Path]:
 
 
 def leftovers(path: Path) -> list[Path]:
-    """Unfinished files and folders beside ``path`` that were to become it, whether or not their process is alive."""
+    """Return the unfinished files and folders beside ``path`` that were to become it, of live processes too.
+
+    Args:
+        path: The file or folder.
+    """
     name = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(partial|old)")
     return sorted(one for one in path.parent.iterdir() if name.fullmatch(one.name)) if path.parent.is_dir() else []
 
 
 def sweep(path: Path) -> None:
-    """Delete what killed processes left beside ``path`` of something that was to become it."""
+    """Delete the unfinished files and folders that killed processes left beside ``path``.
+
+    Args:
+        path: The file or folder that they were to become.
+    """
     for one in leftovers(path):
         if one.is_symlink() or not one.is_dir():  # of version 0.1
             one.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Tensors that modules hold outside their parameters and buffers: as plain attributes, or in lists and mappings."""
+"""Tensors that modules hold outside their parameters and buffers: as plain attributes, or in lists and dicts."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -8,12 +8,15 @@ from torch import Tensor, nn
 from regrow.store.atomic import StoreError
 
 _OWN = frozenset(vars(nn.Module()))
-"""What every module holds: parameters, buffers, modules, hooks."""
+"""Attributes that every module has: its parameters, buffers, submodules and hooks."""
 _DEEPEST = 4
 
 
 def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Dotted name → tensor, for every tensor that a module holds as a plain attribute.
+    """Return dotted name → tensor, for every tensor that a module holds as a plain attribute.
+
+    Args:
+        model: The network.
 
     >>> import torch
     >>> net = nn.Linear(2, 2)
@@ -30,7 +33,11 @@ def attribute_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Place → tensor, for every tensor in a list, tuple or mapping that a module holds."""
+    """Return place → tensor, for every tensor inside a list, tuple or dict that a module holds.
+
+    Args:
+        model: The network.
+    """
     return {
         f"{path}.{name}{place}" if path else f"{name}{place}": tensor
         for path, module in model.named_modules()
@@ -41,10 +48,14 @@ def packed_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_attribute(model: nn.Module, name: str) -> None:
-    """Assert that a tensor may be put in the place of a plain attribute.
+    """Raise StoreError unless a tensor may be assigned to a plain attribute of this name.
+
+    Args:
+        model: The network.
+        name: The dotted name of the attribute.
 
     Raises:
-        StoreError: If there is no such module, or the name is one of its parts or methods.
+        StoreError: If there is no such module, or the name is one of its parameters, buffers, submodules or methods.
     """
     path, _, leaf = name.rpartition(".")
     module = dict(model.named_modules()).get(path)
@@ -55,11 +66,11 @@ def check_attribute(model: nn.Module, name: str) -> None:
 
 
 def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> None:
-    """Put tensors in the place of others wherever modules hold those outside their parameters and buffers; in place.
+    """Replace tensors, in place, wherever modules hold them outside their parameters and buffers.
 
     Args:
         model: The network.
-        new: ``id`` of a tensor → what takes its place.
+        new: ``id`` of a tensor → the tensor that replaces it.
     """
     for module in model.modules():
         for name, value in list(vars(module).items()):

@@ -1,4 +1,4 @@
-"""The architecture of a model folder, built again."""
+"""Build the architecture of a saved model again, without its weights."""
 
 from collections.abc import Callable, Container
 from dataclasses import replace
@@ -22,7 +22,14 @@ Builder = Callable[[], Any]
 def build_network(
     folder: Path, shapes: Shapes, model: nn.Module | Builder | None, dtype: torch.dtype | None
 ) -> nn.Module:
-    """The architecture that a record describes: newly built, or the one that the caller gives or builds."""
+    """Return the architecture that a record describes: newly built, or the one that the caller passes.
+
+    Args:
+        folder: The model folder.
+        shapes: The record of the folder.
+        model: The caller's own network, a function that builds it, or ``None`` to build it from the record.
+        dtype: The dtype to build a transformers model in; as recorded if ``None``.
+    """
     origin = shapes.origin
     if origin.kind == "transformers":
         check_configuration(origin, folder, len(shapes.tensors))
@@ -51,15 +58,24 @@ def build_network(
 
 
 def open_attention(made: nn.Module, names: Container[str]) -> nn.Module:
-    """The architecture that a record describes, newly built, or that a model or a function of the caller is."""
-    """The same model, with attention opened where it was when it was saved: its weights have other names then."""
+    """Replace ``nn.MultiheadAttention`` where the saved network had replaced it, so that weight names match.
+
+    Args:
+        made: The network.
+        names: The names of the weights that were saved.
+    """
     return replace_attention(made, names)
 
 
 def build_fresh(origin: Origin) -> nn.Module | None:
-    """The architecture newly built, to compare with; the caller's random state stays as it is.
+    """Build the unchanged architecture, to compare a network with; ``None`` if no function to build it is known.
 
-    A user's own code is called only where this process was given the function; a recorded name is never imported.
+    The random state of the caller is restored.
+
+    A user's own code is called only if the function was passed in this process; a recorded name is never imported.
+
+    Args:
+        origin: How to build the architecture.
     """
     if origin.kind == "callable" and origin.builder is None:
         return None

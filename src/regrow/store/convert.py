@@ -1,4 +1,4 @@
-"""JSON data become records, strictly: what does not fit is refused in one line with file, field, value and remedy."""
+"""Validate JSON data strictly: errors name the file, field, value and remedy in one line."""
 
 import re
 from collections.abc import Mapping
@@ -14,13 +14,13 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+|\.\.\.)\]")
 
 
 def convert(data: object, kind: type[Record], where: str | Path = "", remedy: str = "restore it") -> Record:
-    """A record from JSON data.
+    """Convert JSON data to a typed record, or raise an error that names the wrong field and its value.
 
     Args:
-        data: What the file says.
-        kind: What it must be.
-        where: The file, for the message; whoever catches it says so otherwise.
-        remedy: What to do about an error.
+        data: The parsed JSON.
+        kind: The type that it must have.
+        where: The file, for the error message; empty if the caller adds it.
+        remedy: What the error message tells the user to do.
 
     Raises:
         StoreError: If a field is missing, unknown, or of another type or size; names it and its value.
@@ -40,7 +40,7 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
 
 
 def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
-    """The field that a message of msgspec is about, with the keys of mappings that it leaves out, and its value."""
+    """Return the field that an error of msgspec is about, with the dict keys that it leaves out, and its value."""
     place: list[Any] = []
     value = data
     for step in [name or number for name, number in _STEP.findall(path)]:
@@ -60,7 +60,7 @@ def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
 
 
 def _fails(data: Any, kind: Any, place: list[Any], message: str) -> bool:
-    """Whether the same error is there if a mapping holds one entry alone."""
+    """Whether the same error occurs if a dict holds one entry alone."""
     try:
         msgspec.convert(_alone(data, place), kind, strict=True)
     except msgspec.ValidationError as error:
@@ -69,7 +69,7 @@ def _fails(data: Any, kind: Any, place: list[Any], message: str) -> bool:
 
 
 def _alone(data: Any, place: list[Any]) -> Any:
-    """JSON data in which the mapping at a place holds no entry but the last of the place."""
+    """Return JSON data in which the dict at a place holds only the last entry of the place."""
     if len(place) == 1:
         return {place[0]: data[place[0]]}
     if isinstance(data, Mapping):

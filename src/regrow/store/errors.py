@@ -1,4 +1,4 @@
-"""What can go wrong on the disk, in one line with a remedy."""
+"""Errors of reading and writing files, each one line with a remedy."""
 
 import contextlib
 import errno
@@ -14,14 +14,17 @@ from regrow.limits import check_regular
 
 
 class StoreError(ValueError):
-    """A folder or file that cannot be written, read or trusted; one line that names the value and the remedy."""
+    """Raised if a folder or file cannot be written, read or trusted; one line with the value and the remedy."""
 
 
 def check_readable(path: Path) -> None:
-    """Assert that a path names a regular file that may be read.
+    """Raise StoreError unless a path names a regular file that may be read.
+
+    Args:
+        path: The path.
 
     Raises:
-        StoreError: If it does not.
+        StoreError: If it is missing, a folder, a device, a FIFO, or may not be read.
     """
     try:
         check_regular(path)
@@ -31,7 +34,10 @@ def check_readable(path: Path) -> None:
 
 @contextlib.contextmanager
 def explain_os_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about writing ``path`` into one line with a remedy.
+    """Turn operating-system errors in the block into a one-line StoreError with a remedy.
+
+    Args:
+        path: The file or folder that is written, for the message.
 
     Raises:
         StoreError: Instead of an ``OSError``, or of the error of a library that met one (those written in Rust raise a
@@ -49,7 +55,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
 
 
 def _number(error: Exception) -> int | None:
-    """The operating system's number of an error, where it has one."""
+    """Return the operating system's error number of an exception, or ``None`` if it has none."""
     if isinstance(error, OSError):
         # numpy tells a short write as "16 requested and 0 written", without a number.
         return error.errno or (errno.ENOSPC if re.search(r"requested and \d+ written", str(error)) else None)

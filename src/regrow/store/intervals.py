@@ -1,6 +1,7 @@
-"""Plans in ledgers: units in intervals, so that a plan takes as much room for a wide layer as for a narrow one.
+"""Compress plans in ledger files: runs of consecutive unit numbers are written as intervals.
 
-In ``keep``, ``ids`` and ``restore`` of a change, three or more numbers in a row are written as ``[first, last]``.
+So a plan takes as much room for a wide layer as for a narrow one. In ``keep``, ``ids`` and ``restore`` of a change,
+three or more consecutive numbers are written as ``[first, last]``.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,13 +13,16 @@ from regrow.store.errors import StoreError
 
 _LISTS = ("keep", "ids", "restore")
 _FEW, _RATIO = 2**21, 100
-"""How many numbers a file may stand for whatever its length, and how many more for each of its bytes."""
+"""How many numbers the intervals of any file may expand to, and how many more for each of its bytes."""
 _BYTES = 150
-"""What a number takes in memory while a plan is read."""
+"""Bytes of memory that each number takes while a plan is read."""
 
 
 def to_intervals(numbers: Sequence[Any]) -> list[Any]:
-    """Whole numbers with those in a row as ``[first, last]``; a list with anything else in it stays as it is.
+    """Replace runs of consecutive whole numbers by ``[first, last]``; other lists are returned unchanged.
+
+    Args:
+        numbers: The numbers.
 
     >>> to_intervals([0, 1, 2, 3, 7, 8, 11])
     [[0, 3], 7, 8, 11]
@@ -33,7 +37,10 @@ def to_intervals(numbers: Sequence[Any]) -> list[Any]:
 
 
 def from_intervals(entries: Sequence[Any]) -> list[Any]:
-    """The numbers that :func:`to_intervals` was given; what is no interval stays as it is.
+    """Expand intervals ``[first, last]`` into numbers: the inverse of :func:`to_intervals`.
+
+    Args:
+        entries: Numbers and intervals; any other entry stays as it is.
 
     >>> from_intervals([[0, 3], 7, 8, 11])
     [0, 1, 2, 3, 7, 8, 11]
@@ -45,20 +52,24 @@ def from_intervals(entries: Sequence[Any]) -> list[Any]:
 
 
 def shorten_plan(plan: object) -> Any:
-    """A plan, as JSON data, with intervals; what is no plan stays as it is."""
+    """Return a plan (JSON data) with its unit numbers as intervals; anything that is not a plan is unchanged.
+
+    Args:
+        plan: The plan.
+    """
     return _converted(plan, to_intervals)
 
 
 def expand_plans(plans: Iterable[object], length: int) -> list[Any]:
-    """Plans as JSON data, with intervals or without, as they were before :func:`shorten_plan`.
+    """Return the plans of a ledger (JSON data) with intervals expanded: undoes :func:`shorten_plan`.
 
     Args:
-        plans: What a ledger holds; what is no plan stays as it is, for the schema to refuse.
-        length: Bytes of the file; a short one does not stand for very many units.
+        plans: The ledger's plans; an entry that is not a plan stays as it is, for the schema to reject.
+        length: The size of the file in bytes: a short file may not expand to very many units.
 
     Raises:
-        StoreError: If it does.
-        ResourceError: If so many units do not fit into memory.
+        StoreError: If the intervals expand to more units than a file of this size may name.
+        ResourceError: If the expanded units do not fit into memory.
     """
     plans = list(plans)
     numbers = sum(_length(entry) for plan in plans for change in _changes(plan) for entry in _entries(change))
@@ -91,7 +102,7 @@ def _entries(change: Any) -> Iterable[Any]:
 
 
 def _length(entry: Any) -> int:
-    """How many numbers an interval stands for; 0 for what is none."""
+    """Return how many numbers an interval expands to; 0 for anything that is not an interval."""
     match entry:
         case [int(first), int(last)] if type(first) is type(last) is int and 0 <= first <= last:
             return last - first + 1

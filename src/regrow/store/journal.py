@@ -1,4 +1,4 @@
-"""An append-only file of JSON objects, one a line, that survives being cut off in the middle of one."""
+"""An append-only file of JSON lines that survives a crash in the middle of a write."""
 
 import errno
 import json
@@ -17,14 +17,14 @@ from regrow.store.errors import StoreError, check_readable, explain_os_errors
 
 
 def append(path: Path, row: Mapping[str, object]) -> None:
-    """Add a line; it is on the disk when this returns.
+    """Append a line of JSON and flush it to the disk.
 
     Args:
         path: The file; it need not exist yet.
         row: JSON data without NaN and infinity.
 
     Raises:
-        StoreError: If it is no regular file, or the disk is full; the file then holds what it held.
+        StoreError: If it is not a regular file, or the disk is full; the file is then unchanged.
     """
     line = json.dumps(row, allow_nan=False) + "\n"
     with explain_os_errors(path):
@@ -36,10 +36,13 @@ def append(path: Path, row: Mapping[str, object]) -> None:
 
 
 def mend(path: Path) -> None:
-    """Take off a last line that a crash cut short; one that lacks only its end gets it.
+    """Remove a last line that a crash cut short; add the newline if only that is missing.
+
+    Args:
+        path: The file; it need not exist.
 
     Raises:
-        StoreError: If it is no regular file, or the disk does not let us write.
+        StoreError: If it is not a regular file, or write permission is missing.
     """
     if not os.path.lexists(path):
         return
@@ -52,11 +55,11 @@ def mend(path: Path) -> None:
 
 
 def read(path: Path, kinds: Mapping[str, type[Any]] | None = None) -> list[dict[str, Any]]:
-    """Every line, in order; a last one that a crash cut short is left out.
+    """Read all rows in order; a last line that a crash cut short is left out.
 
     Args:
         path: The file; it need not exist.
-        kinds: Kind of row → the record that it must fit; rows of other kinds may hold anything.
+        kinds: Kind of row (its ``what``) → the type that the row must fit; rows of other kinds may hold anything.
 
     Raises:
         StoreError: If another line is damaged, or a row does not fit; names the line and the field.
@@ -78,9 +81,10 @@ def read(path: Path, kinds: Mapping[str, type[Any]] | None = None) -> list[dict[
 
 
 def _opened(path: Path) -> int:
-    """Open a file to change it in place: one of its own, which no other name leads to.
+    """Open a file for changes in place, so that no other name of the file is affected.
 
-    A symbolic link is refused. A file that has another name, as a killed process may leave it, becomes a copy first.
+    A symbolic link is refused. A file with a second name (a hard link), as a killed process may leave it, is copied
+    first.
     """
     flags = os.O_RDWR | os.O_CREAT
     for name in ("O_BINARY", "O_NOFOLLOW", "O_NONBLOCK"):  # opening a device or FIFO must not wait
@@ -108,7 +112,7 @@ def _irregular(path: Path) -> StoreError:
 
 
 def _append(handle: int, line: bytes) -> None:
-    """Write a line at the end of a file; if that fails, the file ends where it ended."""
+    """Write a line at the end of a file; if that fails, truncate the file to its former end."""
     end = _mended(handle)
     try:
         os.lseek(handle, end, os.SEEK_SET)
@@ -122,7 +126,7 @@ def _append(handle: int, line: bytes) -> None:
 
 
 def _mended(handle: int) -> int:
-    """Where the next line begins: a last line that a crash cut short is taken off, one that lacks its end gets it."""
+    """Repair the end of a file and return where the next line begins."""
     end = os.lseek(handle, 0, os.SEEK_END)
     start, tail = end, b""
     while start and b"\n" not in tail:

@@ -1,4 +1,4 @@
-"""One lock per folder, held by the process that writes there; it ends with that process, however that ends.
+"""One exclusive lock per folder, held by the process that writes there, and released when it ends.
 
 The lock is on the folder itself (``flock``), so there is no lock file that could be left over. Readers need none. Where
 the file system or the operating system has no such locks (Windows, some network drives), nothing is locked.
@@ -17,23 +17,23 @@ except ImportError:  # Windows
 
 
 class LockedError(StoreError):
-    """A folder that another process is writing."""
+    """Raised if another process is writing to the folder."""
 
 
 class Lock:
-    """An exclusive lock on a folder, until it is released or the process ends.
+    """An exclusive lock on a folder, held until it is released or the process ends.
 
     Args:
         folder: The folder.
-        handle: The open folder; ``None`` where nothing can be locked.
-        sure: Whether the folder is really locked.
+        handle: The file descriptor of the open folder; ``None`` if nothing can be locked.
+        sure: Whether the folder is really locked (the file system supports locks).
     """
 
     def __init__(self, folder: Path, handle: int | None, *, sure: bool) -> None:
         self.folder, self.handle, self.sure = folder, handle, sure
 
     def release(self) -> None:
-        """Give the folder free; again is no error."""
+        """Release the lock; releasing it twice is no error."""
         if self.handle is not None:
             os.close(self.handle)
             self.handle = None
@@ -46,7 +46,7 @@ class Lock:
 
 
 def lock(folder: Path) -> Lock:
-    """Lock a folder.
+    """Lock a folder exclusively, or raise LockedError if another process holds its lock.
 
     Args:
         folder: The folder; it must exist.
@@ -81,7 +81,7 @@ def lock(folder: Path) -> Lock:
 
 
 def _holder(handle: int) -> str:
-    """Which process has locked an open folder, in brackets; empty where that is not known."""
+    """Return `` (process N)`` for the process that has locked an open folder; empty if it is not known."""
     place = os.fstat(handle)
     wanted = f"{os.major(place.st_dev):02x}:{os.minor(place.st_dev):02x}:{place.st_ino}"
     try:

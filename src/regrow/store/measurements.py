@@ -1,6 +1,6 @@
-"""What the rows of ``metrics.jsonl`` must hold, by kind: at least what is read again when a run goes on or is shown.
+"""Schemas of the rows of ``metrics.jsonl``, by kind: the fields that are needed when a run is resumed or shown.
 
-Rows may hold more, and kinds that are not known here may hold anything.
+Rows may have further fields, and rows of unknown kinds may hold anything.
 """
 
 from collections.abc import Mapping
@@ -11,12 +11,12 @@ import msgspec
 from regrow.store.schemas import Count
 
 Figure = Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)] | None
-"""A number; ``None`` stands for one that is not finite."""
+"""A number; ``None`` if it was not finite."""
 Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class SizeRow(msgspec.Struct, frozen=True):
-    """The size of a model."""
+    """The size of a model: parameters, multiply–accumulates of one example, bytes."""
 
     model: str
     params_all: Count
@@ -27,7 +27,7 @@ class SizeRow(msgspec.Struct, frozen=True):
 
 
 class PerplexityRow(msgspec.Struct, frozen=True):
-    """The perplexity of a model on a source."""
+    """The perplexity of a model on a source, with the negative log-likelihood (``nll``) and standard error."""
 
     model: str
     source: str
@@ -41,7 +41,7 @@ class PerplexityRow(msgspec.Struct, frozen=True):
 
 
 class ChoiceRow(msgspec.Struct, frozen=True):
-    """The accuracy of a model on a source or task."""
+    """The accuracy of a model on a multiple-choice task or a source, with its standard error."""
 
     model: str
     task: str
@@ -51,7 +51,7 @@ class ChoiceRow(msgspec.Struct, frozen=True):
 
 
 class PairedRow(msgspec.Struct, frozen=True):
-    """The difference of two models on the same windows."""
+    """The difference in negative log-likelihood of two models on the same windows of a source."""
 
     source: str
     delta_nll: Figure
@@ -60,7 +60,7 @@ class PairedRow(msgspec.Struct, frozen=True):
 
 
 class VerifyRow(msgspec.Struct, frozen=True):
-    """How far the masked and the shrunk model differ."""
+    """The largest difference between the outputs of the masked and the cut model, and its allowed bound."""
 
     max_abs_diff: Figure
     bound: Figure
@@ -69,7 +69,7 @@ class VerifyRow(msgspec.Struct, frozen=True):
 
 
 class BudgetRow(msgspec.Struct, frozen=True):
-    """What a budget counts, before and after a cut."""
+    """The quantity that a budget limits: requested, before the cut, after it, and predicted."""
 
     measure: str
     context: Count
@@ -80,7 +80,7 @@ class BudgetRow(msgspec.Struct, frozen=True):
 
 
 class RecoveryRow(msgspec.Struct, frozen=True):
-    """A recovery after a cut."""
+    """One round of recovery after a cut: the method, the tokens used and the seconds taken."""
 
     by: str
     tokens: Count
@@ -90,7 +90,7 @@ class RecoveryRow(msgspec.Struct, frozen=True):
 
 
 class TaskRow(msgspec.Struct, frozen=True):
-    """A task that was learned: its number, and the accuracy on every task known by then."""
+    """A task that was learned: its index, and the accuracy on every task known by then."""
 
     name: str
     task: Count
@@ -106,7 +106,7 @@ class TaskRow(msgspec.Struct, frozen=True):
 
 
 class CommitRow(msgspec.Struct, frozen=True):
-    """A change of shape while a network is trained."""
+    """A change of shape during training, with the loss before it and the steps until it was reached again."""
 
     task: Count
     epoch: Count
@@ -120,7 +120,7 @@ class CommitRow(msgspec.Struct, frozen=True):
 
 
 class MatrixRow(msgspec.Struct, frozen=True):
-    """The accuracy matrix of a sequence of tasks."""
+    """The accuracy matrix of a sequence of tasks, with average accuracy, forgetting and transfer."""
 
     tasks: list[str]
     matrix: list[list[Share | None]]
@@ -138,25 +138,25 @@ class MatrixRow(msgspec.Struct, frozen=True):
 
 
 class MissingTasksRow(msgspec.Struct, frozen=True):
-    """Tasks whose data are not there any more."""
+    """Tasks whose data are no longer available."""
 
     tasks: list[str]
 
 
 class EpochRow(msgspec.Struct, frozen=True):
-    """Where a search stands after an epoch."""
+    """The state of a search after an epoch."""
 
     epoch: Count
 
 
 class LevelsRow(msgspec.Struct, frozen=True):
-    """What each level of a search left out."""
+    """The cost that each level of a search (operations, filters, weights) removed."""
 
     saved: dict[str, Annotated[float, msgspec.Meta(ge=-1e300, le=1e300)]]
 
 
 class SearchResultRow(msgspec.Struct, frozen=True):
-    """The network that a search left; version 0.1 noted neither multiply–accumulates nor bytes."""
+    """The network that a search found; version 0.1 recorded neither multiply–accumulates nor bytes."""
 
     accuracy: Share
     parameters: Count
@@ -166,7 +166,7 @@ class SearchResultRow(msgspec.Struct, frozen=True):
 
 
 class TestRow(msgspec.Struct, frozen=True):
-    """The test at the end of a search."""
+    """The test accuracy at the end of a search, and the number of images."""
 
     accuracy: Share
     images: Count
@@ -191,4 +191,4 @@ KINDS: Mapping[str, type[Any]] = {
     "test": TestRow,
     "verify": VerifyRow,
 }
-"""Kind of measurement → what its row must hold."""
+"""Kind of measurement (``what``) → the schema of its row."""

@@ -1,7 +1,7 @@
-"""Model folders: save a network of any shape, and build it again without tracing, bit for bit.
+"""Save a network of any shape to a model folder, and load it without tracing, bit for bit.
 
-A folder holds ``model.safetensors``, ``shapes.json`` (what the architecture does not say, see
-:class:`regrow.store.shapes.Shapes`) and, for a transformers model, whatever makes it a transformers folder. Nothing in
+A folder holds ``model.safetensors``, ``shapes.json`` (how the network differs from its architecture, see
+:class:`regrow.store.shapes.Shapes`) and, for a transformers model, the other files of a transformers folder. Nothing in
 it is a pickle, and no code that it names is run.
 """
 
@@ -46,13 +46,13 @@ CARRIED = (
     "buffers.safetensors",
     probe.FILE,
 )
-"""Files that some saved models have and others have not."""
+"""Files that only some saved models have."""
 FILES = (
     *("model*.safetensors", "model.safetensors.index.json", SHAPES, *CARRIED, "config.json", "generation_config.json"),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("vocab.json", "merges.txt", "tokenizer.model"),
 )
-"""Files of a saved model."""
+"""Name patterns of all files of a saved model."""
 _LONGEST = 2**28
 
 _log = logging.getLogger("regrow")
@@ -67,17 +67,19 @@ def save(
     dtype: torch.dtype | None = None,
     example: Example | Tensor | None = None,
 ) -> Path:
-    """Write a model folder: all of it, or nothing.
+    """Write a model folder atomically: it holds all of the new model, or is unchanged.
 
     Args:
-        model: The network as it is now, or what :func:`regrow.nets.load` gave (its model may have been changed since).
-        folder: Where to; made if need be, and other files in it stay. A model saved here before is replaced: at every
-            moment the folder holds all of the old one or all of the new one.
-        origin: How to build the architecture, if ``model`` does not say. Without one, loading will ask for the model.
-        tokenizer: Saved along, if ``model`` does not bring one.
-        dtype: What floating-point weights are stored in; as they are, unless given.
-        example: An input that the network answers to, kept with the answer so that loading can compare. One that suits
-            the architecture is taken, unless ``model`` brings one or it is given.
+        model: The network as it is now, or the result of :func:`regrow.nets.load` (its model may have been changed
+            since).
+        folder: The folder; made if needed, other files in it stay. A model saved there before is replaced: at every
+            moment the folder holds all of the old model or all of the new one.
+        origin: How to build the architecture, if ``model`` does not say. Without one, loading needs the network as
+            ``model=``.
+        tokenizer: The tokenizer to save, if ``model`` does not bring one.
+        dtype: The dtype in which floating-point weights are stored; unchanged if ``None``.
+        example: An input that is stored with the network's output for it, so that loading can check the output. By
+            default the one of ``model``, or one that suits the architecture.
 
     Returns:
         The folder.
@@ -107,13 +109,13 @@ def write_model(
     dtype: torch.dtype | None = None,
     example: Example | Tensor | None = None,
 ) -> None:
-    """Write the files of a model into a folder that is not finished, over those of another model if need be.
+    """Write the files of a model into an unfinished folder, replacing those of another model.
 
-    Each file is there whole or not at all, but not all of them together: a finished folder is left to :func:`save`.
+    Each file is written atomically, but not all of them together; use :func:`save` for a finished folder.
 
     Args:
         model: As for :func:`save`.
-        folder: Where to; made if need be.
+        folder: The folder; made if needed.
         origin: As for :func:`save`.
         tokenizer: As for :func:`save`.
         dtype: As for :func:`save`.
@@ -162,11 +164,11 @@ def write_model(
 
 
 def keep_others(old: Path, new: Path) -> None:
-    """Have a new model folder hold what an old one held beside its model.
+    """Link or copy the files of an old folder that do not belong to its model into the new folder.
 
     Args:
         old: The folder that will be replaced; it need not exist.
-        new: The folder that will take its place; its files win.
+        new: The folder that will take its place; files that it has already stay.
     """
     if old.is_dir():
         link_tree(old, new, skip={path.name for path in _files_of_a_model(old)})
@@ -180,24 +182,24 @@ def load(
     dtype: torch.dtype | None = None,
     check: bool = True,
 ) -> nn.Module:
-    """Build a saved network again, of whatever shape, without tracing it.
+    """Load a saved network of any shape, without tracing it.
 
     Args:
-        folder: A folder that :func:`save` (or a run) wrote.
-        model: The unchanged architecture, or a function that makes it: needed where that is your own code, since no
-            code that a folder names is run. A module given here becomes the loaded one.
-        device: Where it goes.
-        dtype: What its floating-point weights become; as they were saved, unless given.
-        check: Compare the record and every tensor with their recorded digests, and what the network answers to the
-            recorded input with what it answered when it was saved: bit for bit with the same number of threads, dtype,
-            torch and processor; otherwise they may differ by three times the network's own rounding.
+        folder: A model folder or run folder that :func:`save` or a command wrote.
+        model: The unchanged architecture, or a function that builds it: needed if that is your own code, since no code
+            that a folder names is run. A network given here becomes the loaded one.
+        device: The device to load to.
+        dtype: The dtype of floating-point weights; as saved if ``None``.
+        check: Compare the record and every tensor with their recorded digests, and the network's output for the
+            recorded input with the recorded output: bit for bit with the same number of threads, dtype, torch and
+            processor; otherwise they may differ by three times the network's own rounding error.
 
     Returns:
         The network in eval mode, with ``origin`` and, where there is one, ``tokenizer`` as attributes.
 
     Raises:
         StoreError: If the folder is not a saved model, its files are damaged, changed or do not fit one another, the
-            architecture is another one, or the network answers otherwise; names the tensor that differs.
+            architecture is another one, or the output differs; names the tensor that differs.
     """
     folder = Path(folder)
     return read_whole(folder, lambda: _load(folder, model, device, dtype, check=check))
@@ -251,14 +253,14 @@ def _load(
 
 
 def read_shapes(folder: str | Path, *, check: bool = True) -> Shapes:
-    """The record of a model folder.
+    """Read and validate ``shapes.json`` of a model folder.
 
     Args:
-        folder: The folder.
+        folder: The model folder.
         check: Whether to compare the record with its own digest.
 
     Raises:
-        StoreError: If there is none, or it is damaged.
+        StoreError: If there is no such file, or it is damaged.
     """
     folder = Path(folder)
     settle(folder)
@@ -293,7 +295,7 @@ def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
 
 
 def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path) -> Probe:
-    """Write an input and what the network answers to it; the reason, where it does not answer to any that is known."""
+    """Write an input and the network's output for it; return the reason if no known input works."""
     if isinstance(example, Tensor):
         example = Example((example,))
     guessed = example is None
@@ -319,7 +321,7 @@ def _guessed(model: nn.Module) -> Origin:
 
 
 def _main_dtype(model: nn.Module) -> torch.dtype:
-    """The dtype of most floating-point numbers."""
+    """Return the dtype of most floating-point parameters."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -328,7 +330,7 @@ def _main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def _files_of_a_model(folder: Path) -> list[Path]:
-    """The files of a model that was saved in a folder."""
+    """Return the files in a folder that belong to the model saved there."""
     if not (folder / SHAPES).exists():
         return []
     return [path for path in folder.iterdir() if any(path.match(name) for name in FILES) and path.is_file()]

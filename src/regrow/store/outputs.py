@@ -1,8 +1,8 @@
 """Output files that a user names: which existing files they may replace, and how text is written to them.
 
 A symbolic link is followed: its target is replaced as a whole, and the link stays. A character device, a FIFO and the
-standard output take text as it comes; formats that are read back need a regular file. An existing file is replaced only
-if its suffix is one of the output's and if it is not part of a run folder or model folder.
+standard output are written to directly; formats that are read back need a regular file. An existing file is replaced
+only if its suffix is one of the output's and if it is not part of a run folder or model folder.
 """
 
 import errno
@@ -17,25 +17,25 @@ from regrow.store.errors import StoreError, check_readable, explain_os_errors
 JSON = (".json",)
 PAGES = (".html", ".htm")
 PAGE = "report.html"
-"""The page of a run, which is written again on request."""
+"""The report page of a run, which may be written again in its run folder."""
 _RECORDS = ("run.json", "shapes.json", "config.json")
-"""A folder that holds one of these is a run folder or a model folder."""
+"""A folder that holds one of these files is a run folder or a model folder."""
 _STANDARD = (1, 2)
 
 
 def check_output(
     path: Path, suffixes: Sequence[str], inputs: Iterable[str | Path] = (), *, streams: bool = False
 ) -> Path:
-    """Assert that an output file may be made, or may replace the file that is there; nothing is opened or changed.
+    """Raise StoreError unless an output file may be created or replaced; nothing is opened or changed.
 
     Args:
         path: The file that the user names.
-        suffixes: Those of existing files that it may replace, in lower case.
-        inputs: Files that the same command reads; names of anything else are left aside.
-        streams: Whether a character device, a FIFO or the standard output will do.
+        suffixes: The suffixes of existing files that it may replace, in lower case.
+        inputs: Files that the same command reads, which are not replaced; other names in it are ignored.
+        streams: Whether a character device, a FIFO or the standard output is allowed.
 
     Returns:
-        The file to write: ``path``, or the target of a link.
+        The file to write: ``path``, or the target if it is a symbolic link.
 
     Raises:
         StoreError: If it is a folder, a device, another kind of file, an input, or part of a run or model folder.
@@ -62,12 +62,12 @@ def check_output(
 
 
 def write_output(path: Path, text: str, suffixes: Sequence[str]) -> None:
-    """Write text in UTF-8 to a file that the user names: whole or not at all, or to a stream as it comes.
+    """Write text in UTF-8 to a file that the user names: atomically, or directly if it is a stream.
 
     Args:
         path: The file, as :func:`check_output` takes it; its folder must exist.
-        text: What it holds afterwards.
-        suffixes: Those of existing files that it may replace.
+        text: The new content.
+        suffixes: The suffixes of existing files that it may replace.
 
     Raises:
         StoreError: As :func:`check_output`, if no process reads a FIFO, or if the disk is full.
@@ -86,7 +86,7 @@ def _is_stream(found: os.stat_result) -> bool:
 
 
 def _descriptor(found: os.stat_result) -> int | None:
-    """The standard output or error of this process, if a file is the same: it must not be replaced while in use."""
+    """Return the descriptor of standard output or error if a file is the same one, else ``None``."""
     for number in _STANDARD:
         try:
             if os.path.samestat(found, os.fstat(number)):

@@ -23,7 +23,13 @@ _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
 
 
 def as_saved(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
-    """The origin of a transformers model, with the dtype and the way of attention that the model has now."""
+    """Return the origin of a transformers model with its present dtype and attention implementation.
+
+    Args:
+        origin: How to build the architecture.
+        model: The network as it is now.
+        dtype: The dtype that is recorded.
+    """
     config = {**origin.config, "dtype": str(dtype).removeprefix("torch.")}
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
     if attention in ATTENTION:
@@ -39,9 +45,9 @@ def write_configuration(
     Args:
         origin: How to build the architecture.
         model: The network, for its generation settings.
-        folder: Where to.
-        changes: What ``config.json`` says beside that.
-        architecture: The class that it names; the origin's, unless given.
+        folder: The model folder.
+        changes: Further entries of ``config.json``.
+        architecture: The class that it names; the origin's if empty.
 
     Raises:
         StoreError: If transformers does not know the configuration, or the disk is full.
@@ -66,7 +72,11 @@ def write_configuration(
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer's files, without the paths of this machine.
+    """Write a tokenizer's files, without paths of this machine.
+
+    Args:
+        tokenizer: The tokenizer, of transformers.
+        folder: The model folder.
 
     Raises:
         StoreError: If the disk is full.
@@ -94,10 +104,13 @@ def write_tokenizer(tokenizer: Any, folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> Any | None:
-    """The tokenizer of a model folder; ``None`` if it has none. Code that it may bring is not run.
+    """Load the tokenizer of a model folder, or return ``None`` if it has none; no code in it is run.
+
+    Args:
+        folder: The model folder.
 
     Raises:
-        StoreError: If it is damaged, or names files outside the folder.
+        StoreError: If its files are damaged, or name files outside the folder.
     """
     if not (folder / "tokenizer_config.json").is_file():
         return None
@@ -119,15 +132,15 @@ def read_tokenizer(folder: Path) -> Any | None:
 
 
 def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
-    """Assert that a transformers origin is harmless to build, and says what ``config.json`` says.
+    """Raise StoreError unless a recorded configuration is safe to build and agrees with ``config.json``.
 
     Args:
-        origin: As the record has it.
+        origin: How to build the architecture, as recorded.
         folder: The model folder.
-        tensors: How many tensors are recorded.
+        tensors: How many tensors are recorded, which bounds the number of layers.
 
     Raises:
-        StoreError: Naming the setting that would fetch something, is absurd, or differs.
+        StoreError: If a setting would fetch files, is absurdly large, or differs; names it.
     """
     try:
         check_settings(origin.config)
@@ -151,7 +164,7 @@ def check_configuration(origin: Origin, folder: Path, tensors: int) -> None:
 
 
 def _differing(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Settings that both name and that differ, those of nested configurations too."""
+    """Yield the settings, nested ones included, that both configurations have and that differ."""
     for key in sorted((config.keys() & recorded.keys()) - INFORMATIVE):
         if isinstance(config[key], dict) and isinstance(recorded[key], dict):
             yield from ((f"{key}.{name}", *pair) for name, *pair in _differing(config[key], recorded[key]))
@@ -160,5 +173,9 @@ def _differing(config: Mapping[str, Any], recorded: Mapping[str, Any]) -> Iterat
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether transformers' own code makes up the model."""
+    """Whether the model's class is one of transformers' own.
+
+    Args:
+        model: The network.
+    """
     return type(model).__module__.startswith("transformers.models.") and hasattr(model, "config")

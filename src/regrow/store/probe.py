@@ -1,4 +1,4 @@
-"""A probe: an input that is kept with a saved network and what it answered, so that loading can compare."""
+"""A probe: an input stored with a saved network and its output, so that loading can check the output."""
 
 import copy
 import platform
@@ -21,27 +21,27 @@ from regrow.store.shapes import DTYPES, PROBE
 from regrow.store.tensors import digest, read_tensors, write_tensors
 
 FILE, FORMAT = PROBE, "regrow-probe/1"
-"""A safetensors file under a name of its own: some tools take every ``*.safetensors`` for weights of the model."""
+"""A safetensors file with another suffix: some tools take every ``*.safetensors`` for weights of the model."""
 MOST = 2**16
-"""Numbers of an input that are kept as they are; a larger one is replaced by a pattern of the same shape."""
+"""The most numbers of an input tensor that are stored; a larger one is replaced by a fixed pattern of its shape."""
 SAMPLED = 4096
-"""Numbers of each output that are kept beside its digest."""
+"""The most numbers of each output tensor that are stored beside its digest."""
 LAW = 3
-"""How many times its own rounding an output may differ by where it was computed otherwise."""
+"""How many times its own rounding error an output may differ by if it is computed on another machine or version."""
 _LARGEST, _ELEMENTS = 2**28, 2**26
 
 
 class UnprobedError(ValueError):
-    """The reason why a network has no probe."""
+    """Raised if no probe can be made for a network; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a network answers: digests of its outputs, and some of the numbers.
+    """The outputs of a network for one input: digests, and a sample of the numbers.
 
     Args:
         digests: SHA-256 of each output tensor.
-        samples: At most :data:`SAMPLED` numbers of each, evenly spaced, as float64.
+        samples: At most :data:`SAMPLED` numbers of each output tensor, evenly spaced, as float64.
     """
 
     digests: tuple[str, ...]
@@ -49,16 +49,16 @@ class Answer:
 
 
 def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = False) -> None:
-    """Let a network answer to an input, and write both down.
+    """Run a network on an input, and write the input and the output to a file.
 
     Args:
-        model: The network; it is run in eval mode and is afterwards as it was.
+        model: The network; it is run in eval mode and restored.
         example: The input. Large floating-point tensors are replaced by a pattern of the same shape.
         path: The file to make.
-        cast: Whether its weights are stored in another dtype than they have.
+        cast: Whether its weights are stored in another dtype than they have now.
 
     Raises:
-        UnprobedError: If the network does not answer to the input, or the input cannot be written down.
+        UnprobedError: If the network fails on the input, or the input cannot be stored.
         StoreError: If the disk is full.
     """
     inputs: list[Tensor] = []
@@ -83,16 +83,16 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = 
 
 
 def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] = (), cast: bool = False) -> None:
-    """Assert that a network answers as the one that was saved.
+    """Raise StoreError unless a loaded network gives the output that was recorded when it was saved.
 
     Args:
-        model: The network on the CPU; it is afterwards as it was.
+        model: The network, on the CPU; it is restored afterwards.
         path: The file that :func:`write_probe` made.
         stored: The dtypes in which its weights were stored.
-        cast: Whether they have been cast since.
+        cast: Whether the weights have been cast to another dtype since.
 
     Raises:
-        StoreError: If it does not, or the file is damaged; says by how much, and the remedy.
+        StoreError: If the output differs, or the file is damaged; says by how much, and the remedy.
     """
     header, inputs, before = _read(path)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -131,12 +131,12 @@ _REMEDY = "build it with the code and versions it was saved with, or load it wit
 
 
 def answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
-    """What a network answers, in eval mode and with fixed random numbers.
+    """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs.
 
     Args:
-        model: The network; it is afterwards as it was.
-        shape: The form of its arguments.
-        inputs: The tensors in them.
+        model: The network; it is restored afterwards.
+        shape: The structure of its arguments as JSON data, with tensors numbered.
+        inputs: The tensors in the arguments, by number.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     args, kwargs = _filled(shape, [one.to(device) for one in inputs])
@@ -153,7 +153,11 @@ def answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
 
 @contextmanager
 def preserve_modules(model: nn.Module) -> Iterator[None]:
-    """Whatever modules set on themselves inside, and small buffers they write to, is afterwards as it was."""
+    """Restore, when the block ends, all attributes of modules and their small buffers.
+
+    Args:
+        model: The network.
+    """
     modules = list(model.modules())
     states = [dict(vars(module)) for module in modules]
     buffers = [dict(module._buffers) for module in modules]
@@ -173,7 +177,7 @@ def preserve_modules(model: nn.Module) -> Iterator[None]:
 
 
 def conditions() -> dict[str, str]:
-    """What the last bits of an output depend on beside network and input."""
+    """Return what the last bits of an output depend on besides network and input: torch, threads, CPU, precision."""
     return {
         "torch": torch.__version__,
         "threads": str(torch.get_num_threads()),
@@ -210,7 +214,7 @@ def _told(tensor: Tensor) -> tuple[str, list[int]]:
 
 
 def _packed(value: Any, tensors: list[Tensor]) -> Any:
-    """Arguments as JSON data, their tensors aside."""
+    """Convert arguments to JSON data; their tensors are appended to ``tensors``."""
     match value:
         case Tensor():
             tensors.append(value.detach())
@@ -251,7 +255,7 @@ def _small(tensor: Tensor) -> Tensor:
 
 
 def _pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Numbers from -1 to 1 that every machine computes alike."""
+    """Return numbers from -1 to 1 that are the same on every machine."""
     count = 1
     for size in shape:
         count *= size
@@ -265,7 +269,7 @@ def _real(tensor: Tensor) -> Tensor:
 
 
 def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
-    """The largest difference; NaN and infinity equal themselves."""
+    """Return the largest absolute difference; NaN equals NaN, and infinity equals infinity."""
     result = 0.0
     for one, other in zip(a, b, strict=True):
         different = ~((one == other) | (one.isnan() & other.isnan()))
@@ -275,13 +279,13 @@ def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
 
 
 def _epsilon(model: nn.Module, stored: Iterable[torch.dtype]) -> float:
-    """The rounding of the coarsest dtype that a network has or was stored in."""
+    """Return the machine epsilon of the coarsest dtype that a network has or was stored in."""
     dtypes = {dtype for dtype in (*stored, *(p.dtype for p in model.parameters())) if dtype.is_floating_point}
     return max((torch.finfo(dtype).eps for dtype in dtypes), default=torch.finfo(torch.float32).eps)
 
 
 def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], said: Answer) -> float:
-    """How far a network's answer is from the one it gives in float64."""
+    """Return how far a network's output is from its output in float64."""
     try:
         wide = [one.double() if one.is_floating_point() else one for one in inputs]
         return _distance(answer(copy.deepcopy(model).double(), shape, wide).samples, said.samples)

@@ -1,4 +1,4 @@
-"""Whether loading will give the network that was saved: what no file keeps of it is found while it is saved."""
+"""While saving, find changes of a network that no file stores, so that loading could not restore them."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,16 +16,16 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 def unsaved_change(model: nn.Module, fresh: nn.Module, shapes: Shapes, folder: Path) -> str:
-    """The first attribute of a network that no file keeps, where the network would not be loaded for want of it.
+    """Return the first attribute that no file stores, if loading would fail because of it; else ``""``.
 
     Args:
         model: The network; it is not changed.
-        fresh: The same architecture newly built, branches dropped; it becomes what loading would give, if need be.
+        fresh: The same architecture newly built, with the same modules dropped; it may be overwritten with the weights.
         shapes: The record of the network.
-        folder: The folder with its probe.
+        folder: The model folder, with its probe.
 
     Returns:
-        ``module.attribute``; empty if the network is loaded as it is.
+        ``module.attribute``; empty if loading will restore the network.
     """
     kept = {place.replace(":", ".").removeprefix(".") for place in shapes.attributes}
     changed = next((place for place in differences(model, fresh) if place not in kept), "")
@@ -45,7 +45,7 @@ def unsaved_change(model: nn.Module, fresh: nn.Module, shapes: Shapes, folder: P
 
 
 def differences(model: nn.Module, fresh: nn.Module) -> Iterator[str]:
-    """Attributes of modules that are others than in a freshly built network; tensors and numbers are left out.
+    """Yield the attributes of modules that differ from a newly built network, except tensors and numbers.
 
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     >>> net[1] = nn.Tanh()
@@ -54,7 +54,7 @@ def differences(model: nn.Module, fresh: nn.Module) -> Iterator[str]:
 
     Args:
         model: The network.
-        fresh: The freshly built one.
+        fresh: The newly built one.
     """
     others = dict(fresh.named_modules())
     usual = vars(nn.Module()).keys() | {"origin", "tokenizer"}
@@ -72,7 +72,7 @@ def differences(model: nn.Module, fresh: nn.Module) -> Iterator[str]:
 
 
 def _alike(now: Mapping[str, Any], before: Mapping[str, Any], name: str) -> bool:
-    """Whether an attribute is the same in two networks, as far as that can be told."""
+    """Whether an attribute is the same in two networks, as far as that can be decided."""
     if (name in now) != (name in before):
         return False
     a, b = now[name], before[name]

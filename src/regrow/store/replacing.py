@@ -1,4 +1,4 @@
-"""Folders that change as a whole: the new one is made beside the old one, and both exchange their names.
+"""Replace whole folders atomically: the new folder is made beside the old one, and both exchange their names.
 
 At every moment the name leads to the old folder or to the new one. Linux exchanges two names in one step
 (``renameat2`` with ``RENAME_EXCHANGE``). Elsewhere there are two renames: the old folder moves into the temporary
@@ -20,26 +20,26 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.locks import Lock, LockedError, lock
 
 WORK = ".work"
-"""Where the files of an unfinished run lie, in its folder."""
+"""Name of the folder, inside a run folder, with the files of an unfinished run."""
 _EXCHANGE, _HERE = 2, -100
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
-    """A new folder that takes the place of ``folder``, as a whole, once the block ends without an error.
+    """Yield a new folder that replaces ``folder`` as a whole when the block ends without an error.
 
     Args:
-        folder: The folder to make or replace. What it holds is not in the new one unless it is put there
-            (:func:`link_tree`).
-        owner: The lock on ``folder``, if the caller has it.
+        folder: The folder to make or replace. The new one is empty; use :func:`link_tree` to keep files of the old one.
+        owner: The lock on ``folder``, if the caller holds it.
 
     Returns:
         The new folder, empty, of the same name in a temporary folder beside it.
 
     Raises:
-        LockedError: If another process is writing there.
-        StoreError: If the folder cannot be replaced, the disk is full or does not let us write; nothing is changed.
+        LockedError: If another process is writing to the folder.
+        StoreError: If the folder cannot be replaced, the disk is full or write permission is missing; nothing is
+        changed.
     """
     place = folder.resolve()
     check_replaceable(folder)
@@ -63,7 +63,10 @@ def replace_folder(folder: Path, owner: Lock | None = None) -> Iterator[Path]:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Assert that a folder can be made, or replaced as a whole.
+    """Raise StoreError unless a folder can be created, or replaced as a whole.
+
+    Args:
+        folder: The folder.
 
     Raises:
         StoreError: If it is a file, a mount point or the current folder, or it or the folder around it may not be
@@ -84,7 +87,11 @@ def check_replaceable(folder: Path) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Complete the replacement of a folder that a killed process left half done; there is none on most systems."""
+    """Complete the replacement of a folder that a killed process left half done, if there is one.
+
+    Args:
+        folder: The folder.
+    """
     place = folder.resolve()
     for stage in [] if place.exists() else leftovers(place):
         if _was(stage, place).is_dir() and (stage / place.name).is_dir():
@@ -93,17 +100,21 @@ def settle(folder: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete what killed processes left beside a folder that they were replacing."""
+    """Delete the temporary folders that killed processes left beside a folder that they were replacing.
+
+    Args:
+        folder: The folder.
+    """
     settle(folder)
     sweep(folder.resolve())
 
 
 def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Collection[str] = ()) -> None:
-    """Have a folder hold the files of another one: the same files by another name where that can be, or copies.
+    """Hard-link the files of a folder into another one, or copy them where links are not supported.
 
     Args:
         source: A folder.
-        target: An existing folder; what it holds already stays.
+        target: An existing folder; files that it has already stay.
         skip: Names in ``source`` that are left out. Unfinished files are left out everywhere.
         copy: Names of files that will be written to in place, and so are copied.
     """
@@ -125,11 +136,11 @@ def link_tree(source: Path, target: Path, skip: Collection[str] = (), copy: Coll
 
 
 def read_whole(folder: Path, read: Callable[[], T]) -> T:
-    """Read several files of a folder, all of them before or all of them after it is replaced.
+    """Read several files of a folder consistently: all from before or all from after a replacement.
 
     Args:
         folder: The folder.
-        read: Reads it; called again if the folder was replaced in the meantime.
+        read: The function that reads it; called again if the folder was replaced in the meantime.
     """
     while True:
         settle(folder)
@@ -157,7 +168,7 @@ def _was(stage: Path, place: Path) -> Path:
 
 
 def _exchange(new: Path, place: Path) -> None:
-    """Give a folder the name of another one, which may be there and goes to where the first one was."""
+    """Give a folder the name of another one; if that exists, it moves to where the first one was."""
     if not place.exists():
         try:
             new.rename(place)
@@ -177,7 +188,7 @@ def _exchange(new: Path, place: Path) -> None:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two names in one step; ``False`` where the system or the file system cannot."""
+    """Exchange two names atomically; ``False`` if the system or the file system does not support it."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except (AttributeError, OSError, TypeError):
@@ -192,7 +203,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @contextlib.contextmanager
 def _parents(place: Path) -> Iterator[None]:
-    """Make the folders around a new one; if that does not come about, they go again."""
+    """Create the parent folders of a new folder; remove them again if the block fails."""
     missing = [one for one in place.parents if not one.exists()]
     place.parent.mkdir(parents=True, exist_ok=True)
     try:

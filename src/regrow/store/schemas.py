@@ -1,7 +1,7 @@
-"""What records in files must hold; :func:`regrow.store.convert.convert` reads them.
+"""Schemas of the JSON records in files; :func:`regrow.store.convert.convert` validates them.
 
-A record that drives what is built has no unknown fields; one that only informs may have more than is known here. The
-records know nothing of torch.
+A record from which a network is built may not have unknown fields; one that is only shown may. The schemas do not
+need torch.
 """
 
 from typing import Annotated, Any, Literal
@@ -18,7 +18,7 @@ Digest = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
 
 
 class RunJson(msgspec.Struct, frozen=True):
-    """``run.json``; it may hold more. What drives the run is ``settings``: see the ``Settings`` of each command."""
+    """``run.json``: the settings, versions, times and notes of a run; it may have further fields."""
 
     format: Literal["regrow-run/1"]
     settings: dict[str, Any]
@@ -37,20 +37,20 @@ class RunJson(msgspec.Struct, frozen=True):
 
 
 class MetricsRow(msgspec.Struct, frozen=True):
-    """A line of ``metrics.jsonl``; it may hold more."""
+    """A line of ``metrics.jsonl``, with its kind in ``what``; it may have further fields."""
 
     what: str
 
 
 class LedgerJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``ledger.json``."""
+    """``ledger.json``: the plans that were applied to a network, in order."""
 
     format: Literal["regrow-ledger/1", "regrow-ledger/2"]
     plans: list[Any]
 
 
 class SlotJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Where the units of an axis lie in a tensor."""
+    """A slot: where the units of an axis lie in one dimension of a tensor."""
 
     name: str
     dim: Count
@@ -62,14 +62,14 @@ class SlotJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class FillJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What new units hold."""
+    """How new units are initialised: the rule, and the random seed."""
 
     rule: str = "zero_out"
     seed: Count = 0
 
 
 class ChangeJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What happens to an axis."""
+    """What a plan does to one axis: units kept, added and restored."""
 
     size: Count
     keep: list[Count]
@@ -82,7 +82,7 @@ class ChangeJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What takes the place of a dropped module."""
+    """The placeholder that replaces a dropped module: what it returns, and from which argument."""
 
     gives: Literal["zero", "input", "nothing"]
     takes: Annotated[int, msgspec.Meta(ge=0, lt=256)] | str
@@ -91,7 +91,7 @@ class PlaceholderJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A plan; ``origin`` informs, the rest is done."""
+    """A plan as JSON; ``origin`` is only informative."""
 
     format: Literal["regrow-plan/1"]
     changes: dict[str, ChangeJson]
@@ -102,7 +102,7 @@ class PlanJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class OriginJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """How an architecture is built."""
+    """How to build an architecture: its kind, class or name, and configuration."""
 
     kind: Literal["transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable"]
     reference: str
@@ -111,7 +111,7 @@ class OriginJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A tensor in ``shapes.json``."""
+    """An entry of ``shapes.json``: dtype, shape and kind of a stored tensor."""
 
     dtype: str
     shape: Shape
@@ -123,7 +123,7 @@ class StoredTensor(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A file beside ``shapes.json``."""
+    """An entry of ``shapes.json``: the size and digest of a file of the model folder."""
 
     bytes: Count
     sha256: str
@@ -131,13 +131,13 @@ class StoredFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class NoProbe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Why a network was saved without a probe."""
+    """An entry of ``shapes.json``: why a network was saved without a probe."""
 
     reason: str
 
 
 class ShapesJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``shapes.json``."""
+    """``shapes.json``: how a saved network differs from its architecture, and its files."""
 
     format: Literal["regrow-shapes/1"]
     origin: OriginJson
@@ -154,7 +154,7 @@ class ShapesJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``latency.json``, in milliseconds."""
+    """``latency.json``: measured milliseconds of operations, sums and layers."""
 
     total: Milliseconds
     ops: dict[str, Milliseconds]
@@ -163,7 +163,7 @@ class LatencyJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AxisRow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A row of ``axes.json``."""
+    """A row of ``axes.json``: one axis, its size, its place, and the cost of one unit."""
 
     key: str
     size: Count
@@ -185,7 +185,7 @@ class AxisRows(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MassiveUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A unit with massive activations."""
+    """A unit with massive activations, in ``scores.json``."""
 
     unit: Count
     ratio: float | None = None
@@ -193,7 +193,7 @@ class MassiveUnit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AxisScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The scores of an axis; a number that was not finite is ``None``."""
+    """A summary of the scores of an axis; a number that was not finite is ``None``."""
 
     quantiles: list[float | None]
     kept_min: float | None = None
@@ -202,14 +202,14 @@ class AxisScores(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ScoreSummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """``scores.json``."""
+    """``scores.json``: the metric, and a summary of the scores of every axis."""
 
     metric: str
     axes: dict[str, AxisScores]
 
 
 class Findings(msgspec.Struct, frozen=True):
-    """``findings.json``; a method may add tables of its own."""
+    """``findings.json``: what a pruning method found out; it may have further tables."""
 
     method: str
     sources: list[str] = []
@@ -223,7 +223,7 @@ class Findings(msgspec.Struct, frozen=True):
 
 
 class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A constant under a root, as it was before a cut."""
+    """The epsilon of a norm as it was before a cut, in the undo store."""
 
     own: float | None
     value: float
@@ -231,7 +231,7 @@ class ConstantJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``attic.safetensors``."""
+    """The header of ``attic.safetensors``, the undo store: the units and modules that were cut."""
 
     format: Literal["regrow-attic/1"]
     shelves: list[str]
@@ -243,14 +243,14 @@ class UndoStoreHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TensorsHeader(msgspec.Struct, frozen=True):
-    """The header of a file of named tensors; what more it holds is of its kind."""
+    """The header of a file of named tensors; other fields depend on the format of the file."""
 
     names: list[str] | None
     sha256: Digest
 
 
 class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was measured while tasks were learned."""
+    """The progress of continual learning: the present task and epoch, and what was measured so far."""
 
     number: Count
     epoch: Count
@@ -263,7 +263,7 @@ class ProgressJson(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CourseHeader(msgspec.Struct, frozen=True):
-    """The header of ``course.safetensors``."""
+    """The header of ``course.safetensors``, a checkpoint of training."""
 
     along: dict[str, tuple[list[Any], float | None]]
     values: dict[str, Any]
@@ -275,7 +275,7 @@ class CourseHeader(msgspec.Struct, frozen=True):
 
 
 class StatisticsHeader(msgspec.Struct, frozen=True):
-    """The header of the statistics of one shard of a source."""
+    """The header of a file with the calibration statistics of one shard of a source."""
 
     source: str
     shard: Count
@@ -286,7 +286,7 @@ class StatisticsHeader(msgspec.Struct, frozen=True):
 
 
 class RecoveryHeader(msgspec.Struct, frozen=True):
-    """The header of ``recovery.safetensors``."""
+    """The header of ``recovery.safetensors``, a checkpoint of recovery training."""
 
     step: Count
     values: dict[str, Any]
@@ -294,14 +294,15 @@ class RecoveryHeader(msgspec.Struct, frozen=True):
 
 
 class ProbeHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The header of ``probe.st``.
+    """The header of ``probe.st``: an input, and digests of the network's output for it.
 
     Args:
-        inputs: The positional and the named arguments; a tensor is ``{"tensor": number}``.
-        patterns: For each tensor its dtype and shape where it is a pattern, ``None`` where its numbers are kept.
+        inputs: The positional and the keyword arguments; a tensor is ``{"tensor": number}``.
+        patterns: For each input tensor its dtype and shape if a fixed pattern replaces it, ``None`` if its numbers are
+            stored.
         outputs: The SHA-256 of each output tensor.
-        exact: Whether the saved network's weights lay in memory as those of a loaded one do.
-        conditions: What the last bits of an output depend on.
+        exact: Whether the weights had the memory layout of a loaded network, so that outputs must agree bit for bit.
+        conditions: Versions and hardware that the last bits of an output depend on.
     """
 
     format: str

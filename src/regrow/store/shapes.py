@@ -1,4 +1,4 @@
-"""``shapes.json``: everything about a changed network that its architecture alone does not say, as plain data."""
+"""``shapes.json``: how a saved network differs from the network that its architecture alone would build."""
 
 import hashlib
 import json
@@ -35,13 +35,13 @@ SHAPES = "shapes.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9][\w-]*\.safetensors")
 
 Number = int | float | tuple[int, ...]
-"""What an attribute of a module can hold."""
+"""The values of module attributes that are recorded: sizes, and constants such as epsilons."""
 
 
 class Kind(StrEnum):
-    """What a stored tensor is.
+    """The kind of a stored tensor.
 
-    A parameter, a buffer, a buffer that a model's own state dict leaves out, or a plain attribute of a module.
+    A parameter, a buffer, a derived buffer (one that the state dict leaves out), or a plain attribute of a module.
     """
 
     PARAMETER = "parameter"
@@ -51,22 +51,22 @@ class Kind(StrEnum):
 
     @property
     def carried(self) -> bool:
-        """Whether it is in ``model.safetensors``, the file that others read; else in ``buffers.safetensors``."""
+        """Whether it is in ``model.safetensors``, which other tools read; otherwise in ``buffers.safetensors``."""
         return self in (Kind.PARAMETER, Kind.BUFFER)
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor.
+    """The record of one stored tensor.
 
     Args:
         dtype: Its dtype by name.
         shape: Its shape.
-        kind: What it is.
-        trains: Whether it asks for gradients.
-        was: Its shape in a freshly built model, where that is another one; ``None`` if it is the same.
-        added: Whether a freshly built model has no such tensor (a bias that compensates for dropped units).
-        sha256: Of its bytes; empty in folders of version 0.1.
+        kind: Whether it is a parameter, a buffer, a derived buffer or a plain attribute.
+        trains: Whether it requires gradients.
+        was: Its shape in a newly built network, if it differs; ``None`` if it is the same.
+        added: Whether a newly built network has no such tensor (a bias that compensates for dropped units).
+        sha256: The digest of its bytes; empty in folders of version 0.1.
     """
 
     dtype: str
@@ -79,13 +79,13 @@ class Stored:
 
     @property
     def bytes(self) -> int:
-        """How long its numbers are."""
+        """The size of its data in bytes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclass(frozen=True)
 class File:
-    """How long a file must be, its SHA-256, and that of its header alone (empty in folders of version 0.1)."""
+    """The size of a file in bytes, its SHA-256, and that of its header (empty in folders of version 0.1)."""
 
     bytes: int
     sha256: str
@@ -94,11 +94,11 @@ class File:
 
 @dataclass(frozen=True)
 class Probe:
-    """The file with an input and what the network answers to it, or the reason why there is none.
+    """The file with an input and the network's output for it, or the reason why there is none.
 
     Args:
-        file: How long ``probe.st`` must be, and its SHA-256.
-        reason: Why there is none; empty if there is one, and in folders of version 0.1.
+        file: The size and SHA-256 of ``probe.st``.
+        reason: Why there is no probe; empty if there is one, and in folders of version 0.1.
     """
 
     file: File | None = None
@@ -107,20 +107,20 @@ class Probe:
 
 @dataclass(frozen=True)
 class Shapes:
-    """The record of a saved network.
+    """The record of a saved network: how to build its architecture, and every difference from it.
 
     Args:
         origin: How to build the architecture it came from.
-        tensors: Name → tensor; tied ones under their first name alone.
-        attributes: ``module:attribute`` → the number it holds, where a freshly built model holds another.
-        ties: Name → the first name of the same tensor.
-        dropped: Tensors that a freshly built model has and this one has not.
-        placeholders: Path of a module that was dropped whole → what takes its place. Its tensors are not spoken of.
-        probe: An input, and what the network answers to it.
-        compared: Whether a freshly built model was there to compare with. If not, everything is listed, and nothing
+        tensors: Name → record of the tensor; tied tensors under their first name alone.
+        attributes: ``module:attribute`` → the number that it holds, if a newly built network holds another.
+        ties: Further name of a tied tensor → its first name.
+        dropped: Tensors that a newly built network has and this one lacks.
+        placeholders: Path of a module that was dropped whole → its placeholder. Tensors of such modules are not listed.
+        probe: The stored input and output.
+        compared: Whether a newly built network was there to compare with. If not, everything is listed, and no tensor
             has a ``was``.
-        files: The files with the numbers.
-        versions: What it was saved with; informative.
+        files: File name → size and digest of each file with tensors.
+        versions: The versions of packages when it was saved; informative.
     """
 
     origin: Origin
@@ -135,7 +135,7 @@ class Shapes:
     probe: Probe = Probe()
 
     def to_json(self) -> str:
-        """The record as JSON text, one line per entry, with the digest of its content."""
+        """Return the record as JSON text, one line per entry, with the digest of its content."""
         data = {
             "format": FORMAT,
             "origin": json.loads(self.origin.to_json()),
@@ -154,14 +154,14 @@ class Shapes:
 
     @classmethod
     def from_json(cls, text: str, *, check: bool = True) -> "Shapes":
-        """Read a record back; every value is checked, since it may come from anybody.
+        """Parse and validate a record, which may come from anybody.
 
         Args:
-            text: What :meth:`to_json` gave.
+            text: The output of :meth:`to_json`.
             check: Whether to compare the content with its digest; records of earlier versions have none.
 
         Raises:
-            StoreError: If the text is not such a record, or was changed; names what is wrong with it.
+            StoreError: If the text is not such a record, or was changed; the message says what is wrong.
         """
         try:
             data = parse_json(text, "it")
@@ -190,7 +190,10 @@ class Shapes:
 
 
 def content_digest(data: Mapping[str, object]) -> str:
-    """The SHA-256 of a record as JSON data: of its keys in order and without spaces, but for ``sha256`` itself.
+    """Return the SHA-256 of a record's JSON with sorted keys and no spaces, leaving out ``sha256`` itself.
+
+    Args:
+        data: The record as JSON data.
 
     >>> content_digest({"b": 1, "a": 2}) == content_digest({"a": 2, "b": 1, "sha256": "…"})
     True
@@ -200,7 +203,7 @@ def content_digest(data: Mapping[str, object]) -> str:
 
 
 def _written(stored: Stored) -> dict[str, Any]:
-    """Only what is out of the ordinary is said."""
+    """Return a tensor's record as JSON data, without default values."""
     data: dict[str, Any] = {"dtype": stored.dtype, "shape": list(stored.shape)}
     if stored.kind is not Kind.PARAMETER:
         data["kind"] = str(stored.kind)

@@ -1,4 +1,4 @@
-"""What a network consists of beside its code: tensors by name, ties, and the numbers its modules hold."""
+"""The state of a network besides its code: named tensors, ties, and the numbers in module attributes."""
 
 import math
 from collections.abc import Mapping
@@ -20,14 +20,18 @@ from regrow.tracing.placeholder import find_placeholders, insert_placeholders
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor in its place."""
+    """A tensor of a network, and whether it is a parameter, a buffer or another kind."""
 
     tensor: Tensor
     kind: Kind
 
 
 def named_tensors(model: nn.Module) -> dict[str, Held]:
-    """Every parameter and buffer under each of its names."""
+    """Return every parameter and buffer under each of its names.
+
+    Args:
+        model: The network.
+    """
     result: dict[str, Held] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
@@ -42,7 +46,10 @@ def named_tensors(model: nn.Module) -> dict[str, Held]:
 
 
 def ties(tensors: Mapping[str, Held]) -> dict[str, str]:
-    """Name → the first name of the same numbers, for every further name.
+    """Return, for every further name of a tied tensor, its first name.
+
+    Args:
+        tensors: Name → tensor, from :func:`named_tensors`.
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     >>> net["b"].weight = net["a"].weight
@@ -63,7 +70,10 @@ def ties(tensors: Mapping[str, Held]) -> dict[str, str]:
 
 
 def numbers(model: nn.Module) -> dict[str, Number]:
-    """``module:attribute`` → the number, or the whole numbers, that it holds.
+    """Return ``module:attribute`` → value, for every module attribute that is a number or a tuple of integers.
+
+    Args:
+        model: The network.
 
     >>> numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
     (3,)
@@ -77,7 +87,10 @@ def numbers(model: nn.Module) -> dict[str, Number]:
 
 
 def settable_places(model: nn.Module) -> set[str]:
-    """``module:attribute`` of everything that holds ``None`` and may be given a number (an epsilon by default).
+    """Return ``module:attribute`` of attributes that are ``None`` and may become a number (a default epsilon).
+
+    Args:
+        model: The network.
 
     >>> settable_places(nn.RMSNorm(3))
     {':eps'}
@@ -92,14 +105,14 @@ def settable_places(model: nn.Module) -> set[str]:
 
 
 def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: torch.dtype | None) -> Shapes:
-    """The record of a network, without its files.
+    """Return the record of a network: how it differs from its newly built architecture, without files.
 
     Args:
         model: The network.
-        fresh: The same architecture newly built; without it everything is recorded. Branches that are gone from the
-            network go from it too.
-        origin: How to build that.
-        dtype: What floating-point tensors will be stored in, if not as they are.
+        fresh: The same architecture newly built, or ``None``: then everything is recorded. Modules that were dropped
+            from the network are dropped from it too.
+        origin: How to build the architecture.
+        dtype: The dtype in which floating-point tensors will be stored; unchanged if ``None``.
 
     Raises:
         StoreError: If the network could not be rebuilt from the record, or a tensor cannot be stored.
@@ -143,10 +156,14 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
 
 
 def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
-    """Drop branches of a freshly built network, in place.
+    """Replace modules of a newly built network by placeholders, in place.
+
+    Args:
+        fresh: The newly built network.
+        placeholders: Path of each module to drop → its placeholder.
 
     Raises:
-        StoreError: If it has no such module.
+        StoreError: If the network has no such module.
     """
     known = dict(fresh.named_modules())
     for path in placeholders:
@@ -157,10 +174,14 @@ def drop(fresh: nn.Module, placeholders: Mapping[str, Placeholder]) -> None:
 
 
 def check(fresh: nn.Module, shapes: Shapes) -> None:
-    """Assert that a freshly built network, its branches dropped, is the one that the record speaks of.
+    """Raise StoreError unless a newly built network, with its modules dropped, fits the record.
+
+    Args:
+        fresh: The newly built network.
+        shapes: The record.
 
     Raises:
-        StoreError: Naming the first tensor or attribute that it does not have, or has in another shape.
+        StoreError: If a tensor or attribute is missing or has another shape; names the first.
     """
     there = named_tensors(fresh)
     for name, stored in shapes.tensors.items():
@@ -189,12 +210,12 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
 
 
 def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> None:
-    """Make a freshly built and checked network the recorded one, in place.
+    """Give a newly built and checked network the recorded tensors and numbers, in place.
 
     Args:
-        model: The network.
+        model: The newly built network.
         shapes: The record.
-        tensors: Name → numbers, in storage of their own.
+        tensors: Name → tensor, each in its own storage.
     """
     made: dict[str, Tensor] = {}
     before = {name: here.tensor for name, here in named_tensors(model).items()}
@@ -252,10 +273,10 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
 
 
 def _loose(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
-    """Plain attributes that have to be stored: those that a freshly built network does not give by itself.
+    """Return the plain attributes that must be stored: tensors that a newly built network does not create.
 
     Raises:
-        StoreError: If a list or mapping holds a tensor that no file keeps.
+        StoreError: If a list or mapping holds a tensor that no file stores.
     """
     own = {id(here.tensor): name for name, here in named_tensors(model).items()}
     before = {} if fresh is None else {id(here.tensor): name for name, here in named_tensors(fresh).items()}
@@ -288,7 +309,7 @@ def _dtype(name: str, here: Held, dtype: torch.dtype | None) -> str:
 
 
 def _vacant(model: nn.Module, name: str) -> bool:
-    """Whether there is a place of this name, with nothing in it."""
+    """Whether the network has a parameter or buffer of this name that is ``None``."""
     path, _, leaf = name.rpartition(".")
     module = dict(model.named_modules(remove_duplicate=False)).get(path)
     return module is not None and any(

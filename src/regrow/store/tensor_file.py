@@ -1,8 +1,8 @@
-"""Writing a safetensors file.
+"""Write safetensors files without the memory leak of ``safetensors.torch.save_file``.
 
 ``safetensors.torch.save_file`` makes two ctypes types for every size in bytes that it meets, and ctypes keeps them: a
-process that stores a growing network again and again would grow by 5 kB per tensor and step. ``safetensors.numpy`` has
-no bfloat16, and the arguments of ``serialize_file`` below both change from version to version.
+process that saves a growing network again and again would leak 5 kB per tensor and step. ``safetensors.numpy`` has
+no bfloat16, and the arguments of its ``serialize_file`` change from version to version.
 """
 
 import json
@@ -31,7 +31,7 @@ _NAMES: Mapping[torch.dtype, str] = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""What dtypes are called in the file; tensors lie in it in this order, then by name."""
+"""The names of dtypes in the file; tensors are sorted in this order, then by name."""
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
@@ -40,10 +40,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
     Args:
         tensors: Name → tensor on the CPU, of one of the dtypes in the format.
         path: The file.
-        metadata: Text by name that goes with them; sorted in the file.
+        metadata: Text entries of the file's metadata; sorted in the file.
 
     Raises:
-        OSError: If the disk is full or does not let us write.
+        OSError: If the disk is full or write permission is missing.
         ValueError: If the format has no name for a dtype.
     """
     if unknown := [name for name, tensor in tensors.items() if tensor.dtype not in _NAMES]:
@@ -66,7 +66,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[st
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor's entries, row by row, in one dimension on the CPU.
+    """Return the bytes of a tensor's entries in row-major order, as a one-dimensional CPU tensor.
+
+    Args:
+        tensor: Any tensor.
 
     >>> as_bytes(torch.ones(1, 2)[:, 0])
     tensor([  0,   0, 128,  63], dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Named tensors with a header in one safetensors file: written whole or not at all, checked against their digest."""
+"""Named tensors with a JSON header in one safetensors file: written atomically, checked by digest."""
 
 import hashlib
 import json
@@ -18,16 +18,16 @@ _RESERVED = frozenset({"format", "names", "sha256"})
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, object], kind: str) -> None:
-    """Write named tensors and a header, all of it or nothing.
+    """Write named tensors and a JSON header to one file atomically.
 
     Args:
         path: The file to make or replace; its folder must exist.
-        tensors: Name → tensor, of any device and layout in memory; copied.
-        header: JSON data that goes with them. ``format``, ``names`` and ``sha256`` are set here.
+        tensors: Name → tensor, of any device and memory layout; copied.
+        header: JSON data to store with them. ``format``, ``names`` and ``sha256`` are added here.
         kind: The name of the format with its version, such as ``"regrow-course/1"``.
 
     Raises:
-        StoreError: If the disk is full or does not let us write; the old file stands.
+        StoreError: If the disk is full or write permission is missing; the old file stays.
     """
     if taken := _RESERVED & header.keys():
         raise ValueError(f"the header may not set {', '.join(sorted(taken))}")
@@ -40,11 +40,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:
-    """The header of a file, without its tensors.
+    """Read the header of a file written by :func:`write_tensors`, without its tensors.
 
     Args:
         path: The file.
         kinds: The formats that are known; ``None`` stands for files of version 0.1 that name none.
+        *kinds: The formats that are accepted; ``None`` stands for files of version 0.1, which name none.
 
     Raises:
         StoreError: If there is no such file, or it is damaged or of another format.
@@ -54,14 +55,15 @@ def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, *kinds: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What :func:`write_tensors` wrote.
+    """Read a file written by :func:`write_tensors`, and check its digest.
 
     Args:
         path: The file.
         kinds: As for :func:`read_header`.
+        *kinds: The formats that are accepted, as for :func:`read_header`.
 
     Returns:
-        The header; name → tensor, in storage of its own.
+        The header, and name → tensor, each in its own storage.
 
     Raises:
         StoreError: If there is no such file, or it is damaged, changed or of another format.
@@ -81,7 +83,11 @@ def read_tensors(path: Path, *kinds: str | None) -> tuple[dict[str, Any], dict[s
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """The SHA-256 of named tensors, whatever their order."""
+    """Return the SHA-256 of named tensors, independent of their order.
+
+    Args:
+        tensors: Name → tensor.
+    """
     found = hashlib.sha256()
     for name in sorted(tensors):
         add_to_digest(found, (name, tensors[name]))
@@ -89,10 +95,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def add_to_digest(found: Any, value: Any) -> None:
-    """Add a value to a digest, with what tells it from others that have the same bytes.
+    """Feed a value into a digest unambiguously: with its type, shape or length.
 
     Args:
-        found: The digest, of hashlib.
+        found: The hash object, of hashlib.
         value: A tensor, text, bytes, a mapping, a sequence of values, or anything with a plain ``repr``.
     """
     match value:
@@ -131,7 +137,7 @@ def _header(content: Any, kinds: tuple[str | None, ...]) -> dict[str, Any]:
 
 @contextmanager
 def _telling(path: Path) -> Iterator[None]:
-    """Turn every way in which reading a file fails into one line."""
+    """Turn every error of reading a file into one line with a remedy."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:

@@ -1,4 +1,4 @@
-"""What a result depends on beside its settings: the versions of what computed it."""
+"""The versions of Python and packages that a result depends on."""
 
 import platform
 from importlib import metadata
@@ -7,7 +7,7 @@ PACKAGES = ("regrow", "torch", "transformers", "tokenizers", "torchvision", "saf
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the packages that are installed.
+    """Return the versions of Python and of the packages that are installed.
 
     >>> sorted({"python", "torch", "regrow"} & versions().keys())
     ['python', 'regrow', 'torch']

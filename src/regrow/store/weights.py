@@ -1,4 +1,4 @@
-"""The numbers of a network in safetensors files: written in shards, read back only if they are what the record says."""
+"""A network's tensors in safetensors files: written in shards, validated against the record when read."""
 
 import hashlib
 import json
@@ -19,24 +19,24 @@ from regrow.store.state import named_tensors
 from regrow.store.tensor_file import as_bytes, save_tensors
 
 SHARD = 5 * 10**9
-"""Bytes of tensors after which another file is begun."""
+"""The most bytes of tensors in one file; more are split into several files."""
 _LONGEST = 2**28
 
 
 def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = SHARD) -> Shapes:
-    """Write every recorded tensor once: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
+    """Write every recorded tensor: a model's own to ``model.safetensors``, others to ``buffers.safetensors``.
 
     Args:
         model: The network; it is not changed.
-        shapes: Which tensors, and in which dtype.
-        folder: Where to; it must exist.
-        shard: Bytes after which another file is begun.
+        shapes: The record: which tensors, and in which dtype.
+        folder: The model folder; it must exist.
+        shard: The most bytes of tensors in one file.
 
     Returns:
         The record, with the length and digest of every file and the digest of every tensor.
 
     Raises:
-        StoreError: If the disk is full or does not let us write.
+        StoreError: If the disk is full or write permission is missing.
     """
     places = {name: here.tensor for name, here in named_tensors(model).items()} | attribute_tensors(model)
     digests: dict[str, str] = {}
@@ -62,11 +62,13 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
 
 
 def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[str, Tensor]:
-    """Every recorded tensor, in storage of its own: the alignment of a memory-mapped one would change results.
+    """Read every recorded tensor and validate it against the record.
+
+    Each tensor is copied to its own storage: the alignment of a memory-mapped one could change results.
 
     Args:
         folder: The model folder.
-        shapes: What must be in its files.
+        shapes: The record: which tensors the files must hold.
         check: Compare with the recorded digests: of every tensor, or of whole files where an older folder has those
             alone.
 
@@ -95,10 +97,14 @@ def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[st
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of this name in the folder.
+    """Return the path of a file in a folder, or raise StoreError if it is missing or leads elsewhere.
+
+    Args:
+        folder: The folder.
+        name: The name of the file.
 
     Raises:
-        StoreError: If it lies elsewhere (a link, a way upward), does not exist or may not be read.
+        StoreError: If it lies elsewhere (a link, a path upward), does not exist or may not be read.
     """
     path = folder / name
     if not path.is_file():
@@ -110,13 +116,20 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def measure(path: Path) -> File:
-    """The length of a file, its digest and that of its header."""
+    """Return the size of a file, its SHA-256 and that of its header.
+
+    Args:
+        path: The file, in safetensors format.
+    """
     with explain_os_errors(path), path.open("rb") as file:
         return File(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest(), _header(path))
 
 
 def digest(tensor: Tensor) -> str:
-    """The SHA-256 of a tensor's bytes, row by row.
+    """Return the SHA-256 of a tensor's bytes in row-major order.
+
+    Args:
+        tensor: Any tensor.
 
     >>> digest(torch.zeros(2))[:8]
     'af5570f5'
@@ -125,19 +138,19 @@ def digest(tensor: Tensor) -> str:
 
 
 def _header(path: Path) -> str:
-    """The SHA-256 of the part of a safetensors file that describes the rest."""
+    """Return the SHA-256 of the header of a safetensors file."""
     with path.open("rb") as file:
         length = file.read(8)
         return hashlib.sha256(length + file.read(min(int.from_bytes(length, "little"), _LONGEST))).hexdigest()
 
 
 def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
-    """Assert that a file is the recorded one, as far as its header and length tell.
+    """Raise StoreError unless a file has the recorded size and header digest.
 
     Args:
         path: The file.
-        expected: What is recorded.
-        digests: Whether to compare digests; else lengths alone.
+        expected: The recorded size and digests.
+        digests: Whether to compare digests too, not just sizes.
 
     Raises:
         StoreError: If it is truncated, damaged or changed.
@@ -180,7 +193,7 @@ def _parts(tensors: Mapping[str, Stored], shard: int) -> Iterator[dict[str, Stor
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, contiguous, no two in one storage: the file format knows no views."""
+    """Return the tensors on the CPU, contiguous, each in its own storage: the file format has no views."""
     seen: set[int] = set()
     result = {}
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""What makes a saved network of changed shape load where regrow is not installed.
+"""Make a saved network of changed shape loadable where regrow is not installed, by code beside its weights.
 
-The modules beside this one are not regrow's own code: they travel with the weights.
+The modules beside this one are copied into the model folder, and must run without regrow.
 """
 
 from collections.abc import Mapping
@@ -18,28 +18,32 @@ from regrow.store.shapes import Kind, Shapes
 from regrow.store.state import named_tensors
 
 MOST_DERIVED = 2**16
-"""Numbers of buffers that no state dict holds, so that they travel in the configuration."""
+"""The most numbers of derived buffers (not in the state dict) that are written into the configuration."""
 
 _BASE = "from transformers import PreTrainedModel as Base"
 _CLASS = "class Regrown(Base)"
 
 
 def is_changed(shapes: Shapes) -> bool:
-    """Whether a network differs from what its architecture's configuration builds."""
+    """Whether a network differs from what its architecture's configuration builds.
+
+    Args:
+        shapes: The record of the saved network.
+    """
     differing = any(one.was is not None or one.added or not one.kind.carried for one in shapes.tensors.values())
     return bool(differing or shapes.dropped or shapes.attributes or shapes.placeholders)
 
 
 def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """How a network differs from what its architecture's configuration builds, as JSON data for ``reshape_regrow``.
+    """Return, as JSON data for ``reshape_regrow``, how a network differs from what its configuration builds.
 
     Args:
         model: The network.
-        shapes: What was written of it.
+        shapes: The record of the saved network.
 
     Returns:
-        Every tensor of another shape, every changed number, what was dropped, and the numbers of buffers that no file
-        of weights holds. ``None`` where that does not suffice: modules that only regrow has, or large such buffers.
+        Every tensor of another shape, every changed number, what was dropped, and the numbers of derived buffers.
+        ``None`` if that does not suffice: for modules that only regrow has, or large derived buffers.
     """
     found = named_tensors(model)
     own = {name: one for name, one in shapes.tensors.items() if one.kind is Kind.DERIVED}
@@ -65,11 +69,15 @@ def record(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 
 
 def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
-    """What ``config.json`` of a transformers model of changed shape says beside the architecture's configuration.
+    """Return the entries that ``config.json`` of a changed transformers model gets besides its configuration.
+
+    Args:
+        model: The network.
+        shapes: The record of the saved network.
 
     Returns:
         ``regrow`` (:func:`record`), ``auto_map`` and, for a Llama-like decoder, ``block_configs`` as NVIDIA's tools
-        write them. ``None`` where transformers could not build the network from it.
+        write them. ``None`` if transformers could not build the network from them.
     """
     automatic = _automatic(shapes.origin.reference)
     changes = record(model, shapes) if automatic else None
@@ -84,7 +92,10 @@ def settings(model: nn.Module, shapes: Shapes) -> dict[str, Any] | None:
 
 
 def class_name(reference: str) -> str:
-    """The class that the modelling file defines.
+    """Return the name of the class that the modelling file defines for an architecture class.
+
+    Args:
+        reference: The class of transformers.
 
     >>> class_name("LlamaForCausalLM")
     'RegrownLlamaForCausalLM'
@@ -93,7 +104,11 @@ def class_name(reference: str) -> str:
 
 
 def write_code(reference: str, folder: Path) -> None:
-    """Write ``modeling_regrow.py`` with the class that it extends, and what it needs.
+    """Write ``modeling_regrow.py`` (a subclass of the architecture's class) and ``reshape_regrow.py``.
+
+    Args:
+        reference: The class of transformers that it extends.
+        folder: The model folder.
 
     Raises:
         StoreError: If the disk is full.
@@ -107,12 +122,16 @@ def write_code(reference: str, folder: Path) -> None:
 
 
 def code(name: str) -> str:
-    """The text of a file that travels."""
+    """Return the text of a file that is copied into model folders.
+
+    Args:
+        name: The name of the file.
+    """
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 def _automatic(reference: str) -> list[str]:
-    """The automatic classes of transformers that give this one."""
+    """Return the Auto classes of transformers whose models include the given class."""
     from transformers.models.auto import modeling_auto
 
     require_transformers()

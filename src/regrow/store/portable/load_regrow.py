@@ -1,4 +1,4 @@
-"""An image network of changed shape for torch and torchvision alone.
+"""Load an image network of changed shape with torch and torchvision alone.
 
 ``from load_regrow import load; net = load()`` builds it in eval mode from the files beside this one. Written by
 regrow. Needs torch, torchvision and safetensors. Licence: Apache-2.0.
@@ -19,7 +19,7 @@ from reshape_regrow import finish, reshape  # noqa: E402
 
 
 def build() -> nn.Module:
-    """The network in its widths, without its numbers."""
+    """Build the network in its changed shape, without its weights."""
     made = json.loads((HERE / "network.json").read_text(encoding="utf-8"))
     net = get_model(made["builder"], weights=None, **made["settings"])
     reshape(net, made["regrow"])
@@ -27,7 +27,7 @@ def build() -> nn.Module:
 
 
 def load() -> nn.Module:
-    """The network with its numbers, in eval mode; its ``state_dict`` is that of ``model.safetensors``."""
+    """Load the network with its weights, in eval mode; its ``state_dict`` is that of ``model.safetensors``."""
     net = build()
     net.load_state_dict(load_file(HERE / "model.safetensors"), strict=True)
     finish(net, json.loads((HERE / "network.json").read_text(encoding="utf-8"))["regrow"])

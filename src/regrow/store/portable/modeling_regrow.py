@@ -1,4 +1,4 @@
-"""A network of changed shape for transformers alone: its own class, in the widths that config.json records.
+"""A transformers model of changed shape: a subclass of its class, with the widths recorded in config.json.
 
 Written by regrow beside the weights, so that ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``
 loads them where regrow is not installed. Needs torch and transformers. Licence: Apache-2.0.
@@ -12,7 +12,7 @@ from .reshape_regrow import finish, reshape
 
 
 class Regrown(Base):  # type: ignore[misc, valid-type, unused-ignore]
-    """The class that it extends, with other widths."""
+    """The original class, with the widths that ``config.json`` records."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -21,7 +21,7 @@ class Regrown(Base):  # type: ignore[misc, valid-type, unused-ignore]
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As ever; and every tensor has come from the file, in the shape that was planned."""
+        """Load as usual, and raise ValueError unless every tensor came from the file in its recorded shape."""
         if kwargs.pop("ignore_mismatched_sizes", False):
             raise ValueError("ignore_mismatched_sizes would put random numbers where sizes differ; leave it out")
         told = kwargs.pop("output_loading_info", False)

@@ -1,4 +1,4 @@
-"""From the network that a configuration builds to the one whose weights were saved: its shapes, numbers and gaps.
+"""Reshape a newly built network to the one whose weights were saved: tensor shapes, numbers, dropped modules.
 
 Written by regrow beside the weights. Needs torch alone. Licence: Apache-2.0.
 """
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Dropped(nn.Module):
-    """Stands for a module that is gone: it gives zeros, or its own input, in the form of the answer that was."""
+    """Replaces a dropped module: it returns zeros or its own input, in the form of the module's output."""
 
     def __init__(self, stand: dict[str, Any], of: nn.Module) -> None:
         super().__init__()
@@ -21,7 +21,7 @@ class Dropped(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros or the input."""
+        """Return zeros or the input."""
         takes, of = self.stand["takes"], self.stand["of"]
         given = args[takes] if isinstance(takes, int) else kwargs[takes]
         value = torch.zeros_like(given) if self.stand["gives"] == "zero" else given
@@ -29,13 +29,13 @@ class Dropped(nn.Module):
 
 
 def place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """The module that holds a tensor, and the tensor's own name."""
+    """Return the module that holds a tensor, and the tensor's own name."""
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
 
 def reshape(model: nn.Module, record: dict[str, Any]) -> None:
-    """Give every tensor its recorded shape (its numbers come later), drop what was dropped, set the numbers."""
+    """Give every tensor its recorded shape (weights are loaded later), drop modules and tensors, set numbers."""
     for path, stand in record["stands"].items():
         module, leaf = place(model, path)
         setattr(module, leaf, Dropped(stand, model.get_submodule(path)))
@@ -60,7 +60,7 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def finish(model: nn.Module, record: dict[str, Any]) -> None:
-    """Assert that every tensor has the planned shape, and set buffers that no file of weights holds."""
+    """Raise ValueError unless every tensor has its recorded shape, and set the derived buffers."""
     there = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, shape in record["tensors"].items():
         if tuple(there[name].shape) != tuple(shape):
