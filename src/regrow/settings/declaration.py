@@ -1,4 +1,4 @@
-"""How the settings of a command are declared: a frozen dataclass whose fields carry help, option, choices and range.
+"""Declaration of a command's settings: a frozen dataclass whose fields carry help, option, choices and range.
 
 >>> @dataclass(frozen=True)
 ... class Settings:
@@ -27,13 +27,13 @@ MANY = 2**31 - 1
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a setting may be.
+    """The interval in which the value of a numeric setting must lie.
 
     Args:
-        least: The smallest.
-        most: The largest.
-        above: Whether ``least`` itself is left out.
-        below: Whether ``most`` itself is left out.
+        least: The lower bound.
+        most: The upper bound.
+        above: Whether ``least`` itself is excluded.
+        below: Whether ``most`` itself is excluded.
     """
 
     least: float
@@ -42,7 +42,11 @@ class Range:
     below: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in it; not-a-number and infinity never do."""
+        """Whether a number lies in the interval; NaN and infinity never do.
+
+        Args:
+            value: The number.
+        """
         lower = value > self.least if self.above else value >= self.least
         upper = value < self.most if self.below else value <= self.most
         return lower and upper
@@ -58,27 +62,27 @@ SEED = Range(0, 2**63 - 1)
 
 @dataclass(frozen=True)
 class Setting:
-    """How one setting is given on the command line, and which values it may have.
+    """The command-line form of one setting: help text, option name, allowed values.
 
     Args:
-        help: What it is; ``--help`` shows it.
-        option: Its option; unless given, the field's name with dashes (``--eval-tokens``). The option of a setting that
+        help: The text that ``--help`` shows.
+        option: The option's name; empty: the field's name with dashes (``--eval-tokens``). The option of a setting that
             is on by default turns it off.
-        argument: Whether it is given by position instead.
-        metavar: How ``--help`` writes its value.
-        group: The heading of ``--help`` under which it stands; empty: ``Options``.
-        range: Which numbers it may be.
-        choices: Which texts it may be.
-        example: A value for error messages; the default, unless given.
-        path: Whether it names files, for which ``~`` is replaced.
-        source: Whether it names sources of data, ``NAME`` or ``NAME=PATH``.
-        code: Whether it may name the user's own code, which a file never may.
-        hidden: Whether it is no option: only ``run.json`` has it.
-        shown: Whether command lines state it although it has its default.
-        one_of: The name of a choice among several settings: exactly one of those with this name is given.
-        absent: What its absence from a ``run.json`` means, if that is not the default; it is left out where it has
-            this value. For settings that are younger than version 0.1.
-        parts: For a mapping: options that set one entry, with the entry's name.
+        argument: Whether it is a positional argument instead of an option.
+        metavar: The placeholder for its value in ``--help``.
+        group: The heading of ``--help`` under which it is listed; empty: ``Options``.
+        range: The interval of allowed numbers.
+        choices: The allowed texts.
+        example: A value for error messages; empty: the default.
+        path: Whether its value names files, in which ``~`` is expanded.
+        source: Whether its value names sources of data, ``NAME`` or ``NAME=PATH``.
+        code: Whether its value may name the user's own code, ``pkg.mod:NAME``, which is never allowed in a file.
+        hidden: Whether it has no option: only ``run.json`` has it.
+        shown: Whether command lines that are printed state it even if it has its default.
+        one_of: The name of a group of settings of which exactly one must be given.
+        absent: The value that its absence from a ``run.json`` means, if that is not the default; a setting with this
+            value is not written. For settings that were added after version 0.1.
+        parts: For a mapping: options that set one entry each, with the entry's name.
     """
 
     help: str
@@ -101,13 +105,13 @@ class Setting:
 
 @dataclass(frozen=True)
 class Declared:
-    """A field of a command's settings.
+    """A field of a command's settings: its name, type, default and command-line form.
 
     Args:
-        name: Of the field.
-        hint: Its type.
-        default: Its default; ``MISSING`` if it has to be given.
-        setting: How it is given.
+        name: The field's name.
+        hint: The field's type.
+        default: The default; ``MISSING`` for a required setting.
+        setting: The command-line form.
     """
 
     name: str
@@ -117,29 +121,29 @@ class Declared:
 
     @property
     def option(self) -> str:
-        """How messages and command lines call it: ``--eval-tokens``, or ``MODEL``."""
+        """The name in messages and command lines: ``--eval-tokens``, or ``MODEL`` for a positional argument."""
         if self.setting.argument:
             return self.name.upper()
         return self.setting.option or f"--{self.name.replace('_', '-')}"
 
     @property
     def required(self) -> bool:
-        """Whether it has to be given."""
+        """Whether the setting has no default and must be given."""
         return self.default is MISSING
 
     @property
     def key(self) -> str:
-        """How a settings file calls it: ``eval_tokens``."""
+        """The name in a settings file: ``eval_tokens``."""
         return self.option.removeprefix("--").replace("-", "_").lower()
 
     @property
     def repeated(self) -> bool:
-        """Whether it is a list of values."""
+        """Whether the setting holds several values, in a tuple."""
         return get_origin(self.hint) is tuple
 
     @property
     def mapping(self) -> bool:
-        """Whether it holds names and values."""
+        """Whether the setting holds a mapping of names to values."""
         return get_origin(self.hint) not in (None, tuple, UnionType)
 
     @property
@@ -150,16 +154,19 @@ class Declared:
 
     @property
     def example(self) -> str:
-        """It and a value that may be right, as on the command line."""
+        """The setting with a plausible value, as typed on the command line."""
         setting = self.setting
         value = setting.example or (setting.choices[0] if setting.choices else self.default)
         return f"{value}" if setting.argument else self.option if self.type is bool else f"{self.option} {value}"
 
     def check(self, value: Any) -> None:
-        """Assert that a value is of the setting's type, among its choices and in its range.
+        """Raise InputError unless a value has the setting's type, is among its choices and lies in its range.
+
+        Args:
+            value: The value; a tuple for a repeated setting.
 
         Raises:
-            InputError: Naming the setting, the value, and what it may be.
+            InputError: Names the setting, the value, and the allowed values.
         """
         if not _is(value, self.hint):
             raise InputError(f"{self.option} must be {words_of(self.hint)}, got {_short(value)}; correct it")
@@ -175,10 +182,13 @@ class Declared:
             raise InputError(f"{self.option} must be {numbers}, got {value}; for example {self.example}")
 
     def parse(self, text: str) -> Any:
-        """One value, as it is typed; a flag has none.
+        """Convert one value from the text on the command line, and check it.
+
+        Args:
+            text: The text; flags have none.
 
         Raises:
-            InputError: If it is no such value.
+            InputError: If the text is not a value of the setting's type, or not an allowed one.
         """
         value: Any = text
         if self.mapping:
@@ -196,7 +206,11 @@ class Declared:
 
 @cache
 def declared(kind: "type[DataclassInstance]") -> Mapping[str, Declared]:
-    """The fields of a command's settings by name, in order."""
+    """Return the fields of a command's settings by name, in order.
+
+    Args:
+        kind: The dataclass of the settings.
+    """
     hints = get_type_hints(kind, include_extras=True)
     fields_by_name = {}
     for field in fields(kind):
@@ -209,39 +223,56 @@ def declared(kind: "type[DataclassInstance]") -> Mapping[str, Declared]:
 
 
 def options_of(kind: "type[DataclassInstance]") -> list[Declared]:
-    """The fields of a command's settings that the command line gives; arguments come first."""
+    """Return the settings that can be given on the command line; positional arguments come first.
+
+    Args:
+        kind: The dataclass of the settings.
+    """
     options = [one for one in declared(kind).values() if not one.setting.hidden]
     return sorted(options, key=lambda one: not one.setting.argument)
 
 
 def check_settings(settings: "DataclassInstance") -> None:
-    """Assert that every setting is of its type, among its choices and in its range.
+    """Raise InputError unless every setting has its type, is among its choices and lies in its range.
 
     Args:
-        settings: A command's settings; they may come from a command line or a file.
+        settings: A command's settings, from a command line or a file.
 
     Raises:
-        InputError: If one is not; names it as an option, with its value and what it may be.
+        InputError: Names the first wrong setting as an option, with its value and the allowed values.
     """
     for one in declared(type(settings)).values():
         one.check(getattr(settings, one.name))
 
 
 def record_settings(settings: "DataclassInstance") -> dict[str, Any]:
-    """What ``run.json`` holds; settings that are younger than a run may be are there only where they are used."""
+    """Return the settings as ``run.json`` stores them; settings added after 0.1 only where they are used.
+
+    Args:
+        settings: A command's settings.
+    """
     known = declared(type(settings))
     values = asdict(settings)
     return {name: value for name, value in values.items() if value != known[name].setting.absent}
 
 
 def complete_settings(values: Mapping[str, Any], kind: "type[DataclassInstance]") -> dict[str, Any]:
-    """What a ``run.json`` holds, with what the absence of younger settings means."""
+    """Return the settings of a ``run.json`` with the values that the absence of newer settings means.
+
+    Args:
+        values: The settings in the file.
+        kind: The dataclass of the settings.
+    """
     absent = {name: one.setting.absent for name, one in declared(kind).items()}
     return {name: value for name, value in absent.items() if value is not ...} | dict(values)
 
 
 def words_of(hint: Any) -> str:
-    """A type in words."""
+    """Return a type in words for error messages.
+
+    Args:
+        hint: The type.
+    """
     names = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", type(None): "nothing"}
     if isinstance(hint, UnionType):
         return " or ".join(map(words_of, get_args(hint)))

@@ -11,7 +11,7 @@ TASKS = "Tasks"
 
 @dataclass(frozen=True)
 class Settings:
-    """What is measured of a model."""
+    """Settings of ``regrow evaluate``: the model, and what is measured of it; each field has its help text."""
 
     # fmt: off
     model: Annotated[str, Setting(

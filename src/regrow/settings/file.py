@@ -1,4 +1,4 @@
-"""Settings files, TOML or YAML: a run kept as a recipe. Only the command line names code, never a file."""
+"""Settings files in TOML or YAML: read and write a command's settings; only the command line may name code."""
 
 import difflib
 import json
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MAX_BYTES = 2**20
-"""Of a settings file."""
+"""The largest size of a settings file, in bytes."""
 TOML, YAML = (".toml",), (".yaml", ".yml")
 
 
 def read_settings(path: Path, kind: "type[DataclassInstance]", elsewhere: Collection[str] = ()) -> dict[str, Any]:
-    """The settings that a file gives, by field.
+    """Read a settings file, and return the values that it gives by field name.
 
     Args:
-        path: The file; its suffix says whether it is TOML or YAML.
-        kind: The settings of the command.
-        elsewhere: Options of the command that no file gives: ``--out``.
+        path: The file; its suffix decides between TOML and YAML.
+        kind: The dataclass of the command's settings.
+        elsewhere: Options of the command that are allowed on the command line only, such as ``--out``.
 
     Raises:
-        InputError: If the file cannot be read or is too large, or a setting is unknown, names code, or cannot be.
+        InputError: If the file cannot be read or is too large, or a setting is unknown, names code, or is not allowed.
     """
     values = _parse(path)
     fields = {field.key: field for field in options_of(kind)}
@@ -65,10 +65,10 @@ def _unknown(name: str, known: Collection[str], elsewhere: Collection[str], comm
 
 
 def _checked(path: Path, field: Declared, value: Any, part: str = "") -> Any:
-    """A value of a file as one of the field.
+    """Check a value of a file, and convert it to the field's type.
 
     Raises:
-        InputError: If it cannot be one; names the file.
+        InputError: If the value is not allowed; names the file.
     """
     try:
         if part or field.mapping:
@@ -128,7 +128,7 @@ def _parse_yaml(text: str) -> Any:
 
 
 def _check_names(node: Any) -> None:
-    """Assert that no mapping of a YAML document has a name twice."""
+    """Raise InputError if a mapping of a YAML document has a name twice."""
     pairs = node.value if node is not None and node.id == "mapping" else ()
     names = [str(name.value) for name, _ in pairs]
     if twice := next((name for name in names if names.count(name) > 1), None):
@@ -138,11 +138,11 @@ def _check_names(node: Any) -> None:
 
 
 def format_settings(settings: "DataclassInstance", suffix: str) -> str:
-    """The text of a settings file; what :func:`left_out` gives is not in it.
+    """Return settings as the text of a settings file, without those that :func:`left_out` returns.
 
     Args:
         settings: A command's settings.
-        suffix: ``.toml``, ``.yaml`` or ``.yml``.
+        suffix: The format: ``.toml``, ``.yaml`` or ``.yml``.
 
     Raises:
         InputError: If the suffix is another, or TOML cannot hold a value.
@@ -173,7 +173,11 @@ def format_settings(settings: "DataclassInstance", suffix: str) -> str:
 
 
 def left_out(settings: "DataclassInstance") -> list[str]:
-    """The words of the command line that a settings file cannot replace: what names code, and the folder of a run."""
+    """Return the command-line words that a settings file cannot hold: names of code, and the folder of a run.
+
+    Args:
+        settings: A command's settings.
+    """
     words = []
     for field in options_of(type(settings)):
         if _is_left_out(field, value := getattr(settings, field.name)):

@@ -9,7 +9,7 @@ from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSe
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a learning run depends on; ``run.json`` holds exactly this."""
+    """Settings of ``regrow learn``: everything that a learning run depends on; ``run.json`` stores exactly this."""
 
     # fmt: off
     tasks: Annotated[tuple[str, ...], Setting(

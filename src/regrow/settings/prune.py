@@ -14,7 +14,7 @@ AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a pruning run depends on; ``run.json`` holds exactly this."""
+    """Settings of ``regrow prune``: everything that a pruning run depends on; ``run.json`` stores exactly this."""
 
     # fmt: off
     model: Annotated[str, Setting(

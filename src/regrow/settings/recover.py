@@ -9,7 +9,7 @@ from regrow.settings.declaration import MANY, SEED, Range, Setting
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a recovery run depends on; ``run.json`` holds exactly this."""
+    """Settings of ``regrow recover``: everything that a recovery run depends on; ``run.json`` stores exactly this."""
 
     # fmt: off
     run: Annotated[str, Setting(

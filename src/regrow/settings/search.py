@@ -7,14 +7,14 @@ from regrow.settings.declaration import Range, Setting
 from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSettings, Seed, Test, Train, WeightDecay
 
 DENSE, FORMER = "dense", "0.1"
-"""How weights that are 0 are counted: as stored and computed, or as version 0.1 did, for which they cost nothing."""
+"""How weights that are 0 count in a size: as stored and computed, or (version 0.1) not at all."""
 
 SEARCH, RETRAIN = "Searching", "Training the network that was found"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a search depends on; ``run.json`` holds this, and the method's defaults beside it."""
+    """Settings of ``regrow search``, on which a search depends; ``run.json`` stores them with the method's defaults."""
 
     # fmt: off
     space: Annotated[str, Setting(

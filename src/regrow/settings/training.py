@@ -1,4 +1,4 @@
-"""Settings that the commands which train from scratch share."""
+"""Settings that the commands which train from scratch share: ``regrow learn`` and ``regrow search``."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any

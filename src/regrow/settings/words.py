@@ -1,4 +1,4 @@
-"""The words of a command line become settings, and settings become the command line that repeats a run."""
+"""Conversion between command-line words and settings; settings become the command line that repeats a run."""
 
 import json
 import shlex
@@ -15,11 +15,11 @@ Settings = TypeVar("Settings", bound="DataclassInstance")
 
 
 def command_line(settings: "DataclassInstance", *more: str) -> str:
-    """The command line that runs with given settings, of which it states those that differ from the defaults.
+    """Return the command line that runs with the given settings; only those that differ from defaults are stated.
 
     Args:
         settings: A command's settings.
-        more: Words to add, such as ``--out`` and a folder.
+        more: Further words, such as ``--out`` and a folder.
     """
     kind = type(settings)
     stated = [one for one in options_of(kind) if one.required or one.setting.one_of]
@@ -35,7 +35,11 @@ def command_line(settings: "DataclassInstance", *more: str) -> str:
 
 
 def command_of(kind: type) -> str:
-    """The command that a record of settings is of: each stands in a module of the command's name."""
+    """Return the name of the command whose settings a dataclass declares: the name of its module.
+
+    Args:
+        kind: The dataclass of the settings.
+    """
     return kind.__module__.rpartition(".")[2]
 
 
@@ -50,7 +54,10 @@ def _words(field: Declared, value: Any) -> Iterator[str]:
 
 
 def set_words(settings: Mapping[str, Any]) -> list[str]:
-    """Settings of a method as the command line takes them.
+    """Return the settings of a method as command-line words, ``--set NAME=VALUE``.
+
+    Args:
+        settings: Setting name → value.
 
     >>> set_words({"named": True, "levels": ("operations", "weights"), "gate": "hard"})
     ['--set', 'named=true', '--set', 'levels=["operations", "weights"]', '--set', 'gate=hard']
@@ -60,13 +67,16 @@ def set_words(settings: Mapping[str, Any]) -> list[str]:
 
 
 def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` pairs; values are read as JSON where they can be, as text otherwise.
+    """Parse ``NAME=VALUE`` texts; values are JSON where that can be parsed, otherwise text.
+
+    Args:
+        pairs: The texts.
 
     >>> parse_pairs(["form=sequence", "minimum=2", "compensate=false"])
     {'form': 'sequence', 'minimum': 2, 'compensate': False}
 
     Raises:
-        InputError: If a pair has no equals sign.
+        InputError: If a text has no equals sign.
     """
     values: dict[str, Any] = {}
     for pair in pairs:
@@ -81,15 +91,15 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
 
 
 def build_settings(kind: type[Settings], given: Mapping[str, Any], file: Mapping[str, Any]) -> Settings:
-    """Settings from the command line and from a file; where both give one, the command line counts.
+    """Build settings from the command line and a settings file; the command line has precedence.
 
     Args:
-        kind: The settings of the command.
-        given: Field → value, as the command line gives them.
-        file: The same, as a file gives them.
+        kind: The dataclass of the command's settings.
+        given: Field name → value from the command line.
+        file: Field name → value from the file.
 
     Raises:
-        InputError: If one is missing, or both of two are given of which one counts.
+        InputError: If a required setting is missing, or several of a group are given of which only one is allowed.
     """
     options = options_of(kind)
     rivals = [one for one in options if one.setting.one_of]

@@ -13,27 +13,27 @@ from regrow.testing import continual, pruning
 __all__ = ["LAWS", "check_method"]
 
 Law = Callable[[MethodEntry, Mapping[str, Any]], None]
-"""(method, its settings) → ``None``; raises an ``AssertionError``."""
+"""(method, its settings) → ``None``; raises ``AssertionError`` if the method breaks the law."""
 
 LAWS: Mapping[MethodKind, Mapping[str, Law]] = {MethodKind.PRUNING: pruning.LAWS, MethodKind.CONTINUAL: continual.LAWS}
-"""What a method does → its laws by name."""
+"""Kind of method → its laws by name."""
 
 
 def check_method(
     method: MethodEntry | str, settings: Mapping[str, Any] | None = None, kind: str | None = None
 ) -> tuple[str, ...]:
-    """Run every law of a method's kind.
+    """Run every law of a method's kind on the method, and return the laws' names.
 
     Args:
         method: The method, or its name: of this package, of an entry point, or ``pkg.mod:NAME``.
-        settings: Its settings, where they differ from the defaults.
-        kind: What it does, for a method given by name: ``"pruning"`` or ``"continual"``, unless given.
+        settings: Settings that differ from the defaults.
+        kind: For a method given by name: ``"pruning"`` or ``"continual"`` (default).
 
     Returns:
         The names of the laws that were run.
 
     Raises:
-        AssertionError: If the method breaks one; names the law.
+        AssertionError: If the method breaks a law; names the law.
         ValueError: If there is no such method, or no law of its kind.
     """
     entry = method if isinstance(method, MethodEntry) else find_method(MethodKind(kind or MethodKind.CONTINUAL), method)

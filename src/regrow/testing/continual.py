@@ -1,4 +1,4 @@
-"""Laws of methods that learn task after task."""
+"""Laws that every continual-learning method must obey, on small generated tasks."""
 
 import contextlib
 import tempfile
@@ -30,11 +30,15 @@ SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
 
 
 class _StoppedError(Exception):
-    """Training was stopped on purpose."""
+    """Raised to stop training on purpose."""
 
 
 def make_tasks(count: int = 2) -> list[Task]:
-    """Small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task."""
+    """Return small classification tasks: noisy copies of ``CLASSES`` random patterns, other patterns in each task.
+
+    Args:
+        count: The number of tasks.
+    """
     tasks = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
@@ -51,7 +55,11 @@ def _noisy(patterns: Tensor, many: int, generator: torch.Generator) -> Examples:
 
 
 def make_network(tasks: list[Task]) -> tuple[nn.Module, AxisGraph]:
-    """A small network with random weights, and its axes."""
+    """Return a small network with random weights, and its axes.
+
+    Args:
+        tasks: The tasks, whose images it must accept.
+    """
     model, _ = small("mlp:16-12", (1, SIDE, SIDE), CLASSES)
     return model, trace(model, tasks[0].train.inputs[:2])
 
@@ -65,7 +73,12 @@ def _fit(
 
 
 def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The learner is a frozen record, and so is its state."""
+    """Law: the learner is a :class:`Learner`, and its state is a frozen dataclass.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     learner = method.made("the method", settings)
     assert isinstance(learner, Learner), f"build returns a {type(learner).__name__}, not a Learner"
     state = learner.state
@@ -74,20 +87,35 @@ def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
 
 
 def check_learning(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The first task is learned far better than chance."""
+    """Law: the first task is learned to more than twice the accuracy of chance.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     _, fitted = _fit(method, settings, make_tasks(1), schedule=replace(SCHEDULE, epochs=6))
     accuracy = fitted.state.rows[0][0]
     assert accuracy > 2 / CLASSES, f"accuracy {accuracy:.2f} on the first task; chance is {1 / CLASSES:.2f}"
 
 
 def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The same seed gives the same weights, bit for bit."""
+    """Law: two runs with the same seed give the same weights, bit for bit.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     first, second = (_fit(method, settings, make_tasks())[1].model for _ in range(2))
     _assert_equal(first.state_dict(), second.state_dict(), "two runs with the same seed differ")
 
 
 def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """Stopped after any epoch and resumed from its checkpoint, training ends with the same bits."""
+    """Law: training that is stopped after any epoch and resumed from its checkpoint ends with the same bits.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     tasks = make_tasks()
     _, whole = _fit(method, settings, tasks)
     for stop in range(1, 2 * SCHEDULE.epochs):
@@ -121,7 +149,12 @@ def _stop_and_read(
 
 
 def check_stored_state(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The state comes back from its tensors and values as it was."""
+    """Law: a state that is restored from its tensors and values equals the original.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     learner, fitted = _fit(method, settings, make_tasks())
     state = fitted.state.learner
     restored = restore_state(learner.state, axis_tensors(state), values_of(state))
@@ -130,7 +163,12 @@ def check_stored_state(method: MethodEntry, settings: Mapping[str, Any]) -> None
 
 
 def check_plans(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The state follows plans from elsewhere that cut and widen the network, and training goes on."""
+    """Law: the state follows plans of other origin that cut and widen the network, and training goes on.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     tasks = make_tasks()
     learner, fitted = _fit(method, settings, tasks[:1])
     context, state = Context(fitted.model, fitted.axes, tasks[0]), fitted.state.learner
@@ -149,7 +187,12 @@ def check_plans(method: MethodEntry, settings: Mapping[str, Any]) -> None:
 
 
 def check_mixed_precision(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """Losses are computed in bfloat16; parameters and the state stay in float32."""
+    """Law: with losses computed in bfloat16, parameters and the learner's state stay in float32.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     _, fitted = _fit(method, settings, make_tasks(), schedule=replace(SCHEDULE, precision="bfloat16"))
     assert {p.dtype for p in fitted.model.parameters()} == {torch.float32}, "parameters changed their precision"
     kinds = {one.values.dtype for one in axis_tensors(fitted.state.learner).values()}
@@ -157,7 +200,12 @@ def check_mixed_precision(method: MethodEntry, settings: Mapping[str, Any]) -> N
 
 
 def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The network that is saved answers as the one that was evaluated, without its learner."""
+    """Law: the network that is saved, without its learner, has the logits of the network that was evaluated.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     tasks = make_tasks()
     learner, fitted = _fit(method, settings, tasks)
     state, last = fitted.state.learner, len(tasks) - 1
@@ -186,4 +234,4 @@ LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
     "mixed precision keeps parameters in float32": check_mixed_precision,
     "the finished network is the one evaluated": check_finished,
 }
-"""Every law by its name."""
+"""All laws of continual-learning methods, by name."""

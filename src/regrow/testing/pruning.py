@@ -1,4 +1,4 @@
-"""Laws of one-shot pruning methods."""
+"""Laws that every one-shot pruning method must obey, on a small network in float64."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +25,10 @@ DOMAINS = 3
 
 
 def make_network(order: Sequence[int] | None = None) -> tuple[nn.Module, AxisGraph]:
-    """A small classifier in float64 with random weights, and its axes.
+    """Return a small classifier in float64 with random weights, and its axes.
 
     Args:
-        order: A permutation of the units of the first hidden layer; as they are unless given.
+        order: A permutation of the units of the first hidden layer; ``None``: unpermuted.
     """
     torch.manual_seed(0)
     first, second = WIDTHS
@@ -44,7 +44,7 @@ def make_network(order: Sequence[int] | None = None) -> tuple[nn.Module, AxisGra
 
 
 def make_sources() -> list[Source]:
-    """Random inputs of several distributions, with labels."""
+    """Return labelled random inputs from several distributions, one source each."""
     sources = []
     for domain in range(DOMAINS):
         generator = torch.Generator().manual_seed(domain)
@@ -60,14 +60,27 @@ def make_sources() -> list[Source]:
 def make_plan(
     method: MethodEntry, settings: Mapping[str, Any], model: nn.Module, axes: AxisGraph, keep: float = 0.5
 ) -> Plan:
-    """The method's plan for a network."""
+    """Return the method's plan for a network.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+        model: The network.
+        axes: Its axes.
+        keep: The fraction of the parameters that stays.
+    """
     pruner = method.made("the method", settings)
     evidence = measured(model, axes, pruner, make_sources())
     return plan_cut(pruner, model, axes, Budget(keep), evidence).plan
 
 
 def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The method is a record of functions, and every setting is documented."""
+    """Law: the method is a :class:`Pruner`, and every setting is documented in the docstring of its settings.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     pruner = method.made("the method", settings)
     assert isinstance(pruner, Pruner), f"build returns a {type(pruner).__name__}, not a Pruner"
     page = method.settings.__doc__ or ""
@@ -76,7 +89,12 @@ def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
 
 
 def check_budget(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """A budget is met within one unit, and never exceeded."""
+    """Law: a budget is met within one unit, and never exceeded.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     model, axes = make_network()
     cost = Cost(axes)
     for keep in KEEPS:
@@ -92,7 +110,12 @@ def _largest_unit(cost: Cost, axes: AxisGraph) -> float:
 
 
 def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The same seed gives the same plan, which survives JSON; planning leaves the network as it is."""
+    """Law: the same seed gives the same plan, the plan survives JSON, and planning does not change the network.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     model, axes = make_network()
     before = copy.deepcopy(model.state_dict())
     first, second = (make_plan(method, settings, model, axes) for _ in range(2))
@@ -103,7 +126,12 @@ def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
 
 
 def check_cut(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """The plan is legal, masked = shrunk holds, and the cut network runs."""
+    """Law: the plan is valid, the cut network computes what the masked one does, and its outputs are finite.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     model, axes = make_network()
     inputs = torch.randn(5, INPUTS, dtype=torch.float64)
     for keep in KEEPS:
@@ -116,7 +144,12 @@ def check_cut(method: MethodEntry, settings: Mapping[str, Any]) -> None:
 
 
 def check_permutation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
-    """Permuting the units of a network permutes the plan."""
+    """Law: permuting the units of a network permutes the plan.
+
+    Args:
+        method: The method.
+        settings: Settings that differ from the defaults.
+    """
     order = torch.randperm(WIDTHS[0], generator=torch.Generator().manual_seed(1)).tolist()
     plans = [make_plan(method, settings, *make_network(which)) for which in (None, order)]
     key = "0.weight:0"
@@ -131,4 +164,4 @@ LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
     "masked = shrunk": check_cut,
     "permuted units give the permuted plan": check_permutation,
 }
-"""Every law by its name."""
+"""All laws of pruning methods, by name."""

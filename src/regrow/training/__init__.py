@@ -1,1 +1,1 @@
-"""Training: one loop over batches, with a network that may change its shape, and all that follows it."""
+"""Training: one loop for networks that may change their shape, with learners, checkpoints and optimizers."""

@@ -33,12 +33,12 @@ _GROWING = ("rows", "sizes", "events")
 
 @dataclass(frozen=True)
 class History:
-    """The part of a state that grows with the number of tasks, where a run keeps it in other files.
+    """The parts of a training state that grow with the number of tasks, where a run stores them outside its checkpoint.
 
     Args:
         plans: Every plan that was applied, in order.
-        rows: The accuracy matrix.
-        sizes: One row per task that is over.
+        rows: The accuracy matrix, one row per finished task.
+        sizes: One row per finished task: parameters, MACs and bytes of state.
         events: One row per change of shape, as far as they were logged.
     """
 
@@ -58,18 +58,18 @@ def write_checkpoint(
     trained_only: bool = False,
     header: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint: all of it, or nothing.
+    """Write a checkpoint of a network and its training, atomically: the whole file, or nothing.
 
     Args:
         path: The file to create or replace.
         model: The network.
-        state: The state of its training.
-        undo: What plans removed from the network, for learners that restore units.
-        logged: The number of events, from the first on, that are in the run's :class:`History`, with the rows of tasks
-            that are over and all plans; the file leaves these out, so that it does not grow with the number of tasks.
-            ``None``: they are in the file.
-        trained_only: Of the network, write only the parameters that have ``requires_grad``: nothing else changes.
-        header: More JSON data for the header of the file.
+        state: The state of the training.
+        undo: The store of what plans removed from the network, for learners that restore units.
+        logged: The number of events, from the first on, that are in the run's :class:`History`, together with all plans
+            and the rows of finished tasks; the file leaves these out, so that it does not grow with the number of
+            tasks. ``None``: they are in the file.
+        trained_only: Whether only the parameters with ``requires_grad`` are written, because nothing else changes.
+        header: Further JSON data for the header of the file.
 
     Raises:
         StoreError: If the disk is full or the file cannot be written.
@@ -112,16 +112,17 @@ def read_checkpoint(
     *,
     trained_only: bool = False,
 ) -> tuple[nn.Module, AxisGraph, TrainState[S]]:
-    """Restore a network and the state of its training.
+    """Read a checkpoint, apply its plans to the network, and return network, axes and training state.
 
     Args:
         path: The file.
         model: The network as it was first built; changed in place.
-        axes: Its axes.
-        learner: The learner's first state.
-        history: What the run keeps in other files, if the checkpoint leaves it out; it may go further than that.
-        undo: An empty store, filled with what plans removed, for learners that restore units.
-        trained_only: The file holds only the parameters that have ``requires_grad``.
+        axes: The axes of that network.
+        learner: The learner's initial state.
+        history: The parts that the run stores outside the checkpoint, if it leaves them out; there may be later ones
+            too.
+        undo: An empty store, which is filled with what plans removed, for learners that restore units.
+        trained_only: Whether the file has only the parameters with ``requires_grad``.
 
     Raises:
         StoreError: If the file is damaged or was written for another network or method.
@@ -154,11 +155,11 @@ def read_checkpoint(
 
 
 def check_checkpoint(path: Path, history: History) -> None:
-    """Assert that a run has logged what its checkpoint relies on, before anything is changed.
+    """Raise StoreError unless a run's logs have everything that its checkpoint relies on; changes nothing.
 
     Args:
-        path: The checkpoint; it need not be there.
-        history: What the run has logged.
+        path: The checkpoint; nothing is checked if it does not exist.
+        history: The logged rows and plans.
 
     Raises:
         StoreError: If rows or plans are missing, or the file is damaged.
@@ -177,7 +178,10 @@ def check_checkpoint(path: Path, history: History) -> None:
 
 
 def count_tasks(path: Path) -> int:
-    """The number of tasks that are over by a checkpoint; 0 if it is not there.
+    """Return the number of finished tasks of a checkpoint; 0 if the file does not exist.
+
+    Args:
+        path: The checkpoint.
 
     Raises:
         StoreError: If the file is damaged.
@@ -191,7 +195,7 @@ def count_tasks(path: Path) -> int:
 
 
 def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan], dict[str, Any]]:
-    """The plans that were applied, and the other fields of a state that are stored."""
+    """Return the applied plans, and the other stored fields of a training state."""
     course = record.course
     if isinstance(record.plans, int):
         many, logged = record.plans, record.logged or 0

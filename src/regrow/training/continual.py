@@ -1,4 +1,4 @@
-"""Learning tasks one after the other: the training loop with the accuracy matrix around it."""
+"""Continual learning: the training loop over a sequence of tasks, with the accuracy matrix around it."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -34,19 +34,19 @@ PROBED = 20
 
 @dataclass(frozen=True)
 class TaskSchedule:
-    """How every task is learned.
+    """How every task of a sequence is trained: scenario, epochs, batches, optimizer and precision.
 
     Args:
-        scenario: ``domain``: all classes at any time; ``class``: those seen so far; ``task``: those of the task, whose
-            identity is known at evaluation.
+        scenario: The classes among which predictions are made: ``domain``: all; ``class``: those seen so far; ``task``:
+            those of the task, whose identity is known at evaluation.
         epochs: Passes over each task.
         batch_size: Examples per step.
         optimizer: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
         lr: Learning rate.
-        weight_decay: Of the optimizer.
-        seed: Of the order of examples, and of everything random in a learner.
+        weight_decay: Weight decay of the optimizer.
+        seed: Seed of the order of examples, and of everything random in a learner.
         decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the epochs of each task.
-        precision: ``float32`` or ``bfloat16``, as in :class:`regrow.training.fit.Schedule`.
+        precision: ``float32`` or ``bfloat16``, as in :class:`regrow.training.schedule.Schedule`.
 
     Raises:
         ValueError: If a value is out of range.
@@ -71,7 +71,7 @@ class TaskSchedule:
         self.training()
 
     def training(self) -> Schedule:
-        """The schedule of the training loop."""
+        """Return the schedule for the training loop: optimizer, decay, precision and seed."""
         optimizer = OptimizerSettings(self.optimizer, self.lr, self.weight_decay)
         return Schedule(optimizer, self.decay, precision=self.precision, seed=self.seed)
 
@@ -90,20 +90,20 @@ def learn(
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
 ) -> Fitted[S]:
-    """Learn tasks one after the other.
+    """Train a network on a sequence of tasks, and measure accuracy on all tasks after each one.
 
     Args:
-        model: The network; trained, and perhaps widened, in place.
-        axes: Its axes as they are now.
-        tasks: All tasks; those that the state says are over are only evaluated on.
-        learner: What differs from plain training.
-        schedule: How each task is learned.
-        state: Where an earlier, interrupted call stopped.
-        undo: What plans removed from the network, for learners that restore units.
+        model: The network; trained, and perhaps changed in shape, in place.
+        axes: The network's present axes.
+        tasks: All tasks; those that ``state`` counts as finished are only evaluated on.
+        learner: The method: what differs from plain training.
+        schedule: How each task is trained.
+        state: The state from which an interrupted call resumes; ``None``: from the start.
+        undo: The store of what plans removed from the network, for learners that restore units.
         checkpoint: Called after each epoch and each task with a state that can be resumed from.
-        around: Gives a context manager for each step.
-        log: Takes the rows that the learner logs.
-        progress: Called with (steps done, steps in all, what).
+        around: (learner's state, context, step) → a context manager inside which the step is taken.
+        log: Receives the rows that the learner logs.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the loss is not finite.
@@ -129,19 +129,37 @@ def learn(
 
 
 def accuracy_matrix(state: TrainState[Any]) -> Matrix:
-    """The accuracy matrix that training has measured."""
+    """Return the accuracy matrix measured so far.
+
+    Args:
+        state: The state of the training.
+    """
     return Matrix(state.rows, state.before)
 
 
 def untrained_accuracies(model: nn.Module, tasks: Sequence[Task], schedule: TaskSchedule) -> tuple[float, ...]:
-    """The accuracy of a network on the test examples of every task before it has learned any."""
+    """Return the accuracy of an untrained network on the test examples of every task.
+
+    Args:
+        model: The network.
+        tasks: All tasks.
+        schedule: Gives the scenario.
+    """
     return accuracies(Context(model, NO_AXES, tasks[0]), tasks, PLAIN, PLAIN.state, schedule)
 
 
 def accuracies(
     context: Context, tasks: Sequence[Task], learner: Learner[S], state: S, schedule: TaskSchedule
 ) -> tuple[float, ...]:
-    """A row of the accuracy matrix: the test examples of every task, evaluated after task ``context.number``."""
+    """Return a row of the accuracy matrix: the accuracy on every task after training on task ``context.number``.
+
+    Args:
+        context: The network, and the task that was trained last.
+        tasks: All tasks.
+        learner: The learner, whose replacements are evaluated.
+        state: Its state.
+        schedule: Gives the scenario.
+    """
     row = []
     for number, task in enumerate(tasks):
         there = replace(context, answered=number, classes=None)
@@ -152,7 +170,10 @@ def accuracies(
 
 
 def probed_tasks(number: int) -> list[int]:
-    """The tasks whose accuracy is measured around a change of shape: all so far, or some at equal distances.
+    """Return the tasks whose accuracy is measured around a change of shape: all so far, or at most 20, evenly spaced.
+
+    Args:
+        number: The number of the current task, from 0.
 
     >>> probed_tasks(2), len(probed_tasks(500)), probed_tasks(500)[:3], probed_tasks(500)[-1]
     ([0, 1, 2], 20, [0, 26, 53], 500)
@@ -241,7 +262,7 @@ def _observer(tasks: Sequence[Task], learner: Learner[S], schedule: TaskSchedule
 def _probe(
     tasks: Sequence[Task], learner: Learner[S], state: S, schedule: TaskSchedule, context: Context
 ) -> tuple[list[float], Tensor]:
-    """In the middle of a task: accuracy on tasks so far, and the logits of some test examples."""
+    """Measure, within a task, the accuracy on tasks so far and the logits of some test examples."""
     model, was = context.model, context.model.training
     with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
         found = [

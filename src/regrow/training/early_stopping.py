@@ -1,4 +1,4 @@
-"""Early stopping: checks on held-out data, after which the best state so far can be restored."""
+"""Early stopping: evaluations on held-out data, after which the best state so far can be restored."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,11 +14,11 @@ Tensors = Mapping[str, AxisTensor]
 
 @dataclass(frozen=True)
 class Check:
-    """A loss on held-out data.
+    """One evaluation on held-out data.
 
     Args:
-        step: The number of steps taken before.
-        held_out: The loss.
+        step: The number of training steps before it.
+        held_out: The loss on held-out data.
     """
 
     step: int
@@ -27,12 +27,12 @@ class Check:
 
 @dataclass(frozen=True)
 class EarlyStopping:
-    """The state of a learner with early stopping.
+    """The state of a learner with early stopping: its own tensors, the best snapshot, and all evaluations.
 
     Args:
-        tensors: The state of the learner.
-        best: What the snapshot gave at the best check.
-        history: Every check.
+        tensors: The tensors that the learner trains.
+        best: The snapshot taken at the best evaluation.
+        history: Every evaluation.
     """
 
     tensors: Tensors = field(default_factory=dict)
@@ -41,12 +41,17 @@ class EarlyStopping:
 
     @property
     def best_check(self) -> Check:
-        """The first check with the lowest loss."""
+        """The evaluation with the lowest loss; the first of them in a tie."""
         return min(self.history, key=lambda check: check.held_out)
 
 
 def trained_parameters(tensors: Tensors, context: Context) -> Tensors:
-    """A copy of the network's parameters that are trained."""
+    """Return a copy of the network's parameters that have ``requires_grad``.
+
+    Args:
+        tensors: The learner's tensors; not used.
+        context: The network.
+    """
     return {
         name: AxisTensor(parameter.detach().clone(), tuple(parameter.shape))
         for name, parameter in context.parameters().items()
@@ -60,13 +65,13 @@ def with_early_stopping(
     snapshot: Callable[[Tensors, Context], Tensors] = trained_parameters,
     start: EarlyStopping | None = None,
 ) -> Learner[EarlyStopping]:
-    """A learner that is evaluated on held-out data before the first step and after every epoch.
+    """Return a learner that is also evaluated on held-out data before the first step and after every epoch.
 
     Args:
-        learner: Its state is the tensors that it trains; none if only the network is trained.
+        learner: The learner; its state is the tensors that it trains, empty if only the network is trained.
         evaluate: (tensors, context) → the loss on held-out data.
-        snapshot: (tensors, context) → what to remember of the best state.
-        start: The first state, if the check before the first step has been made.
+        snapshot: (tensors, context) → the tensors to store for the best state.
+        start: The initial state, if the evaluation before the first step has been made.
     """
 
     def check(state: EarlyStopping, context: Context, step: int) -> EarlyStopping:
@@ -93,11 +98,11 @@ def with_early_stopping(
 
 
 def restore_best(model: nn.Module, state: EarlyStopping) -> None:
-    """Set the parameters of a network to those of the best check.
+    """Set the parameters of a network to the snapshot of the best evaluation, in place.
 
     Args:
         model: The network, changed in place.
-        state: The last state; its snapshots are of parameters.
+        state: The last state; its snapshot must be of parameters.
     """
     with torch.no_grad():
         for name, one in state.best.items():

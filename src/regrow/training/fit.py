@@ -40,12 +40,12 @@ Around = Callable[[Any, Context, int], AbstractContextManager[None]]
 
 @dataclass(frozen=True)
 class Observer(Generic[S]):
-    """What is measured at boundaries.
+    """The measurements that the loop takes around changes of shape and at the end of tasks.
 
     Args:
-        before_plan: (state, context) → anything, right before a plan is applied.
-        after_plan: (state, context, plan, what ``before_plan`` gave) → the row of the change.
-        task_end: (state, context) → the accuracy on every task, and the row of the task.
+        before_plan: (state, context) → a measurement, right before a plan is applied.
+        after_plan: (state, context, plan, result of ``before_plan``) → the row that records the change.
+        task_end: (state, context) → the accuracy on every task, and the row that records the task.
     """
 
     before_plan: Callable[[S, Context], Any] = lambda state, context: None
@@ -55,12 +55,12 @@ class Observer(Generic[S]):
 
 @dataclass(frozen=True)
 class Fitted(Generic[S]):
-    """A trained network.
+    """The result of training: the network, its axes and the training state.
 
     Args:
-        model: The network; the one that was given, changed in place.
-        axes: Its axes.
-        state: What was measured, and the learner's last state.
+        model: The trained network: the one that was given, changed in place.
+        axes: The axes of the trained network.
+        state: The measurements, and the learner's last state.
     """
 
     model: nn.Module
@@ -84,24 +84,24 @@ def fit(
     log: Callable[..., None] = lambda kind, **row: None,
     progress: Progress = silent,
 ) -> Fitted[S]:
-    """Train a network on one task after the other.
+    """Train a network on one task after the other; between epochs the learner's plans may change its shape.
 
     Args:
         model: The network; trained, and perhaps changed in shape, in place.
-        axes: Its axes as they are now.
-        phases: All tasks; those that the state says are over are skipped.
-        learner: What differs from plain training.
+        axes: The network's present axes.
+        phases: All tasks with their batches; those that ``state`` counts as finished are skipped.
+        learner: The method: what differs from plain training.
         schedule: Optimizer, learning rates and precision.
-        state: Where an earlier, interrupted call stopped.
-        undo: What plans removed from the network, for learners that restore units.
+        state: The state from which an interrupted call resumes; ``None``: from the start.
+        undo: The store of what plans removed from the network, for learners that restore units.
         checkpoint: Called after each epoch and each task with a state that can be resumed from.
-        seconds: ``checkpoint`` is also called within an epoch when so many seconds have passed since the last call, and
-            when Ctrl-C ends the epoch; for phases that are not ``seeded``, and learners whose ``boundary`` hook does
-            the same when an epoch starts again. ``None``: only after epochs.
-        observe: What is measured at boundaries.
-        around: Gives a context manager for each step.
-        log: Takes the rows that the learner logs.
-        progress: Called with (steps done, steps in all, what).
+        seconds: ``checkpoint`` is also called within an epoch whenever this many seconds have passed since the last
+            call, and when Ctrl-C ends the epoch; for phases that are not ``seeded``, and learners whose ``boundary``
+            hook does the same when an epoch starts again. ``None``: only after epochs.
+        observe: The measurements around changes of shape and at the end of tasks.
+        around: (learner's state, context, step) → a context manager inside which the step is taken.
+        log: Receives the rows that the learner logs.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If the loss is not finite.
@@ -133,7 +133,7 @@ class _Run(Generic[S]):
     """What the learner logged of the current task, and the text shown beside the progress."""
 
     def log(self, kind: str, /, **row: Any) -> None:
-        """Take a row of the learner."""
+        """Route a row that the learner logs: to the task's row, to the progress text, or to ``log``."""
         if kind in ("task", "status"):
             self.notes[kind] = {**self.notes.get(kind, {}), **row}
         else:
@@ -168,7 +168,7 @@ class _Latest(Generic[S]):
     written: float = field(default_factory=time.monotonic)
 
     def write(self) -> None:
-        """Call ``checkpoint``."""
+        """Call ``checkpoint`` with the state after the last step."""
         own, self.written = self.state.learner, time.monotonic()
         moments = self.optimizers.moments(self.context.parameters(), axis_tensors(own))
         if self.run.checkpoint:
@@ -247,17 +247,17 @@ def _apply_plans(
 def apply_plan(
     learner: Learner[S], state: S, context: Context, plan: Plan, optimizers: Optimizers | None = None
 ) -> tuple[Context, S]:
-    """Apply a plan; the learner's state follows, and the optimizers' memory.
+    """Apply a plan to the network, the learner's state and the optimizers' moments.
 
     Args:
-        learner: Whose plan it is.
-        state: Its state.
+        learner: The learner whose plan it is.
+        state: The learner's state.
         context: The network before the plan.
         plan: The plan.
-        optimizers: What trains the network and the learner's tensors; ``None``: nothing does any more.
+        optimizers: The optimizers of the network and of the learner's tensors; ``None``: training has ended.
 
     Returns:
-        The context and the state after it.
+        The context and the learner's state after the plan.
     """
     before, old = context, axis_tensors(state)
     # No optimizer knows the group of what a plan brings back yet.
@@ -279,14 +279,14 @@ def apply_plan(
 
 
 def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fitted[S], list[Plan]]:
-    """Apply the plans that a learner makes after the last epoch, and write what replaces parameters into them.
+    """Apply the plans that a learner makes after the last epoch, and write its replacements into the parameters.
 
     It starts with ``Event.RESUME``, since the state may have been read from the checkpoint of the last epoch.
 
     Args:
         learner: The learner.
-        fitted: What training gave.
-        context: Where it ended; its ``epoch`` is ``epochs``.
+        fitted: The result of training.
+        context: The context at the end of training; its ``epoch`` is ``epochs``.
 
     Returns:
         The plain network, and the plans in order.
@@ -304,7 +304,7 @@ def finish(learner: Learner[S], fitted: Fitted[S], context: Context) -> tuple[Fi
 
 
 def _fit_epoch(latest: _Latest[S], new: dict[str, Tensor]) -> None:
-    """Take the steps of an epoch that are still to be taken.
+    """Take the remaining steps of an epoch.
 
     Args:
         latest: The state, which changes with every step.

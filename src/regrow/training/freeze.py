@@ -1,4 +1,4 @@
-"""Networks that are not trained for a while."""
+"""Freezing of networks: evaluation mode and no gradients, for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,11 @@ from torch import nn
 
 @contextmanager
 def freeze(*models: nn.Module) -> Iterator[None]:
-    """Inside, networks are in evaluation mode and their parameters have no gradients; both are restored afterwards."""
+    """Put networks in evaluation mode and turn off their gradients inside the ``with`` block; restore both after it.
+
+    Args:
+        *models: The networks.
+    """
     modes = [(module, module.training) for model in models for module in model.modules()]
     flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
     for model in models:

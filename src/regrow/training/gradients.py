@@ -16,18 +16,18 @@ S = TypeVar("S")
 def compute_gradients(
     learner: Learner[S], state: S, context: Context, step: Step, batches: Sequence[Any], precision: str = "float32"
 ) -> tuple[Step, float]:
-    """Add the gradient of the mean loss of some batches to those that are there.
+    """Run the learner's loss on some batches, and add the gradient of their mean to the present gradients.
 
     Args:
-        learner: Says what the loss is.
-        state: Its state.
+        learner: The learner, which computes the loss.
+        state: The learner's state.
         context: The network.
         step: The step, without a batch.
         batches: The batches; each has a method ``to(device)``.
-        precision: ``float32`` or ``bfloat16``, of losses.
+        precision: The precision in which losses are computed: ``float32`` or ``bfloat16``.
 
     Returns:
-        The step with what belongs to the last batch; the loss.
+        The step with the last batch, its replacements and its ``aux``; and the mean loss.
 
     Raises:
         ValueError: If the loss is not finite.

@@ -1,4 +1,4 @@
-"""How growing affects training: the share of the gradient in new units, and when the loss has recovered."""
+"""Metrics of growth: the fraction of the gradient in new units, and the steps until the loss has recovered."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,16 +18,20 @@ SMOOTHING = 0.9
 
 
 def mark_entries(context: Context) -> dict[str, AxisTensor]:
-    """``True`` for every entry of every parameter, before a plan is applied."""
+    """Return an all-``True`` tensor for every parameter, from which :func:`new_entries` finds what a plan adds.
+
+    Args:
+        context: The network before the plan.
+    """
     parameters = context.parameters()
     return {name: tensor_along(context, name, torch.ones_like(p, dtype=torch.bool)) for name, p in parameters.items()}
 
 
 def new_entries(marked: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> dict[str, Tensor]:
-    """Name of a parameter → which of its entries a plan has added, in its new shape.
+    """Return which entries of every parameter a plan has added, by name, in the new shapes.
 
     Args:
-        marked: What :func:`mark_entries` gave before the plan.
+        marked: The result of :func:`mark_entries` before the plan.
         axes: The axes before the plan.
         plan: The plan.
     """
@@ -35,11 +39,11 @@ def new_entries(marked: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -
 
 
 def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, float]:
-    """The share of the squared gradient norm that new entries have, and their share of all entries.
+    """Return the fraction of the squared gradient norm in new entries, and the fraction of entries that are new.
 
     Args:
         context: The network, with gradients.
-        new: Which entries are new.
+        new: Parameter name → which of its entries are new.
     """
     parameters = context.parameters()
     squares = {name: p.grad.double().square() for name, p in parameters.items() if p.grad is not None}
@@ -53,7 +57,11 @@ def gradient_shares(context: Context, new: Mapping[str, Tensor]) -> dict[str, fl
 
 
 def smooth(before: float | None, loss: float) -> float:
-    """The smoothed loss after one more step; the first loss is taken as it is.
+    """Return the exponentially smoothed loss after one more step; the first loss is not smoothed.
+
+    Args:
+        before: The smoothed loss so far; ``None`` before the first step.
+        loss: The loss of the step.
 
     >>> smooth(None, 2.0), round(smooth(2.0, 1.0), 3)
     (2.0, 1.9)
@@ -62,16 +70,21 @@ def smooth(before: float | None, loss: float) -> float:
 
 
 def start_watch(loss: float | None) -> dict[str, Any]:
-    """The part of a new event that :func:`watch` fills in.
+    """Return the fields of a new growth event that :func:`watch` updates.
 
     Args:
-        loss: The smoothed loss before the change.
+        loss: The smoothed loss before the change of shape.
     """
     return {"loss_before": loss, "steps_watched": 0, "recovery_steps": None}
 
 
 def watch(events: Sequence[GrowthEvent], task: int, loss: float) -> tuple[GrowthEvent, ...]:
-    """The events after one more step: counted in those of the current task until the smoothed loss has recovered.
+    """Return the events after one more step: those of the current task count steps until the loss has recovered.
+
+    Args:
+        events: One row per change of shape.
+        task: The number of the current task.
+        loss: The smoothed loss.
 
     >>> events = ({"task": 0, **start_watch(1.0)},)
     >>> for loss in (1.2, 1.1, 0.9, 1.3):
@@ -94,5 +107,9 @@ def _watched(event: GrowthEvent, loss: float) -> GrowthEvent:
 
 
 def is_settled(event: GrowthEvent) -> bool:
-    """Whether there is nothing more to watch: the loss has recovered, or there was none before."""
+    """Whether an event needs no more watching: the loss has recovered, or there was no loss before the change.
+
+    Args:
+        event: The event.
+    """
     return event.get("recovery_steps") is not None or event.get("loss_before") is None

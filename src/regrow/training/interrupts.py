@@ -1,4 +1,4 @@
-"""Ctrl-C during a change that must be done as a whole."""
+"""Deferral of Ctrl-C during a change that must not be interrupted."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def defer_interrupts() -> Iterator[None]:
-    """Inside, Ctrl-C waits: ``KeyboardInterrupt`` is raised at the end.
+    """Hold back Ctrl-C inside the ``with`` block; ``KeyboardInterrupt`` is raised at its end.
 
     Nothing changes in threads other than the main one, and where SIGINT is ignored, as in background jobs of a shell.
     """

@@ -24,25 +24,25 @@ S = TypeVar("S")
 
 
 class Log(Protocol):
-    """Takes a row of measurements."""
+    """The type of a function that records a row of measurements."""
 
     def __call__(self, kind: str, /, **row: Any) -> None:
-        """Log a row.
+        """Record a row of measurements.
 
         Args:
-            kind: ``task``: the values join the row of the task that is ending; ``status``: ``text`` is shown beside
+            kind: ``task``: the values are added to the row of the current task; ``status``: ``text`` is shown beside
                 the progress; any other: a row of the run's ``metrics.jsonl``.
-            **row: JSON data.
+            **row: The values, as JSON data.
         """
         ...
 
 
 def discard(kind: str, /, **row: Any) -> None:
-    """Log nothing."""
+    """Ignore a row of measurements."""
 
 
 class Event(StrEnum):
-    """When the ``boundary`` hook is called; ``FINISH`` comes after the last plan, before replacements are written."""
+    """When ``boundary`` is called; ``FINISH`` comes after the last plan, before replacements are written."""
 
     TASK_START = "task start"
     RESUME = "resume"
@@ -55,23 +55,23 @@ class Event(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """The network and where its training is.
+    """The network, its axes and data, and the progress of training; hooks of a learner receive it.
 
     Args:
         model: The network.
-        axes: Its axes as they are now.
-        task: The task that is being learned.
-        number: Its number, from 0.
+        axes: The network's present axes.
+        task: The task that is being trained.
+        number: The number of that task, from 0.
         epoch: The current pass over its examples, from 0; ``epochs`` after the last one.
-        epochs: The number of passes.
+        epochs: The number of passes over each task.
         steps: The number of steps per pass.
-        classes: The classes among which answers are chosen, ``[classes]`` bool; ``None`` for all.
+        classes: The classes among which predictions are made, ``[classes]`` bool; ``None`` for all.
         seed: Seed of everything random.
         past: Earlier tasks. Only baselines and upper bounds may train on their examples.
         answered: The number of the task that is being evaluated; ``None`` while training.
         applied: The number of plans that were applied since the last epoch.
-        undo: What earlier plans removed from the network, for learners that restore units.
-        log: Takes rows of measurements.
+        undo: The store of what earlier plans removed from the network, for learners that restore units.
+        log: Records rows of measurements.
     """
 
     model: nn.Module
@@ -101,7 +101,7 @@ class Context:
 
     @property
     def head(self) -> tuple[str, ...]:
-        """The names of the parameters that produce the network's outputs (no free axis does)."""
+        """The names of the parameters that produce the network's outputs (their first dimension has no free axis)."""
         return tuple(
             name
             for name in self.parameters()
@@ -110,7 +110,7 @@ class Context:
 
     @property
     def task_classes(self) -> Tensor | None:
-        """Of ``classes`` those of the current task, ``[classes]`` bool; ``None`` where ``classes`` is."""
+        """The classes of the current task, ``[classes]`` bool; ``None`` if predictions are made among all classes."""
         if self.classes is None:
             return None
         own = torch.zeros_like(self.classes)
@@ -118,21 +118,21 @@ class Context:
         return own
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Every parameter by name; tied ones once."""
+        """Return every parameter by name; tied ones once."""
         return dict(self.model.named_parameters())
 
     def logits(self, inputs: Tensor) -> Tensor:
-        """The network's logits ``[N, classes]``; −∞ for classes among which answers are not chosen."""
+        """Return the network's logits ``[N, classes]`` for inputs ``[N, ...]``; −∞ for classes outside ``classes``."""
         return among(logits_in(self.model(inputs)), self.classes)
 
     def replay_logits(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Logits of examples of any task so far, each among the classes of its own task where tasks are told apart.
+        """Return logits of examples of any task so far; where tasks are told apart, over the classes of their own task.
 
         An example belongs to the current task if that has its label, or else to the last task that has it.
 
         Args:
-            inputs: ``[N, ...]``.
-            labels: ``[N]``.
+            inputs: The inputs, ``[N, ...]``.
+            labels: The labels, ``[N]``.
         """
         logits = logits_in(self.model(inputs))
         if self.classes is None:
@@ -144,7 +144,11 @@ class Context:
         return among(logits, choice)
 
     def generator(self, *purpose: int) -> torch.Generator:
-        """A random generator; the same for the same seed, task and ``purpose``."""
+        """Return a random generator that depends only on the seed, the task and ``purpose``.
+
+        Args:
+            *purpose: Numbers that tell random streams apart.
+        """
         seed = self.seed
         for part in (self.number, *purpose):
             seed = (seed * 1_000_003 + part + 1) % 2**62
@@ -153,11 +157,11 @@ class Context:
 
 @dataclass(frozen=True)
 class Replacements:
-    """What takes the place of parameters in the forward pass.
+    """The tensors that replace parameters in the forward pass.
 
     Args:
-        values: Name of a parameter → the tensor that replaces it.
-        aux: What the other hooks need of how it was computed, such as masks with their gradients.
+        values: Parameter name → the tensor that replaces it.
+        aux: Intermediate results for the other hooks, such as masks with their gradients.
     """
 
     values: Mapping[str, Tensor] = field(default_factory=dict)
@@ -166,11 +170,11 @@ class Replacements:
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss.
+    """The result of the ``loss`` hook: a scalar, and intermediate results for later hooks.
 
     Args:
-        value: A scalar.
-        aux: What later hooks need of the forward pass, such as logits to store.
+        value: The loss, a scalar with a gradient.
+        aux: Intermediate results of the forward pass for later hooks, such as logits to store.
     """
 
     value: Tensor
@@ -179,14 +183,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Step:
-    """One training step.
+    """One training step: its number, its batches, and results of earlier hooks.
 
     Args:
-        index: Its number in the epoch.
-        batch: What the network's parameters learn from.
+        index: The number of the step in its epoch, from 0.
+        batch: The batch on which the network's parameters are trained.
         second: A batch of the second part of the training examples, for learners with a ``second_share``.
-        replaced: What the ``parametrize`` hook returned.
-        aux: What the ``loss`` hook returned as :attr:`Loss.aux`; ``None`` before.
+        replaced: The result of the ``parametrize`` hook.
+        aux: :attr:`Loss.aux`, once the ``loss`` hook has run; ``None`` before.
     """
 
     index: int
@@ -198,10 +202,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Boundary:
-    """An event between two steps.
+    """An event between two steps, passed to the ``boundary`` hook.
 
     Args:
-        event: What happens.
+        event: The kind of event.
         plan: The plan that was applied, for ``PLAN_APPLIED``.
         before: The context before that plan.
     """
@@ -212,33 +216,33 @@ class Boundary:
 
 
 def parametrize_nothing(state: Any, context: Context) -> Replacements:
-    """Use the parameters as they are."""
+    """Default ``parametrize`` hook: replace no parameter."""
     return Replacements()
 
 
 def cross_entropy_loss(state: Any, context: Context, step: Step) -> Loss:
-    """Cross-entropy of the network's logits."""
+    """Default ``loss`` hook: return the cross-entropy of the network's logits, with the logits as ``aux``."""
     logits = context.logits(step.batch.inputs)
     return Loss(F.cross_entropy(logits, step.batch.labels), logits)
 
 
 def keep_gradients(state: S, context: Context, step: Step) -> S:
-    """Leave gradients as they are."""
+    """Default ``project`` hook: do not change gradients."""
     return state
 
 
 def keep_state(state: S, context: Context, step: Step) -> S:
-    """Leave the state as it is after a step."""
+    """Default ``after_step`` hook: do not change parameters or state."""
     return state
 
 
 def plan_nothing(state: S, context: Context) -> tuple[Plan | None, S]:
-    """Leave the network's shape as it is."""
+    """Default ``plan`` hook: do not change the network's shape."""
     return None, state
 
 
 def set_train_mode(state: S, context: Context, boundary: Boundary) -> S:
-    """Put the network in training mode when an epoch starts."""
+    """Default ``boundary`` hook: put the network in training mode when an epoch starts."""
     if boundary.event == Event.EPOCH_START:
         context.model.train()
     return state
@@ -246,27 +250,27 @@ def set_train_mode(state: S, context: Context, boundary: Boundary) -> S:
 
 @dataclass(frozen=True)
 class Learner(Generic[S]):
-    """What a method adds to plain training; the defaults are plain training.
+    """A training method as a record of hooks and options; the defaults are plain training.
 
-    A hook that remembers something returns the new state. The fields of a state are described in
+    Hooks return the new state instead of changing it. The fields of a state are described in
     :mod:`regrow.training.state`; :class:`regrow.AxisTensor` in it follow every plan, and those with a learning rate are
     trained.
 
     Args:
-        state: The state before the first task.
-        parametrize: (state, context) → what replaces parameters in the forward pass; for the task
-            ``context.answered`` when the network is evaluated.
+        state: The initial state, before the first task.
+        parametrize: (state, context) → the tensors that replace parameters in the forward pass; at evaluation, those
+            for the task ``context.answered``.
         loss: (state, context, step) → the loss.
         project: (state, context, step) → state; may change the gradients, which have just been computed.
         after_step: (state, context, step) → state; may correct the parameters, which the optimizer has just changed.
-        plan: (state, context) → the next change of the network's shape, or ``None``; asked before each epoch and after
-            the last one, until it returns ``None``.
+        plan: (state, context) → the next change of the network's shape, or ``None``, and the new state; called before
+            each epoch and after the last one, until it returns ``None``.
         boundary: (state, context, boundary) → state, at every :class:`Event`; sets the modes of modules when an epoch
             starts.
         optimizer: ``""``: the network's optimizer trains the state's tensors too; ``"adam"``: Adam with β =
             (0.5, 0.999) does.
-        scheduled: Whether the learning rates of its tensors follow the schedule, as that of the network does.
-        second_share: The share of the training examples that the network's parameters do not learn from; a batch of
+        scheduled: Whether the learning rates of the state's tensors follow the schedule, as that of the network does.
+        second_share: The fraction of the training examples that is withheld from the network's parameters; a batch of
             them comes with every step.
         trains_on_past: Whether it trains on all examples of earlier tasks, as upper bounds do.
         restores: Whether its plans restore what earlier plans removed.
@@ -288,15 +292,15 @@ class Learner(Generic[S]):
 
 @dataclass(frozen=True)
 class NoState:
-    """The state of a learner that remembers nothing."""
+    """The state of a learner without state."""
 
 
 PLAIN: Learner[NoState] = Learner(NoState())
-"""Plain training."""
+"""The learner of plain training."""
 
 
 def write_replacements(learner: Learner[S], state: S, context: Context) -> None:
-    """Write what replaces parameters at evaluation into them, so that the network needs its learner no longer.
+    """Write the tensors that replace parameters at evaluation into the parameters, so that no learner is needed.
 
     Args:
         learner: The learner.
@@ -310,19 +314,35 @@ def write_replacements(learner: Learner[S], state: S, context: Context) -> None:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Put BatchNorm modules in evaluation mode, so that they use their running statistics and keep them."""
+    """Put BatchNorm modules in evaluation mode, so that they use and keep their running statistics.
+
+    Args:
+        model: The network, changed in place.
+    """
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
 
 
 def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: float | None = None) -> AxisTensor:
-    """A tensor along the dimensions of a parameter; zeros unless ``values`` are given."""
+    """Return a tensor with the axes of a parameter, so that it follows plans; zeros unless ``values`` are given.
+
+    Args:
+        context: The network.
+        name: The parameter's name.
+        values: The values, of the parameter's shape; ``None``: zeros.
+        lr: The learning rate at which the tensor is trained; ``None``: it is not.
+    """
     own = context.parameters()[name]
     return AxisTensor(torch.zeros_like(own) if values is None else values, context.axes.shapes[name], lr)
 
 
 def flags_along(context: Context, name: str) -> AxisTensor:
-    """``False`` for every entry of a parameter."""
+    """Return a bool tensor with the axes of the parameter ``name``, ``False`` everywhere.
+
+    Args:
+        context: The network.
+        name: The parameter's name.
+    """
     shape = context.parameters()[name].shape
     return AxisTensor(torch.zeros(shape, dtype=torch.bool), context.axes.shapes[name])

@@ -1,4 +1,4 @@
-"""Optimizers of a network and of what its learner trains beside it; their memory follows every plan and is stored."""
+"""Optimizers of a network and of its learner's tensors; their moments follow every plan and are stored."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,17 +13,17 @@ from regrow.plan import Plan
 from regrow.surgery.parametrize import resize_axis_tensor
 
 Moments = Mapping[str, Mapping[str, Any]]
-"""Name of a parameter, or ``learner NAME`` of a learner's tensor → what the optimizer remembers of it."""
+"""Name of a parameter, or ``learner NAME`` of a learner's tensor → its optimizer state, such as momentum."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Which optimizer trains the network.
+    """The optimizer of the network: kind, learning rate and weight decay.
 
     Args:
         kind: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
         lr: Learning rate of the network's parameters.
-        weight_decay: Of the network's parameters.
+        weight_decay: Weight decay of the network's parameters.
 
     Raises:
         ValueError: If a value is out of range.
@@ -41,10 +41,10 @@ class OptimizerSettings:
 
 
 class Optimizers:
-    """One optimizer for the network, and one for the tensors of its learner if these have their own.
+    """The optimizer of the network, and that of its learner's tensors if they have their own.
 
     Args:
-        settings: Of the network's optimizer.
+        settings: The settings of the network's optimizer.
         learner: ``""``: the network's optimizer trains the learner's tensors too; ``"adam"``: Adam
             with β = (0.5, 0.999) does.
         scheduled: Whether the learning rates of the learner's tensors follow the schedule.
@@ -64,7 +64,11 @@ class Optimizers:
             self.all.append(torch.optim.Adam([{"params": []}], betas=(0.5, 0.999)))
 
     def set_rates(self, share: float) -> None:
-        """Set the learning rates of what follows the schedule to a share of their largest values."""
+        """Set the learning rates that follow the schedule to a fraction of their largest values.
+
+        Args:
+            share: The fraction.
+        """
         self.network.param_groups[0]["lr"] = self.lr * share
         if self.scheduled:
             for group in self.all[-1].param_groups:
@@ -77,12 +81,12 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def step(self) -> None:
-        """Change everything that is trained, by its gradient."""
+        """Take one optimizer step for everything that is trained."""
         for optimizer in self.all:
             optimizer.step()
 
     def collect(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> None:
-        """Train exactly what is there now; forget the memory of what is not there any more.
+        """Register exactly the given tensors for training, and discard the optimizer state of all others.
 
         Args:
             parameters: The network's parameters by name; those without ``requires_grad`` are not trained.
@@ -104,11 +108,11 @@ class Optimizers:
                 del optimizer.state[lost]
 
     def follow(self, old: Mapping[str, AxisTensor], new: Mapping[str, AxisTensor], axes: AxisGraph, plan: Plan) -> None:
-        """Let the memory of the learner's tensors follow a plan; that of the network's parameters follows in surgery.
+        """Resize the optimizer state of the learner's tensors by a plan; surgery does so for the network's parameters.
 
         Args:
             old: The learner's tensors before the plan.
-            new: The same after it.
+            new: The learner's tensors after the plan.
             axes: The axes before the plan.
             plan: The plan.
         """
@@ -125,7 +129,12 @@ class Optimizers:
                     }
 
     def moments(self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor]) -> Moments:
-        """What the optimizers remember, by name."""
+        """Return the optimizer state of every trained tensor, by name.
+
+        Args:
+            parameters: The network's parameters by name.
+            tensors: The learner's tensors by name.
+        """
         return {
             name: dict(optimizer.state[one])
             for name, one in _trained(parameters, tensors)
@@ -136,7 +145,13 @@ class Optimizers:
     def restore(
         self, parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisTensor], moments: Moments
     ) -> None:
-        """Set what the optimizers remember, as :meth:`moments` gave it."""
+        """Set the optimizer state to what :meth:`moments` returned.
+
+        Args:
+            parameters: The network's parameters by name.
+            tensors: The learner's tensors by name.
+            moments: The optimizer state.
+        """
         for name, one in _trained(parameters, tensors):
             if name in moments:
                 optimizer = self.all[-1] if name.startswith("learner ") else self.network
@@ -154,5 +169,5 @@ def _trained(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, AxisT
 
 
 def _copied(value: Tensor, trained: Tensor) -> Tensor:
-    """A copy on the device of what is trained; numbers of steps stay where they are."""
+    """Copy a tensor to the device of the trained tensor; step counts stay on their device."""
     return value.to(trained.device, copy=True) if value.dim() else value.clone()

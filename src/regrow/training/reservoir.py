@@ -1,4 +1,4 @@
-"""A memory of examples of earlier tasks that holds every example seen with the same probability."""
+"""Reservoir sampling: a replay memory that holds every example seen with the same probability."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,10 +12,10 @@ from regrow.training.learner import Context
 
 @dataclass(frozen=True)
 class Reservoir:
-    """A replay buffer.
+    """A replay memory of examples, and counters for its sampling.
 
     Args:
-        rows: What is stored of each example, ``[size, ...]`` by name; the tensors are changed in place.
+        rows: The stored tensors of all examples by name, ``[size, ...]``; changed in place.
         seen: The number of examples that were offered.
         recalled: The number of times that examples were drawn.
     """
@@ -26,13 +26,13 @@ class Reservoir:
 
 
 def offer(memory: Reservoir, context: Context, size: int, rows: Mapping[str, Tensor]) -> Reservoir:
-    """Offer a batch to the memory.
+    """Offer a batch to the memory by reservoir sampling, and return the updated memory.
 
     Args:
         memory: The memory.
-        context: Where training is; its seed decides which examples are stored.
-        size: The number of examples that the memory holds.
-        rows: What is stored of each example, ``[N, ...]`` by name.
+        context: Gives the seed that decides which examples are stored.
+        size: The number of examples that the memory can hold.
+        rows: The tensors of the offered examples by name, ``[N, ...]``.
 
     Source: Vitter's algorithm R (ACM TOMS 11, 1985).
     """
@@ -52,16 +52,16 @@ def offer(memory: Reservoir, context: Context, size: int, rows: Mapping[str, Ten
 
 
 def draw(memory: Reservoir, context: Context, size: int, n: int) -> dict[str, Tensor]:
-    """Draw examples with replacement; none before the second task.
+    """Draw stored examples with replacement; returns none during the first task.
 
     Args:
-        memory: The memory; whoever uses what was drawn adds 1 to ``recalled``.
-        context: Where training is.
-        size: The number of examples that the memory holds.
+        memory: The memory; a caller that uses the drawn examples adds 1 to ``recalled``.
+        context: Gives the seed and the number of the task.
+        size: The number of examples that the memory can hold.
         n: The largest number of examples to draw.
 
     Returns:
-        What is stored of each example, by name; empty if there is none.
+        The tensors of the drawn examples, by name; empty if there are none.
     """
     filled = min(memory.seen, size)
     if not filled or not context.number:

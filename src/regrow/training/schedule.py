@@ -1,4 +1,4 @@
-"""Schedules: how long, on what and at which learning rates a network is trained."""
+"""Schedules: which batches a network is trained on, for how long, and at which learning rates."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -13,20 +13,20 @@ from regrow.training.learner import Context
 from regrow.training.optimizers import OptimizerSettings
 
 NO_AXES = AxisGraph({}, {}, frozenset())
-"""For networks whose shape does not change in training."""
+"""An empty axis graph, for networks whose shape does not change in training."""
 Batches = Iterator[tuple[Sequence[Any], Examples | None]]
-"""Per step: the batches whose mean loss counts, and a batch of the second part of the training examples."""
+"""Per step: the batches whose mean loss is minimised, and a batch of the second part of the training examples."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How the network is trained.
+    """Optimizer, learning-rate schedule, gradient clipping, precision and seed of a training.
 
     Args:
         optimizer: Optimizer, learning rate and weight decay.
         decay: ``constant``, or ``cosine``: the learning rate falls to 0 over the steps of each task.
-        warm_up: The share of a task's steps over which the learning rate rises to its full value first.
-        clip: The largest norm of the gradient of what is trained; 0: any.
+        warm_up: The fraction of a task's steps over which the learning rate first rises to its full value.
+        clip: The largest norm of the gradient; larger ones are scaled down to it; 0: no limit.
         precision: ``float32``, or ``bfloat16``: losses are computed in mixed precision; parameters, moments and the
             learner's state stay in float32.
         seed: Seed of the order of batches, and of everything random in a learner.
@@ -46,7 +46,11 @@ class Schedule:
             raise ValueError(f"the precision is float32 or bfloat16, got {self.precision!r}")
 
     def share(self, step: int, steps: int) -> float:
-        """The learning rate of a step, as a share of the largest one.
+        """Return the learning rate of a step as a fraction of the largest one.
+
+        Args:
+            step: The number of the step, from 0.
+            steps: The number of steps of all epochs.
 
         >>> schedule = Schedule(decay="cosine", warm_up=0.1)
         >>> [round(schedule.share(step, 20), 2) for step in (0, 1, 2, 11, 19)]
@@ -62,14 +66,14 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one task is learned from.
+    """One task of the training loop: its batches, epochs and classes.
 
     Args:
         task: The task.
         epochs: The number of steps of each epoch.
-        batches: Gives the batches of an epoch; called once per epoch. They have a method ``to(device)``.
-        classes: The classes among which answers are chosen, ``[classes]`` bool; ``None`` for all.
-        seeded: Whether each epoch starts with a seed of its own, for Dropout and augmentation.
+        batches: Returns the batches of an epoch; called once per epoch. Batches have a method ``to(device)``.
+        classes: The classes among which predictions are made, ``[classes]`` bool; ``None`` for all.
+        seeded: Whether each epoch first sets the global seed, for Dropout and augmentation.
     """
 
     task: Task
@@ -80,12 +84,12 @@ class Phase:
 
 
 def source_phase(name: str, epochs: Sequence[int], batches: Callable[[int], Sequence[Any]]) -> Phase:
-    """Training on batches of sources instead of a task's examples.
+    """Return a phase that trains on batches of sources instead of a task's examples.
 
     Args:
-        name: What progress and errors call it.
+        name: The name in progress and error messages.
         epochs: The number of steps of each epoch.
-        batches: The number of a step, from 0 → the batches whose mean loss counts.
+        batches: The number of a step, from 0 → the batches whose mean loss is minimised.
     """
 
     def batches_of(context: Context) -> Batches:

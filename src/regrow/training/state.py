@@ -1,4 +1,4 @@
-"""The state of a learner: a frozen dataclass whose fields say how they are stored and what follows a plan.
+"""The state of a learner: a frozen dataclass whose fields say how they are stored and whether they follow plans.
 
 A field of type ``AxisTensor``, ``AxisTensor | None`` or ``Mapping[str, AxisTensor]`` holds tensors: they follow every
 plan, those with a learning rate are trained, and all are stored by the name of the field (and the key). A field made by
@@ -23,32 +23,35 @@ from regrow.training.optimizers import Moments
 S = TypeVar("S")
 
 GrowthEvent = Mapping[str, Any]
-"""A row about one change of shape, as JSON data."""
+"""The record of one change of shape, as JSON data."""
 
 _ONE, _SEVERAL = (AxisTensor, AxisTensor | None), (Mapping[str, AxisTensor], dict[str, AxisTensor])
 
 
 def derived(make: Callable[[], Any]) -> Any:
-    """A field of a state that is computed from the rest: not stored, and not changed by plans.
+    """Declare a field of a state that is computed from the rest: not stored, and not changed by plans.
 
     Args:
-        make: Gives its first value.
+        make: Returns the initial value.
     """
     return field(default_factory=make, repr=False, compare=False, metadata={"derived": True})
 
 
 def stored_as(key: str, make: Callable[[], Any]) -> Any:
-    """A field of a state that is stored by another name, such as one that earlier versions gave it.
+    """Declare a field of a state that is stored by another name, such as one used by earlier versions.
 
     Args:
         key: The name in checkpoints.
-        make: Gives its first value.
+        make: Returns the initial value.
     """
     return field(default_factory=make, metadata={"key": key})
 
 
 def axis_tensors(state: Any) -> dict[str, AxisTensor]:
-    """The tensors of a state by name: that of the field, followed by the key where there are several.
+    """Return the tensors of a state by name: that of the field, followed by the key if it is a mapping.
+
+    Args:
+        state: The state.
 
     >>> import torch
     >>> from dataclasses import dataclass
@@ -66,10 +69,14 @@ def axis_tensors(state: Any) -> dict[str, AxisTensor]:
 
 
 def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
-    """The state with other tensors, by the names that :func:`axis_tensors` gives; a tensor that is missing is removed.
+    """Return the state with other tensors, named as by :func:`axis_tensors`; those that are missing are removed.
+
+    Args:
+        state: The state.
+        tensors: The tensors by name.
 
     Raises:
-        ValueError: If the state has no field for one of them.
+        ValueError: If the state has no field for a tensor, or a required tensor is missing.
     """
     known = _tensor_fields(_kind(state))
     values: dict[str, Any] = {name: None if single else {} for name, single in known.values()}
@@ -88,7 +95,7 @@ def with_axis_tensors(state: S, tensors: Mapping[str, AxisTensor]) -> S:
 
 
 def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
-    """The state after a plan: kept entries of its tensors keep their values, new ones are 0.
+    """Return the state after a plan: kept entries of its tensors keep their values, new ones are 0.
 
     Args:
         state: The state before the plan.
@@ -101,17 +108,21 @@ def follow_plan(state: S, axes: AxisGraph, plan: Plan) -> S:
 
 
 def values_of(state: Any) -> dict[str, Any]:
-    """The fields of a state that are JSON data."""
+    """Return the fields of a state that are JSON data, by their names in checkpoints.
+
+    Args:
+        state: The state.
+    """
     return {_key(one): msgspec.to_builtins(getattr(state, one.name)) for one in _value_fields(_kind(state))}
 
 
 def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[str, Any]) -> S:
-    """A state as it was stored.
+    """Rebuild a state from its stored tensors and values.
 
     Args:
-        state: The learner's first state.
-        tensors: What :func:`axis_tensors` gave.
-        values: What :func:`values_of` gave; fields that are missing stay as they are.
+        state: The learner's initial state.
+        tensors: The result of :func:`axis_tensors`.
+        values: The result of :func:`values_of`; fields that are missing stay as they are.
 
     Raises:
         ValueError: If a tensor is unknown or a value is of another type.
@@ -153,19 +164,19 @@ def _stored(kind: Any) -> Iterator[Field[Any]]:
 
 @dataclass(frozen=True)
 class TrainState(Generic[S]):
-    """How far training has got, and everything that was measured; a checkpoint holds this and the network.
+    """The state of a training: the learner's state, the position in the tasks, and all measurements so far.
 
     Args:
         learner: The state of the learner.
-        number: The number of tasks that are over.
-        epoch: The number of epochs of the next task that are over.
-        step: The number of steps of its next epoch that are over.
-        rows: The accuracy matrix so far.
-        before: The accuracy on every task before the first was learned.
+        number: The number of finished tasks.
+        epoch: The number of finished epochs of the current task.
+        step: The number of finished steps of the current epoch.
+        rows: The accuracy matrix so far, one row per finished task.
+        before: The accuracy of the untrained network on every task.
         plans: Every plan that was applied, in order.
         events: One row per change of shape.
-        sizes: One row per task that is over.
-        moments: What the optimizers remember.
+        sizes: One row per finished task: parameters, MACs and bytes of state.
+        moments: The state of the optimizers.
         loss: The smoothed training loss of the current task.
     """
 

@@ -1,4 +1,4 @@
-"""After a cut: BatchNorm recalibration and a short fine-tune; a pruned convolutional network is useless without."""
+"""BatchNorm recalibration and fine-tuning after a cut, without which a pruned convolutional network is useless."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,16 +18,16 @@ from regrow.training.schedule import NO_AXES, Schedule, source_phase
 
 
 def recalibrate(model: nn.Module, sources: Sequence[Source]) -> int:
-    """Measure the running statistics of every BatchNorm anew, as plain averages over all batches.
+    """Measure the running statistics of every BatchNorm again, as plain averages over all batches.
 
     Everything but the BatchNorms runs in eval mode; modes and momenta are left as they were.
 
     Args:
         model: A network, changed in place.
-        sources: What to measure on; their batches count equally. Larger batches give better variances.
+        sources: The data; all batches have equal weight. Larger batches give better variances.
 
     Returns:
-        How many layers were measured (0: the network has none, nothing was run).
+        The number of BatchNorm layers (0: nothing was run).
     """
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     if not layers:
@@ -63,17 +63,17 @@ def finetune(
     seed: int = 0,
     progress: Progress = silent,
 ) -> None:
-    """Train on a source's labels for a few epochs, the learning rate falling as a half cosine.
+    """Train on a source's labels for a few epochs, with a learning rate that falls as a half cosine.
 
     Args:
         model: A network, changed in place; left in the mode it was in.
         source: Batches with labels.
         epochs: Passes over the source, each in its own order.
         lr: The first learning rate, of SGD with Nesterov momentum 0.9.
-        weight_decay: Its L2 penalty.
-        clip: Largest norm of the gradient.
-        seed: The order of batches, and what Dropout draws.
-        progress: Called with (steps done, steps in all, what).
+        weight_decay: Weight decay of the optimizer.
+        clip: The largest norm of the gradient; larger ones are scaled down to it.
+        seed: Seed of the order of batches, and of Dropout.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If batches have no labels, or the loss stops being finite.
@@ -94,10 +94,15 @@ def finetune(
 
 
 def label_loss(state: Any, context: Context, step: Step) -> Loss:
-    """Cross-entropy of a batch's labels.
+    """``loss`` hook that returns the cross-entropy of a batch's labels.
+
+    Args:
+        state: The learner's state.
+        context: The network.
+        step: The step, with its batch.
 
     Raises:
-        ValueError: If the batch has none.
+        ValueError: If the batch has no labels.
     """
     batch = step.batch
     if batch.labels is None:
