@@ -1,4 +1,4 @@
-"""Loading real networks, and building their architectures again."""
+"""Networks: load pretrained models by name, and build architectures again from plain data."""
 
 from regrow.nets.attention import replace_attention
 from regrow.nets.errors import ModelError

@@ -1,4 +1,4 @@
-"""Attention whose heads can be cut, in the place of ``nn.MultiheadAttention``."""
+"""A replacement for ``nn.MultiheadAttention`` whose heads can be pruned."""
 
 from collections.abc import Container
 from typing import cast
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    """``nn.MultiheadAttention`` with a linear layer each for query, key and value, for any number and width of heads.
+    """Multi-head attention with separate query, key and value layers, for any number and width of heads.
 
     Args:
-        old: What it takes the place of; it computes the same and holds copies of the same weights.
+        old: The ``nn.MultiheadAttention`` that it replaces; it computes the same, with copies of its weights.
 
     Source: Vaswani et al., 2017, section 3.2.2.
     """
@@ -44,7 +44,18 @@ class Attention(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention.forward``: the attended values, and the weights if they are needed."""
+        """Return the attended values, and the attention weights if needed, as ``nn.MultiheadAttention`` does.
+
+        Args:
+            query: ``[N, L, E]``, or ``[L, N, E]`` without ``batch_first``, or ``[L, E]``.
+            key: ``[N, S, Ek]``, in the same layout.
+            value: ``[N, S, Ev]``, in the same layout.
+            key_padding_mask: ``[N, S]``: keys to ignore (bool), or numbers added to the scores.
+            need_weights: Whether the attention weights are returned.
+            attn_mask: ``[L, S]`` or ``[N · heads, L, S]``: positions to ignore (bool), or numbers added to the scores.
+            average_attn_weights: Whether the weights returned are averaged over heads.
+            is_causal: Ignored; give the mask.
+        """
         single = query.dim() == 2
         if single:
             query, key, value = (one.unsqueeze(0) for one in (query, key, value))
@@ -70,16 +81,17 @@ class Attention(nn.Module):
 
 
 def replace_attention(model: nn.Module, names: Container[str] | None = None) -> nn.Module:
-    """Put :class:`Attention` in the place of every ``nn.MultiheadAttention``, so that heads can be cut; in place.
+    """Replace every ``nn.MultiheadAttention`` by :class:`Attention` in place, so that heads can be pruned.
 
-    Those with extra entries (``add_bias_kv``, ``add_zero_attn``) stay, and so do their heads.
+    Modules with extra entries (``add_bias_kv``, ``add_zero_attn``) stay as they are; their heads cannot be pruned.
 
     Args:
         model: Any network. It computes the same afterwards, up to rounding; the names of its weights change.
-        names: The names of weights that it has to have afterwards; others stay closed. All are opened, unless given.
+        names: The weight names that the network must have afterwards: only modules with such a weight are replaced; all
+            if ``None``.
 
     Returns:
-        The same model; what stands for the model itself, if that is an ``nn.MultiheadAttention``.
+        The same model, or its replacement if the model itself is an ``nn.MultiheadAttention``.
 
     >>> layer = replace_attention(nn.TransformerEncoderLayer(6, 3, 8, batch_first=True))
     >>> type(layer.self_attn).__name__, layer.self_attn.q_proj.weight.shape
@@ -112,7 +124,7 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _joined(attn_mask: Tensor | None, padding: Tensor | None, q: Tensor, heads: int) -> Tensor | None:
-    """Both masks as numbers to add, for [batch, head, query, key]."""
+    """Combine both masks into one that is added to the scores, ``[batch, head, query, key]``."""
     total: Tensor | None = None
     for mask, padded in ((attn_mask, False), (padding, True)):
         if mask is None:

@@ -1,4 +1,4 @@
-"""The networks of NAS-Bench-201: one cell of four nodes, repeated, whole (the super-network) or one topology.
+"""The networks of NAS-Bench-201: a cell of four nodes, repeated; the super-network or a single topology.
 
 Dong and Yang (arXiv 2001.00326): a stem, three stages of cells with the width doubled and the picture halved between
 them by a residual block, and a linear classifier. All cells have the same topology: one of five operations on each of
@@ -18,19 +18,19 @@ from regrow.candidates import Candidates
 from regrow.nets.errors import ModelError
 
 OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
-"""By the names of NAS-Bench-201."""
+"""The operations, by their names in NAS-Bench-201."""
 
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-"""From which node to which, in the order of its notation."""
+"""The edges as (from node, to node), in the order of NAS-Bench-201's notation."""
 
 MOST = 2**14
 
 
 class Nothing(nn.Module):
-    """The operation ``none``: zeros."""
+    """The operation ``none``: returns zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros in the form of the input."""
+        """Return zeros in the shape of the input."""
         return torch.zeros_like(x)
 
 
@@ -43,7 +43,12 @@ class ReluConvNorm(nn.Sequential):
 
 
 def operation(name: str, width: int) -> nn.Module:
-    """An operation of the space, from so many channels to as many."""
+    """Build an operation of the search space, from ``width`` channels to ``width`` channels.
+
+    Args:
+        name: One of ``OPERATIONS``.
+        width: Channels of input and output.
+    """
     match name:
         case "none":
             return Nothing()
@@ -55,11 +60,12 @@ def operation(name: str, width: int) -> nn.Module:
 
 
 class Bench201Cell(nn.Module):
-    """Four nodes; each sums what its edges make of earlier ones, and the last is the answer.
+    """A cell of four nodes: each sums the operations on its edges from earlier nodes; the last is the output.
 
     Args:
         width: Channels of every node.
-        edges: The operations on each of ``EDGES``. The same edge of all cells is decided at once, and one stays.
+        edges: The operations on each of ``EDGES``. A search decides the same edge of all cells together, and keeps one
+            operation.
     """
 
     def __init__(self, width: int, edges: Sequence[Sequence[str]]) -> None:
@@ -72,7 +78,7 @@ class Bench201Cell(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[N, C, H, W]`` → the same form."""
+        """``[N, C, H, W]`` → the same shape."""
         values = [x]
         for node in range(1, 4):
             total: Tensor = self.edges[f"0{node}"](x)
@@ -83,7 +89,7 @@ class Bench201Cell(nn.Module):
 
 
 class Reduction(nn.Module):
-    """A residual block that doubles the width and halves the picture."""
+    """A residual block that doubles the channels and halves height and width."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__()
@@ -98,14 +104,14 @@ class Reduction(nn.Module):
 
 
 class Bench201(nn.Module):
-    """A network of NAS-Bench-201's skeleton.
+    """A network with the macro-structure of NAS-Bench-201.
 
     Args:
         config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``width`` of the first stage, ``cells`` per stage,
             ``stride`` of the stem, and ``edges``: the operations on each of ``EDGES``.
 
     Raises:
-        ModelError: If the description is none.
+        ModelError: If the configuration is invalid.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -126,24 +132,32 @@ class Bench201(nn.Module):
         self.head = nn.Linear(width, config["classes"])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits ``[N, classes]``."""
+        """Return the logits, ``[N, classes]``."""
         x = F.relu(self.norm(self.parts(self.stem(x))))
         result: Tensor = self.head(F.adaptive_avg_pool2d(x, 1).flatten(1))
         return result
 
 
 def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
-    """The description of the super-network: every operation on every edge; the defaults are the paper's skeleton."""
+    """Return the configuration of the super-network: every operation on every edge; defaults as in the paper.
+
+    Args:
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
+        width: Channels of the first stage.
+        cells: Cells per stage.
+        stride: The stride of the stem.
+    """
     edges = [[*OPERATIONS] for _ in EDGES]
     return {"shape": [*shape], "classes": classes, "width": width, "cells": cells, "stride": stride, "edges": edges}
 
 
 def describe(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
-    """The description of what a search left.
+    """Return the configuration of the network that a search left.
 
     Args:
-        config: What the network was built from.
-        gone: Paths of the operations that were dropped, of all cells alike.
+        config: The configuration that the network was built from.
+        gone: Paths of the operations that were dropped, the same in all cells.
     """
     edges = [
         [name for name in ops if f"parts.0.edges.{a}{b}.ops.{name}" not in gone]
@@ -153,10 +167,13 @@ def describe(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
 
 
 def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A description, once it is seen to be one; sizes are checked before anything is built.
+    """Return a configuration of :class:`Bench201`, or raise ModelError if it is invalid; builds nothing.
+
+    Args:
+        config: The configuration.
 
     Raises:
-        ModelError: If it is none; says what is wrong.
+        ModelError: If it is invalid; says what is wrong.
     """
     try:
         shape, edges = config["shape"], config["edges"]
@@ -178,7 +195,10 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def architecture_string(edges: Sequence[str]) -> str:
-    """A topology in the notation of NAS-Bench-201.
+    """Return a topology in the notation of NAS-Bench-201.
+
+    Args:
+        edges: The operation on each of ``EDGES``.
 
     >>> architecture_string(["skip_connect"] * 5 + ["none"])
     '|skip_connect~0|+|skip_connect~0|skip_connect~1|+|skip_connect~0|skip_connect~1|none~2|'
@@ -188,10 +208,13 @@ def architecture_string(edges: Sequence[str]) -> str:
 
 
 def read(text: str) -> tuple[str, ...]:
-    """The operation on each of ``EDGES``.
+    """Parse a topology in the notation of NAS-Bench-201: the operation on each of ``EDGES``.
+
+    Args:
+        text: The topology.
 
     Raises:
-        ModelError: If the text is no topology.
+        ModelError: If the text is not a topology.
 
     >>> read(architecture_string(OPERATIONS + ("none",))) == OPERATIONS + ("none",)
     True
@@ -203,21 +226,21 @@ def read(text: str) -> tuple[str, ...]:
 
 
 def topologies() -> list[tuple[str, ...]]:
-    """All 15,625."""
+    """Return all 15,625 topologies: the operation on each of ``EDGES``."""
     return [*product(OPERATIONS, repeat=len(EDGES))]
 
 
 def count_cost(
     edges: Sequence[str], *, width: int = 16, cells: int = 5, size: int = 32, classes: int = 10
 ) -> dict[str, int]:
-    """Parameters and multiply–accumulates of a topology on square pictures of three colours, ``scale`` not counted.
+    """Return parameters and multiply–accumulates of a topology on square RGB images, without ``scale``.
 
     Args:
         edges: The operation on each of ``EDGES``.
         width: Channels of the first stage.
-        cells: Per stage.
-        size: Of a picture; a multiple of 4.
-        classes: How many logits.
+        cells: Cells per stage.
+        size: Height and width of an image; a multiple of 4.
+        classes: The number of logits.
     """
     params, macs = 27 * width + 2 * width, 27 * width * size**2
     for stage in range(3):

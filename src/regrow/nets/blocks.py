@@ -1,4 +1,4 @@
-"""Blocks: what each layer of a Llama-like decoder holds, in the words of those who serve it."""
+"""Read the layer sizes of a Llama-like decoder, in the terms that inference servers use."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ MLP = tuple(f"mlp.{name}_proj" for name in ("gate", "up", "down"))
 
 @dataclass(frozen=True)
 class DecoderLayer:
-    """One layer.
+    """The sizes and linear layers of one layer of a Llama-like decoder.
 
     Args:
-        heads: Query heads; 0 where the attention was dropped.
-        kv_heads: Heads of keys and values.
-        head_dim: Channels of a head.
-        width: Neurons of the MLP; 0 where that was dropped.
-        linear: Path within the layer → each linear layer that is there.
+        heads: Query heads; 0 if the attention was dropped.
+        kv_heads: Key-value heads.
+        head_dim: Channels per head.
+        width: Hidden neurons of the MLP; 0 if it was dropped.
+        linear: Path within the layer → linear layer, for those that exist.
     """
 
     heads: int
@@ -32,10 +32,13 @@ class DecoderLayer:
 
 
 def blocks(model: nn.Module) -> list[DecoderLayer]:
-    """The layers of a decoder with separate query, key and value layers and a gated MLP, however wide each is.
+    """Return the layers of a Llama-like decoder (separate q, k, v layers, gated MLP), of any width.
+
+    Args:
+        model: The network.
 
     Raises:
-        ModelError: If the network is another kind of decoder, or none.
+        ModelError: If the network is not such a decoder.
     """
     layers = getattr(getattr(model, "model", None), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):

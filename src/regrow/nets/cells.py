@@ -1,7 +1,7 @@
-"""Networks of cells: the DARTS-like space, whole (the super-network) or as a search left it, from one description.
+"""Networks of cells in a DARTS-like search space, built from a configuration: super-network or search result.
 
-A cell takes what the two cells before it gave, has nodes that each sum any number of operations on earlier values of
-the cell, and gives its nodes side by side. Every cell has parameters and a wiring of its own.
+A cell reads the outputs of the two cells before it. Each of its nodes sums any number of operations on the inputs and
+earlier nodes, and the cell's output concatenates its nodes. Every cell has its own parameters and wiring.
 """
 
 from collections.abc import Container, Mapping, Sequence
@@ -18,14 +18,14 @@ from regrow.nets.errors import ModelError
 from regrow.nets.recomputed import again
 
 OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
-"""In the order of the authors' genotypes."""
+"""The candidate operations, in the order of the genotypes in MGAS's code."""
 
 MOST = 2**14
 MOST_CELLS, MOST_NODES = 64, 16
 
 
 class Pointwise(nn.Sequential):
-    """relu → 1 × 1 convolution → BatchNorm, after averaging 2 × 2 where the picture gets smaller."""
+    """ReLU → 1 × 1 convolution → BatchNorm, with 2 × 2 average pooling first if the stride is 2."""
 
     def __init__(self, before: int, after: int, stride: int = 1) -> None:
         first: list[nn.Module] = [nn.ReLU()] + ([nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else [])
@@ -33,7 +33,7 @@ class Pointwise(nn.Sequential):
 
 
 class Depthwise(nn.Sequential):
-    """relu → depthwise convolution → 1 × 1 convolution → BatchNorm."""
+    """ReLU → depthwise convolution → 1 × 1 convolution → BatchNorm."""
 
     def __init__(self, before: int, after: int, kernel: int, stride: int, dilation: int) -> None:
         pad = dilation * (kernel - 1) // 2
@@ -46,17 +46,17 @@ class Depthwise(nn.Sequential):
 
 
 def operation(name: str, before: int, after: int, stride: int, mid: int = 0) -> nn.Module:
-    """An operation of the space.
+    """Build an operation of the search space.
 
     Args:
         name: One of ``OPERATIONS``.
         before: Channels in.
-        after: Channels out; ``skip`` with stride 1 and pools cannot change them.
+        after: Channels out; pools, and ``skip`` with stride 1, cannot change them.
         stride: 1 or 2.
-        mid: Channels inside a ``sep``; as many as come in unless given.
+        mid: Channels between the two halves of a ``sep``; ``before`` if 0.
 
     Raises:
-        ModelError: If it cannot lead from so many channels to so many.
+        ModelError: If the operation cannot map ``before`` to ``after`` channels.
     """
     kernel = int(name[-1]) if name[-1].isdigit() else 3
     if name.startswith("sep"):
@@ -74,13 +74,13 @@ def operation(name: str, before: int, after: int, stride: int, mid: int = 0) -> 
 
 
 class Cell(nn.Module):
-    """Two inputs, some nodes, and the nodes side by side as the answer.
+    """A cell of two inputs and some nodes; its output concatenates the nodes along channels.
 
     Args:
-        before: Channels of the two inputs.
-        shrinks: Which of them have twice the size that they should have.
-        plan: ``reduce``, ``inputs`` (their widths inside) and ``nodes``: for each its ``width`` and ``ops``, a list of
-            ``[name, source, mid]``. Sources 0 and 1 are the inputs, 2 is the first node.
+        before: Channels of each of the two inputs.
+        shrinks: For each input, whether it has twice the height and width of the other and must be downsampled.
+        plan: ``reduce``, ``inputs`` (their widths inside the cell) and ``nodes``: for each its ``width`` and ``ops``, a
+            list of ``[name, source, mid]``. Sources 0 and 1 are the inputs, 2 is the first node.
     """
 
     def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: Mapping[str, Any]) -> None:
@@ -100,7 +100,7 @@ class Cell(nn.Module):
         self.width = sum(widths[2:])
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """``[N, C, H, W]`` of the cell before last and of the last one → ``[N, width, H, W]`` or half the size."""
+        """Outputs ``[N, C, H, W]`` of the last two cells → ``[N, width, H, W]``, or half the height and width."""
         values = [self.inputs[0](first), self.inputs[1](second)]
         for node in self.nodes:
             values.append(node(*values))
@@ -108,16 +108,16 @@ class Cell(nn.Module):
 
 
 class Cells(nn.Module):
-    """A stem, cells, and a linear classifier behind the last of them, and behind each at which a stage ends.
+    """A network of cells: a stem, cells, and linear classifiers behind the last cell and the end of each stage.
 
-    Where ``recomputed`` is set, cells are computed a second time in the backward pass, and need little memory.
+    If ``recomputed`` is set, cells are computed again in the backward pass (gradient checkpointing), to save memory.
 
     Args:
         config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (channels), ``stride`` of the stem, ``cells``
-            as :class:`Cell` has them, and ``heads``: numbers of the cells that a classifier follows, ascending.
+            as :class:`Cell` takes them, and ``heads``: indices of the cells that a classifier follows, ascending.
 
     Raises:
-        ModelError: If the description is none, or its sizes do not fit each other.
+        ModelError: If the configuration is invalid, or its sizes do not fit each other.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -140,17 +140,17 @@ class Cells(nn.Module):
                 self.heads[str(i)] = nn.Linear(cell.width, config["classes"])
 
     def upto(self, x: Tensor, last: int) -> Tensor:
-        """Logits ``[N, classes]`` of the classifier behind cell ``last``; later cells do not run."""
+        """Return the logits, ``[N, classes]``, of the classifier behind cell ``last``; later cells do not run."""
         return self._heads(x, [last])[0]
 
     def within(self, name: str, last: int) -> bool:
-        """Whether a parameter takes part in :meth:`upto`."""
+        """Whether the parameter ``name`` is used by :meth:`upto` for cell ``last``."""
         part, _, rest = name.partition(".")
         number = int(rest.partition(".")[0]) if part != "stem" else 0
         return part == "stem" or (number <= last if part == "cells" else number == last)
 
     def needed(self) -> list[tuple[str, ...]]:
-        """Sets of operations of which one must stay: those into a node, and those that read an input of a cell."""
+        """Return sets of operations of each of which one must stay: of each node, and of the readers of each input."""
         result = [*candidates_in(self).values()]
         reads: dict[tuple[str, int], list[str]] = {}
         for path, node in self.named_modules():
@@ -160,7 +160,7 @@ class Cells(nn.Module):
         return result
 
     def alike(self) -> dict[str, str]:
-        """Path of each node → its kind and number: the same in all cells that reduce, and in all that do not."""
+        """Return path of each node → ``normal n`` or ``reducing n``, equal for nodes at one place of alike cells."""
         result = {}
         for path in candidates_in(self):
             cell, _, number = path.partition(".nodes.")
@@ -169,7 +169,7 @@ class Cells(nn.Module):
         return result
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Logits ``[N, classes]`` behind cell ``active``; without it of every classifier, if there are several."""
+        """Return the logits behind cell ``active``, or of every classifier if ``active`` is ``None``."""
         found = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -196,17 +196,17 @@ def supernet(
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
 ) -> dict[str, Any]:
-    """The description of the super-network: every operation on every edge, the picture halved after each third.
+    """Return the configuration of the super-network: every operation on every edge, halving twice.
 
     Args:
-        shape: Of an input, ``[C, H, W]``.
-        classes: How many logits.
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
         width: Channels of a node before the first reduction; they double at each.
-        cells: How many.
-        nodes: Of each cell.
-        stride: Of the stem, which has three times ``width`` channels.
-        heads: Cells at which a stage ends; the last one has a classifier anyway.
-        operations: The candidates of each edge.
+        cells: The number of cells.
+        nodes: The number of nodes per cell.
+        stride: The stride of the stem, which has three times ``width`` channels.
+        heads: Indices of cells at which a stage of the search ends; the last cell has a classifier anyway.
+        operations: The candidate operations of each edge.
 
     Raises:
         ModelError: If there are too many cells or nodes.
@@ -236,14 +236,14 @@ def supernet(
 
 
 def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
-    """The description with a share of the operations of its first cells left, as a search may leave them.
+    """Return a configuration with a fraction of the operations left in its first cells, as a search may leave it.
 
-    Each kind of operation keeps its share, spread evenly over the edges; each node keeps at least one operation.
+    Each kind of operation keeps this fraction, spread evenly over the edges; each node keeps at least one operation.
 
     Args:
-        config: The description of a network.
-        before: How many cells are thinned.
-        share: What share of the operations of each stays, rounded up.
+        config: The configuration of a network.
+        before: The number of cells, from the first, that are thinned.
+        share: The fraction of the operations of each kind that stays, rounded up.
 
     >>> config = thin(supernet((3, 8, 8), 2, cells=2, nodes=1), before=1, share=0.3)
     >>> [len(cell["nodes"][0]["ops"]) for cell in config["cells"]]
@@ -264,13 +264,13 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
 
 
 def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """A network up to a cell, as a stage of a search runs it.
+    """Build the network up to a cell, as a stage of a search runs it.
 
     Args:
-        config: The description of the whole one.
-        first: The first cell that has all its operations; those before have a share of them.
-        last: The last cell that runs.
-        share: Which.
+        config: The configuration of the whole network.
+        first: The index of the first cell that has all its operations; earlier ones are thinned.
+        last: The index of the last cell that runs.
+        share: The fraction of the operations that earlier cells keep.
     """
     heads = sorted({*config["heads"], last})
     return Prefix(Cells(thin({**config, "heads": heads}, first, share)), last)
@@ -281,11 +281,11 @@ def _ceil(value: float) -> int:
 
 
 def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
-    """The description of what is left of a network of cells, with the last classifier alone; it builds exactly that.
+    """Return the configuration that builds exactly what is left of a network, with its last classifier alone.
 
     Args:
-        net: The network, cut by plans.
-        config: What it was built from.
+        net: The network after cuts.
+        config: The configuration that it was built from.
         gone: Paths of the operations that were dropped.
     """
     cells = []
@@ -310,16 +310,16 @@ def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dic
 
 
 def _features(module: nn.Module) -> int:
-    """The channels of the last norm of a module; 0 if it has none."""
+    """Return the channels of the last BatchNorm in a module; 0 if it has none."""
     norms = [one.num_features for one in module.modules() if isinstance(one, nn.BatchNorm2d)]
     return norms[-1] if norms else 0
 
 
 def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A description, once it is seen to be one; sizes are checked before anything is built.
+    """Return a configuration of :class:`Cells`, or raise ModelError if it is invalid; builds nothing.
 
     Raises:
-        ModelError: If it is none; says what is wrong.
+        ModelError: If it is invalid; says what is wrong.
     """
     try:
         cells, shape = config["cells"], config["shape"]

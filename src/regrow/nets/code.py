@@ -1,4 +1,4 @@
-"""Models that a function of the user's own code builds: a person names it; a name from a file is never imported."""
+"""Networks built by a user's own function: the user names it; a name read from a file is never imported."""
 
 import importlib
 import sys
@@ -14,14 +14,14 @@ from regrow.nets.errors import ModelError, first_line
 from regrow.references import names_code
 
 Builder = Callable[[], Any]
-"""Gives a module, or a module and its example input."""
+"""A function that returns a network, or a network and its example input."""
 
 
 def import_builder(name: str) -> Builder:
-    """Import the function that a person named.
+    """Return the user's function that builds a network, given its name on the command line.
 
     Args:
-        name: ``pkg.mod:fn``, importable from where Python runs. Never pass what a file says.
+        name: ``pkg.mod:fn``, importable from the current folder. Never pass a name read from a file.
 
     Raises:
         ModelError: If it cannot be imported.
@@ -30,10 +30,10 @@ def import_builder(name: str) -> Builder:
 
 
 def import_object(name: str) -> Any:
-    """Import what a person named, or an installed package declares as an entry point.
+    """Import an object by the name that a user or an installed package's entry point gives.
 
     Args:
-        name: ``pkg.mod:NAME``, importable from where Python runs. Never pass what a file says.
+        name: ``pkg.mod:NAME``, importable from the current folder. Never pass a name read from a file.
 
     Raises:
         ModelError: If it cannot be imported.
@@ -52,15 +52,15 @@ def import_object(name: str) -> Any:
 
 
 def check_code(recorded: str, needed: bool, code: str) -> None:
-    """Assert that a person has named the code that a folder needs, and none that it does not need.
+    """Raise ModelError unless the user named code exactly if the folder's network needs it.
 
     Args:
-        recorded: The name that the folder gives, for the message alone.
-        needed: Whether the user's own code builds its network.
-        code: The function that the person named; empty: none.
+        recorded: The name that the folder records, for the message alone.
+        needed: Whether the user's own code builds the network of the folder.
+        code: The function that the user named; empty if none.
 
     Raises:
-        ModelError: Naming the remedy.
+        ModelError: If code is needed and not named, or named and not needed; names the remedy.
     """
     if needed and not code:
         name = recorded if names_code(recorded) else "pkg.mod:fn"
@@ -73,14 +73,14 @@ def check_code(recorded: str, needed: bool, code: str) -> None:
 
 
 def call_builder(builder: Builder, name: str) -> tuple[nn.Module, Example | None]:
-    """What a function of the user's own code gives: a model, and an example input if it gives one.
+    """Call the user's function and return its network, and the example input if it returns one.
 
     Args:
         builder: The function.
-        name: What it is called in errors.
+        name: The name of the function, for error messages.
 
     Raises:
-        ModelError: If it fails, or gives something else.
+        ModelError: If it fails, or returns anything else.
     """
     try:
         made = builder()
@@ -101,7 +101,7 @@ def _attribute(module: str, name: str) -> Any:
 
 
 def _run(function: Callable[[], Any]) -> Any:
-    """Call a function where modules beside the user are found, as `python -m` finds them; console scripts do not."""
+    """Call a function with the current folder on ``sys.path``, as ``python -m`` does; console scripts do not."""
     here = str(Path.cwd())
     added = here not in sys.path
     if added:

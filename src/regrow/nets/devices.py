@@ -1,4 +1,4 @@
-"""Devices by name, checked before anything is loaded."""
+"""Check that a device exists before anything is loaded."""
 
 import torch
 
@@ -6,13 +6,16 @@ from regrow.errors import InputError, ResourceError
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of a name, if this machine has it.
+    """Return the torch device of a name, or raise an error if this machine does not have it.
 
     >>> usable_device("cpu")
     device(type='cpu')
 
+    Args:
+        name: ``cpu``, ``cuda``, ``cuda:1``, ``mps`` and so on.
+
     Raises:
-        InputError: If it is no name of a device.
+        InputError: If the name is not that of a device.
         ResourceError: If this machine, or this torch, does not have it; says which there are.
     """
     try:
@@ -29,7 +32,7 @@ def usable_device(name: str) -> torch.device:
 
 
 def devices_here() -> list[str]:
-    """The devices that models can run on here, like ``cpu`` and ``cuda:0``."""
+    """Return the names of the devices of this machine that models can run on, like ``cpu`` and ``cuda:0``."""
     result = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.backends.mps.is_available():
         result.append("mps")

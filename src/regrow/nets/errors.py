@@ -1,12 +1,15 @@
-"""What can be wrong with a model that someone names."""
+"""Errors of finding, reading and building models."""
 
 
 class ModelError(ValueError):
-    """A model that cannot be found, read or rebuilt; the message is one line, names the value and the remedy."""
+    """Raised if a model cannot be found, read or built; one line with the value and the remedy."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's text, for messages that must stay on one line.
+    """Return the first non-empty line of an error's text, for messages that must stay on one line.
+
+    Args:
+        error: The error.
 
     >>> first_line(ValueError("\\nsize mismatch:\\n  a long list"))
     'size mismatch:'
@@ -16,7 +19,11 @@ def first_line(error: BaseException) -> str:
 
 
 def needs(extra: str, package: str) -> ModelError:
-    """The error for an optional package that is not installed.
+    """Return the error for an optional package that is not installed.
+
+    Args:
+        extra: The extra of regrow that installs it.
+        package: The package.
 
     >>> str(needs("vision", "torchvision"))
     "this needs torchvision, which is not installed: pip install 'regrow[vision]'"

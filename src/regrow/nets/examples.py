@@ -1,4 +1,4 @@
-"""An input to trace a network with: of a shape that was given, or found by looking at the network."""
+"""Example inputs for tracing a network: of a given shape, or guessed from its first layer."""
 
 import inspect
 import logging
@@ -16,18 +16,18 @@ from regrow.nets.errors import ModelError
 TOKENS = 16
 PIXELS = 224
 MOST = 2**28
-"""Entries of an input."""
+"""The most entries that an example input may have."""
 
 _log = logging.getLogger("regrow")
 
 
 def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, TOKENS)) -> Example:
-    """A short row of different tokens, int64, without a key-value cache where the model has one.
+    """Return an example input for a language model: a short row of different tokens, int64, without a cache.
 
     Args:
-        model: The language model; its device is where the tokens go.
-        vocabulary: How many tokens it knows.
-        shape: Of the tokens.
+        model: The language model; the tokens are put on its device.
+        vocabulary: The number of tokens in its vocabulary.
+        shape: The shape of the tokens, ``[batch, tokens]``.
     """
     # Multiples of a prime: spread over the vocabulary, and not the low ids that are special tokens.
     tokens = ((torch.arange(1, prod(shape) + 1) * 7919) % vocabulary).view(*shape).to(device_of(model))
@@ -39,19 +39,24 @@ def text_example(model: nn.Module, vocabulary: int, shape: Sequence[int] = (1, T
 
 
 def image_example(model: nn.Module, *shape: int) -> Example:
-    """One image of grey noise, ``[1, *shape]``, in the model's dtype and on its device; the same each time."""
+    """Return one image of noise, ``[1, *shape]``, in the model's dtype and on its device; always the same.
+
+    Args:
+        model: The network.
+        *shape: Channels and sizes, such as 3, 224, 224.
+    """
     return _noise(model, (1, *shape))
 
 
 def shaped_example(model: nn.Module, shape: Sequence[int]) -> Example:
-    """An input of a shape, batch included: tokens where the network begins by looking them up, grey noise otherwise.
+    """Return an example input of a given shape: tokens if the network starts with an embedding, else noise.
 
     >>> shaped_example(nn.Linear(3, 2), (5, 3)).args[0].shape, shaped_example(nn.Embedding(7, 2), (1, 4)).args[0].dtype
     (torch.Size([5, 3]), torch.int64)
 
     Args:
         model: The network; the input is in its dtype and on its device.
-        shape: Sizes, such as 1, 3, 32, 32.
+        shape: The shape, batch included, such as 1, 3, 32, 32.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Embedding):
@@ -62,13 +67,16 @@ def shaped_example(model: nn.Module, shape: Sequence[int]) -> Example:
 
 
 def read_shape(text: str) -> tuple[int, ...]:
-    """A shape as users write it.
+    """Parse an input shape as users write it on the command line.
 
     >>> read_shape("1x3x32x32")
     (1, 3, 32, 32)
 
+    Args:
+        text: Sizes joined by ``x``.
+
     Raises:
-        ModelError: If it is none, or has more than 2^28 entries.
+        ModelError: If it is not a shape, or has more than 2^28 entries.
     """
     if not re.fullmatch(r"\d{1,9}(x\d{1,9})*", text) or not 0 < prod(map(int, text.split("x"))) <= MOST:
         raise ModelError(f"an input is sizes joined by x, batch first, like 1x3x32x32; got {text!r:.60}")
@@ -76,7 +84,10 @@ def read_shape(text: str) -> tuple[int, ...]:
 
 
 def written_shape(example: Example) -> str:
-    """The shapes of the tensors of an input, as :func:`read_shape` reads one; several are separated by commas.
+    """Return the shapes of an input's tensors in the form that :func:`read_shape` parses, joined by commas.
+
+    Args:
+        example: The input.
 
     >>> written_shape(Example((torch.ones(1, 3, 8, 8),)))
     '1x3x8x8'
@@ -86,21 +97,25 @@ def written_shape(example: Example) -> str:
 
 
 def say_guess(example: Example) -> None:
-    """Log which input was guessed: multiply–accumulates are counted for it."""
+    """Log which example input was guessed, since multiply–accumulates are counted for it.
+
+    Args:
+        example: The input.
+    """
     _log.warning(
         "example input: %s (guessed; set it with --input 1x3x32x32, or give an image source)", written_shape(example)
     )
 
 
 def guessed_example(model: nn.Module, pixels: int = 0) -> Example | None:
-    """An input that suits the first layer with weights, or ``None`` if that layer says nothing about its input.
+    """Guess an input from the first layer with weights; ``None`` if that layer does not determine it.
 
     >>> guessed_example(nn.Sequential(nn.Linear(3, 2))).args[0].shape
     torch.Size([1, 3])
 
     Args:
         model: The network.
-        pixels: The side of images, where it is known; 224 otherwise.
+        pixels: Height and width of images, if known; 224 if 0.
     """
     for layer in model.modules():
         match layer:
@@ -125,7 +140,12 @@ def _noise(model: nn.Module, shape: Sequence[int]) -> Example:
 
 
 def takes(model: nn.Module, example: Example) -> bool:
-    """Whether a network in eval mode runs on an input."""
+    """Whether a network in eval mode runs on an input without an error.
+
+    Args:
+        model: The network.
+        example: The input.
+    """
     try:
         with torch.no_grad():
             model(*example.args, **example.kwargs)
@@ -135,6 +155,10 @@ def takes(model: nn.Module, example: Example) -> bool:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
+    """Return the device of the model's first parameter; the CPU if it has none.
+
+    Args:
+        model: The network.
+    """
     parameter = next(model.parameters(), None)
     return torch.device("cpu") if parameter is None else parameter.device

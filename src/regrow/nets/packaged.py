@@ -1,4 +1,4 @@
-"""Pretrained language models that travel inside Python packages, converted once to a float32 folder."""
+"""Pretrained language models that come in Python packages, converted once to a float32 folder."""
 
 import importlib
 import importlib.util
@@ -19,15 +19,15 @@ from regrow.nets.language import load_gguf, quiet
 
 @dataclass(frozen=True)
 class Packaged:
-    """A model in a package.
+    """A pretrained model inside a Python package.
 
     Args:
-        package: The module that holds it.
-        file: The GGUF file in it, or the one its ``assemble`` writes from parts.
-        install: What to install where it is missing.
-        distribution: The name the package has on PyPI.
-        note: What a reader of a report must know.
-        parts: Whether the package puts the file together from parts.
+        package: The Python module that contains it.
+        file: The GGUF file in it, or the file that its function ``assemble`` writes.
+        install: The command that installs it.
+        distribution: The name of the package on PyPI.
+        note: What a reader of results must know about the model.
+        parts: Whether the package assembles the file from parts.
     """
 
     package: str
@@ -58,10 +58,10 @@ PACKAGED = {
 
 
 def cache_folder() -> Path:
-    """Where converted models are kept: ``$REGROW_CACHE``, else ``~/.cache/regrow``.
+    """Return the folder for converted models: ``$REGROW_CACHE``, else ``~/.cache/regrow``.
 
     Raises:
-        ModelError: If neither is known.
+        ModelError: If the variable is not set and the user has no home folder.
     """
     try:
         return Path(os.environ.get("REGROW_CACHE") or Path.home() / ".cache" / "regrow")
@@ -70,7 +70,11 @@ def cache_folder() -> Path:
 
 
 def packaged_folder(name: str, progress: Callable[[int, int, str], None]) -> Path:
-    """The transformers folder of a packaged model; made on first use, whole or not at all.
+    """Return the transformers folder of a packaged model; converted atomically on first use.
+
+    Args:
+        name: A key of ``PACKAGED``.
+        progress: Called with (steps done, steps in all, description).
 
     Raises:
         ModelError: If the package is not installed, or the cache cannot be written.

@@ -1,4 +1,4 @@
-"""Parts of a network that are computed anew in the backward pass, so that only what goes into them is kept."""
+"""Gradient checkpointing: modules whose activations are recomputed in the backward pass, to save memory."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -10,13 +10,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def again(module: nn.Module, *inputs: Tensor) -> Tensor:
-    """``module(*inputs)``, whose values are given up and computed a second time when gradients are taken.
+    """Run ``module(*inputs)`` with gradient checkpointing: activations are recomputed in the backward pass.
 
-    The same numbers and gradients, bit for bit, for the time of one more forward pass; running statistics move once.
+    Outputs and gradients are the same, bit for bit, at the time of one more forward pass. BatchNorm's running
+    statistics are updated once.
 
     Args:
-        module: A part of the network, with one tensor as its result.
-        *inputs: What it takes.
+        module: A module that returns one tensor.
+        *inputs: Its inputs.
 
     >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1)), torch.ones(2, 4)
     >>> one, other = (torch.autograd.grad(run(x).sum(), net[0].bias)[0] for run in (net, lambda x: again(net, x)))
@@ -36,7 +37,7 @@ def again(module: nn.Module, *inputs: Tensor) -> Tensor:
 
 @contextmanager
 def _still(module: nn.Module) -> Iterator[None]:
-    """Inside, running statistics of BatchNorm stay as they are, though it takes those of the batch."""
+    """Keep the running statistics of BatchNorm unchanged in the block, though it normalises by the batch."""
     norms = [(one, one.momentum, one.num_batches_tracked) for one in module.modules() if isinstance(one, _BatchNorm)]
     for norm, _, seen in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None if seen is None else seen.clone()

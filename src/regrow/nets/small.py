@@ -1,4 +1,4 @@
-"""Small networks for small pictures, built from numbers: a multilayer perceptron and residual networks."""
+"""Small networks for small images, by short names: multilayer perceptrons and residual networks."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,22 +16,22 @@ from regrow.nets.loaded import Origin
 
 MOST = 2**16
 GROUP = 2
-"""Channels that a GroupNorm takes together: few, as a network with GroupNorm is widened by whole groups."""
+"""Channels per group of a GroupNorm: few, since a network with GroupNorm is widened by whole groups."""
 
 
 def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple[nn.Module, Origin]:
-    """A network by its short name, with drawn weights.
+    """Build a network by its short name, such as ``mlp:100-100``, with random weights; also return its origin.
 
     Args:
         spec: ``mlp:100-100`` (widths of hidden layers) or ``resnet:16`` (width of the first stage), ``resnet:16-3``
-            (stages, one residual block each); ``resnet-gn:16-3`` is the same with GroupNorm, whose answers rest on
-            the input alone, where a BatchNorm's rest on what was seen last.
-        shape: Of an input, ``[C, H, W]``.
-        classes: How many logits.
-        seed: Of the weights.
+            (stages, one residual block each); ``resnet-gn:16-3`` is the same with GroupNorm, whose output depends on
+            the input alone, while BatchNorm's depends on running statistics of earlier batches.
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
+        seed: The random seed of the weights.
 
     Raises:
-        ModelError: If the name is neither.
+        ModelError: If the name is none of these.
 
     >>> net, origin = small("mlp:8-6", (1, 4, 4), 3)
     >>> net(torch.zeros(2, 1, 4, 4)).shape, origin.config["widths"]
@@ -44,12 +44,12 @@ def small(spec: str, shape: Sequence[int], classes: int, seed: int = 0) -> tuple
 
 
 def origin_of_small(spec: str, shape: Sequence[int], classes: int) -> Origin:
-    """How to build a network of a short name, found to fit into memory.
+    """Return how to build the network of a short name, after checking that it fits into memory.
 
     Args:
         spec: As for :func:`small`.
-        shape: Of an input, ``[C, H, W]``.
-        classes: How many logits.
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
 
     Raises:
         ModelError: If there is no such network.
@@ -68,16 +68,19 @@ def origin_of_small(spec: str, shape: Sequence[int], classes: int) -> Origin:
 
 
 def build_small(origin: Origin) -> nn.Module:
-    """The network of an origin, with drawn weights.
+    """Build the network of an origin, with random weights, in eval mode.
+
+    Args:
+        origin: How to build it.
 
     Raises:
-        ModelError: If its numbers are no sizes.
+        ModelError: If its sizes are invalid.
     """
     return _builder(origin)().eval()
 
 
 def _builder(origin: Origin) -> Callable[[], nn.Module]:
-    """What builds the network of an origin; its numbers are checked, and its weights fit into memory."""
+    """Return a function that builds the network of an origin, after checking its sizes and memory."""
     config: Mapping[str, Any] = origin.config
     numbers = [config.get("classes"), *_list(config.get("widths")), *_list(config.get("shape"))]
     if origin.reference not in BUILDERS or not all(type(n) is int and 0 < n <= MOST for n in numbers):
@@ -96,7 +99,13 @@ def _list(value: Any) -> list[Any]:
 
 
 def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    """Linear layers with ReLUs between them."""
+    """Build a multilayer perceptron: linear layers with ReLUs between them, for flattened inputs.
+
+    Args:
+        widths: Widths of the hidden layers.
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
+    """
     layers: list[nn.Module] = [nn.Flatten()]
     for before, after in pairwise([prod(shape), *widths]):
         layers += [nn.Linear(before, after), nn.ReLU()]
@@ -104,7 +113,10 @@ def mlp(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
 
 
 class ResidualBlock(nn.Module):
-    """x + norm(conv(relu(norm(conv(x))))), with a 1 × 1 shortcut where the width changes."""
+    """A residual block: shortcut(x) + norm(conv(relu(norm(conv(x))))), followed by a ReLU.
+
+    The shortcut is a 1 × 1 convolution if width or resolution changes.
+    """
 
     def __init__(self, before: int, after: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
@@ -124,7 +136,16 @@ class ResidualBlock(nn.Module):
 def resnet(
     widths: Sequence[int], shape: Sequence[int], classes: int, norm: Callable[[int], nn.Module] = nn.BatchNorm2d
 ) -> nn.Module:
-    """A stem, stages of one residual block (each twice as wide and half as large as the one before), a linear head."""
+    """Build a small residual network: a stem, stages of one residual block each, and a linear head.
+
+    Each stage is twice as wide as the one before, at half its resolution.
+
+    Args:
+        widths: The width of the first stage, and the number of stages (3 if left out).
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
+        norm: Function from the number of channels to a normalisation layer.
+    """
     width, stages = widths[0], widths[1] if len(widths) > 1 else 3
     sizes = [width * 2**i for i in range(min(stages, 8))]
     stem = [nn.Conv2d(shape[0], width, 3, 1, 1, bias=False), norm(width), nn.ReLU()]
@@ -133,7 +154,12 @@ def resnet(
 
 
 def resnet_gn(widths: Sequence[int], shape: Sequence[int], classes: int) -> nn.Module:
-    """The residual network with GroupNorm, two channels in a group.
+    """Build a small residual network with GroupNorm, two channels per group.
+
+    Args:
+        widths: The width of the first stage, and the number of stages (3 if left out).
+        shape: The shape of an input, ``[C, H, W]``.
+        classes: The number of logits.
 
     Raises:
         ModelError: If the width is odd.

@@ -1,4 +1,4 @@
-"""torchvision networks, by name."""
+"""Load torchvision networks by name."""
 
 import difflib
 from collections.abc import Mapping
@@ -15,14 +15,14 @@ from regrow.nets.files import check_weights
 from regrow.nets.loaded import Loaded, Origin
 
 _FETCHING = frozenset({"weights", "weights_backbone", "pretrained", "pretrained_backbone"})
-"""Arguments of builders that fetch weights."""
+"""Arguments of torchvision's builders that would download weights."""
 
 # Builders that would otherwise draw their weights from scipy, one warning and many seconds each.
 _SLOW_START = frozenset({"googlenet", "inception_v3"})
 
 
 def known_names() -> list[str]:
-    """The names of torchvision's networks, empty where it is not installed; quantised ones left out."""
+    """Return the names of torchvision's networks, without quantised ones; empty if it is not installed."""
     try:
         from torchvision.models import list_models
     except ImportError:
@@ -31,12 +31,13 @@ def known_names() -> list[str]:
 
 
 def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) -> Loaded:
-    """A torchvision network with weights from a safetensors file, or else with random ones, the same each time.
+    """Load a torchvision network with weights from a safetensors file, or with fixed random weights.
 
     Args:
-        name: ``"resnet18"``.
-        weights: A state dict in safetensors form; the number of classes is taken from its last layer.
-        pixels: The side of the images it will see; one that does not take them is traced with those it was made for.
+        name: The name in torchvision, such as ``"resnet18"``.
+        weights: A state dict in safetensors format; the number of classes is taken from its last layer. Random if
+            ``None``.
+        pixels: Height and width of the images it will see; if it does not run on them, its default size is used.
 
     Raises:
         ModelError: If torchvision has no such network, or the file does not fit it.
@@ -61,7 +62,10 @@ def load_torchvision(name: str, weights: Path | None = None, pixels: int = 0) ->
 
 
 def build_torchvision(origin: Origin) -> nn.Module:
-    """The network on CPU, in float32 and eval mode.
+    """Build a torchvision network on the CPU, in float32 and eval mode, without trained weights.
+
+    Args:
+        origin: How to build it.
 
     Raises:
         ModelError: If torchvision has no such network or refuses the arguments, or one of them would fetch weights.
@@ -92,7 +96,11 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def unweighted_arguments(name: str) -> dict[str, Any]:
-    """What a builder has to be told so that it neither fetches weights nor draws them for minutes."""
+    """Return the arguments that keep a builder from downloading weights or initialising them slowly.
+
+    Args:
+        name: The name of the network in torchvision.
+    """
     more: dict[str, Any] = {"init_weights": False} if name in _SLOW_START else {}
     if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):
         more["weights_backbone"] = None
@@ -122,7 +130,12 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], name: str, weights: Pat
 
 
 def example_of(name: str, model: nn.Module) -> Example:
-    """An input of the form that a torchvision network was made for."""
+    """Return an input of the form that a torchvision network was made for.
+
+    Args:
+        name: The name of the network in torchvision.
+        model: The network; the input is in its dtype and on its device.
+    """
     from torchvision.models import get_model_builder, get_model_weights
 
     family = get_model_builder(name).__module__.removeprefix("torchvision.models.").split(".")
