@@ -1,4 +1,4 @@
-"""Runs: folders that hold what was done, and models that can be built again."""
+"""Runs of the commands, without printing: run folders that record what was done, and models rebuilt from them."""
 
 from regrow.commands.checkpoints import fingerprint
 from regrow.commands.folder import RunFolder

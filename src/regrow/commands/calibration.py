@@ -1,4 +1,4 @@
-"""Calibration in a run folder: each finished shard is kept, so that a killed run goes on."""
+"""Calibration in a run folder: each finished shard is stored, so that a killed run resumes there."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,18 +19,18 @@ from regrow.sources import Source
 def calibrated(
     folder: RunFolder, loaded: Loaded, axes: AxisGraph, pruner: Pruner, sources: Sequence[Source], progress: Progress
 ) -> tuple[Evidence, str]:
-    """Measure what a method needs, or take up an interrupted measurement.
+    """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
 
     Args:
-        folder: Where finished shards are kept.
+        folder: The run folder, where finished shards are stored.
         loaded: The model.
-        axes: Its axes.
-        pruner: What asks.
-        sources: Where to measure.
-        progress: Called as work goes on.
+        axes: The axes of the model.
+        pruner: The method, which says what is measured.
+        sources: The calibration data.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
-        What was measured, and a digest of all it depends on.
+        The measurements, and a digest of everything that they depend on.
     """
     model, several = loaded.origin.record(), prune.spread(sources, pruner.sources)[0]
     keys = {
@@ -49,5 +49,9 @@ def calibrated(
 
 
 def glance(model: nn.Module) -> list[float]:
-    """A few numbers that tell one set of weights from another."""
+    """Return one sum per parameter, which tells different weights apart cheaply.
+
+    Args:
+        model: The network.
+    """
     return [float(p.detach().float().flatten()[:4096].double().sum()) for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""What calibration has measured so far, on the disk: a run that is killed goes on where it was, bit for bit."""
+"""Files of finished calibration shards and of interrupted stages, from which a killed run resumes bit for bit."""
 
 import hashlib
 import re
@@ -19,12 +19,16 @@ from regrow.training import checkpoint as training
 
 FORMAT = "regrow-statistics/1"
 FORMATS = (training.FORMAT, recovery.FORMAT)
-"""Of the checkpoints of stages that train or reconstruct."""
+"""The formats of the checkpoints of stages that train or reconstruct."""
 _SUMS = ("total", "square", "mean_total", "mean_square")
 
 
 def file_name(source: str, shard: int) -> str:
-    """The name of a checkpoint; whatever the source is called, it is one plain name and no other source's.
+    """Return a file name for a shard of a source: safe on every disk, and different for different sources.
+
+    Args:
+        source: The source's name.
+        shard: The number of the shard.
 
     >>> file_name("news", 0), file_name("../News", 0)
     ('news-0.safetensors', 'news-ea82aa80-0.safetensors')
@@ -38,11 +42,11 @@ def file_name(source: str, shard: int) -> str:
 
 
 def fingerprint(source: Source, *more: Any) -> str:
-    """A digest of everything that statistics on a source depend on.
+    """Return a digest of everything that statistics on a source depend on.
 
     Args:
-        source: Its batches count, not where they came from.
-        more: What else counts: the number of shards, what is measured, the digest of the model.
+        source: The source; its batches count, not its origin.
+        more: Further data that count: the number of shards, what is measured, the digest of the model.
 
     >>> import torch
     >>> from regrow.sources import Batch
@@ -58,10 +62,17 @@ def fingerprint(source: Source, *more: Any) -> str:
 
 
 def write_statistics(path: Path, source: str, shard: int, statistics: Statistics, key: str) -> None:
-    """Write the statistics of one shard of a source.
+    """Write the statistics of one shard of a source to a file.
+
+    Args:
+        path: The file.
+        source: The source's name.
+        shard: The number of the shard.
+        statistics: The measured sums.
+        key: The digest of what they depend on, from :func:`fingerprint`.
 
     Raises:
-        StoreError: If the disk is full or does not let us write.
+        StoreError: If the disk is full or the file cannot be written.
     """
     tensors = {f"m{i}.{part}": getattr(m, part) for i, m in enumerate(statistics.moments.values()) for part in _SUMS}
     tensors |= {f"g{i}": gradient for i, gradient in enumerate(statistics.gradients.values())}
@@ -77,7 +88,14 @@ def write_statistics(path: Path, source: str, shard: int, statistics: Statistics
 
 
 def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics | None:
-    """The statistics in a file; ``None`` if they are of something else, or damaged: then they are measured again."""
+    """Read the statistics of a shard; ``None`` if the file is damaged or of another source, shard or key.
+
+    Args:
+        path: The file.
+        source: The source's name.
+        shard: The number of the shard.
+        key: The digest that the file must have.
+    """
     try:
         header, tensors = read_tensors(path, FORMAT)
         record = convert(header, schemas.StatisticsHeader)
@@ -94,11 +112,11 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
 
 
 def open_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """The header of the checkpoint of an interrupted stage; a file that this stage cannot go on from is removed.
+    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted.
 
     Args:
-        path: The file, which need not be there; its folder is created.
-        key: What the stage depends on, which the header has as ``key``.
+        path: The file, which need not exist; its folder is created.
+        key: The digest of what the stage depends on, which the header must have as ``key``.
 
     Returns:
         The header; empty if there is no checkpoint.

@@ -1,4 +1,4 @@
-"""Evaluating a model by name, with everything that was asked for in one record."""
+"""``regrow evaluate``: evaluate a model by name, with all results in one record."""
 
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from regrow.sources import Batch
 
 
 def evaluate(settings: Settings, progress: Progress = silent, *, code: str = "") -> dict[str, Any]:
-    """Evaluate a run folder, or any model that can be loaded by name.
+    """Evaluate a run folder, or any model that can be loaded by name, and return all results.
 
     Args:
-        settings: What to measure; of each source the evaluation half is used.
-        progress: Called as work goes on.
-        code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does.
+        settings: The model and what is measured; of each source the evaluation half is used.
+        progress: Called with (steps done, steps in all, what is being done).
+        code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code.
 
     Returns:
         ``size``, ``perplexity``, ``accuracy``, ``choices``, ``harness`` and ``speed``, as JSON data.

@@ -1,4 +1,4 @@
-"""The input that a run traces a model with: as it was given, as an earlier run noted it, or of its source's images."""
+"""The input with which a run traces a model: from ``--input``, an earlier run's record, or the size of its images."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,13 +23,13 @@ from regrow.nets.loaded import Loaded, Origin
 
 
 def pixels_of(sources: Sequence[str]) -> int:
-    """The side of the images of the first source that has any of one size; 0 if none has.
+    """Return the side in pixels of the images of the first source that has square images of one size; 0 if none has.
 
     >>> pixels_of(["digits"]), pixels_of(["news"])
     (8, 0)
 
     Args:
-        sources: As ``--source`` takes them.
+        sources: The sources, as ``--source`` takes them.
     """
     for spec in sources:
         _, _, path = spec.partition("=")
@@ -39,12 +39,12 @@ def pixels_of(sources: Sequence[str]) -> int:
 
 
 def asked_input(model: str, shape: str, sources: Sequence[str]) -> dict[str, Any]:
-    """What :func:`regrow.nets.load` is told of the input of a model.
+    """Return the keyword arguments for :func:`regrow.nets.load` that say which input the model takes.
 
     Args:
-        model: Its name.
-        shape: As ``--input`` takes it; empty if it was not given.
-        sources: As ``--source`` takes them.
+        model: The model's name.
+        shape: The value of ``--input``; empty if it was not given.
+        sources: The sources, as ``--source`` takes them.
     """
     if shape:
         return {"example": read_shape(shape)}
@@ -52,7 +52,7 @@ def asked_input(model: str, shape: str, sources: Sequence[str]) -> dict[str, Any
 
 
 def noted_input(loaded: Loaded) -> dict[str, str]:
-    """What ``run.json`` notes of the input that a model was traced with, where a shape says it.
+    """Return the entry of ``run.json`` that records the input shape of a traced model, if a single shape describes it.
 
     Args:
         loaded: The model.
@@ -62,17 +62,17 @@ def noted_input(loaded: Loaded) -> dict[str, str]:
 
 
 def input_of(net: nn.Module, origin: Origin, run: dict[str, Any], sources: Sequence[str], tokenizer: Any) -> Example:
-    """An input for the network of a run folder; one that is a guess is logged.
+    """Return an example input for the network of a run folder; a guessed one is logged.
 
     Args:
         net: The network.
-        origin: How it was built.
-        run: What ``run.json`` says; empty if there is none.
-        sources: What it will be evaluated on.
-        tokenizer: Its tokenizer, if it has one.
+        origin: The record of how the network was built.
+        run: The content of ``run.json``; empty if there is none.
+        sources: The sources on which it will be evaluated, as ``--source`` takes them.
+        tokenizer: The tokenizer of a language model, or ``None``.
 
     Raises:
-        ModelError: If nothing says what it takes.
+        ModelError: If no input shape is known and none can be guessed.
     """
     if tokenizer is not None:
         return text_example(net, len(tokenizer))

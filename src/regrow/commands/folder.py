@@ -1,4 +1,4 @@
-"""A run folder: settings, measurements and plans of one run, so that it can be read, resumed and run again.
+"""Run folders: settings, measurements and plans of one run, so that it can be read, resumed and repeated.
 
 While a run is unfinished, its files lie in a working area inside its folder (``.work``), which nobody takes for a
 result. At the end, the complete new folder takes the place of the old one, which may hold an earlier result.
@@ -30,17 +30,17 @@ from regrow.store.versions import versions
 from regrow.surgery import UndoStore
 
 WritePage = Callable[[Path], object]
-"""Writes the page of a run into its folder, right before that takes its place."""
+"""Writes the report page of a run into the folder that it is given."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run.
+    """The folder of a run, for reading, or locked for writing until :meth:`finish` or the end of a ``with`` block.
 
     Args:
-        path: Where its files lie: the folder of a finished run; the working area of one that goes on.
-        resumed: Whether an earlier process had begun this run.
-        out: Where the run will be once it is finished, if it goes on here.
+        path: The folder that has the files: that of a finished run, or the working area of an unfinished one.
+        resumed: Whether an earlier process had started this run.
+        out: The folder that the finished run will have; ``None`` for a folder that is only read.
         owner: The lock on that folder. :meth:`finish` releases it, and so does the end of a ``with`` block.
     """
 
@@ -59,14 +59,14 @@ class RunFolder:
         defaults: Mapping[str, Any] | None = None,
         command: str = "",
     ) -> "RunFolder":
-        """Begin a run in a new or empty folder, or go on with the same run if it was interrupted.
+        """Start a run in a new or empty folder, or resume the same run if it was interrupted.
 
         Args:
             out: The folder; locked until the run is finished or the ``with`` block is left.
-            verb: What is done: ``"prune"``.
-            settings: Everything that the result depends on, as JSON data; the run is the same if these are.
-            defaults: What the method takes for granted beside them; a run goes on under the same alone.
-            command: The command that does it again.
+            verb: The command: ``"prune"``.
+            settings: Everything that the result depends on, as JSON data; a run with equal settings is the same run.
+            defaults: The method's defaults of all other settings; a run is only resumed if they are equal.
+            command: The command line that repeats the run.
 
         Raises:
             StoreError: If the folder holds something else, another run, or this one finished, or if another process is
@@ -98,7 +98,7 @@ class RunFolder:
         settings: Mapping[str, Any],
         defaults: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Whether an interrupted run would be resumed in a folder (``False``: a new one would begin).
+        """Whether :meth:`create` with these arguments would resume an interrupted run (``False``: start a new one).
 
         What killed processes left beside the folder is deleted; nothing else is changed.
 
@@ -118,7 +118,7 @@ class RunFolder:
 
     @classmethod
     def reopen(cls, out: str | Path) -> "RunFolder":
-        """Go on with a run, whether it is finished or not; a finished one stays as it is until :meth:`finish`.
+        """Open the run in a folder for writing, finished or not; a finished one does not change until :meth:`finish`.
 
         Raises:
             StoreError: If there is no run, or another process is writing there.
@@ -140,7 +140,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> "RunFolder":
-        """A finished run, to be read.
+        """Open a finished run for reading.
 
         Raises:
             StoreError: If the folder has no readable ``run.json``, or its run is not finished; says how it goes on.
@@ -157,7 +157,7 @@ class RunFolder:
 
     @classmethod
     def started(cls, path: str | Path) -> "RunFolder | None":
-        """The unfinished run in a folder, to be read; ``None`` if there is none."""
+        """Open the unfinished run in a folder for reading; ``None`` if there is none."""
         place = started(Path(path))
         return cls(place) if place else None
 
@@ -169,7 +169,7 @@ class RunFolder:
             self.owner.release()
 
     def run(self) -> dict[str, Any]:
-        """What ``run.json`` says.
+        """Return the content of ``run.json``.
 
         Raises:
             StoreError: If it is missing or damaged.
@@ -177,7 +177,7 @@ class RunFolder:
         return read_run(self.path)
 
     def update(self, **fields: Any) -> None:
-        """Set fields of ``run.json``: ``seconds``, ``notes``. Those that are ``None`` are taken out.
+        """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed.
 
         Raises:
             StoreError: If the disk is full; the file is then as it was.
@@ -185,14 +185,14 @@ class RunFolder:
         self._write(RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
 
     def finish(self, write_page: WritePage | None = None, **fields: Any) -> "RunFolder":
-        """Complete the run: its files take the place of the folder that it was begun for, all at once.
+        """Complete the run: its files replace the folder for which it was started, atomically.
 
         Args:
-            write_page: Writes its page into the folder it is given; the page is then part of the result.
-            fields: What is set in ``run.json`` beside the time.
+            write_page: Writes the report page into the folder that it is given; the page is then part of the result.
+            fields: Fields of ``run.json`` to set, besides the finishing time.
 
         Returns:
-            The finished run; what was kept for resuming is gone, and the folder is no longer locked.
+            The finished run, without the files for resuming; the folder is no longer locked.
 
         Raises:
             StoreError: If the disk is full; what was there before stays, and the run can go on.
@@ -210,11 +210,11 @@ class RunFolder:
 
     @property
     def ledger(self) -> Ledger:
-        """The plans of the run."""
+        """The plans of the run, in order."""
         return Ledger(self.path / "ledger.json")
 
     def keep(self, undo: UndoStore) -> None:
-        """Write ``attic.safetensors``: what cuts have taken out, so that a later run can restore it.
+        """Write ``attic.safetensors``: the units that cuts removed, so that a later run can restore them.
 
         Raises:
             StoreError: If the disk is full; the file is then as it was.
@@ -222,7 +222,7 @@ class RunFolder:
         write_undo_store(self.path / "attic.safetensors", undo)
 
     def undo_store(self) -> UndoStore:
-        """What cuts have taken out; an empty undo store if nothing was kept.
+        """Return the store of what cuts removed; an empty store if none was written.
 
         Raises:
             StoreError: If the file is damaged.
@@ -231,13 +231,13 @@ class RunFolder:
         return read_undo_store(path) if path.exists() else UndoStore()
 
     def log(self, what: str, *, number: int | None = None, **values: Any) -> None:
-        """Add a measurement to ``metrics.jsonl``, unless it is there; it is on the disk when this returns.
+        """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns.
 
         Args:
-            what: The kind of measurement: ``"perplexity"``, ``"size"``. One of ``regrow.commands.metrics.KEYS`` is told
-                from others of its kind by the fields named there; other kinds are always added.
-            number: Which measurement of its kind this is, for ``regrow.commands.metrics.NUMBERED``.
-            values: What was measured, as JSON data; numbers that are not finite become null.
+            what: The kind of measurement: ``"perplexity"``, ``"size"``. Rows of a kind
+                in ``regrow.commands.metrics.KEYS`` are identified by the fields named there; others are always added.
+            number: The number of this measurement among its kind, for ``regrow.commands.metrics.NUMBERED``.
+            values: The measured values, as JSON data; numbers that are not finite become null.
 
         Raises:
             StoreError: If the disk is full; the file then holds what it held.
@@ -245,7 +245,7 @@ class RunFolder:
         self._metrics.add({"what": what, **values}, number)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every measurement, in order; a last line that a crash cut short is left out.
+        """Return every measurement of ``metrics.jsonl``, in order; a last line that a crash truncated is left out.
 
         Raises:
             StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
@@ -253,10 +253,10 @@ class RunFolder:
         return self._metrics.rows()
 
     def last(self, what: str) -> dict[str, Any]:
-        """The last measurement of a kind.
+        """Return the last measurement of the kind ``what``.
 
         Raises:
-            StoreError: If there is none.
+            StoreError: If there is no measurement of this kind.
         """
         if not (found := [row for row in self.metrics() if row["what"] == what]):
             raise StoreError(f"{self.path / 'metrics.jsonl'}: it has no measurement {what!r}; run the command again")
@@ -267,17 +267,17 @@ class RunFolder:
         return Metrics(self.path / "metrics.jsonl")
 
     def write_axes(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
-        """Write ``axes.json``.
+        """Write ``axes.json``: the axes of the model before and after the run.
 
         Args:
             before: One object per axis before the run: ``key``, ``size``, ``mark``, ``reason``, ``block``, ``label``,
                 ``unit_params``, ``unit_macs``.
-            after: The same after it.
+            after: The same for the axes after the run.
         """
         self._write("axes.json", {"before": [dict(row) for row in before], "after": [dict(row) for row in after]})
 
     def axes(self) -> dict[str, Any]:
-        """What ``axes.json`` holds; empty if there is none.
+        """Return the content of ``axes.json``; empty if there is no such file.
 
         Raises:
             StoreError: If it is damaged; names the field.
@@ -285,17 +285,17 @@ class RunFolder:
         return self._record("axes.json", schemas.AxisRows)
 
     def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write ``scores.json``.
+        """Write ``scores.json``: a summary of the importance scores of every axis.
 
         Args:
-            metric: The name of the measure.
+            metric: The name of the importance metric.
             axes: Axis key → ``quantiles`` (21 ascending numbers), ``kept_min``, ``dropped_max``, and ``massive``: a
                 list of ``{"unit", "ratio", "share"}``.
         """
         self._write("scores.json", {"metric": metric, "axes": {key: dict(entry) for key, entry in axes.items()}})
 
     def scores(self) -> dict[str, Any]:
-        """What ``scores.json`` holds; empty if there is none.
+        """Return the content of ``scores.json``; empty if there is no such file.
 
         Raises:
             StoreError: If it is damaged; names the field.
@@ -303,13 +303,14 @@ class RunFolder:
         return self._record("scores.json", schemas.ScoreSummary)
 
     def save_statistics(self, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
-        """Keep what was measured on one shard of a source, for resuming.
+        """Store the measurements on one shard of a source, for resuming.
 
         Args:
             source: The name of the source.
-            shard: Which part of it.
-            statistics: The sums.
-            key: What they depend on (:func:`regrow.commands.fingerprint`); others will not be taken for these.
+            shard: The number of the shard.
+            statistics: The measured sums.
+            key: The digest of what they depend on (:func:`regrow.commands.fingerprint`); statistics of another key are
+                not used.
 
         Raises:
             StoreError: If the disk is full.
@@ -320,11 +321,11 @@ class RunFolder:
         write_statistics(path, source, shard, statistics, key)
 
     def statistics(self, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
-        """What an interrupted calibration has finished: (source, shard) → statistics, as ``collect(done=…)`` takes it.
+        """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``.
 
         Args:
-            keys: The name of each source → the key that its statistics must have been saved with.
-            shards: Into how many parts each source is split.
+            keys: Source name → the digest that its statistics must have.
+            shards: The number of parts into which each source is split.
         """
         found = {}
         for source, key in keys.items():
@@ -335,16 +336,16 @@ class RunFolder:
         return found
 
     def write_findings(self, method: str, findings: Mapping[str, Any]) -> None:
-        """Write ``findings.json``: what a method saw.
+        """Write ``findings.json``: the tables in which a method explains its choice.
 
         Args:
-            method: Its name.
+            method: The method's name.
             findings: Tables by name, as JSON data.
         """
         self._write("findings.json", {"method": method, **findings})
 
     def findings(self) -> dict[str, Any]:
-        """What ``findings.json`` holds; empty if there is none.
+        """Return the content of ``findings.json``; empty if there is no such file.
 
         Raises:
             StoreError: If it is damaged; names the field.

@@ -1,4 +1,4 @@
-"""The Pareto front of a search: the networks after the epochs of its last stage, on the way to the target, as files."""
+"""The Pareto front of a search: the networks at the epochs of its last stage, on the way to the target, as files."""
 
 from dataclasses import replace
 from functools import partial
@@ -27,14 +27,14 @@ FOLDER = "front"
 def write_network(
     folder: RunFolder, search: Search, state: TrainState[SearchState], context: Context, origin: Origin
 ) -> None:
-    """Write what masks keep at the end of an epoch of the last stage as a network, to ``front/EPOCH``.
+    """Write the network that the masks keep at the end of an epoch of the last stage to ``front/EPOCH``.
 
     Args:
-        folder: The run folder; gets a row with the network's size, and its accuracy on the validation part.
-        search: The method; it goes on as if nothing had been written.
-        state: Of the search at the end of the epoch.
-        context: The network then.
-        origin: How the space was built.
+        folder: The run folder; a row with the network's size and validation accuracy is logged.
+        search: The method; its state is not changed.
+        state: The state of the search at the end of the epoch.
+        context: The network at the end of the epoch.
+        origin: The record of how the space was built.
     """
     space, own = search.rules.space, state.learner
     if not search.shrinks or space.part(own.stage) != space.part(-1) or not search.rules.trains(own, context):
@@ -60,7 +60,11 @@ def _finalize(search: Search, state: SearchState, context: Context) -> Any:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """How many parameters a network has, and how many of them are not 0."""
+    """Return the number of parameters of a network, and how many of them are not 0.
+
+    Args:
+        model: The network.
+    """
     parameters = [*model.parameters()]
     return {
         "parameters": sum(p.numel() for p in parameters),

@@ -1,4 +1,4 @@
-"""What a run has logged of its training, in ``metrics.jsonl`` and ``ledger.json``."""
+"""The training history of a run, read from its ``metrics.jsonl`` and ``ledger.json``."""
 
 from math import nan
 
@@ -8,11 +8,11 @@ from regrow.training.checkpoint import History
 
 
 def read_history(folder: RunFolder, events: str = "growth") -> History:
-    """The history of a run.
+    """Read the plans, the accuracy matrix, the task rows and the growth events of a run, for its checkpoint.
 
     Args:
-        folder: Its folder.
-        events: The kind of its rows about changes of shape: ``"growth"`` or ``"commit"``.
+        folder: The run folder.
+        events: The kind of rows about changes of shape: ``"growth"`` (learning) or ``"commit"`` (search).
 
     Raises:
         StoreError: If a file is damaged.

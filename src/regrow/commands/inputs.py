@@ -1,4 +1,4 @@
-"""The inputs of a run: calibration and evaluation halves of its sources, in the form that its model takes."""
+"""The data of a run: calibration and evaluation halves of its sources, as text windows or images for its model."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,15 @@ from regrow.sources import Source
 
 @dataclass(frozen=True)
 class SourceSpecs:
-    """Which sources, and how much of each.
+    """The sources of a run, and how much of each is used.
 
     Args:
         eval_tokens: Evaluation tokens (or images) per source.
-        seq_len: Tokens per window.
-        sources: Those that calibrate, and are evaluated on, as ``--source`` takes them.
-        unseen: Those that are evaluated on only.
+        seq_len: Tokens per window of text.
+        sources: The sources for calibration, also used for evaluation, as ``--source`` takes them.
+        unseen: The sources for evaluation only.
         tokens: Calibration tokens (or images) per source.
-        seed: Which windows are drawn.
+        seed: Seed of the choice of calibration windows.
     """
 
     eval_tokens: int
@@ -37,19 +37,23 @@ class SourceSpecs:
 
 @dataclass(frozen=True)
 class Kinds:
-    """The sources of a run: calibration halves, and evaluation halves of the same kinds and then of unseen ones."""
+    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources."""
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]
 
     @property
     def seen(self) -> frozenset[str]:
-        """The names of those that calibrate."""
+        """The names of the calibration sources."""
         return frozenset(source.name for source in self.calibration)
 
 
 def sources_of(specs: SourceSpecs, loaded: Loaded) -> Kinds:
-    """Calibration and evaluation halves of every source that is named.
+    """Read the calibration and evaluation halves of every named source.
+
+    Args:
+        specs: The sources, and how much of each.
+        loaded: The model, whose tokenizer or input shape decides the form of the data.
 
     Raises:
         ValueError: If a source is unknown, empty, too short, or named twice.
@@ -82,10 +86,10 @@ def _source(specs: SourceSpecs, loaded: Loaded, spec: str, half: Half, amount: i
 
 
 def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
-    """The shape ``[N, C, H, W]`` of the images that a model takes.
+    """Return the shape ``[N, C, H, W]`` of the images that a model takes.
 
     Raises:
-        InputError: If it takes no images, or not in float32, in which they are read.
+        InputError: If the model takes no square images, or is not in float32, in which images are read.
     """
     shape = next((arg.shape for arg in loaded.example.args if isinstance(arg, torch.Tensor)), torch.Size())
     if len(shape) != 4:
@@ -106,7 +110,12 @@ def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
 
 
 def described(specs: SourceSpecs, kinds: Kinds) -> list[dict[str, Any]]:
-    """What ``run.json`` says of each source."""
+    """Return the rows of ``run.json`` about the sources: name, origin, and tokens used.
+
+    Args:
+        specs: The sources, and how much of each.
+        kinds: The data that were read.
+    """
     seen = {source.name: source for source in kinds.calibration}
     every = (*specs.sources, *specs.unseen)
     rows = []

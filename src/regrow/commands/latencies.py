@@ -1,4 +1,4 @@
-"""The latency table of a search, measured once and kept in its run folder, so that a resumed run goes by the same."""
+"""The latency table of a search, measured once and stored in its run folder, so that a resumed run uses the same."""
 
 import json
 from dataclasses import asdict
@@ -19,16 +19,16 @@ TABLE = "latency.json"
 
 
 def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
-    """What a run folder keeps, or what is measured now (:func:`regrow.evaluation.latency`); nothing is written.
+    """Return the latency table stored in a run folder, or measure one (:func:`regrow.evaluation.latency`).
 
     Args:
-        out: The folder.
-        model: The whole space.
-        batch: What a pass takes.
-        begun: Whether the search has begun, by a table that must be there then.
+        out: The run folder; nothing is written.
+        model: The whole search space as a network.
+        batch: The input of a timed pass.
+        begun: Whether the search has started, so that the table must exist.
 
     Raises:
-        StoreError: If what is kept is no such table, or gone.
+        StoreError: If the stored table is damaged, or missing although the search has started.
     """
     place = out / TABLE
     if not place.is_file() and not begun:
@@ -41,7 +41,12 @@ def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
 
 
 def keep(out: Path, table: Latency) -> None:
-    """Write a table into a run folder that has none."""
+    """Write a latency table into a run folder, unless it has one.
+
+    Args:
+        out: The run folder.
+        table: The table.
+    """
     if not (out / TABLE).is_file():
         with atomic_write(out / TABLE) as temporary:
             temporary.write_text(json.dumps(asdict(table), indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A learning run: a network, a sequence of tasks, and a folder that tells what happened and takes further tasks."""
+"""``regrow learn``: train a network on a sequence of tasks, in a run folder to which further tasks can be added."""
 
 import re
 import time
@@ -36,11 +36,15 @@ from regrow.training.learner import Context, Learner, write_replacements
 from regrow.training.state import TrainState
 
 MOST_INPUTS, MOST_CLASSES = 2**24, 2**20
-"""How many numbers an example may be, and classes there may be, by what a file says."""
+"""The largest number of values in an example, and of classes, that a file may claim."""
 
 
 def schedule_of(settings: Settings) -> TaskSchedule:
-    """How every task is learned."""
+    """Return how every task is trained, from the settings of a run.
+
+    Args:
+        settings: The settings.
+    """
     shared = (one.name for one in fields(TaskSchedule) if hasattr(settings, one.name))
     return TaskSchedule(**{name: getattr(settings, name) for name in shared})
 
@@ -48,11 +52,11 @@ def schedule_of(settings: Settings) -> TaskSchedule:
 def run(
     settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
 ) -> RunFolder:
-    """Learn a sequence of tasks and leave a run folder behind; an interrupted run goes on where it was.
+    """Learn a sequence of tasks and write a run folder; an interrupted run is resumed.
 
     Args:
-        settings: What to do.
-        out: The run folder; new, empty, or of this very run.
+        settings: The settings of the run.
+        out: The run folder: new, empty, or of this very run.
         progress: Called as work goes on.
         write_page: Called with the complete folder, right before it takes its place.
 
@@ -78,17 +82,17 @@ def extend(
     total: int | None = None,
     write_page: WritePage | None = None,
 ) -> RunFolder:
-    """Have a run learn further tasks: months later, by another process.
+    """Train the network of a run on further tasks, possibly much later and in another process.
 
-    A finished run stays as it is until they are learned. A call that was interrupted goes on when it is repeated; one
-    that was completed is refused when it is repeated, unless ``total`` says that the same sequences come once more.
+    A finished run does not change until they are learned. An interrupted call is resumed when it is repeated; a
+    completed call is refused when it is repeated, unless ``total`` says that the same sequences come once more.
 
     Args:
         out: The folder of a run, finished or interrupted.
-        more: Further sequences, as ``Settings.tasks``; none to finish what was interrupted.
+        more: Further sequences, as ``Settings.tasks``; empty to finish an interrupted call.
         progress: Called as work goes on.
-        total: How many sequences the run has when all are learned; ``None``: its own and ``more``.
-        without_old: Go on although data of tasks that are over are not there any more: it is not evaluated on those.
+        total: The number of sequences that the run has in the end; ``None``: its own and ``more``.
+        without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
         write_page: Called with the complete folder, right before it takes its place.
 
     Raises:
@@ -149,13 +153,13 @@ def extend(
 
 
 def _added(last: Any, tasks: tuple[str, ...], more: tuple[str, ...], total: int | None) -> tuple[str, ...]:
-    """The sequences that a call adds to those of a run: none if the run has them from this very call.
+    """Return the sequences that a call adds to those of a run: none if this very call has added them already.
 
     Args:
-        last: The sequences that the last call added, as ``run.json`` has them.
+        last: The sequences that the last call added, from ``run.json``.
         tasks: All sequences of the run.
-        more: Those of this call.
-        total: How many there are to be.
+        more: The sequences of this call.
+        total: The number of sequences in the end; ``None``: not given.
     """
     if total is None:
         return () if last == list(more) else more
@@ -218,29 +222,42 @@ def _go_on(
 
 
 def _count_settled(state: TrainState[Any]) -> int:
-    """The number of growths that have been watched to their end; the others are logged when their task is over."""
+    """Return the number of growth events that need no more watching; the others are logged at the end of their task."""
     return len(list(takewhile(lambda event: is_settled(event) or event["task"] < state.number, state.events)))
 
 
 def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origin]:
-    """The network of a run, with drawn weights."""
+    """Return the network of a run with random weights, and the record of how it was built.
+
+    Args:
+        settings: The settings, with the network's name and the seed.
+        tasks: All tasks, which give input shape and classes.
+    """
     shape = tuple(tasks[0].train.inputs.shape[1:])
     return small(settings.model, shape, outputs_of(settings, tasks), settings.seed)
 
 
 def outputs_of(settings: Settings, tasks: Sequence[Task]) -> int:
-    """For how many classes the network of a run has outputs."""
+    """Return the number of outputs (classes) of the network of a run.
+
+    Args:
+        settings: The settings, which may ask for more.
+        tasks: All tasks.
+    """
     return max(settings.classes, 1 + max(c for task in tasks for c in task.classes))
 
 
 def _told(settings: Settings) -> dict[str, Any]:
-    """What makes a run this one."""
+    """Return what identifies a run: command, settings and the method's defaults."""
     taken = learner_entry(settings.method).defaults({*settings.method_settings, "seed"})
     return {"verb": "learn", "settings": record_settings(settings), "defaults": taken}
 
 
 def built(settings: Settings) -> Learner[Any]:
-    """The learner of a run.
+    """Return the learner of a run.
+
+    Args:
+        settings: The settings, with the method's name and settings.
 
     Raises:
         ValueError: If there is no such method, or a setting of it is wrong.
@@ -254,16 +271,16 @@ def built(settings: Settings) -> Learner[Any]:
 
 
 def tasks_of(settings: Settings, known: Any = None) -> list[Task]:
-    """The tasks of a run.
+    """Return the tasks of a run, with their data.
 
     Args:
-        settings: Its settings.
-        known: What ``run.json`` tells of the tasks of each sequence: those of data that are not there may be left at
-            that. ``None``: all are to be there.
+        settings: The settings of the run.
+        known: The record of each sequence's tasks in ``run.json``, which replaces data that are missing; ``None``: all
+            data must be there.
 
     Raises:
-        SourceError: If a sequence is not spelled as it should be, or its data are not there.
-        StoreError: If what is told of one cannot be.
+        SourceError: If a sequence is misspelled, or its data are missing.
+        StoreError: If the record of a sequence is invalid.
     """
     found: list[Task] = []
     for i, spec in enumerate(settings.tasks):
@@ -292,13 +309,13 @@ def _sequence(spec: str, settings: Settings) -> list[Task]:
 
 
 def _spelled(spec: str) -> tuple[str, str, int]:
-    """What is done to the data, their name, and how many tasks that gives."""
+    """Parse a sequence: the transformation, the data's name, and the number of tasks."""
     fit = re.fullmatch(r"(permuted|rotated|split):(.+?):(\d{1,3})", spec)
     return (fit[1], fit[2], int(fit[3])) if fit else ("", spec, 1)
 
 
 def _known(settings: Settings, tasks: Sequence[Task]) -> list[list[dict[str, Any]]]:
-    """What is to be known of each sequence when its data are not there any more."""
+    """Return the record of each sequence that is needed once its data are missing."""
     rest = iter(tasks)
     return [
         [
@@ -310,7 +327,7 @@ def _known(settings: Settings, tasks: Sequence[Task]) -> list[list[dict[str, Any
 
 
 def _gone(told: Any, many: int) -> list[Task]:
-    """The tasks of a sequence as ``run.json`` tells of them; it may tell anything."""
+    """Return the tasks of a sequence from an untrusted ``run.json``, without data."""
     found = []
     for one in told if isinstance(told, list) else []:
         match one:

@@ -1,4 +1,4 @@
-"""What a run measures of a model before and after its cut: size, quality, and what its budget counts."""
+"""Measurements of a model before and after a cut: size, quality, and the quantity that its budget counts."""
 
 from typing import Any
 
@@ -26,17 +26,17 @@ def measure(
     *,
     recoveries: int = 0,
 ) -> dict[str, evaluation.Perplexity]:
-    """Log size and quality of a model; give back its perplexities, for pairing.
+    """Log size and quality of a model, and return its perplexities for paired comparison.
 
     Args:
-        folder: Where the figures go.
+        folder: The run folder that gets the rows.
         loaded: The model.
-        axes: Its axes.
-        tests: What it is evaluated on.
-        seen: The names of the sources that calibration saw.
-        name: What the model is called.
-        progress: Called as work goes on.
-        recoveries: How many recoveries the model has had; rows of the second and later ones say so.
+        axes: The model's axes.
+        tests: The evaluation sources.
+        seen: The names of the sources that were used for calibration.
+        name: The name of the model in the rows: ``dense``, ``pruned`` or ``recovered``.
+        progress: Called with (steps done, steps in all, what is being done).
+        recoveries: The number of recoveries that the model has had; rows of the second and later ones record it.
     """
     told: dict[str, Any] = {"model": name} | ({"round": recoveries} if recoveries > 1 else {})
     size = evaluation.size(loaded.model, axes.counted, next(loaded.model.parameters()).dtype)
@@ -80,16 +80,16 @@ def _accuracy(result: evaluation.Accuracy) -> dict[str, Any]:
 
 
 def counted(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
-    """Log what a budget counts of a model, before and after its cut, where that is a target, or time.
+    """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
 
-    Time is told as predicted, and as it was before and is now: the fastest of several passes by one clock.
+    For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.
 
     Args:
-        folder: Where the figures go.
-        model: The model as it is now, of the axes ``after``.
-        before: The axes that the budget was met on.
-        after: Those of now.
-        budget: What was to be met.
+        folder: The run folder that gets the row.
+        model: The model after the cut, whose axes are ``after``.
+        before: The axes before the cut.
+        after: The axes after the cut.
+        budget: The budget.
     """
     if budget.target is None and budget.measure != Measure.TIME:
         return
@@ -104,7 +104,12 @@ def counted(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisG
 
 
 def passed(axes: AxisGraph, budget: Budget) -> Batch:
-    """What a pass is timed with: the traced example, or as many tokens as a target names."""
+    """Return the input of a timed pass: the traced example, or as many tokens as a target names.
+
+    Args:
+        axes: The axes, with the traced example.
+        budget: The budget, with the target.
+    """
     batch = Batch(axes.example.args, axes.example.kwargs)
     tokens = budget.target.context if budget.target else 0
     return evaluation.lengthen(batch, tokens) if tokens else batch

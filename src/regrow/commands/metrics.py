@@ -1,4 +1,4 @@
-"""The measurements of a run, one JSON object a line; each has a key, so that a resumed run adds none a second time."""
+"""``metrics.jsonl``: the measurements of a run; each has a key, so that a resumed run adds none a second time."""
 
 import json
 import math
@@ -30,23 +30,23 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "test": (),
     "verify": (),
 }
-"""Kind of measurement → the fields that, with the kind, tell a row from all others of a run."""
+"""Kind of measurement → the fields that, with the kind, identify a row of a run."""
 NUMBERED = frozenset({"commit", "growth", "memory"})
-"""Kinds whose rows are told apart by their number: the first, the second."""
+"""Kinds whose rows are identified by their number: the first, the second."""
 
 
 class Metrics:
-    """The rows of ``metrics.jsonl``.
+    """The rows of a ``metrics.jsonl`` file, read and appended.
 
     Args:
-        path: The file; it need not exist yet.
+        path: The file; it need not exist.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def rows(self) -> list[dict[str, Any]]:
-        """Every row, in order; a last one that a crash cut short is left out.
+        """Return every row, in order; a last line that a crash truncated is left out.
 
         Raises:
             StoreError: If another line is damaged, or lacks what a row of its kind holds; names the line and the field.
@@ -54,11 +54,11 @@ class Metrics:
         return read(self.path, KINDS)
 
     def add(self, row: Mapping[str, Any], number: int | None = None) -> None:
-        """Add a row, unless one with its key is there; it is on the disk when this returns.
+        """Append a row, unless one with its key is there; it is on the disk when this returns.
 
         Args:
-            row: What was measured; ``what`` is its kind. Numbers that are not finite become null.
-            number: Which row of its kind this is, from 0, for the kinds in ``NUMBERED``.
+            row: The measurement; ``what`` is its kind. Numbers that are not finite become null.
+            number: The number of the row among its kind, from 0, for the kinds in ``NUMBERED``.
 
         Raises:
             StoreError: If the disk is full; the file then holds what it held.
@@ -82,7 +82,10 @@ class Metrics:
 
 
 def finite(value: Any) -> Any:
-    """JSON data without NaN and infinity, which JSON does not have.
+    """Return JSON data in which NaN and infinity, which JSON does not have, are replaced by null.
+
+    Args:
+        value: The data.
 
     >>> finite({"loss": float("nan"), "steps": (1, 2)})
     {'loss': None, 'steps': [1, 2]}
@@ -95,7 +98,7 @@ def finite(value: Any) -> Any:
 
 
 def _key(row: Mapping[str, Any], number: int | None) -> str | None:
-    """What tells a row from the others; ``None`` for kinds that may repeat."""
+    """Return the key that identifies a row; ``None`` for kinds that may repeat."""
     what = str(row.get("what"))
     if what in NUMBERED and number is not None:
         return json.dumps([what, number])

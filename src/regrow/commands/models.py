@@ -1,4 +1,4 @@
-"""The models that commands work on: loaded by name, or from a run folder."""
+"""Load the models that commands work on, by name or from a run folder."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,14 +22,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Which model is loaded, and how.
+    """Which model is loaded, in which precision, and on which device.
 
     Args:
-        name: What :func:`regrow.nets.load` takes, or a run folder.
-        dtype: One of ``DTYPES``; empty: as it is stored.
-        device: Where it runs.
-        input: The shape of its input, like ``1x3x32x32``; empty: as the run, the model or the sources say.
-        sources: The data that it is given, as ``--source`` takes them; images say how large its input is.
+        name: A name that :func:`regrow.nets.load` takes, or a run folder.
+        dtype: One of ``DTYPES``; empty: the stored precision.
+        device: The device: ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        input: The shape of its input, like ``1x3x32x32``; empty: from the run, the model or the sources.
+        sources: The run's sources, as ``--source`` takes them; image sources give the input size.
     """
 
     name: str
@@ -41,6 +41,10 @@ class ModelSpec:
 
 def load_model(spec: ModelSpec, progress: Progress = silent) -> Loaded:
     """Load a model by name.
+
+    Args:
+        spec: Which model, and how.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If it cannot be loaded.
@@ -54,9 +58,9 @@ def load_model_or_run(spec: ModelSpec, progress: Progress = silent, code: str = 
     """Load the model of a run folder, or a model by name.
 
     Args:
-        spec: Which.
-        progress: Called as work goes on.
-        code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does: a
+        spec: Which model, and how.
+        progress: Called with (steps done, steps in all, what is being done).
+        code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code: a
             recorded name is never imported.
 
     Raises:

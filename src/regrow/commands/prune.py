@@ -1,4 +1,4 @@
-"""A pruning run: everything around one cut, in a folder that tells what happened and can be resumed."""
+"""``regrow prune``: calibrate, plan, cut, measure and save, in a run folder that can be resumed."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -40,7 +40,7 @@ from regrow.training import tune
 
 @dataclass(frozen=True)
 class _Job:
-    """What the parts of a run share."""
+    """The data that the parts of a pruning run share."""
 
     settings: Settings
     folder: RunFolder
@@ -50,14 +50,18 @@ class _Job:
     progress: Progress
 
     def measure(self, axes: AxisGraph, name: str) -> dict[str, evaluation.Perplexity]:
-        """Measure the model as it is now, under a name."""
+        """Measure and log the model in its present state, under a name."""
         kinds = self.kinds
         with self.clock.stage("evaluate"):
             return measuring.measure(self.folder, self.loaded, axes, kinds.evaluation, kinds.seen, name, self.progress)
 
 
 def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
-    """The plan that a run would make, and nothing else.
+    """Return the plan that a pruning run would make, without a run folder.
+
+    Args:
+        settings: The settings of the run.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: As :func:`run`.
@@ -77,16 +81,16 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
 def run(
     settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
 ) -> RunFolder:
-    """Prune a model and leave a run folder behind: model, plan, measurements.
+    """Prune a model and write a run folder with model, plan and measurements.
 
-    Everything that can be wrong with the settings is found before the folder is made; an interrupted run with the same
-    settings goes on where it was.
+    All mistakes in the settings are found before the folder is made; an interrupted run with the same settings is
+    resumed.
 
     Args:
-        settings: What to do.
-        out: The run folder; new, empty, or of this very run.
-        progress: Called as work goes on.
-        write_page: Called with the complete folder, right before it takes its place.
+        settings: The settings of the run.
+        out: The run folder: new, empty, or of this very run.
+        progress: Called with (steps done, steps in all, what is being done).
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
@@ -120,7 +124,7 @@ def run(
 
 
 def _planned(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
-    """Calibrate, and plan the cut."""
+    """Calibrate, choose the units that stay, and return the plan."""
     folder, loaded, progress = job.folder, job.loaded, job.progress
     with job.clock.stage("calibrate"):
         evidence, key = calibrated(folder, loaded, axes, method, job.kinds.calibration, progress)
@@ -138,7 +142,7 @@ def _planned(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan
 
 
 def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
-    """Cut, measured before and after, and save; recover, if that is asked for."""
+    """Cut the model, measure it before and after, save it, and recover it if that is asked for."""
     settings, folder, loaded, kinds, clock = job.settings, job.folder, job.loaded, job.kinds, job.clock
     before = job.measure(axes, "dense")
     if settings.proof:
@@ -168,12 +172,12 @@ def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
 
 
 def read_pruning_settings(values: Mapping[str, Any], code: str = "") -> Settings:
-    """The settings that the ``run.json`` of a pruning run holds.
+    """Return the settings recorded in the ``run.json`` of a pruning run.
 
     Args:
-        values: What it says.
-        code: The function ``pkg.mod:fn`` that builds the model, where the user's own code does: a recorded name
-            is never imported.
+        values: The recorded settings.
+        code: The function ``pkg.mod:fn`` that builds the model, if that is the user's own code: a recorded name is
+            never imported.
 
     Raises:
         ModelError: If the run needs the user's code and got none, or got some and needs none.
@@ -186,17 +190,21 @@ def read_pruning_settings(values: Mapping[str, Any], code: str = "") -> Settings
 
 
 def model_spec(settings: Settings) -> ModelSpec:
-    """Which model is pruned, and how it is loaded."""
+    """Return which model a run prunes, and how it is loaded.
+
+    Args:
+        settings: The settings of the run.
+    """
     sources = (*settings.sources, *settings.unseen)
     return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, sources)
 
 
 def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
-    """Which sources a run reads, and how much of each.
+    """Return which sources a run reads, and how much of each.
 
     Args:
-        settings: Of the run.
-        recovery_tokens: How many tokens a recovery may learn from, which the sources share; 0: as for calibration.
+        settings: The settings of the run.
+        recovery_tokens: The number of tokens for a recovery, shared by the sources; 0: the number for calibration.
     """
     tokens = recovery_tokens // max(1, len(settings.sources)) if recovery_tokens else settings.tokens
     amounts = settings.eval_tokens, settings.seq_len
@@ -204,7 +212,11 @@ def source_specs(settings: Settings, recovery_tokens: int = 0) -> SourceSpecs:
 
 
 def budget_of(settings: Settings) -> Budget:
-    """How much may stay, and which axes may pay for it."""
+    """Return the budget of a run: how much may stay, and which axes may be cut.
+
+    Args:
+        settings: The settings of the run.
+    """
     marks = frozenset(map(Mark, settings.marks))
     target = Target.parse(settings.target) if settings.target else None
     keep = 1.0 if settings.keep is None else settings.keep
@@ -213,14 +225,14 @@ def budget_of(settings: Settings) -> Budget:
 
 
 def _defaults(settings: Settings) -> dict[str, Any]:
-    """What the method, and the recovery after it, take for granted."""
+    """Return the defaults of the method, and of the recovery after it."""
     taken = entry(settings.method).defaults({*settings.method_settings, "seed"})
     more = recovery_entry(settings.recover).defaults({"seed"}) if settings.recover else {}
     return taken | {f"{settings.recover} {name}": value for name, value in more.items()}
 
 
 def _seeded(settings: Settings) -> dict[str, Any]:
-    """The method's settings; a method with a seed takes the run's, unless it was given its own."""
+    """Return the method's settings; a method with a seed gets the run's, unless it was given its own."""
     has_seed = "seed" in getattr(entry(settings.method).settings, "__dataclass_fields__", {})
     return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}
 

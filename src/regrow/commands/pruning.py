@@ -1,4 +1,4 @@
-"""Pruning: from a network and sources to a smaller network and the plan that made it."""
+"""``regrow.prune``: from a network and sources to a smaller network and the plan that made it."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -36,25 +36,25 @@ def prune(
     progress: Progress = silent,
     **budget: Any,
 ) -> tuple[nn.Module, Plan]:
-    """Prune a network in one call.
+    """Prune a network in one call: trace it, measure importance, choose units, and cut it.
 
     Args:
         model: The network; it is changed in place.
         method: One of ``regrow.methods.METHODS``.
-        keep: The fraction that stays, of the weights of linear layers and convolutions (of a language model: of its
-            decoder's linear layers); 0.8 unless given, or a target.
-        target: So much may stay, instead of a fraction: ``"params=100M"``, ``"macs=2G"``, ``"bytes=200M"``,
+        keep: The fraction of the weights of linear layers and convolutions that stays (of a language model: of its
+            decoder's linear layers); ``None``: 0.8, unless there is a target.
+        target: An absolute budget instead of a fraction: ``"params=100M"``, ``"macs=2G"``, ``"bytes=200M"``,
             ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device.
-        sources: What to measure importance on; the more kinds, the better the result carries over.
-        example: What to trace the network with; the first batch of the first source, unless given.
-        axes: Its axes, where they are known (:func:`regrow.declare`); nothing is traced then.
-        settings: Settings of the method; its defaults, unless given.
-        progress: Called with (batches done, batches in all, what).
+        sources: The data on which importance is measured; more text domains carry over better to unseen ones.
+        example: The input with which the network is traced; ``None``: the first batch of the first source.
+        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+        settings: Settings of the method that differ from its defaults.
+        progress: Called with (batches done, batches in all, what is being done).
         **budget: More fields of :class:`regrow.method.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``,
             ``regular``.
 
     Returns:
-        The same model, smaller, and the plan that was applied. A source that had to be split is told as a warning.
+        The same model, smaller, and the plan that was applied. A warning is issued for a source that had to be split.
 
     Raises:
         ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
@@ -95,7 +95,11 @@ def _example(example: Example | None, sources: Sequence[Source]) -> Example:
 
 
 def built(method: str, settings: Mapping[str, Any]) -> Pruner:
-    """A method with settings, checked.
+    """Return a pruning method with the given settings, after checking them.
+
+    Args:
+        method: The method's name.
+        settings: Settings that differ from the defaults.
 
     Raises:
         ValueError: If the method or a setting is unknown, or a setting is of another type than its default.
@@ -112,7 +116,16 @@ def measured(
     progress: Progress = silent,
     **resume: Any,
 ) -> Evidence:
-    """What a method needs to know, measured on the sources, which are split if it compares more than there are."""
+    """Measure what a method needs on the sources; a source is split if the method compares more than there are.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        pruner: The method.
+        sources: The calibration data.
+        progress: Called with (steps done, steps in all, what is being done).
+        **resume: ``done`` and ``on_done`` of :func:`regrow.scoring.collect`, to store and reuse finished shards.
+    """
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         return Evidence()
     told = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
@@ -122,7 +135,11 @@ def measured(
 
 
 def spread(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[str, ...]]:
-    """At least so many sources, the longest split into interleaved parts if need be, and what is lost by it.
+    """Return at least ``least`` sources, by splitting the longest into interleaved parts, and a note if it was split.
+
+    Args:
+        sources: The sources.
+        least: The smallest number of sources that the method needs.
 
     >>> parts, notes = spread([Source("news", [1, 2, 3, 4])], 3)
     >>> [(part.name, part.batches) for part in parts]
@@ -150,14 +167,14 @@ def timed(
     known: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Budget:
-    """The budget, with how long the network takes if that is what it counts.
+    """Return the budget with the measured timing of the network, if it counts time; else the budget itself.
 
     Args:
         model: The network.
-        axes: Its axes.
-        budget: What may stay.
-        known: ``Timing.record()`` of an earlier measurement that is to hold.
-        progress: Called as it is measured.
+        axes: The axes of the network.
+        budget: The budget.
+        known: ``Timing.record()`` of an earlier measurement, to be used instead of a new one.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
         ValueError: If its axes are declared and not traced, or a module cannot be timed.
@@ -173,7 +190,7 @@ def timed(
 
 
 def _known_of(axes: AxisGraph, budget: Budget) -> None:
-    """Check that what a budget counts is known of axes that no recording shows."""
+    """Raise ValueError if a budget counts something that is unknown for declared (untraced) axes."""
     what = {
         Measure.MACS: "how many multiply–accumulates",
         Measure.CACHE: "how much of a cache",
@@ -187,10 +204,16 @@ def _known_of(axes: AxisGraph, budget: Budget) -> None:
 
 
 def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequence[Source]) -> None:
-    """Assert that a method can meet a budget and has something to measure on.
+    """Raise ValueError unless a method can meet a budget and has data to measure on.
+
+    Args:
+        pruner: The method.
+        axes: The axes of the network.
+        budget: The budget.
+        sources: The calibration data.
 
     Raises:
-        ValueError: If not; names the least reachable keep.
+        ValueError: If it cannot; names the least reachable keep.
     """
     if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")

@@ -1,4 +1,4 @@
-"""``run.json``: what makes a run this one, so that a folder takes up the same run, and no other."""
+"""``run.json``: the settings that identify a run, so that a folder resumes the same run and no other."""
 
 import json
 from collections.abc import Mapping
@@ -23,7 +23,10 @@ _LONGEST = 2**28
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What the ``run.json`` of a folder says.
+    """Read and check the ``run.json`` of a run folder.
+
+    Args:
+        folder: The folder.
 
     Raises:
         StoreError: If it is missing or damaged.
@@ -38,16 +41,16 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def convert_settings(values: Mapping[str, Any], kind: type[Settings]) -> Settings:
-    """The settings of a run, as a file holds them.
+    """Convert the recorded settings of a run to the dataclass of its command, and check them.
 
     Args:
-        values: What the file says.
-        kind: The record of the command.
+        values: The recorded settings.
+        kind: The dataclass of the command's settings.
 
     Raises:
         StoreError: If a setting is missing, of another type, or unknown: a setting that is ignored would be another
             run.
-        InputError: If one is out of its range.
+        InputError: If a setting is out of its range.
     """
     if unknown := sorted(values.keys() - {one.name for one in fields(kind)}):
         raise StoreError(f"settings: {unknown[0]!r:.60} is unknown here; use the version of regrow that wrote the run")
@@ -58,7 +61,10 @@ def convert_settings(values: Mapping[str, Any], kind: type[Settings]) -> Setting
 
 
 def read_json(path: Path) -> Any:
-    """The JSON data in a file; ``None`` if there is none.
+    """Read a JSON file that may be hostile; ``None`` if it does not exist.
+
+    Args:
+        path: The file.
 
     Raises:
         StoreError: If the file is damaged.
@@ -75,12 +81,12 @@ def read_json(path: Path) -> Any:
 
 
 def identity(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What makes a run this one, as it comes back from ``run.json``.
+    """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``.
 
     Args:
-        verb: What is done: ``"prune"``.
+        verb: The command: ``"prune"``.
         settings: Everything that the result depends on, as JSON data.
-        defaults: What the method takes for granted beside them.
+        defaults: The method's defaults of all other settings.
     """
     told = {"verb": verb, "settings": dict(settings)} | ({} if defaults is None else {"defaults": dict(defaults)})
     found: dict[str, Any] = json.loads(json.dumps(told))
@@ -88,15 +94,15 @@ def identity(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any]
 
 
 def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Assert that a folder's run is the wanted one, and not finished.
+    """Raise StoreError unless the run in a folder is the wanted one, and not finished.
 
     Args:
         path: The folder.
-        run: What its ``run.json`` says.
-        wanted: What :func:`identity` gave.
+        run: The content of its ``run.json``.
+        wanted: The result of :func:`identity` for the wanted run.
 
     Raises:
-        StoreError: Naming the first difference.
+        StoreError: Names the first difference.
     """
     if run.get("verb") != wanted["verb"]:
         raise StoreError(f"{path} holds a run of {run.get('verb')!r}; choose another folder, or delete it")

@@ -1,4 +1,7 @@
-"""A recovery run: what a pruning run lost, won back in a folder of its own, with both measured on the same windows."""
+"""``regrow recover``: recover a pruned model in a run folder of its own, measured on the pruning run's windows.
+
+Both models are measured on the same windows of text.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -42,12 +45,12 @@ def run(
     it measured of the dense and the pruned model is taken over. An interrupted call goes on where it was.
 
     Args:
-        settings: What to do; what they say of the pruning run is read from its folder.
-        out: The new run folder; new, empty, or of this very run.
-        progress: Called as work goes on.
-        code: The function ``pkg.mod:fn`` that builds the dense model, where the user's own code does: the name that
-            the folder gives is never imported.
-        write_page: Called with the complete folder, right before it takes its place.
+        settings: The settings of the recovery; those about the pruning run are read from its folder.
+        out: The new run folder: new, empty, or of this very run.
+        progress: Called with (steps done, steps in all, what is being done).
+        code: The function ``pkg.mod:fn`` that builds the dense model, if that is the user's own code: the recorded name
+            is never imported.
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If the folder holds no finished pruning run, or the recovery or a setting is unknown, or ``code`` is
@@ -99,7 +102,7 @@ def run(
 
 
 def _take_over(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
-    """Log what a run measured, in the run that recovers it."""
+    """Copy the measurements of the source run into the run that recovers it."""
     recoveries = 0
     for row in rows:
         recoveries += row["what"] == "recovery"
@@ -108,7 +111,7 @@ def _take_over(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
 
 
 def _completed(settings: Settings, source: RunFolder) -> Settings:
-    """Settings with what the folder of the run to recover says of it."""
+    """Return the settings, completed from the folder of the run to recover."""
     data = source.run()
     known = data["settings"]
     inner = known if data["verb"] == "prune" else known["pruning"]
@@ -120,10 +123,10 @@ def _completed(settings: Settings, source: RunFolder) -> Settings:
 
 
 def _origin(source: RunFolder, code: str) -> PruneSettings:
-    """The settings of the pruning run behind a run.
+    """Return the settings of the pruning run behind a run.
 
     Raises:
-        StoreError: If it is no finished pruning run.
+        StoreError: If there is no finished pruning run behind it.
         ModelError: If ``code`` is missing or not needed.
     """
     data = source.run()
@@ -137,7 +140,7 @@ def _origin(source: RunFolder, code: str) -> PruneSettings:
 
 
 def _loaded(source: RunFolder, origin: PruneSettings, progress: Progress) -> tuple[Loaded, Loaded]:
-    """The model before the cut, and after it."""
+    """Load the model before the cut, and after it."""
     dense = load_model(pruning_run.model_spec(origin), progress)
     built = copy.deepcopy(dense.model) if dense.origin.kind == "callable" else None
     net = store.load(source.path, model=built, device=origin.device, dtype=DTYPES.get(origin.dtype))
@@ -145,7 +148,7 @@ def _loaded(source: RunFolder, origin: PruneSettings, progress: Progress) -> tup
 
 
 def _cut(source: RunFolder, dense: Loaded) -> tuple[AxisGraph, Plan]:
-    """The axes of the model before the cut, and the plan that cut it.
+    """Return the axes of the model before the cut, and the plan that cut it.
 
     Raises:
         StoreError: If there is not one plan, or it does more than cut.

@@ -1,4 +1,4 @@
-"""Recovery in a run folder, from whose checkpoint an interrupted run goes on."""
+"""Recovery of a cut network within a run folder, with a checkpoint from which it resumes."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -33,20 +33,20 @@ def recovered(
     number: int = 1,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """Let a cut network win back what it lost, or go on from the checkpoint of an interrupted call; logs what was done.
+    """Recover a cut network by a method, or resume an interrupted recovery, and log a ``recovery`` row.
 
     Args:
-        folder: Where checkpoints are written and the ``recovery`` row is logged.
+        folder: The run folder, for the checkpoint and the ``recovery`` row.
         model: The network after the cut; changed in place.
         dense: The model before the cut.
-        axes: Its axes.
-        plan: The cut.
-        sources: The text to learn from.
+        axes: The axes of the dense model.
+        plan: The plan of the cut.
+        sources: The data to learn from.
         by: One of ``regrow.methods.RECOVERIES``.
-        settings: Its settings, where they differ from the defaults.
-        seed: Of what is drawn.
-        number: Which recovery of the network this is, from 1.
-        progress: Called as work goes on.
+        settings: Settings of the recovery that differ from the defaults.
+        seed: Seed of all random choices.
+        number: The number of this recovery of the network, from 1.
+        progress: Called with (steps done, steps in all, what is being done).
 
     Returns:
         The logged row.
@@ -71,10 +71,14 @@ def recovered(
 
 
 def check_recovery(by: str, sources: Sequence[str]) -> None:
-    """Find out before anything is begun what is wrong with a wish to recover; an empty one is in order.
+    """Raise ValueError, before a run starts, if the wanted recovery is unknown, lacks a package or lacks data.
+
+    Args:
+        by: The name of the recovery; empty: none is wanted.
+        sources: The sources, as ``--source`` takes them.
 
     Raises:
-        ValueError: If there is no such recovery, it needs a package that is missing, or it has nothing to learn from.
+        ValueError: If there is no such recovery, it needs a package that is missing, or there is no source.
     """
     if by:
         recovery_entry(by).made(by, {})
@@ -83,12 +87,12 @@ def check_recovery(by: str, sources: Sequence[str]) -> None:
 
 
 def compared(folder: RunFolder, found: Mapping[str, Perplexity], number: int = 1) -> None:
-    """Log how far the recovered model is from the pruned one, and then from the dense one, on the same windows.
+    """Log the paired difference in log-perplexity of the recovered model to the pruned one, and to the dense one.
 
     Args:
-        folder: Where those were measured, and where the figures go.
-        found: The perplexities of the recovered model.
-        number: Which recovery of the network this is, from 1.
+        folder: The run folder, with the perplexities of those two models.
+        found: Source name → the perplexity of the recovered model.
+        number: The number of this recovery of the network, from 1.
     """
     more = {"round": number} if number > 1 else {}
     rows = {(row["model"], row["source"]): row for row in folder.metrics() if row["what"] == "perplexity"}

@@ -1,4 +1,4 @@
-"""What the scores of a run looked like: spread, what was kept of it, and units with massive activations."""
+"""Summary of a run's importance scores: quantiles, where the cut lies, and units with massive activations."""
 
 from typing import Any
 
@@ -16,7 +16,16 @@ from regrow.scoring import energy, massive, weights_of
 def write_scores(
     folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan, scores: Scores, evidence: Evidence
 ) -> None:
-    """Write the scores that a plan was made from into a run folder."""
+    """Write a summary of the scores from which a plan was made into a run folder.
+
+    Args:
+        folder: The run folder.
+        loaded: The model.
+        axes: Its axes.
+        plan: The plan.
+        scores: The scores of the units.
+        evidence: The measured activations.
+    """
     entries: dict[str, dict[str, Any]] = {}
     for key, values in scores.values.items():
         steps = torch.quantile(values.double(), torch.linspace(0, 1, 21, dtype=torch.float64)).tolist()

@@ -1,4 +1,4 @@
-"""A search: a space, data and a size; and a folder with the network that was found, how it came about, and its test."""
+"""``regrow search``: search a space for a network of a given size, retrain it, and test it, in a run folder."""
 
 import time
 from collections.abc import Mapping
@@ -47,24 +47,31 @@ from regrow.training.learner import Boundary, Context, Event, write_replacements
 from regrow.training.state import TrainState
 
 GIVEN = ("target", "measure", "stages", "seed")
-"""Settings of methods that a run gives them."""
+"""Names of method settings that the run sets from its own settings."""
 RETRAINING = "retraining.safetensors"
 
 
 def schedule_of(settings: Settings, epochs: int, decay: str) -> TaskSchedule:
-    """How the search, or the training after it, goes."""
+    """Return the training schedule of the search, or of the retraining after it.
+
+    Args:
+        settings: The settings of the run.
+        epochs: The number of epochs.
+        decay: ``constant`` or ``cosine``.
+    """
     shared = {name: getattr(settings, name) for name in ("batch_size", "lr", "weight_decay", "seed")}
     return TaskSchedule(epochs=epochs, decay=decay, **shared)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The data of a search by what they are for.
+    """The data of a search, split by purpose.
 
     Args:
-        search: Trained on, and validated on, in the search.
-        whole: Both together; what it validates on is only watched.
-        test: Read once, at the end.
+        search: Training and validation examples of the search.
+        whole: Both together, for retraining; the validation examples are also its test examples, which are only
+            reported.
+        test: Test examples, evaluated once at the end.
     """
 
     search: Task
@@ -75,13 +82,13 @@ class Parts:
 def run(
     settings: Settings, out: str | Path, progress: Progress = silent, *, write_page: WritePage | None = None
 ) -> RunFolder:
-    """Search, train what was found anew, and leave a run folder behind; an interrupted run goes on where it was.
+    """Search, retrain the found network, test it, and write a run folder; an interrupted run is resumed.
 
     Args:
-        settings: What to do.
-        out: The run folder; new, empty, or of this very run.
-        progress: Called as work goes on.
-        write_page: Called with the complete folder, right before it takes its place.
+        settings: The settings of the run.
+        out: The run folder: new, empty, or of this very run.
+        progress: Called with (steps done, steps in all, what is being done).
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
@@ -134,7 +141,7 @@ def _search(
     search: Search,
     progress: Progress,
 ) -> tuple[nn.Module, Origin]:
-    """The network that a search leaves, as a plain network, and how to build it."""
+    """Run or resume the search; return the found network as a plain network, and the record of how to build it."""
     place, undo, state = folder.path / CHECKPOINT, UndoStore(), TrainState(search.learner.state)
     if folder.resumed and place.is_file():
         history = read_history(folder, "commit")
@@ -205,7 +212,15 @@ def _check_training(settings: Settings, parts: Parts) -> None:
 
 
 def retrain(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
-    """The found network, re-initialised unless it inherits, trained on training and validation part; zeros stay."""
+    """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0.
+
+    Args:
+        folder: The run folder, for the checkpoint.
+        settings: The settings of the run.
+        parts: The data.
+        found: The found network; it is not changed.
+        progress: Called with (steps done, steps in all, what is being done).
+    """
     model = clone_model(found)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
@@ -230,10 +245,13 @@ def retrain(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Modul
 
 
 def parts_of(settings: Settings) -> Parts:
-    """The data of a search, in three disjoint parts.
+    """Return the data of a search, split into training, validation and test examples.
+
+    Args:
+        settings: The settings of the run.
 
     Raises:
-        SourceError: If they are not there.
+        SourceError: If the data are missing.
     """
     base = streams.of(settings.data, settings.train, settings.test, settings.seed)
     n = len(base.train)
@@ -252,18 +270,23 @@ def parts_of(settings: Settings) -> Parts:
 
 
 def _counted_as_begun(settings: Settings, out: Path) -> Settings:
-    """The settings, with a target that counts what it did when the run in a folder was begun."""
+    """Return the settings with the definition of size that the run in the folder was started with."""
     there = RunFolder.started(out) or (RunFolder.open(out) if (out / RUN).is_file() else None)
     return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
 
 
 def _select_known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings that a method has."""
+    """Return those of the given settings that a method has."""
     return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
 
 
 def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, MemoryStages | None]:
-    """The space of a search as a network with random weights, and its stages, where a memory budget cuts them."""
+    """Return the search space as a network with random weights, its origin, and its stages under a memory budget.
+
+    Args:
+        settings: The settings of the run.
+        task: The data of the search.
+    """
     names = ("stages", "memory", "batch_size", "stride", "seed")
     entry = searcher_entry(settings.method)
     measure = measure_of(settings.target, settings.accounting)
@@ -280,14 +303,14 @@ def build_search(
     plan: MemoryStages | None = None,
     table: Latency | None = None,
 ) -> Search:
-    """The method of a search.
+    """Return the search method of a run, with the target, granularities and stages that follow from its settings.
 
     Args:
-        settings: Of the run.
-        model: The space.
-        axes: Its axes.
-        plan: Its stages, where a memory budget cut them.
-        table: How long operations and layers take (:func:`regrow.commands.latencies.of`), for a target in ms.
+        settings: The settings of the run.
+        model: The whole space as a network.
+        axes: The axes of the space.
+        plan: The stages, if a memory budget sets them.
+        table: The measured latencies (:func:`regrow.commands.latencies.of`), for a target in ms.
 
     Raises:
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.

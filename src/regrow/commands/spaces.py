@@ -1,4 +1,4 @@
-"""Spaces that a search begins with, by name, and the plain network that it leaves of one."""
+"""Search spaces by name, and the plain network that remains of one after a search."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -29,7 +29,7 @@ from regrow.tasks import Task
 from regrow.tracing.placeholder import find_placeholders
 
 Found = Cells | Mobile | Bench201
-"""A network of a space."""
+"""A network of one of the built-in search spaces."""
 
 
 def network(
@@ -44,17 +44,17 @@ def network(
     stage_share: float = 1.0,
     masked: Collection[str] = GRANULARITIES,
 ) -> tuple[nn.Module, Origin, MemoryStages | None]:
-    """A space as a network with drawn weights, and its stages, where a memory budget cuts them.
+    """Return a search space as a network with random weights, its origin, and its stages if a memory budget sets them.
 
     Args:
-        space: Its name.
+        space: The name of the space, or ``pkg.mod:fn``.
         task: The data of the search.
-        stages: In how many stages it is searched; 0: three, or as many as it has parts.
-        memory: What a stage may need; empty: no budget.
+        stages: The number of stages of the search; 0: three, or as many as the space has parts if these are fewer.
+        memory: The largest memory that a stage may need, like ``2GiB``; empty: no budget.
         batch_size: Examples per step.
-        stride: Of the stem.
-        seed: Of the weights.
-        stage_share: The share of its operations that a part is expected to have after its stage.
+        stride: The stride of the stem.
+        seed: Seed of the weights.
+        stage_share: The fraction of its operations that a part is expected to have after its stage.
         masked: The granularities whose masks need memory in a step.
 
     Raises:
@@ -90,7 +90,7 @@ def _one_stage(what: str, stages: int, memory: str) -> None:
 
 
 def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
-    """A network of the user's own code, with drawn weights."""
+    """Build a network by the user's own code, with random weights, and check its outputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, _ = call_builder(builder, space)
@@ -102,7 +102,7 @@ def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Growing:
-    """A space that is searched in stages: its name, its network and description, and how many parts it has."""
+    """A space that can be searched in stages: its network, its description, and its number of parts."""
 
     kind: str
     net: type[Cells] | type[Mobile]
@@ -124,7 +124,7 @@ def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Gr
 
 
 def _planned(found: _Growing, batch: Batch, budget: int, share: float, masked: Collection[str]) -> MemoryStages:
-    """The fewest stages that keep a budget; where none do, with parts that are computed anew in the backward pass."""
+    """Return the fewest stages within a memory budget; if there are none, with recomputation in the backward pass."""
     # Where stages end is not known yet: a classifier behind every part is no less than there will be.
     prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=share)
 
@@ -146,7 +146,11 @@ def _drawn(kind: type[Found], config: Mapping[str, Any], seed: int) -> Found:
 
 
 def ends(parts: int, stages: int) -> tuple[int, ...]:
-    """The last part of each of so many stages, as equal as can be.
+    """Return the last part of each stage, for stages of nearly equal numbers of parts.
+
+    Args:
+        parts: The number of parts (cells or blocks) of the space.
+        stages: The number of stages.
 
     >>> ends(8, 3), ends(6, 1)
     ((2, 4, 7), (5,))
@@ -157,11 +161,11 @@ def ends(parts: int, stages: int) -> tuple[int, ...]:
 
 
 def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
-    """What a search left of a space, as a plain network, and how to build it; scales are folded where they can be.
+    """Return what a search left of a space as a plain network with folded scales, and the record of how to build it.
 
     Args:
-        model: The network, cut by plans; its scales are folded too.
-        origin: How it was built.
+        model: The network, cut by plans; its scales are folded in place.
+        origin: The record of how the space was built.
     """
     gone = find_placeholders(model).keys()
     fold_scales(model)
@@ -178,7 +182,12 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
 
 
 def rebuilt(config: Mapping[str, Any], model: Found) -> Found:
-    """The network of a description with the numbers of the super-network that it describes."""
+    """Build the network that a description gives, with the parameters of the super-network that it describes.
+
+    Args:
+        config: The description of the network.
+        model: The super-network after the search.
+    """
     found = type(model)(config)
     if isinstance(model, Cells | Mobile):
         found.recomputed = model.recomputed  # a budget that needs it holds while it is trained anew, too

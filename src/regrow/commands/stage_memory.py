@@ -1,4 +1,4 @@
-"""The memory of a search's stages: predicted from shapes, kept within a budget, and measured in the search itself."""
+"""The memory of a search's stages: predicted from shapes, kept within a budget, and measured during the search."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,12 +25,12 @@ and more of these for each granularity that is searched."""
 
 
 def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:
-    """(first part that is whole, last part that runs) → the most bytes that a stage needs there.
+    """Return a function (first part that is complete, last part that runs) → the predicted peak of a stage in bytes.
 
     Args:
         masked: The granularities whose masks need memory in a step.
-        prefix: Gives the part of the network that runs.
-        batch: Of a step.
+        prefix: Returns the part of the network that runs in a stage.
+        batch: The batch of a training step.
     """
     plain = prefix_peaks(prefix, batch, _step())
 
@@ -43,7 +43,14 @@ def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix],
 
 
 def predict_stage(search: Search, state: SearchState, context: Context, batch: Batch) -> int:
-    """The most bytes that the current stage needs, as the network is; nothing of it runs."""
+    """Predict the peak memory of the current stage in bytes, without running the network.
+
+    Args:
+        search: The method.
+        state: The state of the search.
+        context: The network.
+        batch: The batch of a training step.
+    """
     net = Prefix(context.model, search.rules.space.part(state.stage))
     removed = context.undo.contents().values() if context.undo else ()
     cut = sum(one.untyped_storage().nbytes() for one in removed)
@@ -60,14 +67,14 @@ def _add_masks(masked: Collection[str], plain: int, weights: int) -> int:
 
 @dataclass
 class MemoryWatch:
-    """Keeps each stage of a search within a budget, and measures it: two steps at its start, or when masks are trained.
+    """Keeps each stage of a search within a memory budget, and measures steps of it with and without masks trained.
 
     Args:
         search: The method.
-        budget: In bytes.
+        budget: The budget in bytes.
         size: Examples per step.
-        rows: Stage → what was measured of it.
-        predictions: Stage that began in this process → what was predicted then, in bytes.
+        rows: Stage → its measured memory.
+        predictions: Stage that started in this process → its predicted peak, in bytes.
     """
 
     search: Search
@@ -77,10 +84,10 @@ class MemoryWatch:
     predictions: dict[int, int] = field(default_factory=dict)
 
     def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
-        """A context manager for a step.
+        """Return a context manager for a training step, which measures the first two steps of an epoch that need it.
 
         Args:
-            state: Of the search.
+            state: The state of the search.
             context: The network.
             step: The number of the step in its epoch.
 
@@ -98,7 +105,7 @@ class MemoryWatch:
         return nullcontext()
 
     def _fit(self, state: SearchState, context: Context) -> int:
-        """What a stage needs; from now on with recomputed parts, if it exceeds the budget."""
+        """Return a stage's predicted peak in bytes; turn recomputation on if it exceeds the budget."""
         train, net = context.task.train, cast(Staged, context.model)
         batch = Batch((train.inputs[: self.size],), labels=train.labels[: self.size])
         needed = predict_stage(self.search, state, context, batch)

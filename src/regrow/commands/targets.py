@@ -1,4 +1,4 @@
-"""What a search aims at: a target in words as a measure and a number."""
+"""The target of a search: parsed from text into a measure and a number."""
 
 from regrow.allocation.cost import Cost
 from regrow.amounts import Measure, Target, parse_share
@@ -8,7 +8,7 @@ from regrow.methods.search.space import GRANULARITIES
 from regrow.settings.search import DENSE, FORMER
 
 SIZES = ("params", "nonzero", "macs", "bytes", "ms")
-"""The measures that a search knows of single weights and operations."""
+"""The measures that a search can use for single weights and operations."""
 
 _LIKE = (
     "a target is written like params=0.5M, nonzero=50k, macs=3M, bytes=200k, ms=20, a share of the whole space such as "
@@ -17,7 +17,7 @@ _LIKE = (
 
 
 def measure_of(text: str, accounting: str = DENSE) -> Measure:
-    """What a target counts.
+    """Return the measure that a target names, such as parameters for ``params=50k``.
 
     >>> measure_of("macs=3M"), measure_of("0.2"), measure_of("0.2", FORMER)
     (<Measure.MACS: 'macs'>, <Measure.PARAMETERS: 'params'>, <Measure.NONZERO: 'nonzero'>)
@@ -27,7 +27,7 @@ def measure_of(text: str, accounting: str = DENSE) -> Measure:
         accounting: ``dense``; or ``0.1`` for a run of that version, where params counted what is not 0.
 
     Raises:
-        ValueError: If it names no measure that a search knows, or one that is counted in another way now.
+        ValueError: If it names no measure that a search can use, or one that version 0.1 counted differently.
     """
     unit, equals, _ = text.partition("=")
     if equals and (unit.strip() not in SIZES or "@" in text):
@@ -42,7 +42,7 @@ def measure_of(text: str, accounting: str = DENSE) -> Measure:
 
 
 def levels_for(measure: Measure) -> tuple[str, ...]:
-    """The levels that a target can be met with: ``nonzero`` alone spares weights that are 0.
+    """Return the granularities by which a target can be met: zeroed weights count as removed under ``nonzero`` only.
 
     Args:
         measure: What the target counts.
@@ -51,13 +51,13 @@ def levels_for(measure: Measure) -> tuple[str, ...]:
 
 
 def target(text: str, axes: AxisGraph, table: Latency | None = None, accounting: str = DENSE) -> tuple[Measure, float]:
-    """A target as a measure and a number.
+    """Return a target as a measure and a number.
 
     Args:
-        text: ``params=0.5M``, ``nonzero=50k``, ``macs=3M``, ``bytes=200k``, ``ms=20``; a share of what the whole space
-            has, ``macs=20%``; or a share of its parameters, ``0.2``.
-        axes: Those of the whole space.
-        table: How long it takes, for a target in ms.
+        text: ``params=0.5M``, ``nonzero=50k``, ``macs=3M``, ``bytes=200k``, ``ms=20``; a fraction of the whole space's
+            cost, ``macs=20%``; or a fraction of its parameters, ``0.2``.
+        axes: The axes of the whole space.
+        table: The measured latencies of the whole space, for a target in ms.
         accounting: As in :func:`measure_of`.
 
     Raises:
@@ -77,7 +77,7 @@ def target(text: str, axes: AxisGraph, table: Latency | None = None, accounting:
 
 
 def _share(text: str) -> float:
-    """The share of the whole space that a target names: ``0.2`` or ``macs=20%``."""
+    """Return the fraction of the whole space that a target names: ``0.2`` or ``macs=20%``."""
     try:
         share = parse_share(text.rpartition("=")[2])
     except ValueError:

@@ -1,4 +1,4 @@
-"""An undo store on the disk: one safetensors file, whole or not at all."""
+"""Undo stores on disk: one safetensors file each, written atomically."""
 
 from pathlib import Path
 
@@ -14,20 +14,23 @@ FORMAT = "regrow-attic/1"
 
 
 def write_undo_store(path: Path, undo: UndoStore) -> None:
-    """Write what cuts have taken out of a network.
+    """Write the units that cuts removed from a network to a file.
 
     Args:
         path: The file to make or replace; its folder must exist.
-        undo: What to write.
+        undo: The store of the removed units.
 
     Raises:
-        StoreError: If the disk is full or does not let us write; the old file stands.
+        StoreError: If the disk is full or the file cannot be written; an old file is not changed.
     """
     write_tensors(path, undo.tensors(), {"attic": undo.record()}, FORMAT)
 
 
 def read_undo_store(path: Path) -> UndoStore:
-    """What was written there.
+    """Read the units that cuts removed from a file that :func:`write_undo_store` wrote.
+
+    Args:
+        path: The file.
 
     Raises:
         StoreError: If there is no such file, it is no undo store, or it is damaged.

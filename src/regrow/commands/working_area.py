@@ -1,4 +1,4 @@
-"""The working area of a run that is not finished: a hidden folder in the run's own, which nobody takes for a result.
+"""The working area of an unfinished run: a hidden folder in the run's own folder, never mistaken for a result.
 
 It holds a run if it holds a ``run.json``. A folder that has one at its top, without a finishing time, is a run that
 version 0.1 left unfinished.
@@ -17,7 +17,10 @@ from regrow.store.replacing import WORK, link_tree
 
 
 def started(out: Path) -> Path | None:
-    """Where the files of the unfinished run in a folder lie; ``None`` if there is none.
+    """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none.
+
+    Args:
+        out: The folder of the run.
 
     Raises:
         StoreError: If a ``run.json`` is damaged, or the working area leads out of the folder.
@@ -29,14 +32,14 @@ def started(out: Path) -> Path | None:
 
 
 def resumes(out: Path, wanted: Mapping[str, Any]) -> bool:
-    """Whether a folder holds this run, unfinished; ``False`` if it holds nothing.
+    """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing.
 
     Args:
         out: The folder.
-        wanted: What :func:`regrow.commands.record.identity` gave.
+        wanted: The result of :func:`regrow.commands.record.identity` for the wanted run.
 
     Raises:
-        StoreError: If it holds anything else.
+        StoreError: If the folder holds anything else.
     """
     if not out.is_dir():
         return False
@@ -53,7 +56,10 @@ def resumes(out: Path, wanted: Mapping[str, Any]) -> bool:
 
 
 def check_area(area: Path) -> None:
-    """Assert that a working area and the folders in it are folders, so that what is written there stays there.
+    """Raise StoreError if the working area or a folder in it is a symbolic link, so that all writes stay inside it.
+
+    Args:
+        area: The working area.
 
     Raises:
         StoreError: If one is a symbolic link, or the working area is a file.
@@ -65,7 +71,11 @@ def check_area(area: Path) -> None:
 
 
 def cleared_area(out: Path) -> Path:
-    """An empty working area in a folder."""
+    """Create an empty working area in a folder, and return its path.
+
+    Args:
+        out: The folder of the run.
+    """
     with explain_os_errors(out):
         if (out / WORK).exists():
             shutil.rmtree(out / WORK)
@@ -74,7 +84,11 @@ def cleared_area(out: Path) -> Path:
 
 
 def adopt(out: Path) -> None:
-    """Move an unfinished run of version 0.1 into the working area; a call that is killed is completed by the next."""
+    """Move an unfinished run of version 0.1 into the working area; after a killed process the next call completes it.
+
+    Args:
+        out: The folder of the run.
+    """
     if not _of_0_1(out):
         return
     with explain_os_errors(out):
@@ -87,7 +101,11 @@ def adopt(out: Path) -> None:
 
 
 def begin_again(out: Path) -> None:
-    """Have the working area hold what the finished run of a folder left, so that it can be changed there."""
+    """Fill the working area with the files of the finished run in a folder, so that they can be changed there.
+
+    Args:
+        out: The folder of the run.
+    """
     area = cleared_area(out)
     with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})
