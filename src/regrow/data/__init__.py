@@ -1,4 +1,4 @@
-"""Text and images as named sources, in disjoint halves for calibration and evaluation."""
+"""Text and images as named sources, split into disjoint halves for calibration and evaluation."""
 
 from regrow.data.errors import MissingError, SourceError
 from regrow.data.halves import Half

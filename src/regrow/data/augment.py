@@ -1,4 +1,4 @@
-"""Pictures moved, mirrored and cut out of, a whole batch at once; what is drawn comes from torch's own generator."""
+"""Data augmentation of whole image batches (shifts, flips, cutout), drawn from torch's global generator."""
 
 import torch
 import torch.nn.functional as F
@@ -6,12 +6,12 @@ from torch import Tensor
 
 
 def shift_and_flip(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tensor:
-    """Each picture moved by up to ``most`` pixels in both directions, 0 coming in, and mirrored every second time.
+    """Return images randomly shifted by up to ``most`` pixels (zero-padded) and mirrored with probability ½.
 
     Args:
         pictures: ``[N, C, H, W]``.
-        most: Pixels.
-        mirror: Whether left and right may be exchanged.
+        most: The largest shift in pixels, in both directions.
+        mirror: Whether images may be mirrored left to right.
 
     >>> shift_and_flip(torch.ones(2, 1, 8, 8), most=0).sum().item()
     128.0
@@ -28,11 +28,11 @@ def shift_and_flip(pictures: Tensor, most: int = 4, mirror: bool = True) -> Tens
 
 
 def cut_out(pictures: Tensor, side: int) -> Tensor:
-    """Each picture with a square set to 0 whose middle lies anywhere in it; what reaches beyond the edge is lost.
+    """Return images with a random square set to 0 (cutout); its centre may lie anywhere in the image.
 
     Args:
         pictures: ``[N, C, H, W]``.
-        side: Of the square, pixels; 0: the pictures as they are.
+        side: The side of the square in pixels; 0 returns the images unchanged.
 
     Source: DeVries and Taylor (arXiv 1708.04552).
 

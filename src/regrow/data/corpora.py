@@ -1,4 +1,4 @@
-"""Further kinds of text for measurements, each from a file that the user has fetched; nothing is downloaded.
+"""Further text domains for measurements, each read from a file that the user has fetched; no downloads.
 
 ==============  ====================================================================================================
 ``wiki``        Wikipedia paragraphs: ``squad_shifts/new_wiki_v1.0.json`` of PyPI ``bigbench``
@@ -24,13 +24,21 @@ from regrow.limits import expanded, read_json, read_text
 
 
 def wiki(path: Path) -> Text:
-    """Wikipedia paragraphs from a file in SQuAD's form (CC BY-SA)."""
+    """Read Wikipedia paragraphs from a file in SQuAD's format (CC BY-SA).
+
+    Args:
+        path: ``squad_shifts/new_wiki_v1.0.json``.
+    """
     paragraphs = [p["context"] for article in _json("wiki", path)["data"] for p in article["paragraphs"]]
     return Text("wiki", tuple(dict.fromkeys(paragraphs)), f"Wikipedia paragraphs, {path.name}")
 
 
 def prose(path: Path) -> Text:
-    """A novel in one text file, cut at its blank lines into documents of about a page."""
+    """Read a novel from one text file, split at blank lines into documents of about a page.
+
+    Args:
+        path: The text file.
+    """
     pages: list[str] = [""]
     for paragraph in _content("prose", path).split("\n\n"):
         if len(pages[-1]) > 3000:
@@ -40,11 +48,11 @@ def prose(path: Path) -> Text:
 
 
 def brown(path: Path, letters: str = "klmnpr") -> Text:
-    """Texts of the Brown corpus, with their part-of-speech tags taken off.
+    """Read texts of the Brown corpus, with their part-of-speech tags removed.
 
     Args:
         path: The folder of its files, ``ca01`` to ``cr09``.
-        letters: Which genres: a press, b editorials, j learned, k to r fiction.
+        letters: The genres to read: a press, b editorials, j learned, k to r fiction.
     """
     files = sorted(file for file in path.glob("c[a-r][0-9][0-9]") if file.name[1] in letters)
     if not files:
@@ -54,13 +62,21 @@ def brown(path: Path, letters: str = "klmnpr") -> Text:
 
 
 def legal(path: Path) -> Text:
-    """The licence texts of the SPDX list (CC0)."""
+    """Read the licence texts of the SPDX list (CC0).
+
+    Args:
+        path: ``spdx-full.json``.
+    """
     licences = _json("legal", path)
     return Text("legal", tuple(licences[key]["licenseText"] for key in sorted(licences)), f"licences, {path.name}")
 
 
 def maths(path: Path) -> Text:
-    """Elementary word problems, each with its right answer (Apache-2.0)."""
+    """Read elementary word problems, each with its right answer (Apache-2.0).
+
+    Args:
+        path: ``task.json`` of the problems.
+    """
     examples = _json("maths", path)["examples"]
     best = [max(example["target_scores"], key=example["target_scores"].get) for example in examples]
     documents = tuple(f"{example['input']} {answer}" for example, answer in zip(examples, best, strict=True))
@@ -68,7 +84,11 @@ def maths(path: Path) -> Text:
 
 
 def dialogue(path: Path) -> Text:
-    """Conversations of two people, one turn a line (CDLA-Sharing)."""
+    """Read conversations of two people, one turn a line (CDLA-Sharing).
+
+    Args:
+        path: ``task.json`` of the conversations.
+    """
     turns = [re.sub(r"agent_([AB]): ", r"\n\1: ", example["input"]) for example in _json("dialogue", path)["examples"]]
     return Text("dialogue", tuple(turn.strip() for turn in turns), f"conversations, {path.parent.name}/{path.name}")
 
@@ -81,7 +101,7 @@ CORPORA: dict[str, Callable[[Path], Text]] = {
     "maths": maths,
     "dialogue": dialogue,
 }
-"""The kinds of text that need a fetched file."""
+"""Name → function that reads the text domain from a fetched file."""
 
 
 def _untagged(content: str) -> str:

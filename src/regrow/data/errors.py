@@ -1,9 +1,9 @@
-"""What can be wrong with text or images that someone names."""
+"""Errors of reading text or image sources."""
 
 
 class SourceError(ValueError):
-    """A source that cannot be read or is too small; the message is one line, names the value and the remedy."""
+    """Raised if a source cannot be read or is too small; one line with the value and the remedy."""
 
 
 class MissingError(SourceError):
-    """A source that is not there."""
+    """Raised if a source does not exist."""

@@ -1,4 +1,4 @@
-"""Two halves of everything: one to calibrate on, one to evaluate on, with nothing in common."""
+"""Split sources into a calibration and an evaluation half that have nothing in common."""
 
 from collections.abc import Sequence
 from enum import StrEnum
@@ -6,14 +6,14 @@ from enum import StrEnum
 from regrow.data.errors import SourceError
 
 FEW = 8
-"""Below this many documents, each one is cut in two instead of dealing them out."""
+"""With fewer documents than this, each document is cut in two instead of assigning whole documents to halves."""
 
 PARAGRAPH = 80
-"""Paragraphs at least this long (characters) may not stand in both halves."""
+"""Paragraphs of at least this many characters may not occur in both halves."""
 
 
 class Half(StrEnum):
-    """Which part of a source is read."""
+    """Which part of a source is read: the calibration half, the evaluation half, or all of it."""
 
     CALIBRATION = "calibration"
     EVALUATION = "evaluation"
@@ -21,12 +21,12 @@ class Half(StrEnum):
 
 
 def half_of(documents: Sequence[str], half: Half, name: str = "text") -> tuple[str, ...]:
-    """One half of some documents; the same each time.
+    """Return the calibration or the evaluation half of some documents; always the same split.
 
-    Documents are dealt out in turn: first, third, ... calibrate; second, fourth, ... evaluate. Where there are fewer
-    than eight, or one half would get less than a quarter of the text, each document is cut in its middle instead, at
-    the end of a paragraph, line or word. Repeated documents count once, and a paragraph of the calibration half that
-    returns in the evaluation half (a quoted passage, a licence) is taken out of the latter.
+    Documents alternate: the first, third, ... are for calibration; the second, fourth, ... for evaluation. Where there
+    are fewer than eight, or one half would get less than a quarter of the text, each document is cut in its middle
+    instead, at the end of a paragraph, line or word. Repeated documents count once, and a paragraph of the calibration
+    half that recurs in the evaluation half (a quoted passage, a licence) is removed from the latter.
 
     >>> half_of(["the first half\\n\\nthe second half"], Half.EVALUATION)
     ('the second half',)
@@ -34,7 +34,7 @@ def half_of(documents: Sequence[str], half: Half, name: str = "text") -> tuple[s
     Args:
         documents: The documents, in a fixed order.
         half: Which half.
-        name: How an error refers to them.
+        name: The name of the source, for error messages.
 
     Raises:
         SourceError: If there is no text, or only one line of it.

@@ -1,4 +1,4 @@
-"""Sequences of tasks: one set of images seen in changed ways, or in parts."""
+"""Task sequences for continual learning: one image data set, transformed or split by classes."""
 
 import random
 from collections.abc import Iterable, Sequence
@@ -19,16 +19,16 @@ from regrow.limits import check_memory, expanded, read_content
 from regrow.tasks import Examples, Task
 
 _MOST = 2**28
-"""Bytes of the longest file that is read."""
+"""The largest file that is read, in bytes."""
 
 
 def permuted_tasks(base: Task, n: int, seed: int = 0) -> list[Task]:
-    """The same images with their pixels in another fixed order in each task; the first has them as they are.
+    """Return tasks of the same images with the pixels in a different fixed order in each; the first unchanged.
 
     Args:
-        base: What is changed; inputs ``[N, C, H, W]``. All channels of a pixel move together.
-        n: How many tasks.
-        seed: Of the orders.
+        base: The data set; inputs ``[N, C, H, W]``. All channels of a pixel move together.
+        n: The number of tasks.
+        seed: The random seed of the orders.
     """
     generator, pixels = torch.Generator().manual_seed(seed), base.train.inputs[0, 0].numel()
     orders = [torch.arange(pixels), *(torch.randperm(pixels, generator=generator) for _ in range(n - 1))]
@@ -40,12 +40,14 @@ def permuted_tasks(base: Task, n: int, seed: int = 0) -> list[Task]:
 
 
 def rotated_tasks(base: Task, n: int, degrees: float = 180.0) -> list[Task]:
-    """The same images turned further in each task, from 0 up to (not including) ``degrees``; bilinear, 0 outside.
+    """Return tasks of the same images, rotated further in each task, from 0 up to ``degrees`` (exclusive).
+
+    Rotation is bilinear; pixels from outside the image are 0.
 
     Args:
-        base: What is changed; inputs ``[N, C, H, W]``.
-        n: How many tasks.
-        degrees: Where the turn would end.
+        base: The data set; inputs ``[N, C, H, W]``.
+        n: The number of tasks.
+        degrees: The angle that a further task would have.
     """
 
     def change(angle: float) -> Any:
@@ -64,15 +66,15 @@ def rotated_tasks(base: Task, n: int, degrees: float = 180.0) -> list[Task]:
 
 
 def split(base: Task, n: int, *, relabel: bool = False) -> list[Task]:
-    """The classes in ``n`` equal groups, in their order.
+    """Split a data set by classes into ``n`` tasks with equally many classes each, in their order.
 
     Args:
-        base: What is split.
-        n: How many tasks.
-        relabel: Whether each task names its classes 0, 1, … anew (domain-incremental).
+        base: The data set.
+        n: The number of tasks.
+        relabel: Whether each task numbers its classes from 0 (domain-incremental).
 
     Raises:
-        SourceError: If the classes do not divide into so many groups.
+        SourceError: If the number of classes is not a multiple of ``n``.
     """
     if len(base.classes) % n:
         raise SourceError(f"{len(base.classes)} classes do not divide into {n} equal tasks; take a divisor")
@@ -90,16 +92,15 @@ def split(base: Task, n: int, *, relabel: bool = False) -> list[Task]:
 
 
 def alike(tasks: Sequence[Task]) -> list[Task]:
-    """The same tasks with all pictures in the form of the first task's, as one network takes them.
+    """Return the tasks with all images converted to the size and channels of the first task's.
 
-    Sizes are resampled bilinearly, without aliasing where they shrink; grey becomes three equal colours, colours become
-    their mean.
+    Images are resized bilinearly, with antialiasing; grey becomes three equal channels, colours become their mean.
 
     Args:
-        tasks: Of pictures ``[N, C, H, W]``.
+        tasks: Tasks of images ``[N, C, H, W]``.
 
     Raises:
-        SourceError: If there are none.
+        SourceError: If there are no tasks.
 
     >>> small, large = (Examples(torch.ones(2, c, n, n), torch.zeros(2).long()) for c, n in ((1, 8), (3, 32)))
     >>> [one.train.inputs.shape[1:] for one in alike([Task("a", small, small, (0,)), Task("b", large, large, (0,))])]
@@ -121,15 +122,15 @@ def alike(tasks: Sequence[Task]) -> list[Task]:
 
 
 def of_datasets(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] = ()) -> list[Task]:
-    """Tasks from any data sets of (image, class) pairs: torchvision's, or experiences of Avalanche and Continuum.
+    """Make tasks from data sets of (image, class) pairs: of torchvision, Avalanche or Continuum.
 
-    Pictures of whole numbers, as torchvision gives them without a transform, come to ``[C, H, W]`` from 0 to 1; tensors
-    of floating point stay as they are.
+    Images of integers, as torchvision returns them without a transform, are converted to ``[C, H, W]`` from 0 to 1;
+    floating-point tensors stay as they are.
 
     Args:
         pairs: A training and a test set per task: ``zip(benchmark.train_stream, benchmark.test_stream)`` of Avalanche,
             ``zip(train_scenario, test_scenario)`` of Continuum. Entries may have more than two parts (the task).
-        names: What results call them.
+        names: The name of each task in results; ``task-1`` and so on where they are missing.
 
     Raises:
         SourceError: If an entry is not a picture, tensor or array with a class, or pictures differ in size.
@@ -143,11 +144,11 @@ def of_datasets(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] = ()) -> 
 
 
 def idx(folder: str | Path, name: str = "images") -> Task:
-    """A data set in the four files of MNIST (``train-images-idx3-ubyte`` and so on, or ``.gz``); values 0 to 1.
+    """Read a data set in the four files of MNIST (``train-images-idx3-ubyte`` etc., or ``.gz``); values 0 to 1.
 
     Args:
-        folder: Where the files are.
-        name: How results refer to it.
+        folder: The folder of the files.
+        name: The name of the data set in results.
 
     Raises:
         SourceError: If a file is missing or is not what its header says.
@@ -174,17 +175,19 @@ def _idx_half(folder: Path, half: str) -> Examples:
 
 
 def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: int = 0, seed: int = 0) -> Task:
-    """A data set of picture files, ``train/CLASS/…`` and ``test/CLASS/…``; values 0 to 1, classes in order of name.
+    """Read an image data set from ``train/CLASS/…`` and ``test/CLASS/…``; values 0 to 1.
+
+    Classes are numbered in the order of their names.
 
     Args:
-        folder: Where both folders are.
-        name: How results refer to it.
-        train: How many pictures to learn from, drawn by the seed before any is read; 0: all.
-        test: How many to test on.
-        seed: Which.
+        folder: The folder that contains ``train`` and ``test``.
+        name: The name of the data set in results.
+        train: The most training images, chosen at random before any is read; 0: all.
+        test: The most test images; 0: all.
+        seed: The random seed of the choice.
 
     Raises:
-        SourceError: If there are none, or they are not all of one size.
+        SourceError: If there are no images, or they are not all of one size.
     """
     halves = [Path(folder) / half for half in ("train", "test")]
     classes = sorted({one.name for half in halves if half.is_dir() for one in half.iterdir() if one.is_dir()})
@@ -199,16 +202,16 @@ def pictures(folder: str | Path, name: str = "pictures", train: int = 0, test: i
 
 
 def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
-    """A data set by name: ``digits``, or a folder: MNIST's four files, or ``train/CLASS/…`` and ``test/CLASS/…``.
+    """Load a data set by name: ``digits``, a folder of MNIST's four files, or of ``train/CLASS/…`` images.
 
     Args:
-        name: Which.
-        train: Most examples to learn from, drawn by the seed; 0: all.
-        test: Most to test on; 0: all.
-        seed: Which ones.
+        name: ``digits`` or the path of a folder.
+        train: The most training examples, chosen at random; 0: all.
+        test: The most test examples; 0: all.
+        seed: The random seed of the choice.
 
     Raises:
-        SourceError: If there is no such data.
+        SourceError: If there is no such data set.
     """
     if min(train, test) < 0:
         raise SourceError(f"numbers of examples are 0, for all, or more; got train={train}, test={test}")
@@ -228,7 +231,10 @@ def of(name: str, train: int = 0, test: int = 0, seed: int = 0) -> Task:
 
 
 def digits_task(test: float = 0.25) -> Task:
-    """The 1,797 digits of scikit-learn as a task: every fourth image of each class, as they come, is for testing.
+    """Return the 1,797 digits of scikit-learn as a task; every fourth image of each class is for testing.
+
+    Args:
+        test: The fraction of the images of each class that is for testing, as 1 / a whole number.
 
     Raises:
         SourceError: If scikit-learn is not installed.
@@ -246,7 +252,14 @@ def digits_task(test: float = 0.25) -> Task:
 
 
 def fewer(base: Task, train: int, test: int, seed: int = 0) -> Task:
-    """A drawn part of a task: so many examples to learn from and so many to test on, or all if there are no more."""
+    """Return a random subset of a task, with at most ``train`` training and ``test`` test examples.
+
+    Args:
+        base: The task.
+        train: The most training examples.
+        test: The most test examples.
+        seed: The random seed of the choice.
+    """
 
     def drawn(part: Examples, n: int) -> Examples:
         order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:n]

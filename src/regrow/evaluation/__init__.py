@@ -1,4 +1,4 @@
-"""Measuring networks: perplexity, choices, accuracy, speed, memory and size, each with its error or spread."""
+"""Measure networks: perplexity, multiple choice, accuracy, speed, memory and size, each with its error."""
 
 from regrow.evaluation.choice import Choices, choices, items_in
 from regrow.evaluation.harness import Harnessed, harness

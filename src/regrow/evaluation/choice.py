@@ -1,4 +1,4 @@
-"""Multiple choice: whether a model finds the right ending likelier than the others."""
+"""Multiple-choice accuracy: whether a model gives the right ending the highest likelihood."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from regrow.progress import Progress, silent
 from regrow.sources import Batch
 
 Item = Mapping[str, Any]
-"""``{"query", "choices", "gold"}``, or ``{"context_options", "continuation", "gold"}`` where the beginnings differ."""
+"""``{"query", "choices", "gold"}``, or ``{"context_options", "continuation", "gold"}`` if the beginnings differ."""
 
 # Tokens per forward pass: the logits of a 262,144-token vocabulary take 1 GB.
 _TOKENS = 1024
@@ -26,12 +26,12 @@ _TOKENS = 1024
 
 @dataclass(frozen=True)
 class Choices:
-    """What a model chose.
+    """The result of a multiple-choice task: whether each item was answered correctly, by two scores.
 
     Args:
         task: The task's name.
         right: Per item, whether the choice with the greatest Σ log p is the right one.
-        right_per_byte: Per item, the same for Σ log p / bytes of the choice.
+        right_per_byte: Per item, the same for Σ log p divided by the bytes of the choice.
         chance: The accuracy of guessing, the mean of 1 / choices.
     """
 
@@ -42,12 +42,12 @@ class Choices:
 
     @property
     def accuracy(self) -> float:
-        """The share of right choices by Σ log p."""
+        """The fraction of items answered correctly by Σ log p."""
         return sum(self.right) / len(self.right)
 
     @property
     def accuracy_per_byte(self) -> float:
-        """The share of right choices by Σ log p per byte, which does not favour short choices."""
+        """The fraction answered correctly by Σ log p per byte, which does not favour short choices."""
         return sum(self.right_per_byte) / len(self.right_per_byte)
 
     @property
@@ -61,7 +61,7 @@ class Choices:
         return share_error(self.accuracy_per_byte, len(self.right))
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """Return the result as JSON-able data."""
         return {
             "task": self.task,
             "items": len(self.right),
@@ -76,7 +76,11 @@ class Choices:
 
 
 def share_error(share: float, n: int) -> float:
-    """The standard error of a share of n, √(p(1−p)/n).
+    """Return the standard error of a proportion, √(p(1−p)/n).
+
+    Args:
+        share: The proportion p, 0 to 1.
+        n: The number of items.
 
     >>> share_error(0.5, 100)
     0.05
@@ -85,7 +89,11 @@ def share_error(share: float, n: int) -> float:
 
 
 def items_in(path: Path, n: int | None = None) -> list[Item]:
-    """The items of a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them.
+    """Read multiple-choice items from a ``.jsonl`` or ``.jsonl.gz`` file, the first ``n`` of them.
+
+    Args:
+        path: The file.
+        n: The number of items; all if ``None``.
 
     Raises:
         ValueError: If the file cannot be read, or a line is not an item; names the line.
@@ -115,16 +123,16 @@ def choices(
     longest: int = 2048,
     progress: Progress = silent,
 ) -> Choices:
-    """Let a causal language model choose.
+    """Measure a causal language model on multiple-choice items.
 
     Args:
-        model: Called with tokens ``[batch, tokens]``; gives logits. Rows are padded on the right, which a causal
-            model's earlier positions do not see.
+        model: A causal model, called with tokens ``[batch, tokens]``, that returns logits. Rows are padded on the
+            right, which earlier positions do not see.
         tokenizer: A transformers tokenizer.
-        items: What to choose from.
+        items: The items.
         task: The name of the task.
-        longest: Tokens per row; of longer ones the beginning is cut off.
-        progress: Called as rows are done.
+        longest: The most tokens per row; longer rows lose their beginning.
+        progress: Called with (rows done, rows in all, description).
 
     Raises:
         ValueError: If there is no item, or one is malformed.

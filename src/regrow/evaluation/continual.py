@@ -1,8 +1,8 @@
-"""What a network that learns task after task still knows: the accuracy matrix, and what is read from it.
+"""Continual learning metrics: the accuracy matrix and what follows from it (forgetting, transfer).
 
 ``R[i][j]`` is the accuracy on task ``j`` after task ``i`` has been learned, ``b[j]`` that of the network before any.
-What was not measured, for want of examples, is not a number, and figures are taken over the rest.
-The words mean what they mean in Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
+Entries that could not be measured, for lack of examples, are NaN and left out of means. The terms are those of
+Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -20,11 +20,11 @@ from regrow.tasks import Examples, among
 
 @dataclass(frozen=True)
 class Matrix:
-    """The accuracy matrix.
+    """The accuracy matrix of a sequence of tasks.
 
     Args:
-        rows: ``R``: per task learned, the accuracy on every task known by then, those to come included.
-        before: ``b``.
+        rows: ``R``: per task learned, the accuracy on every task known by then, including later ones.
+        before: ``b``: the accuracy on each task before any was learned.
 
     >>> m = Matrix(((0.9, 0.2), (0.6, 0.8)), (0.1, 0.1))
     >>> [round(x, 3) for x in (m.average, m.average_along, m.backward_transfer, m.forgetting, m.learning)]
@@ -38,40 +38,40 @@ class Matrix:
 
     @property
     def average(self) -> float:
-        """Final average accuracy: mean over tasks of R[T][j]."""
+        """The final average accuracy: mean over tasks of R[T][j]."""
         return _mean(self.rows[-1][: len(self.rows)])
 
     @property
     def average_along(self) -> float:
-        """Average accuracy along the way: mean over i of the mean of R[i][j] over the tasks seen, j ≤ i."""
+        """The average accuracy during learning: mean over i of the mean of R[i][j] over tasks j ≤ i."""
         return _mean(_mean(row[: i + 1]) for i, row in enumerate(self.rows))
 
     @property
     def learning(self) -> float:
-        """Learning accuracy: mean of R[j][j]."""
+        """The learning accuracy: mean of R[j][j], the accuracy on each task just after learning it."""
         return _mean(row[i] for i, row in enumerate(self.rows))
 
     @property
     def backward_transfer(self) -> float:
-        """Mean over all but the last task of R[T][j] − R[j][j]; 0 for one task."""
+        """Backward transfer: mean over all but the last task of R[T][j] − R[j][j]; 0 for one task."""
         past = range(len(self.rows) - 1)
         return _mean(self.rows[-1][j] - self.rows[j][j] for j in past) if past else 0.0
 
     @property
     def forgetting(self) -> float:
-        """Mean over all but the last task of (most of R[i][j] over j ≤ i < T) − R[T][j]; 0 for one task."""
+        """Forgetting: mean over all but the last task of (max over j ≤ i < T of R[i][j]) − R[T][j]; 0 for one task."""
         past = range(len(self.rows) - 1)
         best = [max((row[j] for row in self.rows[j:-1] if not isnan(row[j])), default=nan) for j in past]
         return _mean(top - self.rows[-1][j] for j, top in enumerate(best)) if past else 0.0
 
     @property
     def forward_transfer(self) -> float:
-        """Mean over all but the first task of R[j−1][j] − b[j], where the task was known by then; 0 for none."""
+        """Forward transfer: mean over later tasks j of R[j−1][j] − b[j], where j was known by then; else 0."""
         later = [j for j in range(1, len(self.rows)) if len(self.rows[j - 1]) > j]
         return _mean(self.rows[j - 1][j] - self.before[j] for j in later) if later else 0.0
 
     def record(self) -> dict[str, Any]:
-        """The matrix and every figure as JSON data."""
+        """Return the matrix and all metrics as JSON data."""
         names = ("average", "average_along", "learning", "backward_transfer", "forward_transfer", "forgetting")
         return {
             "matrix": [list(row) for row in self.rows],
@@ -81,7 +81,11 @@ class Matrix:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> "Matrix":
-        """The inverse of :meth:`record`."""
+        """Parse a matrix from the output of :meth:`record`.
+
+        Args:
+            record: JSON data with ``matrix`` and ``before``.
+        """
         rows = (*record["matrix"], record["before"])
         *matrix, before = (tuple(nan if value is None else value for value in row) for row in rows)
         return cls(tuple(matrix), before)
@@ -99,14 +103,14 @@ def share_right(
     size: int = 500,
     ask: Callable[[Tensor], Tensor] | None = None,
 ) -> float:
-    """Accuracy: the share of examples whose greatest logit is their label's.
+    """Return the accuracy: the fraction of examples whose greatest logit is that of their label.
 
     Args:
-        model: Gives logits ``[N, classes]``; evaluated as it answers outside training.
+        model: Returns logits ``[N, classes]``; evaluated in eval mode.
         examples: Inputs and labels.
-        classes: The classes that answers are chosen among, ``[classes]`` bool; all unless given.
-        size: Examples at a time.
-        ask: How the network is asked; by calling it, unless given.
+        classes: The classes that predictions are chosen among, ``[classes]`` bool; all if ``None``.
+        size: The batch size.
+        ask: Function from inputs to logits; calls ``model`` if ``None``.
     """
     right = 0
     ask = ask or (lambda inputs: logits_in(model(inputs)))

@@ -1,4 +1,4 @@
-"""Calling a network on a batch: in eval mode, without gradients, on its device, and put back as it was."""
+"""Run a network in eval mode without gradients on its own device, and restore its modes afterwards."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,10 @@ from regrow.sources import Batch, logits_in, moved
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """The model in eval mode without gradients; every module's mode comes back afterwards.
+    """Put the model in eval mode without gradients for the block; every module's mode is restored.
+
+    Args:
+        model: The network.
 
     Yields:
         The device of the model's parameters.
@@ -28,7 +31,12 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def logits_of(model: nn.Module, batch: Batch, device: torch.device) -> Tensor:
-    """The logits that the model gives for a batch, in the dtype it computes them in.
+    """Run the model on a batch and return its logits, in the dtype in which they were computed.
+
+    Args:
+        model: The network.
+        batch: Its inputs; they are moved to the device.
+        device: The device of the model.
 
     Raises:
         TypeError: If the model returns no tensor of logits.

@@ -1,9 +1,9 @@
-"""The bridge to EleutherAI's lm-eval: its tasks, and files of our own items, on the very network that is in memory.
+"""Run tasks of EleutherAI's lm-eval, or files of multiple-choice items, on a network in memory.
 
-A task of the harness is fetched by the harness. A file of items (:func:`regrow.evaluation.items_in`) becomes a task of
-it through the task files in ``evaluation/tasks``, and nothing is fetched. On such a file ``acc`` is our accuracy and
-``acc_bytes`` our accuracy per byte, item by item; ``acc_norm`` divides by characters instead of bytes, which is the
-same wherever the choices are ASCII.
+The data of a harness task are fetched by the harness. A file of items (:func:`regrow.evaluation.items_in`) becomes a
+harness task through the task files in ``evaluation/tasks``, without fetching anything. On such a file ``acc`` is our
+accuracy and ``acc_bytes`` our accuracy per byte, item by item; ``acc_norm`` divides by characters instead of bytes,
+which is the same wherever the choices are ASCII.
 """
 
 import contextlib
@@ -25,23 +25,23 @@ from regrow.nets.errors import first_line, needs
 from regrow.progress import Progress, silent
 
 TASKS = Path(__file__).parent / "tasks"
-"""The folder of our task files, which ``lm_eval --include_path`` takes as well."""
+"""The folder of regrow's task files, which can also be passed to ``lm_eval --include_path``."""
 
-# Numbers of one forward pass's logits per token of a row: rows times vocabulary.
+# The most rows times vocabulary entries in one forward pass.
 _LOGITS = 2**19
 _LONGEST = 2048
 
 
 @dataclass(frozen=True)
 class Harnessed:
-    """What the harness measured on one task.
+    """The result of lm-eval on one task.
 
     Args:
         task: The task's name.
-        items: How many items it was asked.
-        metrics: What the harness calls a figure → its value; also its standard error, ``acc_stderr``.
-        per_item: Metric → its value for each item, in the order of the items, where the harness keeps it.
-        version: The version of the task, as it says itself.
+        items: The number of items.
+        metrics: Metric, as the harness names it → value; standard errors too (``acc_stderr``).
+        per_item: Metric → its value for each item, in the order of the items, if the harness keeps it.
+        version: The version that the task states.
     """
 
     task: str
@@ -51,7 +51,7 @@ class Harnessed:
     version: str = ""
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """Return the result as JSON-able data."""
         per_item = {name: list(values) for name, values in self.per_item.items()}
         return {**vars(self), "metrics": dict(self.metrics), "per_item": per_item}
 
@@ -59,15 +59,15 @@ class Harnessed:
 def harness(
     model: nn.Module, tokenizer: Any, task: str, *, items: int | None = None, progress: Progress = silent
 ) -> list[Harnessed]:
-    """Run a task of lm-eval on a network as it is, of whatever widths.
+    """Run a task of lm-eval on a network in memory, pruned or not.
 
     Args:
-        model: A language model of transformers, loaded; cut or not.
+        model: A transformers language model.
         tokenizer: Its tokenizer.
         task: The name of a task, group or tag of the harness (``arc_easy``), or a file of items (``.jsonl``,
-            ``.jsonl.gz``), which is run without any network.
-        items: How many items of each task; all, unless given.
-        progress: Called as requests are answered.
+            ``.jsonl.gz``), which is run without network access.
+        items: The number of items of each task; all if ``None``.
+        progress: Called with (requests done, requests in all, description).
 
     Returns:
         One record per task; a group has several.
@@ -93,11 +93,12 @@ def harness(
 
 
 def dataset(file: str, items: int | None = None, **_: object) -> Any:
-    """The items of a file as the data set of a task file; the harness calls this.
+    """Return the items of a file as the data set of a task file; called by the harness.
 
     Args:
-        file: Items, as :func:`regrow.evaluation.items_in` reads them.
-        items: How many of them; all, unless given.
+        file: The file of items, as :func:`regrow.evaluation.items_in` reads them.
+        items: The number of items; all if ``None``.
+        **_: Ignored; the harness passes further settings.
     """
     from datasets import Dataset, DatasetDict
 
@@ -105,7 +106,7 @@ def dataset(file: str, items: int | None = None, **_: object) -> Any:
 
 
 def _prepared(item: Item) -> dict[str, Any]:
-    """An item whose parts the harness joins to the text that :func:`regrow.evaluation.choices` scores."""
+    """Return an item whose parts the harness joins to the text that :func:`regrow.evaluation.choices` scores."""
     if "continuation" in item:
         beginnings = [option.rstrip() for option in item["context_options"]]
         return {"context_options": beginnings, "continuation": item["continuation"].strip(), "gold": item["gold"]}
@@ -114,7 +115,7 @@ def _prepared(item: Item) -> dict[str, Any]:
 
 
 def _loaded(task: str, items: int | None) -> dict[str, Any]:
-    """The tasks of a name, or the one of a file."""
+    """Load the tasks of a name, or the one task of a file."""
     from lm_eval.tasks import TaskManager
 
     if _is_file(task):
@@ -145,17 +146,17 @@ def _loaded(task: str, items: int | None) -> dict[str, Any]:
 
 @functools.cache
 def _known() -> Any:
-    """All tasks that the harness has; reading them takes seconds."""
+    """Return all tasks that the harness has; reading them takes seconds."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
 
 
 def _form(items: Sequence[Mapping[str, Any]], task: str) -> tuple[str, str]:
-    """Which task file, and what stands between the parts that it joins.
+    """Return which task file fits the items, and the text between the parts that it joins.
 
     Raises:
-        ValueError: If that is not one and the same for all items.
+        ValueError: If that is not the same for all items.
     """
     kinds = {"continuation" in item for item in items}
     between = {"" if item.get("query", ".")[-1:] in ("", "\n") else " " for item in items}
@@ -166,7 +167,7 @@ def _form(items: Sequence[Mapping[str, Any]], task: str) -> tuple[str, str]:
 
 
 def _asked(model: nn.Module, tokenizer: Any, task: str, progress: Progress) -> Any:
-    """The network as the harness sees it, which tells how far it is."""
+    """Wrap the network as the harness's model class, with progress reports."""
     from lm_eval.models.huggingface import HFLM
 
     class Asked(HFLM):
@@ -209,7 +210,7 @@ def _is_file(task: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log, and with the caller's random state as it was."""
+    """Silence the harness's log in the block, and restore the caller's random state."""
     log = logging.getLogger("lm_eval")
     level = log.level
     log.setLevel(logging.ERROR)

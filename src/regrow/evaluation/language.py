@@ -1,4 +1,4 @@
-"""Perplexity: how well a language model foresees a text, per kind of text, with its error."""
+"""Perplexity of a language model on a source, and paired differences of two models, with standard errors."""
 
 import math
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ _ROWS = 256
 
 @dataclass(frozen=True)
 class Perplexity:
-    """What a language model gave for each window of a source.
+    """The negative log-likelihood of a language model on each window of a source.
 
     Args:
-        source: The source's name.
+        source: The name of the source.
         nll: Per window, −Σ log p(token) over its labelled positions, in nats.
-        tokens: Per window, its labelled positions.
-        bytes: Per window, the UTF-8 bytes of those tokens; empty if they are not known.
-        origin: Where the source came from.
+        tokens: Per window, the number of its labelled positions.
+        bytes: Per window, the number of UTF-8 bytes of those tokens; empty if unknown.
+        origin: Where the source comes from.
     """
 
     source: str
@@ -35,7 +35,7 @@ class Perplexity:
 
     @property
     def mean(self) -> float:
-        """Nats per token: Σ nll / Σ tokens."""
+        """The mean negative log-likelihood in nats per token: Σ nll / Σ tokens."""
         return sum(self.nll) / sum(self.tokens)
 
     @property
@@ -66,11 +66,11 @@ class Perplexity:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Σ nll / (ln 2 · Σ bytes): comparable between tokenizers; ``None`` if the bytes are not known."""
+        """Bits per byte, Σ nll / (ln 2 · Σ bytes), comparable between tokenizers; ``None`` if unknown."""
         return sum(self.nll) / math.log(2) / sum(self.bytes) if self.bytes else None
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data; numbers that are not finite become ``None``."""
+        """Return the result as JSON-able data; numbers that are not finite become ``None``."""
         summary = {
             "mean_nll": self.mean,
             "error": self.error,
@@ -98,8 +98,8 @@ class Paired:
         source: The source's name.
         mean: Mean over windows of the difference.
         error: Its standard error over windows; NaN for a single window.
-        t: mean / error.
-        windows: How many windows.
+        t: The t statistic, mean / error.
+        windows: The number of windows.
     """
 
     source: str
@@ -110,20 +110,20 @@ class Paired:
 
     @property
     def ratio(self) -> float:
-        """By which factor the (per-window geometric mean) perplexity changed, e^mean."""
+        """The factor by which the perplexity changed, e^mean (geometric mean over windows)."""
         return math.exp(self.mean) if not self.mean > 700 else math.inf
 
 
 def perplexity(
     model: nn.Module, source: Source, *, tokenizer: Any | None = None, progress: Progress = silent
 ) -> Perplexity:
-    """Measure a language model on a source.
+    """Measure the perplexity of a language model on a source.
 
     Args:
-        model: Called as the batches say; gives logits ``[batch, tokens, vocabulary]``.
+        model: Called with the inputs of each batch; returns logits ``[batch, tokens, vocabulary]``.
         source: Windows of text with shifted labels.
         tokenizer: If given, the bytes of the labelled tokens are counted, for bits per byte.
-        progress: Called after each batch.
+        progress: Called with (batches done, batches in all, description).
 
     Raises:
         ValueError: If the source has no labelled position.
@@ -147,10 +147,16 @@ def perplexity(
 
 
 def paired_difference(before: Perplexity, after: Perplexity) -> Paired:
-    """The difference after − before per window, with its standard error: much sharper than the two errors apart.
+    """Return the difference after − before per window, with its standard error.
+
+    The paired error is much smaller than the errors of the two perplexities.
 
     >>> paired_difference(Perplexity("a", (8.0, 12.0), (4, 4)), Perplexity("a", (9.0, 14.0), (4, 4))).mean
     0.375
+
+    Args:
+        before: The first model's result.
+        after: The second model's result, on the same windows.
 
     Raises:
         ValueError: If the two were not measured on the same windows.
@@ -171,11 +177,11 @@ def paired_difference(before: Perplexity, after: Perplexity) -> Paired:
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """−log p of each labelled token in float32, 0 where there is no label.
+    """Return the cross-entropy −log p of each labelled token, and 0 where there is no label.
 
     Args:
         logits: ``[..., vocabulary]``, any float dtype; never copied to float32 as a whole.
-        labels: ``[...]`` int64, −100 where none is asked.
+        labels: ``[...]`` int64, −100 where there is no label.
 
     Returns:
         ``[...]`` float64.

@@ -1,4 +1,4 @@
-"""A latency table: how long each operation of a network takes in a pass, and each layer that lies in none."""
+"""A latency table: measured milliseconds of each candidate operation and layer of a network."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +18,13 @@ from regrow.sources import Batch, moved
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a pass.
+    """The milliseconds of a forward pass, divided among operations, sums and layers.
 
     Args:
-        total: Of all of it.
-        ops: Path of a candidate operation → its share.
-        sums: Path of candidates → what they take beside their operations.
-        layers: Path of a layer that lies in no operation → its share.
+        total: Milliseconds of the whole pass.
+        ops: Path of a candidate operation → its milliseconds.
+        sums: Path of candidates → milliseconds beside those of their operations.
+        layers: Path of a layer that lies in no operation → its milliseconds.
     """
 
     total: float
@@ -34,20 +34,20 @@ class Latency:
 
     @property
     def rest(self) -> float:
-        """What no module accounts for."""
+        """The milliseconds that no module accounts for."""
         return max(0.0, self.total - sum(sum(one.values()) for one in (self.ops, self.sums, self.layers)))
 
 
 def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
-    """How long each candidate operation takes, each sum of them, and each layer outside.
+    """Measure the milliseconds of each candidate operation, each sum of them, and each layer outside.
 
-    Every one is timed where it stands, in the same passes; passes without any clock inside, between those, tell how
-    long all of it takes. The fastest counts. Candidates within an operation are a part of it.
+    All are timed by hooks in the same forward passes; passes without hooks in between give the total. The fastest of
+    all repeats counts. Candidates within an operation are a part of it.
 
     Args:
-        model: The network, on the device that counts.
-        batch: What it is called with.
-        repeats: Timed passes of both kinds, after one that is not.
+        model: The network, on the device to measure.
+        batch: The inputs of the pass.
+        repeats: The number of timed passes of both kinds, after a warm-up pass.
 
     >>> table = latency(nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 2)), Batch((torch.ones(8, 4),)))
     >>> list(table.layers), table.total >= sum(table.layers.values())
@@ -89,7 +89,7 @@ def latency(model: nn.Module, batch: Batch, *, repeats: int = 9) -> Latency:
 
 
 class _Clock:
-    """The fastest call of each of some modules, in nanoseconds."""
+    """Records the fastest call of each of some modules, in nanoseconds."""
 
     def __init__(self, device: torch.device) -> None:
         alone = device.type == "cpu" and torch.get_num_threads() == 1
@@ -98,7 +98,7 @@ class _Clock:
 
     @contextmanager
     def inside(self, model: nn.Module, paths: Iterable[str]) -> Iterator[None]:
-        """While it lasts, calls of these modules are timed."""
+        """Time the calls of these modules in the block."""
         hooks = []
         for path in paths:
             module = model.get_submodule(path)

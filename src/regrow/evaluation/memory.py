@@ -1,4 +1,4 @@
-"""Memory: the most bytes of live tensors while a network learns, measured, or predicted without taking them."""
+"""Peak memory of training: the most bytes of live tensors, measured, or predicted without allocating them."""
 
 import ctypes
 import weakref
@@ -21,7 +21,7 @@ from regrow.tracing.capture import quiet
 from regrow.tracing.meta_copy import meta_copy
 
 Step = Callable[[nn.Module, Batch], Any]
-"""A step of learning: forward, loss, backward, optimiser. What it keeps for the next one, it keeps by itself."""
+"""A training step: forward, loss, backward, optimizer. It stores its own state between steps."""
 
 _ITEM = torch.ops.aten._local_scalar_dense.default
 _KINDS = (bool, int, float, complex)
@@ -30,14 +30,14 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Memory:
-    """What steps of learning needed, in bytes.
+    """The memory that training steps needed, in bytes.
 
     Args:
-        held: What was there before: parameters, buffers, gradients, the batch.
-        peak: The most that all live tensors took at one moment, ``held`` among them; storage that tensors share
-            counts once. What an operation takes inside itself and gives back is not seen.
-        resident: ``held``, and by how much the process grew at most (on a GPU: what torch allocated); ``None`` where
-            the system does not tell, and where it was predicted.
+        held: Bytes of tensors before the first step: parameters, buffers, gradients, the batch.
+        peak: The most bytes of live tensors at one moment, ``held`` included; storage that tensors share counts once.
+            Workspace inside an operation is not seen.
+        resident: ``held``, plus the most by which the process grew (on a GPU: what torch allocated); ``None`` if the
+            system does not report it, and if it was predicted.
     """
 
     held: int
@@ -45,22 +45,22 @@ class Memory:
     resident: int | None = None
 
     def record(self) -> dict[str, int | None]:
-        """Everything as JSON-able data."""
+        """Return the numbers as JSON-able data."""
         return {"held": self.held, "peak": self.peak, "resident": self.resident}
 
 
 class UnpredictableError(ValueError):
-    """A step whose memory cannot be predicted, and why."""
+    """Raised if the memory of a step cannot be predicted; says why."""
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of live tensors, in forward and backward passes, of real and fake tensors alike.
+    """A dispatch mode that counts the bytes of live tensors in forward and backward passes, real or fake.
 
-    ``held`` are the bytes of what was given or else there before; ``peak`` the most at one moment, with these.
+    ``held`` are the bytes of tensors that existed before; ``now`` those alive now; ``peak`` the most at one moment.
 
     Args:
-        given: Tensors that are there already. Others that were are counted when an operation first reads them.
-        item: What a tensor answers when it is asked for its number, as fake ones cannot; their own, unless given.
+        given: Tensors that exist already. Others that exist are counted when an operation first reads them.
+        item: The number that ``tensor.item()`` returns, since fake tensors have none; the tensor's own if ``None``.
 
     >>> with Live() as live:
     ...     _ = torch.zeros(100, dtype=torch.float64).view(10, 10).sum()
@@ -98,7 +98,7 @@ class Live(TorchDispatchMode):
             self.peak += new
 
     def _seen(self, tensor: Tensor, late: bool = False) -> int:
-        """Count a tensor's storage, once; how many bytes of it were not known."""
+        """Count a tensor's storage once, and return how many of its bytes were not counted before."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         before = self._sizes.get(key)
@@ -120,7 +120,7 @@ def _forget(watch: "weakref.ref[Live]", key: int, _: Any) -> None:
 
 
 def _tensors(values: Iterable[Any]) -> list[Tensor]:
-    """The tensors among the values of an operation, and in lists of them; ``tree_leaves`` takes twice the time."""
+    """Return the tensors among the values of an operation, and in lists of them; faster than ``tree_leaves``."""
     result: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
@@ -133,11 +133,11 @@ def _tensors(values: Iterable[Any]) -> list[Tensor]:
 def training(
     optimizer: Callable[[Iterable[nn.Parameter]], Optimizer], loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 ) -> Step:
-    """A plain step of learning, with an optimiser per network that goes on from step to step.
+    """Return a plain training step, which keeps one optimizer per network from step to step.
 
     Args:
-        optimizer: Parameters → their optimiser.
-        loss: Of logits and labels.
+        optimizer: Function from parameters to their optimizer.
+        loss: Function of logits and labels.
 
     >>> step = training(partial(torch.optim.SGD, lr=0.1, momentum=0.9))
     >>> step(nn.Linear(2, 3), Batch((torch.ones(4, 2),), labels=torch.tensor([0, 1, 2, 0])))
@@ -160,13 +160,13 @@ def training(
 
 
 def measure_memory(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) -> Memory:
-    """Take steps, and say how many bytes they needed. The network learns from them as from any others.
+    """Run training steps and return the bytes that they needed; the network's weights change.
 
     Args:
-        model: The network, in the mode in which it is to learn.
-        batch: What it learns from.
-        step: One step; it is called in turn with the network and the batch.
-        rounds: How many. What the first leaves (gradients, the optimiser's state) is there during the second.
+        model: The network, in the mode in which it is trained.
+        batch: The training batch.
+        step: The training step; called with the network and the batch.
+        rounds: The number of steps. Gradients and optimizer state of the first are there during the second.
     """
     device = _device(model)
     batch = batch.to(device)
@@ -179,18 +179,18 @@ def measure_memory(model: nn.Module, batch: Batch, step: Step, rounds: int = 2) 
 
 
 def predict_memory(model: nn.Module | Callable[[], nn.Module], batch: Batch, step: Step, rounds: int = 2) -> Memory:
-    """What :func:`measure_memory` would say, from the same step on tensors that have shapes and no numbers.
+    """Predict the result of :func:`measure_memory` by running the same step on tensors without data.
 
-    A number that the step asks a tensor for (``loss.item()``) is 1.
+    If the step reads a number from a tensor (``loss.item()``), it gets 1.
 
     Args:
-        model: The network, left untouched; or what builds it, which then is built without its numbers too.
-        batch: Its shapes count; it may be on the meta device.
-        step: One step, the same function that will learn.
-        rounds: How many.
+        model: The network, which is not changed; or a function that builds it, without allocating its data.
+        batch: The training batch; only its shapes matter, and it may be on the meta device.
+        step: The training step, the same function that will train.
+        rounds: The number of steps.
 
     Raises:
-        UnpredictableError: If data decide how large something is.
+        UnpredictableError: If the size of a tensor depends on data.
 
     >>> step, batch = training(torch.optim.Adam), Batch((torch.ones(9, 64),), labels=torch.zeros(9, dtype=torch.int64))
     >>> predict_memory(nn.Linear(64, 8), batch, step).peak == measure_memory(nn.Linear(64, 8), batch, step).peak
@@ -238,9 +238,13 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def peak_meter(device: torch.device) -> Callable[[], int | None]:
-    """Start watching; the function returned says how many bytes were needed at most on top of those held now.
+    """Start measuring memory; return a function that returns the most bytes allocated beyond those held now.
 
-    On a GPU what torch allocated, else resident memory of the process; ``None`` where the system does not tell.
+    On a GPU that is what torch allocated, else resident memory of the process; ``None`` if the system does not report
+    it.
+
+    Args:
+        device: The device to measure.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

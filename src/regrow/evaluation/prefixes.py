@@ -1,4 +1,4 @@
-"""Prefixes: the memory that a stage of a search over a growing network needs, predicted before it starts."""
+"""Predict the memory of each stage of a search over a growing network before it starts."""
 
 from collections.abc import Callable
 from functools import cache, partial
@@ -10,13 +10,13 @@ from regrow.sources import Batch
 
 
 def prefix_peaks(prefix: Callable[[int, int], nn.Module], batch: Batch, step: Step) -> Callable[[int, int], int]:
-    """(first part that is whole, last part that runs) → the most bytes that learning there needs; each found once.
+    """Return a function (first whole part, last part that runs) → predicted peak bytes of training; cached.
 
     Args:
-        prefix: Builds the network that runs there: parts before the first have a share of their operations; those
-            behind the last take their parameters and no more.
-        batch: What it learns from; only its shapes count.
-        step: The step that will learn, called with such a network and the batch.
+        prefix: Builds the network that runs: parts before the first keep a fraction of their operations; parts behind
+            the last only have their parameters.
+        batch: The training batch; only its shapes matter.
+        step: The training step, called with such a network and the batch.
     """
 
     @cache

@@ -1,4 +1,4 @@
-"""Replies: what a language model says next, piece by piece as it comes."""
+"""Chat with a language model: generate a reply and stream its text."""
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,18 +19,18 @@ def reply(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Iterator[str]:
-    """Continue a conversation, with a cache of keys and values.
+    """Generate the reply to a conversation as a stream of text pieces, with a key-value cache.
 
     Args:
         model: A causal language model of transformers, of any widths.
-        tokenizer: Its tokenizer; one without a chat template is given the last message as it stands.
-        messages: What was said so far.
-        longest: Tokens after which it stops; it stops earlier where the model knows no further positions.
-        temperature: 0 takes the likeliest token; otherwise tokens are drawn from softmax(logits / temperature).
-        seed: Of what is drawn.
+        tokenizer: Its tokenizer; if it has no chat template, the last message is passed as plain text.
+        messages: The conversation so far.
+        longest: The most tokens of the reply; fewer if the model has no further positions.
+        temperature: 0 takes the likeliest token; otherwise tokens are sampled from softmax(logits / temperature).
+        seed: The random seed of the sampling.
 
     Returns:
-        Pieces of text, each whole characters; together they are the reply.
+        Pieces of text, each of whole characters; joined they are the reply.
 
     Raises:
         ValueError: If the conversation has no tokens, too many, or does not fit the tokenizer's template.
@@ -64,7 +64,12 @@ def reply(
 
 
 def prompt(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
-    """The tokens of a conversation, ``[1, n]`` int64."""
+    """Return the tokens of a conversation, ``[1, n]`` int64.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: The conversation so far.
+    """
     if getattr(tokenizer, "chat_template", None):
         try:
             found = tokenizer.apply_chat_template(
@@ -79,13 +84,17 @@ def prompt(tokenizer: Any, messages: Sequence[Message]) -> torch.Tensor:
 
 
 def _most(model: Any) -> int:
-    """How many tokens a model has positions for."""
+    """Return how many positions a model has."""
     config = model.config.get_text_config()
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
 
 def empty_cache(model: Any) -> dict[str, Any]:
-    """An empty cache as an argument, which the network fills; none where it takes none."""
+    """Return an empty key-value cache as keyword arguments for the model; none if it takes no cache.
+
+    Args:
+        model: The model.
+    """
     from transformers import DynamicCache
 
     taken = inspect.signature(model.forward).parameters
@@ -94,7 +103,7 @@ def empty_cache(model: Any) -> dict[str, Any]:
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """Every token at which a reply ends."""
+    """Return every token that ends a reply."""
     settings = getattr(model, "generation_config", None)
     result = {tokenizer.eos_token_id}
     ends = getattr(settings, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""Size: parameters, multiply–accumulates of dense kernels, and bytes on disk at a stated dtype."""
+"""The size of a network: parameters, multiply–accumulates of dense kernels, and bytes at a stated dtype."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,13 +13,13 @@ from regrow.evaluation.forward import evaluating
 
 @dataclass(frozen=True)
 class Size:
-    """How big a network is.
+    """The size of a network in parameters and bytes.
 
     Args:
         parameters: All its parameters; tied ones once.
-        counted: Those of the names that were asked for; tied ones once.
-        bytes: What its state takes on disk with every floating-point tensor in ``dtype``; tied ones once.
-        dtype: The dtype of that, so that only like is compared with like.
+        counted: Those of the named weights alone; tied ones once.
+        bytes: The bytes of its state on disk with every floating-point tensor in ``dtype``; tied ones once.
+        dtype: The dtype of ``bytes``, so that sizes of different models can be compared.
     """
 
     parameters: int
@@ -28,24 +28,23 @@ class Size:
     dtype: str
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """Return the sizes as JSON-able data."""
         return {"parameters": self.parameters, "counted": self.counted, "bytes": self.bytes, "dtype": self.dtype}
 
 
 def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = torch.float32) -> Size:
-    """Measure a network.
+    """Count the parameters and bytes of a network.
 
     >>> size(nn.Linear(3, 2), counted=["weight"], dtype=torch.bfloat16)
     Size(parameters=8, counted=6, bytes=16, dtype='bfloat16')
 
     Args:
         model: The network.
-        counted: Names of parameters that are summed apart (``AxisGraph.counted``).
-        dtype: What floating-point tensors would be stored in. A quantised file is smaller than the same network at
-            any of these.
+        counted: Names of parameters that are also counted separately (``AxisGraph.counted``).
+        dtype: The dtype in which floating-point tensors would be stored. A quantised file is smaller than any of these.
 
     Raises:
-        KeyError: If a counted name is no parameter of the model.
+        KeyError: If a counted name is not a parameter of the model.
     """
     every = dict(model.named_parameters(remove_duplicate=False))
     names = tuple(counted)
@@ -62,18 +61,18 @@ def size(model: nn.Module, counted: Iterable[str] = (), dtype: torch.dtype = tor
 
 
 def dense(model: nn.Module, inputs: Tensor) -> dict[str, int]:
-    """What a network weighs, counted on the network itself: its tensors, and the kernels that one example runs.
+    """Count parameters, non-zero parameters, multiply–accumulates per example, and bytes of a network as it is.
 
     >>> dense(nn.Linear(3, 2), torch.ones(5, 3))
     {'parameters': 8, 'nonzero': 8, 'macs': 6, 'bytes': 32}
 
     Args:
         model: The network.
-        inputs: Examples, ``[N, …]``; multiply–accumulates are those of one.
+        inputs: Examples, ``[N, …]``; multiply–accumulates are counted for one.
 
     Returns:
         ``parameters``: stored entries, tied ones once; ``nonzero``: those that are not 0; ``macs`` of dense kernels;
-        ``bytes`` of the tensors of its state.
+        ``bytes`` of the tensors of its state, each in its own dtype.
     """
     weights = _distinct(model.parameters())
     counter = FlopCounterMode(display=False)

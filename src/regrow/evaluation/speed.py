@@ -1,4 +1,4 @@
-"""Speed: seconds, tokens per second and peak memory of several models, measured in turns."""
+"""Speed: seconds, tokens per second and peak memory of several models, measured in alternation."""
 
 import gc
 import statistics
@@ -18,13 +18,14 @@ from regrow.sources import Batch, moved
 
 @dataclass(frozen=True)
 class Speed:
-    """How long calls of one model took.
+    """The measured times of one model's forward passes.
 
     Args:
         model: The model's name.
         seconds: Per repeat, the seconds of one call.
-        positions: Tokens (or images) that one call handles.
-        peak_bytes: Per repeat, the memory of the weights plus what a call needed on top; empty where not measurable.
+        positions: The tokens (or images) per call.
+        peak_bytes: Per repeat, the bytes of the weights plus the peak that a call needed on top; empty if it cannot be
+            measured.
     """
 
     model: str
@@ -34,12 +35,12 @@ class Speed:
 
     @property
     def fastest(self) -> float:
-        """The least seconds: what the machine can do when nothing disturbs it."""
+        """The least seconds: the speed of the machine without disturbance."""
         return min(self.seconds)
 
     @property
     def median(self) -> float:
-        """The median of the seconds: the latency of a call."""
+        """The median of the seconds: the typical latency of a call."""
         return statistics.median(self.seconds)
 
     @property
@@ -52,7 +53,7 @@ class Speed:
 
     @property
     def per_second(self) -> float:
-        """Positions per second at the median.
+        """Positions (tokens or images) per second at the median.
 
         >>> Speed("a", (0.5, 2.0, 0.5), 100).per_second
         200.0
@@ -60,7 +61,7 @@ class Speed:
         return self.positions / self.median
 
     def record(self) -> dict[str, Any]:
-        """Everything as JSON-able data."""
+        """Return the times as JSON-able data."""
         return {
             "model": self.model,
             "positions": self.positions,
@@ -85,15 +86,15 @@ def speed(
 ) -> dict[str, Speed]:
     """Time one forward pass of each model on the same batch (for a language model: prefill).
 
-    The models take turns, and each round begins with another one, so that a change in the machine's load falls on
-    all of them alike.
+    The models alternate, and each round begins with another one, so that a change in the machine's load affects all of
+    them equally.
 
     Args:
         models: Name → model; each on its device.
-        batch: What they are called with. A batch of one token measures the latency of a single position.
+        batch: The inputs of the pass. A batch of one token measures the latency of a single position.
         repeats: Timed calls per model.
-        warmup: Calls before, not timed.
-        progress: Called after each call.
+        warmup: Untimed calls per model before.
+        progress: Called with (calls done, calls in all, description).
 
     Returns:
         Name → speed, in the order of ``models``.
@@ -141,7 +142,11 @@ def _one_call(model: nn.Module, batch: Batch) -> tuple[float, int | None]:
 
 
 def waiting_for(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its work.
+
+    Args:
+        device: The device.
+    """
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -151,7 +156,11 @@ def _weight_bytes(model: nn.Module) -> int:
 
 
 def positions_of(batch: Batch) -> int:
-    """How many tokens, or pictures, a batch holds."""
+    """Return how many tokens, or images, a batch holds.
+
+    Args:
+        batch: The batch.
+    """
     tensors = [value for value in (*batch.args, *batch.kwargs.values()) if isinstance(value, torch.Tensor)]
     if not tensors:
         return 1

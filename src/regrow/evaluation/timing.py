@@ -1,6 +1,7 @@
-"""Timing: what widths cost in time on this device, from parts of the network that take turns at several widths.
+"""Measure how the time of a forward pass depends on axis widths, on this device.
 
-On one thread of a processor the clock is that of the thread, which stands still while others have the processor.
+Parts of the network are called at several widths in alternation. On a single CPU thread the clock is that of the
+thread, which does not run while other processes have the CPU.
 """
 
 import gc
@@ -24,7 +25,7 @@ from regrow.sources import Batch, moved
 from regrow.tracing.trial import Resizing, resize_copy
 
 SHARES = (0.25, 0.5, 0.75)
-"""Which shares of an axis are measured, beside all of it and the least of it."""
+"""The fractions of an axis's width that are measured, besides its full and its least width."""
 
 
 def timing(
@@ -37,22 +38,22 @@ def timing(
     repeats: int = 9,
     progress: Progress = silent,
 ) -> Timing:
-    """How long a forward pass takes by the widths of axes.
+    """Measure how long a forward pass takes as a function of axis widths.
 
-    Of the axes of one kind one is measured: the smallest module that holds all of it is called at several widths, with
-    the input that it gets in the network. All of these, and the whole network, take turns; the fastest call counts,
-    which is what the machine can do when nothing disturbs it. What no axis accounts for is a constant. A wider axis is
-    never held to be faster, and together they never save more than there is.
+    One axis of each kind is measured: the smallest module that contains all of it is called at several widths, with the
+    input that it gets in the network. All of these, and the whole network, are called in alternation; the fastest call
+    counts. Time that no axis accounts for is constant. A wider axis never counts as faster, and all axes together never
+    save more than the whole time.
 
     Args:
-        model: The network, on the device that counts.
+        model: The network, on the device to measure.
         axes: Its axes.
         units: The axes that may be cut.
-        batch: What it is called with.
-        round_to: Widths measured are multiples of this where they can be; without rounding they are odd, as those of
-            most plans then are.
-        repeats: Timed calls of each, after one that is not.
-        progress: Called after each round.
+        batch: The inputs of the pass.
+        round_to: Measured widths are multiples of this where possible; without rounding they are odd, like those of
+            most plans.
+        repeats: The number of timed calls of each, after a warm-up call.
+        progress: Called with (rounds done, rounds in all, description).
 
     Raises:
         ValueError: If a module cannot be run at another width; names the axis.
@@ -90,12 +91,12 @@ def timing(
 
 
 def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
-    """Nanoseconds of the fastest of several forward passes, by the clock that :func:`timing` goes by.
+    """Return the nanoseconds of the fastest of several forward passes, with the clock of :func:`timing`.
 
     Args:
         model: The network.
-        batch: What it is called with.
-        repeats: Timed calls, after one that is not.
+        batch: The inputs of the pass.
+        repeats: The number of timed calls, after a warm-up call.
     """
     with evaluating(model) as device:
         call = _Call(model, moved(batch.args, device), moved(dict(batch.kwargs), device))
@@ -103,13 +104,17 @@ def fastest_pass(model: nn.Module, batch: Batch, *, repeats: int = 9) -> int:
 
 
 def lengthen(batch: Batch, tokens: int) -> Batch:
-    """The same batch with so many tokens in each row, its own over and over.
+    """Return the batch with ``tokens`` tokens in each row, its own repeated.
 
     >>> lengthen(Batch((torch.tensor([[1, 2, 3]]),)), 5).args[0].tolist()
     [[1, 2, 3, 1, 2]]
 
+    Args:
+        batch: A batch of token ids, ``[batch, tokens]``.
+        tokens: The new length.
+
     Raises:
-        ValueError: If it has no rows of whole numbers.
+        ValueError: If it has no rows of integers.
     """
     found: list[Tensor] = []
 
@@ -127,7 +132,7 @@ def lengthen(batch: Batch, tokens: int) -> Batch:
 
 @dataclass(frozen=True)
 class _Call:
-    """A module and what it is called with, so many times in one pass."""
+    """A module with its inputs, and how many times it is called in one pass."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -144,7 +149,7 @@ def _together(axes: AxisGraph, axis: Axis) -> list[Axis]:
 
 
 def _holders(axes: AxisGraph, axis: Axis) -> list[str]:
-    """The paths of the modules that hold all tensors of an axis, the smallest first; the network itself is last."""
+    """Return the paths of the modules that contain all tensors of an axis, the innermost first."""
     paths = [slot.name.split(".")[:-1] for one in _together(axes, axis) for slot in one.slots]
     shared = 0
     while all(len(path) > shared for path in paths) and len({path[shared] for path in paths}) == 1:
@@ -153,7 +158,7 @@ def _holders(axes: AxisGraph, axis: Axis) -> list[str]:
 
 
 def _met(whole: _Call, holders: Iterable[list[str]]) -> list[_Call]:
-    """Of each list of modules the first that is called in a pass, with the input of its first call."""
+    """Return, for each list of modules, the first that is called in a pass, with the input of its first call."""
     holders = list(holders)
     seen: dict[str, _Call] = {"": whole}
 
@@ -177,7 +182,7 @@ def _met(whole: _Call, holders: Iterable[list[str]]) -> list[_Call]:
 
 
 def _widths(axis: Axis, round_to: int) -> list[int]:
-    """Where an axis is measured, widest first."""
+    """Return the widths at which an axis is measured, widest first."""
     step = lcm(round_to, axis.multiple) if axis.size >= lcm(round_to, axis.multiple) else axis.multiple
     least = -(-max(axis.least, 1) // step) * step
     odd = int(step == 1 and axis.size >= 64)
@@ -186,7 +191,7 @@ def _widths(axis: Axis, round_to: int) -> list[int]:
 
 
 def _at(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, met: _Call) -> _Call:
-    """The call of a module at another width."""
+    """Return the call of a module with the axis at another width."""
     sizes = axes.sizes() | {one.key: width for one in _together(axes, axis)}
     copy = resize_copy(model, axes, Resizing(sizes))[0].get_submodule(met.path)
     made = replace(met, module=_filled(copy, met.module).eval())
@@ -201,7 +206,7 @@ def _at(model: nn.Module, axes: AxisGraph, axis: Axis, width: int, met: _Call) -
 
 
 def _filled(part: nn.Module, like: nn.Module) -> nn.Module:
-    """A part without numbers, with the first of those of the like part."""
+    """Give a module without data the first entries of the tensors of the module that it was cut from."""
     state: dict[str, Tensor] = {**dict(like.named_parameters(remove_duplicate=False)), **dict(like.named_buffers())}
     for path, module in part.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -219,7 +224,7 @@ def _first(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress: Progress) -> list[int]:
-    """The fastest call of each, in nanoseconds; they take turns, and each round begins with another one."""
+    """Return the fastest call of each in nanoseconds; calls alternate, and each round begins with another one."""
     fastest = [0] * len(calls)
     alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.thread_time_ns if alone else time.perf_counter_ns
@@ -240,7 +245,7 @@ def _rounds(calls: Sequence[_Call], device: torch.device, repeats: int, progress
 
 @contextmanager
 def pause_collection() -> Iterator[None]:
-    """No collection during timed calls: it would be blamed on one of them."""
+    """Disable garbage collection in the block, so that it does not fall into a timed call."""
     gc.collect()
     enabled = gc.isenabled()
     gc.disable()
@@ -252,7 +257,7 @@ def pause_collection() -> Iterator[None]:
 
 
 def _never_falling(curve: dict[int, float]) -> list[tuple[int, float]]:
-    """(width, time) by width; what is slower than a wider one counts as that.
+    """Return (width, time) by width; a width that is slower than a wider one gets the time of the wider one.
 
     >>> _never_falling({4: 9.0, 3: 10.0, 1: 2.0})
     [(1, 2.0), (3, 9.0), (4, 9.0)]

@@ -1,4 +1,4 @@
-"""Accuracy: how often an image classifier is right."""
+"""Accuracy of an image classifier on a source."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ from regrow.sources import Source
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How often a classifier is right.
+    """The result of an image classifier on a source: whether each image was classified correctly.
 
     Args:
-        source: The source's name.
-        right: Per labelled position, in order, whether the greatest logit is the label's.
-        origin: Where the source came from.
+        source: The name of the source.
+        right: Per labelled position, in order, whether the greatest logit is that of the label.
+        origin: Where the source comes from.
     """
 
     source: str
@@ -27,16 +27,16 @@ class Accuracy:
 
     @property
     def accuracy(self) -> float:
-        """The share of right answers."""
+        """The fraction of images classified correctly."""
         return sum(self.right) / len(self.right)
 
     @property
     def error(self) -> float:
-        """Its standard error, √(p(1−p)/n)."""
+        """The standard error of the accuracy, √(p(1−p)/n)."""
         return share_error(self.accuracy, len(self.right))
 
     def record(self) -> dict[str, Any]:
-        """The summary as JSON-able data."""
+        """Return a summary as JSON-able data."""
         return {
             "source": self.source,
             "origin": self.origin,
@@ -47,12 +47,12 @@ class Accuracy:
 
 
 def accuracy(model: nn.Module, source: Source, *, progress: Progress = silent) -> Accuracy:
-    """Measure a classifier on a source.
+    """Measure the accuracy of an image classifier on a source.
 
     Args:
-        model: Called as the batches say; gives logits ``[batch, classes]``.
+        model: Called with the inputs of each batch; returns logits ``[batch, classes]``.
         source: Batches with a class per image, ``[batch]``; −100 leaves an image out.
-        progress: Called after each batch.
+        progress: Called with (batches done, batches in all, description).
 
     Raises:
         ValueError: If no image has a label, or a label is not one of the model's classes.
