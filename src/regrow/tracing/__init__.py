@@ -1,4 +1,4 @@
-"""Tracing: from a model and an example input to its axes."""
+"""Trace networks: find which tensor dimensions belong together (the axes) by running the network on an example."""
 
 from dataclasses import replace
 from typing import Any
@@ -23,11 +23,11 @@ __all__ = ["TraceError", "trace", "with_branches"]
 
 
 def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
-    """The axes of a network, found by running it once on an example.
+    """Run a network once on an example input and return its axes: the sets of dimensions that change together.
 
-    The model is recorded on fake data, as ``torch.export`` does, or, where data decide what it does, in one real run
-    (its weights are not touched). Every dimension of every tensor gets an expression, and one unit of each axis is cut
-    on trial: an axis that the network does not survive as planned is frozen, with the reason.
+    The model is recorded on fake data, as ``torch.export`` does, or, where data decide which operations run, in one
+    real run (its weights are not changed). Every dimension of every tensor gets an expression, and a few units of each
+    axis are cut from a copy on trial: an axis whose cut network does not run as planned is frozen, with the reason.
 
     Args:
         model: Any network that runs. It is traced in evaluation mode.
@@ -35,10 +35,10 @@ def trace(model: nn.Module, *args: Any, **kwargs: Any) -> AxisGraph:
         **kwargs: Inputs by name.
 
     Returns:
-        The axes, with every tensor's shape and all work written in them.
+        The axes, with the shape of every tensor and the size of every contraction as products and sums of axes.
 
     Raises:
-        TraceError: If the network cannot be recorded; says what stood in the way.
+        TraceError: If the network cannot be recorded; the message says why.
 
     >>> import torch
     >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))

@@ -1,8 +1,8 @@
-"""Integers that live in Python: which attribute of which module holds the size of which dimension.
+"""Find which integer attribute of which module holds the size of which dimension (``out_features``, ``head_dim``).
 
-A network reads some sizes from its tensors and others from attributes (``out_features``, ``groups``, ``head_dim``).
-The tables here are the only place that knows names. What they suggest is proved by the trial cut; a wrong guess
-freezes an axis, it never makes a wrong one.
+A network reads some sizes from its tensors and others from attributes. The tables here are the only place that knows
+their names. What the tables suggest is proved by the trial cut: a wrong guess freezes an axis, it never makes a wrong
+one.
 """
 
 import copy
@@ -29,14 +29,14 @@ OF_WEIGHT: Mapping[str, tuple[tuple[str, int], ...]] = {
     "hidden_size": (("weight_hr_l0", 1), ("weight_hh_l0", 1), ("weight_hh", 1)),
     "proj_size": (("weight_hr_l0", 0),),
 }
-"""Attributes that restate the shape of a tensor of their module: name → (tensor, dimension), the first of that size."""
+"""Attributes that hold a size of a tensor of their module: name → (tensor, dimension), the first of that size."""
 
 PAIRS: tuple[tuple[str, str, str], ...] = (
     ("out_features", "in_features", "out_features"),
     ("num_embeddings", "embedding_dim", "embedding_dim"),
     ("nx", "nf", "nf"),
 )
-"""The attributes that restate dimensions 0 and 1 of ``weight``, which may be stored transposed; and the output's."""
+"""Attributes that hold dimensions 0 and 1 of ``weight`` (or 1 and 0, if transposed), and which is the output's."""
 
 WIDTHS = frozenset(
     [
@@ -117,22 +117,22 @@ REPEATS = frozenset(
 """Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated."""
 
 FIRST: Mapping[str, str] = {"layer_idx": "a cache of keys and values counts tokens by it"}
-"""Attributes that number modules, and what rests on the first one of a kind: it stays when branches are dropped."""
+"""Attributes that number modules → why the first module of its class must not be dropped."""
 
 EPSILONS = ("eps", "variance_epsilon", "epsilon", "layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps")
-"""Names of the constant under the root of a norm."""
+"""Names of attributes that hold the constant under the root of a norm."""
 
 
 Alike = list[tuple[Expr, Expr, str]]
-"""Pairs of dimensions that one attribute sets, and why they must stay equal."""
+"""Pairs of dimensions whose size one attribute sets, and why they must stay equal."""
 
 
 def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[str, Expr], Alike]:
-    """``module:attribute`` → the dimension whose size it holds, and the dimensions that share an attribute.
+    """Return ``module:attribute`` → the dimension whose size it holds, and pairs of dimensions that share one.
 
     Args:
         model: The traced network.
-        w: The walk; says which numbers stood in reshapes, and where.
+        w: The walk, with the numbers used in reshapes and slices.
         dims: Name of a parameter or buffer → its dimensions.
     """
     result: dict[str, Expr] = {}
@@ -165,14 +165,14 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
 def restated_sizes(
     module: nn.Module, shapes: Mapping[str, tuple[int, ...]], output: int | None = None
 ) -> dict[str, tuple[str, int]]:
-    """The attributes of a module that restate sizes of its tensors: name → (tensor, dimension).
+    """Return the attributes of a module that hold sizes of its own tensors: name → (tensor, dimension).
 
-    An attribute of another value than the size is no restatement, whatever its name.
+    An attribute with another value than the size is left out, whatever its name.
 
     Args:
         module: The module.
-        shapes: Name of a parameter or buffer of its own → its shape.
-        output: The dimension of ``weight`` that the bias has too, where that is known: it orders a square weight.
+        shapes: Name of a parameter or buffer of the module → its shape.
+        output: The dimension of ``weight`` that equals the bias's, if known; it decides the order for a square weight.
     """
     places = {name: spots for name, spots in OF_WEIGHT.items() if name in vars(module)}
     weight = shapes.get("weight", ())
@@ -197,13 +197,24 @@ def restated_sizes(
 
 
 def get_attribute(module: nn.Module, name: str) -> Any:
-    """What an attribute holds; ``config.num_attention_heads`` is one of the module's configuration."""
+    """Return an attribute of a module; ``config.num_attention_heads`` names one of its configuration.
+
+    Args:
+        module: The module.
+        name: The name of the attribute.
+    """
     owner, _, leaf = name.rpartition(".")
     return getattr(getattr(module, owner) if owner else module, leaf)
 
 
 def set_attribute(module: nn.Module, name: str, value: object) -> None:
-    """Set an attribute; a configuration is copied first, since other layers share it."""
+    """Set an attribute of a module; a configuration is copied first, since other layers share it.
+
+    Args:
+        module: The module.
+        name: The name of the attribute, such as ``config.num_attention_heads``.
+        value: The new value.
+    """
     owner, _, leaf = name.rpartition(".")
     if owner:
         setattr(module, owner, copy.copy(getattr(module, owner)))
@@ -211,7 +222,11 @@ def set_attribute(module: nn.Module, name: str, value: object) -> None:
 
 
 def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
-    """``config.name`` and number of each count in a module's configuration."""
+    """Yield name (``config.name``) and value of each number of heads, groups or experts in a module's configuration.
+
+    Args:
+        module: The module.
+    """
     config = vars(module).get("config")
     for name in sorted(COUNTS) if hasattr(config, "__dict__") and not isinstance(config, nn.Module) else ():
         value = getattr(config, name, None)
@@ -220,14 +235,26 @@ def counts(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def repeats(model: nn.Module, path: str, size: int) -> bool:
-    """Whether an attribute of the module, or of one it lies in, says how often something is repeated ``size`` times."""
+    """Whether an attribute of a module, or of the one around it, holds ``size`` as a number of repetitions.
+
+    Args:
+        model: The network.
+        path: The path of the module.
+        size: The number of repetitions.
+    """
     parts = path.split(".")
     owners = [".".join(parts[:i]) for i in range(len(parts), -1, -1)]
     return any(vars(_module(model, owner)).get(name) == size for owner in owners[:2] for name in REPEATS)
 
 
 def epsilon(model: nn.Module, path: str, value: float | None) -> str:
-    """``module:attribute`` of the constant under a norm's root; empty if no attribute holds it."""
+    """Return ``module:attribute`` of the constant under a norm's root; empty if no attribute holds it.
+
+    Args:
+        model: The network.
+        path: The path of the norm.
+        value: The constant.
+    """
     get_attribute = vars(_module(model, path))
     return next((f"{path}:{name}" for name in EPSILONS if name in get_attribute and get_attribute[name] == value), "")
 
@@ -244,7 +271,7 @@ def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def _output_dim(own: Mapping[str, Dims]) -> int | None:
-    """The dimension of ``weight`` that is the bias's; ``None`` if that cannot be said."""
+    """Return the dimension of ``weight`` that the bias shares; ``None`` if it is ambiguous."""
     weight, bias = own.get("weight", ()), own.get("bias", ())
     if len(bias) != 1:
         return None
@@ -253,9 +280,9 @@ def _output_dim(own: Mapping[str, Dims]) -> int | None:
 
 
 def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
-    """The dimensions that the number stood for where the module used it.
+    """Return the dimensions whose size a module wrote as ``value`` in its reshapes and slices.
 
-    With as many heads as each is wide, one number stands for both: a width is the last number of a reshape.
+    If the number of heads equals their width, one number stands for both: a width is the last number of a reshape.
     """
     seen = [one for one in w.literals if one.module == path and one.number == value and d.is_free(one.expr)]
     if name in REPEATS:
@@ -271,7 +298,7 @@ def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
 
 
 def _of_products(path: str, module: nn.Module, w: Walk, found: Mapping[str, Expr]) -> dict[str, Expr]:
-    """Counts, the module's own or of its configuration, of which it reshapes or slices by a multiple."""
+    """Return counts, of the module or its configuration, of which it uses a multiple in reshapes or slices."""
     here = [one.expr for one in w.literals if one.module == path and d.is_free(one.expr)]
     known = [expr for place, expr in found.items() if place.startswith(f"{path}:")]
     made: dict[str, Expr] = {}
@@ -287,7 +314,7 @@ def _of_products(path: str, module: nn.Module, w: Walk, found: Mapping[str, Expr
 
 
 def _outermost(expr: Expr) -> Iterator[Expr]:
-    """A dimension, and the products of its outermost factors."""
+    """Yield a dimension, and each product of its outermost factors."""
     whole = d.resolve(expr)
     yield whole
     if isinstance(whole, d.Times):
@@ -300,7 +327,7 @@ def _is_repeat(expr: Expr) -> bool:
 
 
 def _channels(path: str, module: nn.Module, found: dict[str, Expr], dims: Mapping[str, Dims]) -> None:
-    """Convolutions state both channel counts; inputs are counted over all groups."""
+    """Add the channel and group counts of a convolution; its input channels count all groups."""
     own = dims.get(f"{path}.weight" if path else "weight")
     if own is None or not isinstance(module, nn.modules.conv._ConvNd):
         return

@@ -1,7 +1,7 @@
-"""The block cut: a recorded network as a sequence of blocks, cut where its repeated modules meet.
+"""Divide a recorded network into blocks, at the boundaries of its repeated modules, so that it can run block by block.
 
-It rests on the structure of the recording alone (which module runs which operation, what reads what, shapes and
-constants), so it holds for networks without numbers, and for one block in memory at a time.
+Only the structure of the recording is used (which module runs which operation, data flow, shapes and constants), so it
+works on networks without numbers, and with one block in memory at a time.
 """
 
 from collections import Counter
@@ -17,19 +17,20 @@ from regrow.tracing.walk import op_name
 
 @dataclass(frozen=True)
 class GraphBlock:
-    """A run of operations, from one seam to the next.
+    """A contiguous run of operations in a recording, with the values that cross its boundaries.
 
-    Operations are counted as in :attr:`regrow.axes.AxisGraph.steps`, so a block of a network is that of its cut copy.
+    Operations are numbered as in :attr:`regrow.axes.AxisGraph.steps`, so that a block of a network is one of its cut
+    copy too.
 
     Args:
-        path: The module whose operations they are; empty for what lies between modules that are repeated.
+        path: The module whose operations they are; empty between repeated modules.
         start: The number of the first operation.
-        stop: The number after that of the last one.
-        inputs: The seam before it: earlier operations whose results it reads, and the network's inputs and constants.
-        outputs: The seam after it: its operations whose results are read later, or are answers of the network.
-        states: The parameters and buffers that it reads.
-        kind: Its class: blocks of the same kind run the same operations with the same constants on operands of the
-            same order, at any widths.
+        stop: The number of the last operation plus one.
+        inputs: Values it reads from outside: numbers of earlier operations, and the network's inputs and constants.
+        outputs: The numbers of its operations whose results are read later, or are outputs of the network.
+        states: Names of the parameters and buffers that it reads.
+        kind: Its class: blocks of one class run the same operations with the same constants in the same wiring, at any
+            widths.
     """
 
     path: str
@@ -42,14 +43,15 @@ class GraphBlock:
 
 
 def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
-    """Cut a network where repeated modules meet; without repeated modules it is one block.
+    """Divide a recorded network into blocks at its repeated modules; without repeated modules it is one block.
 
-    A module is repeated if another one in the same place is isomorphic to it, or of its class with operations of its
-    own between those of its parts (a residual block of another width). It is a block if it reads two weights or more
-    and its operations follow each other; the outermost such modules count, and what lies between them is a block too.
+    A module is repeated if another one in the same parent runs the same operations on the same shapes, or is of its
+    class and both have operations of their own beside those of their children (a residual block of another width). It
+    is a block if it reads two weights or more and its operations are contiguous; the outermost such modules count, and
+    the operations between two of them are a block too.
 
     Args:
-        recorded: The operations of the network.
+        recorded: The recording of the network.
 
     Returns:
         The blocks in the order in which they run; each operation is in exactly one.
@@ -85,7 +87,7 @@ class _BlockStep:
 
 @dataclass(frozen=True)
 class _Net:
-    """A recording by operation, with what reads what."""
+    """A recording as a list of steps, with the last reader of each."""
 
     steps: Sequence[_BlockStep]
     shapes: Mapping[str, Any]
@@ -102,10 +104,10 @@ class _Net:
         return cls(steps, {name: shape_of(node) for node, name in recorded.states.items()}, last)
 
     def repeated(self, own: Sequence[int], depth: int = 0) -> list[GraphBlock]:
-        """The repeated modules among those that run some operations.
+        """Return the repeated modules among those that run some operations.
 
         A repeated module counts as a whole, unless most of it is a chain of repeated modules again (an encoder of
-        blocks); modules beside each other, such as experts, are no chain.
+        blocks); parallel modules, such as experts, are no chain.
         """
         children: dict[str, list[int]] = {}
         for i in own:
@@ -127,7 +129,7 @@ class _Net:
         return result
 
     def _chain(self, parts: Sequence[GraphBlock]) -> bool:
-        """Whether each of some modules works on what the one before it made."""
+        """Whether each of some modules works on the output of the one before it."""
         for one, other in pairwise(parts):
             reached = {*range(one.start, one.stop)}
             for i in range(one.stop, other.stop):
@@ -144,16 +146,16 @@ class _Net:
         return sum(len(self.shapes.get(name) or ()) > 1 for name in read) > 1
 
     def _has_own(self, own: Sequence[int], depth: int) -> bool:
-        """Whether a module runs operations that none of its parts runs."""
+        """Whether a module runs operations outside all of its children."""
         return any(len(self.steps[i].modules) == depth for i in own)
 
     def form(self, start: int, stop: int, sized: bool = True) -> int:
-        """What operations do, whatever they are called and wherever their inputs come from.
+        """Return a hash of what some operations compute, independent of names and of where their inputs come from.
 
         Args:
             start: The number of the first operation.
-            stop: The number after that of the last one.
-            sized: Whether sizes count; otherwise only which of them are 1, as in a depthwise convolution.
+            stop: The number of the last operation plus one.
+            sized: Whether sizes count; otherwise only whether they are 0, 1 or larger.
         """
         outside: dict[int | str, int] = {}
         form = []
@@ -172,7 +174,7 @@ class _Net:
         return shape if sized else _unsized(shape)
 
     def seams(self, start: int, stop: int) -> tuple[tuple[int | str, ...], tuple[int, ...], tuple[str, ...]]:
-        """What a run of operations reads, what of it is read later, and the states that it reads."""
+        """Return the inputs, outputs and states of a run of operations, as in :class:`GraphBlock`."""
         read = dict.fromkeys(one for step in self.steps[start:stop] for one in step.operands)
         states = tuple(one for one in read if isinstance(one, str) and one in self.shapes)
         inputs = tuple(one for one in read if one not in self.shapes and not (isinstance(one, int) and one >= start))
@@ -181,7 +183,7 @@ class _Net:
 
 
 def _unsized(shape: Any) -> Any:
-    """A shape, or several, with all sizes but 0 and 1 taken for the same."""
+    """Return a shape, or several, with every size above 1 replaced by 2."""
     return tuple(map(_unsized, shape)) if isinstance(shape, list | tuple) else shape if shape is None else min(shape, 2)
 
 

@@ -1,4 +1,4 @@
-"""Where modules lie in a recording, and whether what they give is only added to the rest."""
+"""Locate modules in a recording, and find those whose output is only added to the rest, which can be dropped."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,11 +16,11 @@ from regrow.tracing.walk import ALIASES, op_name
 
 @dataclass(frozen=True)
 class BranchSite:
-    """Where a branch lies in a recording.
+    """The output of a droppable module in a recording, and the value that replaces it.
 
     Args:
-        node: What the module gives.
-        source: Its input, where that goes through; ``None`` where its result is replaced by zeros.
+        node: The node of the module's output.
+        source: The module's input, if that passes through to the output; ``None``: zeros replace the output.
     """
 
     node: Node
@@ -28,18 +28,22 @@ class BranchSite:
 
 
 class BranchError(Exception):
-    """A module cannot be dropped."""
+    """Raised with the reason why a module cannot be dropped."""
 
 
 @dataclass(frozen=True)
 class RecordedModules:
-    """A recording, by module."""
+    """The operations of a recording, grouped by module.
+
+    Args:
+        effects: The recording's operations and their users.
+    """
 
     effects: Effects
 
     @cached_property
     def inside(self) -> dict[str, list[Node]]:
-        """Path of a module → its operations, those of its parts too."""
+        """Path of a module → the operations in it, those of its children included."""
         result: dict[str, list[Node]] = {}
         for node in self.effects.calls:
             for path in enclosing_modules(node):
@@ -47,10 +51,13 @@ class RecordedModules:
         return result
 
     def site(self, path: str) -> BranchSite:
-        """Where a module lies as a branch.
+        """Return the output of a module and its replacement, if the module can be dropped.
+
+        Args:
+            path: The path of the module.
 
         Raises:
-            BranchError: If what it gives is neither only added, nor its input and more.
+            BranchError: If its output is not only added to something, nor its own input plus something.
         """
         own = self.inside.get(path, [])
         if not own:
@@ -73,7 +80,7 @@ class RecordedModules:
         return BranchSite(node, source)
 
     def _through(self, node: Node, known: set[Node]) -> Node | None:
-        """The value from outside that reaches a node by additions only, at least one, once; of the same form."""
+        """Return the outside value that reaches a node through additions only, once, in the same shape; or ``None``."""
         ends, ask, sums = [], [node], 0
         while ask:
             one = ask.pop()
@@ -90,20 +97,32 @@ class RecordedModules:
         return ends[0] if tensor_forms(node.meta.get("val")) == tensor_forms(ends[0].meta.get("val")) else None
 
     def dead(self, at: BranchSite) -> set[Node]:
-        """The operations that nothing rests on once the branch is gone."""
+        """Return the operations on which no output depends once the branch is dropped.
+
+        Args:
+            at: The output of the branch.
+        """
         return {*self.effects.calls} - self.effects.live({at.node: at.source})
 
 
 def enclosing_modules(node: Node) -> list[str]:
-    """The paths of the modules in whose forward a node was recorded, the outermost first."""
+    """Return the paths of the modules in whose forward a node was recorded, outermost first.
+
+    Args:
+        node: The node.
+    """
     return [path for path, *_ in (node.meta.get("nn_module_stack") or {}).values() if path]
 
 
 def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> dict[Node, Node | None]:
-    """What is replaced in a recording when branches go: each value, and its input, or ``None`` for zeros.
+    """Return what dropping branches replaces in a recording: output node → input node, or ``None`` for zeros.
+
+    Args:
+        recorded: The recording.
+        branches: The branches.
 
     Raises:
-        BranchError: If one is no branch here, or nothing would be left of a sum.
+        BranchError: If one cannot be dropped in this recording, or nothing would be left of a sum.
     """
     replaced: dict[Node, Node | None] = {}
     for branch in branches:
@@ -117,5 +136,9 @@ def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> di
 
 
 def tensor_forms(value: object) -> list[tuple[Any, ...]]:
-    """Shape and precision of every tensor in a value."""
+    """Return (shape, dtype) of every tensor in a nested value.
+
+    Args:
+        value: Tensors in lists, tuples and dicts.
+    """
     return [(x.shape, x.dtype) for x in tree_leaves(value) if isinstance(x, Tensor)]

@@ -1,4 +1,4 @@
-"""Which modules of a recorded network can be dropped whole: those that only add to what is there without them."""
+"""Find the modules that can be dropped whole, because they only add to a value that exists without them."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,13 @@ from regrow.tracing.walk import op_name
 
 @dataclass(frozen=True)
 class ModuleCall:
-    """How a module was called once: its arguments, and what it answered."""
+    """One recorded call of a module: its arguments and its output.
+
+    Args:
+        args: Positional arguments.
+        kwargs: Arguments by name.
+        answer: The output.
+    """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -38,12 +44,12 @@ class ModuleCall:
 
 
 def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """The axes of a network, which also say of each of its modules whether it can be dropped whole.
+    """Return the axes with, for every module that runs, whether it can be dropped whole, or the reason why not.
 
-    It takes about as long as recording the network once more, so tracing does not do it unasked.
+    It takes about as long as recording the network once more, so :func:`regrow.trace` does not do it.
 
     Args:
-        model: The traced network; it is left as it is.
+        model: The traced network; it is left unchanged.
         axes: Its axes.
 
     >>> from regrow.tracing import trace
@@ -58,7 +64,10 @@ def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
 
 def candidate_branches(model: nn.Module) -> dict[str, Branch]:
-    """The operations that a network marks as candidates, each as a branch; nothing needs to be looked at for that.
+    """Return the operations of every :class:`regrow.Candidates` as branches, which need no analysis.
+
+    Args:
+        model: The network.
 
     >>> candidate_branches(nn.Sequential(Candidates({"a": nn.Identity(), "b": nn.ReLU()})))["0.ops.a"].gives
     'nothing'
@@ -73,12 +82,12 @@ def candidate_branches(model: nn.Module) -> dict[str, Branch]:
 
 
 def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str, Branch]:
-    """Every module that runs, and whether it can be dropped.
+    """Return the path of every module that runs → the branch it is, or the reason why it cannot be dropped.
 
     Args:
-        model: The network; it is left as it is.
-        recorded: What it does.
-        example: What it was recorded with.
+        model: The network; it is left unchanged.
+        recorded: The recording of the network.
+        example: The input it was recorded with.
     """
     if recorded.decisions is not None:
         return {}
@@ -96,7 +105,12 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
 
 
 def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], Any]:
-    """How each module is called on an example, and what the network answers."""
+    """Run a network on an example; return module path → its calls, and the network's output.
+
+    Args:
+        model: The network.
+        example: Its input.
+    """
     calls: dict[str, list[ModuleCall]] = {}
 
     def noting(path: str) -> Any:
@@ -113,7 +127,7 @@ def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[Mod
 
 @dataclass(frozen=True)
 class _Search:
-    """What the search for branches shares."""
+    """Shared state of the search for branches."""
 
     recorded: RecordedModules
     model: nn.Module
@@ -121,7 +135,7 @@ class _Search:
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
-        """Name of a module or tensor → every name that it has."""
+        """Name of a module or tensor → all of its names."""
         every: dict[int, list[str]] = {}
         pairs = [
             *self.model.named_modules(remove_duplicate=False),
@@ -133,7 +147,7 @@ class _Search:
         return {name: every[id(one)] for name, one in pairs}
 
     def branch(self, path: str) -> Branch:
-        """The branch that a module is, or why it is none."""
+        """Return a module as a branch, or as one that cannot be dropped, with the reason."""
         try:
             if isinstance(self.model.get_submodule(path), PlaceholderModule):
                 raise BranchError("it is dropped already")
@@ -150,7 +164,7 @@ class _Search:
             return Branch(path, reason=str(error))
 
     def _gone(self, dead: set[Node]) -> list[str]:
-        """The modules of which nothing is left, without their parts."""
+        """Return the outermost modules of which no operation is left."""
         gone = {path for path, nodes in self.recorded.inside.items() if dead.issuperset(nodes)}
         return [path for path in gone if not any(lies_in(path, other) and path != other for other in gone)]
 
@@ -198,7 +212,7 @@ class _Search:
         return len(answer), alike[0]
 
     def _check_names(self, placeholders: Mapping[str, Placeholder], dead: set[Node]) -> None:
-        """Nothing that goes is used elsewhere, and nothing that stays is without use afterwards."""
+        """Raise ``BranchError`` if a dropped tensor or module is used elsewhere, or a kept one would have no use."""
 
         def goes(name: str) -> bool:
             return any(lies_in(name, path) for path in placeholders)
@@ -215,14 +229,14 @@ class _Search:
                 raise BranchError(f"{name} would be left, and nothing would use it")
 
     def _check_first(self, placeholders: Mapping[str, Placeholder]) -> None:
-        """The first of the modules that are numbered stays, where others count on it."""
+        """Raise ``BranchError`` if the first of the numbered modules would be dropped, on which others depend."""
         for path, why in self.first.items():
             if any(lies_in(path, other) for other in placeholders):
                 raise BranchError(f"{path} is the first of its kind, and {why}")
 
     @cached_property
     def first(self) -> dict[str, str]:
-        """The first of the modules of each kind that are numbered → what counts on it."""
+        """Path of the first numbered module of each kind → what depends on it."""
         result: dict[Any, tuple[int, str, str]] = {}
         for name, why in FIRST.items():
             for path, module in self.model.named_modules():
@@ -239,7 +253,7 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
 
 
 def _once(found: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
-    """Of branches that take the same tensors away one, and be it the one that leaves least to do."""
+    """Keep one of several branches that remove the same tensors: the one that leaves the least computation."""
     result = dict(found)
     numel = {name: x.numel() for name, x in model.named_parameters()}
     same: dict[frozenset[str], list[Branch]] = {}
@@ -258,7 +272,7 @@ def _once(found: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
 def _tried(
     found: Mapping[str, Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[ModuleCall]], answer: Any
 ) -> dict[str, Branch]:
-    """Have the network run without branches: all of a name together, or each alone where that fails."""
+    """Run the network without branches, equally named ones together, or each alone where that fails."""
     result = dict(found)
     for members in _classes(found):
         if _problem(members, copy, example, calls, answer):

@@ -1,4 +1,4 @@
-"""What a cache of keys and values holds: the tensors that attention reads, before heads are repeated."""
+"""Find the tensors that a key-value cache holds: keys and values of each attention, before heads are repeated."""
 
 from collections.abc import Container, Iterator
 from typing import Any
@@ -13,17 +13,17 @@ from regrow.tracing.graph import Names
 from regrow.tracing.walk import ALIASES, Dims, Walk, arg, op_name
 
 MOST_STEPS = 16
-"""So many operations at most lie between a softmax and the products on either side of it."""
+"""The most operations between a softmax and the matrix products before and after it."""
 
 
 def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
-    """The keys and values that each attention reads, per token.
+    """Return the keys and values that each attention reads, as dimensions per token.
 
-    Only attention over tokens of the model's input counts; what is read twice is kept once.
+    Only attention over tokens of the model's input counts; tensors that are read twice are cached once.
 
     Args:
-        w: The walked network.
-        names: How its leaves are written.
+        w: The walk over the network's recording.
+        names: Writes expressions as axes.
     """
     given = [node for node in w.capture.graph.nodes if node.op == "placeholder" and node not in w.capture.states]
     tokens = {leaf.number for node in given for expr in w.dims[node] or () for leaf in d.leaves(expr)}
@@ -41,7 +41,7 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
 
 
 def _read(w: Walk, node: Node) -> Iterator[tuple[Node, Node, Expr]]:
-    """The keys and values that an operation attends to, and over what, if it attends: all in one, or by a softmax."""
+    """Yield keys, values and the dimension attended over, if an operation is an attention, fused or its softmax."""
     if node.op != "call_function":
         return
     if op_name(node) == "scaled_dot_product_attention":
@@ -58,7 +58,7 @@ _PLACES = ((1, "key"), (2, "value"))
 
 
 def _product(w: Walk, softmax: Node, back: bool) -> Node | None:
-    """The second factor of the product before a softmax (keys), or after it (values)."""
+    """Return the second factor of the product before a softmax (the keys), or after it (the values)."""
     near = [softmax]
     for _ in range(MOST_STEPS):
         beyond: list[Node] = []
@@ -80,7 +80,7 @@ _PRODUCTS = frozenset(("matmul", "bmm", "baddbmm", "einsum"))
 
 
 def _kept(w: Walk, node: Node) -> Node:
-    """Of a tensor and what it was before it was only laid out anew or repeated: the smallest, the last of these."""
+    """Return the smallest of a tensor and those from which it was only reshaped or repeated."""
     best, one = node, node
     while one.op == "call_function" and op_name(one) in _LAID_OUT and isinstance(one.args[0], Node):
         one = one.args[0]
@@ -102,7 +102,7 @@ def _bytes(node: Node) -> int:
 
 
 def _per_token(dims: Dims, tokens: Container[int]) -> Dims | None:
-    """The dimensions without those of the model's input; ``None`` if there are none of these."""
+    """Return the dimensions without those of the model's input; ``None`` if there are none of these."""
     parts = [part for expr in map(d.resolve, dims) for part in (expr.parts if isinstance(expr, d.Times) else (expr,))]
     own = tuple(part for part in parts if not _is_token(part, tokens))
     return own if len(own) < len(parts) else None

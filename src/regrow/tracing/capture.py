@@ -1,4 +1,4 @@
-"""From a model and an example to a graph of ATen operations, with the name of every tensor of the model's state."""
+"""Record a model run on an example as a graph of ATen operations, with the name of each parameter and buffer."""
 
 import gc
 import inspect
@@ -28,23 +28,23 @@ from regrow.tracing.record import record
 
 
 class TraceError(ValueError):
-    """A network that cannot be traced, with what stood in the way."""
+    """Raised for a network that cannot be traced, with the reason."""
 
 
 @dataclass(frozen=True)
 class Capture:
-    """The operations of one run.
+    """A recording: the graph of operations of one run.
 
     Args:
         graph: The operations in order; placeholders are parameters, buffers, constants and inputs.
         states: Placeholder → name of the parameter or buffer.
         unused: Names of parameters that no operation reads.
-        constants: Placeholder → its value, where that is neither state nor input.
-        decisions: What data decided in an eager run; ``None`` where fake data were enough.
-        refusal: Why ``torch.export`` did not.
-        exported: Whether ``torch.export`` recorded, since we could not.
-        values: What came out of an eager run on real tensors, and what its decisions were taken on.
-        root: Has what the operations name, if they name anything.
+        constants: Placeholder → its value, where that is neither a parameter, a buffer nor an input.
+        decisions: The data-dependent values of an eager run; ``None`` where fake data were enough.
+        refusal: Why ``torch.export`` failed; empty if it was not needed.
+        values: The outputs of an eager run on real tensors, and the values on which its decisions were based.
+        exported: Whether ``torch.export`` made the recording, since regrow's own tracer failed.
+        root: The module that holds the attributes named in the graph.
     """
 
     graph: Graph
@@ -59,12 +59,12 @@ class Capture:
 
     @cached_property
     def module(self) -> GraphModule:
-        """The operations, ready to run."""
+        """The operations as a runnable module."""
         return GraphModule(self.root, self.graph)
 
 
 def example_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Example:
-    """The example as it will be run: a cache, where the model offers one, is left out (its units are not outputs)."""
+    """Return the example as it will be run: with ``use_cache=False`` where the model has that argument."""
     accepts = inspect.signature(model.forward).parameters
     extra = {} if "use_cache" not in accepts or "use_cache" in kwargs else {"use_cache": False}
     return Example(tuple(args), {**kwargs, **extra})
@@ -78,17 +78,18 @@ def capture(
     exported: bool | None = None,
     lines: bool = False,
 ) -> Capture:
-    """Run the model once and record what it does: on fake data, or, where data decide what it does, on the example.
+    """Run a model once and record its operations: on fake data, or on the example where data decide which ones run.
 
-    On fake data we record ourselves, as ``torch.export`` does, in a fraction of its time. It is asked where that fails.
+    On fake data regrow records by itself, in a fraction of the time of ``torch.export``, which is used if that fails.
 
     Args:
-        model: The model.
-        example: What to run it on.
-        decisions: What data decided when the model was recorded eagerly before; it is again, with the same answers.
-            An empty tuple has the data of this example decide. ``None`` has fake data tried first.
+        model: The model; its state is restored afterwards.
+        example: The input to run it on.
+        decisions: Data-dependent values of an earlier eager run, to be replayed in a new one. An empty tuple: run
+            eagerly, and let the data decide. ``None``: try fake data first.
         orders: As for :func:`regrow.tracing.record.record`.
-        exported: Who records on fake data: ``torch.export``, or we; ``None`` for whoever can.
+        exported: Whether ``torch.export`` (``True``) or regrow (``False``) records on fake data; ``None``: whichever
+            can.
         lines: Whether to note which line of the model's code ran each operation.
 
     Raises:
@@ -115,7 +116,7 @@ def capture(
 
 
 def in_training(model: nn.Module, example: Example) -> Capture:
-    """Record what the model does in training, on fake data: some networks reach more of their parameters then.
+    """Record a model in training mode on fake data, since some networks use more of their parameters then.
 
     Raises:
         TraceError: If it cannot be recorded so.
@@ -128,7 +129,7 @@ def in_training(model: nn.Module, example: Example) -> Capture:
 
 
 class _KeptError(RuntimeError):
-    """A network that reads what it kept when it ran before, which fake data do not show."""
+    """Raised for a network that reads state of an earlier run, which fake data do not show."""
 
     def __str__(self) -> str:
         return "it reads what it kept when it ran before"
@@ -147,7 +148,7 @@ def _on_fake_data(model: nn.Module, example: Example, exported: bool | None = No
 
 
 def _dry(model: nn.Module, example: Example) -> Capture:
-    """Record a run on fake data in which nothing is asked of data, and which leaves the model as it was."""
+    """Record a run on fake data that leaves the model unchanged and fails where data would decide something."""
     leaves = tree_leaves((example.args, dict(example.kwargs)))
     if unknown := next((x for x in leaves if not isinstance(x, Tensor) and type(x) not in _PLAIN), None):
         raise RuntimeError(f"it is given a {type(unknown).__name__}")
@@ -163,12 +164,12 @@ def _dry(model: nn.Module, example: Example) -> Capture:
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
-"""What an example may have besides tensors."""
+"""Types that an example may have besides tensors."""
 
 
 @contextmanager
 def as_exporting() -> Iterator[None]:
-    """Have networks that ask do what they do for ``torch.export``."""
+    """Context manager in which ``torch.compiler.is_compiling`` and ``is_exporting`` return true."""
     before = {name: getattr(torch.compiler, name) for name in _ASKED}
     try:
         for name in _ASKED:
@@ -207,7 +208,7 @@ def _exported(model: nn.Module, example: Example) -> Capture:
 
 
 def _asking_no_data() -> FakeTensorMode:
-    """The fake tensors of an export that is refused as soon as data would decide a size, not only where that is used.
+    """Return the mode of an export that fails as soon as data would decide a size, not only where that is used.
 
     No rule can read such a size, and a detector asks for hundreds before ``torch.export`` itself gives up.
     """
@@ -238,9 +239,9 @@ def _eager(
 
 
 def _again(model: nn.Module, example: Example, found: Capture) -> Capture:
-    """The same run on fake data, as it will be held against those of cut copies: some networks notice the difference.
+    """Repeat an eager run on fake data, since cut copies are recorded on fake data and will be compared with it.
 
-    Where the network does not run on fake data, no copy will: the real run is all there is then.
+    If the network does not run on fake data, no copy will, and the real run is returned.
     """
     try:
         copy, mode = meta_copy(model, {})
@@ -257,7 +258,7 @@ def _refused(model: nn.Module, reason: str) -> TraceError:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in at most 200 characters."""
+    """Return the first line of an error's message, at most 200 characters."""
     if isinstance(error, DynamicOutputShapeException):
         return f"data decide how much {error.func} gives"
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
@@ -265,14 +266,14 @@ def first_line(error: Exception) -> str:
 
 
 def _holds_numbers(model: nn.Module, example: Example) -> bool:
-    """Whether there is data that could decide anything."""
+    """Whether all tensors have real data, which could decide something."""
     tensors = [*model.parameters(), *model.buffers(), *tree_leaves((example.args, dict(example.kwargs)))]
     return not any(isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta) for x in tensors)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A refusal is reported by whoever asked; torch need not log or print it as well."""
+    """Context manager that silences torch's logs, warnings and stderr; the caller reports a failure itself."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [logger.disabled for logger in loggers]
     try:
@@ -291,7 +292,7 @@ _LOGGERS = ("torch._subclasses.fake_tensor", "torch.fx.experimental.symbolic_sha
 
 @contextmanager
 def lightly(lines: bool = False) -> Iterator[None]:
-    """Have nobody look for garbage among objects that all stay, or, unless asked, note lines: a third of the time."""
+    """Context manager without garbage collection and, unless ``lines``, without stack traces: a third of the time."""
     config, name = torch.fx.config, "do_not_emit_stack_traces"
     before, collecting = getattr(config, name, False), gc.isenabled()
     setattr(config, name, not lines)
@@ -305,13 +306,13 @@ def lightly(lines: bool = False) -> Iterator[None]:
 
 
 def evaluating(model: nn.Module) -> AbstractContextManager[None]:
-    """Have the model in evaluation mode for a while; each module gets its own mode back."""
+    """Context manager in which the model is in evaluation mode; each module gets its own mode back."""
     return in_mode(model, training=False)
 
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Have the model in a mode for a while; each module gets its own mode back."""
+    """Context manager in which the model is in training or evaluation mode; each module gets its own mode back."""
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
@@ -323,18 +324,18 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
-    """Have what ``torch.compile`` made run as it was written, if there can be anything of that kind."""
+    """Context manager in which modules compiled by ``torch.compile`` run uncompiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def module_of(node: Node) -> str:
-    """The dotted path of the innermost module in whose forward a node was recorded."""
+    """Return the dotted path of the innermost module in whose forward a node was recorded; empty: the model itself."""
     stack = node.meta.get("nn_module_stack")
     return next(reversed(stack.values()))[0] if stack else ""
 
 
 def shape_of(node: Node) -> Any:
-    """The shape of a node's value; a list of shapes for several values, ``None`` for what is no tensor."""
+    """Return the shape of a node's value; a list of shapes for several values, ``None`` for no tensor."""
     value = node.meta.get("val")
     if isinstance(value, Tensor):
         return tuple(int(n) for n in value.shape)

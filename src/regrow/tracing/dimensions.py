@@ -1,8 +1,8 @@
-"""The algebra of dimensions: expressions over leaves, and what it means that two are equal.
+"""Symbolic dimensions while a graph is walked: leaves, products and sums, and how equal ones are unified.
 
 While a graph is walked, every dimension of every tensor is a leaf, a product (a reshaped dimension) or a sum (a
-concatenation). Saying that two dimensions are the same one refines leaves until both have the same form; where no
-common form exists, both are frozen with the reason. Nothing here knows an operation or a network.
+concatenation). Unifying two dimensions splits leaves until both have the same form; where no common form exists, both
+are frozen with the reason. Nothing here depends on an operation or a network.
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,18 @@ _numbers = count()
 
 @dataclass(eq=False)
 class Leaf:
-    """A dimension that is not made of others, until it is found to be.
+    """An elementary dimension, which unification may later replace by a product or sum of others.
 
     Args:
         size: Its number of entries.
-        frozen: Why it cannot change; empty while it can.
-        mark: The strongest thing that reads it, and in ``why`` who that is.
+        frozen: Why its size cannot change; empty while it can.
+        mark: The strongest mark of its readers.
+        why: The reader that caused the mark.
         integer: For a dimension made by ``expand``: the module whose attribute must hold its size.
         least: How many entries it must keep.
         multiple: What its size must stay a multiple of.
+        link: The expression that replaces it, once it is unified.
+        number: A unique number.
     """
 
     size: int
@@ -41,14 +44,22 @@ class Leaf:
 
 @dataclass(frozen=True, eq=False)
 class Times:
-    """A product, outermost first. Holds no factor of size 1; without factors it is the dimension of size 1."""
+    """A product of dimensions, outermost first, without factors of size 1; without any factor it has size 1.
+
+    Args:
+        parts: The factors.
+    """
 
     parts: tuple["Expr", ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Plus:
-    """A concatenation, first part first."""
+    """A concatenation of dimensions, first part first.
+
+    Args:
+        parts: The parts.
+    """
 
     parts: tuple["Expr", ...]
 
@@ -60,7 +71,7 @@ _STRENGTH = {mark: rank for rank, mark in enumerate((Mark.NEUTRAL, Mark.COMPETED
 
 
 def resolve(expr: Expr) -> Expr:
-    """The expression in its present, fullest form."""
+    """Return an expression with all replaced leaves followed to what replaces them."""
     match expr:
         case Leaf(link=None):
             return ONE if expr.size == 1 else expr
@@ -75,7 +86,7 @@ def resolve(expr: Expr) -> Expr:
 
 
 def times(*parts: Expr) -> Expr:
-    """The product of dimensions, flattened."""
+    """Return the product of dimensions, flattened."""
     flat: list[Expr] = []
     for part in map(resolve, parts):
         flat.extend(part.parts if isinstance(part, Times) else (part,))
@@ -83,7 +94,7 @@ def times(*parts: Expr) -> Expr:
 
 
 def plus(*parts: Expr) -> Expr:
-    """The concatenation of dimensions, flattened."""
+    """Return the concatenation of dimensions, flattened."""
     flat: list[Expr] = []
     for part in map(resolve, parts):
         flat.extend(part.parts if isinstance(part, Plus) else (part,))
@@ -91,7 +102,7 @@ def plus(*parts: Expr) -> Expr:
 
 
 def size(expr: Expr) -> int:
-    """How many entries a dimension has."""
+    """Return how many entries a dimension has."""
     match resolve(expr):
         case Leaf(size=n):
             return n
@@ -102,7 +113,7 @@ def size(expr: Expr) -> int:
 
 
 def leaves(expr: Expr) -> Iterator[Leaf]:
-    """The leaves of a dimension, with repetitions."""
+    """Yield the leaves of a dimension, with repetitions."""
     expr = resolve(expr)
     if isinstance(expr, Leaf):
         yield expr
@@ -112,36 +123,36 @@ def leaves(expr: Expr) -> Iterator[Leaf]:
 
 
 def frozen(n: int, reason: str) -> Expr:
-    """A new dimension that cannot change."""
+    """Return a new dimension of size ``n`` that cannot change, with the reason."""
     return ONE if n == 1 else Leaf(n, frozen=reason)
 
 
 def freeze(expr: Expr, reason: str) -> None:
-    """Say of every leaf of a dimension that it cannot change; the first reason stays."""
+    """Freeze every leaf of a dimension: its size cannot change. An earlier reason is kept."""
     for leaf in leaves(expr):
         leaf.frozen = leaf.frozen or reason
 
 
 def is_free(expr: Expr) -> bool:
-    """Whether any part of a dimension can change."""
+    """Whether any leaf of a dimension can change its size."""
     return any(not leaf.frozen for leaf in leaves(expr))
 
 
 def mark(expr: Expr, kind: Mark, why: str) -> None:
-    """Note what reads a dimension; the strongest reader counts."""
+    """Mark the leaves of a dimension by how they are read; a stronger mark is kept. ``why`` names the reader."""
     for leaf in leaves(expr):
         if _STRENGTH[kind] > _STRENGTH[leaf.mark]:
             leaf.mark, leaf.why = kind, why
 
 
 def in_multiples(expr: Expr, of: int) -> None:
-    """Say that the size of a dimension must stay a multiple; each of its parts then does."""
+    """Require that the size of every leaf of a dimension stays a multiple of ``of``."""
     for leaf in leaves(expr):
         leaf.multiple = lcm(leaf.multiple, of)
 
 
 def identical(a: Expr, b: Expr) -> bool:
-    """Whether two dimensions are the same expression already."""
+    """Whether two dimensions are already the same expression."""
     a, b = resolve(a), resolve(b)
     if a is b:
         return True
@@ -152,7 +163,7 @@ def identical(a: Expr, b: Expr) -> bool:
 
 
 def unify(a: Expr, b: Expr, why: str) -> None:
-    """Say that two dimensions are the same, entry by entry. Where their forms cannot agree, both are frozen."""
+    """Make two dimensions equal, entry by entry; where their forms cannot agree, freeze both (reason ``why``)."""
     a, b = resolve(a), resolve(b)
     if identical(a, b):
         return
@@ -175,7 +186,7 @@ def unify(a: Expr, b: Expr, why: str) -> None:
 
 
 def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
-    """Cut a dimension into its first ``at`` entries and the rest; frozen parts where it cannot be cut there."""
+    """Cut a dimension into its first ``at`` entries and the rest; freeze it (reason ``why``) if that is impossible."""
     pieces = _cut(expr, at)
     if pieces is None:
         freeze(expr, why)
@@ -184,7 +195,7 @@ def halves(expr: Expr, at: int, why: str) -> tuple[Expr, Expr]:
 
 
 def split_product(expr: Expr, sizes: list[int], why: str) -> list[Expr]:
-    """Read one dimension as a product of new ones of the given sizes."""
+    """Factor a dimension into new ones of the given sizes, outermost first; return these."""
     parts: list[Expr] = [ONE if n == 1 else Leaf(n) for n in sizes]
     unify(expr, times(*parts), why)
     return parts
@@ -212,7 +223,7 @@ def _bind(leaf: Leaf, expr: Expr, why: str) -> None:
 
 
 def _share(leaf: Leaf, parts: tuple[Leaf, ...]) -> None:
-    """Let a leaf be made of new parts that inherit what is known of it."""
+    """Let the parts that replace a leaf inherit its properties."""
     for part in parts:
         part.frozen, part.mark, part.why, part.integer = leaf.frozen, leaf.mark, leaf.why, leaf.integer
         part.multiple = leaf.multiple
@@ -267,7 +278,7 @@ def _holds(parts: list[Expr], leaf: Leaf) -> bool:
 
 
 def _prefix(parts: list[Expr], n: int) -> int | None:
-    """How many leading factors multiply to ``n``."""
+    """Return how many leading factors multiply to ``n``; ``None`` if no number of them does."""
     total = 1
     for taken, part in enumerate(parts, 1):
         total *= size(part)
@@ -277,7 +288,7 @@ def _prefix(parts: list[Expr], n: int) -> int | None:
 
 
 def _distribute(product: Times, sum_: Plus, why: str) -> None:
-    """A product equals a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``."""
+    """Unify a product with a concatenation: ``(x ‖ y) × p = x·p ‖ y·p``."""
     first, inner = product.parts[0], times(*product.parts[1:])
     if isinstance(first, Plus):
         unify(plus(*(times(part, inner) for part in first.parts)), sum_, why)

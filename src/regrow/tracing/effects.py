@@ -1,4 +1,4 @@
-"""What reaches what in a recorded network: which operations its answers rest on, and where a value ends up in sums."""
+"""Data flow in a recorded network: on which operations its outputs depend, and whether a value is only ever added."""
 
 from collections.abc import Iterable, Mapping
 from functools import cached_property
@@ -14,20 +14,20 @@ from regrow.tracing.capture import Capture, module_of, shape_of
 from regrow.tracing.walk import ALIASES, op_name
 
 Replaced = Mapping[Node, Node | None]
-"""Node → the node whose value is taken for its own; ``None`` for zeros."""
+"""Node → the node whose value replaces its own; ``None``: zeros replace it."""
 
 _PASSING = (
     "neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish dropout feature_dropout view reshape "
     "flatten unflatten _unsafe_view transpose swapaxes mT t permute movedim unsqueeze squeeze slice narrow split "
     "split_with_sizes chunk getitem expand"
 )
-"""Operations on one tensor whose result is 0 where that is."""
+"""Operations on one tensor whose result is 0 where the tensor is 0."""
 
 
 class Effects:
-    """The operations of a recording, without those that change nothing, and what uses what.
+    """The data-flow graph of a recording: inputs and users of each operation, without casts that change nothing.
 
-    A cast to the precision that a tensor has hands on the tensor itself: whoever reads the one reads the other.
+    A cast to the dtype, device and layout that a tensor already has counts as the tensor itself.
 
     Args:
         capture: The recording.
@@ -50,12 +50,12 @@ class Effects:
         self.end = next(node for node in self.inputs if node.op == "output")
 
     def same(self, node: Any) -> Node:
-        """The node that made the tensor which a node is."""
+        """Return the node that made the tensor, behind casts that change nothing."""
         return self._same.get(node, node)
 
     @cached_property
     def fixed(self) -> set[Node]:
-        """What depends on parameters, buffers and constants alone; zeros do, whatever they are made in the form of."""
+        """The nodes that depend on parameters, buffers and constants alone, or are zeros of any shape."""
         result: set[Node] = {*self.capture.states, *self.capture.constants}
         for node, given in self.inputs.items():
             still = node.op == "call_function" and (result.issuperset(given) or op_name(node) == "zeros_like")
@@ -65,7 +65,7 @@ class Effects:
 
     @cached_property
     def writers(self) -> dict[Node, list[Node]]:
-        """The operation that made a tensor → those that write into it in place."""
+        """Node that made a tensor → the operations that write into it in place."""
         result: dict[Node, list[Node]] = {}
         for node in self.calls:
             if writes(node) and node.args:
@@ -73,7 +73,7 @@ class Effects:
         return result
 
     def root(self, value: object) -> Node:
-        """The node that made the memory in which a value lies."""
+        """Return the node that made the memory in which a value lies, behind views."""
         node = self.same(value[0] if isinstance(value, list | tuple) else value)
         while node.op == "call_function" and node.args and _views(node):
             first = node.args[0]
@@ -81,9 +81,12 @@ class Effects:
         return node
 
     def live(self, replaced: Replaced) -> set[Node]:
-        """What the answers rest on once some values are replaced; a replaced one is itself not computed any more.
+        """Return the nodes on which the outputs depend once some values are replaced, without the replaced ones.
 
         An operation that writes into a tensor in place counts where that tensor does.
+
+        Args:
+            replaced: The replaced values.
         """
         result: set[Node] = set()
         zeros: set[Node] = set()
@@ -98,10 +101,13 @@ class Effects:
         return result
 
     def only_added(self, zeros: Iterable[Node]) -> str:
-        """Why the values of some nodes are not only summands, if they are not; empty if they are.
+        """Return why the values of some nodes are not only summands; empty if they are.
 
-        They are if all that is made of them before it is added to something is 0 where they are, and what it is added
-        to depends on the network's input.
+        They are if everything computed from them before an addition is 0 where they are 0, and the other summand
+        depends on the network's input.
+
+        Args:
+            zeros: The nodes whose values zeros would replace.
         """
         silent = set(zeros)
         first = min(map(self.place.__getitem__, silent), default=0)
@@ -134,7 +140,7 @@ class Effects:
 
 
 def stood(node: Node, replaced: Replaced) -> Node:
-    """The node whose value stands for that of another one; a node replaced by zeros stands for itself."""
+    """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself."""
     while (source := replaced.get(node)) is not None:
         node = source
     return node
@@ -146,7 +152,7 @@ def writes(node: Node) -> bool:
 
 
 def _hands_on(node: Node) -> bool:
-    """Whether an operation gives the very tensor that it is given."""
+    """Whether an operation returns the very tensor that it is given."""
     if op_name(node) not in ("to", "type_as", "contiguous") or not node.args or not isinstance(node.args[0], Node):
         return False
     before, after = node.args[0].meta.get("val"), node.meta.get("val")
@@ -163,13 +169,13 @@ def _views(node: Node) -> bool:
 
 
 def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: Mapping[Node, Node]) -> str:
-    """What a network does otherwise than another one with replaced values; empty if nothing.
+    """Return the first difference between a network with replaced values and another network; empty if none.
 
-    Both are reduced to the operations that their answers rest on, which are then held against each other one by one.
+    Both are reduced to the operations on which their outputs depend, which are compared one by one.
 
     Args:
-        ours: The network.
-        replaced: Which of its values are replaced.
+        ours: The network whose values are replaced.
+        replaced: Its replaced values.
         theirs: The other network.
         zeros: Node of ours that is replaced by zeros → the node of theirs that makes these zeros.
     """
@@ -192,7 +198,7 @@ def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: 
 
 
 def _placed(ours: Capture, kept: set[Node], theirs: Capture, other: set[Node], partner: dict[Node, Node]) -> str:
-    """Pair states by name, inputs and constants by their order; what does not pair."""
+    """Pair parameters and buffers by name, inputs and constants by order; return what does not pair, or empty."""
     named = {name: node for node, name in theirs.states.items()}
     for node in kept & ours.states.keys():
         if ours.states[node] not in named:

@@ -1,4 +1,4 @@
-"""Results that a recording holds fixed: answers to questions about data, and the order of sorted entries."""
+"""Replay fixed results in a recorded run: data-dependent decisions, and the order of sorted entries."""
 
 from typing import Any
 
@@ -8,13 +8,25 @@ from torch.utils._pytree import tree_map_only
 
 
 def cast_answer(asked: list[Tensor], answer: object) -> Any:
-    """An answer in the precision of what was asked about; it may have been given in another."""
+    """Return a replayed decision in the precision of the tensors it was taken on.
+
+    Args:
+        asked: The tensors of the operation.
+        answer: The recorded result, possibly in another precision.
+    """
     kinds = {x.dtype for x in asked if is_floating(x)}
     return tree_map_only(Tensor, lambda x: x.to(*kinds) if is_floating(x) and len(kinds) == 1 else x, answer)
 
 
 def reorder(x: Tensor, dim: int, found: Any, order: Tensor | None) -> Any:
-    """What an operation that sorts gives, in a given order if that has the form of the one it found."""
+    """Return the result of a sorting operation in a given order, if that has the right shape.
+
+    Args:
+        x: The tensor that is sorted.
+        dim: The dimension it is sorted along.
+        found: The operation's own result: the positions, or (values, positions).
+        order: The positions to use; ``None``: the result is unchanged.
+    """
     own = found if isinstance(found, Tensor) else found[1]
     if order is None or order.shape != own.shape:
         return found
@@ -34,5 +46,5 @@ ORDERS = frozenset(
 
 
 def is_floating(x: Tensor) -> bool:
-    """Whether a tensor holds floating-point numbers; a function, so that it can be mapped."""
+    """Whether a tensor holds floating-point numbers; a plain function, for ``map``."""
     return x.is_floating_point()

@@ -1,4 +1,4 @@
-"""Sizes that stand in divisors: which parameter and which constant take up their change."""
+"""Find axis sizes used as divisors (in norms, means, attention scales), and what can compensate for a change."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 
 @dataclass(frozen=True)
 class FoldSite:
-    """A fold before its dimensions are written as axes; the fields are those of :class:`regrow.axes.Fold`."""
+    """A fold whose dimensions are still expressions; the fields are those of :class:`regrow.axes.Fold`."""
 
     over: Dims
     weight: str
@@ -28,7 +28,12 @@ class FoldSite:
 
 
 def folds(model: nn.Module, w: Walk) -> list[FoldSite]:
-    """The folds of a network; a mean without one freezes what it runs over."""
+    """Return the folds of a network, and freeze the dimensions of norms and means without one.
+
+    Args:
+        model: The network.
+        w: The walk over its recording.
+    """
     result: list[FoldSite] = []
     for node, kind in w.norms:
         over = size_divided_by(w, node, kind)
@@ -62,7 +67,13 @@ _REASONS = {
 
 
 def size_divided_by(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
-    """The dimensions that a norm, or a scale, divides by the size of."""
+    """Return the dimensions by whose size a norm, mean or attention scale divides.
+
+    Args:
+        w: The walk.
+        node: The operation.
+        kind: ``"mean"``, ``"rms_norm"`` or ``"scale"``.
+    """
     operand = node.args[0]
     assert isinstance(operand, Node)
     dims = w.of(operand)
@@ -86,7 +97,7 @@ def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fo
 
 
 def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[FoldSite]:
-    """``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``, with casts in between."""
+    """Return the fold of a norm spelled out as ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``."""
     squared = node.args[0]
     assert isinstance(squared, Node)
     if len(over) != 1 or not _is_square(squared):
@@ -109,7 +120,7 @@ def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fold
 
 
 def _query(w: Walk, node: Node, over: Dims) -> list[FoldSite]:
-    """The weight and bias of the layer that makes the query, if it makes nothing else."""
+    """Return folds of the weight and bias of the layer that makes the query, if it makes nothing else."""
     made = node.args[0]
     while isinstance(made, Node) and op_name(made) in _RESHAPES and len(made.users) == 1:
         made = made.args[0]
@@ -149,14 +160,14 @@ def _is_square(node: Node) -> bool:
 
 
 def _bare(node: Any) -> Node | None:
-    """The node behind casts and copies."""
+    """Return the node behind casts and copies."""
     while isinstance(node, Node) and node.op == "call_function" and op_name(node) in ALIASES:
         node = node.args[0]
     return node if isinstance(node, Node) else None
 
 
 def _only_user(node: Node, name: str) -> Node | None:
-    """The one operation of that name that uses a node's value, through casts; ``None`` if anything else uses it."""
+    """Return the only user of a node's value, through casts, if it is an operation of that name; else ``None``."""
     users = [user for user in node.users if op_name(user) != "_assert_tensor_metadata"]
     if len(users) != 1:
         return None

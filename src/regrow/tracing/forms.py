@@ -1,9 +1,8 @@
-"""The form of what an operation gives, told at once: its shape, how it lies in memory, its precision and device.
+"""Infer shape, strides, dtype and device of an operation's result quickly, without running fake tensors.
 
-Fake tensors tell it too. But they look at each operation for what it may need besides forms (data, other devices,
-symbols, casts), and many of the kernels that they end at are spelled out in Python: half a millisecond to five. Here
-stand the operations that most of a network consists of, for operands of one device; all else goes the long way. So
-does what fails here, for what it fails with is for fake tensors to say.
+Fake tensors infer them too, but check each operation for other needs (data, other devices, symbols, casts), and many of
+their kernels are written in Python: half a millisecond to five. The operations here are those that most of a network
+consists of, for operands on one device; fake tensors handle all others, and whatever fails here.
 """
 
 from collections.abc import Callable
@@ -17,7 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 
 def map_arguments(value: object, kind: type, change: Callable[[Any], Any]) -> Any:
-    """The arguments of an operation with everything of a kind changed.
+    """Return an operation's nested arguments with every instance of a type replaced.
+
+    Args:
+        value: Lists, tuples and dicts of anything.
+        kind: The type.
+        change: Returns the replacement.
 
     >>> map_arguments((1, [2, "x"], {"y": 3}), int, str)
     ('1', ['2', 'x'], {'y': '3'})
@@ -32,12 +36,12 @@ def map_arguments(value: object, kind: type, change: Callable[[Any], Any]) -> An
 
 
 def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
-    """What an operation gives on fake tensors, or ``NotImplemented`` where that is not for us to tell.
+    """Return an operation's result on fake tensors, or ``NotImplemented`` where only fake tensors can tell.
 
     Args:
         func: The operation.
-        args: Its arguments; tensors are fake.
-        kwargs: Those by name.
+        args: Its positional arguments; tensors are fake.
+        kwargs: Its arguments by name.
         mode: The mode of the fake tensors.
     """
     rule = _RULES.get(func)
@@ -71,7 +75,7 @@ def _plain(shape: Any, dtype: torch.dtype) -> Tensor:
 
 
 def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: torch.device) -> Any:
-    """What the kernel for tensors without numbers gives."""
+    """Return the result of the operation's kernel for meta tensors."""
     known: dict[int, Tensor] = {}  # an operation may give what it was given
 
     def form(x: Tensor) -> Tensor:
@@ -109,7 +113,7 @@ def _paired(x: Tensor, y: Any, **more: Any) -> Any:
 
 
 def _broadcast(a: Any, b: Any) -> Any:
-    """The longer of two shapes if the other is stretched to it."""
+    """Return the shape that two shapes broadcast to, if it is one of the two; else ``None``."""
     a, b = (a, b) if len(a) >= len(b) else (b, a)
     padded = (1,) * (len(a) - len(b)) + tuple(b)
     if all(m in (n, 1) for n, m in zip(a, padded, strict=True)):
@@ -171,7 +175,7 @@ def _cat(parts: Any, dim: int = 0) -> Any:
 
 
 def _of(x: Tensor | None, shape: Any) -> bool:
-    """Whether a tensor has a shape, or is not there."""
+    """Whether a tensor has a shape, or is ``None``."""
     return x is None or tuple(x.shape) == tuple(shape)
 
 
@@ -206,4 +210,4 @@ _KERNELS = frozenset(
         "gru.input lstm.input rnn_tanh.input rnn_relu.input gru_cell lstm_cell"
     )
 )
-"""Operations whose kernels tell the form on any device."""
+"""Operations whose meta kernels give the right shape and strides for any device."""

@@ -1,4 +1,4 @@
-"""From a finished walk to an :class:`~regrow.axes.AxisGraph`: slots, keys, marks and reasons as plain data."""
+"""Turn a finished walk into an :class:`~regrow.axes.AxisGraph`: slots, keys, marks and reasons as plain data."""
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,17 +18,21 @@ from regrow.tracing.walk import Dims, Walk
 from regrow.tracing.zero_init import not_zero_initialisable
 
 MOST_SLOTS = 64
-"""More places than this in one dimension are not kept apart; the axis is frozen."""
+"""The most separate places of an axis in one dimension; an axis with more is frozen."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """How leaves are written once the walk is over: the key of an axis, or a number."""
+    """Writes the expressions of a walk in axes: each leaf becomes the key of an axis, or a fixed size.
+
+    Args:
+        keys: Number of a leaf → the key of its axis.
+    """
 
     keys: Mapping[int, str]
 
     def dim(self, expr: Expr) -> Dim:
-        """A dimension written in axes."""
+        """Return an expression as a dimension written in axes."""
         expr = d.resolve(expr)
         match expr:
             case Leaf():
@@ -39,7 +43,7 @@ class Names:
                 return _joined(Sum, [self.dim(part) for part in parts])
 
     def dims(self, exprs: Dims) -> tuple[Dim, ...]:
-        """Several dimensions written in axes."""
+        """Return several expressions as dimensions written in axes."""
         return tuple(map(self.dim, exprs))
 
 
@@ -51,7 +55,13 @@ def _joined(kind: type[Product] | type[Sum], parts: list[Dim]) -> Dim:
 
 
 def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Names]:
-    """The axis graph of a walked network, and the names under which its leaves stand in it."""
+    """Return the axis graph of a walked network, and the names of its axes for writing further expressions.
+
+    Args:
+        model: The network.
+        w: The walk over its recording.
+        example: The input it was recorded with.
+    """
     state = {name: w.dims[node] for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _ties(model, w, state)
     _freeze_unreachable(model, w, ties)
@@ -111,7 +121,7 @@ def _fold(found: FoldSite, names: Names) -> Fold:
 
 
 def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
-    """Further names of one tensor → its first name. Their dimensions are the same ones."""
+    """Return further names of tied tensors → the first name; their dimensions are unified."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, tensor in chain(
@@ -132,14 +142,14 @@ def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
 
 
 def _used_elsewhere(name: str, ties: Mapping[str, str], unused: tuple[str, ...]) -> bool:
-    """Whether the tensor has another name under which it is used."""
+    """Whether a tensor has another name under which it is used."""
     first = ties.get(name, name)
     names = {first, *(other for other, original in ties.items() if original == first)}
     return not names <= set(unused)
 
 
 def _freeze_unreachable(model: nn.Module, w: Walk, ties: Mapping[str, str]) -> None:
-    """A module that the example does not run may read any dimension of the size it expects."""
+    """Freeze dimensions that unused modules might read: those of the size that such a module expects."""
     for name in w.capture.unused:
         tensor = model.get_parameter(name)
         if tensor.dim() < 2 or _used_elsewhere(name, ties, w.capture.unused):
@@ -153,7 +163,7 @@ def _freeze_unreachable(model: nn.Module, w: Walk, ties: Mapping[str, str]) -> N
 
 
 def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
-    """A repetition whose number no attribute holds cannot change."""
+    """Freeze repetitions whose number no attribute holds."""
     for one in w.literals:
         leaf, where = d.resolve(one.expr), one.module
         if (
@@ -182,7 +192,7 @@ def _places(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
 
 
 def _occurrences(expr: Expr) -> Iterator[tuple[Leaf, list[tuple[int, int]], int, int]]:
-    """Each leaf in a dimension with its enclosing loops ``(times, stride)``, inner extent and offset."""
+    """Yield each leaf in a dimension with its enclosing loops ``(times, stride)``, inner extent and offset."""
     expr = d.resolve(expr)
     if isinstance(expr, Leaf):
         yield expr, [], 1, 0
@@ -201,7 +211,7 @@ def _occurrences(expr: Expr) -> Iterator[tuple[Leaf, list[tuple[int, int]], int,
 
 
 def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Loops that run on without a gap are one; the longest of the rest comes first."""
+    """Merge loops that continue each other without a gap, and sort them by length, longest first."""
     merged: list[tuple[int, int]] = []
     for times, stride in loops:
         if merged and merged[-1][1] == times * stride:
@@ -212,7 +222,7 @@ def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameters: Container[str]) -> list[Slot]:
-    """The slot once per thing it does; a parameter that nothing is known of makes its units."""
+    """Return the slot once per role; a parameter of unknown role produces its units."""
     names = aliases.get(slot.name, [slot.name])
     roles = {role for name in names for role in w.roles.get((name, slot.dim), ())}
     if slot.name not in parameters and roles > {Role.PRODUCES}:
@@ -222,7 +232,7 @@ def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameter
 
 
 def _aliases(ties: Mapping[str, str]) -> dict[str, list[str]]:
-    """Name → all names of the same tensor."""
+    """Return name → all names of the same tensor."""
     groups: dict[str, list[str]] = {}
     for name, first in ties.items():
         groups.setdefault(first, [first]).append(name)
@@ -262,7 +272,7 @@ def _axes(
 
 
 def _nested(axes: dict[str, Axis]) -> dict[str, Axis]:
-    """Say of each axis inside whose units its own lie: its blocks fit into theirs, in the same dimension."""
+    """Set ``inside`` of each axis to the axis whose units contain its units, in the same dimension."""
     by_place: dict[tuple[str, int], list[tuple[Slot, Axis]]] = {}
     for axis in axes.values():
         for slot in axis.slots:
@@ -287,7 +297,7 @@ def _key(slot: Slot, taken: Mapping[str, Axis]) -> str:
 
 
 def _counted(w: Walk, ties: Mapping[str, str], names: Names, state: Mapping[str, Dims]) -> tuple[str, ...]:
-    """The weights a keep fraction is a fraction of; without look-up tables and the head that mirrors them."""
+    """Return the weights of which ``keep`` is a fraction: without embeddings and the output head that mirrors them."""
     tables = {ties.get(name, name) for name in w.tables}
     counted = []
     for name in w.weights:

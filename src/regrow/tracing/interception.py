@@ -1,4 +1,4 @@
-"""What stands around a run that is recorded: which module runs, and calls that pass the dispatcher by."""
+"""Context for recording a run: which module is running, and calls that bypass torch's dispatcher."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class SpellOut(TorchFunctionMode):
-    """Spells out what reads tensors past the dispatcher, and what drops dimensions that happen to have one entry."""
+    """Torch function mode that replaces calls that bypass the dispatcher (``tolist``, ``data``) by recordable ones."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__setitem__ and all(isinstance(x, Tensor) for x in args):
@@ -34,7 +34,11 @@ def _listed(x: Tensor) -> Any:
 
 @contextmanager
 def follow_modules(model: nn.Module) -> Iterator[Callable[[], dict[str, tuple[str, type]]]]:
-    """Follow which module runs; what is given tells the path and class of each that does, the innermost last."""
+    """Context manager that yields a function: path → (path, class) of the modules running now, innermost last.
+
+    Args:
+        model: The network.
+    """
     paths = {module: path for path, module in model.named_modules()}
     running: list[nn.Module] = []
 

@@ -1,4 +1,4 @@
-"""Networks that cannot be traced as they are: what each kind is known by, and what to do instead."""
+"""Recognise networks that cannot be traced as they are (scripted, quantised, sharded), and say what to do instead."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -32,17 +32,20 @@ _CLASSES = {
     "DistributedDataParallel": _SHARDED,
     "FullyShardedDataParallel": _SHARDED,
 }
-"""Name of a class, or of one that it is derived from → why its modules cannot be traced, and the remedy.
+"""Name of a class or base class → why its modules cannot be traced, and the remedy.
 
-Names stand here, since to import the classes takes torch longer than most traces.
+They are names, since importing the classes would take longer than most traces.
 """
 
 _PACKAGES = {"torch.ao.nn.quantized": _QUANTISED, "torch.ao.nn.intrinsic.quantized": _QUANTISED}
-"""Package of a class → the same."""
+"""Package of a class → why its modules cannot be traced, and the remedy."""
 
 
 def check_traceable(model: nn.Module) -> None:
-    """Raise :class:`TraceError` for a network of a kind that cannot be traced; it names the module and the remedy.
+    """Raise :class:`TraceError` for a network that cannot be traced, naming the module and the remedy.
+
+    Args:
+        model: The network.
 
     >>> check_traceable(nn.LazyLinear(3))
     Traceback (most recent call last):
@@ -85,7 +88,11 @@ def _of_tensors(model: nn.Module) -> Iterator[str]:
 
 
 def unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """The parameters and buffers whose shapes must stay, and why: spectral norms divide them, or they share memory."""
+    """Yield the parameters and buffers whose shapes must not change, and why: a spectral norm, or shared memory.
+
+    Args:
+        model: The network.
+    """
     for path, module in model.named_modules():
         for name, remedy in _computed(path, module, spectral=True):
             yield (
@@ -100,7 +107,7 @@ def unalterable(model: nn.Module) -> Iterator[tuple[str, str]]:
 
 
 def _overlapping(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Each tensor some of whose entries are those of another one, and that one."""
+    """Yield pairs of tensors that share entries in memory, each pair in both orders."""
     stores: dict[int, list[tuple[int, int, str, Tensor]]] = {}
     for name, x in (*model.named_parameters(), *model.named_buffers()):
         if x.layout is torch.strided and x.numel():
@@ -133,11 +140,14 @@ def _meet(x: Tensor, y: Tensor) -> bool:
 
 
 _MOST_ENTRIES = 1 << 22
-"""With more entries than these, tensors that overlap count as sharing some."""
+"""Overlapping tensors with more entries than this together are taken to share some, without a check."""
 
 
 def recompute_weights(model: nn.Module) -> None:
-    """Have weights that hooks compute before each run follow what they are computed of.
+    """Recompute the weights that hooks compute before each run (weight norm, spectral norm, pruning masks).
+
+    Args:
+        model: The network; changed in place.
 
     >>> net = torch.nn.utils.prune.l1_unstructured(nn.Linear(3, 2), "weight", 2)
     >>> net.weight_orig, net.weight_mask = nn.Parameter(net.weight_orig[:1]), net.weight_mask[:1]
@@ -154,10 +164,14 @@ def recompute_weights(model: nn.Module) -> None:
 
 
 def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """The axes, of which those that a parametrisation froze say how to remove it.
+    """Return the axes, with the call that removes the parametrisation in the reason of each axis that it froze.
 
     A weight that is computed from others at every call, by a norm over some of its dimensions, cannot lose entries of
     these: all others would change.
+
+    Args:
+        model: The network.
+        axes: Its axes.
     """
     computed = {name: remedy for path, module in model.named_modules() for name, remedy in _computed(path, module)}
     if not computed:
@@ -182,12 +196,12 @@ _OUTER = ("it is a dimension of the model's input", "it is an output of the mode
 
 
 def _computed(path: str, module: nn.Module, spectral: bool = False) -> Iterator[tuple[str, str]]:
-    """Each tensor of which a module computes a weight, and the call that ends it.
+    """Yield each tensor from which a module computes a weight, and the call that ends the parametrisation.
 
     Args:
-        path: Of the module.
+        path: The path of the module.
         module: The module.
-        spectral: Only those that are divided by a spectral norm.
+        spectral: Whether to yield only those that are divided by a spectral norm.
     """
     at, dot = f"model.{path}" if path else "model", f"{path}." if path else ""
     for hook in module._forward_pre_hooks.values():

@@ -1,4 +1,4 @@
-"""Copies of networks and examples without their numbers: they cost no memory, and run on fake tensors."""
+"""Copy networks and examples without their numbers: such copies need no memory, and run on fake tensors."""
 
 import copy
 from collections import OrderedDict, deque
@@ -16,13 +16,13 @@ from regrow.tracing.model_state import find_tensors
 
 
 def meta_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, FakeTensorMode]:
-    """A copy of the model's structure without its numbers, with other shapes where given. Costs no memory.
+    """Return a copy of a model with fake parameters and buffers, in other shapes where given, and its fake mode.
 
     Tensors that are neither parameters nor buffers keep their numbers, which are shared.
 
     Args:
-        model: Left untouched.
-        shapes: Name → new shape of the parameter or buffer.
+        model: The model; it is left unchanged.
+        shapes: Name of a parameter or buffer → its new shape.
 
     Returns:
         The copy, whose parameters and buffers are fake, and the mode in which it runs.
@@ -46,7 +46,13 @@ def meta_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
 
 
 def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) -> FakeTensor:
-    """A fake tensor or parameter of a shape, of the precision and kind of another one."""
+    """Return a fake tensor or parameter of a shape, with the dtype, device and kind of another one.
+
+    Args:
+        mode: The fake mode.
+        shape: The shape.
+        like: The tensor or parameter that it resembles.
+    """
     made = FakeTensor(mode, torch.empty(shape, dtype=like.dtype, device="meta"), like.device)
     if isinstance(like, nn.Parameter):  # what nn.Parameter makes of a subclass, without running operations
         made.requires_grad_(like.requires_grad)
@@ -55,14 +61,14 @@ def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) 
 
 
 def copy_model(model: nn.Module, made: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
-    """What ``copy.deepcopy`` makes of a model, with tensors of one's own; results of operations can be copied too.
+    """Deep-copy a model with each tensor replaced by what a function returns for it; non-leaf tensors are allowed.
 
-    What cannot be copied (a lock, an open file) is shared.
+    Attributes that cannot be copied (a lock, an open file) are shared.
 
     Args:
-        model: Left untouched.
-        made: What stands in the copy for a tensor, wherever it is held.
-        memo: ``id`` of an object → what stands for it.
+        model: The model; it is left unchanged.
+        made: Returns the tensor of the copy for a tensor of the model.
+        memo: ``id`` of an object → what replaces it in the copy; completed in place.
 
     >>> net = nn.Linear(2, 1)
     >>> net.last = net(torch.ones(1, 2))
@@ -73,7 +79,10 @@ def copy_model(model: nn.Module, made: Callable[[Tensor], Tensor], memo: dict[in
 
 
 def clone_model(model: nn.Module) -> Any:
-    """A model of its own numbers: ``copy.deepcopy``, also of a model that holds results of operations.
+    """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors.
+
+    Args:
+        model: The model; it is left unchanged.
 
     >>> net = nn.Linear(2, 1)
     >>> net.last = net(torch.ones(1, 2))
@@ -89,7 +98,7 @@ class _Copy:
         self.made, self.memo = made, memo
 
     def module(self, module: nn.Module) -> Any:
-        """In a fifth of the time that ``copy.deepcopy`` takes, for modules that are copied as objects are."""
+        """Copy a module five times as fast as ``copy.deepcopy``, unless its class defines its own way of copying."""
         kind = type(module)
         if id(module) in self.memo or hasattr(kind, "__deepcopy__") or _special(kind):
             return self.other(module)
@@ -142,18 +151,18 @@ class _Copy:
 
 
 def _special(kind: type) -> bool:
-    """Whether a class of modules has a way of its own to be copied."""
+    """Whether a class of modules defines its own way of being copied."""
     return any(getattr(kind, name) is not usual for name, usual in _USUAL.items())
 
 
 _USUAL = {name: getattr(nn.Module, name) for name in ("__reduce__", "__reduce_ex__", "__getstate__")}
 
 _WHOLE = frozenset((int, float, bool, str, type(None), type, FunctionType, torch.dtype, torch.device))
-"""Kinds of values that a copy shares."""
+"""Types of values that a copy shares with the model."""
 
 
 def fake_example(example: Example, mode: FakeTensorMode) -> Example:
-    """The example as fake tensors of a mode."""
+    """Return an example with its tensors as fake tensors of a mode."""
 
     def fake(value: Any) -> Any:
         return mode.from_tensor(value) if isinstance(value, Tensor) else value
@@ -162,7 +171,7 @@ def fake_example(example: Example, mode: FakeTensorMode) -> Example:
 
 
 def cast_example(example: Example, model: nn.Module) -> Example:
-    """The example in the precision of the model, if all of the model is in one."""
+    """Return an example with floating-point tensors in the model's dtype, if the model has only one."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(kinds) != 1:
         return example

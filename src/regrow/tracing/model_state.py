@@ -1,7 +1,7 @@
-"""What a network holds: every tensor and every place that code can write to, and how to put all of it back.
+"""Save and restore everything that running a network may change: tensors, attributes, containers, closures, caches.
 
-A run may change more than tensors: modules store activations on themselves, hooks append to lists, functions keep what
-they computed. Runs on fake data would leave tensors without numbers in all these places.
+A run may change more than tensors: modules store activations on themselves, hooks append to lists, functions cache
+results. Runs on fake data would leave tensors without numbers in all these places.
 """
 
 import sys
@@ -17,11 +17,14 @@ import torch
 from torch import Tensor, nn
 
 _FOREIGN = frozenset(sys.stdlib_module_names) | {"torch", "numpy", "builtins"}
-"""Packages whose objects (locks, loggers, devices) hold nothing that a network's code writes."""
+"""Packages whose objects (locks, loggers, devices) are not searched: a network's code does not write into them."""
 
 
 def find_tensors(value: object) -> Iterator[Tensor]:
-    """Every tensor that a value holds: a network with its lists, dictionaries and objects, or any of these.
+    """Yield every tensor in a value: a network with its lists, dicts and objects, or any of these.
+
+    Args:
+        value: Where to search.
 
     >>> [x.shape for x in find_tensors({"a": [torch.ones(2)], "b": (torch.ones(3), 1)})]
     [torch.Size([2]), torch.Size([3])]
@@ -32,9 +35,12 @@ def find_tensors(value: object) -> Iterator[Tensor]:
 
 
 def describe_state(model: nn.Module) -> dict[tuple[str, str], Any]:
-    """The form of what each attribute of each module holds: shapes and precisions of tensors, plain values as they are.
+    """Return a description of each attribute of each module: shapes and dtypes of tensors, plain values themselves.
 
-    Two runs of a network are only alike if its modules hold the same before both.
+    Two runs of a network are comparable only if this is the same before both.
+
+    Args:
+        model: The network.
     """
     return {
         (path, name): _form(value, 3)
@@ -46,7 +52,7 @@ def describe_state(model: nn.Module) -> dict[tuple[str, str], Any]:
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
-"""What every module has."""
+"""Attributes that every module has."""
 
 
 def _form(value: Any, depth: int) -> Any:
@@ -68,16 +74,16 @@ _MOST = 64
 
 @contextmanager
 def preserve_state(model: nn.Module, outside: bool = False, entries: bool = False) -> Iterator[None]:
-    """Whatever runs inside, modules hold afterwards what they held before: the same objects in the same places.
+    """Context manager that afterwards undoes what a run may have changed in a network and the objects it reaches.
 
-    This covers attributes, parameters, buffers, lists, dictionaries, other objects, variables of hooks and of other
-    functions that modules hold, dictionaries and lists of the Python modules that define them, cached functions, and
-    the state of the CPU's random numbers.
+    It restores attributes, parameters, buffers, lists, dicts and other objects (the same objects in the same places),
+    variables of hooks and other functions that modules hold, dicts and lists of the Python modules that define them,
+    cached functions, and the state of the CPU's random generator.
 
     Args:
         model: The network.
-        outside: Leave out what only the network itself holds, as for a copy that is thrown away.
-        entries: Whether the entries of buffers and other tensors are put back too (not those of parameters).
+        outside: Whether to leave out what only the network itself holds, as for a copy that is thrown away.
+        entries: Whether to restore the values of buffers and other tensors too (not those of parameters).
     """
     places = _Places(inside=not outside)
     places.visit(model)
@@ -96,10 +102,10 @@ def preserve_state(model: nn.Module, outside: bool = False, entries: bool = Fals
 
 @dataclass
 class _Places:
-    """Places found from a value on, with what they held when they were found.
+    """Everything reachable from a value, with its contents when it was visited.
 
     Args:
-        inside: Whether to note what only the value itself holds.
+        inside: Whether to save what only the value itself holds.
         code: Whether to follow functions and classes.
     """
 
@@ -113,7 +119,7 @@ class _Places:
     caches: list[tuple[Any, int]] = field(default_factory=list)
 
     def visit(self, value: Any) -> None:
-        """Note a value and what it holds; deep structures need no deep recursion."""
+        """Save a value and everything reachable from it, without recursion."""
         ask = [value]
         while ask:
             one = ask.pop()
@@ -123,7 +129,7 @@ class _Places:
             ask += reversed(list(self._parts(one)))
 
     def restore(self) -> None:
-        """Put everything back that has changed."""
+        """Restore everything that has changed."""
         for container, old in self.containers:
             _refill(container, old)
         for cell, value in self.cells:
@@ -225,12 +231,12 @@ def _contents(cell: CellType) -> Any:
 
 
 def _contained(container: Any) -> Any:
-    """A copy, past whatever a class of one's own does when it is asked."""
+    """Return the contents of a container, bypassing methods that its class overrides."""
     return list(dict.items(container)) if isinstance(container, dict) else list(container)
 
 
 def _refill(container: Any, old: list[Any]) -> None:
-    """Have a container hold what it held."""
+    """Restore the contents of a container."""
     now = _contained(container)
     if isinstance(container, dict):
         if len(now) != len(old) or any(a[0] is not b[0] or a[1] is not b[1] for a, b in zip(now, old, strict=True)):

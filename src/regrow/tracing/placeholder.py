@@ -1,4 +1,4 @@
-"""The placeholder of a dropped branch: a module that computes nothing."""
+"""The module that replaces a dropped branch: it computes nothing."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,13 +10,13 @@ from regrow.branches import Placeholder
 
 
 class PlaceholderModule(nn.Module):
-    """Stands for a module that is gone, so that the code around it runs on: it gives zeros, its own input, or nothing.
+    """Replaces a dropped module so that the code around it still runs: it returns zeros, its own input, or ``None``.
 
-    The zeros are new ones at every call, since code may write into them.
+    The zeros are new at every call, since code may write into them.
 
     Args:
-        placeholder: What it takes and gives.
-        of: The module that it replaces; its plain attributes stay, since code around it may ask for them.
+        placeholder: Which argument it takes, and what it returns.
+        of: The module that it replaces; its plain attributes are copied, since code around it may read them.
 
     >>> PlaceholderModule(Placeholder("zero", 0))(torch.ones(3))
     tensor([0., 0., 0.])
@@ -30,7 +30,7 @@ class PlaceholderModule(nn.Module):
                 setattr(self, name, value)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Zeros in the form of the argument, or the argument, in the form of the answer that was; or ``None``."""
+        """Return zeros like the argument, or the argument, in the form of the dropped module's output; or ``None``."""
         placeholder = self.placeholder
         if placeholder.gives == "nothing":
             return None
@@ -39,16 +39,16 @@ class PlaceholderModule(nn.Module):
         return tuple(value if i == placeholder.at else None for i in range(placeholder.of)) if placeholder.of else value
 
     def extra_repr(self) -> str:
-        """What it gives."""
+        """Return what the placeholder gives: ``zero``, ``input`` or ``nothing``."""
         return self.placeholder.gives
 
 
 def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder]) -> dict[str, nn.Module]:
-    """Replace modules by placeholders, in place; returns the modules.
+    """Replace modules by placeholders, in place; return path → the replaced module.
 
     Args:
         model: The network.
-        placeholders: Path of a module → what takes its place.
+        placeholders: Path of a module → the placeholder that replaces it.
 
     Raises:
         AttributeError: If there is no such module.
@@ -59,12 +59,21 @@ def insert_placeholders(model: nn.Module, placeholders: Mapping[str, Placeholder
 
 
 def set_modules(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules at their paths, in place."""
+    """Set modules at their paths, in place.
+
+    Args:
+        model: The network.
+        modules: Path → module.
+    """
     for path, module in modules.items():
         parent, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module)
 
 
 def find_placeholders(model: nn.Module) -> dict[str, Placeholder]:
-    """Path → placeholder, for every dropped module of a network."""
+    """Return path → placeholder of every dropped module of a network.
+
+    Args:
+        model: The network.
+    """
     return {path: module.placeholder for path, module in model.named_modules() if isinstance(module, PlaceholderModule)}

@@ -1,4 +1,4 @@
-"""Where a network reads its axes: the recorded operations, ready to be run with dropped units replaced."""
+"""Record where a network reads its axes, so that it can be run with dropped units replaced there."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,15 +22,15 @@ from regrow.tracing.walk import Walk, walk
 
 @dataclass(frozen=True)
 class ReadDim:
-    """A dimension that an operation sums or compares over.
+    """A dimension that an operation sums, compares or normalises over, so that dropped units must be masked there.
 
     Args:
-        step: The number of the operation, as in :attr:`regrow.axes.AxisGraph.steps`.
-        operand: Which of the tensors that it is given.
-        axis: Which dimension of that tensor.
+        step: The number of the operation in :attr:`regrow.axes.AxisGraph.steps`.
+        operand: Which of the tensors that the operation takes.
+        axis: The index of the dimension in that tensor.
         dim: That dimension written in axes.
-        fill: What dropped units count as; ``None`` where the operation runs over the kept units.
-        weight: The parameter it is multiplied with, if it is one.
+        fill: The value that replaces dropped units; ``None``: the operation runs over the kept units (a restated norm).
+        weight: The name of the parameter it is multiplied with; empty if there is none.
         groups: The number of groups written in axes, for a norm inside groups.
     """
 
@@ -45,27 +45,27 @@ class ReadDim:
 
 @dataclass(frozen=True)
 class Recording:
-    """A recorded network with the places that read its axes; nothing in it depends on numbers in tensors.
+    """A recorded network and the dimensions in which it reads its axes; independent of the values of its tensors.
 
     Args:
         capture: The operations, to be run one by one.
-        reads: The places. They are those of a cut copy too, whose operations are the same ones.
+        reads: The dimensions that are read. They hold for a cut copy too, whose operations are the same.
     """
 
     capture: Capture
     reads: tuple[ReadDim, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
-        """Itself: nothing in it ever changes, and the operations of a long network are linked too deep to be copied."""
+        """Return itself: it is immutable, and the graph of a long network is linked too deep to be copied."""
         return self
 
     @cached_property
     def blocks(self) -> tuple[GraphBlock, ...]:
-        """Its blocks."""
+        """The blocks of the recorded network."""
         return blocks(self.capture)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether it is of the model as it is: shapes, precisions and devices."""
+        """Whether the model still has the shapes, dtypes and devices of the recording."""
         state = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
@@ -78,15 +78,15 @@ class Recording:
 
 @dataclass(frozen=True)
 class Readings:
-    """A recorded network with the places that read its axes, and the input that it was recorded with.
+    """A recorded network, the dimensions in which it reads its axes, and the input it was recorded with.
 
     Args:
         capture: The operations, to be run one by one.
         inputs: The value of each placeholder.
-        reads: The places.
+        reads: The dimensions that are read.
         sizes: The size of each axis that occurs in them.
-        decisions: What data decided; ``None`` where ``torch.export`` recorded.
-        compared: Each operand of which an operation makes whole numbers or truth values, in an eager record: the
+        decisions: The data-dependent values of an eager run; ``None`` where fake data were enough.
+        compared: In an eager recording, each operand from which an operation computes integers or booleans: the
             operation, the operand, and its dimensions written in axes.
     """
 
@@ -108,11 +108,11 @@ class Readings:
 def readings(
     model: nn.Module, axes: AxisGraph, example: Example, decisions: tuple[Decision, ...] | None = None
 ) -> Readings:
-    """Record a network anew and say where it reads the axes of ``axes``.
+    """Record a network anew and return where it reads the axes of ``axes``.
 
     Args:
         model: The network.
-        axes: Its axes; names of axes are theirs, also where a cut has moved them since they were traced.
+        axes: Its axes; keys are theirs, also where a cut has moved axes since they were traced.
         example: The input to record with, and to run on.
         decisions: As for :func:`regrow.tracing.capture.capture`.
     """
@@ -142,18 +142,23 @@ def readings(
 
 
 def recording(w: Walk, names: Names) -> Recording | None:
-    """A walked network's recording; ``None`` where data decide what it does, for their decisions are part of a run."""
+    """Return a walked network's recording; ``None`` where data decide which operations run.
+
+    Args:
+        w: The walk.
+        names: Writes expressions in axes.
+    """
     if w.capture.decisions is not None:
         return None
     return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)))
 
 
 def reads(w: Walk, written: Callable[[Any], Dim]) -> tuple[ReadDim, ...]:
-    """The places of a walked network that read its axes.
+    """Return the dimensions in which a walked network reads its axes.
 
     Args:
         w: The walk.
-        written: A dimension's expression (or none) → the dimension written in axes.
+        written: Returns an expression (or ``None``) as a dimension written in axes.
     """
     step = {node: i for i, node in enumerate(operations(w.capture))}
     return tuple(
@@ -171,7 +176,7 @@ def reads(w: Walk, written: Callable[[Any], Dim]) -> tuple[ReadDim, ...]:
 
 
 def operands(node: Node) -> list[Node]:
-    """The tensors that an operation is given, in order."""
+    """Return the tensors that an operation takes, as nodes, in order."""
     return [one for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
 
 
@@ -187,7 +192,13 @@ def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
 
 
 def inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[Any]:
-    """The value of each placeholder of a recording, in order."""
+    """Yield the value of each placeholder of a recording, in order.
+
+    Args:
+        model: The network.
+        recorded: Its recording.
+        example: The input.
+    """
     state: dict[str, Any] = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),

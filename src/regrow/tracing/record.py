@@ -1,13 +1,13 @@
-"""The eager record: the operations of one run of a network whose own data decide what it does.
+"""Record an eager run of a network in which data decide which operations run, so that it can be replayed.
 
-Where a network asks its data (which boxes overlap, which scores are high enough, whether a sum is positive),
-``torch.export`` gives up. One real run answers every question. The record is the straight line of operations that
-follows from these answers: each answer is a constant in it, and what was asked about is read by a marker,
-:func:`decision`. With the same answers the network runs again on tensors without numbers, at other sizes, and there
-every operation and every shape can be held against the record, those after a question too.
+Where a network reads its data (which boxes overlap, which scores are high enough, whether a sum is positive),
+``torch.export`` gives up. One real run gives every such value. The recording is the straight line of operations that
+follows from these decisions: each is a constant in it, and the tensors it was based on are read by a marker,
+:func:`decision`. With the same decisions the network runs again on tensors without numbers, at other sizes, and there
+every operation and every shape can be compared with the recording, those after a decision too.
 
-That a cut network does the same as the masked one is an induction over the questions: as long as the answers were the
-same, what is asked about next is the same, and so is its answer.
+That a cut network does the same as the masked one follows by induction over the decisions: as long as the earlier ones
+were the same, the tensors that the next is based on are the same, and so is its result.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -35,25 +35,25 @@ from regrow.tracing.source_lines import LINE, line_here
 
 
 class DivergedError(RuntimeError):
-    """A run that asks its data other questions than the one whose answers it is given."""
+    """Raised where a run reaches other data-dependent decisions than those it is to replay."""
 
 
 def decision(*asked: Tensor) -> tuple[Tensor, ...]:
-    """Stand in a graph for a question to the data, between what was asked about and the answer, a constant."""
+    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant."""
     return asked
 
 
 @dataclass
 class Record:
-    """What was seen of one run.
+    """The recording of one run while it is made.
 
     Args:
-        graph: The operations; placeholders are states, inputs and constants.
+        graph: The operations; placeholders are parameters, buffers, inputs and constants.
         states: Placeholder → name of the parameter or buffer.
-        constants: Placeholder → its value: tensors that the network made from numbers, and what data decided.
-        decisions: What data decided, in order.
-        values: The floating-point tensors that came out, then those that turned into whole numbers or truth values
-            on the way; in a run on real tensors only.
+        constants: Placeholder → its value: tensors that the network made from numbers, and results of decisions.
+        decisions: The data-dependent decisions, in order.
+        values: On real tensors only: the floating-point outputs, then the tensors from which integers or booleans were
+            computed.
     """
 
     graph: Graph = field(default_factory=Graph)
@@ -71,22 +71,20 @@ def record(
     orders: Iterable[Tensor] = (),
     every_name: bool = False,
 ) -> Record:
-    """Run a network and write down its operations; where it keeps things at its first run, those of its second.
+    """Run a network and record its operations; if its first run caches something, those of its second run.
 
     Args:
-        model: On real tensors, or on fake ones.
+        model: The network, on real or on fake tensors.
         args: Its positional inputs, of the same kind.
-        kwargs: Its inputs by name.
-        answers: What data decided in an earlier run. They are taken while they last; then the data decide, if there
-            are any.
-        orders: In what order each operation that sorts puts what it sorts, while they last and are of its form; for
-            another network on real tensors, which must not order equal numbers another way.
-        every_name: Whether a tensor of several names is a state under each of them, and used under the last, as
-            ``torch.export`` has it; else it is one under the first.
+        kwargs: Its inputs by name, of the same kind.
+        answers: Decisions of an earlier run to replay; once they are used up, the data decide, if there are any.
+        orders: For each sorting operation the order to use, if it has the right shape; for comparing two networks on
+            real tensors, which may order equal values differently.
+        every_name: Whether a tied tensor is a placeholder under each of its names, and used under the last, as in
+            ``torch.export``; otherwise under the first only.
 
     Raises:
-        DivergedError: If the run asks for another decision than the next given one, or for one that is not given and
-            that fake data cannot take.
+        DivergedError: If a decision is not the next one to replay, or is not given and needs real data.
     """
     tensors = (*model.parameters(), *model.buffers(), *tree_leaves((args, kwargs)))
     fake = next((x.fake_mode for x in tensors if isinstance(x, FakeTensor)), None)
@@ -122,7 +120,7 @@ def record(
 
 
 def compared_operands(node: Node) -> list[Node]:
-    """The floating-point operands of an operation that makes whole numbers or truth values of them."""
+    """Return the floating-point operands from which an operation computes integers or booleans."""
     made = [x for x in tree_leaves(node.meta.get("val")) if isinstance(x, Tensor)]
     if node.op != "call_function" or (node.target is not decision and all(map(is_floating, made))):
         return []
@@ -131,7 +129,7 @@ def compared_operands(node: Node) -> list[Node]:
 
 
 def outputs(value: object) -> Iterator[Any]:
-    """The leaves of what a network returns: those of lists, tuples and dictionaries, and fields of other objects."""
+    """Yield the leaves of a network's output: entries of lists, tuples and dicts, and fields of other objects."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):
             yield leaf
@@ -141,10 +139,10 @@ def outputs(value: object) -> Iterator[Any]:
 
 
 class _Recorder(ProxyTorchDispatchMode):
-    """Writes operations down before autograd and decompositions see them, as ``torch.export`` does.
+    """Torch dispatch mode that records operations before autograd and decompositions, as ``torch.export`` does.
 
-    The base class is what torch lets stand at that place; recording, answering and everything else is done here. Each
-    operation is also run on fake tensors: where these cannot tell the result, the data decide.
+    The base class is one that torch accepts at this place; everything else is done here. Each operation is also run on
+    fake tensors: where these cannot tell the result, the data decide.
     """
 
     def __init__(
@@ -169,7 +167,7 @@ class _Recorder(ProxyTorchDispatchMode):
         return False  # nothing here is compiled, and torch would load its compiler to make sure
 
     def begin(self, model: nn.Module, names: list[str], inputs: list[Any]) -> None:
-        """Make a placeholder for each parameter and buffer of these names, and for each input."""
+        """Add a placeholder for each named parameter and buffer, and for each input."""
         for name in names:
             path, _, leaf = name.rpartition(".")
             owner = model.get_submodule(path)
@@ -180,7 +178,7 @@ class _Recorder(ProxyTorchDispatchMode):
             self._placeholder(value)
 
     def end(self, result: Any) -> None:
-        """Close the graph."""
+        """Add the output to the graph."""
         tensors = [leaf for leaf in outputs(result) if isinstance(leaf, Tensor)]
         self.seen.graph.output(tuple(map(self._node, tensors)))
         if self.real:
@@ -215,7 +213,7 @@ class _Recorder(ProxyTorchDispatchMode):
         return out
 
     def _form(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The result of an operation on fake tensors."""
+        """Return the result of an operation on fake tensors."""
         if (form := infer_result(func, args, kwargs, self.fake)) is not NotImplemented:
             return form
         with self.fake:
@@ -226,23 +224,23 @@ class _Recorder(ProxyTorchDispatchMode):
         return form
 
     def _plainly(self, func: Any, nodes: Any, named: Any) -> Any:
-        """The result of an operation on constants alone, so that numbers made of sizes follow the sizes."""
+        """Return the result of an operation on constants alone, so that numbers made of sizes follow the sizes."""
         read = [x for x in tree_leaves((nodes, named)) if isinstance(x, Node)]
         if torch.Tag.nondeterministic_seeded in func.tags or any(x not in self.plain for x in read):
             return None
         return func(*tree_map_only(Node, self.plain.get, nodes), **tree_map_only(Node, self.plain.get, named))
 
     def _overwritten(self, nodes: list[Node]) -> None:
-        """Constants into which something else is written are none any more, nor is what shares their storage."""
+        """Forget constants that are written into, and all that share their storage."""
         written = {self.plain[node].untyped_storage().data_ptr() for node in nodes}
         self.plain = {node: x for node, x in self.plain.items() if x.untyped_storage().data_ptr() not in written}
 
     def _shown(self, plain: Any) -> Any:
-        """What is known of constants needs no data to decide it."""
+        """Return results computed from constants as constants: no data decide them."""
         return tree_map_only(Tensor, self._constant, plain)
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
-        """Where a mask is true, one tensor of positions for each of its dimensions; other indices as they are."""
+        """Return a boolean index as one tensor of positions per dimension; other indices unchanged."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
         found = self._seen(torch.ops.aten.nonzero.default, (index,), {})
@@ -281,7 +279,7 @@ class _Recorder(ProxyTorchDispatchMode):
         return node
 
     def _name(self, node: Node, out: Any, form: Any, plain: Any) -> None:
-        """Have the results of an operation known by its node."""
+        """Associate the results of an operation with its node."""
         if isinstance(out, Tensor):
             self.nodes[out] = node
             if plain is not None:
@@ -292,7 +290,7 @@ class _Recorder(ProxyTorchDispatchMode):
                     self._name(self._write(getitem, (node, i), {}, val), one, val, None if plain is None else plain[i])
 
     def _node(self, x: Tensor) -> Node:
-        """The node of a tensor; one that no operation made is a constant."""
+        """Return the node of a tensor; a tensor that no operation made becomes a constant."""
         if x not in self.nodes:
             if torch._C._functorch.is_functorch_wrapped_tensor(x):
                 raise RuntimeError("it runs inside torch.func (vmap, grad), whose tensors cannot be recorded")
@@ -300,7 +298,7 @@ class _Recorder(ProxyTorchDispatchMode):
         return self.nodes[x]
 
     def _constant(self, x: Tensor, plain: bool = True, own: bool = False) -> Tensor:
-        """Make a placeholder for a tensor, ``own`` to the network or else a copy; it is returned."""
+        """Add a placeholder for a tensor and return the tensor itself if ``own``, else a copy."""
         flowing = x if own else _copy(x) if self.real else self.fake.from_tensor(x)
         node = self._placeholder(flowing)
         self.seen.constants[node] = _copy(x)
@@ -328,7 +326,7 @@ def _copy(x: Tensor) -> Tensor:
 
 
 _PICKS = frozenset((torch.ops.aten.index.Tensor, torch.ops.aten.index_put.default, torch.ops.aten.index_put_.default))
-"""Operations that also take masks: recorded with the positions where a mask is true."""
+"""Operations that also take masks; recorded with the positions where the mask is true."""
 
 _FORWARD_MODE = frozenset((torch.ops.aten._make_dual.default, torch.ops.aten._unpack_dual.default))
 
@@ -338,4 +336,4 @@ _DATA_DECIDE = (
     fake_tensor.UnsupportedOperatorException,
     fake_tensor.UnsupportedFakeTensorException,
 )
-"""What fake tensors raise where they cannot tell a result."""
+"""Exceptions of fake tensors that cannot tell a result without data."""

@@ -1,15 +1,19 @@
-"""Dimensions whose sizes must change together although their units are different ones."""
+"""Group dimensions that must keep equal numbers of units although their units are different ones."""
 
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.walk import Walk
 
 Multiple = tuple[Leaf, int]
-"""A leaf, and how many entries of a dimension each of its entries stands for."""
+"""A leaf, and how many entries of the dimension each of its units counts for."""
 
 
 def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
-    """Leaf → the label it shares with leaves whose sizes depend on its own, and what each of its entries counts for."""
+    """Return leaf number → the label of its group of equal sizes, and how many entries each of its units counts for.
+
+    Args:
+        w: The walk; dimensions that cannot be matched are frozen.
+    """
     pairs: list[tuple[Multiple, Multiple, str]] = []
     for a, b, why in w.equal:
         found = _pairs(a, b)
@@ -37,7 +41,7 @@ def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
 
 
 def _pairs(a: Expr, b: Expr) -> list[tuple[Multiple, Multiple]] | None:
-    """The leaves whose sizes must match for two dimensions to have equal size; ``None`` if that is unclear."""
+    """Return the leaves whose sizes must match for two dimensions to have equal size; ``None`` if that is unclear."""
     a, b = d.resolve(a), d.resolve(b)
     if d.identical(a, b):
         return []
@@ -50,7 +54,7 @@ def _pairs(a: Expr, b: Expr) -> list[tuple[Multiple, Multiple]] | None:
 
 
 def _multiple(expr: Expr) -> Multiple | None:
-    """A dimension as so many times one leaf: ``f ‖ f`` is 2·f."""
+    """Return a dimension as a multiple of one leaf, if it is: ``f ‖ f`` is 2·f."""
     expr = d.resolve(expr)
     if isinstance(expr, Leaf):
         return expr, 1

@@ -1,4 +1,4 @@
-"""Which line of a network's own code ran an operation, or took another path at another size."""
+"""Find the line of a network's own code that ran an operation, or that behaved differently at another size."""
 
 import gc
 import linecache
@@ -17,14 +17,14 @@ from torch.fx import Node
 from regrow.axes import Example
 
 Line = tuple[str, int]
-"""A file and the number of a line in it."""
+"""A file name and a line number."""
 
 LINE = "line"
-"""Where a recording that notes lines keeps that of an operation, in the metadata of its node."""
+"""Key in a node's metadata under which a recording notes the line that ran the operation."""
 
 
 def line_here() -> Line | None:
-    """The innermost line of a network's own code that is being run."""
+    """Return the innermost line of a network's own code that is running now; ``None`` if there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not _is_own(frame.f_code.co_filename):
         frame = frame.f_back
@@ -32,7 +32,7 @@ def line_here() -> Line | None:
 
 
 def line_of(node: Node | None) -> Line | None:
-    """The line that ran an operation, in a recording that notes lines."""
+    """Return the line that ran an operation, in a recording that notes lines; ``None`` if it is unknown."""
     if node is None:
         return None
     if result := node.meta.get(LINE):
@@ -44,7 +44,7 @@ def line_of(node: Node | None) -> Line | None:
 
 
 def line_raised(error: BaseException) -> Line | None:
-    """The innermost line of a network's own code that an error came through."""
+    """Return the innermost line of a network's own code in an error's traceback; ``None`` if there is none."""
     result, step = None, error.__traceback__
     while step is not None:
         step, result = _deeper(step, result)
@@ -57,12 +57,12 @@ def _deeper(step: TracebackType, found: Line | None) -> tuple[TracebackType | No
 
 
 def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example]) -> Line | None:
-    """The line after which two runs of a network's code go on with different lines; ``None`` if they never do.
+    """Return the last common line of two runs of a network's code, behind which they differ; ``None`` if they never do.
 
     Args:
         one: The network.
-        other: The same network at other sizes.
-        given: What each of them is run on.
+        other: The same network with other sizes.
+        given: The inputs of both.
     """
     last: Line | None = None
     for here, there in zip_longest(_lines_run(one, given[0]), _lines_run(other, given[1])):
@@ -73,7 +73,7 @@ def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example
 
 
 def format_line(line: Line | None) -> str:
-    """A line as ``net.py:12: h = h * 2``; empty if there is none."""
+    """Format a line as ``net.py:12: h = h * 2``; empty for ``None``."""
     if line is None:
         return ""
     name, number = line
@@ -82,7 +82,7 @@ def format_line(line: Line | None) -> str:
 
 
 def _lines_run(model: nn.Module, example: Example) -> list[Line]:
-    """Each line of its own code that a network runs, in order, until it ends or fails."""
+    """Return each line of its own code that a network runs, in order, until it ends or fails."""
     lines: list[Line] = []
 
     def local(frame: FrameType, event: str, given: Any) -> Any:
@@ -116,7 +116,7 @@ def _is_own(name: str) -> bool:
 
 _HERE = Path(__file__).parents[1]
 _FOREIGN = tuple(f"{path}{os.sep}" for path in (_HERE / "tracing", _HERE / "surgery", Path(torch.__file__).parent))
-"""Folders of code that is no network's own: this package's and torch's."""
+"""Folders whose code is never a network's own: this package's and torch's."""
 
 _PYTHON = tuple(path for name in ("stdlib", "platstdlib") if (path := sysconfig.get_path(name)))
-"""Python's own folders, in which packages may be installed."""
+"""Folders of Python's standard library, in which packages may be installed."""

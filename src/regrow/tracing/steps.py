@@ -1,4 +1,4 @@
-"""What a network does, operation by operation, and whether a network of other sizes still does the same."""
+"""A network as a list of operations, and the check that a resized network still runs the same ones."""
 
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -21,13 +21,13 @@ from regrow.tracing.walk import ALIASES, Walk, op_name
 
 @dataclass(frozen=True)
 class Difference:
-    """The first operation that a network of other sizes runs differently.
+    """The first operation in which two recordings of a network differ.
 
     Args:
-        problem: What is different.
+        problem: A description of the difference.
         step: The number of the operation.
-        constant: Whether it is a constant or an operand, which only a comparison with the network as it is can judge:
-            constants also differ between precisions and after a fold, operands after a bias was added.
+        constant: Whether a constant or an operand differs. Constants also differ between precisions and after a fold,
+            operands after a bias was added, so only a comparison with the present network can tell.
     """
 
     problem: str
@@ -36,7 +36,12 @@ class Difference:
 
 
 def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
-    """The operations of a walked network."""
+    """Return the operations of a walked network in comparable form, with shapes written in axes.
+
+    Args:
+        w: The walk.
+        names: Writes expressions in axes.
+    """
     return tuple(
         RecordedStep(
             op_name(node),
@@ -51,12 +56,12 @@ def steps(w: Walk, names: Names) -> tuple[RecordedStep, ...]:
 
 
 def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[str, int]) -> Difference | None:
-    """The first operation that a network of other sizes runs otherwise than planned; ``None`` if there is none.
+    """Return the first operation in which a resized network differs from the traced one as planned; ``None`` if none.
 
     Args:
-        known: The operations of the network as it was traced.
-        recorded: The operations of the network of other sizes.
-        sizes: The size of each of its axes.
+        known: The operations of the traced network.
+        recorded: The recording of the resized network.
+        sizes: Axis key → its number of units in the resized network.
     """
     nodes = operations(recorded)
     for i, (step, node) in enumerate(zip_longest(known, nodes)):
@@ -83,12 +88,12 @@ def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[
 def first_difference(
     present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None
 ) -> Difference | None:
-    """The first constant or operand that differs between a network as it is and as it is planned to be.
+    """Return the first constant or operand that differs between the present and the planned network; ``None`` if none.
 
     Args:
-        present: The operations of the network as it is.
-        planned: The same operations, at the planned sizes.
-        known: The same operations, as they were traced; ``None``: where slices begin is not compared.
+        present: The recording of the present network.
+        planned: The recording of the planned network.
+        known: The operations of the traced network; ``None``: the starts of slices are not compared.
     """
     if any(isinstance(x, FakeTensor) for recorded in (present, planned) for x in recorded.constants.values()):
         return Difference("it reads what it keeps at its first run, which is not known yet; run the network once", 0)
@@ -103,11 +108,11 @@ def first_difference(
 
 
 def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tuple[RecordedStep, ...]:
-    """The operations of a network once folds have set constants under roots anew.
+    """Return the operations of a network after folds have changed the epsilons of its norms.
 
     Args:
-        axes: Its axes, with the operations as they are.
-        constants: ``module:attribute`` → what it is set to.
+        axes: Its axes, with the operations before.
+        constants: ``module:attribute`` → the new epsilon.
     """
     new = {f.epsilon.partition(":")[0]: (f.value, constants[f.epsilon]) for f in axes.folds if f.epsilon in constants}
 
@@ -119,7 +124,12 @@ def refold_steps(axes: AxisGraph, constants: Mapping[str, float | None]) -> tupl
 
 
 def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[RecordedStep, ...]:
-    """The operations as they are recorded now, their shapes still written in axes."""
+    """Return the operations with the constants and operands of a new recording; shapes stay written in axes.
+
+    Args:
+        known: The operations before.
+        recorded: The new recording.
+    """
     started = _started(known, recorded)
     return tuple(
         replace(step, numbers=numbers, operands=operands)
@@ -128,13 +138,13 @@ def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[Rec
 
 
 def operations(recorded: Capture) -> list[Node]:
-    """The operations that compute something, and the answer; copies and casts come and go with precision."""
+    """Return the operations that compute something, and the output; without casts, copies and assertions."""
     every = (node for node in recorded.graph.nodes if node.op in ("call_function", "output"))
     return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
 
 
 def _started(known: Sequence[RecordedStep] | None, recorded: Capture) -> set[Node]:
-    """The slices whose beginning follows from sizes; all, where that is not known."""
+    """Return the slices whose start follows from axis sizes; all operations, where that is unknown."""
     if known is None:
         return {*operations(recorded)}
     return {node for step, node in zip(known, operations(recorded), strict=False) if step.start is not None}
@@ -164,7 +174,12 @@ def _written(dims: Any, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
 def calls(
     recorded: Capture, started: Collection[Node]
 ) -> Iterator[tuple[Node, tuple[Any, ...], tuple[int | str, ...]]]:
-    """Each operation with its constants and operands; ``started`` are slices whose beginning follows from sizes."""
+    """Yield each operation with its constants and operands.
+
+    Args:
+        recorded: The recording.
+        started: Slices whose start follows from axis sizes, and is no constant.
+    """
     given = [n for n in recorded.graph.nodes if n.op == "placeholder"]
     inputs = [n for n in given if n not in recorded.states and n not in recorded.constants]
     names: dict[Node, int | str] = {node: f"input {i}" for i, node in enumerate(inputs)}
@@ -178,17 +193,17 @@ def calls(
 
 
 def source(node: Node) -> Node:
-    """The node behind casts and copies."""
+    """Return the node behind casts and copies."""
     while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node
 
 
 def _numbers(node: Node, started: bool) -> Iterator[Any]:
-    """The constants of a call that are no sizes.
+    """Yield the constants of a call that are not sizes.
 
-    Sizes follow from the shape of the result, which is compared by itself. One record writes down an epsilon that has
-    its usual value and another does not: such constants are left out.
+    Sizes follow from the shape of the result, which is compared by itself. Constants that equal their default are left
+    out, since some recordings write them down and others do not.
     """
     if node.op == "output":
         return
@@ -215,17 +230,17 @@ _SIZES = frozenset(
         *("cudnn_enabled", "cudnn_enable", "output_dtype", "non_blocking", "copy"),
     )
 )
-"""Arguments that the shape of the result decides, that other rules follow, or that say where and how precisely."""
+"""Arguments that are not compared: they follow from the result's shape, or set device, precision and layout."""
 
 _OF_OPERATION = {
     **dict.fromkeys(("arange", "slice"), frozenset(("end",))),
     "histc": frozenset(("bins", "min", "max")),
 }
-"""More of them, for single operations; a histogram is over the positions of the units that it counts."""
+"""Further arguments that are not compared, per operation; a histogram's range follows the units that it counts."""
 
 
 def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Iterator[float]:
-    """The entries of tensors that the network's code made of numbers: ``torch.tensor(size)``."""
+    """Yield the entries of tensors that the network's code made of numbers, as ``torch.tensor(size)``."""
     for node in read:
         value = constants.get(node)
         if value is None or value.is_meta or isinstance(value, FakeTensor):

@@ -1,4 +1,4 @@
-"""What only training does: auxiliary heads, masks for tokens, operations behind ``if self.training``."""
+"""Trace what a network does in training mode only: auxiliary heads, token masks, code behind ``if self.training``."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,16 +17,16 @@ from regrow.tracing.walk import Walk, op_name, walk
 
 
 def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
-    """Follow what the network does in training too, where that is something else.
+    """Record and walk a network in training mode too, and merge what that ties or freezes into the evaluation walk.
 
-    It is where training reaches parameters which evaluation leaves out, or where code of the network's own looks at the
-    mode and other operations run then. Both walks are about the same parameters, so what the second one ties, freezes
-    or marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
+    It does so where training uses parameters that evaluation leaves out, or where the network's own code reads its mode
+    and other operations run then. Both walks are about the same parameters, so what the second one ties, freezes or
+    marks holds in the first. Sizes that training alone divides by have no fold: they are frozen.
 
     Args:
         model: The network.
-        example: What to run it on.
-        w: The walk over what it does in evaluation; it learns what the second one finds.
+        example: The input to run it on.
+        w: The walk in evaluation mode; changed in place.
     """
     if w.capture.decisions is not None or not (w.capture.unused or looks_at_mode(model)):
         return
@@ -56,7 +56,10 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
 
 
 def looks_at_mode(model: nn.Module) -> bool:
-    """Whether code of a network that is not torch's own reads ``training``.
+    """Whether a network's own code (not torch's) reads ``training``.
+
+    Args:
+        model: The network.
 
     >>> class Noisy(nn.Module):
     ...     def forward(self, x):
@@ -68,7 +71,7 @@ def looks_at_mode(model: nn.Module) -> bool:
 
 
 def _functions(model: nn.Module) -> Iterator[Any]:
-    """The functions of a network's own classes, and those that its modules hold."""
+    """Yield the functions of a network's own classes, and those that its modules hold."""
     own = {base for module in model.modules() for base in type(module).__mro__}
     held = [vars(base) for base in own if base.__module__.partition(".")[0] not in ("torch", "builtins")]
     for values in (*held, *map(vars, model.modules())):
@@ -92,4 +95,4 @@ def _names(recorded: Capture) -> list[str]:
 _DROPOUT = frozenset(
     ("dropout", "dropout_", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
 )
-"""Operations that evaluation leaves out, or not, with the same result."""
+"""Operations that are not compared: evaluation may leave them out or not, with the same result."""

@@ -1,4 +1,4 @@
-"""The trial cut: a shape check cannot prove a cut, running the cut network again can."""
+"""Trial cuts: run a resized copy of the network on fake data, and freeze the axes whose cut does not run as planned."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -20,11 +20,15 @@ from regrow.tracing.steps import Difference, difference, first_difference, opera
 
 
 def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """The graph with every axis frozen whose cut the network does not survive as planned.
+    """Return the graph with every axis frozen whose trial cut does not run as planned.
 
     A few units of each free axis are cut, in all axes at once, on a copy without numbers, which is recorded again.
     Where that fails, axes are tried class by class: axes are of one class if their slots differ in layer numbers only.
-    Axes of two units are tried apart from the start: with one unit left, many networks do something else.
+    Axes of two units are tried separately: with one unit left, many networks run other operations.
+
+    Args:
+        model: The network; it is left unchanged.
+        axes: Its axes.
     """
     full = {axis.key: f"it must keep {axis.least} units" for axis in axes.free() if axis.size <= axis.least}
     free = [axis for axis in axes.free() if axis.key not in full]
@@ -49,7 +53,7 @@ def freeze_failing(model: nn.Module, axes: AxisGraph) -> AxisGraph:
 
 
 def _one_by_one(model: nn.Module, axes: AxisGraph, group: list[Axis]) -> dict[str, str]:
-    """Key → what goes wrong, for the axes of the classes that do not survive."""
+    """Return axis key → the problem, for the axes of the classes whose trial cut fails."""
     bad: dict[str, str] = {}
     families: dict[tuple, list[list[Axis]]] = {}
     for kind, members in _classes(group).items():
@@ -66,7 +70,7 @@ def _one_by_one(model: nn.Module, axes: AxisGraph, group: list[Axis]) -> dict[st
 
 
 def _of_family(model: nn.Module, axes: AxisGraph, classes: list[list[Axis]]) -> dict[str, str]:
-    """Key → what goes wrong. Classes of one name, as a network has in each of its stages, mostly fail alike."""
+    """Return axis key → the problem; equally named classes, one per stage of a network, mostly fail alike."""
     every = [axis for members in classes for axis in members]
     problem = _problem(model, axes, every)
     if not problem or len(classes) == 1:
@@ -104,10 +108,10 @@ def _kind(axis: Axis) -> tuple:
 
 
 def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
-    """What goes wrong when a few units of each of the axes are cut; empty if nothing does.
+    """Return the problem of cutting a few units of each of the axes; empty if there is none.
 
-    One axis loses one unit, the next one two, then three: where the network's code takes the size of one axis for that
-    of another, they must not shrink alike.
+    The first axis loses one unit, the next two, then three: if the network's code uses the size of one axis for
+    another, they must not shrink alike.
     """
     sizes = _cut_sizes(axes, cut)
     if any(size < 1 for size in sizes.values()):
@@ -116,7 +120,7 @@ def _problem(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> str:
 
 
 def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
-    """The sizes that axes are tried at, a few units cut of some of them."""
+    """Return the sizes of a trial in which some axes lose a few units."""
     sizes = axes.sizes()
     turns: dict[str, int] = {}
     for axis in cut:
@@ -129,7 +133,7 @@ def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
 
 
 def _cut_line(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> Line | None:
-    """The line of the network's code that stands in the way of a cut on trial, if one does."""
+    """Return the line of the network's code that makes a trial cut fail, if one is found."""
     to = Resizing(_cut_sizes(axes, cut))
     try:
         found = difference(axes.steps, _recorded(model, axes, to), to.sizes)
@@ -140,13 +144,13 @@ def _cut_line(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> Line | None
 
 @dataclass(frozen=True)
 class Resizing:
-    """What a plan makes of a network, but for the numbers in its tensors.
+    """The sizes, constants and biases that a plan leads to, without the values of tensors.
 
     Args:
-        sizes: The size of each axis.
-        constants: ``module:attribute`` → what folds set it to.
-        added: Biases that the network gets, with their sizes.
-        removed: Biases that it loses.
+        sizes: Axis key → its number of units.
+        constants: ``module:attribute`` → the number that folds set.
+        added: Name of a bias that is added → its size.
+        removed: Names of biases that are removed.
     """
 
     sizes: Mapping[str, int]
@@ -156,14 +160,19 @@ class Resizing:
 
     @property
     def plain(self) -> "Resizing":
-        """The sizes alone."""
+        """The sizes alone, as a :class:`Resizing`."""
         return Resizing(self.sizes)
 
 
 def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
-    """What goes wrong when the network is given other sizes, on a copy without numbers; empty if nothing does.
+    """Return the problem of running the network at other sizes, on a copy without numbers; empty if there is none.
 
     The copy is recorded as the network was when it was traced.
+
+    Args:
+        model: The network; it is left unchanged.
+        axes: Its axes.
+        sizes: Axis key → its number of units in the copy.
     """
     try:
         found = difference(axes.steps, _recorded(model, axes, Resizing(sizes)), sizes)
@@ -173,18 +182,18 @@ def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> 
 
 
 def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
-    """Record what a network will do once a plan is carried out, and prove that it is what the plan says.
+    """Record the planned network on a copy without numbers, and raise unless it runs the operations that are planned.
 
-    On a copy without numbers every operation must have the planned shape and work on the same operands with the same
-    constants: a network whose Python code looks at a width may do anything else.
+    Every operation must have the planned shape and work on the same operands with the same constants: a network whose
+    Python code reads a width may do anything else.
 
     Args:
-        model: The network; it is left as it is.
+        model: The network; it is left unchanged.
         axes: Its axes.
-        to: What is to become of it.
+        to: The sizes, constants and biases that the plan leads to.
 
     Raises:
-        PlanError: If it does something else, with the line of its code that does.
+        PlanError: If it runs other operations; the message names the line of its code.
     """
     try:
         planned = _recorded(model, axes, to)
@@ -213,7 +222,7 @@ def _at(line: Line | None) -> str:
 
 
 def _line(model: nn.Module, axes: AxisGraph, to: Resizing, found: Difference) -> Line | None:
-    """The line of the network's code that makes a difference: where it parts, or else that of the operation."""
+    """Return the line of the network's code that causes a difference: where runs diverge, or that of the operation."""
     both = [resize_copy(model, axes, Resizing(sizes)) for sizes in (axes.sizes(), to.sizes)]
     given = [fake_example(cast_example(axes.example, model), mode) for _, mode in both]
     (one, _), (other, _) = both
@@ -233,7 +242,7 @@ def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = Fal
 
 
 def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> str:
-    """Why the network trains otherwise at other sizes, or not at all; empty if it does not, or was not followed."""
+    """Return the problem of training the network at other sizes; empty if there is none, or training was not traced."""
     if not axes.trained:
         return ""
     copies = [resize_copy(model, axes, Resizing(one)) for one in (axes.sizes(), sizes)]
@@ -254,14 +263,20 @@ def _refusal(error: TraceError) -> str:
 
 
 def _step(axis: Axis, axes: AxisGraph) -> int:
-    """How many units go at least: 1, or so many that sizes stay multiples and axes of one count lose equally much."""
+    """Return how many units an axis loses at least, so that its size and those of its group stay valid."""
     if not axis.count:
         return axis.multiple
     return lcm(*(other.times * other.multiple for other in axes if other.count == axis.count)) // axis.times
 
 
 def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Module, torch._subclasses.FakeTensorMode]:
-    """A copy without numbers as a plan makes it: shapes, the integers that restate them, constants and biases."""
+    """Return a copy without numbers at the planned sizes, with its integers, constants and biases, and its fake mode.
+
+    Args:
+        model: The network; it is left unchanged.
+        axes: Its axes.
+        to: The sizes, constants and biases of the copy.
+    """
     shapes = {name: tuple(size_of(dim, to.sizes) for dim in dims) for name, dims in axes.shapes.items()}
     copy, mode = meta_copy(model, shapes)
     for place, value in {**planned_integers(axes, to.sizes), **to.constants}.items():
@@ -277,5 +292,10 @@ def resize_copy(model: nn.Module, axes: AxisGraph, to: Resizing) -> tuple[nn.Mod
 
 
 def planned_integers(axes: AxisGraph, sizes: Mapping[str, int]) -> dict[str, int]:
-    """``module:attribute`` → what it must hold once the axes have the given sizes."""
+    """Return ``module:attribute`` → the integer it must hold at the given axis sizes.
+
+    Args:
+        axes: The network's axes.
+        sizes: Axis key → its number of units.
+    """
     return {place: size_of(dim, sizes) for place, dim in axes.integers.items()}

@@ -1,4 +1,4 @@
-"""One walk over a recorded graph: every dimension of every tensor gets an expression."""
+"""Walk over a recorded graph once, and give every dimension of every tensor a symbolic expression."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -19,15 +19,15 @@ Dims = tuple[Expr, ...]
 
 @dataclass(frozen=True)
 class Reading:
-    """An operation that sums or compares over a dimension, so that dropped units must be replaced before it.
+    """A dimension that an operation sums, compares or normalises over, so that dropped units must be masked there.
 
     Args:
         node: The operation.
         operand: The node whose value is read.
-        dim: The dimension of it that is read.
-        fill: What a dropped unit counts as (0 or −∞), or ``None`` where the operation runs over the kept units.
-        weight: The parameter it is multiplied with, if it is one.
-        groups: The dimension of groups, where the operation runs inside each group.
+        dim: The index of the dimension in it.
+        fill: The value that a dropped unit counts as (0 or ±∞); ``None``: the operation runs over the kept units.
+        weight: The name of the parameter it is multiplied with; empty if there is none.
+        groups: The dimension of groups, where the operation runs inside each group; else ``None``.
     """
 
     node: Node
@@ -40,13 +40,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Literal:
-    """A number that stood for a size where a module used it.
+    """A number that a module passed as a size, and the dimension it is the size of.
 
     Args:
-        module: The dotted path of the module.
+        module: The path of the module.
         number: The number.
         expr: The dimension it was the size of.
-        last: Whether it was the last one of a reshape (a width, not a number of heads).
+        last: Whether it was the last number of a reshape (a width, not a number of heads).
     """
 
     module: str
@@ -57,11 +57,11 @@ class Literal:
 
 @dataclass
 class Walk:
-    """What a walk knows and finds out. Rules call its methods; nothing else changes it.
+    """State and results of a walk over a recorded graph; only rules change it, through its methods and lists.
 
-    ``decided`` says of a module what gave its code a number made of data: for another number it may do anything else.
-    ``also`` is what is read in training, and the weight it meets there, where that was followed. ``stacked`` says of a
-    tensor whose entries along its first dimension have different last dimensions which ones.
+    ``decided`` maps a module to the operation by which its code got a data-dependent number: with another number it may
+    run other operations. ``also`` has the dimensions that are read in training, and the weights they are multiplied
+    with. ``stacked`` has tensors whose entries along the first dimension have different last dimensions, and these.
     """
 
     capture: Capture
@@ -84,16 +84,16 @@ class Walk:
     computed: dict[Node, bool] = field(default_factory=dict)
 
     def of(self, node: Node) -> Dims:
-        """The dimensions of a node's tensor."""
+        """Return the dimensions of a node's tensor."""
         return self.dims[node]
 
     def source(self, node: object) -> str:
-        """The parameter or buffer that a node is, possibly recast or transposed; empty if it is computed."""
+        """Return the name of the parameter or buffer that a node is, possibly cast or transposed; empty if computed."""
         place = self.place(node, 0)
         return place[0] if place else ""
 
     def place(self, node: object, dim: int) -> tuple[str, int] | None:
-        """Which dimension of which parameter or buffer a dimension of a node is; ``None`` if it is computed."""
+        """Return the parameter or buffer, and its dimension, that a node's dimension is; ``None`` if it is computed."""
         if not isinstance(node, Node):
             return None
         if node in self.capture.states:
@@ -117,7 +117,7 @@ class Walk:
         return None
 
     def role(self, node: object, dim: int, role: Role) -> None:
-        """Note what a dimension of a parameter does, if the node is one."""
+        """Record the role of a parameter's dimension, if the node is a parameter or made of some entry by entry."""
         if not isinstance(node, Node):
             return
         if place := self.place(node, dim):
@@ -140,11 +140,11 @@ class Walk:
         return self.computed[node]
 
     def reads(self, node: Node, operand: Any, dim: int, fill: float | None = 0.0, **more: Any) -> None:
-        """Note that the operation sums or compares over a dimension of the operand."""
+        """Record that an operation sums or compares over a dimension of an operand, as in :class:`Reading`."""
         self.readings.append(Reading(node, operand, dim, fill, **more))
 
     def passed_on(self, node: Node) -> None:
-        """Freeze what the code of such a module hands to a node; what its parts do inside themselves stays theirs."""
+        """Freeze what a module whose code depends on data passes to a node; values inside its children stay free."""
         for one in node.all_input_nodes:
             between = _around(module_of(one), module_of(node))
             if between in self.decided and one.op != "placeholder":
@@ -153,12 +153,12 @@ class Walk:
                     d.freeze(expr, f"data decide what is done with it, by `{self.decided[between]}` in {where}")
 
     def why(self, node: Node, what: str) -> str:
-        """A reason that names the operation and the module."""
+        """Return a reason that names the operation and the module."""
         module = module_of(node)
         return f"{what} ({op_name(node)} in {module or 'the model'})"
 
     def fresh(self, node: Node, what: str) -> Any:
-        """New frozen dimensions in the shape of the node's value."""
+        """Return new frozen dimensions in the shape of the node's value."""
         shape = shape_of(node)
         if isinstance(shape, list):
             return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
@@ -166,18 +166,18 @@ class Walk:
 
 
 def _around(a: str, b: str) -> str:
-    """The path of the innermost module that has both modules in it, or is one and has the other in it."""
+    """Return the path of the innermost module that contains both modules, or is one and contains the other."""
     common = takewhile(lambda pair: pair[0] == pair[1], zip(a.split("."), b.split("."), strict=False))
     return ".".join(one for one, _ in common)
 
 
 def arg(node: Node, i: int) -> Any:
-    """A positional argument of a call."""
+    """Return a positional argument of a call."""
     return node.args[i]
 
 
 def op_name(node: Node) -> str:
-    """The plain name of an operation: ``linear``, ``add``; in-place forms count as the plain ones."""
+    """Return the plain name of an operation (``linear``, ``add``); in-place forms have the same name."""
     target = node.target
     name = (
         target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
@@ -201,7 +201,7 @@ ALIASES = frozenset(
 )
 
 _ENTRYWISE = frozenset(("add", "sub", "mul", "div", "where", "masked_fill"))
-"""Operations that make a weight of a weight and a mask, a scale or an update; it does what the weight does."""
+"""Operations that combine a weight with a mask, a scale or an update; the result has the weight's roles."""
 
 Rule = Callable[[Walk, Node], Any]
 
@@ -213,14 +213,14 @@ def walk(
     cautious: bool = True,
     known: Mapping[str, Dims] | None = None,
 ) -> Walk:
-    """Give every dimension in the graph an expression.
+    """Walk over a recorded graph and give every dimension an expression, by the rules of its operations.
 
     Args:
         capture: The recorded graph.
         rules: Operation name → its rule.
-        pointwise: The rule of all operations that work entry by entry.
-        cautious: Whether to freeze what other data may have the network do something else with.
-        known: Name of a parameter or buffer → its dimensions, from a walk before.
+        pointwise: The rule of all operations that torch tags as entrywise.
+        cautious: Whether to freeze dimensions with which other data might make the network do something else.
+        known: Name of a parameter or buffer → its dimensions from an earlier walk; new ones unless given.
     """
     w = Walk(capture)
     if capture.decisions is not None:

@@ -1,8 +1,8 @@
-"""Which axes can get new units that are zero-initialised, so that they do not change the output at first.
+"""Find the axes whose new units can be zero-initialised, so that they do not change the network's output at first.
 
-A new unit of a neutral axis has no effect where only weights read it, for these can be 0. On a folded axis, over which
-a norm runs, its value itself must be 0 wherever it is read; that is followed here from operation to operation. An
-operation that is not known to map 0 to 0 ends it.
+A new unit of a neutral axis has no effect where only weights read it, since these can be 0. On a folded axis, over
+which a norm runs, its value itself must be 0 wherever it is read; that is followed here from operation to operation,
+up to one that is not known to map 0 to 0.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from regrow.tracing.walk import ALIASES, Reading, Walk, arg, op_name
 
 
 def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
-    """Leaf → why new units of it would change the output, or could never learn; leaves not named can be widened.
+    """Return leaf number → why its new units would change the output or could never learn; others can be widened.
 
     Args:
         w: A finished walk.
@@ -58,7 +58,7 @@ def _reason(w: Walk, one: Reading, leaf: d.Leaf, zeros: Mapping[Node, frozenset[
 
 
 def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
-    """Node → the leaves on which its value is 0 if what makes and shifts new units is 0."""
+    """Return node → the leaves on which its value is 0 if the weights that make and shift new units are 0."""
     zeros: dict[Node, frozenset[int]] = {}
     spoiled: set[int] = set()  # written into in place: whoever else sees the same memory is not 0 there either
     for node in w.capture.graph.nodes:
@@ -126,4 +126,4 @@ _PASSING = (
     "slice narrow split split_with_sizes chunk getitem expand cat concat sum mean "
     "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d"
 )
-"""Operations whose result is 0 where everything that they work on is."""
+"""Operations whose result is 0 where all operands are 0."""

@@ -1,4 +1,9 @@
-"""How a dimension passes an operation: one small function per operation, in one explicit table."""
+"""Rules of operations: how the dimensions of an operation's result follow from those of its operands.
+
+There is one small function per operation, in one table. Each takes the walk and the operation's node, ties or freezes
+the dimensions of the operands, notes which it sums over, and returns the dimensions of the result (a list of them for
+several results).
+"""
 
 from regrow.tracing.rules import contract, entries, make, norms, picks, recurrent, reduce, regions, repeats, shapes
 from regrow.tracing.walk import Rule
@@ -17,4 +22,4 @@ RULES: dict[str, Rule] = {
     **recurrent.RULES,
     **regions.RULES,
 }
-"""Operation name → rule. Operations tagged as pointwise need no entry."""
+"""Operation name → rule. Operations that torch tags as pointwise need no entry."""

@@ -1,4 +1,4 @@
-"""Operations that multiply and sum: linear layers, matrix products, convolutions, attention, look-ups."""
+"""Rules for operations that multiply and sum: linear layers, matrix products, convolutions, attention, embeddings."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from regrow.tracing.walk import Dims, Walk, op_name
 
 
 def linear(w: Walk, node: Node) -> Dims:
-    """``y[…, o] = Σᵢ x[…, i] W[o, i] + b[o]``."""
+    """Rule for linear layers: ties the input's last dimension to ``W``'s second and the bias to its first."""
     x, weight, bias = _args(node, 3)
     _contract(w, node, (x, len(w.of(x)) - 1), (weight, 1))
     w.role(weight, 0, Role.PRODUCES)
@@ -23,7 +23,7 @@ def linear(w: Walk, node: Node) -> Dims:
 
 
 def addmm(w: Walk, node: Node) -> Dims:
-    """``y = b + x W`` with ``W[i, o]``."""
+    """Rule for ``b + x W``, with ``W`` stored as [in, out]: ties x to ``W``'s first dimension, b to its second."""
     bias, x, weight = _args(node, 3)
     out = _product(w, node, x, weight)
     _add_bias(w, node, bias, out)
@@ -31,13 +31,13 @@ def addmm(w: Walk, node: Node) -> Dims:
 
 
 def matmul(w: Walk, node: Node) -> Dims:
-    """``y[…, i, j] = Σₖ a[…, i, k] b[…, k, j]``; batch dimensions broadcast."""
+    """Rule for matrix products: ties the summed dimensions of both factors, and batch dimensions by broadcasting."""
     a, b = _args(node, 2)
     return _product(w, node, a, b)
 
 
 def baddbmm(w: Walk, node: Node) -> Dims:
-    """``y = c + a b``, batched."""
+    """Rule for ``c + a b``, batched: ties as a matrix product does, and c to the result."""
     addend, a, b = _args(node, 3)
     out = _product(w, node, a, b)
     _add_bias(w, node, addend, out)
@@ -65,7 +65,7 @@ def _product(w: Walk, node: Node, a: Node, b: Node) -> Dims:
 
 
 def einsum(w: Walk, node: Node) -> Dims:
-    """One letter is one dimension; a letter that the result lacks is summed over."""
+    """Rule for ``einsum``: ties dimensions of the same letter; letters missing in the result are summed over."""
     equation, operands = node.args[:2]
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
     tensors = [one for one in operands if isinstance(one, Node)]
@@ -98,7 +98,7 @@ def einsum(w: Walk, node: Node) -> Dims:
 
 
 def _letters(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """The letters of each operand and of the result, with those that an ellipsis stands for."""
+    """Return the letters of each operand and of the result, with an ellipsis replaced by letters."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
     spare = "".join(sorted(set(map(chr, range(0x391, 0x3A0)))))  # capital Greek: no equation uses them
@@ -133,7 +133,10 @@ def _add_bias(w: Walk, node: Node, bias: Any, out: Dims) -> None:
 
 
 def convolution(w: Walk, node: Node) -> Dims:
-    """``y[n, o, …] = Σ_{c, taps} x[n, c, …] W[o, c, …] + b[o]``, per group."""
+    """Rule for convolutions: ties input channels to ``W``'s second dimension and output channels to its first.
+
+    With groups, the second dimension is the input channels of one group.
+    """
     x, weight, bias = _args(node, 3)
     dims, kernel = w.of(x), w.of(weight)
     space = len(kernel) - 2
@@ -182,7 +185,7 @@ def _grouped(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, tra
 
 
 def attention(w: Walk, node: Node) -> Dims:
-    """``softmax(q kᵀ · scale + mask) v`` per head."""
+    """Rule for fused attention: ties query, key and value per head, and freezes the sequence that is attended over."""
     query, key, value, mask = _args(node, 4)
     q, k, v = w.of(query), w.of(key), w.of(value)
     why = w.why(node, "query, key and value have no common form")
@@ -218,7 +221,7 @@ def _mask(w: Walk, node: Node, mask: Any, dims: Dims) -> None:
 
 
 def embedding(w: Walk, node: Node) -> Dims:
-    """``y = W[index]``."""
+    """Rule for embeddings: freezes the vocabulary, and appends ``W``'s second dimension to the index's."""
     table, index = _args(node, 2)
     d.freeze(w.of(table)[0], w.why(node, "it is a vocabulary, looked up by number"))
     w.role(table, 1, Role.PRODUCES)
@@ -228,7 +231,7 @@ def embedding(w: Walk, node: Node) -> Dims:
 
 
 def _args(node: Node, n: int) -> list[Any]:
-    """The first arguments of a call, ``None`` where there are fewer."""
+    """Return the first ``n`` arguments of a call, with ``None`` for missing ones."""
     named = [node.kwargs.get(key) for key in ("input", "weight", "bias")] if not node.args else []
     args = [*node.args, *named][:n]
     return [*args, *[None] * (n - len(args))]

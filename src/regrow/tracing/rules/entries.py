@@ -1,4 +1,4 @@
-"""Operations that work entry by entry: operands are aligned from the right, as broadcasting does."""
+"""Rules for entrywise operations, whose operands are broadcast: aligned from the right."""
 
 from torch.fx import Node
 
@@ -10,13 +10,13 @@ from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 
 
 def pointwise(w: Walk, node: Node) -> Dims:
-    """Dimensions at the same place are the same one; where one has size 1, the other stands."""
+    """Rule for entrywise operations: ties dimensions at the same place; one of size 1 takes the other's."""
     operands = [arg for arg in node.all_input_nodes if isinstance(shape_of(arg), tuple)]
     return broadcast(w, node, operands)
 
 
 def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
-    """Align operands from the right and tie what meets."""
+    """Tie the dimensions of operands aligned from the right, and return the dimensions of the broadcast result."""
     rank = max((len(w.of(arg)) for arg in operands), default=0)
     out: list[Expr] = [d.ONE] * rank
     for arg in operands:
@@ -34,7 +34,7 @@ def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
 
 
 def prelu(w: Walk, node: Node) -> Dims:
-    """A slope per channel, or one for all."""
+    """Rule for PReLU: ties the slopes to the channels, unless there is one slope for all."""
     x, slope = node.args[:2]
     assert isinstance(x, Node) and isinstance(slope, Node)
     dims, own = w.of(x), w.of(slope)
@@ -45,7 +45,7 @@ def prelu(w: Walk, node: Node) -> Dims:
 
 
 def identity(w: Walk, node: Node) -> Dims:
-    """The same dimensions."""
+    """Rule for casts, dropout and the like: the result has the dimensions of the first operand."""
     arg = node.args[0]
     assert isinstance(arg, Node)
     return w.of(arg)

@@ -1,4 +1,4 @@
-"""Operations that make tensors from nothing, write into them, or pick and weigh experts."""
+"""Rules for operations that create constant tensors, write into tensors, or select and weight experts."""
 
 from math import inf
 from typing import Any
@@ -14,11 +14,11 @@ from regrow.tracing.rules.reduce import ordered
 from regrow.tracing.walk import ALIASES, Dims, Literal, Walk, op_name
 
 ALIGNED = 16
-"""Bytes that each row of an expert's matrix must start at a multiple of, for torch's grouped product to run."""
+"""Alignment in bytes of each row of an expert's matrix, as torch's grouped matrix product requires."""
 
 
 def constant(w: Walk, node: Node) -> Dims:
-    """One number everywhere: each dimension is what it meets; an attribute of the module may hold its size."""
+    """Rule for constant tensors (``zeros``, ``full``): every dimension is new, and takes on whatever it is tied to."""
     made = tuple(d.ONE if n == 1 else d.Leaf(n) if n else d.frozen(n, "it is empty") for n in shape_of(node))
     for expr in made:
         if d.size(expr) > 1:
@@ -27,13 +27,13 @@ def constant(w: Walk, node: Node) -> Dims:
 
 
 def overwrite(w: Walk, node: Node) -> Dims:
-    """What is written must fit what it is written over."""
+    """Rule for ``copy_``, ``fill_``, ``zero_``: ties the written value to the tensor by broadcasting."""
     broadcast(w, node, [one for one in node.all_input_nodes if isinstance(shape_of(one), tuple)])
     return w.of(node.args[0])  # type: ignore[arg-type]
 
 
 def weight_norm(w: Walk, node: Node) -> Dims:
-    """``g · v / ‖v‖`` per entry of one dimension; the norm runs over the others."""
+    """Rule for weight normalisation ``g · v / ‖v‖``: ties g to one dimension of v and freezes the others."""
     v, g = node.args[:2]
     assert isinstance(v, Node) and isinstance(g, Node)
     along = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
@@ -48,7 +48,7 @@ def weight_norm(w: Walk, node: Node) -> Dims:
 
 
 def topk(w: Walk, node: Node) -> Any:
-    """The largest entries: dropped ones count as −∞. Their positions are numbers of what is left."""
+    """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
     operand = node.args[0]
     assert isinstance(operand, Node)
     dims = w.of(operand)
@@ -69,7 +69,7 @@ def topk(w: Walk, node: Node) -> Any:
 
 
 def _only_counted(positions: Node) -> bool:
-    """Whether positions only say how often each occurs and in what order rows go: numbering anew is harmless then."""
+    """Whether positions are only counted and used to order rows, so that renumbering them does no harm."""
     for user in positions.users:
         name = op_name(user)
         if name == "sort":
@@ -84,7 +84,7 @@ def _only_counted(positions: Node) -> bool:
 
 
 def running_total(w: Walk, node: Node) -> Any:
-    """Of counts of picks: units that are never picked add nothing. Of anything else the order matters."""
+    """Rule for ``cumsum``: freezes the dimension, unless it counts picks, where unpicked units add 0."""
     operand = node.args[0]
     assert isinstance(operand, Node)
     counts = operand
@@ -94,7 +94,7 @@ def running_total(w: Walk, node: Node) -> Any:
 
 
 def histogram(w: Walk, node: Node) -> Dims:
-    """How often each position was picked: one bin per unit that could be."""
+    """Rule for histograms: over positions of ``topk`` the bins are the dimension picked from; other bins are frozen."""
     bins = shape_of(node)[0]
     picked = _picked(w, node.args[0])
     if picked is None or d.size(picked) != bins:
@@ -104,7 +104,7 @@ def histogram(w: Walk, node: Node) -> Dims:
 
 
 def _picked(w: Walk, node: Any) -> Expr | None:
-    """The dimension whose positions a node holds, if they come from a pick."""
+    """Return the dimension whose positions a node holds, if they come from ``topk``; else ``None``."""
     while isinstance(node, Node) and node.op == "call_function":
         source = node.args[0]
         if op_name(node) == "getitem" and source in w.picks:
@@ -116,7 +116,7 @@ def _picked(w: Walk, node: Any) -> Expr | None:
 
 
 def grouped_product(w: Walk, node: Node) -> Dims:
-    """Rows sorted by expert, each times its expert's weight: ``y[s] = x[s] W[e(s)]``; ``W`` is [experts, in, out]."""
+    """Rule for the grouped matrix product ``y[s] = x[s] W[e(s)]`` of experts, with ``W`` as [experts, in, out]."""
     x, weight, ends = node.args[:3]
     assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(ends, Node)
     rows, kernel = w.of(x), w.of(weight)

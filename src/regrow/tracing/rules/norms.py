@@ -1,4 +1,4 @@
-"""Normalisations, as one operation or spelled out."""
+"""Rules for normalisations: batch, layer, root-mean-square and group norms."""
 
 from torch.fx import Node
 
@@ -10,9 +10,10 @@ from regrow.tracing.walk import Dims, Literal, Walk, op_name
 
 
 def batch_norm(w: Walk, node: Node) -> Dims:
-    """Per channel: each channel is scaled and shifted by itself, by running statistics or by those of its entries.
+    """Rule for batch and instance norm: ties gain, bias and running statistics to the channels.
 
-    Of the latter every dimension but the channels is frozen (a weight that is standardised, like that of NFNet).
+    If statistics are taken from the entries, every dimension but the channels is frozen (a weight that is
+    standardised).
     """
     x = node.args[0]
     assert isinstance(x, Node)
@@ -28,7 +29,7 @@ def batch_norm(w: Walk, node: Node) -> Dims:
 
 
 def layer_norm(w: Walk, node: Node) -> Dims:
-    """Over the last dimensions: mean and variance are taken again over what is kept."""
+    """Rule for layer norm: marks the last dimensions as restated, since mean and variance are taken over kept units."""
     dims = _affine(w, node, Mark.RESTATED, "a layer norm runs over it")
     x = node.args[0]
     for i in range(len(dims) - len(node.args[1]), len(dims)):  # type: ignore[arg-type]
@@ -37,7 +38,7 @@ def layer_norm(w: Walk, node: Node) -> Dims:
 
 
 def rms_norm(w: Walk, node: Node) -> Dims:
-    """Over the last dimensions: the number of units stands in a divisor, and a fold takes up its change."""
+    """Rule for root-mean-square norm: marks the last dimensions as folded, since their size is a divisor."""
     dims = _affine(w, node, Mark.FOLDED, "a root-mean-square norm runs over it")
     for i in range(len(dims) - len(node.args[1]), len(dims)):  # type: ignore[arg-type]
         w.reads(node, node.args[0], i)
@@ -66,7 +67,7 @@ def _affine(w: Walk, node: Node, kind: Mark, what: str) -> Dims:
 
 
 def group_norm(w: Walk, node: Node) -> Dims:
-    """Per group of channels: whole groups are independent, inside a group the norm is taken over what is kept."""
+    """Rule for group norm: whole groups can be cut; inside a group the norm is taken over kept units (restated)."""
     x, groups = node.args[0], int(node.args[1])  # type: ignore[arg-type]
     assert isinstance(x, Node)
     dims = w.of(x)

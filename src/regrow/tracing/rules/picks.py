@@ -1,4 +1,4 @@
-"""Operations that pick entries by number: what is picked from is frozen, for a cut would number its entries anew."""
+"""Rules for operations that pick entries by index: the dimension is frozen, since a cut would renumber its entries."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from regrow.tracing.walk import Dims, Walk, arg, op_name
 
 
 def select(w: Walk, node: Node) -> Dims:
-    """One entry of a dimension: which one it is counts, so the dimension is frozen."""
+    """Rule for ``select``: freezes the dimension, since the index of the entry matters, and removes it."""
     dims = w.of(operand(node))
     axis = axis_of(node, 1, len(dims))
     d.freeze(dims[axis], w.why(node, "one of its entries is picked by number"))
@@ -22,7 +22,7 @@ def select(w: Walk, node: Node) -> Dims:
 
 
 def unbind(w: Walk, node: Node) -> Any:
-    """All entries of a dimension, one by one."""
+    """Rule for ``unbind``: freezes the dimension whose entries become separate tensors."""
     dims = w.of(operand(node))
     axis = axis_of(node, 1, len(dims))
     d.freeze(dims[axis], w.why(node, "its entries are picked one by one"))
@@ -30,7 +30,7 @@ def unbind(w: Walk, node: Node) -> Any:
 
 
 def index(w: Walk, node: Node) -> Any:
-    """Entries picked by a tensor of numbers: the dimensions picked from are frozen, the others pass."""
+    """Rule for indexing by tensors: freezes the indexed dimensions, passes the others."""
     dims = w.of(operand(node))
     picks: list[Any] = list(arg(node, 1))
     picked = [i for i, pick in enumerate(picks) if pick is not None]
@@ -47,7 +47,7 @@ def index(w: Walk, node: Node) -> Any:
 
 
 def pick(w: Walk, node: Node) -> Dims:
-    """``index_select`` and ``gather``: the dimension picked from is frozen."""
+    """Rule for ``index_select`` and ``gather``: freezes the dimension picked from."""
     dims = w.of(operand(node))
     axis = axis_of(node, 1, len(dims))
     why = w.why(node, "its entries are picked by a tensor of numbers")

@@ -1,7 +1,7 @@
-"""Recurrent layers and cells as one operation: gates are blocks of the hidden units, which they read back themselves.
+"""Rules for recurrent layers and cells (LSTM, GRU, RNN): ties gates, recurrent weights and states to the hidden units.
 
 A hidden unit owns one row in each gate, and a column in whatever reads it: the layer's own recurrent weight, the next
-layer, what follows. Its cell state and its initial state are its own, and go with it.
+layer, later operations. Its cell state and initial state are cut with it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,19 +17,19 @@ from regrow.tracing.dimensions import Expr
 from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
-"""How many blocks of hidden units the rows of a weight are."""
+"""Operation → how many gates, blocks of hidden units, the rows of a weight consist of."""
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What one direction of one layer makes: its hidden units, and what it hands on (a projection of them, or they)."""
+    """The hidden units of one direction of one layer, and its output (a projection of them, or they themselves)."""
 
     units: Expr
     handed: Expr
 
 
 def layers(w: Walk, node: Node) -> Any:
-    """``hₜ = f(W x_t + b + U h_{t−1} + c)`` along time, in one or two directions, layer over layer."""
+    """Rule for recurrent layers, of any number of layers and directions: freezes time, ties weights and states."""
     if getattr(node.target, "_overloadname", "") == "data":
         return _packed(w, node)
     x, state, params, biased, many, _, _, both, batch_first = tuple[Any, ...](node.args)
@@ -63,7 +63,7 @@ def layers(w: Walk, node: Node) -> Any:
 
 
 def _packed(w: Walk, node: Node) -> Any:
-    """Sequences of unequal length in one row: who of them reads what is decided by data."""
+    """Freeze everything that a recurrent layer reads from packed sequences, whose layout depends on data."""
     for one in node.all_input_nodes:
         for expr in w.of(one):
             d.freeze(expr, w.why(node, "a recurrent layer reads packed sequences"))
@@ -71,7 +71,7 @@ def _packed(w: Walk, node: Node) -> Any:
 
 
 def cell(w: Walk, node: Node) -> Any:
-    """One step of a recurrent layer."""
+    """Rule for recurrent cells: one step of a layer."""
     x, state, *params = [*node.args, *node.kwargs.values()]
     states: list[Any] = list(state) if isinstance(state, list | tuple) else [state]
     own = [one for one in params if isinstance(one, Node)]
@@ -89,7 +89,7 @@ def cell(w: Walk, node: Node) -> Any:
 
 
 def _tied(w: Walk, node: Node, gates: int, params: Sequence[Node], biased: bool, given: Expr) -> _Made:
-    """Tie the weights of one direction of one layer to one another and to what they read."""
+    """Tie the weights of one direction of one layer to one another and to its input."""
     inner, back, *rest = params
     biases, projection = rest[: 2 * biased], rest[2 * biased :]
     units = d.Leaf(d.size(w.of(inner)[0]) // gates)
@@ -122,7 +122,7 @@ def _count(w: Walk, node: Node, params: Sequence[Node], lead: Sequence[Expr]) ->
 
 
 def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
-    """Tie an initial state, ``[layers × directions, batch, units]``, to the units that start from it."""
+    """Tie an initial state ``[layers × directions, batch, units]`` to the units that start from it."""
     why = w.why(node, "a state has another form than the hidden units")
     held = w.stacked.get(state)
     if held is None:
@@ -135,7 +135,7 @@ def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
 
 
 def _stacked(w: Walk, node: Node, place: int, batch: Expr, parts: list[Expr]) -> Dims:
-    """A last state. Units of several layers lie in one dimension; they are one set of units unless each is picked."""
+    """Return the dimensions of a last state; units of several layers are tied unless each layer's is selected alone."""
     results = [user for user in node.users if user.args[1] == place]
     for result in results if len(parts) > 1 else ():
         if all(_picks(user, result) for user in result.users):
@@ -147,7 +147,7 @@ def _stacked(w: Walk, node: Node, place: int, batch: Expr, parts: list[Expr]) ->
 
 
 def _picks(user: Node, state: Node) -> bool:
-    """Whether an operation takes the state of one layer, or starts from all of them; or copies do."""
+    """Whether an operation (or those behind copies) selects one layer's state, or starts a layer from all of them."""
     if op_name(user) in ALIASES:
         return all(_picks(one, user) for one in user.users)
     if op_name(user) == "select":
@@ -163,7 +163,7 @@ def _copies(state: Node) -> Iterator[Node]:
 
 
 _ALIKE = frozenset(("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like"))
-"""Operations that make one number everywhere: units of all layers start from it, each for itself."""
+"""Operations that make constant tensors: as initial state they do not tie the units of different layers."""
 
 RULES = {
     **dict.fromkeys(GATES, layers),

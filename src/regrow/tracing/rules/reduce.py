@@ -1,4 +1,4 @@
-"""Operations that sum, compare or order the entries of a dimension."""
+"""Rules for operations that sum, compare or order the entries of a dimension."""
 
 from dataclasses import replace
 from math import inf
@@ -20,7 +20,7 @@ def _input(node: Node) -> Node:
 
 
 def _over(w: Walk, node: Node, position: int = 1) -> list[int]:
-    """The dimensions an operation runs over; all of them if it names none."""
+    """Return the dimensions that an operation runs over; all of them if it names none."""
     rank = len(w.of(_input(node)))
     given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", node.kwargs.get("dims"))
     if given is None or given == []:
@@ -35,7 +35,7 @@ def _left(w: Walk, node: Node, over: list[int]) -> Dims:
 
 
 def total(w: Walk, node: Node) -> Dims:
-    """A sum, or a Euclidean norm: dropped units count as 0."""
+    """Rule for sums: dropped units count as 0."""
     over = _over(w, node)
     for i in over:
         w.reads(node, _input(node), i)
@@ -43,7 +43,7 @@ def total(w: Walk, node: Node) -> Dims:
 
 
 def vector_norm(w: Walk, node: Node) -> Dims:
-    """A norm of order 2 reads dropped units as 0; other orders are left frozen."""
+    """Rule for vector norms: for orders 1 and 2 dropped units count as 0; other orders freeze the dimension."""
     order = node.args[1] if len(node.args) > 1 else 2
     over = _over(w, node, 2)
     for i in over:
@@ -55,7 +55,7 @@ def vector_norm(w: Walk, node: Node) -> Dims:
 
 
 def renorm(w: Walk, node: Node) -> Dims:
-    """Each slice along one dimension is scaled by its own norm: the other dimensions are read as by a norm."""
+    """Rule for ``renorm``, which scales each slice by its norm: reads the other dimensions as a vector norm does."""
     order, along = node.args[1], _over(w, node, 2)
     for i, expr in enumerate(w.of(_input(node))):
         if i not in along and order in (1, 2):
@@ -66,7 +66,7 @@ def renorm(w: Walk, node: Node) -> Dims:
 
 
 def mean(w: Walk, node: Node) -> Dims:
-    """A mean divides by the size: exact only where a fold takes it up, which is looked for later."""
+    """Rule for means: dropped units count as 0; since the size is a divisor, a fold must compensate (found later)."""
     over = _over(w, node)
     free = [i for i in over if d.is_free(w.of(_input(node))[i])]
     for i in free:
@@ -77,7 +77,7 @@ def mean(w: Walk, node: Node) -> Dims:
 
 
 def softmax(w: Walk, node: Node) -> Dims:
-    """Entries compete: dropped units count as −∞."""
+    """Rule for softmax: marks the dimension as competed; dropped units count as −∞."""
     over = _over(w, node)
     for i in over:
         d.mark(w.of(_input(node))[i], Mark.COMPETED, w.why(node, "a softmax runs over it"))
@@ -86,7 +86,7 @@ def softmax(w: Walk, node: Node) -> Dims:
 
 
 def largest(w: Walk, node: Node) -> Any:
-    """A maximum: dropped units count as −∞. Where its position is used, the dimension is frozen."""
+    """Rule for maxima: dropped units count as −∞; the dimension is frozen if the position of the maximum is used."""
     if len(node.args) > 1 and isinstance(node.args[1], Node):
         return pointwise(w, node)
     over = _over(w, node)
@@ -106,7 +106,7 @@ def largest(w: Walk, node: Node) -> Any:
 
 
 def smallest(w: Walk, node: Node) -> Any:
-    """A minimum is a maximum of the negative: dropped units count as +∞."""
+    """Rule for minima: as for maxima, but dropped units count as +∞."""
     before = len(w.readings)
     out = largest(w, node)
     for i in range(before, len(w.readings)):
@@ -115,7 +115,7 @@ def smallest(w: Walk, node: Node) -> Any:
 
 
 def ordered(w: Walk, node: Node) -> Any:
-    """Operations for which the order or number of entries matters: the dimension is frozen."""
+    """Rule for operations that depend on the order or number of entries (sort, var, flip): freezes the dimension."""
     dims = w.of(_input(node))
     position = {"kthvalue": 2, "roll": 2, "diff": 2}.get(op_name(node), 1)
     named = len(node.args) > position or {"dim", "dims"} & node.kwargs.keys()

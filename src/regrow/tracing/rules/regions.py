@@ -1,4 +1,4 @@
-"""Operations that detectors are made of: regions of an image, entries put by number, questions to the data."""
+"""Rules for operations of object detectors: pooled image regions, writes by index, data-dependent decisions."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from regrow.tracing.walk import Dims, Walk
 
 
 def region(w: Walk, node: Node) -> Dims:
-    """Regions of a map are pooled one by one: channels pass, regions and space are made anew."""
+    """Rule for RoI pooling: passes the channels, freezes batch and space; regions are new dimensions."""
     x = node.args[0]
     assert isinstance(x, Node)
     batch, channels, *space = w.of(x)
@@ -22,7 +22,7 @@ def region(w: Walk, node: Node) -> Dims:
 
 
 def put(w: Walk, node: Node) -> Dims:
-    """Entries are overwritten by number: what is numbered is frozen, the dimensions after it are tied."""
+    """Rule for ``index_put``: freezes the indexed dimensions and ties the others to those of the written values."""
     x, picks, values = node.args[:3]
     assert isinstance(x, Node) and isinstance(picks, list | tuple)
     dims, given = w.of(x), w.of(values) if isinstance(values, Node) else ()
@@ -40,7 +40,7 @@ def put(w: Walk, node: Node) -> Dims:
 
 
 def decision(w: Walk, node: Node) -> Any:
-    """What data decide on is frozen; where the answer is a number, also what the asking module then passes on."""
+    """Rule for data-dependent decisions: freezes what they read; a decided number is noted for the module using it."""
     read = node.all_input_nodes
     for one in read:
         for expr in w.of(one):

@@ -1,4 +1,4 @@
-"""Rules of operations that repeat or pad entries."""
+"""Rules for operations that repeat or pad entries."""
 
 from torch.fx import Node
 
@@ -10,7 +10,7 @@ from regrow.tracing.walk import Dims, Literal, Walk
 
 
 def expand(w: Walk, node: Node) -> Dims:
-    """A dimension of size 1 is repeated: a new factor, free only if an attribute of the module can set its size."""
+    """Rule for ``expand``: a repeated dimension is new, and free only if an attribute can set its size."""
     dims, shape = w.of(operand(node)), shape_of(node)
     dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
     other = node.args[1] if len(node.args) > 1 else None
@@ -23,7 +23,7 @@ def expand(w: Walk, node: Node) -> Dims:
 
 
 def repeat(w: Walk, node: Node) -> Dims:
-    """Whole dimensions are repeated one after another: a new outer factor."""
+    """Rule for ``repeat`` and ``tile``: multiplies a dimension by a new outer factor."""
     dims, shape = w.of(operand(node)), shape_of(node)
     dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
     return tuple(
@@ -33,7 +33,7 @@ def repeat(w: Walk, node: Node) -> Dims:
 
 
 def repeat_interleave(w: Walk, node: Node) -> Dims:
-    """Each entry is repeated in place: a new inner factor."""
+    """Rule for ``repeat_interleave``: multiplies a dimension by a new inner factor."""
     dims, shape = w.of(operand(node)), shape_of(node)
     if len(dims) != len(shape) or isinstance(node.args[1], Node):
         return frozen_whole(w, node)
@@ -50,7 +50,7 @@ def _repeated(w: Walk, node: Node, n: int) -> Expr:
 
 
 def pad(w: Walk, node: Node) -> Dims:
-    """Padded dimensions are new ones; the others pass."""
+    """Rule for padding: freezes padded dimensions, passes the others."""
     dims, shape = w.of(operand(node)), shape_of(node)
     why = w.why(node, "it is padded")
     for expr, n in zip(dims, shape, strict=True):

@@ -1,4 +1,4 @@
-"""Operations that move entries about: reshaping, transposing, joining, cutting."""
+"""Rules for operations that move entries: reshaping, transposing, concatenating, slicing, pooling."""
 
 from itertools import pairwise
 from math import prod
@@ -13,20 +13,27 @@ from regrow.tracing.walk import Dims, Literal, Walk, arg, op_name
 
 
 def operand(node: Node) -> Node:
-    """What an operation works on: its first argument."""
+    """Return the first argument of an operation: the tensor that it works on."""
     first = node.args[0]
     assert isinstance(first, Node)
     return first
 
 
 def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:
-    """Which dimension an argument names, counted from the first."""
+    """Return which dimension an argument of an operation names, as a non-negative index.
+
+    Args:
+        node: The operation.
+        position: The position of the argument; by name it is ``dim``.
+        rank: The number of dimensions.
+        default: The dimension if the argument is missing.
+    """
     given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
     return int(given) % max(rank, 1)
 
 
 def reshape(w: Walk, node: Node) -> Dims:
-    """Neighbouring dimensions whose sizes multiply to the same number are the same product."""
+    """Rule for reshapes: neighbouring dimensions are grouped so that sizes match, and tied as products."""
     dims = w.of(operand(node))
     shape: tuple[int, ...] = shape_of(node)
     why = w.why(node, "a reshape mixes it with its neighbours")
@@ -66,7 +73,7 @@ def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
 
 
 def transpose(w: Walk, node: Node) -> Dims:
-    """Two dimensions change places."""
+    """Rule for ``transpose``: exchanges two dimensions."""
     dims = list(w.of(operand(node)))
     a, b = axis_of(node, 1, len(dims)), axis_of(node, 2, len(dims))
     dims[a], dims[b] = dims[b], dims[a]
@@ -74,24 +81,24 @@ def transpose(w: Walk, node: Node) -> Dims:
 
 
 def last_two(w: Walk, node: Node) -> Dims:
-    """The last two dimensions change places."""
+    """Rule for ``mT``: exchanges the last two dimensions."""
     *rest, a, b = w.of(operand(node))
     return (*rest, b, a)
 
 
 def reverse(w: Walk, node: Node) -> Dims:
-    """The dimensions in opposite order."""
+    """Rule for ``t``: reverses the order of the dimensions."""
     return w.of(operand(node))[::-1]
 
 
 def permute(w: Walk, node: Node) -> Dims:
-    """The dimensions in another order."""
+    """Rule for ``permute``: reorders the dimensions."""
     dims = w.of(operand(node))
     return tuple(dims[int(i) % len(dims)] for i in arg(node, 1))
 
 
 def movedim(w: Walk, node: Node) -> Dims:
-    """Some dimensions move, the others keep their order."""
+    """Rule for ``movedim``: moves some dimensions; the others keep their order."""
     dims = w.of(operand(node))
     source, target = ([int(i) % len(dims) for i in _listed(one)] for one in node.args[1:3])
     rest = [i for i in range(len(dims)) if i not in source]
@@ -105,21 +112,21 @@ def _listed(given: Any) -> list[int]:
 
 
 def unsqueeze(w: Walk, node: Node) -> Dims:
-    """A new dimension of size 1."""
+    """Rule for ``unsqueeze``: inserts a dimension of size 1."""
     dims = list(w.of(operand(node)))
     dims.insert(int(arg(node, 1)) % (len(dims) + 1), d.ONE)
     return tuple(dims)
 
 
 def squeeze(w: Walk, node: Node) -> Dims:
-    """Dimensions of size 1 go."""
+    """Rule for ``squeeze``: removes dimensions of size 1."""
     dims = w.of(operand(node))
     named = [int(i) % len(dims) for i in _listed(node.args[1])] if len(node.args) > 1 else list(range(len(dims)))
     return tuple(expr for i, expr in enumerate(dims) if not (i in named and d.size(expr) == 1))
 
 
 def concatenate(w: Walk, node: Node) -> Dims:
-    """The joined dimension is a sum; the others are tied."""
+    """Rule for ``cat``: the joined dimension is the sum of its parts; the others are tied."""
     parts = [one for one in arg(node, 0) if isinstance(one, Node) and shape_of(one) != (0,)] or list(arg(node, 0))
     axis = axis_of(node, 1, len(shape_of(parts[0])))
     dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]
@@ -133,7 +140,7 @@ def concatenate(w: Walk, node: Node) -> Dims:
 
 
 def stack(w: Walk, node: Node) -> Dims:
-    """Tensors of one shape along a new dimension."""
+    """Rule for ``stack``: ties all dimensions of the tensors and inserts a frozen new one."""
     parts = [one for one in arg(node, 0) if isinstance(one, Node)]
     out = list(w.of(parts[0]))
     for part in parts[1:]:
@@ -144,7 +151,7 @@ def stack(w: Walk, node: Node) -> Dims:
 
 
 def split(w: Walk, node: Node) -> Any:
-    """A dimension is cut into pieces; pieces of one size, cut by one number, keep equally many units."""
+    """Rule for ``split`` and ``chunk``: cuts a dimension into pieces; equal pieces must keep equally many units."""
     dims = w.of(operand(node))
     sizes = shape_of(node)
     axis = axis_of(node, 2, len(dims))
@@ -166,7 +173,7 @@ def split(w: Walk, node: Node) -> Any:
 
 
 def piece(w: Walk, node: Node) -> Dims:
-    """A run of entries of one dimension."""
+    """Rule for slices: cuts a dimension into the slice and the rest; a step other than 1 freezes it."""
     dims = w.of(operand(node))
     axis = axis_of(node, 1, len(dims))
     n = d.size(dims[axis])
@@ -196,7 +203,7 @@ def piece(w: Walk, node: Node) -> Dims:
 
 
 def _cut_elsewhere(node: Node, half: int) -> bool:
-    """Whether other slices of the same dimension show that it has more parts than two halves."""
+    """Whether other slices of the same dimension cut it into more than two halves."""
     axis = axis_of(node, 1, len(shape_of(operand(node))))
     alike = [one for one in operand(node).users if op_name(one) == op_name(node) and len(one.args) > 1]
     return any(
@@ -208,7 +215,7 @@ def _cut_elsewhere(node: Node, half: int) -> bool:
 
 
 def bounds(node: Node) -> tuple[int, int]:
-    """The first and the past-the-last entry of a slice."""
+    """Return the first index of a slice and the index behind its last."""
     shape = shape_of(operand(node))
     n = shape[axis_of(node, 1, len(shape))]
     if op_name(node) == "narrow":
@@ -221,7 +228,7 @@ def bounds(node: Node) -> tuple[int, int]:
 
 
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
-    """``C·r²`` channels become ``C`` channels on a finer grid."""
+    """Rule for pixel shuffle: ``C·r²`` channels become ``C`` channels on a finer grid; the factor r² is frozen."""
     dims, shape = w.of(operand(node)), shape_of(node)
     why = w.why(node, "a pixel shuffle lays it out in space")
     channels, _ = d.split_product(dims[-3], [shape[-3], d.size(dims[-3]) // shape[-3]], why)
@@ -230,7 +237,7 @@ def pixel_shuffle(w: Walk, node: Node) -> Dims:
 
 
 def per_channel(w: Walk, node: Node) -> Any:
-    """Pooling and resizing: batch and channels pass, space is made anew."""
+    """Rule for pooling and resizing: passes batch and channels, freezes space."""
     dims, shapes = w.of(operand(node)), shape_of(node)
     several = isinstance(shapes, list)
     rank = _SPACE.get(op_name(node)[-2:], 2)
@@ -247,7 +254,7 @@ def per_channel(w: Walk, node: Node) -> Any:
 
 
 def triangle(w: Walk, node: Node) -> Dims:
-    """Entries above or below the diagonal go: both dimensions are frozen."""
+    """Rule for ``tril`` and ``triu``: freezes the last two dimensions, since the diagonal depends on positions."""
     dims = w.of(operand(node))
     for expr in dims[-2:]:
         d.freeze(expr, w.why(node, "a diagonal runs through it"))
@@ -255,7 +262,7 @@ def triangle(w: Walk, node: Node) -> Dims:
 
 
 def glu(w: Walk, node: Node) -> Dims:
-    """The first half, gated by the second: halves of equal size, unit by unit."""
+    """Rule for GLU, where the second half gates the first: ties both halves, unit by unit."""
     dims = w.of(operand(node))
     axis = axis_of(node, 1, len(dims), -1)
     first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node, "its halves are cut inside a unit"))
@@ -264,7 +271,7 @@ def glu(w: Walk, node: Node) -> Dims:
 
 
 def frozen_whole(w: Walk, node: Node) -> Any:
-    """All of what is read is frozen, and what comes out is new."""
+    """Freeze all dimensions of the operand and return new frozen ones for the result."""
     for expr in w.of(operand(node)):
         d.freeze(expr, w.why(node, "its entries are picked or moved by number"))
     return w.fresh(node, w.why(node, "made by picking entries"))
