@@ -1,4 +1,4 @@
-"""The command line: one module per verb. Torch and all else that is large are imported once a command runs."""
+"""The command line: one module per command; torch and other large packages are imported once a command runs."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ INTERRUPTED = 130
 
 
 def main() -> None:
-    """Run the command line."""
+    """Run the command line with the process's arguments, and exit with its exit code."""
     prepare_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, stop_at_once)  # until the modules of the command are imported
@@ -25,13 +25,18 @@ def main() -> None:
 
 
 def stop_at_once(number: int, frame: FrameType | None) -> None:
-    """End the process at Ctrl-C while modules are imported: a module that is half imported may swallow an exception."""
+    """Handle Ctrl-C while modules are imported: end the process, since a half-imported module may swallow an exception.
+
+    Args:
+        number: The number of the signal.
+        frame: The interrupted stack frame.
+    """
     os.write(2, b"regrow: stopped; nothing was written\n")
     os._exit(INTERRUPTED)
 
 
 def code_of(words: list[str]) -> int:
-    """Run one command and give back its exit code.
+    """Run one command and return its exit code.
 
     Args:
         words: The command line, without the program's name.

@@ -1,4 +1,4 @@
-"""The group of commands, and what becomes of their failures."""
+"""The command group ``regrow``, and the conversion of failures to exit codes."""
 
 import click
 
@@ -44,7 +44,7 @@ for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export,
 
 
 def code_of(words: list[str]) -> int:
-    """Run one command: every failure is told in one line, with an exit code of ``boundary.EXIT_CODES``.
+    """Run one command; a failure is printed in one line, and an exit code of ``boundary.EXIT_CODES`` is returned.
 
     Args:
         words: The command line, without the program's name.

@@ -1,4 +1,4 @@
-"""``regrow apply``: run a plan that was written before, or all plans of a ledger."""
+"""``regrow apply``: apply a plan from a file, or all plans of a ledger, to a model."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""The progress bar of a command, which is imported once something takes long."""
+"""The progress bar of a command, in a module of its own that is imported only when it is needed."""
 
 from collections.abc import Iterator
 
@@ -16,10 +16,10 @@ from rich.text import Text
 
 
 class Bar(Progress):
-    """A bar behind what is being done, and below it how it goes, in as many lines as the terminal needs for it."""
+    """A progress bar with the name of the present work, and below it a line or more on its state, such as the loss."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
-        """The bar, and the lines below it."""
+        """Yield the table with the bar, and the lines below it."""
         yield self.make_tasks_table(self.tasks)
         for task in self.tasks:
             if how := task.fields.get("how"):
@@ -27,6 +27,6 @@ class Bar(Progress):
 
 
 def columns() -> tuple[ProgressColumn, ...]:
-    """What a bar shows: what is being done, how much of it, the time so far and the time left."""
+    """Return the columns of a bar: the present work, the amount done, the time so far, and the time left."""
     description = TextColumn("{task.description}", markup=False)
     return description, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

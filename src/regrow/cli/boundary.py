@@ -1,4 +1,4 @@
-"""Where every failure of the command line ends: one line and an exit code; for a bug, a file to attach to a report."""
+"""The boundary of the command line: every failure becomes one line and an exit code; a bug also a report file."""
 
 import contextlib
 import dis
@@ -34,7 +34,7 @@ EXIT_CODES = {
     BUG: "a bug in regrow; a report was written to a file",
     INTERRUPTED: "stopped by Ctrl-C",
 }
-"""What the exit codes mean."""
+"""Exit code → its meaning."""
 
 EXTRAS = {
     **dict.fromkeys(("transformers", "tokenizers", "gguf", "accelerate", "huggingface_hub"), "llm"),
@@ -46,7 +46,7 @@ EXTRAS = {
     "ray": "cluster",
     "yaml": "demo",
 }
-"""Package → the extra that installs it."""
+"""Package → the extra of regrow that installs it, as in ``pip install 'regrow[llm]'``."""
 
 PACKAGE = Path(__file__).parents[1]
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
@@ -67,12 +67,12 @@ _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory|
 
 @dataclass(frozen=True)
 class Failure:
-    """How a failure is told.
+    """The exit code and the line to print for a failure.
 
     Args:
         code: The exit code, one of ``EXIT_CODES``.
-        line: What went wrong, and the remedy.
-        report: Whether a file with the traceback is to be written.
+        line: The problem and the remedy, in one line.
+        report: Whether a file with the traceback is written.
     """
 
     code: int
@@ -81,11 +81,14 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """Who can mend an error, and how it is told.
+    """Classify an error by who can fix it (the user, the machine, regrow), and return what is printed about it.
 
-    Errors that regrow raises on purpose say what is wrong in their own words; so do those of the command line. What the
-    machine or a package lacks is told as such. What code named by the user raises is told with its file and line.
-    Everything else is a bug of regrow.
+    Errors that regrow raises on purpose, and those of the command line, keep their own words. Lack of memory, of disk
+    space or of a package is reported as such. Errors in the user's own code are reported with file and line. Everything
+    else is a bug of regrow.
+
+    Args:
+        error: The error that ended the command.
     """
     if isinstance(error, click.ClickException):
         return _of_usage(error)
@@ -113,7 +116,7 @@ def _of_usage(error: click.ClickException) -> Failure:
 
 
 def _code_of(error: ValueError) -> int:
-    """The code of an error that says in its own words what is wrong; the machine may be what is behind it."""
+    """Return the exit code of an error that regrow raised on purpose, which the machine may have caused."""
     if isinstance(error, RefusedError):
         return REFUSED
     if isinstance(error, ResourceError):
@@ -126,7 +129,7 @@ def _code_of(error: ValueError) -> int:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[list[int]]:
-    """Note every Ctrl-C, beside raising ``KeyboardInterrupt``: compiled code may turn that into another error."""
+    """Record every Ctrl-C, besides raising ``KeyboardInterrupt``: compiled code may turn it into another error."""
     noted: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -145,12 +148,16 @@ def interrupts() -> Iterator[list[int]]:
 
 
 def is_interrupted(error: BaseException) -> bool:
-    """Whether Ctrl-C is behind an error: code that it interrupts while it cleans up may fail in its own way."""
+    """Whether Ctrl-C caused an error: code that it interrupts while it cleans up may fail in its own way.
+
+    Args:
+        error: The error.
+    """
     return any(isinstance(cause, KeyboardInterrupt) for cause in _causes(error))
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """What led to an error, from the nearest on."""
+    """Yield the errors that led to an error, from the nearest on."""
     seen, cause = {id(error)}, error.__cause__ or error.__context__
     while cause is not None and id(cause) not in seen:
         yield cause
@@ -168,7 +175,7 @@ def _of_system(error: OSError) -> Failure:
 
 
 def _on_purpose(error: ValueError) -> bool:
-    """Whether code of regrow raised this error by a ``raise``: not a function it called, and not by a slip."""
+    """Whether a ``raise`` statement of regrow raised this error: not a function that it called, and not a slip."""
     tb = error.__traceback__
     while tb is not None and tb.tb_next is not None:
         tb = tb.tb_next
@@ -179,7 +186,7 @@ def _on_purpose(error: ValueError) -> bool:
 
 
 def _foreign(tb: TracebackType | None) -> str | None:
-    """The innermost line of the user's own code in a traceback, as ``file:line in function``, if there is one."""
+    """Return the innermost line of the user's own code in a traceback, as ``file:line in function``, or ``None``."""
     places = [Path(path) for name, path in sysconfig.get_paths().items() if name not in ("scripts", "data")]
     found = None
     for frame, line in traceback.walk_tb(tb):
@@ -191,7 +198,11 @@ def _foreign(tb: TracebackType | None) -> str | None:
 
 
 def describe(error: BaseException) -> str:
-    """An error as ``KeyError: 'x'``, on one line, without the user's home folder."""
+    """Return an error as ``KeyError: 'x'``, on one line, with the user's home folder replaced by ``~``.
+
+    Args:
+        error: The error.
+    """
     text = " ".join(str(error).split())[:200]
     home = os.path.expanduser("~")  # noqa: PTH111 (Path.home fails where the user has none)
     if home.strip("/~"):
@@ -203,20 +214,20 @@ NOTHING_YET = "stopped; nothing was written"
 
 
 class Stopped(click.ClickException):
-    """A command that was stopped by Ctrl-C."""
+    """Raised when Ctrl-C has stopped a command; its message says what remains, and whether it can be resumed."""
 
     exit_code = INTERRUPTED
 
 
 class Verb(click.Command):
-    """A command that knows what is left of it when it is stopped.
+    """A command of regrow: it builds its options from settings, and says what remains when Ctrl-C stops it.
 
     Args:
-        needs: The module that is imported before it runs, so that Ctrl-C meets it with its modules whole.
-        resumed: The options that name the folder in which the same command goes on; none: it begins anew.
-        settings: The record of its settings, from which options derive; the command gets them as ``given``.
-        instead: The option that takes the settings of an earlier run.
-        **more: As for ``click.Command``.
+        needs: The module that is imported before the command runs, so that Ctrl-C does not interrupt its import.
+        resumed: The options that name the run folder in which the same command resumes; empty: it cannot be resumed.
+        settings: The dataclass of its settings, from which options derive; the command gets them as ``given``.
+        instead: The option that takes the settings of an earlier run instead.
+        **more: Arguments of ``click.Command``.
     """
 
     def __init__(
@@ -237,7 +248,7 @@ class Verb(click.Command):
             self.params = [*parameters_of(settings), *self.params]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the command line; every word of it is text, so that files can hold what they are told.
+        """Parse the command line, after checking that every word can be encoded as UTF-8.
 
         Raises:
             click.UsageError: If a word is not valid in the encoding of the system.
@@ -254,14 +265,14 @@ class Verb(click.Command):
         return rest
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options under their headings, after the arguments of settings."""
+        """Write the options to ``--help`` under their headings, after the positional arguments."""
         write_options(self, ctx, formatter)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it; Ctrl-C becomes one line that is true of this command.
+        """Run the command; Ctrl-C becomes one line that says what remains.
 
         Raises:
-            click.UsageError: If the working directory is not there any more.
+            click.UsageError: If the working directory was deleted.
         """
         try:
             Path.cwd()
@@ -285,10 +296,10 @@ class Verb(click.Command):
                 raise
 
     def left(self, values: Mapping[str, Any]) -> str:
-        """What a stopped command says.
+        """Return the message of a stopped command: whether anything was kept, and how to resume.
 
         Args:
-            values: Its options.
+            values: The values of its options.
         """
         folders = [Path(values[name]) for name in self.resumed if values.get(name) and not values.get("dry_run")]
         if not folders:

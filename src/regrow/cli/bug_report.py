@@ -1,4 +1,4 @@
-"""The file that is attached to a report of a bug."""
+"""The report file about a bug, for the user to attach to an issue."""
 
 import os
 import platform
@@ -17,10 +17,14 @@ _SECRET = re.compile(r"(?i)(token|secret|passw|key|credential)[^=\s]*=?$|^(hf|sk
 
 
 def write_report(error: BaseException, words: Sequence[str]) -> str:
-    """Write what is needed to find a bug to a file of its own, readable by its user only, and name the file.
+    """Write a bug report to a file of its own, readable by its user only, and return the file's name.
 
-    It holds the traceback without the values of variables, versions, and the command line without what looks like a
-    secret and with the last part of each path only.
+    It has the traceback without the values of variables, versions, and the command line without anything that looks
+    like a secret; of paths only the last part is written.
+
+    Args:
+        error: The error.
+        words: The command line, without the program's name.
     """
     versions = {name: _version(name) for name in ("regrow", "torch", "transformers", "numpy", "click", "rich")}
     lines = [

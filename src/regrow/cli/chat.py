@@ -1,4 +1,4 @@
-"""``regrow chat``: talk to a model, or to two side by side."""
+"""``regrow chat``: talk to a language model, or to two side by side."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``regrow compare``: several runs on one page."""
+"""``regrow compare``: compare several runs on one page."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``regrow evaluate``: how good and how big a model is."""
+"""``regrow evaluate``: measure the quality, size and speed of a model."""
 
 from pathlib import Path
 
@@ -54,7 +54,7 @@ def evaluate(given: Given, json_file: Path | None, code: str) -> None:
 
 
 def _figures(metrics: dict[str, float]) -> str:
-    """``acc 0.500 ± 0.050, acc_norm …``."""
+    """Return the metrics of an lm-eval task in words: ``acc 0.500 ± 0.050, acc_norm …``."""
     errors = {name: f" ± {metrics[f'{name}_stderr']:.3f}" for name in metrics if f"{name}_stderr" in metrics}
     names = [name for name in metrics if not name.endswith("_stderr")]
     return ", ".join(f"{name} {metrics[name]:.3f}{errors.get(name, '')}" for name in names)

@@ -1,4 +1,4 @@
-"""``regrow export``: a result in the form in which others load it."""
+"""``regrow export``: write a model in a format that other programs load."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The options of a command, derived from the declaration of its settings."""
+"""The command-line options of a command, derived from the declaration of its settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
 
 
 class _Value(click.ParamType):
-    """The values that a setting may have, as they are typed."""
+    """The type of an option's value: parses and checks it by the setting's declaration."""
 
     name = "value"
 
@@ -31,10 +31,10 @@ class _Value(click.ParamType):
         self.field = field
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A value from its text.
+        """Convert the text of a value.
 
         Raises:
-            click.UsageError: If it is none; says what it may be.
+            click.UsageError: If the text is not an allowed value; names the allowed ones.
         """
         if self.field.mapping or not isinstance(value, str):  # pairs are parsed together
             return value
@@ -45,11 +45,11 @@ class _Value(click.ParamType):
 
 
 class Position(click.Argument):
-    """An argument that ``--help`` explains.
+    """A positional argument with a help text.
 
     Args:
         words: As for ``click.Argument``.
-        help: What it is.
+        help: The help text.
         more: As for ``click.Argument``.
     """
 
@@ -59,7 +59,7 @@ class Position(click.Argument):
 
 
 class Flag(click.Option):
-    """An option that stands under a heading of ``--help``.
+    """An option that is listed under a heading of ``--help``.
 
     Args:
         words: As for ``click.Option``.
@@ -74,14 +74,14 @@ class Flag(click.Option):
 
 @dataclass(frozen=True)
 class Given:
-    """The settings that a command line states.
+    """The settings stated on a command line, with the settings file that gives others.
 
     Args:
-        kind: The record of the command's settings.
-        values: Field → value.
-        options: How they were written: ``--epochs``.
-        file: The settings file that gives others.
-        elsewhere: Options that are no settings: ``--out``.
+        kind: The dataclass of the command's settings.
+        values: Field name → value.
+        options: The options as they were typed: ``--epochs``.
+        file: The settings file of ``--config``, or ``None``.
+        elsewhere: Options of the command that are not settings, such as ``--out``; a file must not give them.
     """
 
     kind: type["DataclassInstance"]
@@ -91,10 +91,10 @@ class Given:
     elsewhere: tuple[str, ...]
 
     def build(self) -> Any:
-        """The settings of the command.
+        """Build the settings of the command from the command line and the settings file, and check them.
 
         Raises:
-            InputError: If one is missing or cannot be, or a source is not there.
+            InputError: If a setting is missing or not allowed, or a source does not exist.
         """
         file = read_settings(self.file, self.kind, self.elsewhere) if self.file else {}
         settings = build_settings(self.kind, self.values, file)
@@ -105,32 +105,32 @@ class Given:
 
 
 def option_of(kind: type["DataclassInstance"], name: str) -> Decorator:
-    """The option of one setting, for a command that has no settings of its own.
+    """Return the decorator that adds the option of one setting to a command without settings of its own.
 
     Args:
-        kind: The record of another command's settings.
-        name: The field.
+        kind: The dataclass of another command's settings.
+        name: The name of the field.
     """
     field = declared(kind)[name]
     return click.option(field.option, name, cls=Flag, **_attributes(field))
 
 
 def parameters_of(kind: type["DataclassInstance"]) -> list[click.Parameter]:
-    """The parameters that give a command its settings.
+    """Return the click parameters by which a command gets its settings, including ``--config``.
 
     Args:
-        kind: The record of the settings.
+        kind: The dataclass of the settings.
     """
     config = Flag(["--config"], type=PATH, metavar="FILE", help=_CONFIG)
     return [*(parameter for field in options_of(kind) for parameter in _parameters(field)), config]
 
 
 def take_given(kind: type["DataclassInstance"], context: click.Context) -> Given:
-    """Take the settings out of the values of a command's parameters.
+    """Remove the settings from the values of a command's parameters, and return them.
 
     Args:
-        kind: The record of the settings.
-        context: Of the command, whose values change.
+        kind: The dataclass of the settings.
+        context: The click context of the command; its values are changed in place.
     """
     values: dict[str, Any] = {}
     words = []
@@ -197,12 +197,12 @@ def _metavar(field: Declared) -> str:
 
 
 def write_options(command: click.Command, context: click.Context, formatter: click.HelpFormatter) -> None:
-    """Write the options of a command under their headings, and what the arguments of its settings are.
+    """Write the options of a command to ``--help`` under their headings, and its positional arguments with their help.
 
     Args:
-        command: Whose.
-        context: Of it.
-        formatter: Takes the text.
+        command: The command.
+        context: The click context of the command.
+        formatter: Receives the text.
     """
     sections: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(context):

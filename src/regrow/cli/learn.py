@@ -1,4 +1,4 @@
-"""``regrow learn``: a network that learns one task after the other."""
+"""``regrow learn``: train a network on one task after the other (continual learning)."""
 
 from pathlib import Path
 from typing import Any

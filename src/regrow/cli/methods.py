@@ -1,4 +1,4 @@
-"""``regrow methods``: what there is to choose from."""
+"""``regrow methods``: list the methods, or explain one."""
 
 import re
 from dataclasses import fields
@@ -10,7 +10,7 @@ from regrow.cli.boundary import Verb
 from regrow.cli.screen import say, table
 
 _COMMANDS = {"pruning": "prune", "recovery": "recover", "continual": "learn", "search": "search"}
-"""What a method does → the command that uses it."""
+"""Kind of method → the command that uses it."""
 
 
 @click.command(cls=Verb, needs="regrow.methods")
@@ -45,14 +45,14 @@ def methods(name: str | None) -> None:
 
 
 def _shown(value: object) -> str:
-    """A default as one would write it behind ``--set``."""
+    """Return the default of a setting as it is typed after ``--set NAME=``."""
     if isinstance(value, tuple):
         return ",".join(map(_shown, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _helps(doc: str) -> dict[str, str]:
-    """Field → its help, from a docstring's Args."""
+    """Return the description of every field from the Args section of a docstring."""
     found: dict[str, str] = {}
     current = ""
     for line in doc.partition("Args:")[2].splitlines():

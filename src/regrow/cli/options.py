@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options and checks that several commands share."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -16,13 +16,13 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class FileName(click.Path):
-    """A path as it is typed: not blank; ``~`` and ``~user`` become home folders."""
+    """The type of a path on the command line: not blank, with ``~`` and ``~user`` expanded."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        """The path.
+        """Convert the text of a path.
 
         Raises:
-            click.BadParameter: If it is blank, or there is no such home folder.
+            click.BadParameter: If the text is blank, or there is no such home folder.
         """
         text = os.fspath(value)
         if not text.strip():
@@ -45,30 +45,34 @@ code = click.option(
 
 
 def run_folder(**more: Any) -> Decorator:
-    """The option for the folder of a run.
+    """Return the decorator that adds the option ``--out`` for the folder of a run.
 
     Args:
-        more: As for ``click.option``.
+        more: Arguments of ``click.option``.
     """
     return click.option("--out", type=PATH, help="The run folder. The same command resumes a stopped run.", **more)
 
 
 def say_code(*names: str) -> None:
-    """Say which of the names from the command line are code that will be imported and run."""
+    """Print which of the names on the command line are code that will be imported and run.
+
+    Args:
+        *names: Names of models and methods.
+    """
     for name in names:
         if names_code(name) and not Path(name).exists():
             err.print(f"running code: {name} (named on the command line)", markup=False)
 
 
 def check_json(path: Path | None, *inputs: str | Path) -> None:
-    """Assert that a JSON file can be written, before the work begins.
+    """Raise StoreError unless a JSON file can be written, before the work begins.
 
     Args:
-        path: The file; nothing is checked without one.
-        inputs: What the command reads: files, ``NAME=PATH``, or anything else.
+        path: The file; ``None``: nothing is checked.
+        inputs: What the command reads, which must not be overwritten: files, ``NAME=PATH``, or other names.
 
     Raises:
-        StoreError: If it cannot.
+        StoreError: If it cannot be written.
     """
     from regrow.store.outputs import JSON, check_output
 
@@ -78,13 +82,13 @@ def check_json(path: Path | None, *inputs: str | Path) -> None:
 
 
 def check_sources(sources: Iterable[str]) -> None:
-    """Assert that the files and folders of sources are there, before anything large is imported.
+    """Raise InputError unless the files and folders of all sources exist, before anything large is imported.
 
     Args:
-        sources: ``NAME`` or ``NAME=PATH``.
+        sources: Sources, ``NAME`` or ``NAME=PATH``.
 
     Raises:
-        InputError: Naming the first that is not there.
+        InputError: Names the first that does not exist.
     """
     for source in sources:
         name, equals, path = source.partition("=")

@@ -1,4 +1,4 @@
-"""``regrow prune``: a smaller model, and what it cost."""
+"""``regrow prune``: prune a model, and print what it cost in quality."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""``regrow recover``: win back what pruning lost."""
+"""``regrow recover``: recover quality that pruning lost."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ Examples
 """
 
 BEFORE = ("dense", "pruned")
-"""The models that a recovered one is compared with."""
+"""The models that a recovered model is compared with."""
 
 
 @click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
@@ -38,7 +38,11 @@ def recover(given: Given, code: str, out: Path) -> None:
 
 
 def tell(rows: list[dict[str, Any]]) -> None:
-    """Say what a recovery brought: per kind of text dense, pruned and recovered, and the share of the loss won back."""
+    """Print the result of a recovery: perplexity per text domain of all three models, and the fraction won back.
+
+    Args:
+        rows: The rows of the run's ``metrics.jsonl``.
+    """
     done = [row for row in rows if row["what"] == "recovery"]
     for row in done[-1:]:
         say(f"recovered by {row['by']} on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")

@@ -1,4 +1,4 @@
-"""``regrow report``: the page of a run."""
+"""``regrow report``: write the report page of a run."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +32,7 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
 
 
 def _place(run: Path) -> Path:
-    """Where the page of a run goes: a run that is not finished has its working area."""
+    """Return where the page of a run is written; for an unfinished run, in its working area."""
     from regrow.commands import RunFolder
 
     begun = RunFolder.started(run) if not (run / "run.json").is_file() else None
@@ -41,23 +41,27 @@ def _place(run: Path) -> Path:
 
 @dataclass
 class RunPage:
-    """The page of a run, written into its folder right before that takes its place.
+    """Writes the report page of a run into its folder, as the run finishes.
 
-    A run ends without a page where a package is missing, or the page cannot be made; where the disk does not take it,
-    the run fails and goes on from there.
+    A run finishes without a page if a package is missing or the page cannot be made; if the disk cannot take the page,
+    the run fails and can be resumed.
 
     Args:
-        what: What else lies in the folder.
+        what: The name of the folder's other content: ``model`` or ``network``.
+        error: The error that prevented the page, if any.
     """
 
     what: str
     error: Exception | None = None
 
     def __call__(self, folder: Path) -> None:
-        """Write it.
+        """Write the page into the folder.
+
+        Args:
+            folder: The complete folder of the run.
 
         Raises:
-            StoreError: If the disk is full, or does not let us write.
+            StoreError: If the disk is full, or the file cannot be written.
         """
         from regrow.reports import write_page
         from regrow.store.errors import StoreError
@@ -71,10 +75,13 @@ class RunPage:
             self.error = error
 
     def tell(self, folder: Path) -> None:
-        """Say where it is, or why there is none.
+        """Print where the page is, or why there is none.
+
+        Args:
+            folder: The folder of the finished run.
 
         Raises:
-            Exception: If it failed for another reason than a missing package.
+            Exception: If writing the page failed for another reason than a missing package.
         """
         from regrow.reports import ReportError
 

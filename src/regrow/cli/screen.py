@@ -1,4 +1,4 @@
-"""What people see in the terminal: tables, progress with the time left, errors in one line. Only this file prints."""
+"""Terminal output: tables, progress with the time left, and errors in one line; no other module prints."""
 
 import io
 import logging
@@ -20,15 +20,15 @@ err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
 
 
 class _Notes(logging.Handler):
-    """What the library logs, a line each on the error stream."""
+    """Prints the log messages of the library, one line each, on the error stream."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print one."""
+        """Print one log message."""
         err.print(printable(record.getMessage()), markup=False)
 
 
 def prepare() -> None:
-    """Print what the library logs; what a stream's encoding does not have is written as an escape."""
+    """Connect the library's log to the terminal, and escape characters that a stream's encoding does not have."""
     logger = logging.getLogger("regrow")
     if not any(isinstance(handler, _Notes) for handler in logger.handlers):
         logger.addHandler(_Notes())
@@ -38,14 +38,14 @@ def prepare() -> None:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """A text without what would steer a terminal or hide in it: control, bidirectional and invisible characters.
+    """Return a text with control, bidirectional and invisible characters escaped, so that it cannot steer a terminal.
 
     >>> print(printable("a" + chr(27) + "[31mb" + chr(10) + "c"))
     a\\x1b[31mb\\nc
 
     Args:
-        text: It may come from anybody: a file's name, a model's answer.
-        keep: Characters that may stay: ``TEXT`` for a text of several lines.
+        text: A text of any origin: a file's name, a model's reply.
+        keep: Characters that are not escaped: ``TEXT`` for a text of several lines.
     """
     return "".join(
         one if one in keep or unicodedata.category(one) not in _STEERING else ascii(one)[1:-1] for one in text
@@ -53,24 +53,41 @@ def printable(text: str, keep: str = "") -> str:
 
 
 TEXT = "\n\t\u00ad\u200c\u200d"
-"""What texts need: line ends, tabs, soft hyphens, and what joins or parts letters."""
+"""Characters that ordinary texts need: line ends, tabs, soft hyphens and zero-width joiners."""
 _STEERING = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
 def failure(text: str, code: int) -> int:
-    """Say in one line what went wrong; give back the exit code."""
+    """Print an error in one line on the error stream, and return the exit code.
+
+    Args:
+        text: The problem and the remedy.
+        code: The exit code.
+    """
     line = " ".join(part.strip() for part in text.splitlines() if part.strip())
     err.print(f"regrow: {printable(line)}", markup=False)
     return code
 
 
 def say(text: str, *, lines: bool = False) -> None:
-    """A result in one line, or a text of several ``lines``."""
+    """Print a result: one line, or a text of several lines.
+
+    Args:
+        text: The text.
+        lines: Whether line ends and tabs are printed as they are.
+    """
     out.print(printable(text, keep=TEXT if lines else ""), markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], numbers: Sequence[int] = ()) -> None:
-    """A table; columns named in ``numbers`` are aligned right."""
+    """Print a table.
+
+    Args:
+        title: The title above it.
+        columns: The headings of the columns.
+        rows: The cells of each row.
+        numbers: The indices of the columns that are aligned right.
+    """
     made = Table(title=_words(title), title_justify="left", box=None, pad_edge=False, header_style="bold")
     for i, column in enumerate(columns):
         made.add_column(_words(column), justify="right" if i in numbers else "left", overflow="fold")
@@ -80,15 +97,16 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]], 
 
 
 def _words(cell: object) -> Text:
-    """Words that are shown as they are, whatever markup they hold."""
+    """Return a cell's text, printed literally whatever markup it contains."""
     return Text(printable(str(cell)))
 
 
 @contextmanager
 def working() -> Iterator[Told]:
-    """A progress line with the time left, on the error stream; plain lines where that is not a terminal.
+    """Show progress with the time left on the error stream: a bar in a terminal, else plain lines.
 
-    What stands behind the first comma of what is being done is how it goes; a bar begins anew with what stands before.
+    Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
+    shown below the bar; a new part before the comma restarts the bar.
     """
     if not err.is_terminal:
         yield _plain()
@@ -133,11 +151,11 @@ def _plain() -> Told:
 
 
 def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]:
-    """Show texts as they come, in columns side by side; one after the other where this is not a terminal.
+    """Show texts as they arrive, in columns side by side; one after the other if this is not a terminal.
 
     Args:
-        titles: What each is called.
-        streams: Their pieces; each stream in turn gives one.
+        titles: The title of each text.
+        streams: The pieces of each text; one is taken from each stream in turn.
 
     Returns:
         The whole texts.
@@ -170,7 +188,12 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number for people: thousands apart, no more digits than it has."""
+    """Format a number for people: with thousands separators and at most ``digits`` significant digits.
+
+    Args:
+        value: The number; ``None`` becomes a dash.
+        digits: The number of significant digits.
+    """
     if value is None:
         return "–"
     if isinstance(value, int) or (abs(value) >= 10**digits and abs(value) < 1e15):

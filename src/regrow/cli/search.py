@@ -1,4 +1,4 @@
-"""``regrow search``: a network of a given size, found in a space of many."""
+"""``regrow search``: search a space of networks for one of a given size."""
 
 from pathlib import Path
 from typing import Any

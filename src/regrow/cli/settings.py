@@ -1,4 +1,4 @@
-"""``regrow settings``: the settings of a run as a file, to repeat it or to begin others."""
+"""``regrow settings``: write the settings of a run to a file, to repeat it or to vary them."""
 
 import shlex
 from pathlib import Path

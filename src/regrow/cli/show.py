@@ -1,4 +1,4 @@
-"""``regrow show``: the axes of a network."""
+"""``regrow show``: list the axes of a network, what a unit costs, and why others are frozen."""
 
 from pathlib import Path
 from typing import Any

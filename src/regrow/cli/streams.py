@@ -1,4 +1,4 @@
-"""Standard streams that always take what is written: closed ones, and pipes whose reader has gone."""
+"""Standard streams that never fail: closed streams and pipes whose reader has exited drop what is written."""
 
 import io
 import os
@@ -9,11 +9,11 @@ __all__ = ["prepare_streams"]
 
 
 class _Output(io.FileIO):
-    """Standard output or error that drops what nobody can read any more.
+    """Standard output or error that drops what can no longer be written.
 
     Args:
         descriptor: The descriptor of the stream.
-        name: What messages call it.
+        name: The name in error messages.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
@@ -22,10 +22,10 @@ class _Output(io.FileIO):
         self.dropping = False
 
     def write(self, data: Any, /) -> int:
-        """Write bytes; after a failure everything is dropped, so that the work and the exit go on.
+        """Write bytes; after a failure all output is dropped, so that the work and the exit go on.
 
         Raises:
-            OSError: The first time, if writing fails for another reason than a reader that has gone.
+            OSError: The first time, if writing fails for another reason than a closed pipe.
         """
         if not self.dropping:
             try:
@@ -39,11 +39,11 @@ class _Output(io.FileIO):
 
 
 _STREAMS = (("stdin", "r", ""), ("stdout", "w", "standard output"), ("stderr", "w", "standard error"))
-"""Name in ``sys``, mode, and what messages call it."""
+"""Name in ``sys``, mode, and the name in error messages."""
 
 
 def prepare_streams() -> None:
-    """Open closed standard streams on the null device; make pipes and files drop what cannot be written.
+    """Open closed standard streams on the null device, and let pipes and files drop what cannot be written.
 
     A closed descriptor would be taken by the next file that is opened, and messages of compiled code would land there.
     """

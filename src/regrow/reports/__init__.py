@@ -1,4 +1,4 @@
-"""Reports: a run folder, or several, as one self-contained page. Needs no model, and reads nothing but the folder.
+"""Reports: one run folder, or several, as one self-contained page; needs no model, and reads only the folder.
 
 :func:`summarise` makes one plain dictionary; :func:`to_html`, :func:`write_page` and :func:`to_markdown` show it.
 """

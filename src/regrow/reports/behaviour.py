@@ -1,4 +1,4 @@
-"""The figures of what a method saw of behaviour over kinds of text, and of what it learned from it."""
+"""Figures of GPrune's findings: how units' ranks differ between text domains, and what learning made of it."""
 
 from typing import Any
 
@@ -31,7 +31,11 @@ _CORRELATIONS = ("spearman", "spearman_shards", "spearman_within")
 
 
 def spectrum(run: Row) -> Drawing | None:
-    """Per layer, how many units move in rank between kinds of text beyond noise, and how alike the orders are."""
+    """Draw, per layer, how many units change rank between text domains beyond noise, and how similar the orders are.
+
+    Args:
+        run: A run of the summary.
+    """
     kinds = (run["findings"] or {"spectrum": []})["spectrum"][:MAX_KINDS]
     if not kinds:
         return None
@@ -67,7 +71,11 @@ def spectrum(run: Row) -> Drawing | None:
 
 
 def modules(run: Row) -> Drawing | None:
-    """The share of its units that each module gives up, at the start and learned, one panel per cell, over depth."""
+    """Draw the fraction of its units that each module loses, at the start and after learning, over depth.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["findings"] or {"cells": [], "modules": []}
     kinds = {kind["kind"]: kind for kind in found["modules"]}
     groups = [group for group in found["cells"] if not group["pooled"]]
@@ -100,7 +108,11 @@ def modules(run: Row) -> Drawing | None:
 
 
 def history(run: Row) -> Drawing | None:
-    """The loss on held-out text over the steps of learning; the allocation that was kept is marked."""
+    """Draw the loss on held-out text over the steps of learning, with the chosen allocation marked.
+
+    Args:
+        run: A run of the summary.
+    """
     rows = (run["findings"] or {"history": []})["history"]
     if len(rows) < 2:
         return None
@@ -165,7 +177,7 @@ def _alike(axes: Any, rows: list[Row]) -> None:
 
 
 def _given_up(axes: Any, cells: list[tuple[int, Row]], word: str) -> None:
-    """The marks of the cells called ``word``."""
+    """Draw the marks of the modules in the cell called ``word``."""
     mine = [(depth, cell) for depth, cell in cells if cell["cell"] == word]
     moved = [(depth, cell) for depth, cell in mine if cell["learned"] is not None]
     low, high = ([cell[name] for _, cell in moved] for name in ENDS)
@@ -182,7 +194,7 @@ def _given_up(axes: Any, cells: list[tuple[int, Row]], word: str) -> None:
 
 
 def _levels(axes: Any, rows: list[Row], name: str) -> None:
-    """A short line at the value of each row."""
+    """Draw a short horizontal line at the value of each row."""
     known = [(row["depth"], row[name]) for row in rows if row[name] is not None]
     ends = ([depth + side for depth, _ in known] for side in (-0.37, 0.37))
     axes.hlines([value for _, value in known], *ends, color=INK, linewidth=1.8)

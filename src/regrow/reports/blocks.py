@@ -1,4 +1,4 @@
-"""The blocks that a search found: what is kept of them, as data and in words."""
+"""The blocks (inverted bottlenecks) that a search found, as data and in words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,16 +8,16 @@ from regrow.reports.reading import mapping, objects, size, text
 Block = dict[str, Any]
 
 KINDS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
-"""Kinds of operations, in the order of a description."""
+"""Kinds of operations, in the order in which a block lists them."""
 
 MAX_BLOCKS = 128
 
 
 def blocks(origin: dict[str, Any]) -> list[Block]:
-    """The blocks of a description, as far as it is one.
+    """Return the blocks of a found network, as far as its untrusted description is valid.
 
     Args:
-        origin: How to build the network that was found.
+        origin: The record of how to build the network that was found.
 
     Returns:
         Per block ``width``, ``stride`` and ``ops`` (``kind``, and ``mid``: channels inside a bottleneck).
@@ -34,12 +34,19 @@ def blocks(origin: dict[str, Any]) -> list[Block]:
 
 
 def count_skipped(found: Sequence[Block]) -> int:
-    """How many blocks do nothing: what they read is all that they give."""
+    """Return the number of blocks that only pass their input on.
+
+    Args:
+        found: The blocks.
+    """
     return sum([op["kind"] for op in block["ops"]] == ["skip"] for block in found)
 
 
 def describe_block(block: Block) -> str:
-    """What a block sums, in words.
+    """Return the operations whose outputs a block sums, in words.
+
+    Args:
+        block: The block.
 
     >>> describe_block({"ops": [{"kind": "mb3e6", "mid": 40}, {"kind": "skip", "mid": 8}]})
     '3 × 3 bottleneck (40 inside); its input'

@@ -1,4 +1,4 @@
-"""A drawing surface in pixels: matplotlib draws, and the result becomes an inline SVG that follows the page's colours.
+"""A drawing surface in pixels: matplotlib draws, and the result is inline SVG that follows the page's colours.
 
 Colours are stand-ins that are replaced by CSS variables, text stays text in the page's own font, ids carry the name of
 the figure, and each figure is drawn twice: wide for a desk, narrow for a phone.
@@ -34,17 +34,17 @@ SMALL = 11.5
 POINTS_PER_INCH = 72
 
 Entry = tuple[str, str, str, float]
-"""A line of a legend: words, colour, marker, opacity."""
+"""An entry of a legend: words, colour, marker, opacity."""
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as two inline SVGs.
+    """A figure as two inline SVGs, one for wide and one for narrow screens.
 
     Args:
         name: Prefix of all its ids.
-        title: What it shows.
-        description: What one sees in it, for those who do not see it.
+        title: The title of the figure.
+        description: The content in words, for readers who do not see it.
         wide: The drawing for 760 pixels.
         narrow: The drawing for 350 pixels.
     """
@@ -56,10 +56,10 @@ class Drawing:
     narrow: str
 
     def file(self, margin: int = 16) -> str:
-        """The wide drawing as an SVG file of its own, in the colours of the page by light and by dark.
+        """Return the wide drawing as the text of an SVG file, with the page's colours for light and dark mode.
 
         Args:
-            margin: Paper on each side, in pixels.
+            margin: The margin on each side, in pixels.
         """
         light, dark = _palettes()
         head, _, rest = self.wide.replace("xlink:", "").partition(">")
@@ -72,10 +72,10 @@ class Drawing:
 
 
 class Canvas:
-    """One drawing in the making; positions are pixels from the upper left corner.
+    """A drawing in progress; positions are pixels from the upper left corner.
 
     Args:
-        width: Its width; the height is set by :meth:`start`.
+        width: The width in pixels; the height is set by :meth:`start`.
     """
 
     def __init__(self, width: int) -> None:
@@ -85,11 +85,15 @@ class Canvas:
 
     @property
     def narrow(self) -> bool:
-        """Whether it is the variant for a phone."""
+        """Whether this is the variant for narrow screens."""
         return self.width < WIDE
 
     def start(self, height: float) -> None:
-        """Set the height."""
+        """Create the figure with its height; must be called before anything is drawn.
+
+        Args:
+            height: The height in pixels.
+        """
         from matplotlib.figure import Figure
 
         self.height = round(height)
@@ -97,7 +101,15 @@ class Canvas:
         self.figure.patch.set_visible(False)
 
     def panel(self, top: float, height: float, left: float = 0, right: float = 0, width: float | None = None) -> Any:
-        """Axes with nothing but a base line, between margins, or from ``left`` on with a ``width``."""
+        """Add matplotlib axes with only a base line, between margins, or from ``left`` on with a given ``width``.
+
+        Args:
+            top: The upper edge, in pixels.
+            height: The height, in pixels.
+            left: The left margin, in pixels.
+            right: The right margin, in pixels.
+            width: The width, in pixels; ``None``: up to the right margin.
+        """
         width = self.width - left - right if width is None else width
         box = (
             left / self.width,
@@ -115,12 +127,25 @@ class Canvas:
         return axes
 
     def text(self, x: float, y: float, words: str, **style: object) -> None:
-        """Write a line of text whose middle lies at height ``y``."""
+        """Write a line of text.
+
+        Args:
+            x: The position of the text's left end (or as ``ha`` in ``style`` says), in pixels.
+            y: The vertical middle of the text, in pixels.
+            words: The text.
+            style: Arguments of matplotlib's ``Figure.text``.
+        """
         style = {"ha": "left", "va": "center", "color": INK} | style
         self.figure.text(x / self.width, 1 - y / self.height, words, **style)
 
     def dot(self, x: float, y: float, **style: Any) -> None:
-        """Put a marker, as in a legend."""
+        """Draw a marker, as in a legend.
+
+        Args:
+            x: The horizontal position, in pixels.
+            y: The vertical position, in pixels.
+            style: Arguments of matplotlib's ``Line2D``.
+        """
         from matplotlib.lines import Line2D
 
         line = Line2D([x / self.width], [1 - y / self.height], linestyle="none", **({"markersize": 9} | style))
@@ -128,13 +153,13 @@ class Canvas:
 
 
 def draw(name: str, title: str, description: str, paint: Callable[[Canvas], None]) -> Drawing:
-    """Draw a figure in both widths.
+    """Draw a figure in both widths, and return it as inline SVG.
 
     Args:
         name: Prefix of its ids, unique in the page.
-        title: What it shows.
-        description: What one sees in it.
-        paint: Draws on a canvas; it calls ``start`` first.
+        title: The title of the figure.
+        description: The content in words, for readers who do not see it.
+        paint: Draws on a canvas; it must call ``start`` first.
 
     Returns:
         The drawing.
@@ -169,7 +194,13 @@ def draw(name: str, title: str, description: str, paint: Callable[[Canvas], None
 
 
 def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
-    """Draw a row of marks with their meaning."""
+    """Draw a row of markers with their meaning.
+
+    Args:
+        canvas: The canvas.
+        y: The vertical position, in pixels.
+        entries: The entries, from left to right.
+    """
     x = 6.0
     for words, colour, marker, strength in entries:
         line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker in "_|" else {}
@@ -179,7 +210,15 @@ def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
 
 
 def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, label: str) -> None:
-    """Make the horizontal axis logarithmic, with room of ``margin`` pixels for words at both ends."""
+    """Make the horizontal axis of matplotlib axes logarithmic, with room for words at both ends.
+
+    Args:
+        axes: The matplotlib axes.
+        values: The values that must fit.
+        width: The width of the axes, in pixels.
+        margin: The room at each end, in pixels.
+        label: The label of the axis.
+    """
     low, high = math.log10(min(values)), math.log10(max(values))
     span = max(high - low, 0.12)
     middle, reach = (low + high) / 2, span / 2 * width / max(width - 2 * margin, 1)
@@ -193,7 +232,14 @@ def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, la
 
 
 def depth_axis(axes: Any, depth: Sequence[int], numbered: bool, most: int) -> None:
-    """Make the horizontal axis that of depth, with at most about ``most`` ticks."""
+    """Make the horizontal axis of matplotlib axes show depth in the network.
+
+    Args:
+        axes: The matplotlib axes.
+        depth: The depths of the layers.
+        numbered: Whether depths are layer numbers, rather than places in the network.
+        most: The largest number of ticks, about.
+    """
     axes.set_xlim(min(depth) - 0.6, max(*depth, min(depth) + 11) + 0.6)  # a few bars need not be broad
     axes.set_xticks(steps(min(depth), max(depth), most))
     axes.grid(axis="y", color=LINE, linewidth=1)
@@ -202,7 +248,14 @@ def depth_axis(axes: Any, depth: Sequence[int], numbered: bool, most: int) -> No
 
 
 def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
-    """Put at most ``most`` ticks on a logarithmic axis, at round numbers."""
+    """Put ticks at round numbers on a logarithmic matplotlib axis.
+
+    Args:
+        axis: The matplotlib axis.
+        low: The smallest value shown.
+        high: The largest value shown.
+        most: The largest number of ticks.
+    """
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
         ticks = [digit * 10.0**p for p in powers for digit in digits if low <= digit * 10.0**p <= high]
@@ -214,7 +267,15 @@ def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
 
 
 def columns(axes: Any, at: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any) -> None:
-    """Upright bars as one object; hundreds of separate ones take seconds to draw."""
+    """Draw vertical bars as one collection; hundreds of separate bars take seconds.
+
+    Args:
+        axes: The matplotlib axes.
+        at: The horizontal position of each bar.
+        low: The lower end of each bar.
+        high: The upper end of each bar.
+        style: Arguments of matplotlib's ``PolyCollection``.
+    """
     from matplotlib.collections import PolyCollection
 
     corners = [
@@ -224,20 +285,26 @@ def columns(axes: Any, at: Sequence[float], low: Sequence[float], high: Sequence
 
 
 def steps(first: int, last: int, most: int) -> list[int]:
-    """At most about ``most`` whole numbers from ``first`` to ``last``, at round distances."""
+    """Return about ``most`` whole numbers from ``first`` to ``last``, at round distances, for ticks.
+
+    Args:
+        first: The smallest number.
+        last: The largest number.
+        most: The largest number of ticks, about.
+    """
     step = next(step * 10**k for k in range(10) for step in (1, 2, 5) if (last - first) / (step * 10**k) <= most)
     return list(range(-(-first // step) * step, last + 1, step))
 
 
 def _palettes() -> list[str]:
-    """The declarations of colour of the page's style: by light, and by dark."""
+    """Return the colour declarations of the page's style, for light and for dark mode."""
     css = (resources.files("regrow.reports") / "templates" / "style.css").read_text(encoding="utf-8")
     rows = re.findall(r"(--paper: [^;]*;) --ink: ([^;]*);([^}]*?)--wash", css)
     return [f"{paper}color:{ink};{' '.join(rest.split())}" for paper, ink, rest in rows[:2]]
 
 
 def _inline(svg: str, prefix: str, title: str, description: str) -> str:
-    """Make matplotlib's SVG one that can stand in a page."""
+    """Convert matplotlib's SVG to one that can be embedded in a page."""
     root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         for child in list(parent):

@@ -1,4 +1,4 @@
-"""The cells that a search found: what is kept of them, as data and as a picture."""
+"""The cells that a search found, as data and as a picture."""
 
 import math
 from collections.abc import Sequence, Sized
@@ -34,7 +34,7 @@ KINDS: dict[str, tuple[str, float]] = {
     "avg": (WARM, 0.55),
     "max": (WARM, 1.0),
 }
-"""Kinds of operations, in the order of a description → colour and opacity."""
+"""Kinds of operations of DARTS-like cells, in the order in which cells list them → colour and opacity."""
 
 SINGLE: dict[str, tuple[str, float]] = {
     "none": (MUTED, 0.4),
@@ -43,10 +43,10 @@ SINGLE: dict[str, tuple[str, float]] = {
     "conv3": (ACCENT, 1.0),
     "avg": (WARM, 0.55),
 }
-"""The same of cells with one input, which are NAS-Bench-201's."""
+"""Kinds of operations of NAS-Bench-201's cells, which have one input → colour and opacity."""
 
 NAME = 8.5
-"""Pixels from line to line that the name of an operation needs, written upright."""
+"""The distance between two operations, in pixels, that vertical names need."""
 
 MAX_CELLS = 64
 MAX_NODES = 16
@@ -54,10 +54,10 @@ MAX_DRAWN = 16
 
 
 def cells(origin: dict[str, Any]) -> list[Cell]:
-    """The cells of a description, as far as it is one.
+    """Return the cells of a found network, as far as its untrusted description is valid.
 
     Args:
-        origin: How to build the network that was found.
+        origin: The record of how to build the network that was found.
 
     Returns:
         Per cell ``reduce`` (it halves the picture), ``inputs`` (their two widths inside) and ``nodes``: for each
@@ -83,19 +83,31 @@ def cells(origin: dict[str, Any]) -> list[Cell]:
 
 
 def kept_operations(found: Sequence[Cell]) -> list[dict[str, Any]]:
-    """All operations of some cells."""
+    """Return all operations of some cells in one list.
+
+    Args:
+        found: The cells.
+    """
     return [op for cell in found for node in cell["nodes"] for op in node["ops"]]
 
 
 def counts(found: Sequence[Cell]) -> list[dict[str, Any]]:
-    """How many operations of each kind each cell keeps: ``kind``, ``cells`` and ``all``."""
+    """Return how many operations of each kind the cells keep, as ``kind``, ``cells`` (one count per cell) and ``all``.
+
+    Args:
+        found: The cells.
+    """
     table = [[op["kind"] for op in kept_operations([cell])] for cell in found]
     rows = [(kind, [kinds.count(kind) for kinds in table]) for kind in KINDS]
     return [{"kind": kind, "cells": many, "all": sum(many)} for kind, many in rows]
 
 
 def describe_nodes(cell: Cell) -> list[dict[str, Any]]:
-    """What each node of a cell sums, in words: ``name``, ``width`` and ``sums``."""
+    """Return what each node of a cell sums, in words, as ``name``, ``width`` and ``sums``.
+
+    Args:
+        cell: The cell.
+    """
     rows, inputs = [], len(cell["inputs"])
     for i, node in enumerate(cell["nodes"]):
         sources: dict[int, list[str]] = {}
@@ -108,7 +120,11 @@ def describe_nodes(cell: Cell) -> list[dict[str, Any]]:
 
 
 def source_name(source: int, inputs: int = 2) -> str:
-    """What a source is called; where there is one input, it is node 0.
+    """Return the name of a source of operations; in cells with one input, that is node 0.
+
+    Args:
+        source: The index of the source.
+        inputs: The number of inputs of the cell.
 
     >>> source_name(0), source_name(1), source_name(2), source_name(0, inputs=1)
     ('cell before last', 'last cell', 'node 1', 'node 0')
@@ -117,15 +133,22 @@ def source_name(source: int, inputs: int = 2) -> str:
 
 
 def cells_of(run: Run) -> list[Cell]:
-    """The cells of a search, or the one of a topology that all its cells have."""
+    """Return the cells of a search, or the one cell of NAS-Bench-201's space that all its cells equal.
+
+    Args:
+        run: A run of the summary.
+    """
     found: dict[str, list[Cell]] = run["search"] or {"cells": [], "topology": []}
     return found["cells"] or found["topology"]
 
 
 def picture(run: Run) -> Drawing | None:
-    """Each cell as a wiring: a level line per value, and a coloured line down for each operation that is kept.
+    """Draw each cell as a wiring: a horizontal line per value, and a coloured vertical line per kept operation.
 
-    Each kind has its place on each edge, so that cells can be compared and what went is a gap.
+    Each kind of operation has its place on each edge, so that cells can be compared and removed operations are gaps.
+
+    Args:
+        run: A run of the summary.
     """
     found = cells_of(run)[:MAX_DRAWN]
     if not kept_operations(found):
@@ -175,12 +198,12 @@ def picture(run: Run) -> Drawing | None:
 
 
 def _edge(kinds: Sized) -> int:
-    """Places of an edge in the picture: one of each kind, and one that stays free."""
+    """Return the number of places of an edge in the picture: one per kind of operation, and a free one."""
     return len(kinds) + 1
 
 
 def _wiring(axes: Any, cell: Cell, looks: dict[str, tuple[str, float]], slots: int, names: bool) -> None:
-    """One cell: rows are values, columns are places of operations, grouped by node and then by source."""
+    """Draw one cell: rows are values, columns are places of operations, grouped by node and then by source."""
     inputs, kinds = len(cell["inputs"]), list(looks)
     many = len(cell["nodes"]) + inputs
     axes.set_axis_off()
@@ -209,7 +232,7 @@ def _wiring(axes: Any, cell: Cell, looks: dict[str, tuple[str, float]], slots: i
 
 
 def _given(cell: Cell) -> str:
-    """The width of all nodes side by side; of the last one where there is one input."""
+    """Return the output width of a cell in words: all nodes side by side, or the last one if there is one input."""
     widths = [node["width"] for node in cell["nodes"]]
     widths = widths if len(cell["inputs"]) == 2 else widths[-1:]
     return q.NONE if None in widths else q.count(sum(widths))

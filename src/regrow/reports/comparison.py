@@ -1,4 +1,4 @@
-"""The figures of a page that compares runs."""
+"""Figures of a page that compares pruning runs."""
 
 import math
 from collections.abc import Sequence
@@ -25,7 +25,11 @@ MAX_KINDS = 12
 
 
 def perplexity(summary: dict[str, Any]) -> Drawing | None:
-    """Perplexity of each run, one panel per kind of text; runs that lead at their size are marked."""
+    """Draw the perplexity of each run, one panel per text domain; the best runs at their size are marked.
+
+    Args:
+        summary: A summary of several runs.
+    """
     runs, kinds = summary["runs"], summary["kinds"][:MAX_KINDS]
     found = [(kind, [v for run in runs if (v := _value(run, kind))]) for kind in kinds]
     table = [(kind, values) for kind, values in found if len(values) == len(runs)]
@@ -76,7 +80,11 @@ def perplexity(summary: dict[str, Any]) -> Drawing | None:
 
 
 def front(summary: dict[str, Any]) -> Drawing | None:
-    """Quality against size: the geometric mean of perplexity over the shared kinds, against the fraction kept."""
+    """Draw the geometric mean of perplexity over the shared text domains against the fraction of weights kept.
+
+    Args:
+        summary: A summary of several runs.
+    """
     points = [(run["label"], kept_share(run), (run["means"]["shared"] or {}).get("after")) for run in summary["runs"]]
     known = [(label, x, y) for label, x, y in points if x and y]
     if len({x for _, x, _ in known}) < 2:
@@ -123,7 +131,11 @@ def front(summary: dict[str, Any]) -> Drawing | None:
 
 
 def kept_share(run: dict[str, Any]) -> float | None:
-    """The fraction of counted weights that a run kept, as measured or else as asked for."""
+    """Return the fraction of counted weights that a run kept: the measured one, or else the requested one.
+
+    Args:
+        run: A run of the summary.
+    """
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     if before.get("params_counted") and after.get("params_counted"):
         return float(after["params_counted"] / before["params_counted"])
@@ -131,14 +143,14 @@ def kept_share(run: dict[str, Any]) -> float | None:
 
 
 def leaders(runs: list[dict[str, Any]], values: Sequence[float | None]) -> list[bool]:
-    """Which runs no other run beats that keeps as little or less (sizes within half a per cent count as equal).
+    """Return which runs have the lowest perplexity among all that keep as little or less (within half a per cent).
 
     Args:
         runs: The runs.
-        values: Their perplexity.
+        values: Their perplexities.
 
     Returns:
-        One answer per run; never true where the value is unknown.
+        One bool per run; ``False`` where the perplexity is unknown.
     """
     shares = [kept_share(run) or 1.0 for run in runs]
     known = [(value, share) for value, share in zip(values, shares, strict=True) if value]

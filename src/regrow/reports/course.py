@@ -1,4 +1,4 @@
-"""The page of a network that learned task after task: what it knew when, how it grew, and what of it is still free."""
+"""The page of a continual-learning run: the accuracy matrix, growth, and the capacity that is still free."""
 
 import math
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from regrow.reports.reading import RunRecord, mapping, number, size, text
 
 Run = dict[str, Any]
 Panel = tuple[str, list[list[float | None]]]
-"""A heading, and per line of the legend its value after each task."""
+"""A heading, and for every entry of the legend its values after each task."""
 
 MAX_TASKS = 200
 MAX_CELLS = 40
@@ -34,7 +34,7 @@ _FIGURES = ("average", "average_along", "learning", "backward_transfer", "forget
 
 
 def course(folder: RunRecord) -> dict[str, Any] | None:
-    """What a learning run measured.
+    """Return the measurements of a continual-learning run for its page.
 
     Args:
         folder: A run folder.
@@ -84,7 +84,11 @@ def course(folder: RunRecord) -> dict[str, Any] | None:
 
 
 def headline(run: Run) -> str:
-    """One sentence: what was learned, and what is still known."""
+    """Return one sentence on what was learned, and the accuracy at the end.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["course"]
     who, n = run["method"] or "regrow learn", len(found["rows"])
     deed = f"{who} taught {run['model']} {n} task{'s' * (n != 1)}{', one after the other' * (n > 1)}."
@@ -95,7 +99,11 @@ def headline(run: Run) -> str:
 
 
 def details(run: Run) -> list[str]:
-    """Sentences behind the headline: where the method is from, and how the network grew."""
+    """Return sentences below the headline: the origin of the method, and how the network grew.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["course"]
     lines = []
     if run["method"] == "sparsegrow":
@@ -121,7 +129,11 @@ def details(run: Run) -> list[str]:
 
 
 def key_numbers(run: Run) -> list[dict[str, str]]:
-    """The six figures of the accuracy matrix: ``label``, ``value`` and a line ``below`` each."""
+    """Return the six figures of the accuracy matrix, as ``label``, ``value`` and a line ``below`` each.
+
+    Args:
+        run: A run of the summary.
+    """
     found, n, k = run["course"]["figures"], len(run["course"]["rows"]), _asked(run["course"])
     over = "all tasks" if k == n else f"the {k} of {n} tasks that could be asked"
     shown = (
@@ -136,12 +148,16 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
 
 
 def _asked(found: dict[str, Any]) -> int:
-    """Of how many tasks it was measured at the end what is still known."""
+    """Return the number of tasks whose accuracy was measured at the end."""
     return sum(v is not None for v in found["rows"][-1][: len(found["rows"])]) if found["rows"] else 0
 
 
 def matrix(run: Run) -> Drawing | None:
-    """The accuracy matrix as a heat map: tasks learned go down, tasks asked across."""
+    """Draw the accuracy matrix as a heat map: rows are tasks learned, columns are tasks evaluated.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["course"]
     if not found or not found["rows"]:
         return None
@@ -184,7 +200,11 @@ def matrix(run: Run) -> Drawing | None:
 
 
 def widths(run: Run) -> Drawing | None:
-    """Width of each axis over tasks; those that changed come first."""
+    """Draw the width of each axis after each task; axes that changed come first.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["course"]
     axes = sorted((found or {"widths": {}})["widths"].items(), key=lambda one: len(set(one[1]) - {None}) < 2)
     panels: list[Panel] = [(key, [values]) for key, values in axes[:MAX_PANELS]]
@@ -192,7 +212,11 @@ def widths(run: Run) -> Drawing | None:
 
 
 def parameters(run: Run) -> Drawing | None:
-    """Parameters and those of them that are not 0, over tasks."""
+    """Draw the number of parameters, and of non-zero parameters, after each task.
+
+    Args:
+        run: A run of the summary.
+    """
     rows = (run["course"] or {"sizes": []})["sizes"]
     values = [[row[name] for row in rows] for name in ("parameters", "nonzero")]
     entries = [("parameters", MUTED, "o", 1.0), ("not 0", ACCENT, "o", 1.0)]
@@ -200,7 +224,11 @@ def parameters(run: Run) -> Drawing | None:
 
 
 def shares(run: Run) -> Drawing | None:
-    """Per weight, the share that is owned and the share that is free, over tasks."""
+    """Draw, per weight, the fraction owned by earlier tasks and the fraction that is free, after each task.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["course"] or {"owned": {}, "free": {}}
     none: list[float | None] = []
     names = list(dict.fromkeys([*found["owned"], *found["free"]]))[:MAX_PANELS]
@@ -212,7 +240,7 @@ def shares(run: Run) -> Drawing | None:
 def _panels(
     name: str, title: str, panels: Sequence[Panel], entries: Sequence[Entry], top: float | None = None
 ) -> Drawing | None:
-    """Small panels beside and below each other: values over tasks, from 0 up."""
+    """Draw small panels in a grid: values over tasks, from 0 up."""
     told_of = [i for i in range(len(entries)) if any(v is not None for _, lines in panels for v in lines[i])]
     if not told_of:
         return None
@@ -264,7 +292,7 @@ def _named(found: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
 
 
 def _event(line: dict[str, Any]) -> dict[str, Any]:
-    """One growth; task and epoch are counted from 1."""
+    """Return the data of one growth for the page; task and epoch are counted from 1."""
     sides = {side: _shares(line.get(f"accuracy_{side}")) for side in ("before", "after")}
     known = {side: [v for v in values if v is not None] for side, values in sides.items()}
     task, epoch = (size(line.get(name)) for name in ("task", "epoch"))
@@ -281,14 +309,14 @@ def _event(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _recovery(steps: int | None, watched: int | None) -> str:
-    """After how many steps the loss was back, in words."""
+    """Return after how many steps the loss had recovered, in words."""
     if steps is not None:
         return q.count(steps)
     return f"not in {q.count(watched)}" if watched else q.NONE
 
 
 def _over(records: Sequence[dict[str, Any]], what: str) -> dict[str, list[float | None]]:
-    """Name → its value in each record, ``None`` where that has none."""
+    """Return name → its value in each record, ``None`` where a record does not have it."""
     names = dict.fromkeys(key for record in records for key, _ in _entries(record.get(what)))
     return {
         text(name): [number(mapping(record.get(what)).get(name), 0) for record in records]

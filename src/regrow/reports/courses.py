@@ -1,4 +1,4 @@
-"""The page that compares networks that learned task after task: what each knows, at what size."""
+"""The page that compares continual-learning runs: accuracy of each, and size."""
 
 import math
 from collections.abc import Sequence
@@ -32,12 +32,20 @@ Line = tuple[str, list[float | None]]
 
 
 def are_learning_runs(summary: dict[str, Any]) -> bool:
-    """Whether every run learned task after task."""
+    """Whether every run of a summary is a continual-learning run.
+
+    Args:
+        summary: A summary of runs.
+    """
     return all(run["course"] for run in summary["runs"])
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """One sentence: which networks, and how many tasks."""
+    """Return one sentence on which networks are compared, and over how many tasks.
+
+    Args:
+        summary: A summary of learning runs.
+    """
     runs = summary["runs"]
     models = sorted({run["model"] for run in runs})
     what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} networks"
@@ -47,7 +55,11 @@ def headline(summary: dict[str, Any]) -> str:
 
 
 def details(summary: dict[str, Any]) -> list[str]:
-    """Which run knows most at the end, and which the least."""
+    """Return a sentence on which run has the highest and the lowest accuracy at the end.
+
+    Args:
+        summary: A summary of learning runs.
+    """
     known = [(v, run) for run in summary["runs"] if (v := run["course"]["figures"]["average"]) is not None]
     if len(known) < 2 or not same(summary):
         return []
@@ -60,13 +72,21 @@ def details(summary: dict[str, Any]) -> list[str]:
 
 
 def alarms(summary: dict[str, Any]) -> list[str]:
-    """Why figures of the runs do not compare, if they do not."""
+    """Return a warning if the accuracies of the runs cannot be compared.
+
+    Args:
+        summary: A summary of learning runs.
+    """
     told = "The runs did not learn the same tasks, or were not asked the same: their accuracies do not compare."
     return [] if same(summary) else [told]
 
 
 def same(summary: dict[str, Any]) -> bool:
-    """Whether all runs learned the same tasks, by name and in order, were asked the same, and answered in one way."""
+    """Whether all runs had the same tasks in the same order, were evaluated on the same, and had one scenario.
+
+    Args:
+        summary: A summary of learning runs.
+    """
     asked = {
         (
             tuple(run["course"]["tasks"][: len(run["course"]["rows"])]),
@@ -81,7 +101,7 @@ def same(summary: dict[str, Any]) -> bool:
 
 
 def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each run knows, and what it took.
+    """Return the rows of the comparison table: accuracy, size, growth and time of each run.
 
     Args:
         summary: A summary of several learning runs.
@@ -125,7 +145,11 @@ def _shock(run: dict[str, Any]) -> float | None:
 
 
 def accuracy(summary: dict[str, Any]) -> Drawing | None:
-    """After each task, the mean accuracy over the tasks learned by then that could be asked: one line per run."""
+    """Draw the mean accuracy over the tasks learned so far, after each task, one line per run.
+
+    Args:
+        summary: A summary of learning runs.
+    """
     lines: list[Line] = []
     for run in _few(summary):
         known = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(run["course"]["rows"])]
@@ -134,7 +158,11 @@ def accuracy(summary: dict[str, Any]) -> Drawing | None:
 
 
 def widths(summary: dict[str, Any]) -> Drawing | None:
-    """After each task, the units of all axes together: one line per run."""
+    """Draw the number of units of all axes together, after each task, one line per run.
+
+    Args:
+        summary: A summary of learning runs.
+    """
     lines = [
         (run["label"], [_sum(units) for units in zip(*run["course"]["widths"].values(), strict=True)])
         for run in _few(summary)
@@ -143,14 +171,18 @@ def widths(summary: dict[str, Any]) -> Drawing | None:
 
 
 def sizes(summary: dict[str, Any]) -> Drawing | None:
-    """Final average accuracy against parameters; runs that no smaller one beats are joined."""
+    """Draw final average accuracy against parameters; the runs that no smaller run beats are joined.
+
+    Args:
+        summary: A summary of learning runs.
+    """
     points = [(run["label"], _parameters(run), run["course"]["figures"]["average"]) for run in summary["runs"]]
     words = ("parameters at the end", "final average accuracy")
     return against("fig-courses-size", "Final average accuracy against parameters", points, *words)
 
 
 def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing | None:
-    """One line per run over tasks, with its label at its end; the one that ends highest stands out."""
+    """Draw one line per run over tasks, with its label at its end; the one that ends highest is emphasised."""
     lines = [(label, values) for label, values in lines if any(v is not None for v in values)]
     if not lines:
         return None
@@ -211,7 +243,12 @@ _STYLES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))
 
 
 def apart(places: Sequence[float], least: float, room: float) -> list[float]:
-    """Places moved so that they lie ``least`` apart, in their order, and within 0 and ``room`` as far as that goes.
+    """Move places so that they are at least ``least`` apart, in their order, and within 0 and ``room`` if possible.
+
+    Args:
+        places: The places, in pixels.
+        least: The smallest distance, in pixels.
+        room: The largest place, in pixels.
 
     >>> apart([10, 12, 80], 10, 100)
     [10, 20, 80]
@@ -230,7 +267,11 @@ def apart(places: Sequence[float], least: float, room: float) -> list[float]:
 
 
 def text_of(label: str) -> str:
-    """A label short enough for the margin of a figure."""
+    """Shorten a label for the margin of a figure.
+
+    Args:
+        label: The label.
+    """
     return label if len(label) <= 17 else label[:16] + "…"
 
 

@@ -1,4 +1,4 @@
-"""The figures of a search over its epochs, levels and stages."""
+"""Figures of a search over its epochs, granularities and stages."""
 
 import math
 from collections.abc import Sequence
@@ -25,13 +25,17 @@ from regrow.reports.fronts import against
 
 Run = dict[str, Any]
 Panel = tuple[str, Sequence[tuple[str, str, str]], Any, float | None]
-"""A heading, its lines (a field of an epoch, what it is called, colour), the unit, and the top of the scale."""
+"""A heading, its lines (field of an epoch, name, colour), the number format, and the top of the scale."""
 
 LEVELS = (("operations", ACCENT), ("filters", COOL), ("weights", WARM))
 
 
 def size(run: Run) -> Drawing | None:
-    """Size and validation accuracy over epochs."""
+    """Draw size, allowed size and validation accuracy over epochs.
+
+    Args:
+        run: A run of the summary.
+    """
     unit = (run["search"] or {"unit": ""})["unit"]
     panels: list[Panel] = [
         (
@@ -46,7 +50,11 @@ def size(run: Run) -> Drawing | None:
 
 
 def front(run: Run) -> Drawing | None:
-    """The networks that the last stage passed on its way down: validation accuracy against size."""
+    """Draw validation accuracy against size for the networks at the epochs of the last stage.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["search"] or {"front": [], "unit": ""}
     points = [(f"epoch {row['epoch']}", row["size"], row["accuracy"]) for row in found["front"]]
     if found["front"]:
@@ -56,14 +64,22 @@ def front(run: Run) -> Drawing | None:
 
 
 def levels(run: Run) -> Drawing | None:
-    """The share of each level that stands in the part that runs, over epochs."""
+    """Draw the fraction of each granularity that masks keep in the trained part, over epochs.
+
+    Args:
+        run: A run of the summary.
+    """
     lines = [(level, level, colour) for level, colour in LEVELS]
     panels: list[Panel] = [("Share that stands in the part that runs", lines, q.percent, 1.0)]
     return _over_epochs(run, "fig-search-levels", "What each level keeps over epochs", panels)
 
 
 def savings_figure(run: Run) -> Drawing | None:
-    """What each level left out."""
+    """Draw how much each granularity reduced the network's size.
+
+    Args:
+        run: A run of the summary.
+    """
     colours = dict(LEVELS)
     found = run["search"] or {"levels": [], "unit": ""}
     rows = [
@@ -75,7 +91,11 @@ def savings_figure(run: Run) -> Drawing | None:
 
 
 def memory(run: Run) -> Drawing | None:
-    """Memory of each stage: planned and measured, and the budget."""
+    """Draw the memory of each stage, predicted and measured, and the budget.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["search"] or {"stages": [], "budget": None}
     rows = []
     for row in found["stages"]:
@@ -88,7 +108,7 @@ def memory(run: Run) -> Drawing | None:
 
 
 def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Drawing | None:
-    """Panels below each other over epochs; stages are marked, and changes of the network's shape."""
+    """Draw panels over epochs, below each other, with marks at stages and at changes of the network's shape."""
     rows = (run["search"] or {"epochs": []})["epochs"]
     panels = [
         (heading, [line for line in lines if any(row[line[0]] is not None for row in rows)], unit, top)
@@ -153,7 +173,7 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
 def _bars(
     name: str, title: str, rows: Sequence[tuple[str, float, str, str]], marks: Sequence[tuple[float, str]]
 ) -> Drawing | None:
-    """Level bars with their values, and upright lines at marks."""
+    """Draw horizontal bars with their values, and vertical lines at marks."""
     if not rows:
         return None
     said = "; ".join(f"{label} {words}" for label, _, words, _ in rows)
@@ -180,5 +200,5 @@ def _bars(
 
 
 def _ends(rows: Sequence[dict[str, Any]]) -> list[int]:
-    """The last epoch of each stage."""
+    """Return the indices of the last epoch of each stage."""
     return [i for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1]["stage"] != row["stage"]]

@@ -1,4 +1,4 @@
-"""The figures of a page: each takes a run of the summary and gives a drawing, or ``None`` where data is missing."""
+"""Figures of a pruning run's page: each takes a run of the summary, and returns ``None`` if data are missing."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -29,7 +29,11 @@ MAX_PANELS = 6
 
 
 def perplexity(run: Run) -> Drawing | None:
-    """Perplexity per kind of text before and after, seen kinds apart from unseen ones, with 95 % intervals."""
+    """Draw perplexity per text domain before and after, with 95 % intervals; calibration domains and unseen ones apart.
+
+    Args:
+        run: A run of the summary.
+    """
     rows = [row for row in run["perplexity"] if (row["after"] or row["before"] or {}).get("ppl")][:MAX_ROWS]
     if not rows:
         return None
@@ -72,7 +76,11 @@ def perplexity(run: Run) -> Drawing | None:
 
 
 def widths(run: Run) -> Drawing | None:
-    """Units left per layer, one panel per kind of axis, over depth."""
+    """Draw the units left per layer over depth, one panel per kind of axis.
+
+    Args:
+        run: A run of the summary.
+    """
     kinds = [kind for kind in run["widths"] if kind["changed"]][:MAX_PANELS]
     if not kinds:
         return None
@@ -96,7 +104,11 @@ def widths(run: Run) -> Drawing | None:
 
 
 def spectra(run: Run) -> Drawing | None:
-    """How the scores of the units spread in each layer, and where the cut lies."""
+    """Draw the quantiles of the units' scores in each layer, and where the cut lies.
+
+    Args:
+        run: A run of the summary.
+    """
     kinds = (run["scores"] or {"kinds": []})["kinds"]
     changed = {kind["kind"] for kind in run["widths"] if kind["changed"]}
     kinds = sorted(kinds, key=lambda kind: kind["kind"] not in changed)[: min(MAX_PANELS, max(1, len(changed)))]
@@ -142,7 +154,11 @@ def spectra(run: Run) -> Drawing | None:
 
 
 def cost(run: Run) -> Drawing | None:
-    """Parameters, multiply–accumulates and bytes, before and after."""
+    """Draw parameters, multiply–accumulates and bytes, before and after.
+
+    Args:
+        run: A run of the summary.
+    """
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     measures = (
         ("Counted parameters (what keep refers to)", "params_counted", q.count),
@@ -174,7 +190,11 @@ def cost(run: Run) -> Drawing | None:
 
 
 def times(run: Run) -> Drawing | None:
-    """Where the time went."""
+    """Draw the time that each stage of the run took.
+
+    Args:
+        run: A run of the summary.
+    """
     rows = run["seconds"][:20]
     if not rows or not any(row["seconds"] for row in rows):
         return None
@@ -225,7 +245,7 @@ def _stack(
     heading: Callable[[dict[str, Any]], str],
     entries: Sequence[Entry],
 ) -> Callable[[Canvas], None]:
-    """One panel per kind of axis, above each other, over depth."""
+    """Return a function that draws one panel per kind of axis over depth, below each other."""
 
     def paint(canvas: Canvas) -> None:
         head = 62 if canvas.narrow else 42
@@ -250,7 +270,7 @@ def _sides(row: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _bounds(row: dict[str, Any]) -> list[float]:
-    """The scores on both sides of the cut; none where nothing was cut."""
+    """Return the scores on both sides of the cut; empty if nothing was cut."""
     if row["dropped_max"] is None or row["before"] == row["after"]:
         return []
     return [v for v in (row["dropped_max"], row["kept_min"]) if v is not None]

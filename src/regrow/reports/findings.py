@@ -1,4 +1,4 @@
-"""What a method saw (``findings.json``): how ranks move between kinds of text, and what modules of units gave up."""
+"""The findings of GPrune (``findings.json``): rank changes between text domains, and the ratios of modules."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ _MEASURED = ("sensitivity", "activity", "switched", *_CUT)
 
 
 def findings(folder: RunRecord) -> Row | None:
-    """What a method saw, for those methods that say so; tables that are not known here are left out.
+    """Return the tables of a method's findings that the page knows, checked; others are left out.
 
     Args:
         folder: A run folder.
@@ -60,7 +60,7 @@ def findings(folder: RunRecord) -> Row | None:
 
 
 def _table(folder: RunRecord, name: str, read: Callable[[Row], Row | None]) -> list[Row]:
-    """The rows of a table that can be used; that others are left out is told."""
+    """Return the valid rows of a table; rows that are left out are recorded as a problem."""
     given = folder.findings.get(name, [])
     rows = [row for item in objects(given)[:MAX_ROWS] if (row := read(item))]
     if isinstance(given, list) and len(rows) < len(given):
@@ -69,7 +69,7 @@ def _table(folder: RunRecord, name: str, read: Callable[[Row], Row | None]) -> l
 
 
 def _space(item: Row) -> Row | None:
-    """A row of the spectrum; spaces of several axes are called "30 × label"."""
+    """Return a row of the spectrum; spaces of several axes are called "30 × label"."""
     key, units = text(item.get("space"), 300), size(item.get("units"), 10**9)
     shares = {name: _share(item.get(name)) for name in _SHARES}
     if not key or not units or shares["significant"] is None:
@@ -81,7 +81,7 @@ def _space(item: Row) -> Row | None:
 
 
 def _module(item: Row) -> Row | None:
-    """A row of modules, named "axis cell", "axis and 29 more cell", or "axis" where every axis is one module."""
+    """Return a row of modules, named "axis cell", "axis and 29 more cell", or "axis" if every axis is one module."""
     name, space, units = text(item.get("name"), 400), text(item.get("space"), 300), size(item.get("units"), 10**9)
     shares = {part: _share(item.get(part)) for part in _CUT}
     if not name or not units or shares["start"] is None:
@@ -116,7 +116,7 @@ def _tested(spaces: list[Row]) -> list[Row]:
 
 
 def _axes(modules: list[Row]) -> list[Row]:
-    """One row per axis that has modules of its own."""
+    """Return one row per axis that has modules of its own."""
     axes: dict[tuple[str, str], Row] = {}
     for module in modules:
         if not module["pooled"]:
@@ -127,7 +127,7 @@ def _axes(modules: list[Row]) -> list[Row]:
 
 
 def _cells(modules: list[Row]) -> list[Row]:
-    """Per kind of axis, the modules of the same cell in all layers together."""
+    """Return, per kind of axis, the means over the modules of the same cell in all layers."""
     kinds = []
     for (kind, pooled), members in _by_kind(modules):
         words = sorted({row["cell"] for row in members}, key=_order)[:MAX_CELLS]
@@ -144,7 +144,7 @@ def _by_kind(rows: list[Row]) -> list[tuple[tuple[str, bool], list[Row]]]:
 
 
 def _means(rows: list[Row], names: Sequence[str]) -> Row:
-    """How many units there are, and the mean of each value over the units it is known for."""
+    """Return the number of units, and the mean of each value over the units for which it is known."""
     result: Row = {"units": sum(row["units"] for row in rows)}
     for name in names:
         known = [(row[name], row["units"]) for row in rows if row[name] is not None]
@@ -153,7 +153,7 @@ def _means(rows: list[Row], names: Sequence[str]) -> Row:
 
 
 def _order(cell: str) -> tuple[int, int, str]:
-    """The grid as it is read, other cells by their number."""
+    """Return a sort key: cells of the grid in reading order, other cells by their number."""
     digits = re.search(r"\d+", cell)
     return GRID.index(cell) if cell in GRID else len(GRID), int(digits.group()[:9]) if digits else 0, cell
 

@@ -1,4 +1,4 @@
-"""Accuracy against size, and what is beaten by nothing smaller."""
+"""Accuracy against size, and the Pareto front."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,11 @@ from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, SMALL,
 
 
 def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> list[bool]:
-    """Which values no other beats that has as few parameters or fewer (within half a per cent counts as equal).
+    """Return which values are not beaten by any at the same size or less (within half a per cent).
+
+    Args:
+        sizes: Parameters of each; ``None`` if unknown.
+        values: Accuracy of each, or another value of which more is better; ``None`` if unknown.
 
     >>> leaders([100, 100, 200], [0.7, 0.6, 0.8])
     [True, False, True]
@@ -22,14 +26,14 @@ def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> li
 def against(
     name: str, title: str, points: Sequence[tuple[str, float | None, float | None]], below: str, above: str
 ) -> Drawing | None:
-    """Accuracy against size; points that no smaller one beats are joined.
+    """Draw accuracy against size; the points that no smaller one beats are joined.
 
     Args:
-        name: Of the drawing.
-        title: What it shows.
+        name: Prefix of the drawing's ids.
+        title: The title of the figure.
         points: A label, a size and an accuracy each.
-        below: What is written below the axis of sizes.
-        above: What is written above the axis of accuracies.
+        below: The label of the size axis.
+        above: The label of the accuracy axis.
     """
     known = [(label, float(x), float(y)) for label, x, y in points if x and y is not None]
     if len({x for _, x, _ in known}) < 2:

@@ -1,4 +1,4 @@
-"""Run folders → one page: a single HTML file that needs no network and no script, or Markdown."""
+"""The report page of run folders: a single HTML file that needs no network and no script, or Markdown."""
 
 import math
 from collections.abc import Callable
@@ -91,12 +91,12 @@ SEARCHES_SECTIONS = {"searches": "What was found", "setup": "What was run", "rem
 
 
 def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None] | None = None) -> Path:
-    """Write the page of one run, or of a comparison of several.
+    """Write the report page of one run, or of a comparison of several.
 
     Args:
         folders: The run folders; two or more make a comparison.
         out: The HTML file to write; its folder is made if need be. It is replaced only once the page is complete.
-        write: Writes text to it; replaces whatever has the name, unless given.
+        write: Writes the text to the file; ``None``: any file of that name is replaced.
 
     Returns:
         The file written.
@@ -114,10 +114,10 @@ def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None
 
 
 def to_html(summary: Summary) -> str:
-    """The page of a summary, as HTML.
+    """Return the report page of a summary, as HTML.
 
     Args:
-        summary: What :func:`regrow.reports.summarise` gives.
+        summary: The result of :func:`regrow.reports.summarise`.
 
     Returns:
         The whole file.
@@ -145,10 +145,10 @@ def to_html(summary: Summary) -> str:
 
 
 def to_markdown(summary: Summary) -> str:
-    """The same summary as Markdown, without figures.
+    """Return the report of a summary as Markdown, without figures.
 
     Args:
-        summary: What :func:`regrow.reports.summarise` gives.
+        summary: The result of :func:`regrow.reports.summarise`.
 
     Returns:
         The text.
@@ -225,7 +225,7 @@ def _context(summary: Summary) -> dict[str, Any]:
 
 
 def _alarms(run: dict[str, Any]) -> list[str]:
-    """What must not be overlooked."""
+    """Return warnings that a reader must not overlook."""
     result = quest.alarms(run) if run["search"] else []
     if any(row["holds"] is False for row in run["verify"]):
         result.append(words.proof(run))
@@ -237,7 +237,7 @@ def _alarms(run: dict[str, Any]) -> list[str]:
 
 
 def _table(summary: Summary) -> list[dict[str, Any]]:
-    """Runs × kinds: one row per run, its mean first."""
+    """Return the comparison table of runs × text domains: one row per run, its mean first."""
     rows = []
     for run in summary["runs"]:
         mean = run["means"]["shared"] or {}
@@ -256,7 +256,7 @@ def _table(summary: Summary) -> list[dict[str, Any]]:
 
 
 def _seen(summary: Summary) -> dict[str, str]:
-    """Kind → "seen" or "unseen" if that is so for all runs, else nothing."""
+    """Return text domain → "seen" or "unseen" if that holds for all runs, else ""."""
     result: dict[str, set[Any]] = {}
     for run in summary["runs"]:
         for row in run["perplexity"]:
@@ -265,7 +265,7 @@ def _seen(summary: Summary) -> dict[str, str]:
 
 
 def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
-    """Settings in which the runs differ: name → one value per run, by default where it is not told."""
+    """Return the settings in which the runs differ: name → one value per run, the default where none was given."""
     tables = [{pair["name"]: pair["value"] for pair in run["settings"] + run["method_settings"]} for run in runs]
     taken = [{pair["name"]: pair["value"] for pair in run["defaults"]} for run in runs]
     whole = [own | table for own, table in zip(taken, tables, strict=True)]
@@ -303,6 +303,6 @@ def _environment(html: bool) -> Any:
 
 
 def _markdown(value: Any) -> str:
-    """Words that Markdown takes as nothing but words."""
+    """Escape a text so that Markdown shows it literally."""
     named = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
     return "".join(f"\\{c}" if c in "\\`*_{}[]#!|~" else named.get(c, c) for c in str(value))

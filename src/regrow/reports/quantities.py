@@ -1,4 +1,4 @@
-"""Numbers in words: with a unit, three significant digits, and a sign that says what they are."""
+"""Formatting of numbers: with a unit, and three significant digits."""
 
 import math
 import re
@@ -9,7 +9,10 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def power(value: float | None) -> str:
-    """A number as digits times a power of ten.
+    """Format a number as digits times a power of ten.
+
+    Args:
+        value: The number; ``None`` becomes a dash.
 
     >>> power(3.14e-14)
     '3.1·10⁻¹⁴'
@@ -23,7 +26,10 @@ def power(value: float | None) -> str:
 
 
 def significant(value: float | None) -> str:
-    """Three significant digits; thousands apart; very large and very small ones as powers of ten.
+    """Format a number with three significant digits; very large and very small ones as powers of ten.
+
+    Args:
+        value: The number; ``None`` becomes a dash.
 
     >>> significant(33.24), significant(9.1), significant(1502.3), significant(2.5e9), significant(None)
     ('33.2', '9.10', '1,502', '2.5·10⁹', '–')
@@ -37,7 +43,11 @@ def significant(value: float | None) -> str:
 
 
 def spread(value: float | None, of: float | None) -> str:
-    """An error, to as many decimals as the number it belongs to is written with.
+    """Format a standard error with as many decimals as the number that it belongs to.
+
+    Args:
+        value: The error; ``None`` becomes a dash.
+        of: The number that it belongs to.
 
     >>> spread(1.824, 33.2), spread(0.364, 6.63), spread(30.4, 1502)
     ('1.8', '0.36', '30')
@@ -48,7 +58,10 @@ def spread(value: float | None, of: float | None) -> str:
 
 
 def tick(value: float) -> str:
-    """A number at a figure's axis, as short as it gets.
+    """Format a number at a figure's axis, as short as possible.
+
+    Args:
+        value: The number.
 
     >>> tick(20.0), tick(0.5), tick(133000), tick(1e-6)
     ('20', '0.5', '133,000', '10⁻⁶')
@@ -59,7 +72,10 @@ def tick(value: float) -> str:
 
 
 def count(value: float | None) -> str:
-    """How many: in full below 100,000, else in thousands, millions or billions; small fractions to three digits.
+    """Format a count: in full below 100,000, else with k, M, G, T or P; small fractions with three digits.
+
+    Args:
+        value: The count; ``None`` becomes a dash.
 
     >>> count(1536), count(134_515_008), count(6.866), count(None)
     ('1,536', '134.5\\xa0M', '6.87', '–')
@@ -77,7 +93,10 @@ def count(value: float | None) -> str:
 
 
 def octets(value: float | None) -> str:
-    """Bytes, in decimal units.
+    """Format a number of bytes in decimal units.
+
+    Args:
+        value: The number of bytes; ``None`` becomes a dash.
 
     >>> octets(269_100_000)
     '269.1\\xa0MB'
@@ -91,7 +110,10 @@ def octets(value: float | None) -> str:
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction as a percentage.
+    """Format a fraction as a percentage.
+
+    Args:
+        fraction: The fraction; ``None`` becomes a dash.
 
     >>> percent(0.9004)
     '90.0\\xa0%'
@@ -100,7 +122,10 @@ def percent(fraction: float | None) -> str:
 
 
 def points(difference: float | None) -> str:
-    """A difference of two fractions, in percentage points.
+    """Format a difference of two fractions in percentage points.
+
+    Args:
+        difference: The difference; ``None`` becomes a dash.
 
     >>> points(0.0123), points(-0.2)
     ('+1.2\\xa0points', '−20.0\\xa0points')
@@ -109,7 +134,10 @@ def points(difference: float | None) -> str:
 
 
 def factor(value: float | None) -> str:
-    """A ratio.
+    """Format a ratio, as ``×1.23``.
+
+    Args:
+        value: The ratio; ``None`` becomes a dash.
 
     >>> factor(1.2345), factor(0.931), factor(17.29)
     ('×1.23', '×0.93', '×17.3')
@@ -118,7 +146,10 @@ def factor(value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time span.
+    """Format a time span.
+
+    Args:
+        seconds: The time span in seconds; ``None`` becomes a dash.
 
     >>> duration(0.84), duration(192.0), duration(3900)
     ('0.84\\xa0s', '3\\xa0min 12\\xa0s', '1\\xa0h 05\\xa0min')
@@ -135,7 +166,10 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(stamp: str) -> str:
-    """A point in time, from its ISO form; what is not one stays as it is.
+    """Format a point in time from its ISO form; other texts are returned unchanged.
+
+    Args:
+        stamp: The ISO form.
 
     >>> moment("2026-11-24T15:02:11.5+00:00"), moment("yesterday")
     ('2026-11-24 15:02 UTC', 'yesterday')

@@ -1,4 +1,4 @@
-"""Read a run folder: every value is checked, since a folder may come from anybody and a run may have been cut short."""
+"""Read a run folder that may be hostile or incomplete: every value is checked, and problems are collected."""
 
 import json
 import math
@@ -49,24 +49,24 @@ _CONTROL = re.compile(
 
 
 class ReportError(ValueError):
-    """A folder that is not a run folder, or a page that cannot be written."""
+    """Raised for a folder that is not a run folder, or a page that cannot be written."""
 
 
 @dataclass
 class RunRecord:
-    """What the files of a run folder hold, checked only down to "an object" and "a list of objects".
+    """The content of a run folder's files, checked only down to "an object" and "a list of objects".
 
     Args:
         path: The folder.
-        run: ``run.json``.
+        run: The content of ``run.json``.
         plans: The plans of ``ledger.json``, in order.
         axes: ``axes.json``: ``"before"`` and ``"after"`` → one object per axis.
-        scores: ``scores.json``.
+        scores: The content of ``scores.json``.
         metrics: The lines of ``metrics.jsonl``.
-        findings: ``findings.json``, which most methods do not write.
-        origin: How to build the network that a search left, from ``shapes.json``.
-        missing: Files that are not there, with what the page lacks for it.
-        problems: What could not be read, in words.
+        findings: The content of ``findings.json``, which most methods do not write.
+        origin: The record of how to build the network that a search found, from ``shapes.json``.
+        missing: Files that do not exist, with what the page lacks without them.
+        problems: Problems found while reading, in words.
     """
 
     path: Path
@@ -82,19 +82,19 @@ class RunRecord:
 
     @property
     def name(self) -> str:
-        """What the folder is called, also where the run lies in its working area."""
+        """The name of the run folder, also for an unfinished run in its working area."""
         path = self.path.resolve()
         return path.parent.name if path.name == WORK else path.name
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run folder.
+    """Read all files of a run folder that a report needs.
 
     Args:
         path: The folder; it must hold a ``run.json``, any other file may be missing.
 
     Returns:
-        What its files hold.
+        The content of its files.
 
     Raises:
         ReportError: If there is no readable ``run.json`` of the expected format.
@@ -133,7 +133,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def _plans(path: Path, problems: list[str]) -> list[dict[str, Any]]:
-    """The plans of a ledger, with every unit named."""
+    """Return the plans of a ledger, with ranges of units expanded."""
     ledger = _object(path, problems)
     if ledger and ledger.get("format") not in LEDGER_FORMATS:
         problems.append(f"{path.name}: expected the format {LEDGER_FORMATS[0]!r}; left out")
@@ -149,7 +149,10 @@ def _plans(path: Path, problems: list[str]) -> list[dict[str, Any]]:
 
 
 def objects(value: object) -> list[dict[str, Any]]:
-    """The objects of a list, at most ``MAX_ITEMS``; none if it is no list.
+    """Return the objects of a JSON list, at most ``MAX_ITEMS``; empty if the value is not a list.
+
+    Args:
+        value: The JSON value.
 
     >>> objects([{"a": 1}, 2, None]), objects("abc")
     ([{'a': 1}], [])
@@ -158,12 +161,21 @@ def objects(value: object) -> list[dict[str, Any]]:
 
 
 def mapping(value: object) -> dict[str, Any]:
-    """The value if it is an object, with at most ``MAX_ITEMS`` entries; else an empty one."""
+    """Return the value if it is a JSON object, with at most ``MAX_ITEMS`` entries; else an empty one.
+
+    Args:
+        value: The JSON value.
+    """
     return dict(list(value.items())[:MAX_ITEMS]) if isinstance(value, dict) else {}
 
 
 def number(value: object, low: float = -1e30, high: float = 1e30) -> float | None:
-    """The value if it is a finite number within the bounds, else ``None``.
+    """Return the value if it is a finite number within the bounds, else ``None``.
+
+    Args:
+        value: The JSON value.
+        low: The lower bound.
+        high: The upper bound.
 
     >>> number(1.5), number(True), number("3"), number(float("nan")), number(-1, low=0)
     (1.5, None, None, None, None)
@@ -178,7 +190,11 @@ def number(value: object, low: float = -1e30, high: float = 1e30) -> float | Non
 
 
 def size(value: object, high: int = MAX_SIZE) -> int | None:
-    """The value if it is a whole number from 0 to ``high``, else ``None``.
+    """Return the value if it is a whole number from 0 to ``high``, else ``None``.
+
+    Args:
+        value: The JSON value.
+        high: The upper bound.
 
     >>> size(3), size(3.0), size(-1), size(10**99)
     (3, 3, None, None)
@@ -188,7 +204,11 @@ def size(value: object, high: int = MAX_SIZE) -> int | None:
 
 
 def text(value: object, limit: int = 120) -> str:
-    """The value as one printable line of at most ``limit`` characters; empty if it is no such thing.
+    """Return the value as one printable line of at most ``limit`` characters; empty for other types.
+
+    Args:
+        value: The JSON value.
+        limit: The largest number of characters.
 
     >>> text("a\\n\\x00b"), text(["a"]), text("abcdef", limit=4)
     ('a b', '', 'abc…')
@@ -206,7 +226,7 @@ def text(value: object, limit: int = 120) -> str:
 
 
 def _object(path: Path, problems: list[str], kind: type[Any] | None = None) -> dict[str, Any]:
-    """The object in a file; the first field that does not fit its record is told."""
+    """Return the JSON object in a file; the first field that does not fit its schema is recorded as a problem."""
     if not path.is_file():
         return {}
     data = _json(path, problems)

@@ -1,4 +1,4 @@
-"""The page of a search: what was found, how it came about, and what must not be overlooked in it."""
+"""The page of a search: the found network, the course of the search, and warnings such as collapse."""
 
 import re
 from typing import Any
@@ -17,20 +17,20 @@ MAX_COMMITS = 2_000
 MAX_STAGES = 64
 
 COLLAPSE, BARE = 0.5, 0.75
-"""From which share of skips, and of operations without weights, on a network is said to have collapsed."""
+"""The fractions of skips, and of operations without weights, from which on a warning of collapse is shown."""
 
 OVERSHOT = 0.8
-"""Below which share of what it may cost a network is said to be too small."""
+"""The fraction of the allowed size below which a network is reported as too small."""
 
 MOVED = 1e-3
-"""How far logits may move where nothing came back."""
+"""The largest change of logits at a commit that restores nothing, before a warning is shown."""
 
 RECONSTRUCTED = {
     "mgas": "MGAS is reconstructed: the paper's body was not available, so it follows the abstract and the authors' "
     "public code, and what these leave open is ours.",
     "gold_nas": "GOLD-NAS is reconstructed from notes on the authors' code: neither that nor the paper was at hand.",
 }
-"""Method → what must stand where its results do."""
+"""Method → the note that must accompany its results."""
 
 _UNITS = {
     "params": "parameters",
@@ -43,7 +43,7 @@ _SIZES = ("parameters", "nonzero", "macs", "bytes")
 
 
 def search(folder: RunRecord) -> dict[str, Any] | None:
-    """What a search measured.
+    """Return the measurements of a search for its page.
 
     Args:
         folder: A run folder.
@@ -109,7 +109,7 @@ def search(folder: RunRecord) -> dict[str, Any] | None:
 
 
 def headline(run: Run) -> str:
-    """One sentence: what was found, and how well it answers."""
+    """Return one sentence on the network that a run found, and its test accuracy."""
     found = run["search"]
     deed = f"{run['method'] or 'regrow search'} searched {run['model']}"
     if (many := found["found"]["parameters"]) is None:
@@ -124,7 +124,7 @@ def headline(run: Run) -> str:
 
 
 def explain_unsearched(run: Run) -> str:
-    """What is said where weights were not searched because the target counts those that are 0; empty otherwise."""
+    """Return a note if a run did not search weights because its target counts zeroed ones; else an empty text."""
     measure = run["search"]["measure"]
     if run["method"] != "mgas" or measure not in ("params", "macs", "bytes") or run["search"]["topology"]:
         return ""
@@ -132,7 +132,7 @@ def explain_unsearched(run: Run) -> str:
 
 
 def details(run: Run) -> list[str]:
-    """Sentences behind the headline: where the method is from, and what was done."""
+    """Return the sentences below a run's headline: the origin of the method, and what was done."""
     found, lines = run["search"], []
     if run["method"] in RECONSTRUCTED:
         lines.append(RECONSTRUCTED[run["method"]])
@@ -151,7 +151,11 @@ def details(run: Run) -> list[str]:
 
 
 def key_numbers(run: Run) -> list[dict[str, str]]:
-    """The figures at the head of the page: ``label``, ``value`` and a line ``below`` each."""
+    """Return the figures at the head of the page, as ``label``, ``value`` and a line ``below`` each.
+
+    Args:
+        run: A run of the summary.
+    """
     found, ops = run["search"], cells.kept_operations(cells.cells_of(run))
     rows = []
 
@@ -187,7 +191,11 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
 
 
 def alarms(run: Run) -> list[str]:
-    """What must not be overlooked: collapse, thin nodes, sizes and memory off their marks, answers that changed."""
+    """Return warnings: collapse, nodes with one operation, missed size or memory, commits that changed outputs.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["search"]
     return [line for made in (_collapse, _thin, _off, _overshot, _moved, _memory) if (line := made(found))]
 
@@ -228,7 +236,7 @@ def _off(found: dict[str, Any]) -> str:
 
 
 def _overshot(found: dict[str, Any]) -> str:
-    """Stages at whose end less stood than was to; of the last one, unless the target speaks.
+    """Return a warning about stages that ended with less than their allowed size.
 
     Its final commit brings back as much as the target allows, so a size that was reached may hide what had stood.
     """
@@ -265,7 +273,7 @@ def _memory(found: dict[str, Any]) -> str:
 
 
 def _epochs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per epoch; one that was run twice counts as it was at last."""
+    """Return one entry per epoch; of an epoch that was run twice, the last."""
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
         epoch, stage = size(line.get("epoch"), MAX_EPOCHS), size(line.get("stage"), MAX_STAGES - 1)
@@ -277,7 +285,7 @@ def _epochs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry per network, smallest last; one that was left twice counts as it was at last."""
+    """Return one entry per network, smallest last; of a network that was written twice, the last."""
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
         if (epoch := size(line.get("epoch"), MAX_EPOCHS)) is not None:
@@ -287,7 +295,7 @@ def _front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _commit(line: dict[str, Any]) -> dict[str, Any]:
-    """One change of the network; ``epoch`` is the one it came after."""
+    """Return the data of one change of the network for the page; ``epoch`` is the one before it."""
 
     def units(name: str) -> int:
         return sum(n for value in mapping(line.get(name)).values() if (n := size(value)))
@@ -312,7 +320,7 @@ def _commit(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stages(planned: dict[str, Any], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Memory of each stage in bytes, and the last cell that it runs (the first one is 1)."""
+    """Return the memory of each stage in bytes, and the last cell that it runs, counted from 1."""
     ends, peaks = (planned[k][:MAX_STAGES] if isinstance(planned.get(k), list) else [] for k in ("ends", "peaks"))
     rows = {
         i: {"stage": i, "last": None if (last := size(end)) is None else last + 1, "planned": size(peak)}
@@ -334,6 +342,6 @@ def _budget(asked: Any) -> int | None:
 
 
 def _told(target: str) -> float | None:
-    """The number in a target that names its measure."""
+    """Return the number in a target that names its measure."""
     fit = re.fullmatch(r"(?:params|nonzero|macs|bytes|ms)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
     return float(fit[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[2]] if fit else None

@@ -1,4 +1,4 @@
-"""The page that compares searches: what each found, at what size."""
+"""The page that compares searches: the network that each found, and its size."""
 
 from typing import Any
 
@@ -10,19 +10,31 @@ Run = dict[str, Any]
 
 
 def are_search_runs(summary: dict[str, Any]) -> bool:
-    """Whether every run is a search."""
+    """Whether every run of a summary is a search.
+
+    Args:
+        summary: A summary of runs.
+    """
     return all(run["search"] for run in summary["runs"])
 
 
 def headline(summary: dict[str, Any]) -> str:
-    """One sentence: how many searches, of which space."""
+    """Return one sentence on how many searches of which space are compared.
+
+    Args:
+        summary: A summary of searches.
+    """
     spaces = sorted({run["model"] for run in summary["runs"]})
     of = spaces[0] if len(spaces) == 1 else f"{len(spaces)} spaces"
     return f"{len(summary['runs'])} searches of {of}."
 
 
 def details(summary: dict[str, Any]) -> list[str]:
-    """Where the methods are from, and which network answers best."""
+    """Return sentences on the origin of the methods, and on which network has the highest test accuracy.
+
+    Args:
+        summary: A summary of searches.
+    """
     lines: list[str] = []
     methods = {run["method"] for run in summary["runs"]}
     lines += [told for method, told in RECONSTRUCTED.items() if method in methods]
@@ -34,14 +46,18 @@ def details(summary: dict[str, Any]) -> list[str]:
 
 
 def alarms(summary: dict[str, Any]) -> list[str]:
-    """Why figures of the runs do not compare, if they do not."""
+    """Return a warning if the accuracies of the runs cannot be compared.
+
+    Args:
+        summary: A summary of searches.
+    """
     names = ("data", "train", "test", "validation")
     asked = {tuple(pair["value"] for pair in run["settings"] if pair["name"] in names) for run in summary["runs"]}
     return ["The searches had different data: their accuracies do not compare."] if len(asked) > 1 else []
 
 
 def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each search found, and what it took.
+    """Return the rows of the comparison table: accuracy, size and time of each search.
 
     Args:
         summary: A summary of several searches.

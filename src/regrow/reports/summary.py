@@ -1,4 +1,4 @@
-"""A run folder, or several, as one plain dictionary: everything a page shows, checked, without a model."""
+"""Run folders as one plain dictionary: everything that a page shows, checked, without loading a model."""
 
 import math
 from pathlib import Path
@@ -20,7 +20,7 @@ _SPEEDS = ("tokens_per_s", "spread", "latency_ms", "peak_bytes")
 
 
 def summarise(folders: list[Path]) -> dict[str, Any]:
-    """Read run folders into one dictionary that can be written as JSON.
+    """Read run folders into one dictionary that can be written as JSON, for :func:`to_html` and :func:`to_markdown`.
 
     Args:
         folders: The run folders, in the order of a comparison. Only ``run.json`` must exist in each.
@@ -98,7 +98,7 @@ def _run(folder: RunRecord) -> dict[str, Any]:
 
 
 def _perplexity(metrics: dict[str, list[dict[str, Any]]], sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per kind of text: what it was before and after, and how many times larger it became.
+    """Return one row per text domain: perplexity before and after, and their ratio.
 
     Where a recovery followed a cut, ``after`` is what that left, and ``cut`` what the cut had left.
     """
@@ -124,7 +124,7 @@ def _perplexity(metrics: dict[str, list[dict[str, Any]]], sources: list[dict[str
 
 
 def _measured(line: dict[str, Any]) -> dict[str, Any]:
-    """One perplexity, with the 95 % interval of its mean negative log-likelihood."""
+    """Return one perplexity, with the 95 % interval of its mean negative log-likelihood."""
     ppl, se = number(line.get("ppl"), 1e-3), number(line.get("se"), 0, 60)
     spread = math.exp(min(1.96 * se, 60)) if se is not None else None
     return {
@@ -139,7 +139,7 @@ def _measured(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mean(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Geometric means over the kinds measured on both sides, or after alone where nothing was measured before."""
+    """Return geometric means over the text domains measured on both sides, or after the cut only."""
     sides = [((row["before"] or {}).get("ppl"), (row["after"] or {}).get("ppl")) for row in rows]
     both = [(math.log(before), math.log(after)) for before, after in sides if before and after]
     after = [math.log(ppl) for _, ppl in sides if ppl]
@@ -179,7 +179,7 @@ def _sides(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, dic
 
 
 def _budget(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What a target counts: asked for, before, after, and for time what was predicted."""
+    """Return the quantity that a target counts: requested, before, after, and predicted (time only)."""
     line = lines[-1] if lines else {}
     result: dict[str, Any] = {name: number(line.get(name), 0) for name in ("asked", "before", "after", "predicted")}
     if result["asked"] is None or result["after"] is None:
@@ -212,7 +212,7 @@ def _sources(run: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, An
 
 
 def _pairs(values: dict[str, Any], skip: tuple[str, ...] = ()) -> list[dict[str, str]]:
-    """Settings as names and words; empty ones are left out."""
+    """Return settings as names and words, without empty ones."""
     pairs = []
     for name, value in list(values.items())[:60]:
         parts = [text(part, 80) for part in value[:20]] if isinstance(value, list) else [text(value, 300)]
@@ -226,12 +226,12 @@ def _list(value: Any) -> list[Any]:
 
 
 def _short(model: str) -> str:
-    """A model's name without the folders before it."""
+    """Return a model's name without the folders before it."""
     return model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
 def _name(runs: list[dict[str, Any]]) -> None:
-    """Give each run a short label that tells it from the others: method and keep, then seed, then its folder."""
+    """Give each run a short, unique label: method and keep, then seed, then its folder."""
     for run in runs:
         seed = next((pair["value"] for pair in run["settings"] if pair["name"] == "seed"), "")
         kept = f" {run['target']}" if run["keep"] is None else f" {run['keep']:g}"

@@ -1,4 +1,4 @@
-"""The topology that a search found in NAS-Bench-201's space: its one cell, in the form of other cells, and its name."""
+"""The topology that a search found in the space of NAS-Bench-201: its one cell as data, and in the paper's notation."""
 
 from typing import Any
 
@@ -12,17 +12,17 @@ NAMES = {
     "conv3": "nor_conv_3x3",
     "avg": "avg_pool_3x3",
 }
-"""Kinds of operations → NAS-Bench-201's names, in the order of a description."""
+"""Kinds of operations → NAS-Bench-201's names, in the order in which edges list them."""
 
 EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-"""From which node to which, in the order of its notation."""
+"""The edges (source node, target node), in the order of NAS-Bench-201's notation."""
 
 
 def topology(origin: dict[str, Any]) -> list[Cell]:
-    """The cell that all cells of the network are, as :func:`regrow.reports.cells.cells` gives them; none if it is none.
+    """Return the cell that the network repeats, as :func:`regrow.reports.cells.cells` does; empty for other networks.
 
     Args:
-        origin: How to build the network that was found.
+        origin: The record of how to build the network that was found.
 
     Returns:
         One cell, of one input and three nodes; widths are those of the first stage.
@@ -44,7 +44,11 @@ def topology(origin: dict[str, Any]) -> list[Cell]:
 
 
 def notation(found: list[Cell]) -> str:
-    """A topology as NAS-Bench-201 writes it; nothing where an edge has not exactly one operation."""
+    """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation.
+
+    Args:
+        found: The result of :func:`topology`.
+    """
     nodes = [node["ops"] for cell in found for node in cell["nodes"]]
     if not nodes or any([op["source"] for op in ops] != [*range(i + 1)] for i, ops in enumerate(nodes)):
         return ""

@@ -1,4 +1,4 @@
-"""What a run did to the axes: widths before and after, scores, and the units that must not be cut."""
+"""The axes of a run for its page: widths before and after, scores, and units with massive activations."""
 
 import re
 from typing import Any
@@ -9,7 +9,7 @@ QUANTILES = 21
 
 
 def widths(folder: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The widths of the axes that can change, per kind of axis in the order of depth, and the frozen ones by reason.
+    """Return the widths of the axes that can change, per kind of axis in order of depth, and the frozen ones by reason.
 
     Args:
         folder: A run folder; without its ``axes.json`` the plans alone are read.
@@ -39,7 +39,7 @@ def widths(folder: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 
 def scores(folder: RunRecord, kinds: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The spread of the scores per axis, where each was cut, and the massive-activation units.
+    """Return the quantiles of the scores per axis, where each axis was cut, and the units with massive activations.
 
     Args:
         folder: A run folder.
@@ -78,18 +78,28 @@ def scores(folder: RunRecord, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
 
 
 def kind_of(axis: dict[str, Any], key: str) -> str:
-    """What axes of the same sort in all blocks share: the label, or the key with block numbers left open."""
+    """Return the name that axes of one kind share in all blocks: the label, or the key with ``*`` for block numbers.
+
+    Args:
+        axis: The axis's row of ``axes.json``.
+        key: The axis's key.
+    """
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", text(axis.get("label"), 60) or text(key, 60))
 
 
 def block_of(axis: dict[str, Any], key: str) -> str:
-    """The block an axis lies in: as it says, or else the key up to its first number."""
+    """Return the block of an axis: the recorded one, or else the key up to its first number.
+
+    Args:
+        axis: The axis's row of ``axes.json``.
+        key: The axis's key.
+    """
     found = re.match(r".*?\.\d+(?=\.)", key)
     return text(axis.get("block"), 80) or (found.group() if found else key.rpartition(".")[0] or key)
 
 
 def group_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by kind; each row gets its depth: the number of its block, or its place where that is not unique.
+    """Group rows by kind, and give each its depth: its block's number, or its place where numbers are not unique.
 
     Args:
         rows: One per axis, with at least its ``kind`` and ``block``.
@@ -114,7 +124,7 @@ def group_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
-    """Axis → size before the first and after the last plan that changes it."""
+    """Return axis key → size before the first plan, and after the last plan, that changes it."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
     for plan in plans:
@@ -128,7 +138,7 @@ def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int
 
 
 def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
-    """Axis → the ids of the units that every plan kept, or that came back as they were."""
+    """Return axis key → the ids of the units that every plan kept, or that were restored with their weights."""
     left: dict[str, set[int]] = {}
     for plan in plans:
         for key, change in mapping(plan.get("changes")).items():

@@ -1,4 +1,4 @@
-"""The sentences and key numbers of a page, made from a summary: what was done, and what it cost."""
+"""Sentences and key numbers of a pruning run's page: what was done, and what it cost."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ _DONE = {"prune": "removed", "apply": "removed"}
 
 
 def headline(run: Run) -> str:
-    """One sentence: what was done to the model, and what it cost in perplexity.
+    """Return one sentence on what was done to the model, and what it cost in perplexity.
 
     Args:
         run: A run of the summary.
@@ -29,7 +29,11 @@ def headline(run: Run) -> str:
 
 
 def details(run: Run) -> list[str]:
-    """Sentences with the figures behind the headline."""
+    """Return sentences with the figures behind the headline.
+
+    Args:
+        run: A run of the summary.
+    """
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     lines = []
     if _both(before, after, "params_all"):
@@ -55,7 +59,11 @@ def details(run: Run) -> list[str]:
 
 
 def key_numbers(run: Run) -> list[dict[str, str]]:
-    """The numbers at the head of the page: ``label``, ``value`` and a line ``below`` each."""
+    """Return the numbers at the head of the page, as ``label``, ``value`` and a line ``below`` each.
+
+    Args:
+        run: A run of the summary.
+    """
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
     result = []
 
@@ -110,7 +118,11 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
 
 
 def massive(run: Run) -> str:
-    """What to know of the massive-activation units; empty where none were found."""
+    """Return what became of the units with massive activations, in words; empty if there are none.
+
+    Args:
+        run: A run of the summary.
+    """
     units = (run["scores"] or {"massive": []})["massive"]
     if not units:
         return ""
@@ -130,7 +142,11 @@ def massive(run: Run) -> str:
 
 
 def modules(run: Run) -> str:
-    """What the modules of units are, and what it means that one is switched; empty without modules."""
+    """Return an explanation of modules of units, and of switched ones; empty without modules.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["findings"]
     if not found or not found["cells"]:
         return ""
@@ -148,7 +164,11 @@ def modules(run: Run) -> str:
 
 
 def learning(run: Run) -> list[str]:
-    """Sentences on what learning the shares of the modules brought."""
+    """Return sentences on what learning the modules' ratios improved.
+
+    Args:
+        run: A run of the summary.
+    """
     found = run["findings"]
     if not found:
         return []
@@ -174,7 +194,11 @@ def learning(run: Run) -> list[str]:
 
 
 def proof(run: Run) -> str:
-    """What the masked = shrunk check found."""
+    """Return the result of the masked = shrunk check, in words.
+
+    Args:
+        run: A run of the summary.
+    """
     rows = [row for row in run["verify"] if row["holds"] is not None]
     if not rows:
         return "It was not checked in this run that the shrunk model computes what the masked model computes."
@@ -187,7 +211,11 @@ def proof(run: Run) -> str:
 
 
 def comparison(summary: dict[str, Any]) -> str:
-    """The headline of a page that compares runs."""
+    """Return the headline of a page that compares pruning runs.
+
+    Args:
+        summary: A summary of several runs.
+    """
     runs, kinds = summary["runs"], summary["kinds"]
     models = sorted({run["model"] for run in runs})
     what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} models"
@@ -197,11 +225,11 @@ def comparison(summary: dict[str, Any]) -> str:
 
 
 def leading(summary: dict[str, Any], kept: Callable[[Run], float | None]) -> list[str]:
-    """The run of lowest perplexity at each size, at most five sizes.
+    """Return a sentence on the run of lowest perplexity at each size, at most five sizes.
 
     Args:
         summary: A summary of several runs.
-        kept: The fraction of weights that a run kept.
+        kept: Returns the fraction of weights that a run kept.
     """
     best: dict[int, tuple[float, str]] = {}
     for run in summary["runs"]:
@@ -217,7 +245,11 @@ def leading(summary: dict[str, Any], kept: Callable[[Run], float | None]) -> lis
 
 
 def same_dense(summary: dict[str, Any]) -> dict[str, float] | None:
-    """Kind → perplexity of the model before, if all runs measured the same; else ``None``."""
+    """Return text domain → perplexity before pruning, if all runs measured the same; else ``None``.
+
+    Args:
+        summary: A summary of several runs.
+    """
     result: dict[str, float] = {}
     for run in summary["runs"]:
         for row in run["perplexity"]:
@@ -264,7 +296,7 @@ def _price(run: Run) -> str:
 
 
 def _accuracy(run: Run) -> tuple[float, float, int] | None:
-    """Mean accuracy before and after over the tasks measured on both sides, and how many these are."""
+    """Return mean accuracy before and after over the tasks measured on both sides, and the number of these tasks."""
     sides = [[(row[side] or {}).get("acc") for side in ("before", "after")] for row in run["choice"]]
     both = [pair for pair in sides if None not in pair]
     if not both:
