@@ -1,1 +1,1 @@
-"""Export: a network handed to the tools in which people load models. One file or folder is one format."""
+"""Export networks to the file formats of other tools, and check each file by reading it back."""

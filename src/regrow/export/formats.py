@@ -1,4 +1,4 @@
-"""The formats by name."""
+"""The export formats by name, and the function that exports a model to one of them."""
 
 import importlib
 from collections.abc import Mapping
@@ -14,12 +14,13 @@ from regrow.store.outputs import check_output
 
 @dataclass(frozen=True)
 class Format:
-    """A format.
+    """The properties of an export format.
 
     Args:
-        dtypes: What weights can be stored in; the first unless told.
-        suffix: How its files end; empty where it is a folder.
-        takes: What its writer takes beside that: an ``example`` input, whether with a ``cache`` of keys and values.
+        dtypes: The dtypes in which weights can be stored; the first is the default.
+        suffix: The suffix of its files; empty if it is a folder.
+        takes: Further keyword arguments of its writer: ``example`` (an input), ``cache`` (whether the graph has a
+            key-value cache).
     """
 
     dtypes: tuple[str, ...]
@@ -33,7 +34,7 @@ FORMATS: Mapping[str, Format] = {
     "onnx": Format(("float32", "int8"), ".onnx", ("example", "cache")),
     "torchvision": Format(("",)),
 }
-"""What :func:`export_model` writes; each in the module of its name."""
+"""Format name → its properties; each is written by the module of its name."""
 
 
 def export_model(
@@ -47,24 +48,24 @@ def export_model(
     input: str = "",
     progress: Progress = silent,
 ) -> Written:
-    """Hand a network to other tools, and check that they read what it says.
+    """Export a network to a format of other tools, read it back, and compare it with the network.
 
     Args:
-        model: A run folder, or anything that ``regrow prune`` takes.
+        model: A run folder, or any model name that ``regrow prune`` accepts.
         to: ``"transformers"``, ``"gguf"``, ``"onnx"`` or ``"torchvision"``.
         out: The file or folder to write.
-        dtype: What weights are stored in: one of ``FORMATS[to].dtypes``; the first, unless given.
-        cache: For ``"onnx"``: a graph that takes and gives keys and values, for generating text.
-        code: The function ``pkg.mod:fn`` that builds the network of the folder, where the user's own code does.
-        input: The shape of the input that the result is checked with, like ``1x3x32x32``.
-        progress: Called as work goes on.
+        dtype: The dtype in which weights are stored: one of ``FORMATS[to].dtypes``; the first if empty.
+        cache: For ``"onnx"``: whether the graph takes and returns a key-value cache, for generating text.
+        code: The function ``pkg.mod:fn`` that builds the network of the folder, if that is the user's own code.
+        input: The shape of the input for the comparison, like ``1x3x32x32``.
+        progress: Called with (steps done, steps in all, description).
 
     Returns:
-        What was written and how it was checked.
+        What was written, and the result of the comparison.
 
     Raises:
         ExportError: If there is no such format or dtype, the format cannot hold the network, or what is read back
-            says something else.
+            differs from the network.
         ValueError: If the model cannot be loaded or the disk is full.
     """
     if to not in FORMATS:

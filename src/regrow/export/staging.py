@@ -1,4 +1,4 @@
-"""Exports that are folders: made beside their place and checked there, they take it as a whole; or nothing changes."""
+"""Write an export folder in a temporary place, and move it into place as a whole once it is checked."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +12,13 @@ from regrow.store.shapes import SHAPES
 
 @contextmanager
 def staging_folder(out: Path) -> Iterator[Path]:
-    """A folder of the same name elsewhere that takes the place of ``out`` once the block ends without an error.
+    """Yield a temporary folder that replaces ``out`` when the block ends without an error.
 
     Args:
-        out: The folder; new, empty, or of an earlier export, whose model is replaced.
+        out: The folder: new, empty, or of an earlier export, whose model is replaced.
 
     Raises:
-        StoreError: If it is a file, holds something else, or the disk is full.
+        StoreError: If it is a file, holds other files, or the disk is full.
     """
     if out.exists() and not out.is_dir():
         raise StoreError(f"{out} is a file; name a folder")

@@ -1,4 +1,4 @@
-"""torchvision: weights as a plain ``state_dict``, and a short file that builds the network without regrow."""
+"""Export to torchvision: weights as a plain ``state_dict``, and a short file that builds the network."""
 
 import importlib
 import json
@@ -19,25 +19,25 @@ from regrow.store import portable
 from regrow.store.atomic import write_text
 
 ROUNDING = 1e-4
-"""How far the same weights at other places in memory may lead, of the largest output."""
+"""The allowed output difference, relative to the largest output: memory layout can change rounding."""
 FILES = ("load_regrow.py", "reshape_regrow.py")
 
 
 def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = silent) -> Written:
-    """Write a folder from which ``load_regrow.load()`` builds the network, and try it.
+    """Write a folder whose ``load_regrow.load()`` builds the network without regrow, and compare it.
 
     Args:
-        model: A network that torchvision made, cut in whatever way.
-        out: The folder; new, empty, or an earlier export.
-        dtype: Not to be given: weights are stored as they are.
-        progress: Called as work goes on.
+        model: A torchvision network, pruned or widened in any way.
+        out: The folder: new, empty, or of an earlier export.
+        dtype: Must be empty: weights are stored as they are.
+        progress: Called with (steps done, steps in all, description).
 
     Returns:
         What was written; ``checked`` compares the outputs of the built network with those of ``model``.
 
     Raises:
-        ExportError: If torchvision alone could not build the network.
-        StoreError: If the disk is full, or the folder holds something else.
+        ExportError: If torchvision alone could not build the network, or the outputs differ.
+        StoreError: If the disk is full, or the folder holds other files.
     """
     origin = getattr(model, "origin", None)
     if not isinstance(origin, Origin) or origin.kind != "torchvision":
@@ -66,7 +66,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
 
 @torch.no_grad()
 def _tried(model: nn.Module, folder: Path, name: str) -> float:
-    """Build the network with the files just written; how far its outputs are from those of ``model``.
+    """Build the network with the files just written and return the largest output difference to ``model``.
 
     Raises:
         ExportError: If they differ.

@@ -1,7 +1,7 @@
-"""transformers: a folder that ``from_pretrained`` reads where regrow is not installed.
+"""Export to transformers: a folder that ``from_pretrained`` loads where regrow is not installed.
 
-A network whose layers are all alike becomes a plain model of its family: other numbers in ``config.json``, no code.
-Any other carries a small modelling file that builds the recorded widths (``trust_remote_code=True``).
+If all layers have the same sizes, it becomes a plain model of its family: other numbers in ``config.json``, no code.
+Otherwise the folder contains a small modelling file that builds the recorded widths (``trust_remote_code=True``).
 """
 
 import json
@@ -28,26 +28,26 @@ from regrow.store.state import named_tensors, numbers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = 1e-4
-"""How far the same weights at other places in memory may lead, of the largest output."""
+"""The allowed output difference, relative to the largest output: memory layout can change rounding."""
 BIASES = {"attention_bias": ATTENTION, "mlp_bias": MLP}
-"""Settings that give every linear layer of a kind a bias; those that have none get one of zeros."""
+"""Settings of config.json that add a bias to every linear layer of a kind; missing biases become zeros."""
 
 
 def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = silent) -> Written:
-    """Write a folder for ``from_pretrained``, and load it again with transformers alone.
+    """Write a folder for ``from_pretrained``, load it with transformers alone, and compare the outputs.
 
     Args:
-        model: A network that transformers made, cut in whatever way.
-        out: The folder; new, empty, or an earlier export.
-        dtype: What its weights are stored in; as they are, unless given.
-        progress: Called as work goes on.
+        model: A transformers network, pruned or widened in any way.
+        out: The folder: new, empty, or of an earlier export.
+        dtype: The dtype in which weights are stored; unchanged if empty.
+        progress: Called with (steps done, steps in all, description).
 
     Returns:
         What was written; ``checked`` compares the outputs of the loaded network with those of ``model``.
 
     Raises:
-        ExportError: If transformers could not build the network, or what it loads says something else.
-        StoreError: If the disk is full, or the folder holds something else.
+        ExportError: If transformers could not build the network, or the outputs differ.
+        StoreError: If the disk is full, or the folder holds other files.
     """
     origin = getattr(model, "origin", None)
     origin = origin if isinstance(origin, Origin) else origin_of(model, type(model).__name__)
@@ -80,9 +80,13 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
 
 
 def plain(model: nn.Module, origin: Origin) -> Any | None:
-    """The same network as its family's own class with other settings; ``None`` if no settings build it.
+    """Return the network as a plain model of its family with other settings, or ``None`` if no settings fit.
 
-    What a network built from those settings holds is compared with what ``model`` holds, tensor by tensor.
+    The network built from those settings is compared with ``model``, tensor by tensor.
+
+    Args:
+        model: The network.
+        origin: How its architecture is built.
     """
     try:
         found = blocks(model)
@@ -116,7 +120,7 @@ def plain(model: nn.Module, origin: Origin) -> Any | None:
 
 
 def _alike(now: Mapping[str, Number], made: Mapping[str, Number], before: Mapping[str, Number]) -> bool:
-    """Whether the numbers that modules hold agree, but for sizes that no cut has had to change: nobody reads those."""
+    """Whether the numbers in modules agree, except for sizes that no cut had to change, which are not read."""
     read = [place for place, number in now.items() if isinstance(number, float) or number != before.get(place)]
     return all(made.get(place) == now[place] for place in read)
 
@@ -139,16 +143,16 @@ def _settings(model: Any, found: Iterable[DecoderLayer], origin: Origin) -> dict
 
 
 def check(model: Any, folder: Path, dtype: torch.dtype | None, *, carried: bool) -> dict[str, float | int | str]:
-    """Load the folder with transformers' automatic class and compare its outputs with those of the network.
+    """Load the folder with transformers' Auto class and compare its outputs with those of the network.
 
     Args:
         model: The network.
-        folder: What was written of it.
-        dtype: What its weights were stored in, if not as they are.
-        carried: Whether the code in it was written by this very export; no other is run.
+        folder: The folder that was written.
+        dtype: The dtype in which weights were stored, if it was changed.
+        carried: Whether the folder contains code of this export, which is run; no other code is.
 
     Raises:
-        ExportError: If they differ by more than the stored dtype rounds.
+        ExportError: If they differ by more than the rounding of the stored dtype.
     """
     transformers = require_transformers()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What an export left behind, and how it was checked."""
+"""The result of an export, and the errors of exporting."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,22 +8,23 @@ from regrow.errors import RefusedError
 
 
 class ExportError(ValueError):
-    """A network that a format cannot hold, or a file that does not say what the network says."""
+    """Raised if a format cannot represent the network, or the file cannot be written or read back."""
 
 
 class CheckError(ExportError, RefusedError):
-    """An export that does not say what the network says, found when it was read back; it is not kept."""
+    """Raised if an export, read back, differs from the network; the export is not kept."""
 
 
 @dataclass(frozen=True)
 class Written:
-    """An export.
+    """The result of an export: where it is, its size, and how it compared with the network.
 
     Args:
         path: The file or folder.
-        bytes: Its size on disk.
-        checked: What was compared after it was read back → what came out (``max_abs_diff``, ``next_tokens_differ``).
-        notes: What its user must know.
+        bytes: Its size on disk in bytes.
+        checked: Results of the comparison after reading it back: name (``max_abs_diff``, ``next_tokens_differ``) →
+            value.
+        notes: What a user of the file must know.
     """
 
     path: Path

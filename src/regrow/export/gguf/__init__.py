@@ -1,4 +1,4 @@
-"""GGUF: a file for llama.cpp and what is built on it."""
+"""Export to GGUF: a file for llama.cpp and the tools built on it."""
 
 from regrow.export.gguf.writer import write
 

@@ -1,4 +1,4 @@
-"""A network in llama.cpp's words: its layers, heads, rotary frequencies; and what llama.cpp would compute otherwise."""
+"""Describe a Llama-like network in llama.cpp's terms, and reject what llama.cpp would compute differently."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from regrow.nets.errors import ModelError
 from regrow.tracing.placeholder import PlaceholderModule
 
 CHECKED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
-"""The classes whose logits were compared with llama.cpp's."""
+"""The transformers classes whose logits were compared with llama.cpp's."""
 
 STEADY = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary positions whose frequencies do not depend on the length of a text."""
+"""The kinds of rotary position embedding whose frequencies do not depend on the text's length."""
 
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -31,20 +31,20 @@ PARTS = {
 NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
 _TOP = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
 _EMPTY = 32
-"""The width of an MLP of zeros."""
+"""The width of the MLP of zeros that is written where the network has none."""
 
 
 @dataclass(frozen=True)
 class GgufLayer:
-    """A layer as the file has it.
+    """A layer as it is written to the file.
 
     Args:
-        module: The layer.
-        block: What it holds.
-        heads: Query heads in the file: those of the network, or one of zeros.
-        kv_heads: Heads of keys and values.
-        width: Neurons in the file: those of the network, or some of zeros.
-        scale: What queries are multiplied by, for llama.cpp divides by √d.
+        module: The layer of the network.
+        block: The layer's sizes and linear layers.
+        heads: Query heads in the file: those of the network, or one with zero weights.
+        kv_heads: Key-value heads in the file.
+        width: MLP neurons in the file: those of the network, or some with zero weights.
+        scale: The factor on queries, since llama.cpp always divides scores by √d.
     """
 
     module: nn.Module
@@ -57,17 +57,18 @@ class GgufLayer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A network in llama.cpp's words.
+    """A Llama-like network described in llama.cpp's terms.
 
     Args:
         model: The network.
-        layers: Those in the file.
-        head_dim: Channels of a head.
-        epsilon: Of every norm.
-        base: Of rotary frequencies.
-        factors: What the usual frequencies are divided by, one per pair; none where they are the usual ones.
-        context: The longest text.
-        notes: What its user must know.
+        layers: The layers in the file.
+        head_dim: Channels per head.
+        epsilon: The epsilon of all norms.
+        base: The base of the rotary frequencies.
+        factors: What the usual rotary frequencies are divided by, one per pair, ``[head_dim / 2]``; ``None`` if they
+            are the usual ones.
+        context: The longest text in tokens.
+        notes: What a user of the file must know.
     """
 
     model: Any
@@ -81,7 +82,7 @@ class Decoder:
 
     @property
     def architecture(self) -> str:
-        """``"llama"`` where all layers are alike and have no bias, else ``"deci"``."""
+        """llama.cpp's architecture: ``"llama"`` if all layers are alike and without bias, else ``"deci"``."""
         alike = len({(one.heads, one.kv_heads, one.width) for one in self.layers}) == 1
         biased = any(linear.bias is not None for one in self.layers for linear in one.block.linear.values())
         dropped = any(len(one.block.linear) < len(PARTS) for one in self.layers)
@@ -89,10 +90,13 @@ class Decoder:
 
 
 def describe_decoder(model: nn.Module) -> Decoder:
-    """A network in llama.cpp's words.
+    """Describe a network in llama.cpp's terms, or raise ExportError if llama.cpp cannot run it.
+
+    Args:
+        model: The network.
 
     Raises:
-        ExportError: Naming what llama.cpp has no place for, or computes otherwise.
+        ExportError: If llama.cpp cannot represent something, or would compute it differently; names it.
     """
     try:
         found = blocks(model)
@@ -132,7 +136,7 @@ def describe_decoder(model: nn.Module) -> Decoder:
 
 
 def _check_kind(net: Any) -> None:
-    """Assert that a network is one that was compared with llama.cpp, and holds nothing else."""
+    """Raise ExportError unless the network's class was compared with llama.cpp and has no other parts."""
     name = type(net).__name__
     places = {*PARTS, *NORMS}
     for path, _ in (*net.named_parameters(), *net.named_buffers()):
@@ -153,7 +157,7 @@ def _check_kind(net: Any) -> None:
 
 
 def _layer(i: int, module: nn.Module, block: DecoderLayer, more: float) -> GgufLayer | None:
-    """A layer as the file will have it; ``None`` for one that does nothing."""
+    """Return a layer as it will be written; ``None`` for one that does nothing."""
     if isinstance(module, PlaceholderModule) and module.placeholder.gives == "input":
         return None
     net, dim = cast(Any, module), block.head_dim
@@ -178,7 +182,7 @@ def _layer(i: int, module: nn.Module, block: DecoderLayer, more: float) -> GgufL
 
 
 def _rotation(config: Any, rotary: Any, dim: int) -> tuple[float, Tensor | None]:
-    """The base of rotary frequencies, and by what the network's differ from base^(−2i/d)."""
+    """Return the base of the rotary frequencies, and the factors by which base^(−2i/d) is divided, if any."""
     base = float(config.rope_parameters["rope_theta"])
     usual = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     factors = usual / rotary.inv_freq.detach().cpu().double()
@@ -188,10 +192,10 @@ def _rotation(config: Any, rotary: Any, dim: int) -> tuple[float, Tensor | None]
 
 
 def _epsilon(net: Any, layers: Sequence[GgufLayer]) -> float:
-    """The constant under the root of every norm.
+    """Return the epsilon of all norms.
 
     Raises:
-        ExportError: If they differ, for a file has one.
+        ExportError: If they differ, since a file has one for all.
     """
     parts = [(one, name) for one in layers for name, there in zip(NORMS, parts_present(one), strict=True) if there]
     norms = [*(getattr(one.module, name) for one, name in parts), net.model.norm]
@@ -202,5 +206,9 @@ def _epsilon(net: Any, layers: Sequence[GgufLayer]) -> float:
 
 
 def parts_present(layer: GgufLayer) -> tuple[bool, bool]:
-    """Whether the network has the attention, and the MLP."""
+    """Return whether the network's layer has its attention, and whether it has its MLP.
+
+    Args:
+        layer: The layer.
+    """
     return bool(layer.block.heads), bool(layer.block.width)

@@ -1,4 +1,4 @@
-"""How the numbers of a GGUF file are stored: which type takes rows of which length, Q6_K in numpy, and how far off.
+"""Number types of GGUF files: which type fits a row length, Q6_K encoding in numpy, and allowed errors.
 
 Package ``gguf`` reads every type and writes F32, F16, BF16 and Q8_0; of the K-quants it writes none. Q6_K keeps, of
 each 256 numbers of a row, one number d (float16), 16 whole numbers s (8 bits, one for 16 numbers) and 256 whole numbers
@@ -14,13 +14,13 @@ Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
 
 KINDS = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0", "q6_k": "Q6_K"}
-"""What matrices can be stored as → what GGUF calls it."""
+"""dtype of a matrix in regrow → its name in GGUF."""
 
 BLOCK = {"Q8_0": 32, "Q6_K": 256}
-"""A row's length must be a multiple of this."""
+"""GGUF type → what the row length must be a multiple of."""
 
 FALLBACK = {"Q6_K": "Q8_0", "Q8_0": "F16"}
-"""What rows of another length are stored as."""
+"""GGUF type → the type that is used instead if the row length does not fit."""
 
 _SUPER, _PART = 256, 16
 _STEPS = np.linspace(29.5, 35.5, 9, dtype=np.float32)
@@ -28,11 +28,11 @@ _CHUNK = 1 << 20
 
 
 def kind_for(asked: str, row: int) -> str:
-    """The type in which rows of a length are stored: the one asked for, or the next that takes such rows.
+    """Return the type for rows of a length: the requested one, or the next wider one that fits.
 
     Args:
-        asked: GGUF's name of a type.
-        row: Numbers in a row.
+        asked: GGUF's name of the requested type.
+        row: The row length in numbers.
 
     >>> kind_for("Q6_K", 512), kind_for("Q6_K", 576), kind_for("Q6_K", 1229), kind_for("F16", 1229)
     ('Q6_K', 'Q8_0', 'F16', 'F16')
@@ -43,12 +43,12 @@ def kind_for(asked: str, row: int) -> str:
 
 
 def encode(values: Floats, kind: str, gguf: Any) -> NDArray[Any]:
-    """Numbers as they are stored.
+    """Encode a tensor in a GGUF type.
 
     Args:
-        values: One tensor; its last dimension is the row.
-        kind: GGUF's name of a type that takes such rows.
-        gguf: The package.
+        values: The tensor; rows run along its last dimension.
+        kind: GGUF's name of a type that fits the row length.
+        gguf: The package ``gguf``.
 
     Returns:
         float32, float16, or bytes with as many rows.
@@ -66,7 +66,7 @@ def encode(values: Floats, kind: str, gguf: Any) -> NDArray[Any]:
 
 
 def q6_k(blocks: Floats) -> Bytes:
-    """Blocks of 256 numbers in Q6_K.
+    """Quantise blocks of 256 numbers to Q6_K.
 
     The scale of 16 numbers is searched among a few, by the squared error weighted with x² (what is large matters more);
     for given whole numbers q the best scale is Σx³q / Σx²q².
@@ -94,7 +94,7 @@ def q6_k(blocks: Floats) -> Bytes:
 
 
 def _scales(parts: Floats) -> Floats:
-    """The best scale of each 16 numbers, (blocks, 16)."""
+    """Return the best scale of each 16 numbers, ``[blocks, 16]``."""
     peak = np.take_along_axis(parts, np.abs(parts).argmax(-1, keepdims=True), -1)
     weights = parts * parts
     best = np.zeros(parts.shape[:-1], np.float32)
@@ -110,18 +110,18 @@ def _scales(parts: Floats) -> Floats:
 
 
 def _over(a: Floats, b: Floats) -> Floats:
-    """A quotient that is 0 where the divisor is."""
+    """Divide elementwise; 0 where the divisor is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape), np.float32), where=b != 0)
 
 
 def allowed_error(values: Floats, kind: str) -> Floats | None:
-    """How far each number may be from what is stored; ``None`` where it must be the very number that rounding gives.
+    """Return the largest allowed quantisation error of each number; ``None`` if it must be exact rounding.
 
     Of the largest magnitude m in a block: Q8_0 divides by 127 and rounds, which is off by m/254, and its scale in
     float16 by 2⁻¹¹ of it; Q6_K has 32 steps, whose scale is a whole number out of 128.
 
     Args:
-        values: Rows, (rows, numbers).
+        values: Rows of numbers, ``[rows, numbers]``.
         kind: GGUF's name of the type.
     """
     if kind not in BLOCK:

@@ -1,8 +1,8 @@
-"""A tokenizer in llama.cpp's words: tokens, their kinds, merges, and the name of the rule that splits text.
+"""Describe a tokenizer in llama.cpp's terms: tokens, token types, merges, and the name of its splitting rule.
 
-llama.cpp does not read a tokenizer's rule; it knows rules by name. Those here are the ones whose splits were compared
-with it. Any other is refused, for a file that splits text in another way than its network learnt gives bad text and no
-error.
+llama.cpp does not read the rule by which a tokenizer splits text; it knows rules by name. The rules here were compared
+with it. Any other is rejected, since a file that splits text in another way than its network learnt gives bad text and
+no error.
 """
 
 import json
@@ -14,10 +14,10 @@ from typing import Any
 from regrow.export.written import ExportError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-"""GGUF's numbers for kinds of tokens."""
+"""GGUF's numbers for token types."""
 
 SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""The character that SentencePiece uses for a space."""
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -27,29 +27,29 @@ RULES: Mapping[tuple[str, ...], str] = {
     (rf"{_WORDS}|\p{{N}}{{1,3}}|{_REST}", "bytes"): "llama-bpe",
     (rf"{_WORDS}|\p{{N}}|{_REST}", "bytes"): "qwen2",
 }
-"""Steps that split text → llama.cpp's name (``words``: GPT-2's expression, built into ByteLevel)."""
+"""Steps of a pre-tokenizer → llama.cpp's name of the rule (``words``: GPT-2's regular expression in ByteLevel)."""
 
 WHOLE_WORDS = {"llama-bpe": True}
-"""Rules in whose name llama.cpp takes a word that is a token as it is, before any merge."""
+"""Rules for which llama.cpp keeps a word that is a token as it is, before any merge."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """The tokenizer data of a GGUF file.
 
     Args:
         model: ``"gpt2"`` (merges of bytes), ``"llama"`` (SentencePiece) or ``"no_vocab"``.
-        rule: llama.cpp's name for how text is split.
-        tokens: The text of each.
-        kinds: The kind of each.
-        merges: Pairs, best first; none for SentencePiece.
-        scores: For SentencePiece: a better merge has a higher score.
-        special: GGUF's name of a role → token.
-        begins: Whether text begins with the token for that.
-        ends: Whether it ends with one.
-        spaced: Whether a space is put before it.
-        template: How a chat is written, in jinja.
-        notes: What its user must know.
+        rule: llama.cpp's name of the rule that splits text.
+        tokens: The text of each token.
+        kinds: The GGUF type of each token.
+        merges: The BPE merges, best first; empty for SentencePiece.
+        scores: The score of each token for SentencePiece: a better merge has a higher score.
+        special: GGUF's name of a role (``bos``, ``eos``) → token id.
+        begins: Whether the beginning-of-text token is added.
+        ends: Whether the end-of-text token is added.
+        spaced: Whether a space is added before the text.
+        template: The chat template, in jinja.
+        notes: What a user of the file must know.
     """
 
     model: str
@@ -67,14 +67,14 @@ class Vocabulary:
 
 
 def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
-    """A tokenizer as GGUF has it.
+    """Convert a tokenizer to GGUF's form, or raise ExportError if llama.cpp would tokenize differently.
 
     Args:
-        tokenizer: One of transformers, or ``None``: llama.cpp then takes token numbers alone.
-        rows: Rows of the embedding.
+        tokenizer: A tokenizer of transformers, or ``None``: llama.cpp then only takes token ids.
+        rows: The number of rows of the embedding.
 
     Raises:
-        ExportError: If llama.cpp would tokenize in another way.
+        ExportError: If llama.cpp would tokenize differently.
     """
     if tokenizer is None:
         note = "there is no tokenizer: llama.cpp takes and gives token numbers, not text"
@@ -116,7 +116,7 @@ def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
 
 
 def _tokens(data: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
-    """The text and the kind of every row of the embedding; rows of no token are called so."""
+    """Return the text and type of the token of every embedding row; rows without a token are marked unused."""
     known: dict[int, tuple[str, int]] = {n: (text, NORMAL) for text, n in data["model"]["vocab"].items()}
     if data["model"].get("byte_fallback"):
         known |= {n: (text, BYTE) for n, (text, _) in known.items() if _is_byte(text)}
@@ -141,7 +141,7 @@ def _is_byte(text: str) -> bool:
 
 
 def _rule(data: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how text is split before merges."""
+    """Return llama.cpp's name of the rule that splits text before merges."""
     steps = tuple(_step(one) for one in _flat(data.get("pre_tokenizer")))
     rule = RULES.get(steps, "")
     if not rule:
@@ -158,7 +158,7 @@ def _rule(data: Mapping[str, Any]) -> str:
 
 
 def _flat(steps: Any) -> list[Mapping[str, Any]]:
-    """The steps of a part of a tokenizer, one after the other."""
+    """Return the steps of a tokenizer component as a flat list."""
     if not steps:
         return []
     if steps.get("type") == "Sequence":
@@ -184,14 +184,14 @@ def _told(part: Any) -> str:
 
 
 def _spaced(data: Mapping[str, Any], notes: list[str]) -> bool:
-    """Whether SentencePiece puts a space before text; that it does nothing else to it is asserted.
+    """Return whether SentencePiece adds a space before text; raise ExportError if it changes text otherwise.
 
     Args:
         data: The tokenizer.
-        notes: What its user must know is added.
+        notes: What a user of the file must know; extended in place.
 
     Raises:
-        ExportError: If it does.
+        ExportError: If it changes text in another way.
     """
     spaced = replaced = False
     for one in (*_flat(data.get("normalizer")), *_flat(data.get("pre_tokenizer"))):
@@ -212,14 +212,14 @@ def _spaced(data: Mapping[str, Any], notes: list[str]) -> bool:
 
 
 def _ranked(data: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, int]:
-    """Token → its place in the order of merges.
+    """Return the rank of each token in the order of merges.
 
-    llama.cpp joins any two pieces that make up a token, the best token first; a tokenizer.json lists pairs. Both do the
-    same if every way to make up a token is listed, and the ways of one token stand together. Runs of one sign (spaces)
-    may share a place: the first one grows as long as it can either way.
+    llama.cpp joins any two pieces that form a token, the best token first; a tokenizer.json lists pairs. Both give the
+    same result if every split of a token is listed, and all splits of one token are adjacent. Runs of one character
+    (spaces) may share a rank: the first one grows as long as it can either way.
 
     Raises:
-        ExportError: If that is not so.
+        ExportError: If these conditions do not hold.
     """
     pairs = [tuple(one.split(" ", 1)) if isinstance(one, str) else tuple(one) for one in data["model"]["merges"]]
     made = [left + right for left, right in pairs]
@@ -244,10 +244,10 @@ def _ranked(data: Mapping[str, Any], tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _ends(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether text gets a token at its beginning, and at its end.
+    """Return whether the tokenizer adds a token at the beginning of text, and at the end.
 
     Raises:
-        ExportError: If it gets others than those for beginning and end.
+        ExportError: If it adds other tokens than those for beginning and end.
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -259,17 +259,17 @@ def _ends(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def _special(tokenizer: Any) -> dict[str, int]:
-    """GGUF's name of a role → token."""
+    """Return GGUF's name of each role → token id."""
     roles = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "pad"}
     result = {role: getattr(tokenizer, f"{name}_token_id", None) for role, name in roles.items()}
     return {role: number for role, number in result.items() if isinstance(number, int)}
 
 
 def write_vocabulary(words: Vocabulary, writer: Any) -> None:
-    """Put what a vocabulary says into a file's metadata.
+    """Write the tokenizer data to a GGUF file's metadata.
 
     Args:
-        words: The vocabulary.
+        words: The tokenizer data.
         writer: A ``gguf.GGUFWriter``.
     """
     writer.add_tokenizer_model(words.model)

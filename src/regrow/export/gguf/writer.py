@@ -1,14 +1,14 @@
-"""GGUF for llama.cpp: regular networks as architecture ``llama``, irregular widths and output biases as ``deci``.
+"""Write GGUF for llama.cpp: architecture ``llama`` if all layers are alike, else ``deci``.
 
 llama.cpp's ``llama`` graph knows one number of heads and one feed-forward width for all layers. Its ``deci`` graph,
-made for networks that another search had found, reads both layer by layer, and adds biases where a file has them: what
-a cut network is. Both turn pairs of neighbours, where transformers turns i with i + d/2, so rows of queries and keys
-are laid out anew. Whatever rotary frequencies a network has become factors on the usual ones (``rope_freqs``), and a
-scale of attention that is not 1/√d goes into the queries.
+made for networks found by architecture search, reads both per layer and adds biases where a file has them, as a pruned
+network needs. Both rotate neighbouring pairs of channels, where transformers rotates i with i + d/2, so rows of queries
+and keys are permuted. Rotary frequencies become factors on the usual ones (``rope_freqs``), and an attention scale that
+is not 1/√d is multiplied into the queries.
 
-What deci would compute otherwise than its file says is never written: a layer that kept its attention but no MLP (its
-graph forgets the attention) gets an MLP of zeros, a first layer without attention a head of zeros, and a layer without
-either is left out.
+Layers that the ``deci`` graph would compute wrongly are rewritten: a layer with attention but no MLP (the graph ignores
+its attention) gets an MLP of zeros, a first layer without attention gets a head of zeros, and a layer without either is
+left out.
 """
 
 import errno
@@ -49,13 +49,13 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of the file.
+    """A tensor to be written to the file.
 
     Args:
-        name: GGUF's.
-        shape: As torch has it.
-        kind: GGUF's name of the type it is stored in.
-        values: Makes its numbers.
+        name: Its name in GGUF.
+        shape: Its shape as in torch.
+        kind: GGUF's name of the type in which it is stored.
+        values: Function that returns its numbers.
     """
 
     name: str
@@ -64,29 +64,29 @@ class Piece:
     values: Callable[[], Tensor]
 
     def floats(self) -> Floats:
-        """Its numbers in float32."""
+        """Return its numbers as a float32 array."""
         return np.ascontiguousarray(self.values().detach().to("cpu", torch.float32).numpy())
 
 
 def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Progress = silent) -> Written:
-    """Write a network for llama.cpp, and read every tensor back; the whole file, or none.
+    """Write a GGUF file atomically, read every tensor back, and compare it with the network.
 
-    One tensor at a time is held in float32. Norms and biases are stored in float32 always. Rows that a type does not
-    take (Q6_K: multiples of 256, Q8_0: of 32) go into the next wider one.
+    Only one tensor at a time is held in float32. Norms and biases are always stored in float32. Matrices whose row
+    length does not fit a type (Q6_K: multiples of 256, Q8_0: of 32) are stored in the next wider one.
 
     Args:
         model: A Llama-like decoder of any widths, with its tokenizer as ``model.tokenizer`` (as :func:`regrow.load`
-            gives it); without one llama.cpp takes token numbers only.
+            returns it); without one llama.cpp only takes token ids.
         out: The file to make, or the ``.gguf`` file to replace.
-        dtype: What matrices are stored as: ``f32``, ``bf16``, ``f16``, ``q8_0`` or ``q6_k``.
-        progress: Called as it goes on.
+        dtype: The type of matrices: ``f32``, ``bf16``, ``f16``, ``q8_0`` or ``q6_k``.
+        progress: Called with (steps done, steps in all, description).
 
     Returns:
-        The file, its architecture, and the largest difference of a number from the network's.
+        The file, its architecture, and the largest difference between a stored number and the network's.
 
     Raises:
-        ExportError: If llama.cpp would compute something else, the file cannot be written, or does not say what the
-            network says.
+        ExportError: If llama.cpp would compute something else, or the file cannot be written or differs from the
+        network.
     """
     gguf, out = _package(), Path(out)
     if dtype not in KINDS:
@@ -116,7 +116,7 @@ def _place(out: Path) -> Path:
 
 
 def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
-    """Every tensor of the file, in order."""
+    """Yield every tensor of the file, in order."""
     net, width = decoder.model, decoder.model.model.norm.weight.shape[0]
 
     def matrix(name: str, shape: tuple[int, ...], values: Callable[[], Tensor]) -> Piece:
@@ -153,7 +153,7 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
 
 
 def _turned(layer: GgufLayer, path: str) -> Callable[[Tensor], Tensor]:
-    """How rows are laid out for llama.cpp: of queries and keys, pair i of a head becomes rows 2i and 2i + 1."""
+    """Return the function that permutes rows for llama.cpp: pair i of a query or key head becomes rows 2i, 2i + 1."""
     heads = {"self_attn.q_proj": layer.heads, "self_attn.k_proj": layer.kv_heads}.get(path, 0)
     scale = layer.scale if path == "self_attn.q_proj" else 1.0
 
@@ -173,7 +173,7 @@ def _put(
     pieces: Sequence[Piece],
     progress: Progress,
 ) -> None:
-    """Write the file: what it says of itself, then tensor after tensor."""
+    """Write the file: its metadata, then tensor after tensor."""
     with closing(gguf.GGUFWriter(path, decoder.architecture)) as writer:
         _tell(gguf, writer, decoder, Counter(one.kind for one in pieces if len(one.shape) == 2).most_common(1)[0][0])
         write_vocabulary(words, writer)
@@ -195,7 +195,7 @@ def _put(
 
 
 def _tell(gguf: Any, writer: Any, decoder: Decoder, kind: str) -> None:
-    """What a file says of its network, and that most of it is of a kind."""
+    """Write the metadata of the network and the main number type."""
     net, layers = decoder.model, decoder.layers
     name = str(getattr(getattr(net, "origin", None), "name", "") or type(net).__name__)
     writer.add_type("model")
@@ -215,7 +215,7 @@ def _tell(gguf: Any, writer: Any, decoder: Decoder, kind: str) -> None:
 
 
 def _counts(decoder: Decoder) -> dict[str, int | list[int]]:
-    """What may differ between layers: one number where deci is not needed, else a list."""
+    """Return what may differ between layers: one number for ``llama``, a list per layer for ``deci``."""
     every = {
         "head_count": [one.heads for one in decoder.layers],
         "head_count_kv": [one.kv_heads for one in decoder.layers],
@@ -230,7 +230,7 @@ def _checked(
     """Read a file back and compare it, tensor by tensor, with the network.
 
     Raises:
-        ExportError: If anything is missing, or further off than its type explains.
+        ExportError: If anything is missing, or differs by more than its type allows.
     """
     try:
         reader = gguf.GGUFReader(path)
@@ -272,13 +272,13 @@ def _checked(
 
 
 def _rounded(values: Floats, kind: str) -> Floats:
-    """What torch makes of numbers in a floating-point type."""
+    """Return numbers as torch rounds them to a floating-point type."""
     types = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     return torch.from_numpy(values).to(types[kind]).float().numpy()
 
 
 def _fallen(decoder: Decoder, pieces: Sequence[Piece], kind: str) -> Iterator[str]:
-    """What is to be said of matrices in another type than was asked for."""
+    """Yield a note on matrices that are stored in another type than requested."""
     matrices = [one for one in pieces if len(one.shape) == 2]
     fallen = [one for one in matrices if one.kind != kind]
     if not fallen:

@@ -1,4 +1,4 @@
-"""ONNX: a graph for onnxruntime and many other tools."""
+"""Export to ONNX: a graph for onnxruntime and many other tools."""
 
 from regrow.export.onnx.writer import OPSET, write
 

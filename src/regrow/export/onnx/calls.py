@@ -1,4 +1,4 @@
-"""How a network is called from outside torch: named tensors in, named tensors out, and which sizes are open."""
+"""Describe how an exported network is called: named input and output tensors, and which sizes are dynamic."""
 
 import inspect
 from collections.abc import Mapping
@@ -15,22 +15,22 @@ from regrow.nets.errors import first_line
 from regrow.sources import logits_in
 
 BATCH, SEQUENCE, PAST, TOTAL = "batch", "sequence", "past", "past + sequence"
-"""What sizes are called. The total is that of tokens seen and new ones, which an attention mask covers."""
+"""Names of dynamic sizes. The total counts past and new tokens, both of which the attention mask covers."""
 
 Labels = Mapping[str, Mapping[int, str]]
-"""Name of an input → dimension → what its size is called."""
+"""Name of an input → dimension → name of its dynamic size."""
 
 
 @dataclass(frozen=True)
 class ExportedCall:
-    """A network as a function of tensors.
+    """A network as a function of named tensors.
 
     Args:
-        run: Takes the inputs in their order; gives a tuple of tensors.
-        inputs: Name → the tensor of the example.
-        outputs: Names of what it gives.
-        text: Whether it is a language model that foresees the next token.
-        most: The longest sequence that it takes; 0 if it does not say.
+        run: A module that takes the inputs in their order and returns a tuple of tensors.
+        inputs: Name → the example's tensor.
+        outputs: The names of the outputs.
+        text: Whether it is a language model that predicts the next token.
+        most: The longest sequence that it takes; 0 if unknown.
     """
 
     run: nn.Module
@@ -46,12 +46,12 @@ class ExportedCall:
 
 
 class Flat(nn.Module):
-    """A network that takes its tensors one after the other, and gives a tuple of tensors.
+    """Wraps a network so that it takes a flat list of tensors and returns a tuple of tensors.
 
     Args:
         model: The network.
-        leaves: Everything that it is called with, flattened; tensors are replaced by what is given.
-        spec: How it was nested, ``(args, kwargs)``.
+        leaves: All its arguments, flattened; tensors in it are replaced by those passed to ``forward``.
+        spec: The structure from which they were flattened, ``(args, kwargs)``.
     """
 
     def __init__(self, model: nn.Module, leaves: list[Any], spec: Any) -> None:
@@ -61,11 +61,19 @@ class Flat(nn.Module):
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The tensors of the network's answer."""
+        """Return the tensors of the network's output as a tuple.
+
+        Args:
+            *tensors: The input tensors, in their order.
+        """
         return tuple(name_outputs(self.answer(*tensors)).values())
 
     def answer(self, *tensors: Tensor) -> Any:
-        """The network's answer, as it gives it."""
+        """Return the network's output as it is.
+
+        Args:
+            *tensors: The input tensors, in their order.
+        """
         leaves = list(self.leaves)
         for place, tensor in zip(self.places, tensors, strict=True):
             leaves[place] = tensor
@@ -74,7 +82,7 @@ class Flat(nn.Module):
 
 
 class Cached(nn.Module):
-    """A language model of transformers that takes keys and values of earlier tokens, and gives all of them back.
+    """Wraps a transformers language model so that it takes and returns keys and values as plain tensors.
 
     Args:
         model: The model.
@@ -85,7 +93,7 @@ class Cached(nn.Module):
         self.model = model
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Logits ``[batch, sequence, vocabulary]``; then keys and values per layer, with those of the new tokens.
+        """Return logits ``[batch, sequence, vocabulary]``, then keys and values per layer, new tokens included.
 
         Args:
             tensors: Tokens, the attention mask, and keys and values per layer.
@@ -101,15 +109,15 @@ class Cached(nn.Module):
 
 
 def describe_call(model: nn.Module, example: Example, *, cache: bool = False) -> ExportedCall:
-    """How a network is called, learned from one call with an example.
+    """Describe how a network is called, by running it once on an example.
 
     Args:
         model: The network, in eval mode, in float32 on the CPU.
-        example: What it is called with. A language model that takes an ``attention_mask`` gets one, of ones.
-        cache: Whether the call takes and gives keys and values.
+        example: The input. A language model that takes an ``attention_mask`` gets one of ones.
+        cache: Whether the call takes and returns keys and values.
 
     Raises:
-        ExportError: If the network does not take its example, gives no tensor, or has no cache as asked for.
+        ExportError: If the network fails on the example, returns no tensor, or has no cache although one is requested.
     """
     takes = inspect.signature(model.forward).parameters
     args, kwargs = example.args, dict(example.kwargs)
@@ -143,11 +151,11 @@ def describe_call(model: nn.Module, example: Example, *, cache: bool = False) ->
 
 
 def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
-    """Which sizes of the inputs are open: name of an input → dimension → what the size is called.
+    """Return which sizes of the inputs are dynamic: input name → dimension → name of the size.
 
     Args:
-        call: The call.
-        open_to: The sizes that may be open.
+        call: The description of the call.
+        open_to: The names of the sizes that may be dynamic.
 
     >>> label_sizes(ExportedCall(nn.Identity(), {"x": torch.zeros(2, 3)}, ("output",)), ("batch", "sequence"))
     {'x': {0: 'batch'}}
@@ -168,17 +176,22 @@ def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:
 
 
 def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
-    """What an open size is called → its value in the example."""
+    """Return name of each dynamic size → its value in the example.
+
+    Args:
+        call: The description of the call.
+        labels: The dynamic sizes, from :func:`label_sizes`.
+    """
     return {label: call.inputs[name].shape[dim] for name, dims in labels.items() for dim, label in dims.items()}
 
 
 def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """The inputs at other sizes: rows are those of the example again, each moved on or scaled, so that they differ.
+    """Return the inputs at other sizes, by repeating rows of the example and varying each.
 
     Args:
-        call: The call.
-        labels: What :func:`label_sizes` says.
-        sizes: What a size is called → its new value. Sizes that are not named stay.
+        call: The description of the call.
+        labels: The dynamic sizes, from :func:`label_sizes`.
+        sizes: Name of a dynamic size → its new value. Sizes that are not named stay.
     """
     result = {}
     for name, tensor in call.inputs.items():
@@ -195,7 +208,11 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
 
 
 def name_outputs(answer: Any) -> dict[str, Tensor]:
-    """The tensors of a network's answer by name: the logits alone, where there are any."""
+    """Return the tensors of a network's output by name: only the logits if there are any.
+
+    Args:
+        answer: The network's output.
+    """
     if isinstance(answer, Tensor):
         return {"output": answer}
     if isinstance(answer, Mapping):
@@ -206,7 +223,7 @@ def name_outputs(answer: Any) -> dict[str, Tensor]:
 
 
 def _cached(model: nn.Module, tokens: Tensor | None) -> ExportedCall:
-    """A call in the middle of a text: the first half of the example's tokens are seen, the second half is new."""
+    """Describe a call in the middle of a text: the example's first half is in the cache, the second half is new."""
     if tokens is None or not hasattr(model, "config") or tokens.shape[1] < 6:
         raise ExportError("only a language model of transformers has keys and values to take; write without a cache")
     tokens = tokens.cpu()
@@ -246,7 +263,7 @@ def _other(row: Tensor, number: int) -> Tensor:
 
 
 def _name(path: tuple[Any, ...], names: list[str]) -> str:
-    """``(0, 1, …)`` is the second positional argument, ``(1, "x", …)`` the one called x."""
+    """Return the name of an argument: ``(0, 1, …)`` is the second positional one, ``(1, "x", …)`` the one called x."""
     where, first, *rest = [getattr(key, "idx", getattr(key, "key", key)) for key in path]
     if where == 0:
         first = names[first] if first < len(names) else f"input_{first}"

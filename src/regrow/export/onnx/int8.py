@@ -1,8 +1,8 @@
-"""Weights of linear layers in 8 bits, and what they are multiplied with rounded to 8 bits as it comes.
+"""Dynamic int8 quantisation of an ONNX file: weights in 8 bits, activations rounded to 8 bits at run time.
 
-One scale per column of a weight, one per tensor for its input. Where one number of an input is far larger than the
-others (the massive activations of large language models), 256 steps between the extremes leave the others none; such
-layers stay in float32.
+There is one scale per column of a weight, and one per input tensor. Where one number of an input is far larger than the
+others (the massive activations of large language models), all others would be rounded to 0; such layers stay in
+float32.
 """
 
 from pathlib import Path
@@ -14,25 +14,25 @@ from regrow.export.onnx.calls import ExportedCall
 from regrow.export.written import ExportError
 
 OUTLIER = 100.0
-"""How many times the mean of its numbers, all taken as positive, the largest one of an input may be."""
+"""A layer is quantised if the largest magnitude in its input is at most this many times the mean magnitude."""
 
 _SCOPES = "pkg.torch.onnx.name_scopes"  # where torch's exporter notes the modules that a node comes from
 
 
 def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
-    """Write a file again in 8 bits.
+    """Write an ONNX file again with linear layers in int8, and return a note for its user.
 
     Args:
-        path: The file in float32.
-        to: Where the new one goes.
-        call: What the file was written from.
-        largest: Bytes above which weights go into a file beside it.
+        path: The float32 file.
+        to: The file to write.
+        call: The description of the call that the file was written from.
+        largest: Bytes of weights above which they are stored in a file beside it.
 
     Returns:
-        What its user must know.
+        A sentence that says which layers are in 8 bits and which are not.
 
     Raises:
-        ExportError: If there is nothing to write in 8 bits.
+        ExportError: If no layer can be written in 8 bits.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -67,7 +67,11 @@ def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
 
 
 def spread(call: ExportedCall) -> dict[str, float]:
-    """Path of each linear layer → the largest number of its input in the example, over the mean of all."""
+    """Return path of each linear layer → largest magnitude in its input over the mean magnitude, on the example.
+
+    Args:
+        call: The description of the call.
+    """
     result: dict[str, float] = {}
 
     def hook(name: str) -> object:

@@ -1,4 +1,4 @@
-"""Where an ONNX file goes, and large weights beside it: the file leads to its own weights at every moment."""
+"""Move an ONNX file and its external weights into place, so that the file always refers to its own weights."""
 
 import contextlib
 import os
@@ -12,18 +12,18 @@ from regrow.store.locks import LockedError, lock
 
 
 def place_file(path: Path, stage: Path, out: Path) -> int:
-    """Give a file, and the weights beside it where there are any, their places.
+    """Move a new ONNX file, and the weights beside it if any, into place atomically.
 
-    Weights take a name that no file has; then the new file replaces the old one, and the weights that the old one led
-    to go. Nothing else is replaced or deleted.
+    The weights get an unused name; then the new file replaces the old one, and the weights of the old one are deleted.
+    Nothing else is replaced or deleted.
 
     Args:
-        path: The new file; large weights lie in ``NAME.data`` beside it.
-        stage: The temporary folder that holds it. Until all is done, it holds the weights that may be deleted too.
-        out: Its place.
+        path: The new file; large weights are in ``NAME.data`` beside it.
+        stage: The temporary folder that holds it. Until the end it also holds links to the weights that are deleted.
+        out: The path to move it to.
 
     Returns:
-        The bytes of file and weights together.
+        The size of file and weights together, in bytes.
     """
     weights, old = path.with_name(f"{path.name}.data"), _weights_of(out)
     size = 0
@@ -49,7 +49,11 @@ def place_file(path: Path, stage: Path, out: Path) -> int:
 
 
 def clear_abandoned(out: Path) -> None:
-    """Delete weights that a killed process left beside an ONNX file: its temporary folder holds the same files."""
+    """Delete weights that a killed process left beside an ONNX file, recognised by its temporary folder.
+
+    Args:
+        out: The ONNX file.
+    """
     for stage in leftovers(out):
         with contextlib.suppress(LockedError, OSError), lock(stage) as owner:
             left = [one for one in stage.rglob("*.data") if one.is_file() and not one.is_symlink()]
@@ -65,7 +69,7 @@ def _is_weights(name: str, out: Path) -> bool:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name; its only one where the file system has no links."""
+    """Hard-link a file to a second name; move it there if the file system has no links."""
     try:
         os.link(source, target)
     except FileExistsError:
@@ -75,7 +79,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _weights_of(out: Path) -> list[Path]:
-    """The files of weights beside an ONNX file that it leads to; none if it is none, or is not there."""
+    """Return the external weight files that an ONNX file refers to; none if it does not exist."""
     import onnx
 
     found: set[str] = set()
@@ -86,7 +90,7 @@ def _weights_of(out: Path) -> list[Path]:
 
 
 def _rename_weights(path: Path, name: str) -> None:
-    """Have an ONNX file lead to its weights under another name."""
+    """Make an ONNX file refer to its external weights by another name."""
     import onnx
 
     model: Any = onnx.load(path, load_external_data=False)

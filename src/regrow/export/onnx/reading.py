@@ -1,4 +1,4 @@
-"""What an ONNX file says in onnxruntime, beside what the network says in torch."""
+"""Compare an ONNX file in onnxruntime with the network in torch."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +15,11 @@ WINDOWS, TOKENS = 16, 64
 
 
 class OnnxSession:
-    """A file, open in onnxruntime on the CPU.
+    """An ONNX file opened in onnxruntime on the CPU, with the network that it was written from.
 
     Args:
         path: The file.
-        call: What it was written from.
+        call: The description of the call that the file was written from.
 
     Raises:
         ExportError: If onnxruntime cannot open it.
@@ -39,7 +39,10 @@ class OnnxSession:
         self.takes = {one.name for one in self.session.get_inputs()}
 
     def says(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the file gives, in the order of the call's outputs.
+        """Run the ONNX file and return its outputs, in the order of the call's outputs.
+
+        Args:
+            inputs: Name → tensor.
 
         Raises:
             ExportError: If onnxruntime fails.
@@ -51,18 +54,26 @@ class OnnxSession:
             raise ExportError(f"onnxruntime fails on the file ({str(error)[:200]})") from None
 
     def meant(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """What the network gives in torch."""
+        """Run the network in torch and return its outputs.
+
+        Args:
+            inputs: Name → tensor.
+        """
         with torch.no_grad():
             return [*self.call.run(*inputs.values())]
 
 
 def difference(reading: OnnxSession, inputs: Mapping[str, Tensor]) -> tuple[float, float]:
-    """The largest difference between file and network on some inputs, and the largest number of the network's answer.
+    """Return the largest output difference between file and network, and the network's largest output.
 
-    Where there is an ``attention_mask``, positions of filled-up tokens do not count: nobody reads them.
+    Positions that an ``attention_mask`` hides (padding) do not count.
+
+    Args:
+        reading: The opened file.
+        inputs: Name → tensor.
 
     Raises:
-        ExportError: If the file fails, or gives other shapes.
+        ExportError: If the file fails, or its outputs have other shapes.
     """
     gaps, sizes = [0.0], [0.0]
     mask = inputs.get("attention_mask")
@@ -81,17 +92,16 @@ def difference(reading: OnnxSession, inputs: Mapping[str, Tensor]) -> tuple[floa
 def compare_predictions(
     reading: OnnxSession, tokenizer: object, lengths: Mapping[str, int]
 ) -> dict[str, float | int | str]:
-    """How many next tokens differ between file and network, and what each foresees of the text.
+    """Compare next-token predictions and log-likelihoods of file and network on text.
 
     Args:
-        reading: The file of a language model.
-        tokenizer: Its tokenizer, to read real text with (Python's own manual, its evaluation half); ``None``: drawn
-            tokens.
-        lengths: ``batch`` and ``sequence`` where they are fixed.
+        reading: The opened file of a language model.
+        tokenizer: Its tokenizer, to use real text (the evaluation half of Python's manual); ``None``: random tokens.
+        lengths: ``batch`` and ``sequence``, if they are fixed.
 
     Returns:
-        ``next_tokens`` (how many), ``next_tokens_differ``, ``next_tokens_margin`` (the largest distance, in torch's
-        logits, between the two tokens where they differ), ``next_tokens_on`` (what text), and for real text
+        ``next_tokens`` (the number compared), ``next_tokens_differ``, ``next_tokens_margin`` (the largest gap, in
+        torch's logits, between the two tokens where they differ), ``next_tokens_on`` (what text), and for real text
         ``nats_torch`` and ``nats_onnx`` per token.
     """
     many, differ, margin, nats = 0, 0, 0.0, torch.zeros(2, dtype=torch.float64)
@@ -113,7 +123,12 @@ def compare_predictions(
 
 
 def start_inputs(call: ExportedCall, tokens: Tensor) -> dict[str, Tensor]:
-    """The inputs for the beginning of texts ``[batch, sequence]``: all tokens count, and none was seen before."""
+    """Return the inputs for texts from their beginning: no padding, and an empty cache.
+
+    Args:
+        call: The description of the call.
+        tokens: The texts, ``[batch, sequence]`` int64.
+    """
     result = {}
     for name, tensor in call.inputs.items():
         if name.startswith("past_key_values"):
@@ -137,5 +152,5 @@ def _rows(call: ExportedCall, tokenizer: Any, lengths: Mapping[str, int]) -> tup
 
 
 def _most(values: Tensor) -> float:
-    """The largest of some numbers; NaN if one is, 0 if there are none."""
+    """Return the largest of some numbers; NaN if one is NaN, 0 if there are none."""
     return float(values.max()) if values.numel() else 0.0

@@ -1,7 +1,7 @@
-"""ONNX: a network as a graph that onnxruntime and many other tools run, compared with torch before it takes its name.
+"""Write a network as an ONNX graph, and compare it with torch before the file is moved into place.
 
-Recorded by ``torch.export``, written by torch's own exporter, read back by onnxruntime. Language models take
-``input_ids`` and ``attention_mask`` and give ``logits``; the file has no key–value cache, unless asked for one.
+The network is recorded by ``torch.export``, written by torch's exporter and read back by onnxruntime. Language models
+take ``input_ids`` and ``attention_mask`` and return ``logits``; the graph has a key-value cache only on request.
 """
 
 import contextlib
@@ -43,25 +43,25 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.outputs import check_output
 
 OPSET = 20
-"""The operators that files are written in: what torch's exporter recommends; onnxruntime reads them since 1.17."""
+"""The ONNX operator set: the one that torch's exporter recommends; onnxruntime supports it since 1.17."""
 
 LARGEST = 2_000_000_000
-"""Bytes of weights that fit into the file itself; protobuf ends at 2 GiB."""
+"""The most bytes of weights inside the file itself; protobuf is limited to 2 GiB."""
 
 TOLERANCE = 1e-3
-"""The difference to torch, as a share of the largest number of the answer, above which a file is refused."""
+"""The largest allowed difference to torch, relative to the largest output."""
 
 DTYPES = ("", "float32", "int8")
 
 Checked = dict[str, float | int | str]
 
 OPEN = ((BATCH, SEQUENCE, PAST, TOTAL), (BATCH,), ())
-"""Which sizes are tried to be left open, one after the other."""
+"""The sets of sizes that are tried as dynamic, one after the other."""
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A file in its temporary place, and what is known of it."""
+    """A file in its temporary place, and what is known about it."""
 
     path: Path
     reading: OnnxSession
@@ -80,29 +80,29 @@ def write(
     cache: bool = False,
     progress: Progress = silent,
 ) -> Written:
-    """Write a network as ONNX, and compare what onnxruntime says with what torch says.
+    """Write a network as ONNX, and compare its outputs in onnxruntime with those in torch.
 
     Args:
-        model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It stays as it is.
-        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB go into ``….onnx.data``
-            beside it, or ``….onnx.1.data`` if there is such a file already. No file is replaced or deleted but the
-            one that is named, and the weights that it leads to.
-        dtype: ``""`` or ``"float32"``: float32, whatever the network is. ``"int8"``: the weights of linear layers in
-            8 bits, what they are multiplied with rounded as it comes (dynamic quantisation); all else is float32, and
-            so are linear layers whose input has outliers.
-        example: What the network is called with; guessed from its origin or its first layer, unless given. The sizes
-            of batch and sequence stay open where the network allows; all others are those of the example.
-        cache: For a language model of transformers: a file that takes the keys and values of earlier tokens
-            (``past_key_values.0.key`` …) and gives all of them back (``present.0.key`` …), for generating text.
-        progress: Called as the work goes on.
+        model: Any network that ``torch.export`` can record: pruned, widened, with branches dropped. It is not changed.
+        out: The file, ``….onnx``; its folder must exist. Weights of more than 2 GB are stored in ``….onnx.data`` beside
+            it, or ``….onnx.1.data`` if there is such a file already. Only the named file and the weights that it refers
+            to are replaced.
+        dtype: ``""`` or ``"float32"``: float32, whatever the network's dtype is. ``"int8"``: linear layers with weights
+            in 8 bits and activations rounded at run time (dynamic quantisation); all else is float32, and so are linear
+            layers whose input has outliers.
+        example: The input of the network; guessed from its origin or its first layer if ``None``. Batch and sequence
+            sizes are dynamic if the network allows it; all others are those of the example.
+        cache: For a language model of transformers: whether the graph takes the keys and values of earlier tokens
+            (``past_key_values.0.key`` …) and returns all of them (``present.0.key`` …), for generating text.
+        progress: Called with (steps done, steps in all, description).
 
     Returns:
         The file; the largest differences to torch at the example and at other sizes, and for language models how many
         next tokens on real text differ; notes on opset, inputs and outputs.
 
     Raises:
-        ExportError: If the network cannot be recorded, the file says something else than the network, or cannot be
-            written. What was there before stays then.
+        ExportError: If the network cannot be recorded, the outputs differ, or the file cannot be written. An
+            earlier file then stays.
     """
     out, steps = Path(out), 5 if dtype == "int8" else 4
     _check(out, dtype)
@@ -141,7 +141,7 @@ def _check(out: Path, dtype: str) -> None:
 
 
 def _place(out: Path) -> Path:
-    """The file to write: ``out``, or the target of a link."""
+    """Return the file to write: ``out``, or its target if it is a symbolic link."""
     try:
         return check_output(out, (".onnx",))
     except StoreError as error:
@@ -149,7 +149,7 @@ def _place(out: Path) -> Path:
 
 
 def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
-    """The network in float32 on the CPU: itself, or a copy."""
+    """Return the network in float32 on the CPU (itself, or a copy), and notes."""
     tensors = [*model.parameters(), *model.buffers()]
     kinds = sorted({str(one.dtype).removeprefix("torch.") for one in tensors if one.is_floating_point()} - {"float32"})
     if not kinds and all(one.device.type == "cpu" for one in tensors):
@@ -160,7 +160,7 @@ def _plain(model: nn.Module) -> tuple[nn.Module, list[str]]:
 
 
 def _example(model: nn.Module, example: Example | None) -> Example:
-    """What a network is called with."""
+    """Return the input of the network: the given one, or a guess."""
     shape = getattr(getattr(model, "origin", None), "config", {}).get("shape")
     result = example or (image_example(model, *shape) if shape else guessed_example(model))
     if result is None:
@@ -169,10 +169,10 @@ def _example(model: nn.Module, example: Example | None) -> Example:
 
 
 def _recorded(call: ExportedCall, path: Path, progress: Progress, steps: int) -> _Found:
-    """The network as a file, with as many sizes open as it allows.
+    """Write the network with as many dynamic sizes as it allows.
 
     Raises:
-        ExportError: If it cannot be written even with none.
+        ExportError: If it cannot be written even without dynamic sizes.
     """
     path.parent.mkdir()
     whole = sizes_of(call, label_sizes(call, OPEN[0]))
@@ -226,7 +226,7 @@ def _export(call: ExportedCall, labels: Labels, path: Path) -> None:
 
 
 def _compared(reading: OnnxSession, labels: Labels) -> Checked:
-    """The differences to torch, at the example and at other sizes.
+    """Return the differences to torch, at the example and at other sizes.
 
     Raises:
         ExportError: If one is too large, or the file does not run.
@@ -242,7 +242,7 @@ def _compared(reading: OnnxSession, labels: Labels) -> Checked:
 
 
 def _others(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Where and with what the file is compared besides: other sizes of all that is open."""
+    """Yield further inputs for the comparison: other values of all dynamic sizes."""
     known = sizes_of(call, labels)
     for batch, more, past in ((3, 5, 7), (1, -3, 0)) if known else ():
         sizes = {label: max(1, size + more) if label.endswith(SEQUENCE) else size for label, size in known.items()}
@@ -255,7 +255,7 @@ def _others(call: ExportedCall, labels: Labels) -> Iterator[tuple[str, dict[str,
 
 
 def _told(found: _Found) -> list[str]:
-    """What whoever runs the file must give it, and gets."""
+    """Return notes on the inputs and outputs of the file."""
     call = found.reading.call
     takes = []
     for name, tensor in call.inputs.items():
@@ -271,7 +271,7 @@ def _told(found: _Found) -> list[str]:
 
 
 def _lost(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> Checked:
-    """What 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
+    """Return what 8 bits cost: the same comparisons with torch, under names that begin with ``int8``."""
     worst, _ = difference(reading, reading.call.inputs)
     found = compare_predictions(reading, tokenizer, lengths) if reading.call.text else {}
     lost = {name.replace("onnx", "int8"): value for name, value in found.items() if name != "nats_torch"}
@@ -280,10 +280,10 @@ def _lost(reading: OnnxSession, tokenizer: Any, lengths: Mapping[str, int]) -> C
 
 @contextlib.contextmanager
 def _staged(out: Path) -> Iterator[Path]:
-    """A folder beside the file, for what is not finished; it goes away at the end.
+    """Yield a temporary folder beside the file for unfinished files; it is deleted at the end.
 
     Raises:
-        ExportError: If the disk does not let us write.
+        ExportError: If write permission is missing.
     """
     try:
         with explain_os_errors(out):
@@ -296,7 +296,7 @@ def _staged(out: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Nothing of what exporters warn of: what matters of it is compared afterwards."""
+    """Suppress warnings and log lines of exporters in the block; results are compared afterwards."""
     before = logging.root.manager.disable
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
