@@ -75,9 +75,14 @@ class Slot:
     Unit ``i`` owns the entries ``offset + o * stride + i * inner + r`` for ``o < outer`` and ``r < inner``. With
     ``outer = inner = 1`` and ``offset = 0`` that is simply entry ``i``.
 
-    Args: name: The parameter or buffer, by its dotted name. dim: Its dimension, from 0. outer: How many times the whole
-    axis is repeated along the dimension. stride: Entries from one repetition to the next. inner: Contiguous entries per
-    unit in one repetition. offset: Entries before the first unit. role: What the dimension does with the axis.
+    Args:
+        name: The parameter or buffer, by its dotted name.
+        dim: Its dimension, from 0.
+        outer: How many times the whole axis is repeated along the dimension.
+        stride: Entries from one repetition to the next.
+        inner: Contiguous entries per unit in one repetition.
+        offset: Entries before the first unit.
+        role: What the dimension does with the axis.
     """
 
     name: str
@@ -89,11 +94,7 @@ class Slot:
     role: Role
 
     def positions(self, size: int) -> Tensor:
-        """Return the indices along the dimension that each unit owns, ``[size, outer * inner]`` (int64).
-
-        Args:
-            size: How many units the axis has.
-
+        """Return the indices that each of ``size`` units owns along the dimension, ``[size, outer * inner]`` (int64).
         >>> Slot("w", 0, outer=2, stride=6, inner=1, offset=0, role=Role.PRODUCES).positions(3).tolist()
         [[0, 6], [1, 7], [2, 8]]
         """
@@ -107,15 +108,13 @@ class Axis:
     """A set of units (neurons, filters, head groups) that several tensor dimensions share and that change together.
 
     Args:
-        key: The name of its first slot, ``"layers.0.up_proj.weight:0"``, with ``+offset`` or ``/inner`` to tell apart
-            several.
+        key: The name of its first slot, ``"layers.0.up_proj.weight:0"``, with ``+offset`` or ``/inner`` to be unique.
         size: How many units it has.
         slots: Where the units lie in each tensor, in the order of the network's state dict.
         mark: How exactly it can be cut.
         reason: Why it is frozen, or why it has its mark; empty for a neutral axis.
         count: Group name: axes of a group must keep equal numbers of units, though not the same units; empty if free.
-        times: Multiplier in that comparison: ``units kept × times`` must be equal (a rotary pair counts for two
-            entries).
+        times: Multiplier in that comparison: ``units kept × times`` must be equal (a rotary pair counts twice).
         least: How many units it must keep: 2 for a repetition, which networks skip if there is only one.
         multiple: Its size must stay a multiple of this, since an operation needs it; 1: any size.
         inside: The key of the axis whose units contain these units (a head's dimensions lie inside the heads).
@@ -186,7 +185,9 @@ def _listed(names: list[str]) -> str:
 class Example:
     """The input that a network was traced with: positional arguments and keyword arguments of its forward.
 
-    Args: args: Positional inputs. kwargs: Inputs by name.
+    Args:
+        args: Positional inputs.
+        kwargs: Inputs by name.
     """
 
     args: tuple[Any, ...] = ()
@@ -300,11 +301,7 @@ class AxisGraph:
         return tuple(axis for axis in chosen if axis.inside not in keys)
 
     def without(self, branches: Iterable[Branch]) -> "AxisGraph":
-        """Return a copy without everything that dropping the branches removes, for costing what is left.
-
-        Args:
-            branches: The branches to leave out.
-        """
+        """Return a copy without everything that dropping some branches removes, for costing what is left."""
         gone = [path for branch in branches for path in branch.placeholders]
 
         def stays(name: str) -> bool:
@@ -331,11 +328,7 @@ class AxisGraph:
         )
 
     def with_axes(self, axes: Mapping[str, Axis]) -> "AxisGraph":
-        """Return a copy with other axes, as after a cut; everything else is unchanged.
-
-        Args:
-            axes: Axis key → axis.
-        """
+        """Return a copy with other axes (axis key → axis), as after a cut; everything else is unchanged."""
         return replace(self, axes=axes)
 
 

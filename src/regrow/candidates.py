@@ -111,11 +111,21 @@ class Staged(Protocol):
     """The index of the last part that runs when the network is called; ``None``: all parts run."""
 
     def upto(self, x: Tensor, last: int) -> Tensor:
-        """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run."""
+        """Return the logits ``[N, classes]`` of the classifier behind part ``last``; later parts do not run.
+
+        Args:
+            x: Inputs ``[N, ...]``.
+            last: The index of the last part that runs.
+        """
         ...
 
     def within(self, name: str, last: int) -> bool:
-        """Whether a parameter is used by :meth:`upto`."""
+        """Whether a parameter is used by :meth:`upto`.
+
+        Args:
+            name: The name of the parameter.
+            last: The index of the last part that runs.
+        """
         ...
 
     def needed(self) -> list[tuple[str, ...]]:
@@ -145,12 +155,9 @@ def run_whole(model: nn.Module) -> Iterator[None]:
 class Prefix(nn.Module):
     """The first parts of a staged network as a network of its own; later parts keep their parameters and do not run.
 
-    Args: net: A :class:`Staged` network; a classifier follows part ``last``. last: The index of the last part that
-    runs.
-
     Args:
-        net: The network; a classifier follows part ``last``.
-        last: The last part that runs.
+        net: A :class:`Staged` network; a classifier follows part ``last``.
+        last: The index of the last part that runs.
     """
 
     def __init__(self, net: nn.Module, last: int) -> None:

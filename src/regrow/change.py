@@ -137,9 +137,12 @@ class Change:
 def whole(value: object, what: str) -> int:
     """Return a value from a plan file if it is a whole number of 64 bits.
 
-    Args: value: The value as it was read. what: The name of the field, for the message.
+    Args:
+        value: The value as it was read.
+        what: The name of the field, for the message.
 
-    Raises: PlanError: If it is of another type, or too large.
+    Raises:
+        PlanError: If it is of another type, or too large.
     """
     if type(value) is not int or not -(2**63) <= value < 2**63:
         raise PlanError(f"{what} is a whole number; the plan says {str(value)[:40]!r}")

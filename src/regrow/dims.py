@@ -7,14 +7,22 @@ from math import prod
 
 @dataclass(frozen=True)
 class Product:
-    """A flattened dimension: the product of dimensions, outermost first, such as ``heads × head_dim``."""
+    """A flattened dimension: the product of dimensions, outermost first, such as ``heads × head_dim``.
+
+    Args:
+        parts: The factors.
+    """
 
     parts: tuple["Dim", ...]
 
 
 @dataclass(frozen=True)
 class Sum:
-    """A concatenated dimension: the parts one behind the other, such as ``query ‖ key ‖ value``."""
+    """A concatenated dimension: the parts one behind the other, such as ``query ‖ key ‖ value``.
+
+    Args:
+        parts: The parts, in order.
+    """
 
     parts: tuple["Dim", ...]
 

@@ -10,8 +10,10 @@ from regrow.dims import Dim
 class Work:
     """Multiply–accumulates of one contraction: the product of the sizes of ``dims``.
 
-    Args: module: The path of the module in whose forward it ran. op: The name of the operation. dims: The dimensions
-    whose product counts the multiply–accumulates.
+    Args:
+        module: The path of the module in whose forward it ran.
+        op: The name of the operation.
+        dims: The dimensions whose product counts the multiply–accumulates.
     """
 
     module: str

@@ -9,5 +9,8 @@ Progress = Callable[[int, int, str], None]
 def silent(done: int, total: int, what: str) -> None:
     """Ignore a progress report: the callback for work that shows nothing.
 
-    Args: done: Steps done. total: Steps in all. what: What is being done.
+    Args:
+        done: Steps done.
+        total: Steps in all.
+        what: What is being done.
     """

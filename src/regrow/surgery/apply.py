@@ -167,7 +167,10 @@ def _try(model: nn.Module, axes: AxisGraph, plan: Plan, undo: UndoStore | None) 
 def check(model: nn.Module, axes: AxisGraph, plan: Plan) -> None:
     """Raise :class:`PlanError` unless the plan fits the axes, and every tensor of the model has the shape they say.
 
-    Args: model: The model. axes: Its axes. plan: The plan.
+    Args:
+        model: The model.
+        axes: Its axes.
+        plan: The plan.
     """
     plan.check(axes)
     sizes, state = axes.sizes(), state_of(model)

@@ -115,7 +115,10 @@ def prepare(
 def resizing(model: nn.Module, axes: AxisGraph, plan: Plan) -> Resizing:
     """Return the sizes, constants and biases that a plan leads to, without computing any tensor.
 
-    Args: model: The model. axes: Its axes before the plan. plan: The plan.
+    Args:
+        model: The model.
+        axes: Its axes before the plan.
+        plan: The plan.
     """
     sizes = plan.sizes(axes)
     constants, _ = fold_constants(model, axes, sizes)
@@ -185,7 +188,8 @@ def commit(
 def state_of(model: nn.Module) -> dict[str, Tensor]:
     """Return every parameter and buffer of a model by name; tied tensors appear under each of their names.
 
-    Args: model: Any network.
+    Args:
+        model: Any network.
     """
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 

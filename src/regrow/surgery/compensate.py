@@ -72,7 +72,9 @@ def offsets(
 def read_dim(axes: AxisGraph, weight: str) -> int | None:
     """Return the one dimension of a weight that consumes axes; ``None`` if there is none, or several.
 
-    Args: axes: The network's axes. weight: The name of the weight.
+    Args:
+        axes: The network's axes.
+        weight: The name of the weight.
     """
     reads = {slot.dim for axis in axes for slot in axis.slots if slot.name == weight and slot.role is Role.CONSUMES}
     return reads.pop() if len(reads) == 1 else None
@@ -81,7 +83,8 @@ def read_dim(axes: AxisGraph, weight: str) -> int | None:
 def bias_of(weight: str) -> str:
     """Return the name of the bias of the layer that has a weight.
 
-    Args: weight: The name of the weight.
+    Args:
+        weight: The name of the weight.
     """
     return weight.removesuffix("weight") + "bias"
 
@@ -89,7 +92,9 @@ def bias_of(weight: str) -> str:
 def bias_dim(axes: AxisGraph, bias: str) -> Dim:
     """Return the dimension of a layer's bias: the output dimension of its weight.
 
-    Args: axes: The network's axes. bias: The name of the bias.
+    Args:
+        axes: The network's axes.
+        bias: The name of the bias.
     """
     weight = bias.removesuffix("bias") + "weight"
     read = read_dim(axes, weight)

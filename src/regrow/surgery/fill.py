@@ -141,8 +141,11 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
 class Entries:
     """The indices that new units of an axis own in one dimension of a parameter.
 
-    Args: axis: The key of the axis. name: The name of the parameter. dim: Its dimension. where: The indices along the
-    dimension.
+    Args:
+        axis: The key of the axis.
+        name: The name of the parameter.
+        dim: Its dimension.
+        where: The indices along the dimension.
     """
 
     axis: str
@@ -151,11 +154,20 @@ class Entries:
     where: tuple[int, ...]
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return these entries of a tensor that has the parameter's shape."""
+        """Return these entries of a tensor that has the parameter's shape.
+
+        Args:
+            tensor: A tensor in the shape of the parameter.
+        """
         return tensor.index_select(self.dim, torch.tensor(self.where, device=tensor.device))
 
     def set(self, model: nn.Module, value: Tensor) -> None:
-        """Write a value into these entries of the model's parameter, in place."""
+        """Write a value into these entries of the model's parameter, in place.
+
+        Args:
+            model: The network; its parameter is changed in place.
+            value: The entries, or a tensor that broadcasts to them.
+        """
         tensor = model.get_parameter(self.name).detach()
         part = value.to(tensor).expand_as(self.of(tensor))
         tensor.index_copy_(self.dim, torch.tensor(self.where, device=tensor.device), part)
@@ -165,6 +177,10 @@ class Entries:
 
         The directions are made orthogonal to one another by the smallest change that does it (the polar factor);
         otherwise all rows would take the one best direction, and learn the same.
+
+        Args:
+            model: The network; its parameter is changed in place.
+            direction: The direction of each row, in the shape of the entries.
         """
         now = self.of(model.get_parameter(self.name).detach()).movedim(self.dim, 0)
         rows, old = (x.double().flatten(1) for x in (direction.movedim(self.dim, 0), now))
@@ -179,8 +195,10 @@ def split_entries(
 ) -> tuple[list[Entries], list[Entries]]:
     """Return the entries of new units as (randomly initialised, zero-initialised).
 
-    Args: model: The network after the plan. axes: Its axes after the plan. young: Axis key → the positions of its new
-    units.
+    Args:
+        model: The network after the plan.
+        axes: Its axes after the plan.
+        young: Axis key → the positions of its new units.
     """
     parameters = dict(model.named_parameters())
     found: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}

@@ -30,7 +30,9 @@ class Outcome:
 def divisor_size(fold: Fold, sizes: Mapping[str, int]) -> int:
     """Return the divisor of a fold: the product of the sizes of its dimensions.
 
-    Args: fold: The fold. sizes: Axis key → its number of units.
+    Args:
+        fold: The fold.
+        sizes: Axis key → its number of units.
     """
     return prod(size_of(dim, sizes) for dim in fold.over)
 
@@ -81,8 +83,11 @@ def fold_constants(
 def rescale(values: Tensor, sizes: Tensor, n: int, fold: Fold) -> Tensor:
     """Rescale entries of a gain that hold at given divisors to the divisor ``n``; those already at ``n`` are unchanged.
 
-    Args: values: Entries of the parameter. sizes: The divisor at which each entry holds, in a shape that broadcasts. n:
-    The new divisor. fold: The fold.
+    Args:
+        values: Entries of the parameter.
+        sizes: The divisor at which each entry holds, in a shape that broadcasts.
+        n: The new divisor.
+        fold: The fold.
     """
     change = sizes.double() / n
     factor = (change if fold.kind == "norm" else 1 / change).sqrt().to(values.device)

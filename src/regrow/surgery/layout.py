@@ -35,7 +35,8 @@ class Layout:
     def of(cls, source: Tensor) -> "Layout":
         """Return the layout in which old entries stay, in the given order, and none is new.
 
-        Args: source: Indices of old entries, int64.
+        Args:
+            source: Indices of old entries, int64.
         """
         no = torch.zeros(len(source), dtype=torch.bool)
         one = torch.ones(len(source), dtype=torch.float64)
@@ -123,7 +124,9 @@ def units_after(change: Change, axis: Axis) -> Layout:
     weights. ``pair``: pairs of equal random units with outgoing weights of opposite sign. Restored units lie among the
     kept ones, and are new until their stored weights are written.
 
-    Args: change: The change. axis: The axis before it.
+    Args:
+        change: The change.
+        axis: The axis before it.
     """
     keep = torch.tensor(change.keep)
     old, n = Layout.of(keep), len(change.restore) + change.grow
@@ -160,7 +163,9 @@ def units_after(change: Change, axis: Axis) -> Layout:
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:
     """Return the ids of an axis's units after its change: those kept, then those restored, then new ones.
 
-    Args: change: The change. axis: The axis before it.
+    Args:
+        change: The change.
+        axis: The axis before it.
     """
     kept = [axis.ids[unit] for unit in change.keep]
     return [*kept, *change.restore, *range(axis.next_id, axis.next_id + change.grow)]
@@ -203,7 +208,10 @@ def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, 
 
     The numbers mean the same as in :class:`~regrow.axes.Slot`.
 
-    Args: dim: The dimension. key: The key of the axis. sizes: Axis key → its number of units.
+    Args:
+        dim: The dimension.
+        key: The key of the axis.
+        sizes: Axis key → its number of units.
     """
     for loops, inner, offset in _occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)

@@ -25,8 +25,11 @@ from regrow.tracing.walk import op_name
 def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:
     """Record the network that a plan leads to, on a copy without numbers.
 
-    Args: model: The network; it is left unchanged. axes: Its axes. to: The sizes and constants that the plan leads to.
-    example: The input to record with.
+    Args:
+        model: The network; it is left unchanged.
+        axes: Its axes.
+        to: The sizes and constants that the plan leads to.
+        example: The input to record with.
 
     Raises:
         PlanError: If the planned network does not run.
@@ -98,7 +101,9 @@ def run_both(
 def max_difference(ours: Answers, theirs: Answers) -> float:
     """Return the largest absolute difference of two networks' outputs; infinite if shapes differ or one is NaN.
 
-    Args: ours: The outputs of one network. theirs: The outputs of the other.
+    Args:
+        ours: The outputs of one network.
+        theirs: The outputs of the other.
     """
     if len(ours) != len(theirs):
         return inf
@@ -115,7 +120,9 @@ def _gap(x: Tensor, y: Tensor) -> float:
 def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]]:
     """Return the pairs of outputs that both networks have and that are not empty.
 
-    Args: ours: The outputs of one network. theirs: The outputs of the other.
+    Args:
+        ours: The outputs of one network.
+        theirs: The outputs of the other.
     """
     both = zip(ours, theirs, strict=False)  # what gives another number of answers is told by their distance
     return [(x, y) for x, y in both if x is not None and y is not None and x.numel()]
@@ -124,7 +131,8 @@ def common_outputs(ours: Answers, theirs: Answers) -> list[tuple[Tensor, Tensor]
 def max_magnitude(answers: Answers) -> float:
     """Return the largest finite absolute value in a network's outputs; 0 if there is none.
 
-    Args: answers: The outputs.
+    Args:
+        answers: The outputs.
     """
     finite = [x[x.isfinite()].abs() for x in answers if x is not None]
     return max((float(x.max()) for x in finite if x.numel()), default=0.0)
@@ -155,7 +163,11 @@ class CutTensors:
 
     @contextmanager
     def of(self, names: Collection[str]) -> Iterator[None]:
-        """Context manager in which a block's tensors are at hand; large ones are computed when they are read."""
+        """Context manager in which a block's tensors are at hand; large ones are computed when they are read.
+
+        Args:
+            names: The names of the block's parameters and buffers.
+        """
         most = {name: WIDE if name in self.known else LARGE for name in names}
         own = [name for name in names if name in self.state and self.state[name].numel() <= most[name]]
         self.values = self._worked_out(own, self.double)
@@ -165,7 +177,12 @@ class CutTensors:
             self.values = {}
 
     def load(self, name: str, double: bool) -> Tensor:
-        """Return one tensor after the plan, in float64 if ``double``."""
+        """Return one tensor after the plan, in float64 if ``double``.
+
+        Args:
+            name: The name of the parameter or buffer.
+            double: Whether to return it in float64.
+        """
         if name in self.values and double == self.double:
             return self.values[name]
         value = self._worked_out([name], double).get(name)
@@ -173,7 +190,11 @@ class CutTensors:
         return as_double(value) if double else value
 
     def changes(self, name: str) -> bool:
-        """Whether the plan changes a tensor."""
+        """Whether the plan changes a tensor.
+
+        Args:
+            name: The name of the parameter or buffer.
+        """
         dims = self.axes.shapes.get(name, ())
         return any(key in self.plan.changes for dim in dims for key in axes_in(dim))
 

@@ -49,7 +49,8 @@ def check_blocks(change: ProposedChange) -> None:
     computed. Units that are restored are masked in the planned network. New ones are not: they must not change the
     function. If a block differs, or cannot run by itself, both networks run as a whole, on the example.
 
-    Args: change: The prepared plan.
+    Args:
+        change: The prepared plan.
 
     Raises:
         PlanError: If they differ, or a computed tensor differs from its float64 value by more than rounding.
@@ -72,7 +73,10 @@ def check_blocks(change: ProposedChange) -> None:
 def describe_difference(distance: float, largest: float, remedy: str = "a fault of regrow, please report it") -> str:
     """Return the error message for a planned network whose outputs differ from those of the masked one.
 
-    Args: distance: The largest difference of an output. largest: The largest output. remedy: What the user can do.
+    Args:
+        distance: The largest difference of an output.
+        largest: The largest output.
+        remedy: What the user can do.
     """
     return (
         f"the plan cannot be carried out: what it leaves differs by {distance:.1e} from the masked network, whose "
@@ -85,7 +89,8 @@ def select_blocks(change: ProposedChange) -> list[GraphBlock]:
 
     Where all are equally wide, the first is both.
 
-    Args: change: The prepared plan.
+    Args:
+        change: The prepared plan.
     """
     moved, made = change.units.keys(), change.ready.done.values
     steps = change.axes.steps

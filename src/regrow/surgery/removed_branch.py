@@ -33,7 +33,8 @@ class RemovedBranch:
 
         The operations, work and branches of the result, and its order, must be taken from a new recording.
 
-        Args: axes: The network's axes without the branch.
+        Args:
+            axes: The network's axes without the branch.
         """
         old, holds = self.axes, self.branch.holds
 

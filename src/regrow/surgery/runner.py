@@ -304,7 +304,7 @@ def reseed(seed: int) -> None:
 
 
 def loader(model: nn.Module, others: Mapping[str, Tensor] | None = None) -> Load:
-    """Return a function that loads a network's parameters and buffers by name; ``others`` replace some."""
+    """Return a function that loads a network's parameters and buffers by name; ``others`` (by name) replace some."""
     state = {**state_of(model), **(others or {})}
 
     def load(name: str, double: bool) -> Tensor:
@@ -324,7 +324,13 @@ def copy_written(value: object) -> Any:
 
 
 def keep_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis."""
+    """Return which entries of a dimension stay, ``[entries]`` bool, given the kept units of each axis.
+
+    Args:
+        dim: The dimension.
+        sizes: Axis key → its number of units.
+        keep: Axis key → the positions of its kept units; axes not named keep all.
+    """
     match dim:
         case int():
             return torch.ones(dim, dtype=torch.bool)

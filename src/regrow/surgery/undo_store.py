@@ -91,7 +91,9 @@ class UndoStore:
     def parted(self, branches: Iterable[Branch], axes: AxisGraph) -> "tuple[dict[str, RemovedBranch], UndoStore]":
         """Split the store for branches that are dropped: each branch with its own part, and the rest.
 
-        Args: branches: The branches that are dropped. axes: The network's axes before.
+        Args:
+            branches: The branches that are dropped.
+            axes: The network's axes before.
         """
         found, rest = {}, self
         for branch in branches:
@@ -106,7 +108,8 @@ class UndoStore:
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
         """Return the store after a branch is restored, with the cuts inside it restorable again.
 
-        Args: removed: The branch.
+        Args:
+            removed: The branch.
         """
         parts: dict[str, Any] = {
             name: {**getattr(self, name), **getattr(removed.undo, name)}
@@ -171,7 +174,9 @@ class UndoStore:
     def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
         """Rebuild an undo store from its JSON data and its tensors.
 
-        Args: record: What :meth:`record` returned. tensors: What :meth:`tensors` returned.
+        Args:
+            record: What :meth:`record` returned.
+            tensors: What :meth:`tensors` returned.
 
         Raises:
             PlanError: If they are no undo store, or damaged.
@@ -203,8 +208,11 @@ class UndoStore:
     def check_network(self, axes: AxisGraph) -> None:
         """Raise ``PlanError`` if the store has weights of another network than the one of these axes.
 
-        Args: axes: The network's axes.
+        Args:
+            axes: The network's axes.
 
+        Raises:
+            PlanError: If the store is of another network.
         """
         if self.network and self.network != axes.network:
             raise PlanError(
@@ -215,7 +223,9 @@ class UndoStore:
     def check(self, axes: AxisGraph, plan: Plan) -> None:
         """Raise ``PlanError`` unless the store belongs to the network and has every unit that the plan restores.
 
-        Args: axes: The network's axes. plan: The plan.
+        Args:
+            axes: The network's axes.
+            plan: The plan.
 
         Raises:
             PlanError: If it is of another network, has other unit ids, or lacks a unit.
@@ -275,14 +285,26 @@ def locate_entries(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapp
 
 
 def get(full: Tensor, where: list[Tensor]) -> Tensor:
-    """Return the entries of a stored tensor at the given indices of each dimension (ascending)."""
+    """Return the entries of a stored tensor at the given indices of each dimension (ascending).
+
+    Args:
+        full: The stored tensor.
+        where: Indices of each dimension, ascending, one int64 tensor per dimension.
+    """
     for dim, at in enumerate(where):
         full = full if len(at) == full.shape[dim] else full.index_select(dim, at)
     return full
 
 
 def put(full: Tensor, where: list[Tensor], part: Tensor, dim: int = 0) -> Tensor:
-    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``."""
+    """Return a stored tensor with the entries at the given indices of each dimension replaced by ``part``.
+
+    Args:
+        full: The stored tensor.
+        where: Indices of each dimension, ascending, one int64 tensor per dimension.
+        part: The new entries, in the shape of the indices.
+        dim: The dimension at which the recursion is.
+    """
     if dim == len(where):
         return part
     if len(where[dim]) == full.shape[dim]:

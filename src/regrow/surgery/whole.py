@@ -84,7 +84,11 @@ def _widened(model: nn.Module, axes: AxisGraph) -> nn.Module:
 
 
 def shallow_copy(model: nn.Module) -> nn.Module:
-    """Return a copy that shares the parameters' values: a cut makes new tensors and leaves the old ones unchanged."""
+    """Return a copy that shares the parameters' values: a cut makes new tensors and leaves the old ones unchanged.
+
+    Args:
+        model: The network; it is left unchanged.
+    """
     return replace_parameters(model, {})
 
 

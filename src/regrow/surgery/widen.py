@@ -86,7 +86,8 @@ def resize_moment(tensor: Tensor, lays: Mapping[int, Layout], mean: bool) -> Ten
 def roles_of(slots: Sequence[tuple[str, int, Role]]) -> dict[str, dict[int, frozenset[Role]]]:
     """Return tensor name → dimension → all its roles.
 
-    Args: slots: (tensor name, dimension, role) triples.
+    Args:
+        slots: (tensor name, dimension, role) triples.
     """
     result: dict[str, dict[int, frozenset[Role]]] = {}
     for name, dim, role in slots:

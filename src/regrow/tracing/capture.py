@@ -118,6 +118,10 @@ def capture(
 def in_training(model: nn.Module, example: Example) -> Capture:
     """Record a model in training mode on fake data, since some networks use more of their parameters then.
 
+    Args:
+        model: The model; its state is restored afterwards.
+        example: The input to run it on.
+
     Raises:
         TraceError: If it cannot be recorded so.
     """

@@ -50,7 +50,11 @@ class Effects:
         self.end = next(node for node in self.inputs if node.op == "output")
 
     def same(self, node: Any) -> Node:
-        """Return the node that made the tensor, behind casts that change nothing."""
+        """Return the node that made the tensor, behind casts that change nothing.
+
+        Args:
+            node: Any node of the recording.
+        """
         return self._same.get(node, node)
 
     @cached_property
@@ -73,7 +77,11 @@ class Effects:
         return result
 
     def root(self, value: object) -> Node:
-        """Return the node that made the memory in which a value lies, behind views."""
+        """Return the node that made the memory in which a value lies, behind views.
+
+        Args:
+            value: A node, or a list of nodes, whose first counts.
+        """
         node = self.same(value[0] if isinstance(value, list | tuple) else value)
         while node.op == "call_function" and node.args and _views(node):
             first = node.args[0]
@@ -140,14 +148,23 @@ class Effects:
 
 
 def stood(node: Node, replaced: Replaced) -> Node:
-    """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself."""
+    """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself.
+
+    Args:
+        node: The node.
+        replaced: Node → its replacement.
+    """
     while (source := replaced.get(node)) is not None:
         node = source
     return node
 
 
 def writes(node: Node) -> bool:
-    """Whether an operation writes into a tensor in place."""
+    """Whether an operation writes into a tensor in place.
+
+    Args:
+        node: The operation.
+    """
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 

@@ -32,7 +32,11 @@ class Names:
     keys: Mapping[int, str]
 
     def dim(self, expr: Expr) -> Dim:
-        """Return an expression as a dimension written in axes."""
+        """Return an expression as a dimension written in axes.
+
+        Args:
+            expr: The expression of a dimension.
+        """
         expr = d.resolve(expr)
         match expr:
             case Leaf():
@@ -43,7 +47,11 @@ class Names:
                 return _joined(Sum, [self.dim(part) for part in parts])
 
     def dims(self, exprs: Dims) -> tuple[Dim, ...]:
-        """Return several expressions as dimensions written in axes."""
+        """Return several expressions as dimensions written in axes.
+
+        Args:
+            exprs: The expressions of a tensor's dimensions.
+        """
         return tuple(map(self.dim, exprs))
 
 

@@ -162,7 +162,12 @@ _WHOLE = frozenset((int, float, bool, str, type(None), type, FunctionType, torch
 
 
 def fake_example(example: Example, mode: FakeTensorMode) -> Example:
-    """Return an example with its tensors as fake tensors of a mode."""
+    """Return an example with its tensors as fake tensors of a mode.
+
+    Args:
+        example: The example.
+        mode: The fake mode.
+    """
 
     def fake(value: Any) -> Any:
         return mode.from_tensor(value) if isinstance(value, Tensor) else value
@@ -171,7 +176,12 @@ def fake_example(example: Example, mode: FakeTensorMode) -> Example:
 
 
 def cast_example(example: Example, model: nn.Module) -> Example:
-    """Return an example with floating-point tensors in the model's dtype, if the model has only one."""
+    """Return an example with floating-point tensors in the model's dtype, if the model has only one.
+
+    Args:
+        example: The example.
+        model: The model whose dtype it gets.
+    """
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(kinds) != 1:
         return example

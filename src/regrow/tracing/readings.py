@@ -65,7 +65,11 @@ class Recording:
         return blocks(self.capture)
 
     def fits(self, model: nn.Module) -> bool:
-        """Whether the model still has the shapes, dtypes and devices of the recording."""
+        """Whether the model still has the shapes, dtypes and devices of the recording.
+
+        Args:
+            model: The model.
+        """
         state = {
             **dict(model.named_parameters(remove_duplicate=False)),
             **dict(model.named_buffers(remove_duplicate=False)),
@@ -176,7 +180,11 @@ def reads(w: Walk, written: Callable[[Any], Dim]) -> tuple[ReadDim, ...]:
 
 
 def operands(node: Node) -> list[Node]:
-    """Return the tensors that an operation takes, as nodes, in order."""
+    """Return the tensors that an operation takes, as nodes, in order.
+
+    Args:
+        node: The operation.
+    """
     return [one for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
 
 

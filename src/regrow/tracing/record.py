@@ -39,7 +39,11 @@ class DivergedError(RuntimeError):
 
 
 def decision(*asked: Tensor) -> tuple[Tensor, ...]:
-    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant."""
+    """Mark a data-dependent decision in a graph: it takes the tensors that were read; the result is a constant.
+
+    Args:
+        *asked: The tensors on which the decision is based; they are returned.
+    """
     return asked
 
 

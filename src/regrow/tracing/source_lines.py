@@ -32,7 +32,11 @@ def line_here() -> Line | None:
 
 
 def line_of(node: Node | None) -> Line | None:
-    """Return the line that ran an operation, in a recording that notes lines; ``None`` if it is unknown."""
+    """Return the line that ran an operation, in a recording that notes lines; ``None`` if it is unknown.
+
+    Args:
+        node: The operation; ``None``: there is none.
+    """
     if node is None:
         return None
     if result := node.meta.get(LINE):
@@ -44,7 +48,11 @@ def line_of(node: Node | None) -> Line | None:
 
 
 def line_raised(error: BaseException) -> Line | None:
-    """Return the innermost line of a network's own code in an error's traceback; ``None`` if there is none."""
+    """Return the innermost line of a network's own code in an error's traceback; ``None`` if there is none.
+
+    Args:
+        error: The error.
+    """
     result, step = None, error.__traceback__
     while step is not None:
         step, result = _deeper(step, result)
@@ -73,7 +81,11 @@ def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example
 
 
 def format_line(line: Line | None) -> str:
-    """Format a line as ``net.py:12: h = h * 2``; empty for ``None``."""
+    """Format a line as ``net.py:12: h = h * 2``; empty for ``None``.
+
+    Args:
+        line: File name and line number.
+    """
     if line is None:
         return ""
     name, number = line

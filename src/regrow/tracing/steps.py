@@ -138,7 +138,11 @@ def restate_steps(known: Sequence[RecordedStep], recorded: Capture) -> tuple[Rec
 
 
 def operations(recorded: Capture) -> list[Node]:
-    """Return the operations that compute something, and the output; without casts, copies and assertions."""
+    """Return the operations that compute something, and the output; without casts, copies and assertions.
+
+    Args:
+        recorded: The recording.
+    """
     every = (node for node in recorded.graph.nodes if node.op in ("call_function", "output"))
     return [node for node in every if op_name(node) not in ALIASES and not op_name(node).startswith("_assert")]
 
@@ -193,7 +197,11 @@ def calls(
 
 
 def source(node: Node) -> Node:
-    """Return the node behind casts and copies."""
+    """Return the node behind casts and copies.
+
+    Args:
+        node: The node.
+    """
     while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
         node = node.args[0]
     return node

@@ -59,9 +59,25 @@ class Literal:
 class Walk:
     """State and results of a walk over a recorded graph; only rules change it, through its methods and lists.
 
-    ``decided`` maps a module to the operation by which its code got a data-dependent number: with another number it may
-    run other operations. ``also`` has the dimensions that are read in training, and the weights they are multiplied
-    with. ``stacked`` has tensors whose entries along the first dimension have different last dimensions, and these.
+    Args:
+        capture: The recording.
+        dims: Node → the dimensions of its tensor, or a list of them for several tensors.
+        roles: (name of a parameter or buffer, dimension) → its roles.
+        readings: Dimensions that operations sum or compare over.
+        work: (module, operation, dimensions) of each contraction.
+        literals: Numbers that modules passed as sizes.
+        groups: (module, dimension of groups) of grouped convolutions and norms.
+        starts: Slice → the dimension that lies before it.
+        picks: ``topk`` operation → the dimension it picks from.
+        stacked: Tensor whose entries along its first dimension have different last dimensions → these.
+        equal: Pairs of dimensions that must keep equally many units, and why.
+        norms: (operation, kind) of each division by an axis size.
+        weights: Names of the weights of contractions.
+        tables: Names of embedding tables.
+        notes: Remarks for the user on what could not be analysed.
+        decided: Module → the operation by which its code got a data-dependent number.
+        also: Dimensions that are read in training, and the name of the weight they are multiplied with.
+        computed: Node → whether it is computed from parameters, buffers and constants alone.
     """
 
     capture: Capture
@@ -93,7 +109,12 @@ class Walk:
         return place[0] if place else ""
 
     def place(self, node: object, dim: int) -> tuple[str, int] | None:
-        """Return the parameter or buffer, and its dimension, that a node's dimension is; ``None`` if it is computed."""
+        """Return the parameter or buffer, and its dimension, that a node's dimension is; ``None`` if it is computed.
+
+        Args:
+            node: A node of the graph, or any other argument.
+            dim: The index of the dimension.
+        """
         if not isinstance(node, Node):
             return None
         if node in self.capture.states:
