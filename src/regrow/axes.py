@@ -94,7 +94,11 @@ class Slot:
     role: Role
 
     def positions(self, size: int) -> Tensor:
-        """Return the indices that each of ``size`` units owns along the dimension, ``[size, outer * inner]`` (int64).
+        """Return the indices along the dimension that each unit owns, ``[size, outer * inner]`` (int64).
+
+        Args:
+            size: How many units the axis has.
+
         >>> Slot("w", 0, outer=2, stride=6, inner=1, offset=0, role=Role.PRODUCES).positions(3).tolist()
         [[0, 6], [1, 7], [2, 8]]
         """

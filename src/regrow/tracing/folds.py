@@ -17,7 +17,16 @@ from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
 
 @dataclass(frozen=True)
 class FoldSite:
-    """A fold whose dimensions are still expressions; the fields are those of :class:`regrow.axes.Fold`."""
+    """A fold whose dimensions are still expressions, not yet axes.
+
+    Args:
+        over: The dimensions whose size is the divisor.
+        weight: The parameter that compensates for a change of the size.
+        kind: ``"norm"`` or ``"scale"``, as in :class:`regrow.axes.Fold`.
+        plus: The constant that the network adds to the parameter before it multiplies.
+        epsilon: ``module:attribute`` that holds the constant under the root; empty for ``"scale"``.
+        value: The constant under the root.
+    """
 
     over: Dims
     weight: str

@@ -133,7 +133,11 @@ def compared_operands(node: Node) -> list[Node]:
 
 
 def outputs(value: object) -> Iterator[Any]:
-    """Yield the leaves of a network's output: entries of lists, tuples and dicts, and fields of other objects."""
+    """Yield the leaves of a network's output: entries of lists, tuples and dicts, and fields of other objects.
+
+    Args:
+        value: What the network returned.
+    """
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor) or not hasattr(leaf, "__dict__"):
             yield leaf

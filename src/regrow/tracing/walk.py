@@ -138,7 +138,13 @@ class Walk:
         return None
 
     def role(self, node: object, dim: int, role: Role) -> None:
-        """Record the role of a parameter's dimension, if the node is a parameter or made of some entry by entry."""
+        """Record the role of a parameter's dimension, if the node is a parameter or made of some entry by entry.
+
+        Args:
+            node: The node; anything that is no parameter is ignored.
+            dim: The index of the dimension.
+            role: The role.
+        """
         if not isinstance(node, Node):
             return
         if place := self.place(node, dim):
@@ -150,7 +156,7 @@ class Walk:
                     self.role(one, aligned, role)
 
     def of_states(self, node: Node) -> bool:
-        """Whether a value is computed from parameters, buffers and constants alone."""
+        """Whether a node's value is computed from parameters, buffers and constants alone."""
         if node not in self.computed:
             known = node in self.capture.states or node in self.capture.constants
             self.computed[node] = known or (
@@ -161,7 +167,15 @@ class Walk:
         return self.computed[node]
 
     def reads(self, node: Node, operand: Any, dim: int, fill: float | None = 0.0, **more: Any) -> None:
-        """Record that an operation sums or compares over a dimension of an operand, as in :class:`Reading`."""
+        """Record that an operation sums or compares over a dimension of an operand, as in :class:`Reading`.
+
+        Args:
+            node: The operation.
+            operand: The node whose value it reads.
+            dim: The index of the dimension in it.
+            fill: The value that a dropped unit counts as; ``None``: the operation runs over the kept units.
+            **more: ``weight`` and ``groups`` of the reading.
+        """
         self.readings.append(Reading(node, operand, dim, fill, **more))
 
     def passed_on(self, node: Node) -> None:
@@ -174,12 +188,22 @@ class Walk:
                     d.freeze(expr, f"data decide what is done with it, by `{self.decided[between]}` in {where}")
 
     def why(self, node: Node, what: str) -> str:
-        """Return a reason that names the operation and the module."""
+        """Return a reason that names the operation and the module.
+
+        Args:
+            node: The operation.
+            what: The reason.
+        """
         module = module_of(node)
         return f"{what} ({op_name(node)} in {module or 'the model'})"
 
     def fresh(self, node: Node, what: str) -> Any:
-        """Return new frozen dimensions in the shape of the node's value."""
+        """Return new frozen dimensions in the shape of the node's value.
+
+        Args:
+            node: The operation.
+            what: Why the dimensions are frozen.
+        """
         shape = shape_of(node)
         if isinstance(shape, list):
             return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
