@@ -188,11 +188,11 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """Format a number for people: with thousands separators and at most ``digits`` significant digits.
+    """Format a number for people: whole numbers with thousands separators, others with ``digits`` significant digits.
 
     Args:
         value: The number; ``None`` becomes a dash.
-        digits: The number of significant digits.
+        digits: The number of significant digits; numbers with more digits before the point are rounded to whole ones.
     """
     if value is None:
         return "–"

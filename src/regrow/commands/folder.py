@@ -143,7 +143,8 @@ class RunFolder:
         """Open a finished run for reading.
 
         Raises:
-            StoreError: If the folder has no readable ``run.json``, or its run is not finished; says how it goes on.
+            StoreError: If the folder has no readable ``run.json``, or its run is not finished; names the command
+                that resumes it.
         """
         path = Path(path)
         settle(path)
@@ -195,7 +196,7 @@ class RunFolder:
             The finished run, without the files for resuming; the folder is no longer locked.
 
         Raises:
-            StoreError: If the disk is full; what was there before stays, and the run can go on.
+            StoreError: If the disk is full; the old folder is not changed, and the run can be resumed.
         """
         if self.out is None:
             raise ValueError(f"{self.path} was opened for reading; a run is finished where it was begun")

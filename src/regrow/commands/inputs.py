@@ -37,7 +37,12 @@ class SourceSpecs:
 
 @dataclass(frozen=True)
 class Kinds:
-    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources."""
+    """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources.
+
+    Args:
+        calibration: The calibration halves.
+        evaluation: The evaluation halves, of the same sources in the same order, then of unseen ones.
+    """
 
     calibration: tuple[Source, ...]
     evaluation: tuple[Source, ...]

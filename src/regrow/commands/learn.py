@@ -57,8 +57,8 @@ def run(
     Args:
         settings: The settings of the run.
         out: The run folder: new, empty, or of this very run.
-        progress: Called as work goes on.
-        write_page: Called with the complete folder, right before it takes its place.
+        progress: Called with (steps done, steps in all, what is being done).
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If a setting or a sequence is not usable; says which, and the remedy.
@@ -90,10 +90,10 @@ def extend(
     Args:
         out: The folder of a run, finished or interrupted.
         more: Further sequences, as ``Settings.tasks``; empty to finish an interrupted call.
-        progress: Called as work goes on.
+        progress: Called with (steps done, steps in all, what is being done).
         total: The number of sequences that the run has in the end; ``None``: its own and ``more``.
         without_old: Whether data of finished tasks may be missing; the network is then not evaluated on these.
-        write_page: Called with the complete folder, right before it takes its place.
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
 
     Raises:
         ValueError: If the folder is no learning run, a sequence is not usable, or this very call was completed.

@@ -1,7 +1,4 @@
-"""``regrow recover``: recover a pruned model in a run folder of its own, measured on the pruning run's windows.
-
-Both models are measured on the same windows of text.
-"""
+"""``regrow recover``: recover a pruned model in a run folder of its own, measured on the pruning run's windows."""
 
 import copy
 from collections.abc import Sequence

@@ -84,7 +84,7 @@ class MemoryWatch:
     predictions: dict[int, int] = field(default_factory=dict)
 
     def __call__(self, state: SearchState, context: Context, step: int) -> AbstractContextManager[None]:
-        """Return a context manager for a training step, which measures the first two steps of an epoch that need it.
+        """Return a context manager around a training step, which measures two steps per stage, with and without masks.
 
         Args:
             state: The state of the search.

@@ -41,7 +41,7 @@ def course(folder: RunRecord) -> dict[str, Any] | None:
 
     Returns:
         ``tasks`` (names), ``rows`` (the accuracy matrix, one list per task learned), ``before`` (accuracy of the
-        untrained network), ``gone`` (names of tasks that could not be asked any more), ``figures``, ``sizes`` (one
+        untrained network), ``gone`` (names of tasks whose data are missing), ``figures``, ``sizes`` (one
         entry per task learned: ``parameters``, ``nonzero``, ``macs`` of an example, ``remembered`` (bytes beside the
         network) and ``seconds``), ``widths``, ``owned`` and ``free`` (name → value after each task) and ``events`` (one
         entry per growth); ``None`` if it is a run of

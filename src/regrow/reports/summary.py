@@ -27,7 +27,7 @@ def summarise(folders: list[Path]) -> dict[str, Any]:
 
     Returns:
         ``format``, ``runs`` (one dictionary per folder; what is not known is ``None`` or empty, and ``missing`` and
-        ``problems`` say so in words) and ``kinds`` (the kinds of text that all runs were evaluated on).
+        ``problems`` say so in words) and ``kinds`` (the text domains that all runs were evaluated on).
 
     Raises:
         ReportError: If there is no folder, more than 64, or one without a readable ``run.json``.

@@ -14,12 +14,13 @@ On SmolLM2-135M ``own`` recovers more, above all on text domains that it was not
 before can mostly not be predicted from a layer's inputs. It needs a network that equals the dense one but for layers
 that read cut units: not one that was trained since, or that lost units of a residual stream under norms.
 
-The ridge is chosen per layer on the held-out part of the text; a layer that no ridge brings closer there stays as it
-is. A bias goes along, and layers that can have one get one. Where nothing was cut nothing is missing, and D = 0.
+The ridge is chosen per layer on the held-out part of the text; a layer that no ridge brings closer to its target is not
+changed. Biases are fitted too, and layers that can have one get one. Where nothing was cut, D = 0.
 
-All the text runs through at once, one time. Memory: both networks, the activations of all positions at one layer (about
-4 · positions · width of the widest layer · 4 bytes; twice for ``dense``), and 8 (k² + k · out) bytes of sums, three
-times, for the layer at hand with k inputs. A resumed run does the forward pass again, and solves no layer twice.
+All the text runs through the network once, in one batch. Memory: both networks, the activations of all positions at one
+layer (about 4 · positions · width of the widest layer · 4 bytes; twice for ``dense``), and 8 (k² + k · out) bytes of
+sums, three times, for the present layer with k inputs. A resumed run repeats the forward pass, but solves no layer
+twice.
 """
 
 from collections import Counter

@@ -1,8 +1,8 @@
 """Random baselines of a search: random operations, the same fraction of every axis, or the smallest weights.
 
 A search should do better than these at the same size and with the same training (Li and Talwalkar, arXiv 1902.07638).
-With the ``split`` of what a search removed, they tell whether it matters which units it chose, or only how much of each
-granularity.
+With ``split`` set to what a search removed of each granularity, they show whether its choice of units matters, or only
+the amounts.
 """
 
 from dataclasses import asdict, dataclass, replace

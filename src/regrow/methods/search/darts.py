@@ -7,14 +7,13 @@ On an edge (the operations of one node that read the same source) operation i is
 
 One half of the training examples of the search trains the weights, the other α, both in the same step; the validation
 part is only used for reports. At the end each node keeps its two edges with the largest weight of an operation, and of
-each edge that operation. If that costs more than the target, all axes then lose the same share of their filters; if
-less, it stays as it is.
+each edge that operation. If that costs more than the target, all axes then lose the same fraction of their filters.
 
 With ``edges`` each edge also has a weight, a softmax over β of the edges into its node, which scales its operations and
 counts in the choice; with ``warm`` only weights are trained at first; with ``partial`` operations read and change one
-channel in so many, and the others bypass them. These three are PC-DARTS (Xu et al., arXiv 1907.05737): ``partial=4``,
-``edges=true``, ``warm=0.3`` and ``lr=2.9`` are its numbers. Channels are masked, not cut: the search needs the memory
-and time of the whole network, and the found network has weights that were not trained.
+channel in ``partial``, and the others bypass them. These three are PC-DARTS (Xu et al., arXiv 1907.05737):
+``partial=4``, ``edges=true``, ``warm=0.3`` and ``lr=2.9`` are its numbers. Channels are masked, not
+cut: the search needs the memory and time of the whole network, and the found network has weights that were not trained.
 
 Where we differ: every cell has its own α, unless ``shared``; there is no operation "none", only its logit; BatchNorms
 are affine; and the learning rate of α is divided by the number of steps; it equals the authors' at their 50 epochs.

@@ -1,17 +1,17 @@
 """GOLD-NAS-like: only operations are searched, and dropped a few at a time under a growing regulariser.
 
 Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331). **Reconstructed** from notes on the authors'
-code; neither that nor the paper was at hand. With a = σ(α) of an operation, and over
-the N operations that flow into its node, α and weights learn from the same examples
+code; neither the code nor the paper was available. With a = σ(α) of an operation, and sums over
+the N operations that flow into its node, α and weights are trained on the same examples to minimise
 
     cross-entropy + λ Σ (1 + μ cost / mean cost) log(1 + N a / Σ a).
 
 After each epoch all operations are dropped whose fraction a / Σ a is at most ``low``, and of those where it is at most
 ``high`` the ``each`` lowest. If fewer were dropped, λ grows, by steps that double; if twice as many were, it is halved.
-The last operation of a node, or of what reads an input of its cell, stays; tied operations count as one.
+The last operation of a node, and the last one that reads an input of its cell, stay; tied operations count as one.
 
 Ours: operations are dropped until the target is met and no further, and λ is 0 then; ``each`` follows from the number
-of epochs; what exceeds the target at the end is dropped by the size of α; learning rates are shares of the steps; and
+of epochs; what exceeds the target at the end is dropped by the size of α; learning rates scale with 1 / steps; and
 the seven operations of our space are searched, not the authors' two.
 """
 

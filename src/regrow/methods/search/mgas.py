@@ -3,7 +3,7 @@
 Liu, Saxena, Cao, Zhao, Ruan: MGAS / MG-DARTS (arXiv 2310.15074). **Reconstructed** from the abstract and the authors'
 public code (lxy12357/MG_DARTS), whose errors are not copied. The abstract names the parts: a learned discretisation per
 granularity, stages over growing prefixes of the network, and a re-evaluation that prunes and regrows. What neither
-settles is a setting with a default of ours. Searching operations only (``levels=operations``) is as good: see
+settles is a setting, whose default is ours. Searching operations only (``levels=operations``) is as good: see
 docs/reproductions/mgas.md.
 
 With a = σ(α) of an operation, b = σ(κ) of a filter, r = |w| / mean |w| of a weight, and thresholds t per granularity,
@@ -14,15 +14,15 @@ replace the network's own parameters, while everything, thresholds included, lea
 
     cross-entropy + μ ((size + lifted) / allowed − 1) + λ (Σ log(1 + N a / Σ a) + Σ exp(−t));
 
-size is what the masks leave, and allowed falls until the target is reached. Under ``dual`` μ follows the excess (ours),
-lifted is what operations that are kept lack of ``floor`` (ours), and λ is constant, without its second sum, since μ
-raises thresholds; nodes that end with one operation anyway are in neither. Under ``feedback`` μ is 0 and λ follows the
-authors' controller; under ``ratios`` each granularity keeps a given share (a control). Filters are those of an axis, so
-what is masked can always be cut.
+size is the size under the masks, and allowed falls until the target is reached. Under ``dual`` μ follows the excess of
+size over allowed (ours), lifted is by how much kept operations cost less than ``floor`` (ours), and λ is constant,
+without its second sum, since μ raises thresholds; nodes of which only one operation may remain are in neither term.
+Under ``feedback`` μ is 0 and λ follows the authors' controller; under ``ratios`` each granularity keeps a given
+fraction (a control). Filters are the units of an axis, so what is masked can always be cut.
 
 Every other epoch, what is masked is cut from the network. A stage runs the network up to one of its classifiers; when
-the next one begins, thresholds start at 0, and a share of the operations dropped in the stage is restored, drawn as the
-authors draw them.
+the next one begins, thresholds start at 0, and a fraction of the operations dropped in the stage is restored, sampled
+as the authors sample them.
 """
 
 from dataclasses import asdict, dataclass, replace

@@ -16,7 +16,13 @@ from regrow.training.state import derived, stored_as
 
 @dataclass(frozen=True)
 class Savings:
-    """The reduction of the network's size by each granularity, in units of the search's measure."""
+    """The reduction of the network's size by each granularity, in units of the search's measure.
+
+    Args:
+        operations: The reduction by dropped operations.
+        filters: The reduction by cut filters.
+        weights: The reduction by weights set to 0.
+    """
 
     operations: float = 0.0
     filters: float = 0.0

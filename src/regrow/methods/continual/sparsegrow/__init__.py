@@ -9,18 +9,18 @@ strongest baseline is Kronecker-factored Laplace (Ritter et al., NeurIPS 2018): 
 A task, for weights W with thresholds t and the entries M that earlier tasks own:
 
 1. train on  loss + α Σ exp(−t), with W ∘ [|W| ≥ t or M] in the place of W; the gate preconditions every step;
-2. in the last ``late`` of its epochs widen every hidden axis that is short of what is free by ``width`` of its first
-   size: newborn units read a ``density`` of their inputs, turned (among these) away from what old tasks fed their layer
-   and scaled to the spread of the old units on the data at hand, with the sign with which they answer it; nothing reads
-   them yet; their penalty is ``young`` times as much;
-3. at its end set what is below its threshold to 0, own what is left, begin t anew.
+2. when the last ``late`` of its epochs begin, widen every hidden axis that is short of free capacity by ``width`` of
+   its initial size: new units read a fraction ``density`` of their inputs, are projected (among these) away from the
+   inputs that earlier tasks fed their layer, and are scaled to the spread of the old outputs on the present data;
+   their outgoing weights are 0 at first; their penalty is ``young`` times as strong;
+3. at its end set entries below their threshold to 0, own the remaining ones, and reset t to 0.
 
 The default gate ``kronecker`` multiplies a layer's step Δ by  (1 + s A ⊗ (B + d))⁻¹,  with A the second moments of its
 inputs in earlier tasks and B those of the gradients of its outputs. It is the preconditioner of Natural Continual
-Learning (Kao et al., NeurIPS 2021) with the Kronecker factors of Ritter et al., but without their pull to the
-parameters of earlier tasks; the damping d is ours. No examples are stored, directions that old tasks did not read stay
-free, and widening adds such directions. The other gates act on single entries; ``hard`` restores protected entries
-after each step. Parameters that no gate covers, as scales and shifts of norms, are frozen.
+Learning (Kao et al., NeurIPS 2021) with the Kronecker factors of Ritter et al., but without their penalty on the
+distance to earlier parameters; the damping d is ours. No examples are stored, directions that earlier tasks did not use
+stay free, and widening adds such directions. The other gates act on single entries; ``hard`` restores protected entries
+after each step. Parameters that no gate covers, such as scales and shifts of norms, are frozen.
 """
 
 from regrow.methods.continual.sparsegrow.learner import build
