@@ -54,11 +54,11 @@ class Role(StrEnum):
 class Mark(StrEnum):
     """How exactly an axis can be cut: what removing its units does to the function that the network computes.
 
-    * ``NEUTRAL``: only sums read the axis; dropped units count as 0.
-    * ``COMPETED``: a softmax or a maximum reads it; dropped units count as −∞.
-    * ``FOLDED``: its size stands in a divisor, and surgery folds the change into neighbouring numbers.
-    * ``RESTATED``: a norm over the axis is taken over the kept units; no fold makes that equal to masking with 0.
-    * ``FROZEN``: it cannot be cut, and the axis says why.
+    * ``NEUTRAL``: only sums read the axis: the cut equals masking, where dropped units count as 0.
+    * ``COMPETED``: a softmax or a maximum reads it: the cut equals masking with −∞.
+    * ``FOLDED``: its size is a divisor (in a norm or attention scale); the cut rescales the gain or weight next to it.
+    * ``RESTATED``: a layer or group norm runs over it, and after the cut over the kept units: masking with 0 differs.
+    * ``FROZEN``: it cannot be cut; ``Axis.reason`` has the reason.
     """
 
     NEUTRAL = "neutral"
@@ -287,8 +287,7 @@ class AxisGraph:
         Axes that must stay equal in size while their units count differently (``Axis.times``) are left out.
 
         Args:
-            only: Patterns (``fnmatch``, or a plain part of a dotted name); each tensor of the axis must match one;
-                empty: all.
+            only: Patterns (``fnmatch``, or part of a dotted name); each tensor of an axis must match one; empty: all.
             exclude: Patterns; an axis is left out as soon as one of its tensors matches.
             marks: Which marks are allowed; neutral alone unless given.
         """

@@ -195,7 +195,7 @@ def available_memory() -> int | None:
         ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
     ):
         limits, taken = _figures(f"{group}/{limit}"), _figures(f"{group}/{used}")
-        # What only caches files is given back when memory is asked for.
+        # Memory used as file cache is released when processes allocate more.
         returned = _figures(f"{group}/memory.stat", cached)
         known += [max(0, most - now + sum(returned)) for most, now in zip(limits, taken, strict=False)]
     return min(known, default=None)

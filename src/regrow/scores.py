@@ -30,7 +30,7 @@ class Scores:
 
 @dataclass
 class Moments:
-    """Running sums of a weight's inputs, per input feature (``[C]``, float64), that give means and variances.
+    """Running sums of a weight's inputs, from which means and variances per input feature are computed.
 
     A *position* is a token of a text or a pixel of a picture; a *sequence* is one text window or one picture.
 

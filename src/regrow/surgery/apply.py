@@ -112,7 +112,7 @@ def try_out(
     """
     planned = None
     if axes.steps or not axes.declared:
-        # No recording shows the sizes of declared axes: they stay as they are there.
+        # No recording shows the sizes of declared axes, so they are unchanged in it.
         planned = rehearse(model, axes, replace(to, sizes={**to.sizes, **{k: axes[k].size for k in axes.declared}}))
     if axes.declared:
         _try(model, axes, plan, undo)

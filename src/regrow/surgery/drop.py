@@ -175,7 +175,7 @@ def replay_cuts(removed: RemovedBranch, axes: AxisGraph) -> RemovedBranch:
         integers={place: dim for place, dim in old.integers.items() if holds(place.partition(":")[0])},
         folds=tuple(fold for fold in old.folds if holds(fold.weight)),
     )
-    # Only a module that holds nothing else is changed, and only its copy.
+    # Only copies of the branch's modules are changed, inside an otherwise empty module.
     shell = _shell({path: copy.deepcopy(module) for path, module in removed.modules.items()})
     undo = copy.copy(removed.undo)
     shell, cut = carry_out(shell, inner, Plan.keeping(inner, keep), undo=undo)
@@ -203,7 +203,7 @@ def _without(model: nn.Module, axes: AxisGraph, removed: Sequence[Branch]) -> Ax
     names = ", ".join(branch.module for branch in removed)
     bare, mode = meta_copy(model, {})
     given = fake_example(cast_example(axes.example, model), mode)
-    # What candidates are summed by leaves out those that give nothing: that needs no proof.
+    # Candidates leaves operations that return None out of its sum, which needs no proof.
     summed = [branch for branch in removed if branch.gives == "nothing"]
     proved = [branch for branch in removed if branch.gives != "nothing"]
     try:

@@ -125,8 +125,8 @@ def units_after(change: Change, axis: Axis) -> Layout:
     kept ones, and are new until their stored weights are written.
 
     Args:
-        change: The change.
-        axis: The axis before it.
+        change: The change to the axis.
+        axis: The axis before the change.
     """
     keep = torch.tensor(change.keep)
     old, n = Layout.of(keep), len(change.restore) + change.grow
@@ -143,7 +143,7 @@ def units_after(change: Change, axis: Axis) -> Layout:
     twin, one = torch.arange(many + n), torch.ones(many + n, dtype=torch.float64)
     match rule:
         case "split":
-            # Unequal shares, or a unit and its copy would learn the same for ever.
+            # Unequal shares; with equal ones a unit and its copy would get equal gradients for ever.
             share = 0.5 + torch.rand(many + n, dtype=torch.float64, generator=generator)
             owner = torch.cat([torch.arange(many), donors])
             total = torch.zeros(many, dtype=torch.float64).index_add(0, owner, share)

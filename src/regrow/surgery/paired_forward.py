@@ -63,7 +63,7 @@ def run_pair(
     shrunk = Runner(small, whole.given, cut.load, double)
     ours, theirs = operations(whole.capture), operations(small)
     alike = [op_name(node) for node in ours] == [op_name(node) for node in theirs]
-    # A network that does something else at other sizes has no blocks in common with itself.
+    # If the network runs other operations at other sizes, the two have no common blocks.
     run_both(masked, shrunk, blocks(whole.capture) if alike else (), ours, theirs, cut)
     return masked.answers, shrunk.answers
 

@@ -236,7 +236,7 @@ class _Pair:
     def _check_rounding(self, values: Mapping[str, Tensor]) -> None:
         """Raise ``PlanError`` if tensors to be written differ from the checked float64 ones by more than rounding."""
         change = self.change
-        # What an undo store writes anew comes from numbers of before earlier cuts, which were rounded once.
+        # The undo store computes these from values stored before earlier cuts, which were rounded only once.
         anew = {*(fold.weight for fold in change.axes.folds), *map(bias_of, change.undo.means if change.undo else ())}
         for name, exact in values.items() if not change.recalls else ():
             done = change.ready.done.values[name]

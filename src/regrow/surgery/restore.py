@@ -94,7 +94,7 @@ class _Way:
     # --- where, and at which size ---------------------------------------------------------------------------------
 
     def dims(self, name: str) -> tuple[Dim, ...]:
-        # A bias that compensation is about to make lies along what its weight makes.
+        # A bias that compensation is about to add has its weight's output dimension.
         return self.axes.shapes.get(name) or (bias_dim(self.axes, name),)
 
     def here(self, name: str) -> list[Tensor]:

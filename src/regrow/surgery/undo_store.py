@@ -99,7 +99,7 @@ class UndoStore:
         for branch in branches:
             stays = axes.without([branch]).axes.keys()
             names = {name: branch.holds(name.partition(":")[0]) for name in rest._names()}
-            # What was dropped before stays here: else each branch would hold all earlier ones, and they in turn.
+            # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
             goes = replace(rest._of({n for n in names if names[n]}, axes.axes.keys() - stays), branches={})
             found[branch.module] = RemovedBranch(branch, axes, goes)
             rest = rest._of({name for name in names if not names[name]}, {*stays})

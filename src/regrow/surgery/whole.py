@@ -54,7 +54,7 @@ def run_whole_pair(
     if axes.recorded == "not":
         masked = _run(whole, example, double, None)
     else:
-        # What the zeros of declared axes make of the rest is another recording.
+        # With zeros in the weights of declared axes, the network needs a recording of its own.
         recorded = _recorded(whole, axes, example, double, decisions)
         declared = {slot.name for key in axes.declared if key in plan.changes for slot in axes[key].consumers()}
         means = {name: row for name, row in plan.means.items() if name not in declared}

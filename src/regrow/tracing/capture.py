@@ -93,7 +93,7 @@ def capture(
         lines: Whether to note which line of the model's code ran each operation.
 
     Raises:
-        TraceError: If the model cannot be recorded; says why.
+        TraceError: If the model cannot be recorded; the message says why.
     """
     refusal, refused = "", None
     with evaluating(model), torch.enable_grad(), quiet(), lightly(lines), preserve_state(model, outside=True):

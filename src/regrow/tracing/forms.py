@@ -91,7 +91,7 @@ def _by_kernel(func: Any, args: Any, kwargs: Any, mode: FakeTensorMode, device: 
     return map_arguments(out, Tensor, lambda x: known[id(x)] if id(x) in known else FakeTensor(mode, x, device))
 
 
-# --- rules: a shape, a shape and strides, the operand that is given back, or None where they do not hold -------------
+# --- rules return a shape, a shape and strides, the operand that is returned itself, or None if they do not apply ----
 
 
 def _entrywise(x: Tensor, *numbers: Any, **more: Any) -> Any:

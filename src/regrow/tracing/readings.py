@@ -103,7 +103,7 @@ class Readings:
 
     @property
     def given(self) -> list[Any]:
-        """The network's inputs alone, in order."""
+        """The values of the network's inputs alone, in order."""
         places = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
         known = self.capture.states.keys() | self.capture.constants.keys()
         return [value for node, value in zip(places, self.inputs, strict=True) if node not in known]

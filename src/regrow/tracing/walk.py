@@ -188,22 +188,12 @@ class Walk:
                     d.freeze(expr, f"data decide what is done with it, by `{self.decided[between]}` in {where}")
 
     def why(self, node: Node, what: str) -> str:
-        """Return a reason that names the operation and the module.
-
-        Args:
-            node: The operation.
-            what: The reason.
-        """
+        """Return the reason ``what`` with the operation and the module added, for reports of frozen axes."""
         module = module_of(node)
         return f"{what} ({op_name(node)} in {module or 'the model'})"
 
     def fresh(self, node: Node, what: str) -> Any:
-        """Return new frozen dimensions in the shape of the node's value.
-
-        Args:
-            node: The operation.
-            what: Why the dimensions are frozen.
-        """
+        """Return new dimensions in the shape of the node's value, frozen for the reason ``what``."""
         shape = shape_of(node)
         if isinstance(shape, list):
             return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
@@ -264,7 +254,7 @@ def walk(
         capture: The recorded graph.
         rules: Operation name → its rule.
         pointwise: The rule of all operations that torch tags as entrywise.
-        cautious: Whether to freeze dimensions with which other data might make the network do something else.
+        cautious: Whether to freeze dimensions in data-dependent code: on other data it may run other operations.
         known: Name of a parameter or buffer → its dimensions from an earlier walk; new ones unless given.
     """
     w = Walk(capture)

@@ -101,7 +101,7 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int
             exponent = arg(node, 1)
             return common if isinstance(exponent, int | float) and exponent > 0 else set()
         case "linear" | "conv1d" | "conv2d" | "conv3d":
-            # The weight makes the unit and the bias shifts it: both are 0, and what they work on does not matter.
+            # A unit is 0 for any input if its weights and its bias are 0.
             made = [one for one in node.args[1:3] if isinstance(one, Node)]
             return set.intersection(*({*zeros[one]} for one in made)) & _carried((w.of(made[0])[0],))
         case "zeros_like":

@@ -109,7 +109,7 @@ def _tied(w: Walk, node: Node, gates: int, params: Sequence[Node], biased: bool,
     d.unify(w.of(back)[1], handed, why)
     w.role(inner, 1, Role.CONSUMES)
     w.role(back, 1, Role.CONSUMES)
-    # What is read inside the operation can only be masked in the weights that read it.
+    # Reads inside the fused operation can only be masked in the weights.
     w.reads(node, back, 1, weight=w.source(back))
     w.weights += [name for one in (inner, back, *projection) if (name := w.source(one)) and name not in w.weights]
     return _Made(units, handed)
