@@ -24,8 +24,8 @@ class Levels:
     """Index vectors that say which filter, operation and weight every parameter entry belongs to, and its cost.
 
     Args:
-        weights: Names of the N-entry part: the parameters that can be masked (those that read filters, and
-            ``AxisGraph.counted``).
+        weights: Names of the parameters that can be masked: those that read filters, and those in
+            ``AxisGraph.counted``; N entries in all.
         shapes: The shapes of ``weights``.
         axes: Axis key → the index of its first filter among all filters.
         filters: How many filters there are.

@@ -187,7 +187,7 @@ def _refill(
     lanes: list[Lane],
     members: list[np.ndarray],
 ) -> None:
-    """Put steps back, best first, as long as any fits; ``taken`` and ``vector`` are changed.
+    """Keep removed units after all, best first, as long as they fit; ``taken`` and ``vector`` are changed.
 
     What is left only shrinks and no unit gets cheaper as others return, so a lane that does not fit once is closed.
     """

@@ -1,4 +1,4 @@
-"""Choose dropped operations to revive, sampled by the gradient and importance of their kind and cell."""
+"""Choose dropped operations to revive in a search, sampled by gradient and importance (MG-DARTS, MGAS)."""
 
 from collections.abc import Mapping, Sequence
 

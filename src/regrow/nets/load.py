@@ -236,7 +236,7 @@ def _from_callable(name: str, wanted: Wanted | None, pixels: int) -> Loaded:
 
 
 def _taken(name: str, model: nn.Module, example: Example) -> Example:
-    """Return the example, or raise ModelError if the network does not run on it."""
+    """Return the example if the network runs on it, else raise ModelError."""
     try:
         with torch.no_grad():
             model(*example.args, **example.kwargs)

@@ -54,8 +54,8 @@ def collect(
         Source name → one ``Statistics`` per shard; tensors float64 (gradients float32), on the CPU.
 
     Raises:
-        ValueError: If a source has fewer batches than shards, two have one name, gradients are asked for without
-            labels, or a weight is fed NaN or infinity (the first such weight, in the order of execution).
+        ValueError: If a source has fewer batches than shards, two have one name, gradients are needed without
+            labels, or the input of a weight holds NaN or infinity (names the first, in the order of execution).
     """
     _check_sources(sources, shards)
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & set(needs):
@@ -149,7 +149,7 @@ class _Walk:
 
 @contextmanager
 def _evaluating(model: nn.Module, differentiated: Sequence[str]) -> Iterator[None]:
-    """The network in eval mode, with gradients for the named parameters alone; afterwards everything as before."""
+    """Put the network in eval mode, with gradients for the named parameters alone; restore it afterwards."""
     modes = {module: module.training for module in model.modules()}
     asks = {parameter: parameter.requires_grad for parameter in model.parameters()}
     wanted = set(differentiated)
@@ -194,7 +194,7 @@ def _inputs(batch: Batch) -> Iterator[Tensor]:
 
 
 def _leading(batch: Batch) -> int:
-    """How many sequences (texts, pictures) a batch has."""
+    """Return how many sequences (texts, images) a batch has."""
     return next((len(value) for value in _inputs(batch) if value.dim()), 1)
 
 

@@ -212,7 +212,7 @@ def _merged(cells: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _kmeans(points: Tensor, k: int, seed: int) -> Tensor:
-    """Which of ``k`` clusters each row is in.
+    """Return which of ``k`` clusters each row is in.
 
     Raises:
         ValueError: If scikit-learn is not installed.

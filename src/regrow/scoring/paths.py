@@ -67,5 +67,5 @@ def _made(weights: Mapping[str, Tensor], axes: AxisGraph, axis: Axis) -> Iterato
 
 
 def _finite(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A unit with a zero matrix has the logarithm −∞: below every other, but a number."""
+    """Replace −∞, the logarithm for a unit with a zero matrix, by a number below every other."""
     return {key: value.clamp_min(-1e6) for key, value in values.items()}

@@ -114,7 +114,7 @@ def rank_in_modules(
 
 
 def _scaled(values: Tensor, labels: Sequence[str]) -> Tensor:
-    """Each value scaled to 0..1 over those of its kind."""
+    """Return each value scaled to 0..1 over the values of the same label."""
     result = torch.zeros_like(values)
     for label in set(labels):
         mine = torch.tensor([other == label for other in labels])
@@ -128,7 +128,7 @@ def _sizes(modules: Modules) -> Tensor:
 
 
 def _most(u: Tensor, sizes: Tensor, judged: Tensor, left: float) -> Tensor:
-    """Trust nothing of the highest ``u``, as long as there are no more than ``left`` units in it."""
+    """Set the trust of the modules with the highest ``u`` to 0, for at most ``left`` units in all."""
     trust = torch.ones(len(u), dtype=torch.float64)
     for module in torch.argsort(-u, stable=True).tolist():
         if judged[module]:
@@ -140,7 +140,7 @@ def _most(u: Tensor, sizes: Tensor, judged: Tensor, left: float) -> Tensor:
 
 
 def _agreement(modules: Modules, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Tensor:
-    """Spearman's correlation of two orders inside each module."""
+    """Return Spearman's rank correlation of two score orders inside each module."""
     labels, a, b = (torch.cat([values[key] for key in modules.labels]) for values in (modules.labels, one, other))
     pairs = [torch.stack([percentile(a[labels == m]), percentile(b[labels == m])]) for m in range(len(modules))]
     return torch.stack([torch.corrcoef(pair)[0, 1] for pair in pairs]).nan_to_num(1.0)

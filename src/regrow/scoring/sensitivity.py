@@ -167,7 +167,7 @@ def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int
 
 
 def _effects(shards: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(between, within, F) per unit, of ``[M, S, n]``; one shard has no variance within."""
+    """Return (between, within, F) per unit, of ``[M, S, n]``; a single shard has no variance within."""
     s = shards.shape[1]
     over = s * shards.mean(1).var(0)
     inside = shards.var(1).mean(0) if s > 1 else torch.zeros_like(over)

@@ -1,4 +1,4 @@
-"""Seeing what a weight is fed: a torch-function mode that sums the inputs of the weights it is told to watch."""
+"""A torch-function mode that sums the inputs of chosen weights wherever they are contracted."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -166,7 +166,7 @@ class InputSums(TorchFunctionMode):
             self.sums[name] = self.sums[name] + moments if name in self.sums else moments
 
     def _rows(self, value: Tensor, dim: int) -> tuple[Tensor, int, Tensor | None]:
-        """The input as sequences of positions: ``[sequences, positions, channels]`` or channels before positions."""
+        """Return the input as ``[sequences, positions, channels]`` or with channels before positions, and a mask."""
         if dim != -1:
             return value.reshape(-1, *value.shape[dim:]).flatten(2), 1, None
         n = self.sequences
@@ -179,7 +179,7 @@ class InputSums(TorchFunctionMode):
 
 
 def _moments(rows: Tensor, channels: int, mask: Tensor | None) -> Moments:
-    """Sums over the sequences and positions of ``rows``; float32 within a chunk, float64 between chunks."""
+    """Return sums over the sequences and positions of ``rows``; float32 within a chunk, float64 between chunks."""
     positions = 3 - channels
     home = torch.device("cpu") if rows.device.type == "mps" else rows.device
     step = max(1, CHUNK // max(1, rows[0].numel())) if rows.device.type == "cpu" and len(rows) else max(1, len(rows))

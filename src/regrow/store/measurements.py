@@ -16,7 +16,16 @@ Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
 class SizeRow(msgspec.Struct, frozen=True):
-    """The size of a model: parameters, multiply–accumulates of one example, bytes."""
+    """The size of a model: parameters, multiply–accumulates of one example, bytes.
+
+    Args:
+        model: Which model of the run: ``"dense"``, ``"pruned"``, ``"recovered"``.
+        params_all: All parameters, tied ones once.
+        params_counted: The weights of which ``keep`` is a fraction (``AxisGraph.counted``).
+        macs: Multiply–accumulates of one example.
+        bytes: Bytes of the weights on disk in ``dtype``.
+        dtype: The dtype in which bytes are counted.
+    """
 
     model: str
     params_all: Count
@@ -27,7 +36,19 @@ class SizeRow(msgspec.Struct, frozen=True):
 
 
 class PerplexityRow(msgspec.Struct, frozen=True):
-    """The perplexity of a model on a source, with the negative log-likelihood (``nll``) and standard error."""
+    """The perplexity of a model on a source, with the negative log-likelihood (``nll``) and standard error.
+
+    Args:
+        model: Which model of the run.
+        source: The name of the source.
+        ppl: The perplexity.
+        nll: The mean negative log-likelihood, in nats per token.
+        seen: Whether importance was measured on this source.
+        se: The standard error of ``nll``.
+        tokens: The number of labelled positions.
+        bits_per_byte: Bits per UTF-8 byte of the text.
+        nll_per_window: The summed negative log-likelihood of each window, in nats.
+    """
 
     model: str
     source: str
@@ -41,7 +62,15 @@ class PerplexityRow(msgspec.Struct, frozen=True):
 
 
 class ChoiceRow(msgspec.Struct, frozen=True):
-    """The accuracy of a model on a multiple-choice task or a source, with its standard error."""
+    """The accuracy of a model on a multiple-choice task or a source, with its standard error.
+
+    Args:
+        model: Which model of the run.
+        task: The name of the task or source.
+        acc: The accuracy, 0 to 1.
+        n: The number of items.
+        acc_se: The standard error of ``acc``.
+    """
 
     model: str
     task: str
@@ -51,7 +80,14 @@ class ChoiceRow(msgspec.Struct, frozen=True):
 
 
 class PairedRow(msgspec.Struct, frozen=True):
-    """The difference in negative log-likelihood of two models on the same windows of a source."""
+    """The difference in negative log-likelihood of two models on the same windows of a source.
+
+    Args:
+        source: The name of the source.
+        delta_nll: The mean difference (second model − first), in nats per token.
+        se: Its standard error over windows.
+        of: The two models; dense and pruned if empty.
+    """
 
     source: str
     delta_nll: Figure
@@ -60,7 +96,14 @@ class PairedRow(msgspec.Struct, frozen=True):
 
 
 class VerifyRow(msgspec.Struct, frozen=True):
-    """The largest difference between the outputs of the masked and the cut model, and its allowed bound."""
+    """The largest difference between the outputs of the masked and the cut model, and its allowed bound.
+
+    Args:
+        max_abs_diff: The largest absolute difference of an output.
+        bound: The largest difference that is allowed.
+        ok: Whether the difference is within the bound.
+        dtype: The dtype in which outputs were compared.
+    """
 
     max_abs_diff: Figure
     bound: Figure
@@ -69,7 +112,16 @@ class VerifyRow(msgspec.Struct, frozen=True):
 
 
 class BudgetRow(msgspec.Struct, frozen=True):
-    """The quantity that a budget limits: requested, before the cut, after it, and predicted."""
+    """The quantity that a budget limits: requested, before the cut, after it, and predicted.
+
+    Args:
+        measure: What the budget counts.
+        context: The tokens in the key-value cache, if that is counted.
+        asked: The requested limit.
+        before: The amount before the cut.
+        after: The amount after the cut.
+        predicted: The milliseconds that the plan predicted, if time is counted; ``after`` is then measured.
+    """
 
     measure: str
     context: Count
@@ -80,7 +132,15 @@ class BudgetRow(msgspec.Struct, frozen=True):
 
 
 class RecoveryRow(msgspec.Struct, frozen=True):
-    """One round of recovery after a cut: the method, the tokens used and the seconds taken."""
+    """One round of recovery after a cut: the method, the tokens used and the seconds taken.
+
+    Args:
+        by: The recovery method.
+        tokens: The tokens that it used.
+        seconds: The seconds that it took.
+        round: The number of the round, from 1.
+        note: What a reader of results must know.
+    """
 
     by: str
     tokens: Count
@@ -90,7 +150,17 @@ class RecoveryRow(msgspec.Struct, frozen=True):
 
 
 class TaskRow(msgspec.Struct, frozen=True):
-    """A task that was learned: its index, and the accuracy on every task known by then."""
+    """A task that was learned: its index, and the accuracy on every task known by then.
+
+    Args:
+        name: The name of the task.
+        task: The index of the task, from 0.
+        accuracy: The accuracy on every task known by then; ``None`` if not measured.
+        parameters: The parameters of the network after the task.
+        nonzero: Those that are not 0.
+        macs: Multiply–accumulates of one example.
+        seconds: The seconds that learning took.
+    """
 
     name: str
     task: Count
@@ -106,7 +176,19 @@ class TaskRow(msgspec.Struct, frozen=True):
 
 
 class CommitRow(msgspec.Struct, frozen=True):
-    """A change of shape during training, with the loss before it and the steps until it was reached again."""
+    """A change of shape during training, with the loss before it and the steps until it was reached again.
+
+    Args:
+        task: The index of the task during which the shape changed.
+        epoch: The epoch after which it changed.
+        steps_watched: The steps for which the loss was watched afterwards.
+        loss_before: The smoothed loss before the change.
+        recovery_steps: The steps until the loss was at most ``loss_before`` again; ``None`` if it was not.
+        grown: Axis key → units added.
+        cut: Axis key → units removed.
+        dropped: Paths of modules that were dropped.
+        back: Paths of modules that were restored.
+    """
 
     task: Count
     epoch: Count
@@ -120,7 +202,13 @@ class CommitRow(msgspec.Struct, frozen=True):
 
 
 class MatrixRow(msgspec.Struct, frozen=True):
-    """The accuracy matrix of a sequence of tasks, with average accuracy, forgetting and transfer."""
+    """The accuracy matrix of a sequence of tasks, with average accuracy, forgetting and transfer.
+
+    Args:
+        tasks: The names of the tasks.
+        matrix: ``matrix[i][j]``: the accuracy on task j after learning task i.
+        before: The accuracy on each task before any was learned.
+    """
 
     tasks: list[str]
     matrix: list[list[Share | None]]

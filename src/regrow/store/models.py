@@ -295,7 +295,7 @@ def _write_pretrained(net: nn.Module, shapes: Shapes, folder: Path) -> None:
 
 
 def _write_probe(net: nn.Module, shapes: Shapes, example: Example | Tensor | None, folder: Path) -> Probe:
-    """Write an input and the network's output for it; return the reason if no known input works."""
+    """Write an input and the network's output for it; return its record, or why there is none."""
     if isinstance(example, Tensor):
         example = Example((example,))
     guessed = example is None

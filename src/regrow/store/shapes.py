@@ -85,7 +85,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class File:
-    """The size of a file in bytes, its SHA-256, and that of its header (empty in folders of version 0.1)."""
+    """The recorded size and digests of a file.
+
+    Args:
+        bytes: Its size in bytes.
+        sha256: The SHA-256 of its contents.
+        header: The SHA-256 of its header; empty in folders of version 0.1.
+    """
 
     bytes: int
     sha256: str

@@ -20,7 +20,12 @@ from regrow.tracing.placeholder import find_placeholders, insert_placeholders
 
 @dataclass(frozen=True)
 class Held:
-    """A tensor of a network, and whether it is a parameter, a buffer or another kind."""
+    """A tensor of a network, and whether it is a parameter, a buffer or another kind.
+
+    Args:
+        tensor: The tensor itself.
+        kind: Its kind: parameter, buffer, derived buffer or attribute.
+    """
 
     tensor: Tensor
     kind: Kind

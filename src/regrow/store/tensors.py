@@ -44,7 +44,7 @@ def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:
 
     Args:
         path: The file.
-        kinds: The formats that are known; ``None`` stands for files of version 0.1 that name none.
+        kinds: The formats that are accepted; ``None`` accepts files of version 0.1, which name none.
         *kinds: The formats that are accepted; ``None`` stands for files of version 0.1, which name none.
 
     Raises:
@@ -59,7 +59,6 @@ def read_tensors(path: Path, *kinds: str | None) -> tuple[dict[str, Any], dict[s
 
     Args:
         path: The file.
-        kinds: As for :func:`read_header`.
         *kinds: The formats that are accepted, as for :func:`read_header`.
 
     Returns:

@@ -29,13 +29,23 @@ class Dropped(nn.Module):
 
 
 def place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return the module that holds a tensor, and the tensor's own name."""
+    """Return the module that holds a tensor, and the tensor's own name.
+
+    Args:
+        model: The network.
+        name: The tensor's dotted name.
+    """
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
 
 
 def reshape(model: nn.Module, record: dict[str, Any]) -> None:
-    """Give every tensor its recorded shape (weights are loaded later), drop modules and tensors, set numbers."""
+    """Give every tensor its recorded shape (weights are loaded later), drop modules and tensors, set numbers.
+
+    Args:
+        model: The newly built network; changed in place.
+        record: The recorded differences, as in ``network.json`` or ``config.json``.
+    """
     for path, stand in record["stands"].items():
         module, leaf = place(model, path)
         setattr(module, leaf, Dropped(stand, model.get_submodule(path)))
@@ -60,7 +70,12 @@ def reshape(model: nn.Module, record: dict[str, Any]) -> None:
 
 
 def finish(model: nn.Module, record: dict[str, Any]) -> None:
-    """Raise ValueError unless every tensor has its recorded shape, and set the derived buffers."""
+    """Raise ValueError unless every tensor has its recorded shape, and set the derived buffers.
+
+    Args:
+        model: The network with its weights loaded.
+        record: The recorded differences.
+    """
     there = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
     for name, shape in record["tensors"].items():
         if tuple(there[name].shape) != tuple(shape):
