@@ -158,7 +158,7 @@ def beside(titles: Sequence[str], streams: Sequence[Iterator[str]]) -> list[str]
         streams: The pieces of each text; one is taken from each stream in turn.
 
     Returns:
-        The whole texts.
+        The complete texts.
     """
     texts, streams = [""] * len(streams), [map(partial(printable, keep=TEXT), stream) for stream in streams]
     if not out.is_terminal:

@@ -1,7 +1,7 @@
 """Run folders: settings, measurements and plans of one run, so that it can be read, resumed and repeated.
 
-While a run is unfinished, its files lie in a working area inside its folder (``.work``), which nobody takes for a
-result. At the end, the complete new folder takes the place of the old one, which may hold an earlier result.
+While a run is unfinished, its files are in a working area inside its folder (``.work``), so that they are not mistaken
+for a result. At the end, the complete new folder replaces the old one, which may have an earlier result.
 """
 
 import json
@@ -143,8 +143,7 @@ class RunFolder:
         """Open a finished run for reading.
 
         Raises:
-            StoreError: If the folder has no readable ``run.json``, or its run is not finished; names the command
-                that resumes it.
+            StoreError: If there is no readable ``run.json``, or the run is not finished; names the command for it.
         """
         path = Path(path)
         settle(path)
@@ -310,8 +309,7 @@ class RunFolder:
             source: The name of the source.
             shard: The number of the shard.
             statistics: The measured sums.
-            key: The digest of what they depend on (:func:`regrow.commands.fingerprint`); statistics of another key are
-                not used.
+            key: The digest of what they depend on (:func:`regrow.commands.fingerprint`), by which they are found.
 
         Raises:
             StoreError: If the disk is full.

@@ -38,8 +38,8 @@ def run(
 ) -> RunFolder:
     """Recover the model of a finished pruning run (or of a run that has recovered one) into a new folder.
 
-    The dense model is loaded as the pruning run loaded it, and the sources and evaluation windows are that run's; what
-    it measured of the dense and the pruned model is taken over. An interrupted call goes on where it was.
+    The dense model is loaded as in the pruning run, with the same sources and evaluation windows, and the measurements
+    of the dense and the pruned model are copied. An interrupted call is resumed.
 
     Args:
         settings: The settings of the recovery; those about the pruning run are read from its folder.

@@ -20,8 +20,8 @@ from regrow.sources import Batch
 from regrow.training.learner import Context
 
 MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
-"""How much more a step needs with masks than without, as far as tensors are counted: a factor, and bytes per weight;
-and more of these for each granularity that is searched."""
+"""The memory of a step with masks, relative to one without: a factor, and additional bytes per weight; and further
+bytes per weight for each granularity that is searched."""
 
 
 def predict_peaks(masked: Collection[str], prefix: Callable[[int, int], Prefix], batch: Batch) -> Peak:

@@ -1,6 +1,6 @@
 """The working area of an unfinished run: a hidden folder in the run's own folder, never mistaken for a result.
 
-It holds a run if it holds a ``run.json``. A folder that has one at its top, without a finishing time, is a run that
+It has a run if it has a ``run.json``. A folder with a ``run.json`` at its top, without a finishing time, is a run that
 version 0.1 left unfinished.
 """
 

@@ -1,7 +1,7 @@
 """A drawing surface in pixels: matplotlib draws, and the result is inline SVG that follows the page's colours.
 
-Colours are stand-ins that are replaced by CSS variables, text stays text in the page's own font, ids carry the name of
-the figure, and each figure is drawn twice: wide for a desk, narrow for a phone.
+Placeholder colours are replaced by CSS variables, text stays text in the page's own font, ids start with the name of
+the figure, and each figure is drawn twice: for wide and for narrow screens.
 """
 
 import io

@@ -60,7 +60,7 @@ def cells(origin: dict[str, Any]) -> list[Cell]:
         origin: The record of how to build the network that was found.
 
     Returns:
-        Per cell ``reduce`` (it halves the picture), ``inputs`` (their two widths inside) and ``nodes``: for each
+        Per cell ``reduce`` (it halves the resolution), ``inputs`` (their two widths inside) and ``nodes``: for each
         ``width`` and ``ops`` (``kind``, ``source``, ``mid``: channels inside a ``sep``, and whether it is ``bare``: has
         no weights). Sources 0 and 1 are the inputs, 2 is the first node.
     """

@@ -108,9 +108,9 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         One row per run: ``label``, ``cells`` (``value`` in words, and whether it is ``best`` at its size),
-        ``parameters`` and ``first`` (at the end, and after the first task), ``growths``, ``shock`` (the most that mean
-        accuracy changed by one), ``owned`` (the share that tasks own at the end, mean over weights), ``seconds`` and
-        ``known`` (accuracy on each task at the end).
+        ``parameters`` and ``first`` (at the end, and after the first task), ``growths``, ``shock`` (the largest change
+        of mean accuracy by a growth), ``owned`` (the fraction owned at the end, mean over weights), ``seconds``
+        and ``known`` (accuracy on each task at the end).
     """
     runs = summary["runs"]
     sizes = [_parameters(run) for run in runs]

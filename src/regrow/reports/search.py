@@ -49,7 +49,7 @@ def search(folder: RunRecord) -> dict[str, Any] | None:
         folder: A run folder.
 
     Returns:
-        ``target`` (as it was asked for), ``measure``, ``unit``, ``asked`` and ``reached`` (in that unit, counted on
+        ``target`` (as requested), ``measure``, ``unit``, ``asked`` and ``reached`` (in that unit, counted on
         the found network where a row says so), ``retrained``,
         ``trained`` (in words), ``epochs``, ``commits``, ``front`` (networks that the last stage passed), ``stages``
         (memory of each), ``recomputed``, ``clock`` (ms), ``budget``, ``levels``, ``found``, ``test``, ``cells``,
@@ -238,7 +238,7 @@ def _off(found: dict[str, Any]) -> str:
 def _overshot(found: dict[str, Any]) -> str:
     """Return a warning about stages that ended with less than their allowed size.
 
-    Its final commit brings back as much as the target allows, so a size that was reached may hide what had stood.
+    The final commit restores as much as the target allows, so the final size may hide that masks had removed too much.
     """
     ends = list({row["stage"]: row for row in found["epochs"]}.values())
     told = not found["levels"] or _off(found)  # a stage that is not over tells nothing yet

@@ -100,7 +100,7 @@ def _run(folder: RunRecord) -> dict[str, Any]:
 def _perplexity(metrics: dict[str, list[dict[str, Any]]], sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per text domain: perplexity before and after, and their ratio.
 
-    Where a recovery followed a cut, ``after`` is what that left, and ``cut`` what the cut had left.
+    If a recovery followed a cut, ``after`` is the perplexity after the recovery, and ``cut`` that after the cut.
     """
     calibrated = {row["name"]: bool(row["calibration_tokens"]) for row in sources}
     rows: dict[str, dict[str, Any]] = {}

@@ -23,7 +23,7 @@ def headline(run: Run) -> str:
         run: A run of the summary.
 
     Returns:
-        The sentence; without measurements it says only what was asked for.
+        The sentence; without measurements it states only the requested fraction.
     """
     return f"{_deed(run)} {_price(run)}"
 

@@ -204,7 +204,7 @@ def _phase(tasks: Sequence[Task], number: int, share: float, schedule: TaskSched
 
 
 def _second_batches(context: Context, examples: Examples, steps: int) -> list[Examples]:
-    """The second part of the training examples in a random order, in as many batches as the first part has."""
+    """Return the second part of the training examples in random order, in as many batches as the first part has."""
     order = torch.randperm(len(examples), generator=context.generator(context.epoch, 13))
     parts = [*order.split(max(2, -(-len(order) // steps)))]
     if len(parts[-1]) == 1 < len(order):
@@ -213,7 +213,7 @@ def _second_batches(context: Context, examples: Examples, steps: int) -> list[Ex
 
 
 def _choice(schedule: TaskSchedule, tasks: Sequence[Task], after: int, answered: int) -> Tensor | None:
-    """The classes to choose among when task ``answered`` is evaluated after task ``after``."""
+    """Return the classes to choose among when task ``answered`` is evaluated after task ``after``; ``None`` for all."""
     match schedule.scenario:
         case "domain":
             return None

@@ -252,7 +252,7 @@ def set_train_mode(state: S, context: Context, boundary: Boundary) -> S:
 class Learner(Generic[S]):
     """A training method as a record of hooks and options; the defaults are plain training.
 
-    Hooks return the new state instead of changing it. The fields of a state are described in
+    A hook that changes the state returns the new one; its tensors may change in place. Its fields are described in
     :mod:`regrow.training.state`; :class:`regrow.AxisTensor` in it follow every plan, and those with a learning rate are
     trained.
 

@@ -138,7 +138,7 @@ def restore_state(state: S, tensors: Mapping[str, AxisTensor], values: Mapping[s
 
 @cache
 def _tensor_fields(kind: Any) -> dict[str, tuple[str, bool]]:
-    """The fields that hold tensors: name in checkpoints → name, and whether it holds a single one."""
+    """Return the fields that hold tensors: name in checkpoints → name, and whether it holds a single one."""
     hints = get_type_hints(kind)
     known = (*_ONE, *_SEVERAL)
     return {_key(one): (one.name, hints[one.name] in _ONE) for one in _stored(kind) if hints[one.name] in known}

@@ -2,8 +2,8 @@
 
 W′ = W + D,  D = argmin Σ_t |y_t − (W + D) x_t|² + ridge · mean(diag Σ x_t x_tᵀ) · |D|²
 
-Layers are refitted from the first to the last; x_t is what the layer is fed at position t by the cut network, with all
-layers before it refitted already. Two targets:
+Layers are refitted from the first to the last; x_t is the layer's input at position t in the cut network, with all
+layers before it refitted already. There are two targets:
 
 * ``own``: y_t is the output that the uncut layer would have, on the stream of the cut network.
 * ``dense``: y_t is the dense network's value, on its own stream, where the output goes. Where that is added to a

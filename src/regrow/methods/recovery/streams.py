@@ -16,7 +16,7 @@ from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery.compensate import bias_of
 
 SECONDS = 60.0
-"""A checkpoint is written at least this often."""
+"""The longest time between two checkpoints, in seconds, as long as layers are handled."""
 
 
 @dataclass(frozen=True)

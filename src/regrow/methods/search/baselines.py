@@ -97,7 +97,7 @@ def _compute_loss(state: SearchState, context: Context, step: Step) -> Loss:
 
 
 def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
-    """After the last epoch one granularity at a time is masked, while the others are complete."""
+    """Return masks of one granularity at a time after the last epoch, while the others are complete."""
     if context.epoch == context.epochs:
         space = replace(space, granularities=(space.granularities[state.turn],))
     return mask_by_thresholds(space, False, state, context, flat, learning)

@@ -141,7 +141,7 @@ def lift_cheap_operations(state: SearchState, masks: GateMasks, floor: float) ->
 def raise_penalty(state: SearchState, dropped: int, *, few: int = 24, many: int = 48, factor: int = 4) -> SearchState:
     """Return the state with λ changed after a commit, as in MG-DARTS and, with other numbers, GOLD-NAS.
 
-    With ``many`` dropped operations or more λ is halved and its step starts anew. With fewer than ``few`` it rises by
+    After ``many`` dropped operations or more, λ is halved and its step is reset. After fewer than ``few``, it rises by
     ``factor`` times its last step, unless the regulariser exceeds the cross-entropy: then it has reached its cap.
 
     Args:

@@ -129,7 +129,7 @@ def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor
 
 
 def _summarize(s: Settings, state: SearchState) -> dict[str, float]:
-    """The size of the chosen operations with all their filters, and whether it met the target already."""
+    """Return the size of the chosen operations with all their filters, and whether it met the target already."""
     size = state.chosen
     return {} if size is None else {"discretised": size, "below": size <= s.target}
 

@@ -122,7 +122,7 @@ def _check(s: Settings, space: SearchSpace, context: Context) -> None:
 
 
 def _mask(space: SearchSpace, state: SearchState, context: Context, flat: Tensor | None, learning: bool) -> GateMasks:
-    """Every operation is kept until it is dropped (or α is below −13.8); there are no thresholds to train."""
+    """Return masks that keep every operation until it is dropped (or α is below −13.8); no thresholds are trained."""
     return scale_by_importance(mask_by_thresholds(space, False, state, context, flat, learning), state, learning)
 
 
@@ -153,7 +153,7 @@ def _follow(rules: Rules, state: SearchState, context: Context, boundary: Bounda
 
 
 def _plan(s: Settings, rules: Rules, state: SearchState, context: Context) -> Commit:
-    """After each epoch in which α was trained, but the last: drop the lowest operations; then fit to the target."""
+    """Drop the lowest operations after each epoch in which α was trained, except the last; then fit to the target."""
     if context.epoch == context.epochs:
         return fit_to_budget(rules, state, context, s.target)
     if context.epoch <= s.warm or context.applied:

@@ -45,8 +45,8 @@ def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> N
     """Give new units the mean output importance of the others, so that the gate also protects their weights.
 
     Hidden units that were inactive in all earlier tasks get it too: trained freely, they would become active on earlier
-    inputs. Outputs do not: a class that no task has had yet is free. Behind a norm that rescales each group of units by
-    itself (GroupNorm), new units are active on earlier inputs, however small their outputs: there their inputs count.
+    inputs. Network outputs do not: a class that no task has had is free. Behind a norm that rescales groups of units
+    (GroupNorm), new units are active on earlier inputs, however small their outputs: inputs from them count there.
 
     Args:
         state: The state of SparseGrow; its factors are changed in place.
@@ -67,7 +67,7 @@ def weigh_new_units(state: SparseGrowState, context: Context, share: float) -> N
 
 
 def _rescaled_axes(context: Context) -> set[str]:
-    """The axes whose units a norm rescales on each input, by themselves or by few."""
+    """Return the keys of the axes whose units a norm rescales on each input, alone or in small groups."""
     modules = dict(context.model.named_modules())
     norms = {path for path, one in modules.items() if isinstance(one, nn.GroupNorm | _InstanceNorm)}
     axes = context.axes.units()

@@ -96,7 +96,7 @@ def _thresholded_weights(context: Context, settings: Settings) -> tuple[str, ...
 
 
 def _start_task(state: SparseGrowState, context: Context, settings: Settings) -> SparseGrowState:
-    """In the first task nothing is owned."""
+    """Initialise thresholds and ownership at the start of the first task, when nothing is owned."""
     if context.number:
         return state
     units = 1 if settings.threshold == "dst" else 0
@@ -132,7 +132,7 @@ def _has_memory_of_classes(context: Context, settings: Settings) -> bool:
 
 
 def _compute_loss(state: SparseGrowState, context: Context, step: Step, settings: Settings) -> Loss:
-    """The loss + α Σ exp(−t), more for new units; and the loss on examples of the memory, if there is one."""
+    """Return the cross-entropy + α Σ exp(−t), with a larger α for new units, plus the loss on replayed examples."""
     batch = step.batch
     own = context.task_classes if settings.own and _has_memory_of_classes(context, settings) else None
     loss, rows = F.cross_entropy(among(context.logits(batch.inputs), own), batch.labels), {}
@@ -180,7 +180,7 @@ def _restrict_step(state: SparseGrowState, context: Context, step: Step, setting
 
 
 def _describe_thresholds(state: SparseGrowState, context: Context, settings: Settings) -> dict[str, dict[str, float]]:
-    """The mean threshold of every weight, and the share of its entries above it (or owned)."""
+    """Return the mean threshold of every weight, and the fraction of its entries above it or owned."""
     rows = dict(state.kept)
     for name in _thresholded_weights(context, settings):
         threshold = state.threshold[name].values.detach()
@@ -191,7 +191,7 @@ def _describe_thresholds(state: SparseGrowState, context: Context, settings: Set
 
 
 def _plan_growth(state: SparseGrowState, context: Context, settings: Settings) -> tuple[Plan | None, SparseGrowState]:
-    """At the start of the late phase: widen the axes that are short of free weights."""
+    """Plan to widen the axes that are short of free weights, at the start of the late phase."""
     _reset_high_thresholds(state, context, settings)
     first = context.epochs - max(1, round(settings.late * context.epochs))
     if settings.grow == "never" or context.epoch != first:
@@ -256,7 +256,7 @@ def _end_task(state: SparseGrowState, context: Context, settings: Settings) -> S
 
 
 def _measure_importance(state: SparseGrowState, context: Context) -> dict[str, AxisTensor]:
-    """How much each entry mattered: |tanh| of its standardised gradient, the largest over all tasks."""
+    """Return the importance of each entry: |tanh| of its standardised gradient, the largest over all tasks."""
     model, parameters = context.model, context.parameters()
     sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
     model.eval()
@@ -312,7 +312,7 @@ def _reset_high_thresholds(state: SparseGrowState, context: Context, settings: S
 
 
 def _free_share(state: SparseGrowState, axis: Axis, context: Context, settings: Settings) -> float:
-    """The share of an axis's weights that is open: to be trained, or else to be owned."""
+    """Return the fraction of an axis's weights that is free: that may be trained, or that may still be owned."""
     if settings.gate == "kronecker":
         near = [state.gates[slot.name].free for slot in axis.slots if slot.name in state.gates]
         return min(near, default=1.0)

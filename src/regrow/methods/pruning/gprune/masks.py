@@ -129,7 +129,7 @@ class Comparison:
         return cross_entropy(logits, here.labels)
 
     def _dense(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
-        """The dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""
+        """Return the dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""
         if id(batch) in self.kept:
             return self.kept[id(batch)][1:]
         here = batch.to(next(model.parameters()).device)

@@ -105,7 +105,7 @@ def form_modules(s: Settings, seen: View, among: Sequence[Space]) -> Modules:
 
 
 def _other_orders(s: Settings, task: PruningTask, seen: Measurement) -> list[Mapping[str, Tensor]]:
-    """What orders the modules that are switched, in each view."""
+    """Return the scores that order switched modules, in each view."""
     if s.instead == "mean_rank":
         return [view.spread.mean for view in seen.views]
     path = scoring.PATHS.get(s.instead)

@@ -30,7 +30,7 @@ from regrow.training.schedule import NO_AXES, Schedule, source_phase
 from regrow.training.state import TrainState
 
 SECONDS = 120.0
-"""A checkpoint is written at least this often, besides after every check."""
+"""The longest time between two checkpoints, in seconds; one is also written after every evaluation."""
 
 
 def score_units(task: PruningTask, settings: Settings, compare: Comparison | None = None) -> Ranking:
