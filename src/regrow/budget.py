@@ -28,7 +28,7 @@ class Timing:
     names: Mapping[str, str]
 
     def record(self) -> dict[str, Any]:
-        """Return everything as JSON data."""
+        """Return the timing as JSON data."""
         curves = {name: [list(point) for point in curve] for name, curve in self.curves.items()}
         plain = {"device": self.device, "positions": self.positions, "total": self.total}
         return {**plain, "curves": curves, "names": dict(self.names)}

@@ -47,7 +47,7 @@ class Plan:
 
     @classmethod
     def keeping(cls, axes: AxisGraph, keep: Mapping[str, Iterable[int]], **more: object) -> "Plan":
-        """Return a plan that keeps the given units of the named axes and cuts their others; other axes stay.
+        """Return a plan that cuts the named axes to the given units and leaves all other axes unchanged.
 
         Args:
             axes: The network's axes.

@@ -102,7 +102,7 @@ class Statistics:
 
 
 def merged(parts: Sequence[Statistics]) -> Statistics:
-    """Return the sums of several statistics as one.
+    """Return the sums of several shards or sources added up, as one :class:`Statistics`.
 
     Args:
         parts: Statistics of shards or sources, at least one.

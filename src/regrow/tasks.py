@@ -38,17 +38,17 @@ class Examples:
         return self if device.type == "cpu" else Examples(self.inputs.to(device), self.labels.to(device))
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
-        """Yield all examples once, ``size`` at a time; with a seed shuffled, and a last batch of one is left out.
+        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
 
         BatchNorm cannot train on a single example; with ``size`` 1, or one example in all, none is left out.
-
-        >>> found = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
-        >>> [len(batch) for batch in found]
-        [2, 2]
 
         Args:
             size: Examples per batch; the last batch may have fewer.
             seed: Seed of the shuffling; ``None``: in order.
+
+        >>> found = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
+        >>> [len(batch) for batch in found]
+        [2, 2]
         """
         n = len(self)
         order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))

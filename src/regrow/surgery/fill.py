@@ -58,7 +58,7 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
         if not any(spot.axis == key for spot in met):
             raise PlanError(f"axis {key!r}: no linear layer or convolution makes its units when the network runs")
     turns = [[spot for spot in met if spot.axis == key] for key in young]
-    # Later layers depend on earlier ones of an axis, axes do not see each other's new units, as yet unused.
+    # Later layers depend on earlier ones, so fit them in order; axes do not see each other's unused new units.
     for i in range(max(map(len, turns))):
         now = [turn[i] for turn in turns if i < len(turn)]
         for spot, sums in _sums(model, now, batches).items():

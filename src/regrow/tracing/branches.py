@@ -44,7 +44,7 @@ class ModuleCall:
 
 
 def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
-    """Return the axes with, for every module that runs, whether it can be dropped whole, or the reason why not.
+    """Return a copy of the axes that has, for each module that runs, whether it can be dropped whole, or why not.
 
     It takes about as long as recording the network once more, so :func:`regrow.trace` does not do it.
 

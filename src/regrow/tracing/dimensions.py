@@ -74,7 +74,7 @@ _STRENGTH = {mark: rank for rank, mark in enumerate((Mark.NEUTRAL, Mark.COMPETED
 
 
 def resolve(expr: Expr) -> Expr:
-    """Return an expression with all replaced leaves followed to what replaces them."""
+    """Return the current form of an expression: unified leaves are replaced by what they were unified with."""
     match expr:
         case Leaf(link=None):
             return ONE if expr.size == 1 else expr

@@ -9,7 +9,7 @@ Multiple = tuple[Leaf, int]
 
 
 def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
-    """Return leaf number → the label of its group of equal sizes, and how many entries each of its units counts for.
+    """Return leaf number → label of its group of equal sizes, and how many entries each of its units counts for.
 
     Args:
         w: The walk; dimensions that cannot be matched are frozen.

@@ -138,7 +138,7 @@ class Walk:
         return None
 
     def role(self, node: object, dim: int, role: Role) -> None:
-        """Record the role of a parameter's dimension, if the node is a parameter or made of some entry by entry.
+        """Record the role of a parameter's dimension, if the node is a parameter or computed from some entry by entry.
 
         Args:
             node: The node; anything that is no parameter is ignored.
