@@ -107,7 +107,7 @@ def least(found: Gates, searched: Collection[str]) -> float:
     It has the cheapest operation of each node, the fewest filters of each axis, and no weight, as far as these are
     searched.
 
-    Where sets of which one operation stays overlap, another choice may cost a little less.
+    If needed sets overlap, another choice may cost a little less.
 
     Args:
         found: The gates of the network.

@@ -189,7 +189,8 @@ def _refill(
 ) -> None:
     """Keep removed units after all, best first, as long as they fit; ``taken`` and ``vector`` are changed.
 
-    What is left only shrinks and no unit gets cheaper as others return, so a lane that does not fit once is closed.
+    The remaining budget only shrinks and no unit gets cheaper as others return, so a lane that does not fit once is
+    closed.
     """
     left = limit - cost.at(vector)
     is_open = taken > 0

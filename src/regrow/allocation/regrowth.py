@@ -16,10 +16,10 @@ def sample_operations(
 ) -> list[str]:
     """Sample at most ``many`` dropped operations to revive, by the regrowth rule of MGAS's code.
 
-    For each cell i and kind j, with G the mean drift and A the mean importance over the living ones of that kind (half
-    of the least of the cell where none lives), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i is the
-    mean of its normalised drift and importance per living operation. Each of ``many`` numbers that lands in (i, j) by
-    q_i · p_ij revives one dropped operation of kind j in cell i; with none there, the draw is lost.
+    For each cell i and kind j, with G the mean drift and A the mean importance over the active operations of that kind
+    (half of the least in the cell if none is active), both normalised over j:  p_ij = (G + A) / 2. A cell's share q_i
+    is the mean of its normalised drift and importance per active operation. Each of ``many`` draws picks (i, j) with
+    probability q_i · p_ij and revives one dropped operation of kind j in cell i; if there is none, the draw is lost.
 
     Args:
         dead: Paths of the dropped operations that could come back.

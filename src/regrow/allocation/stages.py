@@ -56,8 +56,8 @@ class MemoryStages:
 def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:
     """Return the fewest stages that each fit the memory budget; earlier stages take as many cells as fit.
 
-    Later stages rest on a guess of how small earlier ones will be, which the room is for. Once a stage is over, its
-    size is known: plan again from the next cell on. A last phase over all cells, all of them small, needs no more
+    The last stage so has most room, since later stages depend on an estimate of how small earlier cells will be. After
+    each stage, plan again from the next cell on. A final phase over all cells, all of them small, needs no more memory
     than the last stage.
 
     Args:

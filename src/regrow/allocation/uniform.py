@@ -23,8 +23,8 @@ def uniform(
 
     Scores are replaced by percentiles within the axis, (rank + ½) / n, and ranked together.
 
-    The half makes small axes round to the nearest number of units (of three groups, one is removed from a fraction of
-    1/6 on).
+    The ½ in the percentile rounds small axes to the nearest number of units (of three groups, one is removed from a
+    fraction of 1/6 on).
 
     Args:
         axes: The network's axes.

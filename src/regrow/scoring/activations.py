@@ -55,9 +55,10 @@ def wifv(
 ) -> Scores:
     """Score units by FLAP's weighted input feature variance, Var(x_j) · ‖W_j‖₂² per input channel j.
 
-    What would be lost if channel j were replaced by its mean. The paper's variance is over per-sequence *means*
-    (``form="sequence"``), its code's over *positions* (``form="token"``, up to the constant sequence length).
-    Left out of the original: its first sequence is dropped and its running mean is updated before it is used.
+    It estimates the output energy that is lost if channel j is replaced by its mean. The paper's variance is over
+    per-sequence *means* (``form="sequence"``), its code's over *positions* (``form="token"``, up to the constant
+    sequence length). Two quirks of that code are not reproduced: it drops its first sequence, and updates its running
+    mean before using it.
 
     Args:
         weights: Parameter name → tensor.

@@ -20,7 +20,7 @@ def means(
 
     b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
     padding. A padded convolution sees zeros at its borders, not the mean: it is left out. So is a weight that several
-    modules share: they need not see the same mean, and each has a bias of its own.
+    modules share: their inputs may have different means, and each has its own bias.
 
     Args:
         model: The network, to see which convolutions are padded.

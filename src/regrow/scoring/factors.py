@@ -183,7 +183,8 @@ class Gate:
     def away(self, rows: Tensor) -> Tensor:
         """Return rows of weights turned away from inputs that earlier tasks used: (1 + s A)⁻¹ · row, each.
 
-        What a row does not read stays 0.
+        The inverse is taken over the inputs that the row reads (its non-zero entries) and the bias; all other entries
+        stay 0.
 
         Args:
             rows: New rows of weights with the bias as last column, ``[k, n + 1]``.

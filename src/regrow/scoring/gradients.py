@@ -21,7 +21,7 @@ def taylor(
     units: Sequence[Axis] | None = None,
     form: str = "element1",
 ) -> Scores:
-    """Score units by first-order Taylor importance: the estimated change of the loss if they were zeroed.
+    """Score units by first-order Taylor importance: the estimated change of the loss if the unit were removed.
 
     ``element1``: Σ over the parameters the unit runs through of Σ abs(w · g). ``vector``: Σ over the parameters and
     over the unit's channels in each of abs(Σ w · g). g is the gradient of the mean loss.

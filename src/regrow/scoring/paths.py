@@ -16,7 +16,7 @@ def product_of_norms(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: S
     For a gated MLP these are the gate and up rows and the down column. The score is the sum of the logarithms, and at
     least −10⁶.
 
-    The gain of the norm before them is not folded in: which norm that is cannot be read from an axis.
+    The gain of a preceding normalisation layer is not included, since an axis does not say which layer that is.
 
     Args:
         weights: Parameter name → tensor.

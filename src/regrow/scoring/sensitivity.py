@@ -119,11 +119,11 @@ def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> 
 def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
-    The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: share of units with
-    F > 1; ``significant``: with F above the null's 95 % point; ``share``: Σ between ÷ Σ (between + within), how much of
-    the variance of a shard's rank is the source's doing. ``spearman``: mean rank correlation between sources;
+    The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: fraction of units with F >
+    1; ``significant``: with F above the null's 95 % point; ``share``: Σ between ÷ Σ (between + within), the fraction of
+    the variance of a shard's rank that is due to the source. ``spearman``: mean rank correlation between sources;
     ``kendall_w``: ((M − 1) ρ + 1) / M; ``spearman_shards`` and ``spearman_within``: between shards of different sources
-    and of the same source, which have equally much noise.
+    and of the same source, which are equally noisy.
 
     Args:
         found: The ranks on at least 2 sources of at least 2 shards.

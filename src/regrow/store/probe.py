@@ -53,7 +53,7 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = 
 
     Args:
         model: The network; it is run in eval mode and restored.
-        example: The input. Large floating-point tensors are replaced by a pattern of the same shape.
+        example: The input to run. Large floating-point tensors are replaced by a pattern of the same shape.
         path: The file to make.
         cast: Whether its weights are stored in another dtype than they have now.
 

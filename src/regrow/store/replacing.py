@@ -3,7 +3,7 @@
 At every moment the name leads to the old folder or to the new one. Linux exchanges two names in one step
 (``renameat2`` with ``RENAME_EXCHANGE``). Elsewhere there are two renames: the old folder moves into the temporary
 folder as ``NAME.replaced``, then the new one takes its name. A process killed between the two leaves a temporary folder
-that says what was under way; :func:`settle` completes it, and every reader and writer of ``NAME`` begins with that.
+from which :func:`settle` completes the replacement; every reader and writer of ``NAME`` calls it first.
 """
 
 import contextlib

@@ -44,8 +44,7 @@ def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:
 
     Args:
         path: The file.
-        kinds: The formats that are accepted; ``None`` accepts files of version 0.1, which name none.
-        *kinds: The formats that are accepted; ``None`` stands for files of version 0.1, which name none.
+        *kinds: The formats that are accepted; ``None`` accepts files of version 0.1, which name none.
 
     Raises:
         StoreError: If there is no such file, or it is damaged or of another format.
