@@ -133,7 +133,7 @@ def of_datasets(pairs: Iterable[tuple[Any, Any]], names: Sequence[str] = ()) -> 
         names: The name of each task in results; ``task-1`` and so on where they are missing.
 
     Raises:
-        SourceError: If an entry is not a picture, tensor or array with a class, or pictures differ in size.
+        SourceError: If an entry is not an image, tensor or array with a class, or images differ in size.
     """
     tasks = []
     for i, pair in enumerate(pairs):

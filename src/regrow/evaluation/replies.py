@@ -33,7 +33,7 @@ def reply(
         Pieces of text, each of whole characters; joined they are the reply.
 
     Raises:
-        ValueError: If the conversation has no tokens, too many, or does not fit the tokenizer's template.
+        ValueError: If the conversation has no tokens, too many, or is rejected by the tokenizer's template.
     """
     tokens = prompt(tokenizer, messages).to(next(model.parameters()).device)
     most = _most(model)

@@ -1,8 +1,8 @@
 """The networks of NAS-Bench-201: a cell of four nodes, repeated; the super-network or a single topology.
 
-Dong and Yang (arXiv 2001.00326): a stem, three stages of cells with the width doubled and the picture halved between
-them by a residual block, and a linear classifier. All cells have the same topology: one of five operations on each of
-six edges.
+Dong and Yang (arXiv 2001.00326): a stem, three stages of cells with the width doubled and height and width halved
+between them by a residual block, and a linear classifier. All cells have the same topology: one of five operations on
+each of six edges.
 """
 
 import re

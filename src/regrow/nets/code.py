@@ -52,7 +52,7 @@ def import_object(name: str) -> Any:
 
 
 def check_code(recorded: str, needed: bool, code: str) -> None:
-    """Raise ModelError unless the user named code exactly if the folder's network needs it.
+    """Raise ModelError unless the user named a function if and only if the folder's network is built by one.
 
     Args:
         recorded: The name that the folder records, for the message alone.

@@ -35,7 +35,8 @@ def check_fits(make: Callable[[], nn.Module], what: str, copies: int = 1) -> Non
 def check_space_fits(config: Mapping[str, object], what: str) -> None:
     """Raise ResourceError unless the super-network of a search space fits into memory, by its configuration.
 
-    What is counted is less than the search will need: the weights of the operations, and the modules that hold them.
+    Only the weights of the operations and the modules that hold them are counted, which is less than the search will
+    need.
 
     Args:
         config: What ``supernet`` of ``cells``, ``mobile`` or ``bench201`` returns.

@@ -47,7 +47,7 @@ def load_hub(name: str, *, dtype: torch.dtype | None) -> Loaded:
         dtype: The dtype of the weights; as stored if ``None``.
 
     Raises:
-        ModelError: If it is not cached and the hub does not answer or does not know it.
+        ModelError: If it is not cached and the hub cannot be reached or does not have it.
     """
     require_transformers()
     from huggingface_hub import HfApi, try_to_load_from_cache

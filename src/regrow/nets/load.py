@@ -63,7 +63,7 @@ def load(
         The model in eval mode, its tokenizer, an input to trace it with, and its origin.
 
     Raises:
-        ModelError: If there is no such model, or it is not one, or its weights are damaged, not finite, or a pickle.
+        ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
     """
     device = usable_device(str(device))
     loaded = _found(name, dtype, progress, _given(example), pixels)

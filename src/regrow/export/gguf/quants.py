@@ -51,7 +51,7 @@ def encode(values: Floats, kind: str, gguf: Any) -> NDArray[Any]:
         gguf: The package ``gguf``.
 
     Returns:
-        float32, float16, or bytes with as many rows.
+        An array of float32 or float16, or of bytes with the same number of rows.
     """
     if kind != "Q6_K":
         with np.errstate(over="ignore"):
@@ -117,8 +117,8 @@ def _over(a: Floats, b: Floats) -> Floats:
 def allowed_error(values: Floats, kind: str) -> Floats | None:
     """Return the largest allowed quantisation error of each number; ``None`` if it must be exact rounding.
 
-    Of the largest magnitude m in a block: Q8_0 divides by 127 and rounds, which is off by m/254, and its scale in
-    float16 by 2⁻¹¹ of it; Q6_K has 32 steps, whose scale is a whole number out of 128.
+    With the largest magnitude m in a block: Q8_0 rounds to steps of m/127, an error of m/254, and its float16 scale
+    adds an error of 2⁻¹¹ m; Q6_K has 32 steps, whose scale is itself an integer of 8 bits.
 
     Args:
         values: Rows of numbers, ``[rows, numbers]``.

@@ -86,7 +86,7 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
 
     Raises:
         ExportError: If llama.cpp would compute something else, or the file cannot be written or differs from the
-        network.
+            network.
     """
     gguf, out = _package(), Path(out)
     if dtype not in KINDS:
