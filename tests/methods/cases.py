@@ -23,6 +23,8 @@ class Case:
 
 PERMUTED = "permuted units give the permuted plan"
 
+STAGED = {"measure": "nonzero", "stages": (0, 1), "share": 0.4, "warm": 1, "every": 1, "regrow": 0.5}
+
 CASES = (
     Case(MethodKind.PRUNING, "random", exempt={PERMUTED: "its scores are random numbers by index"}),
     Case(MethodKind.PRUNING, "magnitude"),
@@ -50,4 +52,16 @@ CASES = (
     Case(MethodKind.CONTINUAL, "sparsegrow", {"multiple": 1, "late": 0.5}),
     Case(MethodKind.CONTINUAL, "sparsegrow", {"multiple": 1, "gate": "hard", "threshold": "adaptcl"}),
     Case(MethodKind.CONTINUAL, "sparsegrow", {"multiple": 1, "gate": "soft", "memory": 40}),
+    Case(MethodKind.SEARCH, "blind"),
+    Case(MethodKind.SEARCH, "blind", {"what": ("operations", "filters"), "split": (0.5, 0.5)}),
+    Case(MethodKind.SEARCH, "mgas", {"levels": ("operations", "filters"), "warm": 1, "every": 1}),
+    Case(MethodKind.SEARCH, "mgas", STAGED),
+    Case(MethodKind.SEARCH, "mgas", STAGED | {"controller": "feedback"}),
+    Case(MethodKind.SEARCH, "darts"),
+    Case(MethodKind.SEARCH, "darts", {"edges": True, "warm": 0.5}),
+    Case(MethodKind.SEARCH, "gold_nas", {"warm": 1, "high": 1.0}),
+    Case(MethodKind.RECOVERY, "bias"),
+    Case(MethodKind.RECOVERY, "refit"),
+    Case(MethodKind.RECOVERY, "lora", {"passes": 2, "checks": 2, "windows": 1}),
+    Case(MethodKind.RECOVERY, "distil", {"passes": 2, "checks": 2, "windows": 1}),
 )

@@ -73,7 +73,7 @@ def test_every_law_runs_on_an_installed_method(installed: Path, tmp_path: Path) 
 
 def test_the_pruning_method_of_the_page_obeys_the_laws_and_prunes(tmp_path: Path) -> None:
     (tmp_path / "largest.py").write_text(PRUNER)
-    check = "from regrow.testing import check_method; print(len(check_method('largest:LARGEST', kind='pruning')))"
+    check = "from regrow.testing import check_method; print(len(check_method('largest:LARGEST')))"
     found = python("-c", check, site=None, cwd=tmp_path)
     assert found.stdout.strip() == str(len(LAWS[MethodKind.PRUNING])), found.stderr
     code = "from regrow.cli import main; raise SystemExit(main())"

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import fields
-from difflib import get_close_matches
 
 import click
 
@@ -27,14 +26,7 @@ def methods(name: str | None) -> None:
             table(f"Methods of `regrow {command}`", ("name", "what it does"), rows)
         say("`regrow methods NAME` explains one and lists its settings")
         return
-    kinds = [one.kind for key, one in added.items() if key == name]
-    kinds += [kind for kind, known in TABLES.items() if name in known]
-    if not kinds:
-        names = [*added, *(key for one in TABLES.values() for key in one)]
-        near = get_close_matches(name.lower().replace("-", "_"), names, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]!r}? all" if near else "all"
-        raise click.UsageError(f"there is no method {name!r}; {hint} are {', '.join(names)}")
-    one = find_method(kinds[0], name)
+    one = find_method(None, name)
     say(one.about.strip() + "\n", lines=True)
     helps = _helps(one.settings.__doc__ or "")
     rows = [

@@ -150,25 +150,28 @@ TABLES: Mapping[MethodKind, Mapping[str, MethodEntry]] = {
 """All methods of this package, by kind and name."""
 
 
-def find_method(kind: MethodKind, name: str) -> MethodEntry:
-    """Look up a method by kind and name: built in, from an installed package, or from the user's own code.
+def find_method(kind: MethodKind | None, name: str) -> MethodEntry:
+    """Look up a method by name: built in, from an installed package, or from the user's own code.
 
     Args:
-        kind: The kind that the method must have.
+        kind: The kind that the method must have; ``None``: any.
         name: A name in :data:`TABLES`, that of an entry point of an installed package, or ``pkg.mod:NAME``, where NAME
             is a :class:`MethodEntry` of your own code. Never pass a name of code that comes from a file.
 
     Raises:
         ValueError: If there is no such method (suggests the nearest name), or it has another kind.
     """
-    if name in TABLES[kind]:
-        return TABLES[kind][name]
+    tables = [TABLES[kind]] if kind else [*TABLES.values()]
+    for table in tables:
+        if name in table:
+            return table[name]
     if names_code(name):
         return _checked(kind, name, import_object(name))
     added = {point.name: point for point in entry_points(group=GROUP)}
     if name in added:
         return _checked(kind, name, import_object(added[name].value))
-    known = [*TABLES[kind], *(other for other in added if not any(other in table for table in TABLES.values()))]
+    elsewhere = {other for table in TABLES.values() for other in table}
+    known = [*(key for table in tables for key in table), *(added.keys() - elsewhere)]
     near = get_close_matches(name.lower().replace("-", "_"), known, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? the" if near else "the"
     what, all_of = ("recovery", "recoveries") if kind == MethodKind.RECOVERY else ("method", "methods")
@@ -205,10 +208,10 @@ def added_methods() -> dict[str, MethodEntry]:
     return methods
 
 
-def _checked(kind: MethodKind, name: str, found: object) -> MethodEntry:
+def _checked(kind: MethodKind | None, name: str, found: object) -> MethodEntry:
     if not isinstance(found, MethodEntry):
         raise ValueError(f"{name} is a {type(found).__name__}, not a regrow.methods.MethodEntry; name one")
-    if found.kind != kind:
+    if kind and found.kind != kind:
         raise ValueError(f"{name} is a method of {found.kind}, and one of {kind} is needed; name one")
     return found
 

@@ -8,37 +8,37 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from regrow.methods import MethodEntry, MethodKind, find_method
-from regrow.testing import continual, pruning
+from regrow.testing import continual, pruning, recovery, search
 
 __all__ = ["LAWS", "check_method"]
 
 Law = Callable[[MethodEntry, Mapping[str, Any]], None]
 """(method, its settings) → ``None``; raises ``AssertionError`` if the method breaks the law."""
 
-LAWS: Mapping[MethodKind, Mapping[str, Law]] = {MethodKind.PRUNING: pruning.LAWS, MethodKind.CONTINUAL: continual.LAWS}
+LAWS: Mapping[MethodKind, Mapping[str, Law]] = {
+    MethodKind.PRUNING: pruning.LAWS,
+    MethodKind.CONTINUAL: continual.LAWS,
+    MethodKind.SEARCH: search.LAWS,
+    MethodKind.RECOVERY: recovery.LAWS,
+}
 """Kind of method → its laws by name."""
 
 
-def check_method(
-    method: MethodEntry | str, settings: Mapping[str, Any] | None = None, kind: str | None = None
-) -> tuple[str, ...]:
+def check_method(method: MethodEntry | str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
     """Run every law of a method's kind on the method, and return the laws' names.
 
     Args:
         method: The method, or its name: of this package, of an entry point, or ``pkg.mod:NAME``.
-        settings: Settings that differ from the defaults.
-        kind: For a method given by name: ``"pruning"`` or ``"continual"`` (default).
+        settings: Its settings, where they differ from the defaults.
 
     Returns:
         The names of the laws that were run.
 
     Raises:
-        AssertionError: If the method breaks a law; names the law.
-        ValueError: If there is no such method, or no law of its kind.
+        AssertionError: If the method breaks one; names the law.
+        ValueError: If there is no such method.
     """
-    entry = method if isinstance(method, MethodEntry) else find_method(MethodKind(kind or MethodKind.CONTINUAL), method)
-    if entry.kind not in LAWS:
-        raise ValueError(f"there are no laws for methods of {entry.kind}; there are some for {', '.join(LAWS)}")
+    entry = method if isinstance(method, MethodEntry) else find_method(None, method)
     for name, law in LAWS[entry.kind].items():
         try:
             law(entry, settings or {})

@@ -29,20 +29,21 @@ CLASSES, SIDE = 4, 6
 SCHEDULE = TaskSchedule(epochs=3, batch_size=16, lr=0.1)
 
 
-class _StoppedError(Exception):
-    """Raised to stop training on purpose."""
+class StoppedError(Exception):
+    """Training was stopped on purpose."""
 
 
-def make_tasks(count: int = 2) -> list[Task]:
-    """Return small classification tasks: noisy copies of ``CLASSES`` random patterns, other patterns in each task.
+def make_tasks(count: int = 2, side: int = SIDE) -> list[Task]:
+    """Small classification tasks: noisy copies of ``CLASSES`` patterns, other patterns in each task.
 
     Args:
         count: The number of tasks.
+        side: The height and width of the patterns.
     """
     tasks = []
     for number in range(count):
         generator = torch.Generator().manual_seed(number)
-        patterns = torch.randn(CLASSES, 1, SIDE, SIDE, generator=generator)
+        patterns = torch.randn(CLASSES, 1, side, side, generator=generator)
         train, test = (_noisy(patterns, many, generator) for many in (96, 48))
         tasks.append(Task(f"patterns-{number + 1}", train, test, tuple(range(CLASSES))))
     return tasks
@@ -106,7 +107,7 @@ def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
         settings: Settings that differ from the defaults.
     """
     first, second = (_fit(method, settings, make_tasks())[1].model for _ in range(2))
-    _assert_equal(first.state_dict(), second.state_dict(), "two runs with the same seed differ")
+    assert_equal_tensors(first.state_dict(), second.state_dict(), "two runs with the same seed differ")
 
 
 def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
@@ -123,7 +124,7 @@ def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
         learner = method.made("the method", settings)
         resumed = learn(model, axes, tasks, learner, SCHEDULE, state=state)
         where = f"resumed after epoch {stop}"
-        _assert_equal(whole.model.state_dict(), resumed.model.state_dict(), where)
+        assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), where)
         assert whole.state.rows == resumed.state.rows, f"{where}: other accuracies"
         assert values_of(whole.state.learner) == values_of(resumed.state.learner), f"{where}: another state"
 
@@ -140,9 +141,9 @@ def _stop_and_read(
             written += 1
             if written == stop:
                 write_checkpoint(path, context.model, state)
-                raise _StoppedError
+                raise StoppedError
 
-        with contextlib.suppress(_StoppedError):
+        with contextlib.suppress(StoppedError):
             _fit(method, settings, tasks, checkpoint=write)
         model, axes = make_network(tasks)
         return read_checkpoint(path, model, axes, method.made("the method", settings).state)
@@ -218,7 +219,8 @@ def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert torch.equal(plain(inputs), evaluated), "the finished network gives other logits"
 
 
-def _assert_equal(first: Mapping[str, Tensor], second: Mapping[str, Tensor], where: str) -> None:
+def assert_equal_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor], where: str) -> None:
+    """Raise an ``AssertionError`` that starts with ``where`` unless two mappings hold the same tensors, bit for bit."""
     assert first.keys() == second.keys(), f"{where}: other tensors"
     different = [name for name in first if not torch.equal(first[name], second[name])]
     assert not different, f"{where}: {', '.join(different)}"

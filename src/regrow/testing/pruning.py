@@ -2,11 +2,11 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from regrow.allocation import Cost
 from regrow.axes import AxisGraph, Example
@@ -24,17 +24,23 @@ KEEPS = (0.8, 0.5)
 DOMAINS = 3
 
 
-def make_network(order: Sequence[int] | None = None) -> tuple[nn.Module, AxisGraph]:
-    """Return a small classifier in float64 with random weights, and its axes.
+def make_network(order: Sequence[int] | None = None, *, tied: bool = False) -> tuple[nn.Module, AxisGraph]:
+    """A small classifier in float64 with fixed random weights, and its axes.
 
     Args:
-        order: A permutation of the units of the first hidden layer; ``None``: unpermuted.
+        order: A permutation of the units of the first hidden layer; as they are unless given.
+        tied: Whether two layers in the middle share one weight.
     """
     torch.manual_seed(0)
     first, second = WIDTHS
     model = nn.Sequential(
         nn.Linear(INPUTS, first), nn.ReLU(), nn.Linear(first, second), nn.ReLU(), nn.Linear(second, CLASSES)
     ).double()
+    if tied:
+        shared = [nn.Linear(second, second).double() for _ in range(2)]
+        shared[1].weight = shared[0].weight
+        layers = [*model.children()]
+        model = nn.Sequential(*layers[:4], shared[0], nn.ReLU(), shared[1], nn.ReLU(), layers[4])
     if order is not None:
         with torch.no_grad():
             for name, dim in (("0.weight", 0), ("0.bias", 0), ("2.weight", 1)):
@@ -143,6 +149,36 @@ def check_cut(method: MethodEntry, settings: Mapping[str, Any]) -> None:
         assert bool(small(inputs).isfinite().all()), f"keep {keep:g}: the cut network gives numbers that are not finite"
 
 
+def check_scores(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """Every axis that may be cut is scored, one finite number per unit, also where two layers share a weight."""
+    for tied in (False, True):
+        model, axes = make_network(tied=tied)
+        pruner: Pruner = method.made("the method", settings)
+        evidence = measured(model, axes, pruner, make_sources())
+        cut = plan_cut(pruner, model, axes, Budget(0.5), evidence)
+        for axis in axes.units():
+            assert axis.key in cut.scores.values, f"the axis {axis.key} has no scores"
+            own = cut.scores.values[axis.key]
+            assert isinstance(own, Tensor) and own.shape == (axis.size,), f"{axis.key}: not one number per unit"
+            assert bool(own.isfinite().all()), f"{axis.key}: scores are not finite"
+
+
+def check_compensation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """Compensation, if there is any, moves the network's outputs closer to those of the dense network."""
+    model, axes = make_network()
+    plan = make_plan(method, settings, model, axes)
+    if not plan.means:
+        return
+    inputs = torch.cat([batch.args[0] for source in make_sources() for batch in source])
+    plain, compensated = copy.deepcopy(model), copy.deepcopy(model)
+    apply(plain, axes, replace(plan, means={}))
+    apply(compensated, axes, plan)
+    with torch.no_grad():
+        dense = model(inputs).mean(0)
+        before, after = ((other(inputs).mean(0) - dense).norm() for other in (plain, compensated))
+    assert after < before, f"compensation moves the mean output from {before:.3g} to {after:.3g} of the dense one"
+
+
 def check_permutation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     """Law: permuting the units of a network permutes the plan.
 
@@ -160,8 +196,10 @@ def check_permutation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
 LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
     "a pruner is a record of functions": check_record,
     "a budget is met within one unit": check_budget,
+    "every axis is scored": check_scores,
     "the same seed gives the same plan": check_seed,
     "masked = shrunk": check_cut,
+    "compensation brings the mean output closer": check_compensation,
     "permuted units give the permuted plan": check_permutation,
 }
 """All laws of pruning methods, by name."""

@@ -1,0 +1,147 @@
+"""Laws of architecture-search methods."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from regrow.axes import AxisGraph
+from regrow.commands.spaces import left
+from regrow.evaluation import dense
+from regrow.methods import MethodEntry
+from regrow.methods.search.assembly import Search
+from regrow.methods.search.state import SearchState
+from regrow.nets.cells import Cells, supernet
+from regrow.nets.loaded import Origin
+from regrow.surgery import UndoStore
+from regrow.surgery.parametrize import parametrize
+from regrow.tasks import Task
+from regrow.testing.continual import StoppedError, assert_equal_tensors, make_tasks
+from regrow.tracing import trace
+from regrow.training.checkpoint import read_checkpoint, write_checkpoint
+from regrow.training.continual import TaskSchedule, learn
+from regrow.training.fit import Fitted, finish
+from regrow.training.learner import Boundary, Context, Event
+from regrow.training.state import TrainState, values_of
+
+SIDE, CLASSES = 8, 4
+SPACE = supernet(
+    (1, SIDE, SIDE), CLASSES, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"), heads=(0,)
+)
+"""A space of two cells, each with a classifier, so that it can be searched in one stage or in two."""
+SCHEDULE = TaskSchedule(epochs=6, batch_size=32, lr=0.02)
+TARGETS = {"params": 1500.0, "nonzero": 1200.0}
+"""Measure → how much may be left of about 3,000."""
+
+
+def make_network() -> tuple[Cells, AxisGraph, Task]:
+    """The space as a network with fixed random weights, its axes, and a task of noisy patterns."""
+    torch.manual_seed(0)
+    model = Cells(SPACE)
+    return model, trace(model, torch.zeros(2, 1, SIDE, SIDE)), make_tasks(1, SIDE)[0]
+
+
+def _make(method: MethodEntry, settings: Mapping[str, Any]) -> Search:
+    given = {"target": TARGETS[settings.get("measure", "params")], "measure": "params", "stages": (1,)} | dict(settings)
+    made: Search = method.made("the method", given)
+    return made
+
+
+def _search(method: MethodEntry, settings: Mapping[str, Any], **more: Any) -> tuple[Search, Fitted[Any], Context]:
+    """Search, without the plans after the last epoch."""
+    model, axes, task = make_network()
+    search, undo = _make(method, settings), more.pop("undo", UndoStore())
+    fitted = learn(model, axes, [task], search.learner, SCHEDULE, undo=undo, **more)
+    epochs, steps = SCHEDULE.epochs, -(-len(task.train) // SCHEDULE.batch_size)
+    return search, fitted, Context(fitted.model, fitted.axes, task, 0, epochs, epochs, steps, undo=undo)
+
+
+def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The method is a frozen record, and so is the state of its learner."""
+    search = _make(method, settings)
+    assert isinstance(search, Search), f"build returns a {type(search).__name__}, not a Search"
+    state = type(search.learner.state)
+    assert is_dataclass(state) and state.__dataclass_params__.frozen, (  # type: ignore[attr-defined]
+        f"the state is a {state.__name__}, not a frozen dataclass"
+    )
+
+
+def check_target(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The network that is found meets the target, as a plain network with nothing masked."""
+    search, fitted, context = _search(method, settings)
+    fitted, _ = finish(search.learner, fitted, context)
+    plain, _ = left(fitted.model, Origin("cells", "cells", SPACE, "cells"))
+    sizes = dense(plain, context.task.test.inputs[:1])
+    measure = settings.get("measure", "params")
+    size = sizes["parameters"] if measure == "params" else _count_nonzero(plain)
+    assert size <= TARGETS[measure], f"{size} {measure} are left, and {TARGETS[measure]:g} were allowed"
+
+
+def _count_nonzero(model: nn.Module) -> int:
+    return sum(int(p.count_nonzero()) for p in model.parameters())
+
+
+def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """Stopped after each epoch in turn and resumed from its checkpoint, a search ends with the same bits."""
+    _, whole, _ = _search(method, settings)
+    search, (model, axes, task) = _make(method, settings), make_network()
+    undo, state = UndoStore(), None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "checkpoint.safetensors"
+        for last in range(1, SCHEDULE.epochs):
+            stop = _stop_after(last, path, undo)
+            with contextlib.suppress(StoppedError):
+                learn(model, axes, [task], search.learner, SCHEDULE, state=state, undo=undo, checkpoint=stop)
+            (model, axes, task), undo = make_network(), UndoStore()
+            _, axes, state = read_checkpoint(path, model, axes, search.learner.state, undo=undo)
+    resumed = learn(model, axes, [task], search.learner, SCHEDULE, state=state, undo=undo)
+    assert_equal_tensors(whole.model.state_dict(), resumed.model.state_dict(), "resumed after every epoch")
+    assert values_of(whole.state.learner) == values_of(resumed.state.learner), (
+        "resumed after every epoch: another state"
+    )
+
+
+def _stop_after(last: int, path: Path, undo: UndoStore) -> Callable[[TrainState[Any], Context], None]:
+    def write(state: TrainState[Any], context: Context) -> None:
+        write_checkpoint(path, context.model, state, undo)
+        if state.epoch == last:
+            raise StoppedError
+
+    return write
+
+
+def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+    """The finished network gives the masked one's outputs, and so does the plain network that is built from it."""
+    search, fitted, context = _search(method, settings)
+    inputs, masked = context.task.test.inputs[:8], list[Tensor]()
+
+    def evaluate(state: SearchState, there: Context, boundary: Boundary) -> SearchState:
+        state = search.learner.boundary(state, there, boundary)
+        if boundary.event == Event.FINISH:
+            values = search.learner.parametrize(state, replace(there, answered=0)).values
+            with torch.no_grad(), parametrize(there.model, values):
+                masked.append(there.model.eval()(inputs))
+        return state
+
+    fitted, _ = finish(replace(search.learner, boundary=evaluate), fitted, context)
+    with torch.no_grad():
+        finished = fitted.model(inputs)
+        plain = left(fitted.model, Origin("cells", "cells", SPACE, "cells"))[0](inputs)
+    assert torch.allclose(masked[-1], finished, atol=1e-5), (
+        "the finished network gives other outputs than the masked one"
+    )
+    assert torch.allclose(plain, finished, atol=1e-4), "the plain network gives other outputs than the finished one"
+
+
+LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
+    "a search and its state are frozen records": check_record,
+    "the target is met": check_target,
+    "killed and resumed gives the same bits": check_resume,
+    "the finished network is the one searched": check_finished,
+}
+"""Every law by its name."""
