@@ -55,6 +55,7 @@ def test_under_the_gate_no_growth_is_shown_that_trained_without_it(monkeypatch: 
     assert not [arm for arm in recipe.OTHER for table in gated if arm in table]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["kronecker", "none"])
 def test_twins_part_and_learn_on(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every way of growing goes through the rest of a task and the next one."""

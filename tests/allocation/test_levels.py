@@ -142,6 +142,7 @@ def test_gradients_are_the_same_every_time_on_several_threads():
     assert all(torch.equal(x, y) for other in others for x, y in zip(first, other, strict=True))
 
 
+@pytest.mark.slow
 def test_a_latency_table_prices_operations_layers_and_their_filters(traced):
     net, axes, _ = traced
     sums = candidates_in(net)

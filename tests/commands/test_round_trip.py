@@ -20,6 +20,7 @@ from regrow.store.models import read_shapes
 from regrow.store.state import named_tensors, numbers, ties
 from regrow.store.weights import write_weights
 
+pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
 
 
@@ -41,7 +42,6 @@ def shop(tmp_path_factory):
     return root, models
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", saved.CASES)
 def test_a_fresh_process_says_the_same_bit_for_bit(shop, name):
     root, models = shop

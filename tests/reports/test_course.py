@@ -127,6 +127,7 @@ def test_damaged_measurements_do_not_break_the_page(grown, tmp_path, seed):
     to_markdown(summarise([folder]))
 
 
+@pytest.mark.slow
 def test_many_tasks_make_a_page_of_bounded_size(grown, tmp_path):
     folder, n = shutil.copytree(grown, tmp_path / "run"), 150
     task = {"what": "task", "parameters": 10**6, "nonzero": 10**5, "accuracy": [0.5] * n, "seconds": 1.0}

@@ -143,6 +143,7 @@ def test_a_method_that_says_what_it_saw_has_a_section_on_it(learned, tmp_path):
     assert "0.528, kept" in text and "three quarters of the calibration" in told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "shown"),
     [
@@ -219,6 +220,7 @@ def test_untrusted_words_stay_words(tmp_path, folder):
         ]  # code, as a command is
 
 
+@pytest.mark.slow
 def test_a_large_network_makes_a_page_of_bounded_size(tmp_path):
     kinds = [(f"kind {i}", 10.0 + i, 12.0 + i, i % 2 == 0) for i in range(300)]
     folder = write_run(tmp_path / "large", "gprune", kinds=kinds)
@@ -255,6 +257,7 @@ def test_without_the_extra_it_says_what_to_install(folder, monkeypatch):
                 to_html(summarise([folder]))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium or Chrome on the PATH to open the page in")
 def test_the_browser_opens_it_without_a_word(folder, learned, several, tmp_path):
     def dumped(path):

@@ -206,6 +206,7 @@ def only(kinds):
     return [{"reduce": False, "inputs": [8, 8], "nodes": [node]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -345,6 +346,7 @@ def test_searches_of_other_data_are_told_apart(folder, tmp_path):
     assert "different data" in told and "answers best" not in told
 
 
+@pytest.mark.slow
 def test_a_real_search_leaves_its_page(tmp_path):
     words = "search cells:4-2-1 --data digits --target 0.3 --epochs 6 --retrain 1 --stages 2 --train 200 --test 100"
     result = CliRunner().invoke(regrow, [*words.split(), "--out", str(tmp_path / "run")])

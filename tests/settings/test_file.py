@@ -64,6 +64,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_used_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     file, text, says = REFUSED[name]

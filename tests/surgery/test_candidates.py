@@ -104,6 +104,7 @@ def test_an_undo_store_holds_each_number_once_however_often_branches_go(traced):
     assert sum(tensor.numel() for tensor in undo.contents().values()) <= supernet
 
 
+@pytest.mark.slow
 def test_one_candidate_stays(traced):
     net, axes, _ = traced
     own = next(iter(candidates_in(net).values()))

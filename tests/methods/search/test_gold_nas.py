@@ -76,6 +76,7 @@ def test_what_a_tight_target_needs_stays_however_little_it_counts(task, axes):
     assert size(search, state, context) <= 700
 
 
+@pytest.mark.slow
 def test_what_must_stay_takes_no_turn_of_what_may_go(task, axes):
     search, state, context = begun(axes, task, target=100.0, each=2, low=0.0, high=1.0)
     ops = state.layout.ops
