@@ -18,7 +18,7 @@ def _signed(difference: float | None) -> str:
 
 _FIGURES = (
     ("Final average", "average", q.percent, 1),
-    ("AxisTensor the way", "average_along", q.percent, 1),
+    ("Along the way", "average_along", q.percent, 1),
     ("Learning", "learning", q.percent, 1),
     ("Forgetting", "forgetting", _signed, -1),
     ("Backward transfer", "backward_transfer", _signed, 1),
