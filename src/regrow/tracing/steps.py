@@ -88,7 +88,7 @@ def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[
 def first_difference(
     present: Capture, planned: Capture, known: Sequence[RecordedStep] | None = None
 ) -> Difference | None:
-    """Return the first constant or operand that differs between the present and the planned network; ``None`` if none.
+    """Compare the recordings before and after sizes were changed; return the first constant that differs, or ``None``.
 
     Args:
         present: The recording of the present network.

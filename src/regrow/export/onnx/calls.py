@@ -186,7 +186,7 @@ def sizes_of(call: ExportedCall, labels: Labels) -> dict[str, int]:
 
 
 def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Return the inputs at other sizes, by repeating rows of the example and varying each.
+    """Return the example inputs at other sizes: rows are repeated, and made different from one another along the batch.
 
     Args:
         call: The description of the call.
