@@ -18,7 +18,7 @@ HOUSE = ROOT / "src" / "regrow"
 SOURCES = sorted(HOUSE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text("utf-8")) for path in SOURCES}
 
-FILE_LINES = 400
+FILE_LINES = 350
 FUNCTION_LINES = 80
 LONG_FILES: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}

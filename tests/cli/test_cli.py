@@ -325,7 +325,7 @@ def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_langua
 def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import regrow.commands.folder as folder
+    from regrow.commands import checkpoints
 
     words = (
         "prune",
@@ -340,20 +340,18 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     )
     sizes = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
     assert regrow(*words, *sizes, "--out", "whole")[0] == 0
-    real = folder.RunFolder.save_statistics
+    real = checkpoints.save_statistics
 
-    def stop_at_the_second(
-        self: folder.RunFolder, source: str, shard: int, statistics: object, *, key: str = ""
-    ) -> None:
+    def stop_at_the_second(run: Path, source: str, shard: int, statistics: Any, *, key: str = "") -> None:
         if source == "code":
             raise KeyboardInterrupt
-        real(self, source, shard, statistics, key=key)
+        real(run, source, shard, statistics, key=key)
 
-    monkeypatch.setattr(folder.RunFolder, "save_statistics", stop_at_the_second)
+    monkeypatch.setattr(checkpoints, "save_statistics", stop_at_the_second)
     code, _, err = regrow(*words, *sizes, "--out", "halves")
     assert code == 130 and "goes on from there" in err
     assert len(list(Path("halves/.work/statistics").iterdir())) == 1
-    monkeypatch.setattr(folder.RunFolder, "save_statistics", real)
+    monkeypatch.setattr(checkpoints, "save_statistics", real)
     assert regrow(*words, *sizes, "--out", "halves")[0] == 0
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"] for name in ("whole", "halves")]
     assert plans[0] == plans[1]

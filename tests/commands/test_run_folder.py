@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from commands import saved
 from regrow import Plan, apply, trace
 from regrow.commands import Ledger, RunFolder, StoreError, fingerprint, replay
-from regrow.commands.checkpoints import file_name
+from regrow.commands.checkpoints import file_name, read_finished_shards, save_statistics
 from regrow.method import Budget, Evidence, Need
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut
@@ -114,7 +114,7 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path):
 
 
 def test_finishing(run):
-    run.save_statistics("news", 0, measured("news"))
+    save_statistics(run.path, "news", 0, measured("news"))
     run.update(notes=["a word"])
     with pytest.raises(StoreError, match="not finished; go on with it first: regrow prune m"):
         RunFolder.open(run.out)
@@ -280,21 +280,21 @@ def same(a, b):
 def test_statistics_come_back_bit_for_bit(run):
     statistics = measured("news")
     assert statistics.moments and statistics.gradients
-    run.save_statistics("news", 1, statistics, key="k")
-    found = run.statistics({"news": "k", "code": "k"}, shards=3)
+    save_statistics(run.path, "news", 1, statistics, key="k")
+    found = read_finished_shards(run.path, {"news": "k", "code": "k"}, shards=3)
     assert found.keys() == {("news", 1)} and same(found["news", 1], statistics)
-    assert run.statistics({"news": "other"}, shards=3) == {}
+    assert read_finished_shards(run.path, {"news": "other"}, shards=3) == {}
 
 
 def test_damaged_checkpoints_are_measured_again(run):
-    run.save_statistics("news", 0, measured("news"))
+    save_statistics(run.path, "news", 0, measured("news"))
     (path,) = (run.path / "statistics").iterdir()
     whole = path.read_bytes()
     for data in (whole[:-9], whole[:-1] + bytes([whole[-1] ^ 1]), b"", b"rubbish" * 9):
         path.write_bytes(data)
-        assert run.statistics({"news": ""}) == {}
+        assert read_finished_shards(run.path, {"news": ""}) == {}
     path.write_bytes(whole)
-    assert run.statistics({"news": ""})
+    assert read_finished_shards(run.path, {"news": ""})
 
 
 @given(st.text(max_size=80), st.text(max_size=80), st.integers(0, 99), st.integers(0, 99))
@@ -308,7 +308,7 @@ def test_names_of_sources_are_never_paths(one, other, shard, another):
 def test_hostile_names_of_sources(run):
     names = ["../../up", "/etc/passwd", "a/b", "..", "", "nul\0", "ü" * 300, "News", "news", "news-0", "con", "-x"]
     for name in names:
-        run.save_statistics(name, 0, measured("news"))
+        save_statistics(run.path, name, 0, measured("news"))
     files = list(run.path.rglob("*"))
     assert len([path for path in files if path.is_file()]) == len(names) + 1
     assert not list(run.path.parent.glob("up*"))
@@ -335,12 +335,12 @@ def pruned(folder, die_after=0):
     run = RunFolder.create(folder, verb="prune", settings={})
     run.owner.release()
     keys = {s.name: fingerprint(s) for s in sources}
-    done = run.statistics(keys, shards=2)
+    done = read_finished_shards(run.path, keys, shards=2)
     finished = len(done)
 
     def keep(name, shard, statistics):
         nonlocal finished
-        run.save_statistics(name, shard, statistics, key=keys[name])
+        save_statistics(run.path, name, shard, statistics, key=keys[name])
         finished += 1
         if finished == die_after:
             os.kill(os.getpid(), signal.SIGKILL)

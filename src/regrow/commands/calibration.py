@@ -39,10 +39,10 @@ def calibrated(
         )
         for source in several
     }
-    done = folder.statistics(keys, pruner.shards)
+    done = checkpoints.read_finished_shards(folder.path, keys, pruner.shards)
 
     def keep(source: str, shard: int, statistics: Any) -> None:
-        folder.save_statistics(source, shard, statistics, key=keys[source])
+        checkpoints.save_statistics(folder.path, source, shard, statistics, key=keys[source])
 
     evidence = prune.measured(loaded.model, axes, pruner, sources, progress, done=done, on_done=keep)
     return evidence, checkpoints.fingerprint(Source("", ()), keys)

@@ -17,6 +17,8 @@ from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensors import add_to_digest, read_header, read_tensors, write_tensors
 from regrow.training import checkpoint as training
 
+FOLDER = "statistics"
+"""Where a run keeps what it needs to resume; not part of a finished run."""
 FORMAT = "regrow-statistics/1"
 FORMATS = (training.FORMAT, recovery.FORMAT)
 """The formats of the checkpoints of stages that train or reconstruct."""
@@ -138,3 +140,39 @@ def open_checkpoint(path: Path, key: str) -> dict[str, Any]:
 
 def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
     return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]
+
+
+def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
+    """Store the measurements on one shard of a source in a run folder, for resuming.
+
+    Args:
+        run: The run folder, or its working area.
+        source: The name of the source.
+        shard: The number of the shard.
+        statistics: The measured sums.
+        key: The digest of what they depend on (:func:`fingerprint`), by which they are found.
+
+    Raises:
+        StoreError: If the disk is full.
+    """
+    path = run / FOLDER / file_name(source, shard)
+    with explain_os_errors(path.parent):
+        path.parent.mkdir(exist_ok=True)
+    write_statistics(path, source, shard, statistics, key)
+
+
+def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
+    """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``.
+
+    Args:
+        run: The run folder, or its working area.
+        keys: Source name → the digest that its statistics must have.
+        shards: The number of parts into which each source is split.
+    """
+    finished = {}
+    for source, key in keys.items():
+        for shard in range(shards):
+            path = run / FOLDER / file_name(source, shard)
+            if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
+                finished[source, shard] = statistics
+    return finished

@@ -13,13 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from regrow.commands.checkpoints import file_name, read_statistics, write_statistics
 from regrow.commands.metrics import Metrics, finite
 from regrow.commands.record import FORMAT, RUN, identity, read_json, read_run
 from regrow.commands.undo_stores import read_undo_store, write_undo_store
 from regrow.commands.working_area import adopt, begin_again, cleared_area, resumes, started
 from regrow.ledger import Ledger
-from regrow.scores import Statistics
 from regrow.store import schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
@@ -301,38 +299,6 @@ class RunFolder:
             StoreError: If it is damaged; names the field.
         """
         return self._record("scores.json", schemas.ScoreSummary)
-
-    def save_statistics(self, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
-        """Store the measurements on one shard of a source, for resuming.
-
-        Args:
-            source: The name of the source.
-            shard: The number of the shard.
-            statistics: The measured sums.
-            key: The digest of what they depend on (:func:`regrow.commands.fingerprint`), by which they are found.
-
-        Raises:
-            StoreError: If the disk is full.
-        """
-        path = self.path / "statistics" / file_name(source, shard)
-        with explain_os_errors(path.parent):
-            path.parent.mkdir(exist_ok=True)
-        write_statistics(path, source, shard, statistics, key)
-
-    def statistics(self, keys: Mapping[str, str], shards: int = 1) -> dict[tuple[str, int], Statistics]:
-        """Return the shards that an interrupted calibration finished, by source and number, for ``collect(done=…)``.
-
-        Args:
-            keys: Source name → the digest that its statistics must have.
-            shards: The number of parts into which each source is split.
-        """
-        found = {}
-        for source, key in keys.items():
-            for shard in range(shards):
-                path = self.path / "statistics" / file_name(source, shard)
-                if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
-                    found[source, shard] = statistics
-        return found
 
     def write_findings(self, method: str, findings: Mapping[str, Any]) -> None:
         """Write ``findings.json``: the tables in which a method explains its choice.

@@ -85,10 +85,10 @@ def _measured(task: RecoveryTask) -> Statistics:
     sums: dict[str, Moments] = {}
     first = 0
     if (done := task.read()) is not None:
-        first, totals, values = done
+        first, totals, stored = done
         for name, total in totals.items():
             blank = torch.zeros_like(total)
-            sums[name] = Moments(values["counts"][name], total, blank, 0, blank, blank)
+            sums[name] = Moments(stored["counts"][name], total, blank, 0, blank, blank)
     for i, source in enumerate(task.sources):
         if i < first:
             continue

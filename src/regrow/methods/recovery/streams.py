@@ -69,8 +69,8 @@ class RefitWork:
     def resume(self) -> None:
         """Load the layers that an interrupted call had solved, from the task's checkpoint."""
         if (done := self.task.read()) is not None:
-            _, tensors, values = done
-            self.told = [dict(row) for row in values["layers"]]
+            _, tensors, stored = done
+            self.told = [dict(row) for row in stored["layers"]]
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     self.own[name].copy_(tensor)
