@@ -64,7 +64,7 @@ def test_what_a_living_process_has_not_finished_stays(tmp_path):
     code = """
 import sys, time
 from pathlib import Path
-from regrow.store.atomic import written
+from regrow.store.atomic import atomic_write
 with atomic_write(Path(sys.argv[1])) as temporary:
     print(temporary.parent, flush=True)
     time.sleep(60)
