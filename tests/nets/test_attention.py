@@ -69,3 +69,12 @@ def test_heads_and_their_widths_are_cut_in_an_encoder() -> None:
     attention = model.layers[0].self_attn
     assert (attention.num_heads, attention.head_dim, attention.v_head_dim) == (2, 2, 2)
     assert attention.q_proj.weight.shape == (4, 12)
+
+
+def test_a_causal_hint_without_a_mask_is_refused_as_by_torch() -> None:
+    """It used to be ignored, so that each position saw the later ones."""
+    old = random(nn.MultiheadAttention(12, 3, batch_first=True))
+    x = torch.randn(2, 4, 12, dtype=torch.float64)
+    for module, error in ((old, RuntimeError), (replace_attention(copy.deepcopy(old)), ValueError)):
+        with pytest.raises(error, match="attn_mask"):
+            module(x, x, x, is_causal=True, need_weights=False)

@@ -20,7 +20,7 @@ End with an empty line or Ctrl-D. /new forgets what was said.
 """
 
 
-NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
+_NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
 
 
 @click.command(cls=Verb, epilog=EPILOG)
@@ -44,15 +44,11 @@ def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: 
     with working() as progress:
         for name in names:
             if Path(name, store.SHAPES).is_file() and store.read_shapes(name).origin.kind == "callable":
-                raise click.UsageError(
-                    f"{name} has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
-                )
+                raise click.UsageError(f"{name} {_NO_TOKENIZER}")
         loaded = [load_model_or_run(ModelSpec(name, dtype=dtype, device=device), progress) for name in names]
     for name, one in zip(names, loaded, strict=True):
         if one.tokenizer is None:
-            raise click.UsageError(
-                f"{name} has no tokenizer, which chat needs; name a language model, for example smollm2-135m"
-            )
+            raise click.UsageError(f"{name} {_NO_TOKENIZER}")
     history: list[list[dict[str, str]]] = [[] for _ in loaded]
     for question in [prompt] if prompt is not None else _questions(history):
         for said in history:

@@ -54,8 +54,13 @@ class Attention(nn.Module):
             need_weights: Whether the attention weights are returned.
             attn_mask: ``[L, S]`` or ``[N · heads, L, S]``: positions to ignore (bool), or numbers added to the scores.
             average_attn_weights: Whether the weights returned are averaged over heads.
-            is_causal: Ignored; give the mask.
+            is_causal: A hint that ``attn_mask`` is causal, as in torch; it makes no mask by itself.
+
+        Raises:
+            ValueError: If ``is_causal`` is given without a mask.
         """
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal says that attn_mask is causal, and there is no attn_mask; give it")
         single = query.dim() == 2
         if single:
             query, key, value = (one.unsqueeze(0) for one in (query, key, value))

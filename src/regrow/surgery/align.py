@@ -127,10 +127,8 @@ def _moved(model: nn.Module, pull: Mapping[Entries, Tensor]) -> Iterator[None]:
     try:
         for key in {entries.axis for entries in pull}:
             own = {entries: part for entries, part in pull.items() if entries.axis == key}
-            size = max(
-                float(model.get_parameter(entries.name).detach().double().square().mean().sqrt()) for entries in own
-            )
-            most = max(float(part.double().square().mean().sqrt()) for part in own.values())
+            size = max(_root_mean_square(model.get_parameter(entries.name)) for entries in own)
+            most = max(map(_root_mean_square, own.values()))
             for entries, part in own.items():
                 entries.set(model, part * (STEP * (size or 1.0) / most))
         yield
@@ -139,6 +137,6 @@ def _moved(model: nn.Module, pull: Mapping[Entries, Tensor]) -> Iterator[None]:
             entries.set(model, torch.zeros(()))
 
 
-def _typical(tensor: Tensor) -> float:
+def _root_mean_square(tensor: Tensor) -> float:
     """Return the root mean square of a tensor's entries."""
     return float(tensor.detach().double().square().mean().sqrt())

@@ -34,7 +34,7 @@ SPACE = supernet(
     (1, SIDE, SIDE), CLASSES, width=4, cells=2, nodes=2, stride=1, operations=("skip", "sep3", "max"), heads=(0,)
 )
 """A space of two cells, each with a classifier, so that it can be searched in one stage or in two."""
-SCHEDULE = TaskSchedule(epochs=6, batch_size=32, lr=0.02)
+SCHEDULE = TaskSchedule(epochs=4, batch_size=48, lr=0.02)
 TARGETS = {"params": 1500.0, "nonzero": 1200.0}
 """Measure → how much may be left of about 3,000."""
 
