@@ -48,7 +48,9 @@ class Placeholder:
         Placeholder(gives='zero', takes='x', of=0, at=0)
         """
         if not isinstance(data, dict) or not data.keys() <= {"gives", "takes", "of", "at"}:
-            raise ValueError(f"The placeholder of a module is told by gives, takes, of and at; got {str(data)[:60]}")
+            raise ValueError(
+                f"a placeholder has the fields gives, takes, of and at; got {str(data)[:60]}; restore the file"
+            )
         gives, takes, of, at = (data.get(name, 0) for name in ("gives", "takes", "of", "at"))
         if gives not in ("zero", "input", "nothing"):
             raise ValueError(f"a dropped module gives 'zero', 'input' or 'nothing'; got {str(gives)[:40]!r}")

@@ -25,7 +25,7 @@ class Settings:
     method: Annotated[str, Setting("What learns: see `regrow methods`.", code=True, shown=True)] = "sparsegrow"
     method_settings: MethodSettings = field(default_factory=dict)
     scenario: Annotated[str, Setting(
-        "Answers are chosen among all classes, those seen so far, or those of the task (which is then told).",
+        "Predict among all classes, those seen so far, or those of the task, if it is known at evaluation.",
         choices=("domain", "class", "task"),
     )] = "domain"
     epochs: Annotated[int, Setting("Passes over each task.", group=TRAINING, range=Range(1, 10**6))] = 5

@@ -115,7 +115,9 @@ class Settings:
         if self.controller == "ratios" and len(self.ratios) != len(self.levels):
             raise ValueError(f"ratios has one share per level, {len(self.levels)}; got {len(self.ratios)}")
         if self.controller == "ratios" and not self.reprune:
-            raise ValueError("under ratios each level is told its share of everything, so reprune=false means nothing")
+            raise ValueError(
+                "under controller=ratios every level is cut to its own share, so reprune=false is unused; drop it"
+            )
         if self.every < 1 or self.warm < 0:
             raise ValueError(f"every is at least 1 and warm at least 0; got every={self.every}, warm={self.warm}")
         for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
