@@ -2,23 +2,9 @@
 
 from typing import Any
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import (
-    ACCENT,
-    FAINT,
-    INK,
-    LINE,
-    MUTED,
-    PAPER,
-    SMALL,
-    Canvas,
-    Drawing,
-    columns,
-    depth_axis,
-    draw,
-    legend,
-    steps,
-)
+from regrow.reports.canvas import SMALL, Canvas, Drawing, columns, depth_axis, draw, legend, steps
 from regrow.reports.reading import text
 
 Row = dict[str, Any]
@@ -45,8 +31,16 @@ def spectrum(run: Row) -> Drawing | None:
         f"mean rank correlation {q.significant(means[kind['kind']]['spearman'])}"
         for kind in kinds
     )
-    moved = [("beyond noise", ACCENT, "s", 1.0), ("F above 1", FAINT, "s", 1.0), ("that by chance", INK, "_", 1.0)]
-    alike = [("between kinds", INK, "_", 1.0), ("between parts", ACCENT, "o", 1.0), ("within a kind", MUTED, "o", 1.0)]
+    moved = [
+        ("beyond noise", palette.ACCENT, "s", 1.0),
+        ("F above 1", palette.FAINT, "s", 1.0),
+        ("that by chance", palette.INK, "_", 1.0),
+    ]
+    alike = [
+        ("between kinds", palette.INK, "_", 1.0),
+        ("between parts", palette.ACCENT, "o", 1.0),
+        ("within a kind", palette.MUTED, "o", 1.0),
+    ]
 
     def paint(canvas: Canvas) -> None:
         head, upper, lower, gap = (52 if canvas.narrow else 32), 124, 96, 72
@@ -57,7 +51,7 @@ def spectrum(run: Row) -> Drawing | None:
             words = f"{q.percent(mean['significant'])} move beyond noise, mean ρ {q.significant(mean['spearman'])}"
             canvas.text(0, top + 12, text(kind["kind"], 44 if canvas.narrow else 50))
             where = {"x": 0, "y": top + 34} if canvas.narrow else {"x": canvas.width, "y": top + 12, "ha": "right"}
-            canvas.text(words=words, color=MUTED, fontsize=SMALL, **where)
+            canvas.text(words=words, color=palette.MUTED, fontsize=SMALL, **where)
             legend(canvas, top + head + 8, moved)
             axes = canvas.panel(top + head + 26, upper, left=46, right=2)
             _moved(axes, kind["rows"])
@@ -85,7 +79,11 @@ def modules(run: Row) -> Drawing | None:
     told = "; ".join(f"{_title(kind, mean, len(groups) > 1)}: {_change(mean)}" for kind, mean in panels)
     shares = [cell[name] or 0 for kind, _ in panels for row in kind["rows"] for cell in row["cells"] for name in ENDS]
     most = next((share for share in (0.1, 0.2, 0.4, 0.6, 0.8) if share >= max(shares)), 1.0)
-    entries = [("at the start", MUTED, "o", 1.0), ("learned", ACCENT, "o", 1.0), ("learned, switched", INK, "D", 1.0)]
+    entries = [
+        ("at the start", palette.MUTED, "o", 1.0),
+        ("learned", palette.ACCENT, "o", 1.0),
+        ("learned, switched", palette.INK, "D", 1.0),
+    ]
 
     def paint(canvas: Canvas) -> None:
         across = 1 if canvas.narrow or len(panels) == 1 else 2
@@ -96,7 +94,7 @@ def modules(run: Row) -> Drawing | None:
         for i, (kind, mean) in enumerate(panels):
             x, top = (i % across) * (width + gap), 30 + (i // across) * (head + height + foot)
             canvas.text(x, top + 18, text(_title(kind, mean, len(groups) > 1), 26))
-            canvas.text(x + width, top + 18, _change(mean), color=MUTED, fontsize=SMALL, ha="right")
+            canvas.text(x + width, top + 18, _change(mean), color=palette.MUTED, fontsize=SMALL, ha="right")
             axes = canvas.panel(top + head, height, left=x + 46, width=width - 48)
             _given_up(axes, [(row["depth"], cell) for row in kind["rows"] for cell in row["cells"]], mean["cell"])
             _shares(axes, most)
@@ -124,20 +122,27 @@ def history(run: Row) -> Drawing | None:
         from matplotlib.ticker import MaxNLocator
 
         canvas.start(206)
-        canvas.text(0, 10, "held-out loss, lower is better", color=MUTED, fontsize=SMALL)
+        canvas.text(0, 10, "held-out loss, lower is better", color=palette.MUTED, fontsize=SMALL)
         axes = canvas.panel(26, 132, left=58, right=16)
         x, y = ([row[name] for row in rows] for name in ("step", "held_out"))
-        axes.plot(x, y, color=MUTED, linewidth=1.4)
-        axes.plot(x, y, "o", markersize=6, color=MUTED, markeredgecolor=PAPER, clip_on=False)
-        axes.plot([best["step"]], [best["held_out"]], "o", markersize=10.5, color=ACCENT, markeredgecolor=PAPER)
+        axes.plot(x, y, color=palette.MUTED, linewidth=1.4)
+        axes.plot(x, y, "o", markersize=6, color=palette.MUTED, markeredgecolor=palette.PAPER, clip_on=False)
+        axes.plot(
+            [best["step"]],
+            [best["held_out"]],
+            "o",
+            markersize=10.5,
+            color=palette.ACCENT,
+            markeredgecolor=palette.PAPER,
+        )
         room = (max(y) - min(y)) * 0.12 or max(y) * 0.1 or 1.0
         axes.set_ylim(min(y) - 2.2 * room, max(y) + room)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(lambda value, _: q.tick(value))
         axes.set_xticks(steps(x[0], x[-1], 6))
-        axes.grid(axis="y", color=LINE, linewidth=1)
+        axes.grid(axis="y", color=palette.LINE, linewidth=1)
         axes.set_axisbelow(True)
-        axes.set_xlabel("step", color=MUTED, fontsize=SMALL, labelpad=4)
+        axes.set_xlabel("step", color=palette.MUTED, fontsize=SMALL, labelpad=4)
         place = (best["step"] - x[0]) / (x[-1] - x[0])
         axes.annotate(
             f"{q.significant(best['held_out'])}, kept",
@@ -146,7 +151,7 @@ def history(run: Row) -> Drawing | None:
             textcoords="offset points",
             ha="left" if place < 0.2 else "right" if place > 0.8 else "center",
             va="center",
-            color=INK,
+            color=palette.INK,
             annotation_clip=False,
         )
 
@@ -154,9 +159,9 @@ def history(run: Row) -> Drawing | None:
 
 
 def _moved(axes: Any, rows: list[Row]) -> None:
-    for name, colour in (("exceeds", FAINT), ("significant", ACCENT)):
+    for name, colour in (("exceeds", palette.FAINT), ("significant", palette.ACCENT)):
         columns(axes, [row["depth"] for row in rows], [0] * len(rows), [row[name] or 0 for row in rows], color=colour)
-    axes.axhline(CHANCE, color=INK, linewidth=1.2, linestyle=(0, (3, 3)))
+    axes.axhline(CHANCE, color=palette.INK, linewidth=1.2, linestyle=(0, (3, 3)))
     _levels(axes, rows, "exceeds_null")
     _shares(axes, 1)
 
@@ -164,10 +169,10 @@ def _moved(axes: Any, rows: list[Row]) -> None:
 def _alike(axes: Any, rows: list[Row]) -> None:
     both = [row for row in rows if row["spearman_shards"] is not None and row["spearman_within"] is not None]
     low, high = ([row[name] for row in both] for name in ("spearman_shards", "spearman_within"))
-    axes.vlines([row["depth"] for row in both], low, high, color=FAINT, linewidth=1.6)
-    for name, colour in (("spearman_within", MUTED), ("spearman_shards", ACCENT)):
+    axes.vlines([row["depth"] for row in both], low, high, color=palette.FAINT, linewidth=1.6)
+    for name, colour in (("spearman_within", palette.MUTED), ("spearman_shards", palette.ACCENT)):
         known = [row for row in rows if row[name] is not None]
-        style = {"color": colour, "markersize": 7, "markeredgecolor": PAPER, "clip_on": False}
+        style = {"color": colour, "markersize": 7, "markeredgecolor": palette.PAPER, "clip_on": False}
         axes.plot([row["depth"] for row in known], [row[name] for row in known], "o", **style)
     _levels(axes, rows, "spearman")
     below = min((row[name] for row in rows for name in _CORRELATIONS if row[name] is not None), default=0) < 0
@@ -181,15 +186,15 @@ def _given_up(axes: Any, cells: list[tuple[int, Row]], word: str) -> None:
     mine = [(depth, cell) for depth, cell in cells if cell["cell"] == word]
     moved = [(depth, cell) for depth, cell in mine if cell["learned"] is not None]
     low, high = ([cell[name] for _, cell in moved] for name in ENDS)
-    axes.vlines([depth for depth, _ in moved], low, high, color=FAINT, linewidth=1.8)
+    axes.vlines([depth for depth, _ in moved], low, high, color=palette.FAINT, linewidth=1.8)
     switched = [(depth, cell) for depth, cell in moved if (cell["switched"] or 0) >= 0.5]
     trusted = [(depth, cell) for depth, cell in moved if (cell["switched"] or 0) < 0.5]
     for some, name, colour, marker, size in (
-        (mine, "start", MUTED, "o", 5.5),
-        (trusted, "learned", ACCENT, "o", 7.5),
-        (switched, "learned", INK, "D", 6.5),
+        (mine, "start", palette.MUTED, "o", 5.5),
+        (trusted, "learned", palette.ACCENT, "o", 7.5),
+        (switched, "learned", palette.INK, "D", 6.5),
     ):
-        style = {"color": colour, "markersize": size, "markeredgecolor": PAPER, "clip_on": False}
+        style = {"color": colour, "markersize": size, "markeredgecolor": palette.PAPER, "clip_on": False}
         axes.plot([depth for depth, _ in some], [cell[name] for _, cell in some], marker, **style)
 
 
@@ -197,7 +202,7 @@ def _levels(axes: Any, rows: list[Row], name: str) -> None:
     """Draw a short horizontal line at the value of each row."""
     known = [(row["depth"], row[name]) for row in rows if row[name] is not None]
     ends = ([depth + side for depth, _ in known] for side in (-0.37, 0.37))
-    axes.hlines([value for _, value in known], *ends, color=INK, linewidth=1.8)
+    axes.hlines([value for _, value in known], *ends, color=palette.INK, linewidth=1.8)
 
 
 def _shares(axes: Any, top: float) -> None:

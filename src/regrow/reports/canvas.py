@@ -14,21 +14,10 @@ from importlib import resources
 from typing import Any
 from xml.etree import ElementTree
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError
 
-INK, MUTED, LINE, FAINT, ACCENT, PAPER = "#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06"
-COOL, WARM = "#0a0b07", "#0a0b08"
-_VARIABLES = {
-    INK: "currentColor",
-    MUTED: "var(--muted)",
-    LINE: "var(--line)",
-    FAINT: "var(--faint)",
-    ACCENT: "var(--accent)",
-    PAPER: "var(--paper)",
-    COOL: "var(--cool)",
-    WARM: "var(--warm)",
-}
 WIDE, NARROW = 760, 350
 SMALL = 11.5
 POINTS_PER_INCH = 72
@@ -121,8 +110,8 @@ class Canvas:
         axes.patch.set_visible(False)
         for side in ("left", "right", "top"):
             axes.spines[side].set_visible(False)
-        axes.spines["bottom"].set_color(LINE)
-        axes.tick_params(length=0, pad=6, colors=MUTED)
+        axes.spines["bottom"].set_color(palette.LINE)
+        axes.tick_params(length=0, pad=6, colors=palette.MUTED)
         axes.minorticks_off()
         return axes
 
@@ -135,7 +124,7 @@ class Canvas:
             words: The text.
             style: Arguments of matplotlib's ``Figure.text``.
         """
-        style = {"ha": "left", "va": "center", "color": INK} | style
+        style = {"ha": "left", "va": "center", "color": palette.INK} | style
         self.figure.text(x / self.width, 1 - y / self.height, words, **style)
 
     def dot(self, x: float, y: float, **style: Any) -> None:
@@ -205,7 +194,7 @@ def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
     for words, colour, marker, strength in entries:
         line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker in "_|" else {}
         canvas.dot(x, y, marker=marker, color=colour, alpha=strength, **({"markeredgewidth": 0} | line))
-        canvas.text(x + 11, y, words, color=MUTED, fontsize=SMALL)
+        canvas.text(x + 11, y, words, color=palette.MUTED, fontsize=SMALL)
         x += 30 + 6.9 * len(words)
 
 
@@ -225,10 +214,10 @@ def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, la
     axes.set_xscale("log")
     axes.set_xlim(10 ** (middle - reach), 10 ** (middle + reach))
     log_ticks(axes.xaxis, 10 ** (middle - reach), 10 ** (middle + reach), max(3, width // 95))
-    axes.grid(axis="x", color=LINE, linewidth=1)
+    axes.grid(axis="x", color=palette.LINE, linewidth=1)
     axes.set_axisbelow(True)
     axes.set_yticks([])
-    axes.set_xlabel(label, color=MUTED, fontsize=SMALL, labelpad=6)
+    axes.set_xlabel(label, color=palette.MUTED, fontsize=SMALL, labelpad=6)
 
 
 def depth_axis(axes: Any, depth: Sequence[int], numbered: bool, most: int) -> None:
@@ -242,9 +231,9 @@ def depth_axis(axes: Any, depth: Sequence[int], numbered: bool, most: int) -> No
     """
     axes.set_xlim(min(depth) - 0.6, max(*depth, min(depth) + 11) + 0.6)  # a few bars need not be broad
     axes.set_xticks(steps(min(depth), max(depth), most))
-    axes.grid(axis="y", color=LINE, linewidth=1)
+    axes.grid(axis="y", color=palette.LINE, linewidth=1)
     axes.set_axisbelow(True)
-    axes.set_xlabel("layer" if numbered else "place in the network", color=MUTED, fontsize=SMALL, labelpad=4)
+    axes.set_xlabel("layer" if numbered else "place in the network", color=palette.MUTED, fontsize=SMALL, labelpad=4)
 
 
 def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
@@ -342,6 +331,6 @@ def _attribute(name: str, value: str, prefix: str) -> str:
     if name == "style":
         value = re.sub(r"font-family:[^;]*;?\s*", "", value)
         value = re.sub(r"font: ((?:\d+ |bold )*)([\d.]+px)[^;]*", r"font-size: \2", value)
-        for stand_in, variable in _VARIABLES.items():
+        for stand_in, variable in palette.VARIABLES.items():
             value = value.replace(stand_in, variable)
     return re.sub(r"\s+", " ", value).replace("rotate(-0 ", "rotate(0 ")

@@ -4,44 +4,31 @@ import math
 from collections.abc import Sequence, Sized
 from typing import Any
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import (
-    ACCENT,
-    COOL,
-    FAINT,
-    INK,
-    LINE,
-    MUTED,
-    SMALL,
-    WARM,
-    Canvas,
-    Drawing,
-    Entry,
-    draw,
-    legend,
-)
+from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend
 from regrow.reports.reading import mapping, objects, size, text
 
 Run = dict[str, Any]
 Cell = dict[str, Any]
 
 KINDS: dict[str, tuple[str, float]] = {
-    "skip": (INK, 1.0),
-    "sep3": (ACCENT, 0.55),
-    "sep5": (ACCENT, 1.0),
-    "dil3": (COOL, 0.55),
-    "dil5": (COOL, 1.0),
-    "avg": (WARM, 0.55),
-    "max": (WARM, 1.0),
+    "skip": (palette.INK, 1.0),
+    "sep3": (palette.ACCENT, 0.55),
+    "sep5": (palette.ACCENT, 1.0),
+    "dil3": (palette.COOL, 0.55),
+    "dil5": (palette.COOL, 1.0),
+    "avg": (palette.WARM, 0.55),
+    "max": (palette.WARM, 1.0),
 }
 """Kinds of operations of DARTS-like cells, in the order in which cells list them → colour and opacity."""
 
 SINGLE: dict[str, tuple[str, float]] = {
-    "none": (MUTED, 0.4),
-    "skip": (INK, 1.0),
-    "conv1": (ACCENT, 0.55),
-    "conv3": (ACCENT, 1.0),
-    "avg": (WARM, 0.55),
+    "none": (palette.MUTED, 0.4),
+    "skip": (palette.INK, 1.0),
+    "conv1": (palette.ACCENT, 0.55),
+    "conv3": (palette.ACCENT, 1.0),
+    "avg": (palette.WARM, 0.55),
 }
 """Kinds of operations of NAS-Bench-201's cells, which have one input → colour and opacity."""
 
@@ -184,7 +171,7 @@ def picture(run: Run) -> Drawing | None:
             canvas.text(x, y + 14, f"{titles[i]}{', halves the picture' * cell['reduce']}")
             words = f"{q.count(n)} operation{'s' * (n != 1)}, gives {_given(cell)}"
             if not canvas.narrow or not cell["reduce"]:
-                canvas.text(x + width, y + 14, words, color=MUTED, fontsize=SMALL, ha="right")
+                canvas.text(x + width, y + 14, words, color=palette.MUTED, fontsize=SMALL, ha="right")
             axes = canvas.panel(y + head, wire * (len(cell["nodes"]) + inputs), left=x + left, width=width - left - 4)
             _wiring(axes, cell, kinds, slots, step(across) >= NAME)
             for place, value in enumerate([*cell["inputs"], *(node["width"] for node in cell["nodes"])]):
@@ -192,7 +179,7 @@ def picture(run: Run) -> Drawing | None:
                 canvas.text(
                     x, at, source_name(place, inputs).replace("cell before last", "before last"), fontsize=SMALL
                 )
-                canvas.text(x + left - 6, at, q.count(value), color=MUTED, fontsize=SMALL, ha="right")
+                canvas.text(x + left - 6, at, q.count(value), color=palette.MUTED, fontsize=SMALL, ha="right")
 
     return draw("fig-cells", "The cells that were found", said, paint)
 
@@ -211,18 +198,20 @@ def _wiring(axes: Any, cell: Cell, looks: dict[str, tuple[str, float]], slots: i
     axes.set_ylim(many - 0.5, -0.5)
     start, lines = 0, dict[str, list[tuple[float, int, int]]]()
     for value in range(inputs):
-        axes.plot([0, slots], [value, value], color=FAINT, lw=1, zorder=1)
+        axes.plot([0, slots], [value, value], color=palette.FAINT, lw=1, zorder=1)
     for i, node in enumerate(cell["nodes"]):
-        axes.plot([start, slots], [i + inputs, i + inputs], color=FAINT, lw=1, zorder=1)
+        axes.plot([start, slots], [i + inputs, i + inputs], color=palette.FAINT, lw=1, zorder=1)
         for op in node["ops"]:
             x = start + _edge(kinds) * op["source"] + kinds.index(op["kind"]) + 0.5
             lines.setdefault(op["kind"], []).append((x, op["source"], i + inputs))
             if names:
-                style = {"ha": "center", "va": "bottom", "color": MUTED, "fontsize": 8.5}
+                style = {"ha": "center", "va": "bottom", "color": palette.MUTED, "fontsize": 8.5}
                 axes.text(x, -0.6, op["kind"], rotation=90, **style)
         start += _edge(kinds) * (i + inputs)
         if i + 1 < len(cell["nodes"]):
-            axes.plot([start - 0.5, start - 0.5], [-0.5, many - 0.5], color=LINE, lw=1, ls=(0, (3, 3)), zorder=1)
+            axes.plot(
+                [start - 0.5, start - 0.5], [-0.5, many - 0.5], color=palette.LINE, lw=1, ls=(0, (3, 3)), zorder=1
+            )
     for kind, places in lines.items():
         colour, strength = looks[kind]
         xs, tops, bottoms = zip(*places, strict=True)

@@ -4,21 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import (
-    ACCENT,
-    FAINT,
-    INK,
-    LINE,
-    MUTED,
-    PAPER,
-    SMALL,
-    Canvas,
-    Drawing,
-    draw,
-    log_axis,
-    log_ticks,
-)
+from regrow.reports.canvas import SMALL, Canvas, Drawing, draw, log_axis, log_ticks
 from regrow.reports.words import same_dense
 
 MAX_KINDS = 12
@@ -57,24 +45,32 @@ def perplexity(summary: dict[str, Any]) -> Drawing | None:
             known = [*values, dense[kind]] if kind in dense else values
             log_axis(axes, known, width - left, 36, "")
             if kind in dense:
-                axes.axvline(dense[kind], color=MUTED, linewidth=1.2, linestyle=(0, (3, 3)))
-                canvas.text(x + width, top + 18, f"before {q.significant(dense[kind])}", color=MUTED, ha="right")
+                axes.axvline(dense[kind], color=palette.MUTED, linewidth=1.2, linestyle=(0, (3, 3)))
+                canvas.text(
+                    x + width, top + 18, f"before {q.significant(dense[kind])}", color=palette.MUTED, ha="right"
+                )
             for place, (value, best) in enumerate(zip(values, leaders(runs, values), strict=True)):
-                face = ACCENT if best else FAINT
-                axes.plot([value], [place], "o", markersize=9, markerfacecolor=face, markeredgecolor=PAPER)
+                face = palette.ACCENT if best else palette.FAINT
+                axes.plot([value], [place], "o", markersize=9, markerfacecolor=face, markeredgecolor=palette.PAPER)
                 axes.annotate(
                     q.significant(value),
                     (value, place),
                     xytext=(8, 0),
                     textcoords="offset points",
                     va="center",
-                    color=INK if best else MUTED,
+                    color=palette.INK if best else palette.MUTED,
                     fontsize=SMALL,
                     annotation_clip=False,
                 )
                 label = runs[place]["label"]
                 label = label if len(label) < 16 else label[:14] + "…"
-                canvas.text(x, top + head + (place + 0.5) * step, label, fontsize=SMALL, color=INK if best else MUTED)
+                canvas.text(
+                    x,
+                    top + head + (place + 0.5) * step,
+                    label,
+                    fontsize=SMALL,
+                    color=palette.INK if best else palette.MUTED,
+                )
 
     return draw("fig-kinds", "Perplexity per kind of text and run", told, paint)
 
@@ -106,15 +102,15 @@ def front(summary: dict[str, Any]) -> Drawing | None:
         axes.set_xlim(min(xs) - 0.08 * spread, max(xs) + spread * 120 / (canvas.width - 190))
         axes.xaxis.set_major_locator(_locator(4 if canvas.narrow else 8))
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
-        axes.grid(color=LINE, linewidth=1)
+        axes.grid(color=palette.LINE, linewidth=1)
         axes.set_axisbelow(True)
-        axes.set_xlabel("weights kept", color=MUTED, fontsize=SMALL, labelpad=6)
-        canvas.text(0, 12, "perplexity, geometric mean (log scale)", color=MUTED, fontsize=SMALL)
-        axes.plot([p[1] for p in best], [p[2] for p in best], color=ACCENT, linewidth=1.5)
+        axes.set_xlabel("weights kept", color=palette.MUTED, fontsize=SMALL, labelpad=6)
+        canvas.text(0, 12, "perplexity, geometric mean (log scale)", color=palette.MUTED, fontsize=SMALL)
+        axes.plot([p[1] for p in best], [p[2] for p in best], color=palette.ACCENT, linewidth=1.5)
         for label, x, y in known:
             on = any(point[0] == label for point in best)
-            face = ACCENT if on else FAINT
-            axes.plot([x], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=PAPER)
+            face = palette.ACCENT if on else palette.FAINT
+            axes.plot([x], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=palette.PAPER)
             axes.annotate(
                 label[:18],
                 (x, y),
@@ -122,7 +118,7 @@ def front(summary: dict[str, Any]) -> Drawing | None:
                 textcoords="offset points",
                 ha="left",
                 va="bottom",
-                color=INK if on else MUTED,
+                color=palette.INK if on else palette.MUTED,
                 fontsize=SMALL,
                 annotation_clip=False,
             )

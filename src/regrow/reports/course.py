@@ -4,21 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import (
-    ACCENT,
-    INK,
-    LINE,
-    MUTED,
-    PAPER,
-    SMALL,
-    Canvas,
-    Drawing,
-    Entry,
-    draw,
-    legend,
-    steps,
-)
+from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend, steps
 from regrow.reports.reading import RunRecord, mapping, number, size, text
 
 Run = dict[str, Any]
@@ -181,16 +169,25 @@ def matrix(run: Run) -> Drawing | None:
         corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for x, y, _ in cells]
         # Half the colour at most, so that numbers can be read on it by light and by dark.
         strengths = [0.02 + 0.48 * v for _, _, v in cells]
-        axes.add_collection(PolyCollection(corners, facecolors=ACCENT, edgecolors=PAPER, alpha=strengths))
+        axes.add_collection(
+            PolyCollection(corners, facecolors=palette.ACCENT, edgecolors=palette.PAPER, alpha=strengths)
+        )
         for x, y, v in cells if step >= 21 else []:
             words = f"{100 * v:.{1 if step >= 30 else 0}f}"
-            axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", color=INK, fontsize=SMALL)
+            axes.text(x + 0.5, y + 0.5, words, ha="center", va="center", color=palette.INK, fontsize=SMALL)
         stairs = [(x, first + x) for x in range(min(wide, len(table) - first))]
-        axes.plot([x + d for x, _ in stairs for d in (0, 1)], [y for _, y in stairs for _ in (0, 1)], color=INK, lw=1.2)
-        canvas.text(0, 12, "learned" if canvas.narrow else "after learning", color=MUTED, fontsize=SMALL)
-        canvas.text(canvas.width, 12, "asked about, accuracy in per cent", color=MUTED, fontsize=SMALL, ha="right")
+        axes.plot(
+            [x + d for x, _ in stairs for d in (0, 1)],
+            [y for _, y in stairs for _ in (0, 1)],
+            color=palette.INK,
+            lw=1.2,
+        )
+        canvas.text(0, 12, "learned" if canvas.narrow else "after learning", color=palette.MUTED, fontsize=SMALL)
+        canvas.text(
+            canvas.width, 12, "asked about, accuracy in per cent", color=palette.MUTED, fontsize=SMALL, ha="right"
+        )
         for x in steps(1, wide, canvas.width // 34):
-            canvas.text(left + (x - 0.5) * step, 34, f"{x}", color=MUTED, fontsize=SMALL, ha="center")
+            canvas.text(left + (x - 0.5) * step, 34, f"{x}", color=palette.MUTED, fontsize=SMALL, ha="center")
         for y, (name, _) in enumerate(table):
             words = f"{y - first + 1}" if y >= first else "0"
             words = words if canvas.narrow else text(f"{words}  {name}", 18)
@@ -208,7 +205,9 @@ def widths(run: Run) -> Drawing | None:
     found = run["course"]
     axes = sorted((found or {"widths": {}})["widths"].items(), key=lambda one: len(set(one[1]) - {None}) < 2)
     panels: list[Panel] = [(key, [values]) for key, values in axes[:MAX_PANELS]]
-    return _panels("fig-course-widths", "Width of each axis after each task", panels, [("units", ACCENT, "o", 1.0)])
+    return _panels(
+        "fig-course-widths", "Width of each axis after each task", panels, [("units", palette.ACCENT, "o", 1.0)]
+    )
 
 
 def parameters(run: Run) -> Drawing | None:
@@ -219,7 +218,7 @@ def parameters(run: Run) -> Drawing | None:
     """
     rows = (run["course"] or {"sizes": []})["sizes"]
     values = [[row[name] for row in rows] for name in ("parameters", "nonzero")]
-    entries = [("parameters", MUTED, "o", 1.0), ("not 0", ACCENT, "o", 1.0)]
+    entries = [("parameters", palette.MUTED, "o", 1.0), ("not 0", palette.ACCENT, "o", 1.0)]
     return _panels("fig-course-size", "Parameters after each task", [("Parameters", values)], entries)
 
 
@@ -233,7 +232,7 @@ def shares(run: Run) -> Drawing | None:
     none: list[float | None] = []
     names = list(dict.fromkeys([*found["owned"], *found["free"]]))[:MAX_PANELS]
     panels: list[Panel] = [(name, [found["owned"].get(name, none), found["free"].get(name, none)]) for name in names]
-    entries = [("owned", MUTED, "o", 1.0), ("free", ACCENT, "o", 1.0)]
+    entries = [("owned", palette.MUTED, "o", 1.0), ("free", palette.ACCENT, "o", 1.0)]
     return _panels("fig-course-owned", "Owned and free share of each weight after each task", panels, entries, 1.0)
 
 
@@ -263,7 +262,7 @@ def _panels(
             x, y = (i % across) * (width + gap), 26 + (i // across) * (head + high + foot)
             canvas.text(x, y + 16, text(heading, 26 if across > 1 or canvas.narrow else 60))
             words = f"{entries[-1][0]}: " * (len(entries) > 1) + _span(lines[-1], unit)
-            canvas.text(x + width, y + 16, words, color=MUTED, fontsize=SMALL, ha="right")
+            canvas.text(x + width, y + 16, words, color=palette.MUTED, fontsize=SMALL, ha="right")
             axes = canvas.panel(y + head, high, left=x + 54, width=width - 58)
             n = max(map(len, lines))
             axes.set_xlim(0.7, max(n, 2) + 0.3)
@@ -272,9 +271,9 @@ def _panels(
             axes.set_ylim(0, most * 1.08)
             axes.set_yticks([0, most])
             axes.yaxis.set_major_formatter(lambda value, _: unit(value) if not top else f"{100 * value:.0f}{q.SPACE}%")
-            axes.grid(axis="y", color=LINE, linewidth=1)
+            axes.grid(axis="y", color=palette.LINE, linewidth=1)
             axes.set_axisbelow(True)
-            axes.set_xlabel("tasks learned", color=MUTED, fontsize=SMALL, labelpad=4)
+            axes.set_xlabel("tasks learned", color=palette.MUTED, fontsize=SMALL, labelpad=4)
             for (_, colour, marker, _), line in zip(entries, lines, strict=True):
                 points = [math.nan if v is None else v for v in line]
                 axes.plot(range(1, len(line) + 1), points, marker, ls="-", color=colour, lw=1.6, ms=5, clip_on=False)

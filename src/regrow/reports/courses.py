@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, SMALL, Canvas, Drawing, draw, steps
+from regrow.reports.canvas import SMALL, Canvas, Drawing, draw, steps
 from regrow.reports.fronts import against, leaders
 
 MAX_LINES = 24
@@ -205,13 +206,15 @@ def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing |
         axes.yaxis.set_major_formatter(
             lambda value, _: q.count(value) if unit is q.count else f"{100 * value:.3g}{q.SPACE}%"
         )
-        axes.grid(axis="y", color=LINE, linewidth=1)
+        axes.grid(axis="y", color=palette.LINE, linewidth=1)
         axes.set_axisbelow(True)
-        axes.set_xlabel("tasks learned", color=MUTED, fontsize=SMALL, labelpad=4)
+        axes.set_xlabel("tasks learned", color=palette.MUTED, fontsize=SMALL, labelpad=4)
         heights = apart([high * (up - end) / (up - low) for end in ends], 14, high)
         for i, ((label, values), height) in enumerate(zip(lines, heights, strict=True)):
             best = i == ends.index(max(ends))
-            colour, style = (ACCENT, "-") if best else ((INK, MUTED)[i % 2], _STYLES[i // 2 % len(_STYLES)])
+            colour, style = (
+                (palette.ACCENT, "-") if best else ((palette.INK, palette.MUTED)[i % 2], _STYLES[i // 2 % len(_STYLES)])
+            )
             shown = [math.nan if v is None else v for v in values]
             axes.plot(
                 range(1, len(shown) + 1),
@@ -230,10 +233,10 @@ def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing |
                 xytext=(canvas.width - right + 10, canvas.height - top - height),
                 textcoords="figure points",
                 va="center",
-                color=INK if best else MUTED,
+                color=palette.INK if best else palette.MUTED,
                 fontsize=SMALL,
                 annotation_clip=False,
-                arrowprops={"arrowstyle": "-", "color": FAINT, "lw": 0.7, "shrinkA": 1, "shrinkB": 3},
+                arrowprops={"arrowstyle": "-", "color": palette.FAINT, "lw": 0.7, "shrinkA": 1, "shrinkB": 3},
             )
 
     return draw(name, title, told, paint)

@@ -4,30 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import (
-    ACCENT,
-    COOL,
-    FAINT,
-    INK,
-    LINE,
-    MUTED,
-    SMALL,
-    WARM,
-    Canvas,
-    Drawing,
-    Entry,
-    draw,
-    legend,
-    steps,
-)
+from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend, steps
 from regrow.reports.fronts import against
 
 Run = dict[str, Any]
 Panel = tuple[str, Sequence[tuple[str, str, str]], Any, float | None]
 """A heading, its lines (field of an epoch, name, colour), the number format, and the top of the scale."""
 
-LEVELS = (("operations", ACCENT), ("filters", COOL), ("weights", WARM))
+LEVELS = (("operations", palette.ACCENT), ("filters", palette.COOL), ("weights", palette.WARM))
 
 
 def size(run: Run) -> Drawing | None:
@@ -40,11 +26,11 @@ def size(run: Run) -> Drawing | None:
     panels: list[Panel] = [
         (
             f"Size of the part that runs, {unit}",
-            (("allowed", "to be reached", FAINT), ("size", "that stand", ACCENT)),
+            (("allowed", "to be reached", palette.FAINT), ("size", "that stand", palette.ACCENT)),
             q.count,
             None,
         ),
-        ("Accuracy on the validation part", (("accuracy", "validation", INK),), q.percent, None),
+        ("Accuracy on the validation part", (("accuracy", "validation", palette.INK),), q.percent, None),
     ]
     return _over_epochs(run, "fig-search-size", "Size and validation accuracy over epochs", panels)
 
@@ -99,7 +85,7 @@ def memory(run: Run) -> Drawing | None:
     found = run["search"] or {"stages": [], "budget": None}
     rows = []
     for row in found["stages"]:
-        for name, colour in (("planned", FAINT), ("peak", ACCENT)):
+        for name, colour in (("planned", palette.FAINT), ("peak", palette.ACCENT)):
             if row[name] is not None:
                 words = {"peak": "measured"}.get(name, name)
                 rows.append((f"stage {row['stage'] + 1}, {words}", row[name], q.octets(row[name]), colour))
@@ -126,7 +112,7 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
     )
     several = [line for _, lines, _, _ in panels for line in lines if len(lines) > 1]
     entries: list[Entry] = [(words, colour, "o", 1.0) for _, words, colour in several]
-    entries += [("commit", MUTED, "|", 1.0)] if marks else []
+    entries += [("commit", palette.MUTED, "|", 1.0)] if marks else []
 
     def paint(canvas: Canvas) -> None:
         top, head, high, foot = 26 if entries else 0, 52, 150, 26
@@ -145,11 +131,11 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
             axes.yaxis.set_major_formatter(
                 lambda value, _, unit=unit: q.count(value) if unit is q.count else f"{100 * value:.3g}{q.SPACE}%"
             )
-            axes.grid(axis="y", color=LINE, linewidth=1)
+            axes.grid(axis="y", color=palette.LINE, linewidth=1)
             axes.set_axisbelow(True)
             for at in begins:
                 if at:
-                    axes.axvline(rows[at]["epoch"] - 0.5, color=MUTED, lw=1, ls=(0, (3, 3)), zorder=1)
+                    axes.axvline(rows[at]["epoch"] - 0.5, color=palette.MUTED, lw=1, ls=(0, (3, 3)), zorder=1)
                 words = f"stage {rows[at]['stage'] + 1}" if len(begins) <= (4 if canvas.narrow else 12) else ""
                 axes.annotate(
                     words,
@@ -157,15 +143,15 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
                     xycoords=("data", "axes fraction"),
                     xytext=(0, 7),
                     textcoords="offset points",
-                    color=MUTED,
+                    color=palette.MUTED,
                     fontsize=SMALL,
                 )
-            axes.plot(marks, [0] * len(marks), "|", color=MUTED, ms=12, mew=1.4, clip_on=False, zorder=4)
+            axes.plot(marks, [0] * len(marks), "|", color=palette.MUTED, ms=12, mew=1.4, clip_on=False, zorder=4)
             for field, _, colour in lines:
                 for at, end in zip(begins, [*begins[1:], len(rows)], strict=True):  # a stage runs another network
                     part = [(row["epoch"], math.nan if row[field] is None else row[field]) for row in rows[at:end]]
                     axes.plot(*zip(*part, strict=True), "o-", color=colour, lw=1.8, ms=4, clip_on=False, zorder=3)
-        axes.set_xlabel("epoch", color=MUTED, fontsize=SMALL, labelpad=4)
+        axes.set_xlabel("epoch", color=palette.MUTED, fontsize=SMALL, labelpad=4)
 
     return draw(name, title, said, paint)
 
@@ -189,12 +175,14 @@ def _bars(
         most = max([row[1] for row in rows] + [value for value, _ in marks]) or 1
         axes.set_xlim(0, most)
         for value, words in marks:
-            axes.axvline(value, color=INK, lw=1.2, ls=(0, (3, 3)), clip_on=False)
+            axes.axvline(value, color=palette.INK, lw=1.2, ls=(0, (3, 3)), clip_on=False)
             place = left + value / most * (canvas.width - left - right)
-            canvas.text(place, 10, words, ha="right" if value > most / 2 else "left", color=MUTED, fontsize=SMALL)
+            canvas.text(
+                place, 10, words, ha="right" if value > most / 2 else "left", color=palette.MUTED, fontsize=SMALL
+            )
         for i, (label, _, words, _) in enumerate(rows):
             canvas.text(0, top + (i + 0.5) * step, label)
-            canvas.text(canvas.width, top + (i + 0.5) * step, words, ha="right", color=MUTED)
+            canvas.text(canvas.width, top + (i + 0.5) * step, words, ha="right", color=palette.MUTED)
 
     return draw(name, title, said, paint)
 

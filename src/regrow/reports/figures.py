@@ -4,24 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import (
-    ACCENT,
-    FAINT,
-    INK,
-    MUTED,
-    PAPER,
-    SMALL,
-    Canvas,
-    Drawing,
-    Entry,
-    columns,
-    depth_axis,
-    draw,
-    legend,
-    log_axis,
-    log_ticks,
-)
+from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, columns, depth_axis, draw, legend, log_axis, log_ticks
 
 Run = dict[str, Any]
 MAX_ROWS = 40
@@ -64,12 +49,18 @@ def perplexity(run: Run) -> Drawing | None:
         values = [v for row in rows for side in _sides(row) for v in (side["ppl"], side["low"], side["high"]) if v]
         log_axis(axes, values, canvas.width - left - 12, 58, "perplexity (log scale), lower is better")
         for words, at in headings:
-            canvas.text(0, at, words, color=MUTED, fontsize=SMALL)
+            canvas.text(0, at, words, color=palette.MUTED, fontsize=SMALL)
         for row, at in places:
             _dumbbell(axes, row, at)
             canvas.text(0, top + at - (24 if canvas.narrow else 0), _cut(row["source"], 40 if canvas.narrow else 17))
         legend(
-            canvas, 12, [("before", MUTED, "o", 1.0), ("after", ACCENT, "o", 1.0), ("95 % interval", MUTED, "s", 0.26)]
+            canvas,
+            12,
+            [
+                ("before", palette.MUTED, "o", 1.0),
+                ("after", palette.ACCENT, "o", 1.0),
+                ("95 % interval", palette.MUTED, "s", 0.26),
+            ],
         )
 
     return draw("fig-perplexity", "Perplexity per kind of text, before and after", told, paint)
@@ -89,8 +80,8 @@ def widths(run: Run) -> Drawing | None:
     def panel(axes: Any, kind: dict[str, Any]) -> None:
         depth = [row["depth"] for row in kind["rows"]]
         before, after = ([row[side] for row in kind["rows"]] for side in ("before", "after"))
-        columns(axes, depth, [0] * len(depth), before, color=FAINT)
-        columns(axes, depth, [0] * len(depth), after, color=ACCENT)
+        columns(axes, depth, [0] * len(depth), before, color=palette.FAINT)
+        columns(axes, depth, [0] * len(depth), after, color=palette.ACCENT)
         top = max(*before, *after)
         axes.set_ylim(0, top * 1.02)
         axes.set_yticks(sorted({0, top / 2 if top % 2 == 0 or top > 20 else 0, top}))
@@ -99,7 +90,7 @@ def widths(run: Run) -> Drawing | None:
     def heading(kind: dict[str, Any]) -> str:
         return f"{kind['before']:,} → {kind['after']:,} units, {q.percent(kind['after'] / kind['before'])} kept"
 
-    legend_of = [("kept", ACCENT, "s", 1.0), ("cut", FAINT, "s", 1.0)]
+    legend_of = [("kept", palette.ACCENT, "s", 1.0), ("cut", palette.FAINT, "s", 1.0)]
     return draw("fig-widths", "Units per layer, before and after", told, _stack(kinds, 128, panel, heading, legend_of))
 
 
@@ -127,9 +118,9 @@ def spectra(run: Run) -> Drawing | None:
         floor = min(positive) if logarithmic else -math.inf
         for span, strength in (((0, 20), 0.14), ((1, 19), 0.16), ((5, 15), 0.26)):
             bottom, top = ([max(row["quantiles"][at], floor) for row in kind["rows"]] for at in span)
-            columns(axes, depth, bottom, top, color=MUTED, alpha=strength)
+            columns(axes, depth, bottom, top, color=palette.MUTED, alpha=strength)
         medians = [max(row["quantiles"][10], floor) for row in kind["rows"]]
-        axes.hlines(medians, [d - 0.37 for d in depth], [d + 0.37 for d in depth], color=INK, linewidth=1.3)
+        axes.hlines(medians, [d - 0.37 for d in depth], [d + 0.37 for d in depth], color=palette.INK, linewidth=1.3)
         if logarithmic:
             axes.set_yscale("log")
             room = (max(positive) / floor) ** 0.04 * 1.02
@@ -142,13 +133,17 @@ def spectra(run: Run) -> Drawing | None:
         cuts = [(row["depth"], [max(v, floor) for v in _bounds(row)]) for row in kind["rows"] if _bounds(row)]
         for d, bounds in cuts:
             if bounds[0] > bounds[-1]:
-                axes.vlines([d], bounds[-1], bounds[0], color=ACCENT, linewidth=1.4)
+                axes.vlines([d], bounds[-1], bounds[0], color=palette.ACCENT, linewidth=1.4)
             middle = math.sqrt(bounds[0] * bounds[-1]) if logarithmic else (bounds[0] + bounds[-1]) / 2
-            axes.hlines([middle], d - 0.48, d + 0.48, color=ACCENT, linewidth=2.4)
+            axes.hlines([middle], d - 0.48, d + 0.48, color=palette.ACCENT, linewidth=2.4)
 
     metric = run["scores"]["metric"] or "score"
-    entries = [("cut", ACCENT, "_", 1.0), ("median", INK, "_", 1.0)]
-    entries += [("half", MUTED, "s", 0.47), ("90 %", MUTED, "s", 0.28), ("all units", MUTED, "s", 0.14)]
+    entries = [("cut", palette.ACCENT, "_", 1.0), ("median", palette.INK, "_", 1.0)]
+    entries += [
+        ("half", palette.MUTED, "s", 0.47),
+        ("90 %", palette.MUTED, "s", 0.28),
+        ("all units", palette.MUTED, "s", 0.14),
+    ]
     drawn = _stack(kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
     return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", told, drawn)
 
@@ -179,11 +174,11 @@ def cost(run: Run) -> Drawing | None:
             figures = f"{unit(a)} → {unit(b)}, {q.percent(b / a)}"
             canvas.text(0, top, words)
             where = {"x": 0, "y": top + 19} if canvas.narrow else {"x": canvas.width, "y": top, "ha": "right"}
-            canvas.text(words=figures, color=MUTED, **where)
+            canvas.text(words=figures, color=palette.MUTED, **where)
             axes = canvas.panel(top + (33 if canvas.narrow else 14), 12)
             axes.set_axis_off()
             axes.set_xlim(0, max(a, b))
-            axes.barh([0, 0], [a, b], color=[FAINT, ACCENT], height=1)
+            axes.barh([0, 0], [a, b], color=[palette.FAINT, palette.ACCENT], height=1)
             axes.set_ylim(-0.5, 0.5)
 
     return draw("fig-cost", "Size before and after", told, paint)
@@ -205,12 +200,12 @@ def times(run: Run) -> Drawing | None:
         canvas.start(step * len(rows) + 4)
         axes = canvas.panel(0, step * len(rows), left=left, right=right)
         axes.set_axis_off()
-        axes.barh(range(len(rows)), [row["seconds"] for row in rows], height=0.42, color=FAINT)
+        axes.barh(range(len(rows)), [row["seconds"] for row in rows], height=0.42, color=palette.FAINT)
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.set_xlim(0, max(row["seconds"] for row in rows))
         for i, row in enumerate(rows):
             canvas.text(0, (i + 0.5) * step, _cut(row["stage"], 13))
-            canvas.text(canvas.width, (i + 0.5) * step, q.duration(row["seconds"]), ha="right", color=MUTED)
+            canvas.text(canvas.width, (i + 0.5) * step, q.duration(row["seconds"]), ha="right", color=palette.MUTED)
 
     return draw("fig-times", "Time spent per stage", told, paint)
 
@@ -218,12 +213,12 @@ def times(run: Run) -> Drawing | None:
 def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:
     sides = {side: row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")}
     points = [side["ppl"] for side in sides.values()]
-    axes.plot(points, [y] * len(points), color=FAINT, linewidth=1.6, zorder=2)
+    axes.plot(points, [y] * len(points), color=palette.FAINT, linewidth=1.6, zorder=2)
     for name, side in sides.items():
-        colour = ACCENT if name == "after" else MUTED
+        colour = palette.ACCENT if name == "after" else palette.MUTED
         if side["low"] and side["high"]:
             axes.plot([side["low"], side["high"]], [y, y], color=colour, linewidth=6, alpha=0.26, zorder=3)
-        axes.plot([side["ppl"]], [y], "o", markersize=10.5, color=colour, markeredgecolor=PAPER, zorder=4)
+        axes.plot([side["ppl"]], [y], "o", markersize=10.5, color=colour, markeredgecolor=palette.PAPER, zorder=4)
         outer = side["ppl"] == max(points) and (len(points) == 1 or name == "after" or points[0] > points[-1])
         at = (side["high"] or side["ppl"]) if outer else (side["low"] or side["ppl"])
         axes.annotate(
@@ -233,7 +228,7 @@ def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:
             textcoords="offset points",
             ha="left" if outer else "right",
             va="center",
-            color=INK if name == "after" else MUTED,
+            color=palette.INK if name == "after" else palette.MUTED,
             annotation_clip=False,
         )
 
@@ -256,7 +251,7 @@ def _stack(
             top = 28 + i * step
             canvas.text(0, top + 20, _cut(kind["kind"], 44 if canvas.narrow else 60))
             where = {"x": 0, "y": top + 40} if canvas.narrow else {"x": canvas.width, "y": top + 20, "ha": "right"}
-            canvas.text(words=heading(kind), color=MUTED, fontsize=SMALL, **where)
+            canvas.text(words=heading(kind), color=palette.MUTED, fontsize=SMALL, **where)
             axes = canvas.panel(top + head, height, left=58, right=2)
             panel(axes, kind)
             depth = [row["depth"] for row in kind["rows"]]

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from regrow.reports import palette
 from regrow.reports import quantities as q
-from regrow.reports.canvas import ACCENT, FAINT, INK, LINE, MUTED, PAPER, SMALL, Canvas, Drawing, draw
+from regrow.reports.canvas import SMALL, Canvas, Drawing, draw
 
 
 def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> list[bool]:
@@ -52,19 +53,26 @@ def against(
         axes.locator_params(axis="x", nbins=3 if canvas.narrow else 7)
         axes.xaxis.set_major_formatter(lambda value, _: q.count(value))
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
-        axes.grid(color=LINE, linewidth=1)
+        axes.grid(color=palette.LINE, linewidth=1)
         axes.set_axisbelow(True)
-        axes.set_xlabel(below, color=MUTED, fontsize=SMALL, labelpad=6)
-        canvas.text(0, 12, above, color=MUTED, fontsize=SMALL)
-        axes.plot([x for x, _ in front], [y for _, y in front], color=ACCENT, linewidth=1.5)
+        axes.set_xlabel(below, color=palette.MUTED, fontsize=SMALL, labelpad=6)
+        canvas.text(0, 12, above, color=palette.MUTED, fontsize=SMALL)
+        axes.plot([x for x, _ in front], [y for _, y in front], color=palette.ACCENT, linewidth=1.5)
         for (label, x, y), on in zip(known, leads, strict=True):
-            axes.plot([x], [y], "o", markersize=10, markerfacecolor=ACCENT if on else FAINT, markeredgecolor=PAPER)
+            axes.plot(
+                [x],
+                [y],
+                "o",
+                markersize=10,
+                markerfacecolor=palette.ACCENT if on else palette.FAINT,
+                markeredgecolor=palette.PAPER,
+            )
             axes.annotate(
                 label[:18],
                 (x, y),
                 xytext=(8, 3),
                 textcoords="offset points",
-                color=INK if on else MUTED,
+                color=palette.INK if on else palette.MUTED,
                 fontsize=SMALL,
                 annotation_clip=False,
             )
