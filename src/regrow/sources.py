@@ -23,6 +23,15 @@ class Batch:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     labels: Tensor | None = None
 
+    @property
+    def size(self) -> int:
+        """The number of labelled positions; without labels, of examples."""
+        if self.labels is not None:
+            counted = self.labels.numel() if self.labels.is_floating_point() else int((self.labels != -100).sum())
+            return counted if self.labels.dim() else 1
+        inputs = [*self.args, *self.kwargs.values()]
+        return next((len(one) for one in inputs if isinstance(one, Tensor | list | tuple)), 1)
+
     def to(self, device: torch.device) -> "Batch":
         """Return the batch with every tensor on a device.
 

@@ -6,6 +6,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regrow.data.errors import SourceError
 from regrow.errors import InputError
@@ -110,11 +111,12 @@ KINDS: dict[str, Callable[[], Text]] = {"news": news, "code": code, "manual": ma
 
 
 def read(name: str, path: Path) -> Text:
-    """Read a user's text: a file (each line of a ``.jsonl`` is a document), or a folder of files, by name.
+    """Read a user's text: a file (each line of a ``.jsonl`` is a document or a chat), or a folder of files, by name.
 
     Args:
         name: The name of the source in results.
-        path: A text file, ``.jsonl`` with a ``"text"`` field, either of them gzipped, or a folder.
+        path: A text file, ``.jsonl`` with a ``"text"`` field (or ``"messages"`` with ``role`` and ``content``), either
+            of them gzipped, or a folder.
 
     Raises:
         SourceError: If the path is missing, unreadable, binary or holds no text.
@@ -181,11 +183,41 @@ def _documents(path: Path, content: str) -> Iterator[str]:
             value = parse_json(line)
         except InputError:
             value = None
-        if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-            raise InputError(
-                f'line {number} of {path} is not a JSON object with a "text": {line[:40]!r}; mend the line'
-            )
-        yield value["text"]
+        match value:
+            case {"text": str(content)}:
+                yield content
+            case {"messages": [*messages]} if all(map(_is_message, messages)):
+                yield chat_text(messages)
+            case _:
+                raise InputError(
+                    f'line {number} of {path} is not a JSON object with a "text" or "messages": {line[:40]!r}; '
+                    "mend the line"
+                )
+
+
+def _is_message(value: object) -> bool:
+    match value:
+        case {"role": str(), "content": str()}:
+            return True
+    return False
+
+
+def chat_text(row: Any, tokenizer: Any = None) -> str:
+    """Return a document as one text: a string as it is, a chat by the tokenizer's template.
+
+    Args:
+        row: A string, or a list of messages with ``role`` and ``content``.
+        tokenizer: A transformers tokenizer; without a chat template, each message is a line ``role: content``.
+
+    >>> chat_text([{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}])
+    'user: Hello\\nassistant: Hi'
+    """
+    if isinstance(row, str):
+        return row
+    if getattr(tokenizer, "chat_template", None):
+        text: str = tokenizer.apply_chat_template(row, tokenize=False)
+        return text
+    return "\n".join(f"{message['role']}: {message['content']}" for message in row)
 
 
 def _suffix(path: Path) -> str:

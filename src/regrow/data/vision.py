@@ -164,12 +164,23 @@ def image_tensor(file: Path, size: int) -> Tensor:
     Raises:
         SourceError: If the file is not an image.
     """
-    picture = _opened(file)
+    return picture_tensor(_opened(file), size, str(file))
+
+
+def picture_tensor(picture: Any, size: int, name: str = "an image") -> Tensor:
+    """Return a PIL image as ``[3, size, size]`` float32, normalised as torchvision's pretrained networks expect.
+
+    Args:
+        picture: The image.
+        size: Height and width in pixels: the shorter side is scaled to 8/7 of it, and the centre cropped.
+        name: The name of the image in messages.
+    """
     from PIL.Image import Resampling
 
+    picture = picture.convert("RGB")
     scale = size * 8 / 7 / min(picture.size)
     width, height = (max(size, round(side * scale)) for side in picture.size)
-    _check_pixels(file, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
+    _check_pixels(name, width, height)  # one of 1 × 100,000 pixels would become 256 × 25,600,000
     picture = picture.resize((width, height), Resampling.BILINEAR)
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     cut = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=np.float32)
@@ -258,7 +269,7 @@ def _opened(file: Path) -> Any:
         raise SourceError(f"{file} is not a readable image ({reason(error)}); replace or remove it") from error
 
 
-def _check_pixels(file: Path, width: int, height: int) -> None:
+def _check_pixels(file: Path | str, width: int, height: int) -> None:
     if not 0 < width * height <= MAX_PIXELS:
         raise SourceError(f"{file} is {width:,} × {height:,} pixels, at most {MAX_PIXELS:,} are read; scale it down")
 
