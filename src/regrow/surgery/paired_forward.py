@@ -16,10 +16,10 @@ from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking,
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.meta_copy import fake_example
+from regrow.tracing.nodes import op_name
 from regrow.tracing.readings import Readings
 from regrow.tracing.steps import operations
 from regrow.tracing.trial import Resizing, resize_copy
-from regrow.tracing.walk import op_name
 
 
 def record_planned(model: nn.Module, axes: AxisGraph, to: Resizing, example: Example) -> Capture:

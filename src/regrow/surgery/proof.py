@@ -25,8 +25,8 @@ from regrow.surgery.widen import resize
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
-from regrow.tracing.steps import operations, source
-from regrow.tracing.walk import op_name
+from regrow.tracing.nodes import op_name, uncast
+from regrow.tracing.steps import operations
 
 PER_CLASS = 4
 """How many blocks of a class are checked at most: the narrowest, the widest, and two more if they are small."""
@@ -203,7 +203,7 @@ class _Pair:
         own = _between(nodes, block)
         before = {}
         for node in dict.fromkeys(one for other in own for one in other.all_input_nodes):
-            made = source(node)
+            made = uncast(node)
             if node in own or node in runner.states or node in runner.env:
                 continue
             if made in runner.states or made in runner.env:

@@ -18,10 +18,10 @@ from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture
 from regrow.tracing.effects import Effects
 from regrow.tracing.fixed_results import ORDERS
+from regrow.tracing.nodes import op_name
 from regrow.tracing.readings import ReadDim, operands
 from regrow.tracing.record import outputs
 from regrow.tracing.steps import operations
-from regrow.tracing.walk import op_name
 
 Load = Callable[[str, bool], Tensor]
 """Function of a parameter's or buffer's name, and whether in float64, that returns the tensor."""

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from regrow.tracing.capture import Capture, shape_of
+from regrow.tracing.capture import Capture
+from regrow.tracing.nodes import op_name, shape_of, shapes_of
 from regrow.tracing.steps import calls
-from regrow.tracing.walk import op_name
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class _Net:
         last: dict[int, int] = {}
         for i, (node, numbers, operands) in enumerate(calls(recorded, ())):
             around = tuple((path, kind) for path, kind, *_ in (node.meta.get("nn_module_stack") or {}).values() if path)
-            steps.append(_BlockStep(op_name(node), _hashable(shape_of(node)), numbers, operands, around))
+            steps.append(_BlockStep(op_name(node), _hashable(shapes_of(node)), numbers, operands, around))
             last.update((one, i) for one in operands if isinstance(one, int))
         return cls(steps, {name: shape_of(node) for node, name in recorded.states.items()}, last)
 

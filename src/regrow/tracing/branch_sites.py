@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.branches import Branch
 from regrow.tracing.effects import Effects
-from regrow.tracing.walk import ALIASES, op_name
+from regrow.tracing.nodes import ALIASES, op_name
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from regrow.tracing.capture import Capture, capture, evaluating, first_line, lig
 from regrow.tracing.effects import Effects
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
 from regrow.tracing.model_state import preserve_state
+from regrow.tracing.nodes import op_name
 from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
-from regrow.tracing.walk import op_name
 
 
 @dataclass(frozen=True)

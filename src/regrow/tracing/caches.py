@@ -1,16 +1,15 @@
 """Find the tensors that a key-value cache holds: keys and values of each attention, before heads are repeated."""
 
 from collections.abc import Container, Iterator
-from typing import Any
 
 from torch.fx import Node
 
 from regrow.axes import Cache
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.graph import Names
-from regrow.tracing.walk import ALIASES, Dims, Walk, arg, op_name
+from regrow.tracing.nodes import ALIASES, module_of, op_name, whole
+from regrow.tracing.walk import Dims, Walk, all_dims
 
 MOST_STEPS = 16
 """The most operations between a softmax and the matrix products before and after it."""
@@ -26,7 +25,7 @@ def caches(w: Walk, names: Names) -> tuple[Cache, ...]:
         names: Writes expressions as axes.
     """
     given = [node for node in w.capture.graph.nodes if node.op == "placeholder" and node not in w.capture.states]
-    tokens = {leaf.number for node in given for expr in w.dims[node] or () for leaf in d.leaves(expr)}
+    tokens = {leaf.number for node in given for expr in all_dims(w.dims[node]) for leaf in d.leaves(expr)}
     result: dict[tuple[Node, Node], Cache] = {}
     for node in w.capture.graph.nodes:
         for key, value, over in _read(w, node):
@@ -51,7 +50,7 @@ def _read(w: Walk, node: Node) -> Iterator[tuple[Node, Node, Expr]]:
     elif op_name(node) in ("softmax", "_softmax"):
         asked, answered = _product(w, node, back=True), _product(w, node, back=False)
         if asked is not None and answered is not None:
-            yield asked, answered, w.of(node)[int(arg(node, 1))]
+            yield asked, answered, w.of(node)[whole(node.args[1])]
 
 
 _PLACES = ((1, "key"), (2, "value"))
@@ -97,7 +96,7 @@ _LAID_OUT = ALIASES | frozenset(_SHAPES.split())
 
 
 def _bytes(node: Node) -> int:
-    value: Any = node.meta["val"]
+    value = node.meta["val"]
     return int(value.numel() * value.element_size())
 
 

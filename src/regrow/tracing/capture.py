@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import Decision, Example
 from regrow.tracing.meta_copy import fake_example, meta_copy
 from regrow.tracing.model_state import describe_state, preserve_state
+from regrow.tracing.nodes import shapes_of
 from regrow.tracing.record import record
 
 
@@ -198,7 +199,7 @@ def _exported(model: nn.Module, example: Example) -> Capture:
     lifted = signature.inputs_to_lifted_tensor_constants
     given = [node for node in program.graph.nodes if node.op == "placeholder"]
     for node in program.graph.nodes:
-        shape_of(node)  # sizes that only the data know are a refusal too
+        shapes_of(node)  # sizes that only the data know are a refusal too
     states = {node: names[node.name] for node in given if node.name in names}
     parameters = set(signature.inputs_to_parameters.values())
     return Capture(
@@ -330,19 +331,3 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 def _uncompiled() -> AbstractContextManager[Any]:
     """Context manager in which modules compiled by ``torch.compile`` run uncompiled."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-def module_of(node: Node) -> str:
-    """Return the dotted path of the innermost module in whose forward a node was recorded; empty: the model itself."""
-    stack = node.meta.get("nn_module_stack")
-    return next(reversed(stack.values()))[0] if stack else ""
-
-
-def shape_of(node: Node) -> Any:
-    """Return the shape of a node's value; a list of shapes for several values, ``None`` for no tensor."""
-    value = node.meta.get("val")
-    if isinstance(value, Tensor):
-        return tuple(int(n) for n in value.shape)
-    if isinstance(value, tuple | list):
-        return [tuple(int(n) for n in v.shape) if isinstance(v, Tensor) else None for v in value]
-    return None

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 
-from regrow.tracing.capture import Capture, module_of, shape_of
-from regrow.tracing.walk import ALIASES, op_name
+from regrow.tracing.capture import Capture
+from regrow.tracing.nodes import ALIASES, module_of, op_name, shapes_of
 
 Replaced = Mapping[Node, Node | None]
 """Node → the node whose value replaces its own; ``None``: zeros replace it."""
@@ -205,7 +205,7 @@ def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: 
         return f"the answers rest on {len(its)} operations, not on {len(mine)}"
     for node, twin in zip([*mine, ours.end], [*its, theirs.end], strict=True):
         where = f"{op_name(twin) or 'the answer'} in {module_of(twin) or 'the model'}"
-        if node.target != twin.target or shape_of(node) != shape_of(twin):
+        if node.target != twin.target or shapes_of(node) != shapes_of(twin):
             return f"{where} runs where {op_name(node)} did, or has another shape"
         for one, two in ((node.args, twin.args), (node.kwargs, twin.kwargs)):
             if not _alike(one, two, lambda a, b: partner.get(stood(ours.same(a), replaced)) is theirs.same(b)):

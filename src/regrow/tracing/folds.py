@@ -10,9 +10,9 @@ from torch.fx import Node
 from regrow.axes import Mark
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
+from regrow.tracing.nodes import ALIASES, module_of, op_name
+from regrow.tracing.walk import Dims, Walk
 
 
 @dataclass(frozen=True)

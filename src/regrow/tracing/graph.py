@@ -14,7 +14,7 @@ from regrow.tracing.dimensions import Expr, Leaf
 from regrow.tracing.folds import FoldSite, folds
 from regrow.tracing.kinds import unalterable
 from regrow.tracing.size_groups import group_equal_sizes
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.walk import Dims, Walk, all_dims
 from regrow.tracing.zero_init import not_zero_initialisable
 
 MOST_SLOTS = 64
@@ -70,7 +70,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
         w: The walk over its recording.
         example: The input it was recorded with.
     """
-    state = {name: w.dims[node] for node, name in w.capture.states.items() if name not in w.capture.unused}
+    state = {name: w.of(node) for node, name in w.capture.states.items() if name not in w.capture.unused}
     ties = _ties(model, w, state)
     _freeze_unreachable(model, w, ties)
     _freeze_unsettable(model, w)
@@ -163,11 +163,9 @@ def _freeze_unreachable(model: nn.Module, w: Walk, ties: Mapping[str, str]) -> N
         if tensor.dim() < 2 or _used_elsewhere(name, ties, w.capture.unused):
             continue
         width = tensor.shape[1]
-        for dims in w.dims.values():
-            for one in dims if isinstance(dims, list) else [dims]:
-                for expr in one or ():
-                    if d.size(expr) == width and d.is_free(expr):
-                        d.freeze(expr, f"{name}, which the example does not reach, may read it")
+        for expr in (expr for dims in w.dims.values() for expr in all_dims(dims)):
+            if d.size(expr) == width and d.is_free(expr):
+                d.freeze(expr, f"{name}, which the example does not reach, may read it")
 
 
 def _freeze_unsettable(model: nn.Module, w: Walk) -> None:

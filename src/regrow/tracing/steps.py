@@ -13,10 +13,11 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Dim, RecordedStep, size_of
-from regrow.tracing.capture import Capture, module_of, shape_of
+from regrow.tracing.capture import Capture
 from regrow.tracing.graph import Names
+from regrow.tracing.nodes import ALIASES, module_of, op_name, shapes_of, uncast
 from regrow.tracing.rules.shapes import bounds
-from regrow.tracing.walk import ALIASES, Walk, op_name
+from regrow.tracing.walk import Value, Walk
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ def difference(known: Sequence[RecordedStep], recorded: Capture, sizes: Mapping[
     constant: Difference | None = None
     for i, (step, (node, numbers, operands)) in enumerate(zip(known, calls(recorded, started), strict=True)):
         where = _where(step.op, step.module)
-        found = shape_of(node)
-        for dims, shape in zip(step.shapes, found if isinstance(found, list) else [found], strict=True):
+        shapes = shapes_of(node)
+        for dims, shape in zip(step.shapes, shapes if isinstance(shapes, list) else [shapes], strict=True):
             planned = None if dims is None else tuple(size_of(dim, sizes) for dim in dims)
             if planned is not None and shape is not None and planned != shape:
                 return Difference(f"{where} has shape {list(shape)} at that size, not {list(planned)}", i)
@@ -170,7 +171,7 @@ def _constants(
     return None
 
 
-def _written(dims: Any, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
+def _written(dims: Value, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
     several = dims if isinstance(dims, list) else [dims]
     return tuple(None if one is None else names.dims(one) for one in several)
 
@@ -191,20 +192,9 @@ def calls(
     names |= {node: str(node.target) for node in recorded.graph.nodes if node.op == "get_attr"}
     for i, node in enumerate(operations(recorded)):
         names[node] = i
-        read = [source(one) for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
+        read = [uncast(one) for one in tree_leaves((node.args, node.kwargs)) if isinstance(one, Node)]
         constants = tuple(_entries_of(read, recorded.constants))
         yield node, (*_numbers(node, node in started), *constants), tuple(names.get(one, "") for one in read)
-
-
-def source(node: Node) -> Node:
-    """Return the node behind casts and copies.
-
-    Args:
-        node: The node.
-    """
-    while node.op == "call_function" and op_name(node) in ALIASES and isinstance(node.args[0], Node):
-        node = node.args[0]
-    return node
 
 
 def _numbers(node: Node, started: bool) -> Iterator[Any]:
@@ -218,7 +208,7 @@ def _numbers(node: Node, started: bool) -> Iterator[Any]:
     takes = getattr(getattr(node.target, "_schema", None), "arguments", ())
     usual = {one.name: one.default_value for one in takes if one.has_default_value()}
     given = [*zip_longest((one.name for one in takes), node.args, fillvalue=None)][: len(node.args)]
-    empty = 0 in (shape_of(node) or ())
+    empty = 0 in (shapes_of(node) or ())
     skipped = _SIZES | _OF_OPERATION.get(op_name(node), frozenset()) | ({"start"} if started or empty else set())
     for name, value in (*given, *node.kwargs.items()):
         if name in skipped or isinstance(value, Node) or value == usual.get(name, ...):

@@ -9,11 +9,12 @@ from torch import nn
 
 from regrow.axes import Example
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import Capture, TraceError, in_training, module_of
+from regrow.tracing.capture import Capture, TraceError, in_training
 from regrow.tracing.folds import size_divided_by
+from regrow.tracing.nodes import module_of, op_name
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import operations
-from regrow.tracing.walk import Walk, op_name, walk
+from regrow.tracing.walk import Walk, walk
 
 
 def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
@@ -37,7 +38,7 @@ def trace_training(model: nn.Module, example: Example, w: Walk) -> None:
     left = tuple(name for name in w.capture.unused if name in more.unused)
     if len(left) == len(w.capture.unused) and _names(w.capture) == _names(more):
         return
-    second = walk(more, RULES, POINTWISE, known={name: w.dims[node] for node, name in w.capture.states.items()})
+    second = walk(more, RULES, POINTWISE, known={name: w.of(node) for node, name in w.capture.states.items()})
     alike = {(module_of(node), kind) for node, kind in w.norms}
     for node, kind in second.norms:
         if (module_of(node), kind) not in alike:

@@ -4,17 +4,19 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
 
 import torch
 from torch.fx import Node
 
 from regrow.axes import Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import Capture, module_of, shape_of
+from regrow.tracing.capture import Capture
 from regrow.tracing.dimensions import Expr
+from regrow.tracing.nodes import ALIASES, module_of, op_name, operand_of, shapes_of, whole, wholes
 
 Dims = tuple[Expr, ...]
+Value = Dims | list[Dims | None] | None
+"""The dimensions of a tensor; a list of them for several values; ``None`` for what is no tensor."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Walk:
     """
 
     capture: Capture
-    dims: dict[Node, Any] = field(default_factory=dict)
+    dims: dict[Node, Value] = field(default_factory=dict)
     roles: dict[tuple[str, int], set[Role]] = field(default_factory=dict)
     readings: list[Reading] = field(default_factory=list)
     work: list[tuple[str, str, Dims]] = field(default_factory=list)
@@ -91,7 +93,7 @@ class Walk:
     picks: dict[Node, Expr] = field(default_factory=dict)
     stacked: dict[Node, list[Expr]] = field(default_factory=dict)
     equal: list[tuple[Expr, Expr, str]] = field(default_factory=list)
-    norms: list[tuple[Node, Any]] = field(default_factory=list)
+    norms: list[tuple[Node, str]] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -100,8 +102,10 @@ class Walk:
     computed: dict[Node, bool] = field(default_factory=dict)
 
     def of(self, node: Node) -> Dims:
-        """Return the dimensions of a node's tensor."""
-        return self.dims[node]
+        """Return the dimensions of a node's value, which must be one tensor."""
+        dims = self.dims[node]
+        assert isinstance(dims, tuple)
+        return dims
 
     def source(self, node: object) -> str:
         """Return the name of the parameter or buffer that a node is, possibly cast or transposed; empty if computed."""
@@ -125,16 +129,16 @@ class Walk:
         operand = node.args[0] if node.args else None
         if name in ALIASES:
             return self.place(operand, dim)
-        rank = len(self.dims[node])
+        rank = len(self.dims[node] or ())
         if name in ("mT", "mH", "adjoint"):
             return self.place(operand, {rank - 1: rank - 2, rank - 2: rank - 1}.get(dim, dim))
         if name in ("t", "numpy_T"):
             return self.place(operand, rank - 1 - dim)
         if name in ("transpose", "swapaxes"):
-            a, b = (int(arg(node, i)) % rank for i in (1, 2))
+            a, b = (whole(node.args[i]) % rank for i in (1, 2))
             return self.place(operand, {a: b, b: a}.get(dim, dim))
         if name == "permute":
-            return self.place(operand, int(arg(node, 1)[dim]) % rank)
+            return self.place(operand, wholes(node.args[1])[dim] % rank)
         return None
 
     def role(self, node: object, dim: int, role: Role) -> None:
@@ -151,8 +155,8 @@ class Walk:
             self.roles.setdefault(place, set()).add(role)
         elif node.op == "call_function" and op_name(node) in _ENTRYWISE and self.of_states(node):
             for one in node.all_input_nodes:
-                aligned = dim - len(self.dims[node]) + len(self.dims[one])
-                if aligned >= 0 and d.size(self.dims[one][aligned]) == d.size(self.dims[node][dim]):
+                aligned = dim - len(self.of(node)) + len(self.of(one))
+                if aligned >= 0 and d.size(self.of(one)[aligned]) == d.size(self.of(node)[dim]):
                     self.role(one, aligned, role)
 
     def of_states(self, node: Node) -> bool:
@@ -166,7 +170,15 @@ class Walk:
             )
         return self.computed[node]
 
-    def reads(self, node: Node, operand: Any, dim: int, fill: float | None = 0.0, **more: Any) -> None:
+    def reads(
+        self,
+        node: Node,
+        operand: Node,
+        dim: int,
+        fill: float | None = 0.0,
+        weight: str = "",
+        groups: Expr | None = None,
+    ) -> None:
         """Record that an operation sums or compares over a dimension of an operand, as in :class:`Reading`.
 
         Args:
@@ -174,9 +186,10 @@ class Walk:
             operand: The node whose value it reads.
             dim: The index of the dimension in it.
             fill: The value that a dropped unit counts as; ``None``: the operation runs over the kept units.
-            **more: ``weight`` and ``groups`` of the reading.
+            weight: The name of the weight it meets there, if any.
+            groups: The dimension of a group norm's groups.
         """
-        self.readings.append(Reading(node, operand, dim, fill, **more))
+        self.readings.append(Reading(node, operand, dim, fill, weight, groups))
 
     def passed_on(self, node: Node) -> None:
         """Freeze what a module whose code depends on data passes to a node; values inside its children stay free."""
@@ -184,7 +197,7 @@ class Walk:
             between = _around(module_of(one), module_of(node))
             if between in self.decided and one.op != "placeholder":
                 where = between or "the model"
-                for expr in _all_dims(self.dims[one]):
+                for expr in all_dims(self.dims[one]):
                     d.freeze(expr, f"data decide what is done with it, by `{self.decided[between]}` in {where}")
 
     def why(self, node: Node, what: str) -> str:
@@ -192,9 +205,9 @@ class Walk:
         module = module_of(node)
         return f"{what} ({op_name(node)} in {module or 'the model'})"
 
-    def fresh(self, node: Node, what: str) -> Any:
+    def fresh(self, node: Node, what: str) -> Value:
         """Return new dimensions in the shape of the node's value, frozen for the reason ``what``."""
-        shape = shape_of(node)
+        shape = shapes_of(node)
         if isinstance(shape, list):
             return [None if s is None else tuple(d.frozen(n, what) for n in s) for s in shape]
         return None if shape is None else tuple(d.frozen(n, what) for n in shape)
@@ -206,39 +219,10 @@ def _around(a: str, b: str) -> str:
     return ".".join(one for one, _ in common)
 
 
-def arg(node: Node, i: int) -> Any:
-    """Return a positional argument of a call."""
-    return node.args[i]
-
-
-def op_name(node: Node) -> str:
-    """Return the plain name of an operation (``linear``, ``add``); in-place forms have the same name."""
-    target = node.target
-    name = (
-        target.overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", "")
-    )
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
-
-
-ALIASES = frozenset(
-    (
-        "to",
-        "_to_copy",
-        "clone",
-        "contiguous",
-        "alias",
-        "detach",
-        "lift_fresh_copy",
-        "lift_fresh",
-        "type_as",
-        "detach_copy",
-    )
-)
-
 _ENTRYWISE = frozenset(("add", "sub", "mul", "div", "where", "masked_fill"))
 """Operations that combine a weight with a mask, a scale or an update; the result has the weight's roles."""
 
-Rule = Callable[[Walk, Node], Any]
+Rule = Callable[[Walk, Node], Value]
 
 
 def walk(
@@ -264,10 +248,8 @@ def walk(
         if node.op == "placeholder":
             w.dims[node] = _placeholder(w, node, known or {})
         elif node.op == "output":
-            for out in node.all_input_nodes:
-                for dims in w.dims[out] if isinstance(w.dims[out], list) else [w.dims[out]]:
-                    for expr in dims or ():
-                        d.freeze(expr, "it is an output of the model")
+            for expr in (expr for out in node.all_input_nodes for expr in all_dims(w.dims[out])):
+                d.freeze(expr, "it is an output of the model")
         elif node.op == "call_function":
             w.dims[node] = _call(w, node, rules, pointwise)
         else:
@@ -279,16 +261,16 @@ def walk(
 
 def _how(capture: Capture) -> str:
     places = Counter((one.op, one.module or "the model") for one in capture.decisions or ())
-    told = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in places.most_common(4))
+    ways = ", ".join(f"{op} in {module} ({n}×)" for (op, module), n in places.most_common(4))
     more = f" and in {len(places) - 4} more ways" if len(places) > 4 else ""
     return (
         f"recorded from one run, since torch.export refuses: {capture.refusal or 'data decide what the network does'}. "
-        f"What it does where data decide otherwise than by {told or 'none'}{more} was not seen"
+        f"What it does where data decide otherwise than by {ways or 'none'}{more} was not seen"
     )
 
 
-def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Any:
-    shape = shape_of(node)
+def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Dims | None:
+    shape = shapes_of(node)
     if shape is None or isinstance(shape, list):
         return None
     if node in w.capture.states:
@@ -302,15 +284,15 @@ def _placeholder(w: Walk, node: Node, known: Mapping[str, Dims]) -> Any:
     return tuple(d.frozen(n, why) for n in shape)
 
 
-def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> Any:
+def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> Value:
     name = op_name(node)
     if name == "getitem":
-        value = w.dims[arg(node, 0)]
-        return value[arg(node, 1)] if isinstance(value, list) else None
+        value = w.dims[operand_of(node)]
+        return value[whole(node.args[1])] if isinstance(value, list) else None
     rule = rules.get(name)
     if rule is None and isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags:
         rule = pointwise
-    if rule is not None and shape_of(node) is not None:
+    if rule is not None and shapes_of(node) is not None:
         try:
             dims = rule(w, node)
             _assert_sizes(node, dims)
@@ -319,7 +301,7 @@ def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> An
             pass  # a form of the operation that the rule does not know: it counts as one without a rule
     if name.startswith("_assert"):
         return None
-    free = [expr for one in node.all_input_nodes for expr in _all_dims(w.dims[one]) if d.is_free(expr)]
+    free = [expr for one in node.all_input_nodes for expr in all_dims(w.dims[one]) if d.is_free(expr)]
     if free:
         reason = w.why(node, "an operation without a rule reads it")
         for expr in free:
@@ -331,15 +313,15 @@ def _call(w: Walk, node: Node, rules: Mapping[str, Rule], pointwise: Rule) -> An
 _MISFITS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
-def _all_dims(dims: Any) -> list[Expr]:
-    if dims is None:
-        return []
-    return [expr for one in dims for expr in (one or ())] if isinstance(dims, list) else list(dims)
+def all_dims(dims: Value) -> list[Expr]:
+    """Return every dimension of a node's value, or of all of its values."""
+    return [expr for one in (dims if isinstance(dims, list) else [dims]) for expr in one or ()]
 
 
-def _assert_sizes(node: Node, dims: Any) -> None:
-    shape = shape_of(node)
-    pairs = zip(shape, dims, strict=True) if isinstance(shape, list) else [(shape, dims)]
-    for expected, found in pairs:
-        sizes = None if found is None else tuple(map(d.size, found))
+def _assert_sizes(node: Node, dims: Value) -> None:
+    shape = shapes_of(node)
+    assert isinstance(dims, list) == isinstance(shape, list)
+    shapes = shape if isinstance(shape, list) else [shape]
+    for expected, value in zip(shapes, dims if isinstance(dims, list) else [dims], strict=True):
+        sizes = None if value is None else tuple(map(d.size, value))
         assert expected is None or sizes == expected, f"{node.target}: dimensions {sizes} for shape {expected}"

@@ -12,8 +12,8 @@ from torch.fx import Node
 
 from regrow.axes import Mark, Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import shape_of
-from regrow.tracing.walk import ALIASES, Reading, Walk, arg, op_name
+from regrow.tracing.nodes import ALIASES, op_name, operand_of, shapes_of
+from regrow.tracing.walk import Reading, Value, Walk, all_dims
 
 
 def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, str]:
@@ -34,7 +34,7 @@ def not_zero_initialisable(w: Walk, tensors: Mapping[str, Tensor]) -> dict[int, 
             result.setdefault(leaf.number, "in training it is read with no weight that could be 0")
     for node, name in w.capture.states.items():
         if name in tensors and not tensors[name].is_floating_point():
-            for expr in w.dims[node] or ():
+            for expr in w.of(node):
                 for leaf in d.leaves(expr):
                     result.setdefault(leaf.number, f"{name} does not hold real numbers, of which some could be 0")
     return result
@@ -70,9 +70,8 @@ def _zeros(w: Walk) -> dict[Node, frozenset[int]]:
     return {node: known - spoiled for node, known in zeros.items()}
 
 
-def _carried(dims: object) -> set[int]:
-    rows = dims if isinstance(dims, list) else [dims]
-    return {leaf.number for row in rows if isinstance(row, tuple) for expr in row for leaf in d.leaves(expr)}
+def _carried(dims: Value) -> set[int]:
+    return {leaf.number for expr in all_dims(dims) for leaf in d.leaves(expr)}
 
 
 def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int]:
@@ -87,7 +86,7 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int
     if node.op != "call_function":
         return set()
     name = op_name(node)
-    operands = [one for one in node.all_input_nodes if isinstance(shape_of(one), tuple | list)]
+    operands = [one for one in node.all_input_nodes if isinstance(shapes_of(one), tuple | list)]
     common = set.intersection(*({*zeros[one]} for one in operands)) if operands else set()
     match name:
         case "mul":
@@ -98,7 +97,7 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int
         case "div":
             return {*zeros[operands[0]]} if len(operands) == 1 and operands[0] is node.args[0] else set()
         case "pow":
-            exponent = arg(node, 1)
+            exponent = node.args[1]
             return common if isinstance(exponent, int | float) and exponent > 0 else set()
         case "linear" | "conv1d" | "conv2d" | "conv3d":
             # A unit is 0 for any input if its weights and its bias are 0.
@@ -106,13 +105,11 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int
             return set.intersection(*({*zeros[one]} for one in made)) & _carried((w.of(made[0])[0],))
         case "zeros_like":
             return _carried(w.of(node))
-        case "embedding":
-            return {*zeros[arg(node, 0)]}
         case "batch_norm":
-            shifts = [node.args[i] for i in (0, 2, 3) if isinstance(node.args[i], Node)]
-            return set.intersection(*({*zeros[one]} for one in shifts))  # type: ignore[index]
-        case "rms_norm":
-            return {*zeros[arg(node, 0)]}
+            shifts = [one for i in (0, 2, 3) if isinstance(one := node.args[i], Node)]
+            return set.intersection(*({*zeros[one]} for one in shifts))
+        case "embedding" | "rms_norm":
+            return {*zeros[operand_of(node)]}
     return common if name in _PASSING.split() or name in ALIASES else set()
 
 

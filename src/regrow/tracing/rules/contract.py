@@ -1,47 +1,36 @@
 """Rules for operations that multiply and sum: linear layers, matrix products, convolutions, attention, embeddings."""
 
-from typing import Any
-
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from regrow.axes import Mark, Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import Dims, Walk, op_name
+from regrow.tracing.nodes import argument, module_of, op_name, operand_of, operands_in, whole
+from regrow.tracing.walk import Dims, Walk
 
 
 def linear(w: Walk, node: Node) -> Dims:
     """Rule for linear layers: ties the input's last dimension to ``W``'s second and the bias to its first."""
-    x, weight, bias = _args(node, 3)
+    x, weight = operand_of(node, 0, "input"), operand_of(node, 1, "weight")
     _contract(w, node, (x, len(w.of(x)) - 1), (weight, 1))
     w.role(weight, 0, Role.PRODUCES)
     out = (*w.of(x)[:-1], w.of(weight)[0])
-    _add_bias(w, node, bias, out)
+    _add_bias(w, node, argument(node, 2, "bias"), out)
     _count(w, node, (*out, w.of(x)[-1]))
     return out
 
 
 def addmm(w: Walk, node: Node) -> Dims:
-    """Rule for ``b + x W``, with ``W`` stored as [in, out]: ties x to ``W``'s first dimension, b to its second."""
-    bias, x, weight = _args(node, 3)
-    out = _product(w, node, x, weight)
-    _add_bias(w, node, bias, out)
+    """Rule for ``b + x W``, with ``W`` as [..., in, out]: ties as a matrix product does, and b to the result."""
+    out = _product(w, node, operand_of(node, 1), operand_of(node, 2))
+    _add_bias(w, node, node.args[0], out)
     return out
 
 
 def matmul(w: Walk, node: Node) -> Dims:
     """Rule for matrix products: ties the summed dimensions of both factors, and batch dimensions by broadcasting."""
-    a, b = _args(node, 2)
-    return _product(w, node, a, b)
-
-
-def baddbmm(w: Walk, node: Node) -> Dims:
-    """Rule for ``c + a b``, batched: ties as a matrix product does, and c to the result."""
-    addend, a, b = _args(node, 3)
-    out = _product(w, node, a, b)
-    _add_bias(w, node, addend, out)
-    return out
+    return _product(w, node, operand_of(node), operand_of(node, 1))
 
 
 def _product(w: Walk, node: Node, a: Node, b: Node) -> Dims:
@@ -68,7 +57,7 @@ def einsum(w: Walk, node: Node) -> Dims:
     """Rule for ``einsum``: ties dimensions of the same letter; letters missing in the result are summed over."""
     equation, operands = node.args[:2]
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
-    tensors = [one for one in operands if isinstance(one, Node)]
+    tensors = operands_in(operands)
     terms, result = _letters(equation, [len(w.of(one)) for one in tensors])
     known: dict[str, Expr] = {}
     for tensor, term in zip(tensors, terms, strict=True):
@@ -122,7 +111,7 @@ def _contract(w: Walk, node: Node, read: tuple[Node, int], weight: tuple[Node, i
             w.weights.append(name)
 
 
-def _add_bias(w: Walk, node: Node, bias: Any, out: Dims) -> None:
+def _add_bias(w: Walk, node: Node, bias: Argument, out: Dims) -> None:
     if not isinstance(bias, Node):
         return
     dims = w.of(bias)
@@ -137,7 +126,7 @@ def convolution(w: Walk, node: Node) -> Dims:
 
     With groups, the second dimension is the input channels of one group.
     """
-    x, weight, bias = _args(node, 3)
+    x, weight, bias = operand_of(node, 0, "input"), operand_of(node, 1, "weight"), argument(node, 2, "bias")
     dims, kernel = w.of(x), w.of(weight)
     space = len(kernel) - 2
     batch, channels = dims[: len(dims) - space - 1], dims[len(dims) - space - 1]
@@ -146,7 +135,8 @@ def convolution(w: Walk, node: Node) -> Dims:
     for expr in dims[len(dims) - space :]:
         d.freeze(expr, w.why(node, "a convolution runs along it"))
     transposed = "transpose" in op_name(node)
-    groups = int(_argument(node, "groups", 6, 1))
+    given = _argument(node, "groups", 6)
+    groups = 1 if given is None else whole(given)
     made = _grouped(w, node, channels, kernel, groups, transposed)
     w.role(weight, 0, Role.CONSUMES if transposed and groups == 1 else Role.PRODUCES)
     w.role(weight, 1, Role.PRODUCES if transposed else Role.CONSUMES)
@@ -186,15 +176,15 @@ def _grouped(w: Walk, node: Node, channels: Expr, kernel: Dims, groups: int, tra
 
 def attention(w: Walk, node: Node) -> Dims:
     """Rule for fused attention: ties query, key and value per head, and freezes the sequence that is attended over."""
-    query, key, value, mask = _args(node, 4)
-    q, k, v = w.of(query), w.of(key), w.of(value)
+    query = operand_of(node)
+    q, k, v = w.of(query), w.of(operand_of(node, 1)), w.of(operand_of(node, 2))
     why = w.why(node, "query, key and value have no common form")
     d.unify(q[-1], k[-1], why)
     d.unify(k[-2], v[-2], why)
     d.mark(k[-2], Mark.COMPETED, why)
     if d.is_free(k[-2]):
         d.freeze(k[-2], w.why(node, "attention is taken over it"))
-    grouped = bool(_argument(node, "enable_gqa", 7, False))
+    grouped = bool(_argument(node, "enable_gqa", 7))
     for i in range(len(q) - 2):
         d.unify(k[i], v[i], why)
         if grouped and i == len(q) - 3 and d.size(q[i]) != d.size(k[i]):
@@ -202,16 +192,16 @@ def attention(w: Walk, node: Node) -> Dims:
         else:
             d.unify(q[i], k[i], why)
     out = (*q[:-1], v[-1])
-    _mask(w, node, mask, (*q[:-1], k[-2]))
+    _mask(w, node, argument(node, 3), (*q[:-1], k[-2]))
     w.reads(node, query, len(q) - 1)
-    if _argument(node, "scale", 6, None) is None:
+    if _argument(node, "scale", 6) is None:
         w.norms.append((node, "scale"))
     _count(w, node, (*q, k[-2]))
     _count(w, node, (*out, k[-2]))
     return out
 
 
-def _mask(w: Walk, node: Node, mask: Any, dims: Dims) -> None:
+def _mask(w: Walk, node: Node, mask: Argument, dims: Dims) -> None:
     if isinstance(mask, Node):
         own = w.of(mask)
         for i, expr in enumerate(own):
@@ -222,7 +212,7 @@ def _mask(w: Walk, node: Node, mask: Any, dims: Dims) -> None:
 
 def embedding(w: Walk, node: Node) -> Dims:
     """Rule for embeddings: freezes the vocabulary, and appends ``W``'s second dimension to the index's."""
-    table, index = _args(node, 2)
+    table, index = operand_of(node), operand_of(node, 1)
     d.freeze(w.of(table)[0], w.why(node, "it is a vocabulary, looked up by number"))
     w.role(table, 1, Role.PRODUCES)
     if name := w.source(table):
@@ -230,19 +220,10 @@ def embedding(w: Walk, node: Node) -> Dims:
     return (*w.of(index), *w.of(table)[1:])
 
 
-def _args(node: Node, n: int) -> list[Any]:
-    """Return the first ``n`` arguments of a call, with ``None`` for missing ones."""
-    named = [node.kwargs.get(key) for key in ("input", "weight", "bias")] if not node.args else []
-    args = [*node.args, *named][:n]
-    return [*args, *[None] * (n - len(args))]
-
-
-def _argument(node: Node, name: str, position: int, default: Any) -> Any:
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
-    place = next((i for i, arg in enumerate(schema) if arg.name == name), position)
-    if name in node.kwargs:
-        return node.kwargs[name]
-    return node.args[place] if len(node.args) > place else default
+def _argument(node: Node, name: str, position: int) -> Argument:
+    """Return an argument of a call by its name in the operation's schema, or its position if it has no schema."""
+    takes = getattr(getattr(node.target, "_schema", None), "arguments", ())
+    return argument(node, next((i for i, one in enumerate(takes) if one.name == name), position), name)
 
 
 def _count(w: Walk, node: Node, dims: Dims) -> None:
@@ -254,7 +235,7 @@ _CONVOLUTIONS = "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_tra
 RULES = {
     "linear": linear,
     "addmm": addmm,
-    "baddbmm": baddbmm,
+    "baddbmm": addmm,
     **dict.fromkeys(("matmul", "mm", "bmm", "mv", "dot"), matmul),
     **dict.fromkeys(_CONVOLUTIONS.split(), convolution),
     "scaled_dot_product_attention": attention,

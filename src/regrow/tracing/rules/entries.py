@@ -4,14 +4,14 @@ from torch.fx import Node
 
 from regrow.axes import Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import shape_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
+from regrow.tracing.nodes import ALIASES, op_name, operand_of, shapes_of
+from regrow.tracing.walk import Dims, Walk
 
 
 def pointwise(w: Walk, node: Node) -> Dims:
     """Rule for entrywise operations: ties dimensions at the same place; one of size 1 takes the other's."""
-    operands = [arg for arg in node.all_input_nodes if isinstance(shape_of(arg), tuple)]
+    operands = [arg for arg in node.all_input_nodes if isinstance(shapes_of(arg), tuple)]
     return broadcast(w, node, operands)
 
 
@@ -35,8 +35,7 @@ def broadcast(w: Walk, node: Node, operands: list[Node]) -> Dims:
 
 def prelu(w: Walk, node: Node) -> Dims:
     """Rule for PReLU: ties the slopes to the channels, unless there is one slope for all."""
-    x, slope = node.args[:2]
-    assert isinstance(x, Node) and isinstance(slope, Node)
+    x, slope = operand_of(node), operand_of(node, 1)
     dims, own = w.of(x), w.of(slope)
     if own and d.size(own[0]) > 1:
         w.role(slope, 0, Role.SCALES)
@@ -46,9 +45,7 @@ def prelu(w: Walk, node: Node) -> Dims:
 
 def identity(w: Walk, node: Node) -> Dims:
     """Rule for casts, dropout and the like: the result has the dimensions of the first operand."""
-    arg = node.args[0]
-    assert isinstance(arg, Node)
-    return w.of(arg)
+    return w.of(operand_of(node))
 
 
 _IDENTITIES = (

@@ -1,17 +1,17 @@
 """Rules for operations that create constant tensors, write into tensors, or select and weight experts."""
 
 from math import inf
-from typing import Any
 
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from regrow.axes import Mark, Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of, shape_of
 from regrow.tracing.dimensions import Expr
+from regrow.tracing.nodes import ALIASES, argument, module_of, op_name, operand_of, shape_of, shapes_of, uncast, whole
 from regrow.tracing.rules.entries import broadcast
 from regrow.tracing.rules.reduce import ordered
-from regrow.tracing.walk import ALIASES, Dims, Literal, Walk, op_name
+from regrow.tracing.walk import Dims, Literal, Value, Walk
 
 ALIGNED = 16
 """Alignment in bytes of each row of an expert's matrix, as torch's grouped matrix product requires."""
@@ -28,15 +28,14 @@ def constant(w: Walk, node: Node) -> Dims:
 
 def overwrite(w: Walk, node: Node) -> Dims:
     """Rule for ``copy_``, ``fill_``, ``zero_``: ties the written value to the tensor by broadcasting."""
-    broadcast(w, node, [one for one in node.all_input_nodes if isinstance(shape_of(one), tuple)])
-    return w.of(node.args[0])  # type: ignore[arg-type]
+    broadcast(w, node, [one for one in node.all_input_nodes if isinstance(shapes_of(one), tuple)])
+    return w.of(operand_of(node))
 
 
 def weight_norm(w: Walk, node: Node) -> Dims:
     """Rule for weight normalisation ``g · v / ‖v‖``: ties g to one dimension of v and freezes the others."""
-    v, g = node.args[:2]
-    assert isinstance(v, Node) and isinstance(g, Node)
-    along = int(node.args[2]) if len(node.args) > 2 else 0  # type: ignore[arg-type]
+    v, g = operand_of(node), operand_of(node, 1)
+    along = whole(node.args[2]) if len(node.args) > 2 else 0
     for i, expr in enumerate(w.of(v)):  # along = -1: one gain for the whole weight
         if i == along:
             d.unify(expr, w.of(g)[i], w.why(node, "a weight's gain has another form than the weight"))
@@ -47,17 +46,15 @@ def weight_norm(w: Walk, node: Node) -> Dims:
     return w.of(v)
 
 
-def topk(w: Walk, node: Node) -> Any:
+def topk(w: Walk, node: Node) -> Value:
     """Rule for ``topk``: dropped units count as −∞; freezes the dimension if positions are not only counted."""
-    operand = node.args[0]
-    assert isinstance(operand, Node)
-    dims = w.of(operand)
-    given = [*node.args[1:], *[None] * 4]
-    axis = int(-1 if given[1] is None else given[1]) % len(dims)  # type: ignore[arg-type]
+    operand = operand_of(node)
+    dims, axis = w.of(operand), argument(node, 2)
+    axis = (-1 if axis is None else whole(axis)) % len(dims)
     why = w.why(node, "its largest entries are picked")
-    leaf, k = d.resolve(dims[axis]), int(given[0])  # type: ignore[arg-type]
+    leaf, k = d.resolve(dims[axis]), whole(node.args[1])
     used = [user for user in node.users if user.args[1] == 1]
-    if not isinstance(leaf, d.Leaf) or given[2] is False or not all(map(_only_counted, used)):
+    if not isinstance(leaf, d.Leaf) or argument(node, 3) is False or not all(map(_only_counted, used)):
         d.freeze(dims[axis], why)
     else:
         leaf.least = max(leaf.least, k)
@@ -83,14 +80,10 @@ def _only_counted(positions: Node) -> bool:
     return True
 
 
-def running_total(w: Walk, node: Node) -> Any:
+def running_total(w: Walk, node: Node) -> Value:
     """Rule for ``cumsum``: freezes the dimension, unless it counts picks, where unpicked units add 0."""
-    operand = node.args[0]
-    assert isinstance(operand, Node)
-    counts = operand
-    while op_name(counts) in ALIASES and isinstance(counts.args[0], Node):
-        counts = counts.args[0]
-    return w.of(operand) if op_name(counts) in _COUNTS else ordered(w, node)
+    operand = operand_of(node)
+    return w.of(operand) if op_name(uncast(operand)) in _COUNTS else ordered(w, node)
 
 
 def histogram(w: Walk, node: Node) -> Dims:
@@ -103,12 +96,12 @@ def histogram(w: Walk, node: Node) -> Dims:
     return (picked,)
 
 
-def _picked(w: Walk, node: Any) -> Expr | None:
+def _picked(w: Walk, node: Argument) -> Expr | None:
     """Return the dimension whose positions a node holds, if they come from ``topk``; else ``None``."""
     while isinstance(node, Node) and node.op == "call_function":
         source = node.args[0]
-        if op_name(node) == "getitem" and source in w.picks:
-            return w.picks[source] if node.args[1] == 1 else None  # type: ignore[index]
+        if op_name(node) == "getitem" and isinstance(source, Node) and source in w.picks:
+            return w.picks[source] if node.args[1] == 1 else None
         if op_name(node) not in (*ALIASES, "reshape", "view", "flatten", "sort", "getitem"):
             return None
         node = source
@@ -117,8 +110,7 @@ def _picked(w: Walk, node: Any) -> Expr | None:
 
 def grouped_product(w: Walk, node: Node) -> Dims:
     """Rule for the grouped matrix product ``y[s] = x[s] W[e(s)]`` of experts, with ``W`` as [experts, in, out]."""
-    x, weight, ends = node.args[:3]
-    assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(ends, Node)
+    x, weight, ends = (operand_of(node, i) for i in range(3))
     rows, kernel = w.of(x), w.of(weight)
     d.unify(rows[1], kernel[1], w.why(node, "the two sides of a sum have no common form"))
     d.unify(kernel[0], w.of(ends)[0], w.why(node, "experts and their rows have no common form"))

@@ -4,9 +4,9 @@ from torch.fx import Node
 
 from regrow.axes import Mark, Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import Dims, Literal, Walk, op_name
+from regrow.tracing.nodes import module_of, op_name, operand_of, whole, wholes
+from regrow.tracing.walk import Dims, Literal, Walk
 
 
 def batch_norm(w: Walk, node: Node) -> Dims:
@@ -15,9 +15,7 @@ def batch_norm(w: Walk, node: Node) -> Dims:
     If statistics are taken from the entries, every dimension but the channels is frozen (a weight that is
     standardised).
     """
-    x = node.args[0]
-    assert isinstance(x, Node)
-    dims = w.of(x)
+    dims = w.of(operand_of(node))
     if node.args[3] is None or node.args[5]:  # no running mean, or not used
         for expr in (*dims[:1], *dims[2:]):
             d.freeze(expr, w.why(node, f"`{op_name(node)}` takes mean and variance over it"))
@@ -31,25 +29,27 @@ def batch_norm(w: Walk, node: Node) -> Dims:
 def layer_norm(w: Walk, node: Node) -> Dims:
     """Rule for layer norm: marks the last dimensions as restated, since mean and variance are taken over kept units."""
     dims = _affine(w, node, Mark.RESTATED, "a layer norm runs over it")
-    x = node.args[0]
-    for i in range(len(dims) - len(node.args[1]), len(dims)):  # type: ignore[arg-type]
-        w.reads(node, x, i, None)
+    for i in range(len(dims) - _rank(node), len(dims)):
+        w.reads(node, operand_of(node), i, None)
     return dims
 
 
 def rms_norm(w: Walk, node: Node) -> Dims:
     """Rule for root-mean-square norm: marks the last dimensions as folded, since their size is a divisor."""
     dims = _affine(w, node, Mark.FOLDED, "a root-mean-square norm runs over it")
-    for i in range(len(dims) - len(node.args[1]), len(dims)):  # type: ignore[arg-type]
-        w.reads(node, node.args[0], i)
+    for i in range(len(dims) - _rank(node), len(dims)):
+        w.reads(node, operand_of(node), i)
     w.norms.append((node, "rms_norm"))
     return dims
 
 
+def _rank(node: Node) -> int:
+    """Return over how many of the last dimensions a norm runs."""
+    return len(wholes(node.args[1]))
+
+
 def _affine(w: Walk, node: Node, kind: Mark, what: str) -> Dims:
-    x = node.args[0]
-    assert isinstance(x, Node)
-    dims, rank = w.of(x), len(node.args[1])  # type: ignore[arg-type]
+    dims, rank = w.of(operand_of(node)), _rank(node)
     over = dims[len(dims) - rank :]
     for place, arg in enumerate(node.args[2:4]):
         if isinstance(arg, Node):
@@ -68,8 +68,7 @@ def _affine(w: Walk, node: Node, kind: Mark, what: str) -> Dims:
 
 def group_norm(w: Walk, node: Node) -> Dims:
     """Rule for group norm: whole groups can be cut; inside a group the norm is taken over kept units (restated)."""
-    x, groups = node.args[0], int(node.args[1])  # type: ignore[arg-type]
-    assert isinstance(x, Node)
+    x, groups = operand_of(node), whole(node.args[1])
     dims = w.of(x)
     group: Expr = d.Leaf(groups) if groups > 1 else d.ONE
     inner: Expr = d.Leaf(d.size(dims[1]) // groups) if d.size(dims[1]) > groups else d.ONE

@@ -6,15 +6,14 @@ layer, later operations. Its cell state and initial state are cut with it.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch.fx import Node
 
 from regrow.axes import Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import ALIASES, Dims, Walk, op_name
+from regrow.tracing.nodes import ALIASES, module_of, op_name, operand_of, operands_in, uncast, whole
+from regrow.tracing.walk import Dims, Value, Walk
 
 GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 """Operation → how many gates, blocks of hidden units, the rows of a weight consist of."""
@@ -28,12 +27,13 @@ class _Made:
     handed: Expr
 
 
-def layers(w: Walk, node: Node) -> Any:
+def layers(w: Walk, node: Node) -> Value:
     """Rule for recurrent layers, of any number of layers and directions: freezes time, ties weights and states."""
     if getattr(node.target, "_overloadname", "") == "data":
         return _packed(w, node)
-    x, state, params, biased, many, _, _, both, batch_first = tuple[Any, ...](node.args)
-    states: list[Node] = list(state) if isinstance(state, list | tuple) else [state]
+    assert len(node.args) == 9
+    x, states, params = operand_of(node), operands_in(node.args[1]), operands_in(node.args[2])
+    biased, many, both, batch_first = (whole(node.args[i]) for i in (3, 4, 7, 8))
     ways = 2 if both else 1
     each = len(params) // (many * ways)
     *lead, given = w.of(x)
@@ -42,17 +42,17 @@ def layers(w: Walk, node: Node) -> Any:
     d.unify(batch, w.of(states[0])[1], w.why(node, "a state has another form than the sequences"))
     rows: list[_Made] = []
     for layer in range(many):
-        found: list[_Made] = []
+        directions: list[_Made] = []
         for way in range(ways):
             start = (layer * ways + way) * each
-            found.append(_tied(w, node, GATES[op_name(node)], params[start : start + each], bool(biased), given))
+            directions.append(_tied(w, node, GATES[op_name(node)], params[start : start + each], bool(biased), given))
             if not layer:
                 w.reads(node, x, len(lead), weight=w.source(params[start]))
             else:
                 w.reads(node, params[start], 1, weight=w.source(params[start]))
             _count(w, node, params[start : start + each], lead)
-        given = d.plus(*(one.handed for one in found))
-        rows += found
+        given = d.plus(*(one.handed for one in directions))
+        rows += directions
     parts = [[one.handed for one in rows], [one.units for one in rows]][: len(states)]
     why = w.why(node, "the layers and directions of a recurrent layer must keep equally many units")
     for kind in parts:
@@ -62,7 +62,7 @@ def layers(w: Walk, node: Node) -> Any:
     return [(*lead, given), *(_stacked(w, node, i, batch, kind) for i, kind in enumerate(parts, 1))]
 
 
-def _packed(w: Walk, node: Node) -> Any:
+def _packed(w: Walk, node: Node) -> Value:
     """Freeze everything that a recurrent layer reads from packed sequences, whose layout depends on data."""
     for one in node.all_input_nodes:
         for expr in w.of(one):
@@ -70,12 +70,10 @@ def _packed(w: Walk, node: Node) -> Any:
     return w.fresh(node, w.why(node, "made of packed sequences"))
 
 
-def cell(w: Walk, node: Node) -> Any:
+def cell(w: Walk, node: Node) -> Value:
     """Rule for recurrent cells: one step of a layer."""
-    x, state, *params = [*node.args, *node.kwargs.values()]
-    states: list[Any] = list(state) if isinstance(state, list | tuple) else [state]
-    own = [one for one in params if isinstance(one, Node)]
-    assert isinstance(x, Node)
+    _, state, *params = [*node.args, *node.kwargs.values()]
+    x, states, own = operand_of(node), operands_in(state), [one for one in params if isinstance(one, Node)]
     batch, given = w.of(x)
     gates = GATES[op_name(node).removesuffix("_cell")]
     made = _tied(w, node, gates, own, len(own) > 2, given)
@@ -126,9 +124,7 @@ def _begin(w: Walk, node: Node, state: Node, parts: list[Expr]) -> None:
     why = w.why(node, "a state has another form than the hidden units")
     held = w.stacked.get(state)
     if held is None:
-        made = state
-        while op_name(made) in ALIASES and isinstance(made.args[0], Node):
-            made = made.args[0]
+        made = uncast(state)
         held = [w.of(state)[-1]] * (1 if made.op == "call_function" and op_name(made) in _ALIKE else len(parts))
     for own, part in zip(held, parts, strict=False):
         d.unify(own, part, why)

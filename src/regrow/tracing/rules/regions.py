@@ -1,33 +1,29 @@
 """Rules for operations of object detectors: pooled image regions, writes by index, data-dependent decisions."""
 
-from typing import Any
-
 import torch
 from torch.fx import Node
 
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of
-from regrow.tracing.walk import Dims, Walk
+from regrow.tracing.nodes import module_of, operand_of, operands_in, shape_of
+from regrow.tracing.walk import Dims, Value, Walk
 
 
 def region(w: Walk, node: Node) -> Dims:
     """Rule for RoI pooling: passes the channels, freezes batch and space; regions are new dimensions."""
-    x = node.args[0]
-    assert isinstance(x, Node)
-    batch, channels, *space = w.of(x)
+    batch, channels, *space = w.of(operand_of(node))
     for expr in (batch, *space):
         d.freeze(expr, w.why(node, "regions are taken from it"))
-    made = w.fresh(node, w.why(node, "made of regions"))
-    return (made[0], channels, *made[2:])
+    count, _, *out = (d.frozen(n, w.why(node, "made of regions")) for n in shape_of(node))
+    return (count, channels, *out)
 
 
 def put(w: Walk, node: Node) -> Dims:
     """Rule for ``index_put``: freezes the indexed dimensions and ties the others to those of the written values."""
-    x, picks, values = node.args[:3]
-    assert isinstance(x, Node) and isinstance(picks, list | tuple)
-    dims, given = w.of(x), w.of(values) if isinstance(values, Node) else ()
+    _, picks, values = node.args[:3]
+    assert isinstance(picks, list | tuple)
+    dims, given = w.of(operand_of(node)), w.of(values) if isinstance(values, Node) else ()
     why = w.why(node, "its entries are picked by a tensor of numbers")
-    named = [pick for pick in picks if isinstance(pick, Node)]
+    named = operands_in(picks)
     masks = sum(len(w.of(pick)) - 1 for pick in named if pick.meta["val"].dtype in (torch.bool, torch.uint8))
     covered = len(picks) + masks if len(named) == len(picks) else len(dims)
     tied = min(len(dims) - covered, len(given))
@@ -39,7 +35,7 @@ def put(w: Walk, node: Node) -> Dims:
     return dims
 
 
-def decision(w: Walk, node: Node) -> Any:
+def decision(w: Walk, node: Node) -> Value:
     """Rule for data-dependent decisions: freezes what they read; a decided number is noted for the module using it."""
     read = node.all_input_nodes
     for one in read:

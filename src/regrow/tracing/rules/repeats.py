@@ -3,17 +3,17 @@
 from torch.fx import Node
 
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of, shape_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.rules.shapes import frozen_whole, operand
-from regrow.tracing.walk import Dims, Literal, Walk
+from regrow.tracing.nodes import argument, module_of, operand_of, shape_of
+from regrow.tracing.rules.shapes import frozen_whole
+from regrow.tracing.walk import Dims, Literal, Value, Walk
 
 
 def expand(w: Walk, node: Node) -> Dims:
     """Rule for ``expand``: a repeated dimension is new, and free only if an attribute can set its size."""
-    dims, shape = w.of(operand(node)), shape_of(node)
+    dims, shape = w.of(operand_of(node)), shape_of(node)
     dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
-    other = node.args[1] if len(node.args) > 1 else None
+    other = argument(node, 1)
     if isinstance(other, Node):
         return tuple(own if d.size(expr) == 1 else expr for expr, own in zip(dims, w.of(other), strict=True))
     return tuple(
@@ -24,7 +24,7 @@ def expand(w: Walk, node: Node) -> Dims:
 
 def repeat(w: Walk, node: Node) -> Dims:
     """Rule for ``repeat`` and ``tile``: multiplies a dimension by a new outer factor."""
-    dims, shape = w.of(operand(node)), shape_of(node)
+    dims, shape = w.of(operand_of(node)), shape_of(node)
     dims = (*[d.ONE] * (len(shape) - len(dims)), *dims)
     return tuple(
         expr if d.size(expr) == n else d.times(_repeated(w, node, n // d.size(expr)), expr)
@@ -32,9 +32,9 @@ def repeat(w: Walk, node: Node) -> Dims:
     )
 
 
-def repeat_interleave(w: Walk, node: Node) -> Dims:
+def repeat_interleave(w: Walk, node: Node) -> Value:
     """Rule for ``repeat_interleave``: multiplies a dimension by a new inner factor."""
-    dims, shape = w.of(operand(node)), shape_of(node)
+    dims, shape = w.of(operand_of(node)), shape_of(node)
     if len(dims) != len(shape) or isinstance(node.args[1], Node):
         return frozen_whole(w, node)
     return tuple(
@@ -51,7 +51,7 @@ def _repeated(w: Walk, node: Node, n: int) -> Expr:
 
 def pad(w: Walk, node: Node) -> Dims:
     """Rule for padding: freezes padded dimensions, passes the others."""
-    dims, shape = w.of(operand(node)), shape_of(node)
+    dims, shape = w.of(operand_of(node)), shape_of(node)
     why = w.why(node, "it is padded")
     for expr, n in zip(dims, shape, strict=True):
         if d.size(expr) != n:

@@ -2,40 +2,31 @@
 
 from itertools import pairwise
 from math import prod
-from typing import Any
 
 from torch.fx import Node
 
 from regrow.tracing import dimensions as d
-from regrow.tracing.capture import module_of, shape_of
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.walk import Dims, Literal, Walk, arg, op_name
-
-
-def operand(node: Node) -> Node:
-    """Return the first argument of an operation: the tensor that it works on."""
-    first = node.args[0]
-    assert isinstance(first, Node)
-    return first
-
-
-def axis_of(node: Node, position: int, rank: int, default: int = 0) -> int:
-    """Return which dimension an argument of an operation names, as a non-negative index.
-
-    Args:
-        node: The operation.
-        position: The position of the argument; by name it is ``dim``.
-        rank: The number of dimensions.
-        default: The dimension if the argument is missing.
-    """
-    given: Any = node.args[position] if len(node.args) > position else node.kwargs.get("dim", default)
-    return int(given) % max(rank, 1)
+from regrow.tracing.nodes import (
+    argument,
+    axis_of,
+    module_of,
+    op_name,
+    operand_of,
+    operands_in,
+    result_shapes,
+    shape_of,
+    shapes_of,
+    whole,
+    wholes,
+)
+from regrow.tracing.walk import Dims, Literal, Value, Walk
 
 
 def reshape(w: Walk, node: Node) -> Dims:
     """Rule for reshapes: neighbouring dimensions are grouped so that sizes match, and tied as products."""
-    dims = w.of(operand(node))
-    shape: tuple[int, ...] = shape_of(node)
+    dims = w.of(operand_of(node))
+    shape = shape_of(node)
     why = w.why(node, "a reshape mixes it with its neighbours")
     out = _regroup([expr for expr in dims if d.size(expr) != 1], [n for n in shape if n != 1], why)
     filled = iter(out)
@@ -50,9 +41,9 @@ def reshape(w: Walk, node: Node) -> Dims:
 def _literals(node: Node, dims: Dims) -> list[int]:
     if op_name(node) == "unflatten":
         axis = axis_of(node, 1, len(dims))
-        return [0] * axis + [int(n) for n in arg(node, 2)]
-    given = node.args[1] if len(node.args) > 1 else ()
-    return [int(n) for n in given] if isinstance(given, list | tuple) else []
+        return [0] * axis + wholes(node.args[2])
+    given = argument(node, 1)
+    return wholes(given) if isinstance(given, list | tuple) else []
 
 
 def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
@@ -74,7 +65,7 @@ def _regroup(dims: list[Expr], shape: list[int], why: str) -> list[Expr]:
 
 def transpose(w: Walk, node: Node) -> Dims:
     """Rule for ``transpose``: exchanges two dimensions."""
-    dims = list(w.of(operand(node)))
+    dims = list(w.of(operand_of(node)))
     a, b = axis_of(node, 1, len(dims)), axis_of(node, 2, len(dims))
     dims[a], dims[b] = dims[b], dims[a]
     return tuple(dims)
@@ -82,52 +73,49 @@ def transpose(w: Walk, node: Node) -> Dims:
 
 def last_two(w: Walk, node: Node) -> Dims:
     """Rule for ``mT``: exchanges the last two dimensions."""
-    *rest, a, b = w.of(operand(node))
+    *rest, a, b = w.of(operand_of(node))
     return (*rest, b, a)
 
 
 def reverse(w: Walk, node: Node) -> Dims:
     """Rule for ``t``: reverses the order of the dimensions."""
-    return w.of(operand(node))[::-1]
+    return w.of(operand_of(node))[::-1]
 
 
 def permute(w: Walk, node: Node) -> Dims:
     """Rule for ``permute``: reorders the dimensions."""
-    dims = w.of(operand(node))
-    return tuple(dims[int(i) % len(dims)] for i in arg(node, 1))
+    dims = w.of(operand_of(node))
+    return tuple(dims[i % len(dims)] for i in wholes(node.args[1]))
 
 
 def movedim(w: Walk, node: Node) -> Dims:
     """Rule for ``movedim``: moves some dimensions; the others keep their order."""
-    dims = w.of(operand(node))
-    source, target = ([int(i) % len(dims) for i in _listed(one)] for one in node.args[1:3])
+    dims = w.of(operand_of(node))
+    source, target = ([i % len(dims) for i in wholes(one)] for one in node.args[1:3])
     rest = [i for i in range(len(dims)) if i not in source]
     placed = dict(zip(target, source, strict=True))
     order = [placed[i] if i in placed else rest.pop(0) for i in range(len(dims))]
     return tuple(dims[i] for i in order)
 
 
-def _listed(given: Any) -> list[int]:
-    return list(given) if isinstance(given, list | tuple) else [given]
-
-
 def unsqueeze(w: Walk, node: Node) -> Dims:
     """Rule for ``unsqueeze``: inserts a dimension of size 1."""
-    dims = list(w.of(operand(node)))
-    dims.insert(int(arg(node, 1)) % (len(dims) + 1), d.ONE)
+    dims = list(w.of(operand_of(node)))
+    dims.insert(whole(node.args[1]) % (len(dims) + 1), d.ONE)
     return tuple(dims)
 
 
 def squeeze(w: Walk, node: Node) -> Dims:
     """Rule for ``squeeze``: removes dimensions of size 1."""
-    dims = w.of(operand(node))
-    named = [int(i) % len(dims) for i in _listed(node.args[1])] if len(node.args) > 1 else list(range(len(dims)))
+    dims = w.of(operand_of(node))
+    named = [i % len(dims) for i in wholes(node.args[1])] if len(node.args) > 1 else list(range(len(dims)))
     return tuple(expr for i, expr in enumerate(dims) if not (i in named and d.size(expr) == 1))
 
 
 def concatenate(w: Walk, node: Node) -> Dims:
     """Rule for ``cat``: the joined dimension is the sum of its parts; the others are tied."""
-    parts = [one for one in arg(node, 0) if isinstance(one, Node) and shape_of(one) != (0,)] or list(arg(node, 0))
+    given = operands_in(node.args[0])
+    parts = [one for one in given if shape_of(one) != (0,)] or given
     axis = axis_of(node, 1, len(shape_of(parts[0])))
     dims = [w.of(part) for part in parts if shape_of(part)[axis]] or [w.of(parts[0])]
     out = list(dims[0])
@@ -141,7 +129,7 @@ def concatenate(w: Walk, node: Node) -> Dims:
 
 def stack(w: Walk, node: Node) -> Dims:
     """Rule for ``stack``: ties all dimensions of the tensors and inserts a frozen new one."""
-    parts = [one for one in arg(node, 0) if isinstance(one, Node)]
+    parts = operands_in(node.args[0])
     out = list(w.of(parts[0]))
     for part in parts[1:]:
         for a, b in zip(out, w.of(part), strict=True):
@@ -150,18 +138,17 @@ def stack(w: Walk, node: Node) -> Dims:
     return tuple(out)
 
 
-def split(w: Walk, node: Node) -> Any:
+def split(w: Walk, node: Node) -> Value:
     """Rule for ``split`` and ``chunk``: cuts a dimension into pieces; equal pieces must keep equally many units."""
-    dims = w.of(operand(node))
-    sizes = shape_of(node)
+    dims = w.of(operand_of(node))
     axis = axis_of(node, 2, len(dims))
+    lengths = [shape[axis] for shape in result_shapes(node)]
     why = w.why(node, "it is cut into pieces at a place that is inside a unit")
     pieces, rest = [], dims[axis]
-    for shape in sizes[:-1]:
-        piece, rest = d.halves(rest, shape[axis], why)
+    for length in lengths[:-1]:
+        piece, rest = d.halves(rest, length, why)
         pieces.append(piece)
     pieces.append(rest)
-    lengths = [shape[axis] for shape in sizes]
     for a, b in pairwise(pieces):
         if op_name(node) != "split_with_sizes" and d.size(a) == d.size(b):
             w.equal.append((a, b, w.why(node, "its equal pieces must keep equally many units")))
@@ -174,11 +161,11 @@ def split(w: Walk, node: Node) -> Any:
 
 def piece(w: Walk, node: Node) -> Dims:
     """Rule for slices: cuts a dimension into the slice and the rest; a step other than 1 freezes it."""
-    dims = w.of(operand(node))
+    dims = w.of(operand_of(node))
     axis = axis_of(node, 1, len(dims))
     n = d.size(dims[axis])
     start, end = bounds(node)
-    step = int(arg(node, 4)) if len(node.args) > 4 else 1
+    step = whole(node.args[4]) if len(node.args) > 4 else 1
     if start == 0 and end == n and step == 1:
         return dims
     if start >= end:
@@ -204,58 +191,55 @@ def piece(w: Walk, node: Node) -> Dims:
 
 def _cut_elsewhere(node: Node, half: int) -> bool:
     """Whether other slices of the same dimension cut it into more than two halves."""
-    axis = axis_of(node, 1, len(shape_of(operand(node))))
-    alike = [one for one in operand(node).users if op_name(one) == op_name(node) and len(one.args) > 1]
+    axis = axis_of(node, 1, len(shape_of(operand_of(node))))
+    alike = [one for one in operand_of(node).users if op_name(one) == op_name(node) and len(one.args) > 1]
     return any(
         place not in (0, half, 2 * half)
         for one in alike
-        if axis_of(one, 1, len(shape_of(operand(one)))) == axis
+        if axis_of(one, 1, len(shape_of(operand_of(one)))) == axis
         for place in bounds(one)
     )
 
 
 def bounds(node: Node) -> tuple[int, int]:
     """Return the first index of a slice and the index behind its last."""
-    shape = shape_of(operand(node))
+    shape = shape_of(operand_of(node))
     n = shape[axis_of(node, 1, len(shape))]
     if op_name(node) == "narrow":
-        start = int(arg(node, 2)) % n
-        return start, start + int(arg(node, 3))
-    given = [arg(node, i) if len(node.args) > i else None for i in (2, 3)]
-    start, end = (default if value is None else int(value) for value, default in zip(given, (0, n), strict=True))
+        start = whole(node.args[2]) % n
+        return start, start + whole(node.args[3])
+    given = ((argument(node, 2), 0), (argument(node, 3), n))
+    start, end = (default if value is None else whole(value) for value, default in given)
     start, end = (max(value + n, 0) if value < 0 else min(value, n) for value in (start, end))
     return start, end
 
 
 def pixel_shuffle(w: Walk, node: Node) -> Dims:
     """Rule for pixel shuffle: ``C·r²`` channels become ``C`` channels on a finer grid; the factor r² is frozen."""
-    dims, shape = w.of(operand(node)), shape_of(node)
+    dims, shape = w.of(operand_of(node)), shape_of(node)
     why = w.why(node, "a pixel shuffle lays it out in space")
-    channels, _ = d.split_product(dims[-3], [shape[-3], d.size(dims[-3]) // shape[-3]], why)
-    d.freeze(_, why)
+    channels, factor = d.split_product(dims[-3], [shape[-3], d.size(dims[-3]) // shape[-3]], why)
+    d.freeze(factor, why)
     return (*dims[:-3], channels, *(d.frozen(n, why) for n in shape[-2:]))
 
 
-def per_channel(w: Walk, node: Node) -> Any:
+def per_channel(w: Walk, node: Node) -> Value:
     """Rule for pooling and resizing: passes batch and channels, freezes space."""
-    dims, shapes = w.of(operand(node)), shape_of(node)
-    several = isinstance(shapes, list)
+    dims = w.of(operand_of(node))
     rank = _SPACE.get(op_name(node)[-2:], 2)
     for expr in dims[len(dims) - rank :]:
         d.freeze(expr, w.why(node, "a window slides along it"))
-    out = [
-        (
-            *dims[: len(dims) - rank],
-            *(d.frozen(n, w.why(node, "made by a sliding window")) for n in shape[len(dims) - rank :]),
-        )
-        for shape in (shapes if several else [shapes])
+    why = w.why(node, "made by a sliding window")
+    out: list[Dims | None] = [
+        (*dims[: len(dims) - rank], *(d.frozen(n, why) for n in shape[len(dims) - rank :]))
+        for shape in result_shapes(node)
     ]
-    return out if several else out[0]
+    return out if isinstance(shapes_of(node), list) else out[0]
 
 
 def triangle(w: Walk, node: Node) -> Dims:
     """Rule for ``tril`` and ``triu``: freezes the last two dimensions, since the diagonal depends on positions."""
-    dims = w.of(operand(node))
+    dims = w.of(operand_of(node))
     for expr in dims[-2:]:
         d.freeze(expr, w.why(node, "a diagonal runs through it"))
     return dims
@@ -263,16 +247,16 @@ def triangle(w: Walk, node: Node) -> Dims:
 
 def glu(w: Walk, node: Node) -> Dims:
     """Rule for GLU, where the second half gates the first: ties both halves, unit by unit."""
-    dims = w.of(operand(node))
+    dims = w.of(operand_of(node))
     axis = axis_of(node, 1, len(dims), -1)
     first, second = d.halves(dims[axis], d.size(dims[axis]) // 2, w.why(node, "its halves are cut inside a unit"))
     d.unify(first, second, w.why(node, "its halves have no common form"))
     return (*dims[:axis], first, *dims[axis + 1 :])
 
 
-def frozen_whole(w: Walk, node: Node) -> Any:
+def frozen_whole(w: Walk, node: Node) -> Value:
     """Freeze all dimensions of the operand and return new frozen ones for the result."""
-    for expr in w.of(operand(node)):
+    for expr in w.of(operand_of(node)):
         d.freeze(expr, w.why(node, "its entries are picked or moved by number"))
     return w.fresh(node, w.why(node, "made by picking entries"))
 
