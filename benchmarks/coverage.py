@@ -30,9 +30,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from nets import KINDS, Net, nets
 from regrow.axes import AxisGraph, Mark, size_of
-from regrow.commands import load, save
 from regrow.nets import Origin, replace_attention
 from regrow.plan import Plan, PlanError
+from regrow.store import load, save
 from regrow.surgery import apply
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import TraceError, trace

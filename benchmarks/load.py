@@ -23,8 +23,8 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 import torch
 
 import regrow
-from regrow.commands import save
 from regrow.nets import load as load_by_name
+from regrow.store import save
 
 BIG = {
     "hidden_size": 2048,

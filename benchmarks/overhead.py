@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from regrow import apply, trace
-from regrow.commands import save
 from regrow.commands.pruning import built, measured
 from regrow.data import Half, text, windows
 from regrow.method import Budget, Need
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.scoring import collect
+from regrow.store import save
 from regrow.store.versions import versions
 
 

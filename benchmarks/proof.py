@@ -73,7 +73,7 @@ def applying(job: str, saved: Path) -> apart.Row:
     """Seconds of ``apply``, of the proof in it, and of loading the saved result."""
     torch.set_num_threads(1)
     from regrow import apply, trace
-    from regrow.commands import load, save
+    from regrow.store import load, save
 
     model, kwargs, args, loading = opened(job)
     axes = trace(model, *args, **kwargs)

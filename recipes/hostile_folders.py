@@ -81,8 +81,8 @@ def _in_python(command: str, folder: Path) -> int:
     from torch import nn
 
     import regrow
-    from regrow.commands import save
     from regrow.nets import load
+    from regrow.store import save
 
     def mine() -> nn.Module:
         return nn.Sequential(nn.Linear(2, 2))

@@ -17,12 +17,12 @@ from typing import Any
 from rows import add, head, line, rows
 
 import regrow
-from regrow.commands import RunFolder
-from regrow.commands.record import convert_settings
 from regrow.commands.search import Settings, parts_of
 from regrow.commands.targets import measure_of
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
+from regrow.run_folder import RunFolder
+from regrow.store.run_record import convert_settings
 from regrow.tasks import Examples
 
 OUT = Path(__file__).parent / "results" / "mgas_choice.jsonl"

@@ -35,11 +35,11 @@ from rows import add, difference, head, line, rows, spread
 import regrow
 from regrow.allocation.regrowth import kind_of
 from regrow.candidates import candidates_in
-from regrow.commands import RunFolder
 from regrow.commands.search import Settings, parts_of, retrain, run
 from regrow.evaluation import macs
 from regrow.evaluation.continual import share_right
 from regrow.progress import silent
+from regrow.run_folder import RunFolder
 
 OUT = Path(__file__).parent / "results" / "mgas.jsonl"
 

@@ -26,14 +26,14 @@ from rows import add, head, line, rows, spread
 from torch import nn
 
 import regrow
-from regrow.commands import RunFolder
-from regrow.commands.record import convert_settings
 from regrow.commands.search import Parts, Settings, parts_of, retrain
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.export.onnx import write
 from regrow.nets.cells import Cells
+from regrow.run_folder import RunFolder
 from regrow.store.models import read_shapes
+from regrow.store.run_record import convert_settings
 
 OUT = Path(__file__).parent / "results" / "mgas_transfer.jsonl"
 ARMS = {

@@ -22,10 +22,10 @@ import torch
 from rows import add, rows
 
 from regrow.cli.screen import working
-from regrow.commands import RunFolder
 from regrow.commands import recover as recovery_run
 from regrow.commands.prune import Settings
 from regrow.commands.prune import run as prune
+from regrow.run_folder import RunFolder
 from regrow.settings import recover
 from regrow.settings.words import parse_pairs
 

@@ -51,7 +51,7 @@ MAKERS = {
 import regrow
 from regrow.nets import load
 from regrow.plan import Plan
-from regrow.commands import save
+from regrow.store import save
 from regrow.tracing import trace
 loaded = load(dense)
 axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)

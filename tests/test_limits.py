@@ -11,15 +11,15 @@ import torch
 from regrow import limits
 from regrow.change import Change
 from regrow.cli.boundary import ENVIRONMENT, failure_of
-from regrow.commands import Ledger
-from regrow.commands.record import read_run
 from regrow.data import SourceError, streams, text
 from regrow.data.vision import image_tensor, images, read_images
 from regrow.errors import InputError, ResourceError
 from regrow.evaluation import items_in
+from regrow.ledger import Ledger
 from regrow.nets.files import check_gguf, check_safetensors
 from regrow.plan import Plan, PlanError
 from regrow.store import journal
+from regrow.store.run_record import read_run
 
 
 @pytest.fixture(params=["fifo", "socket", "device", "folder", "loop", "missing"])

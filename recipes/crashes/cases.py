@@ -52,8 +52,8 @@ def llama(folder: str, width: int = 40, *, cut: bool = False, seed: int = 0) -> 
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from regrow import apply, trace
-    from regrow.commands import save
     from regrow.plan import Plan
+    from regrow.store import save
 
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -88,7 +88,7 @@ def llama(folder: str, width: int = 40, *, cut: bool = False, seed: int = 0) -> 
 
 def copied(source: str, folder: str) -> None:
     """A saved network, saved once more."""
-    from regrow.commands import load, save
+    from regrow.store import load, save
 
     save(load(source), folder)
 
@@ -98,8 +98,8 @@ def shufflenet(folder: str) -> None:
     import torch
     from torchvision.models import get_model
 
-    from regrow.commands import save
     from regrow.nets import Origin
+    from regrow.store import save
 
     torch.manual_seed(0)
     name, arguments = "shufflenet_v2_x0_5", {"num_classes": 7}

@@ -198,9 +198,9 @@ def make_honest(out: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from regrow import Plan, apply, load, trace
-    from regrow.commands import save
     from regrow.export import gguf, torchvision
     from regrow.nets import load as load_by_name
+    from regrow.store import save
 
     for name in ("prune", "recover", "learn", "search"):
         shutil.copytree(FIXTURES / name, out / name)

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from regrow.axis_tensor import AxisTensor
     from regrow.candidates import Candidates
-    from regrow.commands import load
     from regrow.commands.pruning import prune
     from regrow.export.formats import export_model
     from regrow.plan import Fill, Plan
+    from regrow.store import load
     from regrow.surgery import UndoStore, align_new_units, apply, declare, fit_new_units, verify
     from regrow.tracing import trace, with_branches
 
@@ -36,7 +36,7 @@ _MODULES = {
     "Candidates": "regrow.candidates",
     "export_model": "regrow.export.formats",
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
-    "load": "regrow.commands",
+    "load": "regrow.store",
     "prune": "regrow.commands.pruning",
     **dict.fromkeys(("UndoStore", "align_new_units", "apply", "declare", "fit_new_units", "verify"), "regrow.surgery"),
     **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),

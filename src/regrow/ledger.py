@@ -1,4 +1,4 @@
-"""The ledger of a run: the file that lists every plan applied to the network, in order, so that it can be replayed.
+"""The ledger of a run: every plan applied to the network, in order, so that it can be replayed, and what cuts removed.
 
 Format 2 writes unit ids as intervals (:mod:`regrow.store.intervals`); format 1, of version 0.1, lists each.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import nn
 
 from regrow.axes import AxisGraph
@@ -21,11 +22,13 @@ from regrow.store.atomic import write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, check_readable
 from regrow.store.intervals import expand_plans, shorten_plan
+from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import UndoStore, apply
 from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/2"
 FORMATS = (FORMAT, "regrow-ledger/1")
+UNDO_FORMAT = "regrow-attic/1"
 _LONGEST = 2**30
 _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 
@@ -162,3 +165,34 @@ def replay(
     for plan in plans:
         model, axes = apply(model, axes, plan, undo=undo)
     return model, axes
+
+
+def write_undo_store(path: Path, undo: UndoStore) -> None:
+    """Write the units that cuts removed from a network to a file.
+
+    Args:
+        path: The file to make or replace; its folder must exist.
+        undo: The store of the removed units.
+
+    Raises:
+        StoreError: If the disk is full or the file cannot be written; an old file is not changed.
+    """
+    write_tensors(path, undo.tensors(), {"attic": undo.record()}, UNDO_FORMAT)
+
+
+def read_undo_store(path: Path) -> UndoStore:
+    """Read the units that cuts removed from a file that :func:`write_undo_store` wrote.
+
+    Args:
+        path: The file.
+
+    Raises:
+        StoreError: If there is no such file, it is no undo store, or it is damaged.
+    """
+    try:
+        header, tensors = read_tensors(path, UNDO_FORMAT, None)
+        record = convert(header.get("attic"), schemas.UndoStoreHeader)
+        return UndoStore.read(msgspec.to_builtins(record), tensors)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        why = " ".join(str(error).removeprefix(f"{path} ").split())[:200]
+        raise StoreError(f"{path} holds no undo store that can be used ({why}); restore the file") from None

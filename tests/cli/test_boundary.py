@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 from cli.conftest import Run
 from regrow.cli import boundary, screen
 from regrow.cli.app import regrow as commands
-from regrow.commands.folder import RunFolder
 from regrow.errors import RefusedError, ResourceError
 from regrow.nets.errors import ModelError
+from regrow.run_folder import RunFolder
 from regrow.store.atomic import StoreError, explain_os_errors
 
 
@@ -130,7 +130,7 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
         ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
         ((*prune, "--out", "made"), goes_on.replace("run", "made")),
     ):
-        monkeypatch.setattr("regrow.commands.folder.RunFolder.started", lambda out: out if out.name == "made" else None)
+        monkeypatch.setattr("regrow.run_folder.RunFolder.started", lambda out: out if out.name == "made" else None)
         code, _, err = regrow(*words)
         assert (code, says in err) == (130, True), err
 

@@ -11,7 +11,7 @@ import torch
 
 from cli.conftest import Run
 from regrow import Plan, load, trace, with_branches
-from regrow.commands import Ledger, replay
+from regrow.ledger import Ledger, replay
 from regrow.plan import PlanError
 
 PRUNE = (
@@ -325,7 +325,7 @@ def test_a_language_model_is_pruned_saved_and_evaluated(regrow: Run, tiny_langua
 def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     regrow: Run, tiny_language_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from regrow.commands import checkpoints
+    from regrow.store import statistics
 
     words = (
         "prune",
@@ -340,18 +340,18 @@ def test_a_run_killed_in_calibration_goes_on_to_the_same_plan(
     )
     sizes = ("--tokens", "512", "--eval-tokens", "256", "--seq-len", "64")
     assert regrow(*words, *sizes, "--out", "whole")[0] == 0
-    real = checkpoints.save_statistics
+    real = statistics.save_statistics
 
     def stop_at_the_second(run: Path, source: str, shard: int, statistics: Any, *, key: str = "") -> None:
         if source == "code":
             raise KeyboardInterrupt
         real(run, source, shard, statistics, key=key)
 
-    monkeypatch.setattr(checkpoints, "save_statistics", stop_at_the_second)
+    monkeypatch.setattr(statistics, "save_statistics", stop_at_the_second)
     code, _, err = regrow(*words, *sizes, "--out", "halves")
     assert code == 130 and "goes on from there" in err
     assert len(list(Path("halves/.work/statistics").iterdir())) == 1
-    monkeypatch.setattr(checkpoints, "save_statistics", real)
+    monkeypatch.setattr(statistics, "save_statistics", real)
     assert regrow(*words, *sizes, "--out", "halves")[0] == 0
     plans = [json.loads((Path(name) / "ledger.json").read_text())["plans"] for name in ("whole", "halves")]
     assert plans[0] == plans[1]

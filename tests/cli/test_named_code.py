@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import regrow as package
-from regrow.commands import save
 from regrow.commands.models import load_model
+from regrow.store import save
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "0.1"
 
@@ -108,9 +108,9 @@ def test_a_run_is_repeated_and_recovered_with_code_from_the_command_line(run, ca
 
 
 def test_settings_from_a_file_give_no_code(run):
-    from regrow.commands import RunFolder
     from regrow.commands.prune import model_spec, read_pruning_settings
     from regrow.nets import ModelError
+    from regrow.run_folder import RunFolder
 
     values = RunFolder.open(run).run()["settings"]
     with pytest.raises(ModelError, match="never imported"):

@@ -12,10 +12,10 @@ import torch
 
 from fixtures.make_runs import RUNS
 from regrow import load as load_folder
-from regrow.commands import RunFolder
-from regrow.commands.metrics import KEYS
 from regrow.reports import summarise
+from regrow.run_folder import RunFolder
 from regrow.store.atomic import LEFTOVER
+from regrow.store.metrics import KEYS
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 FOLDERS = [(version.name, name) for version in sorted(FIXTURES.glob("[0-9]*")) for name in RUNS]

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from regrow.cli.recover import tell
-from regrow.commands import StoreError
 from regrow.commands import recover as recovery_run
 from regrow.settings.recover import Settings
+from regrow.store import StoreError
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "0.1" / "prune"
 

@@ -9,15 +9,17 @@ import torch
 from torch import nn
 
 from regrow.cli import code_of
-from regrow.commands import RunFolder, StoreError
 from regrow.commands import recover as recovery_run
-from regrow.commands.checkpoints import open_checkpoint
 from regrow.commands.prune import Settings, run
 from regrow.methods import entry, recovery_entry
 from regrow.methods.recovery import RecoveryTask
+from regrow.methods.recovery.task import FORMAT
 from regrow.plan import Plan
 from regrow.reports.summary import summarise
+from regrow.run_folder import RunFolder
 from regrow.settings import recover
+from regrow.store import StoreError
+from regrow.store.tensors import open_checkpoint
 from regrow.training.schedule import NO_AXES
 
 PRUNING = Settings(
@@ -131,18 +133,18 @@ def test_a_page_tells_the_cut_from_what_came_back(tmp_path):
 
 def test_a_checkpoint_of_something_else_is_removed(tmp_path):
     path = tmp_path / "in" / "s.safetensors"
-    assert open_checkpoint(path, "key") == {} and path.parent.is_dir()
+    assert open_checkpoint(path, "key", FORMAT) == {} and path.parent.is_dir()
     task = RecoveryTask(
         nn.Identity(), nn.Identity(), NO_AXES, Plan(), [], checkpoint=path, header=lambda: {"key": "key"}
     )
     assert task.read() is None
     tensors = {"w a": torch.randn(2, 3)}
     task.write(3, tensors, {"layers": [{"ridge": 1}]})
-    assert open_checkpoint(path, "key")["step"] == 3
+    assert open_checkpoint(path, "key", FORMAT)["step"] == 3
     step, found, values = task.read()
     assert step == 3 and torch.equal(found["w a"], tensors["w a"]) and values == {"layers": [{"ridge": 1}]}
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     assert task.read() is None
-    assert open_checkpoint(path, "another") == {} and not path.exists()
+    assert open_checkpoint(path, "another", FORMAT) == {} and not path.exists()

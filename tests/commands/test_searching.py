@@ -17,7 +17,7 @@ from regrow.allocation.regrowth import kind_of
 from regrow.allocation.stages import MemoryStages
 from regrow.amounts import Measure
 from regrow.candidates import Candidates, candidates_in
-from regrow.commands import RunFolder, latencies
+from regrow.commands import latencies
 from regrow.commands import search as searching
 from regrow.commands.search import Settings, build_search, network, parts_of, run
 from regrow.commands.targets import target
@@ -30,6 +30,7 @@ from regrow.nets.cells import Cells
 from regrow.nets.mobile import Mobile
 from regrow.progress import silent
 from regrow.reports import write_page
+from regrow.run_folder import RunFolder
 from regrow.settings.words import command_line
 from regrow.store.atomic import StoreError
 from regrow.tracing import trace

@@ -160,5 +160,5 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 5\.342 MiB \(5601024 bytes\).*more --memory"):
             run(TIGHT, tmp_path / "run")
-    found = regrow.commands.folder.RunFolder.started(tmp_path / "run")
+    found = regrow.run_folder.RunFolder.started(tmp_path / "run")
     assert [row["epoch"] for row in rows(found, "epoch")] == [1, 2]

@@ -14,18 +14,19 @@ from regrow import nets
 from regrow.amounts import Target
 from regrow.axes import Example
 from regrow.budget import Budget
-from regrow.commands import RunFolder
 from regrow.commands import pruning as prune
 from regrow.commands import search as searching
-from regrow.commands.record import convert_settings
 from regrow.commands.search import Settings, parts_of, run
 from regrow.commands.targets import measure_of, target
 from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
+from regrow.run_folder import RunFolder
 from regrow.settings.declaration import record_settings
 from regrow.settings.words import command_line
 from regrow.sources import Batch, Source
+from regrow.store import save
 from regrow.store.atomic import StoreError
+from regrow.store.run_record import convert_settings
 from regrow.tracing import trace
 
 TINY: dict[str, Any] = {"train": 120, "test": 60, "batch_size": 48, "epochs": 2, "retrain": 0, "stride": 1, "stages": 1}
@@ -179,7 +180,7 @@ def test_nonzero_is_nothing_to_prune_to() -> None:
 def test_bytes_are_those_of_the_file_in_its_dtype(tmp_path: Path) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)).to(dtype)
-        file = regrow.commands.save(net, tmp_path / f"{dtype}") / "model.safetensors"
+        file = save(net, tmp_path / f"{dtype}") / "model.safetensors"
         header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
         assert file.stat().st_size - header == size(net, dtype=dtype).bytes
 

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from commands import saved
 from regrow.evaluation.replies import prompt, reply
+from store import saved
 from zoo import ZOO
 
 

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from commands.saved import Case, cut
 from export.deci import File, logits
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.branches import Placeholder
-from regrow.commands import save
 from regrow.export.gguf import write
 from regrow.export.gguf import writer as export
 from regrow.export.gguf.network import describe_decoder
 from regrow.export.gguf.quants import allowed_error, encode, q6_k
 from regrow.export.written import ExportError
+from regrow.store import save
 from regrow.tracing.placeholder import insert_placeholders
+from store.saved import Case, cut
 from zoo import GROUPED, SMALL, ZOO, randomise
 
 MEANS = ("mlp.down_proj.weight", "self_attn.o_proj.weight")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from commands import saved
 from regrow import export_model, load
-from regrow.commands import save
 from regrow.nets.language import origin_of
+from regrow.store import save
+from store import saved
 from zoo import ZOO
 
 

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import laws
-from commands.saved import CASES, cut
 from regrow import Plan, apply, load, trace, with_branches
 from regrow.axes import Example
-from regrow.commands import save
 from regrow.export.onnx import write
 from regrow.export.onnx import writer as format
 from regrow.export.onnx.placing import clear_abandoned, place_file
@@ -21,8 +19,10 @@ from regrow.export.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
+from regrow.store import save
 from regrow.store.atomic import staging_folder
 from regrow.tracing.placeholder import PlaceholderModule
+from store.saved import CASES, cut
 from zoo import ZOO
 
 onnx = pytest.importorskip("onnx", reason="needs regrow[export]")

@@ -12,9 +12,10 @@ from torch import nn
 
 from regrow import load
 from regrow.cli import code_of
-from regrow.commands import RunFolder, save
 from regrow.commands.prune import Settings, run
 from regrow.export.formats import export_model
+from regrow.run_folder import RunFolder
+from regrow.store import save
 from regrow.store.errors import explain_os_errors
 
 CLOCK = {"seconds", "started", "finished"}

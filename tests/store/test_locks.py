@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from regrow.commands import RunFolder, StoreError, save
+from regrow.run_folder import RunFolder
+from regrow.store import StoreError, save
 from regrow.store.locks import lock
 
 HOLDER = """

@@ -3,7 +3,7 @@
 import math
 import shutil
 
-from regrow.commands.metrics import Metrics
+from regrow.store.metrics import Metrics
 
 ROWS = [
     ({"what": "size", "model": "dense", "bytes": 4}, None),

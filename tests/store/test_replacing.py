@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from regrow import load
-from regrow.commands import StoreError, save
-from regrow.store import replacing
+from regrow.store import StoreError, replacing, save
 from regrow.store.replacing import clear_leftovers, read_whole, replace_folder, settle
 
 
@@ -115,7 +114,7 @@ def test_readers_never_fail_while_a_model_is_saved_over_another(tmp_path):
     torch.manual_seed(0)
     save(nn.Sequential(nn.Linear(3, 3)), tmp_path / "net")
     code = (
-        "import sys; from torch import nn; from regrow.commands import save\n"
+        "import sys; from torch import nn; from regrow.store import save\n"
         "for _ in range(8): save(nn.Sequential(nn.Linear(3, 3)), sys.argv[1])"
     )
     writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "net")])

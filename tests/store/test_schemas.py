@@ -8,10 +8,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from regrow.commands import Ledger, RunFolder, StoreError, read_undo_store
 from regrow.commands.prune import read_pruning_settings
+from regrow.ledger import Ledger, read_undo_store
+from regrow.run_folder import RunFolder
+from regrow.store import StoreError, schemas
 from regrow.store import convert as convert_module
-from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.tensors import write_tensors
 from regrow.surgery import UndoStore

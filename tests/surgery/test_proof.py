@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import laws
-from commands.saved import small
 from regrow.axes import AxisGraph
 from regrow.plan import Fill, Plan, PlanError
 from regrow.surgery import UndoStore, apply
@@ -22,6 +21,7 @@ from regrow.surgery.carry import prepare
 from regrow.surgery.proof import _Pair, select_blocks
 from regrow.surgery.proposed_change import ProposedChange
 from regrow.tracing import trace
+from store.saved import small
 from zoo import Wired, randomise, trace_zoo
 
 KEY = "a.weight:0"

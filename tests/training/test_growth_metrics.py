@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from regrow.axes import AxisGraph
-from regrow.commands import RunFolder
 from regrow.commands import learn as learning_run
 from regrow.commands.learn import Settings, run
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.methods import LEARNERS
 from regrow.nets.small import small
 from regrow.plan import Fill, Plan
+from regrow.run_folder import RunFolder
 from regrow.surgery import apply
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn

@@ -116,7 +116,7 @@ def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: 
 
 
 def regrow_rows(path: Path) -> list[dict[str, Any]]:
-    from regrow.commands import RunFolder
+    from regrow.run_folder import RunFolder
 
     return RunFolder.open(path).metrics()
 

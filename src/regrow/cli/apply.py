@@ -22,8 +22,8 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
     Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
     """
-    from regrow.commands import Ledger, replay
     from regrow.commands.models import ModelSpec, load_model_or_run
+    from regrow.ledger import Ledger, replay
     from regrow.store import write_model
     from regrow.store.replacing import clear_leftovers, replace_folder
     from regrow.tracing import trace
@@ -47,8 +47,7 @@ def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) 
 
 
 def _plans(path: Path) -> list[Any]:
-    from regrow.commands import Ledger
-    from regrow.ledger import read_plan
+    from regrow.ledger import Ledger, read_plan
     from regrow.limits import parse_json, read_text
 
     try:

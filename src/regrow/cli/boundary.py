@@ -233,7 +233,7 @@ class Verb(click.Command):
     def __init__(
         self,
         *,
-        needs: str = "regrow.commands",
+        needs: str = "regrow.methods",
         resumed: tuple[str, ...] = (),
         settings: type["DataclassInstance"] | None = None,
         instead: str = "",
@@ -304,7 +304,7 @@ class Verb(click.Command):
         folders = [Path(values[name]) for name in self.resumed if values.get(name) and not values.get("dry_run")]
         if not folders:
             return NOTHING_YET
-        from regrow.commands.folder import RunFolder
+        from regrow.run_folder import RunFolder
 
         resumable = False
         with contextlib.suppress(ValueError, OSError):

@@ -20,8 +20,8 @@ def evaluate(given: Given, json_file: Path | None, code: str) -> None:
     settings = given.build()
     options.check_json(json_file, settings.model, *settings.choices, *settings.harness, *settings.sources)
     options.say_code(settings.model, code)
-    from regrow.commands import RunFolder
     from regrow.commands import evaluate as evaluation
+    from regrow.run_folder import RunFolder
 
     folder = Path(settings.model)
     measured = RunFolder(folder).metrics() if (folder / "run.json").is_file() else []

@@ -67,10 +67,10 @@ def _write_plan(settings: Settings, path: Path) -> None:
 
 
 def _again(folder: Path, code: str) -> Settings:
-    from regrow.commands.folder import RunFolder
     from regrow.commands.prune import read_pruning_settings
     from regrow.methods import refuse_recorded_code
     from regrow.nets import ModelError
+    from regrow.run_folder import RunFolder
 
     data = (RunFolder.started(folder) or RunFolder.open(folder)).run()
     if data.get("verb") != "prune":

@@ -33,7 +33,7 @@ def report(run: Path, out: Path | None, markdown: bool) -> None:
 
 def _place(run: Path) -> Path:
     """Return where the page of a run is written; for an unfinished run, in its working area."""
-    from regrow.commands import RunFolder
+    from regrow.run_folder import RunFolder
 
     begun = RunFolder.started(run) if not (run / "run.json").is_file() else None
     return (begun.path if begun else run) / PAGE

@@ -33,8 +33,8 @@ Examples
 @click.option("--out", type=options.PATH, help="The file, TOML or YAML by its suffix; printed as TOML, unless given.")
 def settings(run: Path, out: Path | None) -> None:
     """Write the settings of RUN as a file for --config. Names of your own code stay out of it."""
-    from regrow.commands.record import convert_settings
     from regrow.store.outputs import check_output, write_output
+    from regrow.store.run_record import convert_settings
 
     if out:
         check_output(out, (*TOML, *YAML), streams=True)
@@ -52,7 +52,7 @@ def settings(run: Path, out: Path | None) -> None:
 
 
 def _recorded(run: Path) -> tuple[str, dict[str, object]]:
-    from regrow.commands.folder import RunFolder
+    from regrow.run_folder import RunFolder
 
     data = (RunFolder.started(run) or RunFolder.open(run)).run()
     return data.get("verb", ""), data["settings"]

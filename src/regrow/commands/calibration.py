@@ -1,19 +1,19 @@
 """Calibration in a run folder: each finished shard is stored, so that a killed run resumes there."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import nn
 
 from regrow.axes import AxisGraph
-from regrow.commands import checkpoints
 from regrow.commands import pruning as prune
-from regrow.commands.folder import RunFolder
 from regrow.method import Evidence
 from regrow.methods.pruning.pruner import Pruner
 from regrow.nets import Loaded
 from regrow.progress import Progress
+from regrow.run_folder import RunFolder
+from regrow.scores import Statistics
 from regrow.sources import Source
+from regrow.store import statistics
 
 
 def calibrated(
@@ -34,18 +34,18 @@ def calibrated(
     """
     model, several = loaded.origin.record(), prune.spread(sources, pruner.sources)[0]
     keys = {
-        source.name: checkpoints.fingerprint(
+        source.name: statistics.fingerprint(
             source, pruner.shards, sorted(pruner.needs), str(model), glance(loaded.model)
         )
         for source in several
     }
-    done = checkpoints.read_finished_shards(folder.path, keys, pruner.shards)
+    done = statistics.read_finished_shards(folder.path, keys, pruner.shards)
 
-    def keep(source: str, shard: int, statistics: Any) -> None:
-        checkpoints.save_statistics(folder.path, source, shard, statistics, key=keys[source])
+    def keep(source: str, shard: int, sums: Statistics) -> None:
+        statistics.save_statistics(folder.path, source, shard, sums, key=keys[source])
 
     evidence = prune.measured(loaded.model, axes, pruner, sources, progress, done=done, on_done=keep)
-    return evidence, checkpoints.fingerprint(Source("", ()), keys)
+    return evidence, statistics.fingerprint(Source("", ()), keys)
 
 
 def glance(model: nn.Module) -> list[float]:

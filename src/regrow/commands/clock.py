@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from regrow.commands.folder import RunFolder
+from regrow.run_folder import RunFolder
 
 
 @dataclass

@@ -9,12 +9,12 @@ from torch import nn
 
 from regrow import store
 from regrow.commands import spaces
-from regrow.commands.folder import RunFolder
 from regrow.evaluation.continual import share_right
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.importance import copy_state
 from regrow.methods.search.state import SearchState
 from regrow.nets.loaded import Origin
+from regrow.run_folder import RunFolder
 from regrow.surgery import UndoStore
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.fit import Fitted, finish

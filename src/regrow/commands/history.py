@@ -2,7 +2,7 @@
 
 from math import nan
 
-from regrow.commands.folder import RunFolder
+from regrow.run_folder import RunFolder
 from regrow.store.errors import StoreError
 from regrow.training.checkpoint import History
 

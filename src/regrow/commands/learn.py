@@ -12,20 +12,20 @@ from typing import Any
 from torch import nn
 
 from regrow import store
-from regrow.commands.folder import RunFolder, WritePage
 from regrow.commands.history import read_history
-from regrow.commands.record import convert_settings
 from regrow.data import MissingError, SourceError, streams
 from regrow.methods import learner_entry, refuse_recorded_code
 from regrow.nets.files import check_files
 from regrow.nets.loaded import Origin
 from regrow.nets.small import origin_of_small, small
 from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.learn import Settings
 from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
+from regrow.store.run_record import convert_settings
 from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model

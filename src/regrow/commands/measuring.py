@@ -9,9 +9,9 @@ from regrow.allocation import cost_of
 from regrow.amounts import STEPS, Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.commands.folder import RunFolder
 from regrow.nets import Loaded
 from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder
 from regrow.sources import Batch, Source
 
 

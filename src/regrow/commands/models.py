@@ -9,13 +9,13 @@ import torch
 from regrow import nets, store
 from regrow.axes import Example
 from regrow.commands.example_inputs import asked_input, input_of
-from regrow.commands.record import RUN, read_run
 from regrow.nets import Loaded, ModelError
 from regrow.nets.code import call_builder, check_code, import_builder
 from regrow.nets.devices import usable_device
 from regrow.nets.examples import read_shape, shaped_example
 from regrow.nets.files import check_files
 from regrow.progress import Progress, silent
+from regrow.store.run_record import RUN, read_run
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

@@ -13,13 +13,10 @@ from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
 from regrow.commands.calibration import calibrated
-from regrow.commands.checkpoints import open_checkpoint
 from regrow.commands.clock import Clock
 from regrow.commands.example_inputs import noted_input
-from regrow.commands.folder import RunFolder, WritePage
 from regrow.commands.inputs import Kinds, SourceSpecs, described, sources_of
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.record import convert_settings
 from regrow.commands.recovering import check_recovery, compared, recovered
 from regrow.commands.scored import write_scores
 from regrow.errors import InputError, RefusedError
@@ -30,12 +27,16 @@ from regrow.nets.code import check_code
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.references import names_code
+from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings
 from regrow.settings.words import command_line
+from regrow.store.run_record import convert_settings
+from regrow.store.tensors import open_checkpoint
 from regrow.surgery import apply, verify
 from regrow.tracing import trace
 from regrow.training import tune
+from regrow.training.checkpoint import FORMAT
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _planned(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan
             folder.update(notes=[*loaded.notes, *evidence.notes])
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
-        open_checkpoint(path, key)
+        open_checkpoint(path, key, FORMAT)
         header = lambda: {"key": key}  # noqa: E731
         cut = plan_cut(method, loaded.model, axes, budget, evidence, checkpoint=path, header=header, progress=progress)
         write_scores(folder, loaded, axes, cut.plan, cut.scores, evidence)

@@ -11,7 +11,6 @@ from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph
 from regrow.commands import prune as pruning_run
 from regrow.commands.clock import Clock
-from regrow.commands.folder import RunFolder, WritePage
 from regrow.commands.inputs import described, sources_of
 from regrow.commands.measuring import measure
 from regrow.commands.models import DTYPES, load_model
@@ -20,6 +19,7 @@ from regrow.methods import recovery_entry
 from regrow.nets import Loaded, ModelError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.prune import Settings as PruneSettings
 from regrow.settings.recover import Settings

@@ -8,15 +8,18 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands.calibration import glance
-from regrow.commands.checkpoints import fingerprint, open_checkpoint
-from regrow.commands.folder import RunFolder
 from regrow.evaluation import Perplexity, paired_difference
 from regrow.methods import recovery_entry
 from regrow.methods.recovery import RecoveryTask
+from regrow.methods.recovery import task as recovery
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder
 from regrow.sources import Source
+from regrow.store.statistics import fingerprint
+from regrow.store.tensors import open_checkpoint
+from regrow.training import checkpoint as training
 
 
 def recovered(
@@ -59,7 +62,7 @@ def recovered(
     weights = [glance(net) for net in (model, dense.model)]
     key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(dense.origin.record()))
     path, start = folder.path / "statistics" / "recovery.safetensors", time.perf_counter()
-    spent = float(open_checkpoint(path, key).get("seconds", 0))
+    spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
     seconds = lambda: spent + time.perf_counter() - start  # noqa: E731
     header = lambda: {"key": key, "seconds": seconds()}  # noqa: E731
     found = work(RecoveryTask(model, dense.model, axes, plan, sources, seed, path, header, progress))

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 
 from regrow.axes import AxisGraph
-from regrow.commands.folder import RunFolder
 from regrow.method import Evidence
 from regrow.nets import Loaded
 from regrow.plan import Plan
+from regrow.run_folder import RunFolder
 from regrow.scores import Scores
 from regrow.scoring import energy, massive, weights_of
 

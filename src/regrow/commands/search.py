@@ -16,9 +16,7 @@ from regrow.amounts import Measure, parse_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.commands import front, latencies, spaces, stage_memory
-from regrow.commands.folder import RunFolder, WritePage
 from regrow.commands.history import read_history
-from regrow.commands.record import RUN
 from regrow.commands.targets import levels_for, measure_of, target
 from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
@@ -32,10 +30,12 @@ from regrow.nets.cells import Cells
 from regrow.nets.loaded import Origin
 from regrow.nets.mobile import Mobile
 from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.search import FORMER, Settings
 from regrow.settings.words import command_line
 from regrow.sources import Batch
+from regrow.store.run_record import RUN
 from regrow.surgery import UndoStore
 from regrow.tasks import Examples, Task
 from regrow.tracing import trace

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from regrow.store.atomic import atomic_write
-from regrow.store.errors import StoreError
+from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.tensor_file import as_bytes, save_tensors
 
 _RESERVED = frozenset({"format", "names", "sha256"})
@@ -51,6 +51,32 @@ def read_header(path: Path, *kinds: str | None) -> dict[str, Any]:
     """
     with _telling(path), safe_open(path, framework="pt") as content:
         return _header(content, kinds)
+
+
+def open_checkpoint(path: Path, key: str, *kinds: str) -> dict[str, Any]:
+    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted.
+
+    Args:
+        path: The file, which need not exist; its folder is created.
+        key: The digest of what the stage depends on, which the header must have as ``key``.
+        *kinds: The formats that the checkpoint may have.
+
+    Returns:
+        The header; empty if there is no checkpoint.
+
+    Raises:
+        StoreError: If the folder cannot be created.
+    """
+    with explain_os_errors(path.parent):
+        path.parent.mkdir(exist_ok=True)
+    try:
+        header = read_header(path, *kinds)
+    except StoreError:
+        header = {}
+    if header.get("key") == key:
+        return header
+    path.unlink(missing_ok=True)
+    return {}
 
 
 def read_tensors(path: Path, *kinds: str | None) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -8,12 +8,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import regrow
 from regrow.commands.learn import Settings, run, tasks_of
-from regrow.commands.record import convert_settings
 from regrow.data.streams import digits_task, fewer, permuted_tasks, split
 from regrow.evaluation.continual import share_right
 from regrow.methods import LEARNERS
 from regrow.methods.continual.lwf import _old_logits
 from regrow.nets.small import small
+from regrow.store.run_record import convert_settings
 from regrow.surgery.parametrize import parametrize
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, accuracy_matrix, learn

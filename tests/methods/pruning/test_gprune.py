@@ -10,11 +10,12 @@ import torch
 from hand import lm, texts
 from regrow.allocation import Cost
 from regrow.budget import Budget
-from regrow.commands.checkpoints import open_checkpoint
 from regrow.commands.pruning import check_pruning, measured, prune
 from regrow.methods import entry
 from regrow.methods.pruning.pruner import Cut, plan_cut
 from regrow.plan import Plan
+from regrow.store.tensors import open_checkpoint
+from regrow.training.checkpoint import FORMAT
 
 SIZES = {"kv": 4, "rep": 2, "size": 4, "ff": 64}
 
@@ -138,7 +139,7 @@ def test_a_run_stopped_while_learning_ends_as_if_it_had_not(how: type[BaseExcept
         place = tmp_path / f"{stop}.safetensors"
         with pytest.raises(how):
             run(settings, checkpoint=place, header=header, progress=stopping)
-        assert open_checkpoint(place, "k")["starts"] == cut.findings["starts"]
+        assert open_checkpoint(place, "k", FORMAT)["starts"] == cut.findings["starts"]
         seen: list[str] = []
         again, other, _ = run(
             settings, checkpoint=place, header=header, progress=lambda done, total, what, seen=seen: seen.append(what)
@@ -150,7 +151,7 @@ def test_a_run_stopped_while_learning_ends_as_if_it_had_not(how: type[BaseExcept
         assert all(torch.equal(row, cut.scores.values[key]) for key, row in other.scores.values.items())
     place.write_bytes(place.read_bytes()[:-7])
     assert run(settings, checkpoint=place, header=header)[0] == whole
-    assert open_checkpoint(place, "another") == {} and not place.exists()
+    assert open_checkpoint(place, "another", FORMAT) == {} and not place.exists()
 
 
 def test_the_same_seed_gives_the_same_plan() -> None:

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from commands import saved
-from regrow.commands import StoreError, load, save
 from regrow.export import torchvision as to_torchvision
 from regrow.export import transformers as to_transformers
 from regrow.export.written import ExportError
 from regrow.nets import Origin
 from regrow.nets.language import origin_of
 from regrow.plan import Plan
+from regrow.store import StoreError, load, save
 from regrow.surgery import apply
 from regrow.tracing import trace, with_branches
+from store import saved
 from zoo import ZOO
 
 pytestmark = pytest.mark.slow

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import laws
-from commands.fresh import answers, answers_in_a_fresh_process, assert_same, origin
 from regrow import Plan, UndoStore, apply, load, trace, with_branches
 from regrow.axes import AxisGraph
-from regrow.commands import RunFolder, StoreError, replay, save
+from regrow.ledger import replay
+from regrow.run_folder import RunFolder
+from regrow.store import StoreError, save
+from store.fresh import answers, answers_in_a_fresh_process, assert_same, origin
 from zoo import ZOO
 
 BRANCHES = {"conv_residual": ["block"], "llama_tied": ["model.layers.0.mlp", "model.layers.1.self_attn"]}

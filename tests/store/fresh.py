@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from regrow.commands import load
 from regrow.nets import Origin
 from regrow.nets.language import origin_of
+from regrow.store import load
 from zoo import ZOO
 
 TESTS = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def answers_in_a_fresh_process(folders: Mapping[str, Path], place: Path) -> dict
         folders: Name in the zoo → the folder of the saved network.
         place: A folder for the answers.
     """
-    code = "import sys; from commands.fresh import write_answers; write_answers(sys.argv[1], sys.argv[2:])"
+    code = "import sys; from store.fresh import write_answers; write_answers(sys.argv[1], sys.argv[2:])"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     words = [f"{name}={folder}" for name, folder in folders.items()]

@@ -9,9 +9,9 @@ from torch import nn
 
 from regrow import Plan, apply, trace
 from regrow.axes import Example
-from regrow.commands import load, save
 from regrow.nets import ModelError, Origin, replace_attention
 from regrow.nets import load as load_by_name
+from regrow.store import load, save
 
 
 class Crossing(nn.Module):

@@ -13,18 +13,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from regrow.commands.metrics import Metrics, finite
-from regrow.commands.record import FORMAT, RUN, identity, read_json, read_run
-from regrow.commands.undo_stores import read_undo_store, write_undo_store
-from regrow.commands.working_area import adopt, begin_again, cleared_area, resumes, started
-from regrow.ledger import Ledger
+from regrow.ledger import Ledger, read_undo_store, write_undo_store
 from regrow.store import schemas
 from regrow.store.atomic import write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.locks import Lock, lock
+from regrow.store.metrics import Metrics, finite
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
+from regrow.store.run_record import FORMAT, RUN, identity, read_json, read_run
 from regrow.store.versions import versions
+from regrow.store.working_area import adopt, begin_again, cleared_area, resumes, started
 from regrow.surgery import UndoStore
 
 WritePage = Callable[[Path], object]
@@ -233,8 +232,8 @@ class RunFolder:
 
         Args:
             what: The kind of measurement: ``"perplexity"``, ``"size"``. Rows of a kind
-                in ``regrow.commands.metrics.KEYS`` are identified by the fields named there; others are always added.
-            number: The number of this measurement among its kind, for ``regrow.commands.metrics.NUMBERED``.
+                in ``regrow.store.metrics.KEYS`` are identified by the fields named there; others are always added.
+            number: The number of this measurement among its kind, for ``regrow.store.metrics.NUMBERED``.
             values: The measured values, as JSON data; numbers that are not finite become null.
 
         Raises:

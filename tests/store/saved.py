@@ -87,13 +87,13 @@ def _rows() -> tuple[tuple, dict]:
 
 CASES: dict[str, Case] = {
     "callable": Case(
-        small, _rows, lambda _: Origin("callable", "commands.saved:small", builder=small), ("own.weight",), small
+        small, _rows, lambda _: Origin("callable", "store.saved:small", builder=small), ("own.weight",), small
     ),
     "object": Case(lambda: small(), _rows, lambda _: None, ("own.weight",), small),
     "recurrent": Case(
         speech,
         ZOO["gru_speech"].example,
-        lambda _: Origin("callable", "commands.saved:speech", builder=speech),
+        lambda _: Origin("callable", "store.saved:speech", builder=speech),
         (),
         speech,
     ),
@@ -153,7 +153,7 @@ def load_all(folder: Path) -> None:
     """What the fresh process does: load every model and write down what it says."""
     from safetensors.torch import save_file
 
-    from regrow.commands import load
+    from regrow.store import load
 
     for place in sorted(folder.iterdir()):
         case = CASES[place.name]

@@ -13,17 +13,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commands import saved
 from regrow import Plan, apply, trace
-from regrow.commands import Ledger, RunFolder, StoreError, fingerprint, replay
-from regrow.commands.checkpoints import file_name, read_finished_shards, save_statistics
+from regrow.ledger import Ledger, replay
 from regrow.method import Budget, Evidence, Need
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.plan import PlanError
 from regrow.reports.summary import summarise
+from regrow.run_folder import RunFolder
 from regrow.scoring import collect
 from regrow.sources import Batch, Source
+from regrow.store import StoreError
+from regrow.store.statistics import file_name, fingerprint, read_finished_shards, save_statistics
+from store import saved
 
 SETTINGS = {"model": "m", "keep": 0.9, "only": ("mlp",), "sources": [{"name": "news"}]}
 
@@ -353,9 +355,9 @@ def pruned(folder, die_after=0):
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
 def test_a_calibration_killed_half_way_gives_the_same_plan(tmp_path):
-    code = "import pathlib, sys; from commands.test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"
+    code = "import pathlib, sys; from test_run_folder import pruned; pruned(pathlib.Path(sys.argv[1]), 3)"
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     killed = subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "a")], env=environment)

@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from commands import saved
 from regrow import Plan, apply, trace
-from regrow.commands import StoreError, load, save
 from regrow.nets import Loaded, Origin
+from regrow.store import StoreError, load, save
 from regrow.store.models import read_shapes
 from regrow.store.state import named_tensors, numbers, ties
 from regrow.store.weights import write_weights
+from store import saved
 
 pytestmark = pytest.mark.slow
 TESTS = Path(__file__).parents[1]
@@ -37,7 +37,7 @@ def shop(tmp_path_factory):
         "PYTHONPATH": str(TESTS),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
-    code = "import pathlib, sys; from commands import saved; saved.load_all(pathlib.Path(sys.argv[1]))"
+    code = "import pathlib, sys; from store import saved; saved.load_all(pathlib.Path(sys.argv[1]))"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code, str(root)], env=environment, check=True, timeout=240)
     return root, models
 
@@ -187,14 +187,14 @@ def test_saving_and_loading_leave_the_random_state(tmp_path):
 def test_a_dropped_bias_stays_dropped(tmp_path):
     model = saved.small()
     model.rise.bias = None
-    save(model, tmp_path, origin=Origin("callable", "commands.saved:small", builder=saved.small))
+    save(model, tmp_path, origin=Origin("callable", "store.saved:small", builder=saved.small))
     assert load(tmp_path, model=saved.small).rise.bias is None
 
 
 def test_frozen_parameters_stay_frozen(tmp_path):
     model = saved.small()
     model.rise.weight.requires_grad_(False)
-    save(model, tmp_path, origin=Origin("callable", "commands.saved:small", builder=saved.small))
+    save(model, tmp_path, origin=Origin("callable", "store.saved:small", builder=saved.small))
     again = load(tmp_path, model=saved.small)
     assert not again.rise.weight.requires_grad and again.rise.bias.requires_grad
 
@@ -205,7 +205,7 @@ def test_layers_that_keep_a_second_list_of_their_weights_use_the_loaded_ones(tmp
     assert torch.equal(load(tmp_path, model=lambda: nn.LSTM(4, 3, batch_first=True))(x)[0], model(x)[0])
 
 
-@pytest.mark.parametrize("origin", [None, Origin("callable", "commands.saved:normed", builder=saved.normed)])
+@pytest.mark.parametrize("origin", [None, Origin("callable", "store.saved:normed", builder=saved.normed)])
 def test_an_epsilon_that_was_left_to_the_dtype_comes_back_as_a_number(tmp_path, origin):
     model, x = saved.normed(), torch.randn(3, 6)
     axes = trace(model, x)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import regrow.store.models as store
-from commands import saved
-from regrow.commands import StoreError, load, save
 from regrow.nets import Origin
+from regrow.store import StoreError, load, save
 from regrow.store.weights import measure
+from store import saved
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def own(tmp_path_factory):
     return save(saved.cut(saved.CASES["callable"])[0], tmp_path_factory.mktemp("own") / "m", origin=SMALL)
 
 
-SMALL = Origin("callable", "commands.saved:small", builder=lambda: saved.small())
+SMALL = Origin("callable", "store.saved:small", builder=lambda: saved.small())
 
 
 @pytest.fixture
@@ -273,7 +273,7 @@ def test_a_tokenizer_that_leads_out_of_the_folder_or_brings_code(folder):
 
 def test_own_code_runs_only_if_handed_over(mine, monkeypatch):
     monkeypatch.setattr(saved, "small", lambda: pytest.fail("code that a folder names was run"))
-    refused(mine, "commands.saved:small", "load(folder, model=")
+    refused(mine, "store.saved:small", "load(folder, model=")
 
 
 def test_a_builder_that_is_not_the_right_one(mine):

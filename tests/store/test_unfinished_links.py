@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from regrow.commands import RunFolder
+from regrow.run_folder import RunFolder
 from regrow.store.errors import StoreError
 from regrow.store.journal import append, mend, read
 

@@ -1,4 +1,4 @@
-"""Files of finished calibration shards and of interrupted stages, from which a killed run resumes bit for bit."""
+"""Files of finished calibration shards, from which a killed run resumes bit for bit."""
 
 import hashlib
 import re
@@ -8,20 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from regrow.methods.recovery import task as recovery
 from regrow.scores import Moments, Statistics
 from regrow.sources import Source
 from regrow.store import schemas
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
-from regrow.store.tensors import add_to_digest, read_header, read_tensors, write_tensors
-from regrow.training import checkpoint as training
+from regrow.store.tensors import add_to_digest, read_tensors, write_tensors
 
 FOLDER = "statistics"
 """Where a run keeps what it needs to resume; not part of a finished run."""
 FORMAT = "regrow-statistics/1"
-FORMATS = (training.FORMAT, recovery.FORMAT)
-"""The formats of the checkpoints of stages that train or reconstruct."""
 _SUMS = ("total", "square", "mean_total", "mean_square")
 
 
@@ -113,35 +109,6 @@ def read_statistics(path: Path, source: str, shard: int, key: str) -> Statistics
         return None
 
 
-def open_checkpoint(path: Path, key: str) -> dict[str, Any]:
-    """Return the header of an interrupted stage's checkpoint; a file of another stage or key is deleted.
-
-    Args:
-        path: The file, which need not exist; its folder is created.
-        key: The digest of what the stage depends on, which the header must have as ``key``.
-
-    Returns:
-        The header; empty if there is no checkpoint.
-
-    Raises:
-        StoreError: If the folder cannot be created.
-    """
-    with explain_os_errors(path.parent):
-        path.parent.mkdir(exist_ok=True)
-    try:
-        header = read_header(path, *FORMATS)
-    except StoreError:
-        header = {}
-    if header.get("key") == key:
-        return header
-    path.unlink(missing_ok=True)
-    return {}
-
-
-def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
-    return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]
-
-
 def save_statistics(run: Path, source: str, shard: int, statistics: Statistics, *, key: str = "") -> None:
     """Store the measurements on one shard of a source in a run folder, for resuming.
 
@@ -176,3 +143,7 @@ def read_finished_shards(run: Path, keys: Mapping[str, str], shards: int = 1) ->
             if path.is_file() and (statistics := read_statistics(path, source, shard, key)) is not None:
                 finished[source, shard] = statistics
     return finished
+
+
+def _means(tensors: Mapping[str, Tensor], i: int) -> tuple[Tensor, Tensor]:
+    return tensors[f"m{i}.mean_total"], tensors[f"m{i}.mean_square"]

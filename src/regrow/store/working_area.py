@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from regrow.commands.record import RUN, check_same, read_run
 from regrow.store.atomic import LEFTOVER, write_text
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.replacing import WORK, link_tree
+from regrow.store.run_record import RUN, check_same, read_run
 
 
 def started(out: Path) -> Path | None:
@@ -36,7 +36,7 @@ def resumes(out: Path, wanted: Mapping[str, Any]) -> bool:
 
     Args:
         out: The folder.
-        wanted: The result of :func:`regrow.commands.record.identity` for the wanted run.
+        wanted: The result of :func:`regrow.store.run_record.identity` for the wanted run.
 
     Raises:
         StoreError: If the folder holds anything else.

@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 import laws
-from commands.fresh import answers, answers_in_a_fresh_process, assert_same, origin
 from regrow import Fill, Plan, UndoStore, apply, trace
 from regrow.axes import AxisGraph
-from regrow.commands import RunFolder, StoreError, replay, save
+from regrow.ledger import replay
+from regrow.run_folder import RunFolder
+from regrow.store import StoreError, save
+from store.fresh import answers, answers_in_a_fresh_process, assert_same, origin
 from zoo import ZOO
 
 NETS = ("conv_residual", "llama_tied")
