@@ -52,7 +52,7 @@ def test_finetuning_learns_and_repeats() -> None:
 
 def test_what_cannot_be_trained_on_is_refused() -> None:
     model, _ = conv()
-    with pytest.raises(ValueError, match="'u' has no labels"):
+    with pytest.raises(ValueError, match="there are no labels"):
         finetune(model, Source("u", [Batch((torch.randn(2, 3, 5, 5),))]))
     model[3].bias.data.fill_(float("nan"))
     with pytest.raises(ValueError, match="smaller learning rate"):

@@ -9,7 +9,7 @@ from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources, percentile
 from regrow.scoring.compensate import means, takes_constant, weights_without_bias
-from regrow.scoring.gradients import cross_entropy, taylor
+from regrow.scoring.gradients import taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
 from regrow.scoring.paths import PATHS, peak_to_peak, product_of_norms
@@ -23,7 +23,6 @@ __all__ = [
     "Massive",
     "Metric",
     "collect",
-    "cross_entropy",
     "energy",
     "magnitude",
     "massive",

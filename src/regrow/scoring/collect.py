@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
 from regrow.method import Need
+from regrow.objectives import Objective, choose_objective
 from regrow.scores import Moments, Statistics
 from regrow.scoring.gradients import add_gradients
 from regrow.scoring.watch import InputSums
@@ -32,6 +33,7 @@ def collect(
     *,
     shards: int = 1,
     units: Sequence[Axis] | None = None,
+    objective: Objective | None = None,
     done: Mapping[Key, Statistics] | None = None,
     on_done: Callable[[str, int, Statistics], None] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -45,6 +47,7 @@ def collect(
         needs: ``ACTIVATIONS`` fills ``moments``, ``GRADIENTS`` fills ``gradients``; ``WEIGHTS`` needs no pass.
         shards: Into how many disjoint parts each source is split, batch ``i`` into part ``i % shards``.
         units: The axes whose weights are measured; ``axes.units()`` if none are named.
+        objective: The loss whose gradients are summed; ``None``: what fits the labels.
         done: What an earlier, interrupted call finished: (source, shard) → its statistics. These are returned as they
             are, not measured again.
         on_done: Called with (source, shard, statistics) as soon as one is finished.
@@ -60,7 +63,8 @@ def collect(
     _check_sources(sources, shards)
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & set(needs):
         return {}
-    walk = _Walk(model, axes, scorable(axes, units), frozenset(needs))
+    objective = objective or choose_objective(None, sources[0].batches[0])
+    walk = _Walk(model, axes, scorable(axes, units), frozenset(needs), objective)
     total, finished = sum(len(source) for source in sources), 0
     result: dict[str, list[Statistics]] = {}
     with _evaluating(model, walk.differentiated):
@@ -87,10 +91,12 @@ def collect(
 class _Walk:
     """Runs batches through the network and adds their input moments and gradients to given statistics."""
 
-    def __init__(self, model: nn.Module, axes: AxisGraph, units: Sequence[Axis], needs: frozenset[Need]) -> None:
+    def __init__(
+        self, model: nn.Module, axes: AxisGraph, units: Sequence[Axis], needs: frozenset[Need], objective: Objective
+    ) -> None:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         reads = readers(axes, units)
-        self.model, self.run = model, model
+        self.model, self.run, self.objective = model, model, objective
         self.watched = {id(parameters[r.weight]): r.weight for r in reads} if Need.ACTIVATIONS in needs else {}
         self.names = [r.slot.name for r in reads]
         self.differentiated: list[str] = []
@@ -125,7 +131,7 @@ class _Walk:
         mask = batch.kwargs.get("attention_mask")
         with InputSums(self.watched, _leading(batch), mask if isinstance(mask, Tensor) else None) as watch:
             if self.differentiated:
-                add_gradients(self.model, batch, self.differentiated, statistics.gradients)
+                add_gradients(self.model, batch, self.differentiated, statistics.gradients, self.objective)
             else:
                 with torch.no_grad():
                     run(*batch.args, **batch.kwargs)

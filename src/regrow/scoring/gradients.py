@@ -1,16 +1,15 @@
 """Importance scores from loss gradients: the first-order Taylor importance of LLM-Pruner."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
+from regrow.objectives import CLASSIFICATION, Objective
 from regrow.scores import Scores, Statistics
 from regrow.scoring.weights import check_scores, scorable, tensors
-from regrow.sources import Batch, logits_in
+from regrow.sources import Batch
 
 
 def taylor(
@@ -59,21 +58,9 @@ def taylor(
     return check_scores(Scores(values, f"taylor/{form}", sources, statistics.tokens))
 
 
-def cross_entropy(output: Any, labels: Tensor) -> Tensor:
-    """Return the mean cross-entropy of a network's output over the labelled positions (label −100: none).
-
-    Args:
-        output: Logits ``[..., classes]`` (or ``[batch, classes, ...]``), or an object with ``.logits``, or a tuple that
-            starts with them.
-        labels: Class per position, int64.
-    """
-    logits = logits_in(output)
-    if logits.shape[:-1] == labels.shape:
-        logits, labels = logits.flatten(0, -2), labels.flatten()
-    return F.cross_entropy(logits.float(), labels, ignore_index=-100)
-
-
-def add_gradients(model: nn.Module, batch: Batch, names: Sequence[str], sums: dict[str, Tensor]) -> None:
+def add_gradients(
+    model: nn.Module, batch: Batch, names: Sequence[str], sums: dict[str, Tensor], objective: Objective = CLASSIFICATION
+) -> None:
     """Run the network on a batch and add the gradient of its *summed* loss to ``sums`` (float32).
 
     Summed, so that batches of different sizes can be merged. The backward pass itself runs on the mean, which half
@@ -84,19 +71,18 @@ def add_gradients(model: nn.Module, batch: Batch, names: Sequence[str], sums: di
         batch: Inputs with labels.
         names: The parameters whose gradients are wanted.
         sums: Parameter name → sum so far; changed in place.
+        objective: What the network is trained for.
 
     Raises:
-        ValueError: If the batch has no labels, or the loss is not finite.
+        ValueError: If the batch has no labels and the network returns no loss, or the loss is not finite.
     """
-    if batch.labels is None:
-        raise ValueError("gradients need labels: a Batch with labels=…, −100 where none is asked")
     parameters = dict(model.named_parameters())
-    loss = cross_entropy(model(*batch.args, **batch.kwargs), batch.labels)
+    loss = objective.compute_loss(model(*batch.args, **batch.kwargs), batch)
     if not torch.isfinite(loss):
         raise ValueError(
             f"the loss is {loss.item()}: the weights or inputs hold NaN or infinity, or nothing is labelled"
         )
-    count = int((batch.labels != -100).sum())
+    count = batch.size
     found = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
     for name, gradient in zip(names, found, strict=True):
         if gradient is None:

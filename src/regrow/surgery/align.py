@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph, Mark
+from regrow.objectives import class_loss
 from regrow.plan import Plan, PlanError
-from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch
 from regrow.surgery.fill import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing.capture import evaluating
@@ -31,7 +31,7 @@ def classification_loss(model: nn.Module, batch: Batch) -> Tensor:
     """
     if batch.labels is None:
         raise ValueError("aligning needs batches with labels, or a loss of your own: loss=function")
-    return cross_entropy(model(*batch.args, **batch.kwargs), batch.labels)
+    return class_loss(model(*batch.args, **batch.kwargs), batch.labels)
 
 
 def align_new_units(

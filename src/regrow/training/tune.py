@@ -1,6 +1,6 @@
 """BatchNorm recalibration and fine-tuning after a cut, without which a pruned convolutional network is useless."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from regrow.objectives import Objective, choose_objective
 from regrow.progress import Progress, silent
-from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Source
 from regrow.training.fit import fit
 from regrow.training.learner import PLAIN, Context, Loss, Step
@@ -61,6 +61,7 @@ def finetune(
     weight_decay: float = 1e-4,
     clip: float = 1.0,
     seed: int = 0,
+    objective: Objective | None = None,
     progress: Progress = silent,
 ) -> None:
     """Train on a source's labels for a few epochs, with a learning rate that falls as a half cosine.
@@ -73,13 +74,16 @@ def finetune(
         weight_decay: Weight decay of the optimizer.
         clip: The largest norm of the gradient; larger ones are scaled down to it.
         seed: Seed of the order of batches, and of Dropout.
+        objective: What the network is trained for; ``None``: what fits the labels.
         progress: Called with (steps done, steps in all, what is being done).
 
     Raises:
-        ValueError: If batches have no labels, or the loss stops being finite.
+        ValueError: If the source is empty, its batches have no labels and the network returns no loss, or the loss
+            stops being finite.
     """
-    if any(batch.labels is None for batch in source) or not len(source):
-        raise ValueError(f"source {source.name!r} has no labels to train on")
+    if not len(source):
+        raise ValueError(f"source {source.name!r} is empty; give one with batches to train on")
+    objective = objective or choose_objective(None, source.batches[0])
     generator = torch.Generator().manual_seed(seed)
     order = [i for _ in range(epochs) for i in torch.randperm(len(source), generator=generator).tolist()]
     phase = source_phase("fine-tuning", [len(source)] * epochs, lambda step: [source.batches[order[step]]])
@@ -87,24 +91,21 @@ def finetune(
     torch.manual_seed(seed)
     modes = {module: module.training for module in model.modules()}
     try:
-        fit(model, NO_AXES, [phase], replace(PLAIN, loss=label_loss), schedule, progress=progress)
+        fit(model, NO_AXES, [phase], replace(PLAIN, loss=objective_loss(objective)), schedule, progress=progress)
     finally:
         for module, mode in modes.items():
             module.training = mode
 
 
-def label_loss(state: Any, context: Context, step: Step) -> Loss:
-    """``loss`` hook that returns the cross-entropy of a batch's labels.
+def objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]:
+    """Return the ``loss`` hook that computes an objective on batches of inputs and labels.
 
     Args:
-        state: The learner's state.
-        context: The network.
-        step: The step, with its batch.
-
-    Raises:
-        ValueError: If the batch has no labels.
+        objective: What the network is trained for.
     """
-    batch = step.batch
-    if batch.labels is None:
-        raise ValueError("training needs labels (of text: the next tokens), and this source has none")
-    return Loss(cross_entropy(context.model(*batch.args, **batch.kwargs), batch.labels))
+
+    def loss(state: Any, context: Context, step: Step) -> Loss:
+        batch = step.batch
+        return Loss(objective.compute_loss(context.model(*batch.args, **batch.kwargs), batch))
+
+    return loss

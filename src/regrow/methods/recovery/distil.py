@@ -18,7 +18,6 @@ from regrow.axes import AxisGraph
 from regrow.methods.recovery.fitting import fit_recovery
 from regrow.methods.recovery.task import Recovery, RecoveryTask, precise
 from regrow.plan import Plan
-from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch, asked, logits_in
 from regrow.training.freeze import freeze
 
@@ -71,7 +70,7 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
         What :func:`regrow.methods.recovery.fitting.fit_recovery` returns, and how many parameters were trained.
 
     Raises:
-        ValueError: If a setting is of no use, the text has no labels while ``mix`` asks for them, or the loss stops
+        ValueError: If a setting is of no use, the batches have no labels while ``mix`` asks for them, or the loss stops
             being finite.
     """
     if settings.train not in TRAINED:
@@ -125,7 +124,5 @@ def _loss(task: RecoveryTask, batch: Batch, settings: Settings) -> Tensor:
     answer = task.model(*batch.args, **batch.kwargs)
     loss = (1 - settings.mix) * divergence(asked(logits_in(answer), batch.labels), wanted, settings.temperature)
     if settings.mix:
-        if batch.labels is None:
-            raise ValueError("this text has no labels; distil with mix=0")
-        loss = loss + settings.mix * cross_entropy(answer, batch.labels)
+        loss = loss + settings.mix * task.loss_of(answer, batch)
     return loss

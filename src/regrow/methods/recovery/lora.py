@@ -17,7 +17,6 @@ from regrow.axes import AxisGraph
 from regrow.methods.recovery.fitting import fit_recovery
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.nets.errors import needs
-from regrow.scoring.gradients import cross_entropy
 from regrow.sources import Batch
 from regrow.tracing.placeholder import set_modules
 from regrow.training.freeze import freeze
@@ -80,9 +79,7 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     """
 
     def loss(batch: Batch) -> torch.Tensor:
-        if batch.labels is None:
-            raise ValueError("lora learns from labels (of text: the next tokens), and this source has none")
-        return cross_entropy(task.model(*batch.args, **batch.kwargs), batch.labels)
+        return task.loss_of(task.model(*batch.args, **batch.kwargs), batch)
 
     with freeze(task.model):
         adapters = adapted(task.model, linear_layers(task.model, task.axes), settings, task.seed)

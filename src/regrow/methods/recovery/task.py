@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
+from regrow.objectives import Objective, choose_objective
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.sources import Batch, Source
@@ -35,6 +36,7 @@ class RecoveryTask:
         checkpoint: The file from which an interrupted call resumes; ``None``: it starts again.
         header: Returns JSON data for the header of that file.
         progress: Called with (steps done, steps in all, what is being done).
+        objective: What the network is trained for; ``None``: what fits the labels.
     """
 
     model: nn.Module
@@ -46,6 +48,17 @@ class RecoveryTask:
     checkpoint: Path | None = None
     header: Callable[[], dict[str, Any]] = dict
     progress: Progress = silent
+    objective: Objective | None = None
+
+    def loss_of(self, output: object, batch: Batch) -> Tensor:
+        """Return the loss of a batch by its labels, a scalar.
+
+        Args:
+            output: What the network returned for the batch.
+            batch: The batch.
+        """
+        objective = self.objective or choose_objective(None, batch)
+        return objective.compute_loss(output, batch)
 
     def parts(self, share: float) -> tuple[list[list[Batch]], list[Batch]]:
         """Return the training batches of each source, and the held-out batches of all sources; no batch is both.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from regrow.allocation import soft_step
 from regrow.axes import AxisGraph
-from regrow.scoring import cross_entropy
+from regrow.objectives import class_loss
 from regrow.sources import Batch, asked, logits_in
 from regrow.surgery.gate import gate_inputs
 
@@ -126,7 +126,7 @@ class Comparison:
             return F.cross_entropy(asked(logits, here.labels).float(), chances) - entropy
         if here.labels is None:
             raise ValueError("cross entropy needs labels; learn with loss=kl")
-        return cross_entropy(logits, here.labels)
+        return class_loss(logits, here.labels)
 
     def _dense(self, model: nn.Module, batch: Batch) -> tuple[Tensor, float]:
         """Return the dense network's probabilities, ``[positions, classes]``, and their mean entropy in nats."""
