@@ -1,5 +1,6 @@
 """What ``regrow recover`` says of a run whose measurements are not whole."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from regrow.cli.recover import tell
 from regrow.commands import recover as recovery_run
+from regrow.run_folder import RunFolder
 from regrow.settings.recover import Settings
 from regrow.store import StoreError
 
@@ -17,12 +19,18 @@ def row(model, source, **more):
     return {"what": "perplexity", "model": model, "source": source, "seen": True, "ppl": 9.5, "nll": 2.0} | more
 
 
-def test_figures_that_are_missing_are_named(capsys):
-    tell([
+def folder_with(path, rows):
+    (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return RunFolder(path)
+
+
+def test_figures_that_are_missing_are_named(capsys, tmp_path):
+    rows = [
         row("recovered", "mail"),
         row("dense", "code"), row("pruned", "code", nll=2.5, ppl=12.0), row("recovered", "code"),
         {"what": "choice", "model": "recovered", "task": "piqa", "acc": 0.5, "n": 10},
-    ])  # fmt: skip
+    ]  # fmt: skip
+    tell(folder_with(tmp_path, rows))
     said = capsys.readouterr().out
     assert said.count("note:") == 1 and "accuracy on piqa: 0.500 (n = 10)" in said
     note = " ".join(said[said.index("note:") :].split())
@@ -30,8 +38,9 @@ def test_figures_that_are_missing_are_named(capsys):
     assert "restore the file of the pruning run" in note and "– –" not in said
 
 
-def test_nothing_is_missing(capsys):
-    tell([row("dense", "code"), row("pruned", "code", nll=None, ppl=None), row("recovered", "code")])
+def test_nothing_is_missing(capsys, tmp_path):
+    rows = [row("dense", "code"), row("pruned", "code", nll=None, ppl=None), row("recovered", "code")]
+    tell(folder_with(tmp_path, rows))
     assert "note" not in capsys.readouterr().out
 
 

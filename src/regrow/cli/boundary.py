@@ -10,11 +10,11 @@ import signal
 import sysconfig
 import threading
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -219,6 +219,16 @@ class Stopped(click.ClickException):
     exit_code = INTERRUPTED
 
 
+class CommandArguments(TypedDict, total=False):
+    """Arguments of ``click.Command`` that the decorator ``click.command`` passes."""
+
+    name: str
+    callback: Callable[..., object]
+    params: list[click.Parameter]
+    help: str | None
+    epilog: str | None
+
+
 class Verb(click.Command):
     """A command of regrow: it builds its options from settings, and says what remains when Ctrl-C stops it.
 
@@ -227,7 +237,7 @@ class Verb(click.Command):
         resumed: The options that name the run folder in which the same command resumes; empty: it cannot be resumed.
         settings: The dataclass of its settings, from which options derive; the command gets them as ``given``.
         instead: The option that takes the settings of an earlier run instead.
-        **more: Arguments of ``click.Command``.
+        **more: As for ``click.Command``.
     """
 
     def __init__(
@@ -237,7 +247,7 @@ class Verb(click.Command):
         resumed: tuple[str, ...] = (),
         settings: type["DataclassInstance"] | None = None,
         instead: str = "",
-        **more: Any,
+        **more: Unpack[CommandArguments],
     ) -> None:
         super().__init__(**more)
         self.needs = needs
@@ -268,7 +278,7 @@ class Verb(click.Command):
         """Write the options to ``--help`` under their headings, after the positional arguments."""
         write_options(self, ctx, formatter)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         """Run the command; Ctrl-C becomes one line that says what remains.
 
         Raises:
@@ -295,13 +305,13 @@ class Verb(click.Command):
                     raise RuntimeError(f"a file ended too early ({error})") from error
                 raise
 
-    def left(self, values: Mapping[str, Any]) -> str:
+    def left(self, values: Mapping[str, object]) -> str:
         """Return the message of a stopped command: whether anything was kept, and how to resume.
 
         Args:
             values: The values of its options.
         """
-        folders = [Path(values[name]) for name in self.resumed if values.get(name) and not values.get("dry_run")]
+        folders = [Path(str(values[name])) for name in self.resumed if values.get(name) and not values.get("dry_run")]
         if not folders:
             return NOTHING_YET
         from regrow.run_folder import RunFolder

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -34,10 +33,20 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 @click.option("--seed", default=0, show_default=True, type=int, help="Of what is drawn at a temperature above 0.")
 @flags.dtype
 @flags.device
-def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: str, **given: Any) -> None:
+def chat(
+    model: str,
+    other: str | None,
+    prompt: str | None,
+    longest: int,
+    temperature: float,
+    seed: int,
+    dtype: str,
+    device: str,
+) -> None:
     """Talk to MODEL, and to OTHER beside it: run folders, or anything that `regrow prune` takes."""
     from regrow import store
     from regrow.commands.models import ModelSpec, load_model_or_run
+    from regrow.evaluation.replies import reply
 
     names = [model, *([other] if other else [])]
     options.say_code(*names)
@@ -53,15 +62,13 @@ def chat(model: str, other: str | None, prompt: str | None, dtype: str, device: 
     for question in [prompt] if prompt is not None else _questions(history):
         for said in history:
             said.append({"role": "user", "content": question})
-        answers = beside(names, [_reply(one, said, given) for one, said in zip(loaded, history, strict=True)])
+        replies = [
+            reply(one.model, one.tokenizer, said, longest=longest, temperature=temperature, seed=seed)
+            for one, said in zip(loaded, history, strict=True)
+        ]
+        answers = beside(names, replies)
         for said, answer in zip(history, answers, strict=True):
             said.append({"role": "assistant", "content": answer})
-
-
-def _reply(one: Any, said: list[dict[str, str]], given: dict[str, Any]) -> Iterator[str]:
-    from regrow.evaluation.replies import reply
-
-    return reply(one.model, one.tokenizer, said, **given)
 
 
 def _questions(history: list[list[dict[str, str]]]) -> Iterator[str]:

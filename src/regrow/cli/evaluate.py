@@ -15,7 +15,7 @@ from regrow.settings.evaluate import Settings
 @click.command(cls=Verb, settings=Settings)
 @click.option("--json", "json_file", type=options.PATH, help="Also write everything to this file.")
 @options.code
-def evaluate(given: Given, json_file: Path | None, code: str) -> None:
+def evaluate(given: Given[Settings], json_file: Path | None, code: str) -> None:
     """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
     settings = given.build()
     options.check_json(json_file, settings.model, *settings.choices, *settings.harness, *settings.sources)
@@ -24,7 +24,9 @@ def evaluate(given: Given, json_file: Path | None, code: str) -> None:
     from regrow.run_folder import RunFolder
 
     folder = Path(settings.model)
-    measured = RunFolder(folder).metrics() if (folder / "run.json").is_file() else []
+    run = RunFolder(folder) if (folder / "run.json").is_file() else None
+    if run:
+        run.metrics()  # damaged ones are refused before anything is measured
     with working() as progress:
         result = evaluation.evaluate(settings, progress, code=code)
     if json_file:
@@ -50,7 +52,8 @@ def evaluate(given: Given, json_file: Path | None, code: str) -> None:
     if result["speed"]:
         speed = result["speed"]
         say(f"{speed['per_second']:.1f} positions a second, {1000 * speed['seconds_median']:.1f} ms a call (median)")
-    tell(measured)  # where the run recovered a cut: dense, pruned and recovered
+    if run:
+        tell(run)
 
 
 def _figures(metrics: dict[str, float]) -> str:

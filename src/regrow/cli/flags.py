@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, Unpack
 
 import click
 from click.core import ParameterSource
@@ -21,6 +21,20 @@ if TYPE_CHECKING:
 _CONFIG = "Settings in a TOML or YAML file, by the names of options; options that are given here count."
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
 
+Settings = TypeVar("Settings", bound="DataclassInstance")
+
+
+class ParameterArguments(TypedDict, total=False):
+    """Arguments of a click parameter that regrow uses; they mean what they mean to click."""
+
+    type: click.ParamType | type[int]
+    metavar: str
+    nargs: int
+    multiple: bool
+    is_flag: bool
+    required: bool
+    default: object
+
 
 class _Value(click.ParamType):
     """The type of an option's value: parses and checks it by the setting's declaration."""
@@ -30,7 +44,7 @@ class _Value(click.ParamType):
     def __init__(self, field: Declared) -> None:
         self.field = field
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> object:
         """Convert the text of a value.
 
         Raises:
@@ -53,7 +67,7 @@ class Position(click.Argument):
         more: As for ``click.Argument``.
     """
 
-    def __init__(self, words: list[str], *, help: str, **more: Any) -> None:
+    def __init__(self, words: list[str], *, help: str, **more: Unpack[ParameterArguments]) -> None:
         super().__init__(words, **more)
         self.text = help
 
@@ -64,16 +78,17 @@ class Flag(click.Option):
     Args:
         words: As for ``click.Option``.
         heading: The heading; empty: ``Options``.
+        help: The help text.
         more: As for ``click.Option``.
     """
 
-    def __init__(self, words: list[str], *, heading: str = "", **more: Any) -> None:
-        super().__init__(words, **more)
+    def __init__(self, words: list[str], *, heading: str = "", help: str, **more: Unpack[ParameterArguments]) -> None:
+        super().__init__(words, help=help, **more)
         self.heading = heading
 
 
 @dataclass(frozen=True)
-class Given:
+class Given(Generic[Settings]):
     """The settings stated on a command line, with the settings file that gives others.
 
     Args:
@@ -84,13 +99,13 @@ class Given:
         elsewhere: Options of the command that are not settings, such as ``--out``; a file must not give them.
     """
 
-    kind: type["DataclassInstance"]
-    values: Mapping[str, Any]
+    kind: type[Settings]
+    values: Mapping[str, object]
     options: tuple[str, ...]
     file: Path | None
     elsewhere: tuple[str, ...]
 
-    def build(self) -> Any:
+    def build(self) -> Settings:
         """Build the settings of the command from the command line and the settings file, and check them.
 
         Raises:
@@ -125,7 +140,7 @@ def parameters_of(kind: type["DataclassInstance"]) -> list[click.Parameter]:
     return [*(parameter for field in options_of(kind) for parameter in _parameters(field)), config]
 
 
-def take_given(kind: type["DataclassInstance"], context: click.Context) -> Given:
+def take_given(kind: type[Settings], context: click.Context) -> Given[Settings]:
     """Remove the settings from the values of a command's parameters, and return them.
 
     Args:
@@ -158,9 +173,10 @@ def take_given(kind: type["DataclassInstance"], context: click.Context) -> Given
 def _parameters(field: Declared) -> list[click.Parameter]:
     setting = field.setting
     if setting.argument:
-        many = {"nargs": -1} if field.repeated else {}
-        words, shown = [field.name], _metavar(field)
-        return [Position(words, help=setting.help, required=False, type=_Value(field), metavar=shown, **many)]
+        many, shown = -1 if field.repeated else 1, _metavar(field)
+        return [
+            Position([field.name], help=setting.help, required=False, type=_Value(field), metavar=shown, nargs=many)
+        ]
     parts = [
         Flag([part.option, f"{field.name}__{name}"], help=part.help, metavar=part.metavar, heading=part.group)
         for name, part in setting.parts

@@ -1,7 +1,7 @@
 """``regrow learn``: train a network on one task after the other (continual learning)."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,9 @@ from regrow.cli.flags import Flag, Given
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 from regrow.settings.learn import Settings
+
+if TYPE_CHECKING:
+    from regrow.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -48,7 +51,7 @@ RESUME = "Going on with a run"
     heading=RESUME,
 )
 def learn(
-    given: Given,
+    given: Given[Settings],
     out: Path | None,
     resume: Path | None,
     more: tuple[str, ...],
@@ -89,7 +92,7 @@ def learn(
     say(f"further tasks: regrow learn --resume {folder.path} --task TASKS")
 
 
-def _tell(folder: Any) -> None:
+def _tell(folder: "RunFolder") -> None:
     rows = folder.metrics()
     matrix = folder.last("matrix")
     sizes = {row["task"]: row for row in rows if row["what"] == "task"}

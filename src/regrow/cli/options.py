@@ -18,7 +18,7 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 class FileName(click.Path):
     """The type of a path on the command line: not blank, with ``~`` and ``~user`` expanded."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+    def convert(self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None) -> Path:
         """Convert the text of a path.
 
         Raises:
@@ -44,13 +44,15 @@ code = click.option(
 )
 
 
-def run_folder(**more: Any) -> Decorator:
+def run_folder(*, required: bool = False) -> Decorator:
     """Return the decorator that adds the option ``--out`` for the folder of a run.
 
     Args:
-        more: Arguments of ``click.option``.
+        required: Whether the command needs it.
     """
-    return click.option("--out", type=PATH, help="The run folder. The same command resumes a stopped run.", **more)
+    return click.option(
+        "--out", type=PATH, help="The run folder. The same command resumes a stopped run.", required=required
+    )
 
 
 def say_code(*names: str) -> None:

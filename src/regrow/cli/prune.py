@@ -1,7 +1,7 @@
 """``regrow prune``: prune a model, and print what it cost in quality."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +12,9 @@ from regrow.cli.recover import tell
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 from regrow.settings.prune import Settings
+
+if TYPE_CHECKING:
+    from regrow.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -28,7 +31,7 @@ Examples
 @click.option("--dry-run", type=options.PATH, help="Only write the plan to this file; `regrow apply` runs it.")
 @options.code
 @click.option("--again", type=options.PATH, help="Repeat the run of this folder with its settings.")
-def prune(given: Given, out: Path | None, dry_run: Path | None, again: Path | None, code: str) -> None:
+def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again: Path | None, code: str) -> None:
     """Prune MODEL to a fraction of its weights and leave a folder that loads, with a page that says what was lost."""
     if code and not again:
         raise click.UsageError(f"--code is for --again; name the function in the place of MODEL: regrow prune {code}")
@@ -49,7 +52,7 @@ def prune(given: Given, out: Path | None, dry_run: Path | None, again: Path | No
         folder = run(settings, out, progress, write_page=page)
     _tell(folder)
     if settings.recover:
-        tell(folder.metrics())
+        tell(folder)
     page.tell(folder.path)
 
 
@@ -84,7 +87,7 @@ def _again(folder: Path, code: str) -> Settings:
     return settings
 
 
-def _tell(folder: Any) -> None:
+def _tell(folder: "RunFolder") -> None:
     rows = folder.metrics()
     sizes = {row["model"]: row for row in rows if row["what"] == "size"}
     dense, pruned = sizes["dense"], sizes["pruned"]

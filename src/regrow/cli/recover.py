@@ -1,7 +1,7 @@
 """``regrow recover``: recover quality that pruning lost."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,9 @@ from regrow.cli.flags import Given
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 from regrow.settings.recover import Settings
+
+if TYPE_CHECKING:
+    from regrow.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -25,7 +28,7 @@ BEFORE = ("dense", "pruned")
 @click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
 @options.code
 @options.run_folder(required=True)
-def recover(given: Given, code: str, out: Path) -> None:
+def recover(given: Given[Settings], code: str, out: Path) -> None:
     """Recover the model of RUN on the sources of its pruning run."""
     from regrow.commands import recover as recovery_run
 
@@ -33,16 +36,17 @@ def recover(given: Given, code: str, out: Path) -> None:
     options.say_code(code, settings.by)
     with working() as progress:
         folder = recovery_run.run(settings, out, progress, code=code, write_page=page)
-    tell(folder.metrics())
+    tell(folder)
     page.tell(folder.path)
 
 
-def tell(rows: list[dict[str, Any]]) -> None:
+def tell(folder: "RunFolder") -> None:
     """Print the result of a recovery: perplexity per text domain of all three models, and the fraction won back.
 
     Args:
-        rows: The rows of the run's ``metrics.jsonl``.
+        folder: The folder of the run; nothing is printed if it did not recover a model.
     """
+    rows = folder.metrics()
     done = [row for row in rows if row["what"] == "recovery"]
     for row in done[-1:]:
         say(f"recovered by {row['by']} on {number(row['tokens'])} tokens in {row['seconds']:.0f} s")

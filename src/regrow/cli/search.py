@@ -1,7 +1,7 @@
 """``regrow search``: search a space of networks for one of a given size."""
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +11,9 @@ from regrow.cli.flags import Given
 from regrow.cli.report import RunPage
 from regrow.cli.screen import number, say, table, working
 from regrow.settings.search import Settings
+
+if TYPE_CHECKING:
+    from regrow.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -24,7 +27,7 @@ Examples
 
 @click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
 @options.run_folder(required=True)
-def search(given: Given, out: Path) -> None:
+def search(given: Given[Settings], out: Path) -> None:
     """Search SPACE for a network that fits the target, train it, and leave a folder with it and how it was found.
 
     The training examples are split into a part that is learned from and one that is only watched; the test set
@@ -42,7 +45,7 @@ def search(given: Given, out: Path) -> None:
     say(f"load it with regrow.load({str(folder.path)!r})")
 
 
-def _tell(folder: Any) -> None:
+def _tell(folder: "RunFolder") -> None:
     from regrow.reports import summarise
     from regrow.reports.search import alarms, explain_unsearched
 

@@ -60,7 +60,7 @@ class Choices:
         """The standard error of :attr:`accuracy_per_byte`."""
         return share_error(self.accuracy_per_byte, len(self.right))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the result as JSON-able data."""
         return {
             "task": self.task,

@@ -5,17 +5,30 @@ Entries that could not be measured, for lack of examples, are NaN and left out o
 Lopez-Paz and Ranzato (arXiv 1706.08840) and Chaudhry et al. (arXiv 1801.10112).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import isnan, nan
 from statistics import fmean
-from typing import Any
+from typing import TypedDict
 
 from torch import Tensor, nn
 
 from regrow.evaluation.forward import evaluating
 from regrow.sources import logits_in
 from regrow.tasks import Examples, among
+
+
+class AccuracyRecord(TypedDict):
+    """The accuracy matrix and its metrics as JSON data."""
+
+    matrix: list[list[float]]
+    before: list[float]
+    average: float
+    average_along: float
+    learning: float
+    backward_transfer: float
+    forward_transfer: float
+    forgetting: float
 
 
 @dataclass(frozen=True)
@@ -70,25 +83,18 @@ class Matrix:
         later = [j for j in range(1, len(self.rows)) if len(self.rows[j - 1]) > j]
         return _mean(self.rows[j - 1][j] - self.before[j] for j in later) if later else 0.0
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> AccuracyRecord:
         """Return the matrix and all metrics as JSON data."""
-        names = ("average", "average_along", "learning", "backward_transfer", "forward_transfer", "forgetting")
         return {
             "matrix": [list(row) for row in self.rows],
             "before": list(self.before),
-            **{name: getattr(self, name) for name in names},
+            "average": self.average,
+            "average_along": self.average_along,
+            "learning": self.learning,
+            "backward_transfer": self.backward_transfer,
+            "forward_transfer": self.forward_transfer,
+            "forgetting": self.forgetting,
         }
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "Matrix":
-        """Parse a matrix from the output of :meth:`record`.
-
-        Args:
-            record: JSON data with ``matrix`` and ``before``.
-        """
-        rows = (*record["matrix"], record["before"])
-        *matrix, before = (tuple(nan if value is None else value for value in row) for row in rows)
-        return cls(tuple(matrix), before)
 
 
 def _mean(values: Iterable[float]) -> float:

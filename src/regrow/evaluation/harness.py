@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from regrow.evaluation.choice import Item, items_in
 from regrow.evaluation.forward import evaluating
 from regrow.nets.errors import first_line, needs
 from regrow.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
 
 TASKS = Path(__file__).parent / "tasks"
 """The folder of regrow's task files, which can also be passed to ``lm_eval --include_path``."""
@@ -50,7 +53,7 @@ class Harnessed:
     per_item: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     version: str = ""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the result as JSON-able data."""
         per_item = {name: list(values) for name, values in self.per_item.items()}
         return {**vars(self), "metrics": dict(self.metrics), "per_item": per_item}
@@ -92,7 +95,7 @@ def harness(
     return [_record(one, found, name or one) for one in loaded["tasks"]]
 
 
-def dataset(file: str, items: int | None = None, **_: object) -> Any:
+def dataset(file: str, items: int | None = None, **_: object) -> "DatasetDict":
     """Return the items of a file as the data set of a task file; called by the harness.
 
     Args:

@@ -69,7 +69,7 @@ class Perplexity:
         """Bits per byte, Σ nll / (ln 2 · Σ bytes), comparable between tokenizers; ``None`` if unknown."""
         return sum(self.nll) / math.log(2) / sum(self.bytes) if self.bytes else None
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the result as JSON-able data; numbers that are not finite become ``None``."""
         summary = {
             "mean_nll": self.mean,

@@ -2,12 +2,24 @@
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache
 
 Message = Mapping[str, str]
 """``{"role": "user" | "assistant" | "system", "content": text}``."""
+
+
+class CacheArguments(TypedDict, total=False):
+    """Keyword arguments with which a language model reads and fills a key-value cache."""
+
+    cache: "DynamicCache"
+    past_key_values: "DynamicCache"
+    use_cache: bool
 
 
 def reply(
@@ -89,7 +101,7 @@ def _most(model: Any) -> int:
     return int(getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None) or 2**31)
 
 
-def empty_cache(model: Any) -> dict[str, Any]:
+def empty_cache(model: nn.Module) -> CacheArguments:
     """Return an empty key-value cache as keyword arguments for the model; none if it takes no cache.
 
     Args:
@@ -98,8 +110,11 @@ def empty_cache(model: Any) -> dict[str, Any]:
     from transformers import DynamicCache
 
     taken = inspect.signature(model.forward).parameters
-    name = next((name for name in ("cache", "past_key_values") if name in taken), "")
-    return {name: DynamicCache(config=model.config), "use_cache": True} if name else {}
+    if "cache" in taken:
+        return {"cache": DynamicCache(config=model.config), "use_cache": True}
+    if "past_key_values" in taken:
+        return {"past_key_values": DynamicCache(config=model.config), "use_cache": True}
+    return {}
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ class Size:
     bytes: int
     dtype: str
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the sizes as JSON-able data."""
         return {"parameters": self.parameters, "counted": self.counted, "bytes": self.bytes, "dtype": self.dtype}
 
@@ -86,6 +85,6 @@ def dense(model: nn.Module, inputs: Tensor) -> dict[str, int]:
     }
 
 
-def _distinct(tensors: Iterable[Any]) -> list[Tensor]:
+def _distinct(tensors: Iterable[object]) -> list[Tensor]:
     result: dict[int, Tensor] = {id(tensor): tensor for tensor in tensors if isinstance(tensor, Tensor)}
     return list(result.values())

@@ -5,7 +5,6 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -60,7 +59,7 @@ class Speed:
         """
         return self.positions / self.median
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the times as JSON-able data."""
         return {
             "model": self.model,

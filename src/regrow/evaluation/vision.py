@@ -1,7 +1,6 @@
 """Accuracy of an image classifier on a source."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
@@ -35,7 +34,7 @@ class Accuracy:
         """The standard error of the accuracy, √(p(1−p)/n)."""
         return share_error(self.accuracy, len(self.right))
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return a summary as JSON-able data."""
         return {
             "source": self.source,

@@ -62,7 +62,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
         if same is None:
             store.write_model(model, made, origin=origin, dtype=stored)
         else:
-            store.write_model(same, made, origin=same.origin, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
+            store.write_model(same, made, tokenizer=getattr(model, "tokenizer", None), dtype=stored)
         carried = (made / "modeling_regrow.py").is_file()
         if not carried and portable.is_changed(store.read_shapes(made)):
             raise ExportError(
@@ -79,7 +79,7 @@ def write(model: nn.Module, out: Path, *, dtype: str = "", progress: Progress = 
     return Written(out, sum(path.stat().st_size for path in out.iterdir() if path.is_file()), checked, (note,))
 
 
-def plain(model: nn.Module, origin: Origin) -> Any | None:
+def plain(model: nn.Module, origin: Origin) -> nn.Module | None:
     """Return the network as a plain model of its family with other settings, or ``None`` if no settings fit.
 
     The network built from those settings is compared with ``model``, tensor by tensor.
@@ -142,7 +142,7 @@ def _settings(model: Any, found: Iterable[DecoderLayer], origin: Origin) -> dict
     return settings
 
 
-def check(model: Any, folder: Path, dtype: torch.dtype | None, *, carried: bool) -> dict[str, float | int | str]:
+def check(model: nn.Module, folder: Path, dtype: torch.dtype | None, *, carried: bool) -> dict[str, float | int | str]:
     """Load the folder with transformers' Auto class and compare its outputs with those of the network.
 
     Args:

@@ -60,7 +60,10 @@ class Decoder:
     """A Llama-like network described in llama.cpp's terms.
 
     Args:
-        model: The network.
+        name: The network's name, or that of its class.
+        embedding: The token embedding, ``[vocabulary, width]``.
+        norm: The gain of the last norm, ``[width]``.
+        head: The weight of the output layer, ``[vocabulary, width]``; ``embedding`` itself if they are tied.
         layers: The layers in the file.
         head_dim: Channels per head.
         epsilon: The epsilon of all norms.
@@ -71,7 +74,10 @@ class Decoder:
         notes: What a user of the file must know.
     """
 
-    model: Any
+    name: str
+    embedding: Tensor
+    norm: Tensor
+    head: Tensor
     layers: Sequence[GgufLayer]
     head_dim: int
     epsilon: float
@@ -132,7 +138,19 @@ def describe_decoder(model: nn.Module) -> Decoder:
     if any(abs(one.scale - 1) > 1e-6 for one in kept):
         notes.append("attention divides by another number than √d; the queries' weights take up the quotient")
     base, factors = _rotation(config, rotary, dim)
-    return Decoder(net, kept, dim, _epsilon(net, kept), base, factors, context, tuple(notes))
+    return Decoder(
+        name=str(getattr(getattr(net, "origin", None), "name", "") or type(net).__name__),
+        embedding=net.model.embed_tokens.weight,
+        norm=net.model.norm.weight,
+        head=net.lm_head.weight,
+        layers=kept,
+        head_dim=dim,
+        epsilon=_epsilon(net, kept),
+        base=base,
+        factors=factors,
+        context=context,
+        notes=tuple(notes),
+    )
 
 
 def _check_kind(net: Any) -> None:

@@ -5,13 +5,15 @@ each 256 numbers of a row, one number d (float16), 16 whole numbers s (8 bits, o
 q (6 bits): x ≈ d·s·q.
 """
 
-from typing import Any, TypeAlias
+from types import ModuleType
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float32]
 Bytes: TypeAlias = NDArray[np.uint8]
+Encoded: TypeAlias = NDArray[np.float32 | np.float16 | np.uint8]
 
 KINDS = {"f32": "F32", "bf16": "BF16", "f16": "F16", "q8_0": "Q8_0", "q6_k": "Q6_K"}
 """dtype of a matrix in regrow → its name in GGUF."""
@@ -42,7 +44,7 @@ def kind_for(asked: str, row: int) -> str:
     return asked
 
 
-def encode(values: Floats, kind: str, gguf: Any) -> NDArray[Any]:
+def encode(values: Floats, kind: str, gguf: ModuleType) -> Encoded:
     """Encode a tensor in a GGUF type.
 
     Args:

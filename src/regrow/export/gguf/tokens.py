@@ -9,9 +9,12 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrow.export.written import ExportError
+
+if TYPE_CHECKING:
+    from gguf import GGUFWriter
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 """GGUF's numbers for token types."""
@@ -265,7 +268,7 @@ def _special(tokenizer: Any) -> dict[str, int]:
     return {role: number for role, number in result.items() if isinstance(number, int)}
 
 
-def write_vocabulary(words: Vocabulary, writer: Any) -> None:
+def write_vocabulary(words: Vocabulary, writer: "GGUFWriter") -> None:
     """Write the tokenizer data to a GGUF file's metadata.
 
     Args:

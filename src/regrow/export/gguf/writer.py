@@ -95,8 +95,7 @@ def write(model: nn.Module, out: str | Path, *, dtype: str = "f16", progress: Pr
         raise ExportError(f"{out} is a folder; give the name of the file to write, such as {out / 'model.gguf'}")
     _place(out)
     decoder = describe_decoder(model)
-    rows = decoder.model.model.embed_tokens.weight.shape[0]
-    words = vocabulary(getattr(model, "tokenizer", None), rows)
+    words = vocabulary(getattr(model, "tokenizer", None), rows=len(decoder.embedding))
     pieces = list(_pieces(decoder, KINDS[dtype]))
     try:
         with atomic_write(_place(out)) as temporary:
@@ -117,7 +116,7 @@ def _place(out: Path) -> Path:
 
 def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
     """Yield every tensor of the file, in order."""
-    net, width = decoder.model, decoder.model.model.norm.weight.shape[0]
+    width, embedding = len(decoder.norm), decoder.embedding
 
     def matrix(name: str, shape: tuple[int, ...], values: Callable[[], Tensor]) -> Piece:
         return Piece(f"{name}.weight", shape, kind_for(kind, shape[1]), values)
@@ -125,7 +124,6 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
     def plain(name: str, values: Tensor) -> Piece:
         return Piece(name, tuple(values.shape), "F32", lambda: values)
 
-    embedding = net.model.embed_tokens.weight
     yield matrix("token_embd", tuple(embedding.shape), lambda: embedding)
     if decoder.factors is not None:
         yield plain("rope_freqs.weight", decoder.factors)
@@ -146,10 +144,9 @@ def _pieces(decoder: Decoder, kind: str) -> Iterator[Piece]:
                 yield matrix(name, tuple(linear.weight.shape), partial(turn, linear.weight.detach()))
                 if linear.bias is not None:
                     yield plain(f"{name}.bias", turn(linear.bias.detach().float()))
-    yield plain("output_norm.weight", net.model.norm.weight)
-    if net.lm_head.weight is not embedding:
-        head = net.lm_head.weight
-        yield matrix("output", tuple(head.shape), lambda: head)
+    yield plain("output_norm.weight", decoder.norm)
+    if decoder.head is not embedding:
+        yield matrix("output", tuple(decoder.head.shape), lambda: decoder.head)
 
 
 def _turned(layer: GgufLayer, path: str) -> Callable[[Tensor], Tensor]:
@@ -196,16 +193,14 @@ def _put(
 
 def _tell(gguf: Any, writer: Any, decoder: Decoder, kind: str) -> None:
     """Write the metadata of the network and the main number type."""
-    net, layers = decoder.model, decoder.layers
-    name = str(getattr(getattr(net, "origin", None), "name", "") or type(net).__name__)
     writer.add_type("model")
-    writer.add_name("".join(sign for sign in Path(name).name[:100] if sign.isprintable()))
+    writer.add_name("".join(sign for sign in Path(decoder.name).name[:100] if sign.isprintable()))
     writer.add_file_type(int(gguf.LlamaFileType[_FILE_TYPES[kind]]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_block_count(len(layers))
+    writer.add_block_count(len(decoder.layers))
     writer.add_context_length(decoder.context)
-    writer.add_embedding_length(net.model.norm.weight.shape[0])
-    writer.add_vocab_size(net.model.embed_tokens.weight.shape[0])
+    writer.add_embedding_length(len(decoder.norm))
+    writer.add_vocab_size(len(decoder.embedding))
     for key, values in _counts(decoder).items():
         getattr(writer, f"add_{key}")(values)
     writer.add_layer_norm_rms_eps(decoder.epsilon)
@@ -283,7 +278,7 @@ def _fallen(decoder: Decoder, pieces: Sequence[Piece], kind: str) -> Iterator[st
     fallen = [one for one in matrices if one.kind != kind]
     if not fallen:
         return
-    rows, own = sorted({one.shape[1] for one in fallen}), decoder.model.model.norm.weight.shape[0]
+    rows, own = sorted({one.shape[1] for one in fallen}), len(decoder.norm)
     lengths = ", ".join(map(str, rows[:4])) + (", …" if len(rows) > 4 else "")
     kinds = " or ".join(sorted({one.kind for one in fallen}))
     note = f"{len(fallen)} of {len(matrices)} matrices are {kinds}: their rows ({lengths} numbers) are no multiple of "

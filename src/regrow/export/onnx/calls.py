@@ -1,13 +1,13 @@
 """Describe how an exported network is called: named input and output tensors, and which sizes are dynamic."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten_with_path, tree_leaves, tree_unflatten
 
 from regrow.axes import Example
 from regrow.export.written import ExportError
@@ -54,7 +54,7 @@ class Flat(nn.Module):
         spec: The structure from which they were flattened, ``(args, kwargs)``.
     """
 
-    def __init__(self, model: nn.Module, leaves: list[Any], spec: Any) -> None:
+    def __init__(self, model: nn.Module, leaves: Sequence[object], spec: TreeSpec) -> None:
         super().__init__()
         self.model, self.spec = model, spec
         self.leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -68,7 +68,7 @@ class Flat(nn.Module):
         """
         return tuple(name_outputs(self.answer(*tensors)).values())
 
-    def answer(self, *tensors: Tensor) -> Any:
+    def answer(self, *tensors: Tensor) -> object:
         """Return the network's output as it is.
 
         Args:
@@ -207,7 +207,7 @@ def resize_inputs(call: ExportedCall, labels: Labels, sizes: Mapping[str, int]) 
     return result
 
 
-def name_outputs(answer: Any) -> dict[str, Tensor]:
+def name_outputs(answer: object) -> dict[str, Tensor]:
     """Return the tensors of a network's output by name: only the logits if there are any.
 
     Args:
