@@ -1,5 +1,6 @@
 """``regrow learn``: train a network on one task after the other (continual learning)."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,8 +9,8 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Flag, Given
-from regrow.cli.report import RunPage
-from regrow.cli.screen import number, say, table, working
+from regrow.cli.runs import run_with_page
+from regrow.cli.screen import number, say, table
 from regrow.settings.learn import Settings
 
 if TYPE_CHECKING:
@@ -59,7 +60,6 @@ def learn(
     total: int | None,
 ) -> None:
     """Learn TASKS one after the other, and leave a folder with the network, the accuracy matrix and every plan."""
-    page = RunPage("network")
     if resume:
         if "tasks" in given.values or out:
             raise click.UsageError(
@@ -71,8 +71,7 @@ def learn(
             )
         from regrow.commands.learn import extend
 
-        with working() as progress:
-            folder = extend(resume, more, progress, without_old=without_old, total=total, write_page=page)
+        train = partial(extend, resume, more, without_old=without_old, total=total)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
@@ -85,10 +84,8 @@ def learn(
             raise click.UsageError("--out names the folder of the run, for example --out run")
         from regrow.commands.learn import run
 
-        with working() as progress:
-            folder = run(settings, out, progress, write_page=page)
-    _tell(folder)
-    page.tell(folder.path)
+        train = partial(run, settings, out)
+    folder = run_with_page("network", train, _tell)
     say(f"further tasks: regrow learn --resume {folder.path} --task TASKS")
 
 

@@ -1,5 +1,6 @@
 """``regrow prune``: prune a model, and print what it cost in quality."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
 from regrow.cli.recover import tell
-from regrow.cli.report import RunPage
+from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, table, working
 from regrow.settings.prune import Settings
 
@@ -47,13 +48,12 @@ def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again:
         raise click.UsageError("--out names the folder of the run, for example --out run")
     from regrow.commands.prune import run
 
-    page = RunPage("model")
-    with working() as progress:
-        folder = run(settings, out, progress, write_page=page)
-    _tell(folder)
-    if settings.recover:
-        tell(folder)
-    page.tell(folder.path)
+    def tell_both(folder: "RunFolder") -> None:
+        _tell(folder)
+        if settings.recover:
+            tell(folder)
+
+    run_with_page("model", partial(run, settings, out), tell_both)
 
 
 def _write_plan(settings: Settings, path: Path) -> None:

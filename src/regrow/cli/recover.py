@@ -1,15 +1,13 @@
 """``regrow recover``: recover quality that pruning lost."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from regrow.cli import options
-from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
-from regrow.cli.report import RunPage
-from regrow.cli.screen import number, say, table, working
+from regrow.cli.runs import run_command, run_with_page
+from regrow.cli.screen import number, say, table
 from regrow.settings.recover import Settings
 
 if TYPE_CHECKING:
@@ -25,19 +23,15 @@ BEFORE = ("dense", "pruned")
 """The models that a recovered model is compared with."""
 
 
-@click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
+@run_command(Settings, EPILOG)
 @options.code
-@options.run_folder(required=True)
 def recover(given: Given[Settings], code: str, out: Path) -> None:
     """Recover the model of RUN on the sources of its pruning run."""
-    from regrow.commands import recover as recovery_run
+    from regrow.commands.recover import run
 
-    settings, page = given.build(), RunPage("model")
+    settings = given.build()
     options.say_code(code, settings.by)
-    with working() as progress:
-        folder = recovery_run.run(settings, out, progress, code=code, write_page=page)
-    tell(folder)
-    page.tell(folder.path)
+    run_with_page("model", partial(run, settings, out, code=code), tell)
 
 
 def tell(folder: "RunFolder") -> None:

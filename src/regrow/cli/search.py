@@ -1,15 +1,13 @@
 """``regrow search``: search a space of networks for one of a given size."""
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import click
-
 from regrow.cli import options
-from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
-from regrow.cli.report import RunPage
-from regrow.cli.screen import number, say, table, working
+from regrow.cli.runs import run_command, run_with_page
+from regrow.cli.screen import number, say, table
 from regrow.settings.search import Settings
 
 if TYPE_CHECKING:
@@ -25,8 +23,7 @@ Examples
 """
 
 
-@click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
-@options.run_folder(required=True)
+@run_command(Settings, EPILOG)
 def search(given: Given[Settings], out: Path) -> None:
     """Search SPACE for a network that fits the target, train it, and leave a folder with it and how it was found.
 
@@ -37,11 +34,7 @@ def search(given: Given[Settings], out: Path) -> None:
     options.say_code(settings.space, settings.method)
     from regrow.commands.search import run
 
-    page = RunPage("network")
-    with working() as progress:
-        folder = run(settings, out, progress, write_page=page)
-    _tell(folder)
-    page.tell(folder.path)
+    folder = run_with_page("network", partial(run, settings, out), _tell)
     say(f"load it with regrow.load({str(folder.path)!r})")
 
 

@@ -1,0 +1,105 @@
+"""Commands that write a run folder with its report page: their options, and their course on the screen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from regrow.cli import options
+from regrow.cli.boundary import Verb
+from regrow.cli.screen import say, working
+
+if TYPE_CHECKING:
+    from regrow.run_folder import RunFolder
+
+PAGE = "report.html"
+
+
+def run_command(settings: type, epilog: str) -> Callable[[Callable[..., None]], click.Command]:
+    """Return the decorator of a command that writes a run folder to ``--out``, where a stopped run is resumed.
+
+    Args:
+        settings: The dataclass of the command's settings.
+        epilog: The text below its help.
+    """
+
+    def make(function: Callable[..., None]) -> click.Command:
+        command = click.command(cls=Verb, resumed=("out",), settings=settings, epilog=epilog)
+        return command(options.run_folder(required=True)(function))
+
+    return make
+
+
+@dataclass
+class RunPage:
+    """Writes the report page of a run into its folder, as the run finishes.
+
+    A run finishes without a page if a package is missing or the page cannot be made; if the disk cannot take the page,
+    the run fails and can be resumed.
+
+    Args:
+        what: The name of the folder's other content: ``model`` or ``network``.
+        error: The error that prevented the page, if any.
+    """
+
+    what: str
+    error: Exception | None = None
+
+    def __call__(self, folder: Path) -> None:
+        """Write the page into the folder.
+
+        Args:
+            folder: The complete folder of the run.
+
+        Raises:
+            StoreError: If the disk is full, or the file cannot be written.
+        """
+        from regrow.reports import write_page
+        from regrow.store.errors import StoreError
+
+        self.error = None
+        try:
+            write_page([folder], folder / PAGE)
+        except StoreError:
+            raise
+        except Exception as error:
+            self.error = error
+
+    def tell(self, folder: Path) -> None:
+        """Print where the page is, or why there is none.
+
+        Args:
+            folder: The folder of the finished run.
+
+        Raises:
+            Exception: If writing the page failed for another reason than a missing package.
+        """
+        from regrow.reports import ReportError
+
+        if self.error is not None:
+            say(f"the {self.what} is in {folder}; no page was written: {self.error}")
+            if not isinstance(self.error, ReportError):
+                raise self.error
+        elif (folder / PAGE).is_file():
+            say(f"{self.what} and page are in {folder}; open {folder / PAGE}")
+
+
+def run_with_page(what: str, run: "Callable[..., RunFolder]", tell: "Callable[[RunFolder], None]") -> "RunFolder":
+    """Write the folder of a run with its page while progress is shown; print the result, and where folder and page are.
+
+    Args:
+        what: The name of the folder's content beside the page: ``model`` or ``network``.
+        run: Writes the folder; called with ``progress`` and ``write_page``.
+        tell: Prints the result.
+
+    Returns:
+        The finished folder.
+    """
+    page = RunPage(what)
+    with working() as progress:
+        folder = run(progress=progress, write_page=page)
+    tell(folder)
+    page.tell(folder.path)
+    return folder
