@@ -22,7 +22,7 @@ from rows import add, head, line, rows
 from torch import nn
 
 import regrow
-from regrow.commands.pruning import prune
+from regrow.api.prune import prune
 from regrow.commands.search import Settings, parts_of, run
 from regrow.evaluation import dense
 from regrow.sources import Batch, Source
@@ -59,7 +59,7 @@ def pruned(measure: str, share: int, method: str, seed: int) -> dict[str, Any]:
     net, x = nn.Sequential(*body, nn.Flatten(), nn.Linear(32, 10)).eval(), torch.randn(16, 1, 8, 8)
     name = "parameters" if measure == "params" else measure
     asked = share * dense(net, x)[name] // 100
-    small, _ = prune(net, method=method, target=f"{measure}={asked}", sources=[Source("noise", [Batch((x,))])])
+    small, _ = prune(net, method=method, target=f"{measure}={asked}", data=[Source("noise", [Batch((x,))])])
     return {"asked": asked, **dense(small, x)}
 
 

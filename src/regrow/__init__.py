@@ -4,40 +4,52 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from regrow.api.evaluate import evaluate
+    from regrow.api.prune import prune
+    from regrow.api.recover import recover
+    from regrow.axes import Example
     from regrow.axis_tensor import AxisTensor
     from regrow.candidates import Candidates
-    from regrow.commands.pruning import prune
     from regrow.export.formats import export_model
     from regrow.plan import Fill, Plan
-    from regrow.store import load
+    from regrow.sources import Batch, Source
+    from regrow.store import load, save
     from regrow.surgery import UndoStore, align_new_units, apply, declare, fit_new_units, verify
     from regrow.tracing import trace, with_branches
 
 __all__ = [
     "AxisTensor",
+    "Batch",
     "Candidates",
+    "Example",
     "Fill",
     "Plan",
+    "Source",
     "UndoStore",
     "align_new_units",
     "apply",
     "declare",
+    "evaluate",
     "export_model",
     "fit_new_units",
     "load",
     "prune",
+    "recover",
+    "save",
     "trace",
     "verify",
     "with_branches",
 ]
 
 _MODULES = {
+    **{name: f"regrow.api.{name}" for name in ("evaluate", "prune", "recover")},
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
+    "Example": "regrow.axes",
     "export_model": "regrow.export.formats",
+    **dict.fromkeys(("Batch", "Source"), "regrow.sources"),
     **dict.fromkeys(("Fill", "Plan"), "regrow.plan"),
-    "load": "regrow.store",
-    "prune": "regrow.commands.pruning",
+    **dict.fromkeys(("load", "save"), "regrow.store"),
     **dict.fromkeys(("UndoStore", "align_new_units", "apply", "declare", "fit_new_units", "verify"), "regrow.surgery"),
     **dict.fromkeys(("trace", "with_branches"), "regrow.tracing"),
 }

@@ -8,8 +8,9 @@ from hand import lm, texts
 from regrow import trace
 from regrow.allocation import cost_of, payers
 from regrow.amounts import Measure, Target
+from regrow.api.prune import prune
 from regrow.budget import Budget
-from regrow.commands.pruning import prune, timed
+from regrow.commands.pruning import timed
 from regrow.evaluation import fastest_pass, lengthen, timing
 from regrow.sources import Batch
 

@@ -92,7 +92,7 @@ def test_pruning_takes_declared_axes_and_their_means_are_proved() -> None:
     model, axes = two_and_axes()
     source = Source("x", [Batch(axes.example.args)])
     whole = deepcopy(model)
-    _, plan = regrow.prune(model, method="flap", keep=0.5, sources=[source], axes=axes)
+    _, plan = regrow.prune(model, method="flap", keep=0.5, data=[source], axes=axes)
     assert plan.means and model.fc1.out_features < 10
     report = regrow.verify(whole, axes, plan)
     assert report.ok

@@ -1,6 +1,5 @@
-"""``regrow.prune``: from a network and sources to a smaller network and the plan that made it."""
+"""What pruning needs in Python and on the command line: the method, its budget and its measurements, checked."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -8,90 +7,16 @@ from typing import Any
 from torch import nn
 
 from regrow import evaluation
-from regrow.amounts import Measure, Target
-from regrow.axes import AxisGraph, Example
+from regrow.amounts import Measure
+from regrow.axes import AxisGraph
 from regrow.budget import Budget, Timing
 from regrow.commands.measuring import passed
 from regrow.method import Evidence, Need
 from regrow.methods import entry
-from regrow.methods.pruning.pruner import Pruner, check_pruner, plan_cut
-from regrow.plan import Plan
+from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.progress import Progress, silent
 from regrow.scoring import collect
 from regrow.sources import Source
-from regrow.surgery import apply
-from regrow.tracing import trace
-
-
-def prune(
-    model: nn.Module,
-    *,
-    method: str = "flap",
-    keep: float | None = None,
-    target: str | Target = "",
-    sources: Sequence[Source] = (),
-    example: Example | None = None,
-    axes: AxisGraph | None = None,
-    settings: Mapping[str, Any] | None = None,
-    progress: Progress = silent,
-    **budget: Any,
-) -> tuple[nn.Module, Plan]:
-    """Prune a network in one call: trace it, measure importance, choose units, and cut it.
-
-    Args:
-        model: The network; it is changed in place.
-        method: One of ``regrow.methods.METHODS``.
-        keep: The fraction of the weights of linear layers and convolutions that stays (of a language model: of its
-            decoder's linear layers); ``None``: 0.8, unless there is a target.
-        target: An absolute budget instead of a fraction: ``"params=100M"``, ``"macs=2G"``, ``"bytes=200M"``,
-            ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device.
-        sources: The data on which importance is measured; more text domains carry over better to unseen ones.
-        example: The input with which the network is traced; ``None``: the first batch of the first source.
-        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
-        settings: Settings of the method that differ from its defaults.
-        progress: Called with (batches done, batches in all, what is being done).
-        **budget: More fields of :class:`regrow.method.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``,
-            ``regular``.
-
-    Returns:
-        The same model, smaller, and the plan that was applied. A warning is issued for a source that had to be split.
-
-    Raises:
-        ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
-
-    >>> import torch
-    >>> from regrow.axes import Example
-    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
-    >>> net, plan = prune(net, method="magnitude", keep=0.5, example=Example((torch.ones(1, 4),)),
-    ...     settings={"compensate": False})
-    >>> net[0].out_features
-    4
-    """
-    chosen = built(method, settings or {})
-    if target and keep is not None:
-        raise ValueError(f"give keep or target, not both; got keep {keep:g} and target {target}")
-    much = 0.8 if keep is None else keep
-    wanted = Budget(target=Target.parse(str(target)), **budget) if target else Budget(much, **budget)
-    if axes is None:
-        example = _example(example, sources)
-        axes = trace(model, *example.args, **example.kwargs)
-    wanted = timed(model, axes, wanted, progress=progress)
-    check_pruning(chosen, axes, wanted, sources)
-    evidence = measured(model, axes, chosen, sources, progress)
-    for note in evidence.notes:
-        warnings.warn(note, stacklevel=2)
-    plan = plan_cut(chosen, model, axes, wanted, evidence, progress=progress).plan
-    apply(model, axes, plan)
-    return model, plan
-
-
-def _example(example: Example | None, sources: Sequence[Source]) -> Example:
-    if example is not None:
-        return example
-    if not sources or not len(sources[0]):
-        raise ValueError("give an example input, or a source whose first batch is one, to trace the network with")
-    batch = sources[0].batches[0]
-    return Example(batch.args, batch.kwargs)
 
 
 def built(method: str, settings: Mapping[str, Any]) -> Pruner:

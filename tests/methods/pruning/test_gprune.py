@@ -9,8 +9,9 @@ import torch
 
 from hand import lm, texts
 from regrow.allocation import Cost
+from regrow.api.prune import prune
 from regrow.budget import Budget
-from regrow.commands.pruning import check_pruning, measured, prune
+from regrow.commands.pruning import check_pruning, measured
 from regrow.methods import entry
 from regrow.methods.pruning.pruner import Cut, plan_cut
 from regrow.plan import Plan
@@ -205,6 +206,6 @@ def test_a_source_that_is_split_is_told() -> None:
     model, _ = lm(**SIZES)
     with pytest.warns(UserWarning, match="'a' was split into 3 parts"):
         _, plan = prune(
-            model, method="gprune", keep=0.6, sources=[texts("a", batches=6)], settings={"steps": 0, "shards": 1}
+            model, method="gprune", keep=0.6, data=[texts("a", batches=6)], settings={"steps": 0, "shards": 1}
         )
     assert "Give more kinds" in plan.origin["notes"][0] and plan.changes

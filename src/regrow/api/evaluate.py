@@ -1,0 +1,48 @@
+"""``regrow.evaluate``: loss and score of a network on a user's data."""
+
+from typing import Any
+
+from regrow.api.inputs import LossLike, ModelLike, read_inputs
+from regrow.errors import InputError
+from regrow.evaluation.objective import Evaluation, evaluate_objective
+from regrow.progress import Progress, silent
+
+
+def evaluate(
+    model: ModelLike,
+    data: Any,
+    *,
+    loss: LossLike = None,
+    tokenizer: Any = None,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> dict[str, Evaluation]:
+    """Measure the loss and the score of a network on each source, with standard errors.
+
+    Args:
+        model: The network, a model's name, or a run folder.
+        data: The data, as for :func:`regrow.prune`; never what the network was trained or calibrated on.
+        loss: The loss, as for :func:`regrow.prune`.
+        tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
+        batch_size: Examples per batch, where the data do not come in batches.
+        progress: Called with (batches done, batches in all, what is being done).
+
+    Returns:
+        Name of the source → its evaluation: accuracy for classes, perplexity and token accuracy for text, squared error
+        for values.
+
+    Raises:
+        ValueError: If there are no data, or the loss cannot be computed.
+
+    >>> import torch
+    >>> inputs, labels = torch.eye(3), torch.tensor([0, 1, 1])
+    >>> print(evaluate(torch.nn.Identity(), (inputs, labels))["data"])
+    data: loss 0.8848, accuracy 0.6667 ± 0.27 (3 examples)
+    """
+    inputs = read_inputs(model, data, loss=loss, tokenizer=tokenizer, batch_size=batch_size, progress=progress)
+    if inputs.objective is None:
+        raise InputError("there are no data to evaluate on; give data, for example a DataLoader or (inputs, labels)")
+    objective = inputs.objective
+    return {
+        source.name: evaluate_objective(inputs.model, source, objective, progress=progress) for source in inputs.sources
+    }

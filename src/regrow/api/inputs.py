@@ -1,0 +1,128 @@
+"""Read what users pass to the Python interface: a network or its name, an example input, data, and a loss."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from regrow.axes import Example
+from regrow.commands.models import ModelSpec, load_model_or_run
+from regrow.data.batches import Reading, to_sources
+from regrow.errors import InputError
+from regrow.nets.examples import guessed_example
+from regrow.objectives import LossFunction, Objective, choose_objective
+from regrow.progress import Progress, silent
+from regrow.sources import Batch, Source
+
+ModelLike = nn.Module | str | Path
+"""A network, a name that :func:`regrow.nets.load` takes, or the path of a saved model or run folder."""
+LossLike = str | LossFunction | Objective | None
+"""A loss by name, as a function (what the network returned, labels) → scalar, or ``None``: what fits the labels."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A network with everything that is needed to trace it, measure it and train it.
+
+    Args:
+        model: The network.
+        example: An input to trace it with.
+        sources: The data, as named batches.
+        objective: What the network is trained for; ``None`` without data.
+        tokenizer: Its tokenizer, or ``None``.
+    """
+
+    model: nn.Module
+    example: Example
+    sources: tuple[Source, ...]
+    objective: Objective | None
+    tokenizer: Any
+
+
+def read_inputs(
+    model: ModelLike,
+    data: Any = None,
+    *,
+    example: Any = None,
+    loss: LossLike = None,
+    tokenizer: Any = None,
+    batch_size: int = 32,
+    progress: Progress = silent,
+) -> Inputs:
+    """Load a network if it is named, read the data, and choose an example input and an objective.
+
+    Args:
+        model: The network, or its name.
+        data: The data, as :func:`regrow.data.batches.to_sources` takes them.
+        example: An input: a tensor, a tuple of positional inputs, a dict of inputs by name, or an
+            :class:`regrow.Example`; ``None``: of the loaded model, the first batch, or a guess.
+        loss: The loss.
+        tokenizer: The tokenizer of a language model; ``None``: ``model.tokenizer``.
+        batch_size: Examples per batch, where the data do not come in batches.
+        progress: Called with (steps done, steps in all, what is being done).
+
+    Raises:
+        InputError: If there is neither an example nor data, or no network.
+    """
+    known: Example | None = None
+    if isinstance(model, str | Path):
+        loaded = load_model_or_run(ModelSpec(str(model)), progress)
+        model, known = loaded.model, None if loaded.guessed else loaded.example
+        tokenizer = tokenizer or loaded.tokenizer
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"model must be a torch.nn.Module, a model's name or a run folder, got a {type(model).__name__}"
+        )
+    tokenizer = tokenizer or getattr(model, "tokenizer", None)
+    given = to_example(example) if example is not None else known
+    guess = given or guessed_example(model)
+    size = next((arg.shape[-1] for arg in (guess.args if guess else ()) if isinstance(arg, Tensor)), 224)
+    shift = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    reading = Reading(batch_size, tokenizer, size=size, shift=shift)
+    sources = tuple(to_sources(data, reading))
+    first = sources[0].batches[0] if sources else None
+    if given is None and first is None:
+        raise InputError(
+            "there is no input to run the network with; give example=, for example example=torch.ones(1, 3, 224, 224), "
+            "or data"
+        )
+    objective = choose_objective(loss, first) if first is not None else None
+    return Inputs(model, given or _first_example(first), sources, objective, tokenizer)
+
+
+def to_example(example: Any) -> Example:
+    """Return an example input as users write it.
+
+    Args:
+        example: A tensor, a tuple or list of positional inputs, a dict of inputs by name, a batch, or an ``Example``.
+
+    Raises:
+        InputError: If it is none of these.
+
+    >>> import torch
+    >>> to_example({"x": torch.ones(1)}).kwargs
+    {'x': tensor([1.])}
+    """
+    match example:
+        case Example():
+            return example
+        case Batch():
+            return Example(example.args, example.kwargs)
+        case Tensor():
+            return Example((example,))
+        case tuple() | list():
+            return Example(tuple(example))
+    if isinstance(example, Mapping):
+        return Example((), {str(name): value for name, value in example.items()})
+    raise InputError(
+        f"example must be a tensor, a tuple of inputs or a dict of inputs by name, got a {type(example).__name__}; "
+        "for example torch.ones(1, 3, 224, 224)"
+    )
+
+
+def _first_example(batch: Batch | None) -> Example:
+    if batch is None:
+        raise InputError("there is no batch to take an example input from; give example=")
+    return Example(batch.args, batch.kwargs)

@@ -1,0 +1,95 @@
+"""``regrow.prune``: from a network and data to a smaller network and the plan that made it."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from regrow.amounts import Target
+from regrow.api.inputs import LossLike, ModelLike, read_inputs
+from regrow.axes import AxisGraph
+from regrow.budget import Budget
+from regrow.commands.pruning import built, check_pruning, measured, timed
+from regrow.errors import InputError
+from regrow.methods.pruning.pruner import plan_cut
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.surgery import apply
+from regrow.tracing import trace
+
+
+def prune(
+    model: ModelLike,
+    data: Any = None,
+    *,
+    method: str = "flap",
+    keep: float | None = None,
+    target: str | Target = "",
+    example: Any = None,
+    loss: LossLike = None,
+    tokenizer: Any = None,
+    batch_size: int = 32,
+    axes: AxisGraph | None = None,
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = silent,
+    **budget: Any,
+) -> tuple[nn.Module, Plan]:
+    """Prune a network in one call: trace it, measure importance, choose units, and cut it.
+
+    Args:
+        model: The network, changed in place; or a model's name or a run folder, which is loaded.
+        data: The data on which importance is measured: a ``DataLoader``, tensors (inputs, labels), a data set, a path,
+            strings, or a dict of such by name; more text domains carry over better to unseen ones. Methods that score
+            by weights alone need none.
+        method: One of ``regrow.methods.METHODS``.
+        keep: The fraction of the weights of linear layers and convolutions that stays (of a language model: of its
+            decoder's linear layers); ``None``: 0.8, unless there is a target.
+        target: An absolute budget instead of a fraction: ``"params=100M"``, ``"macs=2G"``, ``"bytes=200M"``,
+            ``"kv_cache=50M@4096"``, or ``"ms=120"`` of the example's pass on this device.
+        example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
+            ``None``: the first batch of the data.
+        loss: The loss of methods that measure gradients: a function (what the network returned, labels) → scalar, or
+            ``"classification"``, ``"next-token"``, ``"multi-label"``, ``"regression"``, ``"own"``; ``None``: what fits
+            the labels.
+        tokenizer: The tokenizer, for text; ``None``: ``model.tokenizer``.
+        batch_size: Examples per batch, where the data do not come in batches.
+        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+        settings: Settings of the method that differ from its defaults.
+        progress: Called with (batches done, batches in all, what is being done).
+        **budget: More fields of :class:`regrow.budget.Budget`: ``measure``, ``only``, ``exclude``, ``round_to``,
+            ``regular``.
+
+    Returns:
+        The same model, smaller, and the plan that was applied. A warning is issued for a source that had to be split.
+
+    Raises:
+        ValueError: If the method is unknown, the budget cannot be met, or there is nothing to trace or measure with.
+
+    >>> import torch
+    >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> net, plan = prune(net, (torch.randn(64, 4), torch.randint(2, (64,))), method="llm_pruner", keep=0.5)
+    >>> net[0].out_features
+    4
+    """
+    pruner = built(method, settings or {})
+    if target and keep is not None:
+        raise InputError(f"give keep or target, not both; got keep {keep:g} and target {target}")
+    share = 0.8 if keep is None else keep
+    limits = Budget(target=Target.parse(str(target)), **budget) if target else Budget(share, **budget)
+    if axes is not None:
+        example = axes.example
+    inputs = read_inputs(
+        model, data, example=example, loss=loss, tokenizer=tokenizer, batch_size=batch_size, progress=progress
+    )
+    net = inputs.model
+    if axes is None:
+        axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
+    limits = timed(net, axes, limits, progress=progress)
+    check_pruning(pruner, axes, limits, inputs.sources)
+    evidence = measured(net, axes, pruner, inputs.sources, progress, objective=inputs.objective)
+    for note in evidence.notes:
+        warnings.warn(note, stacklevel=2)
+    plan = plan_cut(pruner, net, axes, limits, evidence, progress=progress).plan
+    apply(net, axes, plan)
+    return net, plan

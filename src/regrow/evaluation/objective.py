@@ -1,0 +1,90 @@
+"""Loss and score of a network on a source, for any objective, with standard errors."""
+
+import math
+from dataclasses import dataclass
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from regrow.evaluation.forward import evaluating
+from regrow.objectives import NEXT_TOKEN, OWN, Objective, Score
+from regrow.progress import Progress, silent
+from regrow.sources import Source
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Loss and score of a network on a source.
+
+    Args:
+        source: The name of the source.
+        objective: The name of the objective.
+        loss: The mean loss per labelled position (of text: nats per token).
+        loss_error: The standard error of the loss over batches; NaN for a single batch.
+        metric: The name of the score.
+        score: The mean score per labelled position; higher is better.
+        score_error: The standard error of the score.
+        count: The number of labelled positions.
+    """
+
+    source: str
+    objective: str
+    loss: float
+    loss_error: float
+    metric: str
+    score: float
+    score_error: float
+    count: int
+
+    @property
+    def perplexity(self) -> float | None:
+        """The perplexity of a language model, e^loss; ``None`` for other objectives."""
+        return math.exp(min(self.loss, 700.0)) if self.objective == NEXT_TOKEN.name else None
+
+    def __str__(self) -> str:
+        loss = f"loss {self.loss:.4g}" + ("" if math.isnan(self.loss_error) else f" ± {self.loss_error:.2g}")
+        perplexity = "" if self.perplexity is None else f", perplexity {self.perplexity:.4g}"
+        score = f", {self.metric} {self.score:.4g} ± {self.score_error:.2g}" if self.objective != "own" else ""
+        return f"{self.source}: {loss}{perplexity}{score} ({self.count:,} examples)"
+
+
+def evaluate_objective(
+    model: nn.Module, source: Source, objective: Objective, *, progress: Progress = silent
+) -> Evaluation:
+    """Measure the loss and the score of a network on a source, one batch at a time.
+
+    Args:
+        model: The network; evaluated in eval mode, and in training mode if it returns its loss only there.
+        source: The data.
+        objective: What is measured.
+        progress: Called with (batches done, batches in all, description).
+
+    Raises:
+        ValueError: If the source is empty, or the loss cannot be computed.
+    """
+    total, rows = Score(), list[tuple[float, int]]()
+    with evaluating(model) as device:
+        if objective is OWN:
+            _set_loss_mode(model)
+        for done, batch in enumerate(source, start=1):
+            batch = batch.to(device)
+            output = model(*batch.args, **batch.kwargs)
+            n = batch.size
+            rows.append((float(objective.compute_loss(output, batch)), n))
+            total += objective.compute_score(output, batch)
+            progress(done, len(source), f"evaluating on {source.name}")
+    count = sum(n for _, n in rows)
+    if not count:
+        raise ValueError(f"source {source.name!r} has no labelled example; give one with labels")
+    mean = sum(loss * n for loss, n in rows) / count
+    k = len(rows)
+    squares = sum(((loss - mean) * n) ** 2 for loss, n in rows)
+    error = math.sqrt(k / (k - 1) * squares) / count if k > 1 else math.nan
+    return Evaluation(source.name, objective.name, mean, error, objective.metric, total.mean, total.error, count)
+
+
+def _set_loss_mode(model: nn.Module) -> None:
+    """Put a network in training mode, in which it returns its losses; normalisation and dropout stay in eval mode."""
+    for module in model.modules():
+        module.training = not isinstance(module, _BatchNorm | _DropoutNd)

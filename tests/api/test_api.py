@@ -1,0 +1,99 @@
+"""The Python interface: networks and data as users have them, for each kind of labels."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import regrow
+from regrow.errors import InputError
+
+
+def net(outputs: int) -> nn.Sequential:
+    """A small network with one hidden layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, outputs))
+
+
+INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(1))
+TARGETS = {
+    "classification": torch.arange(64) % 3,
+    "multi-label": (INPUTS[:, :3] > 0).float(),
+    "regression": INPUTS[:, :3] * 2,
+}
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+@pytest.mark.parametrize("method", ["flap", "llm_pruner", "magnitude"])
+def test_any_labels_prune_and_evaluate(kind, method):
+    data = DataLoader(TensorDataset(INPUTS, TARGETS[kind]), batch_size=16)
+    model, plan = regrow.prune(net(3), data, method=method, keep=0.5)
+    assert model[0].out_features == 8
+    assert plan.changes
+    found = regrow.evaluate(model, {"train": data})["train"]
+    assert (found.objective, found.count) == (kind, TARGETS[kind].numel() if kind != "classification" else 64)
+    outputs, labels = model(INPUTS).detach(), TARGETS[kind]
+    losses = {
+        "classification": nn.functional.cross_entropy,
+        "multi-label": nn.functional.binary_cross_entropy_with_logits,
+        "regression": nn.functional.mse_loss,
+    }
+    assert found.loss == pytest.approx(float(losses[kind](outputs, labels)), rel=1e-5)
+
+
+def test_a_loss_of_ones_own_ranks_the_units():
+    data = (INPUTS, TARGETS["regression"])
+    kept = [
+        regrow.prune(net(3), data, method="llm_pruner", keep=0.5, loss=loss)[1].changes
+        for loss in (None, nn.MSELoss(), lambda output, labels: (output[:, 0] - labels[:, 0]).abs().mean())
+    ]
+    assert kept[0] == kept[1] != kept[2]
+
+
+def test_a_network_that_returns_its_own_loss():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net(3)
+
+        def forward(self, inputs, targets=None):
+            out = self.body(inputs)
+            return {"loss": ((out - targets) ** 2).mean()} if targets is not None else out
+
+    batch = {"inputs": INPUTS, "targets": TARGETS["regression"]}
+    found = regrow.evaluate(Own(), [regrow.Batch((), batch)])["data"]
+    assert found.objective == "own"
+    assert found.loss == pytest.approx(float(((net(3)(INPUTS) - TARGETS["regression"]) ** 2).mean()), rel=1e-5)
+
+
+def test_recovery_lowers_what_was_lost():
+    dense = net(3)
+    small, plan = regrow.prune(copy.deepcopy(dense), INPUTS, keep=0.4)
+    lost = torch.dist(small(INPUTS), dense(INPUTS))
+    regrow.recover(small, dense, plan, INPUTS, by="refit", batch_size=16)
+    assert torch.dist(small(INPUTS), dense(INPUTS)) < 0.9 * lost
+
+
+def test_a_saved_network_is_a_model(tmp_path):
+    model, _ = regrow.prune(net(3), INPUTS, keep=0.5)
+    regrow.save(model, tmp_path / "saved", example=INPUTS[:2])
+    loaded = regrow.load(tmp_path / "saved", model=lambda: net(3))
+    assert torch.equal(loaded(INPUTS), model(INPUTS))
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: regrow.prune(net(3)), "no input to run the network with; give example="),
+        (lambda: regrow.prune(3, INPUTS), "model must be a torch.nn.Module"),
+        (lambda: regrow.prune(net(3), example=7), "example must be a tensor"),
+        (lambda: regrow.prune(net(3), INPUTS, keep=0.5, target="params=100"), "keep or target, not both"),
+        (lambda: regrow.evaluate(net(3), None), "no input to run the network with"),
+        (lambda: regrow.evaluate(net(3), INPUTS), "no labels"),
+    ],
+)
+def test_mistaken_calls_name_the_remedy(call, words):
+    with pytest.raises(InputError, match=words):
+        call()
