@@ -21,11 +21,11 @@ from regrow.cli.show import show
 _CODES = "\n".join(f"  {code:<5}{meaning}" for code, meaning in boundary.EXIT_CODES.items())
 EPILOG = f"""\b
 Start with
-  regrow show smollm2-135m                     what can be cut, and what a unit costs
+  regrow show smollm2-135m                     which axes can be cut, and what one unit costs
   regrow prune smollm2-135m --keep 0.9 --source news --source code --out RUN
-  regrow evaluate RUN --source news            perplexity of the result
-  regrow chat smollm2-135m RUN                 before and after, side by side
-  regrow export RUN --to gguf --out m.gguf     the result for llama.cpp; or for transformers, onnxruntime
+  regrow evaluate RUN --source news            perplexity of the pruned model
+  regrow chat smollm2-135m RUN                 chat with the original and the pruned model, side by side
+  regrow export RUN --to gguf --out m.gguf     a file for llama.cpp; also for transformers and onnxruntime
 
 \b
 Exit codes
@@ -36,7 +36,7 @@ Exit codes
 @click.group(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="regrow")
 def regrow() -> None:
-    """Change the shape of trained networks, exactly: prune, grow and search on one shared core."""
+    """Prune, grow and search trained networks."""
 
 
 for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export, compare, report, settings, methods):

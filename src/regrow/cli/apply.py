@@ -13,14 +13,14 @@ from regrow.cli.screen import say, working
 @click.command(cls=Verb, name="apply", epilog=flags.MODEL_HELP)
 @click.argument("plan", type=options.PATH)
 @click.argument("model")
-@click.option("--out", required=True, type=options.PATH, help="Where the changed model goes.")
+@click.option("--out", required=True, type=options.PATH, help="The folder to write the changed model to.")
 @options.code
 @flags.dtype
 @flags.input_shape
 def apply(plan: Path, model: str, out: Path, code: str, dtype: str, input: str) -> None:
     """Apply PLAN (a plan from `prune --dry-run`, or a run's ledger.json) to MODEL and save the result.
 
-    Plans may cut, grow and restore; a plan that restores needs the ledger that holds the cut as well.
+    A plan may cut, grow or restore units. To restore, pass the ledger.json that also holds the cut.
     """
     from regrow.commands.models import ModelSpec, load_model_or_run
     from regrow.ledger import Ledger, replay

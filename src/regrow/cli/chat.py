@@ -11,11 +11,11 @@ from regrow.cli.screen import beside, say, working
 
 EPILOG = """\b
 Examples
-  regrow chat RUN                              talk to the result
-  regrow chat smollm2-135m RUN                 before and after, side by side
-  regrow chat RUN --prompt "What is a river?"  one answer, and out
+  regrow chat RUN                              chat with the result of a run
+  regrow chat smollm2-135m RUN                 the original and the pruned model, side by side
+  regrow chat RUN --prompt "What is a river?"  print one answer and exit
 
-End with an empty line or Ctrl-D. /new forgets what was said.
+End with an empty line or Ctrl-D. /new starts a new conversation.
 """
 
 
@@ -25,12 +25,16 @@ _NO_TOKENIZER = "has no tokenizer, which chat needs; name a language model, for 
 @click.command(cls=Verb, epilog=EPILOG)
 @click.argument("model")
 @click.argument("other", required=False)
-@click.option("--prompt", help="Ask this, and end.")
-@click.option("--longest", default=256, show_default=True, type=click.IntRange(min=1), help="Tokens of an answer.")
+@click.option("--prompt", help="Print the answer to this one message, and exit.")
+@click.option("--longest", default=256, show_default=True, type=click.IntRange(min=1), help="Most tokens of an answer.")
 @click.option(
-    "--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0 takes the likeliest token."
+    "--temperature",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(min=0),
+    help="Sampling temperature; 0: always the likeliest token.",
 )
-@click.option("--seed", default=0, show_default=True, type=int, help="Of what is drawn at a temperature above 0.")
+@click.option("--seed", default=0, show_default=True, type=int, help="Random seed of sampling.")
 @flags.dtype
 @flags.device
 def chat(
@@ -43,7 +47,10 @@ def chat(
     dtype: str,
     device: str,
 ) -> None:
-    """Talk to MODEL, and to OTHER beside it: run folders, or anything that `regrow prune` takes."""
+    """Chat with MODEL, or with MODEL and OTHER side by side.
+
+    Each is a run folder, or any model that `regrow prune` takes.
+    """
     from regrow import store
     from regrow.commands.models import ModelSpec, load_model_or_run
     from regrow.evaluation.replies import reply

@@ -12,9 +12,9 @@ from regrow.cli.screen import say
 
 @click.command(cls=Verb, needs="regrow.reports")
 @click.argument("runs", nargs=-1, required=True, type=options.PATH)
-@click.option("--out", default="comparison.html", show_default=True, type=options.PATH, help="The page.")
+@click.option("--out", default="comparison.html", show_default=True, type=options.PATH, help="The HTML file to write.")
 def compare(runs: tuple[Path, ...], out: Path) -> None:
-    """Put two or more RUNS side by side on one page, and print the table."""
+    """Compare two or more RUNS on one HTML page, and print the table."""
     from regrow.reports import summarise, to_markdown, write_page
     from regrow.store.outputs import PAGES, check_output, write_output
 

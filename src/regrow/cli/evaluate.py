@@ -13,10 +13,10 @@ from regrow.settings.evaluate import Settings
 
 
 @click.command(cls=Verb, settings=Settings)
-@click.option("--json", "json_file", type=options.PATH, help="Also write everything to this file.")
+@click.option("--json", "json_file", type=options.PATH, help="Also write all results to this JSON file.")
 @options.code
 def evaluate(given: Given[Settings], json_file: Path | None, code: str) -> None:
-    """Evaluate MODEL: a run folder, or anything that `regrow prune` takes. Uses the evaluation half of each source."""
+    """Measure quality, size and speed of MODEL, on the evaluation half of each source."""
     settings = given.build()
     options.check_json(json_file, settings.model, *settings.choices, *settings.harness, *settings.sources)
     options.say_code(settings.model, code)
@@ -39,7 +39,7 @@ def evaluate(given: Given[Settings], json_file: Path | None, code: str) -> None:
     say(f"{number(size['parameters'])} parameters, {number(size['bytes'])} bytes in {size['dtype']}")
     rows = [(p["source"], number(p["ppl"]), number(p["ppl_error"], 2), p["tokens"]) for p in result["perplexity"]]
     if rows:
-        table("Perplexity", ("kind", "perplexity", "± se", "tokens"), rows, numbers=(1, 2, 3))
+        table("Perplexity", ("source", "perplexity", "± se", "tokens"), rows, numbers=(1, 2, 3))
     for row in result["choices"]:
         whole, by_length = (
             f"{row[key]:.3f} ± {row[f'error{key[8:]}']:.3f}" for key in ("accuracy", "accuracy_per_byte")

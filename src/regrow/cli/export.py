@@ -10,11 +10,11 @@ from regrow.cli.screen import number, say, working
 
 EPILOG = """\b
 Formats
-  transformers   a folder for from_pretrained where regrow is not installed; irregular widths carry a small file of
-                 code (trust_remote_code=True), networks whose layers are all alike need none
-  gguf           a file for llama.cpp; f16 unless told: --dtype f32, bf16, q8_0, q6_k
-  onnx           a file for onnxruntime; --dtype int8 quantises its weights, --cache makes one for generating text
-  torchvision    a state_dict and a file that builds an image network with torchvision
+  transformers   a folder that from_pretrained loads without regrow; if layers differ in width, it contains a small
+                 modelling file and loads with trust_remote_code=True
+  gguf           a file for llama.cpp; --dtype f16 (default), f32, bf16, q8_0 or q6_k
+  onnx           a file for onnxruntime; --dtype int8 quantises the weights, --cache adds a key-value cache
+  torchvision    a state_dict, and a Python file that builds the network with torchvision
 
 \b
 Examples
@@ -25,14 +25,14 @@ Examples
 
 @click.command(cls=Verb, epilog=EPILOG)
 @click.argument("run")
-@click.option("--to", required=True, metavar="FORMAT", help="transformers, gguf, onnx or torchvision.")
+@click.option("--to", required=True, metavar="FORMAT", help="The format: transformers, gguf, onnx or torchvision.")
 @click.option("--out", required=True, type=options.PATH, help="The file or folder to write.")
-@click.option("--dtype", default="", metavar="DTYPE", help="What weights are stored in; see below.")
+@click.option("--dtype", default="", metavar="DTYPE", help="Number format of the weights; see below.")
 @options.code
 @flags.input_shape
-@click.option("--cache", is_flag=True, help="For onnx: a graph that takes and gives keys and values.")
+@click.option("--cache", is_flag=True, help="For onnx: a graph with a key-value cache, for generating text.")
 def export(run: str, to: str, out: Path, dtype: str, cache: bool, code: str, input: str) -> None:
-    """Export RUN (a run folder, or any model that `regrow prune` takes), and check what was written by reading it."""
+    """Export RUN (a run folder, or any model that `regrow prune` takes), and check the written file by loading it."""
     from regrow.export.formats import export_model
 
     options.say_code(run, code)

@@ -18,7 +18,7 @@ from regrow.settings.words import build_settings, parse_pairs
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-_CONFIG = "Settings in a TOML or YAML file, by the names of options; options that are given here count."
+_CONFIG = "TOML or YAML file of settings, named like the options; options on the command line take precedence."
 _METAVARS = {str: "TEXT", int: "INTEGER", float: "FLOAT"}
 
 Settings = TypeVar("Settings", bound="DataclassInstance")

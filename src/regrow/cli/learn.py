@@ -20,34 +20,36 @@ EPILOG = """\b
 Examples
   regrow learn permuted:digits:5 --method sparsegrow --out RUN
   regrow learn split:fashion/:5 --scenario class --method replay --set memory=500 --out RUN
-  regrow learn --resume RUN --task rotated:digits:3          tasks that came later
+  regrow learn --resume RUN --task rotated:digits:3          add tasks to a finished run
 """
-RESUME = "Going on with a run"
+RESUME = "Resuming a run"
 
 
 @click.command(cls=Verb, resumed=("resume", "out"), settings=Settings, instead="resume", epilog=EPILOG)
 @options.run_folder()
-@click.option("--resume", type=options.PATH, help="Go on with the run of this folder.", cls=Flag, heading=RESUME)
+@click.option(
+    "--resume", type=options.PATH, help="Resume the run in this folder, or add tasks to it.", cls=Flag, heading=RESUME
+)
 @click.option(
     "--task",
     "more",
     multiple=True,
     metavar="TASKS",
-    help="With --resume: what it is to learn now.",
+    help="With --resume: further sequences of tasks to learn. Repeatable.",
     cls=Flag,
     heading=RESUME,
 )
 @click.option(
     "--total",
     type=int,
-    help="With --resume: how many sequences of tasks the run has in the end; to learn the same sequence once more.",
+    help="With --resume: the total number of task sequences after this call; allows a sequence to be learned again.",
     cls=Flag,
     heading=RESUME,
 )
 @click.option(
     "--without-old",
     is_flag=True,
-    help="With --resume: data of tasks that are over may be gone; what is still known of those is not measured then.",
+    help="With --resume: continue if data of earlier tasks are missing; accuracy on those tasks is then not measured.",
     cls=Flag,
     heading=RESUME,
 )
@@ -59,24 +61,21 @@ def learn(
     without_old: bool,
     total: int | None,
 ) -> None:
-    """Learn TASKS one after the other, and leave a folder with the network, the accuracy matrix and every plan."""
+    """Train a network on TASKS in sequence; writes a folder with the network, the accuracy matrix and every plan."""
     if resume:
         if "tasks" in given.values or out:
             raise click.UsageError(
-                "--resume goes on in its own folder, so leave out TASKS and --out, and name tasks with --task"
+                "--resume writes to the folder of its run; leave out TASKS and --out, and give new tasks with --task"
             )
         if given.options:
-            raise click.UsageError(
-                f"--resume goes on with the settings of its run; leave out {', '.join(given.options)}"
-            )
+            raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
         from regrow.commands.learn import extend
 
         train = partial(extend, resume, more, without_old=without_old, total=total)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
-                "--task, --total and --without-old are of a run that goes on, with --resume RUN; a new run names TASKS "
-                "alone"
+                "--task, --total and --without-old need --resume RUN; for a new run, give the tasks as TASKS"
             )
         settings = given.build()
         options.say_code(settings.method)
@@ -86,14 +85,14 @@ def learn(
 
         train = partial(run, settings, out)
     folder = run_with_page("network", train, _tell)
-    say(f"further tasks: regrow learn --resume {folder.path} --task TASKS")
+    say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
 
 
 def _tell(folder: "RunFolder") -> None:
     rows = folder.metrics()
     matrix = folder.last("matrix")
     sizes = {row["task"]: row for row in rows if row["what"] == "task"}
-    shown = [  # of tasks that came later, earlier rows tell nothing
+    shown = [  # earlier rows have no entries for tasks that were added later
         ["–" if value is None else f"{100 * value:.1f}" for value in row] + [""] * (len(matrix["tasks"]) - len(row))
         for row in matrix["matrix"]
     ]
@@ -108,12 +107,12 @@ def _tell(folder: "RunFolder") -> None:
     )
     names = (
         ("final average accuracy", "average", ".3f"),
-        ("along the way", "average_along", ".3f"),
+        ("average during learning", "average_along", ".3f"),
         ("learning accuracy", "learning", ".3f"),
         ("forgetting", "forgetting", ".3f"),
         ("backward transfer", "backward_transfer", "+.3f"),
         ("forward transfer", "forward_transfer", "+.3f"),
     )
     for row in [row for row in rows if row["what"] == "gone"][-1:]:
-        say(f"note: not there any more, and not asked: {', '.join(row['tasks'])}")
+        say(f"note: data are missing, so accuracy was not measured on {', '.join(row['tasks'])}")
     say(", ".join(f"{words} {matrix[name]:{form}}" for words, name, form in names if matrix[name] is not None))

@@ -15,7 +15,7 @@ _COMMANDS = {"pruning": "prune", "recovery": "recover", "continual": "learn", "s
 @click.command(cls=Verb, needs="regrow.methods")
 @click.argument("name", required=False)
 def methods(name: str | None) -> None:
-    """List the methods, or explain NAME: what it does, its settings, whom to cite."""
+    """List all methods, or explain method NAME: what it does, its settings, its citation."""
     from regrow.methods import TABLES, MethodKind, added_methods, find_method
 
     added = added_methods()

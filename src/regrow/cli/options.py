@@ -39,8 +39,8 @@ code = click.option(
     "--code",
     default="",
     metavar="PKG:FN",
-    help="The function that builds the network of a run folder, where your own code does. It is run; names that files "
-    "give never are.",
+    help="The function that builds the network, for a run folder whose network your own code builds. It is imported "
+    "and called; code named in the folder's files is never run.",
 )
 
 
@@ -51,7 +51,10 @@ def run_folder(*, required: bool = False) -> Decorator:
         required: Whether the command needs it.
     """
     return click.option(
-        "--out", type=PATH, help="The run folder. The same command resumes a stopped run.", required=required
+        "--out",
+        type=PATH,
+        help="The run folder to write. If the run was stopped, the same command resumes it.",
+        required=required,
     )
 
 

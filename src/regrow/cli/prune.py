@@ -29,11 +29,11 @@ Examples
 
 @click.command(cls=Verb, resumed=("out",), settings=Settings, instead="again", epilog=EPILOG)
 @options.run_folder()
-@click.option("--dry-run", type=options.PATH, help="Only write the plan to this file; `regrow apply` runs it.")
+@click.option("--dry-run", type=options.PATH, help="Only write the plan to this JSON file; `regrow apply` applies it.")
 @options.code
-@click.option("--again", type=options.PATH, help="Repeat the run of this folder with its settings.")
+@click.option("--again", type=options.PATH, help="Repeat the run in this folder, with its settings.")
 def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again: Path | None, code: str) -> None:
-    """Prune MODEL to a fraction of its weights and leave a folder that loads, with a page that says what was lost."""
+    """Prune MODEL to a fraction of its weights; writes a folder with the model and a report of the loss in quality."""
     if code and not again:
         raise click.UsageError(f"--code is for --again; name the function in the place of MODEL: regrow prune {code}")
     if again and given.options:
@@ -66,7 +66,7 @@ def _write_plan(settings: Settings, path: Path) -> None:
     for note in plan.origin.get("notes", ()):
         say(f"note: {note}")
     say(f"plan written to {path}: {len(plan.changes)} axes change")
-    say(f"run it with `regrow apply {path} {settings.model} --out FOLDER`")
+    say(f"apply it with `regrow apply {path} {settings.model} --out FOLDER`")
 
 
 def _again(folder: Path, code: str) -> Settings:
@@ -103,7 +103,7 @@ def _tell(folder: "RunFolder") -> None:
             predicted = f" ({number(row['predicted'])} predicted)" if "predicted" in row else ""
             say(
                 f"{row['measure']}{context}: {number(row['after'])}{predicted}, of {number(row['before'])}; "
-                f"asked for at most {number(row['asked'])}"
+                f"allowed at most {number(row['asked'])}"
             )
     quality = {(row["model"], row["source"]): row for row in rows if row["what"] == "perplexity"}
     lines = [
@@ -113,7 +113,10 @@ def _tell(folder: "RunFolder") -> None:
     ]
     if lines:
         table(
-            "Perplexity on the evaluation half of each kind", ("kind", "dense", "pruned", ""), lines, numbers=(1, 2, 3)
+            "Perplexity on the evaluation half of each source",
+            ("source", "dense", "pruned", ""),
+            lines,
+            numbers=(1, 2, 3),
         )
     shares = {(row["model"], row["task"]): row for row in rows if row["what"] == "choice"}
     for (model, task), row in shares.items():

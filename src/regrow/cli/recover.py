@@ -26,7 +26,7 @@ BEFORE = ("dense", "pruned")
 @run_command(Settings, EPILOG)
 @options.code
 def recover(given: Given[Settings], code: str, out: Path) -> None:
-    """Recover the model of RUN on the sources of its pruning run."""
+    """Recover quality that pruning lost: train the model of RUN on the sources of its pruning run."""
     from regrow.commands.recover import run
 
     settings = given.build()
@@ -61,8 +61,10 @@ def tell(folder: "RunFolder") -> None:
         kind = f"{name} ({'seen' if row.get('seen') else 'unseen'})"
         lines.append((kind, *(number(one["ppl"]) for one in (dense, pruned, row)), share))
     if lines:
-        title = "Perplexity on the evaluation half of each kind, and the share of the lost log-perplexity won back"
-        table(title, ("kind", "dense", "pruned", "recovered", "won back"), lines, numbers=(1, 2, 3, 4))
+        title = (
+            "Perplexity on the evaluation half of each source, and the fraction of the lost log-perplexity recovered"
+        )
+        table(title, ("source", "dense", "pruned", "recovered", "fraction"), lines, numbers=(1, 2, 3, 4))
     shares = {(row.get("model"), row.get("task")): row for row in rows if row["what"] == "choice"}
     for (model, task), row in shares.items():
         if model == "recovered":
@@ -73,6 +75,6 @@ def tell(folder: "RunFolder") -> None:
                 missing[task] = f"the {' and the '.join(lacking)} model on {task}"
     if missing:
         say(
-            f"note: metrics.jsonl has no figures of {', '.join(missing.values())}, so these are not compared; restore "
-            "the file of the pruning run, or measure them with `regrow evaluate`"
+            f"note: metrics.jsonl has no measurement of {', '.join(missing.values())}, so these are not compared; "
+            "restore the file of the pruning run, or measure them with `regrow evaluate`"
         )

@@ -13,10 +13,10 @@ from regrow.cli.screen import say
 
 @click.command(cls=Verb, needs="regrow.reports")
 @click.argument("run", type=options.PATH)
-@click.option("--out", type=options.PATH, help="The page; RUN/report.html, unless given.")
-@click.option("--markdown", is_flag=True, help="Print it as Markdown instead.")
+@click.option("--out", type=options.PATH, help="The HTML file to write; default: RUN/report.html.")
+@click.option("--markdown", is_flag=True, help="Print the report as Markdown instead.")
 def report(run: Path, out: Path | None, markdown: bool) -> None:
-    """Write the page of RUN again: one file, no connection needed."""
+    """Write the report page of RUN: one HTML file that needs no network."""
     from regrow.reports import summarise, to_markdown, write_page
     from regrow.store.outputs import PAGES, check_output, write_output
 

@@ -25,10 +25,9 @@ Examples
 
 @run_command(Settings, EPILOG)
 def search(given: Given[Settings], out: Path) -> None:
-    """Search SPACE for a network that fits the target, train it, and leave a folder with it and how it was found.
+    """Search SPACE for a network within the target size and train it; writes a folder with the network and a report.
 
-    The training examples are split into a part that is learned from and one that is only watched; the test set
-    is read once, at the end.
+    A part of the training examples is held out for validation; the test set is used once, at the end.
     """
     settings = given.build()
     options.say_code(settings.space, settings.method)
@@ -44,17 +43,17 @@ def _tell(folder: "RunFolder") -> None:
 
     found, tested, levels = map(folder.last, ("found", "test", "levels"))
     table(
-        "What each level left out",
-        ["level", "left out"],
+        "Size removed on each level",
+        ["level", "removed"],
         [[level, number(round(saved))] for level, saved in levels["saved"].items()],
         numbers=(1,),
     )
     after = " after training" if folder.run()["settings"]["retrain"] else ""
     say(
         f"{number(found['parameters'])} parameters ({number(found['nonzero'])} nonzero), "
-        f"{number(found.get('macs'))} MACs of an image, {number(found.get('bytes'))} bytes; "
-        f"validation {found['accuracy']:.3f} as the search left it; "
-        f"test{after} {tested['accuracy']:.3f} on {tested['images']} images"
+        f"{number(found.get('macs'))} MACs per image, {number(found.get('bytes'))} bytes; "
+        f"validation accuracy {found['accuracy']:.3f} after the search; "
+        f"test accuracy{after} {tested['accuracy']:.3f} on {tested['images']} images"
     )
     (told,) = summarise([folder.path])["runs"]
     for note in [*alarms(told), *filter(None, [explain_unsearched(told)])]:

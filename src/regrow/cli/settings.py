@@ -30,9 +30,9 @@ Examples
 
 @click.command(cls=Verb, epilog=EPILOG)
 @click.argument("run", type=options.PATH)
-@click.option("--out", type=options.PATH, help="The file, TOML or YAML by its suffix; printed as TOML, unless given.")
+@click.option("--out", type=options.PATH, help="The file to write, .toml or .yaml; default: print as TOML.")
 def settings(run: Path, out: Path | None) -> None:
-    """Write the settings of RUN as a file for --config. Names of your own code stay out of it."""
+    """Write the settings of RUN to a file for --config. Names of your own code are left out."""
     from regrow.store.outputs import check_output, write_output
     from regrow.store.run_record import convert_settings
 

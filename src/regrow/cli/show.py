@@ -12,16 +12,16 @@ from regrow.cli.screen import number, say, table, working
 
 @click.command(cls=Verb, epilog=flags.MODEL_HELP)
 @click.argument("model")
-@click.option("--json", "json_file", type=options.PATH, help="Also write everything to this file.")
-@click.option("--all", "everything", is_flag=True, help="List frozen axes one by one, not by reason.")
-@click.option("--branches", is_flag=True, help="Also list the modules that can be dropped whole.")
+@click.option("--json", "json_file", type=options.PATH, help="Also write the whole inventory to this JSON file.")
+@click.option("--all", "everything", is_flag=True, help="List every frozen axis, instead of one row per reason.")
+@click.option("--branches", is_flag=True, help="Also list the modules that can be removed as a whole.")
 @options.code
 @flags.dtype
 @flags.input_shape
 def show(
     model: str, json_file: Path | None, everything: bool, branches: bool, code: str, dtype: str, input: str
 ) -> None:
-    """Show what can be cut in MODEL, what a unit of it costs, and why the rest is frozen."""
+    """List the axes of MODEL: which can be cut, what one unit costs, and why the others are frozen."""
     from regrow.allocation.inventory import inventory
     from regrow.commands.models import ModelSpec, load_model_or_run
     from regrow.nets.examples import written_shape

@@ -44,7 +44,10 @@ def import_object(name: str) -> Any:
     try:
         return _run(partial(_attribute, module_name, attribute))
     except ImportError as error:
-        raise ModelError(f"{name}: cannot import {module_name!r} ({first_line(error)})") from None
+        raise ModelError(
+            f"{name}: cannot import {module_name!r} ({first_line(error)}); modules are searched in the current folder "
+            "and among installed packages, and named without .py, for example mynets:tiny"
+        ) from None
     except AttributeError as error:
         raise ModelError(f"{name}: {first_line(error)}; mend the function, or name another") from None
     except Exception as error:

@@ -15,21 +15,21 @@ class Settings:
 
     # fmt: off
     model: Annotated[str, Setting(
-        "A run folder, or anything that `regrow prune` takes.",
+        "A run folder, or any model that `regrow prune` takes.",
         argument=True, code=True, example="RUN",
     )]
     sources: Sources = ()
     choices: Annotated[tuple[str, ...], Setting(
-        "Multiple-choice items, JSON lines (.gz).",
+        "A file of multiple-choice items, one JSON object per line (.jsonl[.gz]). Repeatable.",
         metavar="PATH", group=TASKS, path=True,
     )] = ()
     harness: Annotated[tuple[str, ...], Setting(
-        "Let EleutherAI's lm-eval run one of its tasks (arc_easy; it fetches the data), or a file of items as for "
-        "--choices, on which it fetches nothing.",
+        "A task of EleutherAI's lm-eval (arc_easy), which downloads its data, or a file of items as for --choices, "
+        "which needs no network. Repeatable.",
         metavar="TASK|FILE", group=TASKS,
     )] = ()
-    items: Annotated[int, Setting("How many items of each file or task.", group=TASKS, range=Range(1, MANY))] = 200
-    speed: Annotated[bool, Setting("Also time a forward pass.")] = False
+    items: Annotated[int, Setting("Number of items per file or task.", group=TASKS, range=Range(1, MANY))] = 200
+    speed: Annotated[bool, Setting("Also measure the time of a forward pass.")] = False
     eval_tokens: EvalTokens = 2048
     seq_len: SeqLen = 256
     dtype: Dtype = ""

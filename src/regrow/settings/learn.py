@@ -15,32 +15,36 @@ class Settings:
     tasks: Annotated[tuple[str, ...], Setting(
         "Sequences of tasks, one after the other: permuted:DATA:10, rotated:DATA:10, split:DATA:5, or DATA for a "
         "single task. DATA is digits (scikit-learn's), a folder with the four files of MNIST or Fashion-MNIST, or "
-        "one with images in train/CLASS/… and test/CLASS/…; all get the size and colours of the first task.",
+        "one with images in train/CLASS/… and test/CLASS/…; all images get the size and channels of the first task.",
         argument=True, example="permuted:digits:5 --out RUN",
     )]
     model: Annotated[str, Setting(
-        "mlp:100-100 (hidden widths), resnet:16-3 (width, stages), resnet-gn:16-3 (with GroupNorm).",
+        "The network: mlp:100-100 (hidden widths), resnet:16-3 (width, stages), resnet-gn:16-3 (with GroupNorm).",
         code=True, shown=True,
     )] = "mlp:100-100"
-    method: Annotated[str, Setting("What learns: see `regrow methods`.", code=True, shown=True)] = "sparsegrow"
+    method: Annotated[str, Setting(
+        "The continual-learning method; `regrow methods` lists all.",
+        code=True, shown=True,
+    )] = "sparsegrow"
     method_settings: MethodSettings = field(default_factory=dict)
     scenario: Annotated[str, Setting(
-        "Predict among all classes, those seen so far, or those of the task, if it is known at evaluation.",
+        "Classes that a prediction chooses among: all (domain), those of the tasks seen so far (class), or those of "
+        "the example's task, which is then given at evaluation (task).",
         choices=("domain", "class", "task"),
     )] = "domain"
     epochs: Annotated[int, Setting("Passes over each task.", group=TRAINING, range=Range(1, 10**6))] = 5
     batch_size: BatchSize = 64
-    optimizer: Annotated[str, Setting("What makes the steps.", group=TRAINING, choices=("sgd", "adamw"))] = "sgd"
+    optimizer: Annotated[str, Setting("The optimizer.", group=TRAINING, choices=("sgd", "adamw"))] = "sgd"
     lr: LearningRate = 0.01
     weight_decay: WeightDecay = 0.0
     train: Train = 0
     test: Test = 0
     classes: Annotated[int, Setting(
-        "Outputs at least, beside those of the tasks; classes of tasks that come later need some.",
+        "Least number of outputs; reserve some for the classes of tasks that are added with --resume.",
         range=Range(0, 2**16),
     )] = 0
     precision: Annotated[str, Setting(
-        "What losses are taken in; weights stay in float32.",
+        "Number format of the forward pass; weights stay in float32.",
         group=TRAINING, choices=("float32", "bfloat16"),
     )] = "float32"
     seed: Seed = 0

@@ -22,81 +22,81 @@ class Settings:
         "torchvision name (resnet18), or a Python callable pkg.mod:fn.",
         argument=True, code=True, example="smollm2-135m --keep 0.9 --out RUN",
     )]
-    method: Annotated[str, Setting("What decides: see `regrow methods`.", code=True, shown=True)] = "flap"
+    method: Annotated[str, Setting("The pruning method; `regrow methods` lists all.", code=True, shown=True)] = "flap"
     method_settings: Annotated[Mapping[str, Any], Setting(
-        "A setting of the method (`regrow methods NAME`).",
+        "A setting of the method; `regrow methods NAME` lists them. Repeatable.",
         option="--set", metavar="NAME=VALUE", parts=(("base", Setting(
-            "What gprune wraps: flap (default), wanda_sp, llm_pruner or magnitude.",
+            "The base metric of method gprune: flap (default), wanda_sp, llm_pruner or magnitude.",
             option="--base", metavar="METHOD",
         )),),
     )] = field(default_factory=dict)
     keep: Annotated[float | None, Setting(
-        "The fraction that stays, of the weights of a decoder's linear layers (image models: convolutions and "
-        "linear layers).",
+        "The fraction of weights to keep, counted in the linear layers of a decoder (image models: in convolutions "
+        "and linear layers).",
         metavar="FRACTION", group=AMOUNT, range=Range(0, 1, above=True), one_of="how much stays",
     )] = 0.8
     measure: Annotated[str, Setting(
-        "What --keep counts.",
+        "The quantity of which --keep is a fraction.",
         group=AMOUNT, choices=("params", "macs", "bytes", "kv_cache", "ms"),
     )] = "params"
     target: Annotated[str, Setting(
-        "What stays at most, instead of --keep: params=100M (all parameters), macs=2G (dense, of one example), "
-        "bytes=200M (of the file, in the dtype it is loaded in), kv_cache=50M@4096 (bytes of keys and values at "
-        "4096 tokens), ms=120 or ms=120@512 (a pass of so many tokens, measured on this device).",
+        "The largest allowed size, instead of --keep: params=100M (all parameters), macs=2G (of one example), "
+        "bytes=200M (of the weight file, in the dtype given by --dtype), kv_cache=50M@4096 (bytes of the key-value "
+        "cache at 4096 tokens), ms=120 or ms=120@512 (a forward pass, of 512 tokens, measured on this device).",
         metavar="UNIT=AMOUNT", group=AMOUNT, example="bytes=200M", one_of="how much stays", absent="",
     )] = ""
     regular: Annotated[bool, Setting(
-        "One width per kind of axis in all blocks, as an ordinary model has; each block keeps its own best units.",
+        "Give every block the same widths, as in an ordinary model; which units each block keeps is still its own.",
         group=AMOUNT, absent=False,
     )] = False
     sources: Sources = ()
     unseen: Annotated[tuple[str, ...], Setting(
-        "A kind to evaluate on only.",
+        "A text domain to evaluate on but not to calibrate on. Repeatable.",
         metavar="NAME[=PATH]", group=DATA, source=True,
     )] = ()
     only: Annotated[tuple[str, ...], Setting(
-        "Cut only where every tensor's name fits (mlp, layers.1*).",
+        "Cut only axes whose tensor names all match this pattern (mlp, layers.1*). Repeatable.",
         metavar="PATTERN", group=WHERE,
     )] = ()
     exclude: Annotated[tuple[str, ...], Setting(
-        "Leave out where any tensor's name fits.",
+        "Leave uncut every axis with a tensor name that matches this pattern. Repeatable.",
         metavar="PATTERN", group=WHERE,
     )] = ()
     marks: Annotated[tuple[str, ...], Setting(
-        "Cut axes of this kind (see `regrow show`); folded takes in a residual width. Repeat it for several.",
+        "Also cut axes with this mark (`regrow show` lists marks); folded includes the residual width. Repeatable.",
         option="--mark", group=WHERE, choices=("neutral", "competed", "folded", "restated"),
     )] = ("neutral",)
     round_to: Annotated[int, Setting(
-        "Widths are multiples of this (8, 64), where an axis has so many units; the budget still holds.",
+        "Make widths multiples of this number (8, 64) where an axis has that many units; the budget still holds.",
         option="--round", group=AMOUNT, range=Range(1, 2**20), example="8",
     )] = 1
     seed: Annotated[int, Setting(
-        "Which windows are drawn, and the seed of methods that have one; the same seed, the same plan.",
+        "Random seed of the text windows and of the method; the same seed gives the same plan.",
         group=DATA, range=SEED,
     )] = 0
     dtype: Dtype = ""
     device: Device = "cpu"
     input: Input = ""
     tokens: Annotated[int, Setting(
-        "Calibration tokens per source; or images.",
+        "Tokens (image models: images) per source to calibrate on.",
         group=DATA, range=Range(1, MANY),
     )] = 4096
     eval_tokens: EvalTokens = 2048
     seq_len: SeqLen = 256
     finetune: Annotated[int, Setting(
-        "Epochs of fine-tuning after the cut (image models).",
+        "Epochs of fine-tuning after pruning (image models).",
         group=AFTER, range=Range(0, 10**6), example="1",
     )] = 0
     recover: Annotated[str, Setting(
-        "Win back what was lost: bias, refit, lora or distil.",
+        "Recover quality after pruning by this method: bias, refit, lora or distil.",
         metavar="NAME", group=AFTER, code=True, absent="",
     )] = ""
     recover_tokens: Annotated[int, Setting(
-        "Tokens (or images) that --recover learns from, of all sources together.",
+        "Tokens (image models: images) that --recover trains on, over all sources together.",
         group=AFTER, range=Range(1, MANY), absent=32768,
     )] = 32768
     proof: Annotated[bool, Setting(
-        "Skip the proof that masked = shrunk (it needs 16 bytes per parameter).",
+        "Skip the check that the cut model computes what the masked one computes (it needs 16 bytes per parameter).",
         option="--no-verify", group=AFTER,
     )] = True
     # fmt: on

@@ -13,16 +13,19 @@ class Settings:
 
     # fmt: off
     run: Annotated[str, Setting(
-        "The folder of a finished pruning run, or of a run that recovered one; it is only read.",
+        "The folder of a finished pruning run, or of an earlier recovery of one; it is not changed.",
         argument=True, path=True, example="RUN --by refit --out RUN2",
     )]
-    by: Annotated[str, Setting("bias, refit, lora or distil: see `regrow methods NAME`.", code=True, example="refit")]
+    by: Annotated[str, Setting(
+        "The recovery method: bias, refit, lora or distil; `regrow methods NAME` explains one.",
+        code=True, example="refit",
+    )]
     tokens: Annotated[int, Setting(
-        "Tokens to learn from, of all sources; or images.",
+        "Tokens (image models: images) to train on, over all sources together.",
         range=Range(1, MANY), shown=True,
     )] = 32768
     recovery_settings: Annotated[Mapping[str, Any], Setting(
-        "A setting of the recovery (`regrow methods NAME`).",
+        "A setting of the recovery method; `regrow methods NAME` lists them. Repeatable.",
         option="--set", metavar="NAME=VALUE",
     )] = field(default_factory=dict)
     pruning: Annotated[Mapping[str, Any], Setting(
@@ -31,6 +34,6 @@ class Settings:
     )] = field(default_factory=dict)
     before: Annotated[tuple[str, ...], Setting("The recoveries that RUN has had already.", hidden=True)] = ()
     model: Annotated[str, Setting("The model of the pruning run.", hidden=True)] = ""
-    method: Annotated[str, Setting("What pruned it, and what recovered it since.", hidden=True)] = ""
-    keep: Annotated[float | None, Setting("The fraction kept, if that was asked for.", hidden=True)] = None
-    seed: Annotated[int, Setting("Which windows are drawn, and in which order.", range=SEED, shown=True)] = 0
+    method: Annotated[str, Setting("The method that pruned the model, and those that recovered it.", hidden=True)] = ""
+    keep: Annotated[float | None, Setting("The requested fraction of weights, if any.", hidden=True)] = None
+    seed: Annotated[int, Setting("Random seed of the text windows and their order.", range=SEED, shown=True)] = 0

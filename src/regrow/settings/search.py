@@ -9,7 +9,7 @@ from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSe
 DENSE, FORMER = "dense", "0.1"
 """How weights that are 0 count in a size: as stored and computed, or (version 0.1) not at all."""
 
-SEARCH, RETRAIN = "Searching", "Training the network that was found"
+SEARCH, RETRAIN = "Search", "Training of the final network"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Settings:
         "mobile:WIDTH-BLOCKS (inverted bottlenecks of six kinds and a skip, WIDTH in the first stage, BLOCKS in "
         "each), bench201:WIDTH-N (NAS-Bench-201's, N cells per stage: one operation on each edge, the same in all "
         "cells), a small network such as resnet:16-3, of which filters and weights are searched, or pkg.mod:fn, a "
-        "function of your own code that gives a network: its filters and weights, and the operations that it marks "
+        "function of your own code that returns a network: its filters and weights, and the operations that it marks "
         "with regrow.Candidates.",
         argument=True, code=True, example="cells:4-3-2 --data digits --target 0.2 --out RUN",
     )]
@@ -31,34 +31,37 @@ class Settings:
         group="Data", example="digits",
     )]
     target: Annotated[str, Setting(
-        "params=50k (stored), nonzero=50k (without masked weights), macs=3M (dense, of an image), bytes=200k (of "
-        "the file), ms=20 (of a batch, here), a share of the whole space (macs=20%) or of its parameters (0.2).",
+        "The largest allowed size: params=50k (stored parameters), nonzero=50k (parameters that are not 0), macs=3M "
+        "(of one image), bytes=200k (of the weight file), ms=20 (one batch, measured on this device), a fraction of "
+        "the whole space (macs=20%), or of its parameters (0.2).",
         example="params=50k",
     )]
-    method: Annotated[str, Setting("What searches: see `regrow methods`.", code=True)] = "mgas"
+    method: Annotated[str, Setting("The search method; `regrow methods` lists all.", code=True)] = "mgas"
     method_settings: MethodSettings = field(default_factory=dict)
     stages: Annotated[int, Setting(
-        "In how many stages it is searched; 0: three, or as many as it has parts, or as --memory needs.",
+        "Number of stages, each of which searches a longer prefix of the network; 0: three, at most one per part, or "
+        "what --memory needs.",
         group=SEARCH, range=Range(0, 99),
     )] = 0
     memory: Annotated[str, Setting(
-        "What a stage may need, like 2GiB: cuts stages to fit, or computes parts twice.",
+        "Memory budget of a stage, such as 2GiB: stages are chosen to fit, and parts recomputed in the backward pass "
+        "if needed.",
         metavar="BYTES", group=SEARCH, example="2GiB",
     )] = ""
     epochs: Annotated[int, Setting(
-        "Passes over the training part in the search; 0 for methods that learn nothing.",
+        "Epochs of the search; 0 for methods that do not train.",
         group=SEARCH, range=Range(0, 10**6),
     )] = 30
     retrain: Annotated[int, Setting(
-        "Passes of the training after it; 0: none.",
+        "Epochs of training after the search; 0: none.",
         group=RETRAIN, range=Range(0, 10**6),
     )] = 30
     inherit: Annotated[bool, Setting(
-        "Begin it with the weights that the search left, not with new ones.",
+        "Start this training from the weights of the search instead of new ones.",
         group=RETRAIN, absent=False,
     )] = False
     cutout: Annotated[int, Setting(
-        "Cut a square of so many pixels out of each image.",
+        "Side in pixels of the square that is blanked in each training image (cutout); 0: none.",
         group=RETRAIN, range=Range(0, 2**16),
     )] = 0
     batch_size: BatchSize = 96
@@ -67,10 +70,10 @@ class Settings:
     train: Train = 0
     test: Test = 0
     validation: Annotated[float, Setting(
-        "The share of the training examples that the search holds out: it never learns from them.",
+        "Fraction of the training examples held out for validation during the search.",
         group="Data", range=Range(0, 1, above=True, below=True),
     )] = 0.2
-    stride: Annotated[int, Setting("Stride of the stem.", group=TRAINING, range=Range(1, 4))] = 2
+    stride: Annotated[int, Setting("Stride of the first convolution.", group=TRAINING, range=Range(1, 4))] = 2
     seed: Seed = 0
     accounting: Annotated[str, Setting(
         "dense; 0.1 for a run of that version, whose target in parameters counted what is not 0.",

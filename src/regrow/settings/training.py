@@ -9,15 +9,15 @@ TRAINING = "Training"
 
 # fmt: off
 MethodSettings = Annotated[Mapping[str, Any], Setting(
-    "A setting of the method (`regrow methods NAME`).",
+    "A setting of the method; `regrow methods NAME` lists them. Repeatable.",
     option="--set", metavar="NAME=VALUE",
 )]
-BatchSize = Annotated[int, Setting("Examples per step.", group=TRAINING, range=Range(1, 2**20))]
+BatchSize = Annotated[int, Setting("Training examples per step.", group=TRAINING, range=Range(1, 2**20))]
 LearningRate = Annotated[float, Setting(
     "Learning rate.",
     group=TRAINING, range=Range(0, 1000, above=True, below=True), example="0.01",
 )]
 WeightDecay = Annotated[float, Setting("Weight decay of the optimizer.", group=TRAINING, range=Range(0, 1000))]
-Train = Annotated[int, Setting("Most training examples that are used; 0: all.", group="Data", range=Range(0, MANY))]
-Test = Annotated[int, Setting("Most test examples that are used; 0: all.", group="Data", range=Range(0, MANY))]
-Seed = Annotated[int, Setting("Of weights, orders and everything drawn.", range=SEED)]
+Train = Annotated[int, Setting("Use at most this many training examples; 0: all.", group="Data", range=Range(0, MANY))]
+Test = Annotated[int, Setting("Use at most this many test examples; 0: all.", group="Data", range=Range(0, MANY))]
+Seed = Annotated[int, Setting("Random seed of initial weights, data order and everything sampled.", range=SEED)]
