@@ -26,7 +26,8 @@ from typing import Any
 import torch
 
 from regrow.axes import Mark
-from regrow.plan import FILLS, PlanError
+from regrow.fills import FILLS
+from regrow.plan import PlanError
 from regrow.store.versions import versions
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from regrow.tracing import trace
@@ -70,7 +71,7 @@ def case(seed: int, result: dict[str, Any]) -> None:
         for plan, distance in distances(model, axes, plans):
             assert distance <= RELATIVE_BOUND, f"masked and shrunk differ by {distance:.2e}: {kept(plan)}"
             result["plans"] += 1
-        wider = laws.joint_growing_plan(axes, FILLS[seed % len(FILLS)])
+        wider = laws.joint_growing_plan(axes, [*FILLS][seed % len(FILLS)])
         if wider.changes:
             laws.widening_keeps_function(model, axes, wider, alive=False)
             result["widened"] += len(wider.changes)

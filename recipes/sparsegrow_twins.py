@@ -38,7 +38,7 @@ from regrow.nets.small import small
 from regrow.plan import Plan
 from regrow.sources import Batch
 from regrow.surgery.align import align_new_units
-from regrow.surgery.fill import new_units, split_entries
+from regrow.surgery.new_units import new_units, split_entries
 from regrow.tasks import Task
 from regrow.tracing import trace
 from regrow.training.continual import TaskSchedule, learn

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import laws
 from regrow.axes import Axis, AxisGraph, Example, Mark, Role, Slot
-from regrow.plan import FILLS, Plan, PlanError
+from regrow.fills import FILLS
+from regrow.plan import Plan, PlanError
 from zoo import ZOO, Net, Wired, lying_at, randomise, trace_zoo
 
 EACH = [

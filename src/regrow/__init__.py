@@ -59,16 +59,16 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     """Return a public name, or a submodule of regrow by its name; both are imported on first use."""
     if name in _MODULES:
-        found = getattr(importlib.import_module(_MODULES[name]), name)
+        value = getattr(importlib.import_module(_MODULES[name]), name)
     else:
         try:
-            found = importlib.import_module(f"regrow.{name}")
+            value = importlib.import_module(f"regrow.{name}")
         except ModuleNotFoundError as error:
             if error.name != f"regrow.{name}":
                 raise
             raise AttributeError(f"module 'regrow' has no attribute {name!r}") from None
-    globals()[name] = found
-    return found
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -1,11 +1,11 @@
 """Change to one axis as plain data: which units stay, which come back, how many are added, and with which values."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from regrow.axes import Role, Slot
+from regrow.fills import FILLS, Fill
 
-FILLS = ("zero_out", "split", "pair")
 MOST = 2**24
 """The largest number of units that one change may add to an axis."""
 MOST_UNITS = 2**26
@@ -14,25 +14,6 @@ MOST_UNITS = 2**26
 
 class PlanError(ValueError):
     """Raised for a plan that cannot be read, or does not fit the network to which it is applied."""
-
-
-@dataclass(frozen=True)
-class Fill:
-    """How new units are initialised such that the network's outputs do not change.
-
-    New units can be fitted to data afterwards, with the outputs unchanged: :func:`regrow.fit_new_units` and
-    :func:`regrow.align_new_units` take a network that grew by ``zero_out``.
-
-    Args:
-        rule: ``zero_out``: random incoming weights, outgoing weights 0 (on the residual stream that root-mean-square
-            norms run over: incoming weights 0). ``split``: copies of kept units, which share the outgoing weights
-            (Net2Wider, Chen et al., 2016). ``pair``: pairs of equal random units with outgoing weights of opposite
-            sign.
-        seed: Seed of the random weights, and of the choice of units to copy.
-    """
-
-    rule: str = "zero_out"
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -57,7 +38,7 @@ class Change:
     slots: tuple[Slot, ...]
     ids: tuple[int, ...] = ()
     grow: int = 0
-    fill: Fill = Fill()
+    fill: Fill = field(default_factory=Fill)
     restore: tuple[int, ...] = ()
     fresh: bool = False
 
@@ -168,7 +149,7 @@ def _check(key: str, change: Change) -> None:
         raise PlanError(f"axis {key!r}: a seed is a number from 0, below 2**63; got {change.fill.seed}")
     if change.fill.rule not in FILLS:
         raise PlanError(f"axis {key!r}: new units are filled by {', '.join(FILLS)}; got {change.fill.rule!r}")
-    if change.fill.rule == "pair" and change.new_units % 2:
+    if FILLS[change.fill.rule].in_pairs and change.new_units % 2:
         raise PlanError(f"axis {key!r}: pairs are added two by two; {change.new_units} is odd")
     if change.ids and len(change.ids) != change.size:
         raise PlanError(f"axis {key!r}: {len(change.ids)} unit ids for {change.size} units")

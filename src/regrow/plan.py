@@ -8,11 +8,12 @@ from typing import Any
 
 from regrow.axes import Axis, AxisGraph, Mark, Role, Slot
 from regrow.branches import Branch, Placeholder, lies_in
-from regrow.change import FILLS, MOST, Change, Fill, PlanError, whole
+from regrow.change import MOST, Change, PlanError, whole
 from regrow.errors import InputError
+from regrow.fills import FILLS, Fill
 from regrow.limits import parse_json
 
-__all__ = ["FILLS", "MOST", "Change", "Fill", "Plan", "PlanError"]
+__all__ = ["MOST", "Change", "Fill", "Plan", "PlanError"]
 
 FORMAT = "regrow-plan/1"
 
@@ -284,25 +285,25 @@ def _check_branches(drop: Mapping[str, Branch], back: tuple[str, ...]) -> None:
 
 def _places(slots: Iterable[Slot]) -> list[Slot]:
     """Return slots with SHIFTS read as SCALES, so that plans from before the two were distinguished still fit."""
-    told = (replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
-    return list(dict.fromkeys(told))
+    scaled = (replace(slot, role=Role.SCALES) if slot.role is Role.SHIFTS else slot for slot in slots)
+    return list(dict.fromkeys(scaled))
 
 
 def _cannot_grow(axis: Axis, change: Change, parameters: frozenset[str]) -> str:
     """Return why an axis cannot get the units that the change adds; empty if it can."""
     if axis.narrow:
         return axis.narrow
-    zero_out, folded = change.fill.rule == "zero_out", axis.mark is Mark.FOLDED
-    if folded and not zero_out:
+    unread, folded = FILLS[change.fill.rule].unread, axis.mark is Mark.FOLDED
+    if folded and not unread:
         return f"{axis.reason}, which only new units of value 0 leave as it was; take the fill 'zero_out'"
     made, read = ({(s.name, s.dim) for s in axis.slots if s.role is role} for role in (Role.PRODUCES, Role.CONSUMES))
     others = {(s.name, s.dim) for s in axis.slots if s.role is not Role.CONSUMES}
     both = ", ".join(sorted(name for name, _ in others & read))
-    if both and not zero_out:
+    if both and not unread:
         return f"{both} reads its units and does something else with them, too; take the fill 'zero_out'"
     if both and (read <= made if folded else made <= read):
         return f"{both} both makes and reads its units: 0 on both sides, new ones could never learn"
-    if zero_out and not {name for name, _ in (made if folded else read)} & parameters:
+    if unread and not {name for name, _ in (made if folded else read)} & parameters:
         return "no parameter is there that could learn to use new units"
     return ""
 

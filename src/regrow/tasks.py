@@ -46,8 +46,8 @@ class Examples:
             size: Examples per batch; the last batch may have fewer.
             seed: Seed of the shuffling; ``None``: in order.
 
-        >>> found = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
-        >>> [len(batch) for batch in found]
+        >>> parts = Examples(torch.arange(5.0), torch.zeros(5)).batches(2, seed=0)
+        >>> [len(batch) for batch in parts]
         [2, 2]
         """
         n = len(self)

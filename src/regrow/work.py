@@ -70,5 +70,5 @@ def _divided(dims: tuple[Dim, ...], many: int) -> tuple[Dim, ...]:
                 return Product(tuple(without(part) for part in parts))
         return dim
 
-    found = tuple(without(dim) for dim in dims)
-    return found if left == 1 else dims
+    result = tuple(without(dim) for dim in dims)
+    return result if left == 1 else dims

@@ -5,7 +5,7 @@ import torch
 
 from hand import conv, lm, stored, texts
 from regrow.method import Need
-from regrow.scoring import collect, means
+from regrow.scoring import collect, means, uncompensated
 from regrow.sources import Batch, Source
 
 
@@ -33,3 +33,5 @@ def test_padded_and_grouped_convolutions_are_left_out(padding: int, groups: int,
     model, axes = conv(padding=padding, groups=groups)
     (seen,) = collect(model, axes, [Source("p", [Batch((torch.randn(2, 3, 5, 5),))])], {Need.ACTIVATIONS})["p"]
     assert bool(means(model, axes, {"0.weight:0": (0, 1)}, seen)) is exact
+    notes = uncompensated(model, axes, {"0.weight:0": (0, 1)})
+    assert [note.partition(":")[0] for note in notes] == ["no bias compensation for 3.weight"] * (not exact), notes

@@ -83,8 +83,8 @@ class Edges:
                 multiplied in.
         """
         logits = torch.cat([alpha, alpha.new_full((1,), -torch.inf)]).index_select(0, self.table.reshape(-1))
-        found = logits.view_as(self.table).softmax(1)[self.edge, self.column]
-        return found if beta is None else found * self.between(beta).index_select(0, self.edge)
+        weights = logits.view_as(self.table).softmax(1)[self.edge, self.column]
+        return weights if beta is None else weights * self.between(beta).index_select(0, self.edge)
 
     def between(self, beta: Tensor) -> Tensor:
         """Return the softmax weight of each edge among the edges into its node, ``[edges]`` (PC-DARTS).

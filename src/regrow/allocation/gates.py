@@ -255,13 +255,13 @@ def gates(
         single: Sets of operations of which exactly one is left at the end.
         timed: The milliseconds of entries and operations, if the measure is time.
     """
-    found = levels(axes, parameters, sums, measure=measure, timed=timed)
+    index = levels(axes, parameters, sums, measure=measure, timed=timed)
     ops = tuple(path for paths in sums.values() for path in paths)
     number, alone = {path: i for i, path in enumerate(ops)}, {path for paths in single for path in paths}
-    sizes = {key: axes[key].size for key in found.axes}
+    sizes = {key: axes[key].size for key in index.axes}
     order = {key: i for i, key in enumerate(keys)}
     return Gates(
-        levels=found,
+        levels=index,
         ops=ops,
         alive=torch.tensor([path in axes.branches for path in ops], dtype=torch.bool),
         runs=torch.tensor([runs(path) for path in ops], dtype=torch.bool),
@@ -272,5 +272,5 @@ def gates(
         axis=torch.tensor([order[key] for key, n in sizes.items() for _ in range(n)], dtype=torch.long),
         keys=tuple(keys),
         # An axis of one unit is none to a later recording, and could not get its units back.
-        spans=tuple((base, sizes[key], max(2, axes[key].least)) for key, base in found.axes.items()),
+        spans=tuple((base, sizes[key], max(2, axes[key].least)) for key, base in index.axes.items()),
     )

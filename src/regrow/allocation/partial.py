@@ -54,13 +54,13 @@ def partial_channels(model: nn.Module, many: int, weights: Callable[[], list[Ten
                 handles.append(module.register_forward_pre_hook(lambda _, given: (_first(given[0], many),)))
 
         def beside(node: Any, given: tuple[Tensor, ...], total: Tensor, number: int = number) -> Tensor:
-            found = _first(total, many)
+            out = _first(total, many)
             for source, weight in zip(dict.fromkeys(node.sources), weights()[number], strict=True):
                 rest = given[source]
                 if rest.shape[2:] != total.shape[2:]:
                     rest = F.max_pool2d(rest, 2, ceil_mode=True)
-                found = found + weight * (rest - _first(rest, many))
-            return F.channel_shuffle(found, many)
+                out = out + weight * (rest - _first(rest, many))
+            return F.channel_shuffle(out, many)
 
         handles.append(node.register_forward_hook(beside))
     return handles

@@ -129,13 +129,13 @@ def _planned(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan
     folder, loaded, progress = job.folder, job.loaded, job.progress
     with job.clock.stage("calibrate"):
         evidence, key = calibrated(folder, loaded, axes, method, job.kinds.calibration, progress)
-        if evidence.notes:
-            folder.update(notes=[*loaded.notes, *evidence.notes])
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)
         header = lambda: {"key": key}  # noqa: E731
         cut = plan_cut(method, loaded.model, axes, budget, evidence, checkpoint=path, header=header, progress=progress)
+        if notes := cut.plan.origin.get("notes"):
+            folder.update(notes=[*loaded.notes, *notes])
         write_scores(folder, loaded, axes, cut.plan, cut.scores, evidence)
         if cut.findings:
             folder.write_findings(job.settings.method, cut.findings)

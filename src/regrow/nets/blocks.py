@@ -48,7 +48,7 @@ def blocks(model: nn.Module) -> list[DecoderLayer]:
 
 def _block(layer: nn.Module, name: str) -> DecoderLayer:
     modules = dict(layer.named_modules())
-    linear = {path: found for path in (*ATTENTION, *MLP) if isinstance(found := modules.get(path), nn.Linear)}
+    linear = {path: module for path in (*ATTENTION, *MLP) if isinstance(module := modules.get(path), nn.Linear)}
     for parts in (ATTENTION, MLP):
         there = [path for path in parts if path in linear]
         if there and len(there) < len(parts):

@@ -170,8 +170,8 @@ class Cells(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the logits behind cell ``active``, or of every classifier if ``active`` is ``None``."""
-        found = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
-        return found[0] if len(found) == 1 else tuple(found)
+        logits = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
+        return logits[0] if len(logits) == 1 else tuple(logits)
 
     def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         result = []
@@ -297,13 +297,13 @@ def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dic
         for j, was in enumerate(plan["nodes"]):
             node = cell.get_submodule(f"nodes.{j}")
             assert isinstance(node, Candidates)
-            ops, told = [], []
+            ops, outs = [], []
             for (name, source, mid), (key, op) in zip(was["ops"], node.ops.items(), strict=True):
                 if f"cells.{i}.nodes.{j}.ops.{key}" not in gone:
                     ops.append([name, source, _features(op.get_submodule("0")) if name.startswith("sep") else mid])
-                    told.append(_features(op) or widths[source])
-            nodes.append({"width": told[0], "ops": ops})
-            widths.append(told[0])
+                    outs.append(_features(op) or widths[source])
+            nodes.append({"width": outs[0], "ops": ops})
+            widths.append(outs[0])
         cells.append({"reduce": plan["reduce"], "inputs": widths[:2], "nodes": nodes})
     stem = net.stem[0].out_channels
     return {**config, "stem": stem, "cells": cells, "heads": [len(cells) - 1]}

@@ -219,7 +219,7 @@ def _class_for(where: str, name: str, files: dict[str, Any]) -> Any:
         raise ModelError(f"{name}: config.json: {error}") from None
     config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **files)
     names = [one for one in getattr(config, "architectures", None) or () if isinstance(one, str)]
-    known = next((found for one in names if (found := model_class(one)) is not None), None)
+    known = next((kind for one in names if (kind := model_class(one)) is not None), None)
     return known or transformers.AutoModelForCausalLM
 
 

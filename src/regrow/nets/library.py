@@ -29,9 +29,9 @@ def library_class(name: str, modules: str) -> Any | None:
     place = getattr(transformers, "_class_to_module", {}).get(name)
     if not isinstance(place, str) or not re.fullmatch(modules, place):
         return None
-    found = getattr(transformers, name, None)
-    inside = isinstance(found, type) and found.__module__.startswith("transformers.")
-    return found if inside else None
+    kind = getattr(transformers, name, None)
+    inside = isinstance(kind, type) and kind.__module__.startswith("transformers.")
+    return kind if inside else None
 
 
 def model_class(name: str) -> Any | None:
@@ -42,8 +42,8 @@ def model_class(name: str) -> Any | None:
     """
     import transformers
 
-    found = library_class(name, MODELS)
-    return found if found is not None and issubclass(found, transformers.PreTrainedModel) else None
+    kind = library_class(name, MODELS)
+    return kind if kind is not None and issubclass(kind, transformers.PreTrainedModel) else None
 
 
 def check_settings(config: Mapping[str, object], *, automatic: bool = False) -> None:

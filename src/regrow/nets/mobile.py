@@ -128,8 +128,8 @@ class Mobile(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Return the logits behind block ``active``, or of every classifier if ``active`` is ``None``."""
-        found = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
-        return found[0] if len(found) == 1 else tuple(found)
+        result = self._heads(x, sorted(map(int, self.heads)) if self.active is None else [self.active])
+        return result[0] if len(result) == 1 else tuple(result)
 
     def _heads(self, x: Tensor, wanted: Sequence[int]) -> list[Tensor]:
         result = []
@@ -174,18 +174,18 @@ def supernet(
         return max(4, 4 * round(channels * width / STAGES[0][0] / 4))
 
     stem = [scaled(32), scaled(16)]
-    before, found = stem[1], list[dict[str, Any]]()
+    before, result = stem[1], list[dict[str, Any]]()
     for channels, many, first in STAGES:
         after = scaled(channels)
         for i in range(blocks if many > 1 else 1):
             step = first if i == 0 else 1
             names = [name for name in operations if name != "skip" or (step == 1 and before == after)]
             ops = [[name, after if name == "skip" else int(name[-1]) * before] for name in names]
-            found.append({"width": after, "stride": step, "ops": ops})
+            result.append({"width": after, "stride": step, "ops": ops})
             before = after
-    ends = sorted({*heads, len(found) - 1})
-    told = {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride}
-    return {**told, "blocks": found, "mix": scaled(1280), "heads": ends}
+    ends = sorted({*heads, len(result) - 1})
+    plain = {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride}
+    return {**plain, "blocks": result, "mix": scaled(1280), "heads": ends}
 
 
 def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
@@ -200,15 +200,15 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
     [['mb3e3', 'mb3e6'], ['mb3e3', 'mb5e6'], ['mb3e3', 'mb5e3', 'mb7e3', 'mb3e6', 'mb5e6', 'mb7e6']]
     """
-    found, n = [], 0
+    result, n = [], 0
     for i, plan in enumerate(config["blocks"]):
         kept = []
         for op in plan["ops"]:
             if i >= before or ceil(round((n + 1) * share, 9)) > ceil(round(n * share, 9)):
                 kept.append(op)
             n += 1
-        found.append({**plan, "ops": kept or plan["ops"][:1]})
-    return {**config, "blocks": found}
+        result.append({**plan, "ops": kept or plan["ops"][:1]})
+    return {**config, "blocks": result}
 
 
 def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
@@ -233,7 +233,7 @@ def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> di
         gone: Paths of the operations that were dropped.
     """
     stem = [_features(net.stem, 1), _features(net.stem, -1)]
-    width, found = stem[1], []
+    width, result = stem[1], []
     for i, plan in enumerate(config["blocks"]):
         left = [(name, f"blocks.{i}.ops.{name}") for name, _ in plan["ops"]]
         left = [(name, path) for name, path in left if path not in gone]
@@ -241,10 +241,10 @@ def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> di
         after = [_features(net.get_submodule(path), -1) for name, path in left if name != "skip"]
         width = after[0] if after else width
         ops = [[name, inside.get(name, width)] for name, _ in left]
-        found.append({"width": width, "stride": plan["stride"], "ops": ops})
-    last = len(found) - 1
+        result.append({"width": width, "stride": plan["stride"], "ops": ops})
+    last = len(result) - 1
     mix = _features(net.get_submodule(f"heads.{last}"), 1)
-    return {**config, "stem": stem, "blocks": found, "mix": mix, "heads": [last]}
+    return {**config, "stem": stem, "blocks": result, "mix": mix, "heads": [last]}
 
 
 def _features(module: nn.Module, at: int) -> int:

@@ -8,7 +8,7 @@ from regrow.scoring.activations import energy, wanda_sp, wifv
 from regrow.scoring.base import BASES, Base
 from regrow.scoring.collect import collect
 from regrow.scoring.combine import normalise, over_sources, percentile
-from regrow.scoring.compensate import means, takes_constant, weights_without_bias
+from regrow.scoring.compensate import means, takes_constant, uncompensated, weights_without_bias
 from regrow.scoring.gradients import taylor
 from regrow.scoring.massive import Massive, massive
 from regrow.scoring.metrics import METRICS, Metric
@@ -37,6 +37,7 @@ __all__ = [
     "scorable",
     "takes_constant",
     "taylor",
+    "uncompensated",
     "wanda_sp",
     "weights_of",
     "weights_without_bias",

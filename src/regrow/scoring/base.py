@@ -40,8 +40,8 @@ class Base:
             units: The axes to score.
         """
         metric: Callable[..., Scores] = METRICS[self.metric][0]
-        found = metric(weights, axes, statistics, units=units, **self.options)
-        return found if self.options else normalise(found, "zscore")
+        scores = metric(weights, axes, statistics, units=units, **self.options)
+        return scores if self.options else normalise(scores, "zscore")
 
 
 BASES: Mapping[str, Base] = {

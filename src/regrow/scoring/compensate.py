@@ -20,7 +20,7 @@ def means(
 
     b′ = b + Σ over dropped j of W_j · E[x_j]. That is exact for a linear map and for an ungrouped convolution without
     padding. A padded convolution sees zeros at its borders, not the mean: it is left out. So is a weight that several
-    modules share: their inputs may have different means, and each has its own bias.
+    modules share: their inputs may have different means, and each has its own bias. :func:`uncompensated` lists them.
 
     Args:
         model: The network, to see which convolutions are padded.
@@ -96,12 +96,41 @@ def takes_constant(model: nn.Module, name: str) -> bool:
     >>> takes_constant(net, "0.weight"), takes_constant(net, "1.weight")
     (True, False)
     """
+    return not _obstacle(model, name)
+
+
+def uncompensated(model: nn.Module, axes: AxisGraph, kept: Mapping[str, Iterable[int]]) -> tuple[str, ...]:
+    """Return notes on the weights that read dropped inputs and whose bias cannot absorb their means exactly.
+
+    Args:
+        model: The network.
+        axes: Its axes.
+        kept: Axis key → the units kept (positions), of the axes that are cut.
+
+    Returns:
+        One note per reason, with the first weight and the number of the others; empty if every weight is compensated.
+    """
+    reasons: dict[str, list[str]] = {}
+    for name in dict.fromkeys(reader.slot.name for reader in readers(axes, [axes[key] for key in kept])):
+        if obstacle := _obstacle(model, name):
+            reasons.setdefault(obstacle, []).append(name)
+    return tuple(
+        f"no bias compensation for {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {obstacle}"
+        for obstacle, names in reasons.items()
+    )
+
+
+def _obstacle(model: nn.Module, name: str) -> str:
+    """Return why a constant input to a weight cannot be moved exactly into a bias; empty if it can."""
     owner = model.get_submodule(name.rpartition(".")[0])
     if isinstance(owner, nn.RNNBase | nn.RNNCellBase):
-        return False  # its biases are of other names, and dropped units have means of their own at the first step
+        return "a recurrent layer's units have means of their own at the first step"
     if sharing_module(model, name) is not None:
-        return False
+        return "several modules share the weight, and each has a bias of its own"
     if not isinstance(owner, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        return model.get_parameter(name).dim() == 2
+        return "" if model.get_parameter(name).dim() == 2 else "its layer is neither linear nor a plain convolution"
+    if owner.groups != 1:
+        return "a grouped convolution reads each input in one group only"
     padding = owner.padding
-    return owner.groups == 1 and (padding == "valid" if isinstance(padding, str) else all(p == 0 for p in padding))
+    padded = padding != "valid" if isinstance(padding, str) else any(padding)
+    return "a padded convolution reads zeros at the borders, not the mean" if padded else ""

@@ -60,10 +60,10 @@ def factors(
     with means in the place of sums over positions.
 
     >>> net = nn.Sequential(nn.Linear(2, 3))
-    >>> found = factors(net, [Examples(torch.eye(2), torch.zeros(2))], torch.Generator().manual_seed(0))
-    >>> found["0.weight"].inputs.tolist()
+    >>> result = factors(net, [Examples(torch.eye(2), torch.zeros(2))], torch.Generator().manual_seed(0))
+    >>> result["0.weight"].inputs.tolist()
     [[0.5, 0.0, 0.5], [0.0, 0.5, 0.5], [0.5, 0.5, 1.0]]
-    >>> round(found["0.weight"].outputs.diag().mean().item(), 3)
+    >>> round(result["0.weight"].outputs.diag().mean().item(), 3)
     1.0
     """
     sums = {name: _Sums(module) for name, module in layers(model).items()}

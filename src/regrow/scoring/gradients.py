@@ -83,8 +83,8 @@ def add_gradients(
             f"the loss is {loss.item()}: the weights or inputs hold NaN or infinity, or nothing is labelled"
         )
     count = batch.size
-    found = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
-    for name, gradient in zip(names, found, strict=True):
+    gradients = torch.autograd.grad(loss, [parameters[name] for name in names], allow_unused=True)
+    for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             gradient = torch.zeros_like(parameters[name])
         scaled = gradient.float() * count

@@ -86,7 +86,7 @@ def partition(
     how: str,
     among: Sequence[Space],
     scores: Mapping[str, Tensor],
-    found: Ranks,
+    ranking: Ranks,
     sensitive: Sensitivity,
     *,
     bins: int = 4,
@@ -101,7 +101,7 @@ def partition(
             those, but who is in which is drawn; ``layer``, one module per axis.
         among: The ranking spaces.
         scores: Axis key → the baseline's score on all sources, ``[size]``.
-        found: The units' ranks on each source.
+        ranking: The units' ranks on each source.
         sensitive: How much ranks vary between sources.
         bins: How many modules ``quantiles`` and ``profiles`` make of a space.
         seed: The random seed of ``profiles`` and ``random``.
@@ -116,7 +116,7 @@ def partition(
     labels: dict[str, Tensor] = {}
     names: list[str] = []
     homes: list[int] = []
-    view = _View(tuple(among), scores, found, sensitive, bins, seed)
+    view = _View(tuple(among), scores, ranking, sensitive, bins, seed)
     for index, space in enumerate(among):
         cells, words = PARTITIONS[how](view, index)
         if how != "layer":

@@ -70,7 +70,7 @@ class Sensitivity:
     mean: Mapping[str, Tensor]
 
 
-def sensitivity(found: Ranks, *, denoise: bool = False) -> Sensitivity:
+def sensitivity(ranking: Ranks, *, denoise: bool = False) -> Sensitivity:
     """Compute how much each unit's rank varies between sources, with the variance between shards as noise.
 
     One-way random effects over S shards of M sources: MS_b = S · Var_m(shard mean), MS_w = the mean over sources of the
@@ -78,7 +78,7 @@ def sensitivity(found: Ranks, *, denoise: bool = False) -> Sensitivity:
     ``denoise``, the root of ``between``.
 
     Args:
-        found: Ranks on M ≥ 2 sources; the noise can only be estimated from S ≥ 2 shards.
+        ranking: Ranks on M ≥ 2 sources; the noise can only be estimated from S ≥ 2 shards.
         denoise: Subtract the variance within sources from the variance that ``sigma`` is the root of.
 
     Raises:
@@ -86,19 +86,19 @@ def sensitivity(found: Ranks, *, denoise: bool = False) -> Sensitivity:
 
     Source: GPrune-LLM (arXiv 2603.13418), ranking variance across data sets; the correction is ours.
     """
-    if len(found.sources) < 2:
-        raise ValueError(f"sensitivity compares sources; there is only {found.sources}")
-    if denoise and next(iter(found.shards.values())).shape[1] < 2:
+    if len(ranking.sources) < 2:
+        raise ValueError(f"sensitivity compares sources; there is only {ranking.sources}")
+    if denoise and next(iter(ranking.shards.values())).shape[1] < 2:
         raise ValueError("taking noise out needs at least 2 shards per source")
-    parts = {key: _effects(value) for key, value in found.shards.items()}
+    parts = {key: _effects(value) for key, value in ranking.shards.items()}
     between = {key: part[0] for key, part in parts.items()}
-    plain = {key: value.std(0) for key, value in found.whole.items()}
+    plain = {key: value.std(0) for key, value in ranking.whole.items()}
     return Sensitivity(
         sigma={key: value.sqrt() for key, value in between.items()} if denoise else plain,
         between=between,
         within={key: part[1] for key, part in parts.items()},
         ratio={key: part[2] for key, part in parts.items()},
-        mean={key: value.mean(0) for key, value in found.whole.items()},
+        mean={key: value.mean(0) for key, value in ranking.whole.items()},
     )
 
 
@@ -116,7 +116,7 @@ def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> 
     return float(torch.cat(gone).double().mean()) if any(len(part) for part in gone) else 0.0
 
 
-def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[dict[str, Any]]:
+def spectrum(ranking: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[dict[str, Any]]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
     The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: fraction of units with F >
@@ -126,7 +126,7 @@ def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int
     and of the same source, which are equally noisy.
 
     Args:
-        found: The ranks on at least 2 sources of at least 2 shards.
+        ranking: The ranks on at least 2 sources of at least 2 shards.
         among: The ranking spaces.
         draws: How often shards are shuffled for the null distribution.
         seed: The random seed of the shuffles.
@@ -134,7 +134,7 @@ def spectrum(found: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for space in among:
-        whole, shards = space.gather(found.whole), space.gather(found.shards)
+        whole, shards = space.gather(ranking.whole), space.gather(ranking.shards)
         m, s, n = shards.shape
         between, noise, ratio = _effects(shards)
         flat = shards.reshape(m * s, n)

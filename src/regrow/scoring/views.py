@@ -54,8 +54,8 @@ def views(
     for left_out in (None, *(rows if without_each else ())):
         names = [name for name in rows if name != left_out]
         pooled = merged([shard for name in names for shard in statistics[name]])
-        found = ranks({name: rows[name] for name in names}, among, scale)
-        yield View(pooled, score(pooled), found, sensitivity(found, denoise=denoise))
+        ranking = ranks({name: rows[name] for name in names}, among, scale)
+        yield View(pooled, score(pooled), ranking, sensitivity(ranking, denoise=denoise))
 
 
 def halves(

@@ -37,7 +37,7 @@ def _addmm(bias: Tensor, mat1: Tensor, mat2: Tensor, **more: Any) -> Iterator[Op
     yield from _matmul(mat1, mat2)
 
 
-def _conv(input: Tensor, weight: Tensor, *more: Any, **watched_name: Any) -> Iterator[Operands]:
+def _conv(input: Tensor, weight: Tensor, *more: Any, **names: Any) -> Iterator[Operands]:
     yield weight, input, 1 - weight.dim()
 
 

@@ -3,7 +3,7 @@
 from regrow.surgery.align import align_new_units
 from regrow.surgery.apply import apply
 from regrow.surgery.declare import DeclarationError, declare
-from regrow.surgery.fill import fit_new_units
+from regrow.surgery.new_units import fit_new_units
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.verify import Verification, verify
 

@@ -10,7 +10,7 @@ from regrow.axes import AxisGraph, Mark
 from regrow.objectives import class_loss
 from regrow.plan import Plan, PlanError
 from regrow.sources import Batch
-from regrow.surgery.fill import Entries, fit_new_units, new_units, split_entries
+from regrow.surgery.new_units import Entries, fit_new_units, new_units, split_entries
 from regrow.tracing.capture import evaluating
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -72,24 +72,24 @@ def align_new_units(
 
     Source: Evci et al., GradMax (arXiv 2201.05125).
     """
-    young, batches = new_units(model, axes, plan), list(batches)
-    loud, mute = split_entries(model, axes, young)
-    spread = Plan({key: plan.changes[key] for key in young if axes[key].mark is not Mark.FOLDED})
+    new, batches = new_units(model, axes, plan), list(batches)
+    drawn, zero = split_entries(model, axes, new)
+    spread = Plan({key: plan.changes[key] for key in new if axes[key].mark is not Mark.FOLDED})
     with evaluating(model):
-        pull = _gradients(model, mute, batches, loss)
-    for key in young:
+        pull = _gradients(model, zero, batches, loss)
+    for key in new:
         if not any(bool(part.any()) for entries, part in pull.items() if entries.axis == key):
             raise PlanError(f"axis {key!r}: no gradient of these batches reaches its new units")
     if spread.changes:
         fit_new_units(model, axes, spread, batches)
     for _ in range(steps):
         with evaluating(model):
-            pull = _gradients(model, mute, batches, loss)
+            pull = _gradients(model, zero, batches, loss)
             with _moved(model, pull):
-                turn = _gradients(model, loud, batches, loss)
+                turn = _gradients(model, drawn, batches, loss)
         for entries, direction in turn.items():
             entries.turn(model, direction)
-        for entries in mute:
+        for entries in zero:
             entries.set(model, torch.zeros(()))  # some new units of one axis are made by those of another
         if spread.changes:
             fit_new_units(model, axes, spread, batches)
@@ -110,8 +110,8 @@ def _gradients(
             parameter.requires_grad_(True)
         for batch in batches:
             with torch.enable_grad():
-                found = torch.autograd.grad(loss(model, batch.to(device)), parameters, materialize_grads=True)
-            whole = dict(zip(names, found, strict=True))
+                gradients = torch.autograd.grad(loss(model, batch.to(device)), parameters, materialize_grads=True)
+            whole = dict(zip(names, gradients, strict=True))
             for one in entries:
                 part = one.of(whole[one.name]).float()
                 total[one] = total[one] + part if one in total else part

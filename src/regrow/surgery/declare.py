@@ -151,8 +151,8 @@ def _dim(axis: str, word: str, form: str, units: Mapping[str, str]) -> Dim:
 def _check_exists(model: nn.Module, tensors: Mapping[str, Tensor], one: _Place) -> None:
     if one.dim is None:
         path, _, name = one.name.rpartition(":")
-        found = path in dict(model.named_modules()) and hasattr(model.get_submodule(path), name.partition(".")[0])
-        if ":" not in one.name or not found:
+        exists = path in dict(model.named_modules()) and hasattr(model.get_submodule(path), name.partition(".")[0])
+        if ":" not in one.name or not exists:
             raise DeclarationError(
                 f"axis {one.axis!r}: {one.name!r} is neither tensor:dim, like fc1.weight:0, nor module:attribute"
             )
@@ -201,13 +201,10 @@ def _sizes(model: nn.Module, tensors: Mapping[str, Tensor], written: list[_Place
             raise DeclarationError(f"axis {one.axis!r}: its size does not follow from {one.text}; give a plain place")
         if (said := size_of(one.form, sizes)) != extent(one):
             raise DeclarationError(
-                f"axis {one.axis!r}: {one.text} has {extent(one)} entries, but with {_told(sizes)} it would have {said}"
+                f"axis {one.axis!r}: {one.text} has {extent(one)} entries, but with "
+                f"{', '.join(f'{key} = {size}' for key, size in sizes.items())} it would have {said}"
             )
     return sizes
-
-
-def _told(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{key} = {size}" for key, size in sizes.items())
 
 
 def _forms(base: AxisGraph, written: list[_Place]) -> dict[tuple[str, int], Dim]:

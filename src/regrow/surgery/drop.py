@@ -291,5 +291,12 @@ def _now(axis: Axis, fresh: Axis | None) -> Axis:
     if fresh is None:
         reason = "only what was dropped held its units together; trace the network anew to cut them"
         return replace(axis, mark=Mark.FROZEN, reason=reason)
-    told = {name: getattr(fresh, name) for name in ("slots", "mark", "reason", "least", "multiple", "narrow")}
-    return replace(axis, **told)
+    return replace(
+        axis,
+        slots=fresh.slots,
+        mark=fresh.mark,
+        reason=fresh.reason,
+        least=fresh.least,
+        multiple=fresh.multiple,
+        narrow=fresh.narrow,
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Slot, Sum, axes_in, size_of
+from regrow.fills import FILLS, Growth
 from regrow.plan import Change, Plan
 
 
@@ -63,10 +64,10 @@ def plan_layouts(axes: AxisGraph, plan: Plan) -> dict[str, dict[int, Layout]]:
     moved = {key: change for key, change in plan.changes.items() if key in lie and not change.idle}
     units = {key: units_after(change, axes[key]) for key, change in moved.items()}
     return {
-        name: found
+        name: pieces
         for name, dims in axes.shapes.items()
         if (
-            found := {
+            pieces := {
                 i: lay_out(d, sizes, units) for i, d in enumerate(dims) if not units.keys().isdisjoint(axes_in(d))
             }
         )
@@ -92,12 +93,12 @@ def lay_out(dim: Dim, sizes: Mapping[str, int], units: Mapping[str, Layout]) -> 
                 whole = _nested(whole, lay_out(part, sizes, units), size_of(part, sizes))
             return whole
         case Sum(parts):
-            before, after, found = 0, 0, []
+            before, after, pieces = 0, 0, []
             for part in parts:
                 one = lay_out(part, sizes, units)
-                found.append(replace(one, source=one.source + before, twin=one.twin + after))
+                pieces.append(replace(one, source=one.source + before, twin=one.twin + after))
                 before, after = before + size_of(part, sizes), after + len(one)
-            return Layout(*(torch.cat([getattr(one, field.name) for one in found]) for field in fields(Layout)))
+            return Layout(*(torch.cat([getattr(one, field.name) for one in pieces]) for field in fields(Layout)))
 
 
 def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
@@ -119,10 +120,7 @@ def _nested(outer: Layout, inner: Layout, size: int) -> Layout:
 def units_after(change: Change, axis: Axis) -> Layout:
     """Return the layout of an axis's units after its change, in the order of their ids; new ones as its fill says.
 
-    ``zero_out``: random incoming weights, outgoing weights 0; on a folded axis (a residual stream under
-    root-mean-square norms) incoming weights 0. ``split``: each new unit copies a kept one, and both share its outgoing
-    weights. ``pair``: pairs of equal random units with outgoing weights of opposite sign. Restored units lie among the
-    kept ones, and are new until their stored weights are written.
+    Restored units lie among the kept ones, and are new until their stored weights are written.
 
     Args:
         change: The change to the axis.
@@ -133,31 +131,13 @@ def units_after(change: Change, axis: Axis) -> Layout:
     if not n:
         return old
     generator = torch.Generator().manual_seed((change.fill.seed + 65537 * axis.next_id) % 2**63)
-    many = len(keep)
-    rounds = [torch.randperm(many, generator=generator) for _ in range(-(-n // many))]
-    donors = torch.cat(rounds)[:n]
-    rule = "zero_out" if change.recalled else change.fill.rule
-    if rule == "pair":
-        donors = donors[: n // 2].repeat(2)
-    source, is_new = torch.cat([keep, keep[donors]]), torch.arange(many + n) >= many
-    twin, one = torch.arange(many + n), torch.ones(many + n, dtype=torch.float64)
-    match rule:
-        case "split":
-            # Unequal shares; with equal ones a unit and its copy would get equal gradients for ever.
-            share = 0.5 + torch.rand(many + n, dtype=torch.float64, generator=generator)
-            owner = torch.cat([torch.arange(many), donors])
-            total = torch.zeros(many, dtype=torch.float64).index_add(0, owner, share)
-            made = Layout(source, is_new, torch.zeros_like(is_new), twin, one, share / total[owner])
-        case "pair":
-            twin[many + n // 2 :] = torch.arange(many, many + n // 2)
-            sign = one.clone()
-            sign[many + n // 2 :] = -1
-            made = Layout(source, is_new, is_new, twin, one, sign)
-        case _:
-            silent = torch.where(is_new, 0.0, one)
-            factors = (silent, one) if axis.mark is Mark.FOLDED else (one, silent)
-            made = Layout(source, is_new, is_new, twin, *factors)
-    return _in_order(made, unit_ids_after(change, axis)) if change.restore else made
+    rounds = [torch.randperm(len(keep), generator=generator) for _ in range(-(-n // len(keep)))]
+    rule = FILLS["zero_out" if change.recalled else change.fill.rule]
+    growth = Growth(len(keep), torch.cat(rounds)[:n], axis.mark is Mark.FOLDED, generator)
+    made = rule.fill(growth)
+    source = torch.cat([keep, keep[made.donors]])
+    units = Layout(source, growth.is_new, made.drawn, made.twin, made.inward, made.outward)
+    return _in_order(units, unit_ids_after(change, axis)) if change.restore else units
 
 
 def unit_ids_after(change: Change, axis: Axis) -> list[int]:

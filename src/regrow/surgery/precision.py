@@ -1,8 +1,8 @@
 """Run networks in float64, casts to shorter floats included, so that a network's own casts hide no error."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,10 @@ class CastsToDouble(TorchFunctionMode):
         return _EXACT.get(func, func)(*args, **kwargs)
 
 
-def widen_dtype(value: object) -> Any:
+T = TypeVar("T")
+
+
+def widen_dtype(value: T) -> T | torch.dtype:
     """Return float64 for a shorter floating-point dtype; any other argument of an operation unchanged.
 
     Args:
@@ -45,7 +48,7 @@ def widen_dtype(value: object) -> Any:
     return torch.float64 if short else value
 
 
-def as_double(value: object) -> Any:
+def as_double(value: T) -> T | Tensor:
     """Return a floating-point tensor in float64; any other value unchanged.
 
     Args:
@@ -63,22 +66,41 @@ def example_in_double(example: Example) -> Example:
     return Example(tree_map(as_double, example.args), tree_map(as_double, dict(example.kwargs)))
 
 
-def grouped_product(x: Tensor, weight: Tensor, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Tensor:
+def grouped_product(
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
     """Compute torch's grouped matrix product in float64, for which torch has no kernel.
 
     Args:
-        x: The rows of all groups, one group behind the other, ``[rows, in]``.
-        weight: One matrix per group, ``[groups, in, out]``.
-        offs: The end of each group's rows, ``[groups]``; the rows behind the last are 0 in the result.
-        bias: Ignored.
-        out_dtype: Ignored.
+        x: The rows of all groups, one group behind the other, ``[rows, in]``; or one matrix per group.
+        weight: One matrix per group, ``[groups, in, out]``; or the columns of all groups, ``[in, columns]``.
+        offs: The end of each group's rows (or columns, or of its part of the sum), ``[groups]``; the rows behind the
+            last are 0 in the result. ``None``: both factors hold one matrix per group.
+        bias: Must be ``None``, as torch requires.
+        out_dtype: Without effect: the result is in float64.
+
+    Raises:
+        NotImplementedError: If a bias is given.
     """
+    if bias is not None:
+        raise NotImplementedError("a grouped matrix product takes no bias, in torch neither; add it to the result")
+    if offs is None:
+        return x @ weight
     ends = offs.tolist()
-    parts = [x[start:end] @ w for start, end, w in zip([0, *ends], ends, weight, strict=False)]
-    return torch.cat([*parts, x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])])
+    parts = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    if x.dim() == 3:
+        return torch.cat([one @ weight[:, part] for one, part in zip(x, parts, strict=True)], 1)
+    if weight.dim() == 2:
+        return torch.stack([x[:, part] @ weight[part] for part in parts])
+    rows = [x[part] @ one for part, one in zip(parts, weight, strict=True)]
+    return torch.cat([*rows, x.new_zeros(len(x) - (ends[-1] if ends else 0), weight.shape[-1])])
 
 
-_EXACT: Mapping[Any, Any] = {
+_EXACT: Mapping[object, Callable[..., Tensor]] = {
     **dict.fromkeys((Tensor.float, Tensor.half, Tensor.bfloat16), Tensor.double),
     **dict.fromkeys(
         (getattr(torch, "_grouped_mm", None), getattr(torch.nn.functional, "grouped_mm", None)), grouped_product

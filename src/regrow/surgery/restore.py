@@ -50,10 +50,10 @@ def plan_with_undo(
         if name not in biases:
             result[name] = way.rewritten(name, values.get(name))
     for bias, weight in biases.items():
-        told, tells = before.get(weight, {}), after.get(weight, {})
-        if told != tells or bias in values or way.size(bias, False) != way.size(bias, True):
-            result[bias] = way.compensated(bias, weight, told, tells, values.get(bias))
-            if bias in way.added and not tells and not bool(result[bias].any()):
+        means = before.get(weight, {}), after.get(weight, {})
+        if means[0] != means[1] or bias in values or way.size(bias, False) != way.size(bias, True):
+            result[bias] = way.compensated(bias, weight, *means, values.get(bias))
+            if bias in way.added and not means[1] and not bool(result[bias].any()):
                 removed.append(bias)
                 del result[bias], way.weights[bias]
     constants, folds = way.constants()
@@ -115,16 +115,16 @@ class _Way:
     def state(self, name: str) -> Tensor | None:
         path, _, leaf = name.rpartition(".")
         module = self.model.get_submodule(path)
-        found = {**module._parameters, **module._buffers}.get(leaf)
-        return None if found is None else found.detach()
+        tensor = {**module._parameters, **module._buffers}.get(leaf)
+        return None if tensor is None else tensor.detach()
 
     # --- tensors --------------------------------------------------------------------------------------------------
 
     def reached(self) -> list[str]:
         """Return the tensors to process, by first names: cut, restored, or rescaled for a divisor."""
         moves = any(change.dropped or change.restore for change in self.plan.changes.values())
-        found = {self.axes.ties.get(name, name) for name in self.lays} if moves else set()
-        return sorted(found | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
+        moved = {self.axes.ties.get(name, name) for name in self.lays} if moves else set()
+        return sorted(moved | {name for name in self.folds if self.size(name, False) != self.size(name, True)})
 
     def stowed(self, name: str, now: Tensor, lost: Tensor | None = None) -> RemovedWeights:
         """Store a tensor's present values and return it; stored values from which the present ones follow stay."""
@@ -204,15 +204,15 @@ class _Way:
         return {weight: row for weight, row in result.items() if row}
 
     def compensated(
-        self, bias: str, weight: str, told: Mapping[int, float], tells: Mapping[int, float], made: Tensor | None
+        self, bias: str, weight: str, old: Mapping[int, float], new: Mapping[int, float], made: Tensor | None
     ) -> Tensor:
         """Return a bias after the plan: its own value plus the mean contribution of the inputs that are cut.
 
         Args:
             bias: Its name.
             weight: The weight beside it.
-            told: The means that replace dropped inputs before the plan.
-            tells: Those after it.
+            old: The means that replace dropped inputs before the plan.
+            new: Those after it.
             made: The bias as the plan computed it, for entries that are new; ``None``: it has none.
         """
         now, before, after = self.state(bias), self.size(bias, False), self.size(bias, True)
@@ -221,8 +221,8 @@ class _Way:
             assert own is not None
             now = own.new_zeros(len(self.here(bias)[0]))
             self.added.append(bias)
-        stored = self.stowed(bias, now, self._lost(weight, told, before) if told else None)
-        lost = self._lost(weight, tells, after) if tells else None
+        stored = self.stowed(bias, now, self._lost(weight, old, before) if old else None)
+        lost = self._lost(weight, new, after) if new else None
         written = self._written(bias, stored, self.there(bias), after, lost)
         if made is None:
             return written.to(now.device)

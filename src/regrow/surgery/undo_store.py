@@ -95,15 +95,15 @@ class UndoStore:
             branches: The branches that are dropped.
             axes: The network's axes before.
         """
-        found, rest = {}, self
+        parts, rest = {}, self
         for branch in branches:
             stays = axes.without([branch]).axes.keys()
             names = {name: branch.holds(name.partition(":")[0]) for name in rest._names()}
             # Branches dropped before stay in this store; otherwise each branch would contain all earlier ones.
             goes = replace(rest._of({n for n in names if names[n]}, axes.axes.keys() - stays), branches={})
-            found[branch.module] = RemovedBranch(branch, axes, goes)
+            parts[branch.module] = RemovedBranch(branch, axes, goes)
             rest = rest._of({name for name in names if not names[name]}, {*stays})
-        return found, rest
+        return parts, rest
 
     def rejoined(self, removed: RemovedBranch) -> "UndoStore":
         """Return the store after a branch is restored, with the cuts inside it restorable again.

@@ -149,12 +149,9 @@ def integers(model: nn.Module, w: Walk, dims: Mapping[str, Dims]) -> tuple[dict[
                 result[f"{path}:{name}"] = expr
     for path, module in model.named_modules():
         for name, value in _numbers(module):
-            if f"{path}:{name}" not in result and (get_attribute := _of_literals(w, path, name, value)):
-                result[f"{path}:{name}"] = get_attribute[0]
-                alike += [
-                    (get_attribute[0], other, f"`{name}` of {path or 'the model'} sets both")
-                    for other in get_attribute[1:]
-                ]
+            if f"{path}:{name}" not in result and (exprs := _of_literals(w, path, name, value)):
+                result[f"{path}:{name}"] = exprs[0]
+                alike += [(exprs[0], other, f"`{name}` of {path or 'the model'} sets both") for other in exprs[1:]]
     for path, module in model.named_modules():
         result |= _of_products(path, module, w, result)
     for path, module in model.named_modules():
@@ -255,8 +252,8 @@ def epsilon(model: nn.Module, path: str, value: float | None) -> str:
         path: The path of the norm.
         value: The constant.
     """
-    get_attribute = vars(_module(model, path))
-    return next((f"{path}:{name}" for name in EPSILONS if name in get_attribute and get_attribute[name] == value), "")
+    values = vars(_module(model, path))
+    return next((f"{path}:{name}" for name in EPSILONS if name in values and values[name] == value), "")
 
 
 def _module(model: nn.Module, path: str) -> nn.Module:
@@ -264,8 +261,8 @@ def _module(model: nn.Module, path: str) -> nn.Module:
 
 
 def _numbers(module: nn.Module) -> Iterator[tuple[str, int]]:
-    for name, get_attribute in vars(module).items():
-        value = get_attribute[0] if isinstance(get_attribute, tuple) and len(get_attribute) == 1 else get_attribute
+    for name, stored in vars(module).items():
+        value = stored[0] if isinstance(stored, tuple) and len(stored) == 1 else stored
         if name in WIDTHS | COUNTS | REPEATS and isinstance(value, int) and not isinstance(value, bool) and value > 1:
             yield name, value
 
@@ -297,12 +294,12 @@ def _of_literals(w: Walk, path: str, name: str, value: int) -> list[Expr]:
     return distinct
 
 
-def _of_products(path: str, module: nn.Module, w: Walk, found: Mapping[str, Expr]) -> dict[str, Expr]:
+def _of_products(path: str, module: nn.Module, w: Walk, places: Mapping[str, Expr]) -> dict[str, Expr]:
     """Return counts, of the module or its configuration, of which it uses a multiple in reshapes or slices."""
     here = [one.expr for one in w.literals if one.module == path and d.is_free(one.expr)]
-    known = [expr for place, expr in found.items() if place.startswith(f"{path}:")]
+    known = [expr for place, expr in places.items() if place.startswith(f"{path}:")]
     made: dict[str, Expr] = {}
-    own = [(name, value) for name, value in _numbers(module) if name in COUNTS and f"{path}:{name}" not in found]
+    own = [(name, value) for name, value in _numbers(module) if name in COUNTS and f"{path}:{name}" not in places]
     for name, value in (*own, *counts(module)) if here else ():
         fitting: list[Expr] = []
         for expr in (one for whole in here for one in _outermost(whole)):
@@ -326,15 +323,15 @@ def _is_repeat(expr: Expr) -> bool:
     return isinstance(whole, d.Leaf) and bool(whole.integer)
 
 
-def _channels(path: str, module: nn.Module, found: dict[str, Expr], dims: Mapping[str, Dims]) -> None:
+def _channels(path: str, module: nn.Module, places: dict[str, Expr], dims: Mapping[str, Dims]) -> None:
     """Add the channel and group counts of a convolution; its input channels count all groups."""
     own = dims.get(f"{path}.weight" if path else "weight")
     if own is None or not isinstance(module, nn.modules.conv._ConvNd):
         return
     if module.groups == d.size(own[0]) and d.size(own[1]) == 1:  # depthwise, also where the weight is used elsewhere
-        found.setdefault(f"{path}:groups", own[0])
-    group: Any = found.get(f"{path}:groups", d.frozen(module.groups, "a fixed number of groups"))
+        places.setdefault(f"{path}:groups", own[0])
+    group = places.get(f"{path}:groups", d.frozen(module.groups, "a fixed number of groups"))
     first, second = ("in_channels", "out_channels") if module.transposed else ("out_channels", "in_channels")
     for name, expr in ((first, own[0]), (second, d.times(group, own[1]))):
         if getattr(module, name) == d.size(expr):
-            found[f"{path}:{name}"] = expr
+            places[f"{path}:{name}"] = expr

@@ -57,10 +57,10 @@ def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
         The blocks in the order in which they run; each operation is in exactly one.
     """
     net = _Net.of(recorded)
-    found = sorted(net.repeated(range(len(net.steps))), key=lambda one: one.start)
+    repeated = sorted(net.repeated(range(len(net.steps))), key=lambda one: one.start)
     bounds: list[tuple[str, int, int]] = []
     at, end = 0, len(net.steps)
-    for one in found:
+    for one in repeated:
         if one.start > at:
             bounds.append(("", at, one.start))
         bounds.append((one.path, one.start, one.stop))

@@ -193,10 +193,8 @@ class _Search:
         tensors = [(where, x) for where, x in given if isinstance(x, Tensor)]
         if not tensors:
             raise BranchError("it is given no tensor")
-        cast_example = [
-            where for where, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)
-        ]
-        takes = next(iter([*cast_example, tensors[0][0]]))
+        alike = [where for where, x in tensors if form is not None and (x.shape, x.dtype) == (form.shape, form.dtype)]
+        takes = [*alike, tensors[0][0]][0]
         return Placeholder("zero" if at is None or at.source is None else "input", takes, of, place)
 
     @staticmethod
@@ -252,12 +250,12 @@ def _kind(module: nn.Module) -> tuple[Any, ...]:
     return type(module), tuple(own), tuple(none)
 
 
-def _once(found: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
+def _once(known: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
     """Keep one of several branches that remove the same tensors: the one that leaves the least computation."""
-    result = dict(found)
+    result = dict(known)
     numel = {name: x.numel() for name, x in model.named_parameters()}
     same: dict[frozenset[str], list[Branch]] = {}
-    for branch in found.values():
+    for branch in known.values():
         if branch.free and (frees := frozenset(filter(branch.holds, numel))):
             same.setdefault(frees, []).append(branch)
     for frees, members in same.items():
@@ -270,11 +268,15 @@ def _once(found: Mapping[str, Branch], model: nn.Module) -> dict[str, Branch]:
 
 
 def _tried(
-    found: Mapping[str, Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[ModuleCall]], answer: Any
+    known: Mapping[str, Branch],
+    copy: nn.Module,
+    example: Example,
+    calls: Mapping[str, list[ModuleCall]],
+    answer: Any,
 ) -> dict[str, Branch]:
     """Run the network without branches, equally named ones together, or each alone where that fails."""
-    result = dict(found)
-    for members in _classes(found):
+    result = dict(known)
+    for members in _classes(known):
         if _problem(members, copy, example, calls, answer):
             for one in members:
                 if problem := _problem([one], copy, example, calls, answer):
@@ -282,9 +284,9 @@ def _tried(
     return result
 
 
-def _classes(found: Mapping[str, Branch]) -> Iterator[list[Branch]]:
+def _classes(known: Mapping[str, Branch]) -> Iterator[list[Branch]]:
     classes: dict[tuple[str, str], list[Branch]] = {}
-    for path, branch in found.items():
+    for path, branch in known.items():
         if branch.free:
             classes.setdefault((re.sub(r"\d+", "#", path), branch.gives), []).append(branch)
     yield from classes.values()

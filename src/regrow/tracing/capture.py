@@ -106,8 +106,8 @@ def capture(
                 if not _holds_numbers(model, example):
                     raise _refused(model, refusal) from error
         try:
-            found = _eager(model, example, decisions or (), refusal, orders)
-            return found if decisions is not None else _again(model, example, found)
+            recorded = _eager(model, example, decisions or (), refusal, orders)
+            return recorded if decisions is not None else _again(model, example, recorded)
         except Exception as error:
             if refused is None:
                 raise TraceError(
@@ -162,10 +162,10 @@ def _dry(model: nn.Module, example: Example) -> Capture:
         model, mode = meta_copy(model, {})
         example = fake_example(example, mode)
     with as_exporting():
-        found = _eager(model, example, (), "", every_name=True)
-    if known and any(isinstance(x, FakeTensor) for x in found.constants.values()):
+        recorded = _eager(model, example, (), "", every_name=True)
+    if known and any(isinstance(x, FakeTensor) for x in recorded.constants.values()):
         raise _KeptError
-    return replace(found, decisions=None)
+    return replace(recorded, decisions=None)
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None), torch.dtype, torch.device))
@@ -243,16 +243,16 @@ def _eager(
     )
 
 
-def _again(model: nn.Module, example: Example, found: Capture) -> Capture:
+def _again(model: nn.Module, example: Example, recorded: Capture) -> Capture:
     """Repeat an eager run on fake data, since cut copies are recorded on fake data and will be compared with it.
 
     If the network does not run on fake data, no copy will, and the real run is returned.
     """
     try:
         copy, mode = meta_copy(model, {})
-        return _eager(copy, fake_example(example, mode), found.decisions or (), found.refusal)
+        return _eager(copy, fake_example(example, mode), recorded.decisions or (), recorded.refusal)
     except Exception:
-        return found
+        return recorded
 
 
 def _refused(model: nn.Module, reason: str) -> TraceError:

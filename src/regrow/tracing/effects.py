@@ -101,7 +101,7 @@ class Effects:
         ask = [*self.inputs[self.end]]
         ask += [one for origin, ones in self.writers.items() if origin.op == "placeholder" for one in ones]
         while ask:
-            node = stood(ask.pop(), replaced)
+            node = replacement_of(ask.pop(), replaced)
             if node in result or node in zeros:
                 continue
             (zeros if node in replaced else result).add(node)
@@ -147,7 +147,7 @@ class Effects:
         return ""
 
 
-def stood(node: Node, replaced: Replaced) -> Node:
+def replacement_of(node: Node, replaced: Replaced) -> Node:
     """Return the node whose value replaces that of another one; a node replaced by zeros, or not at all, itself.
 
     Args:
@@ -208,7 +208,7 @@ def describe_effects(ours: Effects, replaced: Replaced, theirs: Effects, zeros: 
         if node.target != twin.target or shapes_of(node) != shapes_of(twin):
             return f"{where} runs where {op_name(node)} did, or has another shape"
         for one, two in ((node.args, twin.args), (node.kwargs, twin.kwargs)):
-            if not _alike(one, two, lambda a, b: partner.get(stood(ours.same(a), replaced)) is theirs.same(b)):
+            if not _alike(one, two, lambda a, b: partner.get(replacement_of(ours.same(a), replaced)) is theirs.same(b)):
                 return f"{where} is given something else"
         partner[node] = twin
     return ""

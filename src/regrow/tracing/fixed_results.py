@@ -18,19 +18,19 @@ def cast_answer(asked: list[Tensor], answer: object) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(*kinds) if is_floating(x) and len(kinds) == 1 else x, answer)
 
 
-def reorder(x: Tensor, dim: int, found: Any, order: Tensor | None) -> Any:
+def reorder(x: Tensor, dim: int, result: Any, order: Tensor | None) -> Any:
     """Return the result of a sorting operation in a given order, if that has the right shape.
 
     Args:
         x: The tensor that is sorted.
         dim: The dimension it is sorted along.
-        found: The operation's own result: the positions, or (values, positions).
+        result: The operation's own result: the positions, or (values, positions).
         order: The positions to use; ``None``: the result is unchanged.
     """
-    own = found if isinstance(found, Tensor) else found[1]
+    own = result if isinstance(result, Tensor) else result[1]
     if order is None or order.shape != own.shape:
-        return found
-    return order if isinstance(found, Tensor) else (x.gather(dim, order), order)
+        return result
+    return order if isinstance(result, Tensor) else (x.gather(dim, order), order)
 
 
 ORDERS = frozenset(

@@ -77,7 +77,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     for name, reason in unalterable(model):
         for expr in state.get(name, ()):
             d.freeze(expr, reason)
-    found = folds(model, w)
+    sites = folds(model, w)
     integers, alike = attributes.integers(model, w, state)
     w.equal += alike
     held = group_equal_sizes(w)
@@ -111,7 +111,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
             integers={key: names.dim(expr) for key, expr in integers.items() if not isinstance(names.dim(expr), int)},
             folds=tuple(
-                _fold(fold, names) for fold in found if not all(isinstance(x, int) for x in names.dims(fold.over))
+                _fold(site, names) for site in sites if not all(isinstance(x, int) for x in names.dims(site.over))
             ),
             unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
             notes=tuple(dict.fromkeys(w.notes)),
@@ -124,8 +124,8 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     )
 
 
-def _fold(found: FoldSite, names: Names) -> Fold:
-    return Fold(names.dims(found.over), found.weight, found.kind, found.plus, found.epsilon, found.value)
+def _fold(site: FoldSite, names: Names) -> Fold:
+    return Fold(names.dims(site.over), site.weight, site.kind, site.plus, site.epsilon, site.value)
 
 
 def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:

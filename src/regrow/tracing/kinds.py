@@ -51,7 +51,7 @@ def check_traceable(model: nn.Module) -> None:
     Traceback (most recent call last):
     regrow.tracing.capture.TraceError: weight has no shape yet; run the model once on an example, then trace it
     """
-    problem = next((found for path, module in model.named_modules() if (found := _problem(path, module))), "")
+    problem = next((why for path, module in model.named_modules() if (why := _problem(path, module))), "")
     problem = problem or next(_of_tensors(model), "")
     if problem:
         raise TraceError(problem)
@@ -177,13 +177,13 @@ def with_remedies(model: nn.Module, axes: AxisGraph) -> AxisGraph:
     if not computed:
         return axes
 
-    def told(key: str) -> str:
+    def remedy_for(key: str) -> str:
         axis = axes[key]
         remedy = next((computed[slot.name] for slot in axis.slots if slot.name in computed), "")
         known = axis.free or axis.size == 1 or axis.reason in _OUTER or "remove it first" in axis.reason
         return "" if known else remedy
 
-    remedies = {key: remedy for key in axes.axes if (remedy := told(key))}
+    remedies = {key: remedy for key in axes.axes if (remedy := remedy_for(key))}
     return axes.with_axes(
         {
             key: replace(axis, reason=f"{axis.reason}; remove it first: {remedies[key]}") if key in remedies else axis

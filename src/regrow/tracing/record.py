@@ -251,8 +251,8 @@ class _Recorder(ProxyTorchDispatchMode):
         """Return a boolean index as one tensor of positions per dimension; other indices unchanged."""
         if index is None or index.dtype not in (torch.bool, torch.uint8):
             return [index]
-        found = self._seen(torch.ops.aten.nonzero.default, (index,), {})
-        return list(self._seen(torch.ops.aten.unbind.int, (found, 1), {}))
+        positions = self._seen(torch.ops.aten.nonzero.default, (index,), {})
+        return list(self._seen(torch.ops.aten.unbind.int, (positions, 1), {}))
 
     def _decided(self, func: Any, args: Any, kwargs: Any) -> Any:
         asked = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]

@@ -16,12 +16,12 @@ def group_equal_sizes(w: Walk) -> dict[int, tuple[str, int]]:
     """
     pairs: list[tuple[Multiple, Multiple, str]] = []
     for a, b, why in w.equal:
-        found = _pairs(a, b)
-        if found is None:
+        leaves = _pairs(a, b)
+        if leaves is None:
             d.freeze(a, why)
             d.freeze(b, why)
         else:
-            pairs += [(x, y, why) for x, y in found]
+            pairs += [(x, y, why) for x, y in leaves]
     again = True
     while again:
         again = False
@@ -45,12 +45,16 @@ def _pairs(a: Expr, b: Expr) -> list[tuple[Multiple, Multiple]] | None:
     a, b = d.resolve(a), d.resolve(b)
     if d.identical(a, b):
         return []
-    if (x := _multiple(a)) is not None and (y := _multiple(b)) is not None:
-        return [(x, y)] if x[0] is not y[0] else None
+    if (left := _multiple(a)) is not None and (right := _multiple(b)) is not None:
+        return [(left, right)] if left[0] is not right[0] else None
     if type(a) is not type(b) or isinstance(a, Leaf) or isinstance(b, Leaf) or len(a.parts) != len(b.parts):
         return None
-    found = [_pairs(x, y) for x, y in zip(a.parts, b.parts, strict=True)]
-    return None if any(one is None for one in found) else [pair for one in found for pair in one or ()]
+    pairs = []
+    for x, y in zip(a.parts, b.parts, strict=True):
+        if (one := _pairs(x, y)) is None:
+            return None
+        pairs += one
+    return pairs
 
 
 def _multiple(expr: Expr) -> Multiple | None:

@@ -59,9 +59,9 @@ def line_raised(error: BaseException) -> Line | None:
     return result
 
 
-def _deeper(step: TracebackType, found: Line | None) -> tuple[TracebackType | None, Line | None]:
+def _deeper(step: TracebackType, line: Line | None) -> tuple[TracebackType | None, Line | None]:
     name = step.tb_frame.f_code.co_filename
-    return step.tb_next, (name, step.tb_lineno) if _is_own(name) else found
+    return step.tb_next, (name, step.tb_lineno) if _is_own(name) else line
 
 
 def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example]) -> Line | None:

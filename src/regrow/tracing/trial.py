@@ -79,8 +79,8 @@ def _of_family(model: nn.Module, axes: AxisGraph, classes: list[list[Axis]]) -> 
     alone = _problem(model, axes, first)
     if _unnumbered(alone) == _unnumbered(problem):
         return {axis.key: problem for axis in every}
-    found = [(first, alone), *((members, _problem(model, axes, members)) for members in others)]
-    bad = {axis.key: one for members, one in found for axis in members if one}
+    problems = [(first, alone), *((members, _problem(model, axes, members)) for members in others)]
+    bad = {axis.key: one for members, one in problems for axis in members if one}
     return bad or {axis.key: problem for axis in every}
 
 
@@ -133,13 +133,13 @@ def _cut_sizes(axes: AxisGraph, cut: list[Axis]) -> dict[str, int]:
 
 
 def _cut_line(model: nn.Module, axes: AxisGraph, cut: list[Axis]) -> Line | None:
-    """Return the line of the network's code that makes a trial cut fail, if one is found."""
+    """Return the line of the network's code that makes a trial cut fail, if one is there."""
     to = Resizing(_cut_sizes(axes, cut))
     try:
-        found = difference(axes.steps, _recorded(model, axes, to), to.sizes)
+        deviation = difference(axes.steps, _recorded(model, axes, to), to.sizes)
     except (TraceError, RuntimeError):
         return None
-    return None if found is None else _line(model, axes, to, found)
+    return None if deviation is None else _line(model, axes, to, deviation)
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> 
         sizes: Axis key → its number of units in the copy.
     """
     try:
-        found = difference(axes.steps, _recorded(model, axes, Resizing(sizes)), sizes)
+        deviation = difference(axes.steps, _recorded(model, axes, Resizing(sizes)), sizes)
     except TraceError as error:
         return _refusal(error)
-    return found.problem if found is not None else _untrained(model, axes, sizes)
+    return deviation.problem if deviation is not None else _untrained(model, axes, sizes)
 
 
 def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
@@ -200,12 +200,12 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
     except TraceError as error:
         line = line_raised(error.__cause__ or error)
         raise PlanError(_cannot(_refusal(error), line)) from error
-    found = difference(refold_steps(axes, to.constants), planned, to.sizes)
-    if found is not None and found.constant:  # so do other precisions, and biases that compensation added
+    deviation = difference(refold_steps(axes, to.constants), planned, to.sizes)
+    if deviation is not None and deviation.constant:  # so do other precisions, and biases that compensation added
         bare = planned if to == to.plain else _recorded(model, axes, to.plain)
-        found = first_difference(_recorded(model, axes, Resizing(axes.sizes())), bare, axes.steps)
-    if found is not None:
-        raise PlanError(_cannot(found.problem, _line(model, axes, to, found)))
+        deviation = first_difference(_recorded(model, axes, Resizing(axes.sizes())), bare, axes.steps)
+    if deviation is not None:
+        raise PlanError(_cannot(deviation.problem, _line(model, axes, to, deviation)))
     if problem := _untrained(model, axes, to.sizes):
         raise PlanError(_cannot(problem, None))
     return planned
@@ -221,7 +221,7 @@ def _at(line: Line | None) -> str:
     return f"; it is the code at {format_line(line)}" if line else ""
 
 
-def _line(model: nn.Module, axes: AxisGraph, to: Resizing, found: Difference) -> Line | None:
+def _line(model: nn.Module, axes: AxisGraph, to: Resizing, deviation: Difference) -> Line | None:
     """Return the line of the network's code that causes a difference: where runs diverge, or that of the operation."""
     both = [resize_copy(model, axes, Resizing(sizes)) for sizes in (axes.sizes(), to.sizes)]
     given = [fake_example(cast_example(axes.example, model), mode) for _, mode in both]
@@ -232,7 +232,7 @@ def _line(model: nn.Module, axes: AxisGraph, to: Resizing, found: Difference) ->
     if parting is not None:
         return parting
     nodes = operations(_recorded(model, axes, to.plain, lines=True))
-    return line_of(nodes[found.step]) if found.step < len(nodes) else None
+    return line_of(nodes[deviation.step]) if deviation.step < len(nodes) else None
 
 
 def _recorded(model: nn.Module, axes: AxisGraph, to: Resizing, lines: bool = False) -> Capture:
@@ -252,8 +252,8 @@ def _untrained(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> s
         )
     except TraceError as error:
         return _refusal(error)
-    found = first_difference(present, planned)
-    return f"in training, {found.problem}" if found is not None else ""
+    deviation = first_difference(present, planned)
+    return f"in training, {deviation.problem}" if deviation is not None else ""
 
 
 def _refusal(error: TraceError) -> str:

@@ -17,7 +17,7 @@ from regrow.method import Evidence, Need
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores
-from regrow.scoring import random, weights_without_bias
+from regrow.scoring import random, uncompensated, weights_without_bias
 from regrow.scoring.spaces import inner
 from regrow.training.freeze import freeze
 
@@ -158,9 +158,10 @@ def plan_cut(
         scores, every = ranking.scores, pruner.allocate(axes, ranking.scores, budget)
         kept = {key: keep for key, keep in every.items() if len(keep) < axes[key].size}
         means = pruner.compensate(model, axes, kept, evidence) if pruner.compensate else {}
+        notes = [*evidence.notes, *(uncompensated(model, axes, kept) if pruner.compensate else ())]
     origin = {**pruner.origin, **budget.record()}
     origin |= {"metric": scores.metric, "sources": list(scores.sources), "tokens": scores.tokens}
-    origin |= {"notes": list(evidence.notes)} if evidence.notes else {}
+    origin |= {"notes": notes} if notes else {}
     return Cut(Plan.keeping(axes, kept, means=means, origin=origin), scores, ranking.findings(every))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.method import Need
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.scores import Moments, Statistics
-from regrow.scoring import collect, means
+from regrow.scoring import collect, means, uncompensated
 from regrow.surgery.compensate import offsets
 from regrow.surgery.layout import plan_layouts
 
@@ -45,7 +45,7 @@ def bias(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
         settings: Without effect.
 
     Returns:
-        ``biases``: how many were changed; ``note``: why none were, if the plan had done it already.
+        ``biases``: how many were changed; ``note``: why none were, if the plan had done it already, or which could not.
 
     Raises:
         ValueError: If a source has fewer batches than needed, or its activations are not finite.
@@ -58,7 +58,8 @@ def bias(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     made = offsets(task.dense, task.axes, plan, plan_layouts(task.axes, plan), now)
     for name, value in made.items():
         set_bias(task.model, name, value)
-    return {"biases": len(made)}
+    notes = uncompensated(task.dense, task.axes, kept)
+    return {"biases": len(made), **({"note": "; ".join(notes)} if notes else {})}
 
 
 def set_bias(model: nn.Module, name: str, value: Tensor) -> None:

@@ -19,7 +19,7 @@ from regrow.plan import Fill, Plan
 from regrow.scoring.factors import join_bias, part
 from regrow.sources import Batch
 from regrow.surgery import fit_new_units
-from regrow.surgery.fill import new_units, sparsify_new_units, split_entries
+from regrow.surgery.new_units import new_units, sparsify_new_units, split_entries
 from regrow.tasks import among
 from regrow.training import reservoir
 from regrow.training.learner import (

@@ -1,4 +1,4 @@
-"""Initialise new units from data without changing the network's outputs: their outgoing weights stay 0."""
+"""New units after a plan: fit their weights to data, make them sparse, turn them; the network's outputs stay."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 from torch.overrides import TorchFunctionMode
 
 from regrow.axes import AxisGraph, Mark, Role
+from regrow.fills import FILLS
 from regrow.plan import Plan, PlanError
 from regrow.scoring.watch import CONTRACTIONS, watched_name
 from regrow.sources import Batch, moved
@@ -48,16 +49,16 @@ def fit_new_units(model: nn.Module, axes: AxisGraph, plan: Plan, batches: Iterab
     >>> bool(torch.allclose(spread[7:], spread[:7].median().expand(2)))
     True
     """
-    young, batches = new_units(model, axes, plan), list(batches)
-    for key in young:
+    new, batches = new_units(model, axes, plan), list(batches)
+    for key in new:
         if axes[key].mark is Mark.FOLDED:
             raise PlanError(f"axis {key!r}: nothing writes its new units yet, so they have no spread to fit")
-    spots = [*_rows(model, axes, young), *_channels(model, axes, young)]
+    spots = [*_rows(model, axes, new), *_channels(model, axes, new)]
     met = list(_sums(model, spots, batches[:1]))
-    for key in young:
+    for key in new:
         if not any(spot.axis == key for spot in met):
             raise PlanError(f"axis {key!r}: no linear layer or convolution makes its units when the network runs")
-    turns = [[spot for spot in met if spot.axis == key] for key in young]
+    turns = [[spot for spot in met if spot.axis == key] for key in new]
     # Later layers depend on earlier ones, so fit them in order; axes do not see each other's unused new units.
     for i in range(max(map(len, turns))):
         now = [turn[i] for turn in turns if i < len(turn)]
@@ -117,7 +118,7 @@ def new_units(model: nn.Module, axes: AxisGraph, plan: Plan) -> dict[str, Tensor
     for key, change in plan.changes.items():
         if not change.new_units:
             continue
-        if change.fill.rule != "zero_out":
+        if not FILLS[change.fill.rule].unread:
             raise PlanError(
                 f"axis {key!r}: units added by {change.fill.rule!r} are read already, so a change would be heard; "
                 "take the fill 'zero_out'"
@@ -190,30 +191,29 @@ class Entries:
         self.set(model, turned.reshape(now.shape).movedim(0, self.dim))
 
 
-def split_entries(
-    model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]
-) -> tuple[list[Entries], list[Entries]]:
+def split_entries(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> tuple[list[Entries], list[Entries]]:
     """Return the entries of new units as (randomly initialised, zero-initialised).
 
     Args:
         model: The network after the plan.
         axes: Its axes after the plan.
-        young: Axis key → the positions of its new units.
+        new: Axis key → the positions of its new units.
     """
     parameters = dict(model.named_parameters())
-    found: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
-    for key, units in young.items():
+    positions: dict[Role, dict[tuple[str, str, int], list[int]]] = {Role.PRODUCES: {}, Role.CONSUMES: {}}
+    for key, units in new.items():
         for slot in axes[key].slots:
             name = axes.ties.get(slot.name, slot.name)
-            if slot.role in found and name in parameters and parameters[name].dim() > 1:
-                own = found[slot.role].setdefault((key, name, slot.dim), [])
+            if slot.role in positions and name in parameters and parameters[name].dim() > 1:
+                own = positions[slot.role].setdefault((key, name, slot.dim), [])
                 own += slot.positions(axes[key].size)[units].flatten().tolist()
-    split_entries: tuple[list[Entries], list[Entries]] = ([], [])
-    for role, places in found.items():
+    drawn: list[Entries] = []
+    zero: list[Entries] = []
+    for role, places in positions.items():
         for place, where in places.items():
-            silent = (role is Role.PRODUCES) == (axes[place[0]].mark is Mark.FOLDED)
-            split_entries[silent].append(Entries(*place, tuple(dict.fromkeys(where))))
-    return split_entries
+            is_zero = (role is Role.PRODUCES) == (axes[place[0]].mark is Mark.FOLDED)
+            (zero if is_zero else drawn).append(Entries(*place, tuple(dict.fromkeys(where))))
+    return drawn, zero
 
 
 @dataclass(frozen=True)
@@ -223,18 +223,18 @@ class _Rows:
     axis: str
     name: str
     dim: int
-    young: tuple[int, ...]
+    new: tuple[int, ...]
     old: tuple[int, ...]
 
     def fit(self, model: nn.Module, mean: Tensor, variance: Tensor) -> None:
         spread = variance.sqrt()
-        own, usual = spread[list(self.young)], spread[list(self.old)].median()
+        own, usual = spread[list(self.new)], spread[list(self.old)].median()
         factor = torch.where((own > 0) & (usual > 0), usual / own, 1.0)
-        factor *= torch.where(mean[list(self.young)] < -own, -1.0, 1.0)
+        factor *= torch.where(mean[list(self.new)] < -own, -1.0, 1.0)
         path, _, leaf = self.name.rpartition(".")
         bias = dict(model.named_parameters()).get(f"{path}.bias".lstrip(".")) if leaf == "weight" else None
         for one, dim in ((model.get_parameter(self.name), self.dim), *([] if bias is None else [(bias, 0)])):
-            value, at = one.detach(), torch.tensor(self.young, device=one.device)
+            value, at = one.detach(), torch.tensor(self.new, device=one.device)
             shape = [-1 if d == dim else 1 for d in range(value.dim())]
             value.index_copy_(dim, at, value.index_select(dim, at) * factor.view(shape).to(value))
 
@@ -245,10 +245,10 @@ class _Channels:
 
     axis: str
     name: str
-    young: tuple[int, ...]
+    new: tuple[int, ...]
 
     def fit(self, model: nn.Module, mean: Tensor, variance: Tensor) -> None:
-        module, at = model.get_submodule(self.name), list(self.young)
+        module, at = model.get_submodule(self.name), list(self.new)
         for own, value in ((module.running_mean, mean), (module.running_var, variance)):
             assert isinstance(own, Tensor)
             own[at] = value[at].to(own)
@@ -257,24 +257,24 @@ class _Channels:
 _Spot = _Rows | _Channels
 
 
-def _rows(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> list[_Spot]:
+def _rows(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Spot]:
     parameters = dict(model.named_parameters())
     places: dict[tuple[str, str, int], tuple[list[int], list[int]]] = {}
-    for key, units in young.items():
+    for key, units in new.items():
         for slot in axes[key].slots:
             name = axes.ties.get(slot.name, slot.name)
             if slot.role is Role.PRODUCES and name in parameters and parameters[name].dim() > 1:
                 own, old = places.setdefault((key, name, slot.dim), ([], []))
-                is_young = torch.zeros(axes[key].size, dtype=torch.bool).index_fill(0, units, True)
+                is_new = torch.zeros(axes[key].size, dtype=torch.bool).index_fill(0, units, True)
                 where = slot.positions(axes[key].size)
-                own += where[is_young].flatten().tolist()
-                old += where[~is_young].flatten().tolist()
+                own += where[is_new].flatten().tolist()
+                old += where[~is_new].flatten().tolist()
     return [_Rows(*place, tuple(own), tuple(old)) for place, (own, old) in places.items()]
 
 
-def _channels(model: nn.Module, axes: AxisGraph, young: Mapping[str, Tensor]) -> list[_Spot]:
+def _channels(model: nn.Module, axes: AxisGraph, new: Mapping[str, Tensor]) -> list[_Spot]:
     result: dict[tuple[str, str], list[int]] = {}
-    for key, units in young.items():
+    for key, units in new.items():
         for slot in axes[key].slots:
             name, _, leaf = slot.name.rpartition(".")
             if leaf == "running_var":
@@ -305,7 +305,7 @@ def _sums(model: nn.Module, spots: Sequence[_Spot], batches: Sequence[Batch]) ->
         variance = (square / count - mean**2).clamp_min(0) * (count / max(count - 1, 1))
         for spot in spots:
             channels = spot.name if isinstance(spot, _Rows) else f"{spot.name}:"
-            if channels == name and len(mean) > max(spot.young):
+            if channels == name and len(mean) > max(spot.new):
                 result[spot] = (mean, variance)
     return result
 

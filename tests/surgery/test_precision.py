@@ -1,0 +1,33 @@
+"""What stands for torch's operations in float64 computes what they compute."""
+
+import pytest
+import torch
+
+from regrow.surgery.precision import grouped_product
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "ends"),
+    [
+        ((8, 16), (2, 16, 8), (3, 8)),
+        ((8, 16), (2, 16, 8), (0, 8)),
+        ((2, 8, 16), (2, 16, 8), None),
+        ((2, 8, 16), (16, 16), (8, 16)),
+        ((8, 16), (16, 8), (8, 16)),
+    ],
+)
+def test_a_grouped_product_is_torchs(x: tuple[int, ...], weight: tuple[int, ...], ends: tuple[int, ...] | None) -> None:
+    """In all four forms that torch knows: rows, columns or parts of the sum in groups, or one matrix for each."""
+    torch.manual_seed(0)
+    one, other = torch.randn(x), torch.randn(weight)
+    offs = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+    expected = torch.nn.functional.grouped_mm(one, other, offs=offs)
+    torch.testing.assert_close(grouped_product(one.double(), other.double(), offs).float(), expected)
+
+
+def test_a_grouped_product_refuses_a_bias_as_torch_does() -> None:
+    """A bias that were left out silently would be left out on both sides of the proof."""
+    x, weight, offs = torch.randn(4, 8), torch.randn(1, 8, 8), torch.tensor([4], dtype=torch.int32)
+    for function in (grouped_product, torch.nn.functional.grouped_mm):
+        with pytest.raises(RuntimeError, match=r"[Bb]ias"):
+            function(x, weight, offs=offs, bias=torch.zeros(8))
