@@ -4,7 +4,11 @@ import pytest
 import torch
 
 from hand import conv, lm, stored, texts
+from regrow.budget import Budget
+from regrow.commands.pruning import measured
 from regrow.method import Need
+from regrow.methods import entry
+from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring import collect, means, uncompensated
 from regrow.sources import Batch, Source
 
@@ -35,3 +39,13 @@ def test_padded_and_grouped_convolutions_are_left_out(padding: int, groups: int,
     assert bool(means(model, axes, {"0.weight:0": (0, 1)}, seen)) is exact
     notes = uncompensated(model, axes, {"0.weight:0": (0, 1)})
     assert [note.partition(":")[0] for note in notes] == ["no bias compensation for 3.weight"] * (not exact), notes
+
+
+def test_a_plan_notes_what_it_does_not_compensate() -> None:
+    model, axes = conv(padding=1)
+    source = Source("p", [Batch((torch.randn(2, 3, 5, 5),))])
+    flap = entry("flap").build(entry("flap").settings())
+    plan = plan_cut(flap, model, axes, Budget(0.7), measured(model, axes, flap, [source])).plan
+    (note,) = plan.origin["notes"]
+    assert not plan.means
+    assert note == "no bias compensation for 3.weight: a padded convolution reads zeros at the borders, not the mean"
