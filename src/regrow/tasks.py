@@ -1,10 +1,50 @@
 """Tasks of continual learning: labelled examples that a network learns one task after the other."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from regrow.sources import moved
+
+
+class ExampleSet(Protocol):
+    """Labelled examples in memory or elsewhere, read in batches."""
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        ...
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
+        """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
+
+        Args:
+            size: Examples per batch; the last batch may have fewer.
+            seed: Seed of the shuffling; ``None``: in order.
+        """
+        ...
+
+    def take(self, indices: Tensor) -> "Examples":
+        """Return some examples, in memory.
+
+        Args:
+            indices: Their positions, ``[N]`` int64.
+        """
+        ...
+
+    def subset(self, indices: Tensor) -> "ExampleSet":
+        """Return some examples as a set that is read like this one.
+
+        Args:
+            indices: Their positions, ``[N]`` int64.
+        """
+        ...
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, ``[N]``, if they are known without reading the examples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -12,19 +52,20 @@ class Examples:
     """Labelled examples in memory.
 
     Args:
-        inputs: ``[N, ...]``, as the network takes them.
-        labels: The class of each example, ``[N]`` int64.
+        inputs: ``[N, ...]``, as the network takes them; or several such tensors, in a tuple or by name.
+        labels: The labels, ``[N, ...]``: classes int64, values float.
 
     Raises:
         ValueError: If the numbers of inputs and labels differ, or there are none.
     """
 
-    inputs: Tensor
+    inputs: Any
     labels: Tensor
 
     def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.labels) or not len(self.labels):
-            raise ValueError(f"{len(self.inputs)} inputs and {len(self.labels)} labels: one label each, at least one")
+        n = len(first_tensor(self.inputs))
+        if n != len(self.labels) or not len(self.labels):
+            raise ValueError(f"{n} inputs and {len(self.labels)} labels: one label each, at least one")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,7 +76,7 @@ class Examples:
         Args:
             device: The device.
         """
-        return self if device.type == "cpu" else Examples(self.inputs.to(device), self.labels.to(device))
+        return self if device.type == "cpu" else Examples(moved(self.inputs, device), self.labels.to(device))
 
     def batches(self, size: int, seed: int | None = None) -> Iterator["Examples"]:
         """Yield all examples in batches of ``size``; a seed shuffles them, and leaves out a last batch of one example.
@@ -50,11 +91,153 @@ class Examples:
         >>> [len(batch) for batch in parts]
         [2, 2]
         """
-        n = len(self)
-        order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-        for part in order.split(size):
-            if len(part) > 1 or size == 1 or n == 1 or seed is None:
-                yield Examples(self.inputs[part], self.labels[part])
+        return (self.take(part) for part in batch_indices(len(self), size, seed))
+
+    def take(self, indices: Tensor) -> "Examples":
+        """Return some of the examples.
+
+        Args:
+            indices: Their positions, ``[N]`` int64, or a mask, ``[examples]`` bool.
+        """
+        return Examples(select_inputs(self.inputs, indices), self.labels[indices])
+
+    subset = take
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples."""
+        return self.labels
+
+
+@dataclass(frozen=True)
+class ChangedExamples:
+    """Examples whose inputs are changed when they are read, so that many tasks share the memory of one.
+
+    Args:
+        base: The examples.
+        change: (inputs ``[N, ...]``) → the changed inputs.
+    """
+
+    base: ExampleSet
+    change: Callable[[Any], Any]
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    @property
+    def inputs(self) -> Any:
+        """The inputs of all examples, in memory."""
+        return first_examples(self, len(self)).inputs
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels of all examples."""
+        return first_examples(self, len(self)).labels
+
+    def batches(self, size: int, seed: int | None = None) -> Iterator[Examples]:
+        """Yield all examples in batches, as :meth:`Examples.batches`.
+
+        Args:
+            size: Examples per batch.
+            seed: Seed of the shuffling; ``None``: in order.
+        """
+        return (Examples(self.change(batch.inputs), batch.labels) for batch in self.base.batches(size, seed))
+
+    def take(self, indices: Tensor) -> Examples:
+        """Return some of the examples, in memory.
+
+        Args:
+            indices: Their positions.
+        """
+        some = self.base.take(indices)
+        return Examples(self.change(some.inputs), some.labels)
+
+    def subset(self, indices: Tensor) -> "ChangedExamples":
+        """Return some of the examples, which are changed when they are read.
+
+        Args:
+            indices: Their positions.
+        """
+        return ChangedExamples(self.base.subset(indices), self.change)
+
+    def labels_of(self) -> Tensor | None:
+        """Return the labels of all examples, if they are known without reading the examples."""
+        return self.base.labels_of()
+
+
+def first_examples(examples: ExampleSet, n: int) -> Examples:
+    """Return the first examples, in memory.
+
+    Args:
+        examples: The examples.
+        n: How many; all if there are no more.
+    """
+    return examples.take(torch.arange(min(n, len(examples))))
+
+
+def input_shape(examples: ExampleSet) -> tuple[int, ...]:
+    """Return the shape of one input, without the batch dimension.
+
+    Args:
+        examples: The examples.
+    """
+    return tuple(first_tensor(first_examples(examples, 1).inputs).shape[1:])
+
+
+def batch_indices(n: int, size: int, seed: int | None = None) -> Iterator[Tensor]:
+    """Yield the positions of ``n`` examples in batches, ``[size]`` int64; the order of :meth:`Examples.batches`.
+
+    Args:
+        n: The number of examples.
+        size: Examples per batch; the last batch may have fewer.
+        seed: Seed of the shuffling; ``None``: in order.
+    """
+    order = torch.arange(n) if seed is None else torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return (part for part in order.split(size) if len(part) > 1 or size == 1 or n == 1 or seed is None)
+
+
+def first_tensor(inputs: Any) -> Tensor:
+    """Return the first tensor of an input: itself, or of a tuple or dict of tensors.
+
+    Args:
+        inputs: The input.
+
+    Raises:
+        TypeError: If it holds no tensor.
+    """
+    while not isinstance(inputs, Tensor):
+        if not isinstance(inputs, Mapping | Sequence) or isinstance(inputs, str) or not inputs:
+            raise TypeError(f"an input is a tensor, or a tuple or dict of tensors, got a {type(inputs).__name__}")
+        inputs = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs[0]
+    return inputs
+
+
+def select_inputs(inputs: Any, indices: Tensor) -> Any:
+    """Return the inputs of some examples.
+
+    Args:
+        inputs: ``[N, ...]``, or a tuple or dict of such tensors.
+        indices: Their positions.
+    """
+    if isinstance(inputs, Tensor):
+        return inputs[indices]
+    if isinstance(inputs, Mapping):
+        return {name: select_inputs(part, indices) for name, part in inputs.items()}
+    return tuple(select_inputs(part, indices) for part in inputs)
+
+
+def run_network(model: nn.Module, inputs: Any) -> Any:
+    """Run a network on inputs: a tensor, a tuple of positional inputs, or a dict of inputs by name.
+
+    Args:
+        model: The network.
+        inputs: The inputs, which are moved to the network's device.
+    """
+    parameter = next(model.parameters(), None)
+    if parameter is not None and parameter.device.type != "cpu":
+        inputs = moved(inputs, parameter.device)
+    if isinstance(inputs, Tensor):
+        return model(inputs)
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
 
 
 def among(logits: Tensor, classes: Tensor | None) -> Tensor:
@@ -89,8 +272,8 @@ class Task:
     """
 
     name: str
-    train: Examples
-    test: Examples
+    train: ExampleSet
+    test: ExampleSet
     classes: tuple[int, ...]
     gone: bool = False
 

@@ -153,3 +153,16 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"no gzip")
     with pytest.raises(SourceError, match="not a whole gzip file"):
         idx(tmp_path)
+
+
+def test_changed_examples_are_the_same_in_any_batch() -> None:
+    """Inputs changed when they are read equal those changed all at once, bit for bit, in batches of any size."""
+    base = digits_task()
+    for tasks in (permuted_tasks(base, 2), rotated_tasks(base, 3)):
+        change = tasks[-1].test.change
+        whole = change(base.test.inputs)
+        for size in (1, 7, 500):
+            read = torch.cat([batch.inputs for batch in tasks[-1].test.batches(size)])
+            assert torch.equal(read, whole), (tasks[-1].name, size)
+        some = torch.tensor([5, 2, 9])
+        assert torch.equal(tasks[-1].test.subset(some).take(torch.tensor([1])).inputs, whole[[2]])

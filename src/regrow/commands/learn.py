@@ -26,7 +26,7 @@ from regrow.settings.words import command_line
 from regrow.store.errors import StoreError
 from regrow.store.replacing import clear_leftovers
 from regrow.store.run_record import convert_settings
-from regrow.tasks import Task
+from regrow.tasks import Task, first_examples, input_shape
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, check_checkpoint, count_tasks, read_checkpoint, write_checkpoint
@@ -68,7 +68,7 @@ def run(
     if RunFolder.check(out, **told) and (begun := RunFolder.started(out)):
         check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
     tasks = tasks_of(settings)
-    origin_of_small(settings.model, tasks[0].train.inputs.shape[1:], outputs_of(settings, tasks))
+    origin_of_small(settings.model, input_shape(tasks[0].train), outputs_of(settings, tasks))
     with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
         return _go_on(folder, settings, learner, schedule, tasks, progress, write_page)
 
@@ -184,7 +184,7 @@ def _go_on(
 ) -> RunFolder:
     start = time.perf_counter()
     model, origin = network(settings, tasks)
-    axes = trace(model, tasks[0].train.inputs[:2])
+    axes = trace(model, first_examples(tasks[0].train, 2).inputs)
     folder.update(sequence=_known(settings, tasks))
     state, place = TrainState(learner.state), folder.path / CHECKPOINT
     if folder.resumed and place.is_file():
@@ -233,7 +233,7 @@ def network(settings: Settings, tasks: Sequence[Task]) -> tuple[nn.Module, Origi
         settings: The settings, with the network's name and the seed.
         tasks: All tasks, which give input shape and classes.
     """
-    shape = tuple(tasks[0].train.inputs.shape[1:])
+    shape = input_shape(tasks[0].train)
     return small(settings.model, shape, outputs_of(settings, tasks), settings.seed)
 
 
@@ -319,7 +319,7 @@ def _known(settings: Settings, tasks: Sequence[Task]) -> list[list[dict[str, Any
     rest = iter(tasks)
     return [
         [
-            {"name": task.name, "inputs": list(task.train.inputs.shape[1:]), "classes": list(task.classes)}
+            {"name": task.name, "inputs": list(input_shape(task.train)), "classes": list(task.classes)}
             for task in islice(rest, _spelled(spec)[2])
         ]
         for spec in settings.tasks

@@ -37,7 +37,7 @@ from regrow.settings.words import command_line
 from regrow.sources import Batch
 from regrow.store.run_record import RUN
 from regrow.surgery import UndoStore
-from regrow.tasks import Examples, Task
+from regrow.tasks import ExampleSet, Task, first_examples, input_shape
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
@@ -76,7 +76,7 @@ class Parts:
 
     search: Task
     whole: Task
-    test: Examples
+    test: ExampleSet
 
 
 def run(
@@ -99,8 +99,8 @@ def run(
     parts = parts_of(settings)
     _check_training(settings, parts)
     model, origin, plan = network(settings, parts.search)
-    axes = trace(model, parts.search.train.inputs[:2])
-    batch = Batch((parts.search.train.inputs[: settings.batch_size],))
+    axes = trace(model, first_examples(parts.search.train, 2).inputs)
+    batch = Batch((first_examples(parts.search.train, settings.batch_size).inputs,))
     started = RunFolder.started(out)
     place = started.path if started else Path(out)
     begun = (place / CHECKPOINT).is_file()
@@ -120,13 +120,13 @@ def run(
         seconds = {"search": round(time.perf_counter() - start, 3)}
         store.write_model(found, folder.path / "found", origin=described_by)
         right = share_right(found, parts.search.test)
-        folder.log("found", accuracy=right, **evaluation.dense(found, parts.test.inputs[:1]))
+        folder.log("found", accuracy=right, **evaluation.dense(found, first_examples(parts.test, 1).inputs))
         start = time.perf_counter()
         trained = retrain(folder, settings, parts, found, progress) if settings.retrain else found
         store.write_model(trained, folder.path, origin=described_by)
         if table:
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
-        size = evaluation.dense(trained, parts.test.inputs[:1])
+        size = evaluation.dense(trained, first_examples(parts.test, 1).inputs)
         folder.log("test", accuracy=share_right(trained, parts.test), images=len(parts.test), **size)
         return folder.finish(write_page, seconds=seconds | {"retrain": round(time.perf_counter() - start, 3)})
 
@@ -203,7 +203,7 @@ def _search(
 
 
 def _check_training(settings: Settings, parts: Parts) -> None:
-    side, most = settings.cutout, min(parts.test.inputs.shape[2:])
+    side, most = settings.cutout, min(input_shape(parts.test)[1:])
     if not 0 <= side < most:
         raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
     for name, asked in (("cutout", side), ("inherit", settings.inherit)):
@@ -227,7 +227,7 @@ def retrain(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Modul
         for module in model.modules():
             if not settings.inherit and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    axes = trace(model, parts.whole.train.inputs[:2])
+    axes = trace(model, first_examples(parts.whole.train, 2).inputs)
     context = Context(model, axes, parts.whole)
     learner = retraining.build(retraining.Settings(cutout=settings.cutout), context, dict(found.named_parameters()))
     place, state = folder.path / RETRAINING, TrainState(learner.state)
@@ -259,9 +259,7 @@ def parts_of(settings: Settings) -> Parts:
     many = max(1, round(settings.validation * n))
     if n - many < 2:
         raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
-    held, learned = (
-        Examples(base.train.inputs[part], base.train.labels[part]) for part in order.split([many, n - many])
-    )
+    held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
     return Parts(
         search=Task("search", learned, held, base.classes),
         whole=Task("retraining", base.train, held, base.classes),

@@ -25,7 +25,7 @@ from regrow.nets.mobile import Mobile
 from regrow.nets.small import small
 from regrow.references import names_code
 from regrow.sources import Batch, logits_in
-from regrow.tasks import Task
+from regrow.tasks import Task, first_examples, input_shape
 from regrow.tracing.placeholder import find_placeholders
 
 Found = Cells | Mobile | Bench201
@@ -60,7 +60,7 @@ def network(
     Raises:
         ValueError: If there is no such space, the budget is too small for any stages, or there are none to cut.
     """
-    shape, classes = list(task.train.inputs.shape[1:]), len(task.classes)
+    shape, classes = list(input_shape(task.train)), len(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
         _one_stage(f"{space} has one topology for all cells, so it", stages, memory)
         config = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
@@ -76,7 +76,8 @@ def network(
     check_space_fits(found.whole(), f"a search of {space}")
     plan = None
     if memory:
-        batch = Batch((task.train.inputs[:batch_size],), labels=task.train.labels[:batch_size])
+        first = first_examples(task.train, batch_size)
+        batch = Batch((first.inputs,), labels=first.labels)
         plan = _planned(found, batch, parse_bytes(memory), stage_share, masked)
     config = found.whole(heads=plan.ends if plan else ends(found.parts, stages or min(3, found.parts)))
     net = _drawn(found.net, config, seed)
@@ -94,7 +95,7 @@ def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model, _ = call_builder(builder, space)
-    said = logits_in(model.eval()(task.train.inputs[:2]))
+    said = logits_in(model.eval()(first_examples(task.train, 2).inputs))
     if said.shape != (2, len(task.classes)):
         raise ValueError(f"{space} answers {tuple(said.shape)} to two images of {len(task.classes)} classes")
     return model

@@ -17,6 +17,7 @@ from regrow.evaluation.memory import peak_meter
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.state import SearchState, StageMemory
 from regrow.sources import Batch
+from regrow.tasks import first_examples
 from regrow.training.learner import Context
 
 MASKS, WEIGHT, GRANULARITY = 1.02, 60, {"operations": 8, "filters": 14, "weights": 22}
@@ -107,7 +108,8 @@ class MemoryWatch:
     def _fit(self, state: SearchState, context: Context) -> int:
         """Return a stage's predicted peak in bytes; turn recomputation on if it exceeds the budget."""
         train, net = context.task.train, cast(Staged, context.model)
-        batch = Batch((train.inputs[: self.size],), labels=train.labels[: self.size])
+        first = first_examples(train, self.size)
+        batch = Batch((first.inputs,), labels=first.labels)
         needed = predict_stage(self.search, state, context, batch)
         if needed > self.budget and not net.recomputed:
             net.recomputed = True

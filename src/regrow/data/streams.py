@@ -16,7 +16,7 @@ from regrow.data.errors import MissingError, SourceError
 from regrow.data.vision import image_files, read_images
 from regrow.errors import InputError
 from regrow.limits import check_memory, expanded, read_content
-from regrow.tasks import Examples, Task
+from regrow.tasks import ChangedExamples, Examples, ExampleSet, Task, input_shape
 
 _MOST = 2**28
 """The largest file that is read, in bytes."""
@@ -30,7 +30,7 @@ def permuted_tasks(base: Task, n: int, seed: int = 0) -> list[Task]:
         n: The number of tasks.
         seed: The random seed of the orders.
     """
-    generator, pixels = torch.Generator().manual_seed(seed), base.train.inputs[0, 0].numel()
+    generator, pixels = torch.Generator().manual_seed(seed), prod(input_shape(base.train)[1:])
     orders = [torch.arange(pixels), *(torch.randperm(pixels, generator=generator) for _ in range(n - 1))]
 
     def change(order: Tensor) -> Any:
@@ -108,7 +108,7 @@ def alike(tasks: Sequence[Task]) -> list[Task]:
     """
     if not tasks:
         raise SourceError("there is no task to learn; name one, like permuted:digits:5")
-    channels, *size = tasks[0].train.inputs.shape[1:]
+    channels, *size = input_shape(tasks[0].train)
     examples = sum(len(task.train) + len(task.test) for task in tasks)
     needed = 4 * examples * channels * prod(size)
     check_memory(needed, f"{examples} images of {size[0]} × {size[-1]} pixels", "take fewer with --train and --test")
@@ -261,24 +261,21 @@ def fewer(base: Task, train: int, test: int, seed: int = 0) -> Task:
         seed: The random seed of the choice.
     """
 
-    def drawn(part: Examples, n: int) -> Examples:
-        order = torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:n]
-        return Examples(part.inputs[order], part.labels[order])
+    def choose(part: ExampleSet, n: int) -> ExampleSet:
+        return part.subset(torch.randperm(len(part), generator=torch.Generator().manual_seed(seed))[:n])
 
-    return Task(base.name, drawn(base.train, train), drawn(base.test, test), base.classes)
+    return Task(base.name, choose(base.train, train), choose(base.test, test), base.classes)
 
 
 def _changed(base: Task, name: str, change: Any) -> Task:
-    train, test = (Examples(change(part.inputs), part.labels) for part in (base.train, base.test))
-    return replace(base, name=name, train=train, test=test)
+    return replace(base, name=name, train=ChangedExamples(base.train, change), test=ChangedExamples(base.test, change))
 
 
-def _of(part: Examples, group: Sequence[int], relabel: bool) -> Examples:
-    mine = torch.isin(part.labels, torch.tensor(group))
-    labels = part.labels[mine]
-    if relabel:
-        labels = torch.searchsorted(torch.tensor(group), labels)
-    return Examples(part.inputs[mine], labels)
+def _of(part: ExampleSet, group: Sequence[int], relabel: bool) -> Examples:
+    known = part.labels_of()
+    labels = part.take(torch.arange(len(part))).labels if known is None else known
+    mine = part.take(torch.isin(labels, torch.tensor(group)).nonzero()[:, 0])
+    return Examples(mine.inputs, torch.searchsorted(torch.tensor(group), mine.labels)) if relabel else mine
 
 
 def _collected(data: Any) -> Examples:

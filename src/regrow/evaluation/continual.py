@@ -14,8 +14,8 @@ from typing import TypedDict
 from torch import Tensor, nn
 
 from regrow.evaluation.forward import evaluating
-from regrow.sources import logits_in
-from regrow.tasks import Examples, among
+from regrow.sources import logits_in, moved
+from regrow.tasks import ExampleSet, among, run_network
 
 
 class AccuracyRecord(TypedDict):
@@ -104,7 +104,7 @@ def _mean(values: Iterable[float]) -> float:
 
 def share_right(
     model: nn.Module,
-    examples: Examples,
+    examples: ExampleSet,
     classes: Tensor | None = None,
     size: int = 500,
     ask: Callable[[Tensor], Tensor] | None = None,
@@ -119,9 +119,9 @@ def share_right(
         ask: Function from inputs to logits; calls ``model`` if ``None``.
     """
     right = 0
-    ask = ask or (lambda inputs: logits_in(model(inputs)))
+    ask = ask or (lambda inputs: logits_in(run_network(model, inputs)))
     with evaluating(model) as device:
         for batch in examples.batches(size):
-            logits = among(ask(batch.inputs.to(device)), classes)
+            logits = among(ask(moved(batch.inputs, device)), classes)
             right += int((logits.argmax(-1).cpu() == batch.labels).sum())
     return right / len(examples)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from regrow.sources import logits_in
-from regrow.tasks import Examples, among
+from regrow.tasks import Examples, among, run_network
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def factors(
     try:
         for batch in batches:
             model.zero_grad(set_to_none=True)
-            said = among(logits_in(model(batch.inputs)), classes).log_softmax(-1)
+            said = among(logits_in(run_network(model, batch.inputs)), classes).log_softmax(-1)
             drawn = torch.multinomial(said.detach().exp().cpu(), 1, generator=generator).to(said.device)
             said.gather(1, drawn).sum().backward()
             many += len(batch)

@@ -16,7 +16,7 @@ from regrow.methods import MethodEntry
 from regrow.nets.small import small
 from regrow.plan import Plan
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, Task
+from regrow.tasks import Examples, Task, first_examples
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
@@ -62,7 +62,7 @@ def make_network(tasks: list[Task]) -> tuple[nn.Module, AxisGraph]:
         tasks: The tasks, whose images it must accept.
     """
     model, _ = small("mlp:16-12", (1, SIDE, SIDE), CLASSES)
-    return model, trace(model, tasks[0].train.inputs[:2])
+    return model, trace(model, first_examples(tasks[0].train, 2).inputs)
 
 
 def _fit(
@@ -213,7 +213,7 @@ def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     context = Context(fitted.model, fitted.axes, tasks[last], last, answered=last)
     plain = clone_model(fitted.model).eval()
     write_replacements(learner, state, replace(context, model=plain))
-    inputs = tasks[last].test.inputs
+    inputs = first_examples(tasks[last].test, len(tasks[last].test)).inputs
     with torch.no_grad(), parametrize(fitted.model, learner.parametrize(state, context).values):
         evaluated = fitted.model.eval()(inputs)
     assert torch.equal(plain(inputs), evaluated), "the finished network gives other logits"

@@ -20,7 +20,7 @@ from regrow.nets.cells import Cells, supernet
 from regrow.nets.loaded import Origin
 from regrow.surgery import UndoStore
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Task
+from regrow.tasks import Task, first_examples
 from regrow.testing.continual import StoppedError, assert_equal_tensors, make_tasks
 from regrow.tracing import trace
 from regrow.training.checkpoint import read_checkpoint, write_checkpoint
@@ -76,7 +76,7 @@ def check_target(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     search, fitted, context = _search(method, settings)
     fitted, _ = finish(search.learner, fitted, context)
     plain, _ = left(fitted.model, Origin("cells", "cells", SPACE, "cells"))
-    sizes = dense(plain, context.task.test.inputs[:1])
+    sizes = dense(plain, first_examples(context.task.test, 1).inputs)
     measure = settings.get("measure", "params")
     size = sizes["parameters"] if measure == "params" else _count_nonzero(plain)
     assert size <= TARGETS[measure], f"{size} {measure} are left, and {TARGETS[measure]:g} were allowed"
@@ -118,7 +118,7 @@ def _stop_after(last: int, path: Path, undo: UndoStore) -> Callable[[TrainState[
 def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     """The finished network gives the masked one's outputs, and so does the plain network that is built from it."""
     search, fitted, context = _search(method, settings)
-    inputs, masked = context.task.test.inputs[:8], list[Tensor]()
+    inputs, masked = first_examples(context.task.test, 8).inputs, list[Tensor]()
 
     def evaluate(state: SearchState, there: Context, boundary: Boundary) -> SearchState:
         state = search.learner.boundary(state, there, boundary)

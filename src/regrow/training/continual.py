@@ -18,7 +18,7 @@ from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.surgery import UndoStore
 from regrow.surgery.parametrize import parametrize
-from regrow.tasks import Examples, Task
+from regrow.tasks import Examples, ExampleSet, Task, first_examples, run_network
 from regrow.training.fit import Around, Fitted, Observer, fit
 from regrow.training.learner import PLAIN, Context, Learner
 from regrow.training.optimizers import OptimizerSettings
@@ -186,30 +186,31 @@ def probed_tasks(number: int) -> list[int]:
 def _phase(tasks: Sequence[Task], number: int, share: float, schedule: TaskSchedule) -> Phase:
     task = tasks[number]
     classes = _choice(schedule, tasks, number, number)
-    train, second = task.train, None
+    train: ExampleSet = task.train
+    second: ExampleSet | None = None
     if share:
         context = Context(nn.Identity(), NO_AXES, task, number, seed=schedule.seed)
         n, many = len(train), int(share * len(train))
         order = torch.randperm(n, generator=context.generator(12)).split([n - many, many])
-        train, second = (Examples(task.train.inputs[part], task.train.labels[part]) for part in order)
+        train, second = (task.train.subset(part) for part in order)
     steps = -(-len(train) // schedule.batch_size)
 
     def batches(context: Context) -> Iterator[tuple[Sequence[Examples], Examples | None]]:
-        seconds = _second_batches(context, second, steps) if second else [None]
+        seconds = _second_indices(context, second, steps) if second else []
         order = context.generator(context.epoch).initial_seed()
         for i, batch in enumerate(train.batches(schedule.batch_size, seed=order)):
-            yield (batch,), seconds[i % len(seconds)]
+            yield (batch,), second.take(seconds[i % len(seconds)]) if second else None
 
     return Phase(task, (steps,) * schedule.epochs, batches, classes)
 
 
-def _second_batches(context: Context, examples: Examples, steps: int) -> list[Examples]:
+def _second_indices(context: Context, examples: ExampleSet, steps: int) -> list[Tensor]:
     """Return the second part of the training examples in random order, in as many batches as the first part has."""
     order = torch.randperm(len(examples), generator=context.generator(context.epoch, 13))
     parts = [*order.split(max(2, -(-len(order) // steps)))]
     if len(parts[-1]) == 1 < len(order):
         parts.pop()  # a BatchNorm cannot train on it
-    return [Examples(examples.inputs[part], examples.labels[part]) for part in parts]
+    return parts
 
 
 def _choice(schedule: TaskSchedule, tasks: Sequence[Task], after: int, answered: int) -> Tensor | None:
@@ -281,7 +282,7 @@ def _probe(
 def _sizes(context: Context, tensors: Any) -> dict[str, Any]:
     parameters, was = context.parameters(), context.model.training
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        context.model.eval()(context.task.train.inputs[:1])
+        run_network(context.model.eval(), first_examples(context.task.train, 1).inputs)
     context.model.train(was)
     held = [one.values for one in tensors.values()]
     return {

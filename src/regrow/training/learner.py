@@ -18,7 +18,7 @@ from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
 from regrow.sources import logits_in
 from regrow.surgery import UndoStore
-from regrow.tasks import Examples, Task, among
+from regrow.tasks import Examples, Task, among, run_network
 
 S = TypeVar("S")
 
@@ -121,9 +121,9 @@ class Context:
         """Return every parameter by name; tied ones once."""
         return dict(self.model.named_parameters())
 
-    def logits(self, inputs: Tensor) -> Tensor:
+    def logits(self, inputs: Any) -> Tensor:
         """Return the network's logits ``[N, classes]`` for inputs ``[N, ...]``; −∞ for classes outside ``classes``."""
-        return among(logits_in(self.model(inputs)), self.classes)
+        return among(logits_in(run_network(self.model, inputs)), self.classes)
 
     def replay_logits(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Return logits of examples of any task so far; where tasks are told apart, over the classes of their own task.
@@ -134,7 +134,7 @@ class Context:
             inputs: The inputs, ``[N, ...]``.
             labels: The labels, ``[N]``.
         """
-        logits = logits_in(self.model(inputs))
+        logits = logits_in(run_network(self.model, inputs))
         if self.classes is None:
             return logits
         choice = self.classes.repeat(len(labels), 1)

@@ -100,7 +100,7 @@ def _measure_fisher(context: Context, samples: int) -> dict[str, Tensor]:
     context.model.eval()
     for i in order.tolist():
         context.model.zero_grad(set_to_none=True)
-        logs = context.logits(context.task.train.inputs[i : i + 1]).log_softmax(-1)[0]
+        logs = context.logits(context.task.train.take(torch.tensor([i])).inputs).log_softmax(-1)[0]
         answer = int(torch.multinomial(logs.detach().exp().cpu(), 1, generator=generator))
         logs[answer].backward()
         for name, parameter in parameters.items():

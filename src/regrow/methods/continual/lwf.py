@@ -13,7 +13,7 @@ from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
 from regrow.sources import logits_in
-from regrow.tasks import among
+from regrow.tasks import among, run_network
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
 
 CITATION = "Li and Hoiem, Learning without forgetting, ECCV 2016"
@@ -62,7 +62,7 @@ def build(settings: Settings) -> Learner[LwfState]:
     """
 
     def compute_loss(state: LwfState, context: Context, step: Step) -> Loss:
-        logits = logits_in(context.model(step.batch.inputs))
+        logits = logits_in(run_network(context.model, step.batch.inputs))
         loss = F.cross_entropy(among(logits, context.classes), step.batch.labels)
         if not context.number:
             return Loss(loss)

@@ -94,7 +94,7 @@ def _joint_loss(state: NaiveState, context: Context, batch: Examples) -> Loss:
     for i, task in enumerate(past):
         if many := int((whose == i).sum()):
             picked = torch.randint(len(task.train), (many,), generator=generator)
-            parts.append(Examples(task.train.inputs[picked], task.train.labels[picked]))
+            parts.append(task.train.take(picked))
     inputs, labels = (torch.cat([getattr(part, name) for part in parts]) for name in ("inputs", "labels"))
     logits = context.replay_logits(inputs, labels)
     weight = [1.0 / len(past), 1.0]

@@ -25,7 +25,7 @@ def add_factors(state: SparseGrowState, context: Context, samples: int) -> Spars
     read, bias, used = dict(state.read), dict(state.bias), dict(state.used)
     train = context.task.train
     order = torch.randperm(len(train), generator=context.generator(4))[:samples]
-    some = type(train)(train.inputs[order], train.labels[order])
+    some = train.take(order)
     for name, one in factors(context.model, some.batches(250), context.generator(5), context.classes).items():
         made, *inputs = context.axes.shapes[name]
         shape = context.parameters()[name].shape[1:]
