@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow import trace
-from regrow.commands.pruning import built, measured
+from regrow.commands.pruning import build_pruner, collect_evidence
 from regrow.data import Half, text, windows
 from regrow.method import Budget
 from regrow.methods.pruning.pruner import plan_cut
@@ -30,9 +30,9 @@ def one(method: str, n: int) -> dict[str, Any]:
     loaded = load("smollm2-135m")
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     sources = [windows(text(kind), loaded.tokenizer, n=n, seq_len=256, half=Half.CALIBRATION) for kind in KINDS]
-    chosen, resting = built(method, {}), _peak()
+    chosen, resting = build_pruner(method, {}), _peak()
     start = time.perf_counter()
-    evidence = measured(loaded.model, axes, chosen, sources)
+    evidence = collect_evidence(loaded.model, axes, chosen, sources)
     middle = time.perf_counter()
     plan_cut(chosen, loaded.model, axes, Budget(0.8), evidence)
     return {

@@ -21,7 +21,7 @@ from torch import nn
 
 from regrow import Plan, trace, verify
 from regrow.axes import Axis, AxisGraph
-from regrow.commands.pruning import built, measured
+from regrow.commands.pruning import build_pruner, collect_evidence
 from regrow.data import Half, text, windows
 from regrow.method import Budget
 from regrow.methods.pruning.pruner import plan_cut
@@ -99,8 +99,8 @@ def language_model() -> list[dict[str, Any]]:
         windows(text(name), loaded.tokenizer, n=8, seq_len=256, half=Half.CALIBRATION)
         for name in ("news", "code", "manual", "talk")
     ]
-    method = built("flap", {})
-    evidence = measured(loaded.model, axes, method, sources)
+    method = build_pruner("flap", {})
+    evidence = collect_evidence(loaded.model, axes, method, sources)
     rows = []
     for keep in (0.8, 0.5):
         plan = plan_cut(method, loaded.model, axes, Budget(keep), evidence).plan

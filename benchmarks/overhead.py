@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from regrow import apply, trace
-from regrow.commands.pruning import built, measured
+from regrow.commands.pruning import build_pruner, collect_evidence
 from regrow.data import Half, text, windows
 from regrow.method import Budget, Need
 from regrow.methods.pruning.pruner import plan_cut
@@ -72,8 +72,8 @@ def cutting(repeats: int) -> dict[str, Any]:
     loaded = load("smollm2-135m")
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     source = windows(text("code"), loaded.tokenizer, n=4, seq_len=256, half=Half.CALIBRATION)
-    method = built("flap", {})
-    evidence = measured(loaded.model, axes, method, [source])
+    method = build_pruner("flap", {})
+    evidence = collect_evidence(loaded.model, axes, method, [source])
     plan = plan_cut(method, loaded.model, axes, Budget(0.8), evidence).plan
     surgery, saving = [], []
     for _ in range(repeats):

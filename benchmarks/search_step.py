@@ -88,7 +88,7 @@ def measured(space: str, batch_size: int, size: int, stride: int, repeats: int) 
     pictures = torch.randn(batch_size, 3, size, size, generator=generator)
     batch = Examples(pictures, torch.arange(batch_size) % 10)
     task = Task("noise", batch, batch, tuple(range(10)))
-    net, _, _ = spaces.network(space, task, stages=1, memory="", batch_size=batch_size, stride=stride, seed=0)
+    net, _, _ = spaces.build_network(space, task, stages=1, memory="", batch_size=batch_size, stride=stride, seed=0)
     axes = trace(net, pictures[:2])
     own = build_search(Settings(space, "", "nonzero=30%", method_settings={"warm": 0, "augment": False}), net, axes)
     steps = {

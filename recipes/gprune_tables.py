@@ -196,7 +196,7 @@ CHOOSING = ("control flap ranked", "control flap uniform", "gprune flap mlp", "g
 
 def protected(settings: dict[str, Any], most: float = 0.01) -> Pruner:
     """FLAP with the hundredth of each layer's units that fires strongest (mean square) never cut."""
-    plain = prune.built("flap", settings)
+    plain = prune.build_pruner("flap", settings)
     assert isinstance(plain, Pruner)
 
     def score(task: PruningTask) -> Ranking:
@@ -305,7 +305,11 @@ class Bench:
         if point.sources == "single":
             first = FOLDS[point.fold][0]
             evidence = Evidence({first: evidence.statistics[first]}, {first: evidence.data[first]})
-        method = protected(point.settings) if point.method == "protected" else prune.built(point.method, point.settings)
+        method = (
+            protected(point.settings)
+            if point.method == "protected"
+            else prune.build_pruner(point.method, point.settings)
+        )
         budget = Budget(
             point.keep,
             only=(point.only,) if point.only else (),

@@ -18,7 +18,7 @@ from rows import add, head, line, rows
 
 import regrow
 from regrow.commands.search import Settings, parts_of
-from regrow.commands.targets import measure_of
+from regrow.commands.targets import target_measure
 from regrow.data import streams
 from regrow.evaluation.continual import share_right
 from regrow.run_folder import RunFolder
@@ -45,7 +45,7 @@ def asked(folder: RunFolder, data: str, many: int) -> dict[str, Any]:
     unseen = others(settings, learned, many)
     return {
         "space": settings.space,
-        "measure": str(measure_of(settings.target, settings.accounting)),
+        "measure": str(target_measure(settings.target, settings.accounting)),
         "method": settings.method,
         "settings": settings.method_settings,
         "seed": settings.seed,

@@ -20,7 +20,7 @@ from torch import nn
 
 from regrow import trace
 from regrow.axes import Axis
-from regrow.commands.pruning import built
+from regrow.commands.pruning import build_pruner
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
 from regrow.method import Budget, Evidence, Need
@@ -82,7 +82,7 @@ def main() -> None:
     tests = [windows(t, loaded.tokenizer, n=2, seq_len=256, half=Half.EVALUATION, batch_size=2) for t in kinds]
     evidence = Evidence(collect(model, axes, calibration, {Need.ACTIVATIONS}))
     found = massive(axes, energy(weights_of(model), axes, evidence.pooled()))
-    magnitude = built("magnitude", {"compensate": False})
+    magnitude = build_pruner("magnitude", {"compensate": False})
     plan = plan_cut(magnitude, model, axes, Budget(args.keep, only=("mlp",))).plan
     dense = mean_perplexity(model, tests)
     units, layers = [], []

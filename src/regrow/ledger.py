@@ -74,7 +74,7 @@ class Ledger:
         else:
             self._write([*map(_line, self._entries()), line])
 
-    def keep(self, many: int) -> None:
+    def truncate(self, many: int) -> None:
         """Remove all but the first ``many`` plans: those whose result a killed process did not store.
 
         Args:

@@ -19,11 +19,11 @@ from regrow.store.atomic import write_text
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.locks import Lock, lock
-from regrow.store.metrics import Metrics, finite
+from regrow.store.metrics import Metrics, replace_nonfinite
 from regrow.store.replacing import WORK, check_replaceable, clear_leftovers, link_tree, replace_folder, settle
-from regrow.store.run_record import FORMAT, RUN, identity, read_json, read_run
+from regrow.store.run_record import FORMAT, RUN, read_json, read_run, run_identity
 from regrow.store.versions import versions
-from regrow.store.working_area import adopt, begin_again, cleared_area, resumes, started
+from regrow.store.working_area import copy_into_area, is_resumable, make_area, move_into_area, unfinished_folder
 from regrow.surgery import UndoStore
 
 WritePage = Callable[[Path], object]
@@ -69,17 +69,17 @@ class RunFolder:
             StoreError: If the folder holds something else, another run, or this one finished, or if another process is
                 writing there; nothing is touched.
         """
-        out, wanted = Path(out), identity(verb, settings, defaults)
+        out, wanted = Path(out), run_identity(verb, settings, defaults)
         cls.check(out, verb=verb, settings=settings, defaults=defaults)
         with explain_os_errors(out):
             out.mkdir(parents=True, exist_ok=True)
             owner = lock(out)
         try:
-            resumed = resumes(out, wanted)
+            resumed = is_resumable(out, wanted)
             if resumed:
-                adopt(out)
+                move_into_area(out)
                 return cls(out / WORK, True, out, owner)
-            folder = cls(cleared_area(out), False, out, owner)
+            folder = cls(make_area(out), False, out, owner)
             folder._write(RUN, {"format": FORMAT, "verb": verb, "command": command, **wanted} | _now("started"))
             return folder
         except BaseException:
@@ -107,9 +107,9 @@ class RunFolder:
         clear_leftovers(out)
         if out.is_dir():
             lock(out).release()
-        if not resumes(out, identity(verb, settings, defaults)):
+        if not is_resumable(out, run_identity(verb, settings, defaults)):
             return False
-        if begun := cls.started(out):
+        if begun := cls.open_unfinished(out):
             begun.metrics()  # what goes on with damaged measurements ends with them
         return True
 
@@ -125,11 +125,11 @@ class RunFolder:
         with explain_os_errors(out):
             owner = lock(out)
         try:
-            if started(out):
-                adopt(out)
+            if unfinished_folder(out):
+                move_into_area(out)
             else:
                 cls.open(out)
-                begin_again(out)
+                copy_into_area(out)
         except BaseException:
             owner.release()
             raise
@@ -146,16 +146,16 @@ class RunFolder:
         settle(path)
         found = cls(path)
         if not (path / RUN).is_file() or not found.run().get("finished"):
-            begun = cls.started(path)
+            begun = cls.open_unfinished(path)
             if begun is not None:
                 raise StoreError(f"{path}: the run is not finished; go on with it first: {begun.run().get('command')}")
             found.run()
         return found
 
     @classmethod
-    def started(cls, path: str | Path) -> "RunFolder | None":
+    def open_unfinished(cls, path: str | Path) -> "RunFolder | None":
         """Open the unfinished run in a folder for reading; ``None`` if there is none."""
-        place = started(Path(path))
+        place = unfinished_folder(Path(path))
         return cls(place) if place else None
 
     def __enter__(self) -> "RunFolder":
@@ -210,7 +210,7 @@ class RunFolder:
         """The plans of the run, in order."""
         return Ledger(self.path / "ledger.json")
 
-    def keep(self, undo: UndoStore) -> None:
+    def write_undo_store(self, undo: UndoStore) -> None:
         """Write ``attic.safetensors``: the units that cuts removed, so that a later run can restore them.
 
         Raises:
@@ -218,7 +218,7 @@ class RunFolder:
         """
         write_undo_store(self.path / "attic.safetensors", undo)
 
-    def undo_store(self) -> UndoStore:
+    def read_undo_store(self) -> UndoStore:
         """Return the store of what cuts removed; an empty store if none was written.
 
         Raises:
@@ -317,7 +317,7 @@ class RunFolder:
         return self._record("findings.json", schemas.Findings)
 
     def _write(self, name: str, data: Mapping[str, Any]) -> None:
-        write_text(self.path / name, json.dumps(finite(data), indent=1, allow_nan=False) + "\n")
+        write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
     def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:
         data = read_json(self.path / name)

@@ -130,7 +130,9 @@ def test_what_a_stopped_command_says_depends_on_the_command(regrow: Run, monkeyp
         ((*prune, "--dry-run", "plan.json", "--out", "made"), nothing),
         ((*prune, "--out", "made"), goes_on.replace("run", "made")),
     ):
-        monkeypatch.setattr("regrow.run_folder.RunFolder.started", lambda out: out if out.name == "made" else None)
+        monkeypatch.setattr(
+            "regrow.run_folder.RunFolder.open_unfinished", lambda out: out if out.name == "made" else None
+        )
         code, _, err = regrow(*words)
         assert (code, says in err) == (130, True), err
 

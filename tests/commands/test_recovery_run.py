@@ -11,7 +11,7 @@ from torch import nn
 from regrow.cli import code_of
 from regrow.commands import recover as recovery_run
 from regrow.commands.prune import Settings, run
-from regrow.methods import entry, recovery_entry
+from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery.task import FORMAT
 from regrow.plan import Plan
@@ -96,10 +96,10 @@ def test_recovery_right_after_the_cut_is_the_same(pruned, tmp_path, monkeypatch)
     assert set(rows) == {"dense", "pruned", "recovered"}
     assert "--recover refit --recover-tokens 256" in both.run()["command"]
     taken = after.run()["defaults"]
-    assert taken == json.loads(json.dumps(recovery_entry("refit").defaults({"seed"})))
+    assert taken == json.loads(json.dumps(find_method(MethodKind.RECOVERY, "refit").defaults({"seed"})))
     alone = RunFolder.open(pruned).run()["defaults"]
     assert both.run()["defaults"] == alone | {f"refit {n}": v for n, v in taken.items()}
-    assert alone == entry(PRUNING.method).defaults({*PRUNING.method_settings, "seed"})
+    assert alone == find_method(MethodKind.PRUNING, PRUNING.method).defaults({*PRUNING.method_settings, "seed"})
 
 
 def test_what_cannot_be_recovered_is_said(pruned, tmp_path):

@@ -20,7 +20,7 @@ from regrow.candidates import Candidates, candidates_in
 from regrow.commands import latencies
 from regrow.commands import search as searching
 from regrow.commands.search import Settings, build_search, network, parts_of, run
-from regrow.commands.targets import target
+from regrow.commands.targets import parse_target
 from regrow.data.augment import cut_out
 from regrow.evaluation import Latency
 from regrow.evaluation.continual import share_right
@@ -489,7 +489,7 @@ def test_a_target_that_is_none_is_refused(text: str, message: str) -> None:
     parts = parts_of(SETTINGS)
     model = network(SETTINGS, parts.search)[0]
     with pytest.raises(ValueError, match=message):
-        target(text, trace(model, parts.search.train.inputs[:2]))
+        parse_target(text, trace(model, parts.search.train.inputs[:2]))
 
 
 def invented(model: torch.nn.Module, scale: float = 1.0) -> Latency:

@@ -14,7 +14,7 @@ from regrow.commands import search as searching
 from regrow.commands import stage_memory
 from regrow.commands.search import Settings, build_search, network, parts_of, run, schedule_of
 from regrow.commands.stage_memory import MemoryWatch
-from regrow.methods import searcher_entry
+from regrow.methods import MethodKind, find_method
 from regrow.reports import write_page
 from regrow.tracing import trace
 from regrow.training.continual import learn
@@ -139,9 +139,9 @@ def test_what_settings_tell_of_earlier_stages_is_planned_with() -> None:
         ({"levels": "weights"}, 1.0),
         ({"levels": "filters,weights"}, 1.0),
     ):
-        method = searcher_entry("mgas").made("mgas", given)
+        method = find_method(MethodKind.SEARCH, "mgas").made("mgas", given)
         assert method.stage_share == pytest.approx(expected), given
-    assert searcher_entry("blind").made("blind", {}).stage_share == 1
+    assert find_method(MethodKind.SEARCH, "blind").made("blind", {}).stage_share == 1
 
 
 @pytest.mark.parametrize("more", [{"levels": "weights"}, {"share": 0.9}])
@@ -160,5 +160,5 @@ def test_a_stage_that_cannot_keep_the_budget_is_refused_before_it_begins(
     for _ in range(2):
         with pytest.raises(MemoryBudgetError, match=r"stage 2 needs 5\.342 MiB \(5601024 bytes\).*more --memory"):
             run(TIGHT, tmp_path / "run")
-    found = regrow.run_folder.RunFolder.started(tmp_path / "run")
+    found = regrow.run_folder.RunFolder.open_unfinished(tmp_path / "run")
     assert [row["epoch"] for row in rows(found, "epoch")] == [1, 2]

@@ -17,7 +17,7 @@ from regrow.budget import Budget
 from regrow.commands import pruning as prune
 from regrow.commands import search as searching
 from regrow.commands.search import Settings, parts_of, run
-from regrow.commands.targets import measure_of, target
+from regrow.commands.targets import parse_target, target_measure
 from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
 from regrow.run_folder import RunFolder
@@ -94,7 +94,7 @@ def test_a_run_of_version_0_1_keeps_what_its_target_counted(tmp_path: Path, monk
     told = record_settings(Settings("cells:4-2-1", "digits", "params=3k"))
     assert told["accounting"] == "dense"
     former = convert_settings({name: value for name, value in told.items() if name != "accounting"}, Settings)
-    assert measure_of(former.target, former.accounting) == "nonzero" and "accounting" not in record_settings(former)
+    assert target_measure(former.target, former.accounting) == "nonzero" and "accounting" not in record_settings(former)
     assert "accounting" not in command_line(former)
     assert convert_settings(told, Settings).accounting == "dense"
     begun = {"format": "regrow-run/1", "verb": "search", "settings": record_settings(former) | {"target": "macs=20k"}}
@@ -118,8 +118,8 @@ def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
         ("macs=25%", "macs"),
         ("bytes=25%", "bytes"),
     ):
-        measure, most = target(text, one)
-        assert (measure, most) == target(text, two) and measure == measure_of(text)
+        measure, most = parse_target(text, one)
+        assert (measure, most) == parse_target(text, two) and measure == target_measure(text)
         assert most == counted[name] / 4 or name == "macs"  # which counts classifiers of earlier stages too
 
 

@@ -10,7 +10,7 @@ from regrow.allocation import cost_of, payers
 from regrow.amounts import Measure, Target
 from regrow.api.prune import prune
 from regrow.budget import Budget
-from regrow.commands.pruning import timed
+from regrow.commands.pruning import with_timing
 from regrow.evaluation import fastest_pass, lengthen, timing
 from regrow.sources import Batch
 
@@ -65,7 +65,7 @@ def test_a_time_target_is_met_as_predicted_and_nearly_in_truth() -> None:
     model, x = Deep(), torch.randn(256, 64)
     axes = trace(model, x)
     before = fastest_pass(model, Batch((x,)), repeats=25)
-    budget = timed(model, axes, Budget(target=Target(Measure.TIME, before * 0.6 / 1e6)))
+    budget = with_timing(model, axes, Budget(target=Target(Measure.TIME, before * 0.6 / 1e6)))
     assert budget.timing is not None
     _, plan = prune(model, method="magnitude", axes=axes, target=budget.target or "", timing=budget.timing)
     cost = cost_of(axes, budget)

@@ -9,9 +9,9 @@ from hand import conv, lm, texts
 from regrow.allocation import BudgetError, Cost
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.commands.pruning import measured
+from regrow.commands.pruning import collect_evidence
 from regrow.method import Evidence, Need
-from regrow.methods import METHODS, entry, searcher_entry
+from regrow.methods import METHODS, MethodKind, find_method
 from regrow.methods.pruning.pruner import check_pruner, plan_cut
 from regrow.plan import Plan
 from regrow.scoring import collect
@@ -20,9 +20,9 @@ from regrow.sources import Batch, Source
 
 def proposed(name: str, keep: float = 0.7, **settings: object) -> tuple[Plan, AxisGraph]:
     model, axes = lm()
-    row = entry(name)
+    row = find_method(MethodKind.PRUNING, name)
     method = row.build(row.settings(**settings))
-    evidence = measured(model, axes, method, [texts(word, seed=i) for i, word in enumerate("abc")])
+    evidence = collect_evidence(model, axes, method, [texts(word, seed=i) for i, word in enumerate("abc")])
     check_pruner(method, axes, Budget(keep))
     return plan_cut(method, model, axes, Budget(keep), evidence).plan, axes
 
@@ -54,7 +54,7 @@ def test_a_plan_meets_its_budget_and_can_be_made_again(name: str, settings: dict
     plan.check(axes)
     assert Plan.from_json(plan.to_json()) == plan
     assert proposed(name, **settings)[0] == plan
-    row = entry(name)
+    row = find_method(MethodKind.PRUNING, name)
     full = row.settings(**settings)
     assert bool(plan.means) is full.compensate
     assert plan.origin["method"] == name and plan.origin["settings"]["minimum"] == 1
@@ -83,7 +83,7 @@ def test_llm_pruner_spares_first_and_last_blocks() -> None:
 
 def test_only_and_exclude_choose_axes() -> None:
     model, axes = lm()
-    method = entry("magnitude").build(entry("magnitude").settings())
+    method = find_method(MethodKind.PRUNING, "magnitude").build(find_method(MethodKind.PRUNING, "magnitude").settings())
     for budget, part in (
         (Budget(0.8, only=("decoder.blocks.1.*",)), "blocks.1"),
         (Budget(0.8, exclude=("o",)), "gate"),
@@ -94,7 +94,7 @@ def test_only_and_exclude_choose_axes() -> None:
 
 def test_evidence_that_is_missing_is_asked_for() -> None:
     model, axes = lm()
-    method = entry("flap").build(entry("flap").settings())
+    method = find_method(MethodKind.PRUNING, "flap").build(find_method(MethodKind.PRUNING, "flap").settings())
     with pytest.raises(ValueError, match="at least one --source"):
         plan_cut(method, model, axes, Budget(0.8))
 
@@ -104,7 +104,7 @@ def test_convolutions_work_and_padded_ones_are_not_compensated() -> None:
         model, axes = conv(padding=padding)
         source = Source("p", [Batch((torch.randn(2, 3, 5, 5),), labels=torch.tensor([0, 1]))])
         for name in METHODS.keys() - {"gprune"}:  # which compares sources
-            method = entry(name).build(entry(name).settings())
+            method = find_method(MethodKind.PRUNING, name).build(find_method(MethodKind.PRUNING, name).settings())
             evidence = Evidence(collect(model, axes, [source], method.needs))
             plan = plan_cut(method, model, axes, Budget(0.7), evidence).plan
             assert len(plan.changes["0.weight:0"].keep) == 4
@@ -113,22 +113,25 @@ def test_convolutions_work_and_padded_ones_are_not_compensated() -> None:
 
 def test_an_unknown_method_suggests_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no method 'wanda-ps'; did you mean 'wanda_sp'\? the methods are random"):
-        entry("wanda-ps")
+        find_method(MethodKind.PRUNING, "wanda-ps")
     with pytest.raises(ValueError, match="no method 'zzz'; the methods are"):
-        entry("zzz")
+        find_method(MethodKind.PRUNING, "zzz")
     with pytest.raises(ValueError, match="ranked, uniform"):
         proposed("flap", allocation="best")
 
 
 def test_several_words_of_a_setting_come_with_commas() -> None:
-    assert searcher_entry("mgas").made("mgas", {"levels": "operations,filters"}).settings["levels"][1] == "filters"
+    assert (
+        find_method(MethodKind.SEARCH, "mgas").made("mgas", {"levels": "operations,filters"}).settings["levels"][1]
+        == "filters"
+    )
     with pytest.raises(ValueError, match="levels are some of"):
-        searcher_entry("mgas").made("mgas", {"levels": "operations,kernels"})
+        find_method(MethodKind.SEARCH, "mgas").made("mgas", {"levels": "operations,kernels"})
     given = {"controller": "ratios", "ratios": "0.6, 0.7, 0.85", "stages": "0,1"}
-    made = searcher_entry("mgas").made("mgas", given).settings
+    made = find_method(MethodKind.SEARCH, "mgas").made("mgas", given).settings
     assert made["ratios"] == (0.6, 0.7, 0.85) and made["stages"] == (0, 1)
     with pytest.raises(ValueError, match="ratios is several of type float; got 'a,b,c'"):
-        searcher_entry("mgas").made("mgas", {"controller": "ratios", "ratios": "a,b,c"})
+        find_method(MethodKind.SEARCH, "mgas").made("mgas", {"controller": "ratios", "ratios": "a,b,c"})
 
 
 def test_needs_are_no_more_than_what_is_used() -> None:

@@ -9,7 +9,7 @@ import torch
 from regrow import Plan, apply, trace
 from regrow.allocation.regrowth import cell_of, kind_of
 from regrow.candidates import candidates_in
-from regrow.commands.spaces import rebuilt
+from regrow.commands.spaces import rebuild
 from regrow.nets.errors import ModelError
 from regrow.nets.load import build
 from regrow.nets.loaded import Origin
@@ -75,7 +75,7 @@ def test_what_is_left_is_described_and_built_again_alike():
     config = describe(small, FIRST, find_placeholders(small).keys())
     assert [[name for name, _ in plan["ops"]] for plan in config["blocks"]] == [["mb7e6"], ["skip"]]
     assert config["blocks"][0]["ops"][0][1] == 12 and config["mix"] == FIRST["mix"] // 2
-    again = rebuilt(json.loads(json.dumps(config)), small)
+    again = rebuild(json.loads(json.dumps(config)), small)
     assert torch.equal(again.double()(x), small(x))
     assert sum(p.numel() for p in again.parameters()) < sum(p.numel() for p in small.parameters())  # scales of the gone
 

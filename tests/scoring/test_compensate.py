@@ -7,7 +7,7 @@ from hand import conv, lm, stored, texts
 from regrow.budget import Budget
 from regrow.commands.pruning import measured
 from regrow.method import Need
-from regrow.methods import entry
+from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring import collect, means, uncompensated
 from regrow.sources import Batch, Source
@@ -44,7 +44,7 @@ def test_padded_and_grouped_convolutions_are_left_out(padding: int, groups: int,
 def test_a_plan_notes_what_it_does_not_compensate() -> None:
     model, axes = conv(padding=1)
     source = Source("p", [Batch((torch.randn(2, 3, 5, 5),))])
-    flap = entry("flap").build(entry("flap").settings())
+    flap = find_method(MethodKind.PRUNING, "flap").build(find_method(MethodKind.PRUNING, "flap").settings())
     plan = plan_cut(flap, model, axes, Budget(0.7), measured(model, axes, flap, [source])).plan
     (note,) = plan.origin["notes"]
     assert not plan.means

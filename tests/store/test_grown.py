@@ -37,7 +37,7 @@ def changed(name: str, folder: RunFolder) -> tuple[nn.Module, AxisGraph, UndoSto
     step(Plan.growing(axes, {wide.key: 3}, Fill("split", seed=4)))
     key = next(key for key, ids in undo.restorable.items() if axes[key] in axes.units())
     step(Plan.restoring(axes, {key: undo.restorable[key][:1]}))
-    folder.keep(undo)
+    folder.write_undo_store(undo)
     return model, axes, undo
 
 
@@ -67,23 +67,23 @@ def test_a_fresh_process_says_the_same_and_the_ledger_gives_the_same_shapes(name
     laws.same_axes(left, axes)
     whole = [
         apply(deepcopy(model), axes, Plan.restoring(axes, rest.restorable), undo=rest)[0]
-        for rest in (undo, folder.undo_store())
+        for rest in (undo, folder.read_undo_store())
     ]
     laws.same_network(*whole)
 
 
 def test_an_undo_store_on_the_disk_is_whole_or_refused(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", verb="grow", settings={})
-    assert folder.undo_store() == UndoStore()
+    assert folder.read_undo_store() == UndoStore()
     changed("conv_residual", folder)
-    again = folder.undo_store()
+    again = folder.read_undo_store()
     path = folder.path / "attic.safetensors"
     assert again.restorable and not [p for p in folder.path.iterdir() if "partial" in p.name]
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(StoreError, match=r"recorded SHA-256.*restore the file"):
-        folder.undo_store()
+        folder.read_undo_store()
     path.write_bytes(data[: len(data) // 2])
     with pytest.raises(StoreError, match="restore the file"):
-        folder.undo_store()
+        folder.read_undo_store()

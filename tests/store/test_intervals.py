@@ -42,7 +42,7 @@ def test_plans_come_back(tmp_path):
     plans = plans_of(30)
     ledger = written(tmp_path, plans)
     assert list(ledger.plans()) == plans
-    ledger.keep(1)
+    ledger.truncate(1)
     assert list(ledger.plans()) == plans[:1]
 
 

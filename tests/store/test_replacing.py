@@ -22,7 +22,7 @@ class Killed(BaseException):
 def system(request, monkeypatch):
     """Both ways in which a folder takes the place of another one."""
     if request.param == "two renames":
-        monkeypatch.setattr(replacing, "_exchanged", lambda one, other: False)
+        monkeypatch.setattr(replacing, "_exchange_atomically", lambda one, other: False)
     return request.param
 
 
@@ -88,7 +88,7 @@ def test_a_kill_at_any_rename_leaves_the_old_or_the_new_folder_and_nothing_else(
 def test_a_reader_completes_two_renames_of_a_killed_process(tmp_path, monkeypatch):
     save(nn.Linear(3, 3), tmp_path / "net")
     old = load(tmp_path / "net", model=nn.Linear(3, 3)).weight.detach().clone()
-    monkeypatch.setattr(replacing, "_exchanged", lambda one, other: False)
+    monkeypatch.setattr(replacing, "_exchange_atomically", lambda one, other: False)
     real, calls = Path.rename, []
 
     def killed(self, target):

@@ -16,7 +16,7 @@ from regrow import Plan, apply, trace
 from regrow.nets import Loaded, Origin
 from regrow.store import StoreError, load, save
 from regrow.store.models import read_shapes
-from regrow.store.state import named_tensors, numbers, ties
+from regrow.store.state import find_numbers, find_ties, named_tensors
 from regrow.store.weights import write_weights
 from store import saved
 
@@ -63,9 +63,9 @@ def test_all_that_can_differ_comes_back(shop, name):
         assert torch.equal(here.tensor, there.tensor), key
         assert here.tensor.requires_grad == there.tensor.requires_grad, key
         assert there.tensor.storage_offset() == 0 and there.tensor.data_ptr() % 64 == 0
-    assert numbers(model) == numbers(again)
-    assert ties(before) == ties(after)
-    assert all(after[name].tensor is after[first].tensor for name, first in ties(after).items())
+    assert find_numbers(model) == find_numbers(again)
+    assert find_ties(before) == find_ties(after)
+    assert all(after[name].tensor is after[first].tensor for name, first in find_ties(after).items())
     assert not any(module.training for module in again.modules())
 
 

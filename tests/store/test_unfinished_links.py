@@ -77,7 +77,7 @@ def test_folders_of_unfinished_work_that_link_elsewhere(tmp_path, name):
             (outside / file.name).write_bytes(file.read_bytes())
     link.symlink_to(outside, target_is_directory=True)
     before = {path.name: path.read_bytes() for path in outside.iterdir()}
-    for call in (go_on, RunFolder.reopen, RunFolder.started):
+    for call in (go_on, RunFolder.reopen, RunFolder.open_unfinished):
         with pytest.raises(StoreError, match="is not a folder of its own") as caught:
             call(tmp_path / "run")
         assert "\n" not in str(caught.value)

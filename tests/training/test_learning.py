@@ -19,7 +19,7 @@ from regrow.commands.learn import Settings, extend, run, tasks_of
 from regrow.data import SourceError
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.evaluation.continual import Matrix, share_right
-from regrow.methods import LEARNERS, learner_entry
+from regrow.methods import LEARNERS, MethodKind, find_method
 from regrow.nets.small import small
 from regrow.reports import write_page
 from regrow.store.atomic import StoreError
@@ -40,7 +40,7 @@ def test_every_method_learns_and_tells(name: str) -> None:
     tasks = permuted_tasks(digits_task(), 2)
     model, _ = small("mlp:48-32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
-    learner = learner_entry(name).build(learner_entry(name).settings())
+    learner = find_method(MethodKind.CONTINUAL, name).build(find_method(MethodKind.CONTINUAL, name).settings())
     state = learn(model, axes, tasks, learner, TaskSchedule(epochs=4, batch_size=32, lr=0.05)).state
     assert state.rows[0][0] > 0.6 > 0.3 > state.before[0]
     if name != "wsn":  # which answers through its masks
@@ -105,7 +105,7 @@ def test_what_is_remembered_is_chosen_among_the_classes_of_its_own_task(method: 
     tasks = split(digits_task(), 5)
     model, _ = small("mlp:32", (1, 8, 8), 10)
     axes = trace(model, tasks[0].train.inputs[:2])
-    learner = learner_entry(method).made(method, given)
+    learner = find_method(MethodKind.CONTINUAL, method).made(method, given)
     fitted = learn(model, axes, tasks, learner, TaskSchedule("task", epochs=3, batch_size=32, lr=0.05))
     matrix = accuracy_matrix(fitted.state)
     assert matrix.average > 0.9 and matrix.forgetting < 0.08
@@ -155,7 +155,7 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     own = replace(SETTINGS, epochs=1, method="ewc", method_settings={"decay": 0.5})
     folder = run(own, tmp_path / "run")
     began = folder.run()["defaults"]
-    assert "decay" not in began and began["strength"] == learner_entry("ewc").settings().strength
+    assert "decay" not in began and began["strength"] == find_method(MethodKind.CONTINUAL, "ewc").settings().strength
     folder.update(defaults=began | {"strength": 7.0})
     seen, build = [], learning_run.built
 

@@ -10,7 +10,7 @@ from regrow.amounts import Target
 from regrow.api.inputs import LossLike, ModelLike, read_inputs
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.commands.pruning import built, check_pruning, measured, timed
+from regrow.commands.pruning import build_pruner, check_pruning, collect_evidence, with_timing
 from regrow.errors import InputError
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.plan import Plan
@@ -72,7 +72,7 @@ def prune(
     >>> net[0].out_features
     4
     """
-    pruner = built(method, settings or {})
+    pruner = build_pruner(method, settings or {})
     if target and keep is not None:
         raise InputError(f"give keep or target, not both; got keep {keep:g} and target {target}")
     share = 0.8 if keep is None else keep
@@ -85,9 +85,9 @@ def prune(
     net = inputs.model
     if axes is None:
         axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
-    limits = timed(net, axes, limits, progress=progress)
+    limits = with_timing(net, axes, limits, progress=progress)
     check_pruning(pruner, axes, limits, inputs.sources)
-    evidence = measured(net, axes, pruner, inputs.sources, progress, objective=inputs.objective)
+    evidence = collect_evidence(net, axes, pruner, inputs.sources, progress, objective=inputs.objective)
     for note in evidence.notes:
         warnings.warn(note, stacklevel=2)
     plan = plan_cut(pruner, net, axes, limits, evidence, progress=progress).plan

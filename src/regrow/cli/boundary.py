@@ -318,7 +318,7 @@ class Verb(click.Command):
 
         resumable = False
         with contextlib.suppress(ValueError, OSError):
-            resumable = RunFolder.started(folders[0]) is not None
+            resumable = RunFolder.open_unfinished(folders[0]) is not None
         if resumable:
             return f"stopped; {folders[0]} keeps what was finished, and the same command goes on from there"
         return NOTHING_YET

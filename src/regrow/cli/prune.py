@@ -75,7 +75,7 @@ def _again(folder: Path, code: str) -> Settings:
     from regrow.nets import ModelError
     from regrow.run_folder import RunFolder
 
-    data = (RunFolder.started(folder) or RunFolder.open(folder)).run()
+    data = (RunFolder.open_unfinished(folder) or RunFolder.open(folder)).run()
     if data.get("verb") != "prune":
         raise click.UsageError(f"{folder} holds a run of {data.get('verb')!r}; --again repeats a pruning run")
     try:

@@ -33,5 +33,5 @@ def _place(run: Path) -> Path:
     """Return where the page of a run is written; for an unfinished run, in its working area."""
     from regrow.run_folder import RunFolder
 
-    begun = RunFolder.started(run) if not (run / "run.json").is_file() else None
+    begun = RunFolder.open_unfinished(run) if not (run / "run.json").is_file() else None
     return (begun.path if begun else run) / PAGE

@@ -54,5 +54,5 @@ def settings(run: Path, out: Path | None) -> None:
 def _recorded(run: Path) -> tuple[str, dict[str, object]]:
     from regrow.run_folder import RunFolder
 
-    data = (RunFolder.started(run) or RunFolder.open(run)).run()
+    data = (RunFolder.open_unfinished(run) or RunFolder.open(run)).run()
     return data.get("verb", ""), data["settings"]

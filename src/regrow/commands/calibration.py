@@ -16,7 +16,7 @@ from regrow.sources import Source
 from regrow.store import statistics
 
 
-def calibrated(
+def calibrate(
     folder: RunFolder, loaded: Loaded, axes: AxisGraph, pruner: Pruner, sources: Sequence[Source], progress: Progress
 ) -> tuple[Evidence, str]:
     """Measure what a pruning method needs on the sources, or resume an interrupted measurement.
@@ -32,10 +32,10 @@ def calibrated(
     Returns:
         The measurements, and a digest of everything that they depend on.
     """
-    model, several = loaded.origin.record(), prune.spread(sources, pruner.sources)[0]
+    model, several = loaded.origin.record(), prune.split_sources(sources, pruner.sources)[0]
     keys = {
         source.name: statistics.fingerprint(
-            source, pruner.shards, sorted(pruner.needs), str(model), glance(loaded.model)
+            source, pruner.shards, sorted(pruner.needs), str(model), parameter_sums(loaded.model)
         )
         for source in several
     }
@@ -44,11 +44,11 @@ def calibrated(
     def keep(source: str, shard: int, sums: Statistics) -> None:
         statistics.save_statistics(folder.path, source, shard, sums, key=keys[source])
 
-    evidence = prune.measured(loaded.model, axes, pruner, sources, progress, done=done, on_done=keep)
+    evidence = prune.collect_evidence(loaded.model, axes, pruner, sources, progress, done=done, on_done=keep)
     return evidence, statistics.fingerprint(Source("", ()), keys)
 
 
-def glance(model: nn.Module) -> list[float]:
+def parameter_sums(model: nn.Module) -> list[float]:
     """Return one sum per parameter, which tells different weights apart cheaply.
 
     Args:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow import evaluation
-from regrow.commands.inputs import SourceSpecs, sources_of
+from regrow.commands.inputs import SourceSpecs, read_sources
 from regrow.commands.models import ModelSpec, load_model_or_run
 from regrow.progress import Progress, silent
 from regrow.settings.declaration import check_settings
@@ -31,7 +31,7 @@ def evaluate(settings: Settings, progress: Progress = silent, *, code: str = "")
     spec = ModelSpec(model, settings.dtype, settings.device, settings.input, settings.sources)
     loaded = load_model_or_run(spec, progress, code)
     specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
-    tests = sources_of(specs, loaded).evaluation
+    tests = read_sources(specs, loaded).evaluation
     first = next(loaded.model.parameters()).dtype
     result: dict[str, Any] = {
         "model": Path(model).name,

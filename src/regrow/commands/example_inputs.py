@@ -22,10 +22,10 @@ from regrow.nets.examples import (
 from regrow.nets.loaded import Loaded, Origin
 
 
-def pixels_of(sources: Sequence[str]) -> int:
+def find_image_side(sources: Sequence[str]) -> int:
     """Return the side in pixels of the images of the first source that has square images of one size; 0 if none has.
 
-    >>> pixels_of(["digits"]), pixels_of(["news"])
+    >>> find_image_side(["digits"]), find_image_side(["news"])
     (8, 0)
 
     Args:
@@ -38,7 +38,7 @@ def pixels_of(sources: Sequence[str]) -> int:
     return 0
 
 
-def asked_input(model: str, shape: str, sources: Sequence[str]) -> dict[str, Any]:
+def input_arguments(model: str, shape: str, sources: Sequence[str]) -> dict[str, Any]:
     """Return the keyword arguments for :func:`regrow.nets.load` that say which input the model takes.
 
     Args:
@@ -48,10 +48,10 @@ def asked_input(model: str, shape: str, sources: Sequence[str]) -> dict[str, Any
     """
     if shape:
         return {"example": read_shape(shape)}
-    return {} if Path(model).exists() else {"pixels": pixels_of(sources)}
+    return {} if Path(model).exists() else {"pixels": find_image_side(sources)}
 
 
-def noted_input(loaded: Loaded) -> dict[str, str]:
+def record_input(loaded: Loaded) -> dict[str, str]:
     """Return the entry of ``run.json`` that records the input shape of a traced model, if a single shape describes it.
 
     Args:
@@ -61,7 +61,7 @@ def noted_input(loaded: Loaded) -> dict[str, str]:
     return {"input": shape} if loaded.tokenizer is None and "," not in shape else {}
 
 
-def input_of(net: nn.Module, origin: Origin, run: dict[str, Any], sources: Sequence[str], tokenizer: Any) -> Example:
+def find_input(net: nn.Module, origin: Origin, run: dict[str, Any], sources: Sequence[str], tokenizer: Any) -> Example:
     """Return an example input for the network of a run folder; a guessed one is logged.
 
     Args:
@@ -80,7 +80,7 @@ def input_of(net: nn.Module, origin: Origin, run: dict[str, Any], sources: Seque
         return shaped_example(net, read_shape(noted))
     if shape := origin.config.get("shape"):
         return image_example(net, *shape)
-    pixels = pixels_of(sources)
+    pixels = find_image_side(sources)
     if (found := guessed_example(net, pixels)) is None:
         raise ModelError(f"{origin.name}: the model does not say what input it takes; give --input 1x3x32x32")
     if not pixels:

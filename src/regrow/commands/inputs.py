@@ -36,7 +36,7 @@ class SourceSpecs:
 
 
 @dataclass(frozen=True)
-class Kinds:
+class SourceHalves:
     """The sources of a run: calibration halves, and evaluation halves of the same and then of unseen sources.
 
     Args:
@@ -53,7 +53,7 @@ class Kinds:
         return frozenset(source.name for source in self.calibration)
 
 
-def sources_of(specs: SourceSpecs, loaded: Loaded) -> Kinds:
+def read_sources(specs: SourceSpecs, loaded: Loaded) -> SourceHalves:
     """Read the calibration and evaluation halves of every named source.
 
     Args:
@@ -67,7 +67,7 @@ def sources_of(specs: SourceSpecs, loaded: Loaded) -> Kinds:
     names = [spec.partition("=")[0] for spec in every]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"two sources are named {twice!r}; give each its own name: NAME=PATH")
-    return Kinds(
+    return SourceHalves(
         tuple(_source(specs, loaded, spec, Half.CALIBRATION, specs.tokens) for spec in specs.sources),
         tuple(_source(specs, loaded, spec, Half.EVALUATION, specs.eval_tokens) for spec in every),
     )
@@ -114,7 +114,7 @@ def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
     return shape
 
 
-def described(specs: SourceSpecs, kinds: Kinds) -> list[dict[str, Any]]:
+def describe_sources(specs: SourceSpecs, kinds: SourceHalves) -> list[dict[str, Any]]:
     """Return the rows of ``run.json`` about the sources: name, origin, and tokens used.
 
     Args:

@@ -18,7 +18,7 @@ from regrow.store.errors import StoreError
 TABLE = "latency.json"
 
 
-def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
+def read_or_measure(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
     """Return the latency table stored in a run folder, or measure one (:func:`regrow.evaluation.latency`).
 
     Args:
@@ -40,7 +40,7 @@ def of(out: Path, model: nn.Module, batch: Batch, begun: bool) -> Latency:
     return Latency(told.total, told.ops, told.sums, told.layers)
 
 
-def keep(out: Path, table: Latency) -> None:
+def write(out: Path, table: Latency) -> None:
     """Write a latency table into a run folder, unless it has one.
 
     Args:

@@ -14,7 +14,7 @@ from torch import nn
 from regrow import store
 from regrow.commands.history import read_history
 from regrow.data import MissingError, SourceError, streams
-from regrow.methods import learner_entry, refuse_recorded_code
+from regrow.methods import MethodKind, find_method, refuse_recorded_code
 from regrow.nets.files import check_files
 from regrow.nets.loaded import Origin
 from regrow.nets.small import origin_of_small, small
@@ -65,7 +65,7 @@ def run(
     """
     check_settings(settings)
     learner, schedule, told = built(settings), schedule_of(settings), _told(settings)
-    if RunFolder.check(out, **told) and (begun := RunFolder.started(out)):
+    if RunFolder.check(out, **told) and (begun := RunFolder.open_unfinished(out)):
         check_checkpoint(begun.path / CHECKPOINT, read_history(begun))
     tasks = tasks_of(settings)
     origin_of_small(settings.model, input_shape(tasks[0].train), outputs_of(settings, tasks))
@@ -101,7 +101,7 @@ def extend(
     if Path(out).is_dir():
         check_files(Path(out))
     clear_leftovers(Path(out))
-    folder = RunFolder.started(out) or RunFolder.open(out)
+    folder = RunFolder.open_unfinished(out) or RunFolder.open(out)
     told = folder.run()
     if told.get("verb") != "learn":
         raise StoreError(f"{out} holds a run of {told.get('verb')!r}; give the folder of `regrow learn`")
@@ -189,7 +189,7 @@ def _go_on(
     state, place = TrainState(learner.state), folder.path / CHECKPOINT
     if folder.resumed and place.is_file():
         model, axes, state = read_checkpoint(place, model, axes, learner.state, read_history(folder))
-    folder.ledger.keep(len(state.plans))
+    folder.ledger.truncate(len(state.plans))
     plans, events, over = len(folder.ledger), 0, 0
 
     def record(now: TrainState[Any]) -> None:
@@ -249,7 +249,7 @@ def outputs_of(settings: Settings, tasks: Sequence[Task]) -> int:
 
 def _told(settings: Settings) -> dict[str, Any]:
     """Return what identifies a run: command, settings and the method's defaults."""
-    taken = learner_entry(settings.method).defaults({*settings.method_settings, "seed"})
+    taken = find_method(MethodKind.CONTINUAL, settings.method).defaults({*settings.method_settings, "seed"})
     return {"verb": "learn", "settings": record_settings(settings), "defaults": taken}
 
 
@@ -262,7 +262,7 @@ def built(settings: Settings) -> Learner[Any]:
     Raises:
         ValueError: If there is no such method, or a setting of it is wrong.
     """
-    entry = learner_entry(settings.method)
+    entry = find_method(MethodKind.CONTINUAL, settings.method)
     given = dict(settings.method_settings)
     if any(one.name == "seed" for one in fields(entry.settings)):
         given.setdefault("seed", settings.seed)

@@ -79,7 +79,7 @@ def _accuracy(result: evaluation.Accuracy) -> dict[str, Any]:
     return {"acc": result.accuracy, "acc_se": result.error, "n": len(result.right)}
 
 
-def counted(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
+def log_budget(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisGraph, budget: Budget) -> None:
     """Log the quantity that a budget counts, before and after a cut, if that is an absolute target or time.
 
     For time, the rows have the prediction and the measured time, the fastest of several passes, before and after.
@@ -96,14 +96,14 @@ def counted(folder: RunFolder, model: nn.Module, before: AxisGraph, after: AxisG
     was, now = (cost_of(axes, budget).total for axes in (before, after))
     row: dict[str, Any] = {"asked": budget.limit(was), "before": was, "after": now}
     if budget.measure == Measure.TIME:
-        row |= {"predicted": now, "after": evaluation.fastest_pass(model, passed(before, budget))}
+        row |= {"predicted": now, "after": evaluation.fastest_pass(model, timed_input(before, budget))}
         row = {name: steps / STEPS[Measure.TIME] for name, steps in row.items()}
     context = budget.target.context if budget.target else 0
     device = budget.timing.device if budget.timing else ""
     folder.log("budget", measure=str(budget.measure), context=context, device=device, **row)
 
 
-def passed(axes: AxisGraph, budget: Budget) -> Batch:
+def timed_input(axes: AxisGraph, budget: Budget) -> Batch:
     """Return the input of a timed pass: the traced example, or as many tokens as a target names.
 
     Args:

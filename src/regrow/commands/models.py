@@ -8,7 +8,7 @@ import torch
 
 from regrow import nets, store
 from regrow.axes import Example
-from regrow.commands.example_inputs import asked_input, input_of
+from regrow.commands.example_inputs import find_input, input_arguments
 from regrow.nets import Loaded, ModelError
 from regrow.nets.code import call_builder, check_code, import_builder
 from regrow.nets.devices import usable_device
@@ -50,7 +50,7 @@ def load_model(spec: ModelSpec, progress: Progress = silent) -> Loaded:
         ValueError: If it cannot be loaded.
     """
     usable_device(spec.device)
-    given = asked_input(spec.name, spec.input, spec.sources)
+    given = input_arguments(spec.name, spec.input, spec.sources)
     return nets.load(spec.name, dtype=DTYPES.get(spec.dtype), device=spec.device, **given, progress=progress)
 
 
@@ -86,11 +86,11 @@ def load_model_or_run(spec: ModelSpec, progress: Progress = silent, code: str = 
         example = shaped_example(net, read_shape(spec.input))
     if example is None:
         run = read_run(folder) if (folder / RUN).is_file() else {}
-        example = input_of(net, origin, run, spec.sources, tokenizer)
-    return Loaded(net, tokenizer, _on(example, spec.device), origin)
+        example = find_input(net, origin, run, spec.sources, tokenizer)
+    return Loaded(net, tokenizer, _move_example(example, spec.device), origin)
 
 
-def _on(example: Example, device: str) -> Example:
+def _move_example(example: Example, device: str) -> Example:
     def moved(value: Any) -> Any:
         return value.to(device) if isinstance(value, torch.Tensor) else value
 

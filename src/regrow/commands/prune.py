@@ -12,15 +12,15 @@ from regrow.axes import AxisGraph, Mark
 from regrow.budget import Budget
 from regrow.commands import measuring
 from regrow.commands import pruning as prune
-from regrow.commands.calibration import calibrated
+from regrow.commands.calibration import calibrate
 from regrow.commands.clock import Clock
-from regrow.commands.example_inputs import noted_input
-from regrow.commands.inputs import Kinds, SourceSpecs, described, sources_of
+from regrow.commands.example_inputs import record_input
+from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
 from regrow.commands.models import ModelSpec, load_model
-from regrow.commands.recovering import check_recovery, compared, recovered
-from regrow.commands.scored import write_scores
+from regrow.commands.recovering import check_recovery, log_differences, recover
+from regrow.commands.score_summary import write_scores
 from regrow.errors import InputError, RefusedError
-from regrow.methods import entry, recovery_entry
+from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.nets import Loaded
 from regrow.nets.code import check_code
@@ -46,7 +46,7 @@ class _Job:
     settings: Settings
     folder: RunFolder
     loaded: Loaded
-    kinds: Kinds
+    kinds: SourceHalves
     clock: Clock
     progress: Progress
 
@@ -68,14 +68,14 @@ def plan_only(settings: Settings, progress: Progress = silent) -> Plan:
         ValueError: As :func:`run`.
     """
     check_settings(settings)
-    method = prune.built(settings.method, _seeded(settings))
+    method = prune.build_pruner(settings.method, _seeded(settings))
     budget = budget_of(settings)
     loaded = load_model(model_spec(settings), progress)
-    kinds = sources_of(source_specs(settings), loaded)
+    kinds = read_sources(source_specs(settings), loaded)
     axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
-    budget = prune.timed(loaded.model, axes, budget, progress=progress)
+    budget = prune.with_timing(loaded.model, axes, budget, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
-    evidence = prune.measured(loaded.model, axes, method, kinds.calibration, progress)
+    evidence = prune.collect_evidence(loaded.model, axes, method, kinds.calibration, progress)
     return plan_cut(method, loaded.model, axes, budget, evidence, progress=progress).plan
 
 
@@ -97,7 +97,7 @@ def run(
         ValueError: If a setting, the model, or a source is not usable; says which, and the remedy.
     """
     check_settings(settings)
-    method = prune.built(settings.method, _seeded(settings))
+    method = prune.build_pruner(settings.method, _seeded(settings))
     budget = budget_of(settings)
     check_recovery(settings.recover, settings.sources)
     told: dict[str, Any] = {"verb": "prune", "settings": record_settings(settings), "defaults": _defaults(settings)}
@@ -105,30 +105,32 @@ def run(
     clock = Clock(None)
     with clock.stage("load"):
         loaded = load_model(model_spec(settings), progress)
-        kinds = sources_of(source_specs(settings), loaded)
+        kinds = read_sources(source_specs(settings), loaded)
     with clock.stage("trace"):
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
     with clock.stage("time"):
-        begun = RunFolder.started(out)
+        begun = RunFolder.open_unfinished(out)
         known = begun.run().get("timing") if begun else None
-        budget = prune.timed(loaded.model, axes, budget, known=known, progress=progress)
+        budget = prune.with_timing(loaded.model, axes, budget, known=known, progress=progress)
     prune.check_pruning(method, axes, budget, kinds.calibration)
     with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
         clock.folder = folder
-        folder.update(notes=list(loaded.notes), sources=described(source_specs(settings), kinds), **noted_input(loaded))
+        folder.update(
+            notes=list(loaded.notes), sources=describe_sources(source_specs(settings), kinds), **record_input(loaded)
+        )
         if budget.timing:  # another measurement would be another plan
             folder.update(timing=budget.timing.record())
         job = _Job(settings, folder, loaded, kinds, clock, progress)
-        plan = _planned(job, axes, method, budget)
-        _pruned(job, axes, plan, budget)
+        plan = _make_plan(job, axes, method, budget)
+        _cut(job, axes, plan, budget)
         return folder.finish(write_page, seconds=clock.seconds)
 
 
-def _planned(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
+def _make_plan(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan:
     """Calibrate, choose the units that stay, and return the plan."""
     folder, loaded, progress = job.folder, job.loaded, job.progress
     with job.clock.stage("calibrate"):
-        evidence, key = calibrated(folder, loaded, axes, method, job.kinds.calibration, progress)
+        evidence, key = calibrate(folder, loaded, axes, method, job.kinds.calibration, progress)
     with job.clock.stage("plan"):
         path = folder.path / "statistics" / "learned.safetensors"
         open_checkpoint(path, key, FORMAT)
@@ -142,14 +144,14 @@ def _planned(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Plan
     return cut.plan
 
 
-def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
+def _cut(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
     """Cut the model, measure it before and after, save it, and recover it if that is asked for."""
     settings, folder, loaded, kinds, clock = job.settings, job.folder, job.loaded, job.kinds, job.clock
     before = job.measure(axes, "dense")
     if settings.proof:
         with clock.stage("verify"):
             job.progress(0, 1, "proving that masked = shrunk")
-            _prove(folder, loaded, axes, plan)
+            _verify(folder, loaded, axes, plan)
     rows = [row.record() for row in inventory(axes)]
     with clock.stage("apply"):
         traced, (_, axes) = axes, apply(loaded.model, axes, plan)
@@ -158,18 +160,18 @@ def _pruned(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         folder.write_axes(rows, [row.record() for row in inventory(axes)])
     if loaded.tokenizer is None and kinds.calibration:
         with clock.stage("tune"):
-            _tuned(settings, loaded, kinds, job.progress)
+            _tune(settings, loaded, kinds, job.progress)
     with clock.stage("save"):
         store.write_model(loaded, folder.path)
     after = job.measure(axes, "pruned")
-    measuring.counted(folder, loaded.model, traced, axes, budget)
+    measuring.log_budget(folder, loaded.model, traced, axes, budget)
     for name in before.keys() & after.keys():
         pair = evaluation.paired_difference(before[name], after[name])
         folder.log("paired", source=name, delta_nll=pair.mean, se=pair.error)
     if settings.recover:
         with clock.stage("recover"):
-            _recovered(settings, folder, loaded, traced, plan, job.progress)
-        compared(folder, job.measure(axes, "recovered"))
+            _recover(settings, folder, loaded, traced, plan, job.progress)
+        log_differences(folder, job.measure(axes, "recovered"))
 
 
 def read_pruning_settings(values: Mapping[str, Any], code: str = "") -> Settings:
@@ -227,18 +229,18 @@ def budget_of(settings: Settings) -> Budget:
 
 def _defaults(settings: Settings) -> dict[str, Any]:
     """Return the defaults of the method, and of the recovery after it."""
-    taken = entry(settings.method).defaults({*settings.method_settings, "seed"})
-    more = recovery_entry(settings.recover).defaults({"seed"}) if settings.recover else {}
+    taken = find_method(MethodKind.PRUNING, settings.method).defaults({*settings.method_settings, "seed"})
+    more = find_method(MethodKind.RECOVERY, settings.recover).defaults({"seed"}) if settings.recover else {}
     return taken | {f"{settings.recover} {name}": value for name, value in more.items()}
 
 
 def _seeded(settings: Settings) -> dict[str, Any]:
     """Return the method's settings; a method with a seed gets the run's, unless it was given its own."""
-    has_seed = "seed" in getattr(entry(settings.method).settings, "__dataclass_fields__", {})
+    has_seed = "seed" in getattr(find_method(MethodKind.PRUNING, settings.method).settings, "__dataclass_fields__", {})
     return {**({"seed": settings.seed} if has_seed else {}), **settings.method_settings}
 
 
-def _prove(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:
+def _verify(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> None:
     result = verify(loaded.model, axes, plan)
     folder.log("verify", **asdict(result), dtype="float64")
     if not result.ok:
@@ -248,18 +250,18 @@ def _prove(folder: RunFolder, loaded: Loaded, axes: AxisGraph, plan: Plan) -> No
         )
 
 
-def _tuned(settings: Settings, loaded: Loaded, kinds: Kinds, progress: Progress) -> None:
+def _tune(settings: Settings, loaded: Loaded, kinds: SourceHalves, progress: Progress) -> None:
     if settings.finetune:
         for source in kinds.calibration:
             tune.finetune(loaded.model, source, epochs=settings.finetune, seed=settings.seed, progress=progress)
     tune.recalibrate(loaded.model, kinds.calibration)
 
 
-def _recovered(
+def _recover(
     settings: Settings, folder: RunFolder, loaded: Loaded, traced: AxisGraph, plan: Plan, progress: Progress
 ) -> None:
     """Recover the cut model with the help of the dense one, which is loaded again, and save it."""
-    texts = sources_of(source_specs(settings, settings.recover_tokens), loaded).calibration
+    texts = read_sources(source_specs(settings, settings.recover_tokens), loaded).calibration
     dense, by, seed = load_model(model_spec(settings), progress), settings.recover, settings.seed
-    recovered(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, progress=progress)
+    recover(folder, loaded.model, dense, traced, plan, texts, by, seed=seed, progress=progress)
     store.write_model(loaded, folder.path)

@@ -10,16 +10,16 @@ from regrow import evaluation
 from regrow.amounts import Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget, Timing
-from regrow.commands.measuring import passed
+from regrow.commands.measuring import timed_input
 from regrow.method import Evidence, Need
-from regrow.methods import entry
+from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.progress import Progress, silent
 from regrow.scoring import collect
 from regrow.sources import Source
 
 
-def built(method: str, settings: Mapping[str, Any]) -> Pruner:
+def build_pruner(method: str, settings: Mapping[str, Any]) -> Pruner:
     """Return a pruning method with the given settings, after checking them.
 
     Args:
@@ -29,11 +29,11 @@ def built(method: str, settings: Mapping[str, Any]) -> Pruner:
     Raises:
         ValueError: If the method or a setting is unknown, or a setting is of another type than its default.
     """
-    chosen: Pruner = entry(method).made(method, settings)
+    chosen: Pruner = find_method(MethodKind.PRUNING, method).made(method, settings)
     return chosen
 
 
-def measured(
+def collect_evidence(
     model: nn.Module,
     axes: AxisGraph,
     pruner: Pruner,
@@ -54,19 +54,19 @@ def measured(
     if not {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         return Evidence()
     told = lambda name, done, total: progress(done, total, f"measuring {name}")  # noqa: E731
-    several, notes = spread(sources, pruner.sources)
+    several, notes = split_sources(sources, pruner.sources)
     statistics = collect(model, axes, several, pruner.needs, shards=pruner.shards, progress=told, **resume)
     return Evidence(statistics, {source.name: source for source in several}, notes=notes)
 
 
-def spread(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[str, ...]]:
+def split_sources(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[str, ...]]:
     """Return at least ``least`` sources, by splitting the longest into interleaved parts, and a note if it was split.
 
     Args:
         sources: The sources.
         least: The smallest number of sources that the method needs.
 
-    >>> parts, notes = spread([Source("news", [1, 2, 3, 4])], 3)
+    >>> parts, notes = split_sources([Source("news", [1, 2, 3, 4])], 3)
     >>> [(part.name, part.batches) for part in parts]
     [('news/1', [1, 4]), ('news/2', [2]), ('news/3', [3])]
     """
@@ -84,7 +84,7 @@ def spread(sources: Sequence[Source], least: int) -> tuple[list[Source], tuple[s
     return [*sources[:longest], *parts, *sources[longest + 1 :]], (note,)
 
 
-def timed(
+def with_timing(
     model: nn.Module,
     axes: AxisGraph,
     budget: Budget,
@@ -106,15 +106,15 @@ def timed(
     """
     if budget.measure != Measure.TIME or budget.timing is not None:
         return budget
-    _known_of(axes, budget)
+    _check_countable(axes, budget)
     if known:
         return replace(budget, timing=Timing.from_record(known))
-    batch, units = passed(axes, budget), budget.units(axes)
+    batch, units = timed_input(axes, budget), budget.units(axes)
     found = evaluation.timing(model, axes, units, batch, round_to=budget.round_to, progress=progress)
     return replace(budget, timing=found)
 
 
-def _known_of(axes: AxisGraph, budget: Budget) -> None:
+def _check_countable(axes: AxisGraph, budget: Budget) -> None:
     """Raise ValueError if a budget counts something that is unknown for declared (untraced) axes."""
     what = {
         Measure.MACS: "how many multiply–accumulates",
@@ -142,5 +142,5 @@ def check_pruning(pruner: Pruner, axes: AxisGraph, budget: Budget, sources: Sequ
     """
     if not sources and {Need.ACTIVATIONS, Need.GRADIENTS} & pruner.needs:
         raise ValueError("this method measures on text or images; give it at least one source, like --source news")
-    _known_of(axes, budget)
+    _check_countable(axes, budget)
     check_pruner(pruner, axes, budget)

@@ -11,11 +11,11 @@ from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph
 from regrow.commands import prune as pruning_run
 from regrow.commands.clock import Clock
-from regrow.commands.inputs import described, sources_of
+from regrow.commands.inputs import describe_sources, read_sources
 from regrow.commands.measuring import measure
 from regrow.commands.models import DTYPES, load_model
-from regrow.commands.recovering import compared, recovered
-from regrow.methods import recovery_entry
+from regrow.commands.recovering import log_differences, recover
+from regrow.methods import MethodKind, find_method
 from regrow.nets import Loaded, ModelError
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
@@ -55,34 +55,34 @@ def run(
     """
     check_settings(settings)
     pruned, by, tokens, seed = settings.run, settings.by, settings.tokens, settings.seed
-    recovery_entry(by).made(by, settings.recovery_settings)
+    find_method(MethodKind.RECOVERY, by).made(by, settings.recovery_settings)
     source = RunFolder.open(pruned)
     measured = source.metrics()
-    origin, wanted = _origin(source, code), _completed(settings, source)
+    origin, wanted = _read_origin(source, code), _complete(settings, source)
     if by == "bias" and wanted.before:
         raise ValueError(
             f"{pruned} was recovered by {', '.join(wanted.before)} already, which may have moved its biases; "
             "bias comes first, on the pruned run"
         )
-    taken = recovery_entry(by).defaults({*wanted.recovery_settings, "seed"})
+    taken = find_method(MethodKind.RECOVERY, by).defaults({*wanted.recovery_settings, "seed"})
     told: dict[str, Any] = {"verb": "recover", "settings": record_settings(wanted), "defaults": taken}
     RunFolder.check(out, **told)
     clock = Clock(None)
     with clock.stage("load"):
-        dense, loaded = _loaded(source, origin, progress)
-        kinds = sources_of(pruning_run.source_specs(origin, tokens), loaded)
-        axes, plan = _cut(source, dense)
+        dense, loaded = _load_models(source, origin, progress)
+        kinds = read_sources(pruning_run.source_specs(origin, tokens), loaded)
+        axes, plan = _read_cut(source, dense)
     code_words = ("--code", code) if code else ()
     command = command_line(settings, *code_words, "--out", str(out))
     with RunFolder.create(out, **told, command=command) as folder:
         clock.folder = folder
-        folder.update(notes=list(dense.notes), sources=described(pruning_run.source_specs(origin), kinds))
+        folder.update(notes=list(dense.notes), sources=describe_sources(pruning_run.source_specs(origin), kinds))
         if not len(folder.ledger):
             folder.ledger.append(plan)
-        _take_over(measured, folder)
+        _copy_measurements(measured, folder)
         number = len(wanted.before) + 1
         with clock.stage("recover"):
-            recovered(
+            recover(
                 folder, loaded.model, dense, axes, plan, kinds.calibration, by,
                 settings=settings.recovery_settings, seed=seed, number=number, progress=progress,
             )  # fmt: skip
@@ -94,11 +94,11 @@ def run(
             found = measure(
                 folder, loaded, after, kinds.evaluation, kinds.seen, "recovered", progress, recoveries=number
             )
-            compared(folder, found, number)
+            log_differences(folder, found, number)
         return folder.finish(write_page, seconds=clock.seconds)
 
 
-def _take_over(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
+def _copy_measurements(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
     """Copy the measurements of the source run into the run that recovers it."""
     recoveries = 0
     for row in rows:
@@ -107,7 +107,7 @@ def _take_over(rows: Sequence[dict[str, Any]], folder: RunFolder) -> None:
             folder.log(**{**({"round": recoveries} if recoveries > 1 else {}), **row})
 
 
-def _completed(settings: Settings, source: RunFolder) -> Settings:
+def _complete(settings: Settings, source: RunFolder) -> Settings:
     """Return the settings, completed from the folder of the run to recover."""
     data = source.run()
     known = data["settings"]
@@ -119,7 +119,7 @@ def _completed(settings: Settings, source: RunFolder) -> Settings:
     return replace(settings, run=name, pruning=inner, before=done, model=inner["model"], method=method, keep=keep)
 
 
-def _origin(source: RunFolder, code: str) -> PruneSettings:
+def _read_origin(source: RunFolder, code: str) -> PruneSettings:
     """Return the settings of the pruning run behind a run.
 
     Raises:
@@ -136,7 +136,7 @@ def _origin(source: RunFolder, code: str) -> PruneSettings:
         raise ModelError(f"{source.path}: {error}") from None
 
 
-def _loaded(source: RunFolder, origin: PruneSettings, progress: Progress) -> tuple[Loaded, Loaded]:
+def _load_models(source: RunFolder, origin: PruneSettings, progress: Progress) -> tuple[Loaded, Loaded]:
     """Load the model before the cut, and after it."""
     dense = load_model(pruning_run.model_spec(origin), progress)
     built = copy.deepcopy(dense.model) if dense.origin.kind == "callable" else None
@@ -144,7 +144,7 @@ def _loaded(source: RunFolder, origin: PruneSettings, progress: Progress) -> tup
     return dense, replace(dense, model=net)
 
 
-def _cut(source: RunFolder, dense: Loaded) -> tuple[AxisGraph, Plan]:
+def _read_cut(source: RunFolder, dense: Loaded) -> tuple[AxisGraph, Plan]:
     """Return the axes of the model before the cut, and the plan that cut it.
 
     Raises:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from regrow.axes import AxisGraph
-from regrow.commands.calibration import glance
+from regrow.commands.calibration import parameter_sums
 from regrow.evaluation import Perplexity, paired_difference
-from regrow.methods import recovery_entry
+from regrow.methods import MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask
 from regrow.methods.recovery import task as recovery
 from regrow.nets import Loaded
@@ -22,7 +22,7 @@ from regrow.store.tensors import open_checkpoint
 from regrow.training import checkpoint as training
 
 
-def recovered(
+def recover(
     folder: RunFolder,
     model: nn.Module,
     dense: Loaded,
@@ -57,9 +57,9 @@ def recovered(
     Raises:
         ValueError: If the recovery or a setting is unknown, or the text is of no use for it.
     """
-    work = recovery_entry(by).made(by, settings or {})
+    work = find_method(MethodKind.RECOVERY, by).made(by, settings or {})
     texts = [fingerprint(source) for source in sources]
-    weights = [glance(net) for net in (model, dense.model)]
+    weights = [parameter_sums(net) for net in (model, dense.model)]
     key = fingerprint(Source("", ()), by, dict(settings or {}), seed, texts, weights, str(dense.origin.record()))
     path, start = folder.path / "statistics" / "recovery.safetensors", time.perf_counter()
     spent = float(open_checkpoint(path, key, training.FORMAT, recovery.FORMAT).get("seconds", 0))
@@ -84,12 +84,12 @@ def check_recovery(by: str, sources: Sequence[str]) -> None:
         ValueError: If there is no such recovery, it needs a package that is missing, or there is no source.
     """
     if by:
-        recovery_entry(by).made(by, {})
+        find_method(MethodKind.RECOVERY, by).made(by, {})
         if not sources:
             raise ValueError(f"--recover {by} learns from text or images; give at least one source, like --source news")
 
 
-def compared(folder: RunFolder, found: Mapping[str, Perplexity], number: int = 1) -> None:
+def log_differences(folder: RunFolder, found: Mapping[str, Perplexity], number: int = 1) -> None:
     """Log the paired difference in log-perplexity of the recovered model to the pruned one, and to the dense one.
 
     Args:

@@ -15,13 +15,13 @@ from regrow.allocation.timed import Prices, spread_times
 from regrow.amounts import Measure, parse_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
-from regrow.commands import front, latencies, spaces, stage_memory
+from regrow.commands import latencies, pareto, spaces, stage_memory
 from regrow.commands.history import read_history
-from regrow.commands.targets import levels_for, measure_of, target
+from regrow.commands.targets import find_granularities, parse_target, target_measure
 from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
-from regrow.methods import searcher_entry
+from regrow.methods import MethodKind, find_method
 from regrow.methods.search import retrain as retraining
 from regrow.methods.search.assembly import Search
 from regrow.methods.search.state import SearchState
@@ -101,11 +101,11 @@ def run(
     model, origin, plan = network(settings, parts.search)
     axes = trace(model, first_examples(parts.search.train, 2).inputs)
     batch = Batch((first_examples(parts.search.train, settings.batch_size).inputs,))
-    started = RunFolder.started(out)
+    started = RunFolder.open_unfinished(out)
     place = started.path if started else Path(out)
     begun = (place / CHECKPOINT).is_file()
-    timed_target = measure_of(settings.target, settings.accounting) == Measure.TIME
-    table = latencies.of(place, model, batch, begun) if timed_target else None
+    timed_target = target_measure(settings.target, settings.accounting) == Measure.TIME
+    table = latencies.read_or_measure(place, model, batch, begun) if timed_target else None
     search = build_search(settings, model, axes, plan, table)
     search.check(Context(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
     taken = {n: v for n, v in search.settings.items() if n not in {*settings.method_settings, *GIVEN}}
@@ -114,7 +114,7 @@ def run(
         if plan is not None:
             folder.log("stages", **plan.record())
         if table:
-            latencies.keep(folder.path, table)
+            latencies.write(folder.path, table)
         start = time.perf_counter()
         found, described_by = _search(folder, settings, parts, model, axes, origin, search, progress)
         seconds = {"search": round(time.perf_counter() - start, 3)}
@@ -146,7 +146,7 @@ def _search(
     if folder.resumed and place.is_file():
         history = read_history(folder, "commit")
         model, axes, state = read_checkpoint(place, model, axes, search.learner.state, history, undo)
-    folder.ledger.keep(len(state.plans))
+    folder.ledger.truncate(len(state.plans))
     if state.learner.recomputed:
         cast(Staged, model).recomputed = True
     budget = parse_bytes(settings.memory) if settings.memory else 0
@@ -175,7 +175,7 @@ def _search(
 
     def write(now: TrainState[SearchState], context: Context) -> None:
         if now.epoch:
-            front.write_network(folder, search, now, context, origin)
+            pareto.write_network(folder, search, now, context, origin)
         write_rows(now, unfinished=1)  # the last stage may turn out to need more memory
         recomputed = bool(search.rules.space.ends) and cast(Staged, model).recomputed
         own = replace(now.learner, memory=dict(watch.rows), recomputed=recomputed)
@@ -199,7 +199,7 @@ def _search(
     for plan in last[max(0, len(folder.ledger) - done) :]:
         folder.ledger.append(plan)
     write_rows(replace(fitted.state, plans=(), events=()))
-    return spaces.left(fitted.model, origin)
+    return spaces.extract_network(fitted.model, origin)
 
 
 def _check_training(settings: Settings, parts: Parts) -> None:
@@ -269,7 +269,7 @@ def parts_of(settings: Settings) -> Parts:
 
 def _counted_as_begun(settings: Settings, out: Path) -> Settings:
     """Return the settings with the definition of size that the run in the folder was started with."""
-    there = RunFolder.started(out) or (RunFolder.open(out) if (out / RUN).is_file() else None)
+    there = RunFolder.open_unfinished(out) or (RunFolder.open(out) if (out / RUN).is_file() else None)
     return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
 
 
@@ -286,12 +286,12 @@ def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, MemorySt
         task: The data of the search.
     """
     names = ("stages", "memory", "batch_size", "stride", "seed")
-    entry = searcher_entry(settings.method)
-    measure = measure_of(settings.target, settings.accounting)
-    given = {"measure": str(measure), "levels": levels_for(measure)}
+    entry = find_method(MethodKind.SEARCH, settings.method)
+    measure = target_measure(settings.target, settings.accounting)
+    given = {"measure": str(measure), "levels": find_granularities(measure)}
     search: Search = entry.made(settings.method, _select_known(entry, given) | dict(settings.method_settings))
     needs: dict[str, Any] = {"stage_share": search.stage_share, "masked": search.masked}
-    return spaces.network(settings.space, task, **{name: getattr(settings, name) for name in names}, **needs)
+    return spaces.build_network(settings.space, task, **{name: getattr(settings, name) for name in names}, **needs)
 
 
 def build_search(
@@ -308,14 +308,14 @@ def build_search(
         model: The whole space as a network.
         axes: The axes of the space.
         plan: The stages, if a memory budget sets them.
-        table: The measured latencies (:func:`regrow.commands.latencies.of`), for a target in ms.
+        table: The measured latencies (:func:`regrow.commands.latencies.read_or_measure`), for a target in ms.
 
     Raises:
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
-    entry = searcher_entry(settings.method)
-    measure, most = target(settings.target, axes, table, settings.accounting)
-    given: dict[str, Any] = {"target": most, "measure": str(measure), "levels": levels_for(measure)}
+    entry = find_method(MethodKind.SEARCH, settings.method)
+    measure, most = parse_target(settings.target, axes, table, settings.accounting)
+    given: dict[str, Any] = {"target": most, "measure": str(measure), "levels": find_granularities(measure)}
     given["seed"] = settings.seed
     given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
     if isinstance(model, Bench201):

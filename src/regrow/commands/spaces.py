@@ -28,11 +28,11 @@ from regrow.sources import Batch, logits_in
 from regrow.tasks import Task, first_examples, input_shape
 from regrow.tracing.placeholder import find_placeholders
 
-Found = Cells | Mobile | Bench201
+SpaceNetwork = Cells | Mobile | Bench201
 """A network of one of the built-in search spaces."""
 
 
-def network(
+def build_network(
     space: str,
     task: Task,
     *,
@@ -62,35 +62,35 @@ def network(
     """
     shape, classes = list(input_shape(task.train)), len(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
-        _one_stage(f"{space} has one topology for all cells, so it", stages, memory)
+        _refuse_stages(f"{space} has one topology for all cells, so it", stages, memory)
         config = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
         check_space_fits(config, f"a search of {space}")
-        return _drawn(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
-    found = _growing(space, shape, classes, stride)
+        return _initialise(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
+    found = _find_staged(space, shape, classes, stride)
     if found is None:
-        _one_stage(space, stages, memory)
+        _refuse_stages(space, stages, memory)
         if names_code(space):
             builder = import_builder(space)
-            return _own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
+            return _build_own(space, builder, task, seed), Origin("callable", space, {}, space, builder), None
         return *small(space, shape, classes, seed), None
     check_space_fits(found.whole(), f"a search of {space}")
     plan = None
     if memory:
         first = first_examples(task.train, batch_size)
         batch = Batch((first.inputs,), labels=first.labels)
-        plan = _planned(found, batch, parse_bytes(memory), stage_share, masked)
-    config = found.whole(heads=plan.ends if plan else ends(found.parts, stages or min(3, found.parts)))
-    net = _drawn(found.net, config, seed)
+        plan = _plan_stages(found, batch, parse_bytes(memory), stage_share, masked)
+    config = found.whole(heads=plan.ends if plan else stage_ends(found.parts, stages or min(3, found.parts)))
+    net = _initialise(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(found.kind, found.kind, config, space), plan
 
 
-def _one_stage(what: str, stages: int, memory: str) -> None:
+def _refuse_stages(what: str, stages: int, memory: str) -> None:
     if memory or stages > 1:
         raise ValueError(f"{what} is searched in one stage: no --{'memory' if memory else f'stages {stages}'}")
 
 
-def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
+def _build_own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
     """Build a network by the user's own code, with random weights, and check its outputs."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,7 +102,7 @@ def _own(space: str, builder: Builder, task: Task, seed: int) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Growing:
+class _StagedSpace:
     """A space that can be searched in stages: its network, its description, and its number of parts."""
 
     kind: str
@@ -112,19 +112,19 @@ class _Growing:
     parts: int
 
 
-def _growing(space: str, shape: Sequence[int], classes: int, stride: int) -> _Growing | None:
+def _find_staged(space: str, shape: Sequence[int], classes: int, stride: int) -> _StagedSpace | None:
     if fit := re.fullmatch(r"cells:(\d{1,3})-(\d{1,2})-(\d{1,2})", space):
         width, many, nodes = map(int, fit.groups())
         whole = partial(cells.supernet, shape, classes, width=width, cells=many, nodes=nodes, stride=stride)
-        return _Growing("cells", Cells, whole, cells.prefix, many)
+        return _StagedSpace("cells", Cells, whole, cells.prefix, many)
     if fit := re.fullmatch(r"mobile:(\d{1,3})-(\d{1,2})", space):
         width, many = map(int, fit.groups())
         whole = partial(mobile.supernet, shape, classes, width=width, blocks=many, stride=stride)
-        return _Growing("mobile", Mobile, whole, mobile.prefix, len(whole()["blocks"]))
+        return _StagedSpace("mobile", Mobile, whole, mobile.prefix, len(whole()["blocks"]))
     return None
 
 
-def _planned(found: _Growing, batch: Batch, budget: int, share: float, masked: Collection[str]) -> MemoryStages:
+def _plan_stages(found: _StagedSpace, batch: Batch, budget: int, share: float, masked: Collection[str]) -> MemoryStages:
     """Return the fewest stages within a memory budget; if there are none, with recomputation in the backward pass."""
     # Where stages end is not known yet: a classifier behind every part is no less than there will be.
     prefix = partial(found.prefix, found.whole(heads=range(found.parts)), share=share)
@@ -140,20 +140,20 @@ def _planned(found: _Growing, batch: Batch, budget: int, share: float, masked: C
         return replace(cut(predict_peaks(masked, recomputed, batch), found.parts, budget), recomputed=True)
 
 
-def _drawn(kind: type[Found], config: Mapping[str, Any], seed: int) -> Found:
+def _initialise(kind: type[SpaceNetwork], config: Mapping[str, Any], seed: int) -> SpaceNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config)
 
 
-def ends(parts: int, stages: int) -> tuple[int, ...]:
+def stage_ends(parts: int, stages: int) -> tuple[int, ...]:
     """Return the last part of each stage, for stages of nearly equal numbers of parts.
 
     Args:
         parts: The number of parts (cells or blocks) of the space.
         stages: The number of stages.
 
-    >>> ends(8, 3), ends(6, 1)
+    >>> stage_ends(8, 3), stage_ends(6, 1)
     ((2, 4, 7), (5,))
     """
     if not 1 <= stages <= parts:
@@ -161,7 +161,7 @@ def ends(parts: int, stages: int) -> tuple[int, ...]:
     return tuple(round(parts * (i + 1) / stages) - 1 for i in range(stages))
 
 
-def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
+def extract_network(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
     """Return what a search left of a space as a plain network with folded scales, and the record of how to build it.
 
     Args:
@@ -179,10 +179,10 @@ def left(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin]:
             config = bench201.describe(origin.config, gone)
         case _:
             return model.eval(), origin
-    return rebuilt(config, model), replace(origin, config=config)
+    return rebuild(config, model), replace(origin, config=config)
 
 
-def rebuilt(config: Mapping[str, Any], model: Found) -> Found:
+def rebuild(config: Mapping[str, Any], model: SpaceNetwork) -> SpaceNetwork:
     """Build the network that a description gives, with the parameters of the super-network that it describes.
 
     Args:

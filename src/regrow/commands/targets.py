@@ -16,10 +16,10 @@ _LIKE = (
 )
 
 
-def measure_of(text: str, accounting: str = DENSE) -> Measure:
+def target_measure(text: str, accounting: str = DENSE) -> Measure:
     """Return the measure that a target names, such as parameters for ``params=50k``.
 
-    >>> measure_of("macs=3M"), measure_of("0.2"), measure_of("0.2", FORMER)
+    >>> target_measure("macs=3M"), target_measure("0.2"), target_measure("0.2", FORMER)
     (<Measure.MACS: 'macs'>, <Measure.PARAMETERS: 'params'>, <Measure.NONZERO: 'nonzero'>)
 
     Args:
@@ -41,7 +41,7 @@ def measure_of(text: str, accounting: str = DENSE) -> Measure:
     return Measure.NONZERO if accounting == FORMER and found == Measure.PARAMETERS else found
 
 
-def levels_for(measure: Measure) -> tuple[str, ...]:
+def find_granularities(measure: Measure) -> tuple[str, ...]:
     """Return the granularities by which a target can be met: zeroed weights count as removed under ``nonzero`` only.
 
     Args:
@@ -50,7 +50,9 @@ def levels_for(measure: Measure) -> tuple[str, ...]:
     return GRANULARITIES if measure == Measure.NONZERO else GRANULARITIES[:2]
 
 
-def target(text: str, axes: AxisGraph, table: Latency | None = None, accounting: str = DENSE) -> tuple[Measure, float]:
+def parse_target(
+    text: str, axes: AxisGraph, table: Latency | None = None, accounting: str = DENSE
+) -> tuple[Measure, float]:
     """Return a target as a measure and a number.
 
     Args:
@@ -58,12 +60,12 @@ def target(text: str, axes: AxisGraph, table: Latency | None = None, accounting:
             cost, ``macs=20%``; or a fraction of its parameters, ``0.2``.
         axes: The axes of the whole space.
         table: The measured latencies of the whole space, for a target in ms.
-        accounting: As in :func:`measure_of`.
+        accounting: As in :func:`target_measure`.
 
     Raises:
         ValueError: If it is none of these, or more than the whole space has.
     """
-    measure, (_, equals, rest) = measure_of(text, accounting), text.partition("=")
+    measure, (_, equals, rest) = target_measure(text, accounting), text.partition("=")
     if measure == Measure.TIME and table is None:
         raise ValueError("how long the space takes was not measured: evaluation.latency(…) does it")
     dense = Measure.PARAMETERS if measure == Measure.NONZERO else measure

@@ -24,7 +24,7 @@ from regrow.nets.language import origin_of, quiet, require_transformers
 from regrow.progress import Progress, silent
 from regrow.store import portable
 from regrow.store.shapes import Number
-from regrow.store.state import named_tensors, numbers
+from regrow.store.state import find_numbers, named_tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ROUNDING = 1e-4
@@ -100,7 +100,7 @@ def plain(model: nn.Module, origin: Origin) -> nn.Module | None:
     except ModelError:
         return None
     now, made = named_tensors(model), named_tensors(fresh)
-    if now.keys() - made.keys() or not _alike(numbers(model), numbers(fresh), numbers(whole)):
+    if now.keys() - made.keys() or not _alike(find_numbers(model), find_numbers(fresh), find_numbers(whole)):
         return None
     zeros = {name for name in made.keys() - now.keys() if name.endswith("_proj.bias")}
     if made.keys() - now.keys() != zeros or any(now[name].tensor.shape != made[name].tensor.shape for name in now):

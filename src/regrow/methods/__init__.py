@@ -56,7 +56,7 @@ class MethodEntry:
         Args:
             told: The names of the settings that the user gave.
 
-        >>> entry("wanda_sp").defaults(told={"compensate"})
+        >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(told={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
         return {one.name: one.default for one in fields(self.settings) if one.name not in told}
@@ -214,39 +214,3 @@ def _checked(kind: MethodKind | None, name: str, found: object) -> MethodEntry:
     if kind and found.kind != kind:
         raise ValueError(f"{name} is a method of {found.kind}, and one of {kind} is needed; name one")
     return found
-
-
-def entry(name: str) -> MethodEntry:
-    """Look up a pruning method by name; see :func:`find_method`.
-
-    Args:
-        name: The method's name.
-    """
-    return find_method(MethodKind.PRUNING, name)
-
-
-def learner_entry(name: str) -> MethodEntry:
-    """Look up a continual-learning method by name; see :func:`find_method`.
-
-    Args:
-        name: The method's name.
-    """
-    return find_method(MethodKind.CONTINUAL, name)
-
-
-def searcher_entry(name: str) -> MethodEntry:
-    """Look up an architecture-search method by name; see :func:`find_method`.
-
-    Args:
-        name: The method's name.
-    """
-    return find_method(MethodKind.SEARCH, name)
-
-
-def recovery_entry(name: str) -> MethodEntry:
-    """Look up a recovery method by name; see :func:`find_method`.
-
-    Args:
-        name: The method's name.
-    """
-    return find_method(MethodKind.RECOVERY, name)

@@ -75,7 +75,7 @@ def replace_tensors(model: nn.Module, new: Mapping[int, Tensor]) -> None:
     for module in model.modules():
         for name, value in list(vars(module).items()):
             if name not in _OWN and any(id(tensor) in new for _, tensor in _inside([value], _DEEPEST + 1)):
-                vars(module)[name] = _replaced(value, new)
+                vars(module)[name] = _replace(value, new)
 
 
 def _inside(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
@@ -88,14 +88,14 @@ def _inside(value: Any, depth: int) -> Iterator[tuple[str, Tensor]]:
                 yield f"[{key!r}]{place}", tensor
 
 
-def _replaced(value: Any, new: Mapping[int, Tensor]) -> Any:
+def _replace(value: Any, new: Mapping[int, Tensor]) -> Any:
     match value:
         case Tensor():
             return new.get(id(value), value)
         case list():
-            value[:] = [_replaced(part, new) for part in value]
+            value[:] = [_replace(part, new) for part in value]
         case dict():
-            value.update({key: _replaced(part, new) for key, part in value.items()})
+            value.update({key: _replace(part, new) for key, part in value.items()})
         case tuple() if type(value) is tuple:
-            return tuple(_replaced(part, new) for part in value)
+            return tuple(_replace(part, new) for part in value)
     return value

@@ -34,12 +34,12 @@ def convert(data: object, kind: type[Record], where: str | Path = "", remedy: st
         return msgspec.convert(data, kind, strict=True)
     except (msgspec.ValidationError, RecursionError) as error:
         text, _, path = str(error).rpartition(" - at `") if " - at `" in str(error) else (str(error), "", "")
-        place, value = _located(data, kind, path.rstrip("`"), str(error))
+        place, value = _locate(data, kind, path.rstrip("`"), str(error))
         told = f"{place} is {_short(value)}: {text}" if place else text
         raise StoreError(f"{where}: {told}; {remedy}" if where else f"{told}; {remedy}") from None
 
 
-def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
+def _locate(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
     """Return the field that an error of msgspec is about, with the dict keys that it leaves out, and its value."""
     place: list[Any] = []
     value = data
@@ -62,20 +62,20 @@ def _located(data: Any, kind: Any, path: str, message: str) -> tuple[str, Any]:
 def _fails(data: Any, kind: Any, place: list[Any], message: str) -> bool:
     """Whether the same error occurs if a dict holds one entry alone."""
     try:
-        msgspec.convert(_alone(data, place), kind, strict=True)
+        msgspec.convert(_isolate(data, place), kind, strict=True)
     except msgspec.ValidationError as error:
         return str(error) == message
     return False
 
 
-def _alone(data: Any, place: list[Any]) -> Any:
+def _isolate(data: Any, place: list[Any]) -> Any:
     """Return JSON data in which the dict at a place holds only the last entry of the place."""
     if len(place) == 1:
         return {place[0]: data[place[0]]}
     if isinstance(data, Mapping):
-        return {**data, place[0]: _alone(data[place[0]], place[1:])}
+        return {**data, place[0]: _isolate(data[place[0]], place[1:])}
     at = int(place[0])
-    return [*data[:at], _alone(data[at], place[1:]), *data[at + 1 :]]
+    return [*data[:at], _isolate(data[at], place[1:]), *data[at + 1 :]]
 
 
 def _short(value: Any) -> str:

@@ -51,7 +51,7 @@ def explain_os_errors(path: Path) -> Iterator[None]:
             raise
         known = number is None or (isinstance(error, OSError) and error.errno is not None)
         cause = error if known else OSError(number, os.strerror(number or 0))
-        raise StoreError(f"{path}: {_explained(error)}") from cause
+        raise StoreError(f"{path}: {_explain(error)}") from cause
 
 
 def _number(error: Exception) -> int | None:
@@ -63,7 +63,7 @@ def _number(error: Exception) -> int | None:
     return int(found[1]) if found and not isinstance(error, StoreError) else None
 
 
-def _explained(error: Exception) -> str:
+def _explain(error: Exception) -> str:
     number = _number(error)
     match number:
         case errno.ENOSPC | errno.EDQUOT:

@@ -57,7 +57,7 @@ def shorten_plan(plan: object) -> Any:
     Args:
         plan: The plan.
     """
-    return _converted(plan, to_intervals)
+    return _convert_changes(plan, to_intervals)
 
 
 def expand_plans(plans: Iterable[object], length: int) -> list[Any]:
@@ -76,10 +76,10 @@ def expand_plans(plans: Iterable[object], length: int) -> list[Any]:
     if numbers > _FEW + _RATIO * length:
         raise StoreError(f"its intervals name {numbers:,} units, which is no plan of a network; restore it")
     check_memory(_BYTES * numbers, f"a ledger that names {numbers:,} units", "read it on a larger machine")
-    return [_converted(plan, from_intervals) for plan in plans]
+    return [_convert_changes(plan, from_intervals) for plan in plans]
 
 
-def _converted(plan: Any, convert: Callable[[list[Any]], list[Any]]) -> Any:
+def _convert_changes(plan: Any, convert: Callable[[list[Any]], list[Any]]) -> Any:
     if not _changes(plan):
         return plan
     changes = {

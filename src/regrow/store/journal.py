@@ -28,7 +28,7 @@ def append(path: Path, row: Mapping[str, object]) -> None:
     """
     line = json.dumps(row, allow_nan=False) + "\n"
     with explain_os_errors(path):
-        handle = _opened(path)
+        handle = _open(path)
         try:
             _append(handle, line.encode())
         finally:
@@ -47,9 +47,9 @@ def mend(path: Path) -> None:
     if not os.path.lexists(path):
         return
     with explain_os_errors(path):
-        handle = _opened(path)
+        handle = _open(path)
         try:
-            _mended(handle)
+            _repair_end(handle)
         finally:
             os.close(handle)
 
@@ -80,7 +80,7 @@ def read(path: Path, kinds: Mapping[str, type[Any]] | None = None) -> list[dict[
     return rows
 
 
-def _opened(path: Path) -> int:
+def _open(path: Path) -> int:
     """Open a file for changes in place, so that no other name of the file is affected.
 
     A symbolic link is refused. A file with a second name (a hard link), as a killed process may leave it, is copied
@@ -113,7 +113,7 @@ def _irregular(path: Path) -> StoreError:
 
 def _append(handle: int, line: bytes) -> None:
     """Write a line at the end of a file; if that fails, truncate the file to its former end."""
-    end = _mended(handle)
+    end = _repair_end(handle)
     try:
         os.lseek(handle, end, os.SEEK_SET)
         left = memoryview(line)
@@ -125,7 +125,7 @@ def _append(handle: int, line: bytes) -> None:
         raise
 
 
-def _mended(handle: int) -> int:
+def _repair_end(handle: int) -> int:
     """Repair the end of a file and return where the next line begins."""
     end = os.lseek(handle, 0, os.SEEK_END)
     start, tail = end, b""

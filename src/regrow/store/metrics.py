@@ -63,7 +63,7 @@ class Metrics:
         Raises:
             StoreError: If the disk is full; the file then holds what it held.
         """
-        plain = finite(row)
+        plain = replace_nonfinite(row)
         key = _key(plain, number)
         if key is None or key not in self._keys:
             append(self.path, plain)
@@ -81,19 +81,19 @@ class Metrics:
         return {key for key in keys if key is not None}
 
 
-def finite(value: Any) -> Any:
+def replace_nonfinite(value: Any) -> Any:
     """Return JSON data in which NaN and infinity, which JSON does not have, are replaced by null.
 
     Args:
         value: The data.
 
-    >>> finite({"loss": float("nan"), "steps": (1, 2)})
+    >>> replace_nonfinite({"loss": float("nan"), "steps": (1, 2)})
     {'loss': None, 'steps': [1, 2]}
     """
     if isinstance(value, Mapping):
-        return {str(key): finite(part) for key, part in value.items()}
+        return {str(key): replace_nonfinite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
+        return [replace_nonfinite(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -24,9 +24,9 @@ from regrow.store.attributes import attribute_tensors
 from regrow.store.building import Builder, build_fresh, build_network, open_attention
 from regrow.store.errors import StoreError, explain_os_errors
 from regrow.store.pretrained import (
-    as_saved,
     is_pretrained,
     read_tokenizer,
+    update_origin,
     write_configuration,
     write_tokenizer,
 )
@@ -134,7 +134,7 @@ def write_model(
     tokenizer = tokenizer if tokenizer is not None else getattr(net, "tokenizer", None)
     origin = replace(origin, name=Path(origin.name).name)  # no paths of this machine
     if origin.kind == "transformers":
-        origin = as_saved(origin, net, dtype or _main_dtype(net))
+        origin = update_origin(origin, net, dtype or _main_dtype(net))
     try:
         check_finite(net, origin.name or "the model", dtype)
     except ModelError as error:

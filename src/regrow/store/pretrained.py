@@ -22,7 +22,7 @@ INFORMATIVE = frozenset({"architectures", "transformers_version", "_name_or_path
 _LAYERS = re.compile(r"(num|n)(_\w+)?_layers?")
 
 
-def as_saved(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
+def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
     """Return the origin of a transformers model with its present dtype and attention implementation.
 
     Args:

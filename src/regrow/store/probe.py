@@ -62,23 +62,23 @@ def write_probe(model: nn.Module, example: Example, path: Path, *, cast: bool = 
         StoreError: If the disk is full.
     """
     inputs: list[Tensor] = []
-    shape = [_packed(list(example.args), inputs), _packed(dict(example.kwargs), inputs)]
-    inputs = [_small(one) for one in inputs]
+    shape = [_to_json(list(example.args), inputs), _to_json(dict(example.kwargs), inputs)]
+    inputs = [_replace_large(one) for one in inputs]
     try:
-        said = answer(model, shape, inputs)
+        said = compute_answer(model, shape, inputs)
     except Exception as error:
         raise UnprobedError(f"the network does not take the example input ({first_line(error)[:120]})") from None
     parameters = list(model.parameters())
     header = {
         "inputs": shape,
-        "patterns": [_told(one) if _patterned(one) else None for one in inputs],
+        "patterns": [_describe_tensor(one) if _is_large(one) else None for one in inputs],
         "outputs": list(said.digests),
         # Kernels choose by the alignment and the layout of weights, and a loaded network has both in order.
         "exact": not cast
         and all(p.is_contiguous() and p.data_ptr() % 64 == 0 and p.device.type == "cpu" for p in parameters),
         "conditions": conditions(),
     }
-    tensors = {f"i{i}": one for i, one in enumerate(inputs) if not _patterned(one)}
+    tensors = {f"i{i}": one for i, one in enumerate(inputs) if not _is_large(one)}
     write_tensors(path, tensors | {f"o{i}": one for i, one in enumerate(said.samples)}, header, FORMAT)
 
 
@@ -100,12 +100,12 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] =
     inputs = fitting if cast else inputs
     try:
         try:
-            now = answer(model, header.inputs, inputs)
+            now = compute_answer(model, header.inputs, inputs)
         except Exception:
             if header.exact or not any(one.dtype != other.dtype for one, other in zip(inputs, fitting, strict=True)):
                 raise
             inputs = fitting  # its weights were stored in another dtype than it answered in when it was saved
-            now = answer(model, header.inputs, inputs)
+            now = compute_answer(model, header.inputs, inputs)
     except Exception as error:
         raise StoreError(
             f"{path.parent}: the network fails on the input it was saved with ({first_line(error)[:120]}); "
@@ -130,7 +130,7 @@ def check_probe(model: nn.Module, path: Path, *, stored: Iterable[torch.dtype] =
 _REMEDY = "build it with the code and versions it was saved with, or load it with check=False"
 
 
-def answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
+def compute_answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
     """Run a network in eval mode with a fixed random seed, and return digests and samples of its outputs.
 
     Args:
@@ -139,7 +139,7 @@ def answer(model: nn.Module, shape: object, inputs: Sequence[Tensor]) -> Answer:
         inputs: The tensors in the arguments, by number.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    args, kwargs = _filled(shape, [one.to(device) for one in inputs])
+    args, kwargs = _from_json(shape, [one.to(device) for one in inputs])
     with preserve_modules(model), torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         outputs = [leaf.detach() for leaf in tree_leaves(model.eval()(*args, **kwargs)) if isinstance(leaf, Tensor)]
@@ -209,11 +209,11 @@ def _read(path: Path) -> tuple[ProbeHeader, list[Tensor], list[Tensor]]:
         raise StoreError(f"{path} is damaged ({error!s:.60}); copy it again") from None
 
 
-def _told(tensor: Tensor) -> tuple[str, list[int]]:
+def _describe_tensor(tensor: Tensor) -> tuple[str, list[int]]:
     return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
 
 
-def _packed(value: Any, tensors: list[Tensor]) -> Any:
+def _to_json(value: Any, tensors: list[Tensor]) -> Any:
     """Convert arguments to JSON data; their tensors are appended to ``tensors``."""
     match value:
         case Tensor():
@@ -221,37 +221,37 @@ def _packed(value: Any, tensors: list[Tensor]) -> Any:
             return {"tensor": len(tensors) - 1}
         case list() | tuple():
             kind = "tuple" if isinstance(value, tuple) else "list"
-            return {kind: [_packed(part, tensors) for part in value]}
+            return {kind: [_to_json(part, tensors) for part in value]}
         case Mapping():
-            return {"dict": {str(key): _packed(part, tensors) for key, part in value.items()}}
+            return {"dict": {str(key): _to_json(part, tensors) for key, part in value.items()}}
         case None | bool() | int() | float() | str():
             return {"value": value}
     raise UnprobedError(f"the example input holds a {type(value).__name__}, which is not written down")
 
 
-def _filled(shape: Any, tensors: Sequence[Tensor]) -> Any:
+def _from_json(shape: Any, tensors: Sequence[Tensor]) -> Any:
     match shape:
         case {"tensor": int(i)} if 0 <= i < len(tensors):
             return tensors[i]
         case {"tuple": [*parts]}:
-            return tuple(_filled(part, tensors) for part in parts)
+            return tuple(_from_json(part, tensors) for part in parts)
         case {"list": [*parts]}:
-            return [_filled(part, tensors) for part in parts]
+            return [_from_json(part, tensors) for part in parts]
         case {"dict": dict(parts)}:
-            return {key: _filled(part, tensors) for key, part in parts.items()}
+            return {key: _from_json(part, tensors) for key, part in parts.items()}
         case {"value": None | bool() | int() | float() | str() as value}:
             return value
         case [args, kwargs]:
-            return _filled(args, tensors), _filled(kwargs, tensors)
+            return _from_json(args, tensors), _from_json(kwargs, tensors)
     raise ValueError(f"not an argument: {shape!s:.60}")
 
 
-def _patterned(tensor: Tensor) -> bool:
+def _is_large(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.numel() > MOST
 
 
-def _small(tensor: Tensor) -> Tensor:
-    return _pattern(tensor.shape, tensor.dtype) if _patterned(tensor) else tensor
+def _replace_large(tensor: Tensor) -> Tensor:
+    return _pattern(tensor.shape, tensor.dtype) if _is_large(tensor) else tensor
 
 
 def _pattern(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -288,6 +288,6 @@ def _rounding(model: nn.Module, shape: Any, inputs: Sequence[Tensor], said: Answ
     """Return how far a network's output is from its output in float64."""
     try:
         wide = [one.double() if one.is_floating_point() else one for one in inputs]
-        return _distance(answer(copy.deepcopy(model).double(), shape, wide).samples, said.samples)
+        return _distance(compute_answer(copy.deepcopy(model).double(), shape, wide).samples, said.samples)
     except Exception:
         return 0.0

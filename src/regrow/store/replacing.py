@@ -177,7 +177,7 @@ def _exchange(new: Path, place: Path) -> None:
                 raise
             raise LockedError(f"{place} was made by another process meanwhile; choose another folder") from None
         return
-    if _exchanged(new, place):
+    if _exchange_atomically(new, place):
         return
     place.rename(_was(new.parent, place))
     try:
@@ -187,7 +187,7 @@ def _exchange(new: Path, place: Path) -> None:
             raise
 
 
-def _exchanged(one: Path, other: Path) -> bool:
+def _exchange_atomically(one: Path, other: Path) -> bool:
     """Exchange two names atomically; ``False`` if the system or the file system does not support it."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2

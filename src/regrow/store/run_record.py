@@ -80,7 +80,7 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path} cannot be read ({problem(error)}); restore it") from None
 
 
-def identity(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+def run_identity(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``.
 
     Args:
@@ -99,7 +99,7 @@ def check_same(path: Path, run: Mapping[str, Any], wanted: Mapping[str, Any]) ->
     Args:
         path: The folder.
         run: The content of its ``run.json``.
-        wanted: The result of :func:`identity` for the wanted run.
+        wanted: The result of :func:`run_identity` for the wanted run.
 
     Raises:
         StoreError: Names the first difference.

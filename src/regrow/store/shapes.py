@@ -153,7 +153,7 @@ class Shapes:
             "ties": dict(self.ties),
             "dropped": list(self.dropped),
             "stands": {path: placeholder.to_data() for path, placeholder in self.placeholders.items()},
-            "tensors": {name: _written(stored) for name, stored in self.tensors.items()},
+            "tensors": {name: _tensor_to_json(stored) for name, stored in self.tensors.items()},
         }
         data["sha256"] = content_digest(data)
         return "{\n" + ",\n".join(f"{json.dumps(key)}: {_lines(value)}" for key, value in data.items()) + "\n}\n"
@@ -208,7 +208,7 @@ def content_digest(data: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _written(stored: Stored) -> dict[str, Any]:
+def _tensor_to_json(stored: Stored) -> dict[str, Any]:
     """Return a tensor's record as JSON data, without default values."""
     data: dict[str, Any] = {"dtype": stored.dtype, "shape": list(stored.shape)}
     if stored.kind is not Kind.PARAMETER:

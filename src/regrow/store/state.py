@@ -50,7 +50,7 @@ def named_tensors(model: nn.Module) -> dict[str, Held]:
     return result
 
 
-def ties(tensors: Mapping[str, Held]) -> dict[str, str]:
+def find_ties(tensors: Mapping[str, Held]) -> dict[str, str]:
     """Return, for every further name of a tied tensor, its first name.
 
     Args:
@@ -58,7 +58,7 @@ def ties(tensors: Mapping[str, Held]) -> dict[str, str]:
 
     >>> net = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
     >>> net["b"].weight = net["a"].weight
-    >>> ties(named_tensors(net))
+    >>> find_ties(named_tensors(net))
     {'b.weight': 'a.weight'}
     """
     first: dict[Any, str] = {}
@@ -74,13 +74,13 @@ def ties(tensors: Mapping[str, Held]) -> dict[str, str]:
     return result
 
 
-def numbers(model: nn.Module) -> dict[str, Number]:
+def find_numbers(model: nn.Module) -> dict[str, Number]:
     """Return ``module:attribute`` → value, for every module attribute that is a number or a tuple of integers.
 
     Args:
         model: The network.
 
-    >>> numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
+    >>> find_numbers(nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)))["1:normalized_shape"]
     (3,)
     """
     return {
@@ -126,7 +126,7 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
     if fresh is not None:
         drop(fresh, placeholders)
     now, before = named_tensors(model), named_tensors(fresh) if fresh is not None else {}
-    tied = ties(now)
+    tied = find_ties(now)
     tensors = {}
     for name, here in now.items():
         old = before.get(name)
@@ -141,13 +141,13 @@ def describe(model: nn.Module, fresh: nn.Module | None, origin: Origin, dtype: t
             tuple(old.tensor.shape) if old is not None and old.tensor.shape != shape else None,
             fresh is not None and old is None,
         )
-    for name, tensor in _loose(model, fresh).items():
+    for name, tensor in _unregistered_tensors(model, fresh).items():
         tensors[name] = Stored(
             _dtype(name, Held(tensor, Kind.ATTRIBUTE), None), tuple(tensor.shape), Kind.ATTRIBUTE, tensor.requires_grad
         )
-    attributes = numbers(model)
+    attributes = find_numbers(model)
     if fresh is not None:
-        fixed, empty = numbers(fresh), settable_places(fresh)
+        fixed, empty = find_numbers(fresh), settable_places(fresh)
         attributes = {
             place: number
             for place, number in attributes.items()
@@ -205,7 +205,7 @@ def check(fresh: nn.Module, shapes: Shapes) -> None:
     for name in shapes.dropped:
         if name not in there:
             raise StoreError(f"the architecture has no tensor {name!r} to drop; restore shapes.json")
-    fixed, empty = numbers(fresh), settable_places(fresh)
+    fixed, empty = find_numbers(fresh), settable_places(fresh)
     for place, value in shapes.attributes.items():
         # Without a comparison everything is listed, numbers too that a module first sets when it runs.
         if place in empty:
@@ -233,7 +233,7 @@ def restore(model: nn.Module, shapes: Shapes, tensors: Mapping[str, Tensor]) -> 
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, made.get(name))
     replace_tensors(model, {id(old): made[name] for name, old in before.items() if name in made})
-    fixed, empty = numbers(model), settable_places(model)
+    fixed, empty = find_numbers(model), settable_places(model)
     for place, number in shapes.attributes.items():
         path, name = place.split(":")
         if place in empty:
@@ -277,7 +277,7 @@ def _check_number(place: str, value: Number, old: Number | None) -> None:
             raise StoreError(f"{place!r} is {new} in the record; a size is from 0 to {MOST - 1}: restore shapes.json")
 
 
-def _loose(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
+def _unregistered_tensors(model: nn.Module, fresh: nn.Module | None) -> dict[str, Tensor]:
     """Return the plain attributes that must be stored: tensors that a newly built network does not create.
 
     Raises:

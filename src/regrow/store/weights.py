@@ -46,7 +46,7 @@ def write_weights(model: nn.Module, shapes: Shapes, folder: Path, shard: int = S
     names = [f"model-{i:05}-of-{len(parts):05}.safetensors" for i in range(1, len(parts) + 1)]
     files = {"model.safetensors": parts[0]} if len(parts) == 1 else dict(zip(names, parts, strict=True))
     for name, part in {**files, **({"buffers.safetensors": rest} if rest else {})}.items():
-        tensors = _plain({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
+        tensors = _separate({key: places[key].to(DTYPES[stored.dtype]) for key, stored in part.items()})
         digests |= {key: digest(tensor) for key, tensor in tensors.items()}
         with atomic_write(folder / name) as temporary:
             save_tensors(tensors, temporary, {"format": "pt"})
@@ -88,7 +88,7 @@ def read_weights(folder: Path, shapes: Shapes, *, check: bool = True) -> dict[st
                 for key in content.keys():  # noqa: SIM118 (it is no dictionary)
                     if key in result or key not in shapes.tensors:
                         raise StoreError(f"{path} holds the tensor {key!r}, which is not recorded; restore the file")
-                    result[key] = _checked(path, key, content.get_tensor(key), shapes.tensors[key], check)
+                    result[key] = _check(path, key, content.get_tensor(key), shapes.tensors[key], check)
         except (SafetensorError, OSError, AttributeError) as error:
             raise StoreError(f"{path} is damaged ({' '.join(str(error).split())[:120]}); copy it again") from None
     if missing := [name for name in shapes.tensors if name not in result]:
@@ -166,7 +166,7 @@ def check_file(path: Path, expected: File, *, digests: bool = True) -> None:
         raise StoreError(f"{path} does not have the recorded SHA-256: it is damaged or was changed; copy it again")
 
 
-def _checked(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -> Tensor:
+def _check(path: Path, name: str, tensor: Tensor, stored: Stored, check: bool) -> Tensor:
     if tuple(tensor.shape) != stored.shape or tensor.dtype != DTYPES[stored.dtype]:
         raise StoreError(
             f"{path}: {name!r} is {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}, "
@@ -192,7 +192,7 @@ def _parts(tensors: Mapping[str, Stored], shard: int) -> Iterator[dict[str, Stor
     yield part
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors on the CPU, contiguous, each in its own storage: the file format has no views."""
     seen: set[int] = set()
     result = {}

@@ -16,7 +16,7 @@ from regrow.store.replacing import WORK, link_tree
 from regrow.store.run_record import RUN, check_same, read_run
 
 
-def started(out: Path) -> Path | None:
+def unfinished_folder(out: Path) -> Path | None:
     """Return the folder that has the files of the unfinished run in ``out``; ``None`` if there is none.
 
     Args:
@@ -31,12 +31,12 @@ def started(out: Path) -> Path | None:
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
-def resumes(out: Path, wanted: Mapping[str, Any]) -> bool:
+def is_resumable(out: Path, wanted: Mapping[str, Any]) -> bool:
     """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing.
 
     Args:
         out: The folder.
-        wanted: The result of :func:`regrow.store.run_record.identity` for the wanted run.
+        wanted: The result of :func:`regrow.store.run_record.run_identity` for the wanted run.
 
     Raises:
         StoreError: If the folder holds anything else.
@@ -48,7 +48,7 @@ def resumes(out: Path, wanted: Mapping[str, Any]) -> bool:
         check_same(out, read_run(out), wanted)
     elif names - {WORK}:
         raise StoreError(f"{out} exists and is not empty; choose another folder, or delete it")
-    begun = started(out)
+    begun = unfinished_folder(out)
     if begun is None:
         return False
     check_same(out, read_run(begun) | {"finished": None}, wanted)
@@ -70,7 +70,7 @@ def check_area(area: Path) -> None:
             raise StoreError(f"{one} is not a folder of its own, as unfinished work needs it; delete {area}")
 
 
-def cleared_area(out: Path) -> Path:
+def make_area(out: Path) -> Path:
     """Create an empty working area in a folder, and return its path.
 
     Args:
@@ -83,7 +83,7 @@ def cleared_area(out: Path) -> Path:
     return out / WORK
 
 
-def adopt(out: Path) -> None:
+def move_into_area(out: Path) -> None:
     """Move an unfinished run of version 0.1 into the working area; after a killed process the next call completes it.
 
     Args:
@@ -100,13 +100,13 @@ def adopt(out: Path) -> None:
     check_area(out / WORK)
 
 
-def begin_again(out: Path) -> None:
+def copy_into_area(out: Path) -> None:
     """Fill the working area with the files of the finished run in a folder, so that they can be changed there.
 
     Args:
         out: The folder of the run.
     """
-    area = cleared_area(out)
+    area = make_area(out)
     with explain_os_errors(out):
         link_tree(out, area, skip={WORK, RUN}, copy={"metrics.jsonl"})
     write_text(area / RUN, (out / RUN).read_text(encoding="utf-8"))  # last: now there is a run

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from regrow.allocation import Cost
 from regrow.axes import AxisGraph, Example
 from regrow.budget import Budget
-from regrow.commands.pruning import measured
+from regrow.commands.pruning import collect_evidence
 from regrow.methods import MethodEntry
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.plan import Plan
@@ -76,7 +76,7 @@ def make_plan(
         keep: The fraction of the parameters that stays.
     """
     pruner = method.made("the method", settings)
-    evidence = measured(model, axes, pruner, make_sources())
+    evidence = collect_evidence(model, axes, pruner, make_sources())
     return plan_cut(pruner, model, axes, Budget(keep), evidence).plan
 
 
@@ -154,7 +154,7 @@ def check_scores(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     for tied in (False, True):
         model, axes = make_network(tied=tied)
         pruner: Pruner = method.made("the method", settings)
-        evidence = measured(model, axes, pruner, make_sources())
+        evidence = collect_evidence(model, axes, pruner, make_sources())
         cut = plan_cut(pruner, model, axes, Budget(0.5), evidence)
         for axis in axes.units():
             assert axis.key in cut.scores.values, f"the axis {axis.key} has no scores"

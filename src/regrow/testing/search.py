@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import AxisGraph
-from regrow.commands.spaces import left
+from regrow.commands.spaces import extract_network
 from regrow.evaluation import dense
 from regrow.methods import MethodEntry
 from regrow.methods.search.assembly import Search
@@ -75,7 +75,7 @@ def check_target(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     """The network that is found meets the target, as a plain network with nothing masked."""
     search, fitted, context = _search(method, settings)
     fitted, _ = finish(search.learner, fitted, context)
-    plain, _ = left(fitted.model, Origin("cells", "cells", SPACE, "cells"))
+    plain, _ = extract_network(fitted.model, Origin("cells", "cells", SPACE, "cells"))
     sizes = dense(plain, first_examples(context.task.test, 1).inputs)
     measure = settings.get("measure", "params")
     size = sizes["parameters"] if measure == "params" else _count_nonzero(plain)
@@ -131,7 +131,7 @@ def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     fitted, _ = finish(replace(search.learner, boundary=evaluate), fitted, context)
     with torch.no_grad():
         finished = fitted.model(inputs)
-        plain = left(fitted.model, Origin("cells", "cells", SPACE, "cells"))[0](inputs)
+        plain = extract_network(fitted.model, Origin("cells", "cells", SPACE, "cells"))[0](inputs)
     assert torch.allclose(masked[-1], finished, atol=1e-5), (
         "the finished network gives other outputs than the masked one"
     )

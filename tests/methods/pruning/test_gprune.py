@@ -11,8 +11,8 @@ from hand import lm, texts
 from regrow.allocation import Cost
 from regrow.api.prune import prune
 from regrow.budget import Budget
-from regrow.commands.pruning import check_pruning, measured
-from regrow.methods import entry
+from regrow.commands.pruning import check_pruning, collect_evidence
+from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Cut, plan_cut
 from regrow.plan import Plan
 from regrow.store.tensors import open_checkpoint
@@ -25,9 +25,9 @@ def run(
     settings: Mapping[str, Any], keep: float = 0.6, method: str = "gprune", blocks: int = 2, **more: Any
 ) -> tuple[Plan, Cut, Any]:
     model, axes = lm(**SIZES, blocks=blocks)
-    built = entry(method).build(entry(method).settings(**settings))
+    built = find_method(MethodKind.PRUNING, method).build(find_method(MethodKind.PRUNING, method).settings(**settings))
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
-    evidence = measured(model, axes, built, sources)
+    evidence = collect_evidence(model, axes, built, sources)
     check_pruning(built, axes, Budget(keep), sources)
     cut = plan_cut(built, model, axes, Budget(keep), evidence, **more)
     return cut.plan, cut, axes
@@ -85,8 +85,10 @@ def test_what_is_judged_is_what_is_cut() -> None:
 
     plan, state, axes = run({"steps": 6, "every": 3, "cross": False})
     model, _ = lm(**SIZES)
-    built = entry("gprune").build(entry("gprune").settings(cross=False))
-    evidence = measured(model, axes, built, [texts(word, batches=6, seed=i) for i, word in enumerate("abc")])
+    built = find_method(MethodKind.PRUNING, "gprune").build(
+        find_method(MethodKind.PRUNING, "gprune").settings(cross=False)
+    )
+    evidence = collect_evidence(model, axes, built, [texts(word, batches=6, seed=i) for i, word in enumerate("abc")])
     gates = {axis.key: torch.ones(axis.size) for axis in axes.units()}
     for key, change in plan.changes.items():
         gates[key][list(change.dropped)] = 0
@@ -110,12 +112,14 @@ def test_learning_moves_what_is_cut_to_where_it_costs_least() -> None:
     with torch.no_grad():
         model.decoder.blocks[1].down.weight.mul_(1e-3)
         model.decoder.blocks[0].down.weight.mul_(30)
-    built = entry("gprune").build(
-        entry("gprune").settings(base="wanda_sp", partition="layer", switch="never", start="uniform", steps=40, lr=0.3)
+    built = find_method(MethodKind.PRUNING, "gprune").build(
+        find_method(MethodKind.PRUNING, "gprune").settings(
+            base="wanda_sp", partition="layer", switch="never", start="uniform", steps=40, lr=0.3
+        )
     )
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
     budget = Budget(0.8, only=("gate", "up", "down"))
-    state = plan_cut(built, model, axes, budget, measured(model, axes, built, sources))
+    state = plan_cut(built, model, axes, budget, collect_evidence(model, axes, built, sources))
     first, second = (row["learned"] for row in state.findings["modules"])
     assert second > first + 0.3
     history = state.findings["history"]
@@ -163,8 +167,10 @@ def test_the_same_seed_gives_the_same_plan() -> None:
 
 def test_one_source_is_split_and_the_reader_is_told() -> None:
     model, axes = lm(**SIZES)
-    built = entry("gprune").build(entry("gprune").settings(steps=0, shards=2))
-    evidence = measured(model, axes, built, [texts("only", batches=6)])
+    built = find_method(MethodKind.PRUNING, "gprune").build(
+        find_method(MethodKind.PRUNING, "gprune").settings(steps=0, shards=2)
+    )
+    evidence = collect_evidence(model, axes, built, [texts("only", batches=6)])
     assert list(evidence.statistics) == ["only/1", "only/2", "only/3"]
     assert "at least 3 kinds of text and got 1" in evidence.notes[0]
     state = plan_cut(built, model, axes, Budget(0.7), evidence)
@@ -199,7 +205,7 @@ def test_what_it_saw_is_plain_data() -> None:
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        entry("gprune").build(entry("gprune").settings(**settings))
+        find_method(MethodKind.PRUNING, "gprune").build(find_method(MethodKind.PRUNING, "gprune").settings(**settings))
 
 
 def test_a_source_that_is_split_is_told() -> None:

@@ -12,9 +12,9 @@ from regrow.allocation import cost_of
 from regrow.amounts import STEPS, Measure, Target
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
-from regrow.commands.pruning import check_pruning, measured
+from regrow.commands.pruning import check_pruning, collect_evidence
 from regrow.method import Evidence
-from regrow.methods import entry
+from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.sources import Source
 
@@ -41,9 +41,9 @@ def case(request: pytest.FixtureRequest) -> tuple[nn.Module, AxisGraph, Pruner, 
     model, _ = lm(**SIZES, blocks=4)
     axes = trace(model, texts("a").batches[0].args[0])
     sources = [texts(word, batches=6, seed=i) for i, word in enumerate("abc")]
-    row = entry(name)
+    row = find_method(MethodKind.PRUNING, name)
     method = row.build(row.settings(**settings))
-    return model, axes, method, measured(model, axes, method, sources), sources
+    return model, axes, method, collect_evidence(model, axes, method, sources), sources
 
 
 @pytest.mark.parametrize("regular", [True, False])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hand import lm, mlp, texts
 from regrow import Plan, apply, trace
 from regrow.evaluation import perplexity
-from regrow.methods import RECOVERIES, recovery_entry
+from regrow.methods import RECOVERIES, MethodKind, find_method
 from regrow.methods.recovery import RecoveryTask, bias, distil, fitting, lora, refit, streams
 from regrow.methods.recovery.solve import Sums, chosen, ridged
 from regrow.sources import Batch, Source, logits_in
@@ -297,7 +297,7 @@ def test_a_recovery_taken_up_again_is_one_that_was_never_stopped(name, how, monk
     if how is KilledError:
         for module in (streams, fitting):
             monkeypatch.setattr(module, "SECONDS", -1.0)  # a checkpoint after every step
-    work = recovery_entry(name).made(name, {})
+    work = find_method(MethodKind.RECOVERY, name).made(name, {})
     steps: list[str] = []
     whole = language(progress=lambda done, total, what: steps.append(what))
     found = work(whole)
@@ -352,9 +352,9 @@ def test_a_job_that_ignores_keys_goes_on_ignoring_them(interrupts):
 @pytest.mark.slow
 def test_settings_are_checked_and_unknown_names_are_told():
     with pytest.raises(ValueError, match=r"no recovery 'refti'; did you mean 'refit'\? the recoveries are bias, refit"):
-        recovery_entry("refti")
+        find_method(MethodKind.RECOVERY, "refti")
     with pytest.raises(ValueError, match="lora has no setting 'ranks'"):
-        recovery_entry("lora").made("lora", {"ranks": 3})
+        find_method(MethodKind.RECOVERY, "lora").made("lora", {"ranks": 3})
     with pytest.raises(ValueError, match="a mix from 0 to 1"):
         distil.distil(language(), distil.Settings(mix=2.0))
     for name, value in (("windows", 0), ("held_out", 1.0), ("held_out", -1.0)):

@@ -7,7 +7,7 @@ import torch
 
 from regrow import trace
 from regrow.data import streams
-from regrow.methods import SEARCHERS, searcher_entry
+from regrow.methods import SEARCHERS, MethodKind, find_method
 from regrow.nets.cells import Cells, supernet
 from regrow.surgery import UndoStore
 from regrow.tasks import Task
@@ -52,7 +52,11 @@ def begun(row):
     """The network, its axes, and the learner."""
     config, settings = SEARCHES[row]
     torch.manual_seed(0)
-    return Cells(config), axes_of(config is WIRED), searcher_entry(named(row)).made(named(row), settings)
+    return (
+        Cells(config),
+        axes_of(config is WIRED),
+        find_method(MethodKind.SEARCH, named(row)).made(named(row), settings),
+    )
 
 
 def named(row):

@@ -49,7 +49,7 @@ def write_network(
     there = replace(context, model=model, epoch=epoch, undo=UndoStore(), log=log)
     learner = replace(search.learner, plan=partial(_finalize, search))
     fitted, _ = finish(learner, Fitted(model, context.axes, replace(state, learner=copy_state(own))), there)
-    net, described = spaces.left(fitted.model, origin)
+    net, described = spaces.extract_network(fitted.model, origin)
     store.write_model(net, folder.path / FOLDER / f"{epoch:04d}", origin=described)
     accuracy = share_right(net, context.task.test)
     folder.log("front", epoch=epoch, size=sizes[-1], accuracy=accuracy, **count_parameters(net))
