@@ -381,7 +381,7 @@ def test_gprune_tells_what_it_saw_and_goes_on_when_killed_while_learning(
     assert code == 0, err
     found = json.loads(Path("whole/findings.json").read_text())
     assert [row["step"] for row in found["history"]] == [0, 2, 4] and found["sources"] == ["manual", "code", "news"]
-    assert "Behaviour over kinds of text" in Path("whole/report.html").read_text()
+    assert "Rank changes across text domains" in Path("whole/report.html").read_text()
     real = shares.write_checkpoint
 
     def stop_after_two_steps(path: Path, model: Any, state: Any, **more: Any) -> None:

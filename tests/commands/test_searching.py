@@ -463,7 +463,7 @@ def test_a_network_of_blocks_is_found_and_goes_on_where_it_was(tmp_path: Path, m
     assert told["nonzero"] <= 70_000 and all(n > 0 for n in rows(done, "levels")[0]["saved"].values())
     assert [row["stage"] for row in rows(done, "epoch")] == [0, 0, 1, 1]
     page = (write_page([done.path], tmp_path / "page.html")).read_text(encoding="utf-8")
-    assert "Block 6" in page and "of 70,000 nonzero parameters asked for" in page
+    assert "Block 6" in page and "of at most 70,000 nonzero parameters" in page
     stopped(monkeypatch, 3)
     with pytest.raises(KeyboardInterrupt):
         run(settings, tmp_path / "killed")

@@ -38,7 +38,7 @@ def test_a_page_shows_what_was_known_and_how_the_network_grew(grown, tmp_path):
     text = write_page([grown], tmp_path / "page.html").read_text(encoding="utf-8")
     page = check_self_contained(text)
     assert set(page.ids) >= SECTIONS | DRAWN | OWNED and not {"perplexity", "proof"} & set(page.ids)
-    assert "reconstructed" in text and "is not in the run folder" not in text and "permuted-3" in text
+    assert "reconstructed" in text and "is missing from the run folder" not in text and "permuted-3" in text
     told = rows(grown)
     matrix = next(row for row in told if row["what"] == "matrix")
     drawn = re.findall(r"<text[^>]*>([^<]*)</text>", text)

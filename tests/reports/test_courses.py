@@ -35,7 +35,7 @@ def test_every_figure_of_every_run_is_there(several, tmp_path):
     page = check_self_contained(text)
     assert set(page.ids) >= SECTIONS | DRAWN and not {"runs", "front", "sizes"} & set(page.ids)
     told = to_markdown(summarise(several))
-    assert "3 runs of mlp:16-16, which learned 3 tasks, one after the other." in text and "learned 3 tasks" in told
+    assert "3 runs of mlp:16-16, each trained on 3 tasks in sequence." in text and "trained on 3 tasks" in told
     for folder in several:
         matrix = next(row for row in rows(folder) if row["what"] == "matrix")
         last = [row for row in rows(folder) if row["what"] == "task"][-1]
@@ -51,7 +51,7 @@ def test_every_figure_of_every_run_is_there(several, tmp_path):
         ends = [f"{100 * value:.1f}\xa0%" for value in matrix["matrix"][-1]]
         line = "".join(f"<td>{value}</td>" for value in ends)
         assert f'<tr><th scope="row">{folder.name}</th>{line}</tr>' in text
-    assert "points.\n\n## What was run" in told
+    assert "points.\n\n## Command and settings" in told
 
 
 def test_lines_are_means_over_the_tasks_learned_by_then(several):
@@ -80,8 +80,10 @@ def test_runs_of_other_tasks_do_not_compare(several, tmp_path):
     longer = shutil.copytree(several[1], tmp_path / "longer")
     extend(longer, ["digits"])
     text = to_html(summarise([several[0], longer]))
-    assert "did not learn the same tasks" in text and "learned 3 to 4 tasks" in text
-    assert "knows most" not in text and "did not learn the same tasks" not in to_html(summarise(several))
+    assert "differ in tasks or in what was evaluated" in text and "trained on 3 to 4 tasks" in text
+    assert "has the highest final" not in text and "differ in tasks or in what was evaluated" not in to_html(
+        summarise(several)
+    )
 
 
 def test_runs_of_one_size_have_no_front(several, tmp_path):

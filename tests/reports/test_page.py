@@ -130,11 +130,11 @@ def test_a_comparison_shows_every_run_and_kind(several, tmp_path):
 def test_a_method_that_says_what_it_saw_has_a_section_on_it(learned, tmp_path):
     text = write_page([learned], tmp_path / "page.html").read_text(encoding="utf-8")
     page = check_self_contained(text)
-    assert set(SECTIONS + ALL + LEARNED) <= set(page.ids) and "is not in the run folder" not in text
+    assert set(SECTIONS + ALL + LEARNED) <= set(page.ids) and "is missing from the run folder" not in text
     assert page.ids.index("perplexity") < page.ids.index("behaviour") < page.ids.index("widths")
     told = to_markdown(summarise([learned]))
     for words in (
-        "Behaviour over kinds of text",
+        "Rank changes across text domains",
         "reconstructed from the paper",
         "sensitive weak",
         "at step 60 of 100",
@@ -203,7 +203,7 @@ def test_a_partial_run_still_makes_a_page(folder, tmp_path, gone):
     page = check_self_contained(text)
     assert set(SECTIONS) <= set(page.ids)
     for name in (gone,) if isinstance(gone, str) else gone:
-        assert f"<code>{name}</code> is not in the run folder" in text
+        assert f"<code>{name}</code> is missing from the run folder" in text
     if gone == tuple(ABSENT):
         check_self_contained(write_page([partial, folder], tmp_path / "two.html").read_text(encoding="utf-8"))
 

@@ -96,14 +96,14 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     text = write_page([folder], tmp_path / "page.html").read_text(encoding="utf-8")
     page = check_self_contained(text)
     assert set(page.ids) >= SECTIONS | DRAWN and not {"perplexity", "known", "proof"} & set(page.ids)
-    assert "reconstructed" in text and "is not in the run folder" not in text and not alarms(folder)
+    assert "reconstructed" in text and "is missing from the run folder" not in text and not alarms(folder)
     assert "mgas searched cells:8-2-2 and found a network of 610 parameters, 495 of them nonzero." in text
     for value in ("71.2\xa0%", "66.0\xa0%", "610", "495"):
         assert f'<dd class="value">{value}</dd>' in text
     assert (
-        "trained anew, on 450 images" in text
+        "retrained from scratch, on 450 images" in text
         and "of operations, 3 of 9" in text
-        and "of 500 nonzero parameters" in text
+        and "of at most 500 nonzero parameters" in text
     )
     assert "cell before last: skip, sep3 (3 inside); last cell: sep5 (8 inside)" in text
     assert '<th scope="row">skip</th><td>1</td><td>2</td><td>3</td>' in text
@@ -112,7 +112,7 @@ def test_a_page_shows_what_was_found_and_how(folder, tmp_path):
     assert '<th scope="row">3</th><td>800</td><td>790</td><td>70.0\xa0%</td>' in text
     drawing = epochs.front(summarise([folder])["runs"][0])
     assert drawing is not None
-    assert drawing.description == "epoch 3: 800 nonzero parameters, 70.0\xa0%; found: 495 nonzero parameters, 66.0\xa0%"
+    assert drawing.description == "epoch 3: 800 nonzero parameters, 70.0\xa0%; final: 495 nonzero parameters, 66.0\xa0%"
 
 
 def test_every_kept_operation_is_a_line_of_its_own(folder):
@@ -126,7 +126,7 @@ def test_every_kept_operation_is_a_line_of_its_own(folder):
         kept = sum(op[0] == kind for cell in CELLS for node in cell["nodes"] for op in node["ops"])
         assert names.count(kind) == legend + kept, kind
     widths = [str(w) for cell in CELLS for w in (*cell["inputs"], *(node["width"] for node in cell["nodes"]))]
-    assert all(width in names for width in widths) and "4 operations, gives 27" in names
+    assert all(width in names for width in widths) and "4 operations, output width 27" in names
     assert "node 2 sums last cell: dil3; node 1: max" in drawing.description
 
 
@@ -169,9 +169,9 @@ def test_what_an_edge_still_has_is_drawn_and_a_collapse_of_a_topology_told(tmp_p
         and cells.picture(run)
     )
     skips = found_as(tmp_path / "skips", **space | {"edges": [["skip_connect"]] * 3 + [["nor_conv_3x3"]] * 3})
-    assert alarms(skips) == ["The search may have collapsed: 50.0\xa0% of the operations that it kept are skips."]
+    assert alarms(skips) == ["The search may have collapsed: 50.0\xa0% of the kept operations are skips."]
     bare = found_as(tmp_path / "bare", **space | {"edges": [["none"], ["avg_pool_3x3"]] * 2 + [["none"]] * 2})
-    assert "100.0\xa0% of the operations that it kept have no weights" in "".join(alarms(bare))
+    assert "100.0\xa0% of the kept operations have no weights" in "".join(alarms(bare))
     for edges in ([["none"]] * 5, [3, None, "none", [{}], [["none"]], []], {"a": 1}):
         check_self_contained(to_html(summarise([found_as(tmp_path / f"{edges}"[:9], edges=edges)])))
 
@@ -184,7 +184,8 @@ def test_blocks_are_listed_and_a_collapse_of_them_is_told(tmp_path):
     folder = of_blocks("whole", [*plans, {"ops": [["x", 1], 2]}, 3])  # of the last, nothing is known
     text, words = to_html(summarise([folder])), to_markdown(summarise([folder]))
     check_self_contained(text)
-    row = '<tr><th scope="row">Block 1, halves the picture</th><td>4</td><td class="words">3 × 3 bottleneck (24 inside)'
+    row = '<tr><th scope="row">Block 1, halves the resolution</th><td>4</td>'
+    row += '<td class="words">3 × 3 bottleneck (24 inside)'
     assert row in text and "of 12</dd>" in text and not alarms(folder)
     assert "* block 2, 4 wide: 3 × 3 bottleneck (24 inside); its input" in words and "* block 12, – wide" in words
     bare = of_blocks("collapsed", [plan | {"ops": [["skip", 4]]} for plan in plans])
@@ -210,33 +211,48 @@ def only(kinds):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"plan": only(["skip", "sep3"])}, "50.0\xa0% of the operations that it kept are skips"),
-        ({"plan": only(["skip", "avg", "max", "sep3"])}, "75.0\xa0% of the operations that it kept have no weights"),
+        ({"plan": only(["skip", "sep3"])}, "50.0\xa0% of the kept operations are skips"),
+        ({"plan": only(["skip", "avg", "max", "sep3"])}, "75.0\xa0% of the kept operations have no weights"),
         (
             {"plan": [CELLS[0], {**CELLS[1], "nodes": [{"width": 3, "ops": [["dil5", 1, 8]]}]}]},
-            "One operation only is left in node 1 of cell 2 (dil5).",
+            "Only one operation is left in node 1 of cell 2 (dil5).",
         ),
-        ({"levels": [{"asked": 500.0, "size": 300.0}]}, "overshot: 300 nonzero parameters are left of 500"),
-        ({"levels": [{"asked": 2e6, "size": 3e6, "measure": "macs"}]}, "missed: 3.00\xa0M MACs of an example are left"),
+        (
+            {"levels": [{"asked": 500.0, "size": 300.0}]},
+            "overshot: the final network has 300 nonzero parameters, the target is 500",
+        ),
+        (
+            {"levels": [{"asked": 2e6, "size": 3e6, "measure": "macs"}]},
+            "missed: the final network has 3.00\xa0M MACs per example",
+        ),
         ({"levels": []}, ""),
         ({"levels": [], "target": "params=0.6k"}, ""),
-        ({"levels": [], "target": "params=2k"}, "overshot: 495 nonzero parameters are left of 2,000"),
+        (
+            {"levels": [], "target": "params=2k"},
+            "overshot: the final network has 495 nonzero parameters, the target is 2,000",
+        ),
         ({"levels": [], "target": "macs=2k"}, ""),
-        ({"epoch": [*EPOCHS[:1], {**EPOCHS[1], "size": 99.0}, *EPOCHS[2:]]}, "there stood 99 of 450 in stage 1"),
+        (
+            {"epoch": [*EPOCHS[:1], {**EPOCHS[1], "size": 99.0}, *EPOCHS[2:]]},
+            "at the end, 99 of 450 in stage 1 was left",
+        ),
         # The last stage: of what thresholds left out, the final commit brings back what the target allows.
-        ({"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}]}, "there stood 99 of 500 in stage 2. What came back"),
+        (
+            {"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}]},
+            "at the end, 99 of 500 in stage 2 was left. What was restored",
+        ),
         ({"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": []}, ""),
         (
             {"epoch": [*EPOCHS[:3], {**EPOCHS[3], "size": 99.0}], "levels": [{"asked": 500.0, "size": 99.0}]},
-            "The target was overshot: 99 nonzero parameters",
+            "The target was overshot: the final network has 99 nonzero parameters",
         ),
-        ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits moved by up to 0.250"),
+        ({"commit": [{**COMMIT, "logits_moved": 0.25}]}, "1 of 1 did (after epoch 2): logits changed by up to 0.250"),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "grown": {"a": 1}}]}, ""),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "restored": {"a": 1}}]}, ""),
         ({"commit": [{**COMMIT, "logits_moved": 0.25, "stood": True}]}, ""),  # it was not masked before, as told
         ({"commit": [{**COMMIT, "logits_moved": 0.0009}]}, ""),
-        ({"memory": [{"stage": 1, "peak": 4_200_000}]}, "than the 4.00\xa0MB there were to be: stage 2 needed 4.20"),
-        ({"memory": [{"stage": 1, "peak": 4_200_000}], "target": "params=500"}, "More memory"),
+        ({"memory": [{"stage": 1, "peak": 4_200_000}]}, "budget of 4.00\xa0MB was exceeded: stage 2 needed 4.20"),
+        ({"memory": [{"stage": 1, "peak": 4_200_000}], "target": "params=500"}, "memory budget"),
     ],
 )
 def test_what_must_not_be_overlooked_is_said(tmp_path, change, said):
@@ -275,7 +291,7 @@ def test_a_run_under_way_has_a_page(folder, tmp_path):
         (here / "run.json").write_text(json.dumps(run_json))
         text = to_html(summarise([here]))
         page = check_self_contained(text)
-        assert "It had not come to its end" in text and "shapes.json" in text
+        assert "The search is not finished" in text and "shapes.json" in text
         assert ("fig-search-size" in page.ids) == (left > 1)
         to_markdown(summarise([here]))
 
@@ -322,7 +338,10 @@ def test_searches_are_compared_a_row_each(folder, tmp_path):
     second = "<td>params=600</td><td>50.0\xa0%</td><td>66.0\xa0%</td><td>700</td><td>600</td><td>75.0</td>"
     assert first in text and second in text and "2 searches of cells:8-2-2." in text and "reconstructed" in text
     told = to_markdown(summarise([folder, other]))
-    assert "| 71.2\xa0% | 66.0\xa0% | 610 | 493 | 75.0 |" in told and "mgas seed 0 quest answers best" in told
+    assert (
+        "| 71.2\xa0% | 66.0\xa0% | 610 | 493 | 75.0 |" in told
+        and "mgas seed 0 quest has the highest test accuracy" in told
+    )
 
 
 def test_what_one_search_is_told_another_may_have_by_default(folder, tmp_path):
@@ -343,7 +362,7 @@ def test_searches_of_other_data_are_told_apart(folder, tmp_path):
     run_json["settings"]["data"] = "cifar/"
     (other / "run.json").write_text(json.dumps(run_json))
     told = to_html(summarise([folder, other]))
-    assert "different data" in told and "answers best" not in told
+    assert "different data" in told and "has the highest test accuracy" not in told
 
 
 @pytest.mark.slow

@@ -115,7 +115,7 @@ def test_a_target_and_a_regular_plan_are_told(folder):
     assert run["label"] == "flap kv_cache=50M@4096 regular" and run["keep"] is None
     found = to_markdown(summary)
     assert "The plan is regular" in found and "at 4,096 tokens" in found
-    assert "at most 50.0\N{NO-BREAK SPACE}MB asked for, before 94.0\N{NO-BREAK SPACE}MB" in found
+    assert "allowed at most 50.0\N{NO-BREAK SPACE}MB, before 94.0\N{NO-BREAK SPACE}MB" in found
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row | {"measure": "ms", "context": 0, "after": "fast"}) + "\n")
     assert summarise([folder])["runs"][0]["budget"] is None, "a row without figures says nothing"

@@ -26,20 +26,20 @@ def spectrum(run: Row) -> Drawing | None:
     if not kinds:
         return None
     means = {row["kind"]: row for row in run["findings"]["tested"] if not row["pooled"]}
-    told = "; ".join(
-        f"{kind['kind']}: {q.percent(means[kind['kind']]['significant'])} of the units move beyond noise, "
+    description = "; ".join(
+        f"{kind['kind']}: {q.percent(means[kind['kind']]['significant'])} of the units change rank beyond noise, "
         f"mean rank correlation {q.significant(means[kind['kind']]['spearman'])}"
         for kind in kinds
     )
     moved = [
         ("beyond noise", palette.ACCENT, "s", 1.0),
         ("F above 1", palette.FAINT, "s", 1.0),
-        ("that by chance", palette.INK, "_", 1.0),
+        ("by chance", palette.INK, "_", 1.0),
     ]
     alike = [
-        ("between kinds", palette.INK, "_", 1.0),
+        ("between domains", palette.INK, "_", 1.0),
         ("between parts", palette.ACCENT, "o", 1.0),
-        ("within a kind", palette.MUTED, "o", 1.0),
+        ("within a domain", palette.MUTED, "o", 1.0),
     ]
 
     def paint(canvas: Canvas) -> None:
@@ -48,7 +48,9 @@ def spectrum(run: Row) -> Drawing | None:
         canvas.start(step * len(kinds))
         for i, kind in enumerate(kinds):
             top, mean = i * step, means[kind["kind"]]
-            words = f"{q.percent(mean['significant'])} move beyond noise, mean ρ {q.significant(mean['spearman'])}"
+            words = (
+                f"{q.percent(mean['significant'])} change rank beyond noise, mean ρ {q.significant(mean['spearman'])}"
+            )
             canvas.text(0, top + 12, text(kind["kind"], 44 if canvas.narrow else 50))
             where = {"x": 0, "y": top + 34} if canvas.narrow else {"x": canvas.width, "y": top + 12, "ha": "right"}
             canvas.text(words=words, color=palette.MUTED, fontsize=SMALL, **where)
@@ -61,7 +63,7 @@ def spectrum(run: Row) -> Drawing | None:
             _alike(axes, kind["rows"])
             _depth(axes, kind, canvas)
 
-    return draw("fig-spectrum", "How far ranks move between kinds of text, per layer", told, paint)
+    return draw("fig-spectrum", "Rank changes between text domains, per layer", description, paint)
 
 
 def modules(run: Row) -> Drawing | None:
@@ -76,7 +78,7 @@ def modules(run: Row) -> Drawing | None:
     panels = [(kinds[group["kind"]], row) for group in groups for row in group["rows"]][:MAX_PANELS]
     if not panels:
         return None
-    told = "; ".join(f"{_title(kind, mean, len(groups) > 1)}: {_change(mean)}" for kind, mean in panels)
+    description = "; ".join(f"{_title(kind, mean, len(groups) > 1)}: {_change(mean)}" for kind, mean in panels)
     shares = [cell[name] or 0 for kind, _ in panels for row in kind["rows"] for cell in row["cells"] for name in ENDS]
     most = next((share for share in (0.1, 0.2, 0.4, 0.6, 0.8) if share >= max(shares)), 1.0)
     entries = [
@@ -102,7 +104,7 @@ def modules(run: Row) -> Drawing | None:
             if i + across < len(panels):
                 axes.set_xlabel("")
 
-    return draw("fig-modules", "Share of its units that each module gives up, per layer", told, paint)
+    return draw("fig-modules", "Fraction of its units that each module loses, per layer", description, paint)
 
 
 def history(run: Row) -> Drawing | None:
@@ -115,8 +117,8 @@ def history(run: Row) -> Drawing | None:
     if len(rows) < 2:
         return None
     best = run["findings"]["best"]
-    told = "; ".join(f"step {row['step']}: {q.significant(row['held_out'])}" for row in rows[:40])
-    told += f"; kept: step {best['step']}"
+    description = "; ".join(f"step {row['step']}: {q.significant(row['held_out'])}" for row in rows[:40])
+    description += f"; kept: step {best['step']}"
 
     def paint(canvas: Canvas) -> None:
         from matplotlib.ticker import MaxNLocator
@@ -155,7 +157,7 @@ def history(run: Row) -> Drawing | None:
             annotation_clip=False,
         )
 
-    return draw("fig-history", "Loss on held-out text over the steps of learning", told, paint)
+    return draw("fig-history", "Loss on held-out text over the steps of learning", description, paint)
 
 
 def _moved(axes: Any, rows: list[Row]) -> None:

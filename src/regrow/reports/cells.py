@@ -144,7 +144,7 @@ def picture(run: Run) -> Drawing | None:
     kinds = KINDS if inputs == 2 else SINGLE
     slots = sum(_edge(kinds) * (i + inputs) for i in range(most))
     titles = [f"Cell {i + 1}" for i in range(len(found))] if inputs == 2 else ["Every cell"]
-    said = "; ".join(
+    description = "; ".join(
         f"{titles[i].lower()}: " + ", ".join(f"{row['name']} sums {row['sums']}" for row in describe_nodes(cell))
         for i, cell in enumerate(found[:6])
     )
@@ -168,8 +168,8 @@ def picture(run: Run) -> Drawing | None:
         for i, cell in enumerate(found):
             x, y = (i % across) * (width + gap), top + (i // across) * high
             n = len(kept_operations([cell]))
-            canvas.text(x, y + 14, f"{titles[i]}{', halves the picture' * cell['reduce']}")
-            words = f"{q.count(n)} operation{'s' * (n != 1)}, gives {_given(cell)}"
+            canvas.text(x, y + 14, f"{titles[i]}{', halves the resolution' * cell['reduce']}")
+            words = f"{q.count(n)} operation{'s' * (n != 1)}, output width {_given(cell)}"
             if not canvas.narrow or not cell["reduce"]:
                 canvas.text(x + width, y + 14, words, color=palette.MUTED, fontsize=SMALL, ha="right")
             axes = canvas.panel(y + head, wire * (len(cell["nodes"]) + inputs), left=x + left, width=width - left - 4)
@@ -181,7 +181,7 @@ def picture(run: Run) -> Drawing | None:
                 )
                 canvas.text(x + left - 6, at, q.count(value), color=palette.MUTED, fontsize=SMALL, ha="right")
 
-    return draw("fig-cells", "The cells that were found", said, paint)
+    return draw("fig-cells", "The cells of the final network", description, paint)
 
 
 def _edge(kinds: Sized) -> int:

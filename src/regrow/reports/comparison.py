@@ -25,7 +25,7 @@ def perplexity(summary: dict[str, Any]) -> Drawing | None:
         return None
     dense = same_dense(summary) or {}
     labels = [run["label"] for run in runs]
-    told = "; ".join(
+    description = "; ".join(
         f"{kind}: " + ", ".join(f"{label} {q.significant(v)}" for label, v in zip(labels, values, strict=True))
         for kind, values in table[:6]
     )
@@ -72,7 +72,7 @@ def perplexity(summary: dict[str, Any]) -> Drawing | None:
                     color=palette.INK if best else palette.MUTED,
                 )
 
-    return draw("fig-kinds", "Perplexity per kind of text and run", told, paint)
+    return draw("fig-kinds", "Perplexity per text domain and run", description, paint)
 
 
 def front(summary: dict[str, Any]) -> Drawing | None:
@@ -85,7 +85,7 @@ def front(summary: dict[str, Any]) -> Drawing | None:
     known = [(label, x, y) for label, x, y in points if x and y]
     if len({x for _, x, _ in known}) < 2:
         return None
-    told = "; ".join(f"{label}: {q.percent(x)} kept, perplexity {q.significant(y)}" for label, x, y in known)
+    description = "; ".join(f"{label}: {q.percent(x)} kept, perplexity {q.significant(y)}" for label, x, y in known)
     best = [p for p in known if not any(o[1] <= p[1] and o[2] <= p[2] and o[1:] != p[1:] for o in known)]
     best.sort(key=lambda point: point[1])
 
@@ -123,7 +123,7 @@ def front(summary: dict[str, Any]) -> Drawing | None:
                 annotation_clip=False,
             )
 
-    return draw("fig-front", "Perplexity against the fraction of weights kept", told, paint)
+    return draw("fig-front", "Perplexity against the fraction of weights kept", description, paint)
 
 
 def kept_share(run: dict[str, Any]) -> float | None:

@@ -40,21 +40,23 @@ def course(folder: RunRecord) -> dict[str, Any] | None:
     lines: dict[str, list[dict[str, Any]]] = {}
     for line in folder.metrics:
         lines.setdefault(text(line.get("what")), []).append(line)
-    told: dict[int, dict[str, Any]] = {}
+    records_by_task: dict[int, dict[str, Any]] = {}
     for line in lines.get("task", []):
         if (i := size(line.get("task"), MAX_TASKS - 1)) is not None:
-            told[i] = line
+            records_by_task[i] = line
     last = mapping((lines.get("matrix") or [{}])[-1])
     rows = dict(enumerate(_shares(row) for row in _list(last.get("matrix"))))
-    whole = max(told, default=-1) < len(rows)  # further tasks may be under way: their matrix is still to come
-    rows = {i: _shares(line.get("accuracy")) for i, line in told.items()} | rows
+    whole = max(records_by_task, default=-1) < len(
+        rows
+    )  # further tasks may be under way: their matrix is still to come
+    rows = {i: _shares(line.get("accuracy")) for i, line in records_by_task.items()} | rows
     count = next(i for i in range(MAX_TASKS + 1) if not rows.get(i))
-    records = [mapping(told.get(i)) for i in range(count)]
+    records = [mapping(records_by_task.get(i)) for i in range(count)]
     names = [text(name, 60) for name in _list(last.get("tasks"))]
     names += [text(record.get("name"), 60) for record in records[len(names) :]]
-    asked = max((len(rows[i]) for i in range(count)), default=0)
+    known = max((len(rows[i]) for i in range(count)), default=0)
     return {
-        "tasks": [name or f"task {i + 1}" for i, name in enumerate(names + [""] * (asked - len(names)))],
+        "tasks": [name or f"task {i + 1}" for i, name in enumerate(names + [""] * (known - len(names)))],
         "rows": [rows[i] for i in range(count)],
         "before": _shares(last.get("before")),
         "gone": [text(name, 60) for name in _list(mapping((lines.get("gone") or [{}])[-1]).get("tasks"))],
@@ -79,11 +81,11 @@ def headline(run: Run) -> str:
     """
     found = run["course"]
     who, n = run["method"] or "regrow learn", len(found["rows"])
-    deed = f"{who} taught {run['model']} {n} task{'s' * (n != 1)}{', one after the other' * (n > 1)}."
+    deed = f"{who} trained {run['model']} on {n} task{'s' * (n != 1)}{' in sequence' * (n > 1)}."
     if (average := found["figures"]["average"]) is None:
-        return f"{deed} What it knows of all of them was not measured."
-    over = f", on average over {'them' if (k := _asked(found)) == n else f'the {k} of them that could be asked'}"
-    return f"{deed} At the end it answers {q.percent(average)} right{over * (n > 1)}."
+        return f"{deed} Its accuracy on all of them was not measured."
+    over = f", on average over {'all' if (k := _measured(found)) == n else f'the {k} that could be evaluated'}"
+    return f"{deed} Final accuracy: {q.percent(average)}{over * (n > 1)}."
 
 
 def details(run: Run) -> list[str]:
@@ -97,22 +99,22 @@ def details(run: Run) -> list[str]:
     if run["method"] == "sparsegrow":
         lines.append(
             "SparseGrow is reconstructed: the paper's body was not available, so it follows the abstracts and the "
-            "public code of a predecessor, and what these leave open is ours."
+            "public code of a predecessor; what these leave open is ours."
         )
     if found["gone"]:
         lines.append(
-            f"The examples of {', '.join(found['gone'])} were not there any more: what it still knows of those was not "
-            "measured, and the figures are of the others."
+            f"Data of {', '.join(found['gone'])} were missing: accuracy on those tasks was not measured, and "
+            "the figures are means over the others."
         )
     first, last = (found["sizes"][i]["parameters"] if found["sizes"] else None for i in (0, -1))
     n = len(found["events"])
     if n and first and last:
         lines.append(
-            f"It grew {n} time{'s' * (n != 1)}; after the first task it had {q.count(first)} parameters, after the "
-            f"last {q.count(last)}."
+            f"The network grew {n} time{'s' * (n != 1)}; it had {q.count(first)} parameters after the first task, "
+            f"{q.count(last)} after the last."
         )
     elif not n:
-        lines.append("It did not grow.")
+        lines.append("The network did not grow.")
     return lines
 
 
@@ -122,20 +124,20 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     Args:
         run: A run of the summary.
     """
-    found, n, k = run["course"]["figures"], len(run["course"]["rows"]), _asked(run["course"])
-    over = "all tasks" if k == n else f"the {k} of {n} tasks that could be asked"
+    found, n, k = run["course"]["figures"], len(run["course"]["rows"]), _measured(run["course"])
+    over = "all tasks" if k == n else f"the {k} of {n} tasks that could be evaluated"
     shown = (
         ("Final average accuracy", "average", q.percent, f"over {over}, after the last"),
-        ("Average along the way", "average_along", q.percent, "over the tasks seen, after each"),
-        ("Learning accuracy", "learning", q.percent, "of each task, just learned"),
-        ("Backward transfer", "backward_transfer", q.points, "at the end, against just learned"),
-        ("Forgetting", "forgetting", q.points, "from the best there was, to the end"),
-        ("Forward transfer", "forward_transfer", q.points, "before learning it, against untrained"),
+        ("Average during learning", "average_along", q.percent, "over the tasks learned, after each"),
+        ("Learning accuracy", "learning", q.percent, "of each task, just after learning it"),
+        ("Backward transfer", "backward_transfer", q.points, "at the end, minus just after learning"),
+        ("Forgetting", "forgetting", q.points, "best earlier accuracy minus final"),
+        ("Forward transfer", "forward_transfer", q.points, "before learning the task, minus untrained"),
     )
     return [{"label": a, "value": unit(found[b]), "below": c} for a, b, unit, c in shown if found[b] is not None]
 
 
-def _asked(found: dict[str, Any]) -> int:
+def _measured(found: dict[str, Any]) -> int:
     """Return the number of tasks whose accuracy was measured at the end."""
     return sum(v is not None for v in found["rows"][-1][: len(found["rows"])]) if found["rows"] else 0
 
@@ -149,11 +151,11 @@ def matrix(run: Run) -> Drawing | None:
     found = run["course"]
     if not found or not found["rows"]:
         return None
-    table = [*([("none yet", found["before"])] if found["before"] else []), *_named(found)]
+    table = [*([("none", found["before"])] if found["before"] else []), *_named(found)]
     table = [(name, row[:MAX_CELLS]) for name, row in table[: MAX_CELLS + 1]]
     wide = max(len(row) for _, row in table)
     first = len(table) - min(len(found["rows"]), MAX_CELLS)
-    told = "; ".join(f"after {name}: {', '.join(q.percent(v) for v in row[:12])}" for name, row in table[:12])
+    description = "; ".join(f"after {name}: {', '.join(q.percent(v) for v in row[:12])}" for name, row in table[:12])
 
     def paint(canvas: Canvas) -> None:
         from matplotlib.collections import PolyCollection
@@ -184,7 +186,7 @@ def matrix(run: Run) -> Drawing | None:
         )
         canvas.text(0, 12, "learned" if canvas.narrow else "after learning", color=palette.MUTED, fontsize=SMALL)
         canvas.text(
-            canvas.width, 12, "asked about, accuracy in per cent", color=palette.MUTED, fontsize=SMALL, ha="right"
+            canvas.width, 12, "evaluated task, accuracy in per cent", color=palette.MUTED, fontsize=SMALL, ha="right"
         )
         for x in steps(1, wide, canvas.width // 34):
             canvas.text(left + (x - 0.5) * step, 34, f"{x}", color=palette.MUTED, fontsize=SMALL, ha="center")
@@ -193,7 +195,7 @@ def matrix(run: Run) -> Drawing | None:
             words = words if canvas.narrow else text(f"{words}  {name}", 18)
             canvas.text(0, top + (y + 0.5) * high, words, fontsize=SMALL)
 
-    return draw("fig-matrix", "Accuracy on every task after each task", told, paint)
+    return draw("fig-matrix", "Accuracy on every task after each task", description, paint)
 
 
 def widths(run: Run) -> Drawing | None:
@@ -218,7 +220,7 @@ def parameters(run: Run) -> Drawing | None:
     """
     rows = (run["course"] or {"sizes": []})["sizes"]
     values = [[row[name] for row in rows] for name in ("parameters", "nonzero")]
-    entries = [("parameters", palette.MUTED, "o", 1.0), ("not 0", palette.ACCENT, "o", 1.0)]
+    entries = [("parameters", palette.MUTED, "o", 1.0), ("nonzero", palette.ACCENT, "o", 1.0)]
     return _panels("fig-course-size", "Parameters after each task", [("Parameters", values)], entries)
 
 
@@ -240,13 +242,13 @@ def _panels(
     name: str, title: str, panels: Sequence[Panel], entries: Sequence[Entry], top: float | None = None
 ) -> Drawing | None:
     """Draw small panels in a grid: values over tasks, from 0 up."""
-    told_of = [i for i in range(len(entries)) if any(v is not None for _, lines in panels for v in lines[i])]
-    if not told_of:
+    measured = [i for i in range(len(entries)) if any(v is not None for _, lines in panels for v in lines[i])]
+    if not measured:
         return None
-    entries = [entries[i] for i in told_of]
-    panels = [(heading, [lines[i] for i in told_of]) for heading, lines in panels]
+    entries = [entries[i] for i in measured]
+    panels = [(heading, [lines[i] for i in measured]) for heading, lines in panels]
     unit = q.percent if top else q.count
-    told = "; ".join(
+    description = "; ".join(
         f"{heading}: "
         + ", ".join(f"{entry[0]} {_span(line, unit)}" for entry, line in zip(entries, lines, strict=True))
         for heading, lines in panels
@@ -278,7 +280,7 @@ def _panels(
                 points = [math.nan if v is None else v for v in line]
                 axes.plot(range(1, len(line) + 1), points, marker, ls="-", color=colour, lw=1.6, ms=5, clip_on=False)
 
-    return draw(name, title, told, paint)
+    return draw(name, title, description, paint)
 
 
 def _span(line: Sequence[float | None], unit: Any) -> str:

@@ -19,7 +19,7 @@ def _signed(difference: float | None) -> str:
 
 _FIGURES = (
     ("Final average", "average", q.percent, 1),
-    ("Along the way", "average_along", q.percent, 1),
+    ("Average during learning", "average_along", q.percent, 1),
     ("Learning", "learning", q.percent, 1),
     ("Forgetting", "forgetting", _signed, -1),
     ("Backward transfer", "backward_transfer", _signed, 1),
@@ -52,7 +52,7 @@ def headline(summary: dict[str, Any]) -> str:
     what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} networks"
     counts = sorted({len(run["course"]["rows"]) for run in runs})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{what}, which learned {n} task{'s' * (counts[-1] != 1)}{', one after the other' * (counts[-1] > 1)}."
+    return f"{what}, each trained on {n} task{'s' * (counts[-1] != 1)}{' in sequence' * (counts[-1] > 1)}."
 
 
 def details(summary: dict[str, Any]) -> list[str]:
@@ -67,8 +67,9 @@ def details(summary: dict[str, Any]) -> list[str]:
     (most, best), (least, worst) = (pick(known, key=lambda one: one[0]) for pick in (max, min))
     size = _parameters(best)
     return [
-        f"{best['label']} knows most at the end, {q.percent(most)} on average over the tasks"
-        f"{'' if size is None else f', with {q.count(size)} parameters'}; {worst['label']} least, {q.percent(least)}."
+        f"{best['label']} has the highest final average accuracy, {q.percent(most)}"
+        f"{'' if size is None else f', with {q.count(size)} parameters'}; "
+        f"{worst['label']} the lowest, {q.percent(least)}."
     ]
 
 
@@ -78,8 +79,8 @@ def alarms(summary: dict[str, Any]) -> list[str]:
     Args:
         summary: A summary of learning runs.
     """
-    told = "The runs did not learn the same tasks, or were not asked the same: their accuracies do not compare."
-    return [] if same(summary) else [told]
+    warning = "The runs differ in tasks or in what was evaluated: their accuracies cannot be compared."
+    return [] if same(summary) else [warning]
 
 
 def same(summary: dict[str, Any]) -> bool:
@@ -88,7 +89,7 @@ def same(summary: dict[str, Any]) -> bool:
     Args:
         summary: A summary of learning runs.
     """
-    asked = {
+    evaluated = {
         (
             tuple(run["course"]["tasks"][: len(run["course"]["rows"])]),
             tuple(v is None for v in (run["course"]["rows"] or [[]])[-1]),
@@ -98,7 +99,7 @@ def same(summary: dict[str, Any]) -> bool:
         for pair in run["settings"]
         if pair["name"] == "scenario"
     }
-    return len(asked) <= 1
+    return len(evaluated) <= 1
 
 
 def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
@@ -188,7 +189,7 @@ def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing |
     if not lines:
         return None
     ends = [next(v for v in reversed(values) if v is not None) for _, values in lines]
-    told = "; ".join(f"{label}: {', '.join(map(unit, values[:12]))}" for label, values in lines[:12])
+    description = "; ".join(f"{label}: {', '.join(map(unit, values[:12]))}" for label, values in lines[:12])
 
     def paint(canvas: Canvas) -> None:
         top, right = 12, 118
@@ -239,7 +240,7 @@ def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing |
                 arrowprops={"arrowstyle": "-", "color": palette.FAINT, "lw": 0.7, "shrinkA": 1, "shrinkB": 3},
             )
 
-    return draw(name, title, told, paint)
+    return draw(name, title, description, paint)
 
 
 _STYLES: tuple[Any, ...] = ("-", (0, (4, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))

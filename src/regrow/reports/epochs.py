@@ -25,12 +25,12 @@ def size(run: Run) -> Drawing | None:
     unit = (run["search"] or {"unit": ""})["unit"]
     panels: list[Panel] = [
         (
-            f"Size of the part that runs, {unit}",
-            (("allowed", "to be reached", palette.FAINT), ("size", "that stand", palette.ACCENT)),
+            f"Size of the active part, {unit}",
+            (("allowed", "allowed", palette.FAINT), ("size", "active", palette.ACCENT)),
             q.count,
             None,
         ),
-        ("Accuracy on the validation part", (("accuracy", "validation", palette.INK),), q.percent, None),
+        ("Validation accuracy", (("accuracy", "validation", palette.INK),), q.percent, None),
     ]
     return _over_epochs(run, "fig-search-size", "Size and validation accuracy over epochs", panels)
 
@@ -44,9 +44,9 @@ def front(run: Run) -> Drawing | None:
     found = run["search"] or {"front": [], "unit": ""}
     points = [(f"epoch {row['epoch']}", row["size"], row["accuracy"]) for row in found["front"]]
     if found["front"]:
-        points.append(("found", found["reached"], found["found"]["accuracy"]))
-    title = "Validation accuracy against size, on the way down"
-    return against("fig-search-front", title, points, found["unit"], "accuracy on the validation part, before training")
+        points.append(("final", found["reached"], found["found"]["accuracy"]))
+    title = "Validation accuracy against size during the search"
+    return against("fig-search-front", title, points, found["unit"], "validation accuracy, before training")
 
 
 def levels(run: Run) -> Drawing | None:
@@ -56,8 +56,8 @@ def levels(run: Run) -> Drawing | None:
         run: A run of the summary.
     """
     lines = [(level, level, colour) for level, colour in LEVELS]
-    panels: list[Panel] = [("Share that stands in the part that runs", lines, q.percent, 1.0)]
-    return _over_epochs(run, "fig-search-levels", "What each level keeps over epochs", panels)
+    panels: list[Panel] = [("Fraction kept in the active part", lines, q.percent, 1.0)]
+    return _over_epochs(run, "fig-search-levels", "Fraction kept on each level over epochs", panels)
 
 
 def savings_figure(run: Run) -> Drawing | None:
@@ -73,7 +73,7 @@ def savings_figure(run: Run) -> Drawing | None:
         for row in found["levels"]
         if row["saved"] is not None
     ]
-    return _bars("fig-search-saved", f"What each level left out, {found['unit']}", rows, [])
+    return _bars("fig-search-saved", f"Size removed on each level, {found['unit']}", rows, [])
 
 
 def memory(run: Run) -> Drawing | None:
@@ -105,7 +105,7 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
         return None
     marks = sorted({row["epoch"] + 0.5 for row in run["search"]["commits"] if row["epoch"] is not None})
     begins = [i for i, row in enumerate(rows) if i == 0 or row["stage"] != rows[i - 1]["stage"]]
-    said = "; ".join(
+    description = "; ".join(
         f"{words}: {', '.join(unit(rows[i][field]) for i in _ends(rows)[:12])} at the end of each stage"
         for _, lines, unit, _ in panels
         for field, words, _ in lines
@@ -153,7 +153,7 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
                     axes.plot(*zip(*part, strict=True), "o-", color=colour, lw=1.8, ms=4, clip_on=False, zorder=3)
         axes.set_xlabel("epoch", color=palette.MUTED, fontsize=SMALL, labelpad=4)
 
-    return draw(name, title, said, paint)
+    return draw(name, title, description, paint)
 
 
 def _bars(
@@ -162,8 +162,8 @@ def _bars(
     """Draw horizontal bars with their values, and vertical lines at marks."""
     if not rows:
         return None
-    said = "; ".join(f"{label} {words}" for label, _, words, _ in rows)
-    said += "".join(f"; {words}" for _, words in marks)
+    description = "; ".join(f"{label} {words}" for label, _, words, _ in rows)
+    description += "".join(f"; {words}" for _, words in marks)
 
     def paint(canvas: Canvas) -> None:
         step, left, right, top = 27, 128, 84, 24 * bool(marks)
@@ -184,7 +184,7 @@ def _bars(
             canvas.text(0, top + (i + 0.5) * step, label)
             canvas.text(canvas.width, top + (i + 0.5) * step, words, ha="right", color=palette.MUTED)
 
-    return draw(name, title, said, paint)
+    return draw(name, title, description, paint)
 
 
 def _ends(rows: Sequence[dict[str, Any]]) -> list[int]:

@@ -24,10 +24,10 @@ def perplexity(run: Run) -> Drawing | None:
         return None
     groups = [
         (words, [row for row in rows if row["seen"] is seen])
-        for words, seen in (("Seen in calibration", True), ("Unseen", False), ("Kinds of text", None))
+        for words, seen in (("Seen in calibration", True), ("Unseen", False), ("Text domains", None))
     ]
     groups = [(words, members) for words, members in groups if members]
-    told = "; ".join(
+    description = "; ".join(
         f"{row['source']} {' to '.join(q.significant(side['ppl']) for side in _sides(row))}" for row in rows[:12]
     )
 
@@ -63,7 +63,7 @@ def perplexity(run: Run) -> Drawing | None:
             ],
         )
 
-    return draw("fig-perplexity", "Perplexity per kind of text, before and after", told, paint)
+    return draw("fig-perplexity", "Perplexity per text domain, before and after", description, paint)
 
 
 def widths(run: Run) -> Drawing | None:
@@ -75,7 +75,9 @@ def widths(run: Run) -> Drawing | None:
     kinds = [kind for kind in run["widths"] if kind["changed"]][:MAX_PANELS]
     if not kinds:
         return None
-    told = "; ".join(f"{kind['kind']}: {kind['before']:,} units before, {kind['after']:,} after" for kind in kinds)
+    description = "; ".join(
+        f"{kind['kind']}: {kind['before']:,} units before, {kind['after']:,} after" for kind in kinds
+    )
 
     def panel(axes: Any, kind: dict[str, Any]) -> None:
         depth = [row["depth"] for row in kind["rows"]]
@@ -91,7 +93,9 @@ def widths(run: Run) -> Drawing | None:
         return f"{kind['before']:,} → {kind['after']:,} units, {q.percent(kind['after'] / kind['before'])} kept"
 
     legend_of = [("kept", palette.ACCENT, "s", 1.0), ("cut", palette.FAINT, "s", 1.0)]
-    return draw("fig-widths", "Units per layer, before and after", told, _stack(kinds, 128, panel, heading, legend_of))
+    return draw(
+        "fig-widths", "Units per layer, before and after", description, _stack(kinds, 128, panel, heading, legend_of)
+    )
 
 
 def spectra(run: Run) -> Drawing | None:
@@ -105,7 +109,7 @@ def spectra(run: Run) -> Drawing | None:
     kinds = sorted(kinds, key=lambda kind: kind["kind"] not in changed)[: min(MAX_PANELS, max(1, len(changed)))]
     if not kinds:
         return None
-    told = "; ".join(
+    description = "; ".join(
         f"{kind['kind']}: median score {q.significant(min(row['quantiles'][10] for row in kind['rows']))} to "
         f"{q.significant(max(row['quantiles'][10] for row in kind['rows']))} over {len(kind['rows'])} axes"
         for kind in kinds
@@ -145,7 +149,7 @@ def spectra(run: Run) -> Drawing | None:
         ("all units", palette.MUTED, "s", 0.14),
     ]
     drawn = _stack(kinds, 150, panel, lambda kind: f"{metric} per unit", entries)
-    return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", told, drawn)
+    return draw("fig-spectra", f"Scores ({metric}) of the units per layer, and the cut", description, drawn)
 
 
 def cost(run: Run) -> Drawing | None:
@@ -164,7 +168,7 @@ def cost(run: Run) -> Drawing | None:
     rows = [(w, before[n], after[n], unit) for w, n, unit in measures if before.get(n) and after.get(n) is not None]
     if not rows:
         return None
-    told = "; ".join(f"{words}: {unit(a)} before, {unit(b)} after" for words, a, b, unit in rows)
+    description = "; ".join(f"{words}: {unit(a)} before, {unit(b)} after" for words, a, b, unit in rows)
 
     def paint(canvas: Canvas) -> None:
         step = 72 if canvas.narrow else 54
@@ -181,7 +185,7 @@ def cost(run: Run) -> Drawing | None:
             axes.barh([0, 0], [a, b], color=[palette.FAINT, palette.ACCENT], height=1)
             axes.set_ylim(-0.5, 0.5)
 
-    return draw("fig-cost", "Size before and after", told, paint)
+    return draw("fig-cost", "Size before and after", description, paint)
 
 
 def times(run: Run) -> Drawing | None:
@@ -193,7 +197,7 @@ def times(run: Run) -> Drawing | None:
     rows = run["seconds"][:20]
     if not rows or not any(row["seconds"] for row in rows):
         return None
-    told = "; ".join(f"{row['stage']} {q.duration(row['seconds'])}" for row in rows)
+    description = "; ".join(f"{row['stage']} {q.duration(row['seconds'])}" for row in rows)
 
     def paint(canvas: Canvas) -> None:
         step, left, right = 26, 104, 96
@@ -207,7 +211,7 @@ def times(run: Run) -> Drawing | None:
             canvas.text(0, (i + 0.5) * step, _cut(row["stage"], 13))
             canvas.text(canvas.width, (i + 0.5) * step, q.duration(row["seconds"]), ha="right", color=palette.MUTED)
 
-    return draw("fig-times", "Time spent per stage", told, paint)
+    return draw("fig-times", "Time spent per stage", description, paint)
 
 
 def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:

@@ -39,7 +39,7 @@ def against(
     known = [(label, float(x), float(y)) for label, x, y in points if x and y is not None]
     if len({x for _, x, _ in known}) < 2:
         return None
-    told = "; ".join(f"{label}: {q.count(x)} {below}, {q.percent(y)}" for label, x, y in known)
+    description = "; ".join(f"{label}: {q.count(x)} {below}, {q.percent(y)}" for label, x, y in known)
     leads = leaders([x for _, x, _ in known], [y for _, _, y in known])
     front = sorted((x, y) for (_, x, y), lead in zip(known, leads, strict=True) if lead)
 
@@ -77,4 +77,4 @@ def against(
                 annotation_clip=False,
             )
 
-    return draw(name, title, told, paint)
+    return draw(name, title, description, paint)

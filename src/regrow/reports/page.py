@@ -20,12 +20,12 @@ Summary = dict[str, Any]
 # A section is one file in templates/sections, which finds its drawings in FIGURES under the names used there.
 SECTIONS = {
     "perplexity": "Quality",
-    "behaviour": "Behaviour over kinds of text",
+    "behaviour": "Rank changes across text domains",
     "widths": "Widths",
     "scores": "Scores",
     "cost": "Cost",
     "proof": "Proof",
-    "ran": "What was run",
+    "ran": "Command and settings",
     "notes": "Notes and limits",
 }
 FIGURES = {
@@ -39,11 +39,11 @@ FIGURES = {
     "times": figures.times,
 }
 LEARNED_SECTIONS = {
-    "known": "What is known",
+    "known": "Accuracy matrix",
     "growth": "Growth",
     "shape": "Widths and size",
-    "owned": "Owned and free",
-    "ran": "What was run",
+    "owned": "Owned and free weights",
+    "ran": "Command and settings",
     "notes": "Notes and limits",
 }
 LEARNED_FIGURES = {
@@ -54,12 +54,12 @@ LEARNED_FIGURES = {
     "times": figures.times,
 }
 SEARCHED_SECTIONS = {
-    "found": "What was found",
-    "epochs": "How it came about",
-    "passed": "Sizes on the way",
+    "found": "Final network",
+    "epochs": "Course of the search",
+    "passed": "Intermediate networks",
     "levels": "Levels",
     "memory": "Memory",
-    "ran": "What was run",
+    "ran": "Command and settings",
     "notes": "Notes and limits",
 }
 SEARCHED_FIGURES = {
@@ -75,19 +75,19 @@ COMPARED_SECTIONS = {
     "runs": "Quality",
     "front": "Quality against size",
     "sizes": "Cost",
-    "setup": "What was run",
+    "setup": "Commands and settings",
     "remarks": "Notes and limits",
 }
 COMPARED_FIGURES = {"kinds": comparison.perplexity, "front": comparison.front}
 COURSES_SECTIONS = {
-    "courses": "What is known",
+    "courses": "Accuracy",
     "room": "Accuracy against size",
     "shapes": "Widths",
-    "setup": "What was run",
+    "setup": "Commands and settings",
     "remarks": "Notes and limits",
 }
 COURSES_FIGURES = {"accuracy": courses.accuracy, "sizes": courses.sizes, "widths": courses.widths}
-SEARCHES_SECTIONS = {"searches": "What was found", "setup": "What was run", "remarks": "Notes and limits"}
+SEARCHES_SECTIONS = {"searches": "Results", "setup": "Commands and settings", "remarks": "Notes and limits"}
 
 
 def write_page(folders: list[Path], out: Path, write: Callable[[Path, str], None] | None = None) -> Path:
@@ -136,9 +136,13 @@ def to_html(summary: Summary) -> str:
         chosen = LEARNED_FIGURES if learned else SEARCHED_FIGURES if searched else FIGURES
         drawings = {name: make(run) for name, make in chosen.items()}
         sections = LEARNED_SECTIONS if learned else SEARCHED_SECTIONS if searched else SECTIONS
-    # Most runs have none of these, which is no gap to speak of.
-    said = {"behaviour": run["findings"], "owned": drawings.get("owned"), "memory": (run["search"] or {}).get("stages")}
-    absent = [name for name, there in said.items() if not there]
+    # Sections that most runs lack are left out instead of shown empty.
+    shown_if = {
+        "behaviour": run["findings"],
+        "owned": drawings.get("owned"),
+        "memory": (run["search"] or {}).get("stages"),
+    }
+    absent = [name for name, there in shown_if.items() if not there]
     shown = [(name, title) for name, title in sections.items() if name not in absent]
     context = _context(summary) | {"figures": drawings, "sections": shown}
     return _environment(html=True).get_template("page.html").render(context)
@@ -163,15 +167,15 @@ def _context(summary: Summary) -> dict[str, Any]:
     runs = summary["runs"]
     run = runs[0]
     if len(runs) == 1:
-        told: Any = course if run["course"] else quest if run["search"] else words
+        subject: Any = course if run["course"] else quest if run["search"] else words
         found, parts = cells.cells_of(run), run["search"]["blocks"] if run["search"] else []
         return {
             "title": f"{run['model']}: {run['label']}",
             "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],
-            "headline": told.headline(run),
-            "details": told.details(run),
+            "headline": subject.headline(run),
+            "details": subject.details(run),
             "alarms": _alarms(run),
-            "keys": told.key_numbers(run),
+            "keys": subject.key_numbers(run),
             "massive": words.massive(run),
             "modules": words.modules(run),
             "learning": words.learning(run),
@@ -232,7 +236,7 @@ def _alarms(run: dict[str, Any]) -> list[str]:
     if any(unit["kept"] is False for unit in (run["scores"] or {"massive": []})["massive"]):
         result.append(words.massive(run))
     if not run["finished"]:
-        result.append("The run has no finishing time: what follows is what it had written so far.")
+        result.append("The run is unfinished or was interrupted: this page shows what it has recorded so far.")
     return result
 
 

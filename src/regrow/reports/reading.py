@@ -40,7 +40,7 @@ ABSENT = {
 ABSENT_LEARNING = {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"}
 ABSENT_SEARCHING = {
     "metrics.jsonl": "every measurement: size and accuracy over epochs, levels, memory, the test",
-    "shapes.json": "the network that was found",
+    "shapes.json": "the final network",
 }
 
 _CONTROL = re.compile(

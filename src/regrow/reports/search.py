@@ -27,17 +27,17 @@ MOVED = 1e-3
 
 RECONSTRUCTED = {
     "mgas": "MGAS is reconstructed: the paper's body was not available, so it follows the abstract and the authors' "
-    "public code, and what these leave open is ours.",
-    "gold_nas": "GOLD-NAS is reconstructed from notes on the authors' code: neither that nor the paper was at hand.",
+    "public code; what these leave open is ours.",
+    "gold_nas": "GOLD-NAS is reconstructed from notes on the authors' code; neither code nor paper was available.",
 }
 """Method → the note that must accompany its results."""
 
 _UNITS = {
     "params": "parameters",
     "nonzero": "nonzero parameters",
-    "macs": "MACs of an example",
+    "macs": "MACs per example",
     "bytes": "bytes",
-    "ms": "ms of a pass",
+    "ms": "ms per pass",
 }
 _SIZES = ("parameters", "nonzero", "macs", "bytes")
 
@@ -68,16 +68,16 @@ def search(folder: RunRecord) -> dict[str, Any] | None:
     if measure == "params" and "accounting" not in settings:
         measure = "nonzero"  # version 0.1 called it so
     sizes = {name: size(last["found"].get(name)) for name in _SIZES}
-    counted, told = sizes.get({"params": "parameters"}.get(measure, measure)), number(levels.get("size"), 0)
-    reached = told if counted is None or (measure == "nonzero" and told is not None) else counted
+    counted, recorded = sizes.get({"params": "parameters"}.get(measure, measure)), number(levels.get("size"), 0)
+    reached = recorded if counted is None or (measure == "nonzero" and recorded is not None) else counted
     return {
         "target": target,
         "unit": _UNITS.get(measure, "parameters"),
-        "asked": number(levels.get("asked"), 0) or _told(target),
+        "asked": number(levels.get("asked"), 0) or _target_number(target),
         "measure": measure,
         "reached": reached,
         "retrained": size(settings.get("retrain")),
-        "trained": "trained further" if settings.get("inherit") is True else "trained anew",
+        "trained": "trained further" if settings.get("inherit") is True else "retrained from scratch",
         "epochs": _epochs(lines.get("epoch", [])),
         "commits": [_commit(line) for line in lines.get("commit", [])[:MAX_COMMITS]],
         "front": _front(lines.get("front", [])),
@@ -113,14 +113,14 @@ def headline(run: Run) -> str:
     found = run["search"]
     deed = f"{run['method'] or 'regrow search'} searched {run['model']}"
     if (many := found["found"]["parameters"]) is None:
-        return f"{deed}. It had not come to its end."
+        return f"{deed}. The search is not finished."
     nonzero = found["found"]["nonzero"]
     some = "" if nonzero in (None, many) else f", {q.count(nonzero)} of them nonzero"
     deed += f" and found a network of {q.count(many)} parameters{some}."
     if (right := found["test"]["accuracy"]) is None:
-        return f"{deed} How well it answers was not tested."
-    state = found["trained"].capitalize() if found["retrained"] else "As the search left it"
-    return f"{deed} {state}, it answers {q.percent(right)} of the test set right."
+        return f"{deed} It was not tested."
+    state = found["trained"].capitalize() if found["retrained"] else "With the weights of the search"
+    return f"{deed} {state}, it has a test accuracy of {q.percent(right)}."
 
 
 def explain_unsearched(run: Run) -> str:
@@ -128,7 +128,7 @@ def explain_unsearched(run: Run) -> str:
     measure = run["search"]["measure"]
     if run["method"] != "mgas" or measure not in ("params", "macs", "bytes") or run["search"]["topology"]:
         return ""
-    return f"Weights were not searched: a target in {measure} counts those that are 0; one in nonzero does not."
+    return f"Weights were not searched, since a target in {measure} counts weights that are 0; nonzero does not."
 
 
 def details(run: Run) -> list[str]:
@@ -136,17 +136,15 @@ def details(run: Run) -> list[str]:
     found, lines = run["search"], []
     if run["method"] in RECONSTRUCTED:
         lines.append(RECONSTRUCTED[run["method"]])
-    if told := explain_unsearched(run):
-        lines.append(told)
+    if note := explain_unsearched(run):
+        lines.append(note)
     if found["epochs"]:
         n, m = len(found["epochs"]), len({row["stage"] for row in found["epochs"]})
-        after = "training after it" if found["trained"] == "trained further" else "training anew"
+        after = "further training" if found["trained"] == "trained further" else "training from scratch"
         anew = f", and {found['retrained']} of {after}" if found["retrained"] and run["finished"] else ""
         lines.append(f"{n} epoch{'s' * (n != 1)} of search in {m} stage{'s' * (m != 1)}{anew}.")
     if found["test"]["accuracy"] is not None:
-        lines.append(
-            "A validation part was watched and not learned from in the search; the test set was read once, at the end."
-        )
+        lines.append("A part of the training data was held out for validation; the test set was used once, at the end.")
     return lines
 
 
@@ -164,15 +162,15 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
             rows.append({"label": label, "value": unit(value), "below": below})
 
     test, left = found["test"], found["found"]
-    anew = found["trained"] if found["retrained"] else "as the search left it"
-    add("Test accuracy", test["accuracy"], q.percent, f"{anew}, on {q.count(test['images'])} images")
-    add("Validation accuracy", left["accuracy"], q.percent, "as the search left it")
+    state = found["trained"] if found["retrained"] else "after the search"
+    add("Test accuracy", test["accuracy"], q.percent, f"{state}, on {q.count(test['images'])} images")
+    add("Validation accuracy", left["accuracy"], q.percent, "after the search")
     add("Parameters", left["parameters"], q.count, f"stored; {q.count(left['nonzero'])} nonzero")
     add("MACs", left["macs"], q.count, "of dense kernels, for one image")
     if found["asked"]:
-        add("Size", found["reached"], q.count, f"of {q.count(found['asked'])} {found['unit']} asked for")
+        add("Size", found["reached"], q.count, f"of at most {q.count(found['asked'])} {found['unit']}")
     if found["clock"]["whole"]:
-        below = f"ms of a pass by the clock; the whole space took {q.significant(found['clock']['whole'])}"
+        below = f"ms per pass, measured; the whole space took {q.significant(found['clock']['whole'])}"
         add("Time", found["clock"]["found"], q.significant, below)
     if ops:
         skips = sum(op["kind"] == "skip" for op in ops)
@@ -208,9 +206,9 @@ def _collapse(found: dict[str, Any]) -> str:
         return ""
     skips, bare = (sum(kind) / len(ops) for kind in ([op["kind"] == "skip" for op in ops], [op["bare"] for op in ops]))
     if skips >= COLLAPSE:
-        return f"The search may have collapsed: {q.percent(skips)} of the operations that it kept are skips."
+        return f"The search may have collapsed: {q.percent(skips)} of the kept operations are skips."
     if bare >= BARE:
-        return f"The search may have collapsed: {q.percent(bare)} of the operations that it kept have no weights."
+        return f"The search may have collapsed: {q.percent(bare)} of the kept operations have no weights."
     return ""
 
 
@@ -222,17 +220,17 @@ def _thin(found: dict[str, Any]) -> str:
         if len(node["ops"]) == 1
     ]
     many = f" and {len(thin) - 12} more" if len(thin) > 12 else ""
-    return f"One operation only is left in {', '.join(thin[:12])}{many}." if thin else ""
+    return f"Only one operation is left in {', '.join(thin[:12])}{many}." if thin else ""
 
 
 def _off(found: dict[str, Any]) -> str:
     asked, reached = found["asked"], found["reached"]
     if not asked or reached is None:
         return ""
-    said = f"{q.count(reached)} {found['unit']} are left of {q.count(asked)} that were asked for"
+    sizes = f"the final network has {q.count(reached)} {found['unit']}, the target is {q.count(asked)}"
     if reached > asked * (1.01 if found["measure"] == "ms" else 1):
-        return f"The target was missed: {said}."
-    return f"The target was overshot: {said}." if reached < OVERSHOT * asked else ""
+        return f"The target was missed: {sizes}."
+    return f"The target was overshot: {sizes}." if reached < OVERSHOT * asked else ""
 
 
 def _overshot(found: dict[str, Any]) -> str:
@@ -241,12 +239,12 @@ def _overshot(found: dict[str, Any]) -> str:
     The final commit restores as much as the target allows, so the final size may hide that masks had removed too much.
     """
     ends = list({row["stage"]: row for row in found["epochs"]}.values())
-    told = not found["levels"] or _off(found)  # a stage that is not over tells nothing yet
-    over = [row for row in (ends[:-1] if told else ends) if row["allowed"] and row["size"] is not None]
+    last_open = not found["levels"] or _off(found)  # the last stage is unfinished, or warned about already
+    over = [row for row in (ends[:-1] if last_open else ends) if row["allowed"] and row["size"] is not None]
     over = [row for row in over if row["size"] < OVERSHOT * row["allowed"]][:12]
-    said = [f"{q.count(row['size'])} of {q.count(row['allowed'])} in stage {row['stage'] + 1}" for row in over]
-    back = " What came back to meet the target had not been learning." * (bool(over) and over[-1] is ends[-1])
-    return f"Thresholds overshot: at the end, there stood {', '.join(said)}.{back}" if said else ""
+    sizes = [f"{q.count(row['size'])} of {q.count(row['allowed'])} in stage {row['stage'] + 1}" for row in over]
+    back = " What was restored at the end had not been trained." * (bool(over) and over[-1] is ends[-1])
+    return f"Thresholds removed too much: at the end, {', '.join(sizes)} was left.{back}" if sizes else ""
 
 
 def _moved(found: dict[str, Any]) -> str:
@@ -260,16 +258,16 @@ def _moved(found: dict[str, Any]) -> str:
     most = max(moved, key=lambda row: row["logits_moved"])
     at = ", ".join(dict.fromkeys(q.count(row["epoch"]) for row in moved[:12]))
     return (
-        f"A commit is to change no answer, but {len(moved)} of {len(found['commits'])} did (after epoch {at}): logits "
-        f"moved by up to {q.significant(most['logits_moved'])}."
+        f"A commit should not change outputs, but {len(moved)} of {len(found['commits'])} did (after epoch {at}): "
+        f"logits changed by up to {q.significant(most['logits_moved'])}."
     )
 
 
 def _memory(found: dict[str, Any]) -> str:
     budget = found["budget"]
     over = [row for row in found["stages"] if budget and (row["peak"] or 0) > budget]
-    said = [f"stage {row['stage'] + 1} needed {q.octets(row['peak'])}" for row in over]
-    return f"More memory was needed than the {q.octets(budget)} there were to be: {', '.join(said)}." if said else ""
+    peaks = [f"stage {row['stage'] + 1} needed {q.octets(row['peak'])}" for row in over]
+    return f"The memory budget of {q.octets(budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
 
 
 def _epochs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -341,7 +339,7 @@ def _budget(asked: Any) -> int | None:
         return None
 
 
-def _told(target: str) -> float | None:
+def _target_number(target: str) -> float | None:
     """Return the number in a target that names its measure."""
     fit = re.fullmatch(r"(?:params|nonzero|macs|bytes|ms)=(\d{1,15}(?:\.\d{1,9})?|\.\d{1,9})([kMG]?)", target)
     return float(fit[1]) * {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9}[fit[2]] if fit else None

@@ -37,11 +37,11 @@ def details(summary: dict[str, Any]) -> list[str]:
     """
     lines: list[str] = []
     methods = {run["method"] for run in summary["runs"]}
-    lines += [told for method, told in RECONSTRUCTED.items() if method in methods]
+    lines += [note for method, note in RECONSTRUCTED.items() if method in methods]
     known = [(v, run) for run in summary["runs"] if (v := run["search"]["test"]["accuracy"]) is not None]
     if len(known) > 1 and not alarms(summary):
         most, best = max(known, key=lambda one: one[0])
-        lines.append(f"{best['label']} answers best: {q.percent(most)} of the test set.")
+        lines.append(f"{best['label']} has the highest test accuracy: {q.percent(most)}.")
     return lines
 
 
@@ -52,8 +52,8 @@ def alarms(summary: dict[str, Any]) -> list[str]:
         summary: A summary of searches.
     """
     names = ("data", "train", "test", "validation")
-    asked = {tuple(pair["value"] for pair in run["settings"] if pair["name"] in names) for run in summary["runs"]}
-    return ["The searches had different data: their accuracies do not compare."] if len(asked) > 1 else []
+    data = {tuple(pair["value"] for pair in run["settings"] if pair["name"] in names) for run in summary["runs"]}
+    return ["The searches used different data: their accuracies cannot be compared."] if len(data) > 1 else []
 
 
 def table(summary: dict[str, Any]) -> list[dict[str, Any]]:

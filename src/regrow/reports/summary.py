@@ -52,7 +52,7 @@ def _run(folder: RunRecord) -> dict[str, Any]:
     sources = _sources(run, settings)
     perplexity = _perplexity(metrics, sources)
     if not run.get("finished"):
-        folder.problems.append("the run has no finishing time: it was interrupted, or is still going on")
+        folder.problems.append("run.json has no finishing time: the run was interrupted or is still in progress")
     return {
         "name": text(folder.name) or "run",
         "verb": text(run.get("verb")) or "prune",

@@ -45,15 +45,17 @@ def details(run: Run) -> list[str]:
     if run["regular"]:
         lines.append(
             "The plan is regular: axes of one kind keep equally many units in every block, each block its own best. "
-            "What that costs, a comparison with the same run without it shows."
+            "To see what this costs, compare with the same run without --regular."
         )
     parts = [
         f"from {q.significant(mean['before'])} to {q.significant(mean['after'])} over {_kinds(mean['count'])}{words}"
-        for which, words in (("seen", " seen in calibration"), ("unseen", " it never saw"), ("all", ""))
+        for which, words in (("seen", " seen in calibration"), ("unseen", " not seen in calibration"), ("all", ""))
         if (mean := run["means"][which]) and mean["before"]
     ]
     if parts:
-        parts = parts[:-1] if len(parts) > 1 else parts  # all kinds together only where they are not told apart
+        parts = (
+            parts[:-1] if len(parts) > 1 else parts
+        )  # the mean over all only if seen and unseen domains are not distinguished
         lines.append(f"Perplexity, as a geometric mean, went {' and '.join(parts)}.")
     return lines
 
@@ -75,15 +77,15 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
         figures = f"{q.count(after['params_counted'])} of {q.count(before['params_counted'])}"
         add("Counted weights kept", q.percent(share), figures)
     elif run["keep"] is not None:
-        add("Asked to keep", q.percent(run["keep"]), "of the counted weights")
+        add("Requested fraction", q.percent(run["keep"]), "of the counted weights")
     if budget := run["budget"]:
         unit = _UNITS.get(budget["measure"], q.count)
         label = f"{budget['measure']} at {budget['context']:,} tokens" if budget["context"] else budget["measure"]
         was = f", before {unit(budget['before'])}" if budget["before"] else ""
         guess = f"; predicted {unit(budget['predicted'])}" if budget["predicted"] else ""
-        add(label, unit(budget["after"]), f"at most {unit(budget['asked'])} asked for{was}{guess}")
+        add(label, unit(budget["after"]), f"allowed at most {unit(budget['asked'])}{was}{guess}")
     named = [(which, run["means"][which]) for which in ("seen", "unseen") if run["means"][which]]
-    for which, mean in named or [("all kinds", run["means"]["all"])]:
+    for which, mean in named or [("all domains", run["means"]["all"])]:
         if mean and mean["ratio"]:
             figures = f"{q.significant(mean['before'])} → {q.significant(mean['after'])}, {_kinds(mean['count'])}"
             add(f"Perplexity, {which}", q.factor(mean["ratio"]), figures)
@@ -128,17 +130,15 @@ def massive(run: Run) -> str:
         return ""
     cut = [unit for unit in units if unit["kept"] is False]
     unknown = [unit for unit in units if unit["kept"] is None]
-    which = "1 unit stands" if len(units) == 1 else f"{len(units)} units stand"
+    which = "1 unit has a massive activation" if len(units) == 1 else f"{len(units)} units have massive activations"
     if unknown and not cut:
-        return (
-            f"{which} far above the rest of the layer: massive activations. Without the plan their fate is not known."
-        )
+        return f"{which}, far above the rest of the layer. Whether they were cut is unknown without the plan."
     fate = (
         ("It was kept." if len(units) == 1 else f"All {len(units)} were kept.")
         if not cut
-        else f"Of these, {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, which may explain a part of the loss."
+        else f"Of these, {len(cut)} {'was' if len(cut) == 1 else 'were'} cut, which may explain part of the loss."
     )
-    return f"{which} far above the rest of the layer: massive activations. {fate}"
+    return f"{which}, far above the rest of the layer. {fate}"
 
 
 def modules(run: Run) -> str:
@@ -151,15 +151,15 @@ def modules(run: Run) -> str:
     if not found or not found["cells"]:
         return ""
     grid = any(row["cell"] in GRID for kind in found["cells"] for row in kind["rows"])
-    what = "Units compete only within their module, and each module gives up a share of its own."
+    what = "Units compete only within their module, and each module has its own pruning ratio."
     if grid:
         what += (
-            " Sensitive units move in rank between kinds of text more than the median unit, robust ones no more; "
-            "strong units score above the median, weak ones no higher."
+            " Sensitive units change rank between text domains more than the median unit, robust units do not; "
+            "strong units score above the median, weak units do not."
         )
     return (
-        f"{what} The less activations are trusted in a module, the more another metric, by default one without "
-        "activations, orders it; a module is called switched where that has the greater say."
+        f"{what} The less reliable activations are in a module, the more weight a second metric gets, by default one "
+        "without activations; a module in which the second metric has more than half of the weight is called switched."
     )
 
 
@@ -175,20 +175,20 @@ def learning(run: Run) -> list[str]:
     lines = []
     if found["starts"]:
         starts = ", ".join(f"{row['name']} {q.significant(row['held_out'])}" for row in found["starts"])
-        lines.append(f"The loss on held-out text of where learning could start: {starts}.")
+        lines.append(f"Loss on held-out text of the possible starting points: {starts}.")
     if len(found["history"]) > 1:
         first, last, best = found["history"][0], found["history"][-1], found["best"]
         lines.append(
-            f"Learning took it from {q.significant(first['held_out'])} to {q.significant(best['held_out'])}, at step "
+            f"Learning moved it from {q.significant(first['held_out'])} to {q.significant(best['held_out'])}, at step "
             f"{best['step']} of {last['step']}."
             if best["step"] > first["step"]
-            else f"None of {last['step']} steps did better than the start."
+            else f"None of {last['step']} steps improved on the start."
         )
     if found["robust"]["cut"] is not None:
         share, base = (found["robust"][name] for name in ("cut", "base"))
         lines.append(
-            f"Robust units, as sensitive as the median of their layer or less, are {q.percent(share)} of those cut"
-            f"{'' if base is None else f'; of those the base method alone would cut, {q.percent(base)}'}."
+            f"Robust units (sensitivity at most the median of their layer) are {q.percent(share)} of the units cut"
+            f"{'' if base is None else f'; the base method alone: {q.percent(base)}'}."
         )
     return lines
 
@@ -201,13 +201,13 @@ def proof(run: Run) -> str:
     """
     rows = [row for row in run["verify"] if row["holds"] is not None]
     if not rows:
-        return "It was not checked in this run that the shrunk model computes what the masked model computes."
+        return "This run did not check that the cut model computes what the masked model computes."
     if all(row["holds"] for row in rows):
         return (
-            "The shrunk model computes what the full-size model computes with the dropped units masked: "
+            "The cut model computes what the full-size model computes with the removed units masked: "
             "the outputs differ by no more than rounding."
         )
-    return "The shrunk model does not compute what the masked model computes: this cut is not exact. Do not use it."
+    return "The cut model does not compute what the masked model computes: this cut is not exact. Do not use it."
 
 
 def comparison(summary: dict[str, Any]) -> str:
@@ -220,7 +220,7 @@ def comparison(summary: dict[str, Any]) -> str:
     models = sorted({run["model"] for run in runs})
     what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} models"
     if not kinds:
-        return f"{what}, which share no kind of text they were all evaluated on."
+        return f"{what}; there is no text domain on which all were evaluated."
     return f"{what}, compared on {_kinds(len(kinds))}."
 
 
@@ -241,7 +241,7 @@ def leading(summary: dict[str, Any], kept: Callable[[Run], float | None]) -> lis
         f"{level}{q.SPACE}% of the weights kept: {q.significant(ppl)} ({label})"
         for level, (ppl, label) in sorted(best.items(), reverse=True)[:5]
     ]
-    return [f"Lowest perplexity, as a geometric mean over the kinds. {'; '.join(parts)}."] if parts else []
+    return [f"Lowest perplexity, as a geometric mean over the text domains. {'; '.join(parts)}."] if parts else []
 
 
 def same_dense(summary: dict[str, Any]) -> dict[str, float] | None:
@@ -270,7 +270,7 @@ def _deed(run: Run) -> str:
         weights = "linear weights" if run["perplexity"] else "convolution and linear weights"
         return f"{who} {deed} {share} {preposition} the {weights} of {run['model']}."
     if run["keep"] is not None:
-        return f"{who} was asked to keep {q.percent(run['keep'])} of the weights of {run['model']}."
+        return f"{who} was to keep {q.percent(run['keep'])} of the weights of {run['model']}."
     return f"{who} on {run['model']}."
 
 
@@ -278,7 +278,7 @@ def _price(run: Run) -> str:
     seen, unseen, every = (run["means"][which] for which in ("seen", "unseen", "all"))
     parts = [
         (mean["ratio"], f"{q.factor(mean['ratio'])}{words}")
-        for mean, words in ((seen, " on kinds of text seen in calibration"), (unseen, " on kinds it never saw"))
+        for mean, words in ((seen, " on text domains seen in calibration"), (unseen, " on unseen ones"))
         if mean and mean["ratio"]
     ]
     if not parts and every and every["ratio"]:
@@ -292,7 +292,7 @@ def _price(run: Run) -> str:
     accuracy = _accuracy(run)
     if accuracy:
         return f"Accuracy went from {q.percent(accuracy[0])} to {q.percent(accuracy[1])}{_tasks(accuracy[2])}."
-    return "What it cost was not measured."
+    return "The loss in quality was not measured."
 
 
 def _accuracy(run: Run) -> tuple[float, float, int] | None:
@@ -310,7 +310,7 @@ def _tasks(count: int) -> str:
 
 
 def _kinds(count: int) -> str:
-    return f"{count} kind{'s' * (count != 1)} of text"
+    return f"{count} text domain{'s' * (count != 1)}"
 
 
 def _both(before: dict[str, Any], after: dict[str, Any], name: str) -> bool:
