@@ -1,6 +1,5 @@
 """``regrow learn``: train a network on one task after the other (continual learning)."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -71,7 +70,7 @@ def learn(
             raise click.UsageError(f"--resume uses the settings of its run; leave out {', '.join(given.options)}")
         from regrow.commands.learn import extend
 
-        train = partial(extend, resume, more, without_old=without_old, total=total)
+        folder = run_with_page("network", _tell, extend, resume, more, without_old=without_old, total=total)
     else:
         if more or without_old or total is not None:
             raise click.UsageError(
@@ -83,8 +82,7 @@ def learn(
             raise click.UsageError("--out names the folder of the run, for example --out run")
         from regrow.commands.learn import run
 
-        train = partial(run, settings, out)
-    folder = run_with_page("network", train, _tell)
+        folder = run_with_page("network", _tell, run, settings, out)
     say(f"to add tasks: regrow learn --resume {folder.path} --task TASKS")
 
 

@@ -1,6 +1,5 @@
 """``regrow prune``: prune a model, and print what it cost in quality."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +52,7 @@ def prune(given: Given[Settings], out: Path | None, dry_run: Path | None, again:
         if settings.recover:
             tell(folder)
 
-    run_with_page("model", partial(run, settings, out), tell_both)
+    run_with_page("model", tell_both, run, settings, out)
 
 
 def _write_plan(settings: Settings, path: Path) -> None:

@@ -1,6 +1,5 @@
 """``regrow recover``: recover quality that pruning lost."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,7 @@ def recover(given: Given[Settings], code: str, out: Path) -> None:
 
     settings = given.build()
     options.say_code(code, settings.by)
-    run_with_page("model", partial(run, settings, out, code=code), tell)
+    run_with_page("model", tell, run, settings, out, code=code)
 
 
 def tell(folder: "RunFolder") -> None:

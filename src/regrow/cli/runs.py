@@ -86,20 +86,24 @@ class RunPage:
             say(f"{self.what} and page are in {folder}; open {folder / PAGE}")
 
 
-def run_with_page(what: str, run: "Callable[..., RunFolder]", tell: "Callable[[RunFolder], None]") -> "RunFolder":
+def run_with_page(
+    what: str, tell: "Callable[[RunFolder], None]", run: "Callable[..., RunFolder]", *inputs: object, **more: object
+) -> "RunFolder":
     """Write the folder of a run with its page while progress is shown; print the result, and where folder and page are.
 
     Args:
         what: The name of the folder's content beside the page: ``model`` or ``network``.
-        run: Writes the folder; called with ``progress`` and ``write_page``.
         tell: Prints the result.
+        run: Writes the folder; called with ``inputs``, ``more``, ``progress`` and ``write_page``.
+        *inputs: Positional arguments of ``run``.
+        **more: Further keyword arguments of ``run``.
 
     Returns:
         The finished folder.
     """
     page = RunPage(what)
     with working() as progress:
-        folder = run(progress=progress, write_page=page)
+        folder = run(*inputs, progress=progress, write_page=page, **more)
     tell(folder)
     page.tell(folder.path)
     return folder

@@ -1,6 +1,5 @@
 """``regrow search``: search a space of networks for one of a given size."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,7 +32,7 @@ def search(given: Given[Settings], out: Path) -> None:
     options.say_code(settings.space, settings.method)
     from regrow.commands.search import run
 
-    folder = run_with_page("network", partial(run, settings, out), _tell)
+    folder = run_with_page("network", _tell, run, settings, out)
     say(f"load it with regrow.load({str(folder.path)!r})")
 
 

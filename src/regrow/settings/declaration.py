@@ -17,44 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type
 
 from regrow.amounts import parse_share
 from regrow.errors import InputError
+from regrow.settings.constraints import Range
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 MANY = 2**31 - 1
 """The largest number of tokens, images or examples."""
-
-
-@dataclass(frozen=True)
-class Range:
-    """The interval in which the value of a numeric setting must lie.
-
-    Args:
-        least: The lower bound.
-        most: The upper bound.
-        above: Whether ``least`` itself is excluded.
-        below: Whether ``most`` itself is excluded.
-    """
-
-    least: float
-    most: float
-    above: bool = False
-    below: bool = False
-
-    def holds(self, value: float) -> bool:
-        """Whether a number lies in the interval; NaN and infinity never do.
-
-        Args:
-            value: The number.
-        """
-        lower = value > self.least if self.above else value >= self.least
-        upper = value < self.most if self.below else value <= self.most
-        return lower and upper
-
-    def __str__(self) -> str:
-        if self.above and self.below:
-            return f"between {self.least:,g} and {self.most:,g}"
-        return f"above {self.least:,g} and at most {self.most:,g}" if self.above else f"{self.least:,} to {self.most:,}"
 
 
 SEED = Range(0, 2**63 - 1)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from regrow.settings.declaration import MANY, Range, Setting
+from regrow.settings.constraints import Range
+from regrow.settings.declaration import MANY, Setting
 from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Sources
 
 TASKS = "Tasks"

@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from regrow.settings.declaration import Range, Setting
+from regrow.settings.constraints import Range
+from regrow.settings.declaration import Setting
 from regrow.settings.training import TRAINING, BatchSize, LearningRate, MethodSettings, Seed, Test, Train, WeightDecay
 
 

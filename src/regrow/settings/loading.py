@@ -2,7 +2,8 @@
 
 from typing import Annotated
 
-from regrow.settings.declaration import MANY, Range, Setting
+from regrow.settings.constraints import Range
+from regrow.settings.declaration import MANY, Setting
 
 LOADING, DATA = "Loading the model", "Data"
 

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from regrow.amounts import Target
 from regrow.errors import InputError
-from regrow.settings.declaration import MANY, SEED, Range, Setting
+from regrow.settings.constraints import Range
+from regrow.settings.declaration import MANY, SEED, Setting
 from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen, Sources
 
 AMOUNT, WHERE, DATA, AFTER = "How much stays", "Where it is cut", "Data", "After the cut"

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from regrow.settings.declaration import MANY, SEED, Range, Setting
+from regrow.settings.constraints import Range
+from regrow.settings.declaration import MANY, SEED, Setting
 
 
 @dataclass(frozen=True)

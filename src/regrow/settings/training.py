@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from regrow.settings.declaration import MANY, SEED, Range, Setting
+from regrow.settings.constraints import Range
+from regrow.settings.declaration import MANY, SEED, Setting
 
 TRAINING = "Training"
 

@@ -11,7 +11,6 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from regrow.axes import AxisGraph, axes_in
 from regrow.axis_tensor import AxisTensor
@@ -311,17 +310,6 @@ def write_replacements(learner: Learner[S], state: S, context: Context) -> None:
     with torch.no_grad():
         for name, value in learner.parametrize(state, context).values.items():
             context.model.get_parameter(name).copy_(value)
-
-
-def freeze_norms(model: nn.Module) -> None:
-    """Put BatchNorm modules in evaluation mode, so that they use and keep their running statistics.
-
-    Args:
-        model: The network, changed in place.
-    """
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.eval()
 
 
 def tensor_along(context: Context, name: str, values: Tensor | None = None, lr: float | None = None) -> AxisTensor:

@@ -438,7 +438,7 @@ def test_examples_at_hand_push_old_classes_down_only_where_asked(method: str, ow
 
 
 def test_a_wrong_setting_is_told() -> None:
-    with pytest.raises(ValueError, match="gate is one of kronecker, hard, block, soft, none; got 'tight'"):
+    with pytest.raises(ValueError, match="gate must be one of kronecker, hard, block, soft, none, got 'tight'"):
         Settings(gate="tight")
-    with pytest.raises(ValueError, match="late is a share, from 0 to 1; got 2"):
+    with pytest.raises(ValueError, match="late must be 0 to 1, got 2"):
         Settings(late=2)

@@ -191,16 +191,16 @@ def test_what_it_saw_is_plain_data() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"base": "obd"}, "base is one of flap, wanda_sp"),
-        ({"instead": "luck"}, "instead is one of"),
-        ({"start": "top"}, "start is one of"),
-        ({"loss": "mse"}, "loss is one of"),
-        ({"steps": -1}, "steps at least 0"),
+        ({"base": "obd"}, "base must be one of flap, wanda_sp"),
+        ({"instead": "luck"}, "instead must be one of"),
+        ({"start": "top"}, "start must be one of"),
+        ({"loss": "mse"}, "loss must be one of"),
+        ({"steps": -1}, "steps must be at least 0"),
         ({"shards": 1, "denoise": True}, "shards=2 or more"),
-        ({"held_out": 1.0}, "held_out lie between 0 and 1"),
-        ({"partition": "cube"}, "partition is one of grid"),
-        ({"switch": "maybe"}, "switch is one of"),
-        ({"rank": "log"}, "rank is one of raw, probit"),
+        ({"held_out": 1.0}, "held_out must be between 0 and 1"),
+        ({"partition": "cube"}, "partition must be one of grid"),
+        ({"switch": "maybe"}, "switch must be one of"),
+        ({"rank": "log"}, "rank must be one of raw, probit"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], words: str) -> None:

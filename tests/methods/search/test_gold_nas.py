@@ -189,7 +189,7 @@ def test_what_says_nothing_is_refused(task, axes):
         Settings(low=0.2)
     with pytest.raises(ValueError, match="each must be at least 0"):
         Settings(each=-1)
-    with pytest.raises(ValueError, match="clip must be a norm"):
+    with pytest.raises(ValueError, match="clip must be above 0"):
         Settings(clip=0.0)
     with pytest.raises(ValueError, match="use --epochs 5 or more"):
         search_with(warm=3).check(Context(network(), axes, task, epochs=4))

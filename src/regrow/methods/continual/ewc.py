@@ -7,22 +7,15 @@ the network's own predictions (the true Fisher information, not the squared grad
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
-from regrow.training.learner import (
-    Boundary,
-    Context,
-    Event,
-    Learner,
-    Loss,
-    Step,
-    cross_entropy_loss,
-    set_train_mode,
-    tensor_along,
-)
+from regrow.settings.constraints import Range, check_constraints
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
+from regrow.training.parameters import copy_parameters, quadratic_loss
 
 CITATION = "Kirkpatrick et al., Overcoming catastrophic forgetting in neural networks, PNAS 2017"
 
@@ -37,16 +30,12 @@ class Settings:
         samples: The number of examples, taken one by one, on which a task's Fisher information is estimated.
     """
 
-    strength: float = 10.0
-    decay: float = 1.0
-    samples: int = 200
+    strength: Annotated[float, Range(0)] = 10.0
+    decay: Annotated[float, Range(0, 1)] = 1.0
+    samples: Annotated[int, Range(1)] = 200
 
     def __post_init__(self) -> None:
-        if self.strength < 0 or not 0 <= self.decay <= 1 or self.samples < 1:
-            raise ValueError(
-                "strength is at least 0, decay from 0 to 1, samples at least 1; got "
-                f"strength={self.strength:g}, decay={self.decay:g}, samples={self.samples}"
-            )
+        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -70,23 +59,16 @@ def build(settings: Settings) -> Learner[EwcState]:
     """
 
     def compute_loss(state: EwcState, context: Context, step: Step) -> Loss:
-        loss = cross_entropy_loss(state, context, step).value
-        if context.number:
-            for name, parameter in context.parameters().items():
-                away = parameter - state.anchor[name].values
-                loss = loss + settings.strength / 2 * (state.fisher[name].values * away.square()).sum()
-        return Loss(loss)
+        return quadratic_loss(context, step, settings.strength / 2, state.fisher, state.anchor)
 
     def consolidate(state: EwcState, context: Context, boundary: Boundary) -> EwcState:
         set_train_mode(state, context, boundary)
         if boundary.event != Event.TASK_END:
             return state
-        measured, parameters = _measure_fisher(context, settings.samples), context.parameters()
-        before = {name: state.fisher.get(name, tensor_along(context, name)).values for name in parameters}
-        return EwcState(
-            {name: tensor_along(context, name, settings.decay * before[name] + measured[name]) for name in parameters},
-            {name: tensor_along(context, name, parameter.detach().clone()) for name, parameter in parameters.items()},
-        )
+        measured = _measure_fisher(context, settings.samples)
+        before = {name: state.fisher.get(name, tensor_along(context, name)).values for name in measured}
+        fisher = {name: tensor_along(context, name, settings.decay * before[name] + measured[name]) for name in before}
+        return EwcState(fisher, copy_parameters(context))
 
     return Learner(EwcState(), loss=compute_loss, boundary=consolidate)
 

@@ -6,15 +6,18 @@ is the one before the task.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
+from regrow.settings.constraints import Range, check_constraints
 from regrow.sources import logits_in
 from regrow.tasks import among, run_network
-from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode
+from regrow.training.parameters import copy_parameters
 
 CITATION = "Li and Hoiem, Learning without forgetting, ECCV 2016"
 
@@ -28,15 +31,11 @@ class Settings:
         temperature: T; a higher one gives classes of low probability more influence.
     """
 
-    strength: float = 1.0
-    temperature: float = 2.0
+    strength: Annotated[float, Range(0)] = 1.0
+    temperature: Annotated[float, Range(0, above=True)] = 2.0
 
     def __post_init__(self) -> None:
-        if self.strength < 0 or self.temperature <= 0:
-            raise ValueError(
-                "strength is at least 0 and temperature above 0; got "
-                f"strength={self.strength:g}, temperature={self.temperature:g}"
-            )
+        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ def build(settings: Settings) -> Learner[LwfState]:
         set_train_mode(state, context, boundary)
         if boundary.event != Event.TASK_START:
             return state
-        old = {name: tensor_along(context, name, p.detach().clone()) for name, p in context.parameters().items()}
+        old = copy_parameters(context)
         for name, value in context.model.named_buffers():
             old[name] = AxisTensor(value.clone(), tuple(value.shape))
         return LwfState(old, state.seen, sorted({*state.seen, *context.task.classes}))

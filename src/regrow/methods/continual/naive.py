@@ -1,22 +1,15 @@
 """Controls for continual learning: plain fine-tuning, joint training on all data, and a frozen network."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
+from regrow.settings.constraints import OneOf, check_constraints
 from regrow.tasks import Examples
-from regrow.training.learner import (
-    Boundary,
-    Context,
-    Event,
-    Learner,
-    Loss,
-    Step,
-    cross_entropy_loss,
-    freeze_norms,
-    set_train_mode,
-)
+from regrow.training.learner import Context, Learner, Loss, Step, cross_entropy_loss, set_train_mode
+from regrow.training.norms import train_with_frozen_norms
 
 CITATION = "controls"
 
@@ -30,11 +23,10 @@ class Settings:
             which all are stored (an upper bound); ``network``: no parameter changes after the first task.
     """
 
-    keep: str = "nothing"
+    keep: Annotated[str, OneOf("nothing", "data", "network")] = "nothing"
 
     def __post_init__(self) -> None:
-        if self.keep not in ("nothing", "data", "network"):
-            raise ValueError(f"keep is nothing, data or network; got {self.keep!r}")
+        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -69,18 +61,12 @@ def build(settings: Settings) -> Learner[NaiveState]:
                 parameter.grad = None
         return state
 
-    def set_modes(state: NaiveState, context: Context, boundary: Boundary) -> NaiveState:
-        set_train_mode(state, context, boundary)
-        if boundary.event == Event.EPOCH_START and settings.keep == "network" and context.number:
-            freeze_norms(context.model)
-        return state
-
     return Learner(
         NaiveState(),
         loss=compute_loss,
         project=freeze,
         after_step=count_step,
-        boundary=set_modes,
+        boundary=train_with_frozen_norms if settings.keep == "network" else set_train_mode,
         trains_on_past=settings.keep == "data",
     )
 

@@ -7,22 +7,17 @@ after the first task. With ``named``, task k is evaluated with the weights of ta
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
 from regrow.plan import Plan
-from regrow.training.learner import (
-    Boundary,
-    Context,
-    Event,
-    Learner,
-    Replacements,
-    Step,
-    freeze_norms,
-    set_train_mode,
-)
+from regrow.settings.constraints import Range, check_constraints
+from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step
+from regrow.training.norms import train_with_frozen_norms
+from regrow.training.parameters import restore_entries
 from regrow.training.state import derived
 
 CITATION = "Mallya and Lazebnik, PackNet, CVPR 2018"
@@ -37,12 +32,11 @@ class Settings:
         named: Whether the task's identity is given at evaluation, so that the task's own mask can be used.
     """
 
-    prune: float = 0.5
+    prune: Annotated[float, Range(0, 1, below=True)] = 0.5
     named: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.prune < 1:
-            raise ValueError(f"prune is a share, from 0 to below 1; got {self.prune:g}")
+        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -90,11 +84,7 @@ def build(settings: Settings) -> Learner[PackNetState]:
         return replace(state, before={name: parameters[name].detach().clone() for name in context.weights})
 
     def restore_owned(state: PackNetState, context: Context, step: Step) -> PackNetState:
-        parameters = context.parameters()
-        with torch.no_grad():
-            for name, value in state.before.items():
-                parameter = parameters[name]
-                torch.where(_trainable(state, context, name), parameter, value, out=parameter)
+        restore_entries(context, state.before, {name: ~_trainable(state, context, name) for name in state.before})
         return state
 
     def prune_halfway(state: PackNetState, context: Context) -> tuple[Plan | None, PackNetState]:
@@ -103,13 +93,11 @@ def build(settings: Settings) -> Learner[PackNetState]:
         return None, state
 
     def own(state: PackNetState, context: Context, boundary: Boundary) -> PackNetState:
-        set_train_mode(state, context, boundary)
+        train_with_frozen_norms(state, context, boundary)
         match boundary.event:
             case Event.TASK_START:
                 free = {name: _free(context, name) for name in context.weights}
                 return PackNetState({**free, **state.owner})
-            case Event.EPOCH_START if context.number:
-                freeze_norms(context.model)
             case Event.TASK_END if not state.pruned:
                 return _prune(state, context, settings.prune)
         return state

@@ -8,11 +8,13 @@ epoch of a task; for DER++ in every epoch, as its authors do, so that it holds l
 """
 
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 
 from regrow.axis_tensor import AxisTensor
+from regrow.settings.constraints import Range, check_constraints
 from regrow.tasks import among
 from regrow.training import reservoir
 from regrow.training.learner import Context, Learner, Loss, Step
@@ -31,17 +33,13 @@ class Settings:
         own: Whether the loss on the current batch is computed over the classes of its task only (ER-ACE).
     """
 
-    memory: int = 500
-    answers: float = 0.0
-    labels: float = 1.0
+    memory: Annotated[int, Range(1)] = 500
+    answers: Annotated[float, Range(0)] = 0.0
+    labels: Annotated[float, Range(0)] = 1.0
     own: bool = False
 
     def __post_init__(self) -> None:
-        if self.memory < 1 or self.answers < 0 or self.labels < 0:
-            raise ValueError(
-                "memory is at least 1, answers and labels are at least 0; got "
-                f"memory={self.memory}, answers={self.answers:g}, labels={self.labels:g}"
-            )
+        check_constraints(self)
 
 
 @dataclass(frozen=True)

@@ -7,21 +7,14 @@ is that of the task's loss alone), and negative contributions to Ω are set to 0
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 
 from regrow.axis_tensor import AxisTensor
-from regrow.training.learner import (
-    Boundary,
-    Context,
-    Event,
-    Learner,
-    Loss,
-    Step,
-    cross_entropy_loss,
-    set_train_mode,
-    tensor_along,
-)
+from regrow.settings.constraints import Range, check_constraints
+from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step, set_train_mode, tensor_along
+from regrow.training.parameters import copy_parameters, quadratic_loss
 
 CITATION = "Zenke et al., Continual learning through synaptic intelligence, ICML 2017"
 
@@ -36,14 +29,11 @@ class Settings:
             importance.
     """
 
-    strength: float = 0.1
-    damping: float = 0.1
+    strength: Annotated[float, Range(0)] = 0.1
+    damping: Annotated[float, Range(0, above=True)] = 0.1
 
     def __post_init__(self) -> None:
-        if self.strength < 0 or self.damping <= 0:
-            raise ValueError(
-                f"strength is at least 0 and damping above 0; got strength={self.strength:g}, damping={self.damping:g}"
-            )
+        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -71,12 +61,7 @@ def build(settings: Settings) -> Learner[SiState]:
     """
 
     def compute_loss(state: SiState, context: Context, step: Step) -> Loss:
-        loss = cross_entropy_loss(state, context, step).value
-        if context.number:
-            for name, parameter in context.parameters().items():
-                away = parameter - state.anchor[name].values
-                loss = loss + settings.strength * (state.weight[name].values * away.square()).sum()
-        return Loss(loss)
+        return quadratic_loss(context, step, settings.strength, state.weight, state.anchor)
 
     def integrate(state: SiState, context: Context, step: Step) -> SiState:
         with torch.no_grad():
@@ -91,13 +76,8 @@ def build(settings: Settings) -> Learner[SiState]:
         set_train_mode(state, context, boundary)
         parameters = context.parameters()
         if boundary.event == Event.TASK_START:
-            zeros = {name: tensor_along(context, name) for name in parameters}
-            anchor, last = (
-                {name: tensor_along(context, name, p.detach().clone()) for name, p in parameters.items()}
-                for _ in range(2)
-            )
-            path = {name: tensor_along(context, name) for name in parameters}
-            return SiState({**zeros, **state.weight}, path, anchor, last)
+            weight, path = ({name: tensor_along(context, name) for name in parameters} for _ in range(2))
+            return SiState({**weight, **state.weight}, path, copy_parameters(context), copy_parameters(context))
         if boundary.event == Event.TASK_END:
             with torch.no_grad():
                 for name, parameter in parameters.items():

@@ -7,24 +7,16 @@ With ``named``, a task is evaluated with its own mask; otherwise with the weight
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from regrow.axis_tensor import AxisTensor
-from regrow.training.learner import (
-    Boundary,
-    Context,
-    Event,
-    Learner,
-    Replacements,
-    Step,
-    flags_along,
-    freeze_norms,
-    set_train_mode,
-    tensor_along,
-)
+from regrow.settings.constraints import Range, check_constraints
+from regrow.training.learner import Boundary, Context, Event, Learner, Replacements, Step, flags_along, tensor_along
+from regrow.training.norms import train_with_frozen_norms
+from regrow.training.parameters import restore_entries
 from regrow.training.state import derived
 
 CITATION = "Kang et al., Forget-free continual learning with winning subnetworks, ICML 2022"
@@ -41,14 +33,13 @@ class Settings:
         seed: Seed of the initial scores.
     """
 
-    share: float = 0.5
+    share: Annotated[float, Range(0, 1, above=True)] = 0.5
     named: bool = False
     lr: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is above 0 and at most 1; got {self.share:g}")
+        check_constraints(self)
 
 
 @dataclass(frozen=True)
@@ -101,22 +92,16 @@ def build(settings: Settings) -> Learner[WsnState]:
         return state
 
     def restore_used(state: WsnState, context: Context, step: Step) -> WsnState:
-        parameters = context.parameters()
-        with torch.no_grad():
-            for name, value in state.before.items():
-                parameter = parameters[name]
-                torch.where(state.used[name].values, value, parameter, out=parameter)
+        restore_entries(context, state.before, {name: one.values for name, one in state.used.items()})
         return state
 
     def own(state: WsnState, context: Context, boundary: Boundary) -> WsnState:
-        set_train_mode(state, context, boundary)
+        train_with_frozen_norms(state, context, boundary)
         match boundary.event:
             case Event.TASK_START if context.number:
                 return replace(state, before={})
             case Event.TASK_START:
                 return _draw_scores(context, settings)
-            case Event.EPOCH_START if context.number:
-                freeze_norms(context.model)
             case Event.TASK_END:
                 return _keep_masks(state, context, settings.share)
         return state

@@ -6,13 +6,12 @@ bias compensation, all layers measured in the dense network. Unlike it: the budg
 scores are not squared before they are standardised (a switch), and no sequence is skipped.
 """
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner, Ranking
+from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.scores import Scores
 
 CITATION = (
     "An et al., Fluctuation-based Adaptive Structured Pruning for Large Language Models, AAAI 2024, arXiv:2312.11983"
@@ -47,22 +46,17 @@ def build(settings: Settings) -> Pruner:
     Args:
         settings: Its settings.
     """
-    more = {"pool": "standardised" if settings.allocation == "ranked" else "sum", "form": settings.form}
-    return Pruner(
-        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
-        score=lambda task: Ranking(
-            scoring.wifv(
-                scoring.weights_of(task.model),
-                task.axes,
-                task.evidence.pooled(),
-                units=task.units,
-                square_blocks=settings.square_blocks,
-                **more,
-            )
-        ),
-        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
-        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
-        if settings.compensate
-        else None,
-        origin={"method": "flap", "settings": asdict(settings)},
-    )
+    pool = "standardised" if settings.allocation == "ranked" else "sum"
+
+    def score(task: PruningTask) -> Scores:
+        return scoring.wifv(
+            scoring.weights_of(task.model),
+            task.axes,
+            task.evidence.pooled(),
+            units=task.units,
+            pool=pool,
+            form=settings.form,
+            square_blocks=settings.square_blocks,
+        )
+
+    return one_score("flap", settings, {Need.WEIGHTS, Need.ACTIVATIONS}, score)

@@ -5,13 +5,12 @@ Like the original: the same fraction of every block but the first eighth and the
 dropped inputs are replaced by their mean unless switched off, and fine-tuning (there: LoRA) is a step of its own.
 """
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner, Ranking
+from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.scores import Scores
 
 CITATION = "Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models, NeurIPS 2023, arXiv:2305.11627"
 
@@ -45,24 +44,11 @@ def build(settings: Settings) -> Pruner:
         settings: Its settings.
     """
     how = "zscore" if settings.allocation == "ranked" else "none"
-    return Pruner(
-        needs=frozenset({Need.WEIGHTS, Need.GRADIENTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
-        score=lambda task: Ranking(
-            scoring.normalise(
-                scoring.taylor(
-                    scoring.weights_of(task.model),
-                    task.axes,
-                    task.evidence.pooled(),
-                    units=task.units,
-                    form=settings.form,
-                ),
-                how,
-            )
-        ),
-        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
-        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
-        if settings.compensate
-        else None,
-        origin={"method": "llm_pruner", "settings": asdict(settings)},
-        spare=(settings.spare_first, settings.spare_last),
-    )
+
+    def score(task: PruningTask) -> Scores:
+        weights, statistics = scoring.weights_of(task.model), task.evidence.pooled()
+        scores = scoring.taylor(weights, task.axes, statistics, units=task.units, form=settings.form)
+        return scoring.normalise(scores, how)
+
+    spare = settings.spare_first, settings.spare_last
+    return one_score("llm_pruner", settings, {Need.WEIGHTS, Need.GRADIENTS}, score, spare)

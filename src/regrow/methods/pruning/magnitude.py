@@ -1,12 +1,11 @@
 """Magnitude pruning: cut the units with the smallest weight norms. Needs no data."""
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner, Ranking
+from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.scores import Scores
 
 CITATION = (
     "Li et al., Pruning Filters for Efficient ConvNets, ICLR 2017, arXiv:1608.08710; "
@@ -38,16 +37,9 @@ def build(settings: Settings) -> Pruner:
         settings: Its settings.
     """
     how = "zscore" if settings.allocation == "ranked" else "none"
-    return Pruner(
-        needs=frozenset({Need.WEIGHTS, *([Need.ACTIVATIONS] if settings.compensate else [])}),
-        score=lambda task: Ranking(
-            scoring.normalise(
-                scoring.magnitude(scoring.weights_of(task.model), task.axes, units=task.units, form=settings.form), how
-            )
-        ),
-        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
-        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
-        if settings.compensate
-        else None,
-        origin={"method": "magnitude", "settings": asdict(settings)},
-    )
+
+    def score(task: PruningTask) -> Scores:
+        weights = scoring.weights_of(task.model)
+        return scoring.normalise(scoring.magnitude(weights, task.axes, units=task.units, form=settings.form), how)
+
+    return one_score("magnitude", settings, {Need.WEIGHTS}, score)

@@ -3,21 +3,22 @@
 Most pruning papers are a choice of these functions; :class:`Pruner` is a record of them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
-from regrow.allocation import payers
+from regrow.allocation import allocation, payers
 from regrow.axes import Axis, AxisGraph
 from regrow.budget import Budget
 from regrow.method import Evidence, Need
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores
-from regrow.scoring import random, uncompensated, weights_without_bias
+from regrow.scoring import means, random, uncompensated, weights_without_bias
 from regrow.scoring.spaces import inner
 from regrow.training.freeze import freeze
 
@@ -105,6 +106,64 @@ class Cut:
     plan: Plan
     scores: Scores
     findings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class OneScoreSettings(Protocol):
+    """The settings that every pruner of one score has; a dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
+    @property
+    def allocation(self) -> str:
+        """The name of the allocation."""
+
+    @property
+    def compensate(self) -> bool:
+        """Whether the mean of dropped inputs is added to biases."""
+
+    @property
+    def minimum(self) -> int:
+        """The smallest number of units that stay in an axis."""
+
+
+def one_score(
+    name: str,
+    settings: OneScoreSettings,
+    needs: Collection[Need],
+    score: Callable[[PruningTask], Scores],
+    spare: tuple[float, float] = (0.0, 0.0),
+) -> Pruner:
+    """Return the pruner that ranks units by one score, and allocates and compensates as its settings say.
+
+    Args:
+        name: The name of the method.
+        settings: Its settings.
+        needs: What the score has to be measured from; compensation needs activations too.
+        score: Returns the importance of each unit.
+        spare: As in :class:`Pruner`.
+    """
+    return Pruner(
+        needs=frozenset({*needs, *([Need.ACTIVATIONS] if settings.compensate else [])}),
+        score=lambda task: Ranking(score(task)),
+        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
+        compensate=pooled_means if settings.compensate else None,
+        origin={"method": name, "settings": asdict(settings)},
+        spare=spare,
+    )
+
+
+def pooled_means(
+    model: nn.Module, axes: AxisGraph, kept: Kept, evidence: Evidence
+) -> Mapping[str, Mapping[int, float]]:
+    """Return the means of dropped inputs over all sources, as :attr:`Pruner.compensate` does.
+
+    Args:
+        model: The network.
+        axes: The axes of the network.
+        kept: The units that stay in each axis that is cut.
+        evidence: The measurements.
+    """
+    return means(model, axes, kept, evidence.pooled())
 
 
 def check_pruner(pruner: Pruner, axes: AxisGraph, budget: Budget) -> None:

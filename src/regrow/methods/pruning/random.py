@@ -1,12 +1,9 @@
 """Random pruning: cut random units; a control that every importance metric has to beat."""
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.allocation import allocation
-from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner, Ranking
+from regrow.methods.pruning.pruner import Pruner, one_score
 
 CITATION = "No paper: uniform random scores, a control."
 
@@ -34,12 +31,6 @@ def build(settings: Settings) -> Pruner:
     Args:
         settings: Its settings.
     """
-    return Pruner(
-        needs=frozenset({Need.ACTIVATIONS} if settings.compensate else set()),
-        score=lambda task: Ranking(scoring.random(task.axes, units=task.units, seed=settings.seed)),
-        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
-        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
-        if settings.compensate
-        else None,
-        origin={"method": "random", "settings": asdict(settings)},
+    return one_score(
+        "random", settings, (), lambda task: scoring.random(task.axes, units=task.units, seed=settings.seed)
     )

@@ -5,13 +5,12 @@ layer behind the already pruned ones. Here all layers are measured in the dense 
 inputs are replaced by their mean unless switched off.
 """
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.allocation import allocation
 from regrow.method import Need
-from regrow.methods.pruning.pruner import Pruner, Ranking
+from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
+from regrow.scores import Scores
 
 CITATION = (
     "Sun et al., A Simple and Effective Pruning Approach for Large Language Models, ICLR 2024, arXiv:2306.11695; "
@@ -42,16 +41,9 @@ def build(settings: Settings) -> Pruner:
         settings: Its settings.
     """
     pool = "standardised" if settings.allocation == "ranked" else "sum"
-    return Pruner(
-        needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS}),
-        score=lambda task: Ranking(
-            scoring.wanda_sp(
-                scoring.weights_of(task.model), task.axes, task.evidence.pooled(), units=task.units, pool=pool
-            )
-        ),
-        allocate=partial(allocation(settings.allocation), minimum=settings.minimum),
-        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
-        if settings.compensate
-        else None,
-        origin={"method": "wanda_sp", "settings": asdict(settings)},
-    )
+
+    def score(task: PruningTask) -> Scores:
+        weights, statistics = scoring.weights_of(task.model), task.evidence.pooled()
+        return scoring.wanda_sp(weights, task.axes, statistics, units=task.units, pool=pool)
+
+    return one_score("wanda_sp", settings, {Need.WEIGHTS, Need.ACTIVATIONS}, score)

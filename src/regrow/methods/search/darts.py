@@ -21,6 +21,7 @@ are affine; and the learning rate of α is divided by the number of steps; it eq
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Annotated
 
 from torch import Tensor, nn
 
@@ -42,6 +43,7 @@ from regrow.methods.search.importance import (
 )
 from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
 from regrow.methods.search.state import SearchState
+from regrow.settings.constraints import Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
 
 CITATION = (
@@ -75,17 +77,14 @@ class Settings:
     shared: bool = False
     lr: float = 5.9
     edges: bool = False
-    warm: float = 0.0
-    partial: int = 1
+    warm: Annotated[float, Range(0, 1, below=True)] = 0.0
+    partial: Annotated[int, Range(1)] = 1
     decay: float = 1e-3
     clip: float = 5.0
     augment: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warm < 1:
-            raise ValueError(f"warm must be a share of the epochs, from 0 to below 1, got {self.warm:g}")
-        if self.partial < 1:
-            raise ValueError(f"partial must be a number of channels, at least 1, got {self.partial}")
+        check_constraints(self)
         Measure(self.measure)
 
 

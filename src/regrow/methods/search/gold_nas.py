@@ -17,6 +17,7 @@ the seven operations of our space are searched, not the authors' two.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from regrow.methods.search.controller import add_losses, raise_penalty
 from regrow.methods.search.importance import mask_by_thresholds, scale_by_importance
 from regrow.methods.search.space import Rules, SearchSpace, check_space, measure_size
 from regrow.methods.search.state import SearchState
+from regrow.settings.constraints import Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Learner, Loss, Step
 
 CITATION = "Bi et al., GOLD-NAS: Gradual, One-Level, Differentiable (arXiv 2007.03331); reconstructed"
@@ -58,13 +60,13 @@ class Settings:
     target: float = 0.0
     measure: str = "params"
     stages: tuple[int, ...] = ()
-    warm: int = 2
+    warm: Annotated[int, Range(0)] = 2
     low: float = 0.01
     high: float = 0.05
-    each: int = 0
-    price: float = 1.0
-    lr: float = 8.0
-    clip: float = 5.0
+    each: Annotated[int, Range(0)] = 0
+    price: Annotated[float, Range(0)] = 1.0
+    lr: Annotated[float, Range(0)] = 8.0
+    clip: Annotated[float, Range(0, above=True)] = 5.0
     augment: bool = True
 
     def __post_init__(self) -> None:
@@ -72,11 +74,7 @@ class Settings:
             raise ValueError(
                 f"low and high must be shares of a node, low not above high, got {self.low:g} and {self.high:g}"
             )
-        for name in ("warm", "each", "price", "lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name):g}")
-        if self.clip <= 0:
-            raise ValueError(f"clip must be a norm above 0, got {self.clip:g}")
+        check_constraints(self)
         Measure(self.measure)
 
 

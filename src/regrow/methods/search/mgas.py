@@ -27,6 +27,7 @@ as the authors sample them.
 
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Annotated
 
 from torch import nn
 
@@ -41,6 +42,7 @@ from regrow.methods.search.importance import mask_by_thresholds, smooth_gradient
 from regrow.methods.search.space import GRANULARITIES, Rules, SearchSpace
 from regrow.methods.search.stages import Stages, check_stages, protect_earlier, start_stage, take_turns
 from regrow.methods.search.state import SearchState
+from regrow.settings.constraints import OneOf, Range, check_constraints
 from regrow.training.learner import Boundary, Context, Event, Learner, Step
 
 CITATION = "Liu et al., MG-DARTS / MGAS (arXiv 2310.15074); reconstructed from abstract and authors' code"
@@ -87,52 +89,39 @@ class Settings:
     measure: str = "nonzero"
     levels: tuple[str, ...] = GRANULARITIES
     stages: tuple[int, ...] = ()
-    share: float = 0.5
-    warm: int = 2
-    every: int = 2
-    controller: str = "dual"
+    share: Annotated[float, Range(0, 1)] = 0.5
+    warm: Annotated[int, Range(0)] = 2
+    every: Annotated[int, Range(1)] = 2
+    controller: Annotated[str, OneOf("dual", "feedback", "ratios")] = "dual"
     ratios: tuple[float, ...] = ()
-    gain: float = 40.0
-    press: float = 0.05
-    floor: float = 1.0
+    gain: Annotated[float, Range(0)] = 40.0
+    press: Annotated[float, Range(0)] = 0.05
+    floor: Annotated[float, Range(0)] = 1.0
     reprune: bool = True
-    regrow: float = 0.2
-    regrow_filters: float = 0.0
-    regrow_weights: float = 0.0
-    revive: str = "fresh"
-    lr: float = 8.0
-    lr_threshold: float = 2.0
-    pace: float = 0.25
-    clip: float = 5.0
+    regrow: Annotated[float, Range(0, 1)] = 0.2
+    regrow_filters: Annotated[float, Range(0, 1)] = 0.0
+    regrow_weights: Annotated[float, Range(0, 1)] = 0.0
+    revive: Annotated[str, OneOf("old", "fresh")] = "fresh"
+    lr: Annotated[float, Range(0)] = 8.0
+    lr_threshold: Annotated[float, Range(0)] = 2.0
+    pace: Annotated[float, Range(0)] = 0.25
+    clip: Annotated[float, Range(0, above=True)] = 5.0
     augment: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         if not self.levels or not set(self.levels) <= set(GRANULARITIES):
             raise ValueError(f"levels are some of {', '.join(GRANULARITIES)}; got {', '.join(self.levels) or 'none'}")
-        if self.controller not in ("dual", "feedback", "ratios"):
-            raise ValueError(f"controller is dual, feedback or ratios; got {self.controller!r}")
+        check_constraints(self)
         if self.controller == "ratios" and len(self.ratios) != len(self.levels):
             raise ValueError(f"ratios has one share per level, {len(self.levels)}; got {len(self.ratios)}")
         if self.controller == "ratios" and not self.reprune:
             raise ValueError(
                 "under controller=ratios every level is cut to its own share, so reprune=false is unused; drop it"
             )
-        if self.every < 1 or self.warm < 0:
-            raise ValueError(f"every is at least 1 and warm at least 0; got every={self.every}, warm={self.warm}")
-        for name in ("share", "regrow", "regrow_filters", "regrow_weights"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
-        for name in ("gain", "press", "floor", "lr", "lr_threshold", "pace"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is 0 or more; got {getattr(self, name):g}")
         for name, off in (("press", 0), ("floor", 0), ("pace", 1)):
             if self.controller != "dual" and getattr(self, name) not in (off, getattr(Settings, name)):
                 raise ValueError(f"{name} is of controller=dual; under {self.controller} it means nothing")
-        if self.clip <= 0:
-            raise ValueError(f"clip is a norm above 0; got {self.clip:g}")
-        if self.revive not in ("old", "fresh"):
-            raise ValueError(f"revive is old or fresh; got {self.revive!r}")
         if list(self.stages) != sorted({*self.stages}):
             raise ValueError(f"stages end at parts in ascending order; got {self.stages}")
         check_levels(self.levels, Measure(self.measure))

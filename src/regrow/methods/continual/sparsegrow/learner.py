@@ -32,10 +32,10 @@ from regrow.training.learner import (
     Step,
     cross_entropy_loss,
     flags_along,
-    freeze_norms,
     set_train_mode,
     tensor_along,
 )
+from regrow.training.norms import freeze_norms
 
 
 def build(settings: Settings) -> Learner[SparseGrowState]:

@@ -1,6 +1,9 @@
 """The settings of SparseGrow, with the defaults used where its abstracts leave a choice open."""
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from regrow.settings.constraints import OneOf, Range, check_constraints
 
 
 @dataclass(frozen=True)
@@ -44,49 +47,30 @@ class Settings:
         seed: Seed of the new units' weights.
     """
 
-    grow: str = "always"
-    late: float = 0.3
-    short: float = 0.3
-    width: float = 0.125
-    multiple: int = 8
-    cap: float = 1.5
-    density: float = 0.5
+    grow: Annotated[str, OneOf("short", "always", "never")] = "always"
+    late: Annotated[float, Range(0, 1)] = 0.3
+    short: Annotated[float, Range(0, 1)] = 0.3
+    width: Annotated[float, Range(0, 1)] = 0.125
+    multiple: Annotated[int, Range(1)] = 8
+    cap: Annotated[float, Range(1)] = 1.5
+    density: Annotated[float, Range(0, 1)] = 0.5
     fit: bool = True
-    threshold: str = "dst"
+    threshold: Annotated[str, OneOf("dst", "adaptcl", "none")] = "dst"
     alpha: float = 1e-4
     young: float = 10.0
-    gate: str = "kronecker"
-    strength: float = 15.0
-    damping: float = 0.1
-    loud: float = 0.1
-    samples: int = 2000
-    every: int = 4
+    gate: Annotated[str, OneOf("kronecker", "hard", "block", "soft", "none")] = "kronecker"
+    strength: Annotated[float, Range(0)] = 15.0
+    damping: Annotated[float, Range(0)] = 0.1
+    loud: Annotated[float, Range(0)] = 0.1
+    samples: Annotated[int, Range(1)] = 2000
+    every: Annotated[int, Range(1)] = 4
     silent: bool = True
-    norms: str = "update"
-    memory: int = 0
-    relief: float = 0.01
+    norms: Annotated[str, OneOf("update", "freeze")] = "update"
+    memory: Annotated[int, Range(0)] = 0
+    relief: Annotated[float, Range(0, 1)] = 0.01
     own: bool = True
     lr: float = 0.01
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is one of {', '.join(known)}; got {getattr(self, name)!r}")
-        for name in ("late", "short", "width", "density", "relief"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share, from 0 to 1; got {getattr(self, name):g}")
-        if self.cap < 1:
-            raise ValueError(f"cap is a factor on the first parameters, at least 1; got {self.cap:g}")
-        at_least = {"multiple": 1, "samples": 1, "every": 1, "memory": 0, "strength": 0, "damping": 0, "loud": 0}
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is at least {least}; got {getattr(self, name):g}")
-
-
-_CHOICES = {
-    "grow": ("short", "always", "never"),
-    "threshold": ("dst", "adaptcl", "none"),
-    "gate": ("kronecker", "hard", "block", "soft", "none"),
-    "norms": ("update", "freeze"),
-}
+        check_constraints(self)

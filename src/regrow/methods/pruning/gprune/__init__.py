@@ -23,7 +23,7 @@ from regrow.method import Need
 from regrow.methods.pruning.gprune.masks import Comparison
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.gprune.shares import score_units
-from regrow.methods.pruning.pruner import Pruner
+from regrow.methods.pruning.pruner import Pruner, pooled_means
 from regrow.scoring.base import BASES
 
 __all__ = ["CITATION", "Settings", "build"]
@@ -42,9 +42,7 @@ def build(settings: Settings, compare: Comparison | None = None) -> Pruner:
         needs=frozenset({Need.WEIGHTS, Need.ACTIVATIONS, scoring.METRICS[BASES[settings.base].metric][1]}),
         score=partial(score_units, settings=settings, compare=compare),
         allocate=partial(rank, minimum=settings.minimum),
-        compensate=(lambda model, axes, kept, evidence: scoring.means(model, axes, kept, evidence.pooled()))
-        if settings.compensate
-        else None,
+        compensate=pooled_means if settings.compensate else None,
         origin={"method": "gprune", "settings": asdict(settings)},
         shards=settings.shards,
         sources=3,

@@ -1,12 +1,14 @@
 """Settings of GPrune-LLM."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from regrow.scoring import PATHS
 from regrow.scoring.base import BASES
 from regrow.scoring.partition import PARTITIONS
 from regrow.scoring.reliability import SWITCHES
 from regrow.scoring.sensitivity import SCALES
+from regrow.settings.constraints import OneOf, Range, check_constraints
 
 STARTS = ("base", "inner", "uniform")
 """The allocations from which learning may start."""
@@ -52,39 +54,32 @@ class Settings:
         seed: Seed of random partitions, of k-means and of the order of windows.
     """
 
-    base: str = "flap"
-    shards: int = 4
-    rank: str = "raw"
+    base: Annotated[str, OneOf(*BASES)] = "flap"
+    shards: Annotated[int, Range(1)] = 4
+    rank: Annotated[str, OneOf(*SCALES)] = "raw"
     denoise: bool = False
-    partition: str = "thresholds"
+    partition: Annotated[str, OneOf(*PARTITIONS)] = "thresholds"
     bins: int = 4
-    switch: str = "blend"
+    switch: Annotated[str, OneOf(*SWITCHES)] = "blend"
     switch_most: float = 0.25
-    instead: str = "peaks"
+    instead: Annotated[str, OneOf(*INSTEAD)] = "peaks"
     cross: bool = True
-    start: str = "best"
-    steps: int = 40
-    windows: int = 2
-    every: int = 10
-    held_out: float = 0.25
+    start: Annotated[str, OneOf(*STARTS, "best")] = "best"
+    steps: Annotated[int, Range(0)] = 40
+    windows: Annotated[int, Range(1)] = 2
+    every: Annotated[int, Range(1)] = 10
+    held_out: Annotated[float, Range(0, 1, above=True, below=True)] = 0.25
     lr: float = 0.1
-    width: float = 0.05
-    width_few: float = 0.1
-    most: float = 0.95
-    loss: str = "kl"
+    width: Annotated[float, Range(0, above=True)] = 0.05
+    width_few: Annotated[float, Range(0, above=True)] = 0.1
+    most: Annotated[float, Range(0, 1, above=True, below=True)] = 0.95
+    loss: Annotated[str, OneOf("kl", "cross_entropy")] = "kl"
     memory: float = 3.0
     compensate: bool = True
     minimum: int = 1
     seed: int = 0
 
     def __post_init__(self) -> None:
-        known = {"base": BASES, "rank": SCALES, "partition": PARTITIONS, "switch": SWITCHES, "instead": INSTEAD}
-        for name, values in {**known, "start": (*STARTS, "best"), "loss": ("kl", "cross_entropy")}.items():
-            if (value := getattr(self, name)) not in values:
-                raise ValueError(f"gprune: {name} is one of {', '.join(values)}; got {value!r}")
-        if min(self.shards, self.windows, self.every) < 1 or self.steps < 0:
-            raise ValueError("gprune: shards, windows and every are at least 1, steps at least 0")
+        check_constraints(self)
         if self.shards < 2 and (self.denoise or self.switch == "halves"):
             raise ValueError("gprune: telling noise from sensitivity takes shards=2 or more")
-        if not (0 < self.most < 1 and 0 < self.held_out < 1 and min(self.width, self.width_few) > 0):
-            raise ValueError("gprune: most and held_out lie between 0 and 1, width and width_few above 0")
