@@ -19,11 +19,12 @@ from regrow.surgery.proof import check_blocks, describe_difference
 from regrow.surgery.proposed_change import RELATIVE_BOUND, ProposedChange
 from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.whole import run_whole_pair
-from regrow.tracing.capture import Capture, capture
+from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
+from regrow.tracing.model_state import code_of
 from regrow.tracing.readings import Recording, readings
 from regrow.tracing.steps import restate_steps
-from regrow.tracing.trial import Resizing, rehearse
+from regrow.tracing.trial import Rehearsal, Resizing, rehearse
 
 
 def apply(
@@ -84,10 +85,11 @@ def apply(
     if all(change.idle for change in plan.changes.values()):
         return model, axes
     ready = prepare(model, axes, plan, undo)
-    planned = try_out(model, axes, plan, ready.resizing(axes), undo)
+    rehearsal = try_out(model, axes, plan, ready.resizing(axes), undo)
     known = axes
-    if planned is not None:
-        known = _proved(ProposedChange(model, axes, plan, axes.recording, planned, ready, undo))
+    if rehearsal is not None:
+        change = ProposedChange(model, axes, plan, axes.recording, rehearsal.planned, ready, undo)
+        known = _proved(change, rehearsal.present)
     if known.recording is None and not _is_numberless(model, axes):
         _compare(model, axes, plan)
     return commit(model, known, plan, ready, optimizers, undo)
@@ -95,8 +97,8 @@ def apply(
 
 def try_out(
     model: nn.Module, axes: AxisGraph, plan: Plan, to: Resizing, undo: UndoStore | None = None
-) -> Capture | None:
-    """Check on a copy that the network runs as planned; return the recording of the planned network, if there is one.
+) -> Rehearsal | None:
+    """Check on a copy that the network runs as planned; return the recordings of that, if there are any.
 
     Where axes were traced, the copy has no numbers and is recorded; for declared axes it is run on the example.
 
@@ -110,30 +112,35 @@ def try_out(
     Raises:
         PlanError: If the planned network runs other operations than the present one, or does not run.
     """
-    planned = None
+    rehearsal = None
     if axes.steps or not axes.declared:
         # No recording shows the sizes of declared axes, so they are unchanged in it.
-        planned = rehearse(model, axes, replace(to, sizes={**to.sizes, **{k: axes[k].size for k in axes.declared}}))
+        rehearsal = rehearse(model, axes, replace(to, sizes={**to.sizes, **{k: axes[k].size for k in axes.declared}}))
     if axes.declared:
         _try(model, axes, plan, undo)
-    return planned
+    return rehearsal
 
 
-def _proved(change: ProposedChange) -> AxisGraph:
+def _proved(change: ProposedChange, present: Capture | None) -> AxisGraph:
     """Check the planned change on blocks of the network; return the axes with the planned network's recording."""
     model, axes = change.model, change.axes
     known = replace(axes, steps=restate_steps(axes.steps, change.planned), recording=None)
     if _is_numberless(model, axes) or axes.declared or axes.decisions is not None:
         return known
-    recording = change.recording
-    example = cast_example(axes.example, model)
-    if recording is None:
-        found = readings(model, axes, example)
-        recording = Recording(found.capture, found.reads)
-    elif not recording.fits(model):  # it was cast or moved; a new walk would not see axes of which one unit is left
-        recording = Recording(capture(model, example, exported=axes.exported), recording.reads)
+    recording = _recorded(model, axes, present)
     check_blocks(replace(change, recording=recording))
-    return replace(known, recording=Recording(change.planned, recording.reads))
+    return replace(known, recording=Recording(change.planned, recording.reads, recording.code))
+
+
+def _recorded(model: nn.Module, axes: AxisGraph, present: Capture | None) -> Recording:
+    """Return a recording of the network as it is now: that of its axes, unless the network has changed since."""
+    example, recording = cast_example(axes.example, model), axes.recording
+    if recording is None:
+        fresh = readings(model, axes, example)
+        return Recording(fresh.capture, fresh.reads, code_of(model))
+    if present is not None:
+        return Recording(present, recording.reads, code_of(model))
+    return recording if recording.fits(model, example) else recording.renew(model, example, axes.exported)
 
 
 def _is_numberless(model: nn.Module, axes: AxisGraph) -> bool:

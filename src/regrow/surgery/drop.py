@@ -257,7 +257,7 @@ def _described(bare: nn.Module, given: Example, recorded: Capture, axes: AxisGra
         counted=tuple(sorted(axes.counted, key=lambda name: order.get(name, len(order)))),
         folds=tuple(sorted(axes.folds, key=lambda fold: order.get(fold.weight, len(order)))),
         steps=steps(w, names),
-        recording=recording(w, names),
+        recording=recording(bare, w, names),
         work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
         caches=caches(w, names),
         notes=fresh.notes,

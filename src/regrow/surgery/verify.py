@@ -13,6 +13,7 @@ from regrow.surgery.paired_forward import common_outputs, max_difference, max_ma
 from regrow.surgery.proposed_change import RELATIVE_BOUND
 from regrow.surgery.runner import Answers
 from regrow.surgery.whole import Decisions, run_whole_pair, shallow_copy
+from regrow.tracing.capture import Capture
 from regrow.tracing.readings import Readings, readings
 
 
@@ -138,12 +139,13 @@ Run = tuple[Plan, Answers, Answers, Decisions]
 
 @dataclass
 class _Runs:
-    """Runs of the network masked and cut by several plans; one recording serves all of them."""
+    """Runs of the network masked and cut by several plans: recorded once, and once per plan."""
 
     model: nn.Module
     axes: AxisGraph
     example: Example
     recorded: Readings | None = field(default=None, init=False)
+    planned: tuple[Plan, Capture] | None = field(default=None, init=False)
 
     def both(self, plan: Plan, double: bool, decisions: Decisions = ()) -> Run:
         """Run the masked and the cut network of a plan, in float64 or in the network's own precision."""
@@ -155,6 +157,8 @@ class _Runs:
             return plan, *run_whole_pair(self.model, self.axes, plan, self.example, double, taken, carried)
         if self.recorded is None:
             self.recorded = readings(self.model, self.axes, self.example)
-        small = record_planned(self.model, self.axes, resizing(self.model, self.axes, plan), self.example)
-        masked, shrunk = run_pair(self.model, self.axes, plan, self.recorded, small, double)
+        if self.planned is None or self.planned[0] is not plan:
+            to = resizing(self.model, self.axes, plan)
+            self.planned = plan, record_planned(self.model, self.axes, to, self.example)
+        masked, shrunk = run_pair(self.model, self.axes, plan, self.recorded, self.planned[1], double)
         return plan, masked, shrunk, None

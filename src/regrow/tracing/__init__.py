@@ -63,4 +63,4 @@ def _traced(model: nn.Module, example: Example) -> AxisGraph:
     trace_training(model, example, w)
     axes, names = assemble(model, w, example)
     axes = replace(axes, steps=steps(w, names), caches=caches(w, names), branches=candidate_branches(model))
-    return freeze_failing(model, replace(axes, recording=recording(w, names)))
+    return freeze_failing(model, replace(axes, recording=recording(model, w, names)))

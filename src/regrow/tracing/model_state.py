@@ -72,6 +72,38 @@ def _form(value: Any, depth: int) -> Any:
 _MOST = 64
 
 
+def code_of(model: nn.Module) -> tuple[Any, ...]:
+    """Return what runs in a network: the class of each module, the functions it has instead of methods, and its hooks.
+
+    Equal for a copy of the network; not equal once a module was exchanged, a ``forward`` replaced or a hook added.
+
+    Args:
+        model: The network.
+
+    >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    >>> before = code_of(net)
+    >>> net[1] = nn.GELU()
+    >>> code_of(net) == before
+    False
+    """
+    return tuple(
+        (path, type(module), *((name, *map(_function, _functions(value))) for name, value in vars(module).items()))
+        for path, module in model.named_modules(remove_duplicate=False)
+    )
+
+
+def _functions(value: Any) -> list[Any]:
+    """Return an attribute's functions: itself, or those that it lists."""
+    return [*filter(callable, value.values() if isinstance(value, Mapping) else [value])]
+
+
+def _function(value: Any) -> Any:
+    """Return the function itself behind methods and partials, which copies of a network have anew."""
+    while (inner := getattr(value, "__func__", None) or getattr(value, "func", None)) is not None:
+        value = inner
+    return value if isinstance(value, FunctionType | type) else type(value)
+
+
 @contextmanager
 def preserve_state(model: nn.Module, outside: bool = False, entries: bool = False) -> Iterator[None]:
     """Context manager that afterwards undoes what a run may have changed in a network and the objects it reaches.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
@@ -13,6 +13,7 @@ from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
 from regrow.tracing.graph import Names, assemble
+from regrow.tracing.model_state import code_of
 from regrow.tracing.record import compared_operands
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import operations
@@ -50,10 +51,12 @@ class Recording:
     Args:
         capture: The operations, to be run one by one.
         reads: The dimensions that are read. They hold for a cut copy too, whose operations are the same.
+        code: The code of the recorded modules, as :func:`regrow.tracing.model_state.code_of` returns it.
     """
 
     capture: Capture
     reads: tuple[ReadDim, ...]
+    code: tuple[Any, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
         """Return itself: it is immutable, and the graph of a long network is linked too deep to be copied."""
@@ -64,20 +67,56 @@ class Recording:
         """The blocks of the recorded network."""
         return blocks(self.capture)
 
-    def fits(self, model: nn.Module) -> bool:
-        """Whether the model still has the shapes, dtypes and devices of the recording.
+    def fits(self, model: nn.Module, example: Example) -> bool:
+        """Whether the model and the example still have the code, shapes, dtypes and devices of the recording.
+
+        Constants are not compared: :func:`regrow.tracing.trial.rehearse` does that, on a new recording.
 
         Args:
             model: The model.
+            example: The input that it would be recorded with.
         """
-        state = {
-            **dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False)),
-        }
-        forms = [(state.get(name), node.meta["val"]) for node, name in self.capture.states.items()]
-        return all(
-            x is not None and (x.shape, x.dtype, x.device) == (form.shape, form.dtype, form.device) for x, form in forms
+        state, states = _state(model), self.capture.states
+        places = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
+        inputs = [node for node in places if node not in states and node not in self.capture.constants]
+        leaves = tree_leaves((example.args, dict(example.kwargs)))
+        return (
+            self.code == code_of(model)
+            and len(inputs) == len(leaves)
+            and all(_is_alike(state.get(name), node.meta["val"]) for node, name in states.items())
+            and all(_is_alike(leaf, node.meta.get("val")) for node, leaf in zip(inputs, leaves, strict=True))
         )
+
+    def renew(self, model: nn.Module, example: Example, exported: bool) -> "Recording":
+        """Return a recording of a model that was cast, moved or changed since; made once for all that are alike.
+
+        A new walk would not see axes of which one unit is left, so the dimensions that are read stay.
+
+        Args:
+            model: The model as it is now; it is left unchanged.
+            example: The input to record with.
+            exported: Whether ``torch.export`` records.
+        """
+        if not (self._renewed and self._renewed[-1].fits(model, example)):
+            recorded = capture(model, example, exported=exported)
+            self._renewed[:] = [Recording(recorded, self.reads, code_of(model))]
+        return self._renewed[-1]
+
+    @cached_property
+    def _renewed(self) -> list["Recording"]:
+        return []
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _is_alike(value: Any, form: Any) -> bool:
+    """Whether a value is what a placeholder stands for: a tensor of that shape, dtype and device, or an equal value."""
+    if isinstance(form, Tensor):
+        same = isinstance(value, Tensor) and (value.shape, value.dtype, value.device)
+        return same == (form.shape, form.dtype, form.device)
+    return type(value) is type(form) and bool(value == form)
 
 
 @dataclass(frozen=True)
@@ -145,16 +184,17 @@ def readings(
     )
 
 
-def recording(w: Walk, names: Names) -> Recording | None:
+def recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
     """Return a walked network's recording; ``None`` where data decide which operations run.
 
     Args:
+        model: The network.
         w: The walk.
         names: Writes expressions in axes.
     """
     if w.capture.decisions is not None:
         return None
-    return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)))
+    return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)), code_of(model))
 
 
 def reads(w: Walk, written: Callable[[Any], Dim]) -> tuple[ReadDim, ...]:
@@ -207,10 +247,7 @@ def inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[An
         recorded: Its recording.
         example: The input.
     """
-    state: dict[str, Any] = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    state = _state(model)
     given = iter(tree_leaves((example.args, dict(example.kwargs))))
     for node in recorded.graph.nodes:
         if node.op != "placeholder":

@@ -181,7 +181,20 @@ def trial_error(model: nn.Module, axes: AxisGraph, sizes: Mapping[str, int]) -> 
     return deviation.problem if deviation is not None else _untrained(model, axes, sizes)
 
 
-def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
+@dataclass(frozen=True)
+class Rehearsal:
+    """The recordings that a rehearsal made.
+
+    Args:
+        planned: The recording of the planned network.
+        present: That of the present network, where a constant is another than when it was traced; else ``None``.
+    """
+
+    planned: Capture
+    present: Capture | None = None
+
+
+def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Rehearsal:
     """Record the planned network on a copy without numbers, and raise unless it runs the operations that are planned.
 
     Every operation must have the planned shape and work on the same operands with the same constants: a network whose
@@ -200,15 +213,17 @@ def rehearse(model: nn.Module, axes: AxisGraph, to: Resizing) -> Capture:
     except TraceError as error:
         line = line_raised(error.__cause__ or error)
         raise PlanError(_cannot(_refusal(error), line)) from error
+    present = None
     deviation = difference(refold_steps(axes, to.constants), planned, to.sizes)
     if deviation is not None and deviation.constant:  # so do other precisions, and biases that compensation added
         bare = planned if to == to.plain else _recorded(model, axes, to.plain)
-        deviation = first_difference(_recorded(model, axes, Resizing(axes.sizes())), bare, axes.steps)
+        present = _recorded(model, axes, Resizing(axes.sizes()))
+        deviation = first_difference(present, bare, axes.steps)
     if deviation is not None:
         raise PlanError(_cannot(deviation.problem, _line(model, axes, to, deviation)))
     if problem := _untrained(model, axes, to.sizes):
         raise PlanError(_cannot(problem, None))
-    return planned
+    return Rehearsal(planned, present)
 
 
 def _cannot(problem: str, line: Line | None) -> str:
