@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from regrow.api.evaluate import evaluate
+    from regrow.api.grow import grow
     from regrow.api.prune import prune
     from regrow.api.recover import recover
     from regrow.axes import Example
@@ -32,6 +33,7 @@ __all__ = [
     "evaluate",
     "export_model",
     "fit_new_units",
+    "grow",
     "load",
     "prune",
     "recover",
@@ -42,7 +44,7 @@ __all__ = [
 ]
 
 _MODULES = {
-    **{name: f"regrow.api.{name}" for name in ("evaluate", "prune", "recover")},
+    **{name: f"regrow.api.{name}" for name in ("evaluate", "grow", "prune", "recover")},
     "AxisTensor": "regrow.axis_tensor",
     "Candidates": "regrow.candidates",
     "Example": "regrow.axes",

@@ -1,8 +1,9 @@
-"""Parse and format amounts as people write them (2G, 100M, 16GiB, 4096 bytes, 7.5, 20%), and size targets."""
+"""Parse and format amounts as people write them (2G, 100M, 16GiB, 7.5, 20%, +32), and size targets."""
 
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from math import ceil
 
 
 class Measure(StrEnum):
@@ -26,6 +27,7 @@ IN_CONTEXT = frozenset({Measure.CACHE, Measure.TIME})
 """The measures whose value depends on the number of tokens, so that a target may name it (``@4096``)."""
 
 _AMOUNT = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*(?:([kmgt])(i?))?(b|\s*bytes?)?", re.IGNORECASE)
+_INCREASE = re.compile(r"\+?\s*(?:(\d+)|(\d+(?:\.\d*)?|\.\d+)\s*%)")
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 _EXAMPLES = {
     Measure.BYTES: "200M, 64MiB, 1.5 GB or 4096 bytes",
@@ -176,3 +178,49 @@ class Target:
     def __str__(self) -> str:
         number = f"{self.amount:.0f}" if self.amount == int(self.amount) else f"{self.amount!r}"
         return f"{self.measure}={number}" + (f"@{self.context}" if self.context else "")
+
+
+@dataclass(frozen=True)
+class Increase:
+    """How much is added to a size: a number of units, or a fraction of the size.
+
+    Args:
+        units: The number of units; 0 where a fraction is given.
+        share: The fraction of the size; 0 where a number is given.
+    """
+
+    units: int = 0
+    share: float = 0.0
+
+    @classmethod
+    def parse(cls, text: str | int) -> "Increase":
+        """Parse an increase as users write it: ``+25%``, ``25%``, ``+32`` or ``32``.
+
+        >>> Increase.parse("+25%"), Increase.parse(32)
+        (Increase(units=0, share=0.25), Increase(units=32, share=0.0))
+
+        Args:
+            text: A whole number, or a percentage; a plus sign may precede it.
+
+        Raises:
+            ValueError: If it is no such amount, or 0; names the forms that are.
+        """
+        match = _INCREASE.fullmatch(str(text).strip()) if type(text) in (str, int) else None
+        increase = cls(int(match[1] or 0), float(match[2] or 0) / 100) if match else cls()
+        if not (0 < increase.units < 2**31 or 0 < increase.share <= 1000):
+            raise ValueError(f"an increase is above 0 and is written like +25%, +32 or 32; got {text!r:.40}")
+        return increase
+
+    def of(self, size: int) -> int:
+        """Return how many units a size gains; a fraction is rounded up.
+
+        >>> Increase(share=0.25).of(10), Increase(units=4).of(10)
+        (3, 4)
+
+        Args:
+            size: The size.
+        """
+        return self.units or ceil(round(self.share * size, 6))
+
+    def __str__(self) -> str:
+        return f"+{self.units}" if self.units else f"+{100 * self.share:g}%"

@@ -8,6 +8,7 @@ from regrow.cli.chat import chat
 from regrow.cli.compare import compare
 from regrow.cli.evaluate import evaluate
 from regrow.cli.export import export
+from regrow.cli.grow import grow
 from regrow.cli.learn import learn
 from regrow.cli.methods import methods
 from regrow.cli.prune import prune
@@ -39,7 +40,11 @@ def regrow() -> None:
     """Prune, grow and search trained networks."""
 
 
-for verb in (show, prune, recover, learn, search, apply, evaluate, chat, export, compare, report, settings, methods):
+VERBS = (
+    *(show, prune, grow, recover, learn, search, apply),
+    *(evaluate, chat, export, compare, report, settings, methods),
+)
+for verb in VERBS:
     regrow.add_command(verb)
 
 

@@ -9,7 +9,7 @@ import click
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.screen import say
-from regrow.settings import learn, prune, recover, search
+from regrow.settings import grow, learn, prune, recover, search
 from regrow.settings.file import TOML, YAML, format_settings, left_out
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KINDS: dict[str, type["DataclassInstance"]] = {
     "prune": prune.Settings,
+    "grow": grow.Settings,
     "recover": recover.Settings,
     "learn": learn.Settings,
     "search": search.Settings,

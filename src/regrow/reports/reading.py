@@ -37,6 +37,7 @@ ABSENT = {
     "scores.json": "the scores and the massive-activation units",
     "metrics.jsonl": "every measurement: perplexity, size, speed, proof",
 }
+ABSENT_GROWING = {name: meaning for name, meaning in ABSENT.items() if name != "scores.json"}
 ABSENT_LEARNING = {"metrics.jsonl": "every measurement: the accuracy matrix, sizes, growth"}
 ABSENT_SEARCHING = {
     "metrics.jsonl": "every measurement: size and accuracy over epochs, levels, memory, the test",
@@ -117,7 +118,9 @@ def read_run(path: Path) -> RunRecord:
         raise ReportError(f"{path / 'run.json'} cannot be read ({why}); restore it")
     folder = RunRecord(path, run, problems=problems)
     searched = run.get("verb") == "search"
-    needed = ABSENT_SEARCHING if searched else ABSENT_LEARNING if run.get("verb") == "learn" else ABSENT
+    needed = {"search": ABSENT_SEARCHING, "learn": ABSENT_LEARNING, "grow": ABSENT_GROWING}.get(
+        str(run.get("verb")), ABSENT
+    )
     for name, meaning in needed.items():
         if not (path / name).is_file():
             folder.missing.append({"file": name, "means": meaning})

@@ -75,7 +75,7 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     if _both(before, after, "params_counted"):
         share = after["params_counted"] / before["params_counted"]
         figures = f"{q.count(after['params_counted'])} of {q.count(before['params_counted'])}"
-        add("Counted weights kept", q.percent(share), figures)
+        add("Counted weights" if run["verb"] == "grow" else "Counted weights kept", q.percent(share), figures)
     elif run["keep"] is not None:
         add("Requested fraction", q.percent(run["keep"]), "of the counted weights")
     if budget := run["budget"]:
@@ -115,7 +115,8 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     proof = next((row for row in run["verify"] if row["holds"] is not None), None)
     if proof:
         figures = f"max difference {q.power(proof['max_abs_diff'])}, {proof['dtype']}"
-        add("Masked = shrunk", "holds" if proof["holds"] else "broken", figures)
+        law = "Grown = original" if run["verb"] == "grow" else "Masked = shrunk"
+        add(law, "holds" if proof["holds"] else "broken", figures)
     return result
 
 
@@ -200,6 +201,9 @@ def proof(run: Run) -> str:
         run: A run of the summary.
     """
     rows = [row for row in run["verify"] if row["holds"] is not None]
+    if run["verb"] == "grow":
+        same = bool(rows) and all(row["holds"] for row in rows)
+        return f"The grown model {'computes' if same else 'was not shown to compute'} what the model computed before."
     if not rows:
         return "This run did not check that the cut model computes what the masked model computes."
     if all(row["holds"] for row in rows):
@@ -292,6 +296,8 @@ def _price(run: Run) -> str:
     accuracy = _accuracy(run)
     if accuracy:
         return f"Accuracy went from {q.percent(accuracy[0])} to {q.percent(accuracy[1])}{_tasks(accuracy[2])}."
+    if run["verb"] == "grow" and any(row["holds"] for row in run["verify"]):
+        return "Its outputs are unchanged."
     return "The loss in quality was not measured."
 
 

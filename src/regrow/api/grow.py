@@ -1,0 +1,75 @@
+"""``regrow.grow``: from a network to a wider one that computes the same, and the plan that made it."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from regrow.allocation.widening import Part
+from regrow.api.inputs import ModelLike, read_inputs
+from regrow.axes import AxisGraph
+from regrow.commands.growing import Amount, GrowthSpec, plan_growth
+from regrow.plan import Plan
+from regrow.surgery import apply
+from regrow.tracing import trace
+
+
+def grow(
+    model: ModelLike,
+    *,
+    mlp: Amount = "",
+    heads: Amount = "",
+    channels: Amount = "",
+    axis: Mapping[str, Amount] | None = None,
+    fill: str = "zero_out",
+    seed: int = 0,
+    round_to: int = 1,
+    regular: bool = False,
+    example: Any = None,
+    axes: AxisGraph | None = None,
+) -> tuple[nn.Module, Plan]:
+    """Grow a network in one call; its outputs do not change.
+
+    Amounts are numbers of units (``32``, ``"+32"``) or percentages of the present width (``"+25%"``), rounded up.
+
+    Args:
+        model: The network, changed in place; or a model's name or a run folder, which is loaded.
+        mlp: How many hidden neurons every MLP gains.
+        heads: How many attention heads every attention gains: where key-value heads are shared, whole groups with
+            their query heads.
+        channels: How many channels the convolutions inside of blocks gain.
+        axis: Axis key, or a pattern of keys → how many units such axes gain.
+        fill: How new units are initialised: ``"zero_out"``, ``"split"`` or ``"pair"`` (:class:`regrow.Fill`).
+        seed: The random seed of the fill.
+        round_to: Widths become multiples of this, rounded up.
+        regular: Whether axes with the same role in several blocks get one width, the largest among them.
+        example: The input with which the network is traced: a tensor, a tuple of inputs, or a dict of inputs by name;
+            not needed for a model that is loaded, or if ``axes`` are given.
+        axes: The network's axes, if they are known (:func:`regrow.declare`); the network is then not traced.
+
+    Returns:
+        The same model, wider, and the plan that was applied. A warning is issued for axes that cannot be widened.
+
+    Raises:
+        ValueError: If nothing is to grow, an amount is not allowed, or the network has nothing of the kind that can be
+            widened; the message says why. The model is not changed then.
+
+    >>> import torch
+    >>> net, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(3, 4)
+    >>> before = net(x)
+    >>> net, plan = grow(net, mlp="+25%", example=x)
+    >>> net[0].out_features, bool(torch.allclose(net(x), before))
+    (10, True)
+    """
+    parts: dict[Part, Amount] = {"mlp": mlp, "heads": heads, "channels": channels}
+    spec = GrowthSpec.parse(parts, axis or {}, fill=fill, seed=seed, round_to=round_to, regular=regular)
+    inputs = read_inputs(model, example=axes.example if axes is not None else example)
+    net = inputs.model
+    if axes is None:
+        axes = trace(net, *inputs.example.args, **inputs.example.kwargs)
+    plan, notes = plan_growth(axes, spec)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    apply(net, axes, plan)
+    return net, plan

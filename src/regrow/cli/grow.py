@@ -1,0 +1,84 @@
+"""``regrow grow``: widen a model such that its outputs do not change."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from regrow.cli import options
+from regrow.cli.boundary import Verb
+from regrow.cli.flags import Given
+from regrow.cli.report import RunPage
+from regrow.cli.screen import number, say, table, working
+from regrow.settings.grow import Settings
+
+EPILOG = """\b
+Examples
+  regrow grow smollm2-135m --mlp +25% --out RUN
+  regrow grow ./my-llama --heads +1 --mlp +25% --round 64 --source mail=letters/ --out RUN
+  regrow grow resnet50 --channels +32 --fill split --out RUN
+  regrow grow PRUNED_RUN --mlp +10% --regular --out RUN
+  regrow grow vit_b_16 --axis 'encoder.layers.encoder_layer_0.mlp.*=+64' --dry-run
+"""
+
+
+@click.command(cls=Verb, resumed=("out",), settings=Settings, epilog=EPILOG)
+@options.run_folder()
+@click.option("--dry-run", is_flag=True, help="Only print what would grow.")
+@click.option("--plan", type=options.PATH, help="With --dry-run: also write the plan here; `regrow apply` runs it.")
+@options.code
+def grow(given: Given, out: Path | None, dry_run: bool, plan: Path | None, code: str) -> None:
+    """Widen MODEL such that its outputs do not change, and leave a folder that loads, with a page.
+
+    Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
+    Axes for which no exact way is known (under LayerNorm or GroupNorm) are refused with the reason.
+    """
+    settings = given.build()
+    settings.check_growth()
+    if plan and not dry_run:
+        raise click.UsageError("--plan is for --dry-run, a run keeps its plan in ledger.json; add --dry-run")
+    options.check_json(plan, settings.model, *settings.sources)
+    options.say_code(settings.model, code)
+    if dry_run:
+        _show_plan(settings, plan, code)
+        return
+    if out is None:
+        raise click.UsageError("--out names the folder of the run, for example --out run")
+    from regrow.commands.grow import run
+
+    page = RunPage("model")
+    with working() as progress:
+        folder = run(settings, out, progress, code=code, write_page=page)
+    _tell(folder)
+    page.tell(folder.path)
+
+
+def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
+    from regrow.commands.grow import plan_only
+    from regrow.store.outputs import JSON, write_output
+
+    with working() as progress:
+        plan, axes = plan_only(settings, progress, code=code)
+    rows = [(key, change.size, change.after, f"+{change.grow}") for key, change in plan.changes.items()]
+    table("What would grow", ("axis", "units", "after", ""), rows, numbers=(1, 2, 3))
+    say(f"{len(rows)} of {len(axes)} axes grow")
+    if path:
+        write_output(path, plan.to_json() + "\n", JSON)
+        say(f"plan written to {path}; run it with `regrow apply {path} {settings.model} --out FOLDER`")
+
+
+def _tell(folder: Any) -> None:
+    rows = folder.metrics()
+    sizes = {row["model"]: row for row in rows if row["what"] == "size"}
+    before, after = sizes["before"], sizes["after"]
+    share = after["params_all"] / max(before["params_all"], 1) - 1
+    say(f"parameters: {number(before['params_all'])} → {number(after['params_all'])} (+{100 * share:.2f} %)")
+    for row in rows:
+        if row["what"] == "verify":
+            change = f"{number(row['relative_change'], 2)} of the largest output, in {row['output_dtype']}"
+            say(f"outputs before and after differ by at most {number(row['output_change'], 2)} ({change})")
+            if row["dtype"] == "float64":
+                difference, bound = (number(row[name], 2) for name in ("max_abs_diff", "bound"))
+                say(f"in float64 by {difference} (bound {bound})")
+    for note in folder.run().get("notes", ()):
+        say(f"note: {note}")

@@ -1,0 +1,174 @@
+"""``regrow grow``: widen a model such that its outputs do not change, compare them, and save, in a run folder."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow import store
+from regrow.allocation.inventory import inventory
+from regrow.axes import AxisGraph
+from regrow.commands.clock import Clock
+from regrow.commands.example_inputs import noted_input
+from regrow.commands.folder import RunFolder, WritePage
+from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
+from regrow.commands.inputs import Kinds, SourceSpecs, described, sources_of
+from regrow.commands.measuring import measure
+from regrow.commands.models import ModelSpec, load_model_or_run
+from regrow.errors import RefusedError
+from regrow.nets import Loaded
+from regrow.plan import Plan
+from regrow.progress import Progress, silent
+from regrow.settings.declaration import check_settings, record_settings
+from regrow.settings.grow import Settings
+from regrow.settings.words import command_line
+from regrow.surgery import apply, verify
+from regrow.tracing import trace
+
+CHANGE = 1e-3
+"""The largest change of an output in the model's own precision, relative to the largest output, that is kept."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The data that the parts of a growth run share."""
+
+    settings: Settings
+    folder: RunFolder
+    loaded: Loaded
+    kinds: Kinds
+    clock: Clock
+    progress: Progress
+
+    def measure(self, axes: AxisGraph, name: str) -> None:
+        """Measure and log the model in its present state, under a name."""
+        with self.clock.stage("evaluate"):
+            measure(self.folder, self.loaded, axes, self.kinds.evaluation, frozenset(), name, self.progress)
+
+
+def plan_only(settings: Settings, progress: Progress = silent, *, code: str = "") -> tuple[Plan, AxisGraph]:
+    """Return the plan that a growth run would carry out, and the axes of the model, without a run folder.
+
+    Args:
+        settings: The settings of the run.
+        progress: Called with (steps done, steps in all, what is being done).
+        code: As for :func:`run`.
+
+    Raises:
+        ValueError: As :func:`run`.
+    """
+    check_settings(settings)
+    spec = spec_of(settings)
+    loaded = load_model_or_run(_model(settings), progress, code)
+    axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    plan, _ = plan_growth(axes, spec)
+    return plan, axes
+
+
+def run(
+    settings: Settings,
+    out: str | Path,
+    progress: Progress = silent,
+    *,
+    code: str = "",
+    write_page: WritePage | None = None,
+) -> RunFolder:
+    """Grow a model and write a run folder with model, plan and measurements.
+
+    All mistakes in the settings are found before the folder is made; an interrupted run with the same settings is
+    resumed.
+
+    Args:
+        settings: The settings of the run.
+        out: The run folder: new, empty, or of this very run.
+        progress: Called with (steps done, steps in all, what is being done).
+        code: The function ``pkg.mod:fn`` that builds the network of a run folder, if that is the user's own code: the
+            recorded name is never imported.
+        write_page: Writes the report page into the complete folder, before it replaces ``out``.
+
+    Raises:
+        ValueError: If a setting, the model or a source is not usable, or nothing of the wanted kind can grow; says
+            which, and the remedy.
+        RefusedError: If the outputs change by more than rounding; no model is saved then.
+    """
+    check_settings(settings)
+    spec = spec_of(settings)
+    identity: dict[str, Any] = {"verb": "grow", "settings": record_settings(settings)}
+    RunFolder.check(out, **identity)
+    clock = Clock(None)
+    with clock.stage("load"):
+        loaded = load_model_or_run(_model(settings), progress, code)
+        specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
+        kinds = sources_of(specs, loaded)
+    with clock.stage("trace"):
+        progress(0, 1, "tracing")
+        axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
+    with clock.stage("plan"):
+        plan, notes = plan_growth(axes, spec)
+    words = (*(("--code", code) if code else ()), "--out", str(out))
+    with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
+        clock.folder = folder
+        folder.update(notes=[*loaded.notes, *notes], sources=described(specs, kinds), **noted_input(loaded))
+        _grown(_Job(settings, folder, loaded, kinds, clock, progress), axes, plan)
+        return folder.finish(write_page, seconds=clock.seconds)
+
+
+def spec_of(settings: Settings) -> GrowthSpec:
+    """Return how much a run grows its model.
+
+    Args:
+        settings: The settings of the run.
+    """
+    return GrowthSpec.parse(
+        {"mlp": settings.mlp, "heads": settings.heads, "channels": settings.channels},
+        settings.named(),
+        fill=settings.fill,
+        seed=settings.seed,
+        round_to=settings.round_to,
+        regular=settings.regular,
+    )
+
+
+def _model(settings: Settings) -> ModelSpec:
+    return ModelSpec(settings.model, settings.dtype, settings.device, settings.input, settings.sources)
+
+
+def _grown(job: _Job, axes: AxisGraph, plan: Plan) -> None:
+    """Compare the outputs before and after the growth, grow the model, save it, and measure it."""
+    settings, folder, loaded, clock = job.settings, job.folder, job.loaded, job.clock
+    job.measure(axes, "before")
+    proof: dict[str, Any] = {}
+    if settings.proof:
+        with clock.stage("verify"):
+            job.progress(0, 1, "comparing the outputs in float64")
+            result = verify(loaded.model, axes, plan)
+            proof = asdict(result)
+            if not result.ok:
+                _refuse(result.max_abs_diff, result.bound, "float64")
+    before = outputs_of(loaded.model, loaded.example)
+    rows = [row.record() for row in inventory(axes)]
+    with clock.stage("apply"):
+        job.progress(0, 1, "growing")
+        _, axes = apply(loaded.model, axes, plan)
+        if not len(folder.ledger):
+            folder.ledger.append(plan)
+        folder.write_axes(rows, [row.record() for row in inventory(axes)])
+    change, largest = output_change(before, outputs_of(loaded.model, loaded.example))
+    dtype = str(next(loaded.model.parameters()).dtype).removeprefix("torch.")
+    relative = change / (largest or 1.0)
+    if not relative <= CHANGE * (1 if dtype in ("float32", "float64") else 100):
+        _refuse(change, CHANGE * largest, dtype)
+    own: dict[str, Any] = {"output_change": change, "relative_change": relative, "output_dtype": dtype}
+    if settings.proof:
+        folder.log("verify", **proof, dtype="float64", **own)
+    else:
+        folder.log("verify", max_abs_diff=change, bound=CHANGE * largest, ok=True, dtype=dtype, **own)
+    with clock.stage("save"):
+        store.write_model(loaded, folder.path)
+    job.measure(axes, "after")
+
+
+def _refuse(change: float, bound: float, dtype: str) -> None:
+    raise RefusedError(
+        f"the growth changes the outputs by {change:.3g} in {dtype}, the bound is {bound:.3g}; no model was saved, "
+        "please report this"
+    )

@@ -1,0 +1,94 @@
+"""The settings of ``regrow grow``."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from regrow.amounts import Increase
+from regrow.errors import InputError
+from regrow.settings.declaration import SEED, Range, Setting
+from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen
+
+AMOUNT, NEW, DATA, AFTER = "What grows", "New units", "Data", "After the growth"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of ``regrow grow``: everything that a growth run depends on; ``run.json`` stores exactly this."""
+
+    # fmt: off
+    model: Annotated[str, Setting(
+        "A run folder, a transformers folder or hub id, a .gguf file, smollm2-135m or gemma3-270m (from their PyPI "
+        "packages), a torchvision name (resnet18), or a Python callable pkg.mod:fn.",
+        argument=True, code=True, example="smollm2-135m --mlp +25% --out RUN",
+    )]
+    mlp: Annotated[str, Setting(
+        "Hidden neurons that every MLP gains: +25% of its width, rounded up, or +32.",
+        metavar="AMOUNT", group=AMOUNT, example="+25%",
+    )] = ""
+    heads: Annotated[str, Setting(
+        "Attention heads that every attention gains; where query heads share keys and values, whole groups of them.",
+        metavar="AMOUNT", group=AMOUNT, example="+1",
+    )] = ""
+    channels: Annotated[str, Setting(
+        "Channels that the convolutions inside of blocks gain.",
+        metavar="AMOUNT", group=AMOUNT, example="+32",
+    )] = ""
+    axis: Annotated[tuple[str, ...], Setting(
+        "Units that one axis gains, by its key or a pattern of keys (`regrow show` lists them). Repeat it for several.",
+        metavar="KEY=AMOUNT", group=AMOUNT, example="'*.mlp.*=+64'",
+    )] = ()
+    fill: Annotated[str, Setting(
+        "zero_out: random weights that make new units, 0 that read them; split: copies of old units, which share their "
+        "outgoing weights; pair: equal random units whose outgoing weights cancel.",
+        group=NEW, choices=("zero_out", "split", "pair"),
+    )] = "zero_out"
+    round_to: Annotated[int, Setting(
+        "Widths become multiples of this (8, 64), rounded up.",
+        option="--round", group=AMOUNT, range=Range(1, 2**20), example="8",
+    )] = 1
+    regular: Annotated[bool, Setting(
+        "One width per kind of axis in all blocks, the largest among them, as an ordinary model has.",
+        group=AMOUNT,
+    )] = False
+    sources: Annotated[tuple[str, ...], Setting(
+        "A kind of text to measure before and after: news, code, manual, talk, or NAME=PATH. For image models: digits, "
+        "or NAME=FOLDER with a folder per class. Repeat it for several.",
+        option="--source", metavar="NAME[=PATH]", group=DATA, source=True,
+    )] = ()
+    eval_tokens: EvalTokens = 2048
+    seq_len: SeqLen = 256
+    seed: Annotated[int, Setting("Seed of the random weights of new units.", group=NEW, range=SEED)] = 0
+    dtype: Dtype = ""
+    device: Device = "cpu"
+    input: Input = ""
+    proof: Annotated[bool, Setting(
+        "Skip the comparison of the outputs in float64 (it needs 16 bytes per parameter).",
+        option="--no-verify", group=AFTER,
+    )] = True
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        amounts = {"--mlp": self.mlp, "--heads": self.heads, "--channels": self.channels}
+        for option, amount in amounts.items():
+            _check(option, amount) if amount else None
+        for one in self.axis if isinstance(self.axis, tuple) else ():
+            key, equals, amount = str(one).rpartition("=")
+            if not equals or not key.strip():
+                raise InputError(f"--axis takes KEY=AMOUNT, got {one!r:.60}; for example --axis '*.mlp.*=+64'")
+            _check(f"--axis {key}", amount)
+
+    def check_growth(self) -> None:
+        """Raise InputError if no amount is given."""
+        if not any((self.mlp, self.heads, self.channels, self.axis)):
+            raise InputError("nothing grows: give --mlp, --heads, --channels or --axis, for example --mlp +25%")
+
+    def named(self) -> dict[str, str]:
+        """Return axis key or pattern → its amount."""
+        return {key: amount for key, _, amount in (one.rpartition("=") for one in self.axis)}
+
+
+def _check(option: str, amount: object) -> None:
+    try:
+        Increase.parse(amount if isinstance(amount, str) else "")
+    except ValueError as error:
+        raise InputError(f"{option}: {error}") from None

@@ -1,0 +1,69 @@
+"""``regrow grow``: wider models that compute the same."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli.conftest import Run
+from regrow.commands import grow as growth
+from regrow.commands import load
+from regrow.settings.grow import Settings
+
+
+def test_a_grown_model_loads_computes_the_same_and_grows_again(regrow: Run, tmp_path: Path) -> None:
+    code, out, err = regrow("grow", "toys:classifier", "--channels", "+25%", "--out", "run")
+    assert code == 0, err
+    assert "outputs before and after differ by at most" in out
+    import toys
+
+    net, x = toys.classifier()
+    grown = load("run", model=lambda: toys.classifier())
+    assert grown.body[0].out_channels == 15
+    torch.testing.assert_close(grown(x), net.eval()(x), rtol=1e-5, atol=1e-6)
+    assert (tmp_path / "run" / "report.html").is_file()
+    code, out, err = regrow("grow", "run", "--code", "toys:classifier", "--axis", "body.0.weight:0=+1", "--out", "two")
+    assert code == 0, err
+    assert load("two", model=lambda: toys.classifier()).body[0].out_channels == 16
+    code, out, err = regrow("settings", "two")
+    assert '"body.0.weight:0=+1",' in out
+
+
+def test_what_cannot_grow_is_refused_in_one_line(regrow: Run) -> None:
+    for words, line in (
+        ((), "nothing grows: give --mlp"),
+        (("--mlp", "0"), "--mlp: an increase is above 0"),
+        (("--axis", "0"), "--axis takes KEY=AMOUNT"),
+        (("--heads", "+1"), "the network has no attention heads"),
+        (("--axis", "body.0.weight:2=+1"), "cannot be widened"),
+    ):
+        code, _, err = regrow("grow", "toys:classifier", *words, "--out", "run")
+        assert code == 2
+        assert line in err
+
+
+def test_a_dry_run_prints_the_plan_that_apply_carries_out(regrow: Run, tmp_path: Path) -> None:
+    code, out, err = regrow("grow", "toys:classifier", "--channels", "+3", "--dry-run", "--plan", "plan.json")
+    assert code == 0, err
+    assert "body.0.weight:0" in out and not (tmp_path / "run").exists()
+    code, out, err = regrow("apply", "plan.json", "toys:classifier", "--out", "wide")
+    assert code == 0, err
+    assert json.loads((tmp_path / "plan.json").read_text())["origin"]["channels"] == "+3"
+
+
+def test_a_killed_run_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    settings = Settings("toys:classifier", channels="+2", fill="split")
+    whole = growth.run(settings, tmp_path / "whole")
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("regrow.store.write_model", killed)
+        with pytest.raises(KeyboardInterrupt):
+            growth.run(settings, tmp_path / "run")
+    again = growth.run(settings, tmp_path / "run")
+    for name in ("model.safetensors", "ledger.json", "metrics.jsonl"):
+        assert (again.path / name).read_bytes() == (whole.path / name).read_bytes()
