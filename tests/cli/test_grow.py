@@ -8,8 +8,8 @@ import torch
 
 from cli.conftest import Run
 from regrow.commands import grow as growth
-from regrow.commands import load
 from regrow.settings.grow import Settings
+from regrow.store import load
 
 
 def test_a_grown_model_loads_computes_the_same_and_grows_again(regrow: Run, tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """``regrow grow``: widen a model such that its outputs do not change."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from regrow.cli import options
 from regrow.cli.boundary import Verb
 from regrow.cli.flags import Given
-from regrow.cli.report import RunPage
+from regrow.cli.runs import run_with_page
 from regrow.cli.screen import number, say, table, working
 from regrow.settings.grow import Settings
+
+if TYPE_CHECKING:
+    from regrow.run_folder import RunFolder
 
 EPILOG = """\b
 Examples
@@ -27,7 +31,7 @@ Examples
 @click.option("--dry-run", is_flag=True, help="Only print what would grow.")
 @click.option("--plan", type=options.PATH, help="With --dry-run: also write the plan here; `regrow apply` runs it.")
 @options.code
-def grow(given: Given, out: Path | None, dry_run: bool, plan: Path | None, code: str) -> None:
+def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | None, code: str) -> None:
     """Widen MODEL such that its outputs do not change, and leave a folder that loads, with a page.
 
     Outputs before and after are compared, in float64 and in the model's precision, and the largest change is printed.
@@ -46,11 +50,7 @@ def grow(given: Given, out: Path | None, dry_run: bool, plan: Path | None, code:
         raise click.UsageError("--out names the folder of the run, for example --out run")
     from regrow.commands.grow import run
 
-    page = RunPage("model")
-    with working() as progress:
-        folder = run(settings, out, progress, code=code, write_page=page)
-    _tell(folder)
-    page.tell(folder.path)
+    run_with_page("model", partial(run, settings, out, code=code), _tell)
 
 
 def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
@@ -67,7 +67,7 @@ def _show_plan(settings: Settings, path: Path | None, code: str) -> None:
         say(f"plan written to {path}; run it with `regrow apply {path} {settings.model} --out FOLDER`")
 
 
-def _tell(folder: Any) -> None:
+def _tell(folder: "RunFolder") -> None:
     rows = folder.metrics()
     sizes = {row["model"]: row for row in rows if row["what"] == "size"}
     before, after = sizes["before"], sizes["after"]

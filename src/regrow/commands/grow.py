@@ -8,16 +8,16 @@ from regrow import store
 from regrow.allocation.inventory import inventory
 from regrow.axes import AxisGraph
 from regrow.commands.clock import Clock
-from regrow.commands.example_inputs import noted_input
-from regrow.commands.folder import RunFolder, WritePage
+from regrow.commands.example_inputs import record_input
 from regrow.commands.growing import GrowthSpec, output_change, outputs_of, plan_growth
-from regrow.commands.inputs import Kinds, SourceSpecs, described, sources_of
+from regrow.commands.inputs import SourceHalves, SourceSpecs, describe_sources, read_sources
 from regrow.commands.measuring import measure
 from regrow.commands.models import ModelSpec, load_model_or_run
 from regrow.errors import RefusedError
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
+from regrow.run_folder import RunFolder, WritePage
 from regrow.settings.declaration import check_settings, record_settings
 from regrow.settings.grow import Settings
 from regrow.settings.words import command_line
@@ -35,7 +35,7 @@ class _Job:
     settings: Settings
     folder: RunFolder
     loaded: Loaded
-    kinds: Kinds
+    kinds: SourceHalves
     clock: Clock
     progress: Progress
 
@@ -98,7 +98,7 @@ def run(
     with clock.stage("load"):
         loaded = load_model_or_run(_model(settings), progress, code)
         specs = SourceSpecs(settings.eval_tokens, settings.seq_len, unseen=settings.sources)
-        kinds = sources_of(specs, loaded)
+        kinds = read_sources(specs, loaded)
     with clock.stage("trace"):
         progress(0, 1, "tracing")
         axes = trace(loaded.model, *loaded.example.args, **loaded.example.kwargs)
@@ -107,7 +107,7 @@ def run(
     words = (*(("--code", code) if code else ()), "--out", str(out))
     with RunFolder.create(out, **identity, command=command_line(settings, *words)) as folder:
         clock.folder = folder
-        folder.update(notes=[*loaded.notes, *notes], sources=described(specs, kinds), **noted_input(loaded))
+        folder.update(notes=[*loaded.notes, *notes], sources=describe_sources(specs, kinds), **record_input(loaded))
         _grown(_Job(settings, folder, loaded, kinds, clock, progress), axes, plan)
         return folder.finish(write_page, seconds=clock.seconds)
 

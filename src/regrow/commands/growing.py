@@ -1,22 +1,20 @@
 """Plans of growth from amounts as users write them, and the change of the outputs that a growth makes."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from regrow.allocation.widening import PARTS, Part, Widening, widening
 from regrow.amounts import Increase
 from regrow.axes import AxisGraph, Example
 from regrow.errors import InputError
-from regrow.plan import FILLS, Change, Fill, Plan
-from regrow.surgery import apply
+from regrow.fills import FILLS
+from regrow.plan import Change, Fill, Plan
 from regrow.surgery.paired_forward import common_outputs, max_difference, max_magnitude
 from regrow.surgery.runner import Answers, floats
-from regrow.tracing import trace
 from regrow.tracing.capture import evaluating
 from regrow.tracing.model_state import preserve_state
 
@@ -58,7 +56,7 @@ class GrowthSpec:
         Args:
             parts: ``"mlp"``, ``"heads"`` or ``"channels"`` → the amount.
             axis: Axis key or pattern → the amount.
-            fill: One of ``regrow.plan.FILLS``.
+            fill: One of ``regrow.fills.FILLS``.
             seed: The random seed of the fill.
             round_to: As the field.
             regular: As the field.
