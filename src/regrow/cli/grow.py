@@ -1,6 +1,5 @@
 """``regrow grow``: widen a model such that its outputs do not change."""
 
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +49,7 @@ def grow(given: Given[Settings], out: Path | None, dry_run: bool, plan: Path | N
         raise click.UsageError("--out names the folder of the run, for example --out run")
     from regrow.commands.grow import run
 
-    run_with_page("model", partial(run, settings, out, code=code), _tell)
+    run_with_page("model", _tell, run, settings, out, code=code)
 
 
 def _show_plan(settings: Settings, path: Path | None, code: str) -> None:

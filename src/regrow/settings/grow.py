@@ -5,7 +5,8 @@ from typing import Annotated
 
 from regrow.amounts import Increase
 from regrow.errors import InputError
-from regrow.settings.declaration import SEED, Range, Setting
+from regrow.settings.constraints import Range
+from regrow.settings.declaration import SEED, Setting
 from regrow.settings.loading import Device, Dtype, EvalTokens, Input, SeqLen
 
 AMOUNT, NEW, DATA, AFTER = "What grows", "New units", "Data", "After the growth"
