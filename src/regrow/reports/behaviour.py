@@ -1,11 +1,14 @@
 """Figures of GPrune's findings: how units' ranks differ between text domains, and what learning made of it."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, columns, depth_axis, draw, legend, steps
 from regrow.reports.reading import text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Row = dict[str, Any]
 MAX_KINDS = 3
@@ -52,8 +55,7 @@ def spectrum(run: Row) -> Drawing | None:
                 f"{q.percent(mean['significant'])} change rank beyond noise, mean ρ {q.significant(mean['spearman'])}"
             )
             canvas.text(0, top + 12, text(kind["kind"], 44 if canvas.narrow else 50))
-            where = {"x": 0, "y": top + 34} if canvas.narrow else {"x": canvas.width, "y": top + 12, "ha": "right"}
-            canvas.text(words=words, color=palette.MUTED, fontsize=SMALL, **where)
+            canvas.note(words, top + 34 if canvas.narrow else top + 12, SMALL)
             legend(canvas, top + head + 8, moved)
             axes = canvas.panel(top + head + 26, upper, left=46, right=2)
             _moved(axes, kind["rows"])
@@ -160,7 +162,7 @@ def history(run: Row) -> Drawing | None:
     return draw("fig-history", "Loss on held-out text over the steps of learning", description, paint)
 
 
-def _moved(axes: Any, rows: list[Row]) -> None:
+def _moved(axes: "Axes", rows: list[Row]) -> None:
     for name, colour in (("exceeds", palette.FAINT), ("significant", palette.ACCENT)):
         columns(axes, [row["depth"] for row in rows], [0] * len(rows), [row[name] or 0 for row in rows], color=colour)
     axes.axhline(CHANCE, color=palette.INK, linewidth=1.2, linestyle=(0, (3, 3)))
@@ -168,14 +170,13 @@ def _moved(axes: Any, rows: list[Row]) -> None:
     _shares(axes, 1)
 
 
-def _alike(axes: Any, rows: list[Row]) -> None:
+def _alike(axes: "Axes", rows: list[Row]) -> None:
     both = [row for row in rows if row["spearman_shards"] is not None and row["spearman_within"] is not None]
     low, high = ([row[name] for row in both] for name in ("spearman_shards", "spearman_within"))
     axes.vlines([row["depth"] for row in both], low, high, color=palette.FAINT, linewidth=1.6)
     for name, colour in (("spearman_within", palette.MUTED), ("spearman_shards", palette.ACCENT)):
         known = [row for row in rows if row[name] is not None]
-        style = {"color": colour, "markersize": 7, "markeredgecolor": palette.PAPER, "clip_on": False}
-        axes.plot([row["depth"] for row in known], [row[name] for row in known], "o", **style)
+        _marks(axes, [row["depth"] for row in known], [row[name] for row in known], "o", colour, 7)
     _levels(axes, rows, "spearman")
     below = min((row[name] for row in rows for name in _CORRELATIONS if row[name] is not None), default=0) < 0
     axes.set_ylim(-1 if below else 0, 1)
@@ -183,7 +184,7 @@ def _alike(axes: Any, rows: list[Row]) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: q.tick(value).replace("-", "−"))
 
 
-def _given_up(axes: Any, cells: list[tuple[int, Row]], word: str) -> None:
+def _given_up(axes: "Axes", cells: list[tuple[int, Row]], word: str) -> None:
     """Draw the marks of the modules in the cell called ``word``."""
     mine = [(depth, cell) for depth, cell in cells if cell["cell"] == word]
     moved = [(depth, cell) for depth, cell in mine if cell["learned"] is not None]
@@ -196,23 +197,26 @@ def _given_up(axes: Any, cells: list[tuple[int, Row]], word: str) -> None:
         (trusted, "learned", palette.ACCENT, "o", 7.5),
         (switched, "learned", palette.INK, "D", 6.5),
     ):
-        style = {"color": colour, "markersize": size, "markeredgecolor": palette.PAPER, "clip_on": False}
-        axes.plot([depth for depth, _ in some], [cell[name] for _, cell in some], marker, **style)
+        _marks(axes, [depth for depth, _ in some], [cell[name] for _, cell in some], marker, colour, size)
 
 
-def _levels(axes: Any, rows: list[Row], name: str) -> None:
+def _marks(axes: "Axes", xs: list[int], ys: list[float], marker: str, colour: str, size: float) -> None:
+    axes.plot(xs, ys, marker, color=colour, markersize=size, markeredgecolor=palette.PAPER, clip_on=False)
+
+
+def _levels(axes: "Axes", rows: list[Row], name: str) -> None:
     """Draw a short horizontal line at the value of each row."""
     known = [(row["depth"], row[name]) for row in rows if row[name] is not None]
     ends = ([depth + side for depth, _ in known] for side in (-0.37, 0.37))
     axes.hlines([value for _, value in known], *ends, color=palette.INK, linewidth=1.8)
 
 
-def _shares(axes: Any, top: float) -> None:
+def _shares(axes: "Axes", top: float) -> None:
     axes.set_ylim(0, top)
     axes.set_yticks([0, top / 2, top], labels=[f"{100 * share:.0f}{q.SPACE}%" for share in (0, top / 2, top)])
 
 
-def _depth(axes: Any, kind: Row, canvas: Canvas, *, label: bool = True) -> None:
+def _depth(axes: "Axes", kind: Row, canvas: Canvas, *, label: bool = True) -> None:
     depth_axis(axes, [row["depth"] for row in kind["rows"]], kind["numbered"], 7 if canvas.narrow else 12)
     if not label:
         axes.set_xlabel("")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from regrow.reports.reading import mapping, objects, size, text
+from regrow.reports.reading import JsonObject, items, mapping, objects, size, text
 
 Block = dict[str, Any]
 
@@ -13,7 +13,7 @@ KINDS = ("mb3e3", "mb5e3", "mb7e3", "mb3e6", "mb5e6", "mb7e6", "skip")
 MAX_BLOCKS = 128
 
 
-def blocks(origin: dict[str, Any]) -> list[Block]:
+def blocks(origin: JsonObject) -> list[Block]:
     """Return the blocks of a found network, as far as its untrusted description is valid.
 
     Args:
@@ -25,7 +25,7 @@ def blocks(origin: dict[str, Any]) -> list[Block]:
     result = []
     for plan in objects(mapping(origin.get("config")).get("blocks"))[:MAX_BLOCKS]:
         ops = {}
-        for op in plan["ops"][: len(KINDS)] if isinstance(plan.get("ops"), list) else []:
+        for op in items(plan.get("ops"), len(KINDS)):
             kind, mid = op if isinstance(op, list) and len(op) == 2 else ("", None)
             if text(kind) in KINDS:
                 ops[kind] = {"kind": kind, "mid": size(mid)}

@@ -11,12 +11,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any
-from xml.etree import ElementTree
+from typing import TYPE_CHECKING, Literal
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.reading import ReportError
+from regrow.reports.svg import inline_svg
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 WIDE, NARROW = 760, 350
 SMALL = 11.5
@@ -70,7 +75,7 @@ class Canvas:
     def __init__(self, width: int) -> None:
         self.width = width
         self.height = 0
-        self.figure: Any = None
+        self.figure: Figure
 
     @property
     def narrow(self) -> bool:
@@ -89,7 +94,7 @@ class Canvas:
         self.figure = Figure(figsize=(self.width / POINTS_PER_INCH, self.height / POINTS_PER_INCH))
         self.figure.patch.set_visible(False)
 
-    def panel(self, top: float, height: float, left: float = 0, right: float = 0, width: float | None = None) -> Any:
+    def panel(self, top: float, height: float, left: float = 0, right: float = 0, width: float | None = None) -> "Axes":
         """Add matplotlib axes with only a base line, between margins, or from ``left`` on with a given ``width``.
 
         Args:
@@ -115,30 +120,41 @@ class Canvas:
         axes.minorticks_off()
         return axes
 
-    def text(self, x: float, y: float, words: str, **style: object) -> None:
+    def text(
+        self,
+        x: float,
+        y: float,
+        words: str,
+        *,
+        color: str = palette.INK,
+        fontsize: float | None = None,
+        ha: Literal["left", "right", "center"] = "left",
+    ) -> None:
         """Write a line of text.
 
         Args:
-            x: The position of the text's left end (or as ``ha`` in ``style`` says), in pixels.
+            x: The position of the text's left end, or as ``ha`` says, in pixels.
             y: The vertical middle of the text, in pixels.
             words: The text.
-            style: Arguments of matplotlib's ``Figure.text``.
+            color: The colour, of the palette.
+            fontsize: The size of the letters; ``None``: that of the figure.
+            ha: The part of the text that is at ``x``.
         """
-        style = {"ha": "left", "va": "center", "color": palette.INK} | style
-        self.figure.text(x / self.width, 1 - y / self.height, words, **style)
+        x, y = x / self.width, 1 - y / self.height
+        self.figure.text(x, y, words, ha=ha, va="center", color=color, fontsize=fontsize)
 
-    def dot(self, x: float, y: float, **style: Any) -> None:
-        """Draw a marker, as in a legend.
+    def note(self, words: str, y: float, fontsize: float | None = None) -> None:
+        """Write muted text at the right end of a heading, or at the left end of a line of its own if it is narrow.
 
         Args:
-            x: The horizontal position, in pixels.
-            y: The vertical position, in pixels.
-            style: Arguments of matplotlib's ``Line2D``.
+            words: The text.
+            y: The vertical middle of the text, in pixels.
+            fontsize: The size of the letters; ``None``: that of the figure.
         """
-        from matplotlib.lines import Line2D
-
-        line = Line2D([x / self.width], [1 - y / self.height], linestyle="none", **({"markersize": 9} | style))
-        self.figure.add_artist(line)
+        if self.narrow:
+            self.text(0, y, words, color=palette.MUTED, fontsize=fontsize)
+        else:
+            self.text(self.width, y, words, color=palette.MUTED, fontsize=fontsize, ha="right")
 
 
 def draw(name: str, title: str, description: str, paint: Callable[[Canvas], None]) -> Drawing:
@@ -178,7 +194,7 @@ def draw(name: str, title: str, description: str, paint: Callable[[Canvas], None
             warnings.simplefilter("ignore")
             paint(canvas)
             canvas.figure.savefig(buffer, format="svg", metadata={"Date": None})
-        variants[variant] = _inline(buffer.getvalue(), f"{name}-{variant}", title, description)
+        variants[variant] = inline_svg(buffer.getvalue(), f"{name}-{variant}", title, description)
     return Drawing(name, title, description, **variants)
 
 
@@ -190,15 +206,19 @@ def legend(canvas: Canvas, y: float, entries: Sequence[Entry]) -> None:
         y: The vertical position, in pixels.
         entries: The entries, from left to right.
     """
+    from matplotlib.lines import Line2D
+
     x = 6.0
     for words, colour, marker, strength in entries:
-        line = {"markersize": 12, "markeredgewidth": 2.2, "markeredgecolor": colour} if marker in "_|" else {}
-        canvas.dot(x, y, marker=marker, color=colour, alpha=strength, **({"markeredgewidth": 0} | line))
+        length, edge = (12, 2.2) if marker in "_|" else (9, 0)  # a stroke has an edge alone
+        point = Line2D([x / canvas.width], [1 - y / canvas.height], linestyle="none", color=colour, alpha=strength)
+        point.set(marker=marker, markersize=length, markeredgewidth=edge)
+        canvas.figure.add_artist(point)
         canvas.text(x + 11, y, words, color=palette.MUTED, fontsize=SMALL)
         x += 30 + 6.9 * len(words)
 
 
-def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, label: str) -> None:
+def log_axis(axes: "Axes", values: Sequence[float], width: float, margin: float, label: str) -> None:
     """Make the horizontal axis of matplotlib axes logarithmic, with room for words at both ends.
 
     Args:
@@ -220,7 +240,7 @@ def log_axis(axes: Any, values: Sequence[float], width: float, margin: float, la
     axes.set_xlabel(label, color=palette.MUTED, fontsize=SMALL, labelpad=6)
 
 
-def depth_axis(axes: Any, depth: Sequence[int], numbered: bool, most: int) -> None:
+def depth_axis(axes: "Axes", depth: Sequence[int], numbered: bool, most: int) -> None:
     """Make the horizontal axis of matplotlib axes show depth in the network.
 
     Args:
@@ -236,7 +256,7 @@ def depth_axis(axes: Any, depth: Sequence[int], numbered: bool, most: int) -> No
     axes.set_xlabel("layer" if numbered else "place in the network", color=palette.MUTED, fontsize=SMALL, labelpad=4)
 
 
-def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
+def log_ticks(axis: "Axis", low: float, high: float, most: float) -> None:
     """Put ticks at round numbers on a logarithmic matplotlib axis.
 
     Args:
@@ -255,7 +275,15 @@ def log_ticks(axis: Any, low: float, high: float, most: float) -> None:
     axis.set_ticks([], minor=True)
 
 
-def columns(axes: Any, at: Sequence[float], low: Sequence[float], high: Sequence[float], **style: Any) -> None:
+def columns(
+    axes: "Axes",
+    at: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    color: str,
+    alpha: float | None = None,
+) -> None:
     """Draw vertical bars as one collection; hundreds of separate bars take seconds.
 
     Args:
@@ -263,14 +291,15 @@ def columns(axes: Any, at: Sequence[float], low: Sequence[float], high: Sequence
         at: The horizontal position of each bar.
         low: The lower end of each bar.
         high: The upper end of each bar.
-        style: Arguments of matplotlib's ``PolyCollection``.
+        color: The colour, of the palette.
+        alpha: The opacity; ``None``: 1.
     """
     from matplotlib.collections import PolyCollection
 
     corners = [
         [(x - 0.37, a), (x + 0.37, a), (x + 0.37, b), (x - 0.37, b)] for x, a, b in zip(at, low, high, strict=True)
     ]
-    axes.add_collection(PolyCollection(corners, linewidths=0, **style))
+    axes.add_collection(PolyCollection(corners, linewidths=0, color=color, alpha=alpha))
 
 
 def steps(first: int, last: int, most: int) -> list[int]:
@@ -290,47 +319,3 @@ def _palettes() -> list[str]:
     css = (resources.files("regrow.reports") / "templates" / "style.css").read_text(encoding="utf-8")
     rows = re.findall(r"(--paper: [^;]*;) --ink: ([^;]*);([^}]*?)--wash", css)
     return [f"{paper}color:{ink};{' '.join(rest.split())}" for paper, ink, rest in rows[:2]]
-
-
-def _inline(svg: str, prefix: str, title: str, description: str) -> str:
-    """Convert matplotlib's SVG to one that can be embedded in a page."""
-    root = ElementTree.fromstring(svg)
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag.rpartition("}")[2] in ("metadata", "style"):
-                parent.remove(child)
-    for node in root.iter():
-        node.tag = node.tag.rpartition("}")[2]
-        node.attrib = {k.rpartition("}")[2]: _attribute(k, v, prefix) for k, v in node.attrib.items()}
-        node.tail = None
-        if node.tag != "text":
-            node.text = None
-    for group in list(root.iter()):  # matplotlib names every group; only what is referred to needs an id
-        if group.tag in ("g", "svg"):
-            group.attrib.pop("id", None)
-    for name in ("width", "height", "version"):
-        root.attrib.pop(name, None)
-    heading = ElementTree.Element("title", {"id": f"{prefix}-title"})
-    heading.text = title
-    story = ElementTree.Element("desc", {"id": f"{prefix}-desc"})
-    story.text = description
-    root.insert(0, heading)
-    root.insert(1, story)
-    root.set("role", "img")
-    root.set("aria-labelledby", f"{prefix}-title {prefix}-desc")
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def _attribute(name: str, value: str, prefix: str) -> str:
-    name = name.rpartition("}")[2]
-    if name == "id":
-        return f"{prefix}-{value}"
-    if name == "href":
-        return f"#{prefix}-{value.removeprefix('#')}"
-    value = re.sub(r"url\(#([^)]*)\)", rf"url(#{prefix}-\1)", value)
-    if name == "style":
-        value = re.sub(r"font-family:[^;]*;?\s*", "", value)
-        value = re.sub(r"font: ((?:\d+ |bold )*)([\d.]+px)[^;]*", r"font-size: \2", value)
-        for stand_in, variable in palette.VARIABLES.items():
-            value = value.replace(stand_in, variable)
-    return re.sub(r"\s+", " ", value).replace("rotate(-0 ", "rotate(0 ")

@@ -2,12 +2,15 @@
 
 import math
 from collections.abc import Sequence, Sized
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend
-from regrow.reports.reading import mapping, objects, size, text
+from regrow.reports.reading import JsonObject, items, mapping, objects, size, text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Run = dict[str, Any]
 Cell = dict[str, Any]
@@ -40,7 +43,7 @@ MAX_NODES = 16
 MAX_DRAWN = 16
 
 
-def cells(origin: dict[str, Any]) -> list[Cell]:
+def cells(origin: JsonObject) -> list[Cell]:
     """Return the cells of a found network, as far as its untrusted description is valid.
 
     Args:
@@ -53,11 +56,11 @@ def cells(origin: dict[str, Any]) -> list[Cell]:
     """
     result = []
     for plan in objects(mapping(origin.get("config")).get("cells"))[:MAX_CELLS]:
-        inputs = plan["inputs"][:2] if isinstance(plan.get("inputs"), list) else []
+        inputs = items(plan.get("inputs"), 2)
         nodes = []
         for i, node in enumerate(objects(plan.get("nodes"))[:MAX_NODES]):
             ops = {}
-            for op in node["ops"][: 8 * (MAX_NODES + 2)] if isinstance(node.get("ops"), list) else []:
+            for op in items(node.get("ops"), 8 * (MAX_NODES + 2)):
                 kind, source, mid = op if isinstance(op, list) and len(op) == 3 else ("", None, None)
                 if text(kind) in KINDS and (known := size(source, i + 1)) is not None:
                     halves = plan.get("reduce") is True and known < 2
@@ -189,7 +192,7 @@ def _edge(kinds: Sized) -> int:
     return len(kinds) + 1
 
 
-def _wiring(axes: Any, cell: Cell, looks: dict[str, tuple[str, float]], slots: int, names: bool) -> None:
+def _wiring(axes: "Axes", cell: Cell, looks: dict[str, tuple[str, float]], slots: int, names: bool) -> None:
     """Draw one cell: rows are values, columns are places of operations, grouped by node and then by source."""
     inputs, kinds = len(cell["inputs"]), list(looks)
     many = len(cell["nodes"]) + inputs
@@ -205,8 +208,7 @@ def _wiring(axes: Any, cell: Cell, looks: dict[str, tuple[str, float]], slots: i
             x = start + _edge(kinds) * op["source"] + kinds.index(op["kind"]) + 0.5
             lines.setdefault(op["kind"], []).append((x, op["source"], i + inputs))
             if names:
-                style = {"ha": "center", "va": "bottom", "color": palette.MUTED, "fontsize": 8.5}
-                axes.text(x, -0.6, op["kind"], rotation=90, **style)
+                axes.text(x, -0.6, op["kind"], rotation=90, ha="center", va="bottom", color=palette.MUTED, fontsize=8.5)
         start += _edge(kinds) * (i + inputs)
         if i + 1 < len(cell["nodes"]):
             axes.plot(

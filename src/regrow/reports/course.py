@@ -7,7 +7,7 @@ from typing import Any
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend, steps
-from regrow.reports.reading import RunRecord, mapping, number, size, text
+from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, size, text
 
 Run = dict[str, Any]
 Panel = tuple[str, list[list[float | None]]]
@@ -37,29 +37,29 @@ def course(folder: RunRecord) -> dict[str, Any] | None:
     """
     if folder.run.get("verb") != "learn":
         return None
-    lines: dict[str, list[dict[str, Any]]] = {}
+    lines: dict[str, list[JsonObject]] = {}
     for line in folder.metrics:
         lines.setdefault(text(line.get("what")), []).append(line)
-    records_by_task: dict[int, dict[str, Any]] = {}
+    records_by_task: dict[int, JsonObject] = {}
     for line in lines.get("task", []):
         if (i := size(line.get("task"), MAX_TASKS - 1)) is not None:
             records_by_task[i] = line
     last = mapping((lines.get("matrix") or [{}])[-1])
-    rows = dict(enumerate(_shares(row) for row in _list(last.get("matrix"))))
+    rows = dict(enumerate(_shares(row) for row in items(last.get("matrix"), MAX_TASKS)))
     whole = max(records_by_task, default=-1) < len(
         rows
     )  # further tasks may be under way: their matrix is still to come
     rows = {i: _shares(line.get("accuracy")) for i, line in records_by_task.items()} | rows
     count = next(i for i in range(MAX_TASKS + 1) if not rows.get(i))
     records = [mapping(records_by_task.get(i)) for i in range(count)]
-    names = [text(name, 60) for name in _list(last.get("tasks"))]
+    names = [text(name, 60) for name in items(last.get("tasks"), MAX_TASKS)]
     names += [text(record.get("name"), 60) for record in records[len(names) :]]
     known = max((len(rows[i]) for i in range(count)), default=0)
     return {
         "tasks": [name or f"task {i + 1}" for i, name in enumerate(names + [""] * (known - len(names)))],
         "rows": [rows[i] for i in range(count)],
         "before": _shares(last.get("before")),
-        "gone": [text(name, 60) for name in _list(mapping((lines.get("gone") or [{}])[-1]).get("tasks"))],
+        "gone": [text(name, 60) for name in items(mapping((lines.get("gone") or [{}])[-1]).get("tasks"), MAX_TASKS)],
         "figures": {name: number(last.get(name), -1, 1) if whole else None for name in _FIGURES},
         "sizes": [
             {name: size(record.get(name)) for name in ("parameters", "nonzero", "macs", "remembered")}
@@ -292,7 +292,7 @@ def _named(found: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
     return list(zip(found["tasks"], found["rows"], strict=False))
 
 
-def _event(line: dict[str, Any]) -> dict[str, Any]:
+def _event(line: JsonObject) -> dict[str, Any]:
     """Return the data of one growth for the page; task and epoch are counted from 1."""
     sides = {side: _shares(line.get(f"accuracy_{side}")) for side in ("before", "after")}
     known = {side: [v for v in values if v is not None] for side, values in sides.items()}
@@ -316,7 +316,7 @@ def _recovery(steps: int | None, watched: int | None) -> str:
     return f"not in {q.count(watched)}" if watched else q.NONE
 
 
-def _over(records: Sequence[dict[str, Any]], what: str) -> dict[str, list[float | None]]:
+def _over(records: Sequence[JsonObject], what: str) -> dict[str, list[float | None]]:
     """Return name → its value in each record, ``None`` where a record does not have it."""
     names = dict.fromkeys(key for record in records for key, _ in _entries(record.get(what)))
     return {
@@ -325,13 +325,9 @@ def _over(records: Sequence[dict[str, Any]], what: str) -> dict[str, list[float 
     }
 
 
-def _entries(value: Any) -> list[tuple[str, Any]]:
+def _entries(value: object) -> list[tuple[str, object]]:
     return list(mapping(value).items())[:MAX_NAMES]
 
 
-def _shares(value: Any) -> list[float | None]:
-    return [number(v, 0, 1) for v in _list(value)]
-
-
-def _list(value: Any) -> list[Any]:
-    return value[:MAX_TASKS] if isinstance(value, list) else []
+def _shares(value: object) -> list[float | None]:
+    return [number(v, 0, 1) for v in items(value, MAX_TASKS)]

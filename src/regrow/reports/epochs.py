@@ -1,7 +1,8 @@
 """Figures of a search over its epochs, granularities and stages."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from regrow.reports import palette
@@ -10,7 +11,8 @@ from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend, s
 from regrow.reports.fronts import against
 
 Run = dict[str, Any]
-Panel = tuple[str, Sequence[tuple[str, str, str]], Any, float | None]
+Format = Callable[[float | None], str]
+Panel = tuple[str, Sequence[tuple[str, str, str]], Format, float | None]
 """A heading, its lines (field of an epoch, name, colour), the number format, and the top of the scale."""
 
 LEVELS = (("operations", palette.ACCENT), ("filters", palette.COOL), ("weights", palette.WARM))
@@ -128,9 +130,7 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
             known = [row[field] for row in rows for field, _, _ in lines if row[field] is not None]
             axes.set_ylim(0, 1.06 * (most or max(known) or 1))
             axes.locator_params(axis="y", nbins=5)
-            axes.yaxis.set_major_formatter(
-                lambda value, _, unit=unit: q.count(value) if unit is q.count else f"{100 * value:.3g}{q.SPACE}%"
-            )
+            axes.yaxis.set_major_formatter(partial(_tick, unit))
             axes.grid(axis="y", color=palette.LINE, linewidth=1)
             axes.set_axisbelow(True)
             for at in begins:
@@ -185,6 +185,11 @@ def _bars(
             canvas.text(canvas.width, top + (i + 0.5) * step, words, ha="right", color=palette.MUTED)
 
     return draw(name, title, description, paint)
+
+
+def _tick(unit: Format, value: float, place: int) -> str:
+    """Format a tick of the vertical axis, as matplotlib calls it."""
+    return q.count(value) if unit is q.count else f"{100 * value:.3g}{q.SPACE}%"
 
 
 def _ends(rows: Sequence[dict[str, Any]]) -> list[int]:

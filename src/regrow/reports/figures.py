@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, columns, depth_axis, draw, legend, log_axis, log_ticks
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Run = dict[str, Any]
 MAX_ROWS = 40
@@ -79,7 +82,7 @@ def widths(run: Run) -> Drawing | None:
         f"{kind['kind']}: {kind['before']:,} units before, {kind['after']:,} after" for kind in kinds
     )
 
-    def panel(axes: Any, kind: dict[str, Any]) -> None:
+    def panel(axes: "Axes", kind: dict[str, Any]) -> None:
         depth = [row["depth"] for row in kind["rows"]]
         before, after = ([row[side] for row in kind["rows"]] for side in ("before", "after"))
         columns(axes, depth, [0] * len(depth), before, color=palette.FAINT)
@@ -115,7 +118,7 @@ def spectra(run: Run) -> Drawing | None:
         for kind in kinds
     )
 
-    def panel(axes: Any, kind: dict[str, Any]) -> None:
+    def panel(axes: "Axes", kind: dict[str, Any]) -> None:
         depth = [row["depth"] for row in kind["rows"]]
         positive = [v for row in kind["rows"] for v in row["quantiles"] if v > 0]
         logarithmic = bool(positive) and min(v for row in kind["rows"] for v in row["quantiles"]) >= 0
@@ -177,8 +180,7 @@ def cost(run: Run) -> Drawing | None:
             top = i * step + 12
             figures = f"{unit(a)} → {unit(b)}, {q.percent(b / a)}"
             canvas.text(0, top, words)
-            where = {"x": 0, "y": top + 19} if canvas.narrow else {"x": canvas.width, "y": top, "ha": "right"}
-            canvas.text(words=figures, color=palette.MUTED, **where)
+            canvas.note(figures, top + 19 if canvas.narrow else top)
             axes = canvas.panel(top + (33 if canvas.narrow else 14), 12)
             axes.set_axis_off()
             axes.set_xlim(0, max(a, b))
@@ -214,7 +216,7 @@ def times(run: Run) -> Drawing | None:
     return draw("fig-times", "Time spent per stage", description, paint)
 
 
-def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:
+def _dumbbell(axes: "Axes", row: dict[str, Any], y: float) -> None:
     sides = {side: row[side] for side in ("before", "after") if (row[side] or {}).get("ppl")}
     points = [side["ppl"] for side in sides.values()]
     axes.plot(points, [y] * len(points), color=palette.FAINT, linewidth=1.6, zorder=2)
@@ -240,7 +242,7 @@ def _dumbbell(axes: Any, row: dict[str, Any], y: float) -> None:
 def _stack(
     kinds: Sequence[dict[str, Any]],
     height: int,
-    panel: Callable[[Any, dict[str, Any]], None],
+    panel: Callable[["Axes", dict[str, Any]], None],
     heading: Callable[[dict[str, Any]], str],
     entries: Sequence[Entry],
 ) -> Callable[[Canvas], None]:
@@ -254,8 +256,7 @@ def _stack(
         for i, kind in enumerate(kinds):
             top = 28 + i * step
             canvas.text(0, top + 20, _cut(kind["kind"], 44 if canvas.narrow else 60))
-            where = {"x": 0, "y": top + 40} if canvas.narrow else {"x": canvas.width, "y": top + 20, "ha": "right"}
-            canvas.text(words=heading(kind), color=palette.MUTED, fontsize=SMALL, **where)
+            canvas.note(heading(kind), top + 40 if canvas.narrow else top + 20, SMALL)
             axes = canvas.panel(top + head, height, left=58, right=2)
             panel(axes, kind)
             depth = [row["depth"] for row in kind["rows"]]

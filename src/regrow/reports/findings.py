@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from regrow.reports.reading import RunRecord, mapping, number, objects, size, text
+from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, objects, size, text
 from regrow.reports.widths import block_of, group_rows, kind_of
 
 MAX_ROWS = 1000
@@ -42,7 +42,7 @@ def findings(folder: RunRecord) -> Row | None:
     robust = mapping(data.get("robust_among_cut"))
     return {
         "method": text(data.get("method"), 40),
-        "sources": [name for source in _list(data.get("sources")) if (name := text(source, 60))],
+        "sources": [name for source in items(data.get("sources")) if (name := text(source, 60))],
         "spectrum": group_rows([space for space in spaces if not space["pooled"]]),
         "tested": _tested(spaces),
         "modules": group_rows(_axes(modules)),
@@ -55,11 +55,11 @@ def findings(folder: RunRecord) -> Row | None:
         "history": history,
         "best": next(iter(chosen or sorted(history, key=lambda row: row["held_out"])), None),
         "robust": {"base": _share(robust.get("base")), "cut": _share(robust.get("gprune"))},
-        "notes": [line for note in _list(data.get("notes")) if (line := text(note, 1000))],
+        "notes": [line for note in items(data.get("notes")) if (line := text(note, 1000))],
     }
 
 
-def _table(folder: RunRecord, name: str, read: Callable[[Row], Row | None]) -> list[Row]:
+def _table(folder: RunRecord, name: str, read: Callable[[JsonObject], Row | None]) -> list[Row]:
     """Return the valid rows of a table; rows that are left out are recorded as a problem."""
     given = folder.findings.get(name, [])
     rows = [row for item in objects(given)[:MAX_ROWS] if (row := read(item))]
@@ -68,7 +68,7 @@ def _table(folder: RunRecord, name: str, read: Callable[[Row], Row | None]) -> l
     return rows
 
 
-def _space(item: Row) -> Row | None:
+def _space(item: JsonObject) -> Row | None:
     """Return a row of the spectrum; spaces of several axes are called "30 × label"."""
     key, units = text(item.get("space"), 300), size(item.get("units"), 10**9)
     shares = {name: _share(item.get(name)) for name in _SHARES}
@@ -80,7 +80,7 @@ def _space(item: Row) -> Row | None:
     return place | {"axes": int(pooled[1]) if pooled else 1, "units": units} | shares | correlations
 
 
-def _module(item: Row) -> Row | None:
+def _module(item: JsonObject) -> Row | None:
     """Return a row of modules, named "axis cell", "axis and 29 more cell", or "axis" if every axis is one module."""
     name, space, units = text(item.get("name"), 400), text(item.get("space"), 300), size(item.get("units"), 10**9)
     shares = {part: _share(item.get(part)) for part in _CUT}
@@ -102,7 +102,7 @@ def _module(item: Row) -> Row | None:
     } | shares
 
 
-def _judged(item: Row) -> Row | None:
+def _judged(item: JsonObject) -> Row | None:
     step, loss = size(item.get("step"), 10**9), _loss(item.get("held_out"))
     return None if step is None or loss is None else {"step": step, "held_out": loss}
 
@@ -158,13 +158,9 @@ def _order(cell: str) -> tuple[int, int, str]:
     return GRID.index(cell) if cell in GRID else len(GRID), int(digits.group()[:9]) if digits else 0, cell
 
 
-def _share(value: Any) -> float | None:
+def _share(value: object) -> float | None:
     return number(value, 0, 1.001)
 
 
-def _loss(value: Any) -> float | None:
+def _loss(value: object) -> float | None:
     return number(value, 0, 1e9)
-
-
-def _list(value: Any) -> list[Any]:
-    return value[:100] if isinstance(value, list) else []

@@ -5,7 +5,6 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from regrow.errors import InputError, ResourceError
 from regrow.limits import check_regular
@@ -44,6 +43,9 @@ ABSENT_SEARCHING = {
     "shapes.json": "the final network",
 }
 
+JsonObject = dict[str, object]
+"""A JSON object of a file, whose values may be of any type."""
+
 _CONTROL = re.compile(
     r"[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff\ufffe\uffff]+"
 )
@@ -71,13 +73,13 @@ class RunRecord:
     """
 
     path: Path
-    run: dict[str, Any]
-    plans: list[dict[str, Any]] = field(default_factory=list)
-    axes: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    scores: dict[str, Any] = field(default_factory=dict)
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    findings: dict[str, Any] = field(default_factory=dict)
-    origin: dict[str, Any] = field(default_factory=dict)
+    run: JsonObject
+    plans: list[JsonObject] = field(default_factory=list)
+    axes: dict[str, list[JsonObject]] = field(default_factory=dict)
+    scores: JsonObject = field(default_factory=dict)
+    metrics: list[JsonObject] = field(default_factory=list)
+    findings: JsonObject = field(default_factory=dict)
+    origin: JsonObject = field(default_factory=dict)
     missing: list[dict[str, str]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -135,7 +137,7 @@ def read_run(path: Path) -> RunRecord:
     return folder
 
 
-def _plans(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _plans(path: Path, problems: list[str]) -> list[JsonObject]:
     """Return the plans of a ledger, with ranges of units expanded."""
     ledger = _object(path, problems)
     if ledger and ledger.get("format") not in LEDGER_FORMATS:
@@ -151,7 +153,7 @@ def _plans(path: Path, problems: list[str]) -> list[dict[str, Any]]:
         return []
 
 
-def objects(value: object) -> list[dict[str, Any]]:
+def objects(value: object) -> list[JsonObject]:
     """Return the objects of a JSON list, at most ``MAX_ITEMS``; empty if the value is not a list.
 
     Args:
@@ -160,10 +162,23 @@ def objects(value: object) -> list[dict[str, Any]]:
     >>> objects([{"a": 1}, 2, None]), objects("abc")
     ([{'a': 1}], [])
     """
-    return [item for item in value[:MAX_ITEMS] if isinstance(item, dict)] if isinstance(value, list) else []
+    return [item for item in items(value, MAX_ITEMS) if isinstance(item, dict)]
 
 
-def mapping(value: object) -> dict[str, Any]:
+def items(value: object, most: int = 100) -> list[object]:
+    """Return the first values of a JSON list; empty if the value is not a list.
+
+    Args:
+        value: The JSON value.
+        most: The largest number of values.
+
+    >>> items([1, "a", None], 2), items("abc")
+    ([1, 'a'], [])
+    """
+    return value[:most] if isinstance(value, list) else []
+
+
+def mapping(value: object) -> JsonObject:
     """Return the value if it is a JSON object, with at most ``MAX_ITEMS`` entries; else an empty one.
 
     Args:
@@ -228,7 +243,7 @@ def text(value: object, limit: int = 120) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _object(path: Path, problems: list[str], kind: type[Any] | None = None) -> dict[str, Any]:
+def _object(path: Path, problems: list[str], kind: type[object] | None = None) -> JsonObject:
     """Return the JSON object in a file; the first field that does not fit its schema is recorded as a problem."""
     if not path.is_file():
         return {}
@@ -245,7 +260,7 @@ def _object(path: Path, problems: list[str], kind: type[Any] | None = None) -> d
     return data
 
 
-def _json(path: Path, problems: list[str]) -> Any:
+def _json(path: Path, problems: list[str]) -> object:
     raw = _content(path, problems)
     try:
         return None if raw is None else json.loads(raw)
@@ -254,9 +269,9 @@ def _json(path: Path, problems: list[str]) -> Any:
         return None
 
 
-def _lines(path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _lines(path: Path, problems: list[str]) -> list[JsonObject]:
     raw = _content(path, problems) if path.is_file() else None
-    rows: list[dict[str, Any]] = []
+    rows: list[JsonObject] = []
     unread = 0
     for line in (raw or "").split("\n")[: 5 * MAX_ITEMS]:
         if not line.strip():

@@ -6,10 +6,10 @@ from typing import Any
 from regrow.amounts import parse_bytes
 from regrow.reports import blocks, cells, topology
 from regrow.reports import quantities as q
-from regrow.reports.reading import RunRecord, mapping, number, size, text
+from regrow.reports.reading import MAX_ITEMS, JsonObject, RunRecord, items, mapping, number, size, text
 
 Run = dict[str, Any]
-Lines = dict[str, list[dict[str, Any]]]
+Lines = dict[str, list[JsonObject]]
 
 LEVELS = ("operations", "filters", "weights")
 MAX_EPOCHS = 5_000
@@ -270,7 +270,7 @@ def _memory(found: dict[str, Any]) -> str:
     return f"The memory budget of {q.octets(budget)} was exceeded: {', '.join(peaks)}." if peaks else ""
 
 
-def _epochs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _epochs(lines: list[JsonObject]) -> list[dict[str, Any]]:
     """Return one entry per epoch; of an epoch that was run twice, the last."""
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
@@ -282,7 +282,7 @@ def _epochs(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[epoch] for epoch in sorted(rows)]
 
 
-def _front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _front(lines: list[JsonObject]) -> list[dict[str, Any]]:
     """Return one entry per network, smallest last; of a network that was written twice, the last."""
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
@@ -292,21 +292,20 @@ def _front(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[epoch] for epoch in sorted(rows)]
 
 
-def _commit(line: dict[str, Any]) -> dict[str, Any]:
+def _commit(line: JsonObject) -> dict[str, Any]:
     """Return the data of one change of the network for the page; ``epoch`` is the one before it."""
 
     def units(name: str) -> int:
         return sum(n for value in mapping(line.get(name)).values() if (n := size(value)))
 
     def mean(name: str) -> float | None:
-        values = line[name] if isinstance(line.get(name), list) else []
-        known = [v for value in values[:MAX_STAGES] if (v := number(value, 0, 1)) is not None]
+        known = [v for value in items(line.get(name), MAX_STAGES) if (v := number(value, 0, 1)) is not None]
         return sum(known) / len(known) if known else None
 
     return {
         "epoch": size(line.get("epoch"), MAX_EPOCHS),
-        "dropped": len(line["dropped"]) if isinstance(line.get("dropped"), list) else 0,
-        "back": len(line["back"]) if isinstance(line.get("back"), list) else 0,
+        "dropped": len(items(line.get("dropped"), MAX_ITEMS)),
+        "back": len(items(line.get("back"), MAX_ITEMS)),
         "cut": units("cut"),
         "grown": units("grown") + units("restored"),
         "stood": line.get("stood") is True,
@@ -317,9 +316,9 @@ def _commit(line: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _stages(planned: dict[str, Any], measured: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _stages(planned: JsonObject, measured: list[JsonObject]) -> list[dict[str, Any]]:
     """Return the memory of each stage in bytes, and the last cell that it runs, counted from 1."""
-    ends, peaks = (planned[k][:MAX_STAGES] if isinstance(planned.get(k), list) else [] for k in ("ends", "peaks"))
+    ends, peaks = (items(planned.get(name), MAX_STAGES) for name in ("ends", "peaks"))
     rows = {
         i: {"stage": i, "last": None if (last := size(end)) is None else last + 1, "planned": size(peak)}
         for i, (end, peak) in enumerate(zip(ends, peaks, strict=False))
@@ -332,7 +331,7 @@ def _stages(planned: dict[str, Any], measured: list[dict[str, Any]]) -> list[dic
     return [none | rows[stage] for stage in sorted(rows)]
 
 
-def _budget(asked: Any) -> int | None:
+def _budget(asked: object) -> int | None:
     try:
         return size(parse_bytes(text(asked, 40)))
     except ValueError:

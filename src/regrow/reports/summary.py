@@ -6,7 +6,18 @@ from typing import Any
 
 from regrow.reports.course import course
 from regrow.reports.findings import findings
-from regrow.reports.reading import ReportError, RunRecord, mapping, number, objects, read_run, size, text
+from regrow.reports.reading import (
+    JsonObject,
+    ReportError,
+    RunRecord,
+    items,
+    mapping,
+    number,
+    objects,
+    read_run,
+    size,
+    text,
+)
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 
@@ -46,7 +57,7 @@ def summarise(folders: list[Path]) -> dict[str, Any]:
 def _run(folder: RunRecord) -> dict[str, Any]:
     run, settings = folder.run, mapping(folder.run.get("settings"))
     kinds, frozen = widths(folder)
-    metrics: dict[str, list[dict[str, Any]]] = {}
+    metrics: dict[str, list[JsonObject]] = {}
     for row in folder.metrics:
         metrics.setdefault(text(row.get("what")), []).append(row)
     sources = _sources(run, settings)
@@ -75,7 +86,7 @@ def _run(folder: RunRecord) -> dict[str, Any]:
             for stage, value in list(mapping(run.get("seconds")).items())[:40]
             if (seconds := number(value, 0, 1e10)) is not None
         ],
-        "notes": [line for note in _list(run.get("notes")) if (line := text(note, 1000))],
+        "notes": [line for note in items(run.get("notes")) if (line := text(note, 1000))],
         "perplexity": perplexity,
         "means": {
             "seen": _mean([row for row in perplexity if row["seen"]]),
@@ -97,7 +108,7 @@ def _run(folder: RunRecord) -> dict[str, Any]:
     }
 
 
-def _perplexity(metrics: dict[str, list[dict[str, Any]]], sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _perplexity(metrics: dict[str, list[JsonObject]], sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return one row per text domain: perplexity before and after, and their ratio.
 
     If a recovery followed a cut, ``after`` is the perplexity after the recovery, and ``cut`` that after the cut.
@@ -123,7 +134,7 @@ def _perplexity(metrics: dict[str, list[dict[str, Any]]], sources: list[dict[str
     return list(rows.values())
 
 
-def _measured(line: dict[str, Any]) -> dict[str, Any]:
+def _measured(line: JsonObject) -> dict[str, Any]:
     """Return one perplexity, with the 95 % interval of its mean negative log-likelihood."""
     ppl, se = number(line.get("ppl"), 1e-3), number(line.get("se"), 0, 60)
     spread = math.exp(min(1.96 * se, 60)) if se is not None else None
@@ -159,7 +170,7 @@ def _mean(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     return {"count": len(after), "before": None, "cut": None, "after": math.exp(sum(after) / len(after)), "ratio": None}
 
 
-def _choice(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _choice(lines: list[JsonObject]) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for line in lines:
         task, side = text(line.get("task"), 60), _MODELS.get(text(line.get("model")))
@@ -170,7 +181,7 @@ def _choice(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _sides(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, dict[str, Any] | None]:
+def _sides(lines: list[JsonObject], names: tuple[str, ...]) -> dict[str, dict[str, Any] | None]:
     sides: dict[str, dict[str, Any] | None] = {"before": None, "after": None}
     for line in lines:
         if side := _MODELS.get(text(line.get("model"))):
@@ -178,7 +189,7 @@ def _sides(lines: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, dic
     return sides
 
 
-def _budget(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _budget(lines: list[JsonObject]) -> dict[str, Any] | None:
     """Return the quantity that a target counts: requested, before, after, and predicted (time only)."""
     line = lines[-1] if lines else {}
     result: dict[str, Any] = {name: number(line.get(name), 0) for name in ("asked", "before", "after", "predicted")}
@@ -187,7 +198,7 @@ def _budget(lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     return result | {"measure": text(line.get("measure"), 20), "context": size(line.get("context")) or 0}
 
 
-def _verify(line: dict[str, Any]) -> dict[str, Any]:
+def _verify(line: JsonObject) -> dict[str, Any]:
     difference, bound = number(line.get("max_abs_diff"), 0), number(line.get("bound"), 0)
     return {
         "max_abs_diff": difference,
@@ -198,7 +209,7 @@ def _verify(line: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _sources(run: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, Any]]:
+def _sources(run: JsonObject, settings: JsonObject) -> list[dict[str, Any]]:
     return [
         {
             "name": name,
@@ -211,18 +222,14 @@ def _sources(run: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, An
     ]
 
 
-def _pairs(values: dict[str, Any], skip: tuple[str, ...] = ()) -> list[dict[str, str]]:
+def _pairs(values: JsonObject, skip: tuple[str, ...] = ()) -> list[dict[str, str]]:
     """Return settings as names and words, without empty ones."""
     pairs = []
     for name, value in list(values.items())[:60]:
-        parts = [text(part, 80) for part in value[:20]] if isinstance(value, list) else [text(value, 300)]
+        parts = [text(part, 80) for part in items(value, 20)] if isinstance(value, list) else [text(value, 300)]
         if name not in skip and any(parts):
             pairs.append({"name": text(name, 40), "value": ", ".join(part for part in parts if part)})
     return pairs
-
-
-def _list(value: Any) -> list[Any]:
-    return value[:100] if isinstance(value, list) else []
 
 
 def _short(model: str) -> str:

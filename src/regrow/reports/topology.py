@@ -3,7 +3,7 @@
 from typing import Any
 
 from regrow.reports.cells import Cell
-from regrow.reports.reading import mapping, size
+from regrow.reports.reading import JsonObject, mapping, size
 
 NAMES = {
     "none": "none",
@@ -18,7 +18,7 @@ EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """The edges (source node, target node), in the order of NAS-Bench-201's notation."""
 
 
-def topology(origin: dict[str, Any]) -> list[Cell]:
+def topology(origin: JsonObject) -> list[Cell]:
     """Return the cell that the network repeats, as :func:`regrow.reports.cells.cells` does; empty for other networks.
 
     Args:

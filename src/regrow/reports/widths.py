@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from regrow.reports.reading import RunRecord, mapping, number, objects, size, text
+from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, objects, size, text
 
 QUANTILES = 21
 
@@ -56,7 +56,7 @@ def scores(folder: RunRecord, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
     for row, kind in ((row, group["kind"]) for group in kinds for row in group["rows"]):
         entry = mapping(axes.get(row["key"]))
         quantiles = entry.get("quantiles")
-        levels = [number(q) for q in quantiles[: 2 * QUANTILES]] if isinstance(quantiles, list) else []
+        levels = [number(q) for q in items(quantiles, 2 * QUANTILES)]
         bounds = {name: number(entry.get(name)) for name in ("kept_min", "dropped_max")}
         if len(levels) == QUANTILES and None not in levels and levels == sorted(levels, key=lambda q: q or 0.0):
             found.append(row | {"kind": kind, "quantiles": levels} | bounds)
@@ -77,7 +77,7 @@ def scores(folder: RunRecord, kinds: list[dict[str, Any]]) -> dict[str, Any] | N
     return {"metric": text(folder.scores.get("metric")), "kinds": group_rows(found), "massive": massive}
 
 
-def kind_of(axis: dict[str, Any], key: str) -> str:
+def kind_of(axis: JsonObject, key: str) -> str:
     """Return the name that axes of one kind share in all blocks: the label, or the key with ``*`` for block numbers.
 
     Args:
@@ -87,7 +87,7 @@ def kind_of(axis: dict[str, Any], key: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", text(axis.get("label"), 60) or text(key, 60))
 
 
-def block_of(axis: dict[str, Any], key: str) -> str:
+def block_of(axis: JsonObject, key: str) -> str:
     """Return the block of an axis: the recorded one, or else the key up to its first number.
 
     Args:
@@ -123,7 +123,7 @@ def group_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return kinds
 
 
-def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int]]:
+def _planned(plans: list[JsonObject]) -> tuple[dict[str, int], dict[str, int]]:
     """Return axis key → size before the first plan, and after the last plan, that changes it."""
     first: dict[str, int] = {}
     last: dict[str, int] = {}
@@ -137,7 +137,7 @@ def _planned(plans: list[dict[str, Any]]) -> tuple[dict[str, int], dict[str, int
     return first, last
 
 
-def _survivors(plans: list[dict[str, Any]]) -> dict[str, set[int]]:
+def _survivors(plans: list[JsonObject]) -> dict[str, set[int]]:
     """Return axis key → the ids of the units that every plan kept, or that were restored with their weights."""
     left: dict[str, set[int]] = {}
     for plan in plans:
