@@ -4,8 +4,10 @@ import contextlib
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +43,14 @@ TARGETS = {"params": 1500.0, "nonzero": 1200.0}
 
 def make_network() -> tuple[Cells, AxisGraph, Task]:
     """The space as a network with fixed random weights, its axes, and a task of noisy patterns."""
+    axes = replace(_trace_space(), network=uuid4().hex)  # as if it were traced anew
     torch.manual_seed(0)
-    model = Cells(SPACE)
-    return model, trace(model, torch.zeros(2, 1, SIDE, SIDE)), make_tasks(1, SIDE)[0]
+    return Cells(SPACE), axes, make_tasks(1, SIDE)[0]
+
+
+@cache
+def _trace_space() -> AxisGraph:
+    return trace(Cells(SPACE), torch.zeros(2, 1, SIDE, SIDE))
 
 
 def _make(method: MethodEntry, settings: Mapping[str, Any]) -> Search:
