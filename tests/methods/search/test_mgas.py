@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -62,12 +63,18 @@ def task():
 
 @pytest.fixture(scope="module")
 def axes():
-    return trace(Cells(CONFIG), torch.zeros(2, 1, 8, 8))
+    return axes_of(network)
 
 
 def network():
     torch.manual_seed(0)
     return Cells(CONFIG)
+
+
+@cache
+def axes_of(build):
+    """The axes of the networks that a function builds, which are all alike."""
+    return trace(build(), torch.zeros(2, 1, 8, 8))
 
 
 def search_with(**more):
@@ -318,10 +325,17 @@ def test_thresholds_of_filters_learn_slower_where_operations_are_searched(task, 
     assert ops == weights == (2 if slow else 1) * filters > 0
 
 
-def ending_with_one():
+def bench201_network():
     torch.manual_seed(0)
-    net = Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1))
-    return net, trace(net, torch.zeros(2, 1, 8, 8))
+    return Bench201(bench201.supernet((1, 8, 8), 10, width=4, cells=1))
+
+
+def ending_with_one():
+    return bench201_network(), axes_of(bench201_network)
+
+
+def ending_with_several():
+    return network(), axes_of(network)
 
 
 def of_ones_own():
@@ -336,7 +350,7 @@ def test_thresholds_of_filters_learn_at_the_full_rate_where_no_node_may_keep_sev
     assert filters.lr == ops.lr
 
 
-@pytest.mark.parametrize("begun", [ending_with_one, lambda: (network(), trace(network(), torch.zeros(2, 1, 8, 8)))])
+@pytest.mark.parametrize("begun", [ending_with_one, ending_with_several])
 @pytest.mark.slow
 def test_nodes_are_thinned_unless_they_end_with_one_operation(task, begun):
     def loss(**more):
