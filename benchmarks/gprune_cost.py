@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from regrow import trace
+from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, collect_evidence
 from regrow.data import Half, text, windows
-from regrow.method import Budget
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions

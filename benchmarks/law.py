@@ -21,9 +21,9 @@ from torch import nn
 
 from regrow import Plan, trace, verify
 from regrow.axes import Axis, AxisGraph
+from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner, collect_evidence
 from regrow.data import Half, text, windows
-from regrow.method import Budget
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.store.versions import versions

@@ -36,10 +36,11 @@ import torch
 from rows import add, rows
 
 from regrow import apply, trace
+from regrow.budget import Budget
 from regrow.commands import pruning as prune
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import choices, items_in, perplexity
-from regrow.method import Budget, Evidence, Need
+from regrow.evidence import Evidence, Need
 from regrow.methods.pruning import gprune
 from regrow.methods.pruning.gprune.masks import Comparison
 from regrow.methods.pruning.pruner import Pruner, PruningTask, Ranking, check_pruner, plan_cut

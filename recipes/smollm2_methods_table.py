@@ -26,9 +26,10 @@ import torch
 from rows import add, rows
 
 from regrow import apply, trace
+from regrow.budget import Budget
 from regrow.data import Half, corpora, text, windows
 from regrow.evaluation import perplexity
-from regrow.method import Budget, Evidence, Need
+from regrow.evidence import Evidence, Need
 from regrow.methods import METHODS
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load

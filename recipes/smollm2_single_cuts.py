@@ -20,10 +20,11 @@ from torch import nn
 
 from regrow import trace
 from regrow.axes import Axis
+from regrow.budget import Budget
 from regrow.commands.pruning import build_pruner
 from regrow.data import Half, text, windows
 from regrow.evaluation import perplexity
-from regrow.method import Budget, Evidence, Need
+from regrow.evidence import Evidence, Need
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.nets import load
 from regrow.scoring import collect, energy, massive, weights_of

@@ -14,8 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from regrow import Plan, apply, trace
+from regrow.budget import Budget
+from regrow.evidence import Evidence, Need
 from regrow.ledger import Ledger, replay
-from regrow.method import Budget, Evidence, Need
 from regrow.methods.pruning import flap
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.plan import PlanError

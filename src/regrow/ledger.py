@@ -24,11 +24,11 @@ from regrow.store.errors import StoreError, check_readable
 from regrow.store.intervals import expand_plans, shorten_plan
 from regrow.store.tensors import read_tensors, write_tensors
 from regrow.surgery import UndoStore, apply
+from regrow.surgery.undo_store import FORMAT as UNDO_FORMAT
 from regrow.tracing import with_branches
 
 FORMAT = "regrow-ledger/2"
 FORMATS = (FORMAT, "regrow-ledger/1")
-UNDO_FORMAT = "regrow-attic/1"
 _LONGEST = 2**30
 _HEAD, _TAIL = f'{{"format": "{FORMAT}", "plans": [\n', "\n]}\n"
 

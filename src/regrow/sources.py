@@ -141,7 +141,7 @@ def logits_in(answer: Any) -> Tensor:
     return result
 
 
-def asked(logits: Tensor, labels: Tensor | None) -> Tensor:
+def labelled_logits(logits: Tensor, labels: Tensor | None) -> Tensor:
     """Return the logits of the labelled positions, ``[positions, classes]``.
 
     Args:
@@ -149,7 +149,7 @@ def asked(logits: Tensor, labels: Tensor | None) -> Tensor:
         labels: Class per position, −100 where a position is ignored; ``None``: all positions are returned.
 
     >>> labels = torch.tensor([[0, -100]])
-    >>> asked(torch.zeros(1, 2, 5), labels).shape, asked(torch.zeros(1, 5, 2), labels).shape
+    >>> labelled_logits(torch.zeros(1, 2, 5), labels).shape, labelled_logits(torch.zeros(1, 5, 2), labels).shape
     (torch.Size([1, 5]), torch.Size([1, 5]))
     """
     if labels is not None and logits.shape[:-1] != labels.shape and logits.movedim(1, -1).shape[:-1] == labels.shape:

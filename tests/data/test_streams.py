@@ -22,6 +22,20 @@ from regrow.data.streams import (
 from regrow.tasks import Examples, Task
 
 
+@pytest.mark.parametrize("test", [0.1, 0.25, 0.4, 0.75])
+def test_any_fraction_of_the_digits_is_for_testing(test: float) -> None:
+    task = digits_task(test)
+    for label in range(10):
+        rest, held = (int((part.labels == label).sum()) for part in (task.train, task.test))
+        assert held / (rest + held) == pytest.approx(test, abs=1 / (rest + held))
+
+
+def test_a_fraction_that_leaves_no_image_is_refused() -> None:
+    for test in (0.0, 1.0):
+        with pytest.raises(ValueError, match="above 0 and below 1"):
+            digits_task(test)
+
+
 def test_permuted_tasks_hold_the_same_pixels_in_one_order_per_task() -> None:
     base = digits_task()
     first, second, third = permuted_tasks(base, 3, seed=1)

@@ -10,7 +10,7 @@ from regrow.allocation import BudgetError, Cost
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import collect_evidence
-from regrow.method import Evidence, Need
+from regrow.evidence import Evidence, Need
 from regrow.methods import METHODS, MethodKind, find_method
 from regrow.methods.pruning.pruner import check_pruner, plan_cut
 from regrow.plan import Plan

@@ -5,7 +5,7 @@ import torch
 
 from hand import lm, texts
 from regrow.axes import Axis
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.scores import Scores
 from regrow.scoring import METRICS, collect, percentile, weights_of
 from regrow.scoring.partition import LEAST, PARTITIONS, Modules, partition

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.axes import Axis, Role
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.scores import Moments, Statistics
 from regrow.scoring import collect
 from regrow.sources import Batch, Source

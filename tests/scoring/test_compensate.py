@@ -6,7 +6,7 @@ import torch
 from hand import conv, lm, stored, texts
 from regrow.budget import Budget
 from regrow.commands.pruning import measured
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import plan_cut
 from regrow.scoring import collect, means, uncompensated

@@ -8,7 +8,7 @@ from torch import nn
 
 import laws
 import regrow
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.scoring import collect, means, wanda_sp
 from regrow.scoring.weights import weights_of
 from regrow.sources import Batch, Source

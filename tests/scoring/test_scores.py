@@ -6,7 +6,7 @@ from torch import nn
 
 from hand import conv, graph, lm, mlp, slot, stored, texts, vectors
 from regrow.axes import Axis, AxisGraph, Role
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.scores import Scores, Statistics
 from regrow.scoring import collect, magnitude, normalise, over_sources, random, taylor, wanda_sp, weights_of, wifv
 from regrow.scoring.combine import standardise

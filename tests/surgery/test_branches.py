@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import laws
 from regrow.allocation.cost import Cost
+from regrow.amounts import Measure
 from regrow.axes import AxisGraph, Example
 from regrow.branches import Branch, Placeholder
-from regrow.method import Measure
 from regrow.plan import Plan, PlanError
 from regrow.surgery import UndoStore, apply, verify
 from regrow.tracing import trace, with_branches

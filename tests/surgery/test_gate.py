@@ -8,7 +8,8 @@ import torch
 import regrow
 from hand import lm
 from regrow.allocation import rank
-from regrow.method import Budget, Evidence, Need
+from regrow.budget import Budget
+from regrow.evidence import Evidence, Need
 from regrow.plan import Plan
 from regrow.scoring import collect, means, random
 from regrow.sources import Batch, Source

@@ -10,7 +10,7 @@ import laws
 from regrow import Plan, apply, trace, verify
 from regrow.allocation import rank
 from regrow.axes import Mark
-from regrow.method import Budget
+from regrow.budget import Budget
 from regrow.plan import PlanError
 from regrow.surgery.verify import RELATIVE_BOUND, distances
 from zoo import GROUPED, SMALL, randomise

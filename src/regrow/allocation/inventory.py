@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from regrow.allocation.cost import Cost
+from regrow.amounts import Measure
 from regrow.axes import Axis, AxisGraph
-from regrow.method import Measure
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from regrow.allocation.thresholds import keep_above
 from regrow.allocation.timed import Prices, above, count_macs
+from regrow.amounts import Measure
 from regrow.axes import AxisGraph, Role
-from regrow.method import Measure
 
 
 @dataclass(frozen=True)

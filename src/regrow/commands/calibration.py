@@ -6,7 +6,7 @@ from torch import nn
 
 from regrow.axes import AxisGraph
 from regrow.commands import pruning as prune
-from regrow.method import Evidence
+from regrow.evidence import Evidence
 from regrow.methods.pruning.pruner import Pruner
 from regrow.nets import Loaded
 from regrow.progress import Progress

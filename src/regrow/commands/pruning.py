@@ -11,7 +11,7 @@ from regrow.amounts import Measure
 from regrow.axes import AxisGraph
 from regrow.budget import Budget, Timing
 from regrow.commands.measuring import timed_input
-from regrow.method import Evidence, Need
+from regrow.evidence import Evidence, Need
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, check_pruner
 from regrow.progress import Progress, silent

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from regrow.axes import AxisGraph
-from regrow.method import Evidence
+from regrow.evidence import Evidence
 from regrow.nets import Loaded
 from regrow.plan import Plan
 from regrow.run_folder import RunFolder

@@ -3,7 +3,8 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from math import prod
+from fractions import Fraction
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
@@ -234,20 +235,24 @@ def digits_task(test: float = 0.25) -> Task:
     """Return the 1,797 digits of scikit-learn as a task; every fourth image of each class is for testing.
 
     Args:
-        test: The fraction of the images of each class that is for testing, as 1 / a whole number.
+        test: The fraction of the images of each class that is for testing, above 0 and below 1.
 
     Raises:
         SourceError: If scikit-learn is not installed.
+        ValueError: If the fraction is out of range.
     """
+    if not 0 < test < 1:
+        raise ValueError(f"test must be above 0 and below 1, got {test:g}; for example test=0.25")
     try:
         from sklearn.datasets import load_digits
     except ImportError:
         raise SourceError("digits need scikit-learn: pip install scikit-learn") from None
     data = load_digits()
     inputs, labels = torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target).long()
-    every, held = round(1 / test), torch.zeros(len(labels), dtype=torch.bool)
+    share, held = Fraction(test).limit_denominator(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
     for label in range(10):
-        held[(labels == label).nonzero()[::every, 0]] = True
+        own = (labels == label).nonzero()[:, 0]
+        held[own] = torch.tensor([ceil((i + 1) * share) > ceil(i * share) for i in range(len(own))])
     return Task("digits", Examples(inputs[~held], labels[~held]), Examples(inputs[held], labels[held]), (*range(10),))
 
 

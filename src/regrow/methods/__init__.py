@@ -50,18 +50,18 @@ class MethodEntry:
     citation: str
     about: str
 
-    def defaults(self, told: Collection[str]) -> dict[str, Any]:
-        """Return the default of every setting not in ``told``; a run records them, since another version may differ.
+    def defaults(self, given: Collection[str]) -> dict[str, Any]:
+        """Return the default of every setting not in ``given``; a run records them, since another version may differ.
 
         Args:
-            told: The names of the settings that the user gave.
+            given: The names of the settings that the user gave.
 
-        >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(told={"compensate"})
+        >>> find_method(MethodKind.PRUNING, "wanda_sp").defaults(given={"compensate"})
         {'allocation': 'uniform', 'minimum': 1}
         """
-        return {one.name: one.default for one in fields(self.settings) if one.name not in told}
+        return {one.name: one.default for one in fields(self.settings) if one.name not in given}
 
-    def made(self, name: str, settings: Mapping[str, Any], **inputs: Any) -> Any:
+    def made(self, name: str, settings: Mapping[str, object], **inputs: object) -> Any:
         """Build the method with the given settings, after checking their names and types.
 
         Args:
@@ -73,20 +73,20 @@ class MethodEntry:
             ValueError: If a setting is unknown, or is of another type than its default.
         """
         defaults = {field.name: field.default for field in fields(self.settings)}
-        given = dict(settings)
+        given: dict[str, Any] = dict(settings)
         for key, value in settings.items():
             if key not in defaults:
                 raise ValueError(f"{name} has no setting {key!r}; it has {', '.join(defaults) or 'none'}")
             if type(value) is int and type(defaults[key]) is float:
                 value = given[key] = float(value)
-            if type(value) in (str, list) and type(defaults[key]) is tuple:
+            if isinstance(value, str | list) and type(defaults[key]) is tuple:
                 value = given[key] = self._several(name, key, value)
             if type(value) is not type(defaults[key]):
                 kind = type(defaults[key]).__name__
                 raise ValueError(f"{name}: {key} is of type {kind}, like its default {defaults[key]!r}; got {value!r}")
         return self.build(self.settings(**given), **inputs)
 
-    def _several(self, name: str, key: str, value: str | list[Any]) -> tuple[Any, ...]:
+    def _several(self, name: str, key: str, value: str | list[object]) -> tuple[Any, ...]:
         """Return a setting of several values as a tuple of the right type; a string is split at commas."""
         parts = value.split(",") if isinstance(value, str) else value
         kind = get_args(get_type_hints(self.settings)[key])[0]
@@ -200,17 +200,17 @@ def added_methods() -> dict[str, MethodEntry]:
     methods = {}
     for point in entry_points(group=GROUP):
         try:
-            found = import_object(point.value)
+            value = import_object(point.value)
         except ValueError:
             continue
-        if isinstance(found, MethodEntry):
-            methods[point.name] = found
+        if isinstance(value, MethodEntry):
+            methods[point.name] = value
     return methods
 
 
-def _checked(kind: MethodKind | None, name: str, found: object) -> MethodEntry:
-    if not isinstance(found, MethodEntry):
-        raise ValueError(f"{name} is a {type(found).__name__}, not a regrow.methods.MethodEntry; name one")
-    if kind and found.kind != kind:
-        raise ValueError(f"{name} is a method of {found.kind}, and one of {kind} is needed; name one")
-    return found
+def _checked(kind: MethodKind | None, name: str, value: object) -> MethodEntry:
+    if not isinstance(value, MethodEntry):
+        raise ValueError(f"{name} is a {type(value).__name__}, not a regrow.methods.MethodEntry; name one")
+    if kind and value.kind != kind:
+        raise ValueError(f"{name} is a method of {value.kind}, and one of {kind} is needed; name one")
+    return value

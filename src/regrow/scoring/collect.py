@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from regrow.axes import Axis, AxisGraph
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.objectives import Objective, choose_objective
 from regrow.scores import Moments, Statistics
 from regrow.scoring.gradients import add_gradients

@@ -6,7 +6,7 @@ from typing import Protocol
 from torch import Tensor
 
 from regrow.axes import Axis, AxisGraph
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.scores import Scores, Statistics
 from regrow.scoring.activations import wanda_sp, wifv
 from regrow.scoring.gradients import taylor

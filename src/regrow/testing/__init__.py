@@ -5,14 +5,13 @@ broken. In a test suite of your own, parametrize over :data:`LAWS` and call each
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from regrow.methods import MethodEntry, MethodKind, find_method
 from regrow.testing import continual, pruning, recovery, search
 
 __all__ = ["LAWS", "check_method"]
 
-Law = Callable[[MethodEntry, Mapping[str, Any]], None]
+Law = Callable[[MethodEntry, Mapping[str, object]], None]
 """(method, its settings) → ``None``; raises ``AssertionError`` if the method breaks the law."""
 
 LAWS: Mapping[MethodKind, Mapping[str, Law]] = {
@@ -24,7 +23,7 @@ LAWS: Mapping[MethodKind, Mapping[str, Law]] = {
 """Kind of method → its laws by name."""
 
 
-def check_method(method: MethodEntry | str, settings: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+def check_method(method: MethodEntry | str, settings: Mapping[str, object] | None = None) -> tuple[str, ...]:
     """Run every law of a method's kind on the method, and return the laws' names.
 
     Args:

@@ -66,14 +66,14 @@ def make_network(tasks: list[Task]) -> tuple[nn.Module, AxisGraph]:
 
 
 def _fit(
-    method: MethodEntry, settings: Mapping[str, Any], tasks: list[Task], **more: Any
+    method: MethodEntry, settings: Mapping[str, object], tasks: list[Task], **more: Any
 ) -> tuple[Learner[Any], Fitted[Any]]:
     learner = method.made("the method", settings)
     model, axes = make_network(tasks)
     return learner, learn(model, axes, tasks, learner, more.pop("schedule", SCHEDULE), **more)
 
 
-def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the learner is a :class:`Learner`, and its state is a frozen dataclass.
 
     Args:
@@ -87,7 +87,7 @@ def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert frozen, f"the state is a {type(state).__name__}, not a frozen dataclass"
 
 
-def check_learning(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_learning(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the first task is learned to more than twice the accuracy of chance.
 
     Args:
@@ -99,7 +99,7 @@ def check_learning(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert accuracy > 2 / CLASSES, f"accuracy {accuracy:.2f} on the first task; chance is {1 / CLASSES:.2f}"
 
 
-def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: two runs with the same seed give the same weights, bit for bit.
 
     Args:
@@ -110,7 +110,7 @@ def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert_equal_tensors(first.state_dict(), second.state_dict(), "two runs with the same seed differ")
 
 
-def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: training that is stopped after any epoch and resumed from its checkpoint ends with the same bits.
 
     Args:
@@ -130,7 +130,7 @@ def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
 
 
 def _stop_and_read(
-    method: MethodEntry, settings: Mapping[str, Any], tasks: list[Task], stop: int
+    method: MethodEntry, settings: Mapping[str, object], tasks: list[Task], stop: int
 ) -> tuple[nn.Module, AxisGraph, TrainState[Any]]:
     """Train, stop at a checkpoint, and read it as a new process would."""
     with tempfile.TemporaryDirectory() as folder:
@@ -149,7 +149,7 @@ def _stop_and_read(
         return read_checkpoint(path, model, axes, method.made("the method", settings).state)
 
 
-def check_stored_state(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_stored_state(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: a state that is restored from its tensors and values equals the original.
 
     Args:
@@ -163,7 +163,7 @@ def check_stored_state(method: MethodEntry, settings: Mapping[str, Any]) -> None
     assert axis_tensors(restored).keys() == axis_tensors(state).keys(), "tensors are missing"
 
 
-def check_plans(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_plans(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the state follows plans of other origin that cut and widen the network, and training goes on.
 
     Args:
@@ -187,7 +187,7 @@ def check_plans(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert all(bool(p.isfinite().all()) for p in after.model.parameters()), "weights are not finite after a plan"
 
 
-def check_mixed_precision(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_mixed_precision(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: with losses computed in bfloat16, parameters and the learner's state stay in float32.
 
     Args:
@@ -200,7 +200,7 @@ def check_mixed_precision(method: MethodEntry, settings: Mapping[str, Any]) -> N
     assert torch.bfloat16 not in kinds, "a tensor of the state is in bfloat16"
 
 
-def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the network that is saved, without its learner, has the logits of the network that was evaluated.
 
     Args:
@@ -226,7 +226,7 @@ def assert_equal_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tenso
     assert not different, f"{where}: {', '.join(different)}"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
+LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
     "a learner and its state are frozen records": check_record,
     "the first task is learned": check_learning,
     "the same seed gives the same weights": check_seed,

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +63,7 @@ def make_sources() -> list[Source]:
 
 
 def make_plan(
-    method: MethodEntry, settings: Mapping[str, Any], model: nn.Module, axes: AxisGraph, keep: float = 0.5
+    method: MethodEntry, settings: Mapping[str, object], model: nn.Module, axes: AxisGraph, keep: float = 0.5
 ) -> Plan:
     """Return the method's plan for a network.
 
@@ -80,7 +79,7 @@ def make_plan(
     return plan_cut(pruner, model, axes, Budget(keep), evidence).plan
 
 
-def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the method is a :class:`Pruner`, and every setting is documented in the docstring of its settings.
 
     Args:
@@ -94,7 +93,7 @@ def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert not silent, f"settings without a sentence in the docstring of Settings: {', '.join(silent)}"
 
 
-def check_budget(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_budget(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: a budget is met within one unit, and never exceeded.
 
     Args:
@@ -115,7 +114,7 @@ def _largest_unit(cost: Cost, axes: AxisGraph) -> float:
     return max(cost.total - cost({**sizes, axis.key: axis.size - 1}) for axis in axes.units())
 
 
-def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the same seed gives the same plan, the plan survives JSON, and planning does not change the network.
 
     Args:
@@ -131,7 +130,7 @@ def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert not changed, f"planning changed {', '.join(changed)}"
 
 
-def check_cut(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_cut(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: the plan is valid, the cut network computes what the masked one does, and its outputs are finite.
 
     Args:
@@ -149,7 +148,7 @@ def check_cut(method: MethodEntry, settings: Mapping[str, Any]) -> None:
         assert bool(small(inputs).isfinite().all()), f"keep {keep:g}: the cut network gives numbers that are not finite"
 
 
-def check_scores(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_scores(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Every axis that may be cut is scored, one finite number per unit, also where two layers share a weight."""
     for tied in (False, True):
         model, axes = make_network(tied=tied)
@@ -163,7 +162,7 @@ def check_scores(method: MethodEntry, settings: Mapping[str, Any]) -> None:
             assert bool(own.isfinite().all()), f"{axis.key}: scores are not finite"
 
 
-def check_compensation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_compensation(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Compensation, if there is any, moves the network's outputs closer to those of the dense network."""
     model, axes = make_network()
     plan = make_plan(method, settings, model, axes)
@@ -179,7 +178,7 @@ def check_compensation(method: MethodEntry, settings: Mapping[str, Any]) -> None
     assert after < before, f"compensation moves the mean output from {before:.3g} to {after:.3g} of the dense one"
 
 
-def check_permutation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_permutation(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Law: permuting the units of a network permutes the plan.
 
     Args:
@@ -193,7 +192,7 @@ def check_permutation(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert sorted(order[unit] for unit in moved) == sorted(kept), "other units are kept of a permuted network"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
+LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
     "a pruner is a record of functions": check_record,
     "a budget is met within one unit": check_budget,
     "every axis is scored": check_scores,

@@ -5,7 +5,6 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -37,12 +36,12 @@ def _label(source: Source, dense: nn.Module) -> Source:
     return Source(source.name, batches)
 
 
-def _recover(method: MethodEntry, settings: Mapping[str, Any], task: RecoveryTask) -> nn.Module:
+def _recover(method: MethodEntry, settings: Mapping[str, object], task: RecoveryTask) -> nn.Module:
     method.made("the method", settings)(task)
     return task.model
 
 
-def check_shapes(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_shapes(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """The network keeps its shapes (biases may be added), its numbers stay finite, and the dense one stays as it is."""
     task = make_task()
     before = {name: tuple(p.shape) for name, p in task.model.named_parameters()}
@@ -58,7 +57,7 @@ def check_shapes(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert_equal_tensors(dense, task.dense.state_dict(), "the dense network was changed")
 
 
-def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_seed(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """The same seed gives the same weights, bit for bit, and a cut network is changed."""
     first, second = (_recover(method, settings, make_task()).state_dict() for _ in range(2))
     assert_equal_tensors(first, second, "two runs with the same seed differ")
@@ -66,7 +65,7 @@ def check_seed(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert any(name not in cut or not first[name].equal(cut[name]) for name in first), "nothing was recovered"
 
 
-def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Stopped in the middle and resumed from its checkpoint, a recovery ends with the same bits."""
     whole = _recover(method, settings, make_task()).state_dict()
     with tempfile.TemporaryDirectory() as folder:
@@ -82,7 +81,7 @@ def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert_equal_tensors(whole, resumed, "resumed")
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
+LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
     "shapes stay, and the dense network too": check_shapes,
     "the same seed gives the same weights": check_seed,
     "killed and resumed gives the same bits": check_resume,

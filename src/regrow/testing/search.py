@@ -53,13 +53,15 @@ def _trace_space() -> AxisGraph:
     return trace(Cells(SPACE), torch.zeros(2, 1, SIDE, SIDE))
 
 
-def _make(method: MethodEntry, settings: Mapping[str, Any]) -> Search:
-    given = {"target": TARGETS[settings.get("measure", "params")], "measure": "params", "stages": (1,)} | dict(settings)
+def _make(method: MethodEntry, settings: Mapping[str, object]) -> Search:
+    given = {"target": TARGETS[str(settings.get("measure", "params"))], "measure": "params", "stages": (1,)} | dict(
+        settings
+    )
     made: Search = method.made("the method", given)
     return made
 
 
-def _search(method: MethodEntry, settings: Mapping[str, Any], **more: Any) -> tuple[Search, Fitted[Any], Context]:
+def _search(method: MethodEntry, settings: Mapping[str, object], **more: Any) -> tuple[Search, Fitted[Any], Context]:
     """Search, without the plans after the last epoch."""
     model, axes, task = make_network()
     search, undo = _make(method, settings), more.pop("undo", UndoStore())
@@ -68,7 +70,7 @@ def _search(method: MethodEntry, settings: Mapping[str, Any], **more: Any) -> tu
     return search, fitted, Context(fitted.model, fitted.axes, task, 0, epochs, epochs, steps, undo=undo)
 
 
-def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_record(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """The method is a frozen record, and so is the state of its learner."""
     search = _make(method, settings)
     assert isinstance(search, Search), f"build returns a {type(search).__name__}, not a Search"
@@ -78,13 +80,13 @@ def check_record(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     )
 
 
-def check_target(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_target(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """The network that is found meets the target, as a plain network with nothing masked."""
     search, fitted, context = _search(method, settings)
     fitted, _ = finish(search.learner, fitted, context)
     plain, _ = extract_network(fitted.model, Origin("cells", "cells", SPACE, "cells"))
     sizes = dense(plain, first_examples(context.task.test, 1).inputs)
-    measure = settings.get("measure", "params")
+    measure = str(settings.get("measure", "params"))
     size = sizes["parameters"] if measure == "params" else _count_nonzero(plain)
     assert size <= TARGETS[measure], f"{size} {measure} are left, and {TARGETS[measure]:g} were allowed"
 
@@ -93,7 +95,7 @@ def _count_nonzero(model: nn.Module) -> int:
     return sum(int(p.count_nonzero()) for p in model.parameters())
 
 
-def check_resume(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_resume(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """Stopped after each epoch in turn and resumed from its checkpoint, a search ends with the same bits."""
     _, whole, _ = _search(method, settings)
     search, (model, axes, task) = _make(method, settings), make_network()
@@ -122,7 +124,7 @@ def _stop_after(last: int, path: Path, undo: UndoStore) -> Callable[[TrainState[
     return write
 
 
-def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
+def check_finished(method: MethodEntry, settings: Mapping[str, object]) -> None:
     """The finished network gives the masked one's outputs, and so does the plain network that is built from it."""
     search, fitted, context = _search(method, settings)
     inputs, masked = first_examples(context.task.test, 8).inputs, list[Tensor]()
@@ -145,7 +147,7 @@ def check_finished(method: MethodEntry, settings: Mapping[str, Any]) -> None:
     assert torch.allclose(plain, finished, atol=1e-4), "the plain network gives other outputs than the finished one"
 
 
-LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, Any]], None]] = {
+LAWS: Mapping[str, Callable[[MethodEntry, Mapping[str, object]], None]] = {
     "a search and its state are frozen records": check_record,
     "the target is met": check_target,
     "killed and resumed gives the same bits": check_resume,

@@ -201,9 +201,9 @@ def _measured(record: schemas.CourseHeader, history: History) -> tuple[list[Plan
         many, logged = record.plans, record.logged or 0
         plans, rows = list(history.plans[:many]), list(history.rows[: course.number])
         sizes, events = history.sizes[: course.number], [*history.events[:logged], *record.open]
-        for name, found, expected in (("ledger.json", plans, many), ("metrics.jsonl", events[:logged], logged)):
-            if len(found) < expected:
-                raise ValueError(f"{name} holds {len(found)} of the {expected} changes of shape that it relies on")
+        for name, logs, expected in (("ledger.json", plans, many), ("metrics.jsonl", events[:logged], logged)):
+            if len(logs) < expected:
+                raise ValueError(f"{name} holds {len(logs)} of the {expected} changes of shape that it relies on")
     else:
         for plan in record.plans:
             convert(plan, schemas.PlanJson)

@@ -266,7 +266,7 @@ def _probe(
     """Measure, within a task, the accuracy on tasks so far and the logits of some test examples."""
     model, was = context.model, context.model.training
     with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
-        found = [
+        accuracies = [
             nan if tasks[i].gone else share_right(model, tasks[i].test, _choice(schedule, tasks, context.number, i))
             for i in probed_tasks(context.number)
         ]
@@ -274,7 +274,7 @@ def _probe(
     try:
         with torch.no_grad(), parametrize(model, learner.parametrize(state, context).values):
             inputs = next(context.task.test.batches(256)).inputs
-            return found, context.logits(inputs).nan_to_num(neginf=0.0)
+            return accuracies, context.logits(inputs).nan_to_num(neginf=0.0)
     finally:
         model.train(was)
 

@@ -40,10 +40,10 @@ def compute_gradients(
         step = Step(step.index, batch.to(device), second, learner.parametrize(state, context))
         with parametrize(context.model, step.replaced.values):
             with autocast:
-                found = learner.loss(state, context, step)
-            mean = found.value if len(batches) == 1 else found.value / len(batches)
+                loss = learner.loss(state, context, step)
+            mean = loss.value if len(batches) == 1 else loss.value / len(batches)
             mean.backward()
-        step, total = replace(step, aux=found.aux), total + float(mean.detach())
+        step, total = replace(step, aux=loss.aux), total + float(mean.detach())
     if not math.isfinite(total):
         raise ValueError(
             f"the loss is {total} in {context.task.name}, epoch {context.epoch + 1}: use a smaller learning rate (lr), "

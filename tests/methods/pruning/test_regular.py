@@ -13,7 +13,7 @@ from regrow.amounts import STEPS, Measure, Target
 from regrow.axes import AxisGraph
 from regrow.budget import Budget
 from regrow.commands.pruning import check_pruning, collect_evidence
-from regrow.method import Evidence
+from regrow.evidence import Evidence
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import Pruner, plan_cut
 from regrow.sources import Source

@@ -202,8 +202,8 @@ def test_a_network_that_was_trained_since_is_refitted_to_the_dense_one():
 # --- bias, LoRA, distillation ---------------------------------------------------------------------------------------
 
 
-def test_bias_is_what_the_plan_could_have_carried():
-    from regrow.method import Need
+def test_bias_is_what_the_plan_could_have_refit_in_dense():
+    from regrow.evidence import Need
     from regrow.scoring import collect, means
 
     one = language()

@@ -105,3 +105,18 @@ def test_killed_and_resumed_is_never_stopped(run, task, tmp_path):
     resumed = axis_tensors(state.learner)
     for name, one in axis_tensors(straight.learner).items():
         assert torch.equal(resumed[name].values, one.values), name
+
+
+def test_the_order_of_random_operations_is_not_trained(task):
+    """With epochs the weights of the network are trained; the order that was drawn stays."""
+    torch.manual_seed(0)
+    model, drawn = Cells(WIRED), []
+    search = find_method(MethodKind.SEARCH, "blind").made("blind", {"target": 1e4})
+
+    def record(state, context):
+        drawn.append(state.learner.alpha.values.clone())
+
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    learn(model, axes_of(True), [task], search.learner, SCHEDULE, checkpoint=record)
+    assert len(drawn) > 1 and all(torch.equal(drawn[0], one) for one in drawn)
+    assert any(not torch.equal(before[name], one) for name, one in model.named_parameters() if name in before)

@@ -9,7 +9,7 @@ scores are not squared before they are standardised (a switch), and no sequence 
 from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
 

@@ -14,7 +14,7 @@ from torch import nn
 from regrow.allocation import allocation, payers
 from regrow.axes import Axis, AxisGraph
 from regrow.budget import Budget
-from regrow.method import Evidence, Need
+from regrow.evidence import Evidence, Need
 from regrow.plan import Plan
 from regrow.progress import Progress, silent
 from regrow.scores import Scores

@@ -8,7 +8,7 @@ inputs are replaced by their mean unless switched off.
 from dataclasses import dataclass
 
 from regrow import scoring
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.methods.pruning.pruner import Pruner, PruningTask, one_score
 from regrow.scores import Scores
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.methods.recovery.task import Recovery, RecoveryTask
 from regrow.scores import Moments, Statistics
 from regrow.scoring import collect, means, uncompensated
@@ -53,8 +53,8 @@ def bias(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     if task.plan.means:
         return {"biases": 0, "note": "the plan carries the means of what it dropped; they are in the biases already"}
     kept = {key: change.keep for key, change in task.plan.changes.items() if not change.idle}
-    found = means(task.dense, task.axes, kept, _measured(task))
-    plan, now = replace(task.plan, means=found), dict(task.model.named_parameters(remove_duplicate=False))
+    dropped_means = means(task.dense, task.axes, kept, _measured(task))
+    plan, now = replace(task.plan, means=dropped_means), dict(task.model.named_parameters(remove_duplicate=False))
     made = offsets(task.dense, task.axes, plan, plan_layouts(task.axes, plan), now)
     for name, value in made.items():
         set_bias(task.model, name, value)
@@ -93,8 +93,8 @@ def _measured(task: RecoveryTask) -> Statistics:
     for i, source in enumerate(task.sources):
         if i < first:
             continue
-        told = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
-        (one,) = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, progress=told)[source.name]
+        report = lambda name, done, total: task.progress(done, total, f"measuring {name}")  # noqa: E731
+        (one,) = collect(task.dense, task.axes, [source], {Need.ACTIVATIONS}, progress=report)[source.name]
         sums = {name: sums[name] + moments if name in sums else moments for name, moments in one.moments.items()}
         counts = {name: moments.count for name, moments in sums.items()}
         task.write(i + 1, {name: moments.total for name, moments in sums.items()}, {"counts": counts})

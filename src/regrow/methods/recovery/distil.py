@@ -18,7 +18,7 @@ from regrow.axes import AxisGraph
 from regrow.methods.recovery.fitting import fit_recovery
 from regrow.methods.recovery.task import Recovery, RecoveryTask, precise
 from regrow.plan import Plan
-from regrow.sources import Batch, asked, logits_in
+from regrow.sources import Batch, labelled_logits, logits_in
 from regrow.training.freeze import freeze
 
 CITATION = "Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015, arXiv:1503.02531"
@@ -82,8 +82,8 @@ def distil(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     names = set(cut_tensors(task.model, task.axes, task.plan)) if settings.train == "cut" else None
     parameters = {name: p for name, p in task.model.named_parameters() if names is None or name in names}
     with freeze(task.model, task.dense), precise(task.model):
-        found = fit_recovery(task, parameters, lambda batch: _loss(task, batch, settings), settings)
-    return {**found, "trained": sum(p.numel() for p in parameters.values())}
+        summary = fit_recovery(task, parameters, lambda batch: _loss(task, batch, settings), settings)
+    return {**summary, "trained": sum(p.numel() for p in parameters.values())}
 
 
 def divergence(logits: Tensor, dense: Tensor, temperature: float = 1.0) -> Tensor:
@@ -120,9 +120,11 @@ def cut_tensors(model: nn.Module, axes: AxisGraph, plan: Plan) -> list[str]:
 
 def _loss(task: RecoveryTask, batch: Batch, settings: Settings) -> Tensor:
     with torch.no_grad():
-        wanted = asked(logits_in(task.dense(*batch.args, **batch.kwargs)), batch.labels)
+        wanted = labelled_logits(logits_in(task.dense(*batch.args, **batch.kwargs)), batch.labels)
     answer = task.model(*batch.args, **batch.kwargs)
-    loss = (1 - settings.mix) * divergence(asked(logits_in(answer), batch.labels), wanted, settings.temperature)
+    loss = (1 - settings.mix) * divergence(
+        labelled_logits(logits_in(answer), batch.labels), wanted, settings.temperature
+    )
     if settings.mix:
         loss = loss + settings.mix * task.loss_of(answer, batch)
     return loss

@@ -84,12 +84,12 @@ def lora(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
     with freeze(task.model):
         adapters = adapted(task.model, linear_layers(task.model, task.axes), settings, task.seed)
         try:
-            found = fit_recovery(task, adapters, loss, settings)
+            summary = fit_recovery(task, adapters, loss, settings)
         except BaseException:
             merged(task.model, undo=True)
             raise
         merged(task.model)
-    return {**found, "trained": sum(p.numel() for p in adapters.values())}
+    return {**summary, "trained": sum(p.numel() for p in adapters.values())}
 
 
 def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
@@ -105,10 +105,10 @@ def linear_layers(model: nn.Module, axes: AxisGraph) -> list[str]:
     paths = [name.removesuffix(".weight") for name in axes.counted if name.endswith(".weight")]
     modules = dict(model.named_modules())
     # transformers' Conv1D is a linear map under another name.
-    found = [p for p in paths if isinstance(modules.get(p), nn.Linear) or type(modules.get(p)).__name__ == "Conv1D"]
-    if not found:
+    chosen = [p for p in paths if isinstance(modules.get(p), nn.Linear) or type(modules.get(p)).__name__ == "Conv1D"]
+    if not chosen:
         raise ValueError("the network has no linear layer for lora to adapt; recover by refit or distil")
-    return found
+    return chosen
 
 
 def adapted(model: nn.Module, paths: list[str], settings: Settings, seed: int = 0) -> dict[str, nn.Parameter]:

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from regrow.methods.recovery.bias import set_bias
-from regrow.methods.recovery.lockstep import Meetings, Met, StopRunError, answers
-from regrow.methods.recovery.streams import Carried, Layer, Lockstep, Refitting, RefitWork
+from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, StopRunError, run_in_thread
+from regrow.methods.recovery.streams import Layer, RefitInDense, RefitPaired, Refitting, RefitWork
 from regrow.methods.recovery.task import Recovery, RecoveryTask, device_of
 from regrow.sources import Batch
 from regrow.surgery.compensate import bias_of, read_dim
@@ -92,8 +92,8 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
             ``own`` cannot be worked out for this network.
     """
     if settings.target not in TARGETS or not settings.ridges or min(settings.ridges) < 0:
-        asked = f"target={settings.target!r}, ridges={settings.ridges}"
-        raise ValueError(f"refit takes the target {' or '.join(TARGETS)}, and ridges from 0; got {asked}")
+        given = f"target={settings.target!r}, ridges={settings.ridges}"
+        raise ValueError(f"refit takes the target {' or '.join(TARGETS)}, and ridges from 0; got {given}")
     fit, held = task.parts(settings.held_out)
     every = [*(batch for part in fit for batch in part), *held]
     one, batch = every[0].to(device_of(task.model)), joined(every).to(device_of(task.model))
@@ -105,7 +105,7 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
             raise ValueError(f"{name}, which reads what was cut, cannot be refitted: {why}; recover by distil")
         named, share = {layer.name: layer for layer in layers}, sum(map(len, fit)) / len(every)
         work = RefitWork(task, named, settings.ridges, share, dict(task.model.named_parameters()))
-        problem = "" if settings.target == "dense" else _not_carried(work, left_out, one)
+        problem = "" if settings.target == "dense" else _explain_mismatch(work, left_out, one)
         if problem and settings.target == "own":
             raise ValueError(f"{problem}; refit it with target=dense")
         added = _with_biases(task.model, layers)
@@ -113,15 +113,15 @@ def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
         target = "dense" if problem else settings.target.replace("auto", "own")
         work.resume()
         if not work.done:
-            (_carried if target == "own" else _in_lockstep)(work, batch)
+            (_refit_in_dense if target == "own" else _refit_paired)(work, batch)
     for name in added:
         path, _, leaf = bias_of(name).rpartition(".")
         if name in work.changed:
             work.own[bias_of(name)].requires_grad_(trains)
         else:
             setattr(task.model.get_submodule(path), leaf, None)
-    found = {"layers": work.told, "left_out": left_out, "target": target}
-    return {**found, "note": f"{problem}; fitted to what the dense network has there"} if problem else found
+    note = {"note": f"{problem}; fitted to what the dense network has there"} if problem else {}
+    return {"layers": work.records, "left_out": left_out, "target": target, **note}
 
 
 def readers_of(task: RecoveryTask, batch: Batch) -> tuple[list[Layer], dict[str, str]]:
@@ -176,26 +176,26 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(args, {key: one([batch.kwargs[key] for batch in batches]) for key in first.kwargs})
 
 
-class _Calls(Meetings):
+class _Calls(LayerCalls):
     """Counts how often each watched layer runs."""
 
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__(watched)
         self.times: Counter[str] = Counter()
 
-    def meet(self, met: Met) -> None:
-        self.times[met.name] += 1
+    def handle(self, call: LayerCall) -> None:
+        self.times[call.name] += 1
 
 
-def _carried(work: RefitWork, batch: Batch) -> None:
+def _refit_in_dense(work: RefitWork, batch: Batch) -> None:
     dense = work.task.dense
-    _run(dense, batch.to(device_of(dense)), Carried(_watched(dense, work.layers), work))
+    _run(dense, batch.to(device_of(dense)), RefitInDense(_watched(dense, work.layers), work))
 
 
-def _in_lockstep(work: RefitWork, batch: Batch) -> None:
-    task, waiting = work.task, set(work.layers) - {row["weight"] for row in work.told}
-    with answers(task.dense, batch.to(device_of(task.dense)), _watched(task.dense, work.layers)) as dense:
-        _run(task.model, batch, Lockstep(_watched(task.model, waiting), work, dense))
+def _refit_paired(work: RefitWork, batch: Batch) -> None:
+    task, waiting = work.task, set(work.layers) - {row["weight"] for row in work.records}
+    with run_in_thread(task.dense, batch.to(device_of(task.dense)), _watched(task.dense, work.layers)) as dense:
+        _run(task.model, batch, RefitPaired(_watched(task.model, waiting), work, dense))
 
 
 def _watched(model: nn.Module, names: Mapping[str, Any] | set[str]) -> dict[int, str]:
@@ -215,14 +215,14 @@ def _run(model: nn.Module, batch: Batch, mode: Refitting) -> None:
         raise
 
 
-def _not_carried(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
+def _explain_mismatch(work: RefitWork, left_out: Mapping[str, str], batch: Batch) -> str:
     """Say why the dense network with the cut one's layers in it is not the cut network; empty if it is."""
     dense, model = work.task.dense, work.task.model
     for name, why in left_out.items():
         return f"{name}, which reads what was cut, cannot be refitted: {why}"
     if not work.layers:
         return ""
-    mode = Carried(_watched(dense, work.layers), work, fit=False)
+    mode = RefitInDense(_watched(dense, work.layers), work, fit=False)
     with mode:
         carried = dense(*batch.args, **batch.kwargs)
     mode.finish()

@@ -98,8 +98,8 @@ def chosen(fit: Sums, held: Sums, ridges: Sequence[float]) -> tuple[Tensor | Non
         The change, its ridge, and the residual energy of the held-out rows under the training rows' solution;
         ``None`` and 0 if no ridge lowers that energy.
     """
-    found = {ridge: held.left(ridged(fit, ridge)) for ridge in ridges}
-    best = min(found, key=lambda ridge: found[ridge])
-    if not found[best] < held.missing:
+    losses = {ridge: held.left(ridged(fit, ridge)) for ridge in ridges}
+    best = min(losses, key=lambda ridge: losses[ridge])
+    if not losses[best] < held.missing:
         return None, 0.0, held.missing
-    return ridged(fit + held, best), best, found[best]
+    return ridged(fit + held, best), best, losses[best]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regrow.methods.recovery.lockstep import Answers, Meetings, Met, StopRunError
+from regrow.methods.recovery.paired_forward import LayerCall, LayerCalls, LayerOutputs, StopRunError
 from regrow.methods.recovery.solve import Sums, chosen
 from regrow.methods.recovery.task import RecoveryTask
 from regrow.surgery.compensate import bias_of
@@ -38,7 +38,7 @@ class Layer:
 
 @dataclass
 class RefitWork:
-    """The progress of a refit over all layers; ``told`` grows by one entry per layer, in the order in which they run.
+    """The progress of a refit over all layers.
 
     Args:
         task: The two networks.
@@ -46,7 +46,8 @@ class RefitWork:
         ridges: The candidate ridges.
         share: The fraction of the positions that is fitted; the others are held out.
         own: The parameters of the cut network.
-        told: Per finished layer a record of ``weight``, ``before``, ``after`` (relative held-out errors) and ``ridge``.
+        records: Per finished layer, in the order in which they run: ``weight``, ``before``, ``after`` (relative
+            held-out errors) and ``ridge``.
     """
 
     task: RecoveryTask
@@ -54,23 +55,23 @@ class RefitWork:
     ridges: Sequence[float]
     share: float
     own: Mapping[str, nn.Parameter]
-    told: list[dict[str, Any]] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def changed(self) -> set[str]:
         """The names of the weights that have been refitted."""
-        return {row["weight"] for row in self.told if row["ridge"]}
+        return {row["weight"] for row in self.records if row["ridge"]}
 
     @property
     def done(self) -> bool:
         """Whether every layer has been handled."""
-        return len(self.told) == len(self.layers)
+        return len(self.records) == len(self.layers)
 
     def resume(self) -> None:
         """Load the layers that an interrupted call had solved, from the task's checkpoint."""
         if (done := self.task.read()) is not None:
             _, tensors, stored = done
-            self.told = [dict(row) for row in stored["layers"]]
+            self.records = [dict(row) for row in stored["layers"]]
             with torch.no_grad():
                 for name, tensor in tensors.items():
                     self.own[name].copy_(tensor)
@@ -79,7 +80,7 @@ class RefitWork:
         """Write a checkpoint of the layers that are done."""
         names = [n for weight in sorted(self.changed) for n in (weight, bias_of(weight)) if n in self.own]
         tensors = {name: self.own[name].detach() for name in names}
-        self.task.write(len(self.told), tensors, {"layers": [dict(row) for row in self.told]})
+        self.task.write(len(self.records), tensors, {"layers": [dict(row) for row in self.records]})
 
     def solve(self, layer: Layer, inputs: Tensor, target: Tensor, missing: Tensor) -> None:
         """Fit a layer by ridge regression, in place, and record its held-out error before and after.
@@ -102,10 +103,12 @@ class RefitWork:
             if bias is not None:
                 bias.copy_(bias.double() + change[-1])
         whole = max(held.wanted, 1e-300)
-        self.told.append({"weight": layer.name, "before": held.missing / whole, "after": left / whole, "ridge": ridge})
+        self.records.append(
+            {"weight": layer.name, "before": held.missing / whole, "after": left / whole, "ridge": ridge}
+        )
 
 
-class Refitting(Meetings):
+class Refitting(LayerCalls):
     """Refits each watched layer before its output is used, and ends the forward pass after the last one.
 
     Args:
@@ -116,48 +119,48 @@ class Refitting(Meetings):
     def __init__(self, watched: Mapping[int, str], work: RefitWork) -> None:
         super().__init__(watched)
         self.work, self.last = work, time.monotonic()
-        self.solved = {row["weight"] for row in work.told}
+        self.solved = {row["weight"] for row in work.records}
 
     @abstractmethod
-    def rows(self, layer: Layer, met: Met) -> tuple[Tensor, Tensor, Tensor] | None:
+    def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return a layer's inputs, its target and target − output, one row per position; ``None`` without a target.
 
         Args:
             layer: The layer.
-            met: Its input and output in this forward pass.
+            call: Its input and output in this forward pass.
         """
 
     @abstractmethod
-    def put(self, layer: Layer, met: Met) -> None:
+    def put(self, layer: Layer, call: LayerCall) -> None:
         """Overwrite the layer's output in the forward pass with that of the refitted layer.
 
         Args:
             layer: The layer.
-            met: Its input and output in this forward pass.
+            call: Its input and output in this forward pass.
         """
 
-    def meet(self, met: Met) -> None:
+    def handle(self, call: LayerCall) -> None:
         """Refit a layer, unless an interrupted call had done it, and update its output.
 
         Args:
-            met: The layer, its input and its output.
+            call: The layer, its input and its output.
         """
         work, task = self.work, self.work.task
-        layer = work.layers[met.name]
-        if layer.name not in self.solved and (rows := self.rows(layer, met)) is not None:
+        layer = work.layers[call.name]
+        if layer.name not in self.solved and (rows := self.rows(layer, call)) is not None:
             work.solve(layer, *rows)
-            last = work.told[-1]
+            last = work.records[-1]
             words = f"refitting, error {last['before']:.3f} → {last['after']:.3f}"
-            task.progress(len(work.told), len(work.layers), words)
+            task.progress(len(work.records), len(work.layers), words)
         if work.done or time.monotonic() - self.last > SECONDS:
             work.write()
             self.last = time.monotonic()
         if work.done:
             raise StopRunError
-        self.put(layer, met)
+        self.put(layer, call)
 
 
-class Carried(Refitting):
+class RefitInDense(Refitting):
     """Runs the dense network with the cut network's layers in it, and refits each to what the dense layer would give.
 
     Each watched layer's output is replaced by that of the cut network's layer, so that the activations are those of the
@@ -175,46 +178,46 @@ class Carried(Refitting):
         self.fit = fit
         self.fed = torch.empty(0)
 
-    def meet(self, met: Met) -> None:
+    def handle(self, call: LayerCall) -> None:
         """Refit a layer (if ``fit``), and replace its output by that of the cut network's layer.
 
         Args:
-            met: The layer, its input and its output in the dense network.
+            call: The layer, its input and its output in the dense network.
         """
-        layer = self.work.layers[met.name]
+        layer = self.work.layers[call.name]
         inputs = inputs_of(
-            self.work.task.model, layer, met.value.index_select(met.dim, layer.kept.to(met.value.device)), met.dim
+            self.work.task.model, layer, call.value.index_select(call.dim, layer.kept.to(call.value.device)), call.dim
         )
         self.fed = inputs
         if self.fit:
-            super().meet(met)
+            super().handle(call)
         else:
-            self.put(layer, met)
+            self.put(layer, call)
 
-    def rows(self, layer: Layer, met: Met) -> tuple[Tensor, Tensor, Tensor] | None:
+    def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the cut layer's inputs, the dense layer's output as target, and target − the cut layer's output.
 
         Args:
             layer: The layer.
-            met: Its input and output in the dense network.
+            call: Its input and output in the dense network.
         """
-        target = rows_of(met.output, met.output.dim() + met.dim, layer.rows)
+        target = rows_of(call.output, call.output.dim() + call.dim, layer.rows)
         return self.fed, target, target - self._given(layer)
 
-    def put(self, layer: Layer, met: Met) -> None:
+    def put(self, layer: Layer, call: LayerCall) -> None:
         """Overwrite the output with the cut layer's; outputs that it does not have stay, since nothing reads them.
 
         Args:
             layer: The layer.
-            met: Its input and output in the dense network.
+            call: Its input and output in the dense network.
         """
-        channel = met.output.dim() + met.dim
-        form = met.output.movedim(channel, -1).shape[:-1]
-        given = self._given(layer).reshape(*form, -1).movedim(-1, channel).to(met.output.dtype)
+        channel = call.output.dim() + call.dim
+        form = call.output.movedim(channel, -1).shape[:-1]
+        given = self._given(layer).reshape(*form, -1).movedim(-1, channel).to(call.output.dtype)
         if layer.rows is None:
-            met.output.copy_(given)
+            call.output.copy_(given)
         else:
-            met.output.index_copy_(channel, layer.rows.to(met.output.device), given)
+            call.output.index_copy_(channel, layer.rows.to(call.output.device), given)
 
     def _given(self, layer: Layer) -> Tensor:
         weight, bias = self.work.own[layer.name], self.work.own.get(bias_of(layer.name))
@@ -222,7 +225,7 @@ class Carried(Refitting):
         return F.linear(self.fed, flat.to(self.fed.dtype), None if bias is None else bias.to(self.fed.dtype))
 
 
-class Lockstep(Refitting):
+class RefitPaired(Refitting):
     """Runs the cut network beside the dense one, and refits each layer to the dense network's value at the same place.
 
     Where a layer's output is added to a residual stream, the target is dense output + dense stream − own stream.
@@ -233,36 +236,36 @@ class Lockstep(Refitting):
         dense: The outputs of the dense network's layers.
     """
 
-    def __init__(self, watched: Mapping[int, str], work: RefitWork, dense: Answers) -> None:
+    def __init__(self, watched: Mapping[int, str], work: RefitWork, dense: LayerOutputs) -> None:
         super().__init__(watched, work)
         self.dense = dense
 
-    def rows(self, layer: Layer, met: Met) -> tuple[Tensor, Tensor, Tensor] | None:
+    def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return the layer's inputs, the dense network's value where the output goes, and the difference to it.
 
         Args:
             layer: The layer.
-            met: Its input and output in the cut network.
+            call: Its input and output in the cut network.
         """
-        answer, channel = self.dense(layer.name), met.output.dim() + met.dim
+        answer, channel = self.dense(layer.name), call.output.dim() + call.dim
         if answer is None:
             return None
-        device = met.output.device
+        device = call.output.device
         target = rows_of(answer[0].to(device), channel, layer.rows)
-        missing = target - rows_of(met.output, channel)
-        if answer[1] is not None and met.other is not None:
+        missing = target - rows_of(call.output, channel)
+        if answer[1] is not None and call.other is not None:
             stream = rows_of(answer[1].to(device), channel, layer.rows)
-            target, missing = target + stream, missing + (stream - rows_of(met.other, channel))
-        return inputs_of(self.work.task.model, layer, met.value, met.dim), target, missing
+            target, missing = target + stream, missing + (stream - rows_of(call.other, channel))
+        return inputs_of(self.work.task.model, layer, call.value, call.dim), target, missing
 
-    def put(self, layer: Layer, met: Met) -> None:
+    def put(self, layer: Layer, call: LayerCall) -> None:
         """Compute the layer's output again with its refitted weight.
 
         Args:
             layer: The layer.
-            met: Its input and output in the cut network.
+            call: Its input and output in the cut network.
         """
-        met.output.copy_(met.again())
+        call.output.copy_(call.again())
 
 
 def rows_of(value: Tensor, channel: int, some: Tensor | None = None) -> Tensor:

@@ -2,7 +2,7 @@
 
 A search should do better than these at the same size and with the same training (Li and Talwalkar, arXiv 1902.07638).
 With ``split`` set to what a search removed of each granularity, they show whether its choice of units matters, or only
-the amounts.
+the amounts. The order of operations is drawn once and never trained: epochs of the search train weights alone.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,7 @@ from torch import Tensor
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
-from regrow.method import Measure
+from regrow.amounts import Measure
 from regrow.methods.search.assembly import Search, compute_loss, follow_training
 from regrow.methods.search.commit import Commit, fit_to_budget
 from regrow.methods.search.importance import mask_by_thresholds, rank_evenly
@@ -73,7 +73,7 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
     """
     s = settings
     space = SearchSpace(s.target, Measure(s.measure), s.what, s.stages[-1:], prices)
-    rules = Rules(space, partial(_mask, space), rates=lambda context: (0.02, 0.005))
+    rules = Rules(space, partial(_mask, space), rates=lambda context: (0.0, 0.0), trains=lambda state, context: False)
     learner = Learner(
         SearchState(),
         parametrize=rules.parametrize,

@@ -40,13 +40,12 @@ class Controller:
     floor: float
     thins: bool
 
-    def allow(self, state: SearchState, context: Context, target: float) -> float:
+    def allow(self, state: SearchState, context: Context) -> float:
         """Return the allowed size of the trained part now: from its initial size to the stage's goal, log-linearly.
 
         Args:
             state: The state of the search.
             context: The network and the progress of training.
-            target: The target of the whole search; not used, since the state holds the stage's goal.
         """
         if self.kind == "ratios" and context.epoch < context.epochs:
             return 0.0  # the given share of each granularity is removed, whatever size that leaves
@@ -83,7 +82,7 @@ def add_pressure(controller: Controller, state: SearchState, context: Context, s
         return Loss(loss, Pressure())
     if controller.kind == "dual":
         state = replace(state, examples=state.examples + len(step.batch))
-        allowed = controller.allow(state, context, 0.0)
+        allowed = controller.allow(state, context)
         over = measure_masked(state, masks) / allowed - 1
         excess = float(over.detach())
         loss = loss + state.multiplier * (over + lift_cheap_operations(state, masks, controller.floor) / allowed)

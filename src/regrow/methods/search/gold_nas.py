@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from regrow.allocation.gates import GateMasks
 from regrow.allocation.timed import Prices
+from regrow.amounts import Measure
 from regrow.candidates import candidates_in
-from regrow.method import Measure
 from regrow.methods.search.assembly import Search, compute_loss, follow_training
 from regrow.methods.search.commit import Commit, drop_operations, fit_to_budget, select_lowest
 from regrow.methods.search.controller import add_losses, raise_penalty

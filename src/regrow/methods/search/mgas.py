@@ -33,7 +33,7 @@ from torch import nn
 
 from regrow.allocation.levels import check_levels
 from regrow.allocation.timed import Prices
-from regrow.method import Measure
+from regrow.amounts import Measure
 from regrow.methods.search import commit
 from regrow.methods.search.assembly import Search, compute_loss, follow_training, log_status
 from regrow.methods.search.commit import Commit
@@ -145,7 +145,7 @@ def build(settings: Settings, prices: Prices | None = None) -> Search:
         masks=partial(mask_by_thresholds, space, s.controller != "ratios"),
         rates=lambda context: (s.lr / stages.steps(context), s.lr_threshold / stages.steps(context)),
         trains=stages.trains,
-        allowed=controller.allow,
+        allowed=lambda state, context, target: controller.allow(state, context),
         fills_with_bare=not controller.floor,
     )
     own = _Mgas(s, rules, controller)

@@ -11,9 +11,9 @@ from regrow.allocation.commits import least
 from regrow.allocation.gates import GateMasks, Gates, gates
 from regrow.allocation.levels import counted_tensors
 from regrow.allocation.timed import Prices
+from regrow.amounts import Measure
 from regrow.axis_tensor import AxisTensor
 from regrow.candidates import Staged, candidates_in, single_in, tied_in
-from regrow.method import Measure
 from regrow.methods.search.state import SearchState
 from regrow.training.learner import Context, Replacements, flags_along
 

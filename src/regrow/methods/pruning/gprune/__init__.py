@@ -19,7 +19,7 @@ from regrow import scoring
 from regrow.allocation import module_costs, rank, ratios
 from regrow.axes import Axis, AxisGraph, Mark
 from regrow.budget import Budget
-from regrow.method import Need
+from regrow.evidence import Need
 from regrow.methods.pruning.gprune.masks import Comparison
 from regrow.methods.pruning.gprune.settings import Settings
 from regrow.methods.pruning.gprune.shares import score_units

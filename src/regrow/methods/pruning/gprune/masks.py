@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from regrow.allocation import soft_step
 from regrow.axes import AxisGraph
 from regrow.objectives import class_loss
-from regrow.sources import Batch, asked, logits_in
+from regrow.sources import Batch, labelled_logits, logits_in
 from regrow.surgery.gate import gate_inputs
 
 
@@ -123,7 +123,7 @@ class Comparison:
         if dense is not None:
             # KL(p ‖ q) = H(p, q) − H(p), and the first is one fused operation: half the time of ``kl_div`` on text.
             chances, entropy = dense
-            return F.cross_entropy(asked(logits, here.labels).float(), chances) - entropy
+            return F.cross_entropy(labelled_logits(logits, here.labels).float(), chances) - entropy
         if here.labels is None:
             raise ValueError("cross entropy needs labels; learn with loss=kl")
         return class_loss(logits, here.labels)
@@ -135,7 +135,7 @@ class Comparison:
         here = batch.to(next(model.parameters()).device)
         with torch.no_grad():
             logits = logits_in(model(*here.args, **here.kwargs))
-            chances = asked(logits, here.labels).float().softmax(-1)
+            chances = labelled_logits(logits, here.labels).float().softmax(-1)
             entropy = float(torch.special.entr(chances).sum(-1).mean())
         if sum(one[1].nbytes for one in self.kept.values()) + chances.nbytes <= self.memory * 2**30:
             self.kept[id(batch)] = (batch, chances, entropy)

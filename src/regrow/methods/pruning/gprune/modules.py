@@ -109,8 +109,8 @@ def _other_orders(s: Settings, task: PruningTask, seen: Measurement) -> list[Map
     if s.instead == "mean_rank":
         return [view.spread.mean for view in seen.views]
     path = scoring.PATHS.get(s.instead)
-    found = path(scoring.weights_of(task.model), task.axes, units=seen.units) if path else seen.weights_only
-    return [found.values] * len(seen.views)
+    scores = path(scoring.weights_of(task.model), task.axes, units=seen.units) if path else seen.weights_only
+    return [scores.values] * len(seen.views)
 
 
 def findings_of(

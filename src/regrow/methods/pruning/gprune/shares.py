@@ -75,17 +75,17 @@ def score_units(task: PruningTask, settings: Settings, compare: Comparison | Non
     own = state.learner
     share, base = own.best["share"].values, kept.get("base") or allocate_start("base", s, task, measured)
     robust = within(first.spread.sigma, measured.spaces, lambda sigma: (sigma <= sigma.median()).double())
-    found = findings_of(measured, among, modules, trusted, costs[0], given[start])
+    tables = findings_of(measured, among, modules, trusted, costs[0], given[start])
 
     def findings(every: Kept) -> dict[str, Any]:
         last = masks.given(every)
         rows = [
             {**row, "learned": float(one), "given": float(end)}
-            for row, one, end in zip(found["modules"], share, last, strict=True)
+            for row, one, end in zip(tables["modules"], share, last, strict=True)
         ]
         cut = {"base": share_of(robust, base), "gprune": share_of({key: robust[key] for key in every}, every)}
         return {
-            **found,
+            **tables,
             "modules": rows,
             "starts": losses,
             "history": [asdict(check) for check in own.history],
@@ -169,8 +169,8 @@ class ModuleShares:
                 for key in masks.places
             }
             with torch.no_grad():
-                found = [self.compare(task.model, task.axes, batch, gates, masks.filled(view)) for batch in batches]
-            losses.append(float(torch.stack(found).mean()))
+                each = [self.compare(task.model, task.axes, batch, gates, masks.filled(view)) for batch in batches]
+            losses.append(float(torch.stack(each).mean()))
         return sum(losses) / len(losses)
 
     def windows(self, step: int) -> list["Window"]:

@@ -4,12 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from regrow.amounts import Measure
-from regrow.budget import Budget
 from regrow.scores import Statistics, merged
 from regrow.sources import Source
-
-__all__ = ["Budget", "Evidence", "Measure", "Need"]
 
 
 class Need(StrEnum):

@@ -23,14 +23,14 @@ from regrow.sources import Batch
 ADDITIONS = frozenset(
     {torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__, torch.Tensor.__radd__, torch.Tensor.__iadd__}
 )
-_ASKING = frozenset(
+_SHAPE_METHODS = frozenset(
     {"size", "dim", "ndimension", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "element_size"}
 )
 """Names of tensor methods that read the shape or layout of a tensor and not its numbers."""
 
 
 @dataclass(frozen=True)
-class Met:
+class LayerCall:
     """A watched layer that has run, and whose output is about to be used for the first time.
 
     Args:
@@ -54,8 +54,8 @@ class StopRunError(Exception):
     """Raised to end a forward pass early, when no further layer is needed."""
 
 
-class Meetings(TorchFunctionMode, ABC):
-    """Calls :meth:`meet` for each watched layer, as soon as its output is first used.
+class LayerCalls(TorchFunctionMode, ABC):
+    """Calls :meth:`handle` for each watched layer, as soon as its output is first used.
 
     Args:
         watched: ``id`` of a weight → its name.
@@ -64,22 +64,22 @@ class Meetings(TorchFunctionMode, ABC):
     def __init__(self, watched: Mapping[int, str]) -> None:
         super().__init__()
         self.watched = watched
-        self.waiting: dict[int, Met] = {}
+        self.waiting: dict[int, LayerCall] = {}
 
     @abstractmethod
-    def meet(self, met: Met) -> None:
+    def handle(self, call: LayerCall) -> None:
         """Handle a watched layer; subclasses say how.
 
         Args:
-            met: The layer, its input and its output.
+            call: The layer, its input and its output.
         """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call :meth:`meet` for the watched layers whose outputs are operands, then run the operation."""
+        """Call :meth:`handle` for the watched layers whose outputs are operands, then run the operation."""
         kwargs = kwargs or {}
-        if self.waiting and getattr(func, "__name__", "") not in _ASKING:
+        if self.waiting and getattr(func, "__name__", "") not in _SHAPE_METHODS:
             used = [
                 leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and id(leaf) in self.waiting
             ]
@@ -94,34 +94,36 @@ class Meetings(TorchFunctionMode, ABC):
         for weight, value, dim in read(*args, **kwargs) if read else ():
             name = watched_name(self.watched, weight)
             if name is not None:
-                self.waiting[id(result)] = Met(name, value, dim, result, lambda: func(*args, **kwargs))
+                self.waiting[id(result)] = LayerCall(name, value, dim, result, lambda: func(*args, **kwargs))
                 break
         return result
 
-    def _settle(self, met: Met, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _settle(
+        self, call: LayerCall, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         other = None
         if func in ADDITIONS and len(args) == 2 and not kwargs:
             a, b = args
-            other = b if a is met.output else a
-        same = isinstance(other, Tensor) and other is not met.output and other.shape == met.output.shape
-        self.meet(Met(met.name, met.value, met.dim, met.output, met.again, other if same else None))
+            other = b if a is call.output else a
+        same = isinstance(other, Tensor) and other is not call.output and other.shape == call.output.shape
+        self.handle(LayerCall(call.name, call.value, call.dim, call.output, call.again, other if same else None))
 
     def finish(self) -> None:
-        """Call :meth:`meet` for the watched layers whose outputs were never used, once a forward pass has ended."""
+        """Call :meth:`handle` for the watched layers whose outputs were never used, once a forward pass has ended."""
         while self.waiting:
-            self.meet(self.waiting.pop(next(iter(self.waiting))))
+            self.handle(self.waiting.pop(next(iter(self.waiting))))
 
 
-class _Telling(Meetings):
-    def __init__(self, watched: Mapping[int, str], run: "Answers") -> None:
+class _Offering(LayerCalls):
+    def __init__(self, watched: Mapping[int, str], run: "LayerOutputs") -> None:
         super().__init__(watched)
         self.run = run
 
-    def meet(self, met: Met) -> None:
-        self.run.offer(met.name, met.output, met.other)
+    def handle(self, call: LayerCall) -> None:
+        self.run.offer(call.name, call.output, call.other)
 
 
-class Answers:
+class LayerOutputs:
     """The outputs of a network's layers, produced one by one on request by a forward pass in a thread of its own.
 
     Args:
@@ -131,8 +133,8 @@ class Answers:
     """
 
     def __init__(self, model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> None:
-        self._turn, self._told = threading.Semaphore(0), queue.SimpleQueue[Any]()
-        self._stop, self._kept = False, dict[str, tuple[Tensor, Tensor | None]]()
+        self._turn, self._queue = threading.Semaphore(0), queue.SimpleQueue[Any]()
+        self._stop, self._early = False, dict[str, tuple[Tensor, Tensor | None]]()
         self._thread = threading.Thread(target=self._run, args=(model, batch, watched), daemon=True)
 
     def __call__(self, name: str) -> tuple[Tensor, Tensor | None] | None:
@@ -144,21 +146,20 @@ class Answers:
         Raises:
             Exception: The error that stopped the forward pass.
         """
-        while name not in self._kept:
-            if not self._thread.is_alive() and self._told.empty():
+        while name not in self._early:
+            if not self._thread.is_alive() and self._queue.empty():
                 return None
             self._turn.release()
-            told = self._told.get()
-            if told is None:
+            message = self._queue.get()
+            if message is None:
                 return None
-            if isinstance(told, BaseException):
-                raise told
-            found, output, other = told
-            early = found != name  # what is told early may be written over before it is asked for
-            self._kept[found] = (
-                (output.clone(), other if other is None else other.clone()) if early else (output, other)
-            )
-        return self._kept.pop(name)
+            if isinstance(message, BaseException):
+                raise message
+            layer, output, other = message
+            if layer != name:  # it may be written over before it is requested
+                output, other = output.clone(), other if other is None else other.clone()
+            self._early[layer] = output, other
+        return self._early.pop(name)
 
     def offer(self, name: str, output: Tensor, other: Tensor | None) -> None:
         """Hand over a layer's output, from the thread, and wait until the next output is requested.
@@ -168,7 +169,7 @@ class Answers:
             output: The layer's output.
             other: The tensor that is added to it, if any.
         """
-        self._told.put((name, output, other))
+        self._queue.put((name, output, other))
         self._wait()
 
     def _wait(self) -> None:
@@ -180,18 +181,18 @@ class Answers:
         try:
             self._wait()
             with torch.no_grad():
-                with _Telling(watched, self) as mode:
+                with _Offering(watched, self) as mode:
                     model(*batch.args, **batch.kwargs)
                 mode.finish()
-            self._told.put(None)
+            self._queue.put(None)
         except StopRunError:
-            self._told.put(None)
+            self._queue.put(None)
         except BaseException as error:
-            self._told.put(error)
+            self._queue.put(error)
 
 
 @contextmanager
-def answers(model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> Iterator[Answers]:
+def run_in_thread(model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> Iterator[LayerOutputs]:
     """Run a network in a thread, layer by layer, only as far as its outputs are requested in the ``with`` block.
 
     Args:
@@ -199,7 +200,7 @@ def answers(model: nn.Module, batch: Batch, watched: Mapping[int, str]) -> Itera
         batch: The input of the forward pass.
         watched: ``id`` of a weight → its name.
     """
-    run = Answers(model, batch, watched)
+    run = LayerOutputs(model, batch, watched)
     run._thread.start()
     try:
         yield run
