@@ -6,6 +6,7 @@ from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, columns, depth_axis, draw, legend, steps
 from regrow.reports.reading import text
+from regrow.reports.records import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,16 +20,17 @@ ENDS = ("start", "learned")
 _CORRELATIONS = ("spearman", "spearman_shards", "spearman_within")
 
 
-def spectrum(run: Row) -> Drawing | None:
+def spectrum(run: Run) -> Drawing | None:
     """Draw, per layer, how many units change rank between text domains beyond noise, and how similar the orders are.
 
     Args:
         run: A run of the summary.
     """
-    kinds = (run["findings"] or {"spectrum": []})["spectrum"][:MAX_KINDS]
+    found: Row = run["findings"] or {"spectrum": []}
+    kinds = found["spectrum"][:MAX_KINDS]
     if not kinds:
         return None
-    means = {row["kind"]: row for row in run["findings"]["tested"] if not row["pooled"]}
+    means = {row["kind"]: row for row in found["tested"] if not row["pooled"]}
     description = "; ".join(
         f"{kind['kind']}: {q.percent(means[kind['kind']]['significant'])} of the units change rank beyond noise, "
         f"mean rank correlation {q.significant(means[kind['kind']]['spearman'])}"
@@ -68,7 +70,7 @@ def spectrum(run: Row) -> Drawing | None:
     return draw("fig-spectrum", "Rank changes between text domains, per layer", description, paint)
 
 
-def modules(run: Row) -> Drawing | None:
+def modules(run: Run) -> Drawing | None:
     """Draw the fraction of its units that each module loses, at the start and after learning, over depth.
 
     Args:
@@ -109,16 +111,17 @@ def modules(run: Row) -> Drawing | None:
     return draw("fig-modules", "Fraction of its units that each module loses, per layer", description, paint)
 
 
-def history(run: Row) -> Drawing | None:
+def history(run: Run) -> Drawing | None:
     """Draw the loss on held-out text over the steps of learning, with the chosen allocation marked.
 
     Args:
         run: A run of the summary.
     """
-    rows = (run["findings"] or {"history": []})["history"]
+    found: Row = run["findings"] or {"history": []}
+    rows = found["history"]
     if len(rows) < 2:
         return None
-    best = run["findings"]["best"]
+    best = found["best"]
     description = "; ".join(f"step {row['step']}: {q.significant(row['held_out'])}" for row in rows[:40])
     description += f"; kept: step {best['step']}"
 

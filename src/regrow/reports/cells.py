@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Sequence, Sized
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend
 from regrow.reports.reading import JsonObject, items, mapping, objects, size, text
+from regrow.reports.records import Cell, KindCount, Node, NodeText, Operation, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Run = dict[str, Any]
-Cell = dict[str, Any]
 
 KINDS: dict[str, tuple[str, float]] = {
     "skip": (palette.INK, 1.0),
@@ -54,12 +53,12 @@ def cells(origin: JsonObject) -> list[Cell]:
         ``width`` and ``ops`` (``kind``, ``source``, ``mid``: channels inside a ``sep``, and whether it is ``bare``: has
         no weights). Sources 0 and 1 are the inputs, 2 is the first node.
     """
-    result = []
+    result: list[Cell] = []
     for plan in objects(mapping(origin.get("config")).get("cells"))[:MAX_CELLS]:
         inputs = items(plan.get("inputs"), 2)
-        nodes = []
+        nodes: list[Node] = []
         for i, node in enumerate(objects(plan.get("nodes"))[:MAX_NODES]):
-            ops = {}
+            ops: dict[tuple[str, int], Operation] = {}
             for op in items(node.get("ops"), 8 * (MAX_NODES + 2)):
                 kind, source, mid = op if isinstance(op, list) and len(op) == 3 else ("", None, None)
                 if text(kind) in KINDS and (known := size(source, i + 1)) is not None:
@@ -72,7 +71,7 @@ def cells(origin: JsonObject) -> list[Cell]:
     return result
 
 
-def kept_operations(found: Sequence[Cell]) -> list[dict[str, Any]]:
+def kept_operations(found: Sequence[Cell]) -> list[Operation]:
     """Return all operations of some cells in one list.
 
     Args:
@@ -81,7 +80,7 @@ def kept_operations(found: Sequence[Cell]) -> list[dict[str, Any]]:
     return [op for cell in found for node in cell["nodes"] for op in node["ops"]]
 
 
-def counts(found: Sequence[Cell]) -> list[dict[str, Any]]:
+def counts(found: Sequence[Cell]) -> list[KindCount]:
     """Return how many operations of each kind the cells keep, as ``kind``, ``cells`` (one count per cell) and ``all``.
 
     Args:
@@ -92,13 +91,14 @@ def counts(found: Sequence[Cell]) -> list[dict[str, Any]]:
     return [{"kind": kind, "cells": many, "all": sum(many)} for kind, many in rows]
 
 
-def describe_nodes(cell: Cell) -> list[dict[str, Any]]:
+def describe_nodes(cell: Cell) -> list[NodeText]:
     """Return what each node of a cell sums, in words, as ``name``, ``width`` and ``sums``.
 
     Args:
         cell: The cell.
     """
-    rows, inputs = [], len(cell["inputs"])
+    rows: list[NodeText] = []
+    inputs = len(cell["inputs"])
     for i, node in enumerate(cell["nodes"]):
         sources: dict[int, list[str]] = {}
         for op in node["ops"]:
@@ -226,4 +226,5 @@ def _given(cell: Cell) -> str:
     """Return the output width of a cell in words: all nodes side by side, or the last one if there is one input."""
     widths = [node["width"] for node in cell["nodes"]]
     widths = widths if len(cell["inputs"]) == 2 else widths[-1:]
-    return q.NONE if None in widths else q.count(sum(widths))
+    known = [width for width in widths if width is not None]
+    return q.count(sum(known)) if len(known) == len(widths) else q.NONE

@@ -7,12 +7,13 @@ from typing import Any
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, draw, log_axis, log_ticks
+from regrow.reports.records import Run, Summary
 from regrow.reports.words import same_dense
 
 MAX_KINDS = 12
 
 
-def perplexity(summary: dict[str, Any]) -> Drawing | None:
+def perplexity(summary: Summary) -> Drawing | None:
     """Draw the perplexity of each run, one panel per text domain; the best runs at their size are marked.
 
     Args:
@@ -75,7 +76,7 @@ def perplexity(summary: dict[str, Any]) -> Drawing | None:
     return draw("fig-kinds", "Perplexity per text domain and run", description, paint)
 
 
-def front(summary: dict[str, Any]) -> Drawing | None:
+def front(summary: Summary) -> Drawing | None:
     """Draw the geometric mean of perplexity over the shared text domains against the fraction of weights kept.
 
     Args:
@@ -126,7 +127,7 @@ def front(summary: dict[str, Any]) -> Drawing | None:
     return draw("fig-front", "Perplexity against the fraction of weights kept", description, paint)
 
 
-def kept_share(run: dict[str, Any]) -> float | None:
+def kept_share(run: Run) -> float | None:
     """Return the fraction of counted weights that a run kept: the measured one, or else the requested one.
 
     Args:
@@ -138,7 +139,7 @@ def kept_share(run: dict[str, Any]) -> float | None:
     return run["keep"]
 
 
-def leaders(runs: list[dict[str, Any]], values: Sequence[float | None]) -> list[bool]:
+def leaders(runs: list[Run], values: Sequence[float | None]) -> list[bool]:
     """Return which runs have the lowest perplexity among all that keep as little or less (within half a per cent).
 
     Args:
@@ -156,7 +157,7 @@ def leaders(runs: list[dict[str, Any]], values: Sequence[float | None]) -> list[
     ]
 
 
-def _value(run: dict[str, Any], kind: str) -> float | None:
+def _value(run: Run, kind: str) -> float | None:
     return next((row["after"]["ppl"] for row in run["perplexity"] if row["source"] == kind and row["after"]), None)
 
 

@@ -8,8 +8,8 @@ from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend, steps
 from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, size, text
+from regrow.reports.records import Course, Growth, KeyNumber, Run, Values, course_of
 
-Run = dict[str, Any]
 Panel = tuple[str, list[list[float | None]]]
 """A heading, and for every entry of the legend its values after each task."""
 
@@ -21,7 +21,7 @@ MAX_NAMES = 200
 _FIGURES = ("average", "average_along", "learning", "backward_transfer", "forgetting", "forward_transfer")
 
 
-def course(folder: RunRecord) -> dict[str, Any] | None:
+def course(folder: RunRecord) -> Course | None:
     """Return the measurements of a continual-learning run for its page.
 
     Args:
@@ -62,8 +62,13 @@ def course(folder: RunRecord) -> dict[str, Any] | None:
         "gone": [text(name, 60) for name in items(mapping((lines.get("gone") or [{}])[-1]).get("tasks"), MAX_TASKS)],
         "figures": {name: number(last.get(name), -1, 1) if whole else None for name in _FIGURES},
         "sizes": [
-            {name: size(record.get(name)) for name in ("parameters", "nonzero", "macs", "remembered")}
-            | {"seconds": number(record.get("seconds"), 0)}
+            {
+                "parameters": size(record.get("parameters")),
+                "nonzero": size(record.get("nonzero")),
+                "macs": size(record.get("macs")),
+                "remembered": size(record.get("remembered")),
+                "seconds": number(record.get("seconds"), 0),
+            }
             for record in records
         ],
         "widths": _over(records, "widths"),
@@ -79,7 +84,7 @@ def headline(run: Run) -> str:
     Args:
         run: A run of the summary.
     """
-    found = run["course"]
+    found = course_of(run)
     who, n = run["method"] or "regrow learn", len(found["rows"])
     deed = f"{who} trained {run['model']} on {n} task{'s' * (n != 1)}{' in sequence' * (n > 1)}."
     if (average := found["figures"]["average"]) is None:
@@ -94,7 +99,7 @@ def details(run: Run) -> list[str]:
     Args:
         run: A run of the summary.
     """
-    found = run["course"]
+    found = course_of(run)
     lines = []
     if run["method"] == "sparsegrow":
         lines.append(
@@ -118,13 +123,13 @@ def details(run: Run) -> list[str]:
     return lines
 
 
-def key_numbers(run: Run) -> list[dict[str, str]]:
+def key_numbers(run: Run) -> list[KeyNumber]:
     """Return the six figures of the accuracy matrix, as ``label``, ``value`` and a line ``below`` each.
 
     Args:
         run: A run of the summary.
     """
-    found, n, k = run["course"]["figures"], len(run["course"]["rows"]), _measured(run["course"])
+    found, n, k = course_of(run)["figures"], len(course_of(run)["rows"]), _measured(course_of(run))
     over = "all tasks" if k == n else f"the {k} of {n} tasks that could be evaluated"
     shown = (
         ("Final average accuracy", "average", q.percent, f"over {over}, after the last"),
@@ -137,7 +142,7 @@ def key_numbers(run: Run) -> list[dict[str, str]]:
     return [{"label": a, "value": unit(found[b]), "below": c} for a, b, unit, c in shown if found[b] is not None]
 
 
-def _measured(found: dict[str, Any]) -> int:
+def _measured(found: Course) -> int:
     """Return the number of tasks whose accuracy was measured at the end."""
     return sum(v is not None for v in found["rows"][-1][: len(found["rows"])]) if found["rows"] else 0
 
@@ -218,8 +223,8 @@ def parameters(run: Run) -> Drawing | None:
     Args:
         run: A run of the summary.
     """
-    rows = (run["course"] or {"sizes": []})["sizes"]
-    values = [[row[name] for row in rows] for name in ("parameters", "nonzero")]
+    rows = run["course"]["sizes"] if run["course"] else []
+    values: list[Values] = [[row["parameters"] for row in rows], [row["nonzero"] for row in rows]]
     entries = [("parameters", palette.MUTED, "o", 1.0), ("nonzero", palette.ACCENT, "o", 1.0)]
     return _panels("fig-course-size", "Parameters after each task", [("Parameters", values)], entries)
 
@@ -230,10 +235,9 @@ def shares(run: Run) -> Drawing | None:
     Args:
         run: A run of the summary.
     """
-    found = run["course"] or {"owned": {}, "free": {}}
-    none: list[float | None] = []
-    names = list(dict.fromkeys([*found["owned"], *found["free"]]))[:MAX_PANELS]
-    panels: list[Panel] = [(name, [found["owned"].get(name, none), found["free"].get(name, none)]) for name in names]
+    owned, free = (run["course"]["owned"], run["course"]["free"]) if run["course"] else ({}, {})
+    names = list(dict.fromkeys([*owned, *free]))[:MAX_PANELS]
+    panels: list[Panel] = [(name, [owned.get(name, []), free.get(name, [])]) for name in names]
     entries = [("owned", palette.MUTED, "o", 1.0), ("free", palette.ACCENT, "o", 1.0)]
     return _panels("fig-course-owned", "Owned and free share of each weight after each task", panels, entries, 1.0)
 
@@ -288,14 +292,12 @@ def _span(line: Sequence[float | None], unit: Any) -> str:
     return " → ".join(dict.fromkeys((known[0], known[-1]))) if known else q.NONE
 
 
-def _named(found: dict[str, Any]) -> list[tuple[str, list[float | None]]]:
+def _named(found: Course) -> list[tuple[str, list[float | None]]]:
     return list(zip(found["tasks"], found["rows"], strict=False))
 
 
-def _event(line: JsonObject) -> dict[str, Any]:
+def _event(line: JsonObject) -> Growth:
     """Return the data of one growth for the page; task and epoch are counted from 1."""
-    sides = {side: _shares(line.get(f"accuracy_{side}")) for side in ("before", "after")}
-    known = {side: [v for v in values if v is not None] for side, values in sides.items()}
     task, epoch = (size(line.get(name)) for name in ("task", "epoch"))
     return {
         "task": None if task is None else task + 1,
@@ -306,7 +308,14 @@ def _event(line: JsonObject) -> dict[str, Any]:
         "newborn_gradient": number(line.get("newborn_gradient"), 0, 1),
         "newborn_entries": number(line.get("newborn_entries"), 0, 1),
         "recovery": _recovery(size(line.get("recovery_steps")), size(line.get("steps_watched"))),
-    } | {side: sum(values) / len(values) if values else None for side, values in known.items()}
+        "before": _mean(line.get("accuracy_before")),
+        "after": _mean(line.get("accuracy_after")),
+    }
+
+
+def _mean(value: object) -> float | None:
+    known = [v for v in _shares(value) if v is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _recovery(steps: int | None, watched: int | None) -> str:

@@ -9,6 +9,7 @@ from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, draw, steps
 from regrow.reports.fronts import against, leaders
+from regrow.reports.records import CourseCell, CourseLine, Run, Summary, course_of
 
 MAX_LINES = 24
 
@@ -27,12 +28,11 @@ _FIGURES = (
 )
 COLUMNS = tuple(label for label, *_ in _FIGURES)
 
-Run = dict[str, Any]
 Line = tuple[str, list[float | None]]
 """A run's label, and its value after each task."""
 
 
-def are_learning_runs(summary: dict[str, Any]) -> bool:
+def are_learning_runs(summary: Summary) -> bool:
     """Whether every run of a summary is a continual-learning run.
 
     Args:
@@ -41,7 +41,7 @@ def are_learning_runs(summary: dict[str, Any]) -> bool:
     return all(run["course"] for run in summary["runs"])
 
 
-def headline(summary: dict[str, Any]) -> str:
+def headline(summary: Summary) -> str:
     """Return one sentence on which networks are compared, and over how many tasks.
 
     Args:
@@ -50,18 +50,18 @@ def headline(summary: dict[str, Any]) -> str:
     runs = summary["runs"]
     models = sorted({run["model"] for run in runs})
     what = f"{len(runs)} runs of {models[0]}" if len(models) == 1 else f"{len(runs)} runs of {len(models)} networks"
-    counts = sorted({len(run["course"]["rows"]) for run in runs})
+    counts = sorted({len(course_of(run)["rows"]) for run in runs})
     n = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return f"{what}, each trained on {n} task{'s' * (counts[-1] != 1)}{' in sequence' * (counts[-1] > 1)}."
 
 
-def details(summary: dict[str, Any]) -> list[str]:
+def details(summary: Summary) -> list[str]:
     """Return a sentence on which run has the highest and the lowest accuracy at the end.
 
     Args:
         summary: A summary of learning runs.
     """
-    known = [(v, run) for run in summary["runs"] if (v := run["course"]["figures"]["average"]) is not None]
+    known = [(v, run) for run in summary["runs"] if (v := course_of(run)["figures"]["average"]) is not None]
     if len(known) < 2 or not same(summary):
         return []
     (most, best), (least, worst) = (pick(known, key=lambda one: one[0]) for pick in (max, min))
@@ -73,7 +73,7 @@ def details(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def alarms(summary: dict[str, Any]) -> list[str]:
+def alarms(summary: Summary) -> list[str]:
     """Return a warning if the accuracies of the runs cannot be compared.
 
     Args:
@@ -83,7 +83,7 @@ def alarms(summary: dict[str, Any]) -> list[str]:
     return [] if same(summary) else [warning]
 
 
-def same(summary: dict[str, Any]) -> bool:
+def same(summary: Summary) -> bool:
     """Whether all runs had the same tasks in the same order, were evaluated on the same, and had one scenario.
 
     Args:
@@ -91,8 +91,8 @@ def same(summary: dict[str, Any]) -> bool:
     """
     evaluated = {
         (
-            tuple(run["course"]["tasks"][: len(run["course"]["rows"])]),
-            tuple(v is None for v in (run["course"]["rows"] or [[]])[-1]),
+            tuple(course_of(run)["tasks"][: len(course_of(run)["rows"])]),
+            tuple(v is None for v in (course_of(run)["rows"] or [[]])[-1]),
             pair["value"],
         )
         for run in summary["runs"]
@@ -102,7 +102,7 @@ def same(summary: dict[str, Any]) -> bool:
     return len(evaluated) <= 1
 
 
-def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+def table(summary: Summary) -> list[CourseLine]:
     """Return the rows of the comparison table: accuracy, size, growth and time of each run.
 
     Args:
@@ -116,37 +116,36 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """
     runs = summary["runs"]
     sizes = [_parameters(run) for run in runs]
-    columns = []
+    columns: list[list[CourseCell]] = []
     for _, name, unit, sign in _FIGURES:
-        values = [run["course"]["figures"][name] for run in runs]
+        values = [course_of(run)["figures"][name] for run in runs]
         leads = leaders(sizes, [None if v is None else sign * v for v in values])
         columns.append([{"value": unit(v), "best": lead} for v, lead in zip(values, leads, strict=True)])
-    result = []
+    result: list[CourseLine] = []
     for i, run in enumerate(runs):
-        seconds = [row["seconds"] for row in run["course"]["sizes"]]
+        found = course_of(run)
         result.append(
             {
                 "label": run["label"],
                 "cells": [column[i] for column in columns],
                 "parameters": sizes[i],
-                "first": run["course"]["sizes"][0]["parameters"] if run["course"]["sizes"] else None,
-                "growths": len(run["course"]["events"]),
+                "first": found["sizes"][0]["parameters"] if found["sizes"] else None,
+                "growths": len(found["events"]),
                 "shock": _shock(run),
-                "owned": _mean([values[-1] for values in run["course"]["owned"].values() if values]),
-                "known": run["course"]["rows"][-1] if run["course"]["rows"] else [],
-                "seconds": sum(seconds) if seconds and None not in seconds else None,
+                "owned": _mean([values[-1] for values in found["owned"].values() if values]),
+                "known": found["rows"][-1] if found["rows"] else [],
+                "seconds": _sum([row["seconds"] for row in found["sizes"]]),
             }
         )
     return result
 
 
-def _shock(run: dict[str, Any]) -> float | None:
-    events = run["course"]["events"]
-    gaps = [abs(one["after"] - one["before"]) for one in events if None not in (one["after"], one["before"])]
-    return max(gaps, default=None)
+def _shock(run: Run) -> float | None:
+    sides = [(growth["before"], growth["after"]) for growth in course_of(run)["events"]]
+    return max((abs(b - a) for a, b in sides if a is not None and b is not None), default=None)
 
 
-def accuracy(summary: dict[str, Any]) -> Drawing | None:
+def accuracy(summary: Summary) -> Drawing | None:
     """Draw the mean accuracy over the tasks learned so far, after each task, one line per run.
 
     Args:
@@ -154,31 +153,31 @@ def accuracy(summary: dict[str, Any]) -> Drawing | None:
     """
     lines: list[Line] = []
     for run in _few(summary):
-        known = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(run["course"]["rows"])]
+        known = [[v for v in row[: i + 1] if v is not None] for i, row in enumerate(course_of(run)["rows"])]
         lines.append((run["label"], [_mean(values) for values in known]))
     return _lines("fig-courses", "Average accuracy over the tasks learned, after each task", lines, q.percent)
 
 
-def widths(summary: dict[str, Any]) -> Drawing | None:
+def widths(summary: Summary) -> Drawing | None:
     """Draw the number of units of all axes together, after each task, one line per run.
 
     Args:
         summary: A summary of learning runs.
     """
     lines = [
-        (run["label"], [_sum(units) for units in zip(*run["course"]["widths"].values(), strict=True)])
+        (run["label"], [_sum(units) for units in zip(*course_of(run)["widths"].values(), strict=True)])
         for run in _few(summary)
     ]
     return _lines("fig-courses-widths", "Units of all axes together, after each task", lines, q.count)
 
 
-def sizes(summary: dict[str, Any]) -> Drawing | None:
+def sizes(summary: Summary) -> Drawing | None:
     """Draw final average accuracy against parameters; the runs that no smaller run beats are joined.
 
     Args:
         summary: A summary of learning runs.
     """
-    points = [(run["label"], _parameters(run), run["course"]["figures"]["average"]) for run in summary["runs"]]
+    points = [(run["label"], _parameters(run), course_of(run)["figures"]["average"]) for run in summary["runs"]]
     words = ("parameters at the end", "final average accuracy")
     return against("fig-courses-size", "Final average accuracy against parameters", points, *words)
 
@@ -279,13 +278,13 @@ def text_of(label: str) -> str:
     return label if len(label) <= 17 else label[:16] + "…"
 
 
-def _few(summary: dict[str, Any]) -> list[Run]:
+def _few(summary: Summary) -> list[Run]:
     result: list[Run] = summary["runs"][:MAX_LINES]
     return result
 
 
 def _parameters(run: Run) -> int | None:
-    rows = run["course"]["sizes"]
+    rows = course_of(run)["sizes"]
     result: int | None = rows[-1]["parameters"] if rows else None
     return result
 

@@ -9,8 +9,8 @@ from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend, steps
 from regrow.reports.fronts import against
+from regrow.reports.records import Run, search_of
 
-Run = dict[str, Any]
 Format = Callable[[float | None], str]
 Panel = tuple[str, Sequence[tuple[str, str, str]], Format, float | None]
 """A heading, its lines (field of an epoch, name, colour), the number format, and the top of the scale."""
@@ -105,7 +105,7 @@ def _over_epochs(run: Run, name: str, title: str, panels: Sequence[Panel]) -> Dr
     panels = [panel for panel in panels if panel[1]]
     if not panels:
         return None
-    marks = sorted({row["epoch"] + 0.5 for row in run["search"]["commits"] if row["epoch"] is not None})
+    marks = sorted({row["epoch"] + 0.5 for row in search_of(run)["commits"] if row["epoch"] is not None})
     begins = [i for i, row in enumerate(rows) if i == 0 or row["stage"] != rows[i - 1]["stage"]]
     description = "; ".join(
         f"{words}: {', '.join(unit(rows[i][field]) for i in _ends(rows)[:12])} at the end of each stage"

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, columns, depth_axis, draw, legend, log_axis, log_ticks
+from regrow.reports.records import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Run = dict[str, Any]
 MAX_ROWS = 40
 MAX_PANELS = 6
 
@@ -107,7 +107,8 @@ def spectra(run: Run) -> Drawing | None:
     Args:
         run: A run of the summary.
     """
-    kinds = (run["scores"] or {"kinds": []})["kinds"]
+    scores: dict[str, Any] = run["scores"] or {"kinds": [], "metric": ""}
+    kinds = scores["kinds"]
     changed = {kind["kind"] for kind in run["widths"] if kind["changed"]}
     kinds = sorted(kinds, key=lambda kind: kind["kind"] not in changed)[: min(MAX_PANELS, max(1, len(changed)))]
     if not kinds:
@@ -144,7 +145,7 @@ def spectra(run: Run) -> Drawing | None:
             middle = math.sqrt(bounds[0] * bounds[-1]) if logarithmic else (bounds[0] + bounds[-1]) / 2
             axes.hlines([middle], d - 0.48, d + 0.48, color=palette.ACCENT, linewidth=2.4)
 
-    metric = run["scores"]["metric"] or "score"
+    metric = scores["metric"] or "score"
     entries = [("cut", palette.ACCENT, "_", 1.0), ("median", palette.INK, "_", 1.0)]
     entries += [
         ("half", palette.MUTED, "s", 0.47),

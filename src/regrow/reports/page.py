@@ -11,11 +11,10 @@ from regrow.reports import search as quest
 from regrow.reports import searches as quests
 from regrow.reports.canvas import Drawing
 from regrow.reports.reading import ReportError
+from regrow.reports.records import Run, Summary, search_of
 from regrow.reports.summary import summarise
 from regrow.store.atomic import write_text
 from regrow.store.errors import explain_os_errors
-
-Summary = dict[str, Any]
 
 # A section is one file in templates/sections, which finds its drawings in FIGURES under the names used there.
 SECTIONS = {
@@ -168,7 +167,7 @@ def _context(summary: Summary) -> dict[str, Any]:
     run = runs[0]
     if len(runs) == 1:
         subject: Any = course if run["course"] else quest if run["search"] else words
-        found, parts = cells.cells_of(run), run["search"]["blocks"] if run["search"] else []
+        found, parts = cells.cells_of(run), search_of(run)["blocks"] if run["search"] else []
         return {
             "title": f"{run['model']}: {run['label']}",
             "brand": [part for part in (run["verb"], run["name"], run["finished"][:10]) if part],
@@ -186,7 +185,7 @@ def _context(summary: Summary) -> dict[str, Any]:
             "run": run,
             "runs": runs,
         }
-    shared = {
+    shared: dict[str, Any] = {
         "brand": ["comparison"],
         "alarms": [f"{run['label']}: {alarm}" for run in runs for alarm in _alarms(run)],
         "keys": [],
@@ -228,7 +227,7 @@ def _context(summary: Summary) -> dict[str, Any]:
     }
 
 
-def _alarms(run: dict[str, Any]) -> list[str]:
+def _alarms(run: Run) -> list[str]:
     """Return warnings that a reader must not overlook."""
     result = quest.alarms(run) if run["search"] else []
     if any(row["holds"] is False for row in run["verify"]):
@@ -268,7 +267,7 @@ def _seen(summary: Summary) -> dict[str, str]:
     return {kind: {(True,): "seen", (False,): "unseen"}.get(tuple(seen), "") for kind, seen in result.items()}
 
 
-def _differences(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
+def _differences(runs: list[Run]) -> dict[str, list[str]]:
     """Return the settings in which the runs differ: name → one value per run, the default where none was given."""
     tables = [{pair["name"]: pair["value"] for pair in run["settings"] + run["method_settings"]} for run in runs]
     taken = [{pair["name"]: pair["value"] for pair in run["defaults"]} for run in runs]

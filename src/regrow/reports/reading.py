@@ -8,6 +8,7 @@ from pathlib import Path
 
 from regrow.errors import InputError, ResourceError
 from regrow.limits import check_regular
+from regrow.reports.records import MissingFile
 from regrow.store.convert import convert
 from regrow.store.errors import StoreError
 from regrow.store.intervals import expand_plans
@@ -80,7 +81,7 @@ class RunRecord:
     metrics: list[JsonObject] = field(default_factory=list)
     findings: JsonObject = field(default_factory=dict)
     origin: JsonObject = field(default_factory=dict)
-    missing: list[dict[str, str]] = field(default_factory=list)
+    missing: list[MissingFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
     @property

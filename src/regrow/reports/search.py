@@ -7,8 +7,8 @@ from regrow.amounts import parse_bytes
 from regrow.reports import blocks, cells, topology
 from regrow.reports import quantities as q
 from regrow.reports.reading import MAX_ITEMS, JsonObject, RunRecord, items, mapping, number, size, text
+from regrow.reports.records import KeyNumber, Run, search_of
 
-Run = dict[str, Any]
 Lines = dict[str, list[JsonObject]]
 
 LEVELS = ("operations", "filters", "weights")
@@ -110,7 +110,7 @@ def search(folder: RunRecord) -> dict[str, Any] | None:
 
 def headline(run: Run) -> str:
     """Return one sentence on the network that a run found, and its test accuracy."""
-    found = run["search"]
+    found = search_of(run)
     deed = f"{run['method'] or 'regrow search'} searched {run['model']}"
     if (many := found["found"]["parameters"]) is None:
         return f"{deed}. The search is not finished."
@@ -125,15 +125,15 @@ def headline(run: Run) -> str:
 
 def explain_unsearched(run: Run) -> str:
     """Return a note if a run did not search weights because its target counts zeroed ones; else an empty text."""
-    measure = run["search"]["measure"]
-    if run["method"] != "mgas" or measure not in ("params", "macs", "bytes") or run["search"]["topology"]:
+    measure = search_of(run)["measure"]
+    if run["method"] != "mgas" or measure not in ("params", "macs", "bytes") or search_of(run)["topology"]:
         return ""
     return f"Weights were not searched, since a target in {measure} counts weights that are 0; nonzero does not."
 
 
 def details(run: Run) -> list[str]:
     """Return the sentences below a run's headline: the origin of the method, and what was done."""
-    found, lines = run["search"], []
+    found, lines = search_of(run), []
     if run["method"] in RECONSTRUCTED:
         lines.append(RECONSTRUCTED[run["method"]])
     if note := explain_unsearched(run):
@@ -148,14 +148,14 @@ def details(run: Run) -> list[str]:
     return lines
 
 
-def key_numbers(run: Run) -> list[dict[str, str]]:
+def key_numbers(run: Run) -> list[KeyNumber]:
     """Return the figures at the head of the page, as ``label``, ``value`` and a line ``below`` each.
 
     Args:
         run: A run of the summary.
     """
-    found, ops = run["search"], cells.kept_operations(cells.cells_of(run))
-    rows = []
+    found, ops = search_of(run), cells.kept_operations(cells.cells_of(run))
+    rows: list[KeyNumber] = []
 
     def add(label: str, value: Any, unit: Any, below: str) -> None:
         if value is not None:
@@ -194,7 +194,7 @@ def alarms(run: Run) -> list[str]:
     Args:
         run: A run of the summary.
     """
-    found = run["search"]
+    found = search_of(run)
     return [line for made in (_collapse, _thin, _off, _overshot, _moved, _memory) if (line := made(found))]
 
 

@@ -1,15 +1,12 @@
 """The page that compares searches: the network that each found, and its size."""
 
-from typing import Any
-
 from regrow.reports import quantities as q
 from regrow.reports.fronts import leaders
+from regrow.reports.records import SearchLine, Summary, search_of
 from regrow.reports.search import RECONSTRUCTED
 
-Run = dict[str, Any]
 
-
-def are_search_runs(summary: dict[str, Any]) -> bool:
+def are_search_runs(summary: Summary) -> bool:
     """Whether every run of a summary is a search.
 
     Args:
@@ -18,7 +15,7 @@ def are_search_runs(summary: dict[str, Any]) -> bool:
     return all(run["search"] for run in summary["runs"])
 
 
-def headline(summary: dict[str, Any]) -> str:
+def headline(summary: Summary) -> str:
     """Return one sentence on how many searches of which space are compared.
 
     Args:
@@ -29,7 +26,7 @@ def headline(summary: dict[str, Any]) -> str:
     return f"{len(summary['runs'])} searches of {of}."
 
 
-def details(summary: dict[str, Any]) -> list[str]:
+def details(summary: Summary) -> list[str]:
     """Return sentences on the origin of the methods, and on which network has the highest test accuracy.
 
     Args:
@@ -38,14 +35,14 @@ def details(summary: dict[str, Any]) -> list[str]:
     lines: list[str] = []
     methods = {run["method"] for run in summary["runs"]}
     lines += [note for method, note in RECONSTRUCTED.items() if method in methods]
-    known = [(v, run) for run in summary["runs"] if (v := run["search"]["test"]["accuracy"]) is not None]
+    known = [(v, run) for run in summary["runs"] if (v := search_of(run)["test"]["accuracy"]) is not None]
     if len(known) > 1 and not alarms(summary):
         most, best = max(known, key=lambda one: one[0])
         lines.append(f"{best['label']} has the highest test accuracy: {q.percent(most)}.")
     return lines
 
 
-def alarms(summary: dict[str, Any]) -> list[str]:
+def alarms(summary: Summary) -> list[str]:
     """Return a warning if the accuracies of the runs cannot be compared.
 
     Args:
@@ -56,7 +53,7 @@ def alarms(summary: dict[str, Any]) -> list[str]:
     return ["The searches used different data: their accuracies cannot be compared."] if len(data) > 1 else []
 
 
-def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
+def table(summary: Summary) -> list[SearchLine]:
     """Return the rows of the comparison table: accuracy, size and time of each search.
 
     Args:
@@ -67,7 +64,7 @@ def table(summary: dict[str, Any]) -> list[dict[str, Any]]:
         better), ``validation``, ``parameters``, ``nonzero`` and ``seconds``.
     """
     runs = summary["runs"]
-    found = [run["search"] for run in runs]
+    found = [search_of(run) for run in runs]
     leads = leaders([one["test"]["nonzero"] for one in found], [one["test"]["accuracy"] for one in found])
     return [
         {

@@ -18,6 +18,7 @@ from regrow.reports.reading import (
     size,
     text,
 )
+from regrow.reports.records import Budget, Check, Pair, Run, SourceRow, Summary
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 
@@ -30,7 +31,7 @@ _SIZES = ("params_all", "params_counted", "macs", "bytes")
 _SPEEDS = ("tokens_per_s", "spread", "latency_ms", "peak_bytes")
 
 
-def summarise(folders: list[Path]) -> dict[str, Any]:
+def summarise(folders: list[Path]) -> Summary:
     """Read run folders into one dictionary that can be written as JSON, for :func:`to_html` and :func:`to_markdown`.
 
     Args:
@@ -54,7 +55,7 @@ def summarise(folders: list[Path]) -> dict[str, Any]:
     return {"format": FORMAT, "runs": runs, "kinds": shared}
 
 
-def _run(folder: RunRecord) -> dict[str, Any]:
+def _run(folder: RunRecord) -> Run:
     run, settings = folder.run, mapping(folder.run.get("settings"))
     kinds, frozen = widths(folder)
     metrics: dict[str, list[JsonObject]] = {}
@@ -66,6 +67,7 @@ def _run(folder: RunRecord) -> dict[str, Any]:
         folder.problems.append("run.json has no finishing time: the run was interrupted or is still in progress")
     return {
         "name": text(folder.name) or "run",
+        "label": "",
         "verb": text(run.get("verb")) or "prune",
         "command": text(run.get("command"), 8000),
         "model": _short(text(settings.get("model", settings.get("space")), 300)) or "the model",
@@ -108,7 +110,7 @@ def _run(folder: RunRecord) -> dict[str, Any]:
     }
 
 
-def _perplexity(metrics: dict[str, list[JsonObject]], sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _perplexity(metrics: dict[str, list[JsonObject]], sources: list[SourceRow]) -> list[dict[str, Any]]:
     """Return one row per text domain: perplexity before and after, and their ratio.
 
     If a recovery followed a cut, ``after`` is the perplexity after the recovery, and ``cut`` that after the cut.
@@ -189,16 +191,23 @@ def _sides(lines: list[JsonObject], names: tuple[str, ...]) -> dict[str, dict[st
     return sides
 
 
-def _budget(lines: list[JsonObject]) -> dict[str, Any] | None:
+def _budget(lines: list[JsonObject]) -> Budget | None:
     """Return the quantity that a target counts: requested, before, after, and predicted (time only)."""
     line = lines[-1] if lines else {}
-    result: dict[str, Any] = {name: number(line.get(name), 0) for name in ("asked", "before", "after", "predicted")}
-    if result["asked"] is None or result["after"] is None:
+    asked, after = number(line.get("asked"), 0), number(line.get("after"), 0)
+    if asked is None or after is None:
         return None
-    return result | {"measure": text(line.get("measure"), 20), "context": size(line.get("context")) or 0}
+    return {
+        "asked": asked,
+        "before": number(line.get("before"), 0),
+        "after": after,
+        "predicted": number(line.get("predicted"), 0),
+        "measure": text(line.get("measure"), 20),
+        "context": size(line.get("context")) or 0,
+    }
 
 
-def _verify(line: JsonObject) -> dict[str, Any]:
+def _verify(line: JsonObject) -> Check:
     difference, bound = number(line.get("max_abs_diff"), 0), number(line.get("bound"), 0)
     return {
         "max_abs_diff": difference,
@@ -209,7 +218,7 @@ def _verify(line: JsonObject) -> dict[str, Any]:
     }
 
 
-def _sources(run: JsonObject, settings: JsonObject) -> list[dict[str, Any]]:
+def _sources(run: JsonObject, settings: JsonObject) -> list[SourceRow]:
     return [
         {
             "name": name,
@@ -222,9 +231,9 @@ def _sources(run: JsonObject, settings: JsonObject) -> list[dict[str, Any]]:
     ]
 
 
-def _pairs(values: JsonObject, skip: tuple[str, ...] = ()) -> list[dict[str, str]]:
+def _pairs(values: JsonObject, skip: tuple[str, ...] = ()) -> list[Pair]:
     """Return settings as names and words, without empty ones."""
-    pairs = []
+    pairs: list[Pair] = []
     for name, value in list(values.items())[:60]:
         parts = [text(part, 80) for part in items(value, 20)] if isinstance(value, list) else [text(value, 300)]
         if name not in skip and any(parts):
@@ -237,21 +246,16 @@ def _short(model: str) -> str:
     return model.rstrip("/\\").replace("\\", "/").rpartition("/")[2]
 
 
-def _name(runs: list[dict[str, Any]]) -> None:
+def _name(runs: list[Run]) -> None:
     """Give each run a short, unique label: method and keep, then seed, then its folder."""
+    seeds = [next((pair["value"] for pair in run["settings"] if pair["name"] == "seed"), "") for run in runs]
     for run in runs:
-        seed = next((pair["value"] for pair in run["settings"] if pair["name"] == "seed"), "")
         kept = f" {run['target']}" if run["keep"] is None else f" {run['keep']:g}"
         kept = kept.rstrip() + " regular" * run["regular"]
-        run["label"], run["_seed"] = f"{run['method'] or run['name']}{kept}", seed
-    for suffix in (
-        lambda run, i: f" seed {run['_seed']}",
-        lambda run, i: f" {run['name']}",
-        lambda run, i: f" #{i + 1}",
-    ):
+        run["label"] = f"{run['method'] or run['name']}{kept}"
+    names = [run["name"] for run in runs]
+    for suffixes in ([f"seed {seed}" for seed in seeds], names, [f"#{i + 1}" for i in range(len(runs))]):
         labels = [run["label"] for run in runs]
-        for i, run in enumerate(runs):
-            if labels.count(labels[i]) > 1:
-                run["label"] = text(labels[i] + suffix(run, i), 60)
-    for run in runs:
-        del run["_seed"]
+        for run, label, suffix in zip(runs, labels, suffixes, strict=True):
+            if labels.count(label) > 1:
+                run["label"] = text(f"{label} {suffix}", 60)

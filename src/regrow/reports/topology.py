@@ -1,9 +1,7 @@
 """The topology that a search found in the space of NAS-Bench-201: its one cell as data, and in the paper's notation."""
 
-from typing import Any
-
-from regrow.reports.cells import Cell
 from regrow.reports.reading import JsonObject, mapping, size
+from regrow.reports.records import Cell, Node
 
 NAMES = {
     "none": "none",
@@ -32,7 +30,7 @@ def topology(origin: JsonObject) -> list[Cell]:
     if not isinstance(edges, list) or len(edges) != len(EDGES):
         return []
     width = size(config.get("width"))
-    nodes: list[dict[str, Any]] = [{"width": width, "ops": []} for _ in range(3)]
+    nodes: list[Node] = [{"width": width, "ops": []} for _ in range(3)]
     for (source, node), ops in zip(EDGES, edges, strict=True):
         there = ops if isinstance(ops, list) else []
         nodes[node - 1]["ops"] += [

@@ -4,11 +4,12 @@ import re
 from typing import Any
 
 from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, objects, size, text
+from regrow.reports.records import FrozenAxes
 
 QUANTILES = 21
 
 
-def widths(folder: RunRecord) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def widths(folder: RunRecord) -> tuple[list[dict[str, Any]], list[FrozenAxes]]:
     """Return the widths of the axes that can change, per kind of axis in order of depth, and the frozen ones by reason.
 
     Args:

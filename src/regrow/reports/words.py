@@ -5,8 +5,7 @@ from typing import Any
 
 from regrow.reports import quantities as q
 from regrow.reports.findings import GRID
-
-Run = dict[str, Any]
+from regrow.reports.records import KeyNumber, Run, Summary
 
 _UNITS: dict[str, Callable[[float | None], str]] = {
     "bytes": q.octets,
@@ -60,14 +59,14 @@ def details(run: Run) -> list[str]:
     return lines
 
 
-def key_numbers(run: Run) -> list[dict[str, str]]:
+def key_numbers(run: Run) -> list[KeyNumber]:
     """Return the numbers at the head of the page, as ``label``, ``value`` and a line ``below`` each.
 
     Args:
         run: A run of the summary.
     """
     before, after = run["size"]["before"] or {}, run["size"]["after"] or {}
-    result = []
+    result: list[KeyNumber] = []
 
     def add(label: str, value: str, below: str) -> None:
         result.append({"label": label, "value": value, "below": below})
@@ -214,7 +213,7 @@ def proof(run: Run) -> str:
     return "The cut model does not compute what the masked model computes: this cut is not exact. Do not use it."
 
 
-def comparison(summary: dict[str, Any]) -> str:
+def comparison(summary: Summary) -> str:
     """Return the headline of a page that compares pruning runs.
 
     Args:
@@ -228,7 +227,7 @@ def comparison(summary: dict[str, Any]) -> str:
     return f"{what}, compared on {_kinds(len(kinds))}."
 
 
-def leading(summary: dict[str, Any], kept: Callable[[Run], float | None]) -> list[str]:
+def leading(summary: Summary, kept: Callable[[Run], float | None]) -> list[str]:
     """Return a sentence on the run of lowest perplexity at each size, at most five sizes.
 
     Args:
@@ -248,7 +247,7 @@ def leading(summary: dict[str, Any], kept: Callable[[Run], float | None]) -> lis
     return [f"Lowest perplexity, as a geometric mean over the text domains. {'; '.join(parts)}."] if parts else []
 
 
-def same_dense(summary: dict[str, Any]) -> dict[str, float] | None:
+def same_dense(summary: Summary) -> dict[str, float] | None:
     """Return text domain → perplexity before pruning, if all runs measured the same; else ``None``.
 
     Args:
