@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, draw, log_axis, log_ticks
+from regrow.reports.fronts import draw_front
 from regrow.reports.records import Run, Summary
 from regrow.reports.words import same_dense
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 MAX_KINDS = 12
 
@@ -87,44 +91,22 @@ def front(summary: Summary) -> Drawing | None:
     if len({x for _, x, _ in known}) < 2:
         return None
     description = "; ".join(f"{label}: {q.percent(x)} kept, perplexity {q.significant(y)}" for label, x, y in known)
-    best = [p for p in known if not any(o[1] <= p[1] and o[2] <= p[2] and o[1:] != p[1:] for o in known)]
-    best.sort(key=lambda point: point[1])
+    best = [not any(o[1] <= p[1] and o[2] <= p[2] and o[1:] != p[1:] for o in known) for p in known]
 
-    def paint(canvas: Canvas) -> None:
-        canvas.start(340)
-        axes = canvas.panel(34, 254, left=58, right=8)
-        axes.set_yscale("log")
-        low, high = (math.log10(pick(p[2] for p in known)) for pick in (min, max))
+    def scale(canvas: Canvas, axes: "Axes", ys: list[float]) -> None:
+        from matplotlib.ticker import MaxNLocator
+
+        low, high = math.log10(min(ys)), math.log10(max(ys))
         room = max(high - low, 0.1) * 0.18
+        axes.set_yscale("log")
         axes.set_ylim(10 ** (low - room), 10 ** (high + room))
         log_ticks(axes.yaxis, 10 ** (low - room), 10 ** (high + room), 6)
-        xs = [x for _, x, _ in known]
-        spread = max(xs) - min(xs)
-        axes.set_xlim(min(xs) - 0.08 * spread, max(xs) + spread * 120 / (canvas.width - 190))
-        axes.xaxis.set_major_locator(_locator(4 if canvas.narrow else 8))
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
-        axes.grid(color=palette.LINE, linewidth=1)
-        axes.set_axisbelow(True)
-        axes.set_xlabel("weights kept", color=palette.MUTED, fontsize=SMALL, labelpad=6)
-        canvas.text(0, 12, "perplexity, geometric mean (log scale)", color=palette.MUTED, fontsize=SMALL)
-        axes.plot([p[1] for p in best], [p[2] for p in best], color=palette.ACCENT, linewidth=1.5)
-        for label, x, y in known:
-            on = any(point[0] == label for point in best)
-            face = palette.ACCENT if on else palette.FAINT
-            axes.plot([x], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=palette.PAPER)
-            axes.annotate(
-                label[:18],
-                (x, y),
-                xytext=(8, 3),
-                textcoords="offset points",
-                ha="left",
-                va="bottom",
-                color=palette.INK if on else palette.MUTED,
-                fontsize=SMALL,
-                annotation_clip=False,
-            )
+        axes.xaxis.set_major_locator(MaxNLocator(4 if canvas.narrow else 8))
+        axes.xaxis.set_major_formatter(lambda value, _: q.percent_tick(value))
 
-    return draw("fig-front", "Perplexity against the fraction of weights kept", description, paint)
+    title = "Perplexity against the fraction of weights kept"
+    above = "perplexity, geometric mean (log scale)"
+    return draw_front("fig-front", title, description, known, best, "weights kept", above, scale)
 
 
 def kept_share(run: Run) -> float | None:
@@ -159,9 +141,3 @@ def leaders(runs: list[Run], values: Sequence[float | None]) -> list[bool]:
 
 def _value(run: Run, kind: str) -> float | None:
     return next((row["after"]["ppl"] for row in run["perplexity"] if row["source"] == kind and row["after"]), None)
-
-
-def _locator(most: int) -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(most)

@@ -203,9 +203,7 @@ def _lines(name: str, title: str, lines: Sequence[Line], unit: Any) -> Drawing |
         axes.set_ylim(low, up)
         axes.set_xticks(steps(1, n, 5 if canvas.narrow else 10))
         axes.locator_params(axis="y", nbins=6)
-        axes.yaxis.set_major_formatter(
-            lambda value, _: q.count(value) if unit is q.count else f"{100 * value:.3g}{q.SPACE}%"
-        )
+        axes.yaxis.set_major_formatter(lambda value, _: q.count(value) if unit is q.count else q.percent_tick(value))
         axes.grid(axis="y", color=palette.LINE, linewidth=1)
         axes.set_axisbelow(True)
         axes.set_xlabel("tasks learned", color=palette.MUTED, fontsize=SMALL, labelpad=4)

@@ -189,7 +189,7 @@ def _bars(
 
 def _tick(unit: Format, value: float, place: int) -> str:
     """Format a tick of the vertical axis, as matplotlib calls it."""
-    return q.count(value) if unit is q.count else f"{100 * value:.3g}{q.SPACE}%"
+    return q.count(value) if unit is q.count else q.percent_tick(value)
 
 
 def _ends(rows: Sequence[dict[str, Any]]) -> list[int]:

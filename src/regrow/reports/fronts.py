@@ -1,10 +1,17 @@
 """Accuracy against size, and the Pareto front."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, draw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Point = tuple[str, float, float]
+"""A label, a horizontal and a vertical value."""
 
 
 def leaders(sizes: Sequence[float | None], values: Sequence[float | None]) -> list[bool]:
@@ -41,32 +48,56 @@ def against(
         return None
     description = "; ".join(f"{label}: {q.count(x)} {below}, {q.percent(y)}" for label, x, y in known)
     leads = leaders([x for _, x, _ in known], [y for _, _, y in known])
-    front = sorted((x, y) for (_, x, y), lead in zip(known, leads, strict=True) if lead)
+
+    def scale(canvas: Canvas, axes: "Axes", ys: list[float]) -> None:
+        room = max(max(ys) - min(ys), 0.02) * 0.12
+        axes.set_ylim(min(ys) - room, max(ys) + room)
+        axes.locator_params(axis="x", nbins=3 if canvas.narrow else 7)
+        axes.xaxis.set_major_formatter(lambda value, _: q.count(value))
+        axes.yaxis.set_major_formatter(lambda value, _: q.percent_tick(value))
+
+    return draw_front(name, title, description, known, leads, below, above, scale)
+
+
+def draw_front(
+    name: str,
+    title: str,
+    description: str,
+    points: Sequence[Point],
+    leads: Sequence[bool],
+    below: str,
+    above: str,
+    scale: Callable[[Canvas, "Axes", list[float]], None],
+) -> Drawing:
+    """Draw labelled points, and a line through those of the Pareto front.
+
+    Args:
+        name: Prefix of the drawing's ids.
+        title: The title of the figure.
+        description: The content in words.
+        points: A label, a horizontal and a vertical value each; the horizontal ones are not all equal.
+        leads: Which points are on the front.
+        below: The label of the horizontal axis.
+        above: The label of the vertical axis.
+        scale: Sets the vertical limits and the ticks, given the vertical values.
+    """
+    front = sorted((x, y) for (_, x, y), lead in zip(points, leads, strict=True) if lead)
 
     def paint(canvas: Canvas) -> None:
         canvas.start(340)
         axes = canvas.panel(34, 254, left=58, right=8)
-        xs, ys = [x for _, x, _ in known], [y for _, _, y in known]
-        spread, room = max(xs) - min(xs), max(max(ys) - min(ys), 0.02) * 0.12
+        xs = [x for _, x, _ in points]
+        spread = max(xs) - min(xs)
         axes.set_xlim(min(xs) - 0.08 * spread, max(xs) + spread * 120 / (canvas.width - 190))
-        axes.set_ylim(min(ys) - room, max(ys) + room)
-        axes.locator_params(axis="x", nbins=3 if canvas.narrow else 7)
-        axes.xaxis.set_major_formatter(lambda value, _: q.count(value))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}{q.SPACE}%")
+        scale(canvas, axes, [y for _, _, y in points])
         axes.grid(color=palette.LINE, linewidth=1)
         axes.set_axisbelow(True)
         axes.set_xlabel(below, color=palette.MUTED, fontsize=SMALL, labelpad=6)
         canvas.text(0, 12, above, color=palette.MUTED, fontsize=SMALL)
         axes.plot([x for x, _ in front], [y for _, y in front], color=palette.ACCENT, linewidth=1.5)
-        for (label, x, y), on in zip(known, leads, strict=True):
-            axes.plot(
-                [x],
-                [y],
-                "o",
-                markersize=10,
-                markerfacecolor=palette.ACCENT if on else palette.FAINT,
-                markeredgecolor=palette.PAPER,
-            )
+        for (label, x, y), on in zip(points, leads, strict=True):
+            face = palette.ACCENT if on else palette.FAINT
+            axes.plot([x], [y], "o", markersize=10, markerfacecolor=face, markeredgecolor=palette.PAPER)
             axes.annotate(
                 label[:18],
                 (x, y),

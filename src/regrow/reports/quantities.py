@@ -121,6 +121,18 @@ def percent(fraction: float | None) -> str:
     return NONE if fraction is None else f"{100 * fraction:.1f}{SPACE}%"
 
 
+def percent_tick(fraction: float) -> str:
+    """Format a fraction at a figure's axis as a percentage, as short as possible.
+
+    Args:
+        fraction: The fraction.
+
+    >>> percent_tick(0.25), percent_tick(0.125)
+    ('25\\xa0%', '12.5\\xa0%')
+    """
+    return f"{100 * fraction:.3g}{SPACE}%"
+
+
 def points(difference: float | None) -> str:
     """Format a difference of two fractions in percentage points.
 
