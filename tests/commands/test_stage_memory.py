@@ -12,7 +12,8 @@ from commands.results import rows, same_parameters
 from regrow.allocation.stages import MemoryBudgetError
 from regrow.commands import search as searching
 from regrow.commands import stage_memory
-from regrow.commands.search import Settings, build_search, network, parts_of, run, schedule_of
+from regrow.commands.search import Settings, build_search, build_space, run
+from regrow.commands.search_inputs import read_inputs, read_parts
 from regrow.commands.stage_memory import MemoryWatch
 from regrow.methods import MethodKind, find_method
 from regrow.reports import write_page
@@ -70,13 +71,13 @@ def test_what_a_stage_needs_with_its_masks_is_planned(space: str, memory: str, b
     """Masks cost by the weight: where those are many, a plan without them would be far off."""
     more = {"batch_size": batch, "epochs": 1, "method_settings": {"warm": 0}}
     settings = replace(TIGHT, space=space, memory=memory, **more)
-    parts = parts_of(settings)
-    model, _, plan = network(settings, parts.search)
+    parts = read_parts(read_inputs(settings).data)
+    model, _, plan = build_space(read_inputs(settings), parts.search)
     axes = trace(model, parts.search.train.inputs[:2])
-    own = build_search(settings, model, axes, plan)
+    own = build_search(read_inputs(settings), model, axes, plan)
     assert plan is not None and len(plan.ends) == 1 and plan.recomputed == recomputed
     watch = MemoryWatch(own, plan.peak, batch)
-    learn(model, axes, [parts.search], own.learner, schedule_of(settings, 1, "constant"), around=watch)
+    learn(model, axes, [parts.search], own.learner, read_inputs(settings).schedule, around=watch)
     assert watch.rows["0"].joint
     assert 0.85 * plan.peak < watch.rows["0"].peak <= plan.peak
 

@@ -12,11 +12,12 @@ from torch import nn
 import regrow
 from regrow import nets
 from regrow.amounts import Target
+from regrow.api.prune import prune
 from regrow.axes import Example
 from regrow.budget import Budget
-from regrow.commands import pruning as prune
 from regrow.commands import search as searching
-from regrow.commands.search import Settings, parts_of, run
+from regrow.commands.search import Settings, run
+from regrow.commands.search_inputs import read_inputs, read_parts
 from regrow.commands.targets import parse_target, target_measure
 from regrow.data.vision import side_of
 from regrow.evaluation import dense, macs, size
@@ -63,7 +64,7 @@ def test_no_target_of_a_search_is_exceeded(
     settings = Settings(space, "digits", f"{measure}={share}%", method_settings=own, seed=seed, **TINY)
     folder = run(settings, tmp_path / "run")
     levels_row, net = row(folder, "levels"), regrow.load(folder.path / "found")
-    counted = dense(net, parts_of(settings).test.inputs[:1])
+    counted = dense(net, read_parts(read_inputs(settings).data).test.inputs[:1])
     assert levels_row["measure"] == measure
     assert counted[FIELD.get(measure, measure)] <= levels_row["asked"]
     told = row(folder, "found")
@@ -108,8 +109,8 @@ def test_a_run_of_version_0_1_keeps_what_its_target_counted(tmp_path: Path, monk
 
 @pytest.mark.slow
 def test_a_share_is_of_stored_parameters_or_of_what_it_names() -> None:
-    parts = parts_of(Settings("cells:4-2-1", "digits", "0.2", **TINY))
-    model, _, _ = searching.network(Settings("cells:4-2-1", "digits", "0.2", **TINY), parts.search)
+    parts = read_parts(read_inputs(Settings("cells:4-2-1", "digits", "0.2", **TINY)).data)
+    model, _, _ = searching.build_space(read_inputs(Settings("cells:4-2-1", "digits", "0.2", **TINY)), parts.search)
     one, two = (trace(model, parts.search.train.inputs[:n]) for n in (1, 2))
     counted = dense(model, parts.search.train.inputs[:2])
     for text, name in (
@@ -154,8 +155,8 @@ def test_macs_are_of_one_example_whatever_the_batch(make: Any, shape: tuple[int,
         net, x = make(), torch.randn(batch, *shape, generator=torch.Generator().manual_seed(0))
         counts.append(macs(trace(net, x)))
         source = Source("noise", [Batch((x,), labels=torch.zeros(batch, dtype=torch.long))])
-        most, given = f"macs={0.8 * counts[0]:.0f}", {"sources": [source], "settings": {"compensate": False}}
-        small, plan = prune.prune(net, method="magnitude", target=most, **given)
+        most = f"macs={0.8 * counts[0]:.0f}"
+        small, plan = prune(net, [source], method="magnitude", target=most, settings={"compensate": False})
         plans.append({key: change.keep for key, change in plan.changes.items()})
         assert 0.7 * counts[0] < macs(trace(small, x[:1])) <= 0.8 * counts[0]
     assert counts[0] == counts[1] and plans[0] == plans[1]
@@ -168,7 +169,7 @@ def test_no_target_of_pruning_is_exceeded(unit: str, share: float) -> None:
     name = FIELD.get(unit, unit)
     most = int(share * dense(net, x)[name])
     source = Source("noise", [Batch((x,))])
-    small, _ = prune.prune(net, method="flap", target=f"{unit}={most}", sources=[source])
+    small, _ = prune(net, [source], method="flap", target=f"{unit}={most}")
     assert 0.8 * most < dense(small, x)[name] <= most
 
 

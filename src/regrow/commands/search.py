@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,18 +12,19 @@ from torch import nn
 from regrow import evaluation, store
 from regrow.allocation.stages import MemoryStages
 from regrow.allocation.timed import Prices, spread_times
-from regrow.amounts import Measure, parse_bytes
+from regrow.amounts import Measure, format_bytes
 from regrow.axes import AxisGraph
 from regrow.candidates import Staged, candidates_in, fold_scales
 from regrow.commands import latencies, pareto, spaces, stage_memory
 from regrow.commands.history import read_history
+from regrow.commands.search_inputs import Parts, Retraining, SearchInputs, read_inputs, read_parts
 from regrow.commands.targets import find_granularities, parse_target, target_measure
-from regrow.data import streams
 from regrow.evaluation import Latency, fastest_pass
 from regrow.evaluation.continual import share_right
-from regrow.methods import MethodKind, find_method
-from regrow.methods.search import retrain as retraining
+from regrow.methods import MethodEntry, MethodKind, find_method
 from regrow.methods.search.assembly import Search
+from regrow.methods.search.retrain import RetrainState, build
+from regrow.methods.search.retrain import Settings as RetrainSettings
 from regrow.methods.search.state import SearchState
 from regrow.nets.bench201 import Bench201
 from regrow.nets.cells import Cells
@@ -37,11 +38,11 @@ from regrow.settings.words import command_line
 from regrow.sources import Batch
 from regrow.store.run_record import RUN
 from regrow.surgery import UndoStore
-from regrow.tasks import ExampleSet, Task, first_examples, input_shape
+from regrow.tasks import Task, first_examples, input_shape
 from regrow.tracing import trace
 from regrow.tracing.meta_copy import clone_model
 from regrow.training.checkpoint import CHECKPOINT, read_checkpoint, write_checkpoint
-from regrow.training.continual import TaskSchedule, learn
+from regrow.training.continual import learn
 from regrow.training.fit import Fitted, finish
 from regrow.training.learner import Boundary, Context, Event, write_replacements
 from regrow.training.state import TrainState
@@ -49,34 +50,6 @@ from regrow.training.state import TrainState
 GIVEN = ("target", "measure", "stages", "seed")
 """Names of method settings that the run sets from its own settings."""
 RETRAINING = "retraining.safetensors"
-
-
-def schedule_of(settings: Settings, epochs: int, decay: str) -> TaskSchedule:
-    """Return the training schedule of the search, or of the retraining after it.
-
-    Args:
-        settings: The settings of the run.
-        epochs: The number of epochs.
-        decay: ``constant`` or ``cosine``.
-    """
-    shared = {name: getattr(settings, name) for name in ("batch_size", "lr", "weight_decay", "seed")}
-    return TaskSchedule(epochs=epochs, decay=decay, **shared)
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The data of a search, split by purpose.
-
-    Args:
-        search: Training and validation examples of the search.
-        whole: Both together, for retraining; the validation examples are also its test examples, which are only
-            reported.
-        test: Test examples, evaluated once at the end.
-    """
-
-    search: Task
-    whole: Task
-    test: ExampleSet
 
 
 def run(
@@ -94,36 +67,37 @@ def run(
         ValueError: If a setting, the data or the target is not usable; says which, and the remedy.
     """
     check_settings(settings)
-    settings = _counted_as_begun(settings, Path(out))
+    settings = _restore_accounting(settings, Path(out))
     RunFolder.check(out, verb="search", settings=record_settings(settings))
-    parts = parts_of(settings)
-    _check_training(settings, parts)
-    model, origin, plan = network(settings, parts.search)
+    inputs = read_inputs(settings)
+    parts = read_parts(inputs.data)
+    _check_cutout(inputs.retraining, parts)
+    model, origin, plan = build_space(inputs, parts.search)
     axes = trace(model, first_examples(parts.search.train, 2).inputs)
-    batch = Batch((first_examples(parts.search.train, settings.batch_size).inputs,))
+    batch = Batch((first_examples(parts.search.train, inputs.batch_size).inputs,))
     started = RunFolder.open_unfinished(out)
     place = started.path if started else Path(out)
     begun = (place / CHECKPOINT).is_file()
-    timed_target = target_measure(settings.target, settings.accounting) == Measure.TIME
+    timed_target = target_measure(inputs.target, inputs.accounting) == Measure.TIME
     table = latencies.read_or_measure(place, model, batch, begun) if timed_target else None
-    search = build_search(settings, model, axes, plan, table)
-    search.check(Context(model, axes, parts.search, epochs=settings.epochs, seed=settings.seed))
-    taken = {n: v for n, v in search.settings.items() if n not in {*settings.method_settings, *GIVEN}}
-    told: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": taken}
-    with RunFolder.create(out, **told, command=command_line(settings, "--out", str(out))) as folder:
+    search = build_search(inputs, model, axes, plan, table)
+    search.check(Context(model, axes, parts.search, epochs=inputs.epochs, seed=inputs.seed))
+    defaults = {n: v for n, v in search.settings.items() if n not in {*inputs.method_settings, *GIVEN}}
+    identity: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": defaults}
+    with RunFolder.create(out, **identity, command=command_line(settings, "--out", str(out))) as folder:
         if plan is not None:
             folder.log("stages", **plan.record())
         if table:
             latencies.write(folder.path, table)
         start = time.perf_counter()
-        found, described_by = _search(folder, settings, parts, model, axes, origin, search, progress)
+        result, result_origin = _search(folder, inputs, parts, model, axes, origin, search, progress)
         seconds = {"search": round(time.perf_counter() - start, 3)}
-        store.write_model(found, folder.path / "found", origin=described_by)
-        right = share_right(found, parts.search.test)
-        folder.log("found", accuracy=right, **evaluation.dense(found, first_examples(parts.test, 1).inputs))
+        store.write_model(result, folder.path / "found", origin=result_origin)
+        accuracy = share_right(result, parts.search.test)
+        folder.log("found", accuracy=accuracy, **evaluation.dense(result, first_examples(parts.test, 1).inputs))
         start = time.perf_counter()
-        trained = retrain(folder, settings, parts, found, progress) if settings.retrain else found
-        store.write_model(trained, folder.path, origin=described_by)
+        trained = retrain(folder, inputs.retraining, parts, result, progress) if inputs.retraining else result
+        store.write_model(trained, folder.path, origin=result_origin)
         if table:
             folder.log("latency", whole=table.total, found=fastest_pass(trained, batch) / 1e6)
         size = evaluation.dense(trained, first_examples(parts.test, 1).inputs)
@@ -133,7 +107,7 @@ def run(
 
 def _search(
     folder: RunFolder,
-    settings: Settings,
+    inputs: SearchInputs,
     parts: Parts,
     model: nn.Module,
     axes: AxisGraph,
@@ -149,8 +123,7 @@ def _search(
     folder.ledger.truncate(len(state.plans))
     if state.learner.recomputed:
         cast(Staged, model).recomputed = True
-    budget = parse_bytes(settings.memory) if settings.memory else 0
-    watch = stage_memory.MemoryWatch(search, budget, settings.batch_size)
+    watch = stage_memory.MemoryWatch(search, inputs.memory, inputs.batch_size)
     watch.rows.update(state.learner.memory)
     plans, events = len(folder.ledger), 0
     rows: list[tuple[str, dict[str, Any]]] = [("epoch", dict(row)) for row in state.learner.history]
@@ -182,13 +155,12 @@ def _search(
         write_checkpoint(place, model, replace(now, learner=own), undo, logged=events)
 
     write_rows(state, unfinished=1)  # version 0.1 wrote checkpoints before rows
-    context = Context(model, axes, parts.search, 0, settings.epochs, settings.epochs, seed=settings.seed, undo=undo)
-    if settings.epochs:
-        schedule = schedule_of(settings, settings.epochs, "constant")
+    context = Context(model, axes, parts.search, 0, inputs.epochs, inputs.epochs, seed=inputs.seed, undo=undo)
+    if inputs.schedule:
         more: dict[str, Any] = {"state": state, "undo": undo, "checkpoint": write, "log": log, "progress": progress}
-        if settings.memory:
+        if inputs.memory:
             more["around"] = watch
-        fitted = learn(model, axes, [parts.search], search.learner, schedule, **more)
+        fitted = learn(model, axes, [parts.search], search.learner, inputs.schedule, **more)
     else:
         own = search.learner.boundary(state.learner, context, Boundary(Event.TASK_START))
         fitted = Fitted(model, axes, replace(state, learner=own))
@@ -202,109 +174,93 @@ def _search(
     return spaces.extract_network(fitted.model, origin)
 
 
-def _check_training(settings: Settings, parts: Parts) -> None:
-    side, most = settings.cutout, min(input_shape(parts.test)[1:])
-    if not 0 <= side < most:
+def _check_cutout(retraining: Retraining | None, parts: Parts) -> None:
+    side, most = retraining.cutout if retraining else 0, min(input_shape(parts.test)[1:])
+    if side >= most:
         raise ValueError(f"--cutout {side} of pictures of {most} pixels: take 0, for none, to {most - 1}")
-    for name, asked in (("cutout", side), ("inherit", settings.inherit)):
-        if asked and not settings.retrain:
-            raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
 
 
-def retrain(folder: RunFolder, settings: Settings, parts: Parts, found: nn.Module, progress: Progress) -> nn.Module:
+def retrain(
+    folder: RunFolder, retraining: Retraining, parts: Parts, searched: nn.Module, progress: Progress
+) -> nn.Module:
     """Train the found network on all training examples, re-initialised unless ``inherit``; weights at 0 stay 0.
 
     Args:
         folder: The run folder, for the checkpoint.
-        settings: The settings of the run.
+        retraining: How it is trained.
         parts: The data.
-        found: The found network; it is not changed.
+        searched: The found network; it is not changed.
         progress: Called with (steps done, steps in all, what is being done).
     """
-    model = clone_model(found)
+    model = clone_model(searched)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(retraining.schedule.seed)
         for module in model.modules():
-            if not settings.inherit and callable(reset := getattr(module, "reset_parameters", None)):
+            if not retraining.inherit and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
     axes = trace(model, first_examples(parts.whole.train, 2).inputs)
     context = Context(model, axes, parts.whole)
-    learner = retraining.build(retraining.Settings(cutout=settings.cutout), context, dict(found.named_parameters()))
+    learner = build(RetrainSettings(cutout=retraining.cutout), context, dict(searched.named_parameters()))
     place, state = folder.path / RETRAINING, TrainState(learner.state)
     if folder.resumed and place.is_file():
         model, axes, state = read_checkpoint(place, model, axes, learner.state)
-    schedule = schedule_of(settings, settings.retrain, "cosine")
 
-    def write(now: TrainState[retraining.RetrainState], _: Context) -> None:
+    def write(now: TrainState[RetrainState], _: Context) -> None:
         write_checkpoint(place, model, now)
 
+    schedule = retraining.schedule
     fitted = learn(model, axes, [parts.whole], learner, schedule, state=state, checkpoint=write, progress=progress)
     write_replacements(learner, fitted.state.learner, replace(context, model=fitted.model, axes=fitted.axes))
     fold_scales(fitted.model)
     return fitted.model.eval()
 
 
-def parts_of(settings: Settings) -> Parts:
-    """Return the data of a search, split into training, validation and test examples.
-
-    Args:
-        settings: The settings of the run.
-
-    Raises:
-        SourceError: If the data are missing.
-    """
-    base = streams.of(settings.data, settings.train, settings.test, settings.seed)
-    n = len(base.train)
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(settings.seed))
-    many = max(1, round(settings.validation * n))
-    if n - many < 2:
-        raise ValueError(f"--validation {settings.validation:g} of {n} examples leaves {n - many} to learn from")
-    held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
-    return Parts(
-        search=Task("search", learned, held, base.classes),
-        whole=Task("retraining", base.train, held, base.classes),
-        test=base.test,
-    )
-
-
-def _counted_as_begun(settings: Settings, out: Path) -> Settings:
+def _restore_accounting(settings: Settings, out: Path) -> Settings:
     """Return the settings with the definition of size that the run in the folder was started with."""
     there = RunFolder.open_unfinished(out) or (RunFolder.open(out) if (out / RUN).is_file() else None)
     return replace(settings, accounting=there.run()["settings"].get("accounting", FORMER)) if there else settings
 
 
-def _select_known(entry: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def _select_known(entry: MethodEntry, given: Mapping[str, object]) -> dict[str, object]:
     """Return those of the given settings that a method has."""
     return {name: given[name] for name in (one.name for one in fields(entry.settings)) if name in given}
 
 
-def network(settings: Settings, task: Task) -> tuple[nn.Module, Origin, MemoryStages | None]:
+def build_space(inputs: SearchInputs, task: Task) -> tuple[nn.Module, Origin, MemoryStages | None]:
     """Return the search space as a network with random weights, its origin, and its stages under a memory budget.
 
     Args:
-        settings: The settings of the run.
+        inputs: The inputs of the search.
         task: The data of the search.
     """
-    names = ("stages", "memory", "batch_size", "stride", "seed")
-    entry = find_method(MethodKind.SEARCH, settings.method)
-    measure = target_measure(settings.target, settings.accounting)
+    entry = find_method(MethodKind.SEARCH, inputs.method)
+    measure = target_measure(inputs.target, inputs.accounting)
     given = {"measure": str(measure), "levels": find_granularities(measure)}
-    search: Search = entry.made(settings.method, _select_known(entry, given) | dict(settings.method_settings))
-    needs: dict[str, Any] = {"stage_share": search.stage_share, "masked": search.masked}
-    return spaces.build_network(settings.space, task, **{name: getattr(settings, name) for name in names}, **needs)
+    search: Search = entry.made(inputs.method, _select_known(entry, given) | dict(inputs.method_settings))
+    return spaces.build_network(
+        inputs.space,
+        task,
+        stages=inputs.stages,
+        memory=inputs.memory,
+        batch_size=inputs.batch_size,
+        stride=inputs.stride,
+        seed=inputs.seed,
+        stage_share=search.stage_share,
+        masked=search.masked,
+    )
 
 
 def build_search(
-    settings: Settings,
+    inputs: SearchInputs,
     model: nn.Module,
     axes: AxisGraph,
     plan: MemoryStages | None = None,
     table: Latency | None = None,
 ) -> Search:
-    """Return the search method of a run, with the target, granularities and stages that follow from its settings.
+    """Return the search method of a run, with the target, granularities and stages that follow from its inputs.
 
     Args:
-        settings: The settings of the run.
+        inputs: The inputs of the search.
         model: The whole space as a network.
         axes: The axes of the space.
         plan: The stages, if a memory budget sets them.
@@ -313,11 +269,15 @@ def build_search(
     Raises:
         ValueError: If there is no such method, a setting of it is wrong, or it does not search in the planned stages.
     """
-    entry = find_method(MethodKind.SEARCH, settings.method)
-    measure, most = parse_target(settings.target, axes, table, settings.accounting)
-    given: dict[str, Any] = {"target": most, "measure": str(measure), "levels": find_granularities(measure)}
-    given["seed"] = settings.seed
-    given["stages"] = tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else ()
+    entry = find_method(MethodKind.SEARCH, inputs.method)
+    measure, most = parse_target(inputs.target, axes, table, inputs.accounting)
+    given: dict[str, object] = {
+        "target": most,
+        "measure": str(measure),
+        "levels": find_granularities(measure),
+        "seed": inputs.seed,
+        "stages": tuple(sorted(map(int, model.heads))) if isinstance(model, Cells | Mobile) else (),
+    }
     if isinstance(model, Bench201):
         given["levels"] = ("operations",)
     elif measure == Measure.TIME:
@@ -327,10 +287,10 @@ def build_search(
     if table:
         tables = {"ops": table.ops, "beside": table.sums, "layers": table.layers}
         prices = spread_times(axes, candidates_in(model), **tables, rest=table.rest)
-    own = _select_known(entry, given) | dict(settings.method_settings)
-    search: Search = entry.made(settings.method, own, **({"prices": prices} if prices else {}))
-    if settings.epochs < 1 and search.needs_epochs:
-        raise ValueError(f"{settings.method} learns in epochs: take --epochs 1 or more")
+    own = _select_known(entry, given) | dict(inputs.method_settings)
+    search: Search = entry.made(inputs.method, own, **({"prices": prices} if prices else {}))
+    if inputs.epochs < 1 and search.needs_epochs:
+        raise ValueError(f"{inputs.method} learns in epochs: take --epochs 1 or more")
     if prices and most <= prices.rest:
         raise ValueError(f"{prices.rest:.3g} ms are left whatever goes: a target of {most:g} ms is below that")
     space = search.rules.space
@@ -339,7 +299,7 @@ def build_search(
     if plan is not None and space.ends != plan.ends:
         ends = ", ".join(str(end + 1) for end in plan.ends)
         raise ValueError(
-            f"within {settings.memory}, stages end at parts {ends}, and {settings.method} does not search in these: "
-            "give more --memory or none, or a method and settings that do"
+            f"within {format_bytes(inputs.memory)}, stages end at parts {ends}, and {inputs.method} does not search in "
+            "these: give more --memory or none, or a method and settings that do"
         )
     return search

@@ -11,7 +11,6 @@ from torch import nn
 
 from regrow.allocation.stages import MemoryBudgetError, MemoryStages
 from regrow.allocation.stages import stages as cut
-from regrow.amounts import parse_bytes
 from regrow.candidates import Prefix, Staged, fold_scales
 from regrow.commands.stage_memory import predict_peaks
 from regrow.methods.search.space import GRANULARITIES
@@ -37,7 +36,7 @@ def build_network(
     task: Task,
     *,
     stages: int,
-    memory: str,
+    memory: int,
     batch_size: int,
     stride: int,
     seed: int,
@@ -50,7 +49,7 @@ def build_network(
         space: The name of the space, or ``pkg.mod:fn``.
         task: The data of the search.
         stages: The number of stages of the search; 0: three, or as many as the space has parts if these are fewer.
-        memory: The largest memory that a stage may need, like ``2GiB``; empty: no budget.
+        memory: The largest memory that a stage may need, in bytes; 0: no budget.
         batch_size: Examples per step.
         stride: The stride of the stem.
         seed: Seed of the weights.
@@ -78,14 +77,14 @@ def build_network(
     if memory:
         first = first_examples(task.train, batch_size)
         batch = Batch((first.inputs,), labels=first.labels)
-        plan = _plan_stages(found, batch, parse_bytes(memory), stage_share, masked)
+        plan = _plan_stages(found, batch, memory, stage_share, masked)
     config = found.whole(heads=plan.ends if plan else stage_ends(found.parts, stages or min(3, found.parts)))
     net = _initialise(found.net, config, seed)
     net.recomputed = plan is not None and plan.recomputed
     return net, Origin(found.kind, found.kind, config, space), plan
 
 
-def _refuse_stages(what: str, stages: int, memory: str) -> None:
+def _refuse_stages(what: str, stages: int, memory: int) -> None:
     if memory or stages > 1:
         raise ValueError(f"{what} is searched in one stage: no --{'memory' if memory else f'stages {stages}'}")
 

@@ -1,0 +1,152 @@
+"""The typed inputs of a search, converted from its settings, and its data, split by purpose."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from regrow.amounts import parse_bytes
+from regrow.data import streams
+from regrow.settings.search import Settings
+from regrow.tasks import ExampleSet, Task
+from regrow.training.continual import TaskSchedule
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The data of a search, and how much of it is used.
+
+    Args:
+        name: ``digits``, or a folder of images.
+        train: The number of training examples; 0: all.
+        test: The number of test examples; 0: all.
+        validation: The fraction of the training examples that the search holds out.
+        seed: Seed of the choice of examples.
+    """
+
+    name: str
+    train: int
+    test: int
+    validation: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """The training of the found network on all training examples.
+
+    Args:
+        schedule: Epochs, batches and optimizer.
+        inherit: Whether it starts from the weights that the search left, instead of new ones.
+        cutout: The side in pixels of the square that is cut out of each image; 0: none.
+    """
+
+    schedule: TaskSchedule
+    inherit: bool
+    cutout: int
+
+
+@dataclass(frozen=True)
+class SearchInputs:
+    """Everything that a search depends on.
+
+    Args:
+        space: The name of the search space, or ``pkg.mod:fn``.
+        stages: The number of stages; 0: as many as suit the space.
+        stride: The stride of the stem.
+        memory: The largest memory of a stage in bytes; 0: no budget.
+        target: The target as text (:func:`regrow.commands.targets.parse_target`).
+        accounting: How weights that are 0 count in a size.
+        method: The name of the method.
+        method_settings: Its settings that differ from the defaults.
+        data: The data.
+        batch_size: Examples per step.
+        epochs: Epochs of the search.
+        schedule: How the search is trained; ``None`` for no epochs.
+        retraining: The training after the search; ``None``: none.
+        seed: Seed of everything random.
+    """
+
+    space: str
+    stages: int
+    stride: int
+    memory: int
+    target: str
+    accounting: str
+    method: str
+    method_settings: Mapping[str, object]
+    data: DataSpec
+    batch_size: int
+    epochs: int
+    schedule: TaskSchedule | None
+    retraining: Retraining | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The data of a search, split by purpose.
+
+    Args:
+        search: Training and validation examples of the search.
+        whole: Both together, for retraining; the validation examples are also its test examples, which are only
+            reported.
+        test: Test examples, evaluated once at the end.
+    """
+
+    search: Task
+    whole: Task
+    test: ExampleSet
+
+
+def read_inputs(settings: Settings) -> SearchInputs:
+    """Return the typed inputs that the settings of a search describe.
+
+    Args:
+        settings: The settings of the run.
+
+    Raises:
+        ValueError: If a setting is for the training after the search, and there is none.
+    """
+    for name in ("cutout", "inherit"):
+        if getattr(settings, name) and not settings.retrain:
+            raise ValueError(f"--{name} is of the training after the search, and --retrain 0 leaves that out")
+    own = ("space", "stages", "stride", "target", "accounting", "method", "method_settings", "batch_size", "epochs")
+    return SearchInputs(
+        **{name: getattr(settings, name) for name in own},
+        memory=parse_bytes(settings.memory) if settings.memory else 0,
+        data=DataSpec(settings.data, settings.train, settings.test, settings.validation, settings.seed),
+        schedule=_schedule(settings, settings.epochs, "constant") if settings.epochs else None,
+        retraining=Retraining(_schedule(settings, settings.retrain, "cosine"), settings.inherit, settings.cutout)
+        if settings.retrain
+        else None,
+        seed=settings.seed,
+    )
+
+
+def _schedule(settings: Settings, epochs: int, decay: str) -> TaskSchedule:
+    shared = {name: getattr(settings, name) for name in ("batch_size", "lr", "weight_decay", "seed")}
+    return TaskSchedule(epochs=epochs, decay=decay, **shared)
+
+
+def read_parts(data: DataSpec) -> Parts:
+    """Return the data of a search, split into training, validation and test examples.
+
+    Args:
+        data: Which data, and how much of them.
+
+    Raises:
+        SourceError: If the data are missing.
+    """
+    base = streams.of(data.name, data.train, data.test, data.seed)
+    n = len(base.train)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(data.seed))
+    many = max(1, round(data.validation * n))
+    if n - many < 2:
+        raise ValueError(f"--validation {data.validation:g} of {n} examples leaves {n - many} to learn from")
+    held, learned = (base.train.subset(part) for part in order.split([many, n - many]))
+    return Parts(
+        search=Task("search", learned, held, base.classes),
+        whole=Task("retraining", base.train, held, base.classes),
+        test=base.test,
+    )
