@@ -91,6 +91,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     from regrow.amounts import Target, parse_bytes
     from regrow.commands import learn as learning_run
     from regrow.commands import prune as pruning_run
+    from regrow.commands.task_sequences import parse_sequence
     from regrow.data import streams
     from regrow.data.text import read
     from regrow.evaluation import items_in
@@ -127,7 +128,7 @@ def _targets(place: Path) -> dict[str, Callable[[bytes], object]]:
     def amounts(data: bytes) -> None:
         text = data.decode("utf-8", errors="replace")
         failed = []
-        for parse in (Target.parse, parse_bytes, learning_run._spelled):
+        for parse in (Target.parse, parse_bytes, parse_sequence):
             try:
                 parse(text)
             except ValueError as error:

@@ -15,7 +15,8 @@ from PIL import Image
 
 import regrow
 from regrow.commands import learn as learning_run
-from regrow.commands.learn import Settings, extend, run, tasks_of
+from regrow.commands.learn import Settings, extend, run
+from regrow.commands.task_sequences import TaskSpecs, read_tasks
 from regrow.data import SourceError
 from regrow.data.streams import digits_task, permuted_tasks, split
 from regrow.evaluation.continual import Matrix, share_right
@@ -145,7 +146,7 @@ def test_a_run_takes_further_tasks(tmp_path: Path) -> None:
     factors = 4 * sum((one.in_features + 1) * one.in_features + one.out_features**2 for one in layers)
     assert told["remembered"] == flags + factors + 4 * sum(one.out_features for one in layers)
     assert all(0 < one["density"] <= 1 and one["threshold"] >= 0 for one in told["kept"].values())
-    tasks = tasks_of(Settings(("permuted:digits:2", "rotated:digits:2"), train=300, test=100))
+    tasks = read_tasks(TaskSpecs(("permuted:digits:2", "rotated:digits:2"), train=300, test=100))
     assert tuple(share_right(model, task.test) for task in tasks) == tuple(last["matrix"][-1])
     assert model[1].out_features > 16
 
@@ -157,13 +158,13 @@ def test_further_tasks_are_learned_under_the_defaults_of_the_first(tmp_path: Pat
     began = folder.run()["defaults"]
     assert "decay" not in began and began["strength"] == find_method(MethodKind.CONTINUAL, "ewc").settings().strength
     folder.update(defaults=began | {"strength": 7.0})
-    seen, build = [], learning_run.built
+    seen, build = [], learning_run.build_learner
 
-    def built(settings: Settings) -> Any:
-        seen.append(settings.method_settings)
-        return build(settings)
+    def watched(method: str, settings: Any, seed: int) -> Any:
+        seen.append(settings)
+        return build(method, settings, seed)
 
-    monkeypatch.setattr(learning_run, "built", built)
+    monkeypatch.setattr(learning_run, "build_learner", watched)
     extend(tmp_path / "run", ("rotated:digits:2",))
     assert (seen[0]["strength"], seen[0]["decay"]) == (7.0, 0.5)
     assert folder.run()["defaults"] == began | {"strength": 7.0}
@@ -293,10 +294,10 @@ ONE = {"name": "old", "inputs": [1, 8, 8], "classes": [0, 1]}
     ],
 )
 def test_what_a_file_says_of_tasks_that_are_gone_is_checked(sequence: Any, tmp_path: Path) -> None:
-    settings = replace(SETTINGS, tasks=(str(tmp_path / "old"),))
+    specs = TaskSpecs((str(tmp_path / "old"),))
     with pytest.raises(StoreError, match=r"run\.json tells of 1 tasks what cannot be"):
-        tasks_of(settings, sequence)
-    assert tasks_of(settings, [[ONE]])[0].gone
+        read_tasks(specs, sequence)
+    assert read_tasks(specs, [[ONE]])[0].gone
 
 
 def test_what_is_wrong_is_told(tmp_path: Path) -> None:
