@@ -5,7 +5,7 @@ import torch
 
 from hand import conv, lm, stored, texts
 from regrow.budget import Budget
-from regrow.commands.pruning import measured
+from regrow.commands.pruning import collect_evidence
 from regrow.evidence import Need
 from regrow.methods import MethodKind, find_method
 from regrow.methods.pruning.pruner import plan_cut
@@ -45,7 +45,7 @@ def test_a_plan_notes_what_it_does_not_compensate() -> None:
     model, axes = conv(padding=1)
     source = Source("p", [Batch((torch.randn(2, 3, 5, 5),))])
     flap = find_method(MethodKind.PRUNING, "flap").build(find_method(MethodKind.PRUNING, "flap").settings())
-    plan = plan_cut(flap, model, axes, Budget(0.7), measured(model, axes, flap, [source])).plan
+    plan = plan_cut(flap, model, axes, Budget(0.7), collect_evidence(model, axes, flap, [source])).plan
     (note,) = plan.origin["notes"]
     assert not plan.means
     assert note == "no bias compensation for 3.weight: a padded convolution reads zeros at the borders, not the mean"
