@@ -53,7 +53,7 @@ def _words(field: Declared, value: Any) -> Iterator[str]:
             yield from (str(one),) if field.setting.argument else (field.option, str(one))
 
 
-def set_words(settings: Mapping[str, Any]) -> list[str]:
+def set_words(settings: Mapping[str, object]) -> list[str]:
     """Return the settings of a method as command-line words, ``--set NAME=VALUE``.
 
     Args:

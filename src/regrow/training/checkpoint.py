@@ -51,12 +51,12 @@ class History:
 def write_checkpoint(
     path: Path,
     model: nn.Module,
-    state: TrainState[Any],
+    state: TrainState[S],
     undo: UndoStore | None = None,
     *,
     logged: int | None = None,
     trained_only: bool = False,
-    header: Mapping[str, Any] | None = None,
+    header: Mapping[str, object] | None = None,
 ) -> None:
     """Write a checkpoint of a network and its training, atomically: the whole file, or nothing.
 

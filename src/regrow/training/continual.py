@@ -128,7 +128,7 @@ def learn(
     )
 
 
-def accuracy_matrix(state: TrainState[Any]) -> Matrix:
+def accuracy_matrix(state: TrainState[S]) -> Matrix:
     """Return the accuracy matrix measured so far.
 
     Args:

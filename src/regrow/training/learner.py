@@ -25,7 +25,7 @@ S = TypeVar("S")
 class Log(Protocol):
     """The type of a function that records a row of measurements."""
 
-    def __call__(self, kind: str, /, **row: Any) -> None:
+    def __call__(self, kind: str, /, **row: object) -> None:
         """Record a row of measurements.
 
         Args:
@@ -36,7 +36,7 @@ class Log(Protocol):
         ...
 
 
-def discard(kind: str, /, **row: Any) -> None:
+def discard(kind: str, /, **row: object) -> None:
     """Ignore a row of measurements."""
 
 
@@ -214,12 +214,12 @@ class Boundary:
     before: Context | None = None
 
 
-def parametrize_nothing(state: Any, context: Context) -> Replacements:
+def parametrize_nothing(state: object, context: Context) -> Replacements:
     """Default ``parametrize`` hook: replace no parameter."""
     return Replacements()
 
 
-def cross_entropy_loss(state: Any, context: Context, step: Step) -> Loss:
+def cross_entropy_loss(state: object, context: Context, step: Step) -> Loss:
     """Default ``loss`` hook: return the cross-entropy of the network's logits, with the logits as ``aux``."""
     logits = context.logits(step.batch.inputs)
     return Loss(F.cross_entropy(logits, step.batch.labels), logits)

@@ -104,7 +104,7 @@ def objective_loss(objective: Objective) -> Callable[[Any, Context, Step], Loss]
         objective: What the network is trained for.
     """
 
-    def loss(state: Any, context: Context, step: Step) -> Loss:
+    def loss(state: object, context: Context, step: Step) -> Loss:
         batch = step.batch
         return Loss(objective.compute_loss(context.model(*batch.args, **batch.kwargs), batch))
 

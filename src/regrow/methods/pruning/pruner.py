@@ -47,7 +47,7 @@ class PruningTask:
     budget: Budget
     evidence: Evidence
     checkpoint: Path | None = None
-    header: Callable[[], dict[str, Any]] = dict
+    header: Callable[[], Mapping[str, object]] = dict
     progress: Progress = silent
 
 
@@ -61,7 +61,7 @@ class Ranking:
     """
 
     scores: Scores
-    findings: Callable[[Kept], Mapping[str, Any]] = lambda kept: {}
+    findings: Callable[[Kept], Mapping[str, object]] = lambda kept: {}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Pruner:
     score: Callable[[PruningTask], Ranking]
     allocate: Callable[[AxisGraph, Scores, Budget], Kept]
     compensate: Callable[[nn.Module, AxisGraph, Kept, Evidence], Mapping[str, Mapping[int, float]]] | None = None
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, object] = field(default_factory=dict)
     shards: int = 1
     sources: int = 1
     spare: tuple[float, float] = (0.0, 0.0)
@@ -105,7 +105,7 @@ class Cut:
 
     plan: Plan
     scores: Scores
-    findings: Mapping[str, Any] = field(default_factory=dict)
+    findings: Mapping[str, object] = field(default_factory=dict)
 
 
 class OneScoreSettings(Protocol):
@@ -190,7 +190,7 @@ def plan_cut(
     evidence: Evidence | None = None,
     *,
     checkpoint: Path | None = None,
-    header: Callable[[], dict[str, Any]] = dict,
+    header: Callable[[], Mapping[str, object]] = dict,
     progress: Progress = silent,
 ) -> Cut:
     """Score the units of a network, choose which stay within the budget, and return the plan; the model is unchanged.

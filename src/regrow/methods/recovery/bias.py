@@ -6,7 +6,6 @@ part of its plan. A plan that carries means has done it already.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +36,7 @@ def build(settings: Settings) -> Recovery:
     return partial(bias, settings=settings)
 
 
-def bias(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
+def bias(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Add the mean contribution of dropped inputs to biases, where that is exact; layers without a bias get one.
 
     Args:

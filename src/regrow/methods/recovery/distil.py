@@ -8,7 +8,6 @@ the cut one, in float32, more numbers per trained parameter: its gradient, Adam'
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +58,7 @@ def build(settings: Settings) -> Recovery:
     return partial(distil, settings=settings)
 
 
-def distil(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
+def distil(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Train the cut network to predict what the dense one predicts, in place.
 
     Args:

@@ -61,7 +61,7 @@ def build(settings: Settings) -> Recovery:
     return partial(lora, settings=settings)
 
 
-def lora(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
+def lora(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Train adapters on the linear layers of the cut network, and merge them into its weights, in place.
 
     The weights are frozen and keep their precision; adapters are in float32, with their gradients, Adam's two moments

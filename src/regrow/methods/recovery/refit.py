@@ -75,7 +75,7 @@ def build(settings: Settings) -> Recovery:
     return partial(refit, settings=settings)
 
 
-def refit(task: RecoveryTask, settings: Settings) -> dict[str, Any]:
+def refit(task: RecoveryTask, settings: Settings) -> dict[str, object]:
     """Refit the layers of the cut network that read cut units, by least squares and in place.
 
     Args:

@@ -46,7 +46,7 @@ class RecoveryTask:
     sources: Sequence[Source]
     seed: int = 0
     checkpoint: Path | None = None
-    header: Callable[[], dict[str, Any]] = dict
+    header: Callable[[], Mapping[str, object]] = dict
     progress: Progress = silent
     objective: Objective | None = None
 
@@ -80,7 +80,7 @@ class RecoveryTask:
         halves = [source.held_out(share) for source in self.sources]
         return [fit for fit, _ in halves], [batch for _, held in halves for batch in held]
 
-    def write(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+    def write(self, step: int, tensors: Mapping[str, Tensor], values: Mapping[str, object]) -> None:
         """Write the progress of a closed-form recovery to the checkpoint, if the task has one.
 
         Args:
@@ -106,7 +106,7 @@ class RecoveryTask:
         return record.step, tensors, record.values
 
 
-Recovery = Callable[[RecoveryTask], dict[str, Any]]
+Recovery = Callable[[RecoveryTask], dict[str, object]]
 """Changes a task's network in place, and returns a summary as JSON data."""
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +44,7 @@ class Search:
     rules: Rules
     learner: Learner[SearchState]
     finalize: Callable[[SearchState, Context, float], Commit]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
     needs_epochs: bool = True
     shrinks: bool = False
     check: Callable[[Context], None] = lambda context: None
