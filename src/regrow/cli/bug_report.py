@@ -55,7 +55,7 @@ def _traced(error: BaseException) -> Iterator[str]:
     for one in reversed(chain):
         for frame in traceback.extract_tb(one.__traceback__):
             place = next((p for p in places if frame.filename.startswith(p)), None)
-            # Of the user's own files the name alone is told.
+            # Of the user's own files only the name is written.
             file = frame.filename.removeprefix(place or "").lstrip("/\\") if place else Path(frame.filename).name
             yield f"  {file}:{frame.lineno} in {frame.name}" + (f"\n    {frame.line}" if place else "")
         yield describe(one)

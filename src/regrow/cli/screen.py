@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from regrow.progress import Progress as Told
+from regrow.progress import Progress
 
 out = Console(highlight=False, soft_wrap=True, emoji=False)
 err = Console(stderr=True, highlight=False, soft_wrap=True, emoji=False)
@@ -102,7 +102,7 @@ def _words(cell: object) -> Text:
 
 
 @contextmanager
-def working() -> Iterator[Told]:
+def working() -> Iterator[Progress]:
     """Show progress with the time left on the error stream: a bar in a terminal, else plain lines.
 
     Yields a function (steps done, steps in all, what is being done). The part of the text behind its first comma is
@@ -128,7 +128,7 @@ def working() -> Iterator[Told]:
         yield tell
 
 
-def _plain() -> Told:
+def _plain() -> Progress:
     last, began, shown = 0.0, time.monotonic(), ""
 
     def tell(done: int, total: int, what: str) -> None:

@@ -54,6 +54,6 @@ def _tell(folder: "RunFolder") -> None:
         f"validation accuracy {found['accuracy']:.3f} after the search; "
         f"test accuracy{after} {tested['accuracy']:.3f} on {tested['images']} images"
     )
-    (told,) = summarise([folder.path])["runs"]
-    for note in [*alarms(told), *filter(None, [explain_unsearched(told)])]:
+    (run,) = summarise([folder.path])["runs"]
+    for note in [*alarms(run), *filter(None, [explain_unsearched(run)])]:
         say(f"note: {note}")

@@ -55,8 +55,8 @@ def reply(
         raise ValueError(f"the conversation has {tokens.shape[1]} tokens, the model takes {most}; begin a new one")
     ends = _ends(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    said: list[int] = []
-    told, cache = "", empty_cache(model)
+    generated: list[int] = []
+    sent, cache = "", empty_cache(model)
     for _ in range(min(longest, most - tokens.shape[1])):
         with torch.no_grad():
             logits = model(tokens, **cache).logits[0, -1].float().cpu()
@@ -66,11 +66,11 @@ def reply(
             chosen = int(logits.argmax())
         if chosen in ends:
             return
-        said.append(chosen)
-        text = tokenizer.decode(said, skip_special_tokens=True)
+        generated.append(chosen)
+        text = tokenizer.decode(generated, skip_special_tokens=True)
         if not text.endswith("\ufffd"):  # a character of which some bytes are still to come
-            yield text[len(told) :]
-            told = text
+            yield text[len(sent) :]
+            sent = text
         new = torch.tensor([[chosen]], device=tokens.device)
         tokens = new if cache else torch.cat([tokens, new], 1)
 

@@ -170,7 +170,7 @@ def _check_kind(net: Any) -> None:
     kind = config.rope_parameters.get("rope_type", "default")
     if kind not in STEADY:
         raise ExportError(
-            f"rotary positions of kind {kind!r} change with a text's length; {', '.join(STEADY)} can be told"
+            f"rope_type {kind!r} depends on the length of the text; llama.cpp files can hold {', '.join(STEADY)}"
         )
 
 

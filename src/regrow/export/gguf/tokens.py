@@ -111,7 +111,9 @@ def vocabulary(tokenizer: Any | None, rows: int) -> Vocabulary:
         scores = [-float(ranked.get(t, 0)) if k == NORMAL else -1e6 for t, k in zip(tokens, kinds, strict=True)]
         return replace(words, model="llama", rule="default", scores=scores, spaced=spaced, notes=tuple(notes))
     if (normalizer := data.get("normalizer")) and normalizer.get("type") != "NFC":
-        raise ExportError(f"the tokenizer rewrites text ({_told(normalizer)}) before it splits it; llama.cpp does not")
+        raise ExportError(
+            f"the tokenizer rewrites text ({_text_of(normalizer)}) before it splits it; llama.cpp does not"
+        )
     if normalizer:
         notes.append("the tokenizer puts text into Unicode form NFC first; llama.cpp expects it to be so")
     merges = [one if isinstance(one, str) else " ".join(one) for one in model["merges"]]
@@ -151,7 +153,7 @@ def _rule(data: Mapping[str, Any]) -> str:
         known = ", ".join(sorted(RULES.values()))
         raise ExportError(
             f"the tokenizer splits text by a rule of which we know no name in llama.cpp "
-            f"({_told(data.get('pre_tokenizer'))}); known are {known}"
+            f"({_text_of(data.get('pre_tokenizer'))}); known are {known}"
         )
     whole = bool(data["model"].get("ignore_merges"))
     if whole != WHOLE_WORDS.get(rule, False):
@@ -181,7 +183,7 @@ def _step(one: Mapping[str, Any]) -> str:
     return f"? {one.get('type')}"
 
 
-def _told(part: Any) -> str:
+def _text_of(part: Any) -> str:
     text = json.dumps(part, ensure_ascii=False)
     return text if len(text) < 120 else f"{text[:119]}…"
 
@@ -208,7 +210,9 @@ def _spaced(data: Mapping[str, Any], notes: list[str]) -> bool:
                 if spaced:
                     notes.append("llama.cpp puts a space before text that begins with one too; the tokenizer does not")
             case _:
-                raise ExportError(f"the tokenizer does more to text than llama.cpp's SentencePiece does: {_told(one)}")
+                raise ExportError(
+                    f"the tokenizer does more to text than llama.cpp's SentencePiece does: {_text_of(one)}"
+                )
     if not replaced:
         raise ExportError("the tokenizer leaves spaces as they are, unlike SentencePiece")
     return spaced

@@ -133,21 +133,23 @@ def describe_call(model: nn.Module, example: Example, *, cache: bool = False) ->
     leaves = [leaf.detach().to("cpu") if isinstance(leaf, Tensor) else leaf for _, leaf in pairs]
     leaves = [leaf.float() if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf for leaf in leaves]
     run = Flat(model, leaves, spec)
-    told = {_name(path, names): leaf for (path, _), leaf in zip(pairs, leaves, strict=True) if isinstance(leaf, Tensor)}
-    if len(told) < len(run.places) or not told:
+    inputs = {
+        _name(path, names): leaf for (path, _), leaf in zip(pairs, leaves, strict=True) if isinstance(leaf, Tensor)
+    }
+    if len(inputs) < len(run.places) or not inputs:
         raise ExportError(
-            f"{len(run.places)} tensors go into the network under {len(told)} names; give another example"
+            f"{len(run.places)} tensors go into the network under {len(inputs)} names; give another example"
         )
     try:
         with torch.no_grad():
-            given = name_outputs(run.answer(*told.values()))
+            given = name_outputs(run.answer(*inputs.values()))
     except Exception as error:
         raise ExportError(
             f"the network does not take the example ({first_line(error)}); give one that it takes"
         ) from None
     if not given:
         raise ExportError("the network gives no tensor for the example; nothing can be written")
-    return ExportedCall(run, told, tuple(given), tokens is not None and "logits" in given, _most(model))
+    return ExportedCall(run, inputs, tuple(given), tokens is not None and "logits" in given, _most(model))
 
 
 def label_sizes(call: ExportedCall, open_to: tuple[str, ...]) -> Labels:

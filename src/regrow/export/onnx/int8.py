@@ -43,7 +43,7 @@ def quantise(path: Path, to: Path, call: ExportedCall, largest: int) -> str:
     nodes = [node for node in graph.node if node.op_type in ("MatMul", "Gemm") and node.name]
     wide = {name for name, ratio in spread(call).items() if ratio > OUTLIER}
     scopes = {node.name: {one.value for one in node.metadata_props if one.key == _SCOPES} for node in nodes}
-    kept = [name for name, told in scopes.items() if any(f"'{one}'" in text for text in told for one in wide)]
+    kept = [name for name, paths in scopes.items() if any(f"'{one}'" in text for text in paths for one in wide)]
     quantize_dynamic(
         path,
         to,

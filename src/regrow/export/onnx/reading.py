@@ -105,7 +105,7 @@ def compare_predictions(
         ``nats_torch`` and ``nats_onnx`` per token.
     """
     many, differ, margin, nats = 0, 0, 0.0, torch.zeros(2, dtype=torch.float64)
-    rows, told = _rows(reading.call, tokenizer, lengths)
+    rows, text_name = _rows(reading.call, tokenizer, lengths)
     for row in rows:
         inputs = start_inputs(reading.call, row)
         said, meant = reading.says(inputs)[0], reading.meant(inputs)[0]
@@ -116,7 +116,7 @@ def compare_predictions(
             chances = one[:, :-1].double().log_softmax(-1)
             nats[i] -= chances.gather(-1, row[:, 1:, None]).sum() / (row.numel() - len(row))
     result: dict[str, float | int | str] = {"next_tokens": many, "next_tokens_differ": differ}
-    result |= {"next_tokens_margin": margin, "next_tokens_on": told}
+    result |= {"next_tokens_margin": margin, "next_tokens_on": text_name}
     if tokenizer is not None:
         result |= {"nats_torch": float(nats[0]) / len(rows), "nats_onnx": float(nats[1]) / len(rows)}
     return result
