@@ -1,14 +1,13 @@
 """Axes of a network: sets of tensor dimensions that must be cut or widened together.
 
-A network is a set of parameters and buffers. Some of their dimensions always change together: the output of one
-layer is the input of the next. An :class:`Axis` is one such set of dimensions, a *unit* is one index of it (a neuron,
-a filter, a group of attention heads), and an :class:`AxisGraph` holds the axes of a whole network together with every
-tensor's shape written in them. Everything here is plain data; tracing makes it, surgery follows it.
+Some dimensions of a network's tensors always change together: the output of one layer is the input of the next. An
+:class:`Axis` is one such set of dimensions, a *unit* is one index of it (a neuron, a filter, a group of heads), and an
+:class:`AxisGraph` holds the axes of a network and every tensor's shape written in them: plain data, made by tracing.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
@@ -152,10 +151,13 @@ class Axis:
         return self.mark is not Mark.FROZEN
 
     @property
-    def kind(self) -> tuple[Any, ...]:
+    def kind(self) -> tuple[int, tuple[tuple[str, int, int, int, int, int, Role], ...]]:
         """Return a key that is equal for axes of the same size and role in different blocks, ignoring block numbers."""
-        slots = ((re.sub(r"(^|\.)\d+(?=\.)", r"\1#", s.name), *astuple(s)[1:]) for s in self.slots)
-        return (self.size, *sorted(set(slots)))
+        slots = {
+            (re.sub(r"(^|\.)\d+(?=\.)", r"\1#", s.name), s.dim, s.outer, s.stride, s.inner, s.offset, s.role)
+            for s in self.slots
+        }
+        return (self.size, tuple(sorted(slots)))
 
     def consumers(self) -> tuple[Slot, ...]:
         """Return the slots of dimensions that consume the units as input."""

@@ -8,7 +8,7 @@ operations that a :class:`regrow.Candidates` sums, whatever they compute.
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 Gives = Literal["zero", "input", "nothing"]
 
@@ -30,7 +30,7 @@ class Placeholder:
     of: int = 0
     at: int = 0
 
-    def to_data(self) -> dict[str, Any]:
+    def to_data(self) -> dict[str, int | str]:
         """Return the placeholder as JSON data."""
         return asdict(self)
 

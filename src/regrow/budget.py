@@ -27,21 +27,22 @@ class Timing:
     curves: Mapping[str, tuple[tuple[int, int], ...]]
     names: Mapping[str, str]
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the timing as JSON data."""
         curves = {name: [list(point) for point in curve] for name, curve in self.curves.items()}
         plain = {"device": self.device, "positions": self.positions, "total": self.total}
         return {**plain, "curves": curves, "names": dict(self.names)}
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "Timing":
+    def from_record(cls, record: Mapping[str, object]) -> "Timing":
         """Read a timing back from what :meth:`record` returned.
 
         Args:
             record: The JSON data.
         """
-        curves = {name: tuple((int(w), int(t)) for w, t in curve) for name, curve in record["curves"].items()}
-        return cls(record["device"], int(record["positions"]), int(record["total"]), curves, dict(record["names"]))
+        data: Any = record
+        curves = {name: tuple((int(w), int(t)) for w, t in curve) for name, curve in data["curves"].items()}
+        return cls(data["device"], int(data["positions"]), int(data["total"]), curves, dict(data["names"]))
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Budget:
             return min(1.0, ceil(steps / total * 1e4) / 1e4)
         return ceil(steps / 1000) / 1000 if self.measure == Measure.TIME else steps
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return the budget as JSON data, as plans and reports store it."""
         return {
             **({"keep": self.keep} if self.target is None else {"target": str(self.target)}),

@@ -85,7 +85,7 @@ class Change:
         _check(key, self)
 
     @classmethod
-    def from_data(cls, value: Any) -> "Change":
+    def from_data(cls, value: object) -> "Change":
         """Read a change back from what ``dataclasses.asdict`` made of it, checking the type of every value.
 
         Args:
@@ -94,24 +94,25 @@ class Change:
         Raises:
             PlanError: If a value has the wrong type.
         """
+        data: Any = value
         slots = tuple(
             Slot(
                 name=str(slot["name"]),
                 role=Role(slot["role"]),
                 **{part: whole(slot[part], part) for part in ("dim", "outer", "stride", "inner", "offset")},
             )
-            for slot in value["slots"]
+            for slot in data["slots"]
         )
-        fill = value.get("fill", {})
+        fill = data.get("fill", {})
         return cls(
-            size=whole(value["size"], "size"),
-            keep=tuple(whole(unit, "keep") for unit in value["keep"]),
+            size=whole(data["size"], "size"),
+            keep=tuple(whole(unit, "keep") for unit in data["keep"]),
             slots=slots,
-            ids=tuple(whole(one, "ids") for one in value.get("ids", ())),
-            grow=whole(value.get("grow", 0), "grow"),
+            ids=tuple(whole(one, "ids") for one in data.get("ids", ())),
+            grow=whole(data.get("grow", 0), "grow"),
             fill=Fill(str(fill.get("rule", "zero_out")), whole(fill.get("seed", 0), "seed")),
-            restore=tuple(whole(one, "restore") for one in value.get("restore", ())),
-            fresh=_flag(value.get("fresh", False), "fresh"),
+            restore=tuple(whole(one, "restore") for one in data.get("restore", ())),
+            fresh=_flag(data.get("fresh", False), "fresh"),
         )
 
 

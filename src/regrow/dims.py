@@ -81,3 +81,44 @@ def axes_in(dim: Dim) -> Iterator[str]:
         case Product(parts) | Sum(parts):
             for part in parts:
                 yield from axes_in(part)
+
+
+def occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
+    """Yield each place of an axis in a dimension: enclosing loops ``(times, stride)``, inner extent, offset.
+
+    Args:
+        dim: The dimension.
+        key: The key of the axis.
+        sizes: Axis key → its number of units.
+
+    Loops that continue each other without a gap are one; the longest comes first.
+
+    >>> list(occurrences(Product((3, Sum(("a", 2)))), "a", {"a": 4}))
+    [([(3, 6)], 1, 0)]
+    """
+    match dim:
+        case str() if dim == key:
+            yield [], 1, 0
+        case Sum(parts):
+            before = 0
+            for part in parts:
+                for loops, inner, offset in occurrences(part, key, sizes):
+                    yield loops, inner, offset + before
+                before += size_of(part, sizes)
+        case Product(parts):
+            for i, part in enumerate(parts):
+                times, tail = (size_of(Product(some), sizes) for some in (parts[:i], parts[i + 1 :]))
+                for loops, inner, offset in occurrences(part, key, sizes):
+                    around = [(times, size_of(part, sizes) * tail)] if times > 1 else []
+                    yield _merged([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
+
+
+def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Merge loops that continue each other without a gap, and sort them by length, longest first."""
+    merged: list[tuple[int, int]] = []
+    for times, stride in sorted(loops, key=lambda loop: -loop[1]):
+        if merged and merged[-1][1] == times * stride:
+            merged[-1] = (merged[-1][0] * times, stride)
+        else:
+            merged.append((times, stride))
+    return sorted(merged, key=lambda loop: -loop[0])

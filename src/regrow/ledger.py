@@ -123,7 +123,7 @@ def _line(plan: Any) -> str:
     return json.dumps(shorten_plan(plan))
 
 
-def read_plan(data: Any) -> Plan:
+def read_plan(data: object) -> Plan:
     """Read a plan from JSON data by a strict schema: missing, unknown and mistyped fields are errors.
 
     Args:

@@ -7,7 +7,6 @@ import os
 import stat
 import zlib
 from pathlib import Path
-from typing import Any
 
 from regrow.errors import InputError, ResourceError
 
@@ -95,7 +94,7 @@ def read_text(path: Path, most: int = MAX_JSON_BYTES) -> str:
         raise InputError(f"{path} is not text in UTF-8; fetch it again, or convert it") from None
 
 
-def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
+def read_json(path: Path, most: int = MAX_JSON_BYTES) -> object:
     """Read and parse a JSON file that may be hostile: one too long or too deeply nested raises ``InputError``.
 
     Args:
@@ -108,7 +107,7 @@ def read_json(path: Path, most: int = MAX_JSON_BYTES) -> Any:
     return parse_json(read_text(path, most), str(path))
 
 
-def parse_json(text: str | bytes, name: str = "the text") -> Any:
+def parse_json(text: str | bytes, name: str = "the text") -> object:
     """Parse JSON that may be hostile: like ``json.loads``, but invalid or deeply nested text raises ``InputError``.
 
     >>> parse_json("[1, [2]]")

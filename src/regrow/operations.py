@@ -1,9 +1,12 @@
 """Records of the operations of a traced network: their MACs, sizes in divisors, and data-dependent decisions."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from regrow.dims import Dim
+
+Number = int | float | str | None
+Numbers = tuple[Number | tuple[Number, ...], ...]
+"""The constants of an operation in order: numbers and words, and lists of them."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class RecordedStep:
     op: str
     module: str
     shapes: tuple[tuple[Dim, ...] | None, ...]
-    numbers: tuple[Any, ...] = ()
+    numbers: Numbers = ()
     start: Dim | None = None
     operands: tuple[int | str, ...] = ()
 
@@ -81,4 +84,4 @@ class Decision:
 
     op: str
     module: str
-    answer: Any
+    answer: object

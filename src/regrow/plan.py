@@ -37,7 +37,7 @@ class Plan:
 
     changes: Mapping[str, Change] = field(default_factory=dict)
     means: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
-    origin: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, object] = field(default_factory=dict)
     drop: Mapping[str, Branch] = field(default_factory=dict)
     back: tuple[str, ...] = ()
 
@@ -99,7 +99,7 @@ class Plan:
 
     @classmethod
     def dropping(
-        cls, axes: AxisGraph, modules: Iterable[str], keep: Mapping[str, Iterable[int]] | None = None, **more: Any
+        cls, axes: AxisGraph, modules: Iterable[str], keep: Mapping[str, Iterable[int]] | None = None, **more: object
     ) -> "Plan":
         """Return a plan that drops whole modules, and optionally cuts units elsewhere.
 
@@ -113,10 +113,7 @@ class Plan:
             PlanError: If there is no such module or it cannot be dropped (with the reason), or as :meth:`keeping`.
         """
         drop = {path: _droppable(axes, path) for path in modules}
-        kept = cls.keeping(axes, keep or {})
-        plan = cls(kept.changes, drop=drop, **more)
-        plan.check(axes)
-        return plan
+        return cls.keeping(axes, keep or {}, drop=drop, **more)
 
     @classmethod
     def _made(cls, axes: AxisGraph, changes: Mapping[str, Mapping[str, Any]], more: Mapping[str, Any]) -> "Plan":
@@ -194,6 +191,12 @@ class Plan:
         if lost := next((weight for weight in self.means if weight not in left.shapes), ""):
             raise PlanError(f"{lost} goes with a branch that the plan drops, and it compensates for it; leave one out")
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know about how the plan was made."""
+        notes = self.origin.get("notes", ())
+        return tuple(map(str, notes)) if isinstance(notes, list | tuple) else ()
+
     def sizes(self, axes: AxisGraph) -> dict[str, int]:
         """Return axis key → its number of units after the plan, for every axis.
 
@@ -238,17 +241,16 @@ class Plan:
             means = {
                 str(name): {int(i): float(v) for i, v in row.items()} for name, row in data.get("means", {}).items()
             }
-            drop = {str(path): _branch(str(path), placeholders) for path, placeholders in data.get("drop", {}).items()}
+            drop = {
+                str(path): Branch(str(path), {str(at): Placeholder.from_data(one) for at, one in placeholders.items()})
+                for path, placeholders in data.get("drop", {}).items()
+            }
             back = tuple(str(path) for path in data.get("back", ()))
             return cls(changes, means, dict(data.get("origin", {})), drop, back)
         except PlanError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"a damaged plan: {error!r}") from None
-
-
-def _branch(path: str, placeholders: Mapping[str, Any]) -> Branch:
-    return Branch(path, {str(at): Placeholder.from_data(one) for at, one in placeholders.items()})
 
 
 def _droppable(axes: AxisGraph, path: str) -> Branch:

@@ -14,7 +14,8 @@ from regrow.allocation import MemoryBudgetError, stages
 from regrow.allocation.thresholds import apply_threshold
 from regrow.candidates import Prefix
 from regrow.evaluation import Live, UnpredictableError, measure_memory, predict_memory, prefix_peaks, training
-from regrow.nets.cells import OPERATIONS, Cells, prefix, supernet, thin
+from regrow.nets.cell_operations import OPERATIONS
+from regrow.nets.cells import Cells, prefix, supernet, thin
 from regrow.sources import Batch
 
 SGD = partial(torch.optim.SGD, lr=0.01, momentum=0.9)

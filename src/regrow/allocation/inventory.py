@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from regrow.allocation.cost import Cost
 from regrow.amounts import Measure
@@ -38,7 +37,7 @@ class Row:
     unit_macs: int
     tensors: int
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, str | int]:
         """Return the row as JSON-able data."""
         return asdict(self)
 

@@ -38,10 +38,9 @@ def sample_operations(
     for i, cell in enumerate(cells):
         own = [path for path in alive if cell_of(path) == cell]
         for k, values in enumerate((drift, weight)):
-            means = [_mean([values[path] for path in own if kind_of(path) == kind]) for kind in kinds]
-            known = [mean for mean in means if mean is not None]
-            least = min(known, default=0.0) / 2
-            row = torch.tensor([least if mean is None else mean for mean in means], dtype=torch.float64)
+            each = [[values[path] for path in own if kind_of(path) == kind] for kind in kinds]
+            least = min((sum(one) / len(one) for one in each if one), default=0.0) / 2
+            row = torch.tensor([sum(one) / len(one) if one else least for one in each], dtype=torch.float64)
             share[i, k] = row.sum() / max(1, len(own))
             chance[i] += _normal(row) / 2
     q = (_normal(share[:, 0]) + _normal(share[:, 1])) / 2
@@ -86,10 +85,6 @@ def cell_of(path: str) -> str:
     """
     total = path.rpartition(".ops.")[0]
     return total.rpartition(".nodes.")[0] or total
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _normal(values: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ not run yet.
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from regrow.amounts import format_bytes
 
@@ -47,10 +46,6 @@ class MemoryStages:
     def peak(self) -> int:
         """The peak memory of the whole search, in bytes."""
         return max(self.peaks)
-
-    def record(self) -> dict[str, Any]:
-        """Return the stages as JSON-able data."""
-        return {"ends": list(self.ends), "peaks": list(self.peaks), "recomputed": self.recomputed}
 
 
 def stages(peak: Peak, cells: int, budget: int, first: int = 0) -> MemoryStages:

@@ -219,6 +219,6 @@ def _level(axes: AxisGraph, sizes: Mapping[str, int]) -> dict[str, int]:
     """Return sizes in which all axes of one role get the largest size among them."""
     roles: dict[tuple[object, ...], list[str]] = {}
     for key in sizes:
-        places = {(name, dim, role) for name, dim, *_, role in axes[key].kind[1:]}
+        places = {(name, dim, role) for name, dim, *_, role in axes[key].kind[1]}
         roles.setdefault(tuple(sorted(places)), []).append(key)
     return {key: max(sizes[one] for one in group) for group in roles.values() for key in group}

@@ -62,7 +62,7 @@ def _write_plan(settings: Settings, path: Path) -> None:
     with working() as progress:
         plan = plan_only(settings, progress)
     write_output(path, plan.to_json() + "\n", JSON)
-    for note in plan.origin.get("notes", ()):
+    for note in plan.notes:
         say(f"note: {note}")
     say(f"plan written to {path}: {len(plan.changes)} axes change")
     say(f"apply it with `regrow apply {path} {settings.model} --out FOLDER`")

@@ -78,7 +78,7 @@ def find_input(net: nn.Module, origin: Origin, run: dict[str, Any], sources: Seq
         return text_example(net, len(tokenizer))
     if isinstance(noted := run.get("input"), str):
         return shaped_example(net, read_shape(noted))
-    if shape := origin.config.get("shape"):
+    if shape := origin.input_shape:
         return image_example(net, *shape)
     pixels = find_image_side(sources)
     if (found := guessed_example(net, pixels)) is None:

@@ -136,8 +136,8 @@ def _make_plan(job: _Job, axes: AxisGraph, method: Pruner, budget: Budget) -> Pl
         open_checkpoint(path, key, FORMAT)
         header = lambda: {"key": key}  # noqa: E731
         cut = plan_cut(method, loaded.model, axes, budget, evidence, checkpoint=path, header=header, progress=progress)
-        if notes := cut.plan.origin.get("notes"):
-            folder.update(notes=[*loaded.notes, *notes])
+        if cut.plan.notes:
+            folder.update(notes=[*loaded.notes, *cut.plan.notes])
         write_scores(folder, loaded, axes, cut.plan, cut.scores, evidence)
         if cut.findings:
             folder.write_findings(job.settings.method, cut.findings)

@@ -86,7 +86,7 @@ def run(
     identity: dict[str, Any] = {"verb": "search", "settings": record_settings(settings), "defaults": defaults}
     with RunFolder.create(out, **identity, command=command_line(settings, "--out", str(out))) as folder:
         if plan is not None:
-            folder.log("stages", **plan.record())
+            folder.log("stages", **asdict(plan))
         if table:
             latencies.write(folder.path, table)
         start = time.perf_counter()

@@ -62,9 +62,9 @@ def build_network(
     shape, classes = list(input_shape(task.train)), len(task.classes)
     if fit := re.fullmatch(r"bench201:(\d{1,3})-(\d{1,2})", space):
         _refuse_stages(f"{space} has one topology for all cells, so it", stages, memory)
-        config = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
-        check_space_fits(config, f"a search of {space}")
-        return _initialise(Bench201, config, seed), Origin("bench201", "bench201", config, space), None
+        edges = bench201.supernet(shape, classes, width=int(fit[1]), cells=int(fit[2]), stride=stride)
+        check_space_fits(edges, f"a search of {space}")
+        return _initialise(Bench201, edges, seed), Origin("bench201", "bench201", edges, space), None
     found = _find_staged(space, shape, classes, stride)
     if found is None:
         _refuse_stages(space, stages, memory)
@@ -106,7 +106,7 @@ class _StagedSpace:
 
     kind: str
     net: type[Cells] | type[Mobile]
-    whole: Callable[..., dict[str, Any]]
+    whole: Callable[..., Mapping[str, object]]
     prefix: Callable[..., Prefix]
     parts: int
 
@@ -118,8 +118,8 @@ def _find_staged(space: str, shape: Sequence[int], classes: int, stride: int) ->
         return _StagedSpace("cells", Cells, whole, cells.prefix, many)
     if fit := re.fullmatch(r"mobile:(\d{1,3})-(\d{1,2})", space):
         width, many = map(int, fit.groups())
-        whole = partial(mobile.supernet, shape, classes, width=width, blocks=many, stride=stride)
-        return _StagedSpace("mobile", Mobile, whole, mobile.prefix, len(whole()["blocks"]))
+        blocks = partial(mobile.supernet, shape, classes, width=width, blocks=many, stride=stride)
+        return _StagedSpace("mobile", Mobile, blocks, mobile.prefix, len(blocks()["blocks"]))
     return None
 
 
@@ -169,6 +169,7 @@ def extract_network(model: nn.Module, origin: Origin) -> tuple[nn.Module, Origin
     """
     gone = find_placeholders(model).keys()
     fold_scales(model)
+    config: Mapping[str, object]
     match model:
         case Cells():
             config = cells.describe(model, origin.config, gone)

@@ -8,7 +8,7 @@ each of six edges.
 import re
 from collections.abc import Container, Mapping, Sequence
 from itertools import product
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,17 @@ EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """The edges as (from node, to node), in the order of NAS-Bench-201's notation."""
 
 MOST = 2**14
+
+
+class Bench201Config(TypedDict):
+    """The configuration of :class:`Bench201`, as JSON data."""
+
+    shape: list[int]
+    classes: int
+    width: int
+    cells: int
+    stride: int
+    edges: list[list[str]]
 
 
 class Nothing(nn.Module):
@@ -114,22 +125,21 @@ class Bench201(nn.Module):
         ModelError: If the configuration is invalid.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         super().__init__()
-        config = check_description(config)
-        self.config = config
-        width, parts = config["width"], list[nn.Module]()
+        self.config = plan = check_description(config)
+        width, parts = plan["width"], list[nn.Module]()
         self.stem = nn.Sequential(
-            nn.Conv2d(config["shape"][0], width, 3, config["stride"], 1, bias=False), nn.BatchNorm2d(width)
+            nn.Conv2d(plan["shape"][0], width, 3, plan["stride"], 1, bias=False), nn.BatchNorm2d(width)
         )
         for stage in range(3):
             if stage:
                 parts.append(Reduction(width, 2 * width))
                 width *= 2
-            parts += [Bench201Cell(width, config["edges"]) for _ in range(config["cells"])]
+            parts += [Bench201Cell(width, plan["edges"]) for _ in range(plan["cells"])]
         self.parts = nn.Sequential(*parts)
         self.norm = nn.BatchNorm2d(width)
-        self.head = nn.Linear(width, config["classes"])
+        self.head = nn.Linear(width, plan["classes"])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the logits, ``[N, classes]``."""
@@ -138,7 +148,7 @@ class Bench201(nn.Module):
         return result
 
 
-def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> dict[str, Any]:
+def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int = 5, stride: int = 1) -> Bench201Config:
     """Return the configuration of the super-network: every operation on every edge; defaults as in the paper.
 
     Args:
@@ -152,21 +162,22 @@ def supernet(shape: Sequence[int], classes: int, *, width: int = 16, cells: int 
     return {"shape": [*shape], "classes": classes, "width": width, "cells": cells, "stride": stride, "edges": edges}
 
 
-def describe(config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+def describe(config: Mapping[str, object], gone: Container[str]) -> Bench201Config:
     """Return the configuration of the network that a search left.
 
     Args:
         config: The configuration that the network was built from.
         gone: Paths of the operations that were dropped, the same in all cells.
     """
+    whole = check_description(config)
     edges = [
         [name for name in ops if f"parts.0.edges.{a}{b}.ops.{name}" not in gone]
-        for (a, b), ops in zip(EDGES, config["edges"], strict=True)
+        for (a, b), ops in zip(EDGES, whole["edges"], strict=True)
     ]
-    return {**config, "edges": edges}
+    return {**whole, "edges": edges}
 
 
-def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_description(config: Mapping[str, object]) -> Bench201Config:
     """Return a configuration of :class:`Bench201`, or raise ModelError if it is invalid; builds nothing.
 
     Args:
@@ -175,9 +186,10 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ModelError: If it is invalid; says what is wrong.
     """
+    data: Any = config
     try:
-        shape, edges = config["shape"], config["edges"]
-        sizes = [*shape, config["classes"], config["width"], config["cells"], config["stride"]]
+        shape, edges = data["shape"], data["edges"]
+        sizes = [*shape, data["classes"], data["width"], data["cells"], data["stride"]]
         right = len(shape) == 3 and len(edges) == len(EDGES)
         right = right and all(type(ops) is list and 0 < len(ops) == len({*ops}) for ops in edges)
         right = right and all(name in OPERATIONS for ops in edges for name in ops)
@@ -185,13 +197,11 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ModelError(f"not the description of a network of NAS-Bench-201: {error!r:.80}") from None
     if odd := [size for size in sizes if type(size) is not int or not 0 < size <= MOST]:
         raise ModelError(f"a network of NAS-Bench-201 has sizes from 1 to {MOST}; got {odd[0]!r:.40}")
-    if config["cells"] > 64 or config["width"] > MOST // 4:
-        raise ModelError(
-            f"at most 64 cells per stage and {MOST // 4} channels; got {config['cells']}-{config['width']}"
-        )
+    if data["cells"] > 64 or data["width"] > MOST // 4:
+        raise ModelError(f"at most 64 cells per stage and {MOST // 4} channels; got {data['cells']}-{data['width']}")
     if not right:
         raise ModelError(f"each of its {len(EDGES)} edges has one or more of {', '.join(OPERATIONS)}, each once")
-    return config
+    return data
 
 
 def architecture_string(edges: Sequence[str]) -> str:

@@ -7,70 +7,50 @@ earlier nodes, and the cell's output concatenates its nodes. Every cell has its 
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regrow.candidates import Candidates, Prefix, candidates_in
+from regrow.nets.cell_operations import OPERATIONS, Pointwise, operation
 from regrow.nets.errors import ModelError
 from regrow.nets.recomputed import again
-
-OPERATIONS = ("skip", "sep3", "sep5", "dil3", "dil5", "avg", "max")
-"""The candidate operations, in the order of the genotypes in MGAS's code."""
 
 MOST = 2**14
 MOST_CELLS, MOST_NODES = 64, 16
 
 
-class Pointwise(nn.Sequential):
-    """ReLU → 1 × 1 convolution → BatchNorm, with 2 × 2 average pooling first if the stride is 2."""
+class NodePlan(TypedDict):
+    """A node of a cell: its channels, and its operations as (name, source, inner channels)."""
 
-    def __init__(self, before: int, after: int, stride: int = 1) -> None:
-        first: list[nn.Module] = [nn.ReLU()] + ([nn.AvgPool2d(2, ceil_mode=True)] if stride == 2 else [])
-        super().__init__(*first, nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after))
-
-
-class Depthwise(nn.Sequential):
-    """ReLU → depthwise convolution → 1 × 1 convolution → BatchNorm."""
-
-    def __init__(self, before: int, after: int, kernel: int, stride: int, dilation: int) -> None:
-        pad = dilation * (kernel - 1) // 2
-        super().__init__(
-            nn.ReLU(),
-            nn.Conv2d(before, before, kernel, stride, pad, dilation, groups=before, bias=False),
-            nn.Conv2d(before, after, 1, bias=False),
-            nn.BatchNorm2d(after),
-        )
+    width: int
+    ops: list[list[str | int]]
 
 
-def operation(name: str, before: int, after: int, stride: int, mid: int = 0) -> nn.Module:
-    """Build an operation of the search space.
+class CellPlan(TypedDict):
+    """A cell: whether it halves height and width, the channels of its two inputs, and its nodes."""
 
-    Args:
-        name: One of ``OPERATIONS``.
-        before: Channels in.
-        after: Channels out; pools, and ``skip`` with stride 1, cannot change them.
-        stride: 1 or 2.
-        mid: Channels between the two halves of a ``sep``; ``before`` if 0.
+    reduce: bool
+    inputs: list[int]
+    nodes: list[NodePlan]
 
-    Raises:
-        ModelError: If the operation cannot map ``before`` to ``after`` channels.
-    """
-    kernel = int(name[-1]) if name[-1].isdigit() else 3
-    if name.startswith("sep"):
-        mid = mid or before
-        return nn.Sequential(Depthwise(before, mid, kernel, stride, 1), Depthwise(mid, after, kernel, 1, 1))
-    if name.startswith("dil"):
-        return Depthwise(before, after, kernel, stride, 2)
-    if name == "skip" and stride == 2:
-        return Pointwise(before, after, 2)
-    if before != after:
-        raise ModelError(f"{name} cannot lead from {before} channels to {after}; only sep and dil can")
-    if name == "skip":
-        return nn.Identity()
-    return nn.AvgPool2d(3, stride, 1, count_include_pad=False) if name == "avg" else nn.MaxPool2d(3, stride, 1)
+
+class CellsConfig(TypedDict):
+    """The configuration of :class:`Cells`, as JSON data."""
+
+    shape: list[int]
+    classes: int
+    stem: int
+    stride: int
+    cells: list[CellPlan]
+    heads: list[int]
+
+
+def _operations(node: NodePlan) -> list[tuple[str, int, int]]:
+    """Return the name, source and inner channels of each operation of a node."""
+    return [(str(name), int(source), int(mid)) for name, source, mid in node["ops"]]
 
 
 class Cell(nn.Module):
@@ -83,7 +63,7 @@ class Cell(nn.Module):
             list of ``[name, source, mid]``. Sources 0 and 1 are the inputs, 2 is the first node.
     """
 
-    def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: Mapping[str, Any]) -> None:
+    def __init__(self, before: Sequence[int], shrinks: Sequence[bool], plan: CellPlan) -> None:
         super().__init__()
         widths = list(plan["inputs"])
         self.inputs = nn.ModuleList(
@@ -92,10 +72,10 @@ class Cell(nn.Module):
         self.nodes = nn.ModuleList()
         for node in plan["nodes"]:
             ops = {}
-            for name, source, mid in node["ops"]:
+            for name, source, mid in _operations(node):
                 stride = 2 if plan["reduce"] and source < 2 else 1
                 ops[f"{name}_{source}"] = operation(name, widths[source], node["width"], stride, mid)
-            self.nodes.append(Candidates(ops, [source for _, source, _ in node["ops"]]))
+            self.nodes.append(Candidates(ops, [source for _, source, _ in _operations(node)]))
             widths.append(node["width"])
         self.width = sum(widths[2:])
 
@@ -120,24 +100,24 @@ class Cells(nn.Module):
         ModelError: If the configuration is invalid, or its sizes do not fit each other.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         super().__init__()
-        config = check_description(config)
-        stem = config["stem"]
+        plans = check_description(config)
+        stem = plans["stem"]
         self.stem = nn.Sequential(
-            nn.Conv2d(config["shape"][0], stem, 3, config["stride"], 1, bias=False), nn.BatchNorm2d(stem)
+            nn.Conv2d(plans["shape"][0], stem, 3, plans["stride"], 1, bias=False), nn.BatchNorm2d(stem)
         )
         self.cells, self.heads = nn.ModuleList(), nn.ModuleDict()
         self.recomputed = False
         self.active: int | None = None
         widths, scales = [stem, stem], [0, 0]
-        for i, plan in enumerate(config["cells"]):
+        for i, plan in enumerate(plans["cells"]):
             level = max(scales)
             cell = Cell(widths, [scale < level for scale in scales], plan)
             self.cells.append(cell)
             widths, scales = [widths[1], cell.width], [scales[1], level + plan["reduce"]]
-            if i in config["heads"]:
-                self.heads[str(i)] = nn.Linear(cell.width, config["classes"])
+            if i in plans["heads"]:
+                self.heads[str(i)] = nn.Linear(cell.width, plans["classes"])
 
     def upto(self, x: Tensor, last: int) -> Tensor:
         """Return the logits, ``[N, classes]``, of the classifier behind cell ``last``; later cells do not run."""
@@ -195,7 +175,7 @@ def supernet(
     stride: int = 2,
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
-) -> dict[str, Any]:
+) -> CellsConfig:
     """Return the configuration of the super-network: every operation on every edge, halving twice.
 
     Args:
@@ -217,7 +197,7 @@ def supernet(
             "it as cells:WIDTH-CELLS-NODES, for example cells:8-6-3"
         )
     reductions = {cells // 3, 2 * cells // 3} - {0}
-    result: list[dict[str, Any]] = []
+    result: list[CellPlan] = []
     for i in range(cells):
         width *= 2 if i in reductions else 1
         result.append(
@@ -235,7 +215,7 @@ def supernet(
     return {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride, "cells": result, "heads": ends}
 
 
-def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+def thin(config: CellsConfig, before: int, share: float) -> CellsConfig:
     """Return a configuration with a fraction of the operations left in its first cells, as a search may leave it.
 
     Each kind of operation keeps this fraction, spread evenly over the edges; each node keeps at least one operation.
@@ -249,13 +229,13 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     >>> [len(cell["nodes"][0]["ops"]) for cell in config["cells"]]
     [5, 14]
     """
-    cells = []
+    cells: list[CellPlan] = []
     for i, cell in enumerate(config["cells"]):
-        ops = [(name, j, n) for j, node in enumerate(cell["nodes"]) for n, (name, _, _) in enumerate(node["ops"])]
+        ops = [(name, j, n) for j, node in enumerate(cell["nodes"]) for n, (name, _, _) in enumerate(_operations(node))]
         ops.sort(key=lambda op: OPERATIONS.index(op[0]))
         kept = {op[1:] for k, op in enumerate(ops) if i >= before or _ceil((k + 1) * share) > _ceil(k * share)}
         kept |= {(j, 0) for j in range(len(cell["nodes"])) if not any(at == j for at, _ in kept)}
-        nodes = [
+        nodes: list[NodePlan] = [
             {**node, "ops": [op for n, op in enumerate(node["ops"]) if (j, n) in kept]}
             for j, node in enumerate(cell["nodes"])
         ]
@@ -263,7 +243,7 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     return {**config, "cells": cells}
 
 
-def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
+def prefix(config: CellsConfig, first: int, last: int, share: float) -> Prefix:
     """Build the network up to a cell, as a stage of a search runs it.
 
     Args:
@@ -280,7 +260,7 @@ def _ceil(value: float) -> int:
     return ceil(round(value, 9))  # 0.1 × 30 is 3.0000000000000004
 
 
-def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+def describe(net: Cells, config: Mapping[str, object], gone: Container[str]) -> CellsConfig:
     """Return the configuration that builds exactly what is left of a network, with its last classifier alone.
 
     Args:
@@ -288,25 +268,26 @@ def describe(net: Cells, config: Mapping[str, Any], gone: Container[str]) -> dic
         config: The configuration that it was built from.
         gone: Paths of the operations that were dropped.
     """
-    cells = []
-    for i, plan in enumerate(config["cells"]):
+    whole, cells = check_description(config), list[CellPlan]()
+    for i, plan in enumerate(whole["cells"]):
         cell = net.get_submodule(f"cells.{i}")
         assert isinstance(cell, Cell)
         widths = [_features(one) for one in cell.inputs]
-        nodes = []
+        nodes: list[NodePlan] = []
         for j, was in enumerate(plan["nodes"]):
             node = cell.get_submodule(f"nodes.{j}")
             assert isinstance(node, Candidates)
-            ops, outs = [], []
-            for (name, source, mid), (key, op) in zip(was["ops"], node.ops.items(), strict=True):
+            ops, outs = list[list[str | int]](), list[int]()
+            for (name, source, mid), (key, op) in zip(_operations(was), node.ops.items(), strict=True):
                 if f"cells.{i}.nodes.{j}.ops.{key}" not in gone:
                     ops.append([name, source, _features(op.get_submodule("0")) if name.startswith("sep") else mid])
                     outs.append(_features(op) or widths[source])
             nodes.append({"width": outs[0], "ops": ops})
             widths.append(outs[0])
         cells.append({"reduce": plan["reduce"], "inputs": widths[:2], "nodes": nodes})
-    stem = net.stem[0].out_channels
-    return {**config, "stem": stem, "cells": cells, "heads": [len(cells) - 1]}
+    stem = net.stem[0]
+    assert isinstance(stem, nn.Conv2d)
+    return {**whole, "stem": stem.out_channels, "cells": cells, "heads": [len(cells) - 1]}
 
 
 def _features(module: nn.Module) -> int:
@@ -315,15 +296,16 @@ def _features(module: nn.Module) -> int:
     return norms[-1] if norms else 0
 
 
-def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_description(config: Mapping[str, object]) -> CellsConfig:
     """Return a configuration of :class:`Cells`, or raise ModelError if it is invalid; builds nothing.
 
     Raises:
         ModelError: If it is invalid; says what is wrong.
     """
+    data: Any = config
     try:
-        cells, shape = config["cells"], config["shape"]
-        sizes = [*shape, config["classes"], config["stem"], config["stride"]]
+        cells, shape = data["cells"], data["shape"]
+        sizes = [*shape, data["classes"], data["stem"], data["stride"]]
         sizes += [w for cell in cells for w in (*cell["inputs"], *(node["width"] for node in cell["nodes"]))]
         ops = [(j + 2, op) for cell in cells for j, node in enumerate(cell["nodes"]) for op in node["ops"]]
         sizes += [mid for _, (_, _, mid) in ops]
@@ -336,8 +318,8 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
                 name in OPERATIONS and type(source) is int and 0 <= source < known for known, (name, source, _) in ops
             )
             and all(type(cell["reduce"]) is bool for cell in cells)
-            and all(type(at) is int and 0 <= at < len(cells) for at in config["heads"])
-            and len(cells) - 1 in config["heads"]
+            and all(type(at) is int and 0 <= at < len(cells) for at in data["heads"])
+            and len(cells) - 1 in data["heads"]
         )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"not the description of a network of cells: {error!r:.80}") from None
@@ -345,4 +327,4 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ModelError(f"a network of cells has sizes from 1 to {MOST}; got {odd[0]!r:.40}")
     if not right:
         raise ModelError("not the description of a network of cells: see regrow.nets.cells.Cells for what it holds")
-    return config
+    return data

@@ -13,7 +13,7 @@ from regrow.axes import Example
 from regrow.nets.errors import ModelError, first_line
 from regrow.references import names_code
 
-Builder = Callable[[], Any]
+Builder = Callable[[], object]
 """A function that returns a network, or a network and its example input."""
 
 

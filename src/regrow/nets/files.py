@@ -82,7 +82,7 @@ def check_weights(files: list[Path], name: str, width: int | None) -> None:
     check_memory(needed, f"loading {name}", "take a smaller model, or --dtype bfloat16")
 
 
-def check_config(path: Path, name: str) -> dict[str, Any]:
+def check_config(path: Path, name: str) -> dict[str, object]:
     """Read a ``config.json`` and raise ModelError unless its sizes are ones that a network can have.
 
     Args:

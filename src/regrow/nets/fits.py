@@ -51,7 +51,7 @@ def check_space_fits(config: Mapping[str, object], what: str) -> None:
 
 
 def _of_cells(config: Mapping[str, Any]) -> Iterator[int]:
-    """Yield the number of weights of each operation, as ``cells.operation`` builds it."""
+    """Yield the number of weights of each operation, as ``cell_operations.operation`` builds it."""
     for cell in config["cells"]:
         widths = [*cell["inputs"], *(node["width"] for node in cell["nodes"])]
         for node in cell["nodes"]:

@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -19,6 +20,9 @@ from regrow.nets.examples import PIXELS, image_example, text_example
 from regrow.nets.files import check_config, check_files, check_gguf, check_weights
 from regrow.nets.library import check_settings, check_tokenizer, model_class
 from regrow.nets.loaded import Loaded, Origin
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HUB_TIMEOUT = 10.0
 
@@ -94,7 +98,7 @@ def load_gguf(path: Path, *, name: str, dtype: torch.dtype | None) -> Loaded:
     return Loaded(model, loaded.tokenizer, loaded.example, origin_of(model, name), (note, *loaded.notes))
 
 
-def origin_of(model: Any, name: str) -> Origin:
+def origin_of(model: "PreTrainedModel", name: str) -> Origin:
     """Return the origin of a transformers model: how to build its architecture again.
 
     Args:
@@ -105,13 +109,13 @@ def origin_of(model: Any, name: str) -> Origin:
     return Origin("transformers", type(model).__name__, _plain(config), name)
 
 
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
+def _plain(config: dict[str, object]) -> dict[str, object]:
     """Return a configuration, nested ones included, without paths and without entries that name code."""
     away = ("_name_or_path", "quantization_config", "auto_map", "custom_pipelines")
     return {k: _plain(v) if isinstance(v, dict) else v for k, v in config.items() if k not in away}
 
 
-def parse_configuration(text: str) -> dict[str, Any]:
+def parse_configuration(text: str) -> dict[str, object]:
     """Parse a transformers configuration from JSON text, which writes infinity as ``{"__float__": "Infinity"}``.
 
     Args:
@@ -148,7 +152,7 @@ def build_transformers(origin: Origin) -> nn.Module:
     return model.eval()
 
 
-def require_transformers() -> Any:
+def require_transformers() -> ModuleType:
     """Return the transformers package, or raise ModelError if it is not installed.
 
     Raises:
@@ -237,11 +241,11 @@ def _tokenizer(where: str, files: dict[str, Any]) -> Any | None:
         return None
 
 
-def _is_text(model: Any) -> bool:
+def _is_text(model: "PreTrainedModel") -> bool:
     return model.main_input_name == "input_ids"
 
 
-def example_of_transformers(model: Any) -> Example:
+def example_of_transformers(model: "PreTrainedModel") -> Example:
     """Return an input of the form that a transformers model takes: tokens or an image.
 
     Args:
@@ -304,7 +308,7 @@ def _explained(error: Exception) -> str:
     return f"{' '.join(str(error).split())[:200]}; its files are damaged or do not belong together: download them again"
 
 
-def _require(package: str) -> Any:
+def _require(package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError:

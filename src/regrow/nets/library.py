@@ -2,9 +2,12 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from regrow.nets.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ATTENTION = ("eager", "sdpa")
 """The attention implementations that need no code but torch's."""
@@ -17,7 +20,7 @@ _IGNORED = frozenset({"auto_map", "custom_pipelines"})
 _MOST = 10_000
 
 
-def library_class(name: str, modules: str) -> Any | None:
+def library_class(name: str, modules: str) -> type | None:
     """Return the class of transformers that a file names, or ``None`` if transformers has none of this name.
 
     Args:
@@ -34,7 +37,7 @@ def library_class(name: str, modules: str) -> Any | None:
     return kind if inside else None
 
 
-def model_class(name: str) -> Any | None:
+def model_class(name: str) -> "type[PreTrainedModel] | None":
     """Return the model class of transformers that a file names, or ``None`` if there is none of this name.
 
     Args:
@@ -98,7 +101,7 @@ def leads_away(key: str, value: object) -> bool:
     return key.endswith("_file") and isinstance(value, str) and ("/" in value or "\\" in value)
 
 
-def settings_of(config: Mapping[str, object]) -> Iterator[tuple[str, Any]]:
+def settings_of(config: Mapping[str, object]) -> Iterator[tuple[str, object]]:
     """Yield every setting of a configuration, those of nested ones too.
 
     Args:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ def load(
         ModelError: If the name leads to no model, or its weights are damaged, not finite, or a pickle.
     """
     device = usable_device(str(device))
-    loaded = _found(name, dtype, progress, _given(example), pixels)
+    loaded = _found(name, dtype, progress, None if example is None else lambda model: _input(model, example), pixels)
     if example is not None:
         loaded = replace(loaded, example=_input(loaded.model, example), guessed=False)
     if not isinstance(loaded.model, nn.Module):
@@ -94,27 +94,27 @@ def build(origin: Origin) -> nn.Module:
     Raises:
         ModelError: If the architecture is unknown here, or the user's own code builds it and was not passed.
     """
-    match origin.kind:
-        case "transformers":
-            return build_transformers(origin)
-        case "torchvision":
-            return build_torchvision(origin)
-        case "small":
-            return build_small(origin)
-        case "cells":
-            return Cells(origin.config).eval()
-        case "mobile":
-            return Mobile(origin.config).eval()
-        case "bench201":
-            return Bench201(origin.config).eval()
-        case "callable" if origin.builder is not None:
-            return call_builder(origin.builder, origin.reference)[0].eval()
-        case "callable":
-            raise ModelError(
-                f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never "
-                "imported; pass the function: Origin(..., builder=function)"
-            )
-    raise ModelError(f"cannot build a model of kind {origin.kind!r}")
+    if builder := _BUILDERS.get(origin.kind):
+        return builder(origin)
+    if origin.kind != "callable":
+        raise ModelError(f"cannot build a model of kind {origin.kind!r}")
+    if origin.builder is None:
+        raise ModelError(
+            f"this model is built by your own code ({origin.reference!r:.80}), and a recorded name is never "
+            "imported; pass the function: Origin(..., builder=function)"
+        )
+    return call_builder(origin.builder, origin.reference)[0].eval()
+
+
+_BUILDERS: Mapping[str, Callable[[Origin], nn.Module]] = {
+    "transformers": build_transformers,
+    "torchvision": build_torchvision,
+    "small": build_small,
+    "cells": lambda origin: Cells(origin.config).eval(),
+    "mobile": lambda origin: Mobile(origin.config).eval(),
+    "bench201": lambda origin: Bench201(origin.config).eval(),
+}
+"""Kind of an origin → function that builds its network."""
 
 
 def example_for(model: nn.Module, origin: Origin) -> Example | None:
@@ -130,7 +130,7 @@ def example_for(model: nn.Module, origin: Origin) -> Example | None:
         case "torchvision":
             return example_of(origin.reference, model)
         case "small" | "cells" | "mobile" | "bench201":
-            return image_example(model, *origin.config["shape"])
+            return image_example(model, *origin.input_shape)
     return guessed_example(model)
 
 
@@ -246,10 +246,6 @@ def _taken(name: str, model: nn.Module, example: Example) -> Example:
             "shape with --input 1x3x32x32, or return (model, example input)"
         ) from None
     return example
-
-
-def _given(example: Example | torch.Tensor | Sequence[Any] | None) -> Wanted | None:
-    return None if example is None else lambda model: _input(model, example)
 
 
 def _input(model: nn.Module, value: Example | torch.Tensor | Sequence[Any]) -> Example:

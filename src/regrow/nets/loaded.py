@@ -3,12 +3,15 @@
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from regrow.axes import Example
 from regrow.nets.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 KINDS = ("transformers", "torchvision", "small", "cells", "mobile", "bench201", "callable")
 
@@ -29,11 +32,17 @@ class Origin:
 
     kind: str
     reference: str
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
     name: str = ""
-    builder: Callable[[], Any] | None = field(default=None, compare=False, repr=False)
+    builder: Callable[[], object] | None = field(default=None, compare=False, repr=False)
 
-    def record(self) -> dict[str, Any]:
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """The shape of one input, without the batch dimension, if the network is built for one; else empty."""
+        shape = self.config.get("shape")
+        return tuple(shape) if isinstance(shape, list | tuple) else ()
+
+    def record(self) -> dict[str, object]:
         """Return the origin as JSON data, without the function."""
         return {"kind": self.kind, "reference": self.reference, "config": dict(self.config), "name": self.name}
 
@@ -80,7 +89,7 @@ class Loaded:
     """
 
     model: nn.Module
-    tokenizer: Any | None
+    tokenizer: "PreTrainedTokenizerBase | None"
     example: Example
     origin: Origin
     notes: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ any number of inverted bottlenecks and, where it keeps the form of its input, of
 from collections.abc import Container, Mapping, Sequence
 from functools import partial
 from math import ceil
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,31 @@ STAGES = ((24, 4, 2), (40, 4, 2), (80, 4, 2), (96, 4, 1), (192, 4, 2), (320, 1, 
 """Width, blocks and stride of each stage of the paper's space; its stem has 32 and 16 channels, its last layer 1280."""
 
 MOST = 2**14
+
+
+class BlockPlan(TypedDict):
+    """A block: its channels, its stride, and its operations as (name, inner channels)."""
+
+    width: int
+    stride: int
+    ops: list[list[str | int]]
+
+
+class MobileConfig(TypedDict):
+    """The configuration of :class:`Mobile`, as JSON data."""
+
+    shape: list[int]
+    classes: int
+    stem: list[int]
+    stride: int
+    blocks: list[BlockPlan]
+    mix: int
+    heads: list[int]
+
+
+def _operations(plan: BlockPlan) -> list[tuple[str, int]]:
+    """Return the name and inner channels of each operation of a block."""
+    return [(str(name), int(mid)) for name, mid in plan["ops"]]
 
 
 class Bottleneck(nn.Sequential):
@@ -47,7 +72,7 @@ def _depthwise(before: int, after: int, kernel: int, stride: int) -> list[nn.Mod
     ]
 
 
-def block(before: int, plan: Mapping[str, Any]) -> Candidates:
+def block(before: int, plan: BlockPlan) -> Candidates:
     """Build the candidate operations of a block.
 
     ``skip`` reads a separate input, so that it does not compete with bottlenecks.
@@ -57,7 +82,7 @@ def block(before: int, plan: Mapping[str, Any]) -> Candidates:
         plan: ``width`` (channels out), ``stride`` and ``ops``, a list of ``[name, mid]`` with the channels inside.
     """
     ops, sources = dict[str, nn.Module](), []
-    for name, mid in plan["ops"]:
+    for name, mid in _operations(plan):
         skips = name == "skip"
         ops[name] = nn.Identity() if skips else Bottleneck(before, mid, plan["width"], int(name[2]), plan["stride"])
         sources.append(0 if skips else 1)
@@ -78,12 +103,12 @@ class Mobile(nn.Module):
         ModelError: If the configuration is invalid, or its sizes do not fit each other.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         super().__init__()
-        config = check_description(config)
-        (first, width), last = config["stem"], len(config["blocks"]) - 1
+        plans = check_description(config)
+        (first, width), last = plans["stem"], len(plans["blocks"]) - 1
         self.stem = nn.Sequential(
-            nn.Conv2d(config["shape"][0], first, 3, config["stride"], 1, bias=False),
+            nn.Conv2d(plans["shape"][0], first, 3, plans["stride"], 1, bias=False),
             nn.BatchNorm2d(first),
             nn.ReLU6(),
             *_depthwise(first, width, 3, 1),
@@ -91,15 +116,15 @@ class Mobile(nn.Module):
         self.blocks, self.heads = nn.ModuleList(), nn.ModuleDict()
         self.recomputed = False
         self.active: int | None = None
-        for i, plan in enumerate(config["blocks"]):
+        for i, plan in enumerate(plans["blocks"]):
             self.blocks.append(block(width, plan))
             width = plan["width"]
-            if i in config["heads"]:
+            if i in plans["heads"]:
                 mix, layers = width, list[nn.Module]()
                 if i == last:
-                    mix = config["mix"]
+                    mix = plans["mix"]
                     layers = [nn.Conv2d(width, mix, 1, bias=False), nn.BatchNorm2d(mix), nn.ReLU6()]
-                layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(mix, config["classes"])]
+                layers += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(mix, plans["classes"])]
                 self.heads[str(i)] = nn.Sequential(*layers)
 
     def upto(self, x: Tensor, last: int) -> Tensor:
@@ -152,7 +177,7 @@ def supernet(
     stride: int = 2,
     heads: Sequence[int] = (),
     operations: Sequence[str] = OPERATIONS,
-) -> dict[str, Any]:
+) -> MobileConfig:
     """Return the configuration of the super-network; the defaults are those of the paper.
 
     Args:
@@ -174,21 +199,28 @@ def supernet(
         return max(4, 4 * round(channels * width / STAGES[0][0] / 4))
 
     stem = [scaled(32), scaled(16)]
-    before, result = stem[1], list[dict[str, Any]]()
+    before, result = stem[1], list[BlockPlan]()
     for channels, many, first in STAGES:
         after = scaled(channels)
         for i in range(blocks if many > 1 else 1):
             step = first if i == 0 else 1
             names = [name for name in operations if name != "skip" or (step == 1 and before == after)]
-            ops = [[name, after if name == "skip" else int(name[-1]) * before] for name in names]
+            ops: list[list[str | int]] = [[name, after if name == "skip" else int(name[-1]) * before] for name in names]
             result.append({"width": after, "stride": step, "ops": ops})
             before = after
     ends = sorted({*heads, len(result) - 1})
-    plain = {"shape": [*shape], "classes": classes, "stem": stem, "stride": stride}
-    return {**plain, "blocks": result, "mix": scaled(1280), "heads": ends}
+    return {
+        "shape": [*shape],
+        "classes": classes,
+        "stem": stem,
+        "stride": stride,
+        "blocks": result,
+        "mix": scaled(1280),
+        "heads": ends,
+    }
 
 
-def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]:
+def thin(config: MobileConfig, before: int, share: float) -> MobileConfig:
     """Return a configuration with a fraction of the operations left in its first blocks, as a search may leave it.
 
     Args:
@@ -200,7 +232,7 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     >>> [[name for name, _ in plan["ops"]] for plan in config["blocks"][:3]]
     [['mb3e3', 'mb3e6'], ['mb3e3', 'mb5e6'], ['mb3e3', 'mb5e3', 'mb7e3', 'mb3e6', 'mb5e6', 'mb7e6']]
     """
-    result, n = [], 0
+    result, n = list[BlockPlan](), 0
     for i, plan in enumerate(config["blocks"]):
         kept = []
         for op in plan["ops"]:
@@ -211,7 +243,7 @@ def thin(config: Mapping[str, Any], before: int, share: float) -> dict[str, Any]
     return {**config, "blocks": result}
 
 
-def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Prefix:
+def prefix(config: MobileConfig, first: int, last: int, share: float) -> Prefix:
     """Build the network up to a block, as a stage of a search runs it.
 
     Args:
@@ -224,7 +256,7 @@ def prefix(config: Mapping[str, Any], first: int, last: int, share: float) -> Pr
     return Prefix(Mobile(thin({**config, "heads": heads}, first, share)), last)
 
 
-def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> dict[str, Any]:
+def describe(net: Mobile, config: Mapping[str, object], gone: Container[str]) -> MobileConfig:
     """Return the configuration that builds exactly what is left of a network, with its last classifier alone.
 
     Args:
@@ -233,18 +265,18 @@ def describe(net: Mobile, config: Mapping[str, Any], gone: Container[str]) -> di
         gone: Paths of the operations that were dropped.
     """
     stem = [_features(net.stem, 1), _features(net.stem, -1)]
-    width, result = stem[1], []
-    for i, plan in enumerate(config["blocks"]):
-        left = [(name, f"blocks.{i}.ops.{name}") for name, _ in plan["ops"]]
+    whole, width, result = check_description(config), stem[1], list[BlockPlan]()
+    for i, plan in enumerate(whole["blocks"]):
+        left = [(name, f"blocks.{i}.ops.{name}") for name, _ in _operations(plan)]
         left = [(name, path) for name, path in left if path not in gone]
         inside = {name: _features(net.get_submodule(path), 1) for name, path in left if name != "skip"}
         after = [_features(net.get_submodule(path), -1) for name, path in left if name != "skip"]
         width = after[0] if after else width
-        ops = [[name, inside.get(name, width)] for name, _ in left]
+        ops: list[list[str | int]] = [[name, inside.get(name, width)] for name, _ in left]
         result.append({"width": width, "stride": plan["stride"], "ops": ops})
     last = len(result) - 1
     mix = _features(net.get_submodule(f"heads.{last}"), 1)
-    return {**config, "stem": stem, "blocks": result, "mix": mix, "heads": [last]}
+    return {**whole, "stem": stem, "blocks": result, "mix": mix, "heads": [last]}
 
 
 def _features(module: nn.Module, at: int) -> int:
@@ -255,7 +287,7 @@ def _features(module: nn.Module, at: int) -> int:
     return norm.num_features
 
 
-def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
+def check_description(config: Mapping[str, object]) -> MobileConfig:
     """Return a configuration of :class:`Mobile`, or raise ModelError if it is invalid; builds nothing.
 
     Args:
@@ -264,12 +296,13 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
     Raises:
         ModelError: If it is invalid; says what is wrong.
     """
+    data: Any = config
     try:
-        blocks, shape = config["blocks"], config["shape"]
-        sizes = [*shape, config["classes"], *config["stem"], config["stride"], config["mix"]]
+        blocks, shape = data["blocks"], data["shape"]
+        sizes = [*shape, data["classes"], *data["stem"], data["stride"], data["mix"]]
         sizes += [size for plan in blocks for size in (plan["width"], plan["stride"], *(mid for _, mid in plan["ops"]))]
         names = [[name for name, _ in plan["ops"]] for plan in blocks]
-        before = [config["stem"][-1], *(plan["width"] for plan in blocks)]
+        before = [data["stem"][-1], *(plan["width"] for plan in blocks)]
         skips = [
             plan["stride"] == 1 and plan["width"] == wide
             for plan, wide, own in zip(blocks, before, names, strict=False)
@@ -277,12 +310,12 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
         ]
         right = (
             len(shape) == 3
-            and len(config["stem"]) == 2
+            and len(data["stem"]) == 2
             and 0 < len(blocks) <= 128
             and all(0 < len(own) == len({*own}) and {*own} <= {*OPERATIONS} for own in names)
             and all(plan["stride"] in (1, 2) for plan in blocks)
-            and all(type(at) is int and 0 <= at < len(blocks) for at in config["heads"])
-            and len(blocks) - 1 in config["heads"]
+            and all(type(at) is int and 0 <= at < len(blocks) for at in data["heads"])
+            and len(blocks) - 1 in data["heads"]
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ModelError(f"not the description of a network of blocks: {error!r:.80}") from None
@@ -292,4 +325,4 @@ def check_description(config: Mapping[str, Any]) -> Mapping[str, Any]:
         raise ModelError("not the description of a network of blocks: see regrow.nets.mobile.Mobile for what it holds")
     if not all(skips):
         raise ModelError("skip is for blocks of stride 1 that are as wide as what they read; leave it out elsewhere")
-    return config
+    return data

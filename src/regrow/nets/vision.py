@@ -95,13 +95,13 @@ def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
         raise ModelError(f"torchvision cannot build {name} with {dict(arguments)}: {first_line(error)}") from None
 
 
-def unweighted_arguments(name: str) -> dict[str, Any]:
+def unweighted_arguments(name: str) -> dict[str, bool | None]:
     """Return the arguments that keep a builder from downloading weights or initialising them slowly.
 
     Args:
         name: The name of the network in torchvision.
     """
-    more: dict[str, Any] = {"init_weights": False} if name in _SLOW_START else {}
+    more: dict[str, bool | None] = {"init_weights": False} if name in _SLOW_START else {}
     if "_rcnn" in name or name.startswith(("fcos", "retinanet", "ssd", "deeplab", "fcn_", "lraspp", "maskrcnn")):
         more["weights_backbone"] = None
     return more

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +24,7 @@ class Base:
 
     metric: str
     allocation: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
     spare: tuple[float, float] = (0.0, 0.0)
 
     def score(

@@ -8,7 +8,6 @@ Nothing but sums is kept. One (source, shard) is the unit that can be merged, sa
 import inspect
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +107,7 @@ class _Walk:
 
     def step(self, batch: Batch, statistics: Statistics) -> None:
         """Run one batch and add its sums to ``statistics``."""
-        batch = _moved(batch, self.device)
+        batch = batch.to(self.device)
         if self.first:
             self.first, self.run = False, self._trunk(batch)
         watch = self._watch(batch, self.run, statistics)
@@ -210,11 +209,3 @@ def _positions(batch: Batch) -> int:
         return int((batch.labels != -100).sum())
     ids = next((value for value in _inputs(batch) if value.dim() == 2 and not value.is_floating_point()), None)
     return _leading(batch) if ids is None else ids.numel()
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    kwargs = {name: move(value) for name, value in batch.kwargs.items()}
-    return Batch(tuple(move(value) for value in batch.args), kwargs, move(batch.labels))

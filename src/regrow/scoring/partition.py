@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrow.scoring.combine import percentile
 from regrow.scoring.sensitivity import Ranks, Sensitivity
-from regrow.scoring.spaces import Space
+from regrow.scoring.spaces import Row, Space
 
 LEAST = 8
 """Modules with fewer units are merged with the module of the nearest mean sensitivity."""
@@ -66,7 +65,7 @@ class Modules:
         }
         return Modules({key: labels[key] for key in other.labels}, other.names, other.spaces)
 
-    def table(self, among: Sequence[Space], **columns: Tensor) -> list[dict[str, Any]]:
+    def table(self, among: Sequence[Space], **columns: Tensor) -> list[Row]:
         """Return one JSON-able row per module: its name, space, kind, number of units, and given columns.
 
         Args:
@@ -76,8 +75,13 @@ class Modules:
         sizes = torch.bincount(torch.cat(list(self.labels.values())), minlength=len(self))
         homes = [among[i] for i in self.spaces]
         return [
-            {"name": name, "space": home.keys[0], "label": home.label, "units": int(size)}
-            | {column: float(values[i]) for column, values in columns.items()}
+            {
+                "name": name,
+                "space": home.keys[0],
+                "label": home.label,
+                "units": int(size),
+                **{column: float(values[i]) for column, values in columns.items()},
+            }
             for i, (name, home, size) in enumerate(zip(self.names, homes, sizes, strict=True))
         ]
 

@@ -1,11 +1,11 @@
 """Data-free importance measures from all weights that a unit passes through, both made and read."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from regrow.axes import Axis, AxisGraph, Role, Slot
+from regrow.axes import Axis, AxisGraph, Role
 from regrow.scores import Scores
 from regrow.scoring.weights import check_scores, columns, scorable, tensors
 
@@ -32,8 +32,9 @@ def product_of_norms(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: S
             for name, slot, where in tensors(axes, axis, weights)
             if weights[name].dim() > 1
         ]
-        values[axis.key] = torch.stack(norms).log().sum(0)
-    return check_scores(Scores(_finite(values), "path/product-of-norms"))
+        # The logarithm for a unit with a zero matrix is −∞: a number below every other stands for it.
+        values[axis.key] = torch.stack(norms).log().sum(0).clamp_min(-1e6)
+    return check_scores(Scores(values, "path/product-of-norms"))
 
 
 def peak_to_peak(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Sequence[Axis] | None = None) -> Scores:
@@ -49,7 +50,10 @@ def peak_to_peak(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Seque
     values = {}
     for axis in scorable(axes, units):
         total = torch.zeros(axis.size, dtype=torch.float64)
-        for weight, slot, where in _made(weights, axes, axis):
+        for name, slot, where in tensors(axes, axis, weights):
+            weight = weights[name].detach()
+            if slot.role is not Role.PRODUCES or weight.dim() < 2:
+                continue
             rest = [d for d in range(weight.dim()) if d != slot.dim]
             total += (weight.amax(rest) + weight.amin(rest).abs()).double().cpu()[where].mean(1)
         values[axis.key] = total
@@ -58,14 +62,3 @@ def peak_to_peak(weights: Mapping[str, Tensor], axes: AxisGraph, *, units: Seque
 
 PATHS: Mapping[str, Callable[..., Scores]] = {"norms": product_of_norms, "peaks": peak_to_peak}
 """Name → data-free measure: (weights, axes, *, units) → scores."""
-
-
-def _made(weights: Mapping[str, Tensor], axes: AxisGraph, axis: Axis) -> Iterator[tuple[Tensor, Slot, Tensor]]:
-    for name, slot, where in tensors(axes, axis, weights):
-        if slot.role is Role.PRODUCES and weights[name].dim() > 1:
-            yield weights[name].detach(), slot, where
-
-
-def _finite(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Replace −∞, the logarithm for a unit with a zero matrix, by a number below every other."""
-    return {key: value.clamp_min(-1e6) for key, value in values.items()}

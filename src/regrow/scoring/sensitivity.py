@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrow.scores import Scores
 from regrow.scoring.combine import percentile, probit
-from regrow.scoring.spaces import Space, within
+from regrow.scoring.spaces import Row, Space, within
 
 SCALES = {"raw": lambda ranks: ranks, "probit": probit}
 
@@ -116,7 +115,7 @@ def share_of(flags: Mapping[str, Tensor], kept: Mapping[str, Sequence[int]]) -> 
     return float(torch.cat(gone).double().mean()) if any(len(part) for part in gone) else 0.0
 
 
-def spectrum(ranking: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[dict[str, Any]]:
+def spectrum(ranking: Ranks, among: Sequence[Space], *, draws: int = 20, seed: int = 0) -> list[Row]:
     """Test per ranking space whether ranks differ between sources more than shuffled shards do; one row each.
 
     The null shuffles shards over sources (one shuffle for all units of a draw). ``exceeds``: fraction of units with F >
@@ -132,7 +131,7 @@ def spectrum(ranking: Ranks, among: Sequence[Space], *, draws: int = 20, seed: i
         seed: The random seed of the shuffles.
     """
     generator = torch.Generator().manual_seed(seed)
-    rows = []
+    rows: list[Row] = []
     for space in among:
         whole, shards = space.gather(ranking.whole), space.gather(ranking.shards)
         m, s, n = shards.shape

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from regrow.axes import Axis
 
+Row = dict[str, str | int | float]
+"""A row of a table in a report: column → value."""
+
 FEW = 16
 """Axes with fewer units than this are ranked together with others of their kind: three ranks say little."""
 

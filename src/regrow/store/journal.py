@@ -145,8 +145,8 @@ def _repair_end(handle: int) -> int:
 
 def _row(line: bytes) -> dict[str, Any] | None:
     try:
-        row: dict[str, Any] = parse_json(line)
+        row = parse_json(line)
         convert(row, schemas.MetricsRow)
     except (ValueError, InputError):
         return None
-    return row
+    return row if isinstance(row, dict) else None

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, size_of
 from regrow.plan import Plan, PlanError
-from regrow.surgery.carry import carry_out, commit, prepare, state_of
+from regrow.surgery.carry import carry_out, commit, prepare
 from regrow.surgery.drop import bring_back, without_branches
 from regrow.surgery.eager import trial_error
 from regrow.surgery.paired_forward import max_difference, max_magnitude
@@ -21,7 +21,7 @@ from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.whole import run_whole_pair
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
-from regrow.tracing.model_state import code_of
+from regrow.tracing.model_state import code_of, state_of
 from regrow.tracing.readings import Recording, readings
 from regrow.tracing.steps import restate_steps
 from regrow.tracing.trial import Rehearsal, Resizing, rehearse

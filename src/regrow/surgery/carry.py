@@ -19,6 +19,7 @@ from regrow.surgery.undo_store import UndoStore
 from regrow.surgery.widen import resize, resize_moment, roles_of
 from regrow.tracing.attributes import get_attribute, set_attribute
 from regrow.tracing.kinds import recompute_weights
+from regrow.tracing.model_state import state_of
 from regrow.tracing.trial import Resizing, planned_integers
 
 
@@ -183,15 +184,6 @@ def commit(
     if undo is not None:
         vars(undo).update(vars(ready.undo))
     return model, _after(axes, plan, lays, ready.sizes, done)
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of a model by name; tied tensors appear under each of their names.
-
-    Args:
-        model: Any network.
-    """
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def _check_hooks(exchanged: Sequence[Exchange]) -> None:

@@ -12,6 +12,7 @@ from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Role, Slot, Sum, ax
 from regrow.surgery.layout import places
 from regrow.tracing.attributes import get_attribute, restated_sizes
 from regrow.tracing.capture import example_of
+from regrow.tracing.model_state import state_of
 
 
 class DeclarationError(ValueError):
@@ -77,10 +78,7 @@ def declare(
     >>> verify(net, axes, plan).ok, apply(net, axes, plan)[0][0].out_features
     (True, 3)
     """
-    tensors = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    tensors = state_of(model)
     if axes is not None and (args or kwargs):
         raise DeclarationError("axes that were traced have an example already; give one or the other")
     written = [one for name, text in units.items() for one in _written(name, text, units)]

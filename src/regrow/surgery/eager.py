@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from regrow.tracing.meta_copy import cast_example, copy_model
 from regrow.tracing.model_state import preserve_state
 
 
-def trial_error(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], Any]) -> str:
+def trial_error(model: nn.Module, axes: AxisGraph, change: Callable[[nn.Module], object]) -> str:
     """Return the error of running a changed copy of the network on its example; empty if it runs.
 
     Args:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from regrow.axes import Axis, AxisGraph, Dim, Mark, Product, Slot, Sum, axes_in, size_of
+from regrow.dims import occurrences
 from regrow.fills import FILLS, Growth
 from regrow.plan import Change, Plan
 
@@ -193,40 +194,10 @@ def places(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[int, 
         key: The key of the axis.
         sizes: Axis key → its number of units.
     """
-    for loops, inner, offset in _occurrences(dim, key, sizes):
+    for loops, inner, offset in occurrences(dim, key, sizes):
         outer, stride = loops[0] if loops else (1, sizes[key] * inner)
         for at in product(*(range(n) for n, _ in loops[1:])):
             yield outer, stride, inner, offset + sum(i * s for i, (_, s) in zip(at, loops[1:], strict=True))
-
-
-def _occurrences(dim: Dim, key: str, sizes: Mapping[str, int]) -> Iterator[tuple[list[tuple[int, int]], int, int]]:
-    """Yield each place of an axis in a dimension: enclosing loops ``(times, stride)``, inner extent, offset."""
-    match dim:
-        case str() if dim == key:
-            yield [], 1, 0
-        case Sum(parts):
-            before = 0
-            for part in parts:
-                for loops, inner, offset in _occurrences(part, key, sizes):
-                    yield loops, inner, offset + before
-                before += size_of(part, sizes)
-        case Product(parts):
-            for i, part in enumerate(parts):
-                times, tail = (size_of(Product(some), sizes) for some in (parts[:i], parts[i + 1 :]))
-                for loops, inner, offset in _occurrences(part, key, sizes):
-                    around = [(times, size_of(part, sizes) * tail)] if times > 1 else []
-                    yield _merged([*around, *((n, s * tail) for n, s in loops)]), inner * tail, offset * tail
-
-
-def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merge loops that continue each other without a gap, and sort them by length, longest first."""
-    merged: list[tuple[int, int]] = []
-    for times, stride in sorted(loops, key=lambda loop: -loop[1]):
-        if merged and merged[-1][1] == times * stride:
-            merged[-1] = (merged[-1][0] * times, stride)
-        else:
-            merged.append((times, stride))
-    return sorted(merged, key=lambda loop: -loop[0])
 
 
 def _moved(slot: Slot, lay: Layout, size: int) -> Slot | None:

@@ -9,13 +9,14 @@ from torch.fx import Node
 
 from regrow.axes import AxisGraph, Example, axes_in
 from regrow.plan import Plan, PlanError
-from regrow.surgery.carry import prepare, state_of
+from regrow.surgery.carry import prepare
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.precision import as_double
 from regrow.surgery.runner import LARGE, WIDE, Answers, Runner, loader, masking, preserve_generators, reseed
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, TraceError, capture
 from regrow.tracing.meta_copy import fake_example
+from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
 from regrow.tracing.readings import Readings
 from regrow.tracing.steps import operations

@@ -16,7 +16,6 @@ from torch.utils._pytree import tree_leaves
 
 from regrow.axes import Role, axes_in
 from regrow.plan import PlanError
-from regrow.surgery.carry import state_of
 from regrow.surgery.compensate import bias_of
 from regrow.surgery.paired_forward import CutTensors, max_difference, max_magnitude, run_both
 from regrow.surgery.proposed_change import ROUNDING, ProposedChange, computed_tensors, restored_means
@@ -25,6 +24,7 @@ from regrow.surgery.widen import resize
 from regrow.tracing.blocks import GraphBlock
 from regrow.tracing.capture import Capture
 from regrow.tracing.meta_copy import cast_example
+from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name, uncast
 from regrow.tracing.steps import operations
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
 from regrow.axes import Axis, AxisGraph, axes_in
 from regrow.branches import Branch
+
+if TYPE_CHECKING:
+    from regrow.surgery.undo_store import UndoStore
 
 T = TypeVar("T")
 
@@ -25,7 +28,7 @@ class RemovedBranch:
 
     branch: Branch
     axes: AxisGraph
-    undo: Any
+    undo: "UndoStore"
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def rejoined(self, axes: AxisGraph) -> AxisGraph:

@@ -3,21 +3,22 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Interpreter, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 
-from regrow.axes import Dim, Product, Sum
+from regrow.axes import Dim, size_of
 from regrow.branches import Branch
-from regrow.surgery.carry import state_of
+from regrow.surgery.layout import Layout, lay_out
 from regrow.surgery.precision import as_double, grouped_product, made_in_double, widen_dtype
 from regrow.tracing.branch_sites import RecordedModules, locate_branches
 from regrow.tracing.capture import Capture
 from regrow.tracing.effects import Effects
 from regrow.tracing.fixed_results import ORDERS
+from regrow.tracing.model_state import state_of
 from regrow.tracing.nodes import op_name
 from regrow.tracing.readings import ReadDim, operands
 from regrow.tracing.record import outputs
@@ -36,6 +37,7 @@ _CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 _READS_A_WEIGHT = _CONVOLUTIONS | {"embedding", "linear", "rms_norm"}
 
 Answers = list[Tensor | None]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -150,8 +152,8 @@ class Runner(Interpreter):
         self.held.clear()
 
     def run_only(
-        self, nodes: Iterable[Node], before: Mapping[Node, Any] | None = None, wanted: Sequence[Node] = ()
-    ) -> list[Any]:
+        self, nodes: Iterable[Node], before: Mapping[Node, object] | None = None, wanted: Sequence[Node] = ()
+    ) -> list[object]:
         """Run some operations and return the results of ``wanted``.
 
         Args:
@@ -172,22 +174,22 @@ class Runner(Interpreter):
             self.env = {node: value for node, value in self.env.items() if node in known}
         return results
 
-    def run_node(self, n: Node) -> Any:
+    def run_node(self, n: Node) -> object:
         """Run one operation, or return its replacement where a branch is dropped."""
         if self.double and op_name(n).startswith("_assert"):
             return None  # it asserts the precision that was recorded
         for operand, whole in self.masking.judged.get(n, ()):
-            self.judged.append(self.value(operand).clone() if whole else None)  # a cut makes others another form
+            self.judged.append(self._tensor(operand).clone() if whole else None)  # a cut makes others another form
         if n in self.masking.branches:
             source = self.masking.branches[n]
-            return torch.zeros_like(self._run(n)) if source is None else self.value(source).clone()
+            return torch.zeros_like(self._run(n)) if source is None else self._tensor(source).clone()
         restated = [(read, mask) for read, _, mask in self.masking.reads.get(n, ()) if read.fill is None]
         out = self._restated(n, *restated[0]) if restated else self._run(n)
         if n.target in ORDERS:
             self.orders.append(out if isinstance(out, Tensor) else out[1])
         return out
 
-    def value(self, node: Node) -> Any:
+    def value(self, node: Node) -> object:
         """Return the present value of a node; parameters are loaded."""
         if node in self.env:
             return self.env[node]
@@ -198,9 +200,14 @@ class Runner(Interpreter):
             )
         return self.held.get(node, self.env.get(node))
 
+    def _tensor(self, node: Node) -> Tensor:
+        value = self.value(node)
+        assert isinstance(value, Tensor)
+        return value
+
     def fetch_args_kwargs_from_env(self, n: Node) -> tuple[tuple, dict]:
         """Return the arguments of an operation, with dropped units replaced."""
-        values = {one: self.value(one) for one in n.all_input_nodes}
+        values: dict[Node, Any] = {one: self.value(one) for one in n.all_input_nodes}
         for read, operand, mask in self.masking.reads.get(n, ()):
             if read.fill is not None:
                 values[operand] = self._replaced(values[operand], read, mask)
@@ -217,7 +224,7 @@ class Runner(Interpreter):
         operand: Sequence[Node] = operands(n) if name in _READS_A_WEIGHT else ()
         if name == "embedding" and operand[0] in self.states:
             table = self.load(self.states[operand[0]], False)
-            return as_double(target(table, *map_arg(n.args[1:], self.value)))
+            return as_double(target(table, *(self.value(one) if isinstance(one, Node) else one for one in n.args[1:])))
         if name == "linear" and operand[1] in self.states and operand[1].meta["val"].numel() > self._most(operand[1]):
             return self._in_parts(n, *operand)
         if len(operand) > 1 and self._goes_in_parts(n, operand[0], operand[1]):
@@ -231,12 +238,12 @@ class Runner(Interpreter):
 
     def _in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
         """Compute a linear layer whose weight is cast to float64 some rows at a time."""
-        x = self.value(given)
+        x = self._tensor(given)
         for read, operand, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask) if operand is given else x
         full = self.load(self.states[weight], False)
         made = torch.cat([x @ as_double(part).mT for part in full.split(max(1, PART // full.shape[1]))], -1)
-        return made + self.value(bias[0]) if bias else made
+        return made + self._tensor(bias[0]) if bias else made
 
     def _most(self, weight: Node) -> int:
         """Return how many entries of a parameter are cast to float64 at once."""
@@ -258,7 +265,7 @@ class Runner(Interpreter):
 
     def _convolved_in_parts(self, n: Node, given: Node, weight: Node, *bias: Node) -> Tensor:
         """Compute a convolution whose weight is cast to float64 some filters at a time."""
-        x = self.value(given)
+        x = self._tensor(given)
         for read, _, mask in self.masking.reads.get(n, ()):
             x = self._replaced(x, read, mask)
         full = self.load(self.states[weight], False)
@@ -266,7 +273,7 @@ class Runner(Interpreter):
         many = max(1, PART // full[0].numel())
         target = cast(Callable[..., Tensor], n.target)
         made = torch.cat([target(x, as_double(part), None, *rest) for part in full.split(many)], 1)
-        return made + self.value(bias[0]).view(-1, *(1 for _ in full.shape[2:])) if bias else made
+        return made + self._tensor(bias[0]).view(-1, *(1 for _ in full.shape[2:])) if bias else made
 
     def _replaced(self, value: Tensor, read: ReadDim, mask: Tensor) -> Tensor:
         shape = [1] * value.dim()
@@ -318,7 +325,7 @@ def floats(value: object) -> Answers:
     return [leaf for leaf in outputs(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
 
 
-def copy_written(value: object) -> Any:
+def copy_written(value: T) -> T | Tensor:
     """Return a copy of a tensor that operations may write into; parameters and other values unchanged."""
     return value.clone() if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) else value
 
@@ -331,17 +338,7 @@ def keep_mask(dim: Dim, sizes: Mapping[str, int], keep: Mapping[str, tuple[int, 
         sizes: Axis key → its number of units.
         keep: Axis key → the positions of its kept units; axes not named keep all.
     """
-    match dim:
-        case int():
-            return torch.ones(dim, dtype=torch.bool)
-        case str():
-            mask = torch.zeros(sizes[dim], dtype=torch.bool)
-            mask[list(keep.get(dim, range(sizes[dim])))] = True
-            return mask
-        case Product(parts):
-            mask = torch.ones(1, dtype=torch.bool)
-            for part in parts:
-                mask = (mask[:, None] & keep_mask(part, sizes, keep)[None, :]).flatten()
-            return mask
-        case Sum(parts):
-            return torch.cat([keep_mask(part, sizes, keep) for part in parts])
+    units = {key: Layout.of(torch.tensor(list(own), dtype=torch.long)) for key, own in keep.items()}
+    mask = torch.zeros(size_of(dim, sizes), dtype=torch.bool)
+    mask[lay_out(dim, sizes, units).source] = True
+    return mask

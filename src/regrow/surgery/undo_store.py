@@ -150,7 +150,7 @@ class UndoStore:
         """Return the stored tensors by name; :meth:`read` takes them with :meth:`record`."""
         return {f"{part}:{name}": t for name, removed in self.weights.items() for part, t in removed.parts().items()}
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> dict[str, object]:
         """Return everything but the tensors, as JSON data.
 
         Raises:
@@ -171,7 +171,7 @@ class UndoStore:
         }
 
     @classmethod
-    def read(cls, record: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> "UndoStore":
+    def read(cls, record: Mapping[str, object], tensors: Mapping[str, Tensor]) -> "UndoStore":
         """Rebuild an undo store from its JSON data and its tensors.
 
         Args:
@@ -183,22 +183,23 @@ class UndoStore:
         """
         if not isinstance(record, Mapping) or record.get("format") != FORMAT:
             raise PlanError(f"not an undo store: expected the format {FORMAT!r}")
+        data: Any = record
         try:
             weights = {
                 str(name): RemovedWeights(
                     tensors[f"values:{name}"], tensors[f"held:{name}"], tensors.get(f"sizes:{name}")
                 )
-                for name in record["shelves"]
+                for name in data["shelves"]
             }
             if odd := [n for n, s in weights.items() if len({part.shape for part in s.parts().values()}) > 1]:
                 raise PlanError(f"a damaged undo store: the numbers of {odd[0]} have several shapes")
             return cls(
                 weights,
-                {str(key): int(n) for key, n in record["born"].items()},
-                {str(key): tuple(int(one) for one in ids) for key, ids in record["gone"].items()},
-                {str(n): {int(at): float(mean) for at, mean in row.items()} for n, row in record["means"].items()},
-                {str(place): Constant(**one) for place, one in record["constants"].items()},
-                tuple(str(name) for name in record["added"]),
+                {str(key): int(n) for key, n in data["born"].items()},
+                {str(key): tuple(int(one) for one in ids) for key, ids in data["gone"].items()},
+                {str(n): {int(at): float(mean) for at, mean in row.items()} for n, row in data["means"].items()},
+                {str(place): Constant(**one) for place, one in data["constants"].items()},
+                tuple(str(name) for name in data["added"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             if isinstance(error, PlanError):
@@ -272,7 +273,9 @@ class UndoStore:
         return replace(self, weights=weights, next_ids=dict(next_ids))
 
 
-def locate_entries(dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Any]) -> list[Tensor]:
+def locate_entries(
+    dims: tuple[Dim, ...], next_ids: Mapping[str, int], ids: Mapping[str, Iterable[int]]
+) -> list[Tensor]:
     """Return the indices of a tensor's entries in its stored tensor, one index tensor per dimension.
 
     Args:

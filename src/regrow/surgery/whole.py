@@ -5,7 +5,6 @@ These are networks in which data decide which operations run, declared axes, and
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ def run_whole_pair(
     example: Example,
     double: bool,
     decisions: Decisions,
-    carried: Callable[..., Any] = carry_out,
+    carried: Callable[[nn.Module, AxisGraph, Plan], tuple[nn.Module, AxisGraph]] = carry_out,
 ) -> tuple[Answers, Answers, Decisions]:
     """Run the masked network and its cut copy; return the outputs of both, and their data-dependent decisions.
 

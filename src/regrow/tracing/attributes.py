@@ -38,82 +38,18 @@ PAIRS: tuple[tuple[str, str, str], ...] = (
 )
 """Attributes that hold dimensions 0 and 1 of ``weight`` (or 1 and 0, if transposed), and which is the output's."""
 
-WIDTHS = frozenset(
-    [
-        "head_dim",
-        "head_size",
-        "attention_head_size",
-        "d_head",
-        "d_kv",
-        "dim_head",
-        "hidden_size",
-        "hidden_dim",
-        "embed_dim",
-        "split_size",
-        "all_head_size",
-        "inner_dim",
-        "inner_size",
-        "d_model",
-        "dim",
-        "width",
-        "channels",
-        "intermediate_size",
-        "kv_dim",
-        "q_dim",
-        "num_hidden",
-        "v_head_dim",
-        "rotary_ndims",
-        "key_value_proj_dim",
-        "out_channels",
-        "in_channels",
-        "proj_size",
-        "hidden",
-        "nhid",
-        "n_hidden",
-        "hidden_units",
-        "n_embd",
-        "c",
-        "conv_dim",
-        "d_inner",
-        "normalized_shape",
-        "ssm_state_size",
-        "state_size",
-        "time_step_rank",
-    ]
+_WIDTHS = (
+    "head_dim head_size attention_head_size d_head d_kv dim_head hidden_size hidden_dim embed_dim split_size "
+    "all_head_size inner_dim inner_size d_model dim width channels intermediate_size kv_dim q_dim num_hidden "
+    "v_head_dim rotary_ndims key_value_proj_dim out_channels in_channels proj_size hidden nhid n_hidden "
+    "hidden_units n_embd c conv_dim d_inner normalized_shape ssm_state_size state_size time_step_rank"
 )
-COUNTS = frozenset(
-    [
-        "num_heads",
-        "n_head",
-        "n_heads",
-        "heads",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "num_kv_heads",
-        "n_kv_head",
-        "n_kv_heads",
-        "kv_heads",
-        "num_q_heads",
-        "nhead",
-        "n_group",
-        "num_groups",
-        "n_groups",
-        "num_experts",
-        "num_local_experts",
-        "n_routed_experts",
-    ]
+_COUNTS = (
+    "num_heads n_head n_heads heads num_attention_heads num_key_value_heads num_kv_heads n_kv_head n_kv_heads "
+    "kv_heads num_q_heads nhead n_group num_groups n_groups num_experts num_local_experts n_routed_experts"
 )
-REPEATS = frozenset(
-    [
-        "num_key_value_groups",
-        "n_rep",
-        "num_kv_groups",
-        "kv_groups",
-        "n_repeat",
-        "num_queries_per_kv",
-        "num_key_value_group",
-    ]
-)
+_REPEATS = "num_key_value_groups n_rep num_kv_groups kv_groups n_repeat num_queries_per_kv num_key_value_group"
+WIDTHS, COUNTS, REPEATS = (frozenset(names.split()) for names in (_WIDTHS, _COUNTS, _REPEATS))
 """Names of attributes that hold a width, a number of heads or groups, or how often keys and values are repeated."""
 
 FIRST: Mapping[str, str] = {"layer_idx": "a cache of keys and values counts tokens by it"}

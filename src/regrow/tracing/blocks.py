@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+from regrow.operations import Numbers
 from regrow.tracing.capture import Capture
 from regrow.tracing.nodes import op_name, shape_of, shapes_of
 from regrow.tracing.steps import calls
@@ -80,7 +81,7 @@ def blocks(recorded: Capture) -> tuple[GraphBlock, ...]:
 class _BlockStep:
     op: str
     shapes: Any
-    numbers: tuple[Any, ...]
+    numbers: Numbers
     operands: tuple[int | str, ...]
     modules: tuple[tuple[str, Any], ...]
 

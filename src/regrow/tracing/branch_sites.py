@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
@@ -135,7 +135,7 @@ def locate_branches(recorded: RecordedModules, branches: Iterable[Branch]) -> di
     return replaced
 
 
-def tensor_forms(value: object) -> list[tuple[Any, ...]]:
+def tensor_forms(value: object) -> list[tuple[torch.Size, torch.dtype]]:
     """Return (shape, dtype) of every tensor in a nested value.
 
     Args:

@@ -23,7 +23,7 @@ from regrow.tracing.branch_sites import (
 from regrow.tracing.capture import Capture, capture, evaluating, first_line, lightly, quiet
 from regrow.tracing.effects import Effects
 from regrow.tracing.meta_copy import cast_example, fake_example, meta_copy
-from regrow.tracing.model_state import preserve_state
+from regrow.tracing.model_state import preserve_state, state_of
 from regrow.tracing.nodes import op_name
 from regrow.tracing.placeholder import PlaceholderModule, insert_placeholders, set_modules
 
@@ -38,9 +38,9 @@ class ModuleCall:
         answer: The output.
     """
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    answer: Any
+    args: tuple[object, ...]
+    kwargs: Mapping[str, object]
+    answer: object
 
 
 def with_branches(model: nn.Module, axes: AxisGraph) -> AxisGraph:
@@ -104,7 +104,7 @@ def branches(model: nn.Module, recorded: Capture, example: Example) -> dict[str,
     return _tried(result, copy, given, calls, answer)
 
 
-def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], Any]:
+def record_calls(model: nn.Module, example: Example) -> tuple[dict[str, list[ModuleCall]], object]:
     """Run a network on an example; return module path → its calls, and the network's output.
 
     Args:
@@ -137,11 +137,7 @@ class _Search:
     def names(self) -> dict[str, list[str]]:
         """Name of a module or tensor → all of its names."""
         every: dict[int, list[str]] = {}
-        pairs = [
-            *self.model.named_modules(remove_duplicate=False),
-            *self.model.named_parameters(remove_duplicate=False),
-            *self.model.named_buffers(remove_duplicate=False),
-        ]
+        pairs = [*self.model.named_modules(remove_duplicate=False), *state_of(self.model).items()]
         for name, one in pairs:
             every.setdefault(id(one), []).append(name)
         return {name: every[id(one)] for name, one in pairs}
@@ -189,7 +185,7 @@ class _Search:
         call = calls[0]
         form = None if at is None else at.node.meta["val"]
         of, place = self._answer(call.answer, form)
-        given: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
+        given: list[tuple[int | str, object]] = [*enumerate(call.args), *call.kwargs.items()]
         tensors = [(where, x) for where, x in given if isinstance(x, Tensor)]
         if not tensors:
             raise BranchError("it is given no tensor")
@@ -198,10 +194,10 @@ class _Search:
         return Placeholder("zero" if at is None or at.source is None else "input", takes, of, place)
 
     @staticmethod
-    def _answer(answer: Any, form: Any) -> tuple[int, int]:
+    def _answer(answer: object, form: Tensor | None) -> tuple[int, int]:
         if isinstance(answer, Tensor):
             return 0, 0
-        if type(answer) is not tuple:
+        if not isinstance(answer, tuple) or type(answer) is not tuple:
             raise BranchError(f"it answers with a {type(answer).__name__}")
         tensors = [i for i, x in enumerate(answer) if isinstance(x, Tensor)]
         alike = [i for i in tensors if form is None or answer[i].shape == form.shape]
@@ -293,7 +289,7 @@ def _classes(known: Mapping[str, Branch]) -> Iterator[list[Branch]]:
 
 
 def _problem(
-    members: Sequence[Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[ModuleCall]], answer: Any
+    members: Sequence[Branch], copy: nn.Module, example: Example, calls: Mapping[str, list[ModuleCall]], answer: object
 ) -> str:
     placeholders = {path: placeholder for one in members for path, placeholder in one.placeholders.items()}
     outer = {
@@ -312,6 +308,6 @@ def _problem(
     return "" if tensor_forms(said) == tensor_forms(answer) else "the network would answer in another shape"
 
 
-def _part(calls: Mapping[str, list[ModuleCall]], branch: Branch) -> Any:
+def _part(calls: Mapping[str, list[ModuleCall]], branch: Branch) -> object:
     answer, placeholder = calls[branch.module][0].answer, branch.placeholders[branch.module]
-    return answer[placeholder.at] if placeholder.of else answer
+    return answer[placeholder.at] if placeholder.of and isinstance(answer, tuple) else answer

@@ -1,27 +1,20 @@
 """Data flow in a recorded network: on which operations its outputs depend, and whether a value is only ever added."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
 from itertools import islice
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from regrow.tracing.capture import Capture
-from regrow.tracing.nodes import ALIASES, module_of, op_name, shapes_of
+from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, module_of, op_name, shapes_of
 
 Replaced = Mapping[Node, Node | None]
 """Node → the node whose value replaces its own; ``None``: zeros replace it."""
-
-_PASSING = (
-    "neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish dropout feature_dropout view reshape "
-    "flatten unflatten _unsafe_view transpose swapaxes mT t permute movedim unsqueeze squeeze slice narrow split "
-    "split_with_sizes chunk getitem expand"
-)
-"""Operations on one tensor whose result is 0 where the tensor is 0."""
 
 
 class Effects:
@@ -49,12 +42,13 @@ class Effects:
         self.calls = [node for node in self.inputs if node.op == "call_function"]
         self.end = next(node for node in self.inputs if node.op == "output")
 
-    def same(self, node: Any) -> Node:
+    def same(self, node: Argument) -> Node:
         """Return the node that made the tensor, behind casts that change nothing.
 
         Args:
             node: Any node of the recording.
         """
+        assert isinstance(node, Node)
         return self._same.get(node, node)
 
     @cached_property
@@ -76,7 +70,7 @@ class Effects:
                 result.setdefault(self.root(node.args[0]), []).append(node)
         return result
 
-    def root(self, value: object) -> Node:
+    def root(self, value: Argument) -> Node:
         """Return the node that made the memory in which a value lies, behind views.
 
         Args:
@@ -133,11 +127,8 @@ class Effects:
                     return f"nothing that depends on the input would be left of the sum in {where}"
             elif not others and name in ("cat", "concat", "stack", "sum", "mean"):
                 silent.add(node)
-            elif (
-                name in _PASSING.split()
-                or name in ALIASES
-                or name == "mul"
-                or (name == "div" and self.same(node.args[0]) in silent)
+            elif name in ZERO_PRESERVING | ALIASES | {"mul"} or (
+                name == "div" and isinstance(node.args[0], Node) and self.same(node.args[0]) in silent
             ):
                 if not self.fixed.issuperset(others):
                     return f"it is multiplied with something that is computed in {where}, not added to it"
@@ -235,13 +226,17 @@ def _placed(ours: Capture, kept: set[Node], theirs: Capture, other: set[Node], p
     return ""
 
 
-def _alike(one: Any, other: Any, same: Any) -> bool:
+def _alike(one: object, other: object, same: Callable[[Node, Node], bool]) -> bool:
     if isinstance(one, Node):
         return isinstance(other, Node) and same(one, other)
     if isinstance(one, tuple | list):
-        return len(one) == len(other) and all(_alike(a, b, same) for a, b in zip(one, other, strict=True))
+        if not isinstance(other, tuple | list) or len(one) != len(other):
+            return False
+        return all(_alike(a, b, same) for a, b in zip(one, other, strict=True))
     if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_alike(one[key], other[key], same) for key in one)
+        if not isinstance(other, dict) or one.keys() != other.keys():
+            return False
+        return all(_alike(one[key], other[key], same) for key in one)
     return bool(one == other)
 
 

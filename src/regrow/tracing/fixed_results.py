@@ -1,13 +1,16 @@
 """Replay fixed results in a recorded run: data-dependent decisions, and the order of sorted entries."""
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+Sorted = Tensor | Sequence[Tensor]
+"""The result of a sorting operation: the positions, or (values, positions)."""
 
-def cast_answer(asked: list[Tensor], answer: object) -> Any:
+
+def cast_answer(asked: list[Tensor], answer: object) -> object:
     """Return a replayed decision in the precision of the tensors it was taken on.
 
     Args:
@@ -18,7 +21,7 @@ def cast_answer(asked: list[Tensor], answer: object) -> Any:
     return tree_map_only(Tensor, lambda x: x.to(*kinds) if is_floating(x) and len(kinds) == 1 else x, answer)
 
 
-def reorder(x: Tensor, dim: int, result: Any, order: Tensor | None) -> Any:
+def reorder(x: Tensor, dim: int, result: Sorted, order: Tensor | None) -> Sorted:
     """Return the result of a sorting operation in a given order, if that has the right shape.
 
     Args:

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.fx.node import Argument
 
 from regrow.axes import Mark
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr
-from regrow.tracing.nodes import ALIASES, module_of, op_name
+from regrow.tracing.nodes import ALIASES, module_of, op_name, operand_of, uncast, wholes
 from regrow.tracing.walk import Dims, Walk
 
 
@@ -83,15 +84,12 @@ def size_divided_by(w: Walk, node: Node, kind: str) -> tuple[Expr, ...]:
         node: The operation.
         kind: ``"mean"``, ``"rms_norm"`` or ``"scale"``.
     """
-    operand = node.args[0]
-    assert isinstance(operand, Node)
-    dims = w.of(operand)
+    dims = w.of(operand_of(node))
     if kind == "scale":
         return dims[-1:]
     if kind == "rms_norm":
-        return dims[len(dims) - len(node.args[1]) :]  # type: ignore[arg-type]
-    given: Any = node.args[1] if len(node.args) > 1 else range(len(dims))
-    return tuple(dims[int(i) % len(dims)] for i in given)
+        return dims[len(dims) - len(wholes(node.args[1])) :]
+    return tuple(dims[i % len(dims)] for i in wholes(node.args[1])) if len(node.args) > 1 else dims
 
 
 def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[FoldSite]:
@@ -107,8 +105,7 @@ def _one_operation(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[Fo
 
 def _spelled_out(model: nn.Module, w: Walk, node: Node, over: Dims) -> list[FoldSite]:
     """Return the fold of a norm spelled out as ``x · rsqrt(mean(x²) + ε) · γ``, or ``· (1 + γ)``."""
-    squared = node.args[0]
-    assert isinstance(squared, Node)
+    squared = operand_of(node)
     if len(over) != 1 or not _is_square(squared):
         return []
     added = _only_user(node, "add")
@@ -168,11 +165,9 @@ def _is_square(node: Node) -> bool:
             return name == "square"
 
 
-def _bare(node: Any) -> Node | None:
-    """Return the node behind casts and copies."""
-    while isinstance(node, Node) and node.op == "call_function" and op_name(node) in ALIASES:
-        node = node.args[0]
-    return node if isinstance(node, Node) else None
+def _bare(value: Argument) -> Node | None:
+    """Return the node behind casts and copies; ``None`` for what is no node."""
+    return uncast(value) if isinstance(value, Node) else None
 
 
 def _only_user(node: Node, name: str) -> Node | None:

@@ -7,15 +7,17 @@ consists of, for operands on one device; fake tensors handle all others, and wha
 
 from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._dispatch.python import no_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+T = TypeVar("T")
 
-def map_arguments(value: object, kind: type, change: Callable[[Any], Any]) -> Any:
+
+def map_arguments(value: object, kind: type[T], change: Callable[[T], object]) -> Any:
     """Return an operation's nested arguments with every instance of a type replaced.
 
     Args:
@@ -35,7 +37,7 @@ def map_arguments(value: object, kind: type, change: Callable[[Any], Any]) -> An
     return {name: map_arguments(one, kind, change) for name, one in value.items()} if isinstance(value, dict) else value
 
 
-def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, Any], mode: FakeTensorMode) -> Any:
+def infer_result(func: object, args: tuple[object, ...], kwargs: dict[str, object], mode: FakeTensorMode) -> object:
     """Infer by a rule the shape and dtype that an operation gives, faster than torch; ``NotImplemented`` without one.
 
     Args:

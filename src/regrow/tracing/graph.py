@@ -2,17 +2,19 @@
 
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import product
 from math import prod
 
 from torch import nn
 
 from regrow.axes import Axis, AxisGraph, Dim, Example, Fold, Mark, Product, Role, Slot, Sum, Work
+from regrow.dims import occurrences
 from regrow.tracing import attributes
 from regrow.tracing import dimensions as d
 from regrow.tracing.dimensions import Expr, Leaf
-from regrow.tracing.folds import FoldSite, folds
+from regrow.tracing.folds import folds
 from regrow.tracing.kinds import unalterable
+from regrow.tracing.model_state import state_of
 from regrow.tracing.size_groups import group_equal_sizes
 from regrow.tracing.walk import Dims, Walk, all_dims
 from regrow.tracing.zero_init import not_zero_initialisable
@@ -92,7 +94,7 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             by_leaf.setdefault(leaf.number, []).extend(_with_roles(slot, w, aliases, parameters))
     read = {leaf.number for one in w.readings for leaf in d.leaves(w.of(one.operand)[one.dim])}
     read |= {leaf.number for expr, _ in w.also for leaf in d.leaves(expr)}
-    tensors = {**parameters, **dict(model.named_buffers(remove_duplicate=False))}
+    tensors = state_of(model)
     lasting = {id(tensors[name]) for name in w.capture.states.values() if name in tensors}  # not made by the run itself
     tensors = {name: tensor for name, tensor in tensors.items() if id(tensor) in lasting}
     axes, keys = _axes(leaf_of, by_leaf, held, read, not_zero_initialisable(w, tensors))
@@ -111,7 +113,9 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
             work=tuple(Work(module, op, names.dims(dims)) for module, op, dims in w.work),
             integers={key: names.dim(expr) for key, expr in integers.items() if not isinstance(names.dim(expr), int)},
             folds=tuple(
-                _fold(site, names) for site in sites if not all(isinstance(x, int) for x in names.dims(site.over))
+                Fold(over, site.weight, site.kind, site.plus, site.epsilon, site.value)
+                for site, over in ((site, names.dims(site.over)) for site in sites)
+                if not all(isinstance(dim, int) for dim in over)
             ),
             unreached=tuple(n for n in w.capture.unused if not _used_elsewhere(n, ties, w.capture.unused)),
             notes=tuple(dict.fromkeys(w.notes)),
@@ -124,17 +128,11 @@ def assemble(model: nn.Module, w: Walk, example: Example) -> tuple[AxisGraph, Na
     )
 
 
-def _fold(site: FoldSite, names: Names) -> Fold:
-    return Fold(names.dims(site.over), site.weight, site.kind, site.plus, site.epsilon, site.value)
-
-
 def _ties(model: nn.Module, w: Walk, state: dict[str, Dims]) -> dict[str, str]:
     """Return further names of tied tensors → the first name; their dimensions are unified."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
-    for name, tensor in chain(
-        model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
-    ):
+    for name, tensor in state_of(model).items():
         original = first.setdefault(id(tensor), name)
         if original == name:
             continue
@@ -182,49 +180,22 @@ def _freeze_unsettable(model: nn.Module, w: Walk) -> None:
 
 
 def _places(name: str, dims: Dims) -> Iterator[tuple[Leaf, Slot]]:
-    for dim, expr in enumerate(dims):
-        for leaf, loops, inner, offset in _occurrences(expr):
-            loops = _merged(loops)
-            starts = [
-                offset + sum(i * s for i, s in zip(at, (s for _, s in loops[1:]), strict=True))
-                for at in product(*(range(n) for n, _ in loops[1:]))
-            ]
-            if len(starts) > MOST_SLOTS:
-                d.freeze(leaf, f"its units lie in {len(starts)} separate places of {name}")
-                starts = starts[:1]
-            outer, stride = loops[0] if loops else (1, leaf.size * inner)
-            for start in starts:
-                yield leaf, Slot(name, dim, outer, stride, inner, start, Role.PRODUCES)
-
-
-def _occurrences(expr: Expr) -> Iterator[tuple[Leaf, list[tuple[int, int]], int, int]]:
-    """Yield each leaf in a dimension with its enclosing loops ``(times, stride)``, inner extent and offset."""
-    expr = d.resolve(expr)
-    if isinstance(expr, Leaf):
-        yield expr, [], 1, 0
-    elif isinstance(expr, d.Plus):
-        before = 0
-        for part in expr.parts:
-            for leaf, loops, inner, offset in _occurrences(part):
-                yield leaf, loops, inner, offset + before
-            before += d.size(part)
-    else:
-        for i, part in enumerate(expr.parts):
-            times, tail = prod(map(d.size, expr.parts[:i])), prod(map(d.size, expr.parts[i + 1 :]))
-            for leaf, loops, inner, offset in _occurrences(part):
-                around = [(times, d.size(part) * tail)] if times > 1 else []
-                yield leaf, [*around, *((n, s * tail) for n, s in loops)], inner * tail, offset * tail
-
-
-def _merged(loops: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Merge loops that continue each other without a gap, and sort them by length, longest first."""
-    merged: list[tuple[int, int]] = []
-    for times, stride in loops:
-        if merged and merged[-1][1] == times * stride:
-            merged[-1] = (merged[-1][0] * times, stride)
-        else:
-            merged.append((times, stride))
-    return sorted(merged, key=lambda loop: -loop[0])
+    for i, expr in enumerate(dims):
+        inside = {str(leaf.number): leaf for leaf in d.leaves(expr)}
+        sizes = {key: leaf.size for key, leaf in inside.items()}
+        dim = Names({leaf.number: key for key, leaf in inside.items()}).dim(expr)
+        for key, leaf in inside.items():
+            for loops, inner, offset in occurrences(dim, key, sizes):
+                starts = [
+                    offset + sum(n * stride for n, (_, stride) in zip(at, loops[1:], strict=True))
+                    for at in product(*(range(times) for times, _ in loops[1:]))
+                ]
+                if len(starts) > MOST_SLOTS:
+                    d.freeze(leaf, f"its units lie in {len(starts)} separate places of {name}")
+                    starts = starts[:1]
+                outer, stride = loops[0] if loops else (1, leaf.size * inner)
+                for start in starts:
+                    yield leaf, Slot(name, i, outer, stride, inner, start, Role.PRODUCES)
 
 
 def _with_roles(slot: Slot, w: Walk, aliases: Mapping[str, list[str]], parameters: Container[str]) -> list[Slot]:

@@ -4,7 +4,7 @@ import copy
 from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from regrow.axes import Example
-from regrow.tracing.model_state import find_tensors
+from regrow.tracing.model_state import find_tensors, state_of
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def meta_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[nn.Module, FakeTensorMode]:
@@ -28,12 +30,9 @@ def meta_copy(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> tuple[
         The copy, whose parameters and buffers are fake, and the mode in which it runs.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    memo: dict[int, Any] = {}
+    memo: dict[int, object] = {}
 
-    for name, tensor in (
-        *model.named_parameters(remove_duplicate=False),
-        *model.named_buffers(remove_duplicate=False),
-    ):
+    for name, tensor in state_of(model).items():
         if id(tensor) in memo and name not in shapes:
             continue
         memo[id(tensor)] = without_numbers(mode, shapes.get(name, tuple(tensor.shape)), tensor)
@@ -60,7 +59,7 @@ def without_numbers(mode: FakeTensorMode, shape: tuple[int, ...], like: Tensor) 
     return made
 
 
-def copy_model(model: nn.Module, made: Callable[[Tensor], Tensor], memo: dict[int, Any] | None = None) -> Any:
+def copy_model(model: M, made: Callable[[Tensor], Tensor], memo: dict[int, object] | None = None) -> M:
     """Deep-copy a model with each tensor replaced by what a function returns for it; non-leaf tensors are allowed.
 
     Attributes that cannot be copied (a lock, an open file) are shared.
@@ -78,7 +77,7 @@ def copy_model(model: nn.Module, made: Callable[[Tensor], Tensor], memo: dict[in
     return _Copy(made, {} if memo is None else memo).module(model)
 
 
-def clone_model(model: nn.Module) -> Any:
+def clone_model(model: M) -> M:
     """Deep-copy a model with all of its tensors, like ``copy.deepcopy``, but also one that holds non-leaf tensors.
 
     Args:
@@ -94,7 +93,7 @@ def clone_model(model: nn.Module) -> Any:
 
 
 class _Copy:
-    def __init__(self, made: Callable[[Tensor], Tensor], memo: dict[int, Any]) -> None:
+    def __init__(self, made: Callable[[Tensor], Tensor], memo: dict[int, object]) -> None:
         self.made, self.memo = made, memo
 
     def module(self, module: nn.Module) -> Any:
@@ -125,7 +124,8 @@ class _Copy:
                 made[self.value(key)] = self.value(one)
             return made
         if kind is list or kind is deque:
-            row = self.memo[id(value)] = [] if kind is list else deque(maxlen=value.maxlen)
+            row: list[object] | deque[object] = [] if kind is list else deque(maxlen=value.maxlen)
+            self.memo[id(value)] = row
             row.extend(map(self.value, value))
             return row
         return self.other(value)

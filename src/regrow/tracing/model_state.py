@@ -34,7 +34,16 @@ def find_tensors(value: object) -> Iterator[Tensor]:
     yield from visited.tensors
 
 
-def describe_state(model: nn.Module) -> dict[tuple[str, str], Any]:
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer of a model by name; tied tensors appear under each of their names.
+
+    Args:
+        model: The model.
+    """
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def describe_state(model: nn.Module) -> dict[tuple[str, str], object]:
     """Return a description of each attribute of each module: shapes and dtypes of tensors, plain values themselves.
 
     Two runs of a network are comparable only if this is the same before both.
@@ -72,7 +81,7 @@ def _form(value: Any, depth: int) -> Any:
 _MOST = 64
 
 
-def code_of(model: nn.Module) -> tuple[Any, ...]:
+def code_of(model: nn.Module) -> tuple[object, ...]:
     """Return what runs in a network: the class of each module, the functions it has instead of methods, and its hooks.
 
     Equal for a copy of the network; not equal once a module was exchanged, a ``forward`` replaced or a hook added.

@@ -13,6 +13,14 @@ _CASTS = "to _to_copy clone contiguous alias detach detach_copy lift_fresh lift_
 ALIASES = frozenset(_CASTS.split())
 """Operations that only cast or copy a tensor."""
 
+_PASSING = (
+    "neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish dropout feature_dropout view reshape "
+    "flatten unflatten _unsafe_view transpose swapaxes mT t permute movedim unsqueeze squeeze slice narrow split "
+    "split_with_sizes chunk getitem expand"
+)
+ZERO_PRESERVING = frozenset(_PASSING.split())
+"""Operations on one tensor whose result is 0 where the tensor is 0."""
+
 
 def op_name(node: Node) -> str:
     """Return the plain name of an operation (``linear``, ``add``); in-place forms have the same name."""

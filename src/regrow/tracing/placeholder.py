@@ -29,7 +29,7 @@ class PlaceholderModule(nn.Module):
             if type(value) in (bool, int, float, str) and not name.startswith("_"):
                 setattr(self, name, value)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> object:
         """Return zeros like the argument, or the argument, in the form of the dropped module's output; or ``None``."""
         placeholder = self.placeholder
         if placeholder.gives == "nothing":

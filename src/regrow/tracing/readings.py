@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
@@ -12,8 +11,9 @@ from torch.utils._pytree import tree_leaves
 from regrow.axes import AxisGraph, Decision, Dim, Example, Product, Sum
 from regrow.tracing.blocks import GraphBlock, blocks
 from regrow.tracing.capture import Capture, capture
+from regrow.tracing.dimensions import Expr
 from regrow.tracing.graph import Names, assemble
-from regrow.tracing.model_state import code_of
+from regrow.tracing.model_state import code_of, state_of
 from regrow.tracing.record import compared_operands
 from regrow.tracing.rules import POINTWISE, RULES
 from regrow.tracing.steps import operations
@@ -56,9 +56,9 @@ class Recording:
 
     capture: Capture
     reads: tuple[ReadDim, ...]
-    code: tuple[Any, ...]
+    code: tuple[object, ...]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Recording":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Recording":
         """Return itself: it is immutable, and the graph of a long network is linked too deep to be copied."""
         return self
 
@@ -76,7 +76,7 @@ class Recording:
             model: The model.
             example: The input that it would be recorded with.
         """
-        state, states = _state(model), self.capture.states
+        state, states = state_of(model), self.capture.states
         places = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
         inputs = [node for node in places if node not in states and node not in self.capture.constants]
         leaves = tree_leaves((example.args, dict(example.kwargs)))
@@ -107,11 +107,7 @@ class Recording:
         return []
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _is_alike(value: Any, form: Any) -> bool:
+def _is_alike(value: object, form: object) -> bool:
     """Whether a value is what a placeholder stands for: a tensor of that shape, dtype and device, or an equal value."""
     if isinstance(form, Tensor):
         same = isinstance(value, Tensor) and (value.shape, value.dtype, value.device)
@@ -134,14 +130,14 @@ class Readings:
     """
 
     capture: Capture
-    inputs: tuple[Any, ...]
+    inputs: tuple[object, ...]
     reads: tuple[ReadDim, ...]
     sizes: Mapping[str, int]
     decisions: tuple[Decision, ...] | None
     compared: tuple[tuple[Node, Node, tuple[Dim, ...]], ...]
 
     @property
-    def given(self) -> list[Any]:
+    def given(self) -> list[object]:
         """The values of the network's inputs alone, in order."""
         places = [node for node in self.capture.graph.nodes if node.op == "placeholder"]
         known = self.capture.states.keys() | self.capture.constants.keys()
@@ -167,7 +163,7 @@ def readings(
     known = {axis.slots: axis.key for axis in axes}
     renamed = {axis.key: known.get(axis.slots, axis.key) for axis in fresh}
 
-    def written(expr: Any) -> Dim:
+    def written(expr: Expr | None) -> Dim:
         return 1 if expr is None else _renamed(names.dim(expr), renamed)
 
     return Readings(
@@ -197,7 +193,7 @@ def recording(model: nn.Module, w: Walk, names: Names) -> Recording | None:
     return Recording(w.capture, reads(w, lambda expr: 1 if expr is None else names.dim(expr)), code_of(model))
 
 
-def reads(w: Walk, written: Callable[[Any], Dim]) -> tuple[ReadDim, ...]:
+def reads(w: Walk, written: Callable[[Expr | None], Dim]) -> tuple[ReadDim, ...]:
     """Return the dimensions in which a walked network reads its axes.
 
     Args:
@@ -239,7 +235,7 @@ def _renamed(dim: Dim, names: Mapping[str, str]) -> Dim:
     return dim
 
 
-def inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[Any]:
+def inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[object]:
     """Yield the value of each placeholder of a recording, in order.
 
     Args:
@@ -247,7 +243,7 @@ def inputs(model: nn.Module, recorded: Capture, example: Example) -> Iterator[An
         recorded: Its recording.
         example: The input.
     """
-    state = _state(model)
+    state = state_of(model)
     given = iter(tree_leaves((example.args, dict(example.kwargs))))
     for node in recorded.graph.nodes:
         if node.op != "placeholder":

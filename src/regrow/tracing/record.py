@@ -132,7 +132,7 @@ def compared_operands(node: Node) -> list[Node]:
     return [one for one, value in read if isinstance(value, Tensor) and is_floating(value)]
 
 
-def outputs(value: object) -> Iterator[Any]:
+def outputs(value: object) -> Iterator[object]:
     """Yield the leaves of a network's output: entries of lists, tuples and dicts, and fields of other objects.
 
     Args:
@@ -208,7 +208,9 @@ class _Recorder(ProxyTorchDispatchMode):
         try:
             form = self._form(func, *map_arguments((nodes, named), Node, _val))
         except _DATA_DECIDE:
-            return self._decided(func, args, kwargs) if plain is None else self._shown(plain)
+            if plain is None:
+                return self._decided(func, args, kwargs)
+            return tree_map_only(Tensor, self._constant, plain)  # made of constants: no data decide it
         if plain is None and func._schema.is_mutable:
             self._overwritten([x for x in tree_leaves((nodes, named)) if x in self.plain])
         node = self._write(func, nodes, named, form)
@@ -242,10 +244,6 @@ class _Recorder(ProxyTorchDispatchMode):
         """Forget constants that are written into, and all that share their storage."""
         written = {self.plain[node].untyped_storage().data_ptr() for node in nodes}
         self.plain = {node: x for node, x in self.plain.items() if x.untyped_storage().data_ptr() not in written}
-
-    def _shown(self, plain: Any) -> Any:
-        """Return results computed from constants as constants: no data decide them."""
-        return tree_map_only(Tensor, self._constant, plain)
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
         """Return a boolean index as one tensor of positions per dimension; other indices unchanged."""

@@ -5,9 +5,10 @@ import linecache
 import os
 import sys
 import sysconfig
+import traceback
 from itertools import zip_longest
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -53,15 +54,8 @@ def line_raised(error: BaseException) -> Line | None:
     Args:
         error: The error.
     """
-    result, step = None, error.__traceback__
-    while step is not None:
-        step, result = _deeper(step, result)
-    return result
-
-
-def _deeper(step: TracebackType, line: Line | None) -> tuple[TracebackType | None, Line | None]:
-    name = step.tb_frame.f_code.co_filename
-    return step.tb_next, (name, step.tb_lineno) if _is_own(name) else line
+    frames = [(frame.f_code.co_filename, number) for frame, number in traceback.walk_tb(error.__traceback__)]
+    return next((line for line in reversed(frames) if _is_own(line[0])), None)
 
 
 def parting_line(one: nn.Module, other: nn.Module, given: tuple[Example, Example]) -> Line | None:

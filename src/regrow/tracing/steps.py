@@ -4,7 +4,6 @@ import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,15 @@ from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
 from regrow.axes import AxisGraph, Dim, RecordedStep, size_of
+from regrow.operations import Number, Numbers
 from regrow.tracing.capture import Capture
 from regrow.tracing.graph import Names
 from regrow.tracing.nodes import ALIASES, module_of, op_name, shapes_of, uncast
 from regrow.tracing.rules.shapes import bounds
 from regrow.tracing.walk import Value, Walk
+
+Operands = tuple[int | str, ...]
+"""Where an operation's operands come from: the index of an operation, or the name of a state or input."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +163,7 @@ def _where(op: str, module: str) -> str:
 
 
 def _constants(
-    where: str, before: tuple[Any, ...], after: tuple[Any, ...], reads: Any, takes: Any, i: int
+    where: str, before: Numbers, after: Numbers, reads: Operands, takes: Operands, i: int
 ) -> Difference | None:
     if before != after:
         gone, come = ([x for x in one if x not in other] for one, other in ((before, after), (after, before)))
@@ -176,9 +179,7 @@ def _written(dims: Value, names: Names) -> tuple[tuple[Dim, ...] | None, ...]:
     return tuple(None if one is None else names.dims(one) for one in several)
 
 
-def calls(
-    recorded: Capture, started: Collection[Node]
-) -> Iterator[tuple[Node, tuple[Any, ...], tuple[int | str, ...]]]:
+def calls(recorded: Capture, started: Collection[Node]) -> Iterator[tuple[Node, Numbers, Operands]]:
     """Yield each operation with its constants and operands.
 
     Args:
@@ -197,7 +198,7 @@ def calls(
         yield node, (*_numbers(node, node in started), *constants), tuple(names.get(one, "") for one in read)
 
 
-def _numbers(node: Node, started: bool) -> Iterator[Any]:
+def _numbers(node: Node, started: bool) -> Iterator[Number | tuple[Number, ...]]:
     """Yield the constants of a call that are not sizes.
 
     Sizes follow from the shape of the result, which is compared by itself. Constants that equal their default are left
@@ -217,7 +218,7 @@ def _numbers(node: Node, started: bool) -> Iterator[Any]:
         yield from [tuple(plain)] if isinstance(value, list | tuple) and plain else plain
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: float | str) -> float | str:
     return "nan" if isinstance(value, float) and value != value else value
 
 
@@ -237,7 +238,7 @@ _OF_OPERATION = {
 """Further arguments that are not compared, per operation; a histogram's range follows the units that it counts."""
 
 
-def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Iterator[float]:
+def _entries_of(read: Sequence[Node], constants: Mapping[Node, Tensor]) -> Iterator[Number]:
     """Yield the entries of tensors that the network's code made of numbers, as ``torch.tensor(size)``."""
     for node in read:
         value = constants.get(node)

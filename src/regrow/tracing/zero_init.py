@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from regrow.axes import Mark, Role
 from regrow.tracing import dimensions as d
-from regrow.tracing.nodes import ALIASES, op_name, operand_of, shapes_of
+from regrow.tracing.nodes import ALIASES, ZERO_PRESERVING, op_name, operand_of, shapes_of
 from regrow.tracing.walk import Reading, Value, Walk, all_dims
 
 
@@ -110,17 +110,13 @@ def _known(w: Walk, node: Node, zeros: Mapping[Node, frozenset[int]]) -> set[int
             return set.intersection(*({*zeros[one]} for one in shifts))
         case "embedding" | "rms_norm":
             return {*zeros[operand_of(node)]}
-    return common if name in _PASSING.split() or name in ALIASES else set()
+    return common if name in ZERO_PRESERVING | _SUMS | ALIASES else set()
 
 
 _MEETINGS = frozenset(
     ("matmul", "mm", "bmm", "baddbmm", "addmm", "linear", "mv", "dot", "scaled_dot_product_attention")
 )
 
-_PASSING = (
-    "neg abs relu relu6 gelu silu tanh hardswish leaky_relu elu selu celu mish square dropout feature_dropout "
-    "view reshape flatten unflatten _unsafe_view transpose swapaxes mT t permute movedim unsqueeze squeeze "
-    "slice narrow split split_with_sizes chunk getitem expand cat concat sum mean "
-    "adaptive_avg_pool1d adaptive_avg_pool2d avg_pool1d avg_pool2d"
-)
-"""Operations whose result is 0 where all operands are 0."""
+_MORE = "square cat concat sum mean avg_pool1d avg_pool2d adaptive_avg_pool1d adaptive_avg_pool2d"
+_SUMS = frozenset(_MORE.split())
+"""Further operations whose result is 0 where all operands are 0."""

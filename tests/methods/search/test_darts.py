@@ -25,7 +25,8 @@ from regrow.allocation.partial import partial_channels
 from regrow.candidates import candidates_in
 from regrow.methods.search.darts import Settings, build
 from regrow.methods.search.importance import choose_operations, weigh_operations
-from regrow.nets.cells import Cells, operation, supernet
+from regrow.nets.cell_operations import operation
+from regrow.nets.cells import Cells, supernet
 from regrow.nets.small import small
 from regrow.surgery.parametrize import parametrize
 from regrow.tasks import Examples, Task
