@@ -52,8 +52,8 @@ class RunFolder:
         out: str | Path,
         *,
         verb: str,
-        settings: Mapping[str, Any],
-        defaults: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object],
+        defaults: Mapping[str, object] | None = None,
         command: str = "",
     ) -> "RunFolder":
         """Start a run in a new or empty folder, or resume the same run if it was interrupted.
@@ -92,8 +92,8 @@ class RunFolder:
         out: str | Path,
         *,
         verb: str,
-        settings: Mapping[str, Any],
-        defaults: Mapping[str, Any] | None = None,
+        settings: Mapping[str, object],
+        defaults: Mapping[str, object] | None = None,
     ) -> bool:
         """Whether :meth:`create` with these arguments would resume an interrupted run (``False``: start a new one).
 
@@ -173,7 +173,7 @@ class RunFolder:
         """
         return read_run(self.path)
 
-    def update(self, **fields: Any) -> None:
+    def update(self, **fields: object) -> None:
         """Set fields of ``run.json`` to JSON data, such as ``seconds`` or ``notes``; fields set to None are removed.
 
         Raises:
@@ -181,7 +181,7 @@ class RunFolder:
         """
         self._write(RUN, {name: value for name, value in (self.run() | fields).items() if value is not None})
 
-    def finish(self, write_page: WritePage | None = None, **fields: Any) -> "RunFolder":
+    def finish(self, write_page: WritePage | None = None, **fields: object) -> "RunFolder":
         """Complete the run: its files replace the folder for which it was started, atomically.
 
         Args:
@@ -227,7 +227,7 @@ class RunFolder:
         path = self.path / "attic.safetensors"
         return read_undo_store(path) if path.exists() else UndoStore()
 
-    def log(self, what: str, *, number: int | None = None, **values: Any) -> None:
+    def log(self, what: str, *, number: int | None = None, **values: object) -> None:
         """Append a measurement to ``metrics.jsonl`` unless it is there already; it is on the disk when this returns.
 
         Args:
@@ -263,7 +263,7 @@ class RunFolder:
     def _metrics(self) -> Metrics:
         return Metrics(self.path / "metrics.jsonl")
 
-    def write_axes(self, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+    def write_axes(self, before: Sequence[Mapping[str, object]], after: Sequence[Mapping[str, object]]) -> None:
         """Write ``axes.json``: the axes of the model before and after the run.
 
         Args:
@@ -281,7 +281,7 @@ class RunFolder:
         """
         return self._record("axes.json", schemas.AxisRows)
 
-    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, Any]]) -> None:
+    def write_scores(self, metric: str, axes: Mapping[str, Mapping[str, object]]) -> None:
         """Write ``scores.json``: a summary of the importance scores of every axis.
 
         Args:
@@ -299,7 +299,7 @@ class RunFolder:
         """
         return self._record("scores.json", schemas.ScoreSummary)
 
-    def write_findings(self, method: str, findings: Mapping[str, Any]) -> None:
+    def write_findings(self, method: str, findings: Mapping[str, object]) -> None:
         """Write ``findings.json``: the tables in which a method explains its choice.
 
         Args:
@@ -316,7 +316,7 @@ class RunFolder:
         """
         return self._record("findings.json", schemas.Findings)
 
-    def _write(self, name: str, data: Mapping[str, Any]) -> None:
+    def _write(self, name: str, data: Mapping[str, object]) -> None:
         write_text(self.path / name, json.dumps(replace_nonfinite(data), indent=1, allow_nan=False) + "\n")
 
     def _record(self, name: str, kind: type[Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The input with which a run traces a model: from ``--input``, an earlier run's record, or the size of its images."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,9 @@ def record_input(loaded: Loaded) -> dict[str, str]:
     return {"input": shape} if loaded.tokenizer is None and "," not in shape else {}
 
 
-def find_input(net: nn.Module, origin: Origin, run: dict[str, Any], sources: Sequence[str], tokenizer: Any) -> Example:
+def find_input(
+    net: nn.Module, origin: Origin, run: Mapping[str, object], sources: Sequence[str], tokenizer: Any
+) -> Example:
     """Return an example input for the network of a run folder; a guessed one is logged.
 
     Args:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -114,7 +113,7 @@ def _image_shape(loaded: Loaded, spec: str) -> torch.Size:
     return shape
 
 
-def describe_sources(specs: SourceSpecs, kinds: SourceHalves) -> list[dict[str, Any]]:
+def describe_sources(specs: SourceSpecs, kinds: SourceHalves) -> list[dict[str, object]]:
     """Return the rows of ``run.json`` about the sources: name, origin, and tokens used.
 
     Args:

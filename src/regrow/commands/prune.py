@@ -174,7 +174,7 @@ def _cut(job: _Job, axes: AxisGraph, plan: Plan, budget: Budget) -> None:
         log_differences(folder, job.measure(axes, "recovered"))
 
 
-def read_pruning_settings(values: Mapping[str, Any], code: str = "") -> Settings:
+def read_pruning_settings(values: Mapping[str, object], code: str = "") -> Settings:
     """Return the settings recorded in the ``run.json`` of a pruning run.
 
     Args:

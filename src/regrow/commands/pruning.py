@@ -19,7 +19,7 @@ from regrow.scoring import collect
 from regrow.sources import Source
 
 
-def build_pruner(method: str, settings: Mapping[str, Any]) -> Pruner:
+def build_pruner(method: str, settings: Mapping[str, object]) -> Pruner:
     """Return a pruning method with the given settings, after checking them.
 
     Args:

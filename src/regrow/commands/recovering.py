@@ -31,7 +31,7 @@ def recover(
     sources: Sequence[Source],
     by: str,
     *,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
     seed: int = 0,
     number: int = 1,
     progress: Progress = silent,

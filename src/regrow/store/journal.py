@@ -54,7 +54,7 @@ def mend(path: Path) -> None:
             os.close(handle)
 
 
-def read(path: Path, kinds: Mapping[str, type[Any]] | None = None) -> list[dict[str, Any]]:
+def read(path: Path, kinds: Mapping[str, type[object]] | None = None) -> list[dict[str, Any]]:
     """Read all rows in order; a last line that a crash cut short is left out.
 
     Args:

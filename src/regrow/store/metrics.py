@@ -53,7 +53,7 @@ class Metrics:
         """
         return read(self.path, KINDS)
 
-    def add(self, row: Mapping[str, Any], number: int | None = None) -> None:
+    def add(self, row: Mapping[str, object], number: int | None = None) -> None:
         """Append a row, unless one with its key is there; it is on the disk when this returns.
 
         Args:
@@ -97,7 +97,7 @@ def replace_nonfinite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _key(row: Mapping[str, Any], number: int | None) -> str | None:
+def _key(row: Mapping[str, object], number: int | None) -> str | None:
     """Return the key that identifies a row; ``None`` for kinds that may repeat."""
     what = str(row.get("what"))
     if what in NUMBERED and number is not None:

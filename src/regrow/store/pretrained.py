@@ -38,7 +38,7 @@ def update_origin(origin: Origin, model: object, dtype: torch.dtype) -> Origin:
 
 
 def write_configuration(
-    origin: Origin, model: object, folder: Path, changes: Mapping[str, Any] | None = None, architecture: str = ""
+    origin: Origin, model: object, folder: Path, changes: Mapping[str, object] | None = None, architecture: str = ""
 ) -> None:
     """Write ``config.json`` (of the architecture before any cut) and ``generation_config.json``.
 

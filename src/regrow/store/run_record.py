@@ -40,7 +40,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     return data
 
 
-def convert_settings(values: Mapping[str, Any], kind: type[Settings]) -> Settings:
+def convert_settings(values: Mapping[str, object], kind: type[Settings]) -> Settings:
     """Convert the recorded settings of a run to the dataclass of its command, and check them.
 
     Args:
@@ -80,7 +80,7 @@ def read_json(path: Path) -> Any:
         raise StoreError(f"{path} cannot be read ({problem(error)}); restore it") from None
 
 
-def run_identity(verb: str, settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> dict[str, Any]:
+def run_identity(verb: str, settings: Mapping[str, object], defaults: Mapping[str, object] | None) -> dict[str, Any]:
     """Return what identifies a run (command, settings, defaults), as it would come back from ``run.json``.
 
     Args:

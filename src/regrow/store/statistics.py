@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -39,7 +38,7 @@ def file_name(source: str, shard: int) -> str:
     return f"{name}-{shard}.safetensors"
 
 
-def fingerprint(source: Source, *more: Any) -> str:
+def fingerprint(source: Source, *more: object) -> str:
     """Return a digest of everything that statistics on a source depend on.
 
     Args:

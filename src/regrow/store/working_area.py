@@ -8,7 +8,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from regrow.store.atomic import LEFTOVER, write_text
 from regrow.store.errors import StoreError, explain_os_errors
@@ -31,7 +30,7 @@ def unfinished_folder(out: Path) -> Path | None:
     return out / WORK if (out / WORK / RUN).is_file() else None
 
 
-def is_resumable(out: Path, wanted: Mapping[str, Any]) -> bool:
+def is_resumable(out: Path, wanted: Mapping[str, object]) -> bool:
     """Whether a folder holds the wanted run, unfinished; ``False`` if it is empty or missing.
 
     Args:
