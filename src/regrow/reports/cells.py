@@ -8,7 +8,7 @@ from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend
 from regrow.reports.reading import JsonObject, items, mapping, objects, size, text
-from regrow.reports.records import Cell, KindCount, Node, NodeText, Operation, Run
+from regrow.reports.records import CellRow, KindCount, Node, NodeText, Operation, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +42,7 @@ MAX_NODES = 16
 MAX_DRAWN = 16
 
 
-def cells(origin: JsonObject) -> list[Cell]:
+def cells(origin: JsonObject) -> list[CellRow]:
     """Return the cells of a found network, as far as its untrusted description is valid.
 
     Args:
@@ -53,7 +53,7 @@ def cells(origin: JsonObject) -> list[Cell]:
         ``width`` and ``ops`` (``kind``, ``source``, ``mid``: channels inside a ``sep``, and whether it is ``bare``: has
         no weights). Sources 0 and 1 are the inputs, 2 is the first node.
     """
-    result: list[Cell] = []
+    result: list[CellRow] = []
     for plan in objects(mapping(origin.get("config")).get("cells"))[:MAX_CELLS]:
         inputs = items(plan.get("inputs"), 2)
         nodes: list[Node] = []
@@ -71,7 +71,7 @@ def cells(origin: JsonObject) -> list[Cell]:
     return result
 
 
-def kept_operations(found: Sequence[Cell]) -> list[Operation]:
+def kept_operations(found: Sequence[CellRow]) -> list[Operation]:
     """Return all operations of some cells in one list.
 
     Args:
@@ -80,7 +80,7 @@ def kept_operations(found: Sequence[Cell]) -> list[Operation]:
     return [op for cell in found for node in cell["nodes"] for op in node["ops"]]
 
 
-def counts(found: Sequence[Cell]) -> list[KindCount]:
+def counts(found: Sequence[CellRow]) -> list[KindCount]:
     """Return how many operations of each kind the cells keep, as ``kind``, ``cells`` (one count per cell) and ``all``.
 
     Args:
@@ -91,7 +91,7 @@ def counts(found: Sequence[Cell]) -> list[KindCount]:
     return [{"kind": kind, "cells": many, "all": sum(many)} for kind, many in rows]
 
 
-def describe_nodes(cell: Cell) -> list[NodeText]:
+def describe_nodes(cell: CellRow) -> list[NodeText]:
     """Return what each node of a cell sums, in words, as ``name``, ``width`` and ``sums``.
 
     Args:
@@ -122,13 +122,13 @@ def source_name(source: int, inputs: int = 2) -> str:
     return ("cell before last", "last cell")[source] if source < inputs == 2 else f"node {source - inputs + 1}"
 
 
-def cells_of(run: Run) -> list[Cell]:
+def cells_of(run: Run) -> list[CellRow]:
     """Return the cells of a search, or the one cell of NAS-Bench-201's space that all its cells equal.
 
     Args:
         run: A run of the summary.
     """
-    found: dict[str, list[Cell]] = run["search"] or {"cells": [], "topology": []}
+    found: dict[str, list[CellRow]] = run["search"] or {"cells": [], "topology": []}
     return found["cells"] or found["topology"]
 
 
@@ -192,7 +192,7 @@ def _edge(kinds: Sized) -> int:
     return len(kinds) + 1
 
 
-def _wiring(axes: "Axes", cell: Cell, looks: dict[str, tuple[str, float]], slots: int, names: bool) -> None:
+def _wiring(axes: "Axes", cell: CellRow, looks: dict[str, tuple[str, float]], slots: int, names: bool) -> None:
     """Draw one cell: rows are values, columns are places of operations, grouped by node and then by source."""
     inputs, kinds = len(cell["inputs"]), list(looks)
     many = len(cell["nodes"]) + inputs
@@ -222,7 +222,7 @@ def _wiring(axes: "Axes", cell: Cell, looks: dict[str, tuple[str, float]], slots
             axes.plot(xs, ys, marker, color=colour, ms=4, mew=0, alpha=strength, zorder=3)
 
 
-def _given(cell: Cell) -> str:
+def _given(cell: CellRow) -> str:
     """Return the output width of a cell in words: all nodes side by side, or the last one if there is one input."""
     widths = [node["width"] for node in cell["nodes"]]
     widths = widths if len(cell["inputs"]) == 2 else widths[-1:]

@@ -8,7 +8,7 @@ from regrow.reports import palette
 from regrow.reports import quantities as q
 from regrow.reports.canvas import SMALL, Canvas, Drawing, Entry, draw, legend, steps
 from regrow.reports.reading import JsonObject, RunRecord, items, mapping, number, size, text
-from regrow.reports.records import Course, Growth, KeyNumber, Run, Values, course_of
+from regrow.reports.records import Course, GrowthRow, KeyNumber, Run, Values, course_of
 
 Panel = tuple[str, list[list[float | None]]]
 """A heading, and for every entry of the legend its values after each task."""
@@ -296,7 +296,7 @@ def _named(found: Course) -> list[tuple[str, list[float | None]]]:
     return list(zip(found["tasks"], found["rows"], strict=False))
 
 
-def _event(line: JsonObject) -> Growth:
+def _event(line: JsonObject) -> GrowthRow:
     """Return the data of one growth for the page; task and epoch are counted from 1."""
     task, epoch = (size(line.get(name)) for name in ("task", "epoch"))
     return {

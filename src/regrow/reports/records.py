@@ -37,7 +37,7 @@ class Node(TypedDict):
     ops: list[Operation]
 
 
-class Cell(TypedDict):
+class CellRow(TypedDict):
     """A cell: whether it halves the resolution, the widths of its inputs inside it, and its nodes."""
 
     reduce: bool
@@ -71,7 +71,7 @@ class CourseSize(TypedDict):
     seconds: float | None
 
 
-class Growth(TypedDict):
+class GrowthRow(TypedDict):
     """One growth: when, how many new units, accuracy just before and after, and how the loss recovered."""
 
     task: int | None
@@ -103,7 +103,7 @@ class Course(TypedDict):
     widths: dict[str, Values]
     owned: dict[str, Values]
     free: dict[str, Values]
-    events: list[Growth]
+    events: list[GrowthRow]
 
 
 class CourseCell(TypedDict):
@@ -161,7 +161,7 @@ class MissingFile(TypedDict):
     means: str
 
 
-class Budget(TypedDict):
+class BudgetRow(TypedDict):
     """The quantity that a target counts: requested, before, after, and predicted (time only)."""
 
     asked: float
@@ -172,7 +172,7 @@ class Budget(TypedDict):
     context: int
 
 
-class Check(TypedDict):
+class MaskingCheck(TypedDict):
     """A check of masked = shrunk."""
 
     max_abs_diff: float | None
@@ -203,7 +203,7 @@ class Run(TypedDict):
     keep: float | None
     target: str
     regular: bool
-    budget: Budget | None
+    budget: BudgetRow | None
     settings: list[Pair]
     method_settings: list[Pair]
     defaults: list[Pair]
@@ -218,7 +218,7 @@ class Run(TypedDict):
     choice: list[dict[str, Any]]
     size: dict[str, dict[str, Any] | None]
     speed: dict[str, dict[str, Any] | None]
-    verify: list[Check]
+    verify: list[MaskingCheck]
     widths: list[dict[str, Any]]
     frozen: list[FrozenAxes]
     scores: dict[str, Any] | None

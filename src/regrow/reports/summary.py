@@ -18,7 +18,7 @@ from regrow.reports.reading import (
     size,
     text,
 )
-from regrow.reports.records import Budget, Check, Pair, Run, SourceRow, Summary
+from regrow.reports.records import BudgetRow, MaskingCheck, Pair, Run, SourceRow, Summary
 from regrow.reports.search import search
 from regrow.reports.widths import scores, widths
 
@@ -191,7 +191,7 @@ def _sides(lines: list[JsonObject], names: tuple[str, ...]) -> dict[str, dict[st
     return sides
 
 
-def _budget(lines: list[JsonObject]) -> Budget | None:
+def _budget(lines: list[JsonObject]) -> BudgetRow | None:
     """Return the quantity that a target counts: requested, before, after, and predicted (time only)."""
     line = lines[-1] if lines else {}
     asked, after = number(line.get("asked"), 0), number(line.get("after"), 0)
@@ -207,7 +207,7 @@ def _budget(lines: list[JsonObject]) -> Budget | None:
     }
 
 
-def _verify(line: JsonObject) -> Check:
+def _verify(line: JsonObject) -> MaskingCheck:
     difference, bound = number(line.get("max_abs_diff"), 0), number(line.get("bound"), 0)
     return {
         "max_abs_diff": difference,

@@ -1,7 +1,7 @@
 """The topology that a search found in the space of NAS-Bench-201: its one cell as data, and in the paper's notation."""
 
 from regrow.reports.reading import JsonObject, mapping, size
-from regrow.reports.records import Cell, Node
+from regrow.reports.records import CellRow, Node
 
 NAMES = {
     "none": "none",
@@ -16,7 +16,7 @@ EDGES = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
 """The edges (source node, target node), in the order of NAS-Bench-201's notation."""
 
 
-def topology(origin: JsonObject) -> list[Cell]:
+def topology(origin: JsonObject) -> list[CellRow]:
     """Return the cell that the network repeats, as :func:`regrow.reports.cells.cells` does; empty for other networks.
 
     Args:
@@ -41,7 +41,7 @@ def topology(origin: JsonObject) -> list[Cell]:
     return [{"reduce": False, "inputs": [width], "nodes": nodes}]
 
 
-def notation(found: list[Cell]) -> str:
+def notation(found: list[CellRow]) -> str:
     """Return a topology in NAS-Bench-201's notation; empty if an edge has not exactly one operation.
 
     Args:
